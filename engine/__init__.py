@@ -1,0 +1,1 @@
+"""Recipe -> graph -> schedule -> execution. Knows no file format and prints nothing."""

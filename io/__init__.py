@@ -1,0 +1,1 @@
+"""Checkpoints and bytes: safetensors headers, reading, writing. Knows nothing of merging."""

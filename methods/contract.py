@@ -1,0 +1,296 @@
+"""What a merge method is: its declaration, its passes over tiles, and the registry.
+
+A method is declared once, with the names, types and defaults of its parameters. Bound to the inputs and the resolved
+parameters of one output tensor it becomes a `Kernel`: a few reductions over the tiles of the inputs, and then one
+`combine` that makes each tile of the output. The planner reads a kernel's declarations, the executor calls its passes.
+Nothing here knows of files, devices, names or budgets, and nothing here imports torch before a tile exists.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .tile import Tile
+
+BLOCK = 1 << 15
+"""Elements in one block of a reduction. Block boundaries lie at multiples of it, whatever the tiles."""
+
+T = TypeVar("T")
+PerInput = Annotated[tuple[T, ...], "per input"]
+"""A parameter with one value for each input of the tensor, in recipe order."""
+
+
+class MethodError(ValueError):
+    """A parameter's value, or the number of inputs, that the method can't work with; says what would do."""
+
+
+class Base(Enum):
+    """What a method does with the recipe's base model."""
+
+    NONE = "none"  # it has no place for one: a base among the inputs is an input like any other
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+
+
+class Unit(Enum):
+    """What a tile must hold whole."""
+
+    ELEMENT = "element"
+    ROW = "row"
+    TENSOR = "tensor"
+
+
+REQUIRED: Any = inspect.Parameter.empty
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method, as a recipe may set it.
+
+    Args:
+        name: as in the recipe.
+        type: float, int or bool.
+        default: its default, or `REQUIRED`.
+        per_input: whether each input has its own value.
+        doc: one sentence.
+    """
+
+    name: str
+    type: type
+    default: Any
+    per_input: bool
+    doc: str
+
+    @property
+    def required(self) -> bool:
+        """Whether a recipe must set it."""
+        return self.default is REQUIRED
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a method is told of the inputs of one output tensor.
+
+    Args:
+        count: how many inputs there are, the base included.
+        base: which of them is the base model's, or None.
+        shape: of every input and of the output.
+    """
+
+    count: int
+    base: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The inputs that are not the base, in recipe order."""
+        return tuple(i for i in range(self.count) if i != self.base)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor: all dimensions but the last; 1 for a vector."""
+        rows = 1
+        for size in self.shape[:-1]:
+            rows *= size
+        return rows
+
+    @property
+    def columns(self) -> int:
+        """Elements in a row: the last dimension; 1 for a 0-d tensor."""
+        return self.shape[-1] if self.shape else 1
+
+
+class Kernel(ABC):
+    """A method bound to the inputs and parameters of one output tensor.
+
+    The passes over the tiles are `reductions` reductions, numbered from 0, and then `combine`. Of a reduction the
+    engine makes: `state = finish(i, merge(... merge(merge(None, p0), p1) ..., state), state)` where the p are what `reduce` returned for
+    the tiles, merged in the order of the elements. A partial lives on the tile's device until it is merged; a state is
+    plain Python numbers or small tensors on the CPU.
+
+    A kernel's results may depend on the elements, the parameters and the random key, never on where tiles begin and
+    end: a tile begins at a multiple of `granule` elements and ends at one or at the tensor's end.
+    """
+
+    unit: ClassVar[Unit] = Unit.ELEMENT
+
+    reductions: int = 0
+    """How many reductions come before `combine`."""
+
+    buffers: float = 4
+    """Workspace of a tile, in units of one work element (4 bytes, 8 for float64) for each element of the tile."""
+
+    transparent: bool = False
+    """Whether a NaN or an infinity in any input always shows in the output, so that the output alone need be checked."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+
+    @property
+    def granule(self) -> int:
+        """Tiles begin at multiples of this many elements."""
+        if self.unit is Unit.ELEMENT:
+            return BLOCK
+        if self.unit is Unit.ROW:
+            return max(1, self.inputs.columns)
+        return max(1, self.inputs.rows * self.inputs.columns)
+
+    def needed(self, index: int, state: Any) -> bool:
+        """Whether reduction `index` can still change the state; the engine may leave it out where it can't."""
+        return True
+
+    def reduce(self, index: int, tile: Tile, state: Any) -> Any:
+        """The partial result of reduction `index` over one tile. Exact, or of fixed blocks: see `Kernel`."""
+        raise TypeError(f"{type(self).__name__} has no reductions")
+
+    def merge(self, index: int, merged: Any, partial: Any) -> Any:
+        """`partial` added to what the tiles before it gave (None at first)."""
+        raise TypeError(f"{type(self).__name__} has no reductions")
+
+    def finish(self, index: int, merged: Any, state: Any) -> Any:
+        """The state after reduction `index`; `merged` is None where the tensor has no elements."""
+        raise TypeError(f"{type(self).__name__} has no reductions")
+
+    @abstractmethod
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        """The output's elements for one tile, in the tile's work dtype, not yet rounded to the output's."""
+
+
+Bind = Callable[..., Kernel]
+"""``bind(inputs, **parameters)``; raises MethodError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A merge method, as a recipe names it.
+
+    Args:
+        name: as in a recipe's ``merge_method``.
+        summary: one line.
+        description: what it does, with the formula.
+        paper: where it comes from: a link, or None.
+        base: what it does with a base model.
+        minimum: the fewest inputs it works on, the base not counted.
+        maximum: the most, the base not counted, or None.
+        parameters: what a recipe may set, in the order of the signature.
+        bind: makes the kernel for one output tensor.
+    """
+
+    name: str
+    summary: str
+    description: str
+    paper: str | None
+    base: Base
+    minimum: int
+    maximum: int | None
+    parameters: tuple[Parameter, ...]
+    bind: Bind
+
+    def kernel(self, inputs: Inputs, parameters: Mapping[str, Any]) -> Kernel:
+        """The kernel for one output tensor; raises MethodError for a value that it can't work with."""
+        return self.bind(inputs, **parameters)
+
+
+_REGISTRY: dict[str, Method] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    paper: str | None = None,
+    base: Base = Base.NONE,
+    minimum: int = 1,
+    maximum: int | None = None,
+) -> Callable[[Bind], Bind]:
+    """Register a merge method: a `Kernel` class, or a function, called as ``bind(inputs, **parameters)``.
+
+    The keyword-only arguments are the recipe's parameters: annotated ``float``, ``int``, ``bool``, or
+    ``PerInput[...]`` of these where each input has its own. The docstring's first line is the summary; an ``Args:``
+    section describes the parameters, one each.
+
+    Raises:
+        TypeError: for a signature that is no method's, at registration.
+    """
+
+    def register(bind: Bind) -> Bind:
+        if name in _REGISTRY:
+            raise TypeError(f"a merge method {name!r} is registered already")
+        doc = inspect.cleandoc(bind.__doc__ or "")
+        if not doc:
+            raise TypeError(f"merge method {name!r} has no docstring")
+        description, descriptions = _split_docstring(doc)
+        _REGISTRY[name] = Method(
+            name=name,
+            summary=description.split("\n", 1)[0],
+            description=description,
+            paper=paper,
+            base=base,
+            minimum=minimum,
+            maximum=maximum,
+            parameters=_parameters(name, bind, descriptions),
+            bind=bind,
+        )
+        return bind
+
+    return register
+
+
+def registered() -> Mapping[str, Method]:
+    """Every registered method by name."""
+    return _REGISTRY
+
+
+def _parameters(name: str, bind: Bind, descriptions: Mapping[str, str]) -> tuple[Parameter, ...]:
+    target = bind.__init__ if inspect.isclass(bind) else bind
+    hints = typing.get_type_hints(target, include_extras=True)
+    signature = inspect.signature(bind)
+    positional = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    if len(positional) != 1:
+        raise TypeError(f"merge method {name!r} must take the inputs and then keyword-only parameters: {signature}")
+    found = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint = hints.get(parameter.name)
+        per_input = typing.get_origin(hint) is Annotated
+        kind = typing.get_args(typing.get_args(hint)[0])[0] if per_input else hint
+        if kind not in (float, int, bool):
+            raise TypeError(f"merge method {name!r}: parameter {parameter.name!r} must be a float, int or bool: {hint}")
+        if parameter.name not in descriptions:
+            raise TypeError(f"merge method {name!r}: its docstring does not describe {parameter.name!r}")
+        found.append(Parameter(parameter.name, kind, parameter.default, per_input, descriptions[parameter.name]))
+    return tuple(found)
+
+
+def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:
+    """The text before ``Args:``, and the description of each argument after it."""
+    head, _, tail = doc.partition("\nArgs:\n")
+    descriptions: dict[str, str] = {}
+    current = ""
+    for line in tail.splitlines():
+        if line.strip() and not line.startswith(" "):
+            break
+        match = re.match(r"    (\w+): (.*)", line)
+        if match:
+            current = match[1]
+            descriptions[current] = match[2].strip()
+        elif current:
+            descriptions[current] = f"{descriptions[current]} {line.strip()}".strip()
+    return head.strip(), descriptions
+
+
+def only(values: Sequence[T], what: str) -> T:
+    """The single one of `values`; raises MethodError otherwise."""
+    if len(values) != 1:
+        raise MethodError(f"it takes exactly one {what}, and there are {len(values)}")
+    return values[0]

@@ -1,0 +1,88 @@
+"""A tile: the same range of elements of every input, and the workspace that a kernel computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Workspace:
+    """Scratch memory of one worker: a stack of buffers that is emptied for each tile, so that no pass allocates.
+
+    Args:
+        memory: a one-dimensional uint8 tensor on the device that computes, aligned to 64 bytes.
+        dtype: the work dtype: float32, or float64 where an input is.
+    """
+
+    def __init__(self, memory: Tensor, dtype: torch.dtype) -> None:
+        self._memory = memory
+        self._used = 0
+        self.dtype = dtype
+        self.peak = 0
+
+    def reset(self) -> None:
+        """Forget every buffer taken so far."""
+        self._used = 0
+
+    def take(self, elements: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised buffer of `elements` elements. Raises MemoryError where the declared workspace is used up."""
+        dtype = dtype or self.dtype
+        nbytes = -(-elements * dtype.itemsize // 64) * 64
+        if self._used + nbytes > self._memory.numel():
+            raise MemoryError(
+                f"a kernel asked for more workspace than it declares: {self._used + nbytes} of {self._memory.numel()} bytes"
+            )
+        buffer = self._memory[self._used : self._used + elements * dtype.itemsize].view(dtype)
+        self._used += nbytes
+        self.peak = max(self.peak, self._used)
+        return buffer
+
+    def mark(self) -> int:
+        """Where the stack of buffers ends now; for `release`."""
+        return self._used
+
+    def release(self, mark: int) -> None:
+        """Give back every buffer taken since `mark`."""
+        self._used = mark
+
+
+class Tile:
+    """One range of elements of every input.
+
+    Args:
+        inputs: the elements, one tensor an input, in their stored dtypes: shape (elements,) where the kernel's unit
+            is the element, else (rows, columns).
+        workspace: where results go.
+        element: the index of the first element in the tensor, in row-major order.
+        key: the output tensor's random key, 64 bits; an input's own follows from it and the input's `positions` entry.
+        positions: the place of each input's model in the recipe, for random keys.
+    """
+
+    __slots__ = ("element", "inputs", "key", "positions", "workspace")
+
+    def __init__(
+        self, inputs: Sequence[Tensor], workspace: Workspace, *, element: int, key: int, positions: Sequence[int]
+    ) -> None:
+        self.inputs = inputs
+        self.workspace = workspace
+        self.element = element
+        self.key = key
+        self.positions = positions
+
+    @property
+    def shape(self) -> torch.Size:
+        """(elements,) or (rows, columns)."""
+        return self.inputs[0].shape
+
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised workspace buffer of the tile's shape, by default in the work dtype."""
+        return self.workspace.take(self.inputs[0].numel(), dtype).view(self.shape)
+
+    def load(self, index: int, out: Tensor | None = None) -> Tensor:
+        """Input `index` in the work dtype, exactly; into `out` where given, else into a new buffer."""
+        buffer = self.empty() if out is None else out
+        return buffer.copy_(self.inputs[index])
