@@ -9,13 +9,15 @@ Nothing here knows of files, devices, names or budgets, and nothing here imports
 from __future__ import annotations
 
 import inspect
+import keyword
+import math
 import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,8 @@ BLOCK = 1 << 15
 
 T = TypeVar("T")
 PerInput = Annotated[tuple[T, ...], "per input"]
-"""A parameter with one value for each input of the tensor, in recipe order."""
+"""A parameter with one value for each input of the tensor, in recipe order. In a method's signature its default is a
+tuple of one value, the default of every input. A method with a base takes no notice of the base's own value."""
 
 
 class MethodError(ValueError):
@@ -40,6 +43,15 @@ class Base(Enum):
     NONE = "none"  # it has no place for one: a base among the inputs is an input like any other
     OPTIONAL = "optional"
     REQUIRED = "required"
+
+
+class Absent(Enum):
+    """What a method makes of an optional tensor (a head, a bias) that only some of the inputs have."""
+
+    PRESENT = "merges the ones that are there"
+    BASE_PRESENT = "merges the ones that are there, if the base has it"
+    LONE = "passes a single one through"
+    LONE_BASE = "passes a single one through, if it is the base's"
 
 
 class Unit(Enum):
@@ -60,7 +72,7 @@ class Parameter:
     Args:
         name: as in the recipe.
         type: float, int or bool.
-        default: its default, or `REQUIRED`.
+        default: its default (of each input, where each has its own), or `REQUIRED`.
         per_input: whether each input has its own value.
         doc: one sentence.
     """
@@ -73,8 +85,13 @@ class Parameter:
 
     @property
     def required(self) -> bool:
-        """Whether a recipe must set it."""
+        """Whether a recipe must set it: for every input but the base, where each has its own."""
         return self.default is REQUIRED
+
+    @property
+    def argument(self) -> str:
+        """Its name in the method's signature: with an underscore where Python keeps the word for itself (`lambda_`)."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +131,30 @@ class Kernel(ABC):
     """A method bound to the inputs and parameters of one output tensor.
 
     The passes over the tiles are `reductions` reductions, numbered from 0, and then `combine`. Of a reduction the
-    engine makes: `state = finish(i, merge(... merge(merge(None, p0), p1) ..., state), state)` where the p are what `reduce` returned for
-    the tiles, merged in the order of the elements. A partial lives on the tile's device until it is merged; a state is
-    plain Python numbers or small tensors on the CPU.
+    engine makes `state = finish(i, merged, state)`, where `merged` is what `reduce` returned for the tiles, put together
+    by `merge` in the order of the elements. `merge` is associative, so that neighbouring tiles may be merged first:
+    it adds integers or puts sequences end to end, and sums of floats wait for `finish`. Partials are small tensors on the CPU or
+    Python numbers, and so is a state.
 
     A kernel's results may depend on the elements, the parameters and the random key, never on where tiles begin and
     end: a tile begins at a multiple of `granule` elements and ends at one or at the tensor's end.
     """
 
-    unit: ClassVar[Unit] = Unit.ELEMENT
+    unit: Unit = Unit.ELEMENT
+    """What a tile holds whole."""
 
     reductions: int = 0
     """How many reductions come before `combine`."""
 
     buffers: float = 4
-    """Workspace of a tile, in units of one work element (4 bytes, 8 for float64) for each element of the tile."""
+    """Workspace of a tile, in units of one work element (4 bytes, 8 for float64) for each element of the tile; see
+    `workspace`."""
+
+    random: bool = False
+    """Whether `combine` or a reduction uses the tile's random key, so that the output tensor's name matters."""
+
+    copies: int | None = None
+    """The input that the output equals, value for value: no arithmetic is needed. None for any other kernel."""
 
     transparent: bool = False
     """Whether a NaN or an infinity in any input always shows in the output, so that the output alone need be checked."""
@@ -145,6 +171,10 @@ class Kernel(ABC):
             return max(1, self.inputs.columns)
         return max(1, self.inputs.rows * self.inputs.columns)
 
+    def workspace(self, elements: int, itemsize: int) -> int:
+        """Bytes of workspace for a tile of so many elements, where a work element takes `itemsize` bytes."""
+        return math.ceil(self.buffers * max(elements, BLOCK)) * itemsize
+
     def needed(self, index: int, state: Any) -> bool:
         """Whether reduction `index` can still change the state; the engine may leave it out where it can't."""
         return True
@@ -154,8 +184,8 @@ class Kernel(ABC):
         raise TypeError(f"{type(self).__name__} has no reductions")
 
     def merge(self, index: int, merged: Any, partial: Any) -> Any:
-        """`partial` added to what the tiles before it gave (None at first)."""
-        raise TypeError(f"{type(self).__name__} has no reductions")
+        """`partial` added to what the tiles before it gave (None at first): lists are put end to end."""
+        return partial if merged is None else merged + partial
 
     def finish(self, index: int, merged: Any, state: Any) -> Any:
         """The state after reduction `index`; `merged` is None where the tensor has no elements."""
@@ -182,6 +212,7 @@ class Method:
         base: what it does with a base model.
         minimum: the fewest inputs it works on, the base not counted.
         maximum: the most, the base not counted, or None.
+        absent: what it makes of an optional tensor that only some inputs have.
         parameters: what a recipe may set, in the order of the signature.
         bind: makes the kernel for one output tensor.
     """
@@ -193,12 +224,42 @@ class Method:
     base: Base
     minimum: int
     maximum: int | None
+    absent: Absent
     parameters: tuple[Parameter, ...]
     bind: Bind
 
     def kernel(self, inputs: Inputs, parameters: Mapping[str, Any]) -> Kernel:
-        """The kernel for one output tensor; raises MethodError for a value that it can't work with."""
-        return self.bind(inputs, **parameters)
+        """The kernel for one output tensor.
+
+        Args:
+            inputs: of the tensor.
+            parameters: values by the names that recipes use, a tuple where each input has its own; the defaults hold
+                for those left out.
+
+        Raises:
+            MethodError: for a value, or a number of inputs, that it can't work with.
+        """
+        if unknown := parameters.keys() - {p.name for p in self.parameters}:
+            raise MethodError(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
+        others = len(inputs.others)
+        if others < self.minimum or (self.maximum is not None and others > self.maximum):
+            most = "or more" if self.maximum is None else f"to {self.maximum}"
+            number = str(self.minimum) if self.maximum == self.minimum else f"{self.minimum} {most}"
+            raise MethodError(f"{self.name} takes {number} models{_BESIDES[self.base]}, and there are {others}")
+        if self.base is Base.REQUIRED and inputs.base is None:
+            raise MethodError(f"{self.name} needs a base model among the inputs")
+        arguments: dict[str, Any] = {}
+        for parameter in self.parameters:
+            value = parameters.get(parameter.name, parameter.default)
+            if value is REQUIRED:
+                raise MethodError(f"{self.name} needs the parameter {parameter.name}")
+            if parameter.per_input and parameter.name not in parameters:
+                value = (value,) * inputs.count
+            arguments[parameter.argument] = value
+        return self.bind(inputs, **arguments)
+
+
+_BESIDES = {Base.NONE: "", Base.OPTIONAL: " besides a base", Base.REQUIRED: " besides the base"}
 
 
 _REGISTRY: dict[str, Method] = {}
@@ -211,6 +272,7 @@ def merge_method(
     base: Base = Base.NONE,
     minimum: int = 1,
     maximum: int | None = None,
+    absent: Absent | None = None,
 ) -> Callable[[Bind], Bind]:
     """Register a merge method: a `Kernel` class, or a function, called as ``bind(inputs, **parameters)``.
 
@@ -237,6 +299,7 @@ def merge_method(
             base=base,
             minimum=minimum,
             maximum=maximum,
+            absent=absent or (Absent.PRESENT if base is Base.NONE else Absent.BASE_PRESENT),
             parameters=_parameters(name, bind, descriptions),
             bind=bind,
         )
@@ -268,7 +331,10 @@ def _parameters(name: str, bind: Bind, descriptions: Mapping[str, str]) -> tuple
             raise TypeError(f"merge method {name!r}: parameter {parameter.name!r} must be a float, int or bool: {hint}")
         if parameter.name not in descriptions:
             raise TypeError(f"merge method {name!r}: its docstring does not describe {parameter.name!r}")
-        found.append(Parameter(parameter.name, kind, parameter.default, per_input, descriptions[parameter.name]))
+        default = parameter.default
+        if per_input and default is not REQUIRED:
+            (default,) = default
+        found.append(Parameter(parameter.name.rstrip("_"), kind, default, per_input, descriptions[parameter.name]))
     return tuple(found)
 
 

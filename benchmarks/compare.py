@@ -1,0 +1,396 @@
+"""Measure mergeloom, mergekit and the floor beside each other, as whole processes, in one run.
+
+    python -m benchmarks.compare --models DIRECTORY [--methods linear ties ...] [--sides mergeloom mergekit floor]
+
+The sides alternate. Before every timed run the inputs are read once (or dropped from the page cache: --cold) and memory
+is touched, because a virtual machine may have given its free memory back to its host, which then makes the first
+process to use it pay (6 s instead of 1.5 s for 2.5 GB, where this was found). A run counts from the start of the
+process to its end; on a disk, to the end of an fsync of every file that it wrote. Peak RSS is the kernel's, of the
+process itself (wait4).
+
+This process stays small, and imports nothing but the standard library: the kernel counts what the parent holds at the
+moment of spawning as the child's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
+RESULTS = HERE / "results"
+SIDES = ("mergeloom", "mergekit", "floor")
+
+
+# ---------------------------------------------------------------------------------------------- what is merged
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A merge to measure: the models that it reads, and the rest of its recipe as a user would write it."""
+
+    inputs: str
+    recipe: str
+    weight: str = ""
+
+    def text(self, method: str, models: Path) -> str:
+        """The recipe. Models come by absolute path; `base` is the base model wherever there is one."""
+        lines = [f"merge_method: {method}", "dtype: bfloat16", "models:"]
+        for name in self.inputs.split():
+            if name != "base" or method in ("passthrough", "slerp"):
+                lines.append(f"  - model: {models / name}")
+                if self.weight:
+                    lines.append(f"    parameters: {{{self.weight}}}")
+        if "base" in self.inputs.split() and method != "passthrough":
+            lines.append(f"base_model: {models / 'base'}")
+        return "\n".join([*lines, *([self.recipe] if self.recipe else [])]) + "\n"
+
+
+CASES = {
+    "linear": Case("a b c", "", "weight: 0.33"),
+    "slerp": Case("base a", "parameters: {t: 0.5}"),
+    "task_arithmetic": Case("base a b c", "", "weight: 0.33"),
+    "ties": Case("base a b c", "", "weight: 0.33, density: 0.5"),
+    "dare_ties": Case("base a b c", "", "weight: 0.33, density: 0.5"),
+    "della": Case("base a b c", "", "weight: 0.33, density: 0.5, epsilon: 0.1"),
+    "breadcrumbs": Case("base a b c", "", "weight: 0.33, density: 0.9, gamma: 0.01"),
+    "sce": Case("base a b c", "parameters: {select_topk: 0.5}"),
+    "model_stock": Case("base a b c", ""),
+    "karcher": Case("a b c", ""),
+    "passthrough": Case("base", ""),
+}
+
+MERGEKIT_FLAGS: dict[str, tuple[str, ...]] = {}
+"""Flags that make mergekit faster on a CPU, by method, where any does; found by trying them."""
+
+
+# ---------------------------------------------------------------------------------------------- one process
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one process took: seconds, and the most bytes that it held resident."""
+
+    seconds: float
+    peak_rss: int
+
+
+class ProcessError(Exception):
+    """A measured process did not end with exit code 0; its log is in the text."""
+
+
+def run(command: list[str], durable: Path | None = None) -> Measured:
+    """Run a program from its start to its end; to the end of an fsync of all files below `durable`, if given."""
+    with tempfile.TemporaryFile() as log:
+        actions = [(os.POSIX_SPAWN_DUP2, log.fileno(), 1), (os.POSIX_SPAWN_DUP2, log.fileno(), 2)]
+        began = time.monotonic()
+        child = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
+        _, status, usage = os.wait4(child, 0)
+        if durable is not None:
+            sync(durable)
+        seconds = time.monotonic() - began
+        if status:
+            log.seek(0)
+            tail = log.read().decode(errors="replace")[-4000:]
+            raise ProcessError(f"{' '.join(command)}\nended with {os.waitstatus_to_exitcode(status)}:\n{tail}")
+    return Measured(seconds, usage.ru_maxrss * 1024)
+
+
+def sync(directory: Path) -> None:
+    """Make every file below a directory, and the directories, durable."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- before and after it
+
+
+def shards(directory: Path) -> list[Path]:
+    """The safetensors files of a model."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def tensor_bytes(directory: Path) -> int:
+    """The bytes of all tensors of a model, by its headers."""
+    total = 0
+    for path in shards(directory):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(
+            entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items() if key[0] != "_"
+        )
+    return total
+
+
+def warm(files: Iterable[Path]) -> None:
+    """Read files once, so that they are in the page cache."""
+    buffer = bytearray(1 << 20)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def cool(files: Iterable[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def touch_memory(size: int) -> None:
+    """Use `size` bytes of memory and free them, so that the next process finds its memory backed by the host."""
+    path = Path(f"/dev/shm/mergeloom-bench-{os.getpid()}")
+    piece = bytes(1 << 20)
+    try:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(size >> 20):
+                file.write(piece)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- the comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where everything is, and how it is measured."""
+
+    models: Path
+    work: Path
+    out: Path
+    on_disk: bool
+    cold: bool
+    memory: int
+    mergekit: Path
+    mergekit_flags: tuple[str, ...] | None
+
+    def command(self, side: str, method: str) -> list[str]:
+        """The command of one side; OUT doesn't exist when it starts."""
+        if side == "floor":
+            size = str(tensor_bytes(self.models / CASES[method].inputs.split()[0]))
+            inputs = [str(path) for path in self.inputs(method)]
+            return [sys.executable, "-S", "-E", str(HERE / "floor.py"), str(self.out), size, *inputs]
+        recipe = self.work / f"{method}.yml"
+        recipe.write_text(CASES[method].text(method, self.models))
+        if side == "mergekit":
+            return [str(self.mergekit / "bin/mergekit-yaml"), str(recipe), str(self.out), *self.flags(method)]
+        return [str(Path(sys.executable).with_name("mergeloom")), "merge", str(recipe), str(self.out), "--quiet"]
+
+    def flags(self, method: str) -> tuple[str, ...]:
+        """The flags that mergekit gets for a method."""
+        return MERGEKIT_FLAGS.get(method, ()) if self.mergekit_flags is None else self.mergekit_flags
+
+    def inputs(self, method: str) -> list[Path]:
+        """The files that a method's merge reads."""
+        return [shard for name in CASES[method].inputs.split() for shard in shards(self.models / name)]
+
+    def measure(self, side: str, method: str) -> dict[str, object]:
+        """One timed run, with all that precedes and follows it."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        if self.on_disk:
+            os.sync()  # what others wrote before is not this run's
+        inputs = self.inputs(method)
+        warm(inputs)
+        if self.cold:
+            cool(inputs)
+        touch_memory(self.memory)  # after the inputs, which would take the touched memory for themselves
+        try:
+            measured = run(self.command(side, method), durable=self.out if self.on_disk else None)
+            if side != "floor" and (size := tensor_bytes(self.out)) != tensor_bytes(self.models / "a"):
+                raise ProcessError(f"{side} {method}: the output holds {size:,} bytes of tensors")
+        finally:
+            shutil.rmtree(self.out, ignore_errors=True)
+        result: dict[str, object] = {
+            "method": method,
+            "side": side,
+            "seconds": round(measured.seconds, 3),
+            "peak_rss": measured.peak_rss,
+        }
+        if side == "mergekit" and self.flags(method):
+            result["flags"] = list(self.flags(method))
+        return result
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = re.search(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    return {
+        "cpu": cpu[1] if cpu else os.uname().machine,
+        "cores": len(os.sched_getaffinity(0)),
+        "ram": int(memory[1]) << 10 if memory else 0,
+        "kernel": os.uname().release,
+        "python": sys.version.split()[0],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions, as another interpreter sees them; what isn't there is left out."""
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "found = {d.metadata['Name']: d.version for d in m.distributions()}\n"
+        "print(json.dumps({p: found[p] for p in sys.argv[1:] if p in found}))"
+    )
+    read, write = os.pipe()
+    actions = [(os.POSIX_SPAWN_DUP2, write, 1)]
+    child = os.posix_spawn(str(python), [str(python), "-c", code, *packages], os.environ, file_actions=actions)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    found: dict[str, str] = json.loads(text)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def table(results: dict[str, object]) -> str:
+    """The markdown table of one results file: medians, with the smallest and largest of the runs."""
+    runs: list[dict[str, object]] = results["runs"]  # type: ignore[assignment]
+    about: dict[str, object] = results["machine"]  # type: ignore[assignment]
+    sides = [side for side in SIDES if any(run["side"] == side for run in runs)]
+    cells: dict[tuple[str, str], tuple[float, str, float]] = {}
+    methods = list(dict.fromkeys(str(run["method"]) for run in runs))
+    notes: dict[str, str] = {}
+    for method in methods:
+        for side in sides:
+            chosen = [run for run in runs if (run["method"], run["side"]) == (method, side)]
+            if not chosen:
+                continue
+            seconds = [float(str(run["seconds"])) for run in chosen]
+            rss = statistics.median(float(str(run["peak_rss"])) for run in chosen)
+            text = f"{statistics.median(seconds):.2f}"
+            if len(seconds) > 1:
+                text += f" ({min(seconds):.2f} to {max(seconds):.2f})"
+            cells[method, side] = statistics.median(seconds), text, rss
+            if flags := chosen[0].get("flags"):
+                notes[method] = " ".join(flags)  # type: ignore[arg-type]
+    heads = ["method", *(f"{side}, s" for side in sides)]
+    both = {"mergeloom", "mergekit"} <= set(sides)
+    beside_floor = {"mergeloom", "floor"} <= set(sides)
+    heads += ["times faster"] if both else []
+    heads += ["of the floor"] if beside_floor else []
+    heads += [f"{side}, peak RSS, GiB" for side in sides if side != "floor"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method in methods:
+        row = [f"`{method}`", *(cells[method, side][1] if (method, side) in cells else "" for side in sides)]
+        ours, theirs, floor = (cells.get((method, side)) for side in SIDES)
+        if both:
+            row.append(f"{theirs[0] / ours[0]:.1f}" if ours and theirs else "")
+        if beside_floor:
+            row.append(f"{ours[0] / floor[0]:.2f}" if ours and floor else "")
+        row += [
+            f"{cells[method, side][2] / 2**30:.2f}" if (method, side) in cells else ""
+            for side in sides
+            if side != "floor"
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    count = max(sum((run["method"], run["side"]) == (methods[0], side) for run in runs) for side in sides)
+    stored = ", ".join(f"{name} {version}" for name, version in results["versions"].items())  # type: ignore[attr-defined]
+    lines += [
+        "",
+        f"{results['title']}. Medians of {count} (smallest to largest). {about['cpu']}, {about['cores']} cores, "
+        f"{float(str(about['ram'])) / 2**30:.0f} GiB, Linux {about['kernel']}, Python {about['python']}, {stored}; "
+        f"{about['date']}.",
+    ]
+    if notes:
+        grouped: dict[str, list[str]] = {}
+        for method, flags in notes.items():
+            grouped.setdefault(flags, []).append(f"`{method}`")
+        lines += ["", *(f"mergekit ran with `{flags}` for {', '.join(names)}." for flags, names in grouped.items())]
+    return "\n".join(lines)
+
+
+def put_between_markers(document: Path, name: str, text: str) -> None:
+    """Replace what a document holds between ``<!-- name -->`` and ``<!-- /name -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = document.read_text() if document.exists() else "# Benchmarks\n\nMade by `make bench`; see `benchmarks/`.\n"
+    if begin not in old:
+        old += f"\n{begin}\n{end}\n"
+    head, _, rest = old.partition(begin)
+    _, _, tail = rest.partition(end)
+    document.parent.mkdir(exist_ok=True)
+    document.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+def size(text: str) -> int:
+    """``6GB`` in bytes."""
+    return int(float(text.removesuffix("GB")) * 1e9)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path("~/.cache/mergeloom-bench/1b").expanduser())
+    parser.add_argument("--size", default="1B", help="what the models are, for the table")
+    parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--disk", type=Path, help="put OUT below this directory, and count until it is durable")
+    parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
+    parser.add_argument("--memory", type=size, default=size("8GB"), help="memory to touch before each run")
+    parser.add_argument("--mergekit", type=Path, default=Path(os.environ.get("MERGEKIT_ENV", ".venv-mergekit")))
+    parser.add_argument("--mergekit-flags", help="in place of the fastest ones known, such as '--async-write'")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/SIZE-tmpfs-warm.json and the like")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    arguments = parser.parse_args()
+
+    where, state = "disk" if arguments.disk else "tmpfs", "cold" if arguments.cold else "warm"
+    name = f"{arguments.size.lower()}-{where}-{state}"
+    out = (arguments.disk or Path("/dev/shm")) / f"mergeloom-bench-out-{os.getpid()}"
+    place = "OUT on disk, until durable" if arguments.disk else "OUT on tmpfs"
+    pythons = {"mergeloom": (Path(sys.executable), ["mergeloom"])}
+    pythons["mergekit"] = (arguments.mergekit.absolute() / "bin/python", ["mergekit", "torch", "transformers"])
+    found: dict[str, str] = {}
+    for side, (python, packages) in pythons.items():
+        if side in arguments.sides:
+            found |= versions(python, packages)
+    results: dict[str, object] = {
+        "title": f"{arguments.size} shapes, bfloat16, {place}, {state} inputs",
+        "machine": machine(),
+        "versions": found,
+        "runs": (runs := []),
+    }
+    target: Path = arguments.json or RESULTS / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mergeloom-bench-") as work:
+        bench = Bench(
+            models=arguments.models.absolute(),
+            work=Path(work),
+            out=out,
+            on_disk=arguments.disk is not None,
+            cold=arguments.cold,
+            memory=arguments.memory,
+            mergekit=arguments.mergekit.absolute(),
+            mergekit_flags=None if arguments.mergekit_flags is None else tuple(arguments.mergekit_flags.split()),
+        )
+        for method in arguments.methods:
+            for _ in range(arguments.runs):
+                for side in arguments.sides:
+                    result = bench.measure(side, method)
+                    runs.append(result)
+                    target.write_text(json.dumps(results, indent=1) + "\n")
+                    rss = int(str(result["peak_rss"])) / 2**30
+                    print(f"{method:16} {side:10} {result['seconds']:8} s {rss:7.2f} GiB", flush=True)
+    put_between_markers(arguments.document, f"compare {name}", table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""One chunk of one pass: a kernel run over the tiles of a chunk, and its output rounded and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..io.dtypes import DType
+from ..methods.contract import Kernel, Unit
+from ..methods.tile import Tile, Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk of a node's sources, ready to compute on.
+
+    Args:
+        kernel: what to compute.
+        inputs: the chunk of each source: one-dimensional, in its stored dtype, all of one length.
+        element: the index of the chunk's first element in the tensor.
+        key: the node's random key.
+        positions: the place in the recipe of each source's model.
+        tile: elements in a tile.
+    """
+
+    kernel: Kernel
+    inputs: Sequence[Tensor]
+    element: int
+    key: int
+    positions: Sequence[int]
+    tile: int
+
+    def tiles(self, workspace: Workspace) -> Iterator[tuple[slice, Tile]]:
+        """The chunk's tiles in order, each with a workspace that is empty again."""
+        count = self.inputs[0].numel()
+        columns = self.kernel.inputs.columns
+        for start in range(0, count, self.tile):
+            part = slice(start, min(start + self.tile, count))
+            workspace.reset()
+            parts = [tensor[part] for tensor in self.inputs]
+            if self.kernel.unit is not Unit.ELEMENT:
+                parts = [tensor.view(-1, columns) for tensor in parts]
+            yield part, Tile(parts, workspace, element=self.element + start, key=self.key, positions=self.positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was noticed while a chunk was computed.
+
+    Args:
+        nonfinite_inputs: the sources with a NaN or an infinity in the chunk.
+        overflowed: output elements that are not finite though all inputs are.
+    """
+
+    nonfinite_inputs: tuple[int, ...] = ()
+    overflowed: int = 0
+
+
+def work_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
+    """float64 where an input is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in inputs) else torch.float32
+
+
+def reduce_chunk(piece: Piece, index: int, state: Any, workspace: Workspace) -> Any:
+    """What reduction `index` gives for the chunk."""
+    workspace.dtype = work_dtype(piece.inputs)
+    merged = None
+    for _, tile in piece.tiles(workspace):
+        merged = piece.kernel.merge(index, merged, piece.kernel.reduce(index, tile, state))
+    return merged
+
+
+def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -> Outcome:
+    """The chunk of the output, rounded once into `out`, which is one-dimensional and of the output's dtype."""
+    workspace.dtype = work_dtype(piece.inputs)
+    limit = largest(out.dtype)
+    overflowed = 0
+    suspicious = []
+    for part, tile in piece.tiles(workspace):
+        result = piece.kernel.combine(tile, state).view(-1)
+        suspicious.append(_beyond(result, limit))
+        out[part].copy_(result)
+    if not torch.stack(suspicious).any():
+        return Outcome()
+    nonfinite = find_nonfinite(piece.inputs)
+    if not nonfinite:
+        overflowed = int((~torch.isfinite(out.to(torch.float32))).sum())
+    return Outcome(nonfinite, overflowed)
+
+
+def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
+    """The sources that hold a NaN or an infinity in the chunk; a quick look where there is none."""
+    suspicious = []
+    for _, tile in piece.tiles(workspace):
+        for tensor in tile.inputs:
+            workspace.reset()
+            mask = _EXPONENT_BITS.get(tensor.dtype)
+            if mask is not None:
+                bits = workspace.take(tensor.numel(), torch.int16).view(tensor.shape)
+                torch.bitwise_and(tensor.view(torch.int16), mask, out=bits)
+                suspicious.append(bits.amax() == mask)
+            else:
+                floats = tensor if tensor.dtype.itemsize >= 4 else tensor.to(torch.float32)
+                suspicious.append(_beyond(floats, torch.finfo(floats.dtype).max))
+    return find_nonfinite(piece.inputs) if torch.stack(suspicious).any() else ()
+
+
+def find_nonfinite(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Which inputs hold a NaN or an infinity."""
+    return tuple(
+        number
+        for number, tensor in enumerate(inputs)
+        if not torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32)).all()
+    )
+
+
+def _beyond(values: Tensor, limit: float) -> Tensor:
+    """Whether any value is a NaN or beyond +-limit: a 0-d tensor, so that a device need not be waited for."""
+    return ~((values.amax() <= limit) & (values.amin() >= -limit))
+
+
+def largest(dtype: torch.dtype) -> float:
+    """The largest finite value of a floating-point dtype."""
+    return float(torch.finfo(dtype).max)
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's type for an element type of the format."""
+    if dtype.torch_name is None:
+        raise TypeError(f"torch has no type for {dtype.name}")
+    found: torch.dtype = getattr(torch, dtype.torch_name)
+    return found

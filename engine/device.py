@@ -1,0 +1,124 @@
+"""The seam between the engine and what computes: the CPU, a GPU, or a test's own device.
+
+A device either computes in host memory, where the chunks lie already, or has a memory of its own: an arena of slots, with
+copies in and out that run beside the arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Marker(Protocol):
+    """A point in a device's work."""
+
+    def wait(self) -> None:
+        """Return once the device has come to it."""
+
+
+class Done:
+    """The marker of work that is done when the call returns."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class Device(Protocol):
+    """What the executor asks of a device. One upload thread, `threads` compute threads, one download thread call it."""
+
+    name: str
+    separate: bool  # whether it has a memory of its own
+    threads: int
+
+    def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
+        """Take all the memory that will be used.
+
+        Args:
+            slots: of the arena; 0 for a device without a memory of its own.
+            slot_bytes: of each.
+            workspace: bytes for each compute thread.
+            host: the arena in RAM, one-dimensional uint8, that copies come from and go to.
+        """
+
+    def workspace(self, thread: int) -> Tensor:
+        """The workspace of a compute thread: one-dimensional uint8."""
+
+    def slot(self, number: int, nbytes: int) -> Tensor:
+        """The first `nbytes` bytes of a slot: one-dimensional uint8."""
+
+    def upload(self, source: Tensor, number: int) -> None:
+        """Begin to copy `source` (uint8, in the host arena) to the start of a slot."""
+
+    def uploads_begun(self) -> Marker:
+        """A marker behind all uploads begun so far."""
+
+    def begin(self, thread: int, after: Marker) -> None:
+        """Let what the thread computes next wait for `after`."""
+
+    def download(self, thread: int, number: int, target: Tensor) -> Marker:
+        """Begin to copy from the start of a slot to `target` (host) once the thread's work so far is done."""
+
+    def computed(self, thread: int) -> Marker:
+        """A marker behind what the thread has computed so far."""
+
+    def peak(self) -> int:
+        """The most bytes that were held on the device."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class CpuDevice:
+    """Compute threads in host memory: nothing is copied."""
+
+    separate = False
+
+    def __init__(self, threads: int) -> None:
+        self.name = "cpu"
+        self.threads = threads
+        self._workspaces: list[Tensor] = []
+
+    def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
+        """Take the workspaces."""
+        import torch
+
+        torch.set_num_threads(1)
+        self._workspaces = [torch.empty(workspace, dtype=torch.uint8) for _ in range(self.threads)]
+
+    def workspace(self, thread: int) -> Tensor:
+        """The workspace of a compute thread."""
+        return self._workspaces[thread]
+
+    def slot(self, number: int, nbytes: int) -> Tensor:
+        """There are none."""
+        raise TypeError("the CPU computes in host memory")
+
+    def upload(self, source: Tensor, number: int) -> None:
+        """There are none."""
+        raise TypeError("the CPU computes in host memory")
+
+    def uploads_begun(self) -> Marker:
+        """Nothing to wait for."""
+        return Done()
+
+    def begin(self, thread: int, after: Marker) -> None:
+        """Nothing to wait for."""
+
+    def download(self, thread: int, number: int, target: Tensor) -> Marker:
+        """There are none."""
+        raise TypeError("the CPU computes in host memory")
+
+    def computed(self, thread: int) -> Marker:
+        """It is done already."""
+        return Done()
+
+    def peak(self) -> int:
+        """Nothing beside the host's memory."""
+        return 0
+
+    def close(self) -> None:
+        """Give the workspaces back."""
+        self._workspaces = []

@@ -1,0 +1,663 @@
+"""Performs a schedule: lanes for reading, copying to the device, computing, copying back and writing run side by side.
+
+The main thread dispatches: it goes through the schedule's steps chunk by chunk, takes the slots that a chunk needs in the
+order of the plan, and waits where none is free. A chunk that has its slots needs nothing else to be finished, so that
+waiting always ends, and no more is held than the schedule allows.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import CheckpointError
+from .arena import HostArena, Ledger, Slots
+from .device import Device, Done, Marker
+from .graph import Kind, MergeGraph, Operation
+from .lanes import Lane
+from .schedule import Schedule
+from .simulate import Step
+from .tiling import length, tile_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Source(Protocol):
+    """Where tensor bytes come from; called from several threads."""
+
+    def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `file` from `offset` on."""
+
+
+class Sink(Protocol):
+    """Where output bytes go; called from several threads."""
+
+    def write(self, output: int, offset: int, data: memoryview) -> None:
+        """Put `data` at byte `offset` of output tensor number `output`."""
+
+    def finished(self, node: int) -> None:
+        """All bytes of all outputs of a node have been given to `write`."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is; its fields only grow."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    nodes_done: int = 0
+
+
+@dataclass(slots=True)
+class LaneTime:
+    """What a lane did, in seconds over all its threads."""
+
+    threads: int
+    worked: float
+    waited: float
+
+
+@dataclass(slots=True)
+class Measured:
+    """What a run did.
+
+    Args:
+        bytes_read: tensor bytes read.
+        bytes_written: tensor bytes written.
+        seconds: from the first step to the last.
+        ram_peak: the most bytes of slots held in RAM.
+        vram_peak: the most bytes held on a device.
+        lanes: what each lane did.
+        overflowed: for each output tensor with new infinities or NaNs, how many.
+    """
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    ram_peak: int = 0
+    vram_peak: int = 0
+    lanes: dict[str, LaneTime] = field(default_factory=dict)
+    overflowed: dict[str, int] = field(default_factory=dict)
+
+
+class _Resident:
+    """One chunk of one read in a slot."""
+
+    __slots__ = ("nbytes", "pinned", "ready", "slot", "users", "waiting")
+
+    def __init__(self, slot: int, nbytes: int) -> None:
+        self.slot = slot
+        self.nbytes = nbytes
+        self.users = 0
+        self.pinned = False
+        self.ready = False
+        self.waiting: list[_Item] = []
+
+
+class _Item:
+    """One chunk of one step, with its slots."""
+
+    __slots__ = (
+        "chunk", "device", "hosts", "index", "last", "marker", "missing", "node", "operation", "order", "out", "out_device",
+        "out_nbytes", "residents", "uploads",
+    )  # fmt: skip
+
+    def __init__(self, order: int, step: Step, operation: Operation, chunk: int) -> None:
+        self.order = order
+        self.node = step.node
+        self.index = step.index
+        self.device = step.device
+        self.operation = operation
+        self.last = step.index == operation.passes - 1
+        self.chunk = chunk
+        self.missing = 0  # chunks that are still being read or uploaded
+        self.residents: list[_Resident] = []  # where the computation finds each distinct source
+        self.hosts: list[tuple[tuple[int, int, int], _Resident]] = []  # slots in RAM to give back when they were used
+        self.uploads: list[tuple[_Resident, _Resident]] = []
+        self.out = -1
+        self.out_device = -1
+        self.out_nbytes = 0
+        self.marker: Marker = Done()
+
+
+class _Run:
+    """A node that is being made."""
+
+    __slots__ = ("chunks", "index", "lock", "merged", "next", "partials", "state", "unwritten", "waiting")
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks = chunks
+        self.unwritten = chunks
+        self.index = 0
+        self.state: Any = None
+        self.lock = threading.Lock()
+        self.partials: dict[int, Any] = {}
+        self.next = 0
+        self.merged: Any = None
+        self.waiting: list[_Item] = []
+
+
+def _is_pinned(cache: dict[tuple[int, int, int], _Resident], key: tuple[int, int, int]) -> bool:
+    """Whether the schedule has this chunk cached; one that is merely still in use is read again, as foretold."""
+    resident = cache.get(key)
+    return resident is not None and resident.pinned
+
+
+class Executor:
+    """Performs one schedule, once.
+
+    Args:
+        graph: what to make.
+        schedule: how.
+        devices: those of the schedule's budget, in its order.
+        source: where tensor bytes come from.
+        sink: where they go.
+        readers: threads that read.
+        writers: threads that write.
+        allow_nonfinite: whether a NaN or an infinity in an input is let through.
+        serial: take no slot ahead of time; for tests.
+    """
+
+    def __init__(
+        self,
+        graph: MergeGraph,
+        schedule: Schedule,
+        devices: Sequence[Device],
+        source: Source,
+        sink: Sink,
+        *,
+        readers: int = 2,
+        writers: int = 1,
+        allow_nonfinite: bool = False,
+        serial: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.schedule = schedule
+        self.devices = devices
+        self.progress = Progress()
+        self.measured = Measured()
+        self.ledger = Ledger()
+        self._source = source
+        self._sink = sink
+        self._allow_nonfinite = allow_nonfinite
+        self._serial = serial
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._in_flight = 0
+        self._destinations = graph.destinations()
+        self._host = Slots(self.ledger, "ram", schedule.ram_slots, schedule.slot_bytes)
+        self._device_slots = [
+            Slots(self.ledger, f"vram {number}", count, schedule.slot_bytes)
+            for number, count in enumerate(schedule.vram_slots)
+        ]
+        self._cached: dict[tuple[int, int, int], _Resident] = {}  # (read, chunk length, chunk) in RAM
+        self._uploaded: dict[tuple[int, int, int], _Resident] = {}  # the same on the read's device
+        self._runs: dict[int, _Run] = {}
+        self._threads = (readers, writers)
+        self._computes = any(operation.kind is Kind.MERGE for operation in graph.operations)
+        self._workspaces: dict[tuple[int, int], Any] = {}
+        self._pending_uploads: list[deque[tuple[Marker, _Item]]] = [deque() for _ in devices]
+
+    # --- the main thread ---------------------------------------------------------------------------------------
+
+    def run(self, notify: Callable[[Progress], None] | None = None) -> Measured:
+        """Perform the schedule.
+
+        Args:
+            notify: called now and then, from this thread.
+
+        Raises:
+            MergeloomError: what went wrong in any lane.
+        """
+        start = time.perf_counter()
+        self._arena = HostArena(self.schedule.ram_slots, self.schedule.slot_bytes)
+        self._notify = notify or (lambda progress: None)
+        self._open_devices()
+        readers, writers = self._threads
+        self._read_lane: Lane[tuple[_Resident, int, int, int]] = Lane("read", readers, self._read, self._fail)
+        self._write_lane: Lane[_Item] = Lane("write", writers, self._write, self._fail)
+        self._upload_lanes: dict[int, Lane[_Item]] = {}
+        self._compute_lanes: list[Lane[_Item]] = []
+        self._download_lanes: dict[int, Lane[_Item]] = {}
+        for number, device in enumerate(self.devices):
+            self._compute_lanes.append(
+                Lane("compute", device.threads, lambda thread, item: self._compute(thread, item), self._fail)
+            )
+            if device.separate:
+                self._upload_lanes[number] = Lane(
+                    "upload", 1, self._upload, self._fail, lambda thread, number=number: self._settle_uploads(number, 0)
+                )
+                self._download_lanes[number] = Lane("download", 1, self._download, self._fail)
+        lanes = [self._read_lane, *self._upload_lanes.values(), *self._compute_lanes]
+        lanes += [*self._download_lanes.values(), self._write_lane]
+        try:
+            self._dispatch()
+            self._wait(lambda: self._in_flight == 0)
+        finally:
+            end = time.perf_counter()
+            for lane in lanes:
+                lane.stop()
+            for lane in lanes:
+                lane.join()
+            self._account(lanes, start, end)
+            for device in self.devices:
+                device.close()
+            self._workspaces.clear()
+            self._host_tensor = None
+            self._arena.close()
+        return self.measured
+
+    def _open_devices(self) -> None:
+        self._host_tensor: Tensor | None = None
+        if not self._computes:
+            return
+        import torch
+
+        self._host_tensor = torch.frombuffer(self._arena.memory, dtype=torch.uint8)
+        for number, device in enumerate(self.devices):
+            device.open(
+                self.schedule.vram_slots[number],
+                self.schedule.slot_bytes,
+                self.schedule.workspace[number],
+                self._host_tensor,
+            )
+
+    def _account(self, lanes: Sequence[Lane[Any]], start: float, end: float) -> None:
+        measured = self.measured
+        measured.bytes_read = self.progress.bytes_read
+        measured.bytes_written = self.progress.bytes_written
+        measured.seconds = end - start
+        measured.ram_peak = self.ledger.peak("ram")
+        measured.vram_peak = max((device.peak() for device in self.devices), default=0)
+        for lane in lanes:
+            time_ = measured.lanes.setdefault(lane.name, LaneTime(0, 0.0, 0.0))
+            time_.threads += len(lane.worked)
+            time_.worked += lane.seconds_worked
+            time_.waited += lane.seconds_waited(end)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Wait, in the main thread, until `ready`; raise what a lane raised."""
+        with self._changed:
+            while not ready() and self._error is None:
+                self._changed.wait(0.1)
+                self._notify(self.progress)
+            if self._error is not None:
+                raise self._error
+
+    def _dispatch(self) -> None:
+        order = 0
+        for step in self.schedule.steps:
+            operation = self.graph.operation(step.node)
+            chunks = self.schedule.chunks(self.graph, step.node)
+            with self._changed:
+                for read, held in step.drop:
+                    self._drop(read, held.low, held.high, held.vram)
+                if step.index == 0:
+                    self._runs[step.node] = _Run(chunks)
+            if chunks == 0:
+                if step.index == operation.passes - 1:
+                    self._finish_node(step.node)
+                continue
+            for chunk in range(chunks):
+                order += 1
+                item = _Item(order, step, operation, chunk)
+                if self._serial:
+                    self._wait(lambda: self._in_flight == 0)
+                reads = self._take_slots(step, item)
+                for read in reads:
+                    self._read_lane.put(order, read)
+
+    def _drop(self, read: int, low: int, high: int, vram: int) -> None:
+        """Unpin the chunks of a read that a step no longer lets it keep."""
+        for cache, kept in ((self._cached, range(low, high)), (self._uploaded, range(vram))):
+            for key in [key for key in cache if key[0] == read and key[2] not in kept]:
+                resident = cache[key]
+                resident.pinned = False
+                self._release_if_unused(key, resident, cache)
+
+    # --- slots -------------------------------------------------------------------------------------------------
+
+    def _take_slots(self, step: Step, item: _Item) -> list[tuple[_Resident, int, int, int]]:
+        """Reserve every slot that the item needs, waiting for them; what has to be read for it."""
+        chunk_length = self.schedule.chunk_elements[item.node]
+        separate = self.devices[item.device].separate and item.operation.kind is Kind.MERGE
+        computes = item.operation.kind is not Kind.COPY
+        keys = [(read, chunk_length, item.chunk) for read in step.sources]
+
+        def missing() -> tuple[int, int]:
+            out = int(item.last and computes)
+            host, device = out, out if separate else 0
+            for key in keys:
+                if separate and _is_pinned(self._uploaded, key):
+                    continue
+                host += not _is_pinned(self._cached, key)
+                device += separate
+            return host, device
+
+        def ready() -> bool:
+            host, device = missing()
+            return self._host.free >= host and (not separate or self._device_slots[item.device].free >= device)
+
+        self._wait(ready)
+        with self._changed:
+            self._in_flight += 1
+            reads = []
+            for key, held in zip(keys, step.keep, strict=True):
+                start, nbytes, offset = self._extent(item, key)
+                on_device = self._uploaded[key] if separate and _is_pinned(self._uploaded, key) else None
+                if on_device is None:
+                    host = self._cached[key] if _is_pinned(self._cached, key) else None
+                    if host is None:
+                        host = self._cached[key] = _Resident(self._host.take(), nbytes)
+                        reads.append((host, key[0], offset + start, nbytes))
+                    host.users += 1
+                    host.pinned = held.low <= item.chunk < held.high
+                    self._await(item, host)
+                    item.hosts.append((key, host))
+                if separate:
+                    if on_device is None:
+                        on_device = self._uploaded[key] = _Resident(self._device_slots[item.device].take(), nbytes)
+                        item.uploads.append((host, on_device))
+                    else:
+                        self._await(item, on_device)
+                    on_device.users += 1
+                    on_device.pinned = item.chunk < held.vram
+                    item.residents.append(on_device)
+                else:
+                    item.residents.append(host)
+            if item.last:
+                start, size = self._span(item)
+                width = self.graph.node_dtype[item.node].bits // 8 if item.operation.kind is Kind.MERGE else 1
+                item.out_nbytes = size * width
+                if computes:
+                    item.out = self._host.take()
+                    if separate:
+                        item.out_device = self._device_slots[item.device].take()
+            if item.missing == 0:
+                self._loaded(item)
+            return reads
+
+    def _await(self, item: _Item, resident: _Resident) -> None:
+        if not resident.ready:
+            resident.waiting.append(item)
+            item.missing += 1
+
+    def _span(self, item: _Item) -> tuple[int, int]:
+        """The first element of the item's chunk and how many it has (bytes, where nothing is computed)."""
+        chunk = self.schedule.chunk_elements[item.node]
+        start = item.chunk * chunk
+        return start, min(chunk, length(self.graph, item.node) - start)
+
+    def _extent(self, item: _Item, key: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Where a source's chunk lies: bytes from the tensor's start, its size, the tensor's offset in the file."""
+        ref = self.graph.reads[key[0]]
+        width = ref.dtype.bits // 8 if item.operation.kind is Kind.MERGE else 1
+        start, size = self._span(item)
+        return start * width, size * width, ref.offset
+
+    def _release_if_unused(
+        self,
+        key: tuple[int, int, int],
+        resident: _Resident,
+        cache: dict[tuple[int, int, int], _Resident],
+        device: int = 0,
+    ) -> None:
+        if resident.users == 0 and not resident.pinned:
+            if cache.get(key) is resident:
+                del cache[key]
+            (self._host if cache is self._cached else self._device_slots[device]).give_back(resident.slot)
+            self._changed.notify_all()
+
+    def _release_hosts(self, item: _Item) -> None:
+        with self._changed:
+            for key, resident in item.hosts:
+                resident.users -= 1
+                self._release_if_unused(key, resident, self._cached)
+            item.hosts = []
+
+    def _release_device(self, item: _Item) -> None:
+        chunk_length = self.schedule.chunk_elements[item.node]
+        sources = dict.fromkeys(self.graph.node_sources[item.node])
+        with self._changed:
+            for read, resident in zip(sources, item.residents, strict=True):
+                resident.users -= 1
+                self._release_if_unused((read, chunk_length, item.chunk), resident, self._uploaded, item.device)
+            if item.out_device >= 0:
+                self._device_slots[item.device].give_back(item.out_device)
+                item.out_device = -1
+                self._changed.notify_all()
+
+    # --- lanes -------------------------------------------------------------------------------------------------
+
+    def _read(self, thread: int, task: tuple[_Resident, int, int, int]) -> None:
+        resident, read, offset, nbytes = task
+        self._source.read(self.graph.reads[read].file, offset, self._arena.view(resident.slot, nbytes))
+        with self._changed:
+            self.progress.bytes_read += nbytes
+            self._ready(resident)
+
+    def _ready(self, resident: _Resident) -> None:
+        resident.ready = True
+        for item in resident.waiting:
+            item.missing -= 1
+            if item.missing == 0:
+                self._loaded(item)
+        resident.waiting = []
+
+    def _loaded(self, item: _Item) -> None:
+        """Every source chunk of the item is in its place."""
+        if item.operation.kind is Kind.COPY:
+            self._write_lane.put(item.order, item)
+        elif item.operation.kind is Kind.MERGE and self.devices[item.device].separate:
+            self._upload_lanes[item.device].put(item.order, item)
+        else:
+            self._computable(item)
+
+    def _computable(self, item: _Item) -> None:
+        run = self._runs[item.node]
+        with self._changed:
+            if run.index == item.index:
+                self._compute_lanes[item.device].put(item.order, item)
+            else:
+                run.waiting.append(item)
+
+    def _upload(self, thread: int, item: _Item) -> None:
+        device = self.devices[item.device]
+        for host, on_device in item.uploads:
+            device.upload(self._host_bytes(host.slot, host.nbytes), on_device.slot)
+        item.marker = device.uploads_begun()
+        with self._changed:
+            for _, on_device in item.uploads:
+                self._ready(on_device)
+        pending = self._pending_uploads[item.device]
+        pending.append((item.marker, item))
+        self._computable(item)
+        self._settle_uploads(item.device, 2)
+
+    def _settle_uploads(self, device: int, leave: int) -> None:
+        """Give back the slots in RAM of uploads that are done, but for the last few."""
+        pending = self._pending_uploads[device]
+        while len(pending) > leave:
+            marker, item = pending.popleft()
+            marker.wait()
+            self._release_hosts(item)
+
+    def _host_bytes(self, slot: int, nbytes: int) -> Tensor:
+        assert self._host_tensor is not None
+        start = slot * self.schedule.slot_bytes
+        return self._host_tensor[start : start + nbytes]
+
+    def _compute(self, thread: int, item: _Item) -> None:
+        if item.operation.kind is Kind.SAME:
+            self._compare(item)
+            return
+        from . import compute
+
+        kernel = item.operation.kernel
+        assert kernel is not None
+        device = self.devices[item.device]
+        run = self._runs[item.node]
+        device.begin(thread, item.marker)
+        places = dict(zip(dict.fromkeys(self.graph.node_sources[item.node]), item.residents, strict=True))
+        inputs = []
+        for read in self.graph.node_sources[item.node]:
+            resident = places[read]
+            raw = (device.slot if device.separate else self._host_bytes)(resident.slot, resident.nbytes)
+            inputs.append(raw.view(compute.torch_dtype(self.graph.reads[read].dtype)))
+        piece = compute.Piece(
+            kernel=kernel,
+            inputs=inputs,
+            element=self._span(item)[0],
+            key=self.graph.node_key[item.node],
+            positions=item.operation.positions,
+            tile=tile_length(self.graph, item.node, self.schedule.tile_elements[item.device]),
+        )
+        workspace = self._workspace(thread, item.device)
+        if item.index == 0 and not kernel.transparent and not self._allow_nonfinite:
+            self._refuse_nonfinite(item, compute.check_inputs(piece, workspace))
+        if not item.last:
+            partial = (
+                compute.reduce_chunk(piece, item.index, run.state, workspace)
+                if kernel.needed(item.index, run.state)
+                else None
+            )
+            self._reduced(item, run, partial)
+            return
+        if device.separate:
+            target = device.slot(item.out_device, item.out_nbytes)
+        else:
+            target = self._host_bytes(item.out, item.out_nbytes)
+        outcome = compute.combine_chunk(
+            piece, run.state, workspace, target.view(compute.torch_dtype(self.graph.node_dtype[item.node]))
+        )
+        if not self._allow_nonfinite:
+            self._refuse_nonfinite(item, outcome.nonfinite_inputs)
+        if outcome.overflowed:
+            self._note_overflow(item, outcome.overflowed)
+        if device.separate:
+            item.marker = device.download(thread, item.out_device, self._host_bytes(item.out, item.out_nbytes))
+            self._download_lanes[item.device].put(item.order, item)
+        else:
+            self._release_hosts(item)
+            self._write_lane.put(item.order, item)
+
+    def _workspace(self, thread: int, device: int) -> Any:
+        import torch
+
+        from ..methods.tile import Workspace
+
+        found = self._workspaces.get((thread, device))
+        if found is None:
+            memory = self.devices[device].workspace(thread)
+            found = self._workspaces[(thread, device)] = Workspace(memory, torch.float32)
+        return found
+
+    def _reduced(self, item: _Item, run: _Run, partial: Any) -> None:
+        """Merge a partial in the order of the chunks; with the last one, open the next pass."""
+        kernel = item.operation.kernel
+        assert kernel is not None
+        with run.lock:
+            run.partials[item.chunk] = partial
+            while run.next in run.partials:
+                following = run.partials.pop(run.next)
+                if following is not None:
+                    run.merged = following if run.merged is None else kernel.merge(item.index, run.merged, following)
+                run.next += 1
+            whole = run.next == run.chunks
+            if whole:
+                if kernel.needed(item.index, run.state):
+                    run.state = kernel.finish(item.index, run.merged, run.state)
+                run.next, run.merged = 0, None
+        if self.devices[item.device].separate:
+            self._release_device(item)
+        else:
+            self._release_hosts(item)
+        with self._changed:
+            self._in_flight -= 1
+            if whole:
+                run.index += 1
+                waiting, run.waiting = run.waiting, []
+                for other in waiting:
+                    self._computable(other)
+            self._changed.notify_all()
+
+    def _download(self, thread: int, item: _Item) -> None:
+        item.marker.wait()
+        self._release_device(item)
+        self._write_lane.put(item.order, item)
+
+    def _compare(self, item: _Item) -> None:
+        """Integer tensors are copied where all inputs agree."""
+        views = [self._arena.view(resident.slot, resident.nbytes) for resident in item.residents]
+        reads = list(dict.fromkeys(self.graph.node_sources[item.node]))
+        for read, view in zip(reads[1:], views[1:], strict=True):
+            if view != views[0]:
+                raise CheckpointError(
+                    f"tensor {self._output_name(item.node)}: its {self.graph.reads[read].dtype.name} values differ between "
+                    f"{self._model(reads[0])} and {self._model(read)}; integer tensors are only copied, where they are "
+                    "equal in all models"
+                )
+        self._arena.view(item.out, item.out_nbytes)[:] = views[0]
+        self._release_hosts(item)
+        self._write_lane.put(item.order, item)
+
+    def _write(self, thread: int, item: _Item) -> None:
+        slot = item.residents[0].slot if item.operation.kind is Kind.COPY else item.out
+        data = self._arena.view(slot, item.out_nbytes)
+        width = self.graph.node_dtype[item.node].bits // 8 if item.operation.kind is Kind.MERGE else 1
+        offset = self._span(item)[0] * width
+        for output in self._destinations[item.node]:
+            self._sink.write(output, offset, data)
+        if item.operation.kind is Kind.COPY:
+            self._release_hosts(item)
+        with self._changed:
+            if item.out >= 0:
+                self._host.give_back(item.out)
+            self.progress.bytes_written += item.out_nbytes * len(self._destinations[item.node])
+            run = self._runs[item.node]
+            run.unwritten -= 1
+            whole = run.unwritten == 0
+        if whole:
+            self._finish_node(item.node)
+        with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
+    def _finish_node(self, node: int) -> None:
+        self._sink.finished(node)
+        with self._changed:
+            self.progress.nodes_done += 1
+            del self._runs[node]
+
+    # --- what is said to people --------------------------------------------------------------------------------
+
+    def _output_name(self, node: int) -> str:
+        return self.graph.outputs[self._destinations[node][0]].name
+
+    def _model(self, read: int) -> str:
+        return self.graph.models[self.graph.read_models[read]]
+
+    def _refuse_nonfinite(self, item: _Item, inputs: Sequence[int]) -> None:
+        if inputs:
+            read = self.graph.node_sources[item.node][inputs[0]]
+            raise CheckpointError(
+                f"tensor {self.graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model is "
+                "damaged, or overflowed in training; `allow_nonfinite: true` in the recipe merges it all the same"
+            )
+
+    def _note_overflow(self, item: _Item, count: int) -> None:
+        with self._changed:
+            name = self._output_name(item.node)
+            self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + count

@@ -1,0 +1,106 @@
+"""A lane: threads that do one kind of work, in the order of the plan, and know how long they worked and waited."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Lane(Generic[T]):
+    """Threads that take tasks, the earliest of the plan first, and hand each to `work`.
+
+    Nothing bounds the queue but what its tasks hold: a task exists only with its slots reserved.
+
+    Args:
+        name: for people.
+        threads: how many.
+        work: called as ``work(thread, task)``.
+        failed: called with what `work` raised; the lane goes on with the next task.
+        idle: called as ``idle(thread)`` when a thread finds no task, for work that was put off.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        work: Callable[[int, T], None],
+        failed: Callable[[BaseException], None],
+        idle: Callable[[int], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.worked = [0.0] * threads
+        self.tasks = 0
+        self._work = work
+        self._failed = failed
+        self._idle = idle
+        self._queue: list[tuple[int, int, T]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._sequence = 0
+        self._started = time.perf_counter()
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, order: int, task: T) -> None:
+        """Let the lane do a task; those with a smaller `order` go first."""
+        with self._changed:
+            self._sequence += 1
+            heapq.heappush(self._queue, (order, self._sequence, task))
+            self._changed.notify()
+
+    def _take(self, thread: int) -> T | None:
+        with self._changed:
+            if not self._queue and self._idle is not None and not self._closed:
+                self._changed.release()
+                try:
+                    self._idle(thread)
+                finally:
+                    self._changed.acquire()
+            while not self._queue:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            return heapq.heappop(self._queue)[2]
+
+    def _run(self, thread: int) -> None:
+        while True:
+            try:
+                task = self._take(thread)
+                if task is None:
+                    return
+                start = time.perf_counter()
+                self._work(thread, task)
+                self.worked[thread] += time.perf_counter() - start
+                self.tasks += 1
+            except BaseException as error:  # noqa: BLE001  whatever it is, the main thread raises it
+                self._failed(error)
+
+    @property
+    def seconds_worked(self) -> float:
+        """Seconds of work, all threads together."""
+        return sum(self.worked)
+
+    def seconds_waited(self, until: float) -> float:
+        """Seconds that the threads waited, all together, from their start to `until` (``time.perf_counter``)."""
+        return max(0.0, (until - self._started) * len(self._threads) - self.seconds_worked)
+
+    def stop(self) -> None:
+        """Forget what is queued, and end the threads once they have done what they are at."""
+        with self._changed:
+            self._queue.clear()
+            self._closed = True
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Wait until the threads have ended; `stop` comes first."""
+        for thread in self._threads:
+            thread.join()

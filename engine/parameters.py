@@ -1,0 +1,269 @@
+"""What a recipe's parameters are worth for one tensor: scopes, filters, gradients.
+
+The rules are mergekit's. A per-input parameter (`weight`) is looked up in the slice's source, the slice, the module and
+the recipe; a shared one (`t`) in the slice, the module and the recipe; the method's default comes last. In a list of
+conditions the first whose filter fits the tensor's name holds, and where none fits the search goes on in the next scope.
+A list is a gradient over the layers of the slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..methods.contract import Base, Method, Parameter
+
+if TYPE_CHECKING:
+    from .recipe import Module, Recipe, Slice, Source, Stage
+
+Scalar = float | int | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Values over the layers of a slice: numbers are linear between neighbours, booleans and texts change in steps."""
+
+    values: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditional:
+    """A value for tensors whose name contains `filter`; for all where that is ``*`` or None."""
+
+    filter: str | None
+    value: Scalar | Gradient
+
+
+Setting = Scalar | Gradient | tuple[Conditional, ...]
+Settings = Mapping[str, Setting]
+"""The settings of one scope by the parameter's name."""
+
+_TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
+_FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
+
+_STEP_SLACK = 1e-9  # for floor(t (n-1)), where t = i / (count-1) is rounded: 1/49 x 49 is 1, and just below it in floats
+
+
+class ParameterError(ValueError):
+    """A value that a parameter can't take, or a parameter without one."""
+
+
+def describe(value: object) -> str:
+    """A value for an error message: short, and as it is written in a recipe."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "nothing"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def coerce(value: Scalar, kind: type) -> float | int | bool:
+    """`value` as the float, int or bool that a parameter wants.
+
+    As in mergekit, numeric texts count as numbers (YAML 1.1 reads ``1e-5`` as text), true and false as 1 and 0, and 1, 0
+    and words such as ``yes`` as booleans.
+
+    Raises:
+        ParameterError: for anything else, NaN and infinities included.
+    """
+    wanted = {float: "a number", int: "a whole number", bool: "true or false"}[kind]
+    if kind is bool:
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word in _TRUE or word == 1:
+            return True
+        if word in _FALSE or word == 0:
+            return False
+        raise ParameterError(f"expected {wanted}, and found {describe(value)}")
+    try:
+        if kind is int and isinstance(value, (int, str)):
+            try:
+                return int(value)
+            except ValueError:
+                pass
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise ParameterError(f"expected {wanted}, and found {describe(value)}") from None
+    if not math.isfinite(number):
+        raise ParameterError(f"expected {wanted}, and found {describe(value)}: it must be finite")
+    if kind is int:
+        if number != math.floor(number):
+            raise ParameterError(f"expected {wanted}, and found {describe(value)}")
+        return int(number)
+    return number
+
+
+def layer_position(index: int, count: int) -> float:
+    """Where layer `index` of the `count` layers of a slice stands in a gradient: from 0 to 1, and 1 in a slice of one."""
+    if not 0 <= index < count:
+        raise ValueError(f"layer {index} of {count}")
+    return index / (count - 1) if count > 1 else 1.0
+
+
+def gradient_value(values: Sequence[float | int | bool], t: float) -> float | int | bool:
+    """The value of a gradient at `t` in [0, 1].
+
+    Numbers are linear between neighbours, exact where `t` falls on an entry, and never outside the two neighbours.
+    Booleans step: entry floor(t (n-1)).
+    """
+    last = len(values) - 1
+    position = t * last
+    if isinstance(values[0], bool):
+        return values[min(last, max(0, math.floor(position + _STEP_SLACK)))]
+    left = min(last, max(0, math.floor(position)))
+    right = min(last, left + 1)
+    share = position - left
+    low, high = sorted((values[left], values[right]))
+    return min(high, max(low, (1 - share) * values[left] + share * values[right]))
+
+
+class Resolver:
+    """One parameter in one chain of scopes, ready to be looked up for many tensors.
+
+    Args:
+        parameter: of a method.
+        scopes: the settings in which it is looked up, in order.
+
+    Raises:
+        ParameterError: for a value of the wrong type.
+    """
+
+    __slots__ = ("_entries", "constant", "parameter")
+
+    def __init__(self, parameter: Parameter, scopes: Sequence[Settings]) -> None:
+        self.parameter = parameter
+        entries: list[tuple[str | None, Any, tuple[Any, ...] | None]] = []
+        for scope in scopes:
+            setting = scope.get(parameter.name)
+            if setting is None:
+                continue
+            conditions = setting if isinstance(setting, tuple) else (Conditional(None, setting),)
+            for condition in conditions:
+                name = None if condition.filter in (None, "", "*") else condition.filter
+                if isinstance(condition.value, Gradient):
+                    values = tuple(coerce(value, parameter.type) for value in condition.value.values)
+                    if values:
+                        entries.append((name, values[0], values if len(set(values)) > 1 else None))
+                else:
+                    entries.append((name, coerce(condition.value, parameter.type), None))
+        if not parameter.required:
+            entries.append((None, parameter.default, None))
+        ends = [index for index, entry in enumerate(entries) if entry[0] is None]
+        self._entries = tuple(entries[: ends[0] + 1] if ends else entries)
+        self.constant = len(self._entries) == 1 and self._entries[0][0] is None and self._entries[0][2] is None
+        """Whether it has the same value for every tensor and layer."""
+
+    def __call__(self, tensor: str, t: float) -> Any:
+        """The value for a tensor.
+
+        Args:
+            tensor: the name that filters are held against.
+            t: where the tensor's layer stands in a gradient.
+
+        Raises:
+            ParameterError: where the parameter is required and no scope has a value for this tensor.
+        """
+        for name, value, gradient in self._entries:
+            if name is None or name in tensor:
+                return value if gradient is None else self._at(gradient, t)
+        filtered = ": no filter fits its name" if self._entries else ""
+        raise ParameterError(f"`{self.parameter.name}` has no value{filtered}")
+
+    def _at(self, gradient: tuple[Any, ...], t: float) -> Any:
+        value = gradient_value(gradient, t)
+        return coerce(value, int) if self.parameter.type is int else value
+
+
+def lookup(parameter: Parameter, scopes: Sequence[Settings], tensor: str, t: float) -> Any:
+    """What `parameter` is worth for one tensor; a `Resolver` does the same for many. Raises ParameterError."""
+    return Resolver(parameter, scopes)(tensor, t)
+
+
+class SliceParameters:
+    """The parameters of a method in one slice, looked up for each of its tensors.
+
+    Args:
+        recipe: says where a mistake stands.
+        stage: to which the slice belongs.
+        module: to which the slice belongs (see `recipe.modules_of`).
+        part: the slice.
+        method: the stage's.
+        base: which of the slice's sources is the base model's, where the method has a place for one.
+
+    Raises:
+        RecipeError: for a value of the wrong type.
+    """
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, module: Module, part: Slice, method: Method, base: int | None
+    ) -> None:
+        self._recipe = recipe
+        self._stage = stage
+        self._method = method
+        self._sources = part.sources
+        self._base = base if method.base is not Base.NONE else None
+        scopes = (part.parameters, module.parameters, stage.parameters)
+        try:
+            self._shared = tuple(Resolver(p, scopes) for p in method.parameters if not p.per_input)
+            self._per_input = tuple(
+                (p, tuple(Resolver(p, (source.parameters, *scopes)) for source in part.sources))
+                for p in method.parameters
+                if p.per_input
+            )
+        except ParameterError as error:
+            raise recipe.error(part.place, str(error)) from error
+        self._constant = all(resolver.constant for resolver in self._shared) and all(
+            resolver.constant or index == self._base
+            for _, resolvers in self._per_input
+            for index, resolver in enumerate(resolvers)
+        )
+        self._all: dict[str, Any] | None = None
+
+    def values(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> Mapping[str, Any]:
+        """The parameters of one output tensor, as `Method.kernel` takes them.
+
+        Args:
+            output: its name, against which shared parameters' filters are held.
+            inputs: those that have the tensor: the source's number in the slice, and the name of its tensor there.
+            t: where its layer stands in the slice (`layer_position`), 0 outside the layers.
+
+        Returns:
+            values by name, a tuple where each input has its own; the base's own is a stand-in, of which methods take
+            no notice.
+
+        Raises:
+            RecipeError: where a required parameter has no value, naming model and tensor.
+        """
+        whole = self._constant and len(inputs) == len(self._sources)
+        if whole and self._all is not None:
+            return self._all
+        found: dict[str, Any] = {}
+        for resolver in self._shared:
+            found[resolver.parameter.name] = self._value(resolver, output, t, None)
+        for parameter, resolvers in self._per_input:
+            own = (self._value(resolvers[i], tensor, t, i) for i, tensor in inputs if i != self._base)
+            if any(i == self._base for i, _ in inputs):
+                stand_in = parameter.type() if parameter.required else parameter.default
+                found[parameter.name] = tuple(stand_in if i == self._base else next(own) for i, _ in inputs)
+            else:
+                found[parameter.name] = tuple(own)
+        if whole and [i for i, _ in inputs] == list(range(len(self._sources))):
+            self._all = found
+        return found
+
+    def _value(self, resolver: Resolver, tensor: str, t: float, index: int | None) -> Any:
+        try:
+            return resolver(tensor, t)
+        except ParameterError as error:
+            source = None if index is None else self._sources[index]
+            raise self._recipe.error(*self._explain(resolver.parameter, tensor, source, str(error))) from error
+
+    def _explain(
+        self, parameter: Parameter, tensor: str, source: Source | None, problem: str
+    ) -> tuple[tuple[str | int, ...], str]:
+        if source is None:
+            where = f"{self._method.name}, tensor {tensor}"
+            return self._stage.place, f"{where}: {problem}; set it in the recipe's `parameters`"
+        where = f"{self._method.name}, model {source.model.text}, tensor {tensor}"
+        listed = f"set it under the model's `parameters`, or for all models in the recipe's `parameters`"
+        return source.place, f"{where}: {problem}; {listed}"

@@ -1,0 +1,83 @@
+"""How a node's tensors are cut: chunks that fill a slot, and tiles that a compute thread works on."""
+
+from __future__ import annotations
+
+import math
+
+from .graph import Kind, MergeGraph
+
+
+def length(graph: MergeGraph, node: int) -> int:
+    """What a node's chunks divide: elements, or bytes where nothing is computed."""
+    read = graph.reads[graph.node_sources[node][0]]
+    return read.elements if graph.operation(node).kind is Kind.MERGE else read.nbytes
+
+
+def chunk_count(graph: MergeGraph, node: int, chunk: int) -> int:
+    """How many chunks of `chunk` elements a node's tensors have."""
+    return -(-length(graph, node) // chunk)
+
+
+def widest(graph: MergeGraph, node: int) -> int:
+    """The bytes of an element in the widest of a node's tensors, its output included; 1 where chunks count bytes."""
+    if graph.operation(node).kind is not Kind.MERGE:
+        return 1
+    widths = [graph.reads[read].dtype.bits for read in graph.node_sources[node]]
+    return max(*widths, graph.node_dtype[node].bits) // 8
+
+
+def work_bytes(graph: MergeGraph, node: int) -> int:
+    """The bytes of an element of a node's arithmetic: 8 where an input is float64, else 4."""
+    return 8 if any(graph.reads[read].dtype.name == "F64" for read in graph.node_sources[node]) else 4
+
+
+def tile_length(graph: MergeGraph, node: int, aim: int) -> int:
+    """The elements of a node's compute tiles: as near to `aim` as its granule allows, at least one granule."""
+    kernel = graph.operation(node).kernel
+    if kernel is None:
+        return aim
+    return max(1, aim // kernel.granule) * kernel.granule
+
+
+def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
+    """For each node the elements in a chunk; nodes that share a source share it too where they can."""
+    granules = [
+        1 if (kernel := graph.operation(node).kernel) is None else min(kernel.granule, max(1, length(graph, node)))
+        for node in graph
+    ]
+    widths = [widest(graph, node) for node in graph]
+    chunks = [max(1, slot // (width * granule)) * granule for width, granule in zip(widths, granules, strict=True)]
+    for cluster in clusters(graph):
+        granule = math.lcm(*(granules[node] for node in cluster))
+        width = max(widths[node] for node in cluster)
+        common = slot // (width * granule) * granule
+        kinds = {graph.operation(node).kind is Kind.MERGE for node in cluster}
+        if common and len(kinds) == 1:
+            for node in cluster:
+                chunks[node] = common
+    return chunks
+
+
+def clusters(graph: MergeGraph) -> list[list[int]]:
+    """Groups of two and more nodes that hang together by common sources."""
+    consumers = graph.consumers()
+    if all(len(nodes) < 2 for nodes in consumers):
+        return []
+    seen: set[int] = set()
+    found = []
+    for start in graph:
+        if start in seen:
+            continue
+        seen.add(start)
+        cluster, open_nodes = [], [start]
+        while open_nodes:
+            node = open_nodes.pop()
+            cluster.append(node)
+            for read in graph.node_sources[node]:
+                for other in consumers[read]:
+                    if other not in seen:
+                        seen.add(other)
+                        open_nodes.append(other)
+        if len(cluster) > 1:
+            found.append(sorted(cluster))
+    return found

@@ -1,0 +1,124 @@
+"""Reading tensor bytes into buffers that the caller owns, through a bounded pool of open files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import CheckpointError
+from .platform import expect_sequential, forget_cached, read_at
+
+
+class FilePool:
+    """Files kept open for reading or writing, at most `limit` at a time; the one unused for longest is closed first.
+
+    Safe to use from several threads: a file in use is never closed.
+
+    Args:
+        flags: of ``os.open``.
+        limit: the most files open at a time that aren't in use.
+    """
+
+    def __init__(self, flags: int = os.O_RDONLY, limit: int = 256) -> None:
+        self._flags = flags | os.O_CLOEXEC
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._users: dict[int, int] = {}
+
+    def acquire(self, file: Path) -> int:
+        """A descriptor of `file`; give it back with `release`. Raises OSError."""
+        with self._lock:
+            descriptor = self._open.get(file)
+            if descriptor is None:
+                descriptor = os.open(file, self._flags)
+                if self._flags & os.O_ACCMODE == os.O_RDONLY:
+                    expect_sequential(descriptor)
+                self._open[file] = descriptor
+            self._open.move_to_end(file)
+            self._users[descriptor] = self._users.get(descriptor, 0) + 1
+            self._trim()
+            return descriptor
+
+    def release(self, descriptor: int) -> None:
+        """Give a descriptor back."""
+        with self._lock:
+            self._users[descriptor] -= 1
+            self._trim()
+
+    def _trim(self) -> None:
+        if len(self._open) <= self._limit:
+            return
+        for file, descriptor in list(self._open.items()):
+            if not self._users.get(descriptor):
+                os.close(descriptor)
+                self._users.pop(descriptor, None)
+                del self._open[file]
+                if len(self._open) <= self._limit:
+                    return
+
+    def close(self) -> None:
+        """Close every file. None may be in use."""
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+            self._users.clear()
+
+    def __enter__(self) -> FilePool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Reader:
+    """Reads ranges of source files. Safe to use from several threads.
+
+    Args:
+        keep_cached: whether what was read stays in the page cache; False for inputs that are larger than it.
+        limit: the most source files open at a time.
+    """
+
+    def __init__(self, *, keep_cached: bool = True, limit: int = 256) -> None:
+        self._files = FilePool(os.O_RDONLY, limit)
+        self._keep_cached = keep_cached
+
+    def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `file` from `offset` on.
+
+        Raises:
+            CheckpointError: where the file can't be read, or ends before.
+        """
+        try:
+            descriptor = self._files.acquire(file)
+        except OSError as error:
+            raise CheckpointError(f"{file}: can't be opened: {error.strerror}") from error
+        try:
+            done = 0
+            while done < len(buffer):
+                count = read_at(descriptor, buffer[done:], offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{file}: ends at byte {offset + done}, where its header promises more: it was cut short "
+                        "while it was being read; put the whole file back and run the same command again"
+                    )
+                done += count
+            if not self._keep_cached:
+                forget_cached(descriptor, offset, len(buffer))
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: reading {len(buffer)} bytes at {offset} failed: {error.strerror}; "
+                "check the disk (dmesg), then run the same command again"
+            ) from error
+        finally:
+            self._files.release(descriptor)
+
+    def close(self) -> None:
+        """Close the source files."""
+        self._files.close()

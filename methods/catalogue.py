@@ -1,0 +1,7 @@
+"""Importing this module registers the built-in merge methods."""
+
+from __future__ import annotations
+
+from . import elementwise
+
+__all__ = ["elementwise"]

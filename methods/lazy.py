@@ -1,0 +1,26 @@
+"""torch and numpy, imported when they are first used, so that planning and `--help` do without them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+class _Lazy:
+    """A module that is imported at the first look at one of its attributes."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # the next look finds it without coming here
+        return value
+
+
+if TYPE_CHECKING:
+    import numpy as numpy
+    import torch as torch
+else:
+    numpy = _Lazy("numpy")
+    torch = _Lazy("torch")

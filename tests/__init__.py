@@ -1,0 +1,1 @@
+"""Tests, and the model helpers that benchmarks share with them."""

@@ -1,0 +1,68 @@
+"""What all tests share: one torch thread, no network, models to merge, and the tests that this machine can't run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported, here and in child processes
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from tests import models
+
+MakeModel = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device or root where there is none."""
+    no_gpu = _why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
+    for item in items:
+        if no_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=no_gpu))
+        if os.geteuid() != 0 and item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs root, to mount file systems"))
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    return "no CUDA device" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> MakeModel:
+    """``make_model(name, tensors, **options)`` writes a checkpoint below `tmp_path`, by `models.write_checkpoint`."""
+
+    def make(name: str = "model", tensors: object = None, **options: object) -> Path:
+        chosen = models.tiny_llama() if tensors is None else tensors
+        return models.write_checkpoint(tmp_path / name, chosen, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``base`` and its fine-tunes ``a``, ``b``, ``c``, not to be changed: tiny tied Llamas, bfloat16, several shards."""
+    directory = tmp_path_factory.mktemp("llamas")
+    model = models.tiny_llama(tied=True)
+    base = models.Random(0)
+    fills: dict[str, models.Fill] = {"base": base} | {
+        name: models.FineTune(base, seed) for seed, name in enumerate("abc", 1)
+    }
+    return {
+        name: models.write_tokenizer(
+            models.write_checkpoint(directory / name, model, shard_bytes=model.parameters, fill=fill)
+        )
+        for name, fill in fills.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Path:
+    """The real sentence encoder's directory, not to be changed."""
+    return models.encoder_dir()
