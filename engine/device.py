@@ -6,7 +6,10 @@ copies in and out that run beside the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
+
+from .schedule import DeviceBudget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,3 +125,17 @@ class CpuDevice:
     def close(self) -> None:
         """Give the workspaces back."""
         self._workspaces = []
+
+
+def make_devices(budgets: Sequence[DeviceBudget]) -> list[Device]:
+    """The devices that a schedule's budget names. Raises UsageError for one that isn't here."""
+    devices: list[Device] = []
+    for budget in budgets:
+        kind, _, number = budget.name.partition(":")
+        if kind == "cuda":
+            from .cuda import CudaDevice
+
+            devices.append(CudaDevice(int(number or 0), budget.threads))
+        else:
+            devices.append(CpuDevice(budget.threads))
+    return devices

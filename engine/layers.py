@@ -12,20 +12,18 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any
 
 from ..errors import CheckpointError
 
-COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth") + tuple(
-    pattern.format(side) for pattern in ("{}_layers", "num_{}_layers") for side in ("decoder", "encoder")
-)
+_PLAIN_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth")
+COUNT_KEYS = (*_PLAIN_KEYS, "decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers")
 """The keys under which a config.json states its number of layers, the commonest first."""
 
 LENGTH_KEYS = ("layers_block_type", "layer_types", "hybrid_override_pattern", "block_configs")
 """Keys of lists, or of strings of letters, with one entry a layer; they count where no number is stated."""
 
-_LAYER_WORDS = frozenset({"layers", "layer", "h", "block", "blocks", "decoder_layers", "encoder_layers"})
+_LAYERS = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|encoder_layers|decoder_layers)$")
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.|$)")
 _LANGUAGE = re.compile(r"(?<![a-z])(?:text|language|llm|lm|thinker|decoder)(?![a-z])")
 _EYES = "vision|visual|image|img|vit|vpm|sam|video"
@@ -71,8 +69,7 @@ class LayerMap:
 
     Args:
         stacks: every numbered list outside of layers, the main ones first: also a vision tower's.
-        mains: the stacks that a recipe slices: one; two, encoder and decoder, of equal standing, where there are both;
-            none where the model has no layers at all.
+        mains: the stacks that a recipe slices: one; encoder and decoder where there are both; none without layers.
     """
 
     stacks: tuple[Stack, ...]
@@ -98,11 +95,7 @@ class LayerMap:
         return None
 
     def rename(self, name: str, index: int) -> str:
-        """`name` in layer `index`. An extra layer moves with the count: to ``new count + (index - old count)``.
-
-        Raises:
-            ValueError: `name` is in no layer.
-        """
+        """`name` in layer `index`; ValueError in none. Extras move to ``new count + index - old count``."""
         layer = self.split(name)
         if layer is None:
             raise ValueError(f"{name} is in no layer")
@@ -111,9 +104,8 @@ class LayerMap:
     def is_after(self, name: str) -> bool:
         """Whether a tensor outside the layers comes after them, and takes the parameters of the last slice.
 
-        Judged by its name: heads, final norms and poolers come after, embeddings before, and so do a vision tower and
-        its projector: they make the layers' input. What no rule knows comes before, as in mergekit, which puts the
-        loose tensors of an architecture that it doesn't know before the layers.
+        Judged by its name: heads, final norms and poolers come after; embeddings before, and so do a vision tower and
+        its projector, which make the layers' input. What no rule knows comes before, as in mergekit's own guess.
         """
         text = name.lower()
         if not _is_aside(self.main.prefix) and (_SIDE_OUT.search(text) or _SIDE_IN.search(text)):
@@ -153,7 +145,7 @@ class LayerMap:
 
 def _parts(stacks: Iterable[Stack], mains: tuple[Stack, ...]) -> tuple[tuple[Stack, str], ...]:
     """Stacks of real layers, and the shortest beginning of each one's prefix that no other of them has."""
-    real = [stack for stack in stacks if stack in mains or (stack.count > 1 and _tail(stack.prefix) in _LAYER_WORDS)]
+    real = [stack for stack in stacks if stack in mains or (stack.count > 1 and _LAYERS.search(stack.prefix))]
     parts = []
     for stack in real:
         components = stack.prefix.split(".")
@@ -166,12 +158,11 @@ def _parts(stacks: Iterable[Stack], mains: tuple[Stack, ...]) -> tuple[tuple[Sta
 
 @dataclass(frozen=True, slots=True)
 class _Count:
-    """A number of layers that config.json states; `empty` are layers that it declares to be without tensors."""
+    """A number of layers that config.json states, or implies by the length of a list: then without a key."""
 
     path: tuple[str, ...]
     key: str | None
     value: int
-    empty: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
         return f"{'.'.join((*self.path, self.key or 'layer_types'))} = {self.value}"
@@ -193,12 +184,11 @@ def find_layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -
     for depth in (1, 2, 3):  # deeper where the outermost numbers count no layers: `stages.0.layers.11`
         found = outermost if depth == 1 else _scan(names, depth)
         pair = _pair(found, config)
-        mains = _single(found, config, depth) if pair is None else pair
-        if pair is not None and not mains:
-            break
-        if mains:
+        if mains := _single(found, config, depth) if pair is None else pair:
             others = [_stack(prefix, found[prefix]) for prefix in found if all(prefix != m.prefix for m in mains)]
             return LayerMap((*mains, *sorted(others, key=lambda s: (-s.count, s.prefix))), mains)
+        if pair == ():
+            break
     counts = _counts(config)
     if not counts and not outermost:
         return LayerMap((), ())
@@ -226,9 +216,9 @@ def _scan(names: Iterable[str], depth: int) -> dict[str, set[int]]:
 def _single(found: Mapping[str, set[int]], config: Mapping[str, Any], depth: int) -> tuple[Stack, ...]:
     """The one main stack, or () where none can be told."""
     if depth > 1:  # inside a layer only a list that is called layers can hold layers: no experts
-        found = {prefix: numbers for prefix, numbers in found.items() if _tail(prefix) in _LAYER_WORDS}
+        found = {prefix: numbers for prefix, numbers in found.items() if _LAYERS.search(prefix)}
     pool = {prefix: numbers for prefix, numbers in found.items() if not _is_aside(prefix)}
-    if not any(_tail(prefix) in _LAYER_WORDS for prefix in pool):
+    if not any(_LAYERS.search(prefix) for prefix in pool):
         pool = dict(found)  # a vision or speech model alone
     counts = _counts(config)
     for count in counts:
@@ -240,7 +230,7 @@ def _single(found: Mapping[str, set[int]], config: Mapping[str, Any], depth: int
         return ()
     largest = max(len(numbers) for numbers in pool.values())
     prefix = _likeliest([p for p, numbers in pool.items() if len(numbers) == largest])
-    if prefix is None or (largest == 1 and _tail(prefix) not in _LAYER_WORDS):
+    if prefix is None or (largest == 1 and not _LAYERS.search(prefix)):
         return ()
     stack = _stack(prefix, found[prefix])  # LLaVA's text_config states no count
     path = next((path for path, _ in _sections(config) if path and _LANGUAGE.search(path[-1])), ())
@@ -252,8 +242,8 @@ def _pair(found: Mapping[str, set[int]], config: Mapping[str, Any]) -> tuple[Sta
 
     None where there are no such two, () where config.json states other counts than they have.
     """
-    prefixes = [prefix for prefix in found if _tail(prefix) in _LAYER_WORDS and not _is_aside(prefix)]
-    pairs = [(e, d) for e in prefixes for d in prefixes if _parting(e, d) == ("encoder", "decoder")]
+    prefixes = [prefix for prefix in found if _LAYERS.search(prefix) and not _is_aside(prefix)]
+    pairs = [(e, d) for e in prefixes for d in prefixes if _are_sides(e.split("."), d.split("."))]
     if len(pairs) != 1:
         return None
     stacks = []
@@ -271,10 +261,8 @@ def _pair(found: Mapping[str, set[int]], config: Mapping[str, Any]) -> tuple[Sta
     return tuple(stacks)
 
 
-def _parting(first: str, second: str) -> tuple[str, str] | None:
-    """The components in which two prefixes first differ."""
-    pairs = zip(first.split("."), second.split("."), strict=False)
-    return next(((a, b) for a, b in pairs if a != b), None)
+def _are_sides(first: Sequence[str], second: Sequence[str]) -> bool:
+    return next(((a, b) for a, b in zip(first, second, strict=False) if a != b), None) == ("encoder", "decoder")
 
 
 def _sections(config: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -292,37 +280,25 @@ def _counts(config: Mapping[str, Any]) -> list[_Count]:
     """Every number of layers that config.json states for the language part, the likeliest first."""
     counts = []
     for path, section in _sections(config):
-        empty = _empty_layers(section.get("block_configs"))
-        found = [_Count(path, key, section[key], empty) for key in COUNT_KEYS if _is_count(section.get(key))]
+        found = [_Count(path, key, section[key]) for key in COUNT_KEYS if _is_count(section.get(key))]
         if not found:
             lists = [section[key] for key in LENGTH_KEYS if isinstance(section.get(key), (list, str)) and section[key]]
-            found = [_Count(path, None, len(lists[0]), empty)] if lists else []
+            found = [_Count(path, None, len(lists[0]))] if lists else []
         counts += found
     return counts
-
-
-def _empty_layers(blocks: object) -> frozenset[int]:
-    """Layers of a pruned Nemotron whose attention and feed-forward are both left out: they have no tensors."""
-
-    def is_no_op(block: object, part: str) -> bool:
-        entry = block.get(part) if isinstance(block, Mapping) else None
-        return isinstance(entry, Mapping) and entry.get("no_op") is True
-
-    known = blocks if isinstance(blocks, list) else []
-    return frozenset(i for i, b in enumerate(known) if is_no_op(b, "attention") and is_no_op(b, "ffn"))
 
 
 def _fits(numbers: set[int], count: _Count, exact: bool) -> bool:
     """Whether the numbers are 0 .. count - 1, or, where `exact` is false, those and others beyond."""
     wanted = set(range(count.value))
-    return (numbers | count.empty == wanted) if exact else (wanted <= numbers | count.empty)
+    return numbers == wanted if exact else numbers >= wanted
 
 
 def _likeliest(prefixes: Sequence[str]) -> str | None:
     """The one of several stacks of equal size that is called like the layers of a language model; None if unclear."""
-    for is_better in (lambda p: _tail(p) in _LAYER_WORDS, lambda p: _LANGUAGE.search(p.lower()) is not None):
+    for pattern in (_LAYERS, _LANGUAGE):
         if len(prefixes) > 1:
-            prefixes = [prefix for prefix in prefixes if is_better(prefix)] or prefixes
+            prefixes = [prefix for prefix in prefixes if pattern.search(prefix.lower())] or prefixes
     return prefixes[0] if len(prefixes) == 1 else None
 
 
@@ -352,10 +328,6 @@ def _is_aside(prefix: str) -> bool:
     return bool(_SIDE_IN.search(prefix.lower()) or _SIDE_OUT.search(prefix.lower()))
 
 
-def _tail(prefix: str) -> str:
-    return prefix.rpartition(".")[2]
-
-
 def _under(name: str, beginning: str) -> bool:
     return name == beginning or name.startswith(beginning + ".")
 
@@ -371,15 +343,14 @@ _EMBEDDING = re.compile(
     r"|embeddings)\.weight$"
 )
 _BUFFER = re.compile(
-    r"(?:^|\.)(?:(?:original_)?inv_freq|cos_cached|sin_cached|freqs_cis|rope\.freqs|masked_bias|causal_mask|attn_mask"
-    r"|tril|position_ids|token_type_ids|num_batches_tracked|relative_position_index|relative_coords_table|version"
-    r"|_float_tensor)$"
+    r"(?:original_)?inv_freq|cos_cached|sin_cached|freqs_cis|masked_bias|causal_mask|attn_mask|tril|position_ids|version"
+    r"|token_type_ids|num_batches_tracked|relative_position_index|relative_coords_table|_float_tensor"
 )
 _MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn|self_attention|crossattention)\.bias$")
 _AFTER = re.compile(
     r"(?:^|\.)(?:(?:\w*_)?heads?|score|(?:\w*_)?classifier|(?:\w*_)?pooler|cls|\w*unembed\w*|(?:\w*_)?logits?(?:_\w+)?"
     r"|(?:\w*_)?outputs?(?:_\w+)?|embed_out|out_proj|proj_out|project_out|text_projection|(?:\w*_)?predictions?|vocab_\w+"
-    r"|lm_loss|pred_layer|seq_relationship|embedding_norm|mlm_\w+)(?=\.|$)|^decoder\.(?:weight|bias)$"
+    r"|lm_loss|pred_layer|ff_out|seq_relationship|embedding_norm|mlm_\w+)(?=\.|$)|^decoder\.(?:weight|bias)$"
 )
 _BEFORE = re.compile(
     r"embed|(?:^|\.)(?:wte|wpe|shared|emb|rotary\w*|rope)(?=\.|$)|position|token|per_layer|pre_?la?ye?r_?norm"
@@ -407,8 +378,7 @@ def tied_embedding(head: str, names: Iterable[str]) -> str | None:
 
     def distance(name: str) -> tuple[int, bool, bool, int, str]:
         components = name.split(".")
-        alike = (a == b for a, b in zip(head.split("."), components, strict=False))
-        shared = sum(takewhile(bool, alike))
+        shared = sum(name.startswith(head[: dot.end()]) for dot in re.finditer(r"\.", head))
         return (-shared, "shared" not in components, not _LANGUAGE.search(name), len(components), name)
 
     return min(filter(is_embedding, names), key=distance, default=None)
@@ -422,10 +392,8 @@ def is_optional(name: str) -> bool:
 def is_buffer(name: str, shape: Sequence[int] | None = None) -> bool:
     """Whether a tensor is no parameter, such as rotary frequencies, position ids or a causal mask.
 
-    Args:
-        name: the tensor's name.
-        shape: its shape. GPT-2's ``attn.bias`` is a causal mask where it is (1, 1, n, n), elsewhere a real bias.
+    `shape` tells GPT-2's causal mask ``attn.bias``, which is (1, 1, n, n), from a bias of that name.
     """
-    if _BUFFER.search(name):
-        return True
-    return shape is not None and len(shape) == 4 and tuple(shape[:2]) == (1, 1) and bool(_MASK.search(name))
+    is_square = shape is not None and len(shape) == 4 and tuple(shape[:2]) == (1, 1) and shape[2] == shape[3]
+    is_named = _BUFFER.fullmatch(name.rpartition(".")[2]) is not None or name.endswith("rope.freqs")
+    return is_named or (is_square and bool(_MASK.search(name)))

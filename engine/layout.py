@@ -115,12 +115,12 @@ def _runs(graph: MergeGraph) -> tuple[list[list[int]], list[int]]:
         ref = graph.reads[graph.node_sources[output.node][0]]
         copies.append((output.group, files.setdefault(ref.file, len(files)), ref.offset, number))
     runs: list[list[int]] = []
-    end: tuple[int, int, int] | None = None
-    for group, file, offset, number in sorted(copies):
-        if end != (group, file, offset):
+    end: tuple[int, int] | None = None
+    for _, file, offset, number in sorted(copies):
+        if end != (file, offset):
             runs.append([])
         runs[-1].append(number)
-        end = (group, file, offset + graph.nbytes(graph.outputs[number].node))
+        end = (file, offset + graph.nbytes(graph.outputs[number].node))
     long = []
     for run in runs:
         if sum(graph.nbytes(graph.outputs[number].node) for number in run) >= SHORTEST_RUN:

@@ -43,7 +43,9 @@ Settings = Mapping[str, Setting]
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
-_STEP_SLACK = 1e-9  # for floor(t (n-1)), where t = i / (count-1) is rounded: 1/49 x 49 is 1, and just below it in floats
+_STEP_SLACK = (
+    1e-9  # for floor(t (n-1)), where t = i / (count-1) is rounded: 1/49 x 49 is 1, and just below it in floats
+)
 
 
 class ParameterError(ValueError):
@@ -103,8 +105,8 @@ def layer_position(index: int, count: int) -> float:
 def gradient_value(values: Sequence[float | int | bool], t: float) -> float | int | bool:
     """The value of a gradient at `t` in [0, 1].
 
-    Numbers are linear between neighbours, exact where `t` falls on an entry, and never outside the two neighbours.
-    Booleans step: entry floor(t (n-1)).
+    Numbers are linear between neighbours, exact at both ends, and never outside the two neighbours (mergekit's may be,
+    by a rounding). Booleans step: entry floor(t (n-1)).
     """
     last = len(values) - 1
     position = t * last
@@ -171,7 +173,10 @@ class Resolver:
 
     def _at(self, gradient: tuple[Any, ...], t: float) -> Any:
         value = gradient_value(gradient, t)
-        return coerce(value, int) if self.parameter.type is int else value
+        if self.parameter.type is int:
+            nearest = round(value)
+            return nearest if abs(value - nearest) < _STEP_SLACK else coerce(value, int)
+        return value
 
 
 def lookup(parameter: Parameter, scopes: Sequence[Settings], tensor: str, t: float) -> Any:
@@ -224,7 +229,7 @@ class SliceParameters:
 
         Args:
             output: its name, against which shared parameters' filters are held.
-            inputs: those that have the tensor: the source's number in the slice, and the name of its tensor there.
+            inputs: those that have the tensor, in the slice's order: the source's number, and its tensor's name there.
             t: where its layer stands in the slice (`layer_position`), 0 outside the layers.
 
         Returns:
@@ -247,7 +252,7 @@ class SliceParameters:
                 found[parameter.name] = tuple(stand_in if i == self._base else next(own) for i, _ in inputs)
             else:
                 found[parameter.name] = tuple(own)
-        if whole and [i for i, _ in inputs] == list(range(len(self._sources))):
+        if whole:
             self._all = found
         return found
 
@@ -265,5 +270,5 @@ class SliceParameters:
             where = f"{self._method.name}, tensor {tensor}"
             return self._stage.place, f"{where}: {problem}; set it in the recipe's `parameters`"
         where = f"{self._method.name}, model {source.model.text}, tensor {tensor}"
-        listed = f"set it under the model's `parameters`, or for all models in the recipe's `parameters`"
+        listed = "set it under the model's `parameters`, or for all models in the recipe's `parameters`"
         return source.place, f"{where}: {problem}; {listed}"

@@ -373,6 +373,8 @@ def node_of(data: object) -> Node:
                 return Node({key: convert(value, (*path, key)) for key, value in item.items()}, None)
             case Sequence() if not isinstance(item, (bytes, bytearray, memoryview)):
                 return Node(tuple(convert(value, (*path, index)) for index, value in enumerate(item)), None)
-        raise RecipeError(f"a {type(item).__name__} can't stand in a recipe: use text, numbers, lists, dicts", path=path)
+        raise RecipeError(
+            f"a {type(item).__name__} can't stand in a recipe: use text, numbers, lists, dicts", path=path
+        )
 
     return convert(data, ())

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import elementwise
+from . import elementwise, geometric
 
-__all__ = ["elementwise"]
+__all__ = ["elementwise", "geometric"]

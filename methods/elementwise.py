@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import Inputs, Kernel, MethodError, PerInput, merge_method, only
@@ -19,7 +20,7 @@ class WeightedSum(Kernel):
     buffers = 2
     transparent = True
 
-    def __init__(self, inputs: Inputs, coefficients: tuple[float, ...]) -> None:
+    def __init__(self, inputs: Inputs, coefficients: Sequence[float]) -> None:
         super().__init__(inputs)
         self.coefficients = coefficients
 
@@ -30,6 +31,24 @@ class WeightedSum(Kernel):
         for index in range(1, self.inputs.count):
             total.add_(tile.load(index, out=term).mul_(self.coefficients[index]))
         return total
+
+
+def weighted_sum(inputs: Inputs, coefficients: Sequence[float]) -> Kernel:
+    """The kernel of a sum with fixed coefficients."""
+    return Copy(inputs, 0) if list(coefficients) == [1.0] else WeightedSum(inputs, coefficients)
+
+
+class Copy(Kernel):
+    """One of the inputs as it is."""
+
+    buffers = 1
+
+    def __init__(self, inputs: Inputs, index: int) -> None:
+        super().__init__(inputs)
+        self.copies = index
+
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        return tile.load(self.copies or 0)
 
 
 @merge_method("linear", paper="https://arxiv.org/abs/2203.05482")
@@ -45,7 +64,7 @@ def linear(inputs: Inputs, *, weight: PerInput[float], normalize: bool = True) -
     total = math.fsum(weight) if normalize else 1.0
     if total == 0:
         raise MethodError("the weights sum to 0, so they can't be normalized: change them, or set `normalize: false`")
-    return WeightedSum(inputs, tuple(w / total for w in weight))
+    return weighted_sum(inputs, [w / total for w in weight])
 
 
 @merge_method("passthrough", maximum=1)
@@ -57,4 +76,4 @@ def passthrough(inputs: Inputs, *, scale: PerInput[float] = (1.0,)) -> Kernel:
     Args:
         scale: what every element is multiplied by.
     """
-    return WeightedSum(inputs, (only(scale, "input"),))
+    return weighted_sum(inputs, [only(scale, "input")])

@@ -1,122 +1,187 @@
-"""Methods whose result is a weighted sum of their inputs, with weights that follow from the inputs' inner products.
-
-Slerp, the mean on the sphere and model stock never leave the span of their inputs: what they need to know of the
-tensors is the Gram matrix, n x n numbers. One pass makes it, a little scalar geometry turns it into coefficients, and
-one pass makes the weighted sum. The geometry works on vectors given by their coefficients: see `Span`.
-"""
+"""Methods that go along arcs: slerp and its kin, means on the sphere, model stock."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from .contract import BLOCK, Inputs, Kernel, MethodError
-from .lazy import torch
-from .reductions import BlockSums
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .tile import Tile
-
-Vector = Sequence[float]
-"""A vector in the span of the inputs: its coefficients."""
+from .contract import Absent, Base, Inputs, Kernel, MethodError, PerInput, merge_method
+from .elementwise import Copy
+from .span import ColumnCombination, Combination, RowCombination, Span, Vector, combine
 
 
-class Span:
-    """The space that some vectors span, with their inner products.
-
-    Args:
-        gram: the inner product of each two of them.
-    """
-
-    def __init__(self, gram: Sequence[Sequence[float]]) -> None:
-        self.gram = gram
-        self.size = len(gram)
-
-    def unit(self, index: int) -> list[float]:
-        """The vector `index` itself."""
-        return [float(i == index) for i in range(self.size)]
-
-    def dot(self, a: Vector, b: Vector) -> float:
-        """The inner product of two vectors."""
-        return math.fsum(
-            x * y * product
-            for x, row in zip(a, self.gram, strict=True)
-            for y, product in zip(b, row, strict=True)
-        )
-
-    def norm(self, a: Vector) -> float:
-        """The length of a vector."""
-        return math.sqrt(max(0.0, self.dot(a, a)))
-
-    def norms(self) -> list[float]:
-        """The lengths of the vectors that span the space."""
-        return [math.sqrt(self.gram[i][i]) for i in range(self.size)]
-
-    def cosine(self, i: int, j: int, floor: float) -> float:
-        """The cosine between two of them, the product of whose lengths counts as at least `floor`."""
-        product = math.sqrt(self.gram[i][i]) * math.sqrt(self.gram[j][j])
-        return max(-1.0, min(1.0, self.gram[i][j] / max(product, floor)))
+def arc(angle: float, t: float) -> tuple[float, float]:
+    """The factors of two unit vectors `angle` apart at the place `t` of the arc between them."""
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def add(*terms: tuple[float, Vector]) -> list[float]:
-    """The sum of vectors times numbers."""
-    return [math.fsum(f * x for (f, _), x in zip(terms, column, strict=True)) for column in zip(*(v for _, v in terms), strict=True)]
+@merge_method(
+    "slerp",
+    paper="https://dl.acm.org/doi/10.1145/325334.325242",
+    base=Base.REQUIRED,
+    maximum=1,
+    absent=Absent.LONE,
+)
+def slerp(inputs: Inputs, *, t: float, dot_threshold: float = 0.9995, eps: float = 1e-8) -> Kernel:
+    """Spherical interpolation from the base (t = 0) to the other model (t = 1).
 
-
-Coefficients = Callable[[Span], Vector]
-
-
-class Combination(Kernel):
-    """The weighted sum of the inputs, or the base plus that of their differences from it, with weights from their Gram
-    matrix.
+    out = sin((1-t) a) / sin(a) x_0 + sin(t a) / sin(a) x_1, where a is the angle between the two tensors; the straight
+    line (1-t) x_0 + t x_1 where they are nearly parallel or opposite. A tensor of zeros is at a right angle to all.
 
     Args:
-        inputs: of the tensor.
-        origin: the input that the others are taken relative to, or None.
-        coefficients: from the Gram matrix of the vectors, in recipe order, to their weights in the sum.
+        t: the place between the two; below 0 or above 1 it lies beyond them.
+        dot_threshold: the size of the cosine above which the line is taken.
+        eps: a tensor no longer than this counts as zero.
     """
 
-    reductions = 1
-    transparent = True  # a sum that is no number makes every coefficient NaN
+    def coefficients(span: Span) -> Vector:
+        cosine = span.cosine(0, 1, 0.0) if min(span.lengths) > eps else 0.0
+        first, second = (1 - t, t) if abs(cosine) > dot_threshold else arc(math.acos(cosine), t)
+        return (first, second) if inputs.base == 0 else (second, first)
 
-    def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
-        super().__init__(inputs)
-        self.origin = origin
-        self.coefficients = coefficients
-        self.vectors = [i for i in range(inputs.count) if i != origin]
-        count = len(self.vectors)
-        self.pairs = [(i, j) for i in range(count) for j in range(i, count)]
-        self.buffers = max(4, 2 + 2 * (count + 1) + BlockSums.size(len(self.pairs)))
+    return Combination(inputs, None, coefficients)
 
-    def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
-        workspace = tile.workspace
-        elements = tile.elements
-        sums = BlockSums(len(self.pairs), elements, BLOCK, workspace)
-        product = workspace.take(elements, torch.float64)
-        vectors = [workspace.take(elements, torch.float64) for _ in self.vectors]
-        for vector, loaded in zip(vectors, self._load(tile), strict=True):
-            vector.copy_(loaded.view(-1))
-        for i, j in self.pairs:
-            sums.add(torch.mul(vectors[i], vectors[j], out=product))
-        return [sums.partial()]
 
-    def finish(self, index: int, merged: Any, state: Any) -> Vector:
-        count = len(self.vectors)
-        gram = [[0.0] * count for _ in range(count)]
-        for (i, j), blocks in zip(self.pairs, torch.cat(merged, 1).tolist() if merged else (), strict=False):
-            gram[i][j] = gram[j][i] = math.fsum(blocks)
-        if not all(math.isfinite(x) for row in gram for x in row):
-            return [math.nan] * count
-        return self.coefficients(Span(gram))
+@merge_method("nuslerp", base=Base.OPTIONAL, minimum=2, maximum=2, absent=Absent.LONE)
+def nuslerp(
+    inputs: Inputs,
+    *,
+    weight: PerInput[float],
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+    eps: float = 1e-8,
+) -> Kernel:
+    """Spherical interpolation between two models, or their task vectors where there is a base.
 
-    def combine(self, tile: Tile, state: Vector) -> Tensor:
-        total = tile.empty()
-        for place, (vector, coefficient) in enumerate(zip(self._load(tile), state, strict=True)):
-            if place == 0:
-                torch.mul(vector, coefficient, out=total)
-            else:
-                total.add_(vector.mul_(coefficient))
-        return total if self.origin is None else total.add_(tile.load(self.origin))
+    out = sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2 with t = w_2 / (w_1 + w_2), where a is the angle between
+    the two tensors, or each two rows or columns; a line where they are parallel. With a base: x_i - base, and base added.
+
+    Args:
+        weight: of this model; two weights that sum to 0 count as equal.
+        nuslerp_flatten: one angle for the whole tensor, or else one for each row.
+        nuslerp_row_wise: unless flattened, one angle for each place along the first dimension.
+        eps: the sine of the angle below which the line is taken, and the least sum of weights.
+    """
+    first, second = (weight[i] for i in inputs.others)
+    t = second / (first + second) if abs(first + second) >= eps else 0.5
+
+    def coefficients(span: Span) -> Vector:
+        angle = math.acos(span.cosine(0, 1, 0.0))
+        return (1 - t, t) if abs(math.sin(angle)) < eps else arc(angle, t)
+
+    if nuslerp_flatten:
+        return Combination(inputs, inputs.base, coefficients)
+    return (ColumnCombination if nuslerp_row_wise else RowCombination)(inputs, inputs.base, coefficients)
+
+
+def sphere_mean(span: Span, weights: Sequence[float], steps: int, tol: float, eps: float) -> list[float]:
+    """The weighted mean of the directions of the span's vectors, on the unit sphere.
+
+    Begins with the direction of the weighted mean of the unit vectors, and takes at most `steps` steps of the Karcher
+    mean: to the tangent space, the mean there, and back to the sphere; until a step is shorter than `tol`. Vectors
+    no longer than `eps` have no direction. Zero where all the directions cancel.
+    """
+    directed = [(w, span.direction(i)) for i, w in enumerate(weights) if span.lengths[i] > eps]
+    start = combine(*directed) if directed else [0.0] * len(weights)
+    if (length := span.length(start)) <= eps:
+        return [0.0] * len(weights)
+    mean = combine((1 / length, start))
+    for _ in range(steps):
+        tangents = []
+        for w, direction in directed:
+            cosine = max(-1.0, min(1.0, span.dot(direction, mean)))
+            angle = math.acos(cosine)
+            if math.sin(angle) > eps:
+                tangents.append((w * angle / math.sin(angle), combine((1.0, direction), (-cosine, mean))))
+        tangent = combine(*tangents) if tangents else [0.0] * len(weights)
+        if (length := span.length(tangent)) < tol:
+            break
+        mean = combine((math.cos(length), mean), (math.sin(length) / length, tangent))
+    return mean
+
+
+@merge_method("multislerp", base=Base.OPTIONAL)
+def multislerp(
+    inputs: Inputs,
+    *,
+    weight: PerInput[float],
+    normalize_weights: bool = True,
+    max_iter: int = 0,
+    tol: float = 1e-5,
+    eps: float = 1e-8,
+) -> Kernel:
+    """The weighted mean of the models' directions, at the weighted mean of their lengths.
+
+    out = sum_i w_i |x_i| m, where m is the direction of sum_i w_i x_i / |x_i|. With a base: the same of x_i - base, and base
+    added. Directions that cancel give zero. A single model is returned as it is.
+
+    Args:
+        weight: of this model.
+        normalize_weights: divide the weights by their sum.
+        max_iter: how many steps from there towards the weighted Karcher mean.
+        tol: a step shorter than this is the last.
+        eps: a tensor, or a sum of directions, no longer than this is zero.
+    """
+    weights = [weight[i] for i in inputs.others]
+    total = math.fsum(weights) if normalize_weights else 1.0
+    if abs(total) < eps:
+        raise MethodError("the weights sum to 0: change them, or set `normalize_weights: false`")
+    weights = [w / total for w in weights]
+
+    def coefficients(span: Span) -> Vector:
+        length = math.fsum(w * x for w, x in zip(weights, span.lengths, strict=True))
+        return combine((length, sphere_mean(span, weights, max_iter, tol, eps)))
+
+    if len(weights) == 1:
+        return Copy(inputs, inputs.others[0])
+    return Combination(inputs, inputs.base, coefficients)
+
+
+@merge_method("karcher", paper="https://doi.org/10.1002/cpa.3160300502")
+def karcher(inputs: Inputs, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
+    """The Karcher (Riemannian) mean of the models' directions, at the mean of their lengths.
+
+    m is where the tangents to all directions, log_m(x_i / |x_i|), sum to zero: from their mean on, each step goes to
+    exp_m of the mean tangent. out = mean_i |x_i| m. Directions that cancel give the first one.
+
+    Args:
+        max_iter: how many steps at most.
+        tol: a step shorter than this is the last; a tensor no longer than this has no direction.
+    """
+    share = 1 / inputs.count
+
+    def coefficients(span: Span) -> Vector:
+        mean = sphere_mean(span, [share] * inputs.count, max_iter, tol, tol)
+        if not any(mean):
+            first = next((i for i, length in enumerate(span.lengths) if length > tol), None)
+            mean = mean if first is None else span.direction(first)
+        return combine((share * math.fsum(span.lengths), mean))
+
+    if inputs.count == 1:
+        return Copy(inputs, 0)
+    return Combination(inputs, None, coefficients)
+
+
+@merge_method(
+    "model_stock", paper="https://arxiv.org/abs/2403.19522", base=Base.REQUIRED, minimum=2, absent=Absent.LONE_BASE
+)
+def model_stock(inputs: Inputs, *, filter_wise: bool = False, eps: float = 1e-6) -> Kernel:
+    """Between the base and the mean of the fine-tuned models, as far as their angle says.
+
+    out = t mean_i(x_i) + (1-t) base with t = N c / (1 + (N-1) c), where c is the mean cosine of the angles between each
+    two of the N task vectors x_i - base.
+
+    Args:
+        filter_wise: an angle for each row, rather than one for the whole tensor.
+        eps: the least product of lengths in a cosine, and the denominator below which the base is taken.
+    """
+    n = len(inputs.others)
+    pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
+
+    def coefficients(span: Span) -> Vector:
+        cosine = math.fsum(span.cosine(i, j, eps) for i, j in pairs) / len(pairs)
+        denominator = 1 + (n - 1) * cosine
+        t = n * cosine / denominator if abs(denominator) >= eps else 0.0
+        return [t / n] * n
+
+    return (RowCombination if filter_wise else Combination)(inputs, inputs.base, coefficients)

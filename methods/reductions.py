@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from .contract import BLOCK
 from .lazy import torch
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from .tile import Workspace
 
 _JOINT = 1 << 11  # a tree's levels below this width are dispatched for all the sums of a tile at once
-_FLOAT32_LEVELS = 3  # the first levels of a sum of magnitudes: their roundings average out below 2^-24 of it
 
 
 def fold(values: Tensor, width: int = 1) -> Tensor:
@@ -29,6 +29,14 @@ def fold(values: Tensor, width: int = 1) -> Tensor:
             values, second = values.chunk(2, -1)
             values.add_(second)
     return values
+
+
+def total(sums: Iterable[float]) -> float:
+    """The exact sum, rounded once; NaN where one of them is NaN, or infinities cancel."""
+    try:
+        return math.fsum(sums)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def in_blocks(values: Tensor, block: int) -> list[Tensor]:
@@ -53,15 +61,16 @@ class BlockSums:
         self._added = 0
         widths = []
         if whole := elements // block:
-            widths.append((whole, _folded(block)))
+            widths.append((whole, _folded_width(block)))
         if rest := elements % block:
-            widths.append((1, _folded(rest)))
+            widths.append((1, _folded_width(rest)))
         self._parts = [
             workspace.take(sums * blocks * width, torch.float64).view(sums, blocks, width) for blocks, width in widths
         ]
 
     def add(self, values: Tensor) -> None:
-        """The next tensor: flat, float64 or float32, of the tile's elements, and used up: it is folded in place."""
+        """The next tensor: flat, of the tile's elements. It is folded in place, and thereby used up. Of a float32 one
+        the first four levels of a whole block's tree are float32's, which for magnitudes is exact to some 2^-23."""
         for part, view in zip(self._parts, in_blocks(values, self._block), strict=True):
             part[self._added].copy_(fold(view, _JOINT))
         self._added += 1
@@ -73,5 +82,12 @@ class BlockSums:
 
     @staticmethod
     def size(sums: int) -> float:
-        """Workspace in float32 units for each element of a tile, at most."""
-        return 2 * sums * _JOINT / (1 << 15)
+        """Workspace that it takes, in the units of `Kernel.buffers`."""
+        return 4 * sums * _JOINT / BLOCK
+
+
+def _folded_width(columns: int) -> int:
+    """How many columns `fold` leaves at `_JOINT`."""
+    while columns > _JOINT:
+        columns -= columns // 2
+    return columns

@@ -78,6 +78,11 @@ class Tile:
         """(elements,) or (rows, columns)."""
         return self.inputs[0].shape
 
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return self.inputs[0].numel()
+
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised workspace buffer of the tile's shape, by default in the work dtype."""
         return self.workspace.take(self.inputs[0].numel(), dtype).view(self.shape)

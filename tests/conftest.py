@@ -47,7 +47,7 @@ def make_model(tmp_path: Path) -> MakeModel:
 
 @pytest.fixture(scope="session")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``base`` and its fine-tunes ``a``, ``b``, ``c``, not to be changed: tiny tied Llamas, bfloat16, several shards."""
+    """``base`` and fine-tunes ``a``, ``b``, ``c``, not to be changed: tiny tied Llamas, bfloat16, several shards."""
     directory = tmp_path_factory.mktemp("llamas")
     model = models.tiny_llama(tied=True)
     base = models.Random(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import subprocess
@@ -17,10 +18,10 @@ import pytest
 import safetensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from mergeloom.errors import CheckpointError
 from mergeloom.io.dtypes import BF16, DTYPES, F32, DType
 from mergeloom.io.header import MAX_JSON_BYTES, PAGE, Header, build_header, parse_header, read_header
+
+from mergeloom.errors import CheckpointError, EnvironmentFailure
 
 FILE = Path("x.safetensors")
 BYTE = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
@@ -274,13 +275,33 @@ def tensor_lists(draw: st.DrawFn) -> list[tuple[str, DType, list[int]]]:
 
 
 JUNK = st.sampled_from(
-    [None, True, False, -1, 0, 1, 2, 3, 8, 2**61, 2**63 - 1, 2**63, 2**64, 1.0, -0.0, 1e30, "", "U8", "F32", [], {}]
-    + [[0], [1], [0, 1], [0, 0, 0], {"U8": None}, {"format": "pt"}, ["U8", [1], [0, 1]], [[]]]
+    [
+        *(None, True, False, -1, 0, 1, 2, 3, 8, 2**61, 2**63 - 1, 2**63, 2**64, 1.0, -0.0, 1e30, "", "U8", "F32"),
+        *([], {}, [0], [1], [0, 1], [0, 0, 0], {"U8": None}, {"format": "pt"}, ["U8", [1], [0, 1]], [[]]),
+    ]
 )
 TEXTS = st.sampled_from(
-    ["0", "1", "-0", "-1", "00", "1e0", "1.0", "1e400", "NaN", "Infinity", "null", "true", "9" * 21, str(2**63)]
-    + ['"', "\\", '"\\ud800"', '"\\ud83d\\ude00"', "\\u0000", "{", "}", "[", "]", ",", ":", " ", "\n", "\x00", "\x7f"]
-    + ['"dtype":"U8",', '"x":[1,{"x":2}],', '"__metadata__":{"a":"b"},', '"__metadata__":null,', "\ufeff", "é"]
+    [
+        *("0", "1", "-0", "-1", "00", "1e0", "1.0", "1e400", "NaN", "Infinity", "null", "true", "9" * 21, str(2**63)),
+        *(
+            '"',
+            "\\",
+            '"\\ud800"',
+            '"\\ud83d\\ude00"',
+            "\\u0000",
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            ":",
+            " ",
+            "\n",
+            "\x00",
+            "\x7f",
+        ),
+        *('"dtype":"U8",', '"x":[1,{"x":2}],', '"__metadata__":{"a":"b"},', '"__metadata__":null,', "\ufeff", "é"),
+    ]
 )
 
 
@@ -423,12 +444,23 @@ def test_read_header_does_not_wait_for_a_named_pipe(tmp_path: Path) -> None:
         read_header(tmp_path / "pipe")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_read_header_of_a_forbidden_file(tmp_path: Path) -> None:
-    file = tmp_path / "x.safetensors"
-    file.touch(mode=0)
-    with pytest.raises(CheckpointError, match="may not be read"):
-        read_header(file)
+@pytest.mark.parametrize(
+    ("number", "error", "reason"),
+    [
+        (errno.EACCES, CheckpointError, "may not be read"),
+        (errno.EIO, EnvironmentFailure, "check the disk"),
+        (errno.EMFILE, EnvironmentFailure, "could not be read"),
+    ],
+)
+def test_read_header_tells_a_forbidden_file_from_a_failing_system(
+    number: int, error: type[Exception], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(error, match=reason):
+        read_header(tmp_path / "x.safetensors")
 
 
 # ------------------------------------------------------------------------------------------- building

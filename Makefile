@@ -1,0 +1,74 @@
+# make demo    merge a real sentence encoder, and see what it makes of a few sentences before and after
+# make test    the tests
+# make check   lint, format, packaging and types
+# make bench   mergeloom beside mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
+# make clean   remove everything that make has made here, but the benchmarks' models
+#
+# Each makes what it needs. PYTHON chooses the interpreter (3.11 or newer), and pip's own settings where packages come
+# from: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the small torch, without CUDA.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench clean
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+	done)
+BIN := .venv/bin
+READY := .venv/ready
+BENCH_MODELS ?= $(HOME)/.cache/mergeloom-bench/1b
+BENCH_DISK ?= $(HOME)/.cache/mergeloom-bench
+BENCH_RUNS ?= 3
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "mergeloom needs Python 3.11 or newer, with venv: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
+		-e '.[test,check,demo]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python recipes/demo_encoder.py build/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# mypy reads the installed wheel, from another folder: at the root it would take io/ for the standard library's, and so
+# the packaging is checked too. The second environment borrows the libraries of the first (but not its mergeloom, since
+# a path in a .pth file brings no other .pth file's), after the wheel is in it, so that pip sees nothing else.
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/check
+	$(BIN)/python -m build --no-isolation --outdir build/check . >build.log 2>&1 || { cat build.log; exit 1; }
+	rm build.log
+	$(BIN)/python -m venv --clear --without-pip .venv-check
+	$(BIN)/python -m pip --python .venv-check/bin/python install --quiet --disable-pip-version-check --no-deps \
+		build/check/*.whl
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		>"$$(.venv-check/bin/python -c 'import site; print(site.getsitepackages()[0])')/libraries.pth"
+	cd build/check && ../../.venv-check/bin/mergeloom --help >help.txt
+	cd build/check && ../../$(BIN)/mypy --strict --cache-dir ../../.mypy_cache \
+		--python-executable ../../.venv-check/bin/python -p mergeloom
+
+# MERGEKIT_ENV names an environment that has mergekit already.
+MERGEKIT_ENV ?= .venv-mergekit
+.venv-mergekit/ready: constraints.txt
+	$(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		torch==2.13.0 mergekit==0.1.5
+	touch $@
+
+bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/ready)
+	$(BIN)/python -m benchmarks.make_models $(BENCH_MODELS)
+	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS)
+	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS) \
+		--disk $(BENCH_DISK)
+
+clean:
+	rm -rf .venv .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,263 @@
+"""Reading the single values of a recipe's nodes: each of the wrong kind is an error that says what and where."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import RecipeError
+from ..io.dtypes import BF16, F16, F32, F64, DType
+from ..methods.contract import Method, Parameter
+from .parameters import Conditional, Gradient, ParameterError, Scalar, Setting, coerce, describe
+from .recipe import ModelReference, line_of
+from .yaml_source import Keys, Node
+
+T = TypeVar("T")
+
+DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
+DTYPE_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+IGNORED = frozenset(("int8_mask", "residual_weight"))
+"""Keys and parameters that mergekit takes, and that have no effect on a result: they are passed over without a word."""
+
+HINTS = {
+    "layer_range": "`models` takes whole models: use `slices` for ranges of layers",
+    "pattern": "did you mean `filter`?",
+    "out_path": "give the stage a `name`, by which the others refer to it",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` is most likely a misspelling of."""
+    folded = {other.lower(): other for other in known}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(folded), n=1)
+    return folded[found[0]] if found else None
+
+
+def found(node: Node) -> str:
+    """What a node is, for an error message."""
+    if isinstance(node.value, Mapping):
+        return "a mapping"
+    if isinstance(node.value, tuple):
+        return f"the list {describe(node.plain())}"
+    return describe(node.value)
+
+
+class NodeReader:
+    """Reads values, and gathers the warnings.
+
+    Args:
+        file: the recipe's, or None.
+        lines: of everything in it.
+        strict: whether what is unknown or without effect is an error.
+        methods: the merge methods by name.
+    """
+
+    def __init__(
+        self, file: Path | None, lines: Mapping[Keys, int], strict: bool, methods: Mapping[str, Method]
+    ) -> None:
+        self.warnings: list[str] = []
+        self.methods = methods
+        self._file = file
+        self._lines = lines
+        self._strict = strict
+        self._parameter_names = {parameter.name for method in methods.values() for parameter in method.parameters}
+
+    # What is wrong
+
+    def error(self, message: str, path: Keys) -> RecipeError:
+        """The error for what stands at `path`."""
+        return RecipeError(message, source=self._file, line=line_of(self._lines, path), path=path)
+
+    def warn(self, message: str, path: Keys) -> None:
+        """Note something odd that is no error."""
+        self.warnings.append(str(self.error(message, path)))
+
+    def object_to(self, message: str, path: Keys) -> None:
+        """A warning, or an error where the user asked to be strict."""
+        if self._strict:
+            raise self.error(message, path)
+        self.warn(message, path)
+
+    # Kinds of values
+
+    def mapping(self, node: Node, path: Keys, what: str) -> Mapping[str, Node]:
+        """The entries of a mapping."""
+        if not isinstance(node.value, Mapping):
+            raise self.error(f"expected {what}, and found {found(node)}", path)
+        return node.value
+
+    def entries(self, node: Node, path: Keys, what: str) -> Sequence[Node]:
+        """The entries of a list that is not empty."""
+        if not isinstance(node.value, tuple):
+            raise self.error(f"expected a list of {what}, and found {found(node)}", path)
+        if not node.value:
+            raise self.error(f"expected a list of {what}, and it is empty", path)
+        return node.value
+
+    def text(self, node: Node, path: Keys, what: str) -> str:
+        """A text."""
+        if not isinstance(node.value, str):
+            quotes = " (put it in quotes)" if isinstance(node.value, (int, float)) else ""
+            raise self.error(f"expected {what}, and found {found(node)}{quotes}", path)
+        return node.value
+
+    def switch(self, node: Node, path: Keys) -> bool:
+        """A boolean."""
+        if not isinstance(node.value, bool):
+            raise self.error(f"expected true or false, and found {found(node)}", path)
+        return node.value
+
+    def dtype(self, node: Node, path: Keys) -> DType:
+        """A dtype by torch's name, with or without ``torch.``."""
+        name = self.text(node, path, f"one of {', '.join(DTYPES)}").removeprefix("torch.")
+        if name not in DTYPES:
+            close = DTYPE_NICKNAMES.get(name.lower()) or nearest(name, DTYPES)
+            advice = f"did you mean `{close}`?" if close else f"use one of {', '.join(DTYPES)}"
+            raise self.error(f"unknown dtype {describe(name)}; {advice}", path)
+        return DTYPES[name]
+
+    def reference(self, node: Node, path: Keys) -> ModelReference:
+        """A model: ``path``, ``id@revision``, ``{path, revision}``, or mergekit's ``{model: {path, revision}}``."""
+        if not isinstance(node.value, Mapping):
+            text = self.text(node, path, "a model: a directory or an id of the Hub")
+            try:
+                return ModelReference.parse(text)
+            except ValueError as error:
+                raise self.error(str(error), path) from error
+        keys = node.value
+        if "lora" in keys and keys["lora"].value is not None:
+            message = "LoRA adapters can't be merged yet: apply the adapter first, and name the result"
+            raise self.error(message, (*path, "lora"))
+        if "model" in keys:
+            self.known(keys, path, ("model", "lora", "override_architecture"))
+            return self.reference(keys["model"], (*path, "model"))
+        if "path" not in keys:
+            raise self.error("expected a model, and found a mapping without `path`", path)
+        self.known(keys, path, ("path", "revision", "lora"))
+        name = self.text(keys["path"], (*path, "path"), "a directory or an id of the Hub")
+        revision = self.optional(keys, path, "revision", lambda n, p: self.text(n, p, "a branch, tag or commit"))
+        if not name.strip() or (revision is not None and not revision.strip()):
+            raise self.error("`path` and `revision` can't be empty", path)
+        return ModelReference(name, revision)
+
+    def layer_range(self, node: Node, path: Keys) -> tuple[int, int]:
+        """The first layer and the one after the last."""
+        what = "[first layer, layer after the last]"
+        children = node.value if isinstance(node.value, tuple) else ()
+        if len(children) != 2 or any(isinstance(child.value, (bool, tuple, Mapping)) for child in children):
+            raise self.error(f"expected {what}, and found {found(node)}", path)
+        first, end = (int(self.scalar(child, (*path, index), int)) for index, child in enumerate(children))
+        if first < 0:
+            raise self.error(f"[{first}, {end}] begins before layer 0: layers count from 0", path)
+        if end <= first:
+            why = "is empty: the second number is the layer after the last" if end == first else "runs backwards"
+            raise self.error(f"[{first}, {end}] {why}", path)
+        return first, end
+
+    # Entries of mappings
+
+    def optional(self, keys: Mapping[str, Node], path: Keys, key: str, read: Callable[[Node, Keys], T]) -> T | None:
+        """What `read` makes of an entry; None where it is absent or null."""
+        child = keys.get(key)
+        return None if child is None or child.value is None else read(child, (*path, key))
+
+    def required(self, keys: Mapping[str, Node], path: Keys, key: str, known: Collection[str]) -> Node:
+        """An entry that must be there and not null; among the unknown keys its misspelling is looked for."""
+        child = keys.get(key)
+        if child is not None and child.value is not None:
+            return child
+        close = next((other for other in keys if other not in known and nearest(other, (key,))), None)
+        if close is not None:
+            raise self.error(f"unknown key; did you mean `{key}`?", (*path, close))
+        raise self.error(f"`{key}` is missing", path)
+
+    def known(self, keys: Mapping[str, Node], path: Keys, known: Collection[str]) -> None:
+        """Object to every key that isn't among the known ones."""
+        for key in keys:
+            if key in known or key in IGNORED:
+                continue
+            close = nearest(key, known)
+            advice = HINTS.get(key) or (f"did you mean `{close}`?" if close else f"known: {', '.join(known)}")
+            if key in self._parameter_names and "parameters" in known:
+                advice = "write it under `parameters`"
+            self.object_to(f"unknown key, ignored; {advice}", (*path, key))
+
+    # Parameters
+
+    def settings(
+        self, keys: Mapping[str, Node], path: Keys, method: Method, *, of_model: bool = False
+    ) -> dict[str, Setting]:
+        """The ``parameters`` of a mapping, those that the method has and that have an effect there, coerced."""
+        settings: dict[str, Setting] = {}
+        child = keys.get("parameters")
+        if child is None or child.value is None:
+            return settings
+        path = (*path, "parameters")
+        known = {parameter.name: parameter for parameter in method.parameters}
+        for name, value in self.mapping(child, path, "a mapping of parameters by name").items():
+            parameter = known.get(name)
+            if parameter is None:
+                if name not in IGNORED:
+                    self.object_to(self._unknown_parameter(name, method), (*path, name))
+            elif of_model and not parameter.per_input:
+                message = (
+                    f"it has no effect on a single model: set `{name}` in the slice's or the recipe's `parameters`"
+                )
+                self.object_to(message, (*path, name))
+            else:
+                settings[name] = self._setting(value, (*path, name), parameter)
+        return settings
+
+    def _unknown_parameter(self, name: str, method: Method) -> str:
+        own = [parameter.name for parameter in method.parameters]
+        close = nearest(name, own)
+        if close:
+            return f"{method.name} has no such parameter, ignored; did you mean `{close}`?"
+        others = [m.name for m in self.methods.values() if any(p.name == name for p in m.parameters)]
+        advice = f"it has {', '.join(own)}" if own else "it has none"
+        if others:
+            advice += f" (`{name}` is one of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
+        return f"{method.name} has no such parameter, ignored; {advice}"
+
+    def _setting(self, node: Node, path: Keys, parameter: Parameter) -> Setting:
+        if isinstance(node.value, Mapping):
+            return (self._condition(node, path, parameter),)
+        if not isinstance(node.value, tuple) or not any(isinstance(child.value, Mapping) for child in node.value):
+            return self._value(node, path, parameter)
+        conditions: list[Conditional] = []
+        for index, child in enumerate(node.value):
+            here = (*path, index)
+            if not isinstance(child.value, Mapping):
+                message = f"conditions ({{filter, value}}) and plain values can't be mixed: found {found(child)}"
+                raise self.error(message, here)
+            if conditions and conditions[-1].filter in (None, "", "*"):
+                self.warn("it is never reached: the condition before it fits every tensor", here)
+            conditions.append(self._condition(child, here, parameter))
+        return tuple(conditions)
+
+    def _condition(self, node: Node, path: Keys, parameter: Parameter) -> Conditional:
+        known = ("filter", "value")
+        keys = self.mapping(node, path, "a condition")
+        value = self.required(keys, path, "value", known)
+        self.known(keys, path, known)
+        part = self.optional(keys, path, "filter", lambda n, p: self.text(n, p, "a part of tensor names"))
+        return Conditional(part, self._value(value, (*path, "value"), parameter))
+
+    def _value(self, node: Node, path: Keys, parameter: Parameter) -> Scalar | Gradient:
+        if not isinstance(node.value, tuple):
+            return self.scalar(node, path, parameter.type)
+        if not node.value:
+            raise self.error("a gradient needs at least one entry", path)
+        return Gradient(tuple(self.scalar(child, (*path, i), parameter.type) for i, child in enumerate(node.value)))
+
+    def scalar(self, node: Node, path: Keys, kind: type) -> float | int | bool:
+        """One value as a float, int or bool."""
+        if node.value is None or isinstance(node.value, (tuple, Mapping)):
+            raise self.error(f"expected a value, and found {found(node)}", path)
+        try:
+            return coerce(node.value, kind)
+        except ParameterError as error:
+            raise self.error(str(error), path) from error

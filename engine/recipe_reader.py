@@ -1,0 +1,280 @@
+"""From the nodes of a YAML source to a validated Recipe: what a user can get wrong is found and named here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import yaml
+
+from ..errors import RecipeError
+from ..methods.contract import Base, Method
+from .parameters import describe
+from .recipe import (
+    ChatTemplate,
+    Module,
+    Recipe,
+    Slice,
+    Source,
+    Stage,
+    TokenizerSource,
+    base_index,
+    modules_of,
+)
+from .recipe_nodes import NodeReader, found, nearest
+from .stage_order import in_order
+from .yaml_source import Keys, Node, YamlSource
+
+CONTENTS = ("models", "slices", "modules")
+STAGE_KEYS = (
+    *("merge_method", "base_model", *CONTENTS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer"),
+    *("chat_template", "name", "save", "files_from", "allow_nonfinite"),
+)
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+OTHER_TOOLS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genome": "mergekit-evolve"}
+
+
+def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: Mapping[str, Method]) -> Recipe:
+    """The recipe that a source's documents are. Raises RecipeError."""
+    if not source.documents:
+        raise RecipeError("the recipe is empty", source=file)
+    places = [_place(node, index, len(source.documents)) for index, node in enumerate(source.documents)]
+    lines: dict[Keys, int] = {}
+    for node, place in zip(source.documents, places, strict=True):
+        lines.update(node.lines(place))
+    reader = NodeReader(file, lines, strict, methods)
+    for remark in source.remarks:
+        reader.warnings.append(str(RecipeError(remark.message, source=file, line=remark.line, path=remark.path)))
+    stages = [_stage(reader, node, place) for node, place in zip(source.documents, places, strict=True)]
+    text = source.text or yaml.safe_dump_all([node.plain() for node in source.documents], sort_keys=False)
+    return Recipe(in_order(stages, reader.error, reader.warn), tuple(reader.warnings), file, text, lines)
+
+
+def _place(node: Node, index: int, count: int) -> Keys:
+    """The prefix of the paths of one of `count` documents: its name, else its number, where there are several."""
+    if count == 1:
+        return ()
+    name = node.value.get("name") if isinstance(node.value, Mapping) else None
+    return (name.value,) if name is not None and isinstance(name.value, str) else (index,)
+
+
+def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
+    keys = reader.mapping(node, place, "a recipe: a mapping with `merge_method` and `models` or `slices`")
+    for key, tool in OTHER_TOOLS.items():
+        if key in keys:
+            raise reader.error(f"this is a file for {tool}, another tool: mergeloom does not do that", (*place, key))
+    method = _method(reader, keys, place)
+    _one_content(reader, keys, place, CONTENTS, STAGE_KEYS)
+    reader.known(keys, place, STAGE_KEYS)
+    stage = Stage(
+        name=reader.optional(keys, place, "name", lambda n, p: _name(reader, n, p)),
+        merge_method=method.name,
+        base_model=reader.optional(keys, place, "base_model", reader.reference),
+        models=reader.optional(keys, place, "models", lambda n, p: _models(reader, n, p, method)),
+        slices=reader.optional(keys, place, "slices", lambda n, p: _slices(reader, n, p, method)),
+        modules=reader.optional(keys, place, "modules", lambda n, p: _modules(reader, n, p, method)),
+        parameters=reader.settings(keys, place, method),
+        dtype=reader.optional(keys, place, "dtype", reader.dtype),
+        out_dtype=reader.optional(keys, place, "out_dtype", reader.dtype),
+        tokenizer=_tokenizer(reader, keys, place),
+        chat_template=reader.optional(keys, place, "chat_template", lambda n, p: _chat_template(reader, n, p)),
+        files_from=reader.optional(keys, place, "files_from", reader.reference),
+        allow_nonfinite=reader.optional(keys, place, "allow_nonfinite", reader.switch) or False,
+        save=reader.optional(keys, place, "save", reader.switch) or False,
+        place=place,
+    )
+    if method.base is Base.REQUIRED and stage.base_model is None:
+        parts = [part for module in modules_of(stage) for part in module.slices or ()]
+        if any(part.base_model is None for part in parts):
+            raise reader.error(f"{method.name} needs a `base_model`", (*place, "merge_method"))
+    for module in modules_of(stage):
+        for part in module.slices or ():
+            _check_inputs(reader, stage, part, method)
+    return stage
+
+
+def _method(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Method:
+    node = reader.required(keys, path, "merge_method", STAGE_KEYS)
+    path = (*path, "merge_method")
+    name = reader.text(node, path, "the name of a merge method")
+    if name not in reader.methods:
+        close = nearest(name, reader.methods)
+        advice = f"did you mean `{close}`?" if close else "`mergeloom methods` lists those that there are"
+        raise reader.error(f"unknown merge method {describe(name)}; {advice}", path)
+    return reader.methods[name]
+
+
+def _one_content(
+    reader: NodeReader, keys: Mapping[str, Node], path: Keys, contents: Collection[str], known: Collection[str]
+) -> None:
+    """Exactly one of `models`, `slices` and `modules` must be there."""
+    there = [key for key in contents if key in keys and keys[key].value is not None]
+    if len(there) > 1:
+        both = " and ".join(f"`{key}`" for key in there)
+        raise reader.error(f"{both} exclude each other: keep one of them", (*path, there[-1]))
+    if not there:
+        for key in keys:
+            close = nearest(key, contents)
+            if key not in known and close is not None:
+                raise reader.error(f"unknown key; did you mean `{close}`?", (*path, key))
+        raise reader.error(f"it needs one of {', '.join(f'`{key}`' for key in contents)}", path)
+
+
+def _name(reader: NodeReader, node: Node, path: Keys) -> str:
+    name = reader.text(node, path, "the stage's name")
+    if not re.fullmatch(r"[\w. /-]+", name) or any(not part.strip(" .") for part in name.split("/")):
+        raise reader.error(f"{describe(name)} can't name a stage: use letters, digits, and . _ - between them", path)
+    return name
+
+
+def _tokenizer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> TokenizerSource | None:
+    both = [
+        reader.optional(keys, path, "tokenizer_source", lambda n, p: _tokenizer_source(reader, n, p)),
+        reader.optional(keys, path, "tokenizer", lambda n, p: _tokenizer_mapping(reader, n, p)),
+    ]
+    if None not in both:
+        message = "`tokenizer` and `tokenizer_source` exclude each other: keep one of them"
+        raise reader.error(message, (*path, "tokenizer_source"))
+    return both[0] or both[1]
+
+
+def _tokenizer_source(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
+    if node.value == "base":
+        return TokenizerSource(None)
+    if node.value == "union":
+        message = "a union of vocabularies comes later: use `base`, or a model, where all vocabularies are the same"
+        raise reader.error(message, path)
+    return TokenizerSource(reader.reference(node, path))
+
+
+def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
+    keys = reader.mapping(node, path, "a mapping with `source` (or use `tokenizer_source`)")
+    reader.known(keys, path, ("source", "tokens", "pad_to_multiple_of"))
+    for key, what in (("tokens", "choosing embeddings by token"), ("pad_to_multiple_of", "padding the vocabulary")):
+        if key in keys and keys[key].value not in (None, {}):
+            raise reader.error(f"{what} comes later: leave `{key}` out", (*path, key))
+    if "source" not in keys:
+        message = "without `source` it stands for a union of vocabularies, which comes later: add `source: base`"
+        raise reader.error(message, path)
+    return _tokenizer_source(reader, keys["source"], (*path, "source"))
+
+
+def _chat_template(reader: NodeReader, node: Node, path: Keys) -> ChatTemplate:
+    text = reader.text(node, path, f"auto, one of {', '.join(CHAT_TEMPLATES)}, or a Jinja text")
+    if text == "auto":
+        return ChatTemplate("auto", text)
+    if text in CHAT_TEMPLATES:
+        return ChatTemplate("name", text)
+    if "{{" in text or "{%" in text:
+        return ChatTemplate("text", text)
+    close = nearest(text, ("auto", *CHAT_TEMPLATES))
+    advice = f"did you mean `{close}`?" if close else f"use auto, {', '.join(CHAT_TEMPLATES)}, or a Jinja text"
+    raise reader.error(f"{describe(text)} is no chat template; {advice}", path)
+
+
+def _modules(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple[Module, ...]:
+    modules = reader.mapping(node, path, "a mapping of modules by name")
+    if not modules:
+        raise reader.error("expected a mapping of modules by name, and it is empty", path)
+    return tuple(_module(reader, child, (*path, name), name, method) for name, child in modules.items())
+
+
+def _module(reader: NodeReader, node: Node, path: Keys, name: str, method: Method) -> Module:
+    known = ("models", "slices", "parameters")
+    keys = reader.mapping(node, path, "a module: a mapping with `models` or `slices`")
+    _one_content(reader, keys, path, ("models", "slices"), known)
+    reader.known(keys, path, known)
+    return Module(
+        name,
+        slices=reader.optional(keys, path, "slices", lambda n, p: _slices(reader, n, p, method)),
+        models=reader.optional(keys, path, "models", lambda n, p: _models(reader, n, p, method)),
+        parameters=reader.settings(keys, path, method),
+        place=path,
+    )
+
+
+def _slices(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple[Slice, ...]:
+    entries = reader.entries(node, path, "slices")
+    return tuple(_slice(reader, child, (*path, index), method) for index, child in enumerate(entries))
+
+
+def _slice(reader: NodeReader, node: Node, path: Keys, method: Method) -> Slice:
+    known = ("sources", "base_model", "parameters")
+    keys = reader.mapping(node, path, "a slice: a mapping with `sources`")
+    sources = reader.required(keys, path, "sources", known)
+    reader.known(keys, path, known)
+    return Slice(
+        _sources(reader, sources, (*path, "sources"), method, ranged=True),
+        reader.optional(keys, path, "base_model", reader.reference),
+        reader.settings(keys, path, method),
+        path,
+    )
+
+
+def _models(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple[Source, ...]:
+    return _sources(reader, node, path, method, ranged=False)
+
+
+def _sources(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> tuple[Source, ...]:
+    """The models of a list; one that is listed twice, with the same layers, counts once: the last entry."""
+    entries = reader.entries(node, path, "models, each with its layer_range" if ranged else "models")
+    sources = [_source(reader, child, (*path, i), method, ranged=ranged) for i, child in enumerate(entries)]
+    last = {(source.model, source.layer_range): index for index, source in enumerate(sources)}
+    kept = []
+    for index, source in enumerate(sources):
+        final = last[source.model, source.layer_range]
+        if final == index:
+            kept.append(source)
+            continue
+        message = f"{source.model.text} is listed twice and counts once: the last entry holds, "
+        message += f"{_entry(entries[final])}, and not this one, {_entry(entries[index])}"
+        reader.warn(message, source.place)
+    return tuple(kept)
+
+
+def _entry(node: Node) -> str:
+    """The parameters of an entry of `models` or `sources`, for a warning."""
+    parameters = node.plain().get("parameters")
+    line = f"line {node.line}: " if node.line is not None else ""
+    return f"{line}{describe(parameters) if parameters else 'no parameters'}"
+
+
+def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> Source:
+    known = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")
+    keys = reader.mapping(node, path, f"a mapping with `model`{' and `layer_range`' if ranged else ''}")
+    model = reader.required(keys, path, "model", known)
+    layers = reader.required(keys, path, "layer_range", known) if ranged else None
+    reader.known(keys, path, known)
+    return Source(
+        reader.reference(model, (*path, "model")),
+        None if layers is None else reader.layer_range(layers, (*path, "layer_range")),
+        reader.settings(keys, path, method, of_model=True),
+        path,
+    )
+
+
+def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method) -> None:
+    """The inputs of a slice, their layers and the base model must be such that the method can work on them."""
+    ranges = [source.layer_range for source in part.sources if source.layer_range is not None]
+    if len({end - first for first, end in ranges}) > 1:
+        listed = ", ".join(f"{source.model.text} {list(source.layer_range or ())}" for source in part.sources)
+        raise reader.error(f"the sources of a slice must have equally many layers: {listed}", part.place)
+    base = part.base_model or stage.base_model
+    index = base_index(stage, part, method)
+    if method.base is not Base.NONE and base is not None:
+        if index is None:
+            message = f"{method.name} needs the base model, {base.text}, among the slice's sources"
+            raise reader.error(message, part.place)
+        if sum(source.model == base for source in part.sources) > 1:
+            raise reader.error(f"the base model, {base.text}, is among the sources more than once", part.place)
+    others = [source.model.text for number, source in enumerate(part.sources) if number != index]
+    if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
+        most = " or more" if method.maximum is None else f" to {method.maximum}"
+        number = f"{method.minimum}{'' if method.maximum == method.minimum else most}"
+        message = f"{method.name} takes {number} model{'' if number == '1' else 's'}"
+        message += f"{'' if index is None else ' besides the base'}, and there are {len(others)}"
+        message += f": {', '.join(others)}" if others else ""
+        if index is None and part.sources[-1].place[-1:] == ("base_model",):
+            message += " (a `base_model` that isn't listed under `models` is added to them)"
+        raise reader.error(message, part.place)

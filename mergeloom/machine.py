@@ -1,0 +1,177 @@
+"""What the machine has: memory, cores and GPUs that this process may use, and what the process itself takes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .engine.schedule import Budget, DeviceBudget
+from .errors import UsageError
+
+RAM_SHARE = 0.7
+"""The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
+VRAM_SHARE = 0.85
+"""The default --max-vram, as a share of the GPU's memory."""
+TORCH_BYTES = 190 << 20
+"""What importing torch and starting its threads adds to the process, in bytes."""
+CUDA_BYTES = 1200 << 20
+"""What a CUDA context adds to the process in host memory, in bytes."""
+SLACK_BYTES = 24 << 20
+"""For thread stacks, file buffers and the display, in bytes."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The resident memory of this process, in bytes.
+
+    Args:
+        now: at this moment.
+        peak: the most so far (VmHWM).
+    """
+
+    now: int
+    peak: int
+
+
+def process_memory() -> Memory:
+    """What this process takes now and took at the most."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return Memory(*(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")))
+    import psutil
+
+    resident = psutil.Process().memory_info().rss
+    return Memory(resident, resident)
+
+
+def total_ram() -> int:
+    """Bytes of memory that this process may use: the machine's, or the cgroup's limit where it is lower."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    for directory in _cgroup_directories():
+        limit = _read_number(directory / "memory.max")
+        if limit is not None:
+            total = min(total, limit)
+    return total
+
+
+def available_ram() -> int:
+    """Bytes of memory that are free for this process now, page cache included."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for directory in _cgroup_directories():
+        limit, used = _read_number(directory / "memory.max"), _read_number(directory / "memory.current")
+        if limit is not None and used is not None:
+            reclaimable = _read_fields(directory / "memory.stat").get("inactive_file", 0)
+            available = min(available, limit - used + reclaimable)
+    return max(0, available)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the cgroup's CPU limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for directory in _cgroup_directories():
+        try:
+            quota, period = (directory / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
+
+
+def _cgroup_directories() -> list[Path]:
+    """The directories of this process's cgroup (version 2), from its own up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if own is None:
+        return []
+    directory = _CGROUP / own.lstrip("/")
+    return [directory, *(parent for parent in directory.parents if parent == _CGROUP or _CGROUP in parent.parents)]
+
+
+def _read_number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _read_fields(file: Path) -> dict[str, int]:
+    try:
+        return {key: int(value) for key, value in (line.split() for line in file.read_text().splitlines())}
+    except (OSError, ValueError):
+        return {}
+
+
+def find_devices(wanted: str, max_vram: int | None, threads: int) -> tuple[DeviceBudget, ...]:
+    """The devices that compute.
+
+    Args:
+        wanted: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1``, or several of these with commas.
+        max_vram: bytes that may be held on each GPU; a share of its memory where None.
+        threads: compute threads of the CPU.
+
+    Raises:
+        UsageError: for a device that isn't here.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if _has_gpu_driver() and _gpus() else "cpu"
+    if wanted == "cpu":
+        return (DeviceBudget("cpu", None, threads),)
+    gpus = _gpus()
+    numbers: list[int] = []
+    for part in wanted.split(","):
+        kind, _, number = part.strip().partition(":")
+        if kind != "cuda" or (number and not number.isdigit()):
+            raise UsageError(f"{wanted!r} is no device: give auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")
+        numbers += [int(number)] if number else list(gpus)
+    missing = [number for number in numbers if number not in gpus]
+    if missing or not numbers:
+        here = ", ".join(f"cuda:{number}" for number in gpus) or "no CUDA device"
+        raise UsageError(f"--device {wanted}: this machine has {here}; use --device cpu, or one that is here")
+    return tuple(
+        DeviceBudget(f"cuda:{number}", max_vram or int(gpus[number] * VRAM_SHARE), 2) for number in dict.fromkeys(numbers)
+    )
+
+
+def _has_gpu_driver() -> bool:
+    """Whether it is worth importing torch to look for a GPU."""
+    return any(Path(path).exists() for path in ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg"))
+
+
+def _gpus() -> dict[int, int]:
+    """The memory of each CUDA device, in bytes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        number: int(torch.cuda.get_device_properties(number).total_memory) for number in range(torch.cuda.device_count())
+    }
+
+
+def make_budget(max_ram: int | None, devices: tuple[DeviceBudget, ...], computes: bool) -> Budget:
+    """The budget of a merge on this machine.
+
+    Args:
+        max_ram: the bound on the process's resident memory in bytes; a share of the machine's where None.
+        devices: those that compute.
+        computes: whether anything is computed, so that torch is needed.
+    """
+    baseline = process_memory().now + SLACK_BYTES
+    if computes and "torch" not in sys.modules:
+        baseline += TORCH_BYTES
+    if computes and any(device.vram is not None for device in devices):
+        baseline += CUDA_BYTES
+    return Budget(max_ram or int(total_ram() * RAM_SHARE), baseline, devices)

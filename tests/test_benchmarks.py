@@ -1,0 +1,84 @@
+"""The benchmarks measure what they say: memory and time of known programs, the bytes of the floor, the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import compare, floor
+
+MEASURE = """
+import json, sys
+from benchmarks import compare
+measured = compare.run([sys.executable, "-c", sys.argv[1]])
+print(json.dumps([measured.seconds, measured.peak_rss]))
+"""
+
+
+def measure(program: str) -> tuple[float, int]:
+    """Seconds and peak RSS of a Python program, measured from a process of its own, as small as compare.py is."""
+    command = [sys.executable, "-c", MEASURE, program]
+    found = subprocess.run(command, cwd=compare.HERE.parent, capture_output=True, text=True, check=True)
+    seconds, peak_rss = json.loads(found.stdout)
+    return seconds, peak_rss
+
+
+def test_peak_rss_is_that_of_the_process() -> None:
+    _, idle = measure("pass")
+    _, held = measure("b = bytearray(300 << 20); b[::4096] = b'x' * len(b[::4096]); del b")
+    assert idle < 40 << 20
+    assert 300 << 20 < held < 345 << 20
+
+
+def test_seconds_are_those_of_the_whole_process() -> None:
+    seconds, _ = measure("import time; time.sleep(1)")
+    assert 1 < seconds < 3
+
+
+def test_a_failed_process_shows_its_log() -> None:
+    with pytest.raises(compare.ProcessError, match=r"ended with 3:\n.*so it was"):
+        compare.run([sys.executable, "-c", "import sys; print('so it was'); sys.exit(3)"])
+
+
+def test_the_floor_writes_as_many_bytes_as_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "input").write_bytes(bytes(3 * floor.PIECE + 5))
+    command = [sys.executable, "-S", "-E", floor.__file__, tmp_path / "out", "1500000", tmp_path / "input"]
+    printed = subprocess.run(command, capture_output=True, check=True).stdout
+    assert set(json.loads(printed)) == {"read", "write"}
+    assert (tmp_path / "out/output").stat().st_size == 1_500_000
+
+
+@pytest.mark.parametrize("method", compare.CASES)
+def test_recipes_name_what_they_read(method: str) -> None:
+    case = compare.CASES[method]
+    recipe = yaml.safe_load(case.text(method, Path("/models")))
+    named = {entry["model"] for entry in recipe["models"]} | {recipe.get("base_model", recipe["models"][0]["model"])}
+    assert named == {f"/models/{name}" for name in case.inputs.split()}
+    assert recipe["merge_method"] == method
+
+
+def test_the_table_has_medians_and_their_ratio(tmp_path: Path) -> None:
+    seconds = {"mergeloom": (2.0, 1.0, 3.0), "mergekit": (9.0, 10.0, 30.0), "floor": (1.0, 1.0, 1.0)}
+    runs = [
+        {"method": "ties", "side": side, "seconds": value, "peak_rss": 2**30}
+        | ({"flags": ["-x"]} if side == "mergekit" else {})
+        for side, values in seconds.items()
+        for value in values
+    ]
+    text = compare.table({"title": "T", "machine": compare.machine(), "versions": {"a": "1"}, "runs": runs})
+    assert (
+        "| `ties` | 2.00 (1.00 to 3.00) | 10.00 (9.00 to 30.00) | 1.00 (1.00 to 1.00) | 5.0 | 2.00 | 1.00 | 1.00 |"
+        in text
+    )
+    assert "mergekit ran with `-x` for `ties`." in text
+    document = tmp_path / "docs/benchmarks.md"
+    for content in ("old", text):
+        compare.put_between_markers(document, "here", content)
+    assert document.read_text().count("<!-- here -->") == 1
+    assert "old" not in document.read_text()
+    assert text in document.read_text()
