@@ -26,9 +26,10 @@ help:
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mergeloom needs Python 3.11 or newer, with venv: make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up .venv with $(PYTHON): once, a minute or more."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation \
 		-e '.[test,check,demo]'
 	touch $@
 
@@ -48,7 +49,7 @@ check: $(READY)
 	$(BIN)/python -m build --no-isolation --outdir build/check . >build.log 2>&1 || { cat build.log; exit 1; }
 	rm build.log
 	$(BIN)/python -m venv --clear --without-pip .venv-check
-	$(BIN)/python -m pip --python .venv-check/bin/python install --quiet --disable-pip-version-check --no-deps \
+	$(BIN)/python -m pip --python .venv-check/bin/python install -qq --disable-pip-version-check --no-deps \
 		build/check/*.whl
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 		>"$$(.venv-check/bin/python -c 'import site; print(site.getsitepackages()[0])')/libraries.pth"
@@ -59,8 +60,9 @@ check: $(READY)
 # MERGEKIT_ENV names an environment that has mergekit already.
 MERGEKIT_ENV ?= .venv-mergekit
 .venv-mergekit/ready: constraints.txt
+	@echo "Setting up .venv-mergekit with $(PYTHON): once, a minute or more."
 	$(PYTHON) -m venv .venv-mergekit
-	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	.venv-mergekit/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		torch==2.13.0 mergekit==0.1.5
 	touch $@
 

@@ -303,7 +303,7 @@ class Executor:
             chunks = self.schedule.chunks(self.graph, step.node)
             with self._changed:
                 for read, held in step.drop:
-                    self._drop(read, held.low, held.high, held.vram)
+                    self._drop(read, held.low, held.high)
                 if step.index == 0:
                     self._runs[step.node] = _Run(chunks)
             if chunks == 0:
@@ -319,13 +319,12 @@ class Executor:
                 for read in reads:
                     self._read_lane.put(order, read)
 
-    def _drop(self, read: int, low: int, high: int, vram: int) -> None:
-        """Unpin the chunks of a read that a step no longer lets it keep."""
-        for cache, kept in ((self._cached, range(low, high)), (self._uploaded, range(vram))):
-            for key in [key for key in cache if key[0] == read and key[2] not in kept]:
-                resident = cache[key]
-                resident.pinned = False
-                self._release_if_unused(key, resident, cache)
+    def _drop(self, read: int, low: int, high: int) -> None:
+        """Unpin the chunks in RAM of a read that a step no longer lets it keep: all but [low, high)."""
+        for key in [key for key in self._cached if key[0] == read and not low <= key[2] < high]:
+            resident = self._cached[key]
+            resident.pinned = False
+            self._release_if_unused(key, resident, self._cached)
 
     # --- slots -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 _PLAIN_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth")
-COUNT_KEYS = (*_PLAIN_KEYS, "decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers")
+COUNT_KEYS = (*_PLAIN_KEYS, "decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers", "layers")
 """The keys under which a config.json states its number of layers, the commonest first."""
 
 LENGTH_KEYS = ("layers_block_type", "layer_types", "hybrid_override_pattern", "block_configs")
@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.|$)")
 _LANGUAGE = re.compile(r"(?<![a-z])(?:text|language|llm|lm|thinker|decoder)(?![a-z])")
 _EYES = "vision|visual|image|img|vit|vpm|sam|video"
 _IN = rf"{_EYES}|audio|apm|speech|acoustic|conformer|qformer|resampler|perceiver|projector|connector|aligner|merger"
-_OUT = "mtp|nextn|eagle|medusa|talker|codec|token2wav|code2wav"
+_OUT = "mtp|nextn|eagle|medusa|talker|depth_decoder|codec|token2wav|code2wav"
 _SIDE_IN = re.compile(rf"(?<![a-z])(?:{_IN})(?![a-z])")
 _SIDE_OUT = re.compile(rf"(?<![a-z])(?:{_OUT})(?![a-z])")
 _VISION = re.compile(rf"(?<![a-z])(?:{_EYES})(?![a-z])")
@@ -96,8 +96,7 @@ class LayerMap:
 
     def rename(self, name: str, index: int) -> str:
         """`name` in layer `index`; ValueError in none. Extras move to ``new count + index - old count``."""
-        layer = self.split(name)
-        if layer is None:
+        if (layer := self.split(name)) is None:
             raise ValueError(f"{name} is in no layer")
         return f"{layer.stack}.{index}.{layer.rest}" if layer.rest else f"{layer.stack}.{index}"
 
@@ -221,8 +220,8 @@ def _single(found: Mapping[str, set[int]], config: Mapping[str, Any], depth: int
     if not any(_LAYERS.search(prefix) for prefix in pool):
         pool = dict(found)  # a vision or speech model alone
     counts = _counts(config)
-    for count in counts:
-        for exact in (True, False):
+    for exact in (True, False):
+        for count in counts:
             prefix = _likeliest([p for p, numbers in pool.items() if _fits(numbers, count, exact)])
             if prefix is not None:
                 return (_stack(prefix, found[prefix], count),)
@@ -232,9 +231,9 @@ def _single(found: Mapping[str, set[int]], config: Mapping[str, Any], depth: int
     prefix = _likeliest([p for p, numbers in pool.items() if len(numbers) == largest])
     if prefix is None or (largest == 1 and not _LAYERS.search(prefix)):
         return ()
-    stack = _stack(prefix, found[prefix])  # LLaVA's text_config states no count
     path = next((path for path, _ in _sections(config) if path and _LANGUAGE.search(path[-1])), ())
-    return (replace(stack, config_path=path),) if not stack.extras else ()
+    stack = replace(_stack(prefix, found[prefix]), config_path=path)  # LLaVA's text_config states no count
+    return () if stack.extras else (stack,)
 
 
 def _pair(found: Mapping[str, set[int]], config: Mapping[str, Any]) -> tuple[Stack, ...] | None:
@@ -244,10 +243,11 @@ def _pair(found: Mapping[str, set[int]], config: Mapping[str, Any]) -> tuple[Sta
     """
     prefixes = [prefix for prefix in found if _LAYERS.search(prefix) and not _is_aside(prefix)]
     pairs = [(e, d) for e in prefixes for d in prefixes if _are_sides(e.split("."), d.split("."))]
-    if len(pairs) != 1:
+    if not pairs:
         return None
+    largest = max(pairs, key=lambda pair: len(found[pair[0]]) + len(found[pair[1]]))
     stacks = []
-    for prefix, side, other in zip(pairs[0], ("encoder", "decoder"), ("decoder", "encoder"), strict=True):
+    for prefix, side, other in zip(largest, ("encoder", "decoder"), ("decoder", "encoder"), strict=True):
         # A section of its own (T5Gemma's "decoder") knows best, then the side's own keys, then the common ones.
         sections = [(path, section) for path, section in _sections(config) if not path or other not in path[-1]]
         sections.sort(key=lambda item: not (item[0] and side in item[0][-1]))
@@ -262,7 +262,8 @@ def _pair(found: Mapping[str, set[int]], config: Mapping[str, Any]) -> tuple[Sta
 
 
 def _are_sides(first: Sequence[str], second: Sequence[str]) -> bool:
-    return next(((a, b) for a, b in zip(first, second, strict=False) if a != b), None) == ("encoder", "decoder")
+    a, b = next(((a, b) for a, b in zip(first, second, strict=False) if a != b), ("", ""))
+    return "encoder" in a and a.replace("encoder", "decoder") == b
 
 
 def _sections(config: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -289,9 +290,8 @@ def _counts(config: Mapping[str, Any]) -> list[_Count]:
 
 
 def _fits(numbers: set[int], count: _Count, exact: bool) -> bool:
-    """Whether the numbers are 0 .. count - 1, or, where `exact` is false, those and others beyond."""
-    wanted = set(range(count.value))
-    return numbers == wanted if exact else numbers >= wanted
+    """Whether the numbers are 0 .. count - 1, or, where `exact` is false, those and at most as many beyond."""
+    return numbers >= set(range(count.value)) and len(numbers) <= count.value * (1 if exact else 2)
 
 
 def _likeliest(prefixes: Sequence[str]) -> str | None:
@@ -336,7 +336,7 @@ def _under(name: str, beginning: str) -> bool:
 
 _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head(?:\.decoder|\.out_proj)?|generator_lm_head|embed_out|output|output_layer|output_projection"
-    r"|proj_out|vocab_projector|cls\.predictions\.decoder|pred_layer\.proj|lm_loss|ff_out)\.weight$|^decoder\.weight$"
+    r"|vocab_projector|cls\.predictions\.decoder|pred_layer\.proj|lm_loss|ff_out)\.weight$|^(?:decoder|proj_out)\.weight$"
 )
 _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings?|tok_embeddings|token_embeddings?|tokens_embed|embed_in|shared"

@@ -1,9 +1,9 @@
 """What a recipe's parameters are worth for one tensor: scopes, filters, gradients.
 
-The rules are mergekit's. A per-input parameter (`weight`) is looked up in the slice's source, the slice, the module and
-the recipe; a shared one (`t`) in the slice, the module and the recipe; the method's default comes last. In a list of
-conditions the first whose filter fits the tensor's name holds, and where none fits the search goes on in the next scope.
-A list is a gradient over the layers of the slice.
+The rules are mergekit's. A per-input parameter (`weight`) is looked up in the slice's source, the slice, the module
+and the recipe; a shared one (`t`) in the slice, the module and the recipe; the method's default comes last. In a list
+of conditions the first whose filter fits the tensor's name holds, and where none fits the search goes on in the next
+scope. A list is a gradient over the layers of the slice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..methods.contract import Base, Method, Parameter
 
 if TYPE_CHECKING:
+    from ..errors import RecipeError
     from .recipe import Module, Recipe, Slice, Source, Stage
 
 Scalar = float | int | bool | str
@@ -43,9 +44,7 @@ Settings = Mapping[str, Setting]
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
-_STEP_SLACK = (
-    1e-9  # for floor(t (n-1)), where t = i / (count-1) is rounded: 1/49 x 49 is 1, and just below it in floats
-)
+_SLACK = 1e-9  # t = i / (count-1) is rounded: 1/49 x 49 is just below 1 in floats, and its floor would be 0
 
 
 class ParameterError(ValueError):
@@ -63,8 +62,8 @@ def describe(value: object) -> str:
 def coerce(value: Scalar, kind: type) -> float | int | bool:
     """`value` as the float, int or bool that a parameter wants.
 
-    As in mergekit, numeric texts count as numbers (YAML 1.1 reads ``1e-5`` as text), true and false as 1 and 0, and 1, 0
-    and words such as ``yes`` as booleans.
+    As in mergekit, numeric texts count as numbers (YAML 1.1 reads ``1e-5`` as text), true and false as 1 and 0, and
+    1, 0 and words such as ``yes`` as booleans.
 
     Raises:
         ParameterError: for anything else, NaN and infinities included.
@@ -96,7 +95,7 @@ def coerce(value: Scalar, kind: type) -> float | int | bool:
 
 
 def layer_position(index: int, count: int) -> float:
-    """Where layer `index` of the `count` layers of a slice stands in a gradient: from 0 to 1, and 1 in a slice of one."""
+    """Where layer `index` of a slice of `count` layers stands in a gradient: from 0 to 1, and 1 in a slice of one."""
     if not 0 <= index < count:
         raise ValueError(f"layer {index} of {count}")
     return index / (count - 1) if count > 1 else 1.0
@@ -111,7 +110,7 @@ def gradient_value(values: Sequence[float | int | bool], t: float) -> float | in
     last = len(values) - 1
     position = t * last
     if isinstance(values[0], bool):
-        return values[min(last, max(0, math.floor(position + _STEP_SLACK)))]
+        return values[min(last, max(0, math.floor(position + _SLACK)))]
     left = min(last, max(0, math.floor(position)))
     right = min(last, left + 1)
     share = position - left
@@ -134,7 +133,7 @@ class Resolver:
 
     def __init__(self, parameter: Parameter, scopes: Sequence[Settings]) -> None:
         self.parameter = parameter
-        entries: list[tuple[str | None, Any, tuple[Any, ...] | None]] = []
+        entries: list[tuple[str | None, Any, _Curve | None]] = []
         for scope in scopes:
             setting = scope.get(parameter.name)
             if setting is None:
@@ -142,17 +141,16 @@ class Resolver:
             conditions = setting if isinstance(setting, tuple) else (Conditional(None, setting),)
             for condition in conditions:
                 name = None if condition.filter in (None, "", "*") else condition.filter
-                if isinstance(condition.value, Gradient):
-                    values = tuple(coerce(value, parameter.type) for value in condition.value.values)
-                    if values:
-                        entries.append((name, values[0], values if len(set(values)) > 1 else None))
-                else:
+                if not isinstance(condition.value, Gradient):
                     entries.append((name, coerce(condition.value, parameter.type), None))
+                elif condition.value.values:
+                    values = tuple(coerce(value, parameter.type) for value in condition.value.values)
+                    entries.append((name, values[0], _Curve(values) if len(set(values)) > 1 else None))
         if not parameter.required:
             entries.append((None, parameter.default, None))
-        ends = [index for index, entry in enumerate(entries) if entry[0] is None]
-        self._entries = tuple(entries[: ends[0] + 1] if ends else entries)
-        self.constant = len(self._entries) == 1 and self._entries[0][0] is None and self._entries[0][2] is None
+        end = next((number for number, entry in enumerate(entries, 1) if entry[0] is None), len(entries))
+        self._entries = tuple(entries[:end])
+        self.constant = len(entries) > 0 and entries[0][0] is None and entries[0][2] is None
         """Whether it has the same value for every tensor and layer."""
 
     def __call__(self, tensor: str, t: float) -> Any:
@@ -165,17 +163,26 @@ class Resolver:
         Raises:
             ParameterError: where the parameter is required and no scope has a value for this tensor.
         """
-        for name, value, gradient in self._entries:
+        for name, value, curve in self._entries:
             if name is None or name in tensor:
-                return value if gradient is None else self._at(gradient, t)
+                return value if curve is None else curve[t]
         filtered = ": no filter fits its name" if self._entries else ""
         raise ParameterError(f"`{self.parameter.name}` has no value{filtered}")
 
-    def _at(self, gradient: tuple[Any, ...], t: float) -> Any:
-        value = gradient_value(gradient, t)
-        if self.parameter.type is int:
+
+class _Curve(dict[float, Any]):
+    """A gradient's values by t: as many as a slice has layers, and many tensors ask for each."""
+
+    def __init__(self, values: tuple[float | int | bool, ...]) -> None:
+        super().__init__()
+        self._values = values
+
+    def __missing__(self, t: float) -> Any:
+        value = gradient_value(self._values, t)
+        if type(self._values[0]) is int:
             nearest = round(value)
-            return nearest if abs(value - nearest) < _STEP_SLACK else coerce(value, int)
+            value = nearest if abs(value - nearest) < _SLACK else coerce(value, int)
+        self[t] = value
         return value
 
 
@@ -217,12 +224,11 @@ class SliceParameters:
             )
         except ParameterError as error:
             raise recipe.error(part.place, str(error)) from error
-        self._constant = all(resolver.constant for resolver in self._shared) and all(
-            resolver.constant or index == self._base
-            for _, resolvers in self._per_input
-            for index, resolver in enumerate(resolvers)
-        )
-        self._all: dict[str, Any] | None = None
+        constant = [resolver.constant for resolver in self._shared]
+        for _, resolvers in self._per_input:
+            constant += [resolver.constant for index, resolver in enumerate(resolvers) if index != self._base]
+        self._constant = all(constant)
+        self._all: Mapping[str, Any] | None = None
 
     def values(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> Mapping[str, Any]:
         """The parameters of one output tensor, as `Method.kernel` takes them.
@@ -239,36 +245,34 @@ class SliceParameters:
         Raises:
             RecipeError: where a required parameter has no value, naming model and tensor.
         """
-        whole = self._constant and len(inputs) == len(self._sources)
+        whole = len(inputs) == len(self._sources)
         if whole and self._all is not None:
             return self._all
-        found: dict[str, Any] = {}
-        for resolver in self._shared:
-            found[resolver.parameter.name] = self._value(resolver, output, t, None)
-        for parameter, resolvers in self._per_input:
-            own = (self._value(resolvers[i], tensor, t, i) for i, tensor in inputs if i != self._base)
-            if any(i == self._base for i, _ in inputs):
+        base = self._base
+        try:
+            found = {resolver.parameter.name: resolver(output, t) for resolver in self._shared}
+            for parameter, resolvers in self._per_input:
                 stand_in = parameter.type() if parameter.required else parameter.default
-                found[parameter.name] = tuple(stand_in if i == self._base else next(own) for i, _ in inputs)
-            else:
-                found[parameter.name] = tuple(own)
-        if whole:
+                found[parameter.name] = tuple([stand_in if i == base else resolvers[i](name, t) for i, name in inputs])
+        except ParameterError as error:
+            raise self._blame(output, inputs, t) from error
+        if whole and self._constant:
             self._all = found
         return found
 
-    def _value(self, resolver: Resolver, tensor: str, t: float, index: int | None) -> Any:
-        try:
-            return resolver(tensor, t)
-        except ParameterError as error:
-            source = None if index is None else self._sources[index]
-            raise self._recipe.error(*self._explain(resolver.parameter, tensor, source, str(error))) from error
-
-    def _explain(
-        self, parameter: Parameter, tensor: str, source: Source | None, problem: str
-    ) -> tuple[tuple[str | int, ...], str]:
-        if source is None:
-            where = f"{self._method.name}, tensor {tensor}"
-            return self._stage.place, f"{where}: {problem}; set it in the recipe's `parameters`"
-        where = f"{self._method.name}, model {source.model.text}, tensor {tensor}"
-        listed = "set it under the model's `parameters`, or for all models in the recipe's `parameters`"
-        return source.place, f"{where}: {problem}; {listed}"
+    def _blame(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> RecipeError:
+        """The error for the first value that can't be had."""
+        lookups = [(resolver, output, None) for resolver in self._shared]
+        for _, resolvers in self._per_input:
+            lookups += [(resolvers[i], name, self._sources[i]) for i, name in inputs if i != self._base]
+        for resolver, tensor, source in lookups:
+            try:
+                resolver(tensor, t)
+            except ParameterError as error:
+                model = "" if source is None else f", model {source.model.text}"
+                advice = "set it in the recipe's `parameters`"
+                if source is not None:
+                    advice = "set it in the model's `parameters`, or for all models in the recipe's"
+                message = f"{self._method.name}{model}, tensor {tensor}: {error}; {advice}"
+                return self._recipe.error(self._stage.place if source is None else source.place, message)
+        raise AssertionError("every parameter has a value")

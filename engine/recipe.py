@@ -142,7 +142,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One merge. Exactly one of `models`, `slices` and `modules` is set; `modules_of` and `slices_of` are the same for all.
+    """One merge. Exactly one of `models`, `slices` and `modules` is set: `modules_of` is the same for all three.
 
     Args:
         name: by which other stages refer to it; None for the output (which may have one).
@@ -270,7 +270,7 @@ def stage_inputs(stage: Stage) -> tuple[ModelReference, ...]:
 
 
 def base_index(stage: Stage, part: Slice, method: Method) -> int | None:
-    """Which of the slice's sources is the base model's; None without one, and for methods that have no place for one."""
+    """Which of the slice's sources is the base model's; None without one, or where the method has no place for one."""
     base = part.base_model or stage.base_model
     if method.base is Base.NONE or base is None:
         return None
@@ -301,7 +301,7 @@ def load_recipe(
     Raises:
         RecipeError: for any mistake in it, and for a file that can't be read.
     """
-    from .recipe_reader import recipe_of  # noqa: PLC0415
+    from .recipe_reader import recipe_of
     from .yaml_source import YamlSource, node_of, read_yaml
 
     if isinstance(recipe, Recipe):
@@ -312,6 +312,8 @@ def load_recipe(
             raise RecipeError("expected the path of a file, and found a text of several lines: use parse_recipe")
         path = Path(text)
         return recipe_of(read_yaml(path), path, strict=strict, methods=methods)
+    if not isinstance(recipe, (Mapping, list, tuple)):
+        raise RecipeError(f"expected a path, a dict or a list of dicts, and found a {type(recipe).__name__}")
     documents = tuple(node_of(item) for item in ((recipe,) if isinstance(recipe, Mapping) else recipe))
     return recipe_of(YamlSource("", documents, ()), None, strict=strict, methods=methods)
 

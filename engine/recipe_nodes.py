@@ -203,9 +203,7 @@ class NodeReader:
                 if name not in IGNORED:
                     self.object_to(self._unknown_parameter(name, method), (*path, name))
             elif of_model and not parameter.per_input:
-                message = (
-                    f"it has no effect on a single model: set `{name}` in the slice's or the recipe's `parameters`"
-                )
+                message = "it has no effect on a single model: set it in the `parameters` of the slice or the recipe"
                 self.object_to(message, (*path, name))
             else:
                 settings[name] = self._setting(value, (*path, name), parameter)

@@ -22,7 +22,7 @@ from .recipe import (
     base_index,
     modules_of,
 )
-from .recipe_nodes import NodeReader, found, nearest
+from .recipe_nodes import NodeReader, nearest
 from .stage_order import in_order
 from .yaml_source import Keys, Node, YamlSource
 
@@ -242,6 +242,8 @@ def _entry(node: Node) -> str:
 
 def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> Source:
     known = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")
+    if isinstance(node.value, str) and not ranged:
+        raise reader.error(f"a model is listed as `- model: {node.value}`", path)
     keys = reader.mapping(node, path, f"a mapping with `model`{' and `layer_range`' if ranged else ''}")
     model = reader.required(keys, path, "model", known)
     layers = reader.required(keys, path, "layer_range", known) if ranged else None

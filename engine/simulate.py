@@ -103,27 +103,29 @@ class Simulation:
     resident: int = 0  # the most slots that one step's sources take when all of them are kept
     demand: int = 0  # slots that would be taken if none were ever given back
     _cache: dict[tuple[int, int], Held] = field(default_factory=dict)
-    _uses: dict[int, list[int]] = field(default_factory=dict)
+    _uses: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def run(self, order: Sequence[int]) -> None:
         """Go through the nodes in `order`."""
         graph = self.graph
         self.vram_peaks = [0] * len(self.vram_slots)
         for position in range(len(order) - 1, -1, -1):
-            for read in set(graph.node_sources[order[position]]):
-                self._uses.setdefault(read, []).append(position)
+            node = order[position]
+            for read in set(graph.node_sources[node]):
+                self._uses.setdefault((read, self.chunk_elements[node]), []).append(position)
         for position, node in enumerate(order):
             sources = tuple(dict.fromkeys(graph.node_sources[node]))
             for read in sources:
-                self._uses[read].pop()
+                self._uses[read, self.chunk_elements[node]].pop()
             passes = graph.operation(node).passes
             for index in range(passes):
                 self._step(position, node, index, passes, sources)
 
-    def _next_use(self, read: int, position: int, more_passes: bool) -> float:
+    def _next_use(self, read: int, chunk: int, position: int, more_passes: bool) -> float:
+        """The position of the next step that needs the chunks of a read; infinite where none does."""
         if more_passes:
             return position
-        uses = self._uses[read]
+        uses = self._uses[read, chunk]
         return uses[-1] if uses else math.inf
 
     def _step(self, position: int, node: int, index: int, passes: int, sources: tuple[int, ...]) -> None:
@@ -137,7 +139,7 @@ class Simulation:
         before = [self._cache.pop((read, chunk), Held()) for read in sources]
         if index == 0:
             self.demand += count * (len(sources) + (graph.operation(node).kind is not Kind.COPY))
-        again = [self._next_use(read, position, index < passes - 1) for read in sources]
+        again = [self._next_use(read, chunk, position, index < passes - 1) for read in sources]
         if all(math.isinf(use) for use in again) and not self._cache and not any(h.ram or h.vram for h in before):
             keep = [Held() for _ in sources]
             drops: list[tuple[int, Held]] = []
@@ -183,7 +185,7 @@ class Simulation:
         depth = 2 if self.ram_slots >= 4 * self.window else 1
         ram_left = self.ram_slots - depth * self.window - sum(held.ram for held in before)
         others = [
-            (self._uses[read][-1] if self._uses[read] else math.inf, read, own_chunk, held)
+            (self._next_use(read, own_chunk, 0, False), read, own_chunk, held)
             for (read, own_chunk), held in self._cache.items()
         ]
         mine = [(use, number) for number, use in enumerate(again)]

@@ -35,8 +35,11 @@ def in_order(
             what = "a second stage without a `name`" if stage.name is None else f"a second stage named {stage.name!r}"
             raise error(f"{what}: each needs its own, and one at most, the output, goes without", stage.place)
         places[stage.name] = number
+    if places.keys() == {None}:
+        return tuple(stages)
+    import networkx
+
     graph = _uses(stages, places, error)
-    import networkx  # noqa: PLC0415  costs as much as all the rest of reading a recipe
 
     order: list[int] = list(networkx.lexicographical_topological_sort(graph))
     unused = [number for number in order if graph.out_degree(number) == 0]
@@ -59,7 +62,7 @@ def _uses(
     stages: Sequence[Stage], places: dict[str | None, int], error: Callable[[str, Keys], RecipeError]
 ) -> networkx.DiGraph[int]:
     """A graph with an edge from each stage to those that use it, without cycles."""
-    import networkx  # noqa: PLC0415
+    import networkx  # it costs as much as all the rest of reading a recipe
 
     graph: networkx.DiGraph[int] = networkx.DiGraph()
     graph.add_nodes_from(range(len(stages)))

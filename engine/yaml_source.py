@@ -1,7 +1,7 @@
 """YAML text, or plain Python data, into a tree of nodes that know their lines, within bounds and without surprises.
 
-The tree is built from the parser's events rather than by PyYAML's composer, so that the bounds hold while it grows: what
-aliases and merge keys would expand to is counted as it is met, and nothing here recurses as deep as the text says.
+The tree is built from the parser's events rather than by PyYAML's composer, so that the bounds hold while it grows:
+what aliases and merge keys repeat is counted as it is met, and nothing here recurses as deep as the text says.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Node:
         key_lines: of a mapping, the line of each key.
     """
 
-    value: str | int | float | bool | None | tuple[Node, ...] | Mapping[str, Node]
+    value: str | int | float | bool | tuple[Node, ...] | Mapping[str, Node] | None
     line: int | None
     key_lines: Mapping[str, int] = field(default_factory=dict)
 
@@ -186,8 +186,8 @@ class _Builder:
         self._size = 0
         self._open: list[_Open] = []
         self._anchors: dict[str, _Built | None] = {}
-        self._resolver = yaml.resolver.Resolver()
-        self._constructor = yaml.constructor.SafeConstructor()
+        self._resolver: Any = yaml.resolver.Resolver()
+        self._constructor: Any = yaml.constructor.SafeConstructor()
 
     def documents(self, events: Iterator[Any]) -> Iterator[Node]:
         """A node for each document that isn't empty."""
@@ -199,7 +199,7 @@ class _Builder:
                 case yaml.DocumentStartEvent():
                     self._anchors = {}
                 case yaml.AliasEvent():
-                    done = self._alias(event.anchor, line)
+                    done = self._alias(event.anchor or "", line)
                 case yaml.ScalarEvent():
                     anchor = event.anchor
                     done = self._scalar(event, line)

@@ -49,25 +49,28 @@ def nuslerp(
     weight: PerInput[float],
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
+    dot_threshold: float = 0.999999,
     eps: float = 1e-8,
 ) -> Kernel:
     """Spherical interpolation between two models, or their task vectors where there is a base.
 
     out = sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2 with t = w_2 / (w_1 + w_2), where a is the angle between
-    the two tensors, or each two rows or columns; a line where they are parallel. With a base: x_i - base, and base added.
+    the two tensors, or each two rows or columns; a straight line where they are parallel or opposite. With a base: the same of x_i - base,
+    and base added.
 
     Args:
         weight: of this model; two weights that sum to 0 count as equal.
         nuslerp_flatten: one angle for the whole tensor, or else one for each row.
         nuslerp_row_wise: unless flattened, one angle for each place along the first dimension.
-        eps: the sine of the angle below which the line is taken, and the least sum of weights.
+        dot_threshold: the size of the cosine above which the line is taken.
+        eps: weights count as summing to 0 below this.
     """
     first, second = (weight[i] for i in inputs.others)
     t = second / (first + second) if abs(first + second) >= eps else 0.5
 
     def coefficients(span: Span) -> Vector:
-        angle = math.acos(span.cosine(0, 1, 0.0))
-        return (1 - t, t) if abs(math.sin(angle)) < eps else arc(angle, t)
+        cosine = span.cosine(0, 1, 0.0)
+        return (1 - t, t) if abs(cosine) > dot_threshold else arc(math.acos(cosine), t)
 
     if nuslerp_flatten:
         return Combination(inputs, inputs.base, coefficients)

@@ -84,12 +84,12 @@ class Combination(Kernel):
         self.indices = [i for i in range(inputs.count) if i != origin]
         count = len(self.indices)
         self.pairs = [(i, j) for i in range(count) for j in range(i, count)]
-        self.buffers = 2 + 2 * (count + 1) + BlockSums.size(len(self.pairs))
+        self.buffers = 2 + count + BlockSums.size(len(self.pairs))
 
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = BlockSums(len(self.pairs), tile.elements, BLOCK, tile.workspace)
         for product in self.products(tile):
-            sums.add(product.view(-1))
+            sums.add(product)
         return [sums.partial()]
 
     def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Vector:
@@ -115,16 +115,23 @@ class Combination(Kernel):
         """What each vector of the tile is multiplied by."""
         return state  # type: ignore[no-any-return]
 
-    def vectors(self, tile: Tile) -> Iterator[Tensor]:
-        """The vectors in the work dtype, one after the other in the same buffer."""
+    def vectors(self, tile: Tile, keep: bool = False) -> Iterator[Tensor]:
+        """The vectors in the work dtype, one after the other, each in its own buffer or all in the same."""
         origin = None if self.origin is None else tile.load(self.origin)
-        buffer = tile.empty()
+        buffer = None if keep else tile.empty()
         for i in self.indices:
             vector = tile.load(i, out=buffer)
             yield self.shaped(vector if origin is None else vector.sub_(origin))
 
     def products(self, tile: Tile) -> Iterator[Tensor]:
-        """The elementwise product of each pair in float64, one after the other in the same buffer."""
+        """The elementwise product of each pair in the work dtype, one after the other in the same buffer."""
+        product = self.shaped(tile.empty())
+        vectors = list(self.vectors(tile, keep=True))
+        for i, j in self.pairs:
+            yield torch.mul(vectors[i], vectors[j], out=product)
+
+    def wide_products(self, tile: Tile) -> Iterator[Tensor]:
+        """The same in float64."""
         product = self.shaped(tile.empty(torch.float64))
         vectors = [self.shaped(tile.empty(torch.float64)).copy_(vector) for vector in self.vectors(tile)]
         for i, j in self.pairs:
@@ -147,9 +154,13 @@ class RowCombination(Combination):
     unit = Unit.ROW
     reductions = 0
 
+    def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
+        super().__init__(inputs, origin, coefficients)
+        self.buffers = 4 + 2 * len(self.indices)
+
     def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
         mark = tile.workspace.mark()
-        sums = [fold(product)[:, 0].tolist() for product in self.products(tile)]
+        sums = [fold(product)[:, 0].tolist() for product in self.wide_products(tile)]
         tile.workspace.release(mark)
         return _tensors([self.solve(row) for row in zip(*sums, strict=True)], tile, (-1, 1))
 
@@ -160,6 +171,7 @@ class ColumnCombination(Combination):
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
         super().__init__(inputs, origin, coefficients)
         slices = inputs.shape[0] if inputs.shape else 1
+        self.buffers = 4 + 2 * len(self.indices)
         self.width = max(1, math.prod(inputs.shape[1:]))
         self.height = max(32, -(-slices // 128))  # at most 128 blocks, whose sums wait for the last of them
 
@@ -173,7 +185,7 @@ class ColumnCombination(Combination):
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = [
             torch.stack([fold(block.t())[:, 0] for block in product.split(self.height)])
-            for product in self.products(tile)
+            for product in self.wide_products(tile)
         ]
         return [torch.stack(sums).cpu()]
 

@@ -1,0 +1,123 @@
+"""Sections of labelled lines and tables, on a terminal with rich, and as plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+from .wording import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table. Columns named in `numbers` are aligned to the right."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report.
+
+    Args:
+        title: its heading.
+        fields: (label, value) each.
+        grid: a table below them.
+        lines: texts below that.
+        warns: whether it is about something to worry about.
+    """
+
+    title: str
+    fields: Sequence[tuple[str, str]] = ()
+    grid: Grid | None = None
+    lines: Sequence[str] = ()
+    warns: bool = False
+
+
+def plain(sections: Sequence[Section]) -> str:
+    """The sections as lines of text: nothing is coloured, wrapped or cut, so that it can be searched. Ends without \\n."""
+    width = max((len(label) for section in sections for label, _ in section.fields), default=0)
+    blocks = []
+    for section in sections:
+        block = [clean(section.title)]
+        block += [f"  {clean(label):{width}}  {clean(value)}".rstrip() for label, value in section.fields]
+        block += [f"  {row}" for row in _aligned(section.grid)] if section.grid else []
+        block += ["  " + clean(line).replace("\n", "\n  ") for line in section.lines]
+        blocks.append("\n".join(block))
+    return "\n\n".join(blocks)
+
+
+def _aligned(grid: Grid) -> list[str]:
+    cells = [grid.header, *([clean(cell) for cell in row] for row in grid.rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(grid.header))]
+    right = [name in grid.numbers for name in grid.header]
+    return [
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def show(sections: Sequence[Section], stream: TextIO | None = None) -> None:
+    """Print the sections: laid out for the width of a terminal, else as plain lines."""
+    stream = stream or sys.stdout
+    if not is_terminal(stream):
+        stream.write(plain(sections) + "\n")
+        stream.flush()
+        return
+    console = make_console(stream)
+    width = max((len(label) for section in sections for label, _ in section.fields), default=0)
+    for number, section in enumerate(sections):
+        if number:
+            console.print()
+        for part in _renderables(section, width):
+            console.print(part)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether somebody looks at it, on something that can do more than print lines."""
+    import os
+
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def make_console(stream: TextIO) -> Console:
+    """A rich console that takes texts as they are: brackets in a path are no markup."""
+    from rich.console import Console
+
+    return Console(file=stream, markup=False, highlight=False, emoji=False)
+
+
+def _renderables(section: Section, width: int) -> list[RenderableType]:
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    found: list[RenderableType] = [Text(clean(section.title), style="bold yellow" if section.warns else "bold")]
+    if section.fields:
+        fields = Table.grid(padding=(0, 2))
+        fields.add_column(style="cyan", no_wrap=True, width=width)
+        fields.add_column(overflow="fold")
+        for label, value in section.fields:
+            fields.add_row(Text(clean(label)), Text(clean(value)))
+        found.append(Padding(fields, (0, 0, 0, 2)))
+    if section.grid:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="cyan", pad_edge=False, show_edge=False)
+        for name in section.grid.header:
+            to_right = name in section.grid.numbers
+            table.add_column(name, justify="right" if to_right else "left", no_wrap=to_right, overflow="fold")
+        for row in section.grid.rows:
+            table.add_row(*(Text(clean(cell)) for cell in row))
+        found.append(Padding(table, (0, 0, 0, 2)))
+    found += [Padding(Text(clean(line)), (0, 0, 0, 2)) for line in section.lines]
+    return found

@@ -1,0 +1,286 @@
+"""What people read of a merge: the dry run before it, and what was measured after it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from .display import Grid, Section, plain
+from .engine.build import Model
+from .engine.graph import Kind
+from .wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
+
+if TYPE_CHECKING:
+    from .engine.execute import LaneTime, Measured
+    from .merging import Result
+    from .planning import Plan
+
+_BUSY = 0.6
+"""The share of a lane's time above which it is called the bottleneck."""
+_SHORTEST = 2.0
+"""Seconds below which a merge is too short for its lanes to tell anything."""
+
+_REMEDIES = {
+    "read": "reading the inputs: a faster disk for them would help most",
+    "upload": "copying to the GPU: a wider bus would help most",
+    "download": "the GPU, computing or copying back: a faster GPU, or a second one, would help most",
+    "write": "writing the output: a faster disk for OUT would help most",
+}
+
+
+# ------------------------------------------------------------------------------------------------ before
+
+
+def plan_text(plan: Plan) -> str:
+    """The dry run as plain lines."""
+    return plain(plan_sections(plan))
+
+
+def headline(plan: Plan) -> str:
+    """A merge in one line: ``linear of 2 models: 16 layers, 1.24B parameters, 2.47GB``."""
+    said = plan.to_dict()["output"]
+    layers = f"{plural(said['layers'], 'layer')}, " if said["layers"] else ""
+    parameters = big_number(said["parameters"]).partition("(")[2].rstrip(")") or str(said["parameters"])
+    models = plural(len(plan.built.models), "model")
+    return f"{plan.stage.merge_method} of {models}: {layers}{parameters} parameters, {data_size(said['bytes'])}"
+
+
+def plan_sections(plan: Plan) -> list[Section]:
+    """The dry run: what a merge makes, takes, does and needs."""
+    sections = [
+        Section(headline(plan)),
+        _output(plan),
+        _inputs(plan),
+        _work(plan),
+        _memory(plan),
+    ]
+    if unused := unused_lines(plan):
+        sections.append(Section("Not used", lines=unused))
+    if plan.warnings:
+        sections.append(Section("Warnings", lines=plan.warnings, warns=True))
+    return sections
+
+
+def _output(plan: Plan) -> Section:
+    said = plan.to_dict()["output"]
+    donor = plan.stage.files_from.text if plan.stage.files_from else plan.built.models[plan.built.donor].name
+    shards = plan.layout.shards
+    largest = f", the largest of {data_size(max(shard.nbytes for shard in shards))}" if len(shards) > 1 else ""
+    return Section(
+        "Output",
+        (
+            ("parameters", f"{big_number(said['parameters'])} in {plural(said['tensors'], 'tensor')}"),
+            ("layers", f"{said['layers']:,}"),
+            ("size", f"{data_size(said['bytes'])} in {plural(len(shards), 'file')}{largest}"),
+            ("dtype", ", ".join(said["dtypes"])),
+            ("config from", donor),
+        ),
+    )
+
+
+def _inputs(plan: Plan) -> Section:
+    graph, base = plan.built.graph, plan.stage.base_model
+    used: Counter[int] = Counter()
+    for model, ref in zip(graph.read_models, graph.reads, strict=True):
+        used[model] += ref.nbytes
+    rows = []
+    for model in plan.built.models:
+        refs = model.checkpoint.tensors.values()
+        layers = " + ".join(str(stack.count) for stack in model.layers.mains) or "0"
+        rows.append(
+            (
+                model.name + (" (base)" if model.reference == base else ""),
+                layers,
+                f"{len(refs):,}",
+                data_size(sum(ref.nbytes for ref in refs)),
+                data_size(used[model.number]),
+                ", ".join(sorted({ref.dtype.name for ref in refs})),
+            )
+        )
+    header = ("model", "layers", "tensors", "size", "used", "dtypes")
+    return Section("Inputs", grid=Grid(header, tuple(rows), frozenset(("layers", "tensors", "size", "used"))))
+
+
+def _work(plan: Plan) -> Section:
+    graph, schedule = plan.built.graph, plan.schedule
+    again = ", every byte once"
+    if schedule.bytes_reread:
+        again = f", {data_size(schedule.bytes_reread)} of it again, since the budget holds no more"
+    fields = [
+        ("reads", f"{data_size(schedule.bytes_read)}{again}"),
+        ("writes", data_size(schedule.bytes_written)),
+    ]
+    if schedule.uploaded:
+        fields.append(("uploads", f"{data_size(schedule.uploaded)} to the GPU"))
+    counts: Counter[str] = Counter()
+    for output in graph.outputs:
+        operation = graph.operation(output.node)
+        counts["copied" if operation.kind is not Kind.MERGE else f"by {operation.method}"] += 1
+    made = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
+    fields.append(("tensors", f"{made}; in {plural(len(schedule.steps), 'step')}"))
+    devices = schedule.budget.devices
+    if plan.computes:
+        threads = sum(device.threads for device in devices)
+        names = ", ".join(device.name for device in devices)
+        fields.append(("device", f"{names}, {plural(threads, 'thread')}"))
+        pieces = f"up to {memory_size(schedule.slot_bytes)}"
+        tiles = ", ".join(f"{elements:,}" for elements in dict.fromkeys(schedule.tile_elements))
+        fields.append(("pieces", f"{pieces}, computed in tiles of {tiles} elements"))
+    else:
+        fields.append(("device", "none: bytes are only copied"))
+    return Section("Work", fields)
+
+
+def _memory(plan: Plan) -> Section:
+    schedule = plan.schedule
+    budget = schedule.budget
+    own = f"{memory_size(budget.baseline)} of it for the program itself"
+    fields = [
+        ("peak RAM", f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}; {own}"),
+        ("least RAM", f"{memory_size(schedule.minimum_ram, up=True)}{_set_by(plan)}"),
+    ]
+    vram = [device.vram for device in budget.devices if device.vram is not None]
+    if vram:
+        on_each = " on each GPU" if len(vram) > 1 else ""
+        peak = memory_size(schedule.peak_vram, up=True)
+        fields.append(("peak VRAM", f"{peak} of {memory_size(max(vram))}{on_each}"))
+        fields.append(("least VRAM", memory_size(schedule.minimum_vram, up=True)))
+    return Section("Memory", fields)
+
+
+def _set_by(plan: Plan) -> str:
+    node = plan.schedule.minimum_ram_node
+    name = next((output.name for output in plan.built.graph.outputs if output.node == node), None)
+    return f", which {name} needs" if name is not None else ""
+
+
+def unused_lines(plan: Plan) -> list[str]:
+    """Input tensors that no output needs: model, which, how many, and why."""
+    models = {model.name: model for model in plan.built.models}
+    names: dict[tuple[str, str], list[str]] = {}
+    for unused in plan.built.unused:
+        # the layers are in the names: one line for all that are in no slice
+        reason = re.sub(r"^layer \d+ is ", "", unused.reason)
+        names.setdefault((unused.model, reason), []).extend(unused.tensors)
+    lines = []
+    for (model, reason), tensors in names.items():
+        which = f"{_collapsed(models[model], tensors)}: " if tensors else ""
+        lines.append(f"{model}: {which}{reason}")
+    return lines
+
+
+def _collapsed(model: Model, tensors: Iterable[str]) -> str:
+    """``layers 4-5 (32 tensors)``, or the names where there are few."""
+    patterns: dict[str, set[int]] = {}
+    layers: set[int] = set()
+    count = outside = 0
+    for name in tensors:
+        count += 1
+        layer = model.layers.split(name)
+        if layer is None:
+            outside += 1
+            patterns.setdefault(name, set())
+        else:
+            layers.add(layer.index)
+            patterns.setdefault(f"{layer.stack}.{{}}.{layer.rest}", set()).add(layer.index)
+    if len(patterns) <= 3:
+        shown = [name.replace("{}", _braced(found), 1) if found else name for name, found in patterns.items()]
+        return ", ".join(shown)
+    if not layers:
+        return f"{listed(patterns)} ({plural(count, 'tensor')})"
+    where = f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"
+    beside = f" and {outside:,} outside the layers" if outside else ""
+    return f"{where}{beside} ({plural(count, 'tensor')})"
+
+
+def _braced(numbers: set[int]) -> str:
+    text = ranges(numbers)
+    return text if len(numbers) == 1 else f"{{{text}}}"
+
+
+# ------------------------------------------------------------------------------------------------ after
+
+
+def summary_text(result: Result) -> str:
+    """What a merge did, as plain lines."""
+    return plain(summary_sections(result))
+
+
+def summary_sections(result: Result) -> list[Section]:
+    """What a merge did, beside what was foretold."""
+    plan, measured = result.plan, result.measured
+    schedule = plan.schedule
+    moved = measured.bytes_read + measured.bytes_written
+    title = f"Merged into {result.out}" if result.out is not None else "Rehearsed: nothing was written"
+    fields = [
+        ("time", f"{duration(measured.seconds)}, {rate(moved, measured.seconds)} read and written"),
+        ("read", _beside(data_size, measured.bytes_read, schedule.bytes_read)),
+        ("written", _beside(data_size, measured.bytes_written, schedule.bytes_written)),
+        (
+            "peak RAM",
+            f"{memory_size(result.peak_rss, up=True)}; foretold {memory_size(schedule.peak_ram, up=True)}, "
+            f"allowed {memory_size(schedule.budget.ram)}",
+        ),
+    ]
+    if any(device.vram is not None for device in schedule.budget.devices):
+        foretold = memory_size(schedule.peak_vram, up=True)
+        fields.append(("peak VRAM", f"{memory_size(measured.vram_peak, up=True)}; foretold {foretold}"))
+    fields.append(("bottleneck", bottleneck(measured, gpu=_on_gpu(plan))))
+    lanes = tuple(
+        (name, str(lane.threads), f"{lane.worked:.1f} s", f"{lane.waited:.1f} s", f"{_busy(lane, measured):.0%}")
+        for name, lane in measured.lanes.items()
+        if name != "compute" or plan.computes
+    )
+    header = ("lane", "threads", "worked", "waited", "busy")
+    sections = [Section(title, fields, Grid(header, lanes, frozenset(header[1:])) if lanes else None)]
+    if measured.overflowed:
+        sections.append(_overflows(plan, measured.overflowed))
+    return sections
+
+
+def bottleneck(measured: Measured, *, gpu: bool = False) -> str:
+    """Which lane was busy most of the time, and what would make the merge faster.
+
+    Args:
+        measured: of the run.
+        gpu: whether a GPU computed.
+    """
+    if measured.seconds < _SHORTEST or not measured.lanes:
+        return "too short to tell"
+    name, lane = max(measured.lanes.items(), key=lambda item: _busy(item[1], measured))
+    share = _busy(lane, measured)
+    if share < _BUSY:
+        return f"none: the busiest lane, {name}, worked {share:.0%} of the time; more RAM would let the lanes overlap more"
+    computing = "computing: a faster GPU, or a second one, would help most"
+    if not gpu:
+        computing = "computing: more or faster cores, or a GPU, would help most"
+    return f"{_REMEDIES.get(name, computing)} ({share:.0%} busy)"
+
+
+def _on_gpu(plan: Plan) -> bool:
+    return any(device.vram is not None for device in plan.schedule.budget.devices)
+
+
+def _busy(lane: LaneTime, measured: Measured) -> float:
+    """The share of the run that a lane's threads worked."""
+    return lane.worked / (lane.threads * measured.seconds) if lane.threads and measured.seconds else 0.0
+
+
+def _beside(say: object, measured: int, foretold: int) -> str:
+    assert callable(say)
+    return f"{say(measured)}, as foretold" if measured == foretold else f"{measured:,} bytes; foretold {foretold:,}"
+
+
+def _overflows(plan: Plan, overflowed: Mapping[str, int]) -> Section:
+    """Finite inputs whose result was too large for the output's dtype."""
+    graph = plan.built.graph
+    dtypes = {output.name: graph.node_dtype[output.node].name for output in graph.outputs}
+    worst = sorted(overflowed.items(), key=lambda item: (-item[1], item[0]))
+    lines = [f"{name}: {plural(count, 'value')} beyond {dtypes.get(name, 'its dtype')}" for name, count in worst[:10]]
+    if len(worst) > 10:
+        rest = sum(count for _, count in worst[10:])
+        lines.append(f"and {plural(rest, 'value')} in {plural(len(worst) - 10, 'other tensor')}")
+    lines.append("They are infinite or NaN in the output. A wider out_dtype, or smaller weights, would hold them.")
+    return Section("Overflow", lines=lines, warns=True)

@@ -1,0 +1,277 @@
+"""The k-th largest of a tensor's magnitudes, exactly, in a few passes and bounded memory, ties broken by position.
+
+Magnitudes are compared as the int32 bits of their float32 values, whose order is the same. A small sample tells where
+the k-th largest must about be; then each pass counts, exactly, what lies above that bracket of values and, in
+a histogram, what lies inside, which leaves a bracket 2^14 times narrower. Each pass also tries a guess: it counts the elements
+equal to it in each block. The weights of models have few bits, so a value is shared by many elements, and the
+guess is mostly right: then the first pass after the sample is the last. Whatever the sample says, the result is exact;
+it decides only how soon it is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .contract import BLOCK
+from .lazy import numpy as np
+from .lazy import torch
+from .randomness import mix
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+
+    from .tile import Tile
+
+Streams = Callable[["Tile"], Iterator["Tensor"]]
+"""From a tile to the float32 magnitudes of each stream, flat, one after the other in the same buffer."""
+
+_TOP = (1 << 31) - 1  # the bits of the largest magnitude, a NaN's
+_RUN = 16  # neighbouring elements that are sampled together: half a cache line
+_RUNS = 1 << 12
+_GUESSED_BINS, _CERTAIN_BINS = 1 << 14, 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The elements of highest rank in a stream: those above `threshold`, and of those equal to it the first ones.
+
+    Args:
+        threshold: a magnitude.
+        block: equal elements are in if they lie in a block before this one.
+        ties: how many of those in this block are in too.
+    """
+
+    threshold: float
+    block: int = 0
+    ties: int = 0
+
+    def mask(self, magnitudes: Tensor, element: int, out: Tensor) -> Tensor:
+        """1 where a tile's element is in, 0 where it isn't or is NaN; into `out`, which may be `magnitudes`.
+
+        Args:
+            magnitudes: flat, float32.
+            element: the index of the first of them, a multiple of `BLOCK`.
+            out: float32.
+        """
+        place = self.block * BLOCK - element
+        if place < 0:
+            return torch.gt(magnitudes, self.threshold, out=out)
+        if place < magnitudes.numel() and self.ties:
+            block = magnitudes[place : place + BLOCK]
+            last = int((block == self.threshold).nonzero()[self.ties - 1])
+            place += last + 1
+        torch.ge(magnitudes[:place], self.threshold, out=out[:place])
+        torch.gt(magnitudes[place:], self.threshold, out=out[place:])
+        return out
+
+
+ALL, NONE = Cut(-1.0), Cut(float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is known of the k-th largest of one stream.
+
+    Args:
+        stream: which one.
+        rank: k, from 1 on; None where it is a share of the magnitudes above 0, which are still to be counted.
+        share: that share.
+        low: the least bits that it can have.
+        high: the largest bits that it can have.
+        above: how many elements are larger than `high`; None where the bracket is only a guess.
+        guess: bits in the bracket, to be tried.
+        cut: the elements of rank k and above, once they are known.
+    """
+
+    stream: int
+    rank: int | None
+    share: float = 1.0
+    low: int = 0
+    high: int = _TOP
+    above: int | None = 0
+    guess: int = 0
+    cut: Cut | None = None
+
+    @property
+    def shift(self) -> int:
+        """The bits that one bin of the bracket's histogram doesn't tell apart."""
+        bins = _GUESSED_BINS if self.above is None else _CERTAIN_BINS
+        return max(0, (self.high - self.low).bit_length() - (bins.bit_length() - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a pass counts for one target.
+
+    Args:
+        positive: elements above 0, where the rank depends on them.
+        above: elements above the bracket.
+        inside: the histogram of those in the bracket; None where that is a single value.
+        above_guess: elements above the guess.
+        equal: elements equal to the guess, in each block.
+    """
+
+    positive: int
+    above: int
+    inside: Tensor | None
+    above_guess: int
+    equal: list[int]
+
+    def __add__(self, other: Tally) -> Tally:
+        inside = None if self.inside is None or other.inside is None else self.inside + other.inside
+        return Tally(
+            self.positive + other.positive,
+            self.above + other.above,
+            inside,
+            self.above_guess + other.above_guess,
+            self.equal + other.equal,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The state between two passes.
+
+    Args:
+        targets: what is known of each.
+        samples: of each stream, the sorted bits of some elements.
+    """
+
+    targets: tuple[Target, ...]
+    samples: tuple[numpy.ndarray[Any, Any], ...] = ()
+
+
+class Selection:
+    """Finds elements of given ranks in streams of magnitudes.
+
+    Args:
+        elements: of the tensor.
+        targets: what is sought.
+        streams: the magnitudes of a tile, as many streams as the targets name.
+        sampled: whether a sample comes first; not where magnitudes are not to be had for single elements.
+    """
+
+    buffers = 2.25
+
+    def __init__(self, elements: int, targets: Sequence[Target], streams: Streams, *, sampled: bool = True) -> None:
+        self.elements = elements
+        self.start = Progress(tuple(targets))
+        self.streams = streams
+        self.sampled = sampled
+        self.reductions = sampled + 4  # a wrong bracket, two that halve 32 bits, and the blocks of the ties
+        self.stratum = -(-elements // (_RUNS * _RUN)) * _RUN  # of which one run is sampled
+
+    def needed(self, index: int, state: Progress) -> bool:
+        return index == 0 or any(target.cut is None for target in state.targets)
+
+    def reduce(self, index: int, tile: Tile, state: Progress | None) -> list[Any]:
+        state = state or self.start
+        if self.sampled and index == 0:
+            places = self._places(tile)
+            sample = tile.gather(torch.from_numpy(places)) if len(places) else None
+            return [[bits(x).cpu().numpy().copy()] for x in self.streams(sample)] if sample else []
+        tallies: list[Tally | None] = [None] * len(state.targets)
+        for stream, magnitudes in enumerate(self.streams(tile)):
+            for place, target in enumerate(state.targets):
+                if target.stream == stream and target.cut is None:
+                    tallies[place] = count(target, bits(magnitudes), tile)
+        return tallies
+
+    def merge(self, merged: list[Any] | None, partial: list[Any]) -> list[Any]:
+        if not merged or not partial:
+            return merged or partial
+        return [a if b is None else b if a is None else a + b for a, b in zip(merged, partial, strict=True)]
+
+    def finish(self, index: int, merged: list[Any] | None, state: Progress | None) -> Progress:
+        state = state or self.start
+        if not merged:
+            return Progress(tuple(replace(target, cut=NONE) for target in state.targets))
+        if self.sampled and index == 0:
+            samples = tuple(np.sort(np.concatenate(parts))[::-1] for parts in merged)
+            targets = (guessed(target, samples[target.stream], self.elements) for target in state.targets)
+            return Progress(tuple(targets), samples)
+        targets = (
+            target if tally is None else narrowed(target, tally, state.samples)
+            for target, tally in zip(state.targets, merged, strict=True)
+        )
+        return replace(state, targets=tuple(targets))
+
+    def _places(self, tile: Tile) -> numpy.ndarray[Any, Any]:
+        """The places in the tile of the sampled elements: a run of neighbours somewhere in each stratum."""
+        strata = np.arange(tile.element // self.stratum, (tile.element + tile.elements - 1) // self.stratum + 1)
+        runs = self.stratum // _RUN
+        starts = strata * self.stratum + np.array([mix(int(i)) % runs for i in strata]) * _RUN
+        places = (starts[:, None] + np.arange(_RUN)).reshape(-1) - tile.element
+        return places[(places >= 0) & (places < tile.elements)]
+
+
+def bits(magnitudes: Tensor) -> Tensor:
+    """float32 magnitudes as integers of the same order."""
+    return magnitudes.view(torch.int32)
+
+
+def guessed(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> Target:
+    """A bracket that most likely holds the target, from a sample in falling order."""
+    size = len(sample)
+    if target.rank is None:
+        place = target.share * np.count_nonzero(sample)
+    else:
+        place = (target.rank - 0.5) * size / elements
+    share = place / size
+    margin = 8 + 12 * (size * share * (1 - share)) ** 0.5 if size < elements else 1
+    first, middle, last = int(place - margin), min(int(place), size - 1), int(place + margin)
+    return replace(
+        target,
+        low=int(sample[last]) if last < size else 0,
+        high=int(sample[first]) if first >= 0 else _TOP,
+        above=None,
+        guess=int(sample[middle]),
+    )
+
+
+def count(target: Target, values: Tensor, tile: Tile) -> Tally:
+    """One pass's counts in one tile, for one target."""
+    size = values.numel()
+    mark = tile.workspace.mark()
+    flags = tile.workspace.take(size, torch.bool)
+    positive = sum(above(values, 0, flags)) if target.rank is None else 0
+    higher = above(values, target.guess, flags)
+    equal = [a - b for a, b in zip(above(values, target.guess - 1, flags), higher, strict=True)]
+    if target.low == target.high:
+        tally = Tally(positive, sum(higher), None, sum(higher), equal)
+    else:
+        beyond = sum(above(values, target.high, flags)) if target.above is None else 0
+        tally = Tally(positive, beyond, histogram(target, values, flags, tile), sum(higher), equal)
+    tile.workspace.release(mark)
+    return tally
+
+
+def narrowed(target: Target, tally: Tally, samples: Sequence[numpy.ndarray[Any, Any]]) -> Target:
+    """What is known of a target after a pass."""
+    rank = int(target.share * tally.positive) if target.rank is None else target.rank
+    if rank == 0:
+        return replace(target, rank=rank, cut=NONE)
+    target = replace(target, rank=rank)
+    if tally.above_guess < rank <= tally.above_guess + sum(tally.equal):
+        return replace(target, cut=cut_ties(target.guess, rank - tally.above_guess, tally.equal))
+    above = tally.above if target.above is None else target.above
+    if rank <= above:
+        target = replace(target, low=target.high + 1, high=_TOP, above=0)
+    elif tally.inside is None or rank > above + int(tally.inside.sum()):
+        inside = sum(tally.equal) if tally.inside is None else int(tally.inside.sum())
+        target = replace(target, low=0, high=target.low - 1, above=above + inside)
+    else:
+        bins = tally.inside.flip(0).cumsum(0)  # elements in the highest bin, the highest two, ...
+        down = int(torch.searchsorted(bins, rank - above))
+        place = len(bins) - 1 - down
+        low = target.low + (place << target.shift)
+        high = min(low + (1 << target.shift) - 1, target.high)
+        ties = int(tally.inside[place])
+        above += int(bins[down]) - ties
+        target = replace(target, low=low, high=high, above=above)
+        if low == high and (rank == above + ties or low == 0):
+            return replace(target, cut=Cut(value(low), block=_TOP if low else 0))
+    return replace(target, guess=_guess(target, samples))

@@ -1,0 +1,148 @@
+"""Small merge graphs in memory, with sources, a sink and the right answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeloom.engine.graph import Kind, MergeGraph, Operation
+from mergeloom.io.dtypes import F32
+from mergeloom.io.tensors import TensorRef
+from mergeloom.methods.contract import Inputs, Kernel
+from mergeloom.methods.tile import Tile
+
+
+class Sum(Kernel):
+    """The sum of the inputs: one pass."""
+
+    buffers = 2
+    transparent = True
+
+    @property
+    def granule(self) -> int:
+        return 16
+
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        total, term = tile.load(0), tile.empty()
+        for index in range(1, self.inputs.count):
+            total.add_(tile.load(index, out=term))
+        return total
+
+
+class SumAboveMean(Sum):
+    """Three passes: the total of all elements, then how many are above their mean, then sum + count."""
+
+    reductions = 2
+
+    def reduce(self, index: int, tile: Tile, state: Any) -> int:
+        values = super().combine(tile, state).to(torch.int64)
+        if index == 0:
+            return int(values.sum())
+        return int((values * self.inputs.rows * self.inputs.columns > state).sum())
+
+    def merge(self, index: int, merged: int | None, partial: int) -> int:
+        return partial if merged is None else merged + partial
+
+    def finish(self, index: int, merged: int | None, state: Any) -> int:
+        return merged or 0
+
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        return super().combine(tile, state).add_(state % 1024)
+
+
+KERNELS: dict[str, type[Sum]] = {"sum": Sum, "above": SumAboveMean}
+
+
+@dataclass(repr=False)
+class World:
+    """A graph whose source tensors hold small whole numbers, so that every order of additions gives the same."""
+
+    graph: MergeGraph = field(default_factory=lambda: MergeGraph(("m",)))
+    files: dict[Path, bytes] = field(default_factory=dict)
+    tensors: list[Tensor] = field(default_factory=list)
+    reads: list[tuple[Path, int, int]] = field(default_factory=list)
+    written: dict[int, bytearray] = field(default_factory=dict)
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def __repr__(self) -> str:
+        sizes = [ref.elements for ref in self.graph.reads]
+        nodes = [(self.graph.operation(node).method, self.graph.node_sources[node]) for node in self.graph]
+        return f"World(sources={sizes}, nodes={nodes})"
+
+    def source(self, elements: int) -> int:
+        """A new source tensor."""
+        number = len(self.tensors)
+        generator = torch.Generator().manual_seed(number)
+        tensor = torch.randint(-8, 8, (elements,), generator=generator).to(torch.float32)
+        file = Path(f"file{number % 3}")
+        data = self.files.get(file, b"")
+        ref = TensorRef(file, len(data), elements * 4, F32, (elements,))
+        self.files[file] = data + tensor.numpy().tobytes()
+        self.tensors.append(tensor)
+        return self.graph.add_read(0, f"t{number}", ref)
+
+    def node(self, kind: str, sources: Sequence[int], outputs: int = 1) -> int:
+        """A node of kind ``copy``, ``sum`` or ``above``, with some outputs."""
+        shape = self.graph.reads[sources[0]].shape
+        if kind == "copy":
+            operation = Operation(Kind.COPY, "copy")
+        else:
+            kernel = KERNELS[kind](Inputs(len(sources), None, shape))
+            operation = Operation(Kind.MERGE, kind, kernel=kernel)
+        node = self.graph.add_node(operation, tuple(sources), F32)
+        for _ in range(outputs):
+            self.graph.add_output(f"out{len(self.graph.outputs)}", node, 0)
+        return node
+
+    def expected(self, output: int) -> bytes:
+        """What an output must hold."""
+        node = self.graph.outputs[output].node
+        operation = self.graph.operation(node)
+        total = sum(self.tensors[read] for read in self.graph.node_sources[node])
+        assert isinstance(total, Tensor)
+        if operation.method == "above":
+            values = total.to(torch.int64)
+            total = total + int((values * values.numel() > int(values.sum())).sum()) % 1024
+        return total.numpy().tobytes()
+
+    # the executor's source and sink
+
+    def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer."""
+        data = self.files[file][offset : offset + len(buffer)]
+        buffer[:] = data
+        with self.lock:
+            self.reads.append((file, offset, len(buffer)))
+
+    def write(self, output: int, offset: int, data: memoryview) -> None:
+        """Collect, and count how often each byte was written."""
+        size = self.graph.nbytes(self.graph.outputs[output].node)
+        with self.lock:
+            target = self.written.setdefault(output, bytearray(size))
+            target[offset : offset + len(data)] = data
+            counts = self.counts.setdefault(output, torch.zeros(size, dtype=torch.int32))
+            counts[offset : offset + len(data)] += 1
+
+    def finished(self, node: int) -> None:
+        """Nothing to do."""
+
+    def check(self) -> None:
+        """Every output is right, and was written exactly once."""
+        for number, output in enumerate(self.graph.outputs):
+            if self.graph.elements(output.node) == 0:
+                continue
+            assert bytes(self.written[number]) == self.expected(number), output.name
+            assert bool((self.counts[number] == 1).all()), output.name
+        covered: dict[tuple[Path, int], int] = {}
+        for file, offset, nbytes in self.reads:
+            covered[file, offset] = covered.get((file, offset), 0) + nbytes
+        assert sum(nbytes for _, _, nbytes in self.reads) >= sum(
+            self.graph.reads[read].nbytes for read in {r for sources in self.graph.node_sources for r in sources}
+        )

@@ -1,0 +1,141 @@
+"""The executor over small graphs in memory: the right bytes, each written once, within the schedule's bounds."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mergeloom.engine.device import CpuDevice, Device
+from mergeloom.engine.execute import Executor, Measured
+from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from tests.devices import CountingDevice, FailureOnPurpose, Rate
+from tests.graphs import World
+from tests.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
+
+
+def run(world: World, schedule: Schedule, devices: list[Device], *, serial: bool = False) -> Measured:
+    """Execute a schedule, and check what it wrote."""
+    executor = Executor(world.graph, schedule, devices, world, world, serial=serial)
+    measured = executor.run()
+    world.check()
+    assert measured.bytes_read == schedule.bytes_read == sum(nbytes for _, _, nbytes in world.reads)
+    assert measured.bytes_written == schedule.bytes_written
+    assert measured.ram_peak <= schedule.ram_slots * schedule.slot_bytes
+    assert executor.ledger.held("ram") == 0
+    if serial:
+        assert measured.ram_peak == schedule.serial_ram
+    return measured
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.booleans())
+def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
+    world = build(blueprint)
+    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.sampled_from([0, 1, 3, 20]), st.integers(1, 2), st.booleans())
+def test_devices_keep_what_the_schedule_promises(
+    blueprint: Blueprint, ram: int, vram: int, count: int, serial: bool
+) -> None:
+    world = build(blueprint)
+    large = tuple(DeviceBudget(f"test:{n}", 1 << 40, 2) for n in range(count))
+    least = make_schedule(world.graph, Budget(1 << 40, 0, large), slot_bytes=SLOT)
+    budgets = tuple(DeviceBudget(f"test:{n}", least.minimum_vram + vram * SLOT, 2) for n in range(count))
+    schedule = make_schedule(world.graph, Budget(least.minimum_ram + ram * SLOT, 0, budgets), slot_bytes=SLOT)
+    devices = [CountingDevice(budget.name, budget.vram or 0, 2) for budget in budgets]
+    measured = run(world, schedule, list(devices), serial=serial)
+    assert sum(device.uploaded for device in devices) == schedule.uploaded
+    assert measured.vram_peak <= schedule.peak_vram
+
+
+def test_two_devices_share_the_work() -> None:
+    world = World()
+    for _ in range(8):
+        world.node("sum", [world.source(2 * ELEMENTS), world.source(2 * ELEMENTS)])
+    budgets = tuple(DeviceBudget(f"test:{n}", 64 << 20, 1) for n in range(2))
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
+    devices = [CountingDevice(budget.name, 64 << 20) for budget in budgets]
+    run(world, schedule, list(devices))
+    assert devices[0].uploaded == devices[1].uploaded > 0
+
+
+@pytest.mark.parametrize("operation", [1, 2, 5])
+def test_a_failing_device_ends_the_run_with_its_error(operation: int) -> None:
+    world = World()
+    world.node("above", [world.source(4 * ELEMENTS)])
+    budgets = (DeviceBudget("test", 64 << 20, 1),)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
+    before = threading.active_count()
+    with pytest.raises(FailureOnPurpose):
+        Executor(world.graph, schedule, [CountingDevice("test", 64 << 20, fail_at=operation)], world, world).run()
+    assert threading.active_count() == before
+
+
+def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
+    class Broken(World):
+        def read(self, file: object, offset: int, buffer: memoryview) -> None:
+            raise OSError("no disk")
+
+    world = Broken()
+    world.node("copy", [world.source(4 * ELEMENTS)])
+    schedule = with_slots(world, 2)
+    with pytest.raises(OSError, match="no disk"):
+        Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
+
+    class Full(World):
+        def write(self, output: int, offset: int, data: memoryview) -> None:
+            raise OSError("no room")
+
+    world = Full()
+    world.node("sum", [world.source(4 * ELEMENTS)])
+    with pytest.raises(OSError, match="no room"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+
+
+def test_reading_computing_and_writing_overlap() -> None:
+    """Each lane limited to the same rate: together they take little longer than one of them alone."""
+    rate = 40 * SLOT / 0.5
+    lanes = {name: Rate(rate) for name in ("read", "compute", "write")}
+
+    class Slow(World):
+        def read(self, file: object, offset: int, buffer: memoryview) -> None:
+            super().read(file, offset, buffer)  # type: ignore[arg-type]
+            lanes["read"].spend(len(buffer))
+
+        def write(self, output: int, offset: int, data: memoryview) -> None:
+            super().write(output, offset, data)
+            lanes["write"].spend(len(data))
+
+    class SlowDevice(CountingDevice):
+        def begin(self, thread: int, after: object) -> None:
+            super().begin(thread, after)  # type: ignore[arg-type]
+            lanes["compute"].spend(SLOT)
+
+    world = Slow()
+    for _ in range(10):
+        world.node("sum", [world.source(8 * ELEMENTS)])
+    budgets = (DeviceBudget("test", 64 << 20, 1),)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
+    start = time.perf_counter()
+    run(world, schedule, [SlowDevice("test", 64 << 20)])
+    seconds = time.perf_counter() - start
+    slowest = max(lane.busy for lane in lanes.values())
+    assert slowest > 0.9
+    assert seconds < 1.25 * slowest
+
+
+def test_nonfinite_inputs_are_refused_by_name() -> None:
+    from mergeloom.errors import CheckpointError
+
+    world = World()
+    world.node("sum", [world.source(ELEMENTS)])
+    file, data = next(iter(world.files.items()))
+    world.files[file] = data[:400] + b"\x00\x00\xc0\x7f" + data[404:]
+    with pytest.raises(CheckpointError, match="tensor t0 of m holds NaN"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()

@@ -1,0 +1,221 @@
+"""The schedule: pictures of small graphs with bounds in bytes, and laws over random ones."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.tiling import length, widest
+from mergeloom.errors import BudgetError
+from tests.graphs import World
+
+SLOT = 64 << 10
+ELEMENTS = SLOT // 4  # of one slot, in float32
+CPU = (DeviceBudget("cpu", None, 1),)
+
+
+def minimum(world: World, devices: tuple[DeviceBudget, ...] = CPU) -> int:
+    """The smallest RAM budget that the planner names when it refuses one of a byte."""
+    try:
+        make_schedule(world.graph, Budget(1, 0, devices))
+    except BudgetError:
+        large = make_schedule(world.graph, Budget(1 << 40, 0, devices))
+        return large.minimum_ram
+    raise AssertionError("a budget of one byte was accepted")
+
+
+def with_slots(world: World, extra: int, devices: tuple[DeviceBudget, ...] = CPU) -> Schedule:
+    """The schedule with `extra` slots more than the least."""
+    budget = Budget(minimum(world, devices) + extra * SLOT, 0, devices)
+    return make_schedule(world.graph, budget, slot_bytes=SLOT)
+
+
+def test_single_pass_streams_through_three_slots() -> None:
+    #  a(4 chunks) ─┐
+    #               ├─ sum ── out      one chunk of a, b and out at a time: 3 slots, whatever the size
+    #  b(4 chunks) ─┘
+    world = World()
+    a, b = world.source(4 * ELEMENTS), world.source(4 * ELEMENTS)
+    world.node("sum", [a, b])
+    schedule = with_slots(world, 0)
+    assert schedule.serial_ram == 3 * SLOT
+    assert schedule.bytes_read == 8 * SLOT
+    assert schedule.bytes_reread == 0
+
+
+def test_copy_needs_one_slot() -> None:
+    #  a(4 chunks) ── copy ── out, out      read once into one slot, written twice from it
+    world = World()
+    world.node("copy", [world.source(4 * ELEMENTS)], outputs=2)
+    schedule = with_slots(world, 0)
+    assert schedule.serial_ram == SLOT
+    assert schedule.bytes_read == 4 * SLOT
+    assert schedule.bytes_written == 8 * SLOT
+
+
+def test_passes_keep_their_inputs_where_there_is_room() -> None:
+    #  a(3 chunks) ── above: 2 reductions and a combine      3 slots for a, 1 for out, none read twice
+    world = World()
+    world.node("above", [world.source(3 * ELEMENTS)])
+    assert with_slots(world, 8).bytes_reread == 0
+    assert with_slots(world, 8).serial_ram == 4 * SLOT
+
+
+def test_passes_read_again_what_does_not_fit() -> None:
+    #  a(4 chunks) ── above, 3 passes, 2 slots: 1 for the chunk at work, 1 for the output: everything is read 3 times
+    world = World()
+    world.node("above", [world.source(4 * ELEMENTS)])
+    assert with_slots(world, 0).bytes_read == 3 * 4 * SLOT
+    #  with 1 slot more, the first chunk stays for the second and third pass
+    assert with_slots(world, 1).bytes_read == 4 * SLOT + 2 * 3 * SLOT
+    #  with 3 more, three of them stay
+    assert with_slots(world, 3).bytes_read == 4 * SLOT + 2 * 1 * SLOT
+
+
+def test_chain_keeps_only_the_neighbour() -> None:
+    #  t0  t1  t2  t3  t4      each t is one chunk; out_i = t_i + t_i+1
+    #   └┬──┴┬──┴┬──┴┬──┘
+    #   o0  o1  o2  o3         t_i+1 stays for o_i+1: 4 slots (two at work, one kept, one output), each t read once
+    world = World()
+    sources = [world.source(ELEMENTS) for _ in range(5)]
+    for first, second in zip(sources, sources[1:], strict=False):
+        world.node("sum", [first, second])
+    roomy = with_slots(world, 4)
+    assert roomy.bytes_reread == 0
+    assert roomy.serial_ram <= 4 * SLOT
+    assert with_slots(world, 0).bytes_reread == 3 * SLOT  # in the least budget nothing can stay
+
+
+def test_furthest_use_goes_first() -> None:
+    #  order: o0 = a+b, o1 = c+d, o2 = c+e, o3 = a+f      with room to keep one chunk between the steps, keeping c
+    #                                                     (needed next) costs a second read of a, and not of c
+    world = World()
+    a, b, c, d, e, f = (world.source(ELEMENTS) for _ in range(6))
+    for pair in ([a, b], [c, d], [c, e], [a, f]):
+        world.node("sum", pair)
+    assert with_slots(world, 4).bytes_reread == 0
+    assert with_slots(world, 1).bytes_reread <= SLOT
+
+
+def test_consumers_side_by_side_beat_the_disk_order() -> None:
+    #  a is needed by the first and the last node as they lie on the disk; side by side it is read once in few slots
+    world = World()
+    a = world.source(4 * ELEMENTS)
+    others = [world.source(4 * ELEMENTS) for _ in range(6)]
+    world.node("sum", [a, others[0]])
+    for other in others[1:5]:
+        world.node("sum", [other])
+    world.node("sum", [others[5], a])
+    schedule = with_slots(world, 5)
+    assert schedule.bytes_reread == 0
+
+
+def test_equal_nodes_are_one() -> None:
+    world = World()
+    a = world.source(ELEMENTS)
+    first = world.node("copy", [a])
+    assert world.node("copy", [a]) == first
+    assert with_slots(world, 2).bytes_read == SLOT
+    assert with_slots(world, 2).bytes_written == 2 * SLOT
+
+
+def test_empty_tensors_take_nothing() -> None:
+    world = World()
+    world.node("sum", [world.source(0)])
+    world.node("above", [world.source(0)])
+    schedule = with_slots(world, 0)
+    assert schedule.bytes_read == schedule.bytes_written == 0
+
+
+def test_too_small_a_budget_names_the_smallest_and_the_tensor() -> None:
+    world = World()
+    world.node("sum", [world.source(ELEMENTS), world.source(ELEMENTS)])
+    least = minimum(world)
+    make_schedule(world.graph, Budget(least, 0, CPU))
+    with pytest.raises(BudgetError, match=r"smallest budget that works is .* which out0 needs"):
+        make_schedule(world.graph, Budget(least - 1, 0, CPU))
+
+
+def test_device_memory_keeps_inputs_before_ram_does() -> None:
+    #  a(3 chunks) ── above on a device: uploaded once where it fits there, a chunk at a time in each pass where it fits
+    #  RAM only, and read again where it fits neither
+    world = World()
+    world.node("above", [world.source(3 * ELEMENTS)])
+
+    def on_device(ram: int, vram: int) -> Schedule:
+        devices = (DeviceBudget("test", 1 << 40, 1),)
+        least = make_schedule(world.graph, Budget(1 << 40, 0, devices), slot_bytes=SLOT)
+        devices = (DeviceBudget("test", least.minimum_vram + vram * SLOT, 1),)
+        return make_schedule(world.graph, Budget(least.minimum_ram + ram * SLOT, 0, devices), slot_bytes=SLOT)
+
+    roomy = on_device(8, 8)
+    assert (roomy.bytes_reread, roomy.uploaded) == (0, 3 * SLOT)
+    narrow = on_device(8, 0)
+    assert (narrow.bytes_reread, narrow.uploaded) == (0, 9 * SLOT)
+    poor = on_device(0, 0)
+    assert (poor.bytes_reread, poor.uploaded) == (6 * SLOT, 9 * SLOT)
+
+
+Blueprint = list[tuple[int, int, list[tuple[str, list[int], int]]]]
+"""For each size of tensor: its elements, how many sources, and nodes of a kind, on sources, with so many outputs."""
+
+
+@st.composite
+def blueprints(draw: st.DrawFn) -> Blueprint:
+    """Graphs with shared inputs, several destinations, mixed sizes, chains."""
+    found: Blueprint = []
+    for _ in range(draw(st.integers(1, 4))):
+        elements = draw(st.sampled_from([0, 1, 1000, ELEMENTS, ELEMENTS + 16, 3 * ELEMENTS - 5, 5 * ELEMENTS]))
+        count = draw(st.integers(1, 5))
+        nodes: list[tuple[str, list[int], int]] = []
+        if draw(st.booleans()):
+            kind = draw(st.sampled_from(["sum", "above"]))
+            nodes += [(kind, [first, first + 1], 1) for first in range(count - 1)]
+        for _ in range(draw(st.integers(1, 4))):
+            kind = draw(st.sampled_from(["copy", "sum", "above"]))
+            chosen = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=3, unique=True))
+            nodes.append((kind, chosen[:1] if kind == "copy" else chosen, draw(st.integers(1, 3))))
+        found.append((elements, count, nodes))
+    return found
+
+
+def build(blueprint: Blueprint, world: World | None = None) -> World:
+    """The world that a blueprint describes."""
+    world = world or World()
+    for elements, count, nodes in blueprint:
+        sources = [world.source(elements) for _ in range(count)]
+        for kind, chosen, outputs in nodes:
+            world.node(kind, [sources[index] for index in chosen], outputs)
+    return world
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(blueprints(), st.sampled_from([0, 1, 2, 5, 20, 1000]))
+def test_simulation_keeps_every_budget(blueprint: Blueprint, extra: int) -> None:
+    world = build(blueprint)
+    schedule = with_slots(world, extra)
+    graph = world.graph
+    assert schedule.peak_ram <= schedule.budget.ram
+    assert schedule.serial_ram <= schedule.ram_slots * schedule.slot_bytes
+    needed = {read for sources in graph.node_sources for read in sources}
+    unique = sum(graph.reads[read].nbytes for read in needed)
+    assert schedule.bytes_read >= unique
+    assert schedule.bytes_written == sum(graph.nbytes(output.node) for output in graph.outputs)
+    done = [step.node for step in schedule.steps if step.index == graph.operation(step.node).passes - 1]
+    assert sorted(done) == list(graph.nodes())
+    for node in graph:
+        assert schedule.chunk_elements[node] * widest(graph, node) <= schedule.slot_bytes
+        assert length(graph, node) <= schedule.chunks(graph, node) * schedule.chunk_elements[node]
+    if extra == 1000 and _shareable(world):
+        assert schedule.bytes_read == unique
+
+
+def _shareable(world: World) -> bool:
+    """Whether no source is both copied and computed on: their chunks differ, so that it is read for each."""
+    kinds: dict[int, set[bool]] = {}
+    for node, sources in enumerate(world.graph.node_sources):
+        for read in sources:
+            kinds.setdefault(read, set()).add(world.graph.operation(node).method == "copy")
+    return all(len(found) == 1 for found in kinds.values())
