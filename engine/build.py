@@ -1,4 +1,4 @@
-"""Recipe + checkpoints' headers -> merge graph: names and layers become nodes, and every input tensor is accounted for."""
+"""Recipe + checkpoints' headers -> merge graph: names and layers become nodes; every input tensor is accounted for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
-from ..io.dtypes import BF16, F16, F32, F64, DType, Kind as ElementKind
+from ..io.dtypes import F32, F64, DType
+from ..io.dtypes import Kind as ElementKind
 from ..methods.contract import Absent, Base, Inputs, Kernel, Method, MethodError
 from .graph import Kind, MergeGraph, Operation
 from .layers import LayerMap, Stack, find_layers, is_buffer, is_embedding, is_head, is_optional, tied_embedding
@@ -62,6 +63,19 @@ class Unused:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputStack:
+    """A stack of layers of the output.
+
+    Args:
+        donor: the donor's stack that it is made like.
+        sources: for each of its layers, the donor's layer that config.json's per-layer lists follow.
+    """
+
+    donor: Stack
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BuiltGraph:
     """A recipe turned into a graph, and what the output's other files need to know.
 
@@ -69,8 +83,7 @@ class BuiltGraph:
         graph: reads, nodes, outputs.
         models: the input models in the order of the recipe.
         donor: the number of the model that config and tokenizer come from.
-        layers: layers of the output's main stack.
-        layer_sources: for each of them, the donor's layer that config.json's per-layer lists follow.
+        stacks: the output's stacks of layers, the main one first.
         dtype: torch's name of the type of the output, or None where it is mixed and the recipe sets none.
         head: whether a head (``lm_head``) is written.
         unused: input tensors that no output needs, with the reasons.
@@ -80,12 +93,16 @@ class BuiltGraph:
     graph: MergeGraph
     models: tuple[Model, ...]
     donor: int
-    layers: int
-    layer_sources: tuple[int, ...]
+    stacks: tuple[OutputStack, ...]
     dtype: str | None
     head: bool
     unused: tuple[Unused, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        """Layers of the output's main stack; 0 where it has none."""
+        return len(self.stacks[0].sources) if self.stacks else 0
 
 
 def build_graph(
@@ -110,9 +127,7 @@ def build_graph(
 class _Builder:
     """The state of building one graph."""
 
-    def __init__(
-        self, recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: Any, seed: int
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: Any, seed: int) -> None:
         self.recipe = recipe
         self.stage = stage
         self.methods = methods
@@ -128,8 +143,7 @@ class _Builder:
         self.used: set[tuple[int, str]] = set()
         self.reasons: dict[tuple[int, str], str] = {}
         self.written: dict[str, str] = {}
-        self.layers = 0
-        self.layer_sources: list[int] = []
+        self.layer_sources: dict[int, list[int]] = {}
         self._operations: dict[Any, Operation] = {}
         self._group = 0
 
@@ -171,8 +185,11 @@ class _Builder:
             graph=self.graph,
             models=self.models,
             donor=self.donor.number,
-            layers=self.layers,
-            layer_sources=tuple(self.layer_sources),
+            stacks=tuple(
+                OutputStack(stack, tuple(self.layer_sources[number]))
+                for number, stack in enumerate(self.donor.layers.mains)
+                if number in self.layer_sources
+            ),
             dtype=dtype,
             head=any(is_head(output.name) for output in self.graph.outputs),
             unused=tuple(self._account()),
@@ -193,10 +210,8 @@ class _Builder:
             count = 0
             for part in parts:
                 self._group += 1
-                count = self._add_slice(part, number, count, main=number == 0)
+                count = self._add_slice(part, number, count)
             self._add_extras(parts[-1], number, count)
-            if number == 0 and not self.layers:
-                self.layers = count
         self._group += 1
         for name in outside:
             if name in after:
@@ -254,22 +269,19 @@ class _Builder:
             ]
         self._add_tensor(part, name, names, 0.0)
 
-    def _add_slice(self, part: _Part, stack: int, first: int, *, main: bool) -> int:
+    def _add_slice(self, part: _Part, stack: int, first: int) -> int:
         """The layers of one slice, from output layer `first` on; the number of the layer after them."""
         ranges = part.ranges(stack)
         count = ranges[0][1] - ranges[0][0]
         for index in range(count):
             places = [start + index for start, _ in ranges]
             self._add_layer(part, stack, places, first + index, layer_position(index, count))
-            if main:
-                own = part.models.index(self.donor) if self.donor in part.models else 0
-                self.layer_sources.append(places[own])
+            own = part.models.index(self.donor) if self.donor in part.models else 0
+            self.layer_sources.setdefault(stack, []).append(places[own])
         return first + count
 
     def _add_layer(self, part: _Part, stack: int, places: Sequence[int], target: int, t: float) -> None:
-        layers = [
-            model.by_layer.get((stack, place), {}) for model, place in zip(part.models, places, strict=True)
-        ]
+        layers = [model.by_layer.get((stack, place), {}) for model, place in zip(part.models, places, strict=True)]
         prefix = self.donor.layers.mains[stack].prefix
         own = part.models.index(self.donor) if self.donor in part.models else 0
         for rest in dict.fromkeys(rest for layer in (layers[own], *layers) for rest in layer):
@@ -324,9 +336,13 @@ class _Builder:
             ref = model.checkpoint.tensors[chosen[1]]
             for other in present:
                 if other != chosen:
-                    self.reasons[part.models[other[0]].number, other[1]] = f"{self.method.name} takes {model.name}'s alone"
+                    self.reasons[part.models[other[0]].number, other[1]] = (
+                        f"{self.method.name} takes {model.name}'s alone"
+                    )
             present = [chosen]
-            if ref.dtype == wanted or (chosen[1] in model.quantized and self.stage.out_dtype is None and self.stage.dtype is None):
+            if ref.dtype == wanted or (
+                chosen[1] in model.quantized and self.stage.out_dtype is None and self.stage.dtype is None
+            ):
                 self._add(name, Operation(Kind.COPY, operation.method, operation.parameters), part, present, ref.dtype)
                 return
         self._refuse_quantized(part, name, present)
@@ -459,9 +475,7 @@ class _Builder:
             kernel: Kernel = method.kernel(Inputs(count, base, shape), dict(values))
         except MethodError as error:
             raise self.recipe.error(part.slice.place, f"{method.name}: {error}") from error
-        operation = Operation(
-            Kind.MERGE, method.name, parameters, base, positions if kernel.random else (), kernel
-        )
+        operation = Operation(Kind.MERGE, method.name, parameters, base, positions if kernel.random else (), kernel)
         if positions and not kernel.random:
             operation = self._operations.setdefault((method.name, parameters, count, base, shape, ()), operation)
         self._operations[key] = operation
@@ -471,11 +485,13 @@ class _Builder:
         beside = " beside the base" if method.base is not Base.NONE and part.base is not None else ""
         if others < method.minimum:
             raise self.recipe.error(
-                part.slice.place, f"{method.name} needs at least {method.minimum} model(s){beside}, and there are {others}"
+                part.slice.place,
+                f"{method.name} needs at least {method.minimum} model(s){beside}, and there are {others}",
             )
         if method.maximum is not None and others > method.maximum:
             raise self.recipe.error(
-                part.slice.place, f"{method.name} takes at most {method.maximum} model(s){beside}, and there are {others}"
+                part.slice.place,
+                f"{method.name} takes at most {method.maximum} model(s){beside}, and there are {others}",
             )
 
     def _random_key(self, name: str) -> int:
@@ -524,7 +540,9 @@ class _Part:
         reference = part.base_model or builder.stage.base_model
         self.anchor = next((i for i, source in enumerate(part.sources) if source.model == reference), None)
         if method.base is Base.REQUIRED and self.base is None:
-            missing = "a base_model" if reference is None else f"the base model {reference.text} among the slice's sources"
+            missing = (
+                "a base_model" if reference is None else f"the base model {reference.text} among the slice's sources"
+            )
             raise builder.recipe.error(part.place, f"{method.name} needs {missing}")
         self.parameters = SliceParameters(builder.recipe, builder.stage, module, part, method, self.base)
 
@@ -563,7 +581,9 @@ class _Part:
     def _stack(self, model: Model, number: int) -> Stack:
         mains = model.layers.mains
         if number >= len(mains):
-            raise CheckpointError(f"{model.name} has {len(mains)} stack(s) of layers, and the recipe needs {number + 1}")
+            raise CheckpointError(
+                f"{model.name} has {len(mains)} stack(s) of layers, and the recipe needs {number + 1}"
+            )
         return mains[number]
 
 
@@ -578,5 +598,4 @@ def promote(dtypes: Iterable[DType]) -> DType:
             return candidate
     if len(wide) == 1:
         return wide.pop()
-    return F32 if wide != {BF16, F16} else F32
-
+    return F32

@@ -28,7 +28,8 @@ class CudaDevice:
 
     Args:
         index: its number.
-        threads: compute threads, each with a stream, so that one's waiting for a small result hides behind another's work.
+        threads: compute threads, each with a stream, so that one's wait for a small result hides behind another's
+            work.
     """
 
     separate = True

@@ -1,7 +1,7 @@
 """The seam between the engine and what computes: the CPU, a GPU, or a test's own device.
 
-A device either computes in host memory, where the chunks lie already, or has a memory of its own: an arena of slots, with
-copies in and out that run beside the arithmetic.
+A device either computes in host memory, where the chunks lie already, or has a memory of its own: an arena of slots,
+with copies in and out that run beside the arithmetic.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Performs a schedule: lanes for reading, copying to the device, computing, copying back and writing run side by side.
 
-The main thread dispatches: it goes through the schedule's steps chunk by chunk, takes the slots that a chunk needs in the
-order of the plan, and waits where none is free. A chunk that has its slots needs nothing else to be finished, so that
-waiting always ends, and no more is held than the schedule allows.
+The main thread dispatches: it goes through the schedule's steps chunk by chunk, takes the slots that a chunk needs in
+the order of the plan, and waits where none is free. A chunk that has its slots needs nothing else to be finished, so
+that waiting always ends, and no more is held than the schedule allows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError
-from .arena import HostArena, Ledger, Slots
+from .arena import HostArena, Ledger
 from .device import Device, Done, Marker
 from .graph import Kind, MergeGraph, Operation
 from .lanes import Lane
+from .residency import Memory, Resident
 from .schedule import Schedule
 from .simulate import Step
 from .tiling import length, tile_length
@@ -86,26 +87,12 @@ class Measured:
     overflowed: dict[str, int] = field(default_factory=dict)
 
 
-class _Resident:
-    """One chunk of one read in a slot."""
-
-    __slots__ = ("nbytes", "pinned", "ready", "slot", "users", "waiting")
-
-    def __init__(self, slot: int, nbytes: int) -> None:
-        self.slot = slot
-        self.nbytes = nbytes
-        self.users = 0
-        self.pinned = False
-        self.ready = False
-        self.waiting: list[_Item] = []
-
-
 class _Item:
     """One chunk of one step, with its slots."""
 
     __slots__ = (
-        "chunk", "device", "hosts", "index", "last", "marker", "missing", "node", "operation", "order", "out", "out_device",
-        "out_nbytes", "residents", "uploads",
+        "chunk", "device", "hosts", "index", "last", "marker", "missing", "node", "operation", "order", "out",
+        "out_device", "out_nbytes", "residents", "uploads",
     )  # fmt: skip
 
     def __init__(self, order: int, step: Step, operation: Operation, chunk: int) -> None:
@@ -117,13 +104,19 @@ class _Item:
         self.last = step.index == operation.passes - 1
         self.chunk = chunk
         self.missing = 0  # chunks that are still being read or uploaded
-        self.residents: list[_Resident] = []  # where the computation finds each distinct source
-        self.hosts: list[tuple[tuple[int, int, int], _Resident]] = []  # slots in RAM to give back when they were used
-        self.uploads: list[tuple[_Resident, _Resident]] = []
+        self.residents: list[Resident] = []  # where the computation finds each distinct source
+        self.hosts: list[Resident] = []  # slots in RAM to give back when they were used
+        self.uploads: list[tuple[Resident, Resident]] = []
         self.out = -1
         self.out_device = -1
         self.out_nbytes = 0
         self.marker: Marker = Done()
+
+    def await_(self, resident: Resident) -> None:
+        """Count `resident` as missing until it is ready."""
+        if not resident.ready:
+            resident.waiting.append(self)
+            self.missing += 1
 
 
 class _Run:
@@ -141,12 +134,6 @@ class _Run:
         self.next = 0
         self.merged: Any = None
         self.waiting: list[_Item] = []
-
-
-def _is_pinned(cache: dict[tuple[int, int, int], _Resident], key: tuple[int, int, int]) -> bool:
-    """Whether the schedule has this chunk cached; one that is merely still in use is read again, as foretold."""
-    resident = cache.get(key)
-    return resident is not None and resident.pinned
 
 
 class Executor:
@@ -191,13 +178,11 @@ class Executor:
         self._error: BaseException | None = None
         self._in_flight = 0
         self._destinations = graph.destinations()
-        self._host = Slots(self.ledger, "ram", schedule.ram_slots, schedule.slot_bytes)
-        self._device_slots = [
-            Slots(self.ledger, f"vram {number}", count, schedule.slot_bytes)
+        self._ram = Memory(self.ledger, "ram", schedule.ram_slots, schedule.slot_bytes)
+        self._vram = [
+            Memory(self.ledger, f"vram {number}", count, schedule.slot_bytes)
             for number, count in enumerate(schedule.vram_slots)
         ]
-        self._cached: dict[tuple[int, int, int], _Resident] = {}  # (read, chunk length, chunk) in RAM
-        self._uploaded: dict[tuple[int, int, int], _Resident] = {}  # the same on the read's device
         self._runs: dict[int, _Run] = {}
         self._threads = (readers, writers)
         self._computes = any(operation.kind is Kind.MERGE for operation in graph.operations)
@@ -220,7 +205,7 @@ class Executor:
         self._notify = notify or (lambda progress: None)
         self._open_devices()
         readers, writers = self._threads
-        self._read_lane: Lane[tuple[_Resident, int, int, int]] = Lane("read", readers, self._read, self._fail)
+        self._read_lane: Lane[tuple[Resident, int, int, int]] = Lane("read", readers, self._read, self._fail)
         self._write_lane: Lane[_Item] = Lane("write", writers, self._write, self._fail)
         self._upload_lanes: dict[int, Lane[_Item]] = {}
         self._compute_lanes: list[Lane[_Item]] = []
@@ -303,7 +288,7 @@ class Executor:
             chunks = self.schedule.chunks(self.graph, step.node)
             with self._changed:
                 for read, held in step.drop:
-                    self._drop(read, held.low, held.high)
+                    self._ram.keep_only(read, held.low, held.high)
                 if step.index == 0:
                     self._runs[step.node] = _Run(chunks)
             if chunks == 0:
@@ -319,35 +304,22 @@ class Executor:
                 for read in reads:
                     self._read_lane.put(order, read)
 
-    def _drop(self, read: int, low: int, high: int) -> None:
-        """Unpin the chunks in RAM of a read that a step no longer lets it keep: all but [low, high)."""
-        for key in [key for key in self._cached if key[0] == read and not low <= key[2] < high]:
-            resident = self._cached[key]
-            resident.pinned = False
-            self._release_if_unused(key, resident, self._cached)
-
     # --- slots -------------------------------------------------------------------------------------------------
 
-    def _take_slots(self, step: Step, item: _Item) -> list[tuple[_Resident, int, int, int]]:
+    def _take_slots(self, step: Step, item: _Item) -> list[tuple[Resident, int, int, int]]:
         """Reserve every slot that the item needs, waiting for them; what has to be read for it."""
         chunk_length = self.schedule.chunk_elements[item.node]
         separate = self.devices[item.device].separate and item.operation.kind is Kind.MERGE
         computes = item.operation.kind is not Kind.COPY
         keys = [(read, chunk_length, item.chunk) for read in step.sources]
 
-        def missing() -> tuple[int, int]:
-            out = int(item.last and computes)
-            host, device = out, out if separate else 0
-            for key in keys:
-                if separate and _is_pinned(self._uploaded, key):
-                    continue
-                host += not _is_pinned(self._cached, key)
-                device += separate
-            return host, device
+        ram, vram = self._ram, self._vram[item.device]
 
         def ready() -> bool:
-            host, device = missing()
-            return self._host.free >= host and (not separate or self._device_slots[item.device].free >= device)
+            out = int(item.last and computes)
+            uploads = [key for key in keys if separate and vram.find(key) is None]
+            reads = [key for key in (uploads if separate else keys) if ram.find(key) is None]
+            return ram.free >= len(reads) + out and (not separate or vram.free >= len(uploads) + out)
 
         self._wait(ready)
         with self._changed:
@@ -355,43 +327,36 @@ class Executor:
             reads = []
             for key, held in zip(keys, step.keep, strict=True):
                 start, nbytes, offset = self._extent(item, key)
-                on_device = self._uploaded[key] if separate and _is_pinned(self._uploaded, key) else None
+                on_device = vram.find(key) if separate else None
                 if on_device is None:
-                    host = self._cached[key] if _is_pinned(self._cached, key) else None
+                    host = ram.find(key)
                     if host is None:
-                        host = self._cached[key] = _Resident(self._host.take(), nbytes)
+                        host = ram.load(key, nbytes)
                         reads.append((host, key[0], offset + start, nbytes))
-                    host.users += 1
-                    host.pinned = held.low <= item.chunk < held.high
-                    self._await(item, host)
-                    item.hosts.append((key, host))
-                if separate:
-                    if on_device is None:
-                        on_device = self._uploaded[key] = _Resident(self._device_slots[item.device].take(), nbytes)
+                    host.hold(pinned=held.low <= item.chunk < held.high)
+                    item.await_(host)
+                    item.hosts.append(host)
+                    if separate:
+                        on_device = vram.load(key, nbytes)
                         item.uploads.append((host, on_device))
                     else:
-                        self._await(item, on_device)
-                    on_device.users += 1
-                    on_device.pinned = item.chunk < held.vram
-                    item.residents.append(on_device)
+                        item.residents.append(host)
                 else:
-                    item.residents.append(host)
+                    item.await_(on_device)
+                if on_device is not None:
+                    on_device.hold(pinned=item.chunk < held.vram)
+                    item.residents.append(on_device)
             if item.last:
                 start, size = self._span(item)
                 width = self.graph.node_dtype[item.node].bits // 8 if item.operation.kind is Kind.MERGE else 1
                 item.out_nbytes = size * width
                 if computes:
-                    item.out = self._host.take()
+                    item.out = ram.take()
                     if separate:
-                        item.out_device = self._device_slots[item.device].take()
+                        item.out_device = vram.take()
             if item.missing == 0:
                 self._loaded(item)
             return reads
-
-    def _await(self, item: _Item, resident: _Resident) -> None:
-        if not resident.ready:
-            resident.waiting.append(item)
-            item.missing += 1
 
     def _span(self, item: _Item) -> tuple[int, int]:
         """The first element of the item's chunk and how many it has (bytes, where nothing is computed)."""
@@ -406,48 +371,31 @@ class Executor:
         start, size = self._span(item)
         return start * width, size * width, ref.offset
 
-    def _release_if_unused(
-        self,
-        key: tuple[int, int, int],
-        resident: _Resident,
-        cache: dict[tuple[int, int, int], _Resident],
-        device: int = 0,
-    ) -> None:
-        if resident.users == 0 and not resident.pinned:
-            if cache.get(key) is resident:
-                del cache[key]
-            (self._host if cache is self._cached else self._device_slots[device]).give_back(resident.slot)
-            self._changed.notify_all()
-
     def _release_hosts(self, item: _Item) -> None:
         with self._changed:
-            for key, resident in item.hosts:
-                resident.users -= 1
-                self._release_if_unused(key, resident, self._cached)
+            for resident in item.hosts:
+                self._ram.release(resident)
             item.hosts = []
+            self._changed.notify_all()
 
     def _release_device(self, item: _Item) -> None:
-        chunk_length = self.schedule.chunk_elements[item.node]
-        sources = dict.fromkeys(self.graph.node_sources[item.node])
         with self._changed:
-            for read, resident in zip(sources, item.residents, strict=True):
-                resident.users -= 1
-                self._release_if_unused((read, chunk_length, item.chunk), resident, self._uploaded, item.device)
+            for resident in item.residents:
+                self._vram[item.device].release(resident)
             if item.out_device >= 0:
-                self._device_slots[item.device].give_back(item.out_device)
-                item.out_device = -1
-                self._changed.notify_all()
+                self._vram[item.device].give_back(item.out_device)
+            self._changed.notify_all()
 
     # --- lanes -------------------------------------------------------------------------------------------------
 
-    def _read(self, thread: int, task: tuple[_Resident, int, int, int]) -> None:
+    def _read(self, thread: int, task: tuple[Resident, int, int, int]) -> None:
         resident, read, offset, nbytes = task
         self._source.read(self.graph.reads[read].file, offset, self._arena.view(resident.slot, nbytes))
         with self._changed:
             self.progress.bytes_read += nbytes
             self._ready(resident)
 
-    def _ready(self, resident: _Resident) -> None:
+    def _ready(self, resident: Resident) -> None:
         resident.ready = True
         for item in resident.waiting:
             item.missing -= 1
@@ -604,9 +552,9 @@ class Executor:
         for read, view in zip(reads[1:], views[1:], strict=True):
             if view != views[0]:
                 raise CheckpointError(
-                    f"tensor {self._output_name(item.node)}: its {self.graph.reads[read].dtype.name} values differ between "
-                    f"{self._model(reads[0])} and {self._model(read)}; integer tensors are only copied, where they are "
-                    "equal in all models"
+                    f"tensor {self._output_name(item.node)}: its {self.graph.reads[read].dtype.name} values differ "
+                    f"between {self._model(reads[0])} and {self._model(read)}; integer tensors are only copied, where "
+                    "they are equal in all models"
                 )
         self._arena.view(item.out, item.out_nbytes)[:] = views[0]
         self._release_hosts(item)
@@ -623,7 +571,7 @@ class Executor:
             self._release_hosts(item)
         with self._changed:
             if item.out >= 0:
-                self._host.give_back(item.out)
+                self._ram.give_back(item.out)
             self.progress.bytes_written += item.out_nbytes * len(self._destinations[item.node])
             run = self._runs[item.node]
             run.unwritten -= 1
@@ -652,8 +600,8 @@ class Executor:
         if inputs:
             read = self.graph.node_sources[item.node][inputs[0]]
             raise CheckpointError(
-                f"tensor {self.graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model is "
-                "damaged, or overflowed in training; `allow_nonfinite: true` in the recipe merges it all the same"
+                f"tensor {self.graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model "
+                "is damaged, or overflowed in training; `allow_nonfinite: true` in the recipe merges it all the same"
             )
 
     def _note_overflow(self, item: _Item, count: int) -> None:

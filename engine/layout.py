@@ -2,10 +2,10 @@
 
 A pure function of the graph (which follows from the recipe and the source headers) and the shard size; version 1.
 
-Tensors that are only copied can share their disk blocks with the source where both lie at the same offset within a block
-of 4096 bytes. So a run of them that is contiguous in its source stays contiguous here and keeps its offset modulo 4096:
-spaces after a shard's header set where its data begins, and what follows a run must continue at that offset. Runs that
-are too short to be worth it lie with the computed tensors, whose shards' data begins at a multiple of 4096.
+Tensors that are only copied can share their disk blocks with the source where both lie at the same offset within a
+block of 4096 bytes. So a run of them that is contiguous in its source stays contiguous here and keeps its offset modulo
+4096: spaces after a shard's header set where its data begins, and what follows a run must continue at that offset. Runs
+that are too short to be worth it lie with the computed tensors, whose shards' data begins at a multiple of 4096.
 """
 
 from __future__ import annotations

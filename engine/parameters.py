@@ -262,7 +262,7 @@ class SliceParameters:
 
     def _blame(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> RecipeError:
         """The error for the first value that can't be had."""
-        lookups = [(resolver, output, None) for resolver in self._shared]
+        lookups: list[tuple[Resolver, str, Source | None]] = [(resolver, output, None) for resolver in self._shared]
         for _, resolvers in self._per_input:
             lookups += [(resolvers[i], name, self._sources[i]) for i, name in inputs if i != self._base]
         for resolver, tensor, source in lookups:

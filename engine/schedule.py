@@ -240,15 +240,15 @@ def _refuse_too_small(graph: MergeGraph, budget: Budget, need: _Need, minimum_ra
     if budget.ram < minimum_ram:
         raise BudgetError(
             f"the merge does not fit {format_size(budget.ram)} of RAM: the smallest budget that works is "
-            f"{format_size(minimum_ram, up=True)}{reason} ({format_size(budget.baseline)} of it for the program itself); "
-            f"give --max-ram {format_size(minimum_ram, up=True)} or more"
+            f"{format_size(minimum_ram, up=True)}{reason} ({format_size(budget.baseline)} of it for the program "
+            f"itself); give --max-ram {format_size(minimum_ram, up=True)} or more"
         )
     for device in budget.devices:
         if device.vram is not None and device.vram < minimum_vram:
             raise BudgetError(
-                f"the merge does not fit {format_size(device.vram)} on {device.name}: the smallest budget that works is "
-                f"{format_size(minimum_vram, up=True)}{reason}; give --max-vram {format_size(minimum_vram, up=True)} or more, "
-                "or --device cpu"
+                f"the merge does not fit {format_size(device.vram)} on {device.name}: the smallest budget that works "
+                f"is {format_size(minimum_vram, up=True)}{reason}; give --max-vram {format_size(minimum_vram, up=True)} "
+                "or more, or --device cpu"
             )
 
 

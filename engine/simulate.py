@@ -59,7 +59,7 @@ class Step:
 
 
 def orders(graph: MergeGraph) -> list[list[int]]:
-    """Orders of the nodes worth simulating: as the sources lie on the disk, and with consumers of one source together."""
+    """Orders of the nodes worth simulating: as sources lie on the disk, with consumers of one source together, as built."""
     files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
 
     def place(node: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DiskSpaceError, EnvironmentFailure, UsageError
+from .files import copy_file
 from .platform import reserve_space, start_writeback, sync_directory, write_at
 from .reading import FilePool
 from .sizes import format_size
@@ -137,6 +138,12 @@ class OutputDirectory:
         except OSError as error:
             raise _explain(error, self.path, f"writing {name}") from error
 
+    def copy_file(self, name: str, source: Path) -> None:
+        """Copy a file; it gets its final name once OUT is published."""
+        target = self.work / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, target)
+
     def publish(self, last: Sequence[str]) -> None:
         """Give every file its final name, those in `last` after all others; then OUT is whole.
 
@@ -202,8 +209,8 @@ def judge(file: Path, name: str) -> None:
             return
     except safetensors.SafetensorError as error:
         raise EnvironmentFailure(
-            f"{name}: the safetensors library does not accept what was written ({error}): the disk lost data, or this is "
-            "a bug; please report it"
+            f"{name}: the safetensors library does not accept what was written ({error}): the disk lost data, or this "
+            "is a bug; please report it"
         ) from error
 
 

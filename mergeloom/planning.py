@@ -17,6 +17,7 @@ from .errors import RecipeError
 from .io.checkpoint import Checkpoint, open_checkpoint
 from .machine import find_devices, make_budget, usable_cores
 from .methods import merge_methods
+from .model_files import config_of
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
@@ -148,6 +149,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
             source=loaded.source,
         )
     stage = loaded.output
+    _refuse_what_is_not_there_yet(loaded, stage)
     opened: dict[ModelReference, Checkpoint] = {}
 
     def open_once(reference: ModelReference) -> Checkpoint:
@@ -161,4 +163,15 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     devices = find_devices(options.device if computes else "cpu", options.max_vram, options.threads or usable_cores())
     schedule = make_schedule(built.graph, make_budget(options.max_ram, devices, computes))
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
-    return Plan(loaded, stage, built, layout, schedule, options, (*loaded.warnings, *remarks, *built.warnings))
+    warnings = (*loaded.warnings, *remarks, *built.warnings, *config_of(built)[1])
+    return Plan(loaded, stage, built, layout, schedule, options, warnings)
+
+
+def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:
+    for key, value in (
+        ("tokenizer_source", stage.tokenizer),
+        ("chat_template", stage.chat_template),
+        ("files_from", stage.files_from),
+    ):
+        if value is not None:
+            raise recipe.error((*stage.place, key), f"{key} can't be honoured yet: take it out of the recipe")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .display import Grid, Section, plain
 from .engine.build import Model
@@ -40,7 +40,10 @@ def plan_text(plan: Plan) -> str:
 
 def headline(plan: Plan) -> str:
     """A merge in one line: ``linear of 2 models: 16 layers, 1.24B parameters, 2.47GB``."""
-    said = plan.to_dict()["output"]
+    return _headline(plan, plan.to_dict()["output"])
+
+
+def _headline(plan: Plan, said: Mapping[str, Any]) -> str:
     layers = f"{plural(said['layers'], 'layer')}, " if said["layers"] else ""
     parameters = big_number(said["parameters"]).partition("(")[2].rstrip(")") or str(said["parameters"])
     models = plural(len(plan.built.models), "model")
@@ -49,9 +52,10 @@ def headline(plan: Plan) -> str:
 
 def plan_sections(plan: Plan) -> list[Section]:
     """The dry run: what a merge makes, takes, does and needs."""
+    said = plan.to_dict()["output"]
     sections = [
-        Section(headline(plan)),
-        _output(plan),
+        Section(_headline(plan, said)),
+        _output(plan, said),
         _inputs(plan),
         _work(plan),
         _memory(plan),
@@ -63,8 +67,7 @@ def plan_sections(plan: Plan) -> list[Section]:
     return sections
 
 
-def _output(plan: Plan) -> Section:
-    said = plan.to_dict()["output"]
+def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
     donor = plan.stage.files_from.text if plan.stage.files_from else plan.built.models[plan.built.donor].name
     shards = plan.layout.shards
     largest = f", the largest of {data_size(max(shard.nbytes for shard in shards))}" if len(shards) > 1 else ""
@@ -216,8 +219,8 @@ def summary_sections(result: Result) -> list[Section]:
     title = f"Merged into {result.out}" if result.out is not None else "Rehearsed: nothing was written"
     fields = [
         ("time", f"{duration(measured.seconds)}, {rate(moved, measured.seconds)} read and written"),
-        ("read", _beside(data_size, measured.bytes_read, schedule.bytes_read)),
-        ("written", _beside(data_size, measured.bytes_written, schedule.bytes_written)),
+        ("read", _beside(measured.bytes_read, schedule.bytes_read)),
+        ("written", _beside(measured.bytes_written, schedule.bytes_written)),
         (
             "peak RAM",
             f"{memory_size(result.peak_rss, up=True)}; foretold {memory_size(schedule.peak_ram, up=True)}, "
@@ -268,9 +271,10 @@ def _busy(lane: LaneTime, measured: Measured) -> float:
     return lane.worked / (lane.threads * measured.seconds) if lane.threads and measured.seconds else 0.0
 
 
-def _beside(say: object, measured: int, foretold: int) -> str:
-    assert callable(say)
-    return f"{say(measured)}, as foretold" if measured == foretold else f"{measured:,} bytes; foretold {foretold:,}"
+def _beside(measured: int, foretold: int) -> str:
+    if measured == foretold:
+        return f"{data_size(measured)}, as foretold"
+    return f"{measured:,} bytes, where {foretold:,} were foretold"
 
 
 def _overflows(plan: Plan, overflowed: Mapping[str, int]) -> Section:

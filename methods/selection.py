@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .contract import BLOCK
 from .lazy import numpy as np
 from .lazy import torch
-from .randomness import mix
+from .reductions import in_blocks
 
 if TYPE_CHECKING:
     import numpy
@@ -95,6 +95,10 @@ class Target:
     guess: int = 0
     cut: Cut | None = None
 
+    def asks_as(self, other: Target) -> bool:
+        """Whether a pass counts the same for both."""
+        return replace(self, rank=other.rank, share=other.share) == other and (self.rank is None) == (other.rank is None)
+
     @property
     def shift(self) -> int:
         """The bits that one bin of the bracket's histogram doesn't tell apart."""
@@ -154,7 +158,7 @@ class Selection:
         sampled: whether a sample comes first; not where magnitudes are not to be had for single elements.
     """
 
-    buffers = 2.25
+    buffers = 1.25
 
     def __init__(self, elements: int, targets: Sequence[Target], streams: Streams, *, sampled: bool = True) -> None:
         self.elements = elements
@@ -177,7 +181,8 @@ class Selection:
         for stream, magnitudes in enumerate(self.streams(tile)):
             for place, target in enumerate(state.targets):
                 if target.stream == stream and target.cut is None:
-                    tallies[place] = count(target, bits(magnitudes), tile)
+                    twin = next((i for i in range(place) if state.targets[i].asks_as(target)), None)
+                    tallies[place] = count(target, bits(magnitudes), tile) if twin is None else tallies[twin]
         return tallies
 
     def merge(self, merged: list[Any] | None, partial: list[Any]) -> list[Any]:
@@ -203,7 +208,8 @@ class Selection:
         """The places in the tile of the sampled elements: a run of neighbours somewhere in each stratum."""
         strata = np.arange(tile.element // self.stratum, (tile.element + tile.elements - 1) // self.stratum + 1)
         runs = self.stratum // _RUN
-        starts = strata * self.stratum + np.array([mix(int(i)) % runs for i in strata]) * _RUN
+        spread = (strata.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)).astype(np.int64)
+        starts = strata * self.stratum + spread % runs * _RUN
         places = (starts[:, None] + np.arange(_RUN)).reshape(-1) - tile.element
         return places[(places >= 0) & (places < tile.elements)]
 
@@ -273,5 +279,51 @@ def narrowed(target: Target, tally: Tally, samples: Sequence[numpy.ndarray[Any, 
         above += int(bins[down]) - ties
         target = replace(target, low=low, high=high, above=above)
         if low == high and (rank == above + ties or low == 0):
-            return replace(target, cut=Cut(value(low), block=_TOP if low else 0))
+            return replace(target, cut=Cut(_value(low), block=_TOP if low else 0))
     return replace(target, guess=_guess(target, samples))
+
+
+def cut_ties(threshold: int, ties: int, equal: Sequence[int]) -> Cut:
+    """The cut after the first `ties` of the elements equal to the threshold, of which each block has so many."""
+    block = 0
+    while threshold and ties > equal[block]:
+        ties -= equal[block]
+        block += 1
+    return Cut(_value(threshold), block, ties) if threshold else Cut(0.0)  # of zeros it doesn't matter which
+
+
+def above(values: Tensor, bound: int, flags: Tensor) -> list[int]:
+    """How many are above the bound, in each block. `flags` is scratch: as many booleans."""
+    if values.device.type == "cpu":
+        array = np.greater(values.numpy(), bound, out=flags.numpy())
+        return [int(np.count_nonzero(array[i : i + BLOCK])) for i in range(0, len(array), BLOCK)]
+    blocks = in_blocks(torch.gt(values, bound, out=flags), BLOCK)
+    return [number for part in blocks for number in part.sum(1).tolist()]
+
+
+def histogram(target: Target, values: Tensor, flags: Tensor, tile: Tile) -> Tensor:
+    """How many of the values lie in each bin of the target's bracket."""
+    width = target.high - target.low
+    offsets = torch.sub(values, target.low, out=tile.workspace.take(values.numel(), torch.int32))
+    bins = (width >> target.shift) + 1
+    if values.device.type == "cpu":
+        array = offsets.numpy()
+        inside = np.less_equal(array.view(np.uint32), width, out=flags.numpy())
+        return torch.from_numpy(np.bincount(array[np.flatnonzero(inside)] >> target.shift, minlength=bins))
+    inside = offsets[torch.ge(offsets, 0, out=flags).logical_and_(offsets <= width)]
+    return torch.bincount(inside >> target.shift, minlength=bins).cpu()
+
+
+def _guess(target: Target, samples: Sequence[numpy.ndarray[Any, Any]]) -> int:
+    """The middle one of the sampled values in the bracket, or of the bracket."""
+    if samples:
+        rising = samples[target.stream][::-1]
+        first, last = np.searchsorted(rising, target.low), np.searchsorted(rising, target.high, side="right")
+        if first < last:
+            return int(rising[(first + last) // 2])
+    return target.low + (target.high - target.low) // 2
+
+
+def _value(bits: int) -> float:
+    """The float32 with these bits."""
+    return float(np.int32(bits).view(np.float32))

@@ -91,3 +91,9 @@ class Tile:
         """Input `index` in the work dtype, exactly; into `out` where given, else into a new buffer."""
         buffer = self.empty() if out is None else out
         return buffer.copy_(self.inputs[index])
+
+    def gather(self, places: Tensor) -> Tile:
+        """A flat tile of the elements at these places of this one, in the same workspace."""
+        places = places.to(self.inputs[0].device)
+        inputs = [x.reshape(-1).index_select(0, places) for x in self.inputs]
+        return Tile(inputs, self.workspace, element=self.element, key=self.key, positions=self.positions)

@@ -47,7 +47,8 @@ def test_a_failed_process_shows_its_log() -> None:
 
 def test_the_floor_writes_as_many_bytes_as_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "input").write_bytes(bytes(3 * floor.PIECE + 5))
-    command = [sys.executable, "-S", "-E", floor.__file__, tmp_path / "out", "1500000", tmp_path / "input"]
+    files = [str(tmp_path / "out"), "1500000", str(tmp_path / "input")]
+    command = [sys.executable, "-S", "-E", floor.__file__, *files]
     printed = subprocess.run(command, capture_output=True, check=True).stdout
     assert set(json.loads(printed)) == {"read", "write"}
     assert (tmp_path / "out/output").stat().st_size == 1_500_000

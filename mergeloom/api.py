@@ -1,0 +1,113 @@
+"""The public functions: keywords as people write them become Options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+from .io.sizes import parse_size
+from .planning import Options, Plan, RecipeLike
+from .planning import plan as make_plan
+
+if TYPE_CHECKING:
+    from .engine.execute import Progress
+    from .merging import Result
+
+Size = int | str
+"""Bytes, or a text such as ``32GiB``."""
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    max_ram: Size | None = None,
+    max_vram: Size | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    shard_size: Size = "5GB",
+    threads: int | None = None,
+    strict: bool = False,
+) -> Plan:
+    """Plan a merge: what it will read, write and hold, from the models' headers alone. Printed, it is the dry run.
+
+    Args:
+        recipe: the path of a YAML file, a dict that says the same, or a Recipe.
+        max_ram: the bound on the process's resident memory; by default a share of the machine's.
+        max_vram: what may be held on each GPU; by default a share of its memory.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several with commas.
+        seed: of the random methods.
+        shard_size: the most bytes of an output file.
+        threads: compute threads of the CPU; by default the cores that the process may use.
+        strict: make unknown keys and parameters in the recipe errors.
+
+    Raises:
+        RecipeError: for a mistake in the recipe.
+        CheckpointError: for an input that is missing, damaged, or doesn't fit the others.
+        BudgetError: where the merge doesn't fit the budget.
+        UsageError: for an argument that is none.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}: give 1 or more")
+    return make_plan(
+        recipe,
+        Options(
+            max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
+            max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
+            device=device,
+            seed=seed,
+            shard_size=_bytes("shard_size", shard_size),
+            threads=threads,
+            strict=strict,
+        ),
+    )
+
+
+def merge(
+    recipe: RecipeLike | Plan,
+    out: str | os.PathLike[str] | None,
+    *,
+    max_ram: Size | None = None,
+    max_vram: Size | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    shard_size: Size = "5GB",
+    threads: int | None = None,
+    strict: bool = False,
+    notify: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Merge models into a new model directory.
+
+    Args:
+        recipe: as `plan` takes it, or a Plan, which is then performed as it is: the arguments up to `strict` are
+            without effect.
+        out: the directory to make, new or empty; None for a rehearsal that does all of it and writes nothing.
+        max_ram, max_vram, device, seed, shard_size, threads, strict: as for `plan`.
+        notify: called now and then, from this thread, with how far it is.
+
+    Raises:
+        MergeloomError: whatever stops it; `out` then holds nothing that looks like a model.
+    """
+    from .merging import merge as perform
+
+    if not isinstance(recipe, Plan):
+        recipe = plan(
+            recipe,
+            max_ram=max_ram,
+            max_vram=max_vram,
+            device=device,
+            seed=seed,
+            shard_size=shard_size,
+            threads=threads,
+            strict=strict,
+        )
+    return perform(recipe, out, notify=notify)
+
+
+def _bytes(name: str, size: Size) -> int:
+    if isinstance(size, str):
+        return parse_size(size)
+    if size <= 0:
+        raise UsageError(f"{name} is {size}: give a number of bytes above 0, or a text such as '32GiB'")
+    return size

@@ -1,0 +1,85 @@
+"""The files of a model beside its weights: config.json, tokenizer and other companions, the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .card import CardModel, model_card
+from .engine.build import BuiltGraph
+from .engine.config import merged_config
+from .engine.layers import is_head
+from .io.files import companion_files
+from .io.output import OutputDirectory
+
+if TYPE_CHECKING:
+    from .planning import Plan
+
+CARD = "README.md"
+CONFIG = "config.json"
+
+
+def config_of(built: BuiltGraph) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The output's config.json, and what the user should know about it; None where the donor has none."""
+    donor = built.models[built.donor]
+    config: Mapping[str, Any] | None = donor.checkpoint.config
+    if config is None:
+        return None, (f"{donor.name} has no config.json, so that none is written",)
+    has_head = any(is_head(name) for model in built.models for name in model.checkpoint.tensors)
+    tied = not built.head if has_head or "tie_word_embeddings" in config else None
+    warnings: list[str] = []
+    for stack in built.stacks:
+        merged = merged_config(
+            config,
+            layers=len(stack.sources),
+            source_layers=stack.sources,
+            tied=tied,
+            dtype=built.dtype,
+            main=stack.donor.config_path,
+            key=stack.donor.config_key,
+            donor_layers=stack.donor.count,
+        )
+        config = merged.config
+        warnings += merged.warnings
+    return dict(config), tuple(dict.fromkeys(warnings))
+
+
+def write_model_files(plan: Plan, out: OutputDirectory) -> list[str]:
+    """Write everything but the weights into OUT; the names of what must appear last, config.json among them."""
+    config, _ = config_of(plan.built)
+    donor = plan.built.models[plan.built.donor]
+    directory = donor.checkpoint.path
+    if directory.is_dir():
+        for file in companion_files(directory):
+            out.copy_file(file.path, file.source)
+    out.write_file(CARD, _card(plan).encode())
+    if config is None:
+        return []
+    out.write_file(CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    return [CONFIG]
+
+
+def _card(plan: Plan) -> str:
+    graph = plan.built.graph
+    cards = {
+        model.number: CardModel(
+            model.reference.path,
+            revision=model.reference.revision,
+            local=Path(model.reference.path).expanduser().exists(),
+        )
+        for model in plan.built.models
+    }
+    base = next((cards[model.number] for model in plan.built.models if model.reference == plan.stage.base_model), None)
+    dtypes = sorted({graph.node_dtype[output.node].torch_name or "packed" for output in graph.outputs})
+    return model_card(
+        name=plan.stage.name or "Merged model",
+        methods=[plan.stage.merge_method],
+        models=list(cards.values()),
+        recipe=plan.recipe.text,
+        layers=plan.built.layers,
+        parameters=sum(graph.elements(output.node) for output in graph.outputs),
+        dtype=plan.built.dtype or ", ".join(dtypes),
+        base_model=base,
+    )

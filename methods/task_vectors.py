@@ -1,0 +1,244 @@
+"""The pieces of the task-vector methods: differences from a base, made sparse, weighted, elected, summed.
+
+    delta_i = x_i - base
+    delta_i = sparsify(delta_i), times what restores its size where that is asked for, times the weight
+    out = base + lambda sum_i delta_i, divided by the weights where that is asked for
+
+With an election, only the deltas that agree with the sign of the sum count, element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .contract import BLOCK, Inputs, Kernel, MethodError, Unit
+from .lazy import torch
+from .reductions import BlockSums, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .tile import Tile
+
+
+def deltas(
+    inputs: Inputs, tile: Tile, *, indices: Sequence[int] | None = None, buffers: Sequence[Tensor] = ()
+) -> Iterator[Tensor]:
+    """The task vectors in the work dtype, in recipe order.
+
+    Args:
+        inputs: of the tensor.
+        tile: of these.
+        indices: of which inputs; of all but the base if None.
+        buffers: one for each. Without any, all are made in the same, and each is lost with the next.
+    """
+    mark = tile.workspace.mark()
+    base = tile.load(_base(inputs))
+    shared = None if buffers else tile.empty()
+    for place, index in enumerate(inputs.others if indices is None else indices):
+        yield tile.load(index, out=buffers[place] if buffers else shared).sub_(base)
+    tile.workspace.release(mark)
+
+
+def magnitudes(delta: Tensor, tile: Tile, *, keep: bool = True) -> Tensor:
+    """The sizes of a task vector's elements in float32, in a new buffer unless the vector needn't be kept."""
+    if delta.dtype is torch.float32:
+        return torch.abs(delta, out=tile.empty() if keep else delta)
+    return tile.empty(torch.float32).copy_(delta).abs_()
+
+
+def elected_mean(terms: Sequence[Tensor], weights: Sequence[float] | None, tile: Tile, floor: float = 0.0) -> Tensor:
+    """The sum of the terms that have the sign of the sum of all; where that is 0, of the positive ones.
+
+    Args:
+        terms: the weighted task vectors; they are used up.
+        weights: where given, the result is divided by those of the agreeing terms, element by element; where these
+            come to 0, or where `floor` is above 0 to less, by 1, or by `floor`.
+        tile: that they belong to.
+        floor: the least divisor.
+    """
+    mark = tile.workspace.mark()
+    sign = tile.empty()
+    torch.add(terms[0], terms[1], out=sign) if len(terms) > 1 else sign.copy_(terms[0])
+    for term in terms[2:]:
+        sign.add_(term)
+    torch.ge(sign, 0, out=sign).mul_(2).sub_(1)  # 1 or -1
+    agree = tile.empty()
+    divisor = tile.empty() if weights is not None else None
+    for place, term in enumerate(terms):
+        term.mul_(sign).clamp_(min=0)
+        if divisor is not None and weights is not None:
+            torch.gt(term, 0, out=agree).mul_(weights[place])
+            divisor.copy_(agree) if place == 0 else divisor.add_(agree)
+        if place > 0:
+            terms[0].add_(term)
+    if divisor is not None:
+        if floor:
+            divisor.clamp_(min=floor)
+        else:
+            divisor.add_(torch.eq(divisor, 0, out=agree))
+        terms[0].div_(divisor)
+    tile.workspace.release(mark)
+    return terms[0].mul_(sign)
+
+
+class Sparsifier:
+    """Sets elements of the task vectors to zero; this one none.
+
+    Its reductions come before those of the method, and their state is its own.
+
+    Args:
+        inputs: of the tensor.
+    """
+
+    unit = Unit.ELEMENT
+    reductions = 0
+    buffers = 0.0
+    random = False
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+
+    def needed(self, index: int, state: Any) -> bool:
+        """As `Kernel.needed`."""
+        return True
+
+    def reduce(self, index: int, tile: Tile, state: Any) -> Any:
+        """As `Kernel.reduce`."""
+        raise NotImplementedError
+
+    def merge(self, index: int, merged: Any, partial: Any) -> Any:
+        """As `Kernel.merge`."""
+        raise NotImplementedError
+
+    def finish(self, index: int, merged: Any, state: Any) -> Any:
+        """As `Kernel.finish`."""
+        raise NotImplementedError
+
+    def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
+        """Make the task vector of the input ``inputs.others[place]`` sparse, in place, within `buffers` of workspace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the reductions of `TaskVectors` found.
+
+    Args:
+        sparse: the state of the sparsifier.
+        sizes: of each task vector, what restores its L1 norm.
+    """
+
+    sparse: Any = None
+    sizes: Sequence[float] | None = None
+
+
+class TaskVectors(Kernel):
+    """The base plus a combination of task vectors.
+
+    Args:
+        inputs: of the tensor.
+        sparsifier: makes each task vector sparse.
+        weight: of each input; the base's is not used.
+        elect: whether only what agrees with the sign of the weighted sum counts.
+        normalize: whether the sum is divided by the sum of the weights (of the agreeing ones).
+        rescale: the least L1 norm that is restored after a task vector was made sparse; None if none is.
+        factor: what the combination is multiplied by.
+    """
+
+    transparent = True  # zeros are made by multiplication
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        sparsifier: Sparsifier,
+        *,
+        weight: Sequence[float],
+        elect: bool,
+        normalize: bool,
+        rescale: float | None,
+        factor: float,
+    ) -> None:
+        super().__init__(inputs)
+        self.sparsifier = sparsifier
+        self.weights = [weight[i] for i in inputs.others]
+        self.elect = elect
+        self.normalize = normalize
+        self.rescale = rescale
+        self.factor = factor
+        self.unit = sparsifier.unit
+        self.random = sparsifier.random
+        self.reductions = sparsifier.reductions + (rescale is not None)
+        count = len(self.weights)
+        combining = count + max(1 + sparsifier.buffers, 3) if elect else 3 + sparsifier.buffers
+        rescaling = 3 + sparsifier.buffers + BlockSums.size(2 * count)
+        self.buffers = max(combining, rescaling if self.reductions else 0)
+
+    @property
+    def granule(self) -> int:
+        columns = self.inputs.columns if self.unit is Unit.ROW else 1
+        return -(-BLOCK // columns) * columns if columns else BLOCK
+
+    def needed(self, index: int, state: Prepared | None) -> bool:
+        if index >= self.sparsifier.reductions:
+            return True
+        return self.sparsifier.needed(index, state.sparse if state else None)
+
+    def reduce(self, index: int, tile: Tile, state: Prepared | None) -> Any:
+        sparse = state.sparse if state else None
+        if index < self.sparsifier.reductions:
+            return self.sparsifier.reduce(index, tile, sparse)
+        sums = BlockSums(2 * len(self.weights), tile.elements, self.granule, tile.workspace)
+        size = tile.empty()
+        for place, delta in enumerate(deltas(self.inputs, tile)):
+            sums.add(torch.abs(delta, out=size))
+            self.sparsifier.apply(delta, place, tile, sparse)
+            sums.add(delta.abs_())
+        return [sums.partial()]
+
+    def merge(self, index: int, merged: Any, partial: Any) -> Any:
+        if index < self.sparsifier.reductions:
+            return self.sparsifier.merge(index, merged, partial)
+        return super().merge(index, merged, partial)
+
+    def finish(self, index: int, merged: Any, state: Prepared | None) -> Prepared:
+        sparse = state.sparse if state else None
+        if index < self.sparsifier.reductions:
+            return Prepared(self.sparsifier.finish(index, merged, sparse))
+        sums = [total(blocks) for blocks in torch.cat(merged, 1).tolist()] if merged else []
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        return Prepared(sparse, [restored(before, after, self.rescale or 0.0) for before, after in pairs])
+
+    def combine(self, tile: Tile, state: Prepared | None) -> Tensor:
+        state = state or Prepared()
+        factors = [w * size for w, size in zip(self.weights, state.sizes or [1.0] * len(self.weights), strict=True)]
+        buffers = [tile.empty() for _ in self.weights] if self.elect else [tile.empty()]
+        for place, delta in enumerate(deltas(self.inputs, tile, buffers=buffers if self.elect else ())):
+            self.sparsifier.apply(delta, place, tile, state.sparse)
+            _scale(delta, factors[place])
+            if not self.elect:
+                buffers[0].copy_(delta) if place == 0 else buffers[0].add_(delta)
+        if self.elect:
+            result = elected_mean(buffers, self.weights if self.normalize else None, tile)
+            _scale(result, self.factor)
+        else:
+            divisor = math.fsum(self.weights) if self.normalize else 1.0
+            result = _scale(buffers[0], self.factor / (divisor if abs(divisor) >= 1e-8 else 1.0))
+        return result.add_(tile.load(_base(self.inputs)))
+
+
+def restored(before: float, after: float, least: float) -> float:
+    """What gives a task vector its L1 norm back."""
+    return before / after if not (before < least or after < least or after == 0) else 1.0
+
+
+def _scale(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1 else values.mul_(factor)
+
+
+def _base(inputs: Inputs) -> int:
+    if inputs.base is None:
+        raise MethodError("it needs a base model among the inputs")
+    return inputs.base
