@@ -160,8 +160,10 @@ class _Layers:
         """Make everything in a config that speaks of layers speak of the new ones."""
         is_shared = bool(section.get("is_encoder_decoder")) or (key is not None and bool(_SIDES.search(key)))
         self._set_count(section, key, is_shared)
-        if is_shared:
-            return  # its lists could speak of either stack; the known encoder-decoder models have none
+        if is_shared:  # lists could speak of either stack; the only known one is Longformer's, about the encoder
+            if key is None or "decoder" not in key:
+                section |= {k: self._mapped(k, v) for k, v in section.items() if k == "attention_window"}
+            return
         old = dict(section)
         for name, value in old.items():
             if name == "linear_attn_config" and isinstance(value, dict):
@@ -173,6 +175,11 @@ class _Layers:
         for name in _LEADING:
             self._set_leading(section, name)
         self._set_ends(section)
+        if section.get("hidden_size_per_layer_input"):
+            self.warnings.append(
+                "this model has embeddings for each layer in one matrix (embed_tokens_per_layer), which mergeloom does not "
+                "slice: with other layers the model won't load"
+            )
         self._explain(section, old)
 
     def _set_count(self, section: dict[str, Any], key: str | None, is_shared: bool) -> None:
@@ -229,7 +236,9 @@ class _Layers:
         """A dict with a layer's number for each key; one keyed by a layer's type stays."""
         if not all(name.isdecimal() for name in value):
             return value
-        return {str(new): value[str(old)] for new, old in enumerate(self.source) if str(old) in value}
+        by_number = {int(name): entry for name, entry in value.items()}
+        width = min(map(len, value), default=1)  # transformers writes 02, 10
+        return {str(new).zfill(width): by_number[old] for new, old in enumerate(self.source) if old in by_number}
 
     def _shared_sources(self, value: list[int]) -> list[int]:
         """For each layer the layer whose keys and values it uses: the nearest copy of it that comes before."""

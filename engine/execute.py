@@ -23,7 +23,7 @@ from .lanes import Lane
 from .residency import Memory, Resident
 from .schedule import Schedule
 from .simulate import Step
-from .tiling import length, tile_length
+from .tiling import length, output_width, tile_length
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +39,14 @@ class Source(Protocol):
 class Sink(Protocol):
     """Where output bytes go; called from several threads."""
 
-    def write(self, output: int, offset: int, data: memoryview) -> None:
-        """Put `data` at byte `offset` of output tensor number `output`."""
+    def write(self, node: int, offset: int, data: memoryview) -> None:
+        """Put `data` at byte `offset` of every output tensor of a node.
+
+        The calls for one node begin in the order of the offsets, and may overlap.
+        """
 
     def finished(self, node: int) -> None:
-        """All bytes of all outputs of a node have been given to `write`."""
+        """Every byte of a node has been written."""
 
 
 @dataclass(slots=True)
@@ -122,10 +125,15 @@ class _Item:
 class _Run:
     """A node that is being made."""
 
-    __slots__ = ("chunks", "index", "lock", "merged", "next", "partials", "state", "unwritten", "waiting")
+    __slots__ = (
+        "chunks", "computed", "index", "lock", "merged", "next", "next_write", "partials", "state", "unwritten",
+        "waiting",
+    )  # fmt: skip
 
     def __init__(self, chunks: int) -> None:
         self.chunks = chunks
+        self.next_write = 0
+        self.computed: dict[int, _Item] = {}
         self.unwritten = chunks
         self.index = 0
         self.state: Any = None
@@ -291,11 +299,14 @@ class Executor:
                     self._ram.keep_only(read, held.low, held.high)
                 if step.index == 0:
                     self._runs[step.node] = _Run(chunks)
+                if step.first:
+                    self._runs[step.node].next_write = step.first
+                    self._runs[step.node].unwritten -= step.first
             if chunks == 0:
                 if step.index == operation.passes - 1:
                     self._finish_node(step.node)
                 continue
-            for chunk in range(chunks):
+            for chunk in range(step.first, chunks):
                 order += 1
                 item = _Item(order, step, operation, chunk)
                 if self._serial:
@@ -348,8 +359,7 @@ class Executor:
                     item.residents.append(on_device)
             if item.last:
                 start, size = self._span(item)
-                width = self.graph.node_dtype[item.node].bits // 8 if item.operation.kind is Kind.MERGE else 1
-                item.out_nbytes = size * width
+                item.out_nbytes = size * output_width(self.graph, item.node)
                 if computes:
                     item.out = ram.take()
                     if separate:
@@ -406,7 +416,7 @@ class Executor:
     def _loaded(self, item: _Item) -> None:
         """Every source chunk of the item is in its place."""
         if item.operation.kind is Kind.COPY:
-            self._write_lane.put(item.order, item)
+            self._computed(item)
         elif item.operation.kind is Kind.MERGE and self.devices[item.device].separate:
             self._upload_lanes[item.device].put(item.order, item)
         else:
@@ -498,7 +508,7 @@ class Executor:
             self._download_lanes[item.device].put(item.order, item)
         else:
             self._release_hosts(item)
-            self._write_lane.put(item.order, item)
+            self._computed(item)
 
     def _workspace(self, thread: int, device: int) -> Any:
         import torch
@@ -543,7 +553,7 @@ class Executor:
     def _download(self, thread: int, item: _Item) -> None:
         item.marker.wait()
         self._release_device(item)
-        self._write_lane.put(item.order, item)
+        self._computed(item)
 
     def _compare(self, item: _Item) -> None:
         """Integer tensors are copied where all inputs agree."""
@@ -558,15 +568,22 @@ class Executor:
                 )
         self._arena.view(item.out, item.out_nbytes)[:] = views[0]
         self._release_hosts(item)
-        self._write_lane.put(item.order, item)
+        self._computed(item)
+
+    def _computed(self, item: _Item) -> None:
+        """Hand finished chunks to the write lane in the order of the tensor, so that they can be digested there."""
+        with self._changed:
+            run = self._runs[item.node]
+            run.computed[item.chunk] = item
+            while (following := run.computed.pop(run.next_write, None)) is not None:
+                self._write_lane.put(following.order, following)
+                run.next_write += 1
 
     def _write(self, thread: int, item: _Item) -> None:
         slot = item.residents[0].slot if item.operation.kind is Kind.COPY else item.out
         data = self._arena.view(slot, item.out_nbytes)
-        width = self.graph.node_dtype[item.node].bits // 8 if item.operation.kind is Kind.MERGE else 1
-        offset = self._span(item)[0] * width
-        for output in self._destinations[item.node]:
-            self._sink.write(output, offset, data)
+        offset = self._span(item)[0] * output_width(self.graph, item.node)
+        self._sink.write(item.node, offset, data)
         if item.operation.kind is Kind.COPY:
             self._release_hosts(item)
         with self._changed:

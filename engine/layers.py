@@ -16,8 +16,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-_PLAIN_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth")
-COUNT_KEYS = (*_PLAIN_KEYS, "decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers", "layers")
+_SIDE_KEYS = ("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers", "layers", "num_blocks")
+COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth", *_SIDE_KEYS)
 """The keys under which a config.json states its number of layers, the commonest first."""
 
 LENGTH_KEYS = ("layers_block_type", "layer_types", "hybrid_override_pattern", "block_configs")
@@ -27,7 +27,7 @@ _LAYERS = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|encoder_layers|decoder_layer
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.|$)")
 _LANGUAGE = re.compile(r"(?<![a-z])(?:text|language|llm|lm|thinker|decoder)(?![a-z])")
 _EYES = "vision|visual|image|img|vit|vpm|sam|video"
-_IN = rf"{_EYES}|audio|apm|speech|acoustic|conformer|qformer|resampler|perceiver|projector|connector|aligner|merger"
+_IN = rf"{_EYES}|audio|apm|speech|acoustic|conformer|qformer|resampler|(?<!vocab_)projector|connector|aligner|merger"
 _OUT = "mtp|nextn|eagle|medusa|talker|depth_decoder|codec|token2wav|code2wav"
 _SIDE_IN = re.compile(rf"(?<![a-z])(?:{_IN})(?![a-z])")
 _SIDE_OUT = re.compile(rf"(?<![a-z])(?:{_OUT})(?![a-z])")

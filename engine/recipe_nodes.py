@@ -32,7 +32,7 @@ HINTS = {
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely a misspelling of."""
     folded = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(folded), n=1)
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(folded), n=1, cutoff=0.65)
     return folded[found[0]] if found else None
 
 

@@ -9,14 +9,14 @@ of the nodes is the best of a few that are simulated.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import BudgetError
 from ..io.sizes import format_size
 from .graph import Kind, MergeGraph
 from .simulate import Simulation, Step, orders
-from .tiling import chunk_count, chunk_elements, clusters, length, tile_length, widest, work_bytes
+from .tiling import chunk_count, chunk_elements, clusters, length, output_width, tile_length, widest, work_bytes
 
 PAGE = 4096
 TILE_ELEMENTS = 1 << 17
@@ -120,13 +120,16 @@ class _Need:
     workspace_node: int | None = None
 
 
-def make_schedule(graph: MergeGraph, budget: Budget, *, slot_bytes: int | None = None) -> Schedule:
+def make_schedule(
+    graph: MergeGraph, budget: Budget, *, slot_bytes: int | None = None, done: Mapping[int, int] | None = None
+) -> Schedule:
     """The schedule of a graph within a budget.
 
     Args:
         graph: what to make.
         budget: what to fit.
         slot_bytes: the size of a slot; found from the budget where it isn't given.
+        done: nodes that an earlier run has begun or finished, with the bytes that need not be written again.
 
     Raises:
         BudgetError: where the budget is too small, with the smallest that works and the tensor that needs it.
@@ -164,9 +167,11 @@ def make_schedule(graph: MergeGraph, budget: Budget, *, slot_bytes: int | None =
     device_slots = tuple(next(vram_slots) if own else 0 for own in separate)
     devices = _assign_devices(graph, len(budget.devices))
     best: Simulation | None = None
+    first = _first_chunks(graph, chunks, done or {})
+    left = {node for node in graph if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
     for order in orders(graph):
-        simulation = Simulation(graph, chunks, ram_slots, device_slots, devices, need.window)
-        simulation.run(order)
+        simulation = Simulation(graph, chunks, ram_slots, device_slots, devices, need.window, first)
+        simulation.run([node for node in order if node in left] if done else order)
         if best is None or (simulation.bytes_read, simulation.peak) < (best.bytes_read, best.peak):
             best = simulation
     assert best is not None
@@ -181,7 +186,13 @@ def make_schedule(graph: MergeGraph, budget: Budget, *, slot_bytes: int | None =
         for count, device, need_, own in zip(used_vram, budget.devices, needs, separate, strict=True)
         if own
     ]
-    unique = sum(graph.reads[read].nbytes for read in {r for sources in graph.node_sources for r in sources})
+    unique = sum(graph.reads[read].nbytes for read in {r for node in left for r in graph.node_sources[node]})
+    written = sum(graph.nbytes(output.node) for output in graph.outputs if output.node in left)
+    written -= sum(
+        min(first[output.node] * chunks[output.node] * output_width(graph, output.node), graph.nbytes(output.node))
+        for output in graph.outputs
+        if output.node in left and output.node in first
+    )
     return Schedule(
         steps=best.steps,
         chunk_elements=chunks,
@@ -192,8 +203,8 @@ def make_schedule(graph: MergeGraph, budget: Budget, *, slot_bytes: int | None =
         tile_elements=aims,
         budget=budget,
         bytes_read=best.bytes_read,
-        bytes_reread=best.bytes_read - unique,
-        bytes_written=sum(graph.nbytes(output.node) for output in graph.outputs),
+        bytes_reread=max(0, best.bytes_read - unique),
+        bytes_written=written,
         uploaded=best.uploaded,
         serial_ram=best.peak * slot,
         peak_ram=fixed + used_slots * slot,
@@ -202,6 +213,19 @@ def make_schedule(graph: MergeGraph, budget: Budget, *, slot_bytes: int | None =
         minimum_ram_node=need.slot_node if need.slot_node is not None else need.workspace_node,
         minimum_vram=minimum_vram,
     )
+
+
+def _first_chunks(graph: MergeGraph, chunks: Sequence[int], done: Mapping[int, int]) -> dict[int, int]:
+    """The first chunk that each begun node still has to write. Nodes that share sources are finished or begun anew."""
+    shared = {node for cluster in clusters(graph) for node in cluster} if done else set()
+    first = {}
+    for node, nbytes in done.items():
+        count = max(1, chunk_count(graph, node, chunks[node]))
+        if nbytes >= graph.nbytes(node):
+            first[node] = count
+        elif node not in shared:
+            first[node] = nbytes // (chunks[node] * output_width(graph, node))
+    return {node: chunk for node, chunk in first.items() if chunk}
 
 
 def _needs_workspace(need: _Need) -> int:
@@ -247,8 +271,8 @@ def _refuse_too_small(graph: MergeGraph, budget: Budget, need: _Need, minimum_ra
         if device.vram is not None and device.vram < minimum_vram:
             raise BudgetError(
                 f"the merge does not fit {format_size(device.vram)} on {device.name}: the smallest budget that works "
-                f"is {format_size(minimum_vram, up=True)}{reason}; give --max-vram {format_size(minimum_vram, up=True)} "
-                "or more, or --device cpu"
+                f"is {format_size(minimum_vram, up=True)}{reason}; give --max-vram "
+                f"{format_size(minimum_vram, up=True)} or more, or --device cpu"
             )
 
 

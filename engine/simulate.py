@@ -8,7 +8,7 @@ then in RAM.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .graph import Kind, MergeGraph
@@ -36,6 +36,7 @@ class Step:
     Args:
         node: its number.
         index: which pass, from 0; the last one makes the output.
+        first: the first chunk that it goes through; more than 0 where an earlier run wrote the ones before.
         device: the number of the device that computes it.
         sources: the distinct reads of the node.
         keep: for each of them, the chunks that stay cached after the step.
@@ -48,6 +49,7 @@ class Step:
 
     node: int
     index: int
+    first: int
     device: int
     sources: tuple[int, ...]
     keep: tuple[Held, ...]
@@ -59,7 +61,7 @@ class Step:
 
 
 def orders(graph: MergeGraph) -> list[list[int]]:
-    """Orders of the nodes worth simulating: as sources lie on the disk, with consumers of one source together, as built."""
+    """Orders of the nodes worth simulating: as sources lie on the disk, with their consumers together, as built."""
     files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
 
     def place(node: int) -> tuple[int, int]:
@@ -95,6 +97,7 @@ class Simulation:
     vram_slots: tuple[int, ...]
     devices: list[int]
     window: int
+    first: Mapping[int, int] = field(default_factory=dict)  # nodes of which the chunks before this one are written
     steps: list[Step] = field(default_factory=list)
     bytes_read: int = 0
     uploaded: int = 0
@@ -139,7 +142,11 @@ class Simulation:
         before = [self._cache.pop((read, chunk), Held()) for read in sources]
         if index == 0:
             self.demand += count * (len(sources) + (graph.operation(node).kind is not Kind.COPY))
-        again = [self._next_use(read, chunk, position, index < passes - 1) for read in sources]
+        last = index == passes - 1
+        first = self.first.get(node, 0)
+        again = [self._next_use(read, chunk, position, not last) for read in sources]
+        if first:
+            again = [math.inf] * len(sources)  # its last pass doesn't come by every chunk that would be kept
         if all(math.isinf(use) for use in again) and not self._cache and not any(h.ram or h.vram for h in before):
             keep = [Held() for _ in sources]
             drops: list[tuple[int, Held]] = []
@@ -153,8 +160,9 @@ class Simulation:
             element = 1 if copy else ref.dtype.bits // 8
             on_device = self._range_bytes(0, held.vram, chunk, ref.nbytes, element)
             in_ram = self._range_bytes(max(held.low, held.vram), held.high, chunk, ref.nbytes, element)
-            read_bytes += ref.nbytes - on_device - in_ram
-            uploaded += (ref.nbytes - on_device) if separate else 0
+            skipped = self._range_bytes(0, first, chunk, ref.nbytes, element) if last else 0
+            read_bytes += ref.nbytes - on_device - in_ram - skipped
+            uploaded += (ref.nbytes - on_device - skipped) if separate else 0
         for read, held in zip(sources, keep, strict=True):
             if held.ram or held.vram:
                 self._cache[(read, chunk)] = held
@@ -163,7 +171,19 @@ class Simulation:
         self.peak = max(self.peak, ram)
         self.vram_peaks[device] = max(self.vram_peaks[device], vram)
         self.steps.append(
-            Step(node, index, device, sources, tuple(keep), tuple(drops), read_bytes, uploaded, ram, vram)
+            Step(
+                node,
+                index,
+                first if last else 0,
+                device,
+                sources,
+                tuple(keep),
+                tuple(drops),
+                read_bytes,
+                uploaded,
+                ram,
+                vram,
+            )
         )
 
     @staticmethod

@@ -26,6 +26,11 @@ def widest(graph: MergeGraph, node: int) -> int:
     return max(*widths, graph.node_dtype[node].bits) // 8
 
 
+def output_width(graph: MergeGraph, node: int) -> int:
+    """The bytes of an element of a node's output; 1 where chunks count bytes."""
+    return graph.node_dtype[node].bits // 8 if graph.operation(node).kind is Kind.MERGE else 1
+
+
 def work_bytes(graph: MergeGraph, node: int) -> int:
     """The bytes of an element of a node's arithmetic: 8 where an input is float64, else 4."""
     return 8 if any(graph.reads[read].dtype.name == "F64" for read in graph.node_sources[node]) else 4

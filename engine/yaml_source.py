@@ -131,7 +131,7 @@ def parse_yaml(text: str, source: Path | None = None) -> YamlSource:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = error.problem or error.context or "it can't be parsed"
-        line = mark.line + 1 if mark is not None else None
+        line = min(mark.line + 1, max(1, len(text.splitlines()))) if mark is not None else None  # the end is past it
         message = f"this is not valid YAML: {problem}{_advice(problem, text, mark)}"
         raise RecipeError(message, source=source, line=line) from error
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
@@ -142,13 +142,13 @@ def parse_yaml(text: str, source: Path | None = None) -> YamlSource:
 
 def _advice(problem: str, text: str, mark: Any) -> str:
     """What to do about a character that YAML doesn't take where it stands."""
-    if "cannot start any token" not in problem:
-        return ""
     line = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
     character = line[0][mark.column : mark.column + 1] if line else ""
     if character == "\t":
         return "; indent with spaces, not with tabs"
-    return f"; put text with a {character} at its start in quotes" if character else ""
+    if character and "cannot start any token" in problem:
+        return f"; put text with a {character} at its start in quotes"
+    return ""
 
 
 @dataclass(slots=True)

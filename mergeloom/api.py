@@ -48,20 +48,8 @@ def plan(
         BudgetError: where the merge doesn't fit the budget.
         UsageError: for an argument that is none.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}: give 1 or more")
-    return make_plan(
-        recipe,
-        Options(
-            max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
-            max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
-            device=device,
-            seed=seed,
-            shard_size=_bytes("shard_size", shard_size),
-            threads=threads,
-            strict=strict,
-        ),
-    )
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict)
+    return make_plan(recipe, options)
 
 
 def merge(
@@ -80,8 +68,7 @@ def merge(
     """Merge models into a new model directory.
 
     Args:
-        recipe: as `plan` takes it, or a Plan, which is then performed as it is: the arguments up to `strict` are
-            without effect.
+        recipe: as `plan` takes it, or a Plan, which is performed as it is: the options were given to `plan` then.
         out: the directory to make, new or empty; None for a rehearsal that does all of it and writes nothing.
         max_ram, max_vram, device, seed, shard_size, threads, strict: as for `plan`.
         notify: called now and then, from this thread, with how far it is.
@@ -91,18 +78,32 @@ def merge(
     """
     from .merging import merge as perform
 
-    if not isinstance(recipe, Plan):
-        recipe = plan(
-            recipe,
-            max_ram=max_ram,
-            max_vram=max_vram,
-            device=device,
-            seed=seed,
-            shard_size=shard_size,
-            threads=threads,
-            strict=strict,
-        )
-    return perform(recipe, out, notify=notify)
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict)
+    if isinstance(recipe, Plan) and options not in (Options(), recipe.options):
+        raise UsageError("a Plan is performed with the options that it was made with: give these to `plan` instead")
+    return perform(recipe, out, options, notify=notify)
+
+
+def _options(
+    max_ram: Size | None,
+    max_vram: Size | None,
+    device: str,
+    seed: int,
+    shard_size: Size,
+    threads: int | None,
+    strict: bool,
+) -> Options:
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}: give 1 or more")
+    return Options(
+        max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
+        max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
+        device=device,
+        seed=seed,
+        shard_size=_bytes("shard_size", shard_size),
+        threads=threads,
+        strict=strict,
+    )
 
 
 def _bytes(name: str, size: Size) -> int:

@@ -102,7 +102,7 @@ def _link(model: CardModel) -> str:
 
 def _without_paths(recipe: str, models: Sequence[CardModel]) -> str:
     """The recipe with every local directory, and any other absolute path, cut to its last component."""
-    for model in sorted({m for m in models if m.local}, key=lambda m: (-len(m.path), m.path)):
+    for model in sorted({m for m in models if m.local and m.path.strip("/")}, key=lambda m: (-len(m.path), m.path)):
         pattern = rf"(?<![\w./~-]){re.escape(model.path.rstrip('/'))}/?(?![\w./-])"
         recipe = re.sub(pattern, model.name.replace("\\", r"\\"), recipe)
     return _ABSOLUTE.sub(lambda match: match[1] or _last_component(match[0]), recipe)

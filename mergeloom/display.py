@@ -42,14 +42,14 @@ class Section:
 
 
 def plain(sections: Sequence[Section]) -> str:
-    """The sections as lines of text: nothing is coloured, wrapped or cut, so that it can be searched. Ends without \\n."""
+    """The sections as lines of text, without the last line's end. Nothing is coloured, wrapped or cut."""
     width = max((len(label) for section in sections for label, _ in section.fields), default=0)
     blocks = []
     for section in sections:
         block = [clean(section.title)]
         block += [f"  {clean(label):{width}}  {clean(value)}".rstrip() for label, value in section.fields]
         block += [f"  {row}" for row in _aligned(section.grid)] if section.grid else []
-        block += ["  " + clean(line).replace("\n", "\n  ") for line in section.lines]
+        block += [f"  {part}".rstrip() for line in section.lines for part in clean(line).split("\n")]
         blocks.append("\n".join(block))
     return "\n\n".join(blocks)
 
@@ -88,6 +88,13 @@ def is_terminal(stream: TextIO) -> bool:
     import os
 
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def load_rich() -> None:
+    """Import what terminals need, so that it is part of the process before a plan takes its measure."""
+    import rich.console
+    import rich.padding
+    import rich.table  # noqa: F401
 
 
 def make_console(stream: TextIO) -> Console:

@@ -187,7 +187,9 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     head = next((name for name in inspection.checkpoint.tensors if is_head(name)), None)
     if head is not None:
         fields.append(("head", head))
-    elif _is_tied(config) and (embedding := tied_embedding("lm_head.weight", inspection.checkpoint.tensors)) is not None:
+    elif (
+        _is_tied(config) and (embedding := tied_embedding("lm_head.weight", inspection.checkpoint.tensors)) is not None
+    ):
         fields.append(("head", f"tied to {embedding}"))
     return fields
 

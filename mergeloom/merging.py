@@ -62,11 +62,13 @@ class _Shards:
 
     def __init__(self, plan: Plan, out: OutputDirectory) -> None:
         self._layout = plan.layout
+        self._destinations = plan.built.graph.destinations()
         self._out = out
 
-    def write(self, output: int, offset: int, data: memoryview) -> None:
-        """Put a piece of an output tensor in its place."""
-        self._out.write(self._layout.shard_of[output], self._layout.offset_of[output] + offset, data)
+    def write(self, node: int, offset: int, data: memoryview) -> None:
+        """Put a piece of a node's output in all its places."""
+        for output in self._destinations[node]:
+            self._out.write(self._layout.shard_of[output], self._layout.offset_of[output] + offset, data)
 
     def finished(self, node: int) -> None:
         """Nothing is left to do for a tensor that is written."""
@@ -75,7 +77,7 @@ class _Shards:
 class _Nowhere:
     """The sink of a rehearsal."""
 
-    def write(self, output: int, offset: int, data: memoryview) -> None:
+    def write(self, node: int, offset: int, data: memoryview) -> None:
         """Drop it."""
 
     def finished(self, node: int) -> None:

@@ -66,11 +66,15 @@ class State:
     def parts(self) -> list[str]:
         """The line in parts, the most important first."""
         if self.done:
-            return ["100%", "waiting for the disk", f"read {data_size(self.read)}", f"written {data_size(self.written)}"]
-        left = f"{duration(self.left)} left" if self.left is not None else "time left unknown"
+            return [
+                "100%",
+                "waiting for the disk",
+                f"read {data_size(self.read)}",
+                f"written {data_size(self.written)}",
+            ]
         return [
             f"{int(100 * self.share):3d}%",
-            left,
+            "time left unknown" if self.left is None else f"{_rounded(self.left)} left",
             rate(self.per_second, 1),
             f"read {data_size(self.read)} of {data_size(self.to_read)}",
             f"written {data_size(self.written)} of {data_size(self.to_write)}",
@@ -82,6 +86,10 @@ class State:
         while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
             parts.pop()
         return "  ".join(parts)
+
+
+def _rounded(seconds: float) -> str:
+    return duration(seconds) if seconds > 9.5 else f"{max(1, round(seconds))} s"
 
 
 class Meter:

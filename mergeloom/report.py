@@ -68,7 +68,6 @@ def plan_sections(plan: Plan) -> list[Section]:
 
 
 def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
-    donor = plan.stage.files_from.text if plan.stage.files_from else plan.built.models[plan.built.donor].name
     shards = plan.layout.shards
     largest = f", the largest of {data_size(max(shard.nbytes for shard in shards))}" if len(shards) > 1 else ""
     return Section(
@@ -78,7 +77,7 @@ def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
             ("layers", f"{said['layers']:,}"),
             ("size", f"{data_size(said['bytes'])} in {plural(len(shards), 'file')}{largest}"),
             ("dtype", ", ".join(said["dtypes"])),
-            ("config from", donor),
+            ("config from", plan.built.models[plan.built.donor].name),
         ),
     )
 
@@ -220,7 +219,7 @@ def summary_sections(result: Result) -> list[Section]:
     fields = [
         ("time", f"{duration(measured.seconds)}, {rate(moved, measured.seconds)} read and written"),
         ("read", _beside(measured.bytes_read, schedule.bytes_read)),
-        ("written", _beside(measured.bytes_written, schedule.bytes_written)),
+        ("written" if result.out is not None else "discarded", _beside(measured.bytes_written, schedule.bytes_written)),
         (
             "peak RAM",
             f"{memory_size(result.peak_rss, up=True)}; foretold {memory_size(schedule.peak_ram, up=True)}, "
@@ -239,7 +238,7 @@ def summary_sections(result: Result) -> list[Section]:
     header = ("lane", "threads", "worked", "waited", "busy")
     sections = [Section(title, fields, Grid(header, lanes, frozenset(header[1:])) if lanes else None)]
     if measured.overflowed:
-        sections.append(_overflows(plan, measured.overflowed))
+        sections.append(overflow_section(result))
     return sections
 
 
@@ -255,7 +254,7 @@ def bottleneck(measured: Measured, *, gpu: bool = False) -> str:
     name, lane = max(measured.lanes.items(), key=lambda item: _busy(item[1], measured))
     share = _busy(lane, measured)
     if share < _BUSY:
-        return f"none: the busiest lane, {name}, worked {share:.0%} of the time; more RAM would let the lanes overlap more"
+        return f"none: the busiest lane, {name}, worked {share:.0%} of the time"
     computing = "computing: a faster GPU, or a second one, would help most"
     if not gpu:
         computing = "computing: more or faster cores, or a GPU, would help most"
@@ -277,9 +276,9 @@ def _beside(measured: int, foretold: int) -> str:
     return f"{measured:,} bytes, where {foretold:,} were foretold"
 
 
-def _overflows(plan: Plan, overflowed: Mapping[str, int]) -> Section:
-    """Finite inputs whose result was too large for the output's dtype."""
-    graph = plan.built.graph
+def overflow_section(result: Result) -> Section:
+    """Finite inputs whose result was too large for the output's dtype, by tensor."""
+    graph, overflowed = result.plan.built.graph, result.measured.overflowed
     dtypes = {output.name: graph.node_dtype[output.node].name for output in graph.outputs}
     worst = sorted(overflowed.items(), key=lambda item: (-item[1], item[0]))
     lines = [f"{name}: {plural(count, 'value')} beyond {dtypes.get(name, 'its dtype')}" for name, count in worst[:10]]

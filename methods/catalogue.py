@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import elementwise, geometric
+from . import elementwise, geometric, task_arithmetic
 
-__all__ = ["elementwise", "geometric"]
+__all__ = ["elementwise", "geometric", "task_arithmetic"]

@@ -173,7 +173,7 @@ class Kernel(ABC):
 
     def workspace(self, elements: int, itemsize: int) -> int:
         """Bytes of workspace for a tile of so many elements, where a work element takes `itemsize` bytes."""
-        return math.ceil(self.buffers * max(elements, BLOCK)) * itemsize
+        return math.ceil(self.buffers * (-(-max(elements, BLOCK) // 64) * 64)) * itemsize
 
     def needed(self, index: int, state: Any) -> bool:
         """Whether reduction `index` can still change the state; the engine may leave it out where it can't."""

@@ -24,6 +24,11 @@ def threshold(probability: float) -> int:
     return min(max(round(probability * _PERIOD), 1), _PERIOD - 1) - (1 << 31)
 
 
+def probability(bound: int) -> float:
+    """How probable it is that a hash lies below the bound."""
+    return (bound + (1 << 31)) / _PERIOD
+
+
 def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) -> Tensor:
     """A hash of the index of each element, evenly spread over -2^31 to 2^31 - 1.
 

@@ -97,7 +97,9 @@ class Target:
 
     def asks_as(self, other: Target) -> bool:
         """Whether a pass counts the same for both."""
-        return replace(self, rank=other.rank, share=other.share) == other and (self.rank is None) == (other.rank is None)
+        return replace(self, rank=other.rank, share=other.share) == other and (self.rank is None) == (
+            other.rank is None
+        )
 
     @property
     def shift(self) -> int:
@@ -227,7 +229,7 @@ def guessed(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> T
     else:
         place = (target.rank - 0.5) * size / elements
     share = place / size
-    margin = 8 + 12 * (size * share * (1 - share)) ** 0.5 if size < elements else 1
+    margin = 8 + 6 * (size * share * (1 - share)) ** 0.5 if size < elements else 1
     first, middle, last = int(place - margin), min(int(place), size - 1), int(place + margin)
     return replace(
         target,

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import Inputs, MethodError, Unit
-from .lazy import numpy as np
 from .lazy import torch
-from .randomness import hashes, threshold
+from .randomness import hashes, probability, threshold
 from .selection import ALL, NONE, Cut, Progress, Selection, Target
 from .task_vectors import Sparsifier, deltas, magnitudes
 
@@ -33,11 +32,9 @@ class Between(Sparsifier):
         super().__init__(inputs)
         size = inputs.rows * inputs.columns
         self.ranks = [(0, size) if pair is None else pair for pair in ranks]
-        bounds = [
-            (place, rank) for place, pair in enumerate(self.ranks) for rank in pair if 0 < rank < size
-        ]
+        bounds = {(place, rank) for place, pair in enumerate(self.ranks) for rank in pair if 0 < rank < size}
+        self.targets = {bound: number for number, bound in enumerate(sorted(bounds))}
         self.places = sorted({place for place, _ in bounds})
-        self.targets = dict(zip(bounds, range(len(bounds)), strict=False))
         targets = [Target(self.places.index(place), rank) for place, rank in self.targets]
         self.selection = Selection(size, targets, self._streams)
         self.reductions = self.selection.reductions if targets else 0
@@ -86,7 +83,9 @@ class Between(Sparsifier):
 def largest(inputs: Inputs, density: Sequence[float]) -> Sparsifier:
     """Keeps the given share of the elements of each task vector, the largest ones: at least one."""
     size = inputs.rows * inputs.columns
-    return Between(inputs, [_all_or_none(density[i], size) or (0, max(1, int(density[i] * size))) for i in inputs.others])
+    return Between(
+        inputs, [_all_or_none(density[i], size) or (0, max(1, int(density[i] * size))) for i in inputs.others]
+    )
 
 
 def middling(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -> Sparsifier:
@@ -99,6 +98,112 @@ def middling(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -
         dropped = min(int(gamma[i] * size), size - kept)
         ranks.append(_all_or_none(density[i], size) or (dropped, dropped + kept))
     return Between(inputs, ranks)
+
+
+class Random(Sparsifier):
+    """Keeps each element with a given probability, independently of all others.
+
+    Args:
+        inputs: of the tensor.
+        density: of each input, the probability.
+        unbiased: whether what is kept is divided by the probability.
+    """
+
+    buffers = 2.0
+    random = True
+
+    def __init__(self, inputs: Inputs, density: Sequence[float], *, unbiased: bool) -> None:
+        super().__init__(inputs)
+        self.thresholds = [None if density[i] >= 1 else threshold(density[i]) for i in inputs.others]
+        self.unbiased = unbiased
+
+    def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
+        bound = self.thresholds[place]
+        if bound is None:
+            return
+        mark = tile.workspace.mark()
+        numbers, scratch = _hashes(self.inputs, place, tile)
+        kept = torch.lt(numbers, bound, out=numbers)
+        delta.view(-1).mul_(scratch.view(torch.float32).copy_(kept))
+        if self.unbiased:
+            delta.mul_(1 / max(probability(bound), 2**-32))
+        tile.workspace.release(mark)
+
+
+class RandomByRank(Sparsifier):
+    """Keeps each element with a probability that rises with the rank of its size in its row.
+
+    It goes in even steps from density - epsilon, for the smallest, to density + epsilon; of equal elements the later
+    ones rank higher. The only element of a row is kept with probability density.
+
+    Args:
+        inputs: of the tensor.
+        density: of each input.
+        epsilon: of each input.
+        unbiased: whether what is kept is divided by its probability.
+
+    Raises:
+        MethodError: where a probability would not lie between 0 and 1.
+    """
+
+    unit = Unit.ROW
+    buffers = 6.0
+    random = True
+
+    def __init__(self, inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], *, unbiased: bool) -> None:
+        super().__init__(inputs)
+        self.ranges = [(density[i], epsilon[i]) for i in inputs.others]
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self.unbiased = unbiased
+        for mean, half in self.ranges:
+            if 0 < mean < 1 and not 0 < mean - abs(half) <= mean + abs(half) < 1:
+                raise MethodError(f"density {mean:g} - epsilon {half:g} and density + epsilon must lie between 0 and 1")
+
+    def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
+        mean, half = self.ranges[place]
+        if mean >= 1:
+            return
+        if mean <= 0:
+            delta.mul_(0)
+            return
+        mark = tile.workspace.mark()
+        bounds, shares = self._table(place)
+        order = _rising(delta, tile)
+        numbers, scratch = _hashes(self.inputs, place, tile)
+        scratch.view(delta.shape).scatter_(1, order, bounds.to(delta.device).expand_as(delta))
+        kept = torch.lt(numbers, scratch, out=numbers)
+        delta.view(-1).mul_(scratch.view(torch.float32).copy_(kept))
+        if self.unbiased:
+            delta.mul_(tile.empty().scatter_(1, order, shares.to(delta.device, delta.dtype).expand_as(delta)))
+        tile.workspace.release(mark)
+
+    def _table(self, place: int) -> tuple[Tensor, Tensor]:
+        """For each rank, what the hash must lie below, and the reciprocal of the probability of that."""
+        if place not in self._tables:
+            mean, half = self.ranges[place]
+            last = self.inputs.columns - 1
+            bounds = [threshold(mean + (2 * half * rank / last - half if last else 0.0)) for rank in range(last + 1)]
+            shares = [1 / probability(bound) for bound in bounds]
+            self._tables[place] = torch.tensor(bounds, dtype=torch.int32), torch.tensor(shares, dtype=torch.float64)
+        return self._tables[place]
+
+
+def _hashes(inputs: Inputs, place: int, tile: Tile) -> tuple[Tensor, Tensor]:
+    """The random numbers of a task vector, and as many int32 of scratch."""
+    numbers, scratch = (tile.workspace.take(tile.elements, torch.int32) for _ in range(2))
+    return hashes(tile.key, tile.positions[inputs.others[place]], tile.element, numbers, scratch), scratch
+
+
+def _rising(delta: Tensor, tile: Tile) -> Tensor:
+    """The columns of each row's elements in rising order of size, equal ones in their order; shape (rows, columns)."""
+    columns = torch.arange(delta.shape[1], dtype=torch.int64, device=delta.device)
+    keys = tile.empty(torch.int64).copy_(magnitudes(delta, tile).view(torch.int32))
+    keys.bitwise_left_shift_(32).bitwise_or_(columns)  # no two are equal, so any sort is stable
+    if keys.device.type == "cpu":
+        keys.numpy().sort(axis=1)  # in place, and several times faster than torch's
+    else:
+        keys.copy_(torch.sort(keys, dim=1).values)
+    return keys.bitwise_and_((1 << 32) - 1)
 
 
 def _all_or_none(density: float, size: int) -> tuple[int, int] | None:

@@ -71,7 +71,7 @@ def elected_mean(terms: Sequence[Tensor], weights: Sequence[float] | None, tile:
     for place, term in enumerate(terms):
         term.mul_(sign).clamp_(min=0)
         if divisor is not None and weights is not None:
-            torch.gt(term, 0, out=agree).mul_(weights[place])
+            _scale(torch.gt(term, 0, out=agree), weights[place])
             divisor.copy_(agree) if place == 0 else divisor.add_(agree)
         if place > 0:
             terms[0].add_(term)
@@ -145,6 +145,7 @@ class TaskVectors(Kernel):
         elect: whether only what agrees with the sign of the weighted sum counts.
         normalize: whether the sum is divided by the sum of the weights (of the agreeing ones).
         rescale: the least L1 norm that is restored after a task vector was made sparse; None if none is.
+        divisor_eps: the least sum of all weights that is divided by, where there is no election.
         factor: what the combination is multiplied by.
     """
 
@@ -159,6 +160,7 @@ class TaskVectors(Kernel):
         elect: bool,
         normalize: bool,
         rescale: float | None,
+        divisor_eps: float,
         factor: float,
     ) -> None:
         super().__init__(inputs)
@@ -167,7 +169,8 @@ class TaskVectors(Kernel):
         self.elect = elect
         self.normalize = normalize
         self.rescale = rescale
-        self.factor = factor
+        divisor = math.fsum(self.weights) if normalize and not elect else 1.0
+        self.factor = factor / divisor if abs(divisor) >= divisor_eps and divisor else factor
         self.unit = sparsifier.unit
         self.random = sparsifier.random
         self.reductions = sparsifier.reductions + (rescale is not None)
@@ -221,12 +224,8 @@ class TaskVectors(Kernel):
             if not self.elect:
                 buffers[0].copy_(delta) if place == 0 else buffers[0].add_(delta)
         if self.elect:
-            result = elected_mean(buffers, self.weights if self.normalize else None, tile)
-            _scale(result, self.factor)
-        else:
-            divisor = math.fsum(self.weights) if self.normalize else 1.0
-            result = _scale(buffers[0], self.factor / (divisor if abs(divisor) >= 1e-8 else 1.0))
-        return result.add_(tile.load(_base(self.inputs)))
+            elected_mean(buffers, self.weights if self.normalize else None, tile)
+        return _scale(buffers[0], self.factor).add_(tile.load(_base(self.inputs)))
 
 
 def restored(before: float, after: float, least: float) -> float:

@@ -89,7 +89,7 @@ def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
         Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
 
     class Full(World):
-        def write(self, output: int, offset: int, data: memoryview) -> None:
+        def write(self, node: int, offset: int, data: memoryview) -> None:
             raise OSError("no room")
 
     world = Full()
@@ -108,8 +108,8 @@ def test_reading_computing_and_writing_overlap() -> None:
             super().read(file, offset, buffer)  # type: ignore[arg-type]
             lanes["read"].spend(len(buffer))
 
-        def write(self, output: int, offset: int, data: memoryview) -> None:
-            super().write(output, offset, data)
+        def write(self, node: int, offset: int, data: memoryview) -> None:
+            super().write(node, offset, data)
             lanes["write"].spend(len(data))
 
     class SlowDevice(CountingDevice):
@@ -139,3 +139,24 @@ def test_nonfinite_inputs_are_refused_by_name() -> None:
     world.files[file] = data[:400] + b"\x00\x00\xc0\x7f" + data[404:]
     with pytest.raises(CheckpointError, match="tensor t0 of m holds NaN"):
         Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+
+
+@pytest.mark.parametrize("kind", ["sum", "above", "copy"])
+def test_a_begun_node_is_gone_on_with_where_it_was(kind: str) -> None:
+    whole, rest = World(), World()
+    for world in (whole, rest):
+        world.node(kind, [world.source(6 * ELEMENTS)])
+        world.node("sum", [world.source(2 * ELEMENTS)])
+        world.node("sum", [world.source(ELEMENTS)])
+    run(whole, with_slots(whole, 3), [CpuDevice(1)])
+    written = 2 * SLOT + 100  # of which two whole chunks need not be written again
+    budget = with_slots(rest, 3).budget
+    schedule = make_schedule(rest.graph, budget, slot_bytes=SLOT, done={0: written, 1: 2 * SLOT})
+    rest.written[0] = bytearray(whole.written[0][:written] + bytes(6 * SLOT - written))
+    measured = Executor(rest.graph, schedule, [CpuDevice(1)], rest, rest).run()
+    assert rest.written[0] == whole.written[0]
+    assert 1 not in rest.written
+    assert rest.written[2] == whole.written[2]
+    assert measured.bytes_written == schedule.bytes_written == 4 * SLOT + SLOT
+    passes = {"sum": 0, "copy": 0, "above": 2}[kind]
+    assert measured.bytes_read == schedule.bytes_read == 4 * SLOT + passes * 6 * SLOT + SLOT

@@ -1,4 +1,4 @@
-"""engine/parameters.py: what a parameter is worth for one tensor. The expected values come from running mergekit 0.1.5."""
+"""engine/parameters.py: what a parameter is worth for one tensor. Expected values come from running mergekit 0.1.5."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ class TestScopes:
         assert lookup(WEIGHT, [{"weight": Gradient(())}, {"weight": 9.0}], "x", 0.0) == 9.0
 
     def test_missing(self) -> None:
-        with pytest.raises(ParameterError, match="`weight` has no value$"):
+        with pytest.raises(ParameterError, match=r"`weight` has no value$"):
             lookup(WEIGHT, [{}], "x", 0.0)
         with pytest.raises(ParameterError, match="no filter fits"):
             lookup(WEIGHT, [{"weight": (Conditional("y", 1.0),)}], "x", 0.0)
@@ -289,10 +289,14 @@ class TestSlices:
     def test_missing_is_said_with_model_tensor_and_line(self) -> None:
         text = "merge_method: mix\nmodels:\n- model: a\n- model: b\n  parameters: {weight: {filter: y, value: 1}}\n"
         parameters = of(text, method())
-        with pytest.raises(RecipeError, match=r"recipe:3: models\[0\]: mix, model a, tensor x.y: `weight` has no value;"):
+        with pytest.raises(
+            RecipeError, match=r"recipe:3: models\[0\]: mix, model a, tensor x.y: `weight` has no value;"
+        ):
             parameters.values("x.y", [(0, "x.y"), (1, "x.y")], 0.0)
         assert parameters.values("x.y", [(1, "x.y")], 0.0)["weight"] == (1.0,)
-        with pytest.raises(RecipeError, match=r"recipe:4: models\[1\]: mix, model b, tensor x: .* no filter fits its name"):
+        with pytest.raises(
+            RecipeError, match=r"recipe:4: models\[1\]: mix, model b, tensor x: .* no filter fits its name"
+        ):
             parameters.values("x", [(1, "x")], 0.0)
 
     def test_missing_shared_one(self) -> None:

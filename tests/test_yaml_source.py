@@ -77,7 +77,13 @@ quoted: {'<<': 1}
     def test_lines(self) -> None:
         (document,) = parse_yaml("# comment\na:\n  - x\n  -\n    y: 1\nb: {c: 2}\n").documents
         assert document.lines() == {
-            **{(): 2, ("a",): 2, ("a", 0): 3, ("a", 1): 5, ("a", 1, "y"): 5, ("b",): 6, ("b", "c"): 6},
+            (): 2,
+            ("a",): 2,
+            ("a", 0): 3,
+            ("a", 1): 5,
+            ("a", 1, "y"): 5,
+            ("b",): 6,
+            ("b", "c"): 6,
         }
         assert document.lines(("stage",))["stage", "b"] == 6
 

@@ -1,0 +1,249 @@
+"""The command line. Only click is imported at the top, so that help is there at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .merging import Result
+    from .methods.contract import Method
+    from .planning import Options, Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXIT_CODES = """\
+Exit codes: 0 done; 1 a bug of ours; 2 the recipe or the command line is wrong; 3 it does not fit the budget or the \
+disk; 4 an input is damaged, missing or inconsistent; 5 the device, the disk or another process got in the way, try \
+again; 130 interrupted."""
+
+
+class Size(click.ParamType):
+    """A size such as 32GiB, in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; a usage error for what is no size."""
+        from .io.sizes import parse_size
+
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = Size()
+
+
+def planning_options(command: F) -> F:
+    """The options that `plan` and `merge` share."""
+    for option in reversed(
+        (
+            click.option("--max-ram", type=SIZE, help="Hold at most this much memory, such as 32GiB.  [default: 70%]"),
+            click.option("--max-vram", type=SIZE, help="Hold at most this much on each GPU.  [default: 85%]"),
+            click.option(
+                "--device",
+                default="auto",
+                show_default=True,
+                help="What computes: auto, cpu, cuda (all GPUs), cuda:1, or cuda:0,cuda:1.",
+            ),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of the random methods."),
+            click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="The most of one file."),
+            click.option("--threads", type=click.IntRange(1), help="Compute threads of the CPU.  [default: all cores]"),
+            click.option("--strict", is_flag=True, help="Make unknown keys and parameters in the recipe errors."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="mergeloom")
+def cli() -> None:
+    """Merge model checkpoints within a memory budget.
+
+    A RECIPE is a mergekit YAML configuration. Sizes take B, KB, MB, GB, TB and KiB to TiB.
+    """
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path(), required=False)
+@planning_options
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def plan(recipe: str, out: str | None, as_json: bool, **options: Any) -> None:
+    """Say what a merge would do, need and produce: a dry run.
+
+    Reads the recipe and the models' headers only, and writes nothing. With OUT, it also says whether OUT can be written
+    and its disk has room.
+    """
+    from .destination import look_at
+    from .display import load_rich, show
+    from .planning import plan as make_plan
+    from .report import plan_sections
+
+    load_rich()
+    planned = make_plan(recipe, _options(options))
+    destination = look_at(Path(out), planned.layout.nbytes) if out is not None else None
+    if as_json:
+        found = planned.to_dict()
+        if destination is not None:
+            found["destination"] = destination.to_dict()
+        _print_json(found)
+    else:
+        show([*plan_sections(planned), *([destination.section()] if destination is not None else [])])
+    if destination is not None and destination.problem is not None:
+        raise destination.problem
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path(), required=False)
+@planning_options
+@click.option("--report", type=click.Path(dir_okay=False), help="Write what was foretold and measured, as JSON.")
+@click.option("--discard", is_flag=True, help="Rehearse: do all of it, and write nothing.")
+@click.option("--quiet", is_flag=True, help="Show no progress and no summary; warnings and errors still.")
+def merge(recipe: str, out: str | None, report: str | None, discard: bool, quiet: bool, **options: Any) -> None:
+    """Merge models into the new directory OUT.
+
+    OUT must be new or empty, and can be left away with --discard. Progress and messages go to stderr, the summary to
+    stdout.
+    """
+    if out is None and not discard:
+        raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
+    if report is not None:
+        _check_writable(report)
+    from .display import load_rich, show
+    from .planning import plan as make_plan
+    from .report import headline, overflow_section, summary_sections
+
+    load_rich()
+    planned = make_plan(recipe, _options(options))
+    for warning in (*planned.warnings, *_memory_warnings(planned)):
+        _say(f"warning: {warning}")
+    if not quiet:
+        _say(headline(planned))
+    result = _perform(planned, None if discard else out, quiet)
+    if report is not None:
+        _write_report(report, result.to_dict())
+    if not quiet:
+        show(summary_sections(result))
+    elif result.measured.overflowed:
+        show([overflow_section(result)], sys.stderr)
+
+
+def _perform(planned: Plan, out: str | None, quiet: bool) -> Result:
+    from .merging import merge as perform
+    from .progress import Display
+
+    schedule = planned.schedule
+    with Display(schedule.bytes_read, schedule.bytes_written, quiet=quiet) as display:
+        return perform(planned, out, notify=display)
+
+
+@cli.command()
+@click.argument("model", type=click.Path())
+@click.option("--tensors", is_flag=True, help="List every tensor, with its dtype, shape and file.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect(model: str, tensors: bool, as_json: bool) -> None:
+    """Show a checkpoint's tensors, layers, dtypes and sizes.
+
+    MODEL is a directory, a .safetensors file, or an index. Reads headers only.
+    """
+    from .display import show
+    from .inspecting import inspect_model, inspection_sections
+
+    inspection = inspect_model(model)
+    if as_json:
+        _print_json(inspection.to_dict(tensors=tensors))
+    else:
+        show(inspection_sections(inspection, tensors=tensors))
+
+
+@cli.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the merge methods, or show one and its parameters."""
+    from .display import Grid, Section, show
+    from .method_pages import method_sections
+    from .methods import merge_methods
+
+    known = merge_methods()
+    if name is not None:
+        show(method_sections(_method(name, known)))
+        return
+    rows = tuple((method.name, method.summary) for method in sorted(known.values(), key=lambda method: method.name))
+    show([Section("Merge methods", grid=Grid(("name", "what it makes"), rows))])
+
+
+def _method(name: str, known: Mapping[str, Method]) -> Method:
+    if name in known:
+        return known[name]
+    from difflib import get_close_matches
+
+    close = get_close_matches(name.lower(), known, n=1)
+    advice = f"did you mean {close[0]}?" if close else "`mergeloom methods` lists those that there are"
+    raise UsageError(f"unknown merge method {name!r}; {advice}")
+
+
+def _options(options: Mapping[str, Any]) -> Options:
+    from .planning import Options
+
+    return Options(**options)
+
+
+def _memory_warnings(planned: Plan) -> list[str]:
+    """What there is to say of this machine's memory before a merge begins."""
+    from .machine import available_ram, process_memory
+    from .wording import memory_size
+
+    needed, free = planned.schedule.peak_ram, available_ram() + process_memory().now
+    if needed <= free:
+        return []
+    return [
+        f"the merge holds up to {memory_size(needed)} of RAM, and {memory_size(free)} are free now: close other "
+        f"programs, or give --max-ram {memory_size(free)}"
+    ]
+
+
+def _check_writable(report: str) -> None:
+    """Find out before the merge, not after it, that the report can't be written."""
+    parent = Path(report).absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"--report {report}: there is no directory {parent}")
+    if not os.access(report if Path(report).exists() else parent, os.W_OK):
+        raise UsageError(f"--report {report}: can't be written")
+
+
+def _write_report(report: str, content: Mapping[str, Any]) -> None:
+    from .errors import EnvironmentFailure
+
+    try:
+        Path(report).write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"--report {report}: can't be written ({error.strerror}); the merge is done"
+        ) from error
+
+
+def _print_json(content: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(content, indent=2))
+
+
+def _say(message: str) -> None:
+    """A message for people, on stderr."""
+    from .wording import clean
+
+    print(clean(message), file=sys.stderr, flush=True)

@@ -1,0 +1,399 @@
+"""Layers and roles, over the tensor names and configs that real architectures have."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergeloom.engine.layers import (
+    LayerName,
+    Stack,
+    find_layers,
+    is_buffer,
+    is_embedding,
+    is_head,
+    is_optional,
+    tied_embedding,
+)
+from mergeloom.errors import CheckpointError
+from mergeloom.io.header import read_header
+
+
+def stack(prefix: str, count: int, *rests: str) -> list[str]:
+    """Names of a stack's tensors: the same in every layer."""
+    return [
+        f"{prefix}.{i}.{rest}" for i in range(count) for rest in rests or ("self_attn.q_proj.weight", "norm.weight")
+    ]
+
+
+LLAMA = ["model.embed_tokens.weight", *stack("model.layers", 16), "model.norm.weight"]
+DEEPSEEK = [
+    "model.embed_tokens.weight",
+    *stack("model.layers", 3, "self_attn.q_a_proj.weight", "mlp.up_proj.weight"),
+    *(f"model.layers.{i}.mlp.experts.{e}.w1.weight" for i in range(3, 62) for e in range(64)),
+    *(f"model.layers.61.{rest}" for rest in ("eh_proj.weight", "shared_head.head.weight", "embed_tokens.weight")),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+QWEN2_VL = [
+    "model.embed_tokens.weight",
+    *stack("model.layers", 28),
+    "model.norm.weight",
+    "lm_head.weight",
+    "visual.patch_embed.proj.weight",
+    *stack("visual.blocks", 32, "attn.qkv.weight"),
+    "visual.merger.ln_q.weight",
+    "visual.merger.mlp.0.weight",
+    "visual.merger.mlp.2.weight",
+]
+T5 = [
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    *stack("encoder.block", 6, "layer.0.SelfAttention.q.weight", "layer.1.DenseReluDense.wi.weight"),
+    "encoder.final_layer_norm.weight",
+    *stack("decoder.block", 4, "layer.0.SelfAttention.q.weight", "layer.1.EncDecAttention.q.weight"),
+    "decoder.final_layer_norm.weight",
+    "lm_head.weight",
+]
+
+VISION = "vision_tower.vision_model.encoder.layers"
+BOTH_12 = {"text_config": {"num_hidden_layers": 12}, "vision_config": {"num_hidden_layers": 12}}
+MAIN: dict[str, tuple[dict[str, int], dict[str, Any] | None]] = {
+    "llama": ({"model.layers": 16}, {"num_hidden_layers": 16}),
+    "no config": ({"model.layers": 16}, None),
+    "gpt2": ({"h": 12}, {"n_layer": 12}),
+    "gpt-neox": ({"gpt_neox.layers": 6}, {"num_hidden_layers": 6}),
+    "mpt": ({"transformer.blocks": 24}, {"n_layers": 24}),
+    "opt": ({"model.decoder.layers": 12}, {"num_hidden_layers": 12}),
+    "mamba": ({"backbone.layers": 24}, {"n_layer": 24, "num_hidden_layers": 24}),
+    "bert": ({"bert.encoder.layer": 12}, {"num_hidden_layers": 12}),
+    "distilbert": ({"distilbert.transformer.layer": 6}, {"n_layers": 6}),
+    "sentence-transformers": ({"0.auto_model.encoder.layer": 6}, {"num_hidden_layers": 6}),
+    "wrapped": ({"pipeline.stages.0.layers": 6}, None),
+    "qwen2-vl": ({"model.layers": 28, "visual.blocks": 32}, {"num_hidden_layers": 28, "vision_config": {"depth": 32}}),
+    "qwen2-vl, no config": ({"model.layers": 28, "visual.blocks": 32}, None),
+    "qwen2.5-vl, as now saved": (
+        {"model.language_model.layers": 28, "model.visual.blocks": 32},
+        {"num_hidden_layers": 28, "text_config": {"num_hidden_layers": 28}, "vision_config": {"depth": 32}},
+    ),
+    "gemma3": (
+        {"language_model.model.layers": 34, VISION: 27},
+        {"text_config": {"num_hidden_layers": 34}, "vision_config": {"num_hidden_layers": 27}},
+    ),
+    "llava-1.5, whose text_config has no count": (
+        {"language_model.model.layers": 32, VISION: 24},
+        {"text_config": {"model_type": "llama"}, "vision_config": {"num_hidden_layers": 24}},
+    ),
+    "llava as first published": ({"model.layers": 32, f"model.vision_tower.{VISION}": 24}, {"num_hidden_layers": 32}),
+    "clip": ({"text_model.encoder.layers": 12, "vision_model.encoder.layers": 12}, BOTH_12),
+    "siglip's vision part": ({"vision_model.encoder.layers": 12}, {"num_hidden_layers": 12}),
+    "internvl": ({"language_model.model.layers": 24, "mlp1": 24}, {"llm_config": {"num_hidden_layers": 24}}),
+    "qwen2.5-omni": (
+        {"thinker.model.layers": 28, "talker.model.layers": 28, "thinker.audio_tower.layers": 32},
+        {"thinker_config": {"text_config": {"num_hidden_layers": 28}}, "talker_config": {"num_hidden_layers": 28}},
+    ),
+    "nemotron-h": ({"backbone.layers": 3}, {"layers_block_type": ["mamba", "mlp", "attention"]}),
+    "nemotron-h as first published": ({"backbone.layers": 4}, {"hybrid_override_pattern": "M-M*"}),
+}
+
+
+@pytest.mark.parametrize(("stacks", "config"), MAIN.values(), ids=MAIN.keys())
+def test_main_stack(stacks: dict[str, int], config: dict[str, Any] | None) -> None:
+    names = [
+        "embed.weight",
+        "lm_head.weight",
+        *(name for prefix, count in stacks.items() for name in stack(prefix, count)),
+    ]
+    found = find_layers(names, config)
+    prefix, count = next(iter(stacks.items()))
+    assert [(s.prefix, s.count, s.extras) for s in found.mains] == [(prefix, count, ())]
+    for name in names:
+        layer = found.split(name)
+        assert (layer is not None) == name.startswith(prefix + ".")
+        assert layer is None or found.rename(name, layer.index) == name
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 4, "num_local_experts": 4}, None])
+def test_experts_are_no_layers(config: dict[str, Any] | None) -> None:
+    names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight" for i in range(4) for e in range(4)]
+    assert [(s.prefix, s.count) for s in find_layers(names, config).stacks] == [("model.layers", 4)]
+    assert find_layers(names[:4], None).main == Stack("model.layers", 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "key"),
+    [
+        ({"n_layer": 16}, (), "n_layer"),
+        ({"text_config": {"num_hidden_layers": 16}, "num_hidden_layers": 16}, ("text_config",), "num_hidden_layers"),
+        ({"llm_config": {"num_layers": 16}}, ("llm_config",), "num_layers"),
+        ({"text_config": {"model_type": "llama"}}, ("text_config",), None),
+        ({"layer_types": ["full_attention"] * 16}, (), None),
+        ({}, (), None),
+    ],
+)
+def test_where_the_count_stands(config: dict[str, Any], path: tuple[str, ...], key: str | None) -> None:
+    assert find_layers(LLAMA, config).main == Stack("model.layers", 16, (), path, key)
+
+
+def test_real_encoder(encoder: Path) -> None:
+    names = read_header(encoder / "model.safetensors").tensors
+    config = json.loads((encoder / "config.json").read_text())
+    found = find_layers(names, config)
+    assert found.stacks == found.mains == (Stack("encoder.layer", 6, (), (), "num_hidden_layers"),)
+    outside = [name for name in names if found.split(name) is None]
+    assert {name.split(".")[0]: found.is_after(name) for name in outside} == {"embeddings": False, "pooler": True}
+    assert [name for name in outside if is_buffer(name)] == [name for name in outside if name.endswith("position_ids")]
+
+
+def test_split_and_rename() -> None:
+    found = find_layers(DEEPSEEK, {"num_hidden_layers": 61, "num_nextn_predict_layers": 1})
+    assert found.main == Stack("model.layers", 61, (61,), (), "num_hidden_layers")
+    name = "model.layers.3.mlp.experts.17.w1.weight"
+    assert found.split(name) == LayerName("model.layers", 3, "mlp.experts.17.w1.weight", extra=False)
+    assert found.rename(name, 12) == "model.layers.12.mlp.experts.17.w1.weight"
+    assert found.split("model.layers.61.eh_proj.weight") == LayerName("model.layers", 61, "eh_proj.weight", extra=True)
+    for outside in ("model.norm.weight", "model.layers_norm.3.weight", "model.layers", "model.layers.x.weight"):
+        assert found.split(outside) is None
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is in no layer"):
+        found.rename("model.norm.weight", 0)
+
+
+def test_prediction_layers_of_their_own_are_outside() -> None:
+    names = [*stack("model.layers", 8), *stack("mtp.layers", 1), "mtp.fc.weight", "mtp.pre_fc_norm_embedding.weight"]
+    found = find_layers(names, {"num_hidden_layers": 8})
+    assert [(s.prefix, s.count) for s in found.stacks] == [("model.layers", 8), ("mtp.layers", 1)]
+    assert found.split("mtp.layers.0.norm.weight") is None
+    assert all(found.is_after(name) for name in names if name.startswith("mtp."))
+
+
+def test_encoder_and_decoder_stand_side_by_side() -> None:
+    found = find_layers(T5, {"num_layers": 6, "num_decoder_layers": 4, "is_encoder_decoder": True})
+    encoder, decoder = found.mains
+    assert (encoder.prefix, encoder.count, encoder.config_key) == ("encoder.block", 6, "num_layers")
+    assert (decoder.prefix, decoder.count, decoder.config_key) == ("decoder.block", 4, "num_decoder_layers")
+    assert found.main == encoder
+    assert found.split("decoder.block.3.layer.1.EncDecAttention.q.weight") == LayerName(
+        "decoder.block", 3, "layer.1.EncDecAttention.q.weight", extra=False
+    )
+    assert (found.module("encoder"), found.module("decoder"), found.module("shared")) == (encoder, decoder, None)
+    owners = {name: found.owner(name) for name in T5}
+    assert owners["shared.weight"] is owners["lm_head.weight"] is None
+    assert owners["encoder.final_layer_norm.weight"] == owners["encoder.embed_tokens.weight"] == encoder
+    assert owners["decoder.final_layer_norm.weight"] == decoder
+    assert found.on(decoder).main == decoder
+    assert found.on(decoder).split("encoder.block.0.layer.0.SelfAttention.q.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("config", "paths"),
+    [
+        ({"encoder_layers": 4, "decoder_layers": 3, "num_hidden_layers": 4}, [(), ()]),  # Whisper
+        ({"encoder": {"num_hidden_layers": 4}, "decoder": {"num_hidden_layers": 3}}, [("encoder",), ("decoder",)]),
+        ({"num_hidden_layers": 3, "encoder_config": {"num_hidden_layers": 4}}, [("encoder_config",), ()]),
+        ({"encoder_num_hidden_layers": 4, "decoder_num_hidden_layers": 3}, [(), ()]),  # Moonshine
+        (None, [(), ()]),
+    ],
+)
+def test_counts_of_encoder_and_decoder(config: dict[str, Any] | None, paths: list[tuple[str, ...]]) -> None:
+    names = [
+        *stack("model.encoder.layers", 4),
+        *stack("model.decoder.layers", 3),
+        *stack("model.encoder.conv.layers", 2),
+    ]
+    found = find_layers(names, config)
+    assert [(s.prefix, s.count) for s in found.mains] == [("model.encoder.layers", 4), ("model.decoder.layers", 3)]
+    assert [s.config_path for s in found.mains] == paths
+
+
+def test_encoder_alone_is_one_stack() -> None:
+    found = find_layers([name for name in T5 if "decoder" not in name], {"num_layers": 6, "num_decoder_layers": 4})
+    assert found.mains == (Stack("encoder.block", 6, (), (), "num_layers"),)
+
+
+def test_modules_of_a_vision_language_model() -> None:
+    found = find_layers(QWEN2_VL, {"num_hidden_layers": 28, "vision_config": {"depth": 32}})
+    text, vision = found.stacks[:2]
+    assert found.mains == (text,)
+    assert found.split("visual.blocks.3.attn.qkv.weight") is None
+    assert found.module("text_decoder") == found.module("default") == found.module("model.layers") == text
+    assert found.module("vision_tower") == found.module("visual") == found.module("visual.blocks") == vision
+    assert found.module("multi_modal_projector") is None
+    assert found.owner("visual.merger.mlp.0.weight") == vision
+    assert found.owner("lm_head.weight") == found.owner("model.embed_tokens.weight") == text
+    assert not any(found.is_after(name) for name in QWEN2_VL if name.startswith("visual."))
+    alone = found.on(vision)
+    assert alone.split("visual.blocks.3.attn.qkv.weight") == LayerName(
+        "visual.blocks", 3, "attn.qkv.weight", extra=False
+    )
+    assert alone.is_after("visual.merger.ln_q.weight")
+    assert not alone.is_after("visual.patch_embed.proj.weight")
+
+
+def test_no_layers_at_all() -> None:
+    found = find_layers(["linear.weight", "linear.bias"], {})
+    assert (found.stacks, found.mains, found.main) == ((), (), Stack("", 0))
+    assert found.split("linear.weight") is None
+
+
+def without(names: Iterable[str], *parts: str) -> list[str]:
+    return [name for name in names if not any(part in name for part in parts)]
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "says"),
+    [
+        pytest.param(LLAMA, {"num_hidden_layers": 32}, ["num_hidden_layers = 32", "model.layers has 0-15"], id="count"),
+        pytest.param(without(LLAMA, ".5."), {"num_hidden_layers": 16}, ["0-4, 6-15"], id="lost layer"),
+        pytest.param(without(LLAMA, ".5."), None, ["nothing of layers", "0-4, 6-15"], id="lost layer, no config"),
+        pytest.param(  # not the vision tower, though it has as many as are sought
+            without(QWEN2_VL, "model.layers.31"), {"num_hidden_layers": 32}, ["visual.blocks has 0-31"], id="vision"
+        ),
+        pytest.param(
+            [*stack("first.layers", 4), *stack("second.layers", 4)], None, ["first.layers", "second.layers"], id="two"
+        ),
+        pytest.param(  # XLM has a layer's parts in several lists
+            [*stack("transformer.attentions", 12), *stack("transformer.ffns", 12)],
+            {"n_layers": 12},
+            ["n_layers = 12", "spread over several lists"],
+            id="spread",
+        ),
+        pytest.param(  # ALBERT has one layer for all
+            ["encoder.albert_layer_groups.0.albert_layers.0.ffn.weight"],
+            {"num_hidden_layers": 12},
+            ["= 12"],
+            id="albert",
+        ),
+        pytest.param(
+            without(T5, "decoder.block.3"),
+            {"num_layers": 6, "num_decoder_layers": 4},
+            ["num_decoder_layers = 4", "decoder.block has 0-2"],
+            id="decoder",
+        ),
+    ],
+)
+def test_refused_with_what_was_found(names: list[str], config: dict[str, Any] | None, says: list[str]) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        find_layers(names, config)
+    assert all(part in str(raised.value) for part in says), raised.value
+
+
+BEFORE = """model.embed_tokens.weight transformer.wte.weight transformer.wpe.weight gpt_neox.embed_in.weight
+    shared.weight bert.embeddings.LayerNorm.weight transformer.word_embeddings_layernorm.weight
+    model.tok_embeddings.weight model.rotary_emb.inv_freq model.decoder.layernorm_embedding.weight
+    model.encoder.conv1.weight model.per_layer_projection_norm.weight model.embed_tokens_per_layer.weight
+    model.image_newline vision_tower.vision_model.post_layernorm.weight vision_tower.vision_model.head.probe
+    backbone.embeddings.weight multi_modal_projector.linear_1.weight model.mm_projector.0.weight
+    model.decoder.project_in.weight text_model.embeddings.position_embedding.weight never.heard.of.it"""
+AFTER = """model.norm.weight lm_head.weight lm_head.bias language_model.lm_head.weight transformer.ln_f.weight
+    backbone.norm_f.weight model.final_layernorm.weight model.decoder.final_layer_norm.weight
+    gpt_neox.final_layer_norm.bias embed_out.weight output.weight bert.pooler.dense.weight classifier.out_proj.weight
+    score.weight qa_outputs.bias cls.predictions.transform.LayerNorm.weight cls.seq_relationship.weight
+    final_logits_bias proj_out.weight decoder.weight pre_classifier.weight text_model.final_layer_norm.weight
+    text_projection.weight logit_scale vocab_transform.weight model.embedding_norm.weight
+    model.decoder.project_out.weight transformer.ff_out.weight mtp.norm.weight head.weight
+    model.decoder.layer_norm.weight altup_unembed_projections.0.weight"""
+
+
+def test_before_and_after() -> None:
+    found = find_layers(LLAMA, {"num_hidden_layers": 16})
+    assert [name for name in BEFORE.split() if found.is_after(name)] == []
+    assert [name for name in AFTER.split() if not found.is_after(name)] == []
+
+
+def test_heads() -> None:
+    heads = """lm_head.weight output.weight embed_out.weight language_model.lm_head.weight
+        transformer.output_layer.weight cls.predictions.decoder.weight lm_head.decoder.weight proj_out.weight
+        vocab_projector.weight 0.lm_head.weight"""
+    others = """lm_head.bias model.norm.weight encoder.layer.0.output.weight model.layers.61.shared_head.head.weight
+        talker.lm_head.weight bert.encoder.layer.3.attention.output.dense.weight vision_model.head.weight score.weight
+        model.decoder.weight"""
+    assert [name for name in heads.split() if not is_head(name)] == []
+    assert [name for name in others.split() if is_head(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("head", "names", "embedding"),
+    [
+        ("lm_head.weight", LLAMA, "model.embed_tokens.weight"),
+        ("lm_head.weight", ["transformer.wpe.weight", "transformer.wte.weight"], "transformer.wte.weight"),
+        ("lm_head.weight", T5, "shared.weight"),
+        (
+            "lm_head.weight",
+            ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"],
+            "decoder.embed_tokens.weight",
+        ),
+        ("proj_out.weight", ["model.decoder.embed_tokens.weight"], "model.decoder.embed_tokens.weight"),
+        ("embed_out.weight", ["gpt_neox.embed_in.weight"], "gpt_neox.embed_in.weight"),
+        (
+            "language_model.lm_head.weight",
+            ["audio_tower.embed_tokens.weight", "language_model.model.embed_tokens.weight"],
+            "language_model.model.embed_tokens.weight",
+        ),
+        (
+            "cls.predictions.decoder.weight",
+            ["bert.embeddings.position_embeddings.weight", "bert.embeddings.word_embeddings.weight"],
+            "bert.embeddings.word_embeddings.weight",
+        ),
+        ("lm_head.weight", ["model.norm.weight"], None),
+    ],
+)
+def test_tied_embedding(head: str, names: list[str], embedding: str | None) -> None:
+    assert is_head(head)
+    assert tied_embedding(head, names) == embedding
+    assert embedding is None or is_embedding(embedding)
+
+
+def test_optional() -> None:
+    optional = """lm_head.weight model.layers.0.self_attn.q_proj.bias bias model.layers.3.mlp.experts.down_proj_bias
+        decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"""
+    required = "model.norm.weight model.embed_tokens.weight model.layers.0.mixer.dt_bias model.layers.0.mlp.gate.weight"
+    assert [name for name in optional.split() if not is_optional(name)] == []
+    assert [name for name in required.split() if is_optional(name)] == []
+
+
+def test_buffers() -> None:
+    buffers = """model.layers.0.self_attn.rotary_emb.inv_freq h.0.attn.masked_bias embeddings.position_ids inv_freq
+        vision_model.embeddings.position_ids conv.bn.num_batches_tracked rope.freqs encoder.version
+        gpt_neox.layers.0.attention.rotary_emb.inv_freq encoder.layers.0.attn.relative_position_index"""
+    assert [name for name in buffers.split() if not is_buffer(name)] == []
+    others = "model.norm.weight conv.bn.running_mean h.0.attn.c_attn.bias decoder.embed_positions.weight"
+    assert [name for name in others.split() if is_buffer(name, (1, 1, 8, 8))] == []
+    for mask in ("h.0.attn.bias", "gpt_neox.layers.0.attention.bias", "transformer.h.0.attn.attention.bias"):
+        assert is_buffer(mask, (1, 1, 1024, 1024))
+        assert not is_buffer(mask, (768,))
+        assert not is_buffer(mask)
+
+
+@given(
+    st.booleans(),
+    st.lists(st.sampled_from(["model", "h", "layers", "encoder", "x"]), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.integers(0, 3),
+)
+def test_any_prefix(is_module: bool, components: list[str], count: int, extras: int) -> None:
+    prefix = ".".join([*(["0.auto_model"] if is_module else []), *components, "layers"])
+    extras = min(extras, count)
+    names = stack(prefix, count + extras, "mlp.experts.0.weight", "mlp.experts.1.weight", "a.0.b.1.weight")
+    found = find_layers(iter(names), {"num_hidden_layers": count})
+    assert found.mains == (Stack(prefix, count, tuple(range(count, count + extras)), (), "num_hidden_layers"),)
+    layers = [found.split(name) for name in names]
+    assert [layer.index for layer in layers if layer] == [i for i in range(count + extras) for _ in range(3)]
+    assert [layer.extra for layer in layers if layer] == [i >= count for i in range(count + extras) for _ in range(3)]
+
+
+def test_a_hundred_thousand_names() -> None:
+    names = [f"model.layers.{i}.mlp.experts.{e}.{p}.weight" for i in range(62) for e in range(256) for p in "abcdef"]
+    start = time.process_time()
+    found = find_layers(names, {"num_hidden_layers": 61})
+    layers = [found.split(name) for name in names]
+    seconds = time.process_time() - start
+    assert len({id(layer.rest) for layer in layers if layer}) == 256 * 6  # one string for each, in all layers
+    assert seconds < 2, "about 0.2 s on the machine that this was written on"
