@@ -106,7 +106,8 @@ def merged_config(
     Args:
         donor: its config.json. It is not changed.
         layers: how many layers the output has.
-        source_layers: for each of them the donor's layer that it was.
+        source_layers: for each of them the donor's layer that it was; of a layer of another model the same number, and
+            the donor's last layer where it has none of that number.
         tied: whether the head is tied to the embedding, that is, not written; None where a model has neither.
         dtype: torch's name of the output's dtype, such as ``bfloat16``; None leaves it.
         main: the keys that lead to the config that holds the number of layers: `Stack.config_path`.
@@ -125,7 +126,10 @@ def merged_config(
         sections.append(sections[-1][name])
     before = donor_layers or _stated(sections[-1], key)
     if list(source_layers) != list(range(before or 0)):
-        work = _Layers(before or max(source_layers) + 1, list(source_layers), warnings)
+        before = before or max(source_layers) + 1
+        work = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings)
+        if work.source != list(source_layers):
+            warnings.append(f"layers beyond the donor's {before} are described in config.json as its last one")
         # Qwen2-VL's config.json states its language model's layers at the top and in text_config.
         for section in sections[:-1]:
             if _stated(section, None) == before and any(name in section for name in COUNT_KEYS):
@@ -177,8 +181,8 @@ class _Layers:
         self._set_ends(section)
         if section.get("hidden_size_per_layer_input"):
             self.warnings.append(
-                "this model has embeddings for each layer in one matrix (embed_tokens_per_layer), which mergeloom does not "
-                "slice: with other layers the model won't load"
+                "hidden_size_per_layer_input: every layer's own embeddings are in one matrix, which mergeloom does not "
+                "slice; it won't fit other layers"
             )
         self._explain(section, old)
 
@@ -204,10 +208,10 @@ class _Layers:
             return self._numbers(value, 0)
         if name in _NUMBERS_FROM_1:
             return self._numbers(value, 1)
-        if name == "kv_source_layers" and isinstance(value, list):
+        if name == "kv_source_layers" and isinstance(value, list) and len(value) >= self.before:
             return self._shared_sources(value)
-        if name == "attention_types" and isinstance(value, list):  # GPT-Neo: [[["global", "local"], 12]]
-            types = [kind for kinds, times in value for _ in range(times) for kind in kinds]
+        if name == "attention_types":
+            types = _spelt_out(value)
             return [[self._each(types), 1]] if len(types) == self.before else value
         if name in _PER_LAYER:
             if isinstance(value, str) and len(value) >= self.before:
@@ -297,8 +301,9 @@ class _Layers:
         for name, period in rules.items():
             if period > 1 and _PERIODS[name] not in section and not self._keeps(period):
                 self._warn_of_rule(name, period)
-        if isinstance(old.get("block_types"), list) and not self._keeps(len(old["block_types"])):
-            self._warn_of_rule("block_types", old["block_types"])  # RecurrentGemma repeats it
+        repeated = old.get("block_types")  # RecurrentGemma's
+        if isinstance(repeated, list) and repeated and not self._keeps(len(repeated)):
+            self._warn_of_rule("block_types", repeated)
 
     def _keeps(self, period: int) -> bool:
         return all((new - old) % period == 0 for new, old in enumerate(self.source))
@@ -308,6 +313,16 @@ class _Layers:
             f"{name} = {value} no longer says of every layer what it said in the donor: a slice moved layers by a "
             "number that does not fit; the model will load, but some layers may be taken for others"
         )
+
+
+def _spelt_out(types: Any) -> list[Any]:
+    """GPT-Neo's ``[[["global", "local"], 12]]`` as 24 entries; [] where it is something else."""
+    entries: list[Any] = []
+    for item in types if isinstance(types, list) else []:
+        if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and isinstance(item[1], int)):
+            return []
+        entries += item[0] * min(item[1], 10_000)
+    return entries
 
 
 def _set_tied(sections: Sequence[dict[str, Any]], tied: bool) -> None:

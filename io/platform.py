@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import sys
 from pathlib import Path
 
 DISABLED: set[str] = set()
-"""Calls that are treated as missing: ``preadv``, ``pwritev``, ``fallocate``, ``fadvise``, ``sync_file_range``."""
+"""Calls that are treated as missing: ``preadv``, ``pwritev``, ``fallocate``, ``fadvise``, ``sync_file_range``,
+``clone``, ``copy_file_range``."""
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 _FALLOC_FL_KEEP_SIZE = 1
+_FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
 
 
 def _has(call: str) -> bool:
@@ -94,3 +97,53 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def clone_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> bool:
+    """Let a range of `target` share its blocks with one of `source`; whether the file system did.
+
+    Offsets and size must be multiples of the file system's block (see FICLONERANGE in ioctl_ficlonerange(2)).
+
+    Raises:
+        OSError: where something is wrong that copying would meet too, such as ENOSPC or EIO.
+    """
+    if "clone" in DISABLED or not sys.platform.startswith("linux"):
+        return False
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, source_offset, nbytes, target_offset))
+    except OSError as error:
+        if error.errno in _UNSUPPORTED | {errno.EXDEV, errno.ENOTTY, errno.EPERM, errno.ETXTBSY, errno.EBADF}:
+            return False
+        raise
+    return True
+
+
+def copy_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+    """Bytes that the kernel copied between two files; 0 where it can't between these."""
+    if not _has("copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, target, nbytes, source_offset, target_offset)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.ETXTBSY, errno.EBADF}:
+            return 0
+        raise
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path` (or its nearest parent), such as ``xfs``; "" where unknown."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in mounts:
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == number:
+            return rest.split()[0]
+    return ""

@@ -12,14 +12,13 @@ from .errors import MergeloomError
 BUG = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
-BROKEN_PIPE = 141  # as the shell has it for a process that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, by default the process's own, and return its exit code (see `mergeloom.errors`)."""
     import click
 
-    from .cli import cli
+    from .cli import PIPE_CLOSED, cli
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to fail
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # what is still in the buffer would fail again when the interpreter flushes it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return PIPE_CLOSED
     except Exception:  # noqa: BLE001
         traceback.print_exc()
         _say("this is a bug of ours: please report it, with what stands above and the recipe")

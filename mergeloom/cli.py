@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .methods.contract import Method
     from .planning import Options, Plan
 
+PIPE_CLOSED = 141
+"""As the shell has it for a process that SIGPIPE ended."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 EXIT_CODES = """\
@@ -69,7 +72,18 @@ def planning_options(command: F) -> F:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
+class Commands(click.Group):
+    """The commands. A reader that has gone is no bug, and click would end with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that the context names."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise click.exceptions.Exit(PIPE_CLOSED) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="mergeloom")
 def cli() -> None:
     """Merge model checkpoints within a memory budget.

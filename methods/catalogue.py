@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import elementwise, geometric, task_arithmetic
+from . import elementwise, fusion, geometric, ram, sce, task_arithmetic
 
-__all__ = ["elementwise", "geometric", "task_arithmetic"]
+__all__ = ["elementwise", "fusion", "geometric", "ram", "sce", "task_arithmetic"]

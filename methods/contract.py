@@ -360,3 +360,10 @@ def only(values: Sequence[T], what: str) -> T:
     if len(values) != 1:
         raise MethodError(f"it takes exactly one {what}, and there are {len(values)}")
     return values[0]
+
+
+def base_of(inputs: Inputs) -> int:
+    """Which input is the base; raises MethodError where none is."""
+    if inputs.base is None:
+        raise MethodError("it needs a base model among the inputs")
+    return inputs.base

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import Inputs, Kernel, MethodError, PerInput, merge_method, only
+from .contract import Absent, Base, Inputs, Kernel, MethodError, PerInput, base_of, merge_method, only
+from .lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,3 +78,44 @@ def passthrough(inputs: Inputs, *, scale: PerInput[float] = (1.0,)) -> Kernel:
         scale: what every element is multiplied by.
     """
     return weighted_sum(inputs, [only(scale, "input")])
+
+
+class NearSwap(Kernel):
+    """Between two inputs, element by element."""
+
+    buffers = 3
+    transparent = True
+
+    def __init__(self, inputs: Inputs, t: float, eps: float) -> None:
+        super().__init__(inputs)
+        self.t = t
+        self.eps = eps
+
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        base, other = tile.load(base_of(self.inputs)), tile.load(self.inputs.others[0])
+        weight = tile.empty()
+        distance = torch.sub(base, other, out=weight).abs_().clamp_(min=self.eps)
+        torch.div(torch.full((), self.t, dtype=weight.dtype, device=weight.device), distance, out=weight).clamp_(0, 1)
+        other.mul_(weight)
+        return base.mul_(weight.neg_().add_(1)).add_(other)
+
+
+@merge_method(
+    "nearswap",
+    paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    base=Base.REQUIRED,
+    maximum=1,
+    absent=Absent.LONE_BASE,
+)
+def nearswap(inputs: Inputs, *, t: float, eps: float = 1e-6) -> Kernel:
+    """The base, drawn towards the other model where the two are close.
+
+    out = (1-w) base + w x with w = t / |x - base|, no less than 0 and no more than 1.
+
+    Args:
+        t: the distance up to which the other model is taken as it is.
+        eps: the least distance that is divided by; above 0.
+    """
+    if eps <= 0:
+        raise MethodError(f"eps must be above 0, not {eps:g}")
+    return NearSwap(inputs, t, eps)

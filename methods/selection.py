@@ -79,6 +79,7 @@ class Target:
         stream: which one.
         rank: k, from 1 on; None where it is a share of the magnitudes above 0, which are still to be counted.
         share: that share.
+        exact: whether the elements of rank k and above are sought, and not only the magnitude of rank k.
         low: the least bits that it can have.
         high: the largest bits that it can have.
         above: how many elements are larger than `high`; None where the bracket is only a guess.
@@ -89,6 +90,7 @@ class Target:
     stream: int
     rank: int | None
     share: float = 1.0
+    exact: bool = True
     low: int = 0
     high: int = _TOP
     above: int | None = 0
@@ -167,7 +169,8 @@ class Selection:
         self.start = Progress(tuple(targets))
         self.streams = streams
         self.sampled = sampled
-        self.reductions = sampled + 4  # a wrong bracket, two that halve 32 bits, and the blocks of the ties
+        # two histograms tell all bits; and a sample, and a bracket that was guessed wrong; and the blocks of the ties
+        self.reductions = 2 + 2 * sampled + any(target.exact for target in targets)
         self.stratum = -(-elements // (_RUNS * _RUN)) * _RUN  # of which one run is sampled
 
     def needed(self, index: int, state: Progress) -> bool:
@@ -280,7 +283,7 @@ def narrowed(target: Target, tally: Tally, samples: Sequence[numpy.ndarray[Any, 
         ties = int(tally.inside[place])
         above += int(bins[down]) - ties
         target = replace(target, low=low, high=high, above=above)
-        if low == high and (rank == above + ties or low == 0):
+        if low == high and (rank == above + ties or low == 0 or not target.exact):
             return replace(target, cut=Cut(_value(low), block=_TOP if low else 0))
     return replace(target, guess=_guess(target, samples))
 

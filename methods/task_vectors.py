@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .contract import BLOCK, Inputs, Kernel, MethodError, Unit
+from .contract import BLOCK, Inputs, Kernel, Unit, base_of
 from .lazy import torch
 from .reductions import BlockSums, total
 
@@ -36,7 +36,7 @@ def deltas(
         buffers: one for each. Without any, all are made in the same, and each is lost with the next.
     """
     mark = tile.workspace.mark()
-    base = tile.load(_base(inputs))
+    base = tile.load(base_of(inputs))
     shared = None if buffers else tile.empty()
     for place, index in enumerate(inputs.others if indices is None else indices):
         yield tile.load(index, out=buffers[place] if buffers else shared).sub_(base)
@@ -50,15 +50,22 @@ def magnitudes(delta: Tensor, tile: Tile, *, keep: bool = True) -> Tensor:
     return tile.empty(torch.float32).copy_(delta).abs_()
 
 
-def elected_mean(terms: Sequence[Tensor], weights: Sequence[float] | None, tile: Tile, floor: float = 0.0) -> Tensor:
-    """The sum of the terms that have the sign of the sum of all; where that is 0, of the positive ones.
+def elected_mean(
+    terms: Sequence[Tensor],
+    divisors: Sequence[float] | None,
+    tile: Tile,
+    *,
+    factors: Sequence[float] | None = None,
+    floor: float = 0.0,
+) -> Tensor:
+    """The sum of the terms that have the sign of the sum of all, element by element; plus where that is 0.
 
     Args:
-        terms: the weighted task vectors; they are used up.
-        weights: where given, the result is divided by those of the agreeing terms, element by element; where these
-            come to 0, or where `floor` is above 0 to less, by 1, or by `floor`.
+        terms: the task vectors; they are used up, and the result lies in the first.
+        divisors: where given, the result is divided by the sum of those of the terms that were added.
         tile: that they belong to.
-        floor: the least divisor.
+        factors: what each term is multiplied by after the election.
+        floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
     """
     mark = tile.workspace.mark()
     sign = tile.empty()
@@ -66,23 +73,22 @@ def elected_mean(terms: Sequence[Tensor], weights: Sequence[float] | None, tile:
     for term in terms[2:]:
         sign.add_(term)
     torch.ge(sign, 0, out=sign).mul_(2).sub_(1)  # 1 or -1
-    agree = tile.empty()
-    divisor = tile.empty() if weights is not None else None
+    agree, divisor = tile.empty(), tile.empty()
     for place, term in enumerate(terms):
         term.mul_(sign).clamp_(min=0)
-        if divisor is not None and weights is not None:
-            _scale(torch.gt(term, 0, out=agree), weights[place])
+        if divisors:
+            _scale(torch.gt(term, 0, out=agree), divisors[place])
             divisor.copy_(agree) if place == 0 else divisor.add_(agree)
+        if factors:
+            _scale(term, factors[place])
         if place > 0:
             terms[0].add_(term)
-    if divisor is not None:
-        if floor:
-            divisor.clamp_(min=floor)
-        else:
-            divisor.add_(torch.eq(divisor, 0, out=agree))
+    if divisors:
+        divisor.clamp_(min=floor) if floor else divisor.add_(torch.eq(divisor, 0, out=agree))
         terms[0].div_(divisor)
+    terms[0].mul_(sign)
     tile.workspace.release(mark)
-    return terms[0].mul_(sign)
+    return terms[0]
 
 
 class Sparsifier:
@@ -119,7 +125,7 @@ class Sparsifier:
         raise NotImplementedError
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
-        """Make the task vector of the input ``inputs.others[place]`` sparse, in place, within `buffers` of workspace."""
+        """Make the task vector of ``inputs.others[place]`` sparse, in place, within `buffers` of workspace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +231,7 @@ class TaskVectors(Kernel):
                 buffers[0].copy_(delta) if place == 0 else buffers[0].add_(delta)
         if self.elect:
             elected_mean(buffers, self.weights if self.normalize else None, tile)
-        return _scale(buffers[0], self.factor).add_(tile.load(_base(self.inputs)))
+        return _scale(buffers[0], self.factor).add_(tile.load(base_of(self.inputs)))
 
 
 def restored(before: float, after: float, least: float) -> float:
@@ -235,9 +241,3 @@ def restored(before: float, after: float, least: float) -> float:
 
 def _scale(values: Tensor, factor: float) -> Tensor:
     return values if factor == 1 else values.mul_(factor)
-
-
-def _base(inputs: Inputs) -> int:
-    if inputs.base is None:
-        raise MethodError("it needs a base model among the inputs")
-    return inputs.base

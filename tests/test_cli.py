@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -24,7 +26,15 @@ from tests.conftest import MakeModel
 COMMAND = [sys.executable, "-m", "mergeloom"]
 
 
-def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run mergeloom in this process, which is quicker."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = __main__.main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def spawn(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run mergeloom in a process of its own."""
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
 
@@ -54,7 +64,7 @@ def test_help_is_there_at_once() -> None:
     fastest = 9.9
     for _ in range(3):
         start = time.perf_counter()
-        ended = run("--help")
+        ended = spawn("--help")
         fastest = min(fastest, time.perf_counter() - start)
     assert ended.returncode == 0
     assert all(command in ended.stdout for command in ("merge", "plan", "inspect", "methods"))
@@ -154,7 +164,7 @@ def test_plan_of_a_stack_needs_no_torch(stack: Path) -> None:
 
 
 def test_merge_puts_the_summary_on_stdout_and_the_rest_on_stderr(recipe: Path, tmp_path: Path) -> None:
-    ended = run("merge", recipe, tmp_path / "out")
+    ended = spawn("merge", recipe, tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     assert f"Merged into {tmp_path / 'out'}" in ended.stdout
     assert "as foretold" in ended.stdout
@@ -170,7 +180,7 @@ def test_merge_quietly(recipe: Path, tmp_path: Path) -> None:
 
 def test_merge_reports_what_was_foretold_and_measured(recipe: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    assert run("merge", recipe, tmp_path / "out", "--quiet", "--report", report).returncode == 0
+    assert spawn("merge", recipe, tmp_path / "out", "--quiet", "--report", report).returncode == 0
     found = json.loads(report.read_text())
     measured = found["measured"]
     assert measured["bytes_read"] == found["bytes_read"]
@@ -291,12 +301,12 @@ def test_a_closed_pipe_is_no_error(llamas: dict[str, Path]) -> None:
     )
     os.close(writer)
     assert ended.stderr == b""
-    assert ended.returncode in (128 + signal.SIGPIPE, 1)
+    assert ended.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_terminal_that_knows_only_ascii(llamas: dict[str, Path], tmp_path: Path) -> None:
     target = tmp_path / "modèle"
     shutil.copytree(llamas["a"], target)
-    ended = run("inspect", target, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    ended = spawn("inspect", target, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert ended.returncode == 0
     assert "mod?le" in ended.stdout

@@ -26,6 +26,11 @@ LLAMA: dict[str, Any] = {
 }
 
 
+ODD_KEYS = """kv_source_layers attention_types block_types per_layer_config linear_attn_config moe_layers_enum
+    hybrid_override_pattern layer_types moe_layer_freq first_k_dense_replace num_kv_shared_layers moe_layer_end_index
+    attn_layer_period tie_word_embeddings quantization_config model_type""".split()  # noqa: SIM905
+
+
 def stacked(config: dict[str, Any], source: list[int] = STACKED, **options: Any) -> MergedConfig:
     """The config of other layers of a model of six; the donor's is left as it was."""
     before = copy.deepcopy(config)
@@ -130,6 +135,7 @@ def test_lists_that_are_not_about_layers() -> None:
         ("linear_attn_config", {"kda_layers": [1, 2], "num_heads": 6}, {"kda_layers": [1, 2], "num_heads": 6}),
         ("linear_attn_config", {"full_attn_layers": [4]}, {"full_attn_layers": [4, 6]}),  # Kimi Linear
         ("per_layer_config", {"0": {"a": 1}, "3": {"a": 2}}, {"0": {"a": 1}, "3": {"a": 2}, "5": {"a": 2}}),
+        ("per_layer_config", {"00": 1, "03": 2}, {"00": 1, "03": 2, "05": 2}),
         ("per_layer_config", {"full_attention": {"a": 1}}, {"full_attention": {"a": 1}}),
         ("kv_source_layers", [0, 1, 2, 2, 4, 4], [0, 1, 2, 2, 4, 4, 6, 6]),
         ("attention_types", [[["global", "local"], 3]], [[["global", "local"] * 4, 1]]),  # GPT-Neo
@@ -248,6 +254,9 @@ def test_encoder_and_decoder_take_a_call_each() -> None:
     bart = {"encoder_layers": 6, "num_hidden_layers": 6, "decoder_layers": 6, "is_encoder_decoder": True}
     assert stacked(bart, key="decoder_layers").config == bart | {"decoder_layers": 8}
     assert stacked(bart, key="encoder_layers").config == bart | {"encoder_layers": 8, "num_hidden_layers": 8}
+    led = {**bart, "attention_window": [1, 2, 3, 4, 5, 6]}
+    assert stacked(led, [5, 0], key="encoder_layers").config["attention_window"] == [6, 1]
+    assert stacked(led, [5, 0], key="decoder_layers").config["attention_window"] == [1, 2, 3, 4, 5, 6]
     t5gemma = {"encoder": {"num_hidden_layers": 6}, "decoder": {"num_hidden_layers": 6}, "is_encoder_decoder": True}
     decoder = stacked(t5gemma, main=("decoder",), key="num_hidden_layers")
     assert decoder.config == t5gemma | {"decoder": {"num_hidden_layers": 8}}
@@ -286,6 +295,23 @@ def test_dtype_under_either_key(key: str) -> None:
 
 def test_quantized_models_are_warned_about() -> None:
     assert "quantization_config" in section(quantization_config={"ignore": ["model.layers.3"]})[1][0]
+
+
+def test_embeddings_of_all_layers_in_one_matrix() -> None:
+    assert "hidden_size_per_layer_input" in section(hidden_size_per_layer_input=256)[1][0]
+    assert section(list(range(6)), hidden_size_per_layer_input=256)[1] == ()
+
+
+def test_layers_that_the_donor_has_not() -> None:
+    config, warnings = section([0, 5, 7], layer_types=list("abcdef"))
+    assert config == {"layer_types": ["a", "f", "f"]}
+    assert "beyond the donor's 6" in warnings[0]
+
+
+@given(st.sampled_from(ODD_KEYS), st.recursive(st.none() | st.integers() | st.just("1,2") | st.text(), st.lists))
+def test_odd_values_are_kept(key: str, value: Any) -> None:
+    config, _ = section(ODD, **{key: value})
+    assert isinstance(value, (int, list, str)) or config == {key: value}
 
 
 def test_layers_must_agree() -> None:

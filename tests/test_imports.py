@@ -89,3 +89,7 @@ def test_mergeloom_itself_loads_lazily() -> None:
     loaded = loaded_by("import mergeloom")
     assert not loaded & {"torch", "numpy", "rich", "click", "networkx", "yaml"}
     assert not {name for name in loaded if name.startswith("mergeloom.")}
+
+
+def test_the_command_line_loads_no_torch() -> None:
+    assert not loaded_by("import mergeloom.__main__, mergeloom.engine.schedule") & {"torch", "networkx"}

@@ -48,7 +48,7 @@ def test_shards_and_index(tmp_path: Path) -> None:
     model = models.tiny_llama()
     models.write_checkpoint(tmp_path, model, shard_bytes=30_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    found = {}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(tmp_path.glob("model-*.safetensors")):
         with safe_open(file, "pt") as shard:
             found |= {name: (file.name, tuple(shard.get_slice(name).get_shape())) for name in shard.keys()}  # noqa: SIM118

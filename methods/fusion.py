@@ -1,0 +1,106 @@
+"""Arcee Fusion: the base takes over the differences that matter most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .contract import Absent, Base, Inputs, Kernel, Unit, base_of, merge_method
+from .lazy import numpy as np
+from .lazy import torch
+from .reductions import fold
+from .selection import Progress, Selection, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .tile import Tile
+
+
+@merge_method(
+    "arcee_fusion",
+    paper="https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
+    base=Base.REQUIRED,
+    maximum=1,
+    absent=Absent.LONE,
+)
+class ArceeFusion(Kernel):
+    """The base, with the elements of the other model whose importance stands out.
+
+    The importance of an element is |x - base| times the divergence KL(softmax(x) || softmax(base)) of its row; out = x where
+    it is at least Q2 + iqr_factor (Q3 - Q1), else the base. Q1, Q2 and Q3 are the tensor's quartiles of importance: the
+    elements floor(q (n - 1)) in rising order. exp and log make the bytes hold for one kind of device and its instruction set only.
+
+    Args:
+        iqr_factor: how many interquartile ranges above the median an importance must lie.
+        eps: what is added to each probability.
+    """
+
+    unit = Unit.ROW
+    buffers = 10
+    transparent = True
+
+    def __init__(self, inputs: Inputs, *, iqr_factor: float = 1.5, eps: float = 1e-8) -> None:
+        super().__init__(inputs)
+        self.iqr_factor = iqr_factor
+        self.eps = eps
+        size = inputs.rows * inputs.columns
+        ranks = [size - int(q * (size - 1)) for q in (0.25, 0.5, 0.75)] if size else []
+        targets = [Target(stream=0, rank=rank, exact=False) for rank in ranks]
+        self.selection = Selection(size, targets, self.importances, sampled=False)
+        self.reductions = self.selection.reductions
+
+    def importances(self, tile: Tile) -> Iterator[Tensor]:
+        """The importance of each element, in float32, flat."""
+        base, other = (tile.load(i).view(tile.shape) for i in (base_of(self.inputs), self.inputs.others[0]))
+        difference = torch.sub(other, base, out=tile.empty())
+        p, log_p = self.probabilities(other, tile)
+        _, log_q = self.probabilities(base, tile)
+        divergence = fold(log_p.sub_(log_q).mul_(p)).clamp_(min=0).to(difference.dtype)
+        yield difference.abs_().mul_(divergence).to(torch.float32).view(-1)
+
+    def probabilities(self, values: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The softmax of each row in float64, `eps` added, and its logarithm."""
+        p, work = tile.empty(torch.float64).copy_(values), tile.empty(torch.float64)
+        exponential(p.sub_(p.amax(dim=-1, keepdim=True)))
+        p.div_(fold(work.copy_(p)).clone()).add_(self.eps)
+        return p, logarithm(work.copy_(p))
+
+    def needed(self, index: int, state: Progress | None) -> bool:
+        return state is None or self.selection.needed(index, state)
+
+    def reduce(self, index: int, tile: Tile, state: Progress | None) -> Any:
+        return self.selection.reduce(index, tile, state)
+
+    def merge(self, index: int, merged: Any, partial: Any) -> Any:
+        return self.selection.merge(merged, partial)
+
+    def finish(self, index: int, merged: Any, state: Progress | None) -> Progress:
+        return self.selection.finish(index, merged, state)
+
+    def combine(self, tile: Tile, state: Progress) -> Tensor:
+        first, median, third = (target.cut.threshold if target.cut else 0.0 for target in state.targets)
+        bound = float(np.float32(median + self.iqr_factor * (third - first)))
+        mask = tile.empty(torch.float32).view(-1)
+        mark = tile.workspace.mark()
+        for importance in self.importances(tile):
+            torch.ge(importance, bound, out=mask)
+        tile.workspace.release(mark)
+        base, other = tile.load(base_of(self.inputs)), tile.load(self.inputs.others[0])
+        return base.add_(other.sub_(base).mul_(mask.view(tile.shape)))
+
+
+def exponential(x: Tensor) -> Tensor:
+    """exp of each float64, in place. numpy's gives an element the same value wherever in the buffer it lies."""
+    if x.device.type == "cpu":
+        np.exp(x.numpy(), out=x.numpy())
+        return x
+    return x.exp_()
+
+
+def logarithm(x: Tensor) -> Tensor:
+    """The natural logarithm of each float64, in place; see `exponential`."""
+    if x.device.type == "cpu":
+        np.log(x.numpy(), out=x.numpy())
+        return x
+    return x.log_()

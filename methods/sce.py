@@ -1,0 +1,135 @@
+"""SCE: select by variance, calculate weights, erase what disagrees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .contract import BLOCK, Base, Inputs, Kernel, base_of, merge_method
+from .lazy import torch
+from .reductions import BlockSums, total
+from .selection import NONE, Cut, Progress, Selection, Target
+from .task_vectors import deltas, elected_mean, magnitudes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .tile import Tile
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What the reductions found.
+
+    Args:
+        progress: of the selection.
+        weights: of the models.
+    """
+
+    progress: Progress | None = None
+    weights: Sequence[float] = ()
+
+    @property
+    def cut(self) -> Cut | None:
+        """Which variances are high enough; None where all are."""
+        return self.progress.targets[0].cut if self.progress else None
+
+
+@merge_method("sce", paper="https://arxiv.org/abs/2408.07990", base=Base.REQUIRED)
+class SCE(Kernel):
+    """Select the elements that vary most between the task vectors, weigh these by their squares, and erase the minority.
+
+    d_i = x_i - base where the variance over the models is among the select_topk highest that aren't 0, else 0;
+    w_i = mean(d_i^2) / sum_j mean(d_j^2); the sign of each element is that of sum_i d_i, plus where that is 0;
+    out = base + (sum of the w_i d_i with that sign) / (sum of their w_i).
+
+    Args:
+        select_topk: the share of the varying elements that are selected; all elements from 1 on.
+        weight_eps: all weights are equal where the sum of the mean squares is below this.
+        divisor_eps: the least sum of weights that is divided by.
+        int8_mask: has no effect; it saves memory in mergekit.
+    """
+
+    transparent = True
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        *,
+        select_topk: float = 1.0,
+        weight_eps: float = 1e-6,
+        divisor_eps: float = 1e-6,
+        int8_mask: bool = False,
+    ) -> None:
+        super().__init__(inputs)
+        self.count = len(inputs.others)
+        self.weight_eps = weight_eps
+        self.divisor_eps = divisor_eps
+        self.elements = inputs.rows * inputs.columns
+        self.selection: Selection | None = None
+        if select_topk < 1:
+            target = Target(stream=0, rank=None, share=max(0.0, select_topk))
+            self.selection = Selection(self.elements, [target], self.variances)
+        self.selecting = self.selection.reductions if self.selection else 0
+        self.reductions = self.selecting + 1
+        self.buffers = self.count + 4.25 + BlockSums.size(self.count)
+
+    def variances(self, tile: Tile) -> Iterator[Tensor]:
+        """The variance of each element over the models, times a number; exactly 0 where all are equal."""
+        mark = tile.workspace.mark()
+        first, *others = (tile.load(i) for i in self.inputs.others)
+        sums = tile.empty().zero_()
+        for other in others:
+            sums.add_(other.sub_(first))
+        variance = torch.mul(sums, sums, out=first)
+        for other in others:  # count times its distance from the mean: of what has few bits, exact
+            variance.add_(other.mul_(self.count).sub_(sums).square_())
+        yield magnitudes(variance, tile, keep=False)
+        tile.workspace.release(mark)
+
+    def selected(self, tile: Tile, state: Weighed | None) -> list[Tensor]:
+        """The task vectors' selected elements, the others 0, each in a buffer of its own."""
+        mask = None
+        if state and state.cut:
+            mask = tile.empty(torch.float32)
+            for variance in self.variances(tile):
+                state.cut.mask(variance, tile.element, out=mask)
+        vectors = [tile.empty() for _ in self.inputs.others]
+        for delta in deltas(self.inputs, tile, buffers=vectors):
+            if mask is not None:
+                delta.mul_(mask)
+        return vectors
+
+    def needed(self, index: int, state: Weighed | None) -> bool:
+        if self.selection is None or state is None or state.progress is None or index == self.selecting:
+            return True
+        return self.selection.needed(index, state.progress)
+
+    def reduce(self, index: int, tile: Tile, state: Weighed | None) -> list[Any]:
+        if self.selection and index < self.selecting:
+            return self.selection.reduce(index, tile, state.progress if state else None)
+        sums = BlockSums(self.count, tile.elements, BLOCK, tile.workspace)
+        for vector in self.selected(tile, state):
+            sums.add(vector.square_())
+        return [sums.partial()]
+
+    def merge(self, index: int, merged: Any, partial: Any) -> Any:
+        if self.selection and index < self.selecting:
+            return self.selection.merge(merged, partial)
+        return super().merge(index, merged, partial)
+
+    def finish(self, index: int, merged: Any, state: Weighed | None) -> Weighed:
+        progress = state.progress if state else None
+        if self.selection and index < self.selecting:
+            return Weighed(self.selection.finish(index, merged, progress))
+        squares = [total(blocks) / self.elements for blocks in torch.cat(merged, 1).tolist()] if merged else []
+        whole = total(squares)
+        if whole < self.weight_eps or not whole:
+            return Weighed(progress, [1 / self.count] * self.count)
+        return Weighed(progress, [square / whole for square in squares])
+
+    def combine(self, tile: Tile, state: Weighed) -> Tensor:
+        vectors = self.selected(tile, state)
+        elected_mean(vectors, state.weights, tile, factors=state.weights, floor=self.divisor_eps)
+        return vectors[0].add_(tile.load(base_of(self.inputs)))
