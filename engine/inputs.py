@@ -16,7 +16,7 @@ from .recipe import ModelReference, Module, Recipe, Slice, Stage, base_index
 OpenModel = Callable[[ModelReference], Checkpoint]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Model:
     """An input model.
 
@@ -111,8 +111,8 @@ class Part:
             if end > count:
                 raise self._recipe.error(
                     (*source.place, "layer_range"),
-                    f"[{first}, {end}] ends past the last layer: {model.name} has {count} layers, so that {count} is the "
-                    "largest end",
+                    f"[{first}, {end}] ends past the last layer: {model.name} has {count} layers, so that {count} is "
+                    "the largest end",
                 )
             found.append((first, end))
         if len({end - first for first, end in found}) > 1:

@@ -10,6 +10,7 @@ that are too short to be worth it lie with the computed tensors, whose shards' d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,13 +149,9 @@ class _Packer:
     def _entry(self, number: int) -> int:
         """An upper bound on the bytes that the output's entry takes in a header."""
         output = self._graph.outputs[number]
-        name = output.name.encode()
-        # 6 bytes a character in the worst escape; keys and punctuation; two offsets; each dimension
-        return (
-            (len(name) if name.isalnum() or name.isascii() else 6 * len(name))
-            + 120
-            + 20 * len(self._graph.shape(output.node))
-        )
+        name = json.encoder.encode_basestring(output.name).encode()
+        # keys and punctuation; two offsets; each dimension
+        return len(name) + 120 + 20 * len(self._graph.shape(output.node))
 
     def _fits(self, shard: _Open, number: int) -> bool:
         return not shard.outputs or shard.data + self._sizes[number] + shard.header + self._entry(number) <= self._limit
@@ -187,13 +184,20 @@ class _Packer:
         return shard
 
     def place_loose(self, numbers: Sequence[int]) -> None:
-        """Fill shards with computed tensors and short copies, in the order of the model."""
+        """Fill shards with computed tensors and short copies, in the order of the model.
+
+        In a shard the widest elements come first, so that every tensor begins at a multiple of its element's width.
+        """
+        loose: list[_Open] = []
         shard: _Open | None = None
         for number in numbers:
             if shard is None or not self._fits(shard, number):
                 shard = _Open(0)
                 self.shards.append(shard)
+                loose.append(shard)
             self._add(shard, number)
+        for shard in loose:
+            shard.outputs.sort(key=lambda number: -self._graph.node_dtype[self._graph.outputs[number].node].bits)
 
 
 def _build(graph: MergeGraph, shards: Sequence[_Open], sizes: Sequence[int], metadata: dict[str, str]) -> Layout:

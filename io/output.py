@@ -5,6 +5,7 @@ Everything unfinished lies in ``OUT/.mergeloom``, on the same file system, so th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -56,22 +57,32 @@ class OutputDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.work = path / WORK
-        self._made = not path.exists()
         self._files = FilePool(os.O_RDWR, 128)
         self._shards: tuple[ShardFile, ...] = ()
-        _refuse_foreign(path)
+        self._published: list[Path] = []
+        self._made: list[Path] = []
+        self._lock = -1
         try:
+            _refuse_foreign(path)
+            self._made = [directory for directory in (path, *path.parents) if not directory.exists()]
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.work.mkdir(exist_ok=True)
+            _refuse_foreign(path)  # again, now that nobody else can finish a merge here
+            if self.work.exists():  # what a merge that was killed has left
+                shutil.rmtree(self.work)
+            self.work.mkdir()
         except BlockingIOError as error:
-            os.close(self._lock)
+            self.close()
             raise EnvironmentFailure(
                 f"{path}: another merge is writing here; wait for it, or choose another OUT"
             ) from error
         except OSError as error:
+            self.close()
             raise _explain(error, path, "making the output directory") from error
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, shards: Sequence[ShardFile]) -> None:
         """Make every shard at its full size, with its header, and reserve the disk space that will be needed.
@@ -140,15 +151,13 @@ class OutputDirectory:
 
     def copy_file(self, name: str, source: Path) -> None:
         """Copy a file; it gets its final name once OUT is published."""
-        target = self.work / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source, target)
+        copy_file(source, self.work / name)
 
     def publish(self, last: Sequence[str]) -> None:
         """Give every file its final name, those in `last` after all others; then OUT is whole.
 
         Raises:
-            MergeloomError: where the safetensors library does not accept a shard.
+            MergeloomError: where the safetensors library does not accept a shard, or the disk got in the way.
         """
         self._files.close()
         for shard in self._shards:
@@ -161,7 +170,10 @@ class OutputDirectory:
             for name in ordered:
                 target = self.path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                self._published.append(target)
                 (self.work / name).rename(target)
+            for directory in dict.fromkeys(target.parent for target in self._published):
+                sync_directory(directory)
             sync_directory(self.path)
             shutil.rmtree(self.work)
         except OSError as error:
@@ -171,13 +183,20 @@ class OutputDirectory:
         """Remove what was begun, and OUT itself where this merge made it."""
         self._files.close()
         shutil.rmtree(self.work, ignore_errors=True)
-        if self._made and not any(self.path.iterdir()):
-            self.path.rmdir()
+        with contextlib.suppress(OSError):
+            for file in self._published:
+                file.unlink(missing_ok=True)
+            for directory in sorted({file.parent for file in self._published} - {self.path}, reverse=True):
+                directory.rmdir()
+            for directory in self._made:
+                directory.rmdir()
 
     def close(self) -> None:
         """Let others have OUT."""
         self._files.close()
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -216,8 +235,9 @@ def judge(file: Path, name: str) -> None:
 
 def _explain(error: OSError, path: Path, what: str) -> DiskSpaceError | EnvironmentFailure:
     if error.errno in _FULL:
-        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        there = next(directory for directory in (path, *path.parents) if directory.exists())
+        free = shutil.disk_usage(there).free
         return DiskSpaceError(
             f"{path}: no space left while {what} ({format_size(free)} free): make room and run the same command again"
         )
-    return EnvironmentFailure(f"{path}: {what} failed: {error.strerror}")
+    return EnvironmentFailure(f"{path}: {what} failed: {error.strerror or error}")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 DISABLED: set[str] = set()
-"""Calls that are treated as missing: ``preadv``, ``pwritev``, ``fallocate``, ``fadvise``, ``sync_file_range``,
+"""Calls that are treated as missing: ``preadv``, ``fallocate``, ``fadvise``, ``sync_file_range``,
 ``clone``, ``copy_file_range``."""
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}

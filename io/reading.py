@@ -8,7 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, EnvironmentFailure
 from .platform import expect_sequential, forget_cached, read_at
 
 
@@ -93,12 +93,17 @@ class Reader:
         """Fill `buffer` with the bytes of `file` from `offset` on.
 
         Raises:
-            CheckpointError: where the file can't be read, or ends before.
+            CheckpointError: where the file is gone, may not be read, or ends before.
+            EnvironmentFailure: where the disk, or a limit of the system, gets in the way.
         """
         try:
             descriptor = self._files.acquire(file)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise CheckpointError(
+                f"{file}: can't be opened any more ({error.strerror}): put the file back and run the same command again"
+            ) from error
         except OSError as error:
-            raise CheckpointError(f"{file}: can't be opened: {error.strerror}") from error
+            raise EnvironmentFailure(f"{file}: can't be opened: {error.strerror}") from error
         try:
             done = 0
             while done < len(buffer):
@@ -112,7 +117,7 @@ class Reader:
             if not self._keep_cached:
                 forget_cached(descriptor, offset, len(buffer))
         except OSError as error:
-            raise CheckpointError(
+            raise EnvironmentFailure(
                 f"{file}: reading {len(buffer)} bytes at {offset} failed: {error.strerror}; "
                 "check the disk (dmesg), then run the same command again"
             ) from error

@@ -30,32 +30,22 @@ disk; 4 an input is damaged, missing or inconsistent; 5 the device, the disk or 
 again; 130 interrupted."""
 
 
-class Size(click.ParamType):
-    """A size such as 32GiB, in bytes."""
+def size(text: str) -> int:
+    """The type of an option that takes a size such as 32GiB: bytes, or a usage error."""
+    from .io.sizes import parse_size
 
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes; a usage error for what is no size."""
-        from .io.sizes import parse_size
-
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-SIZE = Size()
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def planning_options(command: F) -> F:
     """The options that `plan` and `merge` share."""
     for option in reversed(
         (
-            click.option("--max-ram", type=SIZE, help="Hold at most this much memory, such as 32GiB.  [default: 70%]"),
-            click.option("--max-vram", type=SIZE, help="Hold at most this much on each GPU.  [default: 85%]"),
+            click.option("--max-ram", type=size, help="Hold at most this much memory, such as 32GiB.  [default: 70%]"),
+            click.option("--max-vram", type=size, help="Hold at most this much on each GPU.  [default: 85%]"),
             click.option(
                 "--device",
                 default="auto",
@@ -63,7 +53,7 @@ def planning_options(command: F) -> F:
                 help="What computes: auto, cpu, cuda (all GPUs), cuda:1, or cuda:0,cuda:1.",
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Of the random methods."),
-            click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="The most of one file."),
+            click.option("--shard-size", type=size, default="5GB", show_default=True, help="The most of one file."),
             click.option("--threads", type=click.IntRange(1), help="Compute threads of the CPU.  [default: all cores]"),
             click.option("--strict", is_flag=True, help="Make unknown keys and parameters in the recipe errors."),
         )
@@ -83,7 +73,9 @@ class Commands(click.Group):
             raise click.exceptions.Exit(PIPE_CLOSED) from None
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES)
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES
+)
 @click.version_option(__version__, prog_name="mergeloom")
 def cli() -> None:
     """Merge model checkpoints within a memory budget.

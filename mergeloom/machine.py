@@ -104,7 +104,7 @@ def _read_number(file: Path) -> int | None:
         text = file.read_text().strip()
     except OSError:
         return None
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def _read_fields(file: Path) -> dict[str, int]:
@@ -133,7 +133,7 @@ def find_devices(wanted: str, max_vram: int | None, threads: int) -> tuple[Devic
     numbers: list[int] = []
     for part in wanted.split(","):
         kind, _, number = part.strip().partition(":")
-        if kind != "cuda" or (number and not number.isdigit()):
+        if kind != "cuda" or (number and not number.isdecimal()):
             raise UsageError(f"{wanted!r} is no device: give auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")
         numbers += [int(number)] if number else list(gpus)
     missing = [number for number in numbers if number not in gpus]
@@ -141,7 +141,8 @@ def find_devices(wanted: str, max_vram: int | None, threads: int) -> tuple[Devic
         here = ", ".join(f"cuda:{number}" for number in gpus) or "no CUDA device"
         raise UsageError(f"--device {wanted}: this machine has {here}; use --device cpu, or one that is here")
     return tuple(
-        DeviceBudget(f"cuda:{number}", max_vram or int(gpus[number] * VRAM_SHARE), 2) for number in dict.fromkeys(numbers)
+        DeviceBudget(f"cuda:{number}", max_vram or int(gpus[number] * VRAM_SHARE), 2)
+        for number in dict.fromkeys(numbers)
     )
 
 
@@ -157,7 +158,8 @@ def _gpus() -> dict[int, int]:
     if not torch.cuda.is_available():
         return {}
     return {
-        number: int(torch.cuda.get_device_properties(number).total_memory) for number in range(torch.cuda.device_count())
+        number: int(torch.cuda.get_device_properties(number).total_memory)
+        for number in range(torch.cuda.device_count())
     }
 
 

@@ -27,8 +27,8 @@ def config_of(built: BuiltGraph) -> tuple[dict[str, Any] | None, tuple[str, ...]
     config: Mapping[str, Any] | None = donor.checkpoint.config
     if config is None:
         return None, (f"{donor.name} has no config.json, so that none is written",)
-    has_head = any(is_head(name) for model in built.models for name in model.checkpoint.tensors)
-    tied = not built.head if has_head or "tie_word_embeddings" in config else None
+    # a donor without a head stays as it is: it is tied already, or it is no language model
+    tied = not built.head if built.head or any(map(is_head, donor.checkpoint.tensors)) else None
     warnings: list[str] = []
     for stack in built.stacks:
         merged = merged_config(
@@ -50,14 +50,13 @@ def write_model_files(plan: Plan, out: OutputDirectory) -> list[str]:
     """Write everything but the weights into OUT; the names of what must appear last, config.json among them."""
     config, _ = config_of(plan.built)
     donor = plan.built.models[plan.built.donor]
-    directory = donor.checkpoint.path
-    if directory.is_dir():
-        for file in companion_files(directory):
-            out.copy_file(file.path, file.source)
+    path = donor.checkpoint.path
+    for file in companion_files(path if path.is_dir() else path.parent):
+        out.copy_file(file.path, file.source)
     out.write_file(CARD, _card(plan).encode())
     if config is None:
         return []
-    out.write_file(CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    out.write_file(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return [CONFIG]
 
 

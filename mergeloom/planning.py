@@ -88,9 +88,7 @@ class Plan:
             "inputs": {
                 "models": [model.name for model in self.built.models],
                 "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
-                "bytes": sum(
-                    ref.nbytes for model in self.built.models for ref in model.checkpoint.tensors.values()
-                ),
+                "bytes": sum(ref.nbytes for model in self.built.models for ref in model.checkpoint.tensors.values()),
                 "unused": [
                     {"model": unused.model, "reason": unused.reason, "tensors": list(unused.tensors)}
                     for unused in self.built.unused
@@ -144,8 +142,8 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     loaded = load_recipe(recipe, strict=options.strict, methods=methods)
     if len(loaded.stages) > 1:
         raise RecipeError(
-            f"it has {len(loaded.stages)} stages, and several stages in one file can't be merged yet: run them one after "
-            "the other, each from a file of its own",
+            f"it has {len(loaded.stages)} stages, and several stages in one file can't be merged yet: run them one "
+            "after the other, each from a file of its own",
             source=loaded.source,
         )
     stage = loaded.output

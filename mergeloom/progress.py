@@ -29,7 +29,7 @@ LINE_SECONDS = 10.0
 """How often a line is printed where there is no terminal."""
 WINDOW_SECONDS = 20.0
 """Over how long the rate is taken."""
-_BAR = 24
+_SHORTEST_BAR, _LONGEST_BAR = 8, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ class State:
 
     def parts(self) -> list[str]:
         """The line in parts, the most important first."""
+        if self.read + self.written == 0 and not self.done:
+            return ["  0%", "starting"]
         if self.done:
             return [
                 "100%",
@@ -89,7 +91,7 @@ class State:
 
 
 def _rounded(seconds: float) -> str:
-    return duration(seconds) if seconds > 9.5 else f"{max(1, round(seconds))} s"
+    return duration(seconds) if seconds >= 59.5 else f"{max(1, round(seconds))} s"
 
 
 class Meter:
@@ -110,6 +112,8 @@ class Meter:
         """How far it is now."""
         now = self._clock()
         read, written = (progress.bytes_read, progress.bytes_written) if progress is not None else (0, 0)
+        if read + written == 0:
+            self._samples.clear()  # the rate begins with the first byte, not while libraries are loaded
         self._samples.append((now, read + written))
         while len(self._samples) > 2 and self._samples[1][0] <= now - WINDOW_SECONDS:
             self._samples.popleft()
@@ -192,7 +196,8 @@ def drawing(state: State, width: int) -> Text:
     from rich.text import Text
 
     line = state.line(width)
-    if len(line) + _BAR + 2 > width:
+    bar = min(_LONGEST_BAR, width - len(line) - 2)
+    if bar < _SHORTEST_BAR:
         return Text(line)
-    full = round(_BAR * state.share)
-    return Text.assemble(("━" * full, "cyan"), ("━" * (_BAR - full), "bright_black"), "  ", line)
+    full = round(bar * state.share)
+    return Text.assemble(("━" * full, "cyan"), ("─" * (bar - full), "bright_black"), "  ", line)

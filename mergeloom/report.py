@@ -85,8 +85,8 @@ def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
 def _inputs(plan: Plan) -> Section:
     graph, base = plan.built.graph, plan.stage.base_model
     used: Counter[int] = Counter()
-    for model, ref in zip(graph.read_models, graph.reads, strict=True):
-        used[model] += ref.nbytes
+    for number, ref in zip(graph.read_models, graph.reads, strict=True):
+        used[number] += ref.nbytes
     rows = []
     for model in plan.built.models:
         refs = model.checkpoint.tensors.values()

@@ -15,7 +15,7 @@ import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -131,10 +131,10 @@ class Kernel(ABC):
     """A method bound to the inputs and parameters of one output tensor.
 
     The passes over the tiles are `reductions` reductions, numbered from 0, and then `combine`. Of a reduction the
-    engine makes `state = finish(i, merged, state)`, where `merged` is what `reduce` returned for the tiles, put together
-    by `merge` in the order of the elements. `merge` is associative, so that neighbouring tiles may be merged first:
-    it adds integers or puts sequences end to end, and sums of floats wait for `finish`. Partials are small tensors on the CPU or
-    Python numbers, and so is a state.
+    engine makes `state = finish(i, merged, state)`, where `merged` is what `reduce` returned for the tiles, put
+    together by `merge` in the order of the elements. `merge` is associative, so that neighbouring tiles may be merged first:
+    it adds integers or puts sequences end to end, and sums of floats wait for `finish`. Partials are small tensors on
+    the CPU or Python numbers, and so is a state.
 
     A kernel's results may depend on the elements, the parameters and the random key, never on where tiles begin and
     end: a tile begins at a multiple of `granule` elements and ends at one or at the tensor's end.
@@ -157,7 +157,7 @@ class Kernel(ABC):
     """The input that the output equals, value for value: no arithmetic is needed. None for any other kernel."""
 
     transparent: bool = False
-    """Whether a NaN or an infinity in any input always shows in the output, so that the output alone need be checked."""
+    """Whether a NaN or an infinity in any input always shows in the output, so that that alone need be checked."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -173,7 +173,7 @@ class Kernel(ABC):
 
     def workspace(self, elements: int, itemsize: int) -> int:
         """Bytes of workspace for a tile of so many elements, where a work element takes `itemsize` bytes."""
-        return math.ceil(self.buffers * (-(-max(elements, BLOCK) // 64) * 64)) * itemsize
+        return math.ceil(self.buffers * elements) * itemsize + 64 * 64  # each buffer begins at a multiple of 64
 
     def needed(self, index: int, state: Any) -> bool:
         """Whether reduction `index` can still change the state; the engine may leave it out where it can't."""
@@ -241,6 +241,8 @@ class Method:
         """
         if unknown := parameters.keys() - {p.name for p in self.parameters}:
             raise MethodError(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
+        if self.base is Base.NONE:
+            inputs = replace(inputs, base=None)
         others = len(inputs.others)
         if others < self.minimum or (self.maximum is not None and others > self.maximum):
             most = "or more" if self.maximum is None else f"to {self.maximum}"
@@ -255,6 +257,9 @@ class Method:
                 raise MethodError(f"{self.name} needs the parameter {parameter.name}")
             if parameter.per_input and parameter.name not in parameters:
                 value = (value,) * inputs.count
+            for number in value if parameter.per_input else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise MethodError(f"{parameter.name} must be a finite number, not {number}")
             arguments[parameter.argument] = value
         return self.bind(inputs, **arguments)
 
@@ -311,6 +316,11 @@ def merge_method(
 def registered() -> Mapping[str, Method]:
     """Every registered method by name."""
     return _REGISTRY
+
+
+def unregister(name: str) -> None:
+    """Forget a registered method."""
+    del _REGISTRY[name]
 
 
 def _parameters(name: str, bind: Bind, descriptions: Mapping[str, str]) -> tuple[Parameter, ...]:

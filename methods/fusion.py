@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .contract import Absent, Base, Inputs, Kernel, Unit, base_of, merge_method
 from .lazy import numpy as np
-from .lazy import torch
+from .lazy import on_cpu, torch
 from .reductions import fold
 from .selection import Progress, Selection, Target
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class ArceeFusion(Kernel):
     """The base, with the elements of the other model whose importance stands out.
 
-    The importance of an element is |x - base| times the divergence KL(softmax(x) || softmax(base)) of its row; out = x where
-    it is at least Q2 + iqr_factor (Q3 - Q1), else the base. Q1, Q2 and Q3 are the tensor's quartiles of importance: the
-    elements floor(q (n - 1)) in rising order. exp and log make the bytes hold for one kind of device and its instruction set only.
+    The importance of an element is |x - base| times the divergence KL(softmax(x) || softmax(base)) of its row; out = x
+    where it is at least Q2 + iqr_factor (Q3 - Q1), else the base. Q1, Q2 and Q3 are the tensor's quartiles of importance:
+    the elements floor(q (n - 1)) in rising order. exp and log make the bytes hold for one kind of device, and one
+    instruction set, only.
 
     Args:
         iqr_factor: how many interquartile ranges above the median an importance must lie.
@@ -37,7 +38,7 @@ class ArceeFusion(Kernel):
     """
 
     unit = Unit.ROW
-    buffers = 10
+    buffers = 11.25
     transparent = True
 
     def __init__(self, inputs: Inputs, *, iqr_factor: float = 1.5, eps: float = 1e-8) -> None:
@@ -52,19 +53,19 @@ class ArceeFusion(Kernel):
 
     def importances(self, tile: Tile) -> Iterator[Tensor]:
         """The importance of each element, in float32, flat."""
-        base, other = (tile.load(i).view(tile.shape) for i in (base_of(self.inputs), self.inputs.others[0]))
-        difference = torch.sub(other, base, out=tile.empty())
-        p, log_p = self.probabilities(other, tile)
-        _, log_q = self.probabilities(base, tile)
-        divergence = fold(log_p.sub_(log_q).mul_(p)).clamp_(min=0).to(difference.dtype)
-        yield difference.abs_().mul_(divergence).to(torch.float32).view(-1)
+        base, other = tile.load(base_of(self.inputs)), tile.load(self.inputs.others[0])
+        size = torch.sub(other, base, out=tile.empty()).abs_()
+        p, log_q, work = (tile.empty(torch.float64) for _ in range(3))
+        logarithm(self.softmax(log_q.copy_(base), work))
+        self.softmax(p.copy_(other), work)
+        log_p = logarithm(work.copy_(p))
+        divergence = fold(log_p.sub_(log_q).mul_(p)).clamp_(min=0)  # below 0 only by rounding
+        yield size.mul_(divergence.to(size.dtype)).to(torch.float32).view(-1).abs_()
 
-    def probabilities(self, values: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """The softmax of each row in float64, `eps` added, and its logarithm."""
-        p, work = tile.empty(torch.float64).copy_(values), tile.empty(torch.float64)
-        exponential(p.sub_(p.amax(dim=-1, keepdim=True)))
-        p.div_(fold(work.copy_(p)).clone()).add_(self.eps)
-        return p, logarithm(work.copy_(p))
+    def softmax(self, values: Tensor, work: Tensor) -> Tensor:
+        """The softmax of each row, plus `eps`, in place."""
+        exponential(values.sub_(values.amax(dim=-1, keepdim=True)))
+        return values.div_(fold(work.copy_(values))).add_(self.eps)
 
     def needed(self, index: int, state: Progress | None) -> bool:
         return state is None or self.selection.needed(index, state)
@@ -92,7 +93,7 @@ class ArceeFusion(Kernel):
 
 def exponential(x: Tensor) -> Tensor:
     """exp of each float64, in place. numpy's gives an element the same value wherever in the buffer it lies."""
-    if x.device.type == "cpu":
+    if on_cpu(x):
         np.exp(x.numpy(), out=x.numpy())
         return x
     return x.exp_()
@@ -100,7 +101,7 @@ def exponential(x: Tensor) -> Tensor:
 
 def logarithm(x: Tensor) -> Tensor:
     """The natural logarithm of each float64, in place; see `exponential`."""
-    if x.device.type == "cpu":
+    if on_cpu(x):
         np.log(x.numpy(), out=x.numpy())
         return x
     return x.log_()

@@ -55,8 +55,8 @@ def nuslerp(
     """Spherical interpolation between two models, or their task vectors where there is a base.
 
     out = sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2 with t = w_2 / (w_1 + w_2), where a is the angle between
-    the two tensors, or each two rows or columns; a straight line where they are parallel or opposite. With a base: the same of x_i - base,
-    and base added.
+    the two tensors, or each two rows or columns; a straight line where they are parallel or opposite. With a base: the
+    same of x_i - base, and base added.
 
     Args:
         weight: of this model; two weights that sum to 0 count as equal.
@@ -115,8 +115,8 @@ def multislerp(
 ) -> Kernel:
     """The weighted mean of the models' directions, at the weighted mean of their lengths.
 
-    out = sum_i w_i |x_i| m, where m is the direction of sum_i w_i x_i / |x_i|. With a base: the same of x_i - base, and base
-    added. Directions that cancel give zero. A single model is returned as it is.
+    out = sum_i w_i |x_i| m, where m is the direction of sum_i w_i x_i / |x_i|. With a base: the same of x_i - base, and
+    base added. Directions that cancel give zero. A single model is returned as it is.
 
     Args:
         weight: of this model.

@@ -18,6 +18,11 @@ class _Lazy:
         return value
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether numpy can work on the tensor's memory. What both can do, torch does; the results are the same."""
+    return tensor.device.type == "cpu"
+
+
 if TYPE_CHECKING:
     import numpy as numpy
     import torch as torch

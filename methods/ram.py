@@ -51,8 +51,8 @@ class RAM(Kernel):
 class RAMPlus(RAM):
     """RAM, where what a model alone changed is strengthened, the more it shares of its other changes.
 
-    As ram, but what model i alone changed is multiplied by 1 + r min(s_i / u_i, alpha), where u_i elements of the tensor
-    are changed by it alone and s_i by it and others. (In the paper these are counts over the whole model.)
+    As ram, but what model i alone changed is multiplied by 1 + r min(s_i / u_i, alpha), where u_i elements of the
+    tensor are changed by it alone and s_i by it and others. (In the paper these are counts over the whole model.)
 
     Args:
         epsilon: the size of a difference from the base that doesn't count as a change yet.

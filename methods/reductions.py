@@ -1,8 +1,8 @@
 """Sums over a tensor that come out the same for any tiles: by a fixed tree inside each block, and then over the blocks.
 
 The first four levels of a whole block's tree are added in the work dtype, the others, and the sum over the blocks, in
-float64. Roundings to float32 are unbiased and independent, so over 2^15 elements they cancel to some 2^-30 of the sum of the sizes;
-a tensor of up to 2^11 elements has none. That halves the time of a pass.
+float64. That takes half as long. Roundings to float32 are unbiased and independent, so over a block they come to some
+2^-30 of the sum of the sizes; a tensor of up to 2^11 elements has none.
 """
 
 from __future__ import annotations
@@ -58,23 +58,22 @@ class BlockSums:
         sums: how many tensors are summed.
         elements: of the tile.
         block: elements of a block; the tile begins at a multiple of it.
-        workspace: where the collected columns lie; `size` tells how much they take.
+        workspace: where the collected columns of whole blocks lie; `size` tells how much they take.
     """
 
     def __init__(self, sums: int, elements: int, block: int, workspace: Workspace) -> None:
         self._block = block
         self._added = 0
-        widths = []
+        self._parts = []
         if whole := elements // block:
-            widths.append((whole, _folded_width(block)))
+            buffer = workspace.take(sums * whole * _folded_width(block), torch.float64)
+            self._parts.append(buffer.view(sums, whole, -1))
         if rest := elements % block:
-            widths.append((1, _folded_width(rest)))
-        self._parts = [
-            workspace.take(sums * blocks * width, torch.float64).view(sums, blocks, width) for blocks, width in widths
-        ]
+            device = buffer.device if whole else workspace.take(0).device
+            self._parts.append(torch.empty(sums, 1, _folded_width(rest), dtype=torch.float64, device=device))
 
-    def add(self, values: Tensor) -> None:
-        """The next tensor, of the tile's elements; it is folded in place, and thereby used up."""
+    def add(self, values: Tensor, scratch: Tensor | None = None) -> None:
+        """The next tensor, of the tile's elements; it is used up unless there is scratch of its size."""
         for part, view in zip(self._parts, in_blocks(values.view(-1), self._block), strict=True):
             part[self._added].copy_(fold(view, _JOINT))
         self._added += 1
@@ -87,7 +86,7 @@ class BlockSums:
     @staticmethod
     def size(sums: int) -> float:
         """Workspace that it takes, in the units of `Kernel.buffers`."""
-        return 4 * sums * _JOINT / BLOCK
+        return 2 * sums * _JOINT / BLOCK
 
 
 def _folded_width(columns: int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .contract import BLOCK, Base, Inputs, Kernel, base_of, merge_method
 from .lazy import torch
 from .reductions import BlockSums, total
-from .selection import NONE, Cut, Progress, Selection, Target
+from .selection import Cut, Progress, Selection, Target
 from .task_vectors import deltas, elected_mean, magnitudes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Weighed:
 
 @merge_method("sce", paper="https://arxiv.org/abs/2408.07990", base=Base.REQUIRED)
 class SCE(Kernel):
-    """Select the elements that vary most between the task vectors, weigh these by their squares, and erase the minority.
+    """Select the elements that vary most between models, weigh the models by their squares, and erase the minority.
 
     d_i = x_i - base where the variance over the models is among the select_topk highest that aren't 0, else 0;
     w_i = mean(d_i^2) / sum_j mean(d_j^2); the sign of each element is that of sum_i d_i, plus where that is 0;

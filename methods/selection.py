@@ -2,8 +2,8 @@
 
 Magnitudes are compared as the int32 bits of their float32 values, whose order is the same. A small sample tells where
 the k-th largest must about be; then each pass counts, exactly, what lies above that bracket of values and, in
-a histogram, what lies inside, which leaves a bracket 2^14 times narrower. Each pass also tries a guess: it counts the elements
-equal to it in each block. The weights of models have few bits, so a value is shared by many elements, and the
+a histogram, what lies inside, which leaves a bracket 2^14 times narrower. Each pass also tries a guess: it counts the
+elements equal to it in each block. The weights of models have few bits, so a value is shared by many elements, and the
 guess is mostly right: then the first pass after the sample is the last. Whatever the sample says, the result is exact;
 it decides only how soon it is found.
 """
@@ -11,12 +11,12 @@ it decides only how soon it is found.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .contract import BLOCK
 from .lazy import numpy as np
-from .lazy import torch
+from .lazy import on_cpu, torch
 from .reductions import in_blocks
 
 if TYPE_CHECKING:
@@ -227,11 +227,8 @@ def bits(magnitudes: Tensor) -> Tensor:
 def guessed(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> Target:
     """A bracket that most likely holds the target, from a sample in falling order."""
     size = len(sample)
-    if target.rank is None:
-        place = target.share * np.count_nonzero(sample)
-    else:
-        place = (target.rank - 0.5) * size / elements
-    share = place / size
+    share = (target.rank - 0.5) / elements if target.rank else target.share * np.count_nonzero(sample) / size
+    place = share * size
     margin = 8 + 6 * (size * share * (1 - share)) ** 0.5 if size < elements else 1
     first, middle, last = int(place - margin), min(int(place), size - 1), int(place + margin)
     return replace(
@@ -299,7 +296,7 @@ def cut_ties(threshold: int, ties: int, equal: Sequence[int]) -> Cut:
 
 def above(values: Tensor, bound: int, flags: Tensor) -> list[int]:
     """How many are above the bound, in each block. `flags` is scratch: as many booleans."""
-    if values.device.type == "cpu":
+    if on_cpu(values):
         array = np.greater(values.numpy(), bound, out=flags.numpy())
         return [int(np.count_nonzero(array[i : i + BLOCK])) for i in range(0, len(array), BLOCK)]
     blocks = in_blocks(torch.gt(values, bound, out=flags), BLOCK)
@@ -311,7 +308,7 @@ def histogram(target: Target, values: Tensor, flags: Tensor, tile: Tile) -> Tens
     width = target.high - target.low
     offsets = torch.sub(values, target.low, out=tile.workspace.take(values.numel(), torch.int32))
     bins = (width >> target.shift) + 1
-    if values.device.type == "cpu":
+    if on_cpu(values):
         array = offsets.numpy()
         inside = np.less_equal(array.view(np.uint32), width, out=flags.numpy())
         return torch.from_numpy(np.bincount(array[np.flatnonzero(inside)] >> target.shift, minlength=bins))

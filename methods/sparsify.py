@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import Inputs, MethodError, Unit
-from .lazy import torch
-from .randomness import hashes, probability, threshold
+from .lazy import on_cpu, torch
+from .randomness import hashes, kept, probability, threshold
 from .selection import ALL, NONE, Cut, Progress, Selection, Target
 from .task_vectors import Sparsifier, deltas, magnitudes
 
@@ -66,16 +66,16 @@ class Between(Sparsifier):
         return cut
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Progress | None) -> None:
-        dropped, kept = (self._cut(place, rank, state) for rank in self.ranks[place])
-        if kept is ALL and dropped is NONE:
+        dropped, left = (self._cut(place, rank, state) for rank in self.ranks[place])
+        if left is ALL and dropped is NONE:
             return
         mark = tile.workspace.mark()
         sizes = magnitudes(delta, tile)
         if dropped is NONE:
-            mask = kept.mask(sizes, tile.element, out=sizes)
+            mask = left.mask(sizes, tile.element, out=sizes)
         else:
             outliers = dropped.mask(sizes, tile.element, out=tile.empty(torch.float32))
-            mask = kept.mask(sizes, tile.element, out=sizes).sub_(outliers)
+            mask = left.mask(sizes, tile.element, out=sizes).sub_(outliers)
         delta.mul_(mask)
         tile.workspace.release(mark)
 
@@ -109,7 +109,7 @@ class Random(Sparsifier):
         unbiased: whether what is kept is divided by the probability.
     """
 
-    buffers = 2.0
+    buffers = 2.5
     random = True
 
     def __init__(self, inputs: Inputs, density: Sequence[float], *, unbiased: bool) -> None:
@@ -122,11 +122,11 @@ class Random(Sparsifier):
         if bound is None:
             return
         mark = tile.workspace.mark()
-        numbers, scratch = _hashes(self.inputs, place, tile)
-        kept = torch.lt(numbers, bound, out=numbers)
-        delta.view(-1).mul_(scratch.view(torch.float32).copy_(kept))
+        position = tile.positions[self.inputs.others[place]]
+        mask = tile.workspace.take(tile.elements, torch.float32)
+        delta.mul_(kept(tile.key, position, tile.element, bound, tile.workspace, mask).view(delta.shape))
         if self.unbiased:
-            delta.mul_(1 / max(probability(bound), 2**-32))
+            delta.mul_(1 / (probability(bound) or 1.0))
         tile.workspace.release(mark)
 
 
@@ -160,7 +160,7 @@ class RandomByRank(Sparsifier):
                 raise MethodError(f"density {mean:g} - epsilon {half:g} and density + epsilon must lie between 0 and 1")
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
-        mean, half = self.ranges[place]
+        mean, _ = self.ranges[place]
         if mean >= 1:
             return
         if mean <= 0:
@@ -169,10 +169,11 @@ class RandomByRank(Sparsifier):
         mark = tile.workspace.mark()
         bounds, shares = self._table(place)
         order = _rising(delta, tile)
-        numbers, scratch = _hashes(self.inputs, place, tile)
+        numbers, scratch = (tile.workspace.take(tile.elements, torch.int32) for _ in range(2))
+        hashes(tile.key, tile.positions[self.inputs.others[place]], tile.element, numbers, scratch)
         scratch.view(delta.shape).scatter_(1, order, bounds.to(delta.device).expand_as(delta))
-        kept = torch.lt(numbers, scratch, out=numbers)
-        delta.view(-1).mul_(scratch.view(torch.float32).copy_(kept))
+        mask = torch.lt(numbers, scratch, out=numbers)
+        delta.view(-1).mul_(scratch.view(torch.float32).copy_(mask))
         if self.unbiased:
             delta.mul_(tile.empty().scatter_(1, order, shares.to(delta.device, delta.dtype).expand_as(delta)))
         tile.workspace.release(mark)
@@ -188,18 +189,12 @@ class RandomByRank(Sparsifier):
         return self._tables[place]
 
 
-def _hashes(inputs: Inputs, place: int, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The random numbers of a task vector, and as many int32 of scratch."""
-    numbers, scratch = (tile.workspace.take(tile.elements, torch.int32) for _ in range(2))
-    return hashes(tile.key, tile.positions[inputs.others[place]], tile.element, numbers, scratch), scratch
-
-
 def _rising(delta: Tensor, tile: Tile) -> Tensor:
     """The columns of each row's elements in rising order of size, equal ones in their order; shape (rows, columns)."""
     columns = torch.arange(delta.shape[1], dtype=torch.int64, device=delta.device)
     keys = tile.empty(torch.int64).copy_(magnitudes(delta, tile).view(torch.int32))
     keys.bitwise_left_shift_(32).bitwise_or_(columns)  # no two are equal, so any sort is stable
-    if keys.device.type == "cpu":
+    if on_cpu(keys):
         keys.numpy().sort(axis=1)  # in place, and several times faster than torch's
     else:
         keys.copy_(torch.sort(keys, dim=1).values)

@@ -102,8 +102,8 @@ def dare_linear(
 ) -> Kernel:
     """Drop elements of the task vectors at random, rescale what is left, and add them up.
 
-    d_i = w_i times the elements of x_i - base that are kept, each with probability density, rescaled to the task vector's
-    L1 norm; out = base + lambda sum_i d_i
+    d_i = w_i times the elements of x_i - base that are kept, each with probability density, rescaled to the L1 norm of
+    x_i - base; out = base + lambda sum_i d_i
 
     Args:
         weight: the weight of this model's task vector.
@@ -268,8 +268,8 @@ def breadcrumbs(
 ) -> Kernel:
     """Drop the largest and the smallest elements of the task vectors, and add up the rest.
 
-    d_i = w_i times the elements of x_i - base without the gamma n largest, and without the smallest, so that density n are
-    left; out = base + lambda sum_i d_i
+    d_i = w_i times the elements of x_i - base without the gamma n largest, and without the smallest, so that density n
+    are left; out = base + lambda sum_i d_i
 
     Args:
         weight: the weight of this model's task vector.

@@ -29,12 +29,13 @@ class Workspace:
         self._used = 0
 
     def take(self, elements: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised buffer of `elements` elements. Raises MemoryError where the declared workspace is used up."""
+        """An uninitialised buffer of `elements` elements; MemoryError where the declared workspace is used up."""
         dtype = dtype or self.dtype
         nbytes = -(-elements * dtype.itemsize // 64) * 64
         if self._used + nbytes > self._memory.numel():
+            total = self._memory.numel()
             raise MemoryError(
-                f"a kernel asked for more workspace than it declares: {self._used + nbytes} of {self._memory.numel()} bytes"
+                f"a kernel asked for more workspace than it declares: {self._used + nbytes} of {total} bytes"
             )
         buffer = self._memory[self._used : self._used + elements * dtype.itemsize].view(dtype)
         self._used += nbytes

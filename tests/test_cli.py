@@ -156,8 +156,8 @@ def test_plan_with_a_disk_too_small(recipe: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_plan_of_a_stack_needs_no_torch(stack: Path) -> None:
-    code = f"import sys; from mergeloom.__main__ import main; main(['plan', {str(stack)!r}]); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code = "import sys; from mergeloom.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, "plan", str(stack)], check=True, capture_output=True)
 
 
 # ------------------------------------------------------------------------------------------------ merge
@@ -259,7 +259,9 @@ def test_a_method_that_is_none() -> None:
 # ------------------------------------------------------------------------------------------------ the process
 
 
-def test_an_unexpected_exception_is_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_exception_is_a_bug_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("oops")
 

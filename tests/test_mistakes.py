@@ -1,4 +1,4 @@
-"""What users get wrong: each mistake ends with its exit code, one clear message, no traceback and no half-made model."""
+"""What users get wrong: each mistake ends with its exit code, one clear message, and no half-made model."""
 
 from __future__ import annotations
 

@@ -75,6 +75,10 @@ def test_what_does_not_fit_is_left_out_from_the_right(width: int) -> None:
     assert state.line(width) in drawing(state, width).plain
 
 
+def test_before_the_first_byte_it_starts() -> None:
+    assert State(0, 0, 8, 4, 0.0, None).line() == "  0%  starting"
+
+
 def test_when_all_is_moved_it_waits_for_the_disk() -> None:
     assert "waiting for the disk" in State(8, 4, 8, 4, 1, 0.0).line()
 
