@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NOTIFY_SECONDS = 0.1
+"""How often `Executor.run` tells how far it is."""
+
+
 class Source(Protocol):
     """Where tensor bytes come from; called from several threads."""
 
@@ -185,6 +189,7 @@ class Executor:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._in_flight = 0
+        self._notified = 0.0
         self._destinations = graph.destinations()
         self._ram = Memory(self.ledger, "ram", schedule.ram_slots, schedule.slot_bytes)
         self._vram = [
@@ -281,13 +286,20 @@ class Executor:
             self._changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait, in the main thread, until `ready`; raise what a lane raised."""
-        with self._changed:
-            while not ready() and self._error is None:
-                self._changed.wait(0.1)
+        """Wait, in the main thread, until `ready`; raise what a lane raised. Only this thread can make it untrue again."""
+        while True:
+            with self._changed:
+                if self._error is None and not ready():
+                    self._changed.wait(NOTIFY_SECONDS)
+                if self._error is not None:
+                    raise self._error
+                done = ready()
+            now = time.monotonic()
+            if now - self._notified >= NOTIFY_SECONDS:
+                self._notified = now
                 self._notify(self.progress)
-            if self._error is not None:
-                raise self._error
+            if done:
+                return
 
     def _dispatch(self) -> None:
         order = 0

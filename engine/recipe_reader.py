@@ -47,7 +47,9 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     for remark in source.remarks:
         reader.warnings.append(str(RecipeError(remark.message, source=file, line=remark.line, path=remark.path)))
     stages = [_stage(reader, node, place) for node, place in zip(source.documents, places, strict=True)]
-    text = source.text or yaml.safe_dump_all([node.plain() for node in source.documents], sort_keys=False)
+    text = source.text or yaml.safe_dump_all(
+        [node.plain() for node in source.documents], sort_keys=False, allow_unicode=True, width=10**9
+    )
     return Recipe(in_order(stages, reader.error, reader.warn), tuple(reader.warnings), file, text, lines)
 
 

@@ -132,9 +132,9 @@ class Kernel(ABC):
 
     The passes over the tiles are `reductions` reductions, numbered from 0, and then `combine`. Of a reduction the
     engine makes `state = finish(i, merged, state)`, where `merged` is what `reduce` returned for the tiles, put
-    together by `merge` in the order of the elements. `merge` is associative, so that neighbouring tiles may be merged first:
-    it adds integers or puts sequences end to end, and sums of floats wait for `finish`. Partials are small tensors on
-    the CPU or Python numbers, and so is a state.
+    together by `merge` in the order of the elements. `merge` is associative, so that neighbouring tiles may be merged
+    first: it adds integers or puts sequences end to end, and sums of floats wait for `finish`. Partials and states are
+    Python numbers, small tensors on the CPU, and what holds them.
 
     A kernel's results may depend on the elements, the parameters and the random key, never on where tiles begin and
     end: a tile begins at a multiple of `granule` elements and ends at one or at the tensor's end.

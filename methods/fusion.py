@@ -28,9 +28,9 @@ class ArceeFusion(Kernel):
     """The base, with the elements of the other model whose importance stands out.
 
     The importance of an element is |x - base| times the divergence KL(softmax(x) || softmax(base)) of its row; out = x
-    where it is at least Q2 + iqr_factor (Q3 - Q1), else the base. Q1, Q2 and Q3 are the tensor's quartiles of importance:
-    the elements floor(q (n - 1)) in rising order. exp and log make the bytes hold for one kind of device, and one
-    instruction set, only.
+    where it is at least Q2 + iqr_factor (Q3 - Q1), else the base. Q1, Q2 and Q3 are the quartiles of importance in the
+    tensor: the elements floor(q (n - 1)) in rising order. Because of exp and log the bytes hold for one kind of device,
+    and one instruction set, only.
 
     Args:
         iqr_factor: how many interquartile ranges above the median an importance must lie.

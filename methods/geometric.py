@@ -12,7 +12,8 @@ from .span import ColumnCombination, Combination, RowCombination, Span, Vector, 
 
 def arc(angle: float, t: float) -> tuple[float, float]:
     """The factors of two unit vectors `angle` apart at the place `t` of the arc between them."""
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    sine = math.sin(angle)
+    return (math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine) if sine else (1 - t, t)
 
 
 @merge_method(

@@ -92,7 +92,7 @@ class Combination(Kernel):
             sums.add(product)
         return [sums.partial()]
 
-    def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Vector:
+    def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Any:
         sums = torch.cat(merged, 1).tolist() if merged else [[]] * len(self.pairs)
         return self.solve([total(blocks) for blocks in sums])
 
@@ -184,12 +184,12 @@ class ColumnCombination(Combination):
 
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = [
-            torch.stack([fold(block.t())[:, 0] for block in product.split(self.height)])
+            torch.stack([fold(block.t())[:, 0] for block in torch.split(product, self.height)])
             for product in self.wide_products(tile)
         ]
         return [torch.stack(sums).cpu()]
 
-    def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> list[Vector]:
+    def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Any:
         if not merged:
             return []
         blocks = torch.cat(merged, 1).permute(2, 0, 1).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergeloom import merging
 from mergeloom.engine.execute import Progress
 from mergeloom.engine.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
+from mergeloom.io import output
 from mergeloom.machine import process_memory
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, plan
@@ -283,8 +286,22 @@ def weighted(llamas: dict[str, Path]) -> dict[str, object]:
     return {"merge_method": "linear", "slices": slices}
 
 
-def test_bytes_depend_on_neither_budget_nor_threads_nor_slots(llamas: dict[str, Path], tmp_path: Path) -> None:
-    recipe = weighted(llamas)
+METHODS: dict[str, dict[str, object]] = {
+    "linear": {"weight": [0.2, 1]},
+    "slerp": {"t": [0.1, 0.9]},
+    "dare_ties": {"weight": 0.5, "density": 0.4},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_depend_on_neither_budget_nor_threads_nor_slots(method: str, tmp_path: Path) -> None:
+    shapes = {f"model.layers.{n}.w.weight": (300, 1001) for n in range(3)} | {"model.norm.weight": (1001,)}
+    models = [write_checkpoint(tmp_path / name, shapes, fill=seed) for seed, name in enumerate("ab")]
+    recipe: dict[str, Any] = {"merge_method": method, "parameters": METHODS[method], "slices": []}
+    if method != "linear":
+        recipe["base_model"] = str(models[0])
+    for part in ([0, 2], [1, 3]):
+        recipe["slices"].append({"sources": [{"model": str(model), "layer_range": part} for model in models]})
     first = plan(recipe, ROOMY)
     merge(first, tmp_path / "first")
     expected = digests(tmp_path / "first")
@@ -293,11 +310,17 @@ def test_bytes_depend_on_neither_budget_nor_threads_nor_slots(llamas: dict[str, 
         out = tmp_path / f"budget{number}"
         merge(recipe, out, Options(max_ram=max_ram, device="cpu", threads=threads))
         assert digests(out) == expected
-    for slot in (1 << 17, 1 << 18, 1 << 22):
-        graph, budget = first.built.graph, first.schedule.budget
+    chunks = set()
+    for slot, tile in ((1 << 17, 1 << 15), (1 << 18, 1 << 17), (1 << 22, 1 << 16)):
+        schedule = make_schedule(first.built.graph, first.schedule.budget, slot_bytes=slot)
+        chunks.add(schedule.chunks(first.built.graph, 0))
         out = tmp_path / f"slot{slot}"
-        merge(replace(first, schedule=make_schedule(graph, budget, slot_bytes=slot)), out)
+        merge(replace(first, schedule=replace(schedule, tile_elements=(tile,))), out)
         assert digests(out) == expected
+    assert len(chunks) == 3
+    if method == "dare_ties":
+        merge(recipe, tmp_path / "seed", replace(ROOMY, seed=1))
+        assert digests(tmp_path / "seed", "*.safetensors") != digests(tmp_path / "first", "*.safetensors")
 
 
 def test_nothing_depends_on_where_things_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,28 +419,27 @@ def test_an_interruption_at_the_very_end_leaves_nothing(
     out.mkdir()
     calls = 0
 
-    def stop(*arguments: object, **options: object) -> None:
+    def stop(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if when != "rename" or calls > 2:
+        if calls == (3 if when == "rename" else 1):
             raise KeyboardInterrupt
-        Path.replace(*arguments)  # type: ignore[arg-type]
+        return original(*arguments, **options)
 
-    homes: dict[str, object] = {
-        "write_model_files": "mergeloom.merging.write_model_files",
-        "judge": "mergeloom.io.output.judge",
-        "rename": "pathlib.Path.rename",
-        "sync_directory": "mergeloom.io.output.sync_directory",
-        "rmtree": "mergeloom.io.output.shutil.rmtree",
+    homes: dict[str, Any] = {
+        "write_model_files": merging,
+        "judge": output,
+        "rename": Path,
+        "sync_directory": output,
+        "rmtree": shutil,
     }
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(str(homes[when]), stop)
-        try:
-            merge(weighted(llamas), out, replace(ROOMY, shard_size=100_000))
-        finally:
-            patch.undo()
-    assert [path.name for path in out.iterdir() if path.name != ".mergeloom"] == []
-    merge(weighted(llamas), out, replace(ROOMY, shard_size=100_000))
+    original = getattr(homes[when], when)
+    with monkeypatch.context() as patch:
+        patch.setattr(homes[when], when, stop)
+        with pytest.raises(Interrupted):
+            merge(weighted(llamas), out, replace(ROOMY, shard_size=60_000))
+    assert not list(out.iterdir())
+    merge(weighted(llamas), out, replace(ROOMY, shard_size=60_000))
     assert (out / "config.json").exists()
 
 
