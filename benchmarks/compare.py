@@ -80,9 +80,10 @@ MERGEKIT_FLAGS: dict[str, tuple[str, ...]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one process took: seconds, and the most bytes that it held resident."""
+    """What one process took: seconds, those of the processors, and the most bytes that it held resident."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int
 
 
@@ -104,7 +105,7 @@ def run(command: list[str], durable: Path | None = None) -> Measured:
             log.seek(0)
             tail = log.read().decode(errors="replace")[-4000:]
             raise ProcessError(f"{' '.join(command)}\nended with {os.waitstatus_to_exitcode(status)}:\n{tail}")
-    return Measured(seconds, usage.ru_maxrss * 1024)
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def sync(directory: Path) -> None:
@@ -219,6 +220,7 @@ class Bench:
             "method": method,
             "side": side,
             "seconds": round(measured.seconds, 3),
+            "cpu_seconds": round(measured.cpu_seconds, 3),
             "peak_rss": measured.peak_rss,
         }
         if side == "mergekit" and self.flags(method):
@@ -388,7 +390,10 @@ def main() -> None:
                     runs.append(result)
                     target.write_text(json.dumps(results, indent=1) + "\n")
                     rss = int(str(result["peak_rss"])) / 2**30
-                    print(f"{method:16} {side:10} {result['seconds']:8} s {rss:7.2f} GiB", flush=True)
+                    print(
+                        f"{method:16} {side:10} {result['seconds']:8} s {result['cpu_seconds']:8} s CPU {rss:7.2f} GiB",
+                        flush=True,
+                    )
     put_between_markers(arguments.document, f"compare {name}", table(results))
 
 

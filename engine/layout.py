@@ -5,7 +5,8 @@ A pure function of the graph (which follows from the recipe and the source heade
 Tensors that are only copied can share their disk blocks with the source where both lie at the same offset within a
 block of 4096 bytes. So a run of them that is contiguous in its source stays contiguous here and keeps its offset modulo
 4096: spaces after a shard's header set where its data begins, and what follows a run must continue at that offset. Runs
-that are too short to be worth it lie with the computed tensors, whose shards' data begins at a multiple of 4096.
+that are too short to be worth it lie behind longer ones, or with the computed tensors, whose shards' data begins at a
+multiple of 4096.
 """
 
 from __future__ import annotations
@@ -107,21 +108,21 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
 def _runs(graph: MergeGraph) -> tuple[list[list[int]], list[int]]:
     """Outputs that are contiguous in one source file, in the source's order; and all other outputs."""
     files: dict[Path, int] = {}
-    copies: list[tuple[int, int, int, int]] = []
+    copies: list[tuple[int, int, int, int, int]] = []
     loose: list[int] = []
     for number, output in enumerate(graph.outputs):
         if graph.operation(output.node).kind is not Kind.COPY:
             loose.append(number)
             continue
         ref = graph.reads[graph.node_sources[output.node][0]]
-        copies.append((output.group, files.setdefault(ref.file, len(files)), ref.offset, number))
+        copies.append((output.group, files.setdefault(ref.file, len(files)), ref.offset, ref.nbytes, number))
     runs: list[list[int]] = []
     end: tuple[int, int] | None = None
-    for _, file, offset, number in sorted(copies):
+    for _, file, offset, nbytes, number in sorted(copies):
         if end != (file, offset):
             runs.append([])
         runs[-1].append(number)
-        end = (file, offset + graph.nbytes(graph.outputs[number].node))
+        end = (file, offset + nbytes)
     long = []
     for run in runs:
         if sum(graph.nbytes(graph.outputs[number].node) for number in run) >= SHORTEST_RUN:
@@ -187,10 +188,19 @@ class _Packer:
         """Fill shards with computed tensors and short copies, in the order of the model.
 
         In a shard the widest elements come first, so that every tensor begins at a multiple of its element's width.
+        Short copies go behind runs where they can, so that they don't make a shard of a few kilobytes.
         """
+        roomy = list(self.shards)
         loose: list[_Open] = []
         shard: _Open | None = None
         for number in numbers:
+            if self._graph.operation(self._graph.outputs[number].node).kind is Kind.COPY:
+                roomy = [found for found in roomy if self._fits(found, number)]
+                width = max(8, self._graph.node_dtype[self._graph.outputs[number].node].bits) // 8
+                behind = next((found for found in roomy if found.end % width == 0), None)
+                if behind is not None:
+                    self._add(behind, number)
+                    continue
             if shard is None or not self._fits(shard, number):
                 shard = _Open(0)
                 self.shards.append(shard)

@@ -202,6 +202,8 @@ class OutputDirectory:
 def _refuse_foreign(path: Path) -> None:
     """Refuse an OUT that is no directory, or holds anything that is not a merge's."""
     if not path.exists():
+        if path.is_symlink():
+            raise UsageError(f"{path}: is a broken link; OUT must be a new or empty directory")
         return
     if not path.is_dir():
         raise UsageError(f"{path}: is a file; OUT must be a new or empty directory")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .engine.schedule import Budget, DeviceBudget
 from .errors import UsageError
+from .io.sizes import parse_size
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
@@ -34,6 +36,48 @@ class Memory:
 
     now: int
     peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine that a merge is planned for without being there. What isn't said is as it is here.
+
+    Args:
+        ram: bytes of its memory, or None.
+        vram: bytes of the memory of each of its GPUs, or None where it has none.
+        gpus: how many GPUs it has.
+        cores: how many cores the process may use, or None.
+    """
+
+    ram: int | None = None
+    vram: int | None = None
+    gpus: int = 1
+    cores: int | None = None
+
+    @property
+    def memory_of_gpus(self) -> dict[int, int]:
+        """The memory of each of its GPUs, in bytes."""
+        return {} if self.vram is None else dict.fromkeys(range(self.gpus), self.vram)
+
+
+def parse_machine(text: str) -> Machine:
+    """A machine from ``vram=24GiB,ram=64GiB,cores=16,gpus=2``. Raises UsageError."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in ("ram", "vram", "gpus", "cores"):
+            raise UsageError(f"--for {text}: {part.strip()!r} is nothing of a machine: give ram, vram, gpus or cores")
+        if key in found:
+            raise UsageError(f"--for {text}: {key} is there twice")
+        if key in ("ram", "vram"):
+            found[key] = parse_size(value)
+        elif value.isdecimal() and int(value) > 0:
+            found[key] = int(value)
+        else:
+            raise UsageError(f"--for {text}: {key} is {value!r}, and must be a whole number above 0")
+    if "gpus" in found and "vram" not in found:
+        raise UsageError(f"--for {text}: say how much memory each GPU has, such as vram=24GiB")
+    return Machine(**found)
 
 
 def process_memory() -> Memory:
@@ -114,22 +158,26 @@ def _read_fields(file: Path) -> dict[str, int]:
         return {}
 
 
-def find_devices(wanted: str, max_vram: int | None, threads: int) -> tuple[DeviceBudget, ...]:
+def find_devices(
+    wanted: str, max_vram: int | None, threads: int, gpus: Mapping[int, int] | None = None
+) -> tuple[DeviceBudget, ...]:
     """The devices that compute.
 
     Args:
         wanted: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1``, or several of these with commas.
         max_vram: bytes that may be held on each GPU; a share of its memory where None.
         threads: compute threads of the CPU.
+        gpus: the memory of each GPU in bytes; those of this machine where None.
 
     Raises:
-        UsageError: for a device that isn't here.
+        UsageError: for a device that isn't there.
     """
+    there = "this machine" if gpus is None else "the machine of --for"
     if wanted == "auto":
-        wanted = "cuda" if _has_gpu_driver() and _gpus() else "cpu"
+        wanted = "cuda" if gpus or (gpus is None and _has_gpu_driver() and _gpus()) else "cpu"
     if wanted == "cpu":
         return (DeviceBudget("cpu", None, threads),)
-    gpus = _gpus()
+    gpus = _gpus() if gpus is None else gpus
     numbers: list[int] = []
     for part in wanted.split(","):
         kind, _, number = part.strip().partition(":")
@@ -139,7 +187,7 @@ def find_devices(wanted: str, max_vram: int | None, threads: int) -> tuple[Devic
     missing = [number for number in numbers if number not in gpus]
     if missing or not numbers:
         here = ", ".join(f"cuda:{number}" for number in gpus) or "no CUDA device"
-        raise UsageError(f"--device {wanted}: this machine has {here}; use --device cpu, or one that is here")
+        raise UsageError(f"--device {wanted}: {there} has {here}; use --device cpu, or one that is there")
     return tuple(
         DeviceBudget(f"cuda:{number}", max_vram or int(gpus[number] * VRAM_SHARE), 2)
         for number in dict.fromkeys(numbers)
@@ -163,17 +211,20 @@ def _gpus() -> dict[int, int]:
     }
 
 
-def make_budget(max_ram: int | None, devices: tuple[DeviceBudget, ...], computes: bool) -> Budget:
-    """The budget of a merge on this machine.
+def make_budget(
+    max_ram: int | None, devices: tuple[DeviceBudget, ...], computes: bool, total: int | None = None
+) -> Budget:
+    """The budget of a merge.
 
     Args:
         max_ram: the bound on the process's resident memory in bytes; a share of the machine's where None.
         devices: those that compute.
         computes: whether anything is computed, so that torch is needed.
+        total: bytes of the machine's memory; this one's where None.
     """
     baseline = process_memory().now + SLACK_BYTES
     if computes and "torch" not in sys.modules:
         baseline += TORCH_BYTES
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES
-    return Budget(max_ram or int(total_ram() * RAM_SHARE), baseline, devices)
+    return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,17 @@ def digests(directory: Path, pattern: str = "*") -> dict[str, str]:
     """A digest of every file below a directory."""
     files = sorted(path for path in directory.rglob(pattern) if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def open_files(directory: Path) -> set[str]:
+    """The names of a directory's files that this process has open."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of the listing itself is gone
+            file = link.readlink()
+            if file.parent == directory:
+                found.add(file.name)
+    return found
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

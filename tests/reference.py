@@ -166,7 +166,9 @@ def ram(x: Sequence[Tensor], *, base: int, epsilon: float = 1e-5, r: float = 0.0
     return _sum(terms)
 
 
-def ramplus_tl(x: Sequence[Tensor], *, base: int, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2) -> Expected:
+def ramplus_tl(
+    x: Sequence[Tensor], *, base: int, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2
+) -> Expected:
     return ram(x, base=base, epsilon=epsilon, r=r, alpha=alpha)
 
 
@@ -183,7 +185,9 @@ def sce(x: Sequence[Tensor], *, base: int, select_topk: float = 1.0) -> Expected
         total = sum(squares)
         weights = [s / total for s in squares] if total >= 1e-6 else [1 / len(kept)] * len(kept)
         for elected in _elections(kept):
-            divisor = sum((w * (k != 0).double() for w, k in zip(weights, elected, strict=True)), torch.zeros_like(x[0]))
+            divisor = sum(
+                (w * (k != 0).double() for w, k in zip(weights, elected, strict=True)), torch.zeros_like(x[0])
+            )
             merged = sum((w * k for w, k in zip(weights, elected, strict=True)), torch.zeros_like(x[0]))
             outputs.append(x[base] + merged / divisor.clamp(min=1e-6))
         size = torch.maximum(size, x[base].abs() + sum((k.abs() for k in kept), torch.zeros_like(x[0])))
@@ -227,7 +231,9 @@ def task_vectors(
         for chosen in _elections(terms) if elect else [terms]:
             merged = sum(chosen, torch.zeros_like(x[0]))
             if normalize and elect:
-                divisor = sum((weight[i] * (c != 0).double() for i, c in zip(others, chosen, strict=True)), torch.zeros_like(x[0]))
+                divisor = sum(
+                    (weight[i] * (c != 0).double() for i, c in zip(others, chosen, strict=True)), torch.zeros_like(x[0])
+                )
                 divisor = torch.where(divisor == 0, 1.0, divisor)
             else:
                 total = sum(weight[i] for i in others)

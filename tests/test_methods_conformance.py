@@ -1,4 +1,4 @@
-"""One suite for every registered merge method: right, the same for any tiles, within its workspace, defined at the edges."""
+"""One suite for every registered merge method: right, the same for any tiles, in its workspace, defined at the edges."""
 
 from __future__ import annotations
 
@@ -274,7 +274,8 @@ def test_bytes_do_not_depend_on_the_instruction_set(level: str) -> None:
         "ATEN_CPU_CAPABILITY": level,
         "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
     }
-    program = f"import json; from tests import test_methods_conformance as t; print(json.dumps(t.digests(skip={DEVICE_BOUND})))"
+    suite = "from tests import test_methods_conformance as suite"
+    program = f"import json; {suite}; print(json.dumps(suite.digests(skip={DEVICE_BOUND})))"
     root = Path(__file__).parent.parent
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
@@ -298,7 +299,9 @@ def test_many_models_within_the_workspace(case: Case) -> None:
     method = merge_methods()[case.method]
     models = case.models if method.maximum is not None else case.models + 7
     inputs = make("float64", models, (9, 4099), case.base)
-    parameters = {k: v + v[-1:] * (models - case.models) if isinstance(v, tuple) else v for k, v in case.parameters.items()}
+    parameters = {
+        k: v + v[-1:] * (models - case.models) if isinstance(v, tuple) else v for k, v in case.parameters.items()
+    }
     kernel = Case(case.method, models, case.base, parameters).kernel(inputs)
     for elements in (None, 1 << 15):
         run = run_kernel(kernel, inputs, elements, key=KEY)
@@ -372,8 +375,6 @@ def test_granules_hold_whole_rows_where_that_is_the_unit() -> None:
         ("nearswap", 2, 0, {"t": 0.1, "eps": 0.0}, "above 0"),
     ],
 )
-def test_mistakes_are_named(
-    method: str, models: int, base: int | None, parameters: dict[str, Any], says: str
-) -> None:
+def test_mistakes_are_named(method: str, models: int, base: int | None, parameters: dict[str, Any], says: str) -> None:
     with pytest.raises(MethodError, match=says):
         merge_methods()[method].kernel(Inputs(models, base, (3, 4)), parameters)

@@ -1,0 +1,259 @@
+"""The recipe of a self-merge by overlapping windows, as the BigLlama models were made: pure arithmetic on headers.
+
+Windows of equal length, a step apart, are taken from a model's layers and stacked: with window 42 and step 21, 126
+layers give [0, 42], [21, 63], [42, 84], [63, 105] and [84, 126], together 210.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import yaml
+
+from ..errors import UsageError
+from ..io.checkpoint import Checkpoint
+from .layers import LayerMap, find_layers
+from .recipe import ModelReference
+from .recipe_nodes import DTYPES
+
+Window = tuple[int, int]
+"""The first layer and the one after the last."""
+
+MAX_LAYERS = 100_000
+"""The most layers of a result: repeated stacking grows fast, and a mistake in it should not fill the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One pass of stacking.
+
+    Args:
+        before: how many layers were there.
+        windows: what was taken of them, in order.
+    """
+
+    before: int
+    windows: tuple[Window, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many layers it makes."""
+        return sum(end - first for first, end in self.windows)
+
+    @property
+    def unused(self) -> range:
+        """The layers after the last window."""
+        return range(self.windows[-1][1], self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class StackSummary:
+    """What a stack makes.
+
+    Args:
+        layers: of the result.
+        parameters: of the result, counted from the headers.
+        rounds: the passes that lead to it.
+        slices: the runs of the model's own layers that all passes together come to.
+        warnings: what the user should know.
+    """
+
+    layers: int
+    parameters: int
+    rounds: tuple[Round, ...]
+    slices: tuple[Window, ...]
+    warnings: tuple[str, ...]
+
+
+def stack_windows(layers: int, window: int, step: int | None = None, *, exact: bool = False) -> tuple[Window, ...]:
+    """The windows of one pass: as many as fit, from layer 0 on, a step apart.
+
+    Args:
+        layers: how many there are.
+        window: how many each takes.
+        step: from the start of one to that of the next; by default half a window.
+        exact: let the last window reach to the last layer, so that it can be longer than the others.
+
+    Raises:
+        UsageError: for a window that is larger than the model, and for a step that is larger than the window, which
+            would leave layers out.
+    """
+    step = max(1, window // 2) if step is None else step
+    if not 1 <= window <= layers:
+        raise UsageError(f"a window of {window} does not fit {layers} layers: choose 1 to {layers}")
+    if not 1 <= step <= window:
+        raise UsageError(
+            f"a step of {step} does not fit a window of {window}: choose 1 to {window}, or layers are lost"
+        )
+    windows = [(first, first + window) for first in range(0, layers - window + 1, step)]
+    if exact:
+        windows[-1] = (windows[-1][0], layers)
+    return tuple(windows)
+
+
+def compose(windows: Sequence[Window], slices: Sequence[Window]) -> tuple[Window, ...]:
+    """The runs of layers that `windows` of a stack come to, if `slices` are what it was stacked from."""
+    layers = [layer for first, end in slices for layer in range(first, end)]
+    taken = [layer for first, end in windows for layer in layers[first:end]]
+    runs = [list(run) for _, run in groupby(enumerate(taken), lambda item: item[1] - item[0])]
+    return tuple((run[0][1], run[-1][1] + 1) for run in runs)
+
+
+def stack_recipe(
+    model: ModelReference | str,
+    checkpoint: Checkpoint,
+    *,
+    window: int | Sequence[int],
+    step: int | Sequence[int] | None = None,
+    repeat: int | None = None,
+    dtype: str | None = None,
+    exact: bool = False,
+) -> tuple[str, StackSummary]:
+    """Write the recipe of a self-merge by overlapping windows.
+
+    Stacking a stack again needs no second stage: layers that are passed through twice are passed through once, so that
+    all passes come to slices of the model itself.
+
+    Args:
+        model: what the recipe is to call it; a text is read as ``path`` or ``id@revision``.
+        checkpoint: its headers.
+        window: the length of the windows, in layers, of every pass or of each.
+        step: from one window to the next, of every pass or of each; by default half a window.
+        repeat: how many passes; by default as many as there are windows or steps.
+        dtype: of the output, such as ``bfloat16``; by default that of the model.
+        exact: let the last window of a pass reach to the last layer.
+
+    Returns:
+        The recipe's text, and what it makes.
+
+    Raises:
+        UsageError: for numbers that don't fit the model or each other, and for a model without one stack of layers.
+        CheckpointError: where headers and config.json don't tell which tensors are layers.
+    """
+    reference = _reference(model)
+    name = _printable(reference.text)
+    if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    layers = find_layers(checkpoint.tensors, checkpoint.config)
+    if len(layers.mains) != 1:
+        what = f"{len(layers.mains)} stacks of layers" if layers.mains else "no layers"
+        raise UsageError(f"{name} has {what}, where one is needed: write such a recipe by hand, with `modules`")
+    count = layers.main.count
+    rounds = _rounds(count, _passes(window, step, repeat), exact)
+    slices: tuple[Window, ...] = ((0, count),)
+    for one in rounds:
+        slices = compose(one.windows, slices)
+    summary = StackSummary(
+        layers=rounds[-1].layers,
+        parameters=_parameters(checkpoint, layers, slices),
+        rounds=rounds,
+        slices=slices,
+        warnings=_warnings(name, count, rounds, slices),
+    )
+    return _text(reference, summary, dtype), summary
+
+
+def _reference(model: ModelReference | str) -> ModelReference:
+    if isinstance(model, ModelReference):
+        return model
+    try:
+        return ModelReference.parse(model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _passes(
+    window: int | Sequence[int], step: int | Sequence[int] | None, repeat: int | None
+) -> list[tuple[int, int | None]]:
+    """The window and step of each pass."""
+    windows = [window] if isinstance(window, int) else list(window)
+    steps = [step] if step is None or isinstance(step, int) else list(step) or [None]
+    passes = max(len(windows), len(steps)) if repeat is None else repeat
+    if not windows or passes < 1:
+        raise UsageError("a stack needs a window, and at least one pass")
+    for what, given in (("window", len(windows)), ("step", len(steps))):
+        if given not in (1, passes):
+            raise UsageError(
+                f"there are {given} {what}s for {passes} passes: give one for all of them, or one for each"
+            )
+    return [(windows[number % len(windows)], steps[number % len(steps)]) for number in range(passes)]
+
+
+def _rounds(layers: int, passes: Sequence[tuple[int, int | None]], exact: bool) -> tuple[Round, ...]:
+    rounds: list[Round] = []
+    for window, step in passes:
+        rounds.append(Round(layers, stack_windows(layers, window, step, exact=exact)))
+        layers = rounds[-1].layers
+        if layers > MAX_LAYERS:
+            raise UsageError(f"pass {len(rounds)} makes {layers:,} layers: {MAX_LAYERS:,} are the most that make sense")
+    return tuple(rounds)
+
+
+def _parameters(checkpoint: Checkpoint, layers: LayerMap, slices: Sequence[Window]) -> int:
+    """Elements of all tensors: each layer's as often as it is taken, the others (extra layers, too) once."""
+    times = [0] * layers.main.count
+    for first, end in slices:
+        for layer in range(first, end):
+            times[layer] += 1
+    total = 0
+    for name, tensor in checkpoint.tensors.items():
+        place = layers.split(name)
+        total += tensor.elements * (1 if place is None or place.extra else times[place.index])
+    return total
+
+
+def _warnings(name: str, layers: int, rounds: Sequence[Round], slices: Sequence[Window]) -> tuple[str, ...]:
+    """A word for each pass that leaves layers at the end unused, and one for what of the model is lost by that."""
+    warnings = []
+    for number, one in enumerate(rounds):
+        if one.unused:
+            of = name if number == 0 else f"the {one.before} that pass {number} makes"
+            warnings.append(
+                f"{_layers(one.unused)} of {of} {'is' if len(one.unused) == 1 else 'are'} unused: the last window ends "
+                f"before {'it' if len(one.unused) == 1 else 'them'} (--exact lets it reach to the last layer)"
+            )
+    end = max(end for _, end in slices)
+    if any(one.unused for one in rounds[1:]) and end < layers:
+        warnings.append(f"{_layers(range(end, layers))} of {name} {'is' if end == layers - 1 else 'are'} in no slice")
+    return tuple(warnings)
+
+
+def _layers(numbers: range) -> str:
+    return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]} to {numbers[-1]}"
+
+
+def _printable(text: str) -> str:
+    """`text` with its line breaks and the like escaped, so that it can stand in a comment."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _text(reference: ModelReference, summary: StackSummary, dtype: str | None) -> str:
+    head = [
+        f"{_printable(reference.text)}, stacked on itself by overlapping windows.",
+        f"Makes {summary.layers} layers, {summary.parameters:,} parameters.",
+    ]
+    for number, one in enumerate(summary.rounds, 1):
+        windows = ", ".join(f"[{first}, {end}]" for first, end in one.windows[:8])
+        more = f" and {len(one.windows) - 8} more" if len(one.windows) > 8 else ""
+        head.append(f"Pass {number}: {one.before} layers -> {one.layers}: {windows}{more}")
+    if len(summary.rounds) > 1:
+        head.append("The slices below are what all passes together take of the model itself.")
+    head += [f"Warning: {warning}" for warning in summary.warnings]
+    content = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [_source(reference, part)]} for part in summary.slices],
+        **({"dtype": dtype} if dtype else {}),
+    }
+    body = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return "".join(f"# {line}\n" for line in head) + body
+
+
+def _source(reference: ModelReference, part: Window) -> dict[str, object]:
+    """A slice's source; a path with a character that means something in a reference is written as a mapping."""
+    model: object = reference.text
+    if "@" in reference.path or "+" in reference.path:
+        revision = {} if reference.revision is None else {"revision": reference.revision}
+        model = {"path": reference.path, **revision}
+    return {"model": model, "layer_range": list(part)}

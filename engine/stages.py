@@ -1,0 +1,258 @@
+"""Recipes of several stages: each stage's graph, and then one graph in which no intermediate tensor is stored.
+
+A stage's output is to the next one a checkpoint like any other, whose tensors are nodes instead of ranges of files. Once
+the last stage's graph is built, these are followed down to the files: a copy of a copy is a copy of the source, and
+arithmetic on a result becomes a fused kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..io.checkpoint import Checkpoint
+from ..io.dtypes import DType
+from ..io.tensors import TensorRef
+from ..methods.contract import Inputs, Kernel, Method
+from .build import BuiltGraph, build_graph
+from .fuse import FusedKernel, Part
+from .graph import Kind, MergeGraph, Operation
+from .inputs import OpenModel
+from .recipe import ModelReference, Recipe, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class StageRef(TensorRef):
+    """A tensor that an earlier stage makes; its file and offset mean nothing.
+
+    Args:
+        stage: the number of the stage in the recipe.
+        node: the node of the stage's graph.
+    """
+
+    stage: int
+    node: int
+
+
+def build_stages(
+    recipe: Recipe,
+    methods: Mapping[str, Method],
+    open_model: OpenModel,
+    config_of: Callable[[BuiltGraph], Mapping[str, Any] | None],
+    *,
+    seed: int = 0,
+) -> BuiltGraph:
+    """The graph of a whole recipe.
+
+    Args:
+        recipe: its stages come in the order of their dependencies, the output's last.
+        methods: by name.
+        open_model: called with the reference of a model that is no stage, returns its Checkpoint.
+        config_of: the config.json of what a graph makes.
+        seed: of the random methods.
+
+    Raises:
+        RecipeError: where the recipe asks for what the models don't have.
+        CheckpointError: where the models don't fit each other.
+    """
+    if len(recipe.stages) == 1:
+        return build_graph(recipe, recipe.output, methods, open_model, seed=seed)
+    checkpoints: dict[str, Checkpoint] = {}
+    built: list[BuiltGraph] = []
+
+    def open_any(reference: ModelReference) -> Checkpoint:
+        stage = recipe.stage(reference)
+        return open_model(reference) if stage is None else checkpoints[stage.name or ""]
+
+    for number, stage in enumerate(recipe.stages):
+        last = number == len(recipe.stages) - 1
+        # an intermediate is not rounded to its dtype, only to an explicit out_dtype
+        found = build_graph(recipe, stage if last else replace(stage, dtype=None), methods, open_any, seed=seed)
+        built.append(found)
+        if not last:
+            checkpoints[stage.name or ""] = _as_checkpoint(number, stage, found, config_of(found))
+    return _Flattener(recipe, built, methods).flatten()
+
+
+def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
+    """What a stage makes, as the next one sees it: the types are those that it would have on the disk."""
+    graph = built.graph
+    nominal = stage.out_dtype or stage.dtype
+    tensors: dict[str, TensorRef] = {}
+    for index, output in enumerate(graph.outputs):
+        kept = graph.operation(output.node).kind is Kind.SAME
+        dtype = graph.node_dtype[output.node]
+        if nominal is not None and not kept and dtype.kind is nominal.kind:
+            dtype = nominal
+        elements = graph.elements(output.node)
+        tensors[output.name] = StageRef(
+            Path(stage.name or "stage"),
+            index,
+            dtype.nbytes(elements),
+            dtype,
+            graph.shape(output.node),
+            number,
+            output.node,
+        )
+    donor = built.models[built.donor].checkpoint
+    return replace(
+        donor, tensors=tensors, config=None if config is None else dict(config), files=(), ignored=(), remarks=()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A tensor of a file."""
+
+    model: int
+    name: str
+    ref: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What an operation makes of leaves and other results."""
+
+    operation: Operation
+    sources: tuple[_Leaf | _Result, ...]
+    key: int
+    round_to: DType | None
+
+
+class _Flattener:
+    """Turns the graphs of all stages into the one of the last, over files only."""
+
+    def __init__(self, recipe: Recipe, built: list[BuiltGraph], methods: Mapping[str, Method]) -> None:
+        self._recipe = recipe
+        self._built = built
+        self._passthrough = methods["passthrough"]
+        references: dict[ModelReference, int] = {}
+        self._models = []
+        for found in built:
+            for model in found.models:
+                if recipe.stage(model.reference) is None and model.reference not in references:
+                    references[model.reference] = len(self._models)
+                    self._models.append(replace(model, number=len(self._models)))
+        self._numbers = references
+        self._made: dict[tuple[int, int], _Leaf | _Result] = {}
+        self._operations: dict[Hashable, Operation] = {}
+
+    def flatten(self) -> BuiltGraph:
+        last = len(self._built) - 1
+        final = self._built[last]
+        graph = MergeGraph(tuple(model.name for model in self._models))
+        for output in final.graph.outputs:
+            dtype = final.graph.node_dtype[output.node]
+            graph.add_output(output.name, self._add(graph, self._expression(last, output.node), dtype), output.group)
+        donor = final
+        while self._recipe.stage(reference := donor.models[donor.donor].reference) is not None:
+            stage = self._recipe.stage(reference)
+            donor = self._built[next(n for n, found in enumerate(self._recipe.stages) if found is stage)]
+        return replace(
+            final,
+            graph=graph,
+            models=tuple(self._models),
+            donor=self._numbers[reference],
+            donor_config=final.models[final.donor].checkpoint.config,
+            unused=tuple(unused for found in self._built for unused in found.unused),
+            warnings=tuple(warning for found in self._built for warning in found.warnings),
+        )
+
+    def _expression(self, stage: int, node: int) -> _Leaf | _Result:
+        """What makes a node, down to the files."""
+        made = self._made.get((stage, node))
+        if made is None:
+            made = self._made[stage, node] = self._make(stage, node)
+        return made
+
+    def _make(self, stage: int, node: int) -> _Leaf | _Result:
+        built = self._built[stage]
+        graph = built.graph
+        operation = graph.operation(node)
+        sources: list[_Leaf | _Result] = []
+        for read in graph.node_sources[node]:
+            ref = graph.reads[read]
+            if isinstance(ref, StageRef):
+                sources.append(self._expression(ref.stage, ref.node))
+            else:
+                model = self._numbers[built.models[graph.read_models[read]].reference]
+                sources.append(_Leaf(model, graph.read_names[read], ref))
+        rounds = self._recipe.stages[stage].out_dtype
+        if operation.kind is Kind.COPY:
+            return sources[0]
+        if operation.kind is Kind.MERGE and operation.kernel is not None and operation.kernel.copies is not None:
+            if rounds is None:
+                return sources[0]
+        return _Result(operation, tuple(sources), graph.node_key[node], rounds)
+
+    def _add(self, graph: MergeGraph, made: _Leaf | _Result, dtype: DType) -> int:
+        """The node of the flat graph that makes an expression, rounded to `dtype`."""
+        if isinstance(made, _Leaf):
+            if made.ref.dtype == dtype:
+                return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, made),), dtype)
+            made = self._cast(made, made.ref.shape)
+        elif made.round_to is not None and made.round_to != dtype:
+            made = self._cast(made, self._shape(made))
+        if all(isinstance(source, _Leaf) for source in made.sources):
+            leaves = [source for source in made.sources if isinstance(source, _Leaf)]
+            if made.operation.kind is Kind.SAME and len(set(leaves)) == 1:
+                return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, leaves[0]),), dtype)
+            return graph.add_node(made.operation, tuple(self._read(graph, leaf) for leaf in leaves), dtype, made.key)
+        leaves = list(dict.fromkeys(_leaves(made)))
+        operation = self._fuse(made, leaves)
+        return graph.add_node(operation, tuple(self._read(graph, leaf) for leaf in leaves), dtype)
+
+    def _cast(self, made: _Leaf | _Result, shape: tuple[int, ...]) -> _Result:
+        kernel = self._passthrough.kernel(Inputs(1, None, shape), {})
+        key = ("cast", shape)
+        operation = self._operations.setdefault(key, Operation(Kind.MERGE, "passthrough", kernel=kernel))
+        return _Result(operation, (made,), 0, None)
+
+    def _fuse(self, made: _Result, leaves: list[_Leaf]) -> Operation:
+        """An expression of several operations as one; expressions alike but for their leaves share it."""
+        places = {leaf: number for number, leaf in enumerate(leaves)}
+        parts: list[Part] = []
+        numbers: dict[_Result, int] = {}
+        methods: list[tuple[str, Any]] = []
+
+        def add(result: _Result) -> int:
+            if result in numbers:
+                return numbers[result]
+            sources = tuple(places[source] if isinstance(source, _Leaf) else ~add(source) for source in result.sources)
+            kernel = result.operation.kernel
+            assert kernel is not None
+            rounding = result.round_to if result is not made else None
+            parts.append(Part(kernel, sources, result.key, result.operation.positions, rounding))
+            methods.append((result.operation.method, result.operation.parameters))
+            numbers[result] = len(parts) - 1
+            return numbers[result]
+
+        add(made)
+        key = tuple((id(part.kernel), part.sources, part.key, part.positions, part.round_to) for part in parts)
+        found = self._operations.get(key)
+        if found is None:
+            inputs = Inputs(len(leaves), None, self._shape(made))
+            kernel: Kernel = FusedKernel(inputs, parts)
+            name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
+            described = tuple((f"{place}. {method}", parameters) for place, (method, parameters) in enumerate(methods))
+            found = self._operations[key] = Operation(Kind.MERGE, name, described, kernel=kernel)
+        return found
+
+    @staticmethod
+    def _shape(made: _Result) -> tuple[int, ...]:
+        return next(_leaves(made)).ref.shape
+
+    @staticmethod
+    def _read(graph: MergeGraph, leaf: _Leaf) -> int:
+        return graph.add_read(leaf.model, leaf.name, leaf.ref)
+
+
+def _leaves(made: _Leaf | _Result) -> Any:
+    """Every leaf of an expression, in the order of the sources."""
+    if isinstance(made, _Leaf):
+        yield made
+        return
+    for source in made.sources:
+        yield from _leaves(source)

@@ -1,0 +1,169 @@
+"""A model of the Hugging Face Hub as a checkpoint, opened by its headers alone, and which of its files a merge needs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from xxhash import xxh3_128
+
+from ..errors import CheckpointError
+from .checkpoint import (
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    Checkpoint,
+    _describe_no_weights,
+    _follow_index,
+    _read_config,
+    _read_weight_map,
+    _unite,
+    open_checkpoint,
+)
+from .files import LARGEST_COMPANION, _kind
+from .header import Header, data_start, parse_header, quoted, read_header
+from .hub_download import Transfer, download
+from .hub_files import HubFile, Repository, cached_snapshot, find_repository, header_cache, is_hub_id, write_whole
+from .hub_http import OFFLINE, Place, in_parallel, read_file
+from .tensors import TensorRef
+
+__all__ = ["HubCheckpoint", "HubFile", "Transfer", "companions", "download", "is_hub_id", "needed_files", "open_hub_model"]
+
+MAX_HEADERS_BYTES = 256_000_000
+"""The most bytes that the headers of one model may have: some 2,000,000 tensors."""
+
+_THREADS = 16  # a header is a round trip or two, and little else
+_FIRST_REQUEST = 64 << 10  # bytes of a header whose length nothing foretells
+_ENTRY = 112  # bytes of a tensor in a header beside its name: dtype, shape, two offsets, JSON's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubCheckpoint(Checkpoint):
+    """A checkpoint of the Hub. The files of its tensors needn't be here yet: `needed_files` and `download` bring them.
+
+    Args:
+        repository: where it comes from, and its files.
+    """
+
+    repository: Repository
+
+    def identity(self, file: Path) -> str:
+        """What tells whether one of its files is still the same one, as `file_identity`: by its hash, unread."""
+        etag = _file_at(self.repository, file).etag
+        return xxh3_128(b"mergeloom hub 1" + etag.encode()).hexdigest()
+
+
+def open_hub_model(repo: str, revision: str | None = None) -> Checkpoint:
+    """Open a model of the Hub: its config and index, and of its weights the headers only.
+
+    The revision is resolved once, to the commit that all else is asked of. What was fetched is kept: opening the same
+    revision again makes one request, for the commit, and none where the revision is a commit. Files that are in
+    huggingface_hub's cache are read there. The rules are those of `open_checkpoint`.
+
+    Args:
+        repo: its id, such as ``meta-llama/Llama-3.1-8B``.
+        revision: a branch, tag or commit; None for ``main``.
+
+    Returns:
+        A `HubCheckpoint`, or a plain one of the cache's directory where requests are forbidden (HF_HUB_OFFLINE) and
+        another program downloaded the model.
+
+    Raises:
+        CheckpointError: there is no such model, it may not be read, or is no valid checkpoint.
+        EnvironmentFailure: the Hub can't be reached, or the disk got in the way.
+    """
+    repository = find_repository(repo, revision)
+    if repository is None:
+        snapshot = cached_snapshot(repo, revision)
+        if snapshot is None:
+            raise CheckpointError(f"{Place(repo, revision or 'main')}: {OFFLINE}")
+        return open_checkpoint(snapshot)
+    with _named(repository):
+        return _open(repository)
+
+
+def needed_files(checkpoint: Checkpoint, used: Iterable[TensorRef]) -> tuple[HubFile, ...]:
+    """The files of a checkpoint of the Hub that hold the tensors in `used`, by name; none of a local checkpoint.
+
+    Those with ``present`` are here already; ``to_fetch`` is what `download` must still transfer for one.
+    """
+    if not isinstance(checkpoint, HubCheckpoint):
+        return ()
+    paths = sorted({tensor.file for tensor in used} & set(checkpoint.files))
+    return tuple(_file_at(checkpoint.repository, path) for path in paths)
+
+
+def companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
+    """The files beside the weights of a checkpoint of the Hub that an output may take over; none of a local one.
+
+    More than `companion_files` then takes: which Python files and modules belong to the model is written in these files.
+    """
+    if not isinstance(checkpoint, HubCheckpoint):
+        return ()
+    files = checkpoint.repository.files
+    names = [name for name in sorted(files) if _kind(name) or (name.endswith(".py") and "/" not in name)]
+    return tuple(files[name] for name in names if name.count("/") < 2 and files[name].nbytes <= LARGEST_COMPANION)
+
+
+def _file_at(repository: Repository, path: Path) -> HubFile:
+    return repository.files[path.relative_to(repository.snapshot).as_posix()]
+
+
+@contextmanager
+def _named(repository: Repository) -> Iterator[None]:
+    """Let errors name the model, not the place in the cache where its file will be one day."""
+    try:
+        yield
+    except CheckpointError as error:
+        text = str(error).replace(f"{repository.snapshot}/", f"{repository.place}/")
+        raise CheckpointError(text.replace(str(repository.snapshot), str(repository.place))) from error
+
+
+# ------------------------------------------------------------------------------------------------ opening
+
+
+def _open(repository: Repository) -> HubCheckpoint:
+    """Choose a repository's files by the rules of `open_checkpoint`, and read their headers."""
+    files, snapshot = repository.files, repository.snapshot
+    names = [name for name in sorted(files) if "/" not in name and not name.startswith(".")]
+    index, shards = _choose(repository, names)
+    small = [files[name] for name in ("config.json", index) if name is not None and name in files]
+    for file, limit in zip(small, (MAX_CONFIG_BYTES, MAX_INDEX_BYTES)[-len(small) :], strict=False):
+        if file.nbytes > limit:
+            raise CheckpointError(f"{file.place}: has {file.nbytes:,} bytes, where {limit:,} are the most that make sense")
+    download(small)
+    config = _read_config(snapshot / "config.json") if "config.json" in files else None
+    remarks: list[str] = []
+    if index is None:
+        headers = _read_headers([files[name] for name in shards], {})
+        tensors = _unite([files[name].path for name in shards], headers)
+    else:
+        weight_map = _read_weight_map(snapshot / index)
+        shards = sorted(set(weight_map.values()))
+        absent = [shard for shard in shards if shard not in files]
+        if absent:
+            raise CheckpointError(
+                f"{snapshot / index}: {len(absent)} of the {len(shards)} files that it names aren't in the repository: "
+                f"{', '.join(map(quoted, absent[:4]))}: its upload is unfinished, or another revision has them"
+            )
+        headers = _read_headers([files[name] for name in shards], _expected_lengths(weight_map))
+        tensors, remarks = _follow_index(snapshot / index, weight_map, [files[name].path for name in shards], headers)
+    if not tensors:
+        raise CheckpointError(f"{snapshot}: holds no tensors (looked into {', '.join(map(quoted, shards[:4]))})")
+    metadata: dict[str, str] = {}
+    for header in headers:
+        metadata = {**header.metadata, **metadata}
+    used = set(shards)
+    return HubCheckpoint(
+        path=snapshot,
+        tensors=MappingProxyType(tensors),
+        config=config,
+        metadata=MappingProxyType(metadata),
+        files=tuple(files[name].path for name in shards),
+        ignored=tuple(files[name].path for name in names if name.endswith(".safetensors") and name not in used),
+        remarks=tuple(remarks),
+        repository=repository,
+    )
