@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import CheckpointError
 from ..io.dtypes import Kind as ElementKind
@@ -40,6 +41,7 @@ class BuiltGraph:
         graph: reads, nodes, outputs.
         models: the input models in the order of the recipe.
         donor: the number of the model that config and tokenizer come from.
+        donor_config: the config.json that the output's follows, or None: the donor's, or what a stage made of it.
         stacks: the output's stacks of layers, the main one first.
         dtype: torch's name of the type of the output, or None where it is mixed and the recipe sets none.
         head: whether a head (``lm_head``) is written.
@@ -50,6 +52,7 @@ class BuiltGraph:
     graph: MergeGraph
     models: tuple[Model, ...]
     donor: int
+    donor_config: Mapping[str, Any] | None
     stacks: tuple[OutputStack, ...]
     dtype: str | None
     head: bool
@@ -125,6 +128,7 @@ class _Builder:
             graph=self.graph,
             models=self.models,
             donor=self.donor.number,
+            donor_config=self.donor.checkpoint.config,
             stacks=tuple(
                 OutputStack(stack, tuple(self.layer_sources[number]))
                 for number, stack in enumerate(self.donor.layers.mains)

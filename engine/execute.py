@@ -286,7 +286,7 @@ class Executor:
             self._changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait, in the main thread, until `ready`; raise what a lane raised. Only this thread can make it untrue again."""
+        """Wait, in the main thread, until `ready`; raise what a lane raised. Only this thread makes it untrue again."""
         while True:
             with self._changed:
                 if self._error is None and not ready():

@@ -169,7 +169,7 @@ def _passes(
 ) -> list[tuple[int, int | None]]:
     """The window and step of each pass."""
     windows = [window] if isinstance(window, int) else list(window)
-    steps = [step] if step is None or isinstance(step, int) else list(step) or [None]
+    steps: list[int | None] = [step] if step is None or isinstance(step, int) else [*step] or [None]
     passes = max(len(windows), len(steps)) if repeat is None else repeat
     if not windows or passes < 1:
         raise UsageError("a stack needs a window, and at least one pass")

@@ -1,8 +1,8 @@
 """Recipes of several stages: each stage's graph, and then one graph in which no intermediate tensor is stored.
 
-A stage's output is to the next one a checkpoint like any other, whose tensors are nodes instead of ranges of files. Once
-the last stage's graph is built, these are followed down to the files: a copy of a copy is a copy of the source, and
-arithmetic on a result becomes a fused kernel.
+A stage's output is to the next one a checkpoint like any other, whose tensors are nodes instead of ranges of files.
+Once the last stage's graph is built, these are followed down to the files: a copy of a copy is a copy of the source,
+and arithmetic on a result becomes a fused kernel.
 """
 
 from __future__ import annotations
@@ -180,11 +180,9 @@ class _Flattener:
                 model = self._numbers[built.models[graph.read_models[read]].reference]
                 sources.append(_Leaf(model, graph.read_names[read], ref))
         rounds = self._recipe.stages[stage].out_dtype
-        if operation.kind is Kind.COPY:
+        copies = operation.kernel is not None and operation.kernel.copies is not None
+        if operation.kind is Kind.COPY or (copies and rounds is None):
             return sources[0]
-        if operation.kind is Kind.MERGE and operation.kernel is not None and operation.kernel.copies is not None:
-            if rounds is None:
-                return sources[0]
         return _Result(operation, tuple(sources), graph.node_key[node], rounds)
 
     def _add(self, graph: MergeGraph, made: _Leaf | _Result, dtype: DType) -> int:

@@ -12,6 +12,9 @@ GROUP_BYTES = 1 << 30
 GROUP_SECONDS = 5.0
 """How long written bytes wait for their commit, at most."""
 
+ABANDON_SECONDS = 1.0
+"""How long `abandon` waits for a commit that is under way."""
+
 
 class GroupCommit:
     """Commits what was written, on a thread of its own.
@@ -76,11 +79,11 @@ class GroupCommit:
         self._thread.join()
 
     def abandon(self) -> None:
-        """End the thread without another commit."""
+        """End without another commit; one that is under way may still come to its end."""
         with self._changed:
             self._broken = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(ABANDON_SECONDS)
 
     def _due(self) -> bool:
         old = self._bytes > 0 and time.monotonic() - self._oldest >= self._seconds

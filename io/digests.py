@@ -7,6 +7,7 @@ forgery.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import xxhash
 
@@ -43,6 +44,10 @@ class BlockDigests:
                 self.blocks.append(self._hash.digest())
                 self._hash = xxhash.xxh3_128()
 
+    def reached(self, offset: int) -> bool:
+        """Whether all bytes before `offset` have been fed."""
+        return offset <= self._position
+
     @property
     def whole(self) -> bool:
         """Whether every byte was fed."""
@@ -58,3 +63,17 @@ class BlockDigests:
 def tensor_digest(blocks: Iterable[bytes]) -> str:
     """The digest of a tensor from those of its blocks, in hexadecimal."""
     return str(xxhash.xxh3_128_hexdigest(b"".join(blocks)))
+
+
+def bytes_digest(data: bytes) -> str:
+    """The XXH3-128 of some bytes, in hexadecimal."""
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def file_digest(file: Path) -> str:
+    """The XXH3-128 of a file, in hexadecimal."""
+    found = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while data := stream.read(1 << 20):
+            found.update(data)
+    return str(found.hexdigest())

@@ -1,10 +1,10 @@
-"""A model of the Hugging Face Hub as a checkpoint, opened by its headers alone, and which of its files a merge needs."""
+"""A model of the Hugging Face Hub as a checkpoint: opened by its headers, and which of its files a merge needs."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,10 @@ from xxhash import xxh3_128
 
 from ..errors import CheckpointError
 from .checkpoint import (
+    _INDEX,
+    _INDEX_SUFFIX,
+    _SECONDARY,
+    _SINGLE,
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
     Checkpoint,
@@ -25,12 +29,10 @@ from .checkpoint import (
 )
 from .files import LARGEST_COMPANION, _kind
 from .header import Header, data_start, parse_header, quoted, read_header
-from .hub_download import Transfer, download
-from .hub_files import HubFile, Repository, cached_snapshot, find_repository, header_cache, is_hub_id, write_whole
+from .hub_download import download
+from .hub_files import HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
 from .hub_http import OFFLINE, Place, in_parallel, read_file
 from .tensors import TensorRef
-
-__all__ = ["HubCheckpoint", "HubFile", "Transfer", "companions", "download", "is_hub_id", "needed_files", "open_hub_model"]
 
 MAX_HEADERS_BYTES = 256_000_000
 """The most bytes that the headers of one model may have: some 2,000,000 tensors."""
@@ -99,7 +101,7 @@ def needed_files(checkpoint: Checkpoint, used: Iterable[TensorRef]) -> tuple[Hub
 def companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
     """The files beside the weights of a checkpoint of the Hub that an output may take over; none of a local one.
 
-    More than `companion_files` then takes: which Python files and modules belong to the model is written in these files.
+    More than `companion_files` then takes: which Python files and modules belong to the model is written in these.
     """
     if not isinstance(checkpoint, HubCheckpoint):
         return ()
@@ -130,11 +132,15 @@ def _open(repository: Repository) -> HubCheckpoint:
     files, snapshot = repository.files, repository.snapshot
     names = [name for name in sorted(files) if "/" not in name and not name.startswith(".")]
     index, shards = _choose(repository, names)
-    small = [files[name] for name in ("config.json", index) if name is not None and name in files]
-    for file, limit in zip(small, (MAX_CONFIG_BYTES, MAX_INDEX_BYTES)[-len(small) :], strict=False):
+    small = [(files["config.json"], MAX_CONFIG_BYTES)] if "config.json" in files else []
+    if index is not None:
+        small.append((files[index], MAX_INDEX_BYTES))
+    for file, limit in small:
         if file.nbytes > limit:
-            raise CheckpointError(f"{file.place}: has {file.nbytes:,} bytes, where {limit:,} are the most that make sense")
-    download(small)
+            raise CheckpointError(
+                f"{file.path}: has {file.nbytes:,} bytes, where {limit:,} are the most that make sense"
+            )
+    download(file for file, _ in small)
     config = _read_config(snapshot / "config.json") if "config.json" in files else None
     remarks: list[str] = []
     if index is None:
@@ -167,3 +173,84 @@ def _open(repository: Repository) -> HubCheckpoint:
         remarks=tuple(remarks),
         repository=repository,
     )
+
+
+def _choose(repository: Repository, names: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The index among the names of a repository's own directory, else the names of its weights.
+
+    As `checkpoint._find_weights` chooses in a directory; a test holds the two against each other.
+    """
+    weights = [name for name in names if name.endswith((".safetensors", _INDEX_SUFFIX))]
+    weights = [name for name in weights if not name.startswith(_SECONDARY)] or weights
+    indexes = [name for name in weights if name.endswith(_INDEX_SUFFIX)]
+    if _INDEX in indexes:
+        return _INDEX, []
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"{repository.place}: has several indexes ({', '.join(map(quoted, indexes[:4]))}) and none is {_INDEX}: "
+            "download it, and give the path of the one to use"
+        )
+    if indexes:
+        return indexes[0], []
+    if _SINGLE in weights:
+        return None, [_SINGLE]
+    if not weights:
+        raise CheckpointError(_describe_no_weights(Path(repository.repo), names))
+    return None, weights
+
+
+# ------------------------------------------------------------------------------------------------ headers
+
+
+def _expected_lengths(weight_map: Mapping[str, str]) -> dict[str, int]:
+    """About how many bytes the header of each shard has, somewhat more rather than less."""
+    lengths: dict[str, int] = {}
+    for name, shard in weight_map.items():
+        lengths[shard] = lengths.get(shard, 1024) + len(name) + _ENTRY
+    return lengths
+
+
+def _read_headers(files: Sequence[HubFile], expected: Mapping[str, int]) -> list[Header]:
+    """The headers of files, in their order, from wherever they are nearest."""
+    allowance = _Allowance(MAX_HEADERS_BYTES)
+    return in_parallel(
+        lambda file, stop: _read_header(file, expected.get(file.name, _FIRST_REQUEST), allowance, stop),
+        files,
+        min(_THREADS, len(files)),
+    )
+
+
+class _Allowance:
+    """How many bytes of headers may still come: a server must not fill the memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._lock = threading.Lock()
+        self._left = nbytes
+
+    def take(self, file: HubFile, nbytes: int) -> None:
+        """Count a header. Raises CheckpointError where they are too many."""
+        with self._lock:
+            self._left -= nbytes
+            if self._left < 0:
+                raise CheckpointError(
+                    f"{file.path}: with its header of {nbytes:,} bytes, the model's headers have more than "
+                    f"{MAX_HEADERS_BYTES:,}, which is the most that makes sense"
+                )
+
+
+def _read_header(file: HubFile, expected: int, allowance: _Allowance, stop: threading.Event) -> Header:
+    """The header of a file: of the file itself if it is here, as it was kept from last time, or by range requests."""
+    if file.present:
+        return read_header(file.path)
+    kept = header_cache(file)
+    with suppress(OSError, CheckpointError):
+        raw = kept.read_bytes()
+        if len(raw) == data_start(raw[:8], file.nbytes, file=file.path):
+            return parse_header(raw, file.nbytes, file=file.path)
+    raw = b"".join(read_file(file.place, file.url, 0, min(expected, file.nbytes), file.nbytes, stop))
+    start = data_start(raw[:8], file.nbytes, file=file.path)
+    allowance.take(file, start)
+    raw += b"".join(read_file(file.place, file.url, len(raw), start, file.nbytes, stop))
+    header = parse_header(raw, file.nbytes, file=file.path)
+    write_whole(kept, raw[:start])
+    return header

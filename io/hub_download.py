@@ -1,7 +1,7 @@
 """Downloading files of the Hub into huggingface_hub's cache; what was interrupted goes on where it stopped.
 
-huggingface_hub (2.4) throws an unfinished file away when its process ends, and merges need files of 5 GB and more, 191 of
-them for a 405B model: so the bytes are fetched here, with its client, token, cache layout and locks. A file gets its
+huggingface_hub (2.4) throws an unfinished file away when its process ends, and merges need files of 5 GB and more, 191
+of them for a 405B model: so the bytes are fetched here, with its client, token, cache layout and locks. A file gets its
 place in the cache when all of it is there, is durable, and has the hash by which the Hub lists it.
 """
 
@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure
@@ -105,14 +104,14 @@ def _check_space(missing: Sequence[HubFile]) -> None:
         free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskSpaceError(
-            f"{folder.parent}: the models that are missing take {format_size(needed, up=True)}, and {format_size(free)} "
+            f"{folder.parent}: the files that are missing take {format_size(needed, up=True)}, and {format_size(free)} "
             "are free: make room, or set HF_HUB_CACHE to a directory on a larger disk"
         )
 
 
 def _download(file: HubFile, count: _Count, stop: threading.Event) -> None:
     """Bring one file into the cache."""
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     locks = file.folder.parent / ".locks" / file.folder.name
     with _disk(file):
@@ -120,17 +119,13 @@ def _download(file: HubFile, count: _Count, stop: threading.Event) -> None:
             directory.mkdir(parents=True, exist_ok=True)
         # huggingface_hub's own lock, so that other programs wait for this download, and this one for theirs
         with WeakFileLock(locks / f"{file.etag}.lock"):
-            if file.to_fetch == 0:
+            if file.present or file.blob_present:
                 count.add(file.nbytes)
-            if not file.present and not _is_whole(file.blob, file.nbytes):
+            else:
                 _fetch(file, count, stop)
             if not file.present:
                 _link(file)
     count.add(0, files=1)
-
-
-def _is_whole(path: Path, nbytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == nbytes
 
 
 def _fetch(file: HubFile, count: _Count, stop: threading.Event) -> None:

@@ -81,9 +81,14 @@ class HubFile:
         return _size(self.path) == self.nbytes
 
     @property
+    def blob_present(self) -> bool:
+        """Whether its bytes are here, by its own name or, as after another commit's download, by none yet."""
+        return _size(self.blob) == self.nbytes
+
+    @property
     def to_fetch(self) -> int:
         """How many of its bytes a download must still transfer."""
-        if self.nbytes in (_size(self.path), _size(self.blob)):
+        if self.present or self.blob_present:
             return 0
         begun = _size(self.partial) or 0
         return self.nbytes - begun if begun <= self.nbytes else self.nbytes
@@ -184,26 +189,28 @@ def _parse_listing(place: Place, document: Any) -> tuple[str, _Entries]:
         raise CheckpointError(f"{place}: {endpoint()} doesn't answer as the Hub does: check HF_ENDPOINT and the proxy")
     entries: _Entries = {}
     for sibling in siblings:
-        sibling = sibling if isinstance(sibling, dict) else {}
-        large = sibling.get("lfs") if isinstance(sibling.get("lfs"), dict) else {}
-        name, nbytes = sibling.get("rfilename"), large.get("size", sibling.get("size"))
-        etag = large.get("sha256", sibling.get("blobId"))
+        name = sibling.get("rfilename") if isinstance(sibling, dict) else None
         if not isinstance(name, str) or not _is_safe(name):
             continue  # never to be a path here; what needs it will find it missing
-        if not _is_entry(nbytes, etag):
-            if document.get("gated"):
-                raise CheckpointError(describe_gated(place, is_logged_in()))
+        large = sibling.get("lfs")
+        large = large if isinstance(large, dict) else {}
+        entry = _entry(large.get("size", sibling.get("size")), large.get("sha256", sibling.get("blobId")))
+        if entry is None and document.get("gated"):
+            raise CheckpointError(describe_gated(place, is_logged_in()))
+        if entry is None:
             raise CheckpointError(
                 f"{place}: {endpoint()} lists {quoted(name)} without its size and hash, which the Hub gives: if "
                 "HF_ENDPOINT is a mirror, use the Hub itself, or download the model and give its directory"
             )
-        entries[name] = (nbytes, etag)
+        entries[name] = entry
     return commit, entries
 
 
-def _is_entry(nbytes: object, etag: object) -> bool:
-    hashed = isinstance(etag, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) is not None
-    return hashed and type(nbytes) is int and 0 <= nbytes <= _MAX_FILE
+def _entry(nbytes: object, etag: object) -> tuple[int, str] | None:
+    """A file's size and hash; None where they are nothing of the kind."""
+    if type(nbytes) is not int or not 0 <= nbytes <= _MAX_FILE or not isinstance(etag, str):
+        return None
+    return (nbytes, etag) if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) else None
 
 
 def _is_safe(name: str) -> bool:
@@ -280,10 +287,15 @@ def _read_listing(folder: Path, commit: str) -> _Entries | None:
         document = json.loads(_listing_file(folder, commit).read_bytes())
         if document["version"] != _LISTING_VERSION:
             return None
-        entries = {name: (nbytes, etag) for name, (nbytes, etag) in document["files"].items()}
+        entries: _Entries = {}
+        for name, (nbytes, etag) in document["files"].items():
+            entry = _entry(nbytes, etag)
+            if entry is None or not _is_safe(name):
+                return None
+            entries[name] = entry
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return entries if all(_is_safe(name) and _is_entry(*entry) for name, entry in entries.items()) else None
+    return entries
 
 
 def _size(path: Path) -> int | None:

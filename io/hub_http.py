@@ -169,7 +169,7 @@ def _request(place: Place, url: str, span: tuple[int, int, int] | None = None) -
     """The pieces of one answer's body: all of it, or the bytes [start, end) of a file of a known size."""
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     session: Any = get_session()  # with the user's proxies and certificates; it sends no token to another host
     errors = _errors_of(session)
@@ -224,7 +224,7 @@ def _token() -> str | None:
     Not by its build_hf_headers, which now and then sends a telemetry request of its own.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_token
+    from huggingface_hub import get_token
 
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     if token and not (token.isascii() and token.isprintable()):
@@ -288,7 +288,7 @@ def _refuse(place: Place, status: int, headers: Any, logged_in: bool) -> None:
     if status in (401, 404) and (code == "RepoNotFound" or not place.file):
         private = "or your token may not see it" if logged_in else f"or it is private: {_LOG_IN}"
         raise CheckpointError(
-            f"{place}: there is no such directory here, and no such model at {endpoint()}: check the spelling; {private}"
+            f"{place}: there is no such directory here, and no such model at {endpoint()}: check its name; {private}"
         )
     if status in (401, 403):
         raise CheckpointError(f"{place}: the Hub refuses to give it (status {status}){says}: {_LOG_IN}")

@@ -51,17 +51,22 @@ class Journal:
     def __init__(self, path: Path, found: Found | None, facts: Mapping[str, Any]) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._end = found.nbytes if found is not None else 0
+        self.records = 0
+        """Records that this process has added, the facts not counted."""
         os.ftruncate(self._descriptor, self._end)
         if found is None:
             self.append([{"format": FORMAT, **facts}])
+            self.records = 0
             sync_directory(path.parent)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records, and make them durable."""
-        data = b"".join(_line(record) for record in records)
+        lines = [_line(record) for record in records]
+        data = b"".join(lines)
         write_at(self._descriptor, data, self._end)
         os.fdatasync(self._descriptor)
         self._end += len(data)
+        self.records += len(lines)
 
     def close(self) -> None:
         """Close the file."""

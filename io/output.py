@@ -11,17 +11,21 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DiskSpaceError, EnvironmentFailure, UsageError
+from .digests import file_digest
 from .files import copy_file
+from .journal import Found, read_journal
 from .platform import reserve_space, start_writeback, sync_directory, write_at
 from .reading import FilePool
 from .sizes import format_size
 
 WORK = ".mergeloom"
+JOURNAL = "journal"
+HOLDER = "pid"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _WRITEBACK_BYTES = 8 << 20
 
@@ -44,10 +48,13 @@ class ShardFile:
 
 
 class OutputDirectory:
-    """OUT, held by one process at a time.
+    """OUT, held by one process at a time. What an earlier process left unfinished in it stays, to be gone on with.
 
     Args:
         path: of the directory; made where it isn't there.
+
+    Attributes:
+        found: the journal of an unfinished merge, or None.
 
     Raises:
         UsageError: where something else is in it.
@@ -57,25 +64,28 @@ class OutputDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.work = path / WORK
+        self.journal = self.work / JOURNAL
+        self.found: Found | None = None
         self._files = FilePool(os.O_RDWR, 128)
         self._shards: tuple[ShardFile, ...] = ()
-        self._published: list[Path] = []
         self._made: list[Path] = []
         self._lock = -1
         try:
-            _refuse_foreign(path)
+            refuse_foreign(path)
             self._made = [directory for directory in (path, *path.parents) if not directory.exists()]
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _refuse_foreign(path)  # again, now that nobody else can finish a merge here
-            if self.work.exists():  # what a merge that was killed has left
+            refuse_foreign(path)  # again, now that nobody else can finish a merge here
+            self.found = read_journal(self.journal)
+            if self.found is None and self.work.exists():  # nothing in it was ever durable
                 shutil.rmtree(self.work)
-            self.work.mkdir()
+            self.work.mkdir(exist_ok=True)
+            (self.work / HOLDER).write_text(f"{os.getpid()}\n")
         except BlockingIOError as error:
             self.close()
             raise EnvironmentFailure(
-                f"{path}: another merge is writing here; wait for it, or choose another OUT"
+                f"{path}: another merge is writing here{_holder(self.work)}; wait for it, or choose another OUT"
             ) from error
         except OSError as error:
             self.close()
@@ -84,13 +94,29 @@ class OutputDirectory:
             self.close()
             raise
 
+    def start_over(self) -> None:
+        """Forget the unfinished merge."""
+        if self.found is not None:
+            for name in published_names(self.found):
+                (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        self.found = None
+
     def begin(self, shards: Sequence[ShardFile]) -> None:
         """Make every shard at its full size, with its header, and reserve the disk space that will be needed.
 
+        Shards that are there already, from an unfinished merge of the same plan, stay as they are.
+
         Raises:
             DiskSpaceError: where there is too little room.
+            EnvironmentFailure: where a shard of the unfinished merge isn't what it was.
         """
         self._shards = tuple(shards)
+        if self.found is not None:
+            for number in range(len(shards)):
+                self._check_shard(number)
+            return
         needed = sum(shard.nbytes for shard in shards)
         free = shutil.disk_usage(self.path).free
         if free < needed:
@@ -106,10 +132,32 @@ class OutputDirectory:
                     write_at(descriptor, shard.header, 0)
                     for offset, nbytes in shard.computed:
                         reserve_space(descriptor, offset, nbytes)
+                    os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
             except OSError as error:
                 raise _explain(error, self.path, f"making {shard.name}") from error
+
+    def _check_shard(self, number: int) -> None:
+        """A shard of the unfinished merge must be there, with its size and header."""
+        shard = self._shards[number]
+        try:
+            with self._place(number).open("rb") as stream:
+                whole = os.fstat(stream.fileno()).st_size == shard.nbytes
+                if whole and stream.read(len(shard.header)) == shard.header:
+                    return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _explain(error, self.path, f"reading {shard.name}") from error
+        raise EnvironmentFailure(
+            f"{self.path}: {shard.name} of the unfinished merge was removed or changed since; start over with --fresh"
+        )
+
+    def _place(self, shard: int) -> Path:
+        """Where a shard lies now: an interrupted `publish` may have given it its final name already."""
+        name = self._shards[shard].name
+        return self.path / name if (self.path / name).exists() else self.work / name
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Put `data` at `offset` of a shard. Safe to call from several threads."""
@@ -125,17 +173,17 @@ class OutputDirectory:
         except OSError as error:
             raise _explain(error, self.path, f"writing {len(data)} bytes to {name}") from error
 
-    def sync(self) -> None:
-        """Make all that was written to the shards durable."""
-        for shard in self._shards:
+    def sync(self, shards: Collection[int]) -> None:
+        """Make all that was written to these shards durable."""
+        for number in shards:
             try:
-                descriptor = self._files.acquire(self.work / shard.name)
+                descriptor = self._files.acquire(self.work / self._shards[number].name)
                 try:
-                    os.fsync(descriptor)
+                    os.fdatasync(descriptor)
                 finally:
                     self._files.release(descriptor)
             except OSError as error:
-                raise _explain(error, self.path, f"syncing {shard.name}") from error
+                raise _explain(error, self.path, f"syncing {self._shards[number].name}") from error
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file under its final name once OUT is published; until then beside the shards."""
@@ -149,45 +197,54 @@ class OutputDirectory:
         except OSError as error:
             raise _explain(error, self.path, f"writing {name}") from error
 
+    def small_files(self) -> dict[str, str]:
+        """The digests of all files beside the shards that have been written so far, by name."""
+        names = {shard.name for shard in self._shards} | {JOURNAL, HOLDER}
+        files = {str(file.relative_to(self.work)): file for file in self.work.rglob("*") if file.is_file()}
+        return {name: file_digest(file) for name, file in sorted(files.items()) if name not in names}
+
     def copy_file(self, name: str, source: Path) -> None:
         """Copy a file; it gets its final name once OUT is published."""
         copy_file(source, self.work / name)
 
-    def publish(self, last: Sequence[str]) -> None:
+    def publish(self, last: Sequence[str], announce: Callable[[Sequence[str]], None]) -> None:
         """Give every file its final name, those in `last` after all others; then OUT is whole.
+
+        Args:
+            last: names, the very last one at the end.
+            announce: called with all names before the first is given, to make them durable.
 
         Raises:
             MergeloomError: where the safetensors library does not accept a shard, or the disk got in the way.
         """
         self._files.close()
-        for shard in self._shards:
-            judge(self.work / shard.name, shard.name)
+        for number, shard in enumerate(self._shards):
+            judge(self._place(number), shard.name)
         names = sorted(
-            str(file.relative_to(self.work)) for file in self.work.rglob("*") if file.is_file() or file.is_symlink()
+            str(file.relative_to(self.work))
+            for file in self.work.rglob("*")
+            if (file.is_file() or file.is_symlink()) and file.name not in (JOURNAL, HOLDER)
         )
         ordered = [name for name in names if name not in last] + [name for name in last if name in names]
         try:
+            announce(ordered)
             for name in ordered:
                 target = self.path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._published.append(target)
                 (self.work / name).rename(target)
-            for directory in dict.fromkeys(target.parent for target in self._published):
+            for directory in dict.fromkeys((self.path / name).parent for name in ordered):
                 sync_directory(directory)
             sync_directory(self.path)
+            self.journal.unlink(missing_ok=True)
             shutil.rmtree(self.work)
         except OSError as error:
             raise _explain(error, self.path, "giving the files their names") from error
 
     def abandon(self) -> None:
-        """Remove what was begun, and OUT itself where this merge made it."""
+        """Remove what was begun, and OUT itself where this merge made it. Only for a merge with nothing durable."""
         self._files.close()
         shutil.rmtree(self.work, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for file in self._published:
-                file.unlink(missing_ok=True)
-            for directory in sorted({file.parent for file in self._published} - {self.path}, reverse=True):
-                directory.rmdir()
             for directory in self._made:
                 directory.rmdir()
 
@@ -199,20 +256,33 @@ class OutputDirectory:
             self._lock = -1
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Refuse an OUT that is no directory, or holds anything that is not a merge's."""
+def refuse_foreign(path: Path) -> None:
+    """Refuse an OUT that is no directory, or holds anything that is not an unfinished merge's. Raises UsageError."""
     if not path.exists():
-        if path.is_symlink():
-            raise UsageError(f"{path}: is a broken link; OUT must be a new or empty directory")
         return
     if not path.is_dir():
         raise UsageError(f"{path}: is a file; OUT must be a new or empty directory")
-    present = sorted(entry.name for entry in path.iterdir() if entry.name != WORK)
+    present = {entry.name for entry in path.iterdir()} - {WORK}
+    if present and (found := read_journal(path / WORK / JOURNAL)) is not None:
+        present -= {Path(name).parts[0] for name in published_names(found)}
     if present:
-        shown = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
+        shown = ", ".join(sorted(present)[:3]) + (", ..." if len(present) > 3 else "")
         raise UsageError(
             f"{path}: is not empty ({shown}); OUT must be a new or empty directory, so that nothing is overwritten"
         )
+
+
+def published_names(found: Found) -> list[str]:
+    """The names that an unfinished merge may have given in OUT already."""
+    return [name for record in found.records for name in record.get("publish", ())]
+
+
+def _holder(work: Path) -> str:
+    """Who holds OUT, as far as is known."""
+    try:
+        return f" (process {int((work / HOLDER).read_text())})"
+    except (OSError, ValueError):
+        return ""
 
 
 def index_bytes(weight_map: Mapping[str, str], total_size: int) -> bytes:

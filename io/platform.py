@@ -13,7 +13,7 @@ from pathlib import Path
 
 DISABLED: set[str] = set()
 """Calls that are treated as missing: ``preadv``, ``fallocate``, ``fadvise``, ``sync_file_range``,
-``clone``, ``copy_file_range``."""
+``clone``, ``copy_file_range``, ``mincore``."""
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 _FALLOC_FL_KEEP_SIZE = 1
@@ -82,6 +82,35 @@ def forget_cached(descriptor: int, offset: int, nbytes: int) -> None:
     """Drop a range of a file from the page cache, where the system can."""
     if _has("posix_fadvise") and "fadvise" not in DISABLED:
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def cached_share(descriptor: int, offset: int, nbytes: int) -> float | None:
+    """The share of a range of a file that lies in the page cache, from 0 to 1; None where the system doesn't tell.
+
+    `offset` must be a multiple of the page's size, and the range must not be empty. Nothing of it is read. Of a file
+    that isn't the user's own, Linux says that all of it is cached.
+    """
+    if "mincore" in DISABLED or not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+    import mmap
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(3 * [ctypes.c_int]), ctypes.c_int64]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    address = libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+    if address == ctypes.c_void_p(-1).value:
+        return None
+    try:
+        pages = -(-nbytes // mmap.PAGESIZE)
+        flags = ctypes.create_string_buffer(pages)
+        if libc.mincore(address, nbytes, flags) != 0:
+            return None
+        return sum(flag & 1 for flag in flags.raw) / pages
+    finally:
+        libc.munmap(address, nbytes)
 
 
 def expect_sequential(descriptor: int) -> None:

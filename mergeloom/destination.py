@@ -10,7 +10,7 @@ from typing import Any
 
 from .display import Section
 from .errors import DiskSpaceError, EnvironmentFailure, MergeloomError
-from .io.output import _refuse_foreign
+from .io.output import refuse_foreign
 from .wording import data_size
 
 
@@ -61,7 +61,7 @@ def _nearest(path: Path) -> Path:
 
 def _problem(out: Path, needed: int, free: int) -> MergeloomError | None:
     try:
-        _refuse_foreign(out)
+        refuse_foreign(out)
     except MergeloomError as error:
         return error
     parent = _nearest(out)

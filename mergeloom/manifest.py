@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .engine.layout import LAYOUT_VERSION
+from .errors import CheckpointError
+from .io.digests import bytes_digest
 from .io.identity import file_identity
 
 if TYPE_CHECKING:
@@ -18,12 +21,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "mergeloom.json"
 _WORDS = {
-    "recipe": "the recipe",
     "seed": "the seed",
     "shard_size": "the shard size",
     "layout": "the layout version of mergeloom",
     "sources": "the source files",
-    "outputs": "what the recipe comes to (tensors, dtypes, parameters)",
+    "outputs": "the recipe",
 }
 
 
@@ -83,8 +85,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif key in ("seed", "shard_size", "layout"):
             found.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
         else:
-            found.append(words)
+            found.append(f"{words}{_recipe_difference(before, now)}")
     return found
+
+
+def _recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first lines in which the recipes differ. Paths and comments may differ without changing what comes out."""
+    old, new = str(before.get("recipe", "")).splitlines(), str(now.get("recipe", "")).splitlines()
+    lines = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if line[:3] not in ("---", "+++", "@@ ")]
+    return ": " + " | ".join(lines[:4]) if lines else ""
 
 
 def _source_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -95,28 +104,55 @@ def _source_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
                 yield f"the source file {name} of model {int(model) + 1}"
 
 
-def manifest_bytes(plan: Plan, facts: Mapping[str, Any], digests: Mapping[str, str | None]) -> bytes:
-    """``mergeloom.json``: the facts, the models, and for each tensor its digest.
+def manifest_bytes(
+    plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str | None], files: Mapping[str, str]
+) -> bytes:
+    """``mergeloom.json``: what the output was made from, and the digest of everything in it.
 
     Args:
         plan: what was made.
         facts: of it.
-        digests: for each output tensor; None where its bytes never came through the process.
+        tensors: the digest of each output tensor; None where its bytes never came through the process.
+        files: the digest of each file beside the shards.
     """
     content = {
         "mergeloom": __version__,
         **facts,
         "models": [model.reference.text for model in plan.built.models],
-        "shards": {shard.name: shard.nbytes for shard in plan.layout.shards},
-        "tensors": dict(digests),
+        "files": dict(files),
+        "shards": {shard.name: [shard.nbytes, bytes_digest(shard.header)] for shard in plan.layout.shards},
+        "tensors": dict(tensors),
     }
+    content["digest"] = _self_digest(content)
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest in a directory, or None where there is none that can be read."""
+def _self_digest(content: Mapping[str, Any]) -> str:
+    """The digest of a manifest without its own ``digest``."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return bytes_digest(json.dumps(rest, sort_keys=True).encode())
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest in a directory.
+
+    Raises:
+        CheckpointError: where there is none, or it was changed since it was written.
+    """
+    file = out / MANIFEST
     try:
-        content = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{out}: has no {MANIFEST}: only what mergeloom has made whole can be verified"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: can't be read: {error}") from error
+    try:
+        content = json.loads(text)
+        whole = isinstance(content, dict) and content.get("digest") == _self_digest(content)
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole or text != json.dumps(content, indent=1, ensure_ascii=False) + "\n":
+        raise CheckpointError(f"{file}: was changed since it was written, and vouches for nothing")
+    return dict(content)

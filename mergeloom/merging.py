@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .engine.device import make_devices
-from .engine.execute import Executor, Measured, Progress
-from .errors import Interrupted
+from .engine.execute import Executor, Measured, Progress, Sink
+from .engine.schedule import Schedule, make_schedule
+from .errors import CheckpointError, Interrupted, UsageError
+from .io.commit import GROUP_BYTES
+from .io.digests import BLOCK_BYTES, tensor_digest
+from .io.journal import Found, Journal
 from .io.output import OutputDirectory, ShardFile, index_bytes
 from .io.reading import Reader
+from .io.sizes import format_size
 from .machine import process_memory
+from .manifest import MANIFEST, differences, facts_of, manifest_bytes
 from .model_files import write_model_files
 from .planning import Options, Plan, RecipeLike, plan
+from .writing import Shards, known_blocks
 
 INDEX = "model.safetensors.index.json"
 
@@ -57,23 +64,6 @@ class Result:
         }
 
 
-class _Shards:
-    """The executor's sink: output tensors become ranges of shards."""
-
-    def __init__(self, plan: Plan, out: OutputDirectory) -> None:
-        self._layout = plan.layout
-        self._destinations = plan.built.graph.destinations()
-        self._out = out
-
-    def write(self, node: int, offset: int, data: memoryview) -> None:
-        """Put a piece of a node's output in all its places."""
-        for output in self._destinations[node]:
-            self._out.write(self._layout.shard_of[output], self._layout.offset_of[output] + offset, data)
-
-    def finished(self, node: int) -> None:
-        """Nothing is left to do for a tensor that is written."""
-
-
 class _Nowhere:
     """The sink of a rehearsal."""
 
@@ -89,60 +79,192 @@ def merge(
     out: str | os.PathLike[str] | None,
     options: Options | None = None,
     *,
+    fresh: bool = False,
     notify: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    group_bytes: int = GROUP_BYTES,
 ) -> Result:
-    """Plan a merge and perform it.
+    """Plan a merge and perform it, or go on with one that was interrupted.
 
     Args:
         recipe: a path, a dict, a Recipe, or a Plan that was made before.
         out: the model directory to make; None for a rehearsal that does all of it and writes nothing.
         options: budgets, device, seed and the like; those of the plan where a Plan is given.
+        fresh: discard an unfinished merge in `out`.
         notify: called now and then with how far it is.
+        say: called with what the user should know before the work begins.
+        group_bytes: the most bytes of work that a kill can cost.
 
     Raises:
         MergeloomError: whatever stops it; `out` then holds nothing that looks like a model.
     """
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
     if out is None:
-        return Result(planned, None, _perform(planned, _Nowhere(), notify), process_memory().peak)
+        return Result(planned, None, _perform(planned, planned.schedule, _Nowhere(), notify), process_memory().peak)
     directory = OutputDirectory(Path(out))
     try:
-        layout = planned.layout
-        directory.begin(
-            [ShardFile(shard.name, shard.header, shard.nbytes, shard.computed) for shard in layout.shards]
-        )
-        measured = _perform(planned, _Shards(planned, directory), notify)
-        directory.sync()
-        last = write_model_files(planned, directory)
-        if len(layout.shards) > 1:
-            graph = planned.built.graph
-            names = {output.name: layout.shards[layout.shard_of[n]].name for n, output in enumerate(graph.outputs)}
-            directory.write_file(INDEX, index_bytes(names, planned.schedule.bytes_written))
-            last = [*last, INDEX]
-        directory.publish(last)
-    except KeyboardInterrupt as error:
-        directory.abandon()
-        raise Interrupted("stopped: nothing was left in OUT; run the same command again") from error
-    except BaseException:
-        directory.abandon()
-        raise
+        return _Merge(planned, directory, notify, say or (lambda text: None), group_bytes).run(fresh)
     finally:
         directory.close()
-    return Result(planned, Path(out), measured, process_memory().peak)
 
 
-def _perform(planned: Plan, sink: Any, notify: Callable[[Progress], None] | None) -> Measured:
-    """Run the engine."""
+class _Merge:
+    """One run of a merge into OUT."""
+
+    def __init__(
+        self,
+        planned: Plan,
+        out: OutputDirectory,
+        notify: Callable[[Progress], None] | None,
+        say: Callable[[str], None],
+        group_bytes: int,
+    ) -> None:
+        self.plan = planned
+        self.out = out
+        self.notify = notify
+        self.say = say
+        self.group_bytes = group_bytes
+        self.facts: dict[str, Any] = {}
+
+    def run(self, fresh: bool) -> Result:
+        """Begin or go on, and finish."""
+        self.facts = facts_of(self.plan)
+        stamps = source_stamps(self.plan)
+        found = self._look(fresh)
+        try:
+            self.out.begin(
+                [ShardFile(shard.name, shard.header, shard.nbytes, shard.computed) for shard in self.plan.layout.shards]
+            )
+            journal = Journal(self.out.journal, found, self.facts)
+        except BaseException:
+            if found is None:
+                self.out.abandon()
+            raise
+        try:
+            measured, digests = self._make(journal, found)
+            refuse_changed_sources(self.plan, stamps)
+            self._finish(journal, digests)
+        except BaseException as error:
+            kept = journal.records > 0 or found is not None
+            if not kept:
+                self.out.abandon()
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(
+                    f"stopped: what is finished is kept in {self.out.path}; run the same command again to go on"
+                    if kept
+                    else "stopped before anything was finished; nothing is left behind"
+                ) from error
+            raise
+        finally:
+            journal.close()
+        return Result(self.plan, self.out.path, measured, process_memory().peak)
+
+    def _look(self, fresh: bool) -> Found | None:
+        """What an earlier run has left, if this one can go on with it.
+
+        Raises:
+            UsageError: where it was another merge.
+        """
+        found = self.out.found
+        if found is None:
+            return None
+        if fresh:
+            self.out.start_over()
+            return None
+        changed = differences(found.facts, self.facts)
+        if changed:
+            raise UsageError(
+                f"{self.out.path} holds an unfinished merge, and this one differs from it: {'; '.join(changed)}. Run "
+                "it as it was, choose another OUT, or give --fresh to discard what is there"
+            )
+        return found
+
+    def _make(self, journal: Journal, found: Found | None) -> tuple[Measured, dict[int, list[bytes]]]:
+        """Compute and write what is not there yet; the digests of all blocks."""
+        known = known_blocks(found)
+        graph = self.plan.built.graph
+        done = {node: min(len(blocks) * BLOCK_BYTES, graph.nbytes(node)) for node, blocks in known.items()}
+        schedule = self.plan.schedule
+        if found is not None:
+            schedule = make_schedule(graph, schedule.budget, done=done)
+            durable = sum(nbytes * len(places) for nbytes, places in ((done.get(n, 0), p) for n, p in self._places()))
+            total = self.plan.schedule.bytes_written
+            self.say(
+                f"going on with an unfinished merge: {format_size(durable)} of {format_size(total)} are done, "
+                f"{format_size(schedule.bytes_written)} are left"
+            )
+        broken: list[BaseException] = []
+        shards = Shards(self.plan, self.out, journal, known, broken.append, self.group_bytes)
+        try:
+            measured = _perform(self.plan, schedule, shards, self.notify, broken)
+        except BaseException:
+            shards.commits.abandon()
+            raise
+        shards.commits.close()
+        if broken:
+            raise broken[0]
+        return measured, shards.digests
+
+    def _places(self) -> Iterator[tuple[int, list[int]]]:
+        yield from enumerate(self.plan.built.graph.destinations())
+
+    def _finish(self, journal: Journal, digests: Mapping[int, list[bytes]]) -> None:
+        """Write the small files, and give everything its final name."""
+        graph, layout = self.plan.built.graph, self.plan.layout
+        last = write_model_files(self.plan, self.out)
+        if len(layout.shards) > 1:
+            names = {output.name: layout.shards[layout.shard_of[n]].name for n, output in enumerate(graph.outputs)}
+            total = sum(graph.nbytes(output.node) for output in graph.outputs)
+            self.out.write_file(INDEX, index_bytes(names, total))
+            last.append(INDEX)
+        tensors = {output.name: tensor_digest(digests.get(output.node, [])) for output in graph.outputs}
+        self.out.write_file(MANIFEST, manifest_bytes(self.plan, self.facts, tensors, self.out.small_files()))
+        last.append(MANIFEST)
+        self.out.publish(last, lambda names: journal.append([{"publish": list(names)}]))
+
+
+def source_stamps(planned: Plan) -> dict[Path, tuple[int, int, int]]:
+    """Inode, size and time of every source file, to see at the end whether it is still the same."""
+    files = {ref.file for ref in planned.built.graph.reads}
+    stats = {file: file.stat() for file in sorted(files)}
+    return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+
+def refuse_changed_sources(planned: Plan, before: Mapping[Path, tuple[int, int, int]]) -> None:
+    """Refuse to finish where a source file was replaced or written to during the merge. Raises CheckpointError."""
+    for file, stamp in source_stamps(planned).items():
+        if before[file] != stamp:
+            raise CheckpointError(
+                f"{file} was changed while it was being merged: the output would mix two versions of it; put the file "
+                "back, or start over with --fresh"
+            )
+
+
+def _perform(
+    planned: Plan,
+    schedule: Schedule,
+    sink: Sink,
+    notify: Callable[[Progress], None] | None,
+    broken: Sequence[BaseException] = (),
+) -> Measured:
+    """Run the engine; what else breaks beside it, `broken` will hold."""
+
+    def watch(progress: Progress) -> None:
+        if broken:
+            raise broken[0]
+        if notify is not None:
+            notify(progress)
+
     reader = Reader()
     try:
         executor = Executor(
             planned.built.graph,
-            planned.schedule,
-            make_devices(planned.schedule.budget.devices),
+            schedule,
+            make_devices(schedule.budget.devices),
             reader,
             sink,
             allow_nonfinite=planned.stage.allow_nonfinite,
         )
-        return executor.run(notify)
+        return executor.run(watch)
     finally:
         reader.close()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from .card import CardModel, model_card
 from .engine.build import BuiltGraph
 from .engine.config import merged_config
-from .engine.layers import is_head
 from .io.files import companion_files
 from .io.output import OutputDirectory
 
@@ -23,12 +22,11 @@ CONFIG = "config.json"
 
 def config_of(built: BuiltGraph) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """The output's config.json, and what the user should know about it; None where the donor has none."""
-    donor = built.models[built.donor]
-    config: Mapping[str, Any] | None = donor.checkpoint.config
+    config: Mapping[str, Any] | None = built.donor_config
     if config is None:
-        return None, (f"{donor.name} has no config.json, so that none is written",)
-    # a donor without a head stays as it is: it is tied already, or it is no language model
-    tied = not built.head if built.head or any(map(is_head, donor.checkpoint.tensors)) else None
+        return None, (f"{built.models[built.donor].name} has no config.json, so that none is written",)
+    # without a head the donor has none either: it is tied already, or it is no language model
+    tied = False if built.head else None
     warnings: list[str] = []
     for stack in built.stacks:
         merged = merged_config(
@@ -74,7 +72,7 @@ def _card(plan: Plan) -> str:
     dtypes = sorted({graph.node_dtype[output.node].torch_name or "packed" for output in graph.outputs})
     return model_card(
         name=plan.stage.name or "Merged model",
-        methods=[plan.stage.merge_method],
+        methods=list(dict.fromkeys(stage.merge_method for stage in plan.recipe.stages)),
         models=list(cards.values()),
         recipe=plan.recipe.text,
         layers=plan.built.layers,

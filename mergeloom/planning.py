@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .engine.build import BuiltGraph, build_graph
+from .engine.build import BuiltGraph
 from .engine.graph import Kind
 from .engine.layout import Layout, lay_out
 from .engine.recipe import ModelReference, Recipe, Stage, load_recipe
-from .engine.schedule import Schedule, make_schedule
-from .errors import RecipeError
+from .engine.schedule import Budget, Schedule, make_schedule
+from .engine.stages import build_stages
 from .io.checkpoint import Checkpoint, open_checkpoint
-from .machine import find_devices, make_budget, usable_cores
+from .machine import Machine, find_devices, make_budget, usable_cores
 from .methods import merge_methods
 from .model_files import config_of
 
@@ -35,6 +35,7 @@ class Options:
         shard_size: the most bytes of an output file.
         threads: compute threads of the CPU; by default the cores that the process may use.
         strict: make unknown keys and parameters in the recipe errors.
+        machine: the machine to plan for; this one where None.
     """
 
     max_ram: int | None = None
@@ -44,6 +45,7 @@ class Options:
     shard_size: int = 5 * 10**9
     threads: int | None = None
     strict: bool = False
+    machine: Machine | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +74,25 @@ class Plan:
         """Whether anything is computed; else bytes are only copied, and torch isn't needed."""
         return any(operation.kind is Kind.MERGE for operation in self.built.graph.operations)
 
+    def output_dict(self) -> dict[str, Any]:
+        """What is made, as plain data. Sizes are in bytes."""
+        graph = self.built.graph
+        return {
+            "tensors": len(graph.outputs),
+            "parameters": sum(graph.elements(output.node) for output in graph.outputs),
+            "bytes": sum(graph.nbytes(output.node) for output in graph.outputs),
+            "layers": self.built.layers,
+            "shards": len(self.layout.shards),
+            "dtypes": sorted({graph.node_dtype[output.node].name for output in graph.outputs}),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The dry run as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
-        graph, schedule = self.built.graph, self.schedule
-        dtypes = sorted({graph.node_dtype[output.node].name for output in graph.outputs})
+        from .traffic import traffic_dict
+
+        schedule = self.schedule
         return {
-            "output": {
-                "tensors": len(graph.outputs),
-                "parameters": sum(graph.elements(output.node) for output in graph.outputs),
-                "bytes": sum(graph.nbytes(output.node) for output in graph.outputs),
-                "layers": self.built.layers,
-                "shards": len(self.layout.shards),
-                "dtypes": dtypes,
-            },
+            "output": self.output_dict(),
             "inputs": {
                 "models": [model.name for model in self.built.models],
                 "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
@@ -111,6 +119,7 @@ class Plan:
             "device": ",".join(device.name for device in schedule.budget.devices),
             "threads": sum(device.threads for device in schedule.budget.devices),
             "steps": len(schedule.steps),
+            **traffic_dict(self),
             "warnings": list(self.warnings),
         }
 
@@ -140,14 +149,9 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     options = options or Options()
     methods = merge_methods()
     loaded = load_recipe(recipe, strict=options.strict, methods=methods)
-    if len(loaded.stages) > 1:
-        raise RecipeError(
-            f"it has {len(loaded.stages)} stages, and several stages in one file can't be merged yet: run them one "
-            "after the other, each from a file of its own",
-            source=loaded.source,
-        )
     stage = loaded.output
-    _refuse_what_is_not_there_yet(loaded, stage)
+    for each in loaded.stages:
+        _refuse_what_is_not_there_yet(loaded, each)
     opened: dict[ModelReference, Checkpoint] = {}
 
     def open_once(reference: ModelReference) -> Checkpoint:
@@ -155,14 +159,27 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
             opened[reference] = open_model(reference)
         return opened[reference]
 
-    built = build_graph(loaded, stage, methods, open_once, seed=options.seed)
+    built = build_stages(loaded, methods, open_once, lambda built: config_of(built)[0], seed=options.seed)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
-    devices = find_devices(options.device if computes else "cpu", options.max_vram, options.threads or usable_cores())
-    schedule = make_schedule(built.graph, make_budget(options.max_ram, devices, computes))
+    schedule = make_schedule(built.graph, budget_of(options, computes))
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
     warnings = (*loaded.warnings, *remarks, *built.warnings, *config_of(built)[1])
     return Plan(loaded, stage, built, layout, schedule, options, warnings)
+
+
+def budget_of(options: Options, computes: bool) -> Budget:
+    """The budget that a merge has to fit, on this machine or on the one that the options name.
+
+    Args:
+        options: as given to `plan`.
+        computes: whether anything is computed; else no device and no torch is needed.
+    """
+    machine = options.machine
+    threads = options.threads or (machine and machine.cores) or usable_cores()
+    gpus = None if machine is None else machine.memory_of_gpus
+    devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
+    return make_budget(options.max_ram, devices, computes, machine and machine.ram)
 
 
 def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:
@@ -170,6 +187,7 @@ def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:
         ("tokenizer_source", stage.tokenizer),
         ("chat_template", stage.chat_template),
         ("files_from", stage.files_from),
+        ("save", stage.save or None),
     ):
         if value is not None:
             raise recipe.error((*stage.place, key), f"{key} can't be honoured yet: take it out of the recipe")

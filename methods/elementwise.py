@@ -63,7 +63,7 @@ def linear(inputs: Inputs, *, weight: PerInput[float], normalize: bool = True) -
         normalize: divide the weights by their sum.
     """
     total = math.fsum(weight) if normalize else 1.0
-    if total == 0:
+    if abs(total) <= 1e-12 * math.fsum(map(abs, weight)):
         raise MethodError("the weights sum to 0, so they can't be normalized: change them, or set `normalize: false`")
     return weighted_sum(inputs, [w / total for w in weight])
 

@@ -84,7 +84,7 @@ class Combination(Kernel):
         self.indices = [i for i in range(inputs.count) if i != origin]
         count = len(self.indices)
         self.pairs = [(i, j) for i in range(count) for j in range(i, count)]
-        self.buffers = 2 + count + BlockSums.size(len(self.pairs))
+        self.buffers = max(4, 2 + count) + BlockSums.size(len(self.pairs))
 
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = BlockSums(len(self.pairs), tile.elements, BLOCK, tile.workspace)

@@ -22,16 +22,17 @@ class Between(Sparsifier):
 
     Args:
         inputs: of the tensor.
-        ranks: for each task vector, how many of the largest are dropped, and how many are left after dropping
-            the smallest; None to keep all.
+        ranks: for each task vector, how many of the largest are dropped, and how many are left, these included, when
+            the smallest are dropped.
     """
 
     buffers = 2.0
 
-    def __init__(self, inputs: Inputs, ranks: Sequence[tuple[int, int] | None]) -> None:
+    def __init__(self, inputs: Inputs, ranks: Sequence[tuple[int, int]]) -> None:
         super().__init__(inputs)
         size = inputs.rows * inputs.columns
-        self.ranks = [(0, size) if pair is None else pair for pair in ranks]
+        self.ranks = list(ranks)
+        self.drops = any(pair != (0, size) for pair in self.ranks)
         bounds = {(place, rank) for place, pair in enumerate(self.ranks) for rank in pair if 0 < rank < size}
         self.targets = {bound: number for number, bound in enumerate(sorted(bounds))}
         self.places = sorted({place for place, _ in bounds})
@@ -94,9 +95,9 @@ def middling(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -
     size = inputs.rows * inputs.columns
     ranks = []
     for i in inputs.others:
-        kept = int(density[i] * size)
-        dropped = min(int(gamma[i] * size), size - kept)
-        ranks.append(_all_or_none(density[i], size) or (dropped, dropped + kept))
+        left = int(density[i] * size)
+        dropped = min(int(gamma[i] * size), size - left)
+        ranks.append(_all_or_none(density[i], size) or (dropped, dropped + left))
     return Between(inputs, ranks)
 
 
@@ -115,6 +116,7 @@ class Random(Sparsifier):
     def __init__(self, inputs: Inputs, density: Sequence[float], *, unbiased: bool) -> None:
         super().__init__(inputs)
         self.thresholds = [None if density[i] >= 1 else threshold(density[i]) for i in inputs.others]
+        self.drops = any(bound is not None for bound in self.thresholds)
         self.unbiased = unbiased
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
@@ -154,6 +156,7 @@ class RandomByRank(Sparsifier):
         super().__init__(inputs)
         self.ranges = [(density[i], epsilon[i]) for i in inputs.others]
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self.drops = any(mean < 1 for mean, _ in self.ranges)
         self.unbiased = unbiased
         for mean, half in self.ranges:
             if 0 < mean < 1 and not 0 < mean - abs(half) <= mean + abs(half) < 1:

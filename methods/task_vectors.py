@@ -104,6 +104,7 @@ class Sparsifier:
     reductions = 0
     buffers = 0.0
     random = False
+    drops = False
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -174,12 +175,12 @@ class TaskVectors(Kernel):
         self.weights = [weight[i] for i in inputs.others]
         self.elect = elect
         self.normalize = normalize
-        self.rescale = rescale
+        self.rescale = rescale if sparsifier.drops else None
         divisor = math.fsum(self.weights) if normalize and not elect else 1.0
         self.factor = factor / divisor if abs(divisor) >= divisor_eps and divisor else factor
         self.unit = sparsifier.unit
         self.random = sparsifier.random
-        self.reductions = sparsifier.reductions + (rescale is not None)
+        self.reductions = sparsifier.reductions + (self.rescale is not None)
         count = len(self.weights)
         combining = count + max(1 + sparsifier.buffers, 3) if elect else 3 + sparsifier.buffers
         rescaling = 3 + sparsifier.buffers + BlockSums.size(2 * count)

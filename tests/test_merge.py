@@ -334,6 +334,8 @@ def test_nothing_depends_on_where_things_are(tmp_path: Path, monkeypatch: pytest
         monkeypatch.chdir(directory)
         merge(linear({Path("z-first"): 0.5, Path("a-second"): 0.5}), tmp_path / out / "more", ROOMY)
         found.append(digests(tmp_path / out / "more"))
+    for each in found:
+        del each["mergeloom.json"]  # it has the recipe as it was written, with its paths
     assert all(each == found[0] for each in found)
     assert b"where" not in (tmp_path / "out" / "README.md").read_bytes()
 

@@ -1,4 +1,4 @@
-"""One suite for every registered merge method: right, the same for any tiles, in its workspace, defined at the edges."""
+"""One suite for every registered method: right, the same for any tiles, in its workspace, defined at the edges."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
     from mergeloom.io import output
 
     out = tmp_path / "out"
-    look, calls = output._refuse_foreign, []
+    look, calls = output.refuse_foreign, []
 
     def look_early(path: Path) -> None:
         look(path)
@@ -159,7 +159,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
             other.publish([])
             other.close()
 
-    monkeypatch.setattr(output, "_refuse_foreign", look_early)
+    monkeypatch.setattr(output, "refuse_foreign", look_early)
     with pytest.raises(UsageError, match="is not empty"):
         OutputDirectory(out)
     assert (out / "model.safetensors").exists()

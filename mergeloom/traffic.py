@@ -1,0 +1,210 @@
+"""Which bytes of a schedule go where: how often each input is read and why, what crosses the bus, what holds most."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .engine.graph import Kind, MergeGraph
+from .engine.schedule import Schedule
+from .engine.simulate import Held, Step
+from .wording import data_size, memory_size, plural
+
+if TYPE_CHECKING:
+    from .planning import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The step that holds the most of a memory.
+
+    Args:
+        step: its number, from 1.
+        tensor: the output tensor that it works on.
+        index: which pass over its inputs it is, from 1.
+        passes: how many there are.
+        nbytes: of the buffers that it holds itself, kept inputs included; others are held for what is read ahead.
+    """
+
+    step: int
+    tensor: str
+    index: int
+    passes: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAgain:
+    """Input tensors of one pattern of names that are read more than once.
+
+    Args:
+        pattern: the names, with * for the numbers in which they differ.
+        tensors: how many.
+        nbytes: their bytes.
+        read: bytes that are read of them.
+        reason: why, in words.
+    """
+
+    pattern: str
+    tensors: int
+    nbytes: int
+    read: int
+    reason: str
+
+    @property
+    def times(self) -> float:
+        """How often they are read."""
+        return self.read / self.nbytes
+
+
+def output_names(graph: MergeGraph) -> list[str]:
+    """The name of each node's first output tensor."""
+    names = [""] * len(graph.node_operation)
+    for output in reversed(graph.outputs):
+        names[output.node] = output.name
+    return names
+
+
+def fixed_ram(schedule: Schedule) -> int:
+    """Bytes of RAM that are held all the time: the program and the workspaces."""
+    return schedule.peak_ram - schedule.ram_slots * schedule.slot_bytes
+
+
+def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Peak | None:
+    """The first step that holds the most RAM, or VRAM; None where none holds any."""
+    best, held = -1, 0
+    for number, step in enumerate(schedule.steps):
+        slots = step.vram if vram else step.ram
+        if slots > held:
+            best, held = number, slots
+    if best < 0:
+        return None
+    step = schedule.steps[best]
+    tensor = next(output.name for output in graph.outputs if output.node == step.node)
+    passes = graph.operation(step.node).passes
+    return Peak(best + 1, tensor, step.index + 1, passes, held * schedule.slot_bytes)
+
+
+def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
+    """Bytes that are copied from the GPUs: of every tensor that one of them computes."""
+    separate = [device.vram is not None for device in schedule.budget.devices]
+    total = 0
+    for step in schedule.steps:
+        operation = graph.operation(step.node)
+        if operation.kind is Kind.MERGE and step.index == operation.passes - 1 and separate[step.device]:
+            done = step.first * schedule.chunk_elements[step.node] * graph.node_dtype[step.node].bits // 8
+            total += max(0, graph.nbytes(step.node) - done)
+    return total
+
+
+def reads_of_steps(graph: MergeGraph, schedule: Schedule) -> Iterator[tuple[Step, tuple[int, ...]]]:
+    """Each step, with the bytes that it reads of each of its sources."""
+    cache: dict[int, dict[int, Held]] = {}
+    for step in schedule.steps:
+        for read, held in step.drop:
+            for chunk in list(cache.get(read, ())):
+                cache[read][chunk] = held
+        chunk = schedule.chunk_elements[step.node]
+        found = []
+        for read, keep in zip(step.sources, step.keep, strict=True):
+            ref = graph.reads[read]
+            width = ref.dtype.bits // 8 if graph.operation(step.node).kind is Kind.MERGE else 1
+            before = cache.setdefault(read, {}).pop(chunk, None)
+            nbytes = ref.nbytes - _span(0, step.first, chunk * width, ref.nbytes)
+            if before is not None:
+                nbytes -= _span(0, before.vram, chunk * width, ref.nbytes)
+                nbytes -= _span(max(before.low, before.vram), before.high, chunk * width, ref.nbytes)
+            if keep.ram or keep.vram:
+                cache[read][chunk] = keep
+            found.append(nbytes)
+        yield step, tuple(found)
+
+
+def _span(first: int, end: int, chunk: int, nbytes: int) -> int:
+    """The bytes of the chunks [first, end) of a tensor of `nbytes` bytes."""
+    return max(0, min(end * chunk, nbytes) - min(first * chunk, nbytes))
+
+
+def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
+    """How many bytes are read of each input tensor that the graph reads, by its number; together `bytes_read`."""
+    found = [0] * len(graph.reads)
+    for step, nbytes in reads_of_steps(graph, schedule):
+        for read, count in zip(step.sources, nbytes, strict=True):
+            found[read] += count
+    return found
+
+
+def bytes_of_models(graph: MergeGraph, read: Sequence[int]) -> list[tuple[int, int]]:
+    """For each model the bytes of its tensors that are used, and the bytes that are read of them."""
+    found = [(0, 0)] * len(graph.models)
+    for number, ref, nbytes in zip(graph.read_models, graph.reads, read, strict=True):
+        used, total = found[number]
+        found[number] = (used + ref.nbytes, total + nbytes)
+    return found
+
+
+def read_again(plan: Plan, read: Sequence[int]) -> list[ReadAgain]:
+    """Input tensors that are read more than once, those with the most bytes read in vain first, with the reason."""
+    graph, schedule = plan.built.graph, plan.schedule
+    if not schedule.bytes_reread:
+        return []
+    passes = [0] * len(graph.reads)
+    users = [0] * len(graph.reads)
+    method = [""] * len(graph.reads)
+    for node, sources in enumerate(graph.node_sources):
+        operation = graph.operation(node)
+        for source in set(sources):
+            passes[source] = max(passes[source], operation.passes)
+            users[source] += 1
+            method[source] = operation.method
+    groups: dict[tuple[str, str], list[int]] = {}
+    room = memory_size(schedule.ram_slots * schedule.slot_bytes)
+    if any(count for count in schedule.vram_slots):
+        room += f" of RAM and {memory_size(max(schedule.vram_slots) * schedule.slot_bytes)} of VRAM"
+    for number, nbytes in enumerate(read):
+        if nbytes <= graph.reads[number].nbytes:
+            continue
+        if passes[number] > 1:
+            reason = f"{method[number]} goes through them {passes[number]} times"
+        else:
+            reason = f"each is needed by {plural(users[number], 'output tensor')}"
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", graph.read_names[number])
+        group = groups.setdefault((pattern, f"{reason}, and the buffers hold {room}"), [0, 0, 0])
+        for place, more in enumerate((1, graph.reads[number].nbytes, nbytes)):
+            group[place] += more
+    found = [ReadAgain(pattern, *group, reason) for (pattern, reason), group in groups.items()]
+    return sorted(found, key=lambda group: group.nbytes - group.read)
+
+
+def read_again_lines(groups: Sequence[ReadAgain], most: int = 4) -> list[str]:
+    """What is read again, and why, in a few lines."""
+    lines = [
+        f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): {group.times:.1f} times, "
+        f"since {group.reason}"
+        for group in groups[:most]
+    ]
+    if rest := groups[most:]:
+        count, again = sum(group.tensors for group in rest), sum(group.read - group.nbytes for group in rest)
+        lines.append(f"and {plural(count, 'other tensor')}, of which {data_size(again)} are read again")
+    return lines
+
+
+def traffic_dict(plan: Plan) -> dict[str, Any]:
+    """All of it as plain data, for ``plan --json``. Sizes are in bytes."""
+    graph, schedule = plan.built.graph, plan.schedule
+    read = bytes_of_reads(graph, schedule)
+    peaks = peak_of(graph, schedule), peak_of(graph, schedule, vram=True)
+    node = schedule.minimum_ram_node
+    return {
+        "bytes_downloaded": downloaded(graph, schedule),
+        "peak_ram_at": peaks[0] and asdict(peaks[0]),
+        "peak_vram_at": peaks[1] and asdict(peaks[1]),
+        "minimum_ram_at": next((output.name for output in graph.outputs if output.node == node), None),
+        "bytes_by_model": [
+            {"model": name, "used": used, "read": total}
+            for name, (used, total) in zip(graph.models, bytes_of_models(graph, read), strict=True)
+        ],
+        "read_again": [asdict(group) for group in read_again(plan, read)],
+    }

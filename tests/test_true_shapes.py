@@ -1,0 +1,130 @@
+"""Models of true shape: what is foretold of a 122B self-merge, and what is made of the real 1B."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from torch import Tensor
+
+from mergeloom.merging import merge
+from mergeloom.planning import Options, plan
+from tests.models import FineTune, Model, Random, llama_3_2_1b, llama_3_70b, write_checkpoint
+from tests.outputs import beyond_one_ulp, config_of, read_model
+
+GIB = 1 << 30
+WEIGHTS = (0.5, 0.3, 0.2)
+
+
+def seven_slices(model: Path) -> dict[str, object]:
+    """The recipe of Meta-Llama-3-120B: seven slices of 20 layers, each beginning 10 later."""
+    slices = [{"sources": [{"model": str(model), "layer_range": [n, n + 20]}]} for n in range(0, 70, 10)]
+    return {"merge_method": "passthrough", "slices": slices, "dtype": "bfloat16"}
+
+
+def three_models(directory: Path, model: Model, shard_bytes: int | None = None) -> list[Path]:
+    """A base and two fine-tunes of it."""
+    base = Random(0)
+    fills = (base, FineTune(base, 1), FineTune(base, 2))
+    return [
+        write_checkpoint(directory / f"m{n}", model, shard_bytes=shard_bytes, fill=fill) for n, fill in enumerate(fills)
+    ]
+
+
+def linear(models: list[Path]) -> dict[str, object]:
+    """Their weighted mean."""
+    listed = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, WEIGHTS, strict=True)]
+    return {"merge_method": "linear", "models": listed}
+
+
+def test_the_120b_self_merge_is_planned_in_seconds(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "70B", llama_3_70b(), shard_bytes=5 * 10**9, fill=None)
+    assert sum(file.stat().st_blocks * 512 for file in model.iterdir()) < 10 << 20  # holes
+    recipe = seven_slices(model)
+    plan(recipe, Options(device="cpu"))  # what is imported once
+    start = time.perf_counter()
+    planned = plan(recipe, Options(device="cpu"))
+    seconds = time.perf_counter() - start
+    said = planned.to_dict()
+    assert said["output"]["layers"] == 140
+    assert said["output"]["parameters"] == 121_892_970_496
+    assert said["output"]["bytes"] == said["bytes_written"] == 2 * 121_892_970_496
+    assert said["bytes_read"] == 2 * 70_553_706_496
+    assert not planned.computes
+    assert planned.built.unused == ()
+    assert all(shard.nbytes <= 5 * 10**9 for shard in planned.layout.shards)
+    assert seconds < 3
+
+
+def test_a_new_process_plans_it_in_seconds_too(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "70B", llama_3_70b(), shard_bytes=5 * 10**9, fill=None)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(json.dumps(seven_slices(model)))
+    start = time.perf_counter()
+    ended = subprocess.run(
+        [sys.executable, "-m", "mergeloom", "plan", str(recipe), "--json"], capture_output=True, text=True, check=True
+    )
+    seconds = time.perf_counter() - start
+    assert json.loads(ended.stdout)["output"]["parameters"] == 121_892_970_496
+    assert seconds < 3
+
+
+def test_one_matrix_of_a_1b_is_float64s_mean(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    models = three_models(tmp_path, Model({name: llama_3_2_1b().tensors[name]}, {}))
+    merge(linear(models), tmp_path / "out", Options(device="cpu", threads=2, max_ram=2 * GIB))
+    found = read_model(tmp_path / "out")[name]
+    assert beyond_one_ulp(found, [read_model(model)[name] for model in models], WEIGHTS) == 0
+
+
+@pytest.mark.slow
+def test_three_1b_models_are_float64s_mean_in_little_memory(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("takes a minute and 10 GB of disk: pytest -m slow")
+    models = three_models(tmp_path, llama_3_2_1b(), shard_bytes=1_300_000_000)
+    assert len(list(models[0].glob("*.safetensors"))) == 2
+    recipe, out, report = tmp_path / "recipe.yml", tmp_path / "out", tmp_path / "report.json"
+    recipe.write_text(json.dumps(linear(models)))
+    command = [sys.executable, "-m", "mergeloom", "merge", str(recipe), str(out)]
+    options = ["--max-ram", "1200MiB", "--device", "cpu", "--shard-size", "1300MB", "--report", str(report), "--quiet"]
+    subprocess.run([*command, *options], check=True)
+    said = json.loads(report.read_text())
+    assert said["measured"]["peak_rss"] < said["peak_ram"] <= 1.2 * GIB
+    assert said["measured"]["bytes_read"] == said["bytes_read"] == 3 * 2 * 1_235_814_400
+    assert len(list(out.glob("*.safetensors"))) == said["output"]["shards"] == 2
+    assert config_of(out)["tie_word_embeddings"] is True
+    inputs = [{name: file for file in model.glob("*.safetensors") for name in names(file)} for model in models]
+    count = 0
+    for file in out.glob("*.safetensors"):
+        for name in names(file):
+            sources = [tensor(homes[name], name) for homes in inputs]
+            step = max(1, (1 << 24) // sources[0][0].numel())
+            found = tensor(file, name)
+            for row in range(0, len(found), step):
+                part = slice(row, row + step)
+                assert beyond_one_ulp(found[part], [source[part] for source in sources], WEIGHTS) == 0, name
+            count += 1
+    assert count == 146
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype="auto")
+    assert not any(info.values()), info
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def names(file: Path) -> list[str]:
+    """The tensors of a file."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file."""
+    with safe_open(file, framework="pt") as opened:
+        found: Tensor = opened.get_tensor(name)
+        return found
