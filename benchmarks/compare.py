@@ -23,9 +23,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
@@ -71,19 +73,24 @@ CASES = {
     "passthrough": Case("base", ""),
 }
 
-MERGEKIT_FLAGS: dict[str, tuple[str, ...]] = {}
-"""Flags that make mergekit faster on a CPU, by method, where any does; found by trying them."""
-
 
 # ---------------------------------------------------------------------------------------------- one process
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one process took: seconds, those of the processors, and the most bytes that it held resident."""
+    """What one process took.
+
+    Args:
+        seconds: from its start to its end.
+        cpu_seconds: of all cores together.
+        others_cpu_seconds: what all other processes, and the kernel's own threads, took meanwhile.
+        peak_rss: the most bytes that it held resident.
+    """
 
     seconds: float
     cpu_seconds: float
+    others_cpu_seconds: float
     peak_rss: int
 
 
@@ -95,17 +102,26 @@ def run(command: list[str], durable: Path | None = None) -> Measured:
     """Run a program from its start to its end; to the end of an fsync of all files below `durable`, if given."""
     with tempfile.TemporaryFile() as log:
         actions = [(os.POSIX_SPAWN_DUP2, log.fileno(), 1), (os.POSIX_SPAWN_DUP2, log.fileno(), 2)]
+        busy = busy_seconds()
         began = time.monotonic()
         child = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
         _, status, usage = os.wait4(child, 0)
         if durable is not None:
             sync(durable)
         seconds = time.monotonic() - began
+        busy = busy_seconds() - busy
         if status:
             log.seek(0)
             tail = log.read().decode(errors="replace")[-4000:]
             raise ProcessError(f"{' '.join(command)}\nended with {os.waitstatus_to_exitcode(status)}:\n{tail}")
-    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    own = usage.ru_utime + usage.ru_stime
+    return Measured(seconds, own, max(0.0, busy - own), usage.ru_maxrss * 1024)
+
+
+def busy_seconds() -> float:
+    """CPU seconds that the machine has spent on anything since it started."""
+    user, nice, system, _idle, _waiting, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def sync(directory: Path) -> None:
@@ -164,6 +180,16 @@ def touch_memory(size: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def wait_for_quiet(limit: float) -> None:
+    """Wait until other processes leave the machine alone for two seconds; at most `limit` seconds."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        busy = busy_seconds()
+        time.sleep(2)
+        if busy_seconds() - busy < 0.2:
+            return
+
+
 # ---------------------------------------------------------------------------------------------- the comparison
 
 
@@ -177,8 +203,9 @@ class Bench:
     on_disk: bool
     cold: bool
     memory: int
+    quiet: float
     mergekit: Path
-    mergekit_flags: tuple[str, ...] | None
+    mergekit_flags: tuple[str, ...]
 
     def command(self, side: str, method: str) -> list[str]:
         """The command of one side; OUT doesn't exist when it starts."""
@@ -189,22 +216,19 @@ class Bench:
         recipe = self.work / f"{method}.yml"
         recipe.write_text(CASES[method].text(method, self.models))
         if side == "mergekit":
-            return [str(self.mergekit / "bin/mergekit-yaml"), str(recipe), str(self.out), *self.flags(method)]
+            return [str(self.mergekit / "bin/mergekit-yaml"), str(recipe), str(self.out), *self.mergekit_flags]
         return [str(Path(sys.executable).with_name("mergeloom")), "merge", str(recipe), str(self.out), "--quiet"]
-
-    def flags(self, method: str) -> tuple[str, ...]:
-        """The flags that mergekit gets for a method."""
-        return MERGEKIT_FLAGS.get(method, ()) if self.mergekit_flags is None else self.mergekit_flags
 
     def inputs(self, method: str) -> list[Path]:
         """The files that a method's merge reads."""
         return [shard for name in CASES[method].inputs.split() for shard in shards(self.models / name)]
 
-    def measure(self, side: str, method: str) -> dict[str, object]:
+    def measure(self, side: str, method: str) -> dict[str, Any]:
         """One timed run, with all that precedes and follows it."""
         shutil.rmtree(self.out, ignore_errors=True)
         if self.on_disk:
             os.sync()  # what others wrote before is not this run's
+        wait_for_quiet(self.quiet)
         inputs = self.inputs(method)
         warm(inputs)
         if self.cold:
@@ -216,19 +240,18 @@ class Bench:
                 raise ProcessError(f"{side} {method}: the output holds {size:,} bytes of tensors")
         finally:
             shutil.rmtree(self.out, ignore_errors=True)
-        result: dict[str, object] = {
+        result: dict[str, Any] = {
             "method": method,
             "side": side,
             "seconds": round(measured.seconds, 3),
             "cpu_seconds": round(measured.cpu_seconds, 3),
+            "others_cpu_seconds": round(measured.others_cpu_seconds, 3),
             "peak_rss": measured.peak_rss,
         }
-        if side == "mergekit" and self.flags(method):
-            result["flags"] = list(self.flags(method))
         return result
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = re.search(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text())
@@ -263,61 +286,69 @@ def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- the table
 
 
-def table(results: dict[str, object]) -> str:
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The runs of one side on one method."""
+
+    seconds: list[float]
+    peak_rss: float
+
+    @property
+    def median(self) -> float:
+        """The median of the seconds."""
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        spread = f" ({min(self.seconds):.2f} to {max(self.seconds):.2f})" if len(self.seconds) > 1 else ""
+        return f"{self.median:.2f}{spread}"
+
+
+def cell(runs: list[dict[str, Any]], method: str, side: str) -> Cell | None:
+    """The runs of one side on one method, or None where there are none."""
+    chosen = [run for run in runs if (run["method"], run["side"]) == (method, side)]
+    if not chosen:
+        return None
+    return Cell([run["seconds"] for run in chosen], statistics.median(run["peak_rss"] for run in chosen))
+
+
+def table(results: dict[str, Any]) -> str:
     """The markdown table of one results file: medians, with the smallest and largest of the runs."""
-    runs: list[dict[str, object]] = results["runs"]  # type: ignore[assignment]
-    about: dict[str, object] = results["machine"]  # type: ignore[assignment]
+    runs: list[dict[str, Any]] = results["runs"]
     sides = [side for side in SIDES if any(run["side"] == side for run in runs)]
-    cells: dict[tuple[str, str], tuple[float, str, float]] = {}
-    methods = list(dict.fromkeys(str(run["method"]) for run in runs))
-    notes: dict[str, str] = {}
-    for method in methods:
-        for side in sides:
-            chosen = [run for run in runs if (run["method"], run["side"]) == (method, side)]
-            if not chosen:
-                continue
-            seconds = [float(str(run["seconds"])) for run in chosen]
-            rss = statistics.median(float(str(run["peak_rss"])) for run in chosen)
-            text = f"{statistics.median(seconds):.2f}"
-            if len(seconds) > 1:
-                text += f" ({min(seconds):.2f} to {max(seconds):.2f})"
-            cells[method, side] = statistics.median(seconds), text, rss
-            if flags := chosen[0].get("flags"):
-                notes[method] = " ".join(flags)  # type: ignore[arg-type]
     heads = ["method", *(f"{side}, s" for side in sides)]
-    both = {"mergeloom", "mergekit"} <= set(sides)
-    beside_floor = {"mergeloom", "floor"} <= set(sides)
-    heads += ["times faster"] if both else []
-    heads += ["of the floor"] if beside_floor else []
+    heads += ["times faster"] if {"mergeloom", "mergekit"} <= set(sides) else []
+    heads += ["of the floor"] if {"mergeloom", "floor"} <= set(sides) else []
     heads += [f"{side}, peak RSS, GiB" for side in sides if side != "floor"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for method in methods:
-        row = [f"`{method}`", *(cells[method, side][1] if (method, side) in cells else "" for side in sides)]
-        ours, theirs, floor = (cells.get((method, side)) for side in SIDES)
-        if both:
-            row.append(f"{theirs[0] / ours[0]:.1f}" if ours and theirs else "")
-        if beside_floor:
-            row.append(f"{ours[0] / floor[0]:.2f}" if ours and floor else "")
-        row += [
-            f"{cells[method, side][2] / 2**30:.2f}" if (method, side) in cells else ""
-            for side in sides
-            if side != "floor"
-        ]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        cells = {side: cell(runs, method, side) for side in sides}
+        ours, theirs, floor = (cells.get(side) for side in SIDES)
+        row = [f"`{method}`", *(str(found or "") for found in cells.values())]
+        if "times faster" in heads:
+            row.append(f"{theirs.median / ours.median:.1f}" if ours and theirs else "")
+        if "of the floor" in heads:
+            row.append(f"{ours.median / floor.median:.2f}" if ours and floor else "")
+        row += [f"{found.peak_rss / 2**30:.2f}" if found else "" for side, found in cells.items() if side != "floor"]
         lines.append("| " + " | ".join(row) + " |")
-    count = max(sum((run["method"], run["side"]) == (methods[0], side) for run in runs) for side in sides)
-    stored = ", ".join(f"{name} {version}" for name, version in results["versions"].items())  # type: ignore[attr-defined]
-    lines += [
-        "",
-        f"{results['title']}. Medians of {count} (smallest to largest). {about['cpu']}, {about['cores']} cores, "
-        f"{float(str(about['ram'])) / 2**30:.0f} GiB, Linux {about['kernel']}, Python {about['python']}, {stored}; "
-        f"{about['date']}.",
+    return "\n".join([*lines, "", caption(results)])
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table's figures are, what they were measured on, and how quiet the machine was."""
+    runs, about = results["runs"], results["machine"]
+    count = max(Counter((run["method"], run["side"]) for run in runs).values())
+    stored = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    disturbed = sum(run["others_cpu_seconds"] > 0.1 * run["seconds"] for run in runs)
+    flags = f" with `{results['mergekit_flags']}`" if results["mergekit_flags"] else " with its default flags"
+    sentences = [
+        f"{results['title']}.",
+        f"Medians of {count} (smallest to largest)." if count > 1 else "One run each.",
+        f"{about['cpu']}, {about['cores']} cores, {about['ram'] / 2**30:.0f} GiB, Linux {about['kernel']},",
+        f"Python {about['python']}, {stored}; {about['date']}.",
+        f"mergekit ran{flags}." if "mergekit" in results["versions"] else "",
+        f"In {disturbed} of {len(runs)} runs other processes took more than a tenth of a core." if disturbed else "",
     ]
-    if notes:
-        grouped: dict[str, list[str]] = {}
-        for method, flags in notes.items():
-            grouped.setdefault(flags, []).append(f"`{method}`")
-        lines += ["", *(f"mergekit ran with `{flags}` for {', '.join(names)}." for flags, names in grouped.items())]
-    return "\n".join(lines)
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def put_between_markers(document: Path, name: str, text: str) -> None:
@@ -349,7 +380,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
     parser.add_argument("--memory", type=size, default=size("8GB"), help="memory to touch before each run")
     parser.add_argument("--mergekit", type=Path, default=Path(os.environ.get("MERGEKIT_ENV", ".venv-mergekit")))
-    parser.add_argument("--mergekit-flags", help="in place of the fastest ones known, such as '--async-write'")
+    parser.add_argument("--mergekit-flags", default="", help="such as '--async-write'; none made it faster where tried")
+    parser.add_argument("--quiet", type=float, default=120, help="seconds to wait for other processes to be quiet")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/SIZE-tmpfs-warm.json and the like")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     arguments = parser.parse_args()
@@ -364,10 +396,11 @@ def main() -> None:
     for side, (python, packages) in pythons.items():
         if side in arguments.sides:
             found |= versions(python, packages)
-    results: dict[str, object] = {
+    results: dict[str, Any] = {
         "title": f"{arguments.size} shapes, bfloat16, {place}, {state} inputs",
         "machine": machine(),
         "versions": found,
+        "mergekit_flags": arguments.mergekit_flags,
         "runs": (runs := []),
     }
     target: Path = arguments.json or RESULTS / f"{name}.json"
@@ -381,7 +414,8 @@ def main() -> None:
             cold=arguments.cold,
             memory=arguments.memory,
             mergekit=arguments.mergekit.absolute(),
-            mergekit_flags=None if arguments.mergekit_flags is None else tuple(arguments.mergekit_flags.split()),
+            quiet=arguments.quiet,
+            mergekit_flags=tuple(arguments.mergekit_flags.split()),
         )
         for method in arguments.methods:
             for _ in range(arguments.runs):
@@ -389,7 +423,7 @@ def main() -> None:
                     result = bench.measure(side, method)
                     runs.append(result)
                     target.write_text(json.dumps(results, indent=1) + "\n")
-                    rss = int(str(result["peak_rss"])) / 2**30
+                    rss = result["peak_rss"] / 2**30
                     print(
                         f"{method:16} {side:10} {result['seconds']:8} s {result['cpu_seconds']:8} s CPU {rss:7.2f} GiB",
                         flush=True,

@@ -54,7 +54,7 @@ class FusedKernel(Kernel):
         self.buffers = self._buffers(len(parts) - 1)
         self.transparent = all(part.kernel.transparent for part in parts)
         by_row = any(part.kernel.unit is not Unit.ELEMENT for part in parts)
-        self.unit = Unit.ROW if by_row else Unit.ELEMENT  # type: ignore[misc]  # of this object, not of the class
+        self.unit = Unit.ROW if by_row else Unit.ELEMENT
 
     @property
     def granule(self) -> int:

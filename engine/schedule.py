@@ -8,7 +8,6 @@ of the nodes is the best of a few that are simulated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from .simulate import Simulation, Step, orders
 from .tiling import chunk_count, chunk_elements, clusters, length, output_width, tile_length, widest, work_bytes
 
 PAGE = 4096
-TILE_ELEMENTS = 1 << 17
+TILE_ELEMENTS = 1 << 18
 """Elements of a tile on the CPU: its workspace stays in a core's cache."""
 DEVICE_TILE_ELEMENTS = 1 << 22
 """Elements of a tile on a device with its own memory."""
@@ -28,7 +27,7 @@ SLOT_BYTES = 4 << 20
 DEVICE_SLOT_BYTES = 32 << 20
 """The same for a device with its own memory, where a chunk is one copy over the bus."""
 SMALLEST_SLOT = 64 << 10
-PARTIAL_BYTES = 4 << 20
+PARTIAL_BYTES = 8 << 20
 """Set aside for each compute thread, for the partial results of reductions."""
 
 
@@ -247,8 +246,7 @@ def _needs(graph: MergeGraph, aim: int) -> _Need:
             need.slot = -(-granule // PAGE) * PAGE
             need.slot_node = node
         tile = min(tile_length(graph, node, aim), elements)
-        # each buffer of the workspace starts at a multiple of 64 bytes
-        workspace = math.ceil(tile * operation.kernel.buffers) * work_bytes(graph, node) + 64 * 64
+        workspace = operation.kernel.workspace(tile, work_bytes(graph, node))
         if workspace > need.workspace:
             need.workspace = workspace
             need.workspace_node = node

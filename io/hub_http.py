@@ -167,9 +167,8 @@ class _Patience:
 
 def _request(place: Place, url: str, span: tuple[int, int, int] | None = None) -> Iterator[bytes]:
     """The pieces of one answer's body: all of it, or the bytes [start, end) of a file of a known size."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub import get_session
 
     session: Any = get_session()  # with the user's proxies and certificates; it sends no token to another host
     errors = _errors_of(session)
@@ -198,12 +197,12 @@ def _request(place: Place, url: str, span: tuple[int, int, int] | None = None) -
                     yield piece
                 if not left:  # a server that knows no ranges would send the rest too
                     return
-    except errors.TransportError as error:
-        raise _TransientError(f"the connection failed ({str(error) or type(error).__name__})") from error
-    except (errors.HTTPError, errors.InvalidURL) as error:
-        raise EnvironmentFailure(
-            f"{place}: {endpoint()} can't be asked ({error}): check HF_ENDPOINT and the proxy"
-        ) from error
+    except errors.HTTPError as error:
+        if isinstance(error, errors.TransportError) and not isinstance(error, errors.UnsupportedProtocol):
+            raise _TransientError(f"the connection failed ({str(error) or type(error).__name__})") from error
+        raise EnvironmentFailure(f"{place}: {endpoint()} can't be asked ({error}): check HF_ENDPOINT") from error
+    except errors.InvalidURL as error:
+        raise EnvironmentFailure(f"{place}: {endpoint()} is no address ({error}): check HF_ENDPOINT") from error
     except OfflineModeIsEnabled:
         raise CheckpointError(f"{place}: {OFFLINE}") from None
 
@@ -223,8 +222,7 @@ def _token() -> str | None:
 
     Not by its build_hf_headers, which now and then sends a telemetry request of its own.
     """
-    from huggingface_hub import constants
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
 
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     if token and not (token.isascii() and token.isprintable()):

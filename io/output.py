@@ -19,7 +19,7 @@ from ..errors import DiskSpaceError, EnvironmentFailure, UsageError
 from .digests import file_digest
 from .files import copy_file
 from .journal import Found, read_journal
-from .platform import reserve_space, start_writeback, sync_directory, write_at
+from .platform import file_system, reserve_space, start_writeback, sync_directory, write_at
 from .reading import FilePool
 from .sizes import format_size
 
@@ -27,6 +27,7 @@ WORK = ".mergeloom"
 JOURNAL = "journal"
 HOLDER = "pid"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IN_MEMORY = {"tmpfs", "ramfs"}  # to reserve there is to fill with zeros
 _WRITEBACK_BYTES = 8 << 20
 
 
@@ -124,13 +125,14 @@ class OutputDirectory:
                 f"{self.path}: the output takes {format_size(needed, up=True)} and {format_size(free)} are free; "
                 "make room, or choose another OUT"
             )
+        reserves = file_system(self.path) not in _IN_MEMORY
         for shard in shards:
             try:
                 descriptor = os.open(self.work / shard.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
                 try:
                     os.ftruncate(descriptor, shard.nbytes)
                     write_at(descriptor, shard.header, 0)
-                    for offset, nbytes in shard.computed:
+                    for offset, nbytes in shard.computed if reserves else ():
                         reserve_space(descriptor, offset, nbytes)
                     os.fsync(descriptor)
                 finally:
@@ -259,6 +261,8 @@ class OutputDirectory:
 def refuse_foreign(path: Path) -> None:
     """Refuse an OUT that is no directory, or holds anything that is not an unfinished merge's. Raises UsageError."""
     if not path.exists():
+        if path.is_symlink():
+            raise UsageError(f"{path}: is a broken link; OUT must be a new or empty directory")
         return
     if not path.is_dir():
         raise UsageError(f"{path}: is a file; OUT must be a new or empty directory")

@@ -111,7 +111,7 @@ def _with_reading(rates: Rates, plan: Plan, core: _Moved) -> tuple[Rates, list[s
     cached = sum(place.cached for place in places) / len(places)
     fresh = [place for place in places if place.cached < 0.5]
     disk = measure_reading(fresh, SECONDS) if fresh else _Moved()
-    again = measure_reading(places if not fresh else fresh, SECONDS / 4)  # they are in the page cache now
+    again = measure_reading(fresh or places, SECONDS / 4)  # they are in the page cache now
     core.add(disk)
     core.add(again)
     if disk.seconds:

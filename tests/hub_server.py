@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -98,6 +98,12 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+@cache
+def store(name: str, data: bytes) -> StoredFile:
+    """A file with its hashes."""
+    return StoredFile(name, data, git_hash(data), hashlib.sha256(data).hexdigest() if name.endswith(LARGE) else None)
+
+
 class HubServer:
     """The server; `url` is what HF_ENDPOINT should be. Use it with `serving`."""
 
@@ -112,15 +118,10 @@ class HubServer:
         self._servers = [_listen(self, cdn) for cdn in (False, True)]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
-    def add(self, repo: str, source: Path | Mapping[str, bytes], *, revision: str = "main") -> Commit:
-        """Commit the files of a directory; `revision` then stands for them."""
-        if isinstance(source, Path):
-            source = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*") if path.is_file()}
-        files = {}
-        for name, data in sorted(source.items()):
-            sha256 = hashlib.sha256(data).hexdigest() if name.endswith(LARGE) else None
-            files[name] = StoredFile(name, data, git_hash(data), sha256)
-            self.blobs[files[name].etag] = files[name]
+    def add(self, repo: str, source: Mapping[str, bytes], *, revision: str = "main") -> Commit:
+        """Commit files by name; `revision` then stands for them."""
+        files = {name: store(name, data) for name, data in sorted(source.items())}
+        self.blobs |= {file.etag: file for file in files.values()}
         sha = hashlib.sha1("".join(name + file.etag for name, file in files.items()).encode()).hexdigest()
         stored = self.repos.setdefault(repo, Repo({}, {}))
         stored.revisions[revision] = sha
@@ -202,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.log.append(self.served)
         self.fault = self.hub.take_fault(f"{self.command} {self.path}")
-        target = unquote(urlsplit(self.path).path)
+        target = urlsplit(self.path).path
         if self.fault and self.fault.status:
             self._send(self.fault.status, self.fault.body or b"", dict(self.fault.headers))
         elif self.cdn:
@@ -212,9 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/resolve-cache/(\w+)", target):
             self._send_file(self.hub.blobs[match[1]], {})
         elif match := re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/]+))?", target):
-            self._send_listing(match[1], match[3] or "main", tree=match[2] == "tree")
+            self._send_listing(match[1], unquote(match[3] or "main"), tree=match[2] == "tree")
         elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", target):
-            self._resolve(*match.groups())
+            self._resolve(*map(unquote, match.groups()))
         else:
             self._refuse(404, "", "not an endpoint")
 

@@ -29,7 +29,7 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ messages }}")
     merge(passed(model), tmp_path / "out", CPU)
     found, expected = digests(tmp_path / "out"), digests(model)
-    assert found.keys() == expected.keys() - {"notes.md", "training_args.bin"} | {"README.md"}
+    assert found.keys() == expected.keys() - {"notes.md", "training_args.bin"} | {"README.md", "mergeloom.json"}
     changed = {"model.safetensors", "config.json"}  # another header, another order of keys
     assert {name: found[name] for name in expected.keys() & found.keys() - changed} == {
         name: expected[name] for name in expected.keys() & found.keys() - changed
@@ -42,7 +42,10 @@ def test_a_model_given_as_a_file_has_its_companions_beside_it(tmp_path: Path) ->
     merge(passed(model / "model.safetensors"), tmp_path / "file", CPU)
     merge(passed(model), tmp_path / "directory", CPU)
     found, expected = digests(tmp_path / "file"), digests(tmp_path / "directory")
-    assert {name for name in expected if found.get(name) != expected[name]} == {"README.md"}  # which names the model
+    assert {name for name in expected if found.get(name) != expected[name]} == {
+        "README.md",  # which names the model
+        "mergeloom.json",
+    }
 
 
 def test_a_base_model_gives_config_and_tokenizer(tmp_path: Path) -> None:
@@ -98,7 +101,8 @@ def test_a_model_without_config_gets_none(tmp_path: Path) -> None:
     planned = plan(passed(model), CPU)
     assert [warning for warning in planned.warnings if "has no config.json" in warning]
     merge(planned, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["README.md", "mergeloom.json", "model.safetensors"]
 
 
 def test_any_text_in_config_survives(tmp_path: Path) -> None:

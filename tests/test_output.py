@@ -36,7 +36,12 @@ def fill(out: OutputDirectory, *shards: ShardFile) -> None:
         offset, nbytes = each.computed[0]
         out.write(number, offset, memoryview(bytes(nbytes)))
         out.write(number, offset + nbytes - len(DATA), memoryview(DATA))
-    out.sync()
+    out.sync(range(len(shards)))
+
+
+def publish(out: OutputDirectory, *last: str) -> None:
+    """Give all files their names."""
+    out.publish(last, lambda names: None)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def test_files_get_their_names_when_all_are_whole(made: OutputDirectory, tmp_pat
     made.write_file("config.json", b"{}")
     made.copy_file("1_Pooling/vocab.txt", source)
     assert [path.name for path in made.path.iterdir()] == [WORK]
-    made.publish(["config.json"])
+    publish(made, "config.json")
     names = sorted(str(path.relative_to(made.path)) for path in made.path.rglob("*") if path.is_file())
     assert names == ["1_Pooling/vocab.txt", "config.json", "one.safetensors", "two.safetensors"]
     assert (made.path / "two.safetensors").read_bytes() == shard(nbytes=800).header + bytes(400) + DATA
@@ -73,7 +78,7 @@ def test_what_must_be_last_is_last(made: OutputDirectory, monkeypatch: pytest.Mo
     fill(made, shard())
     for name in ("a.json", "config.json", "z.txt"):
         made.write_file(name, b"{}")
-    made.publish(["config.json", "a.json", "never.json"])
+    publish(made, "config.json", "a.json", "never.json")
     assert order == ["model.safetensors", "z.txt", "config.json", "a.json"]
 
 
@@ -82,7 +87,7 @@ def test_a_damaged_shard_is_never_published(made: OutputDirectory) -> None:
     with (made.work / "model.safetensors").open("r+b") as file:
         file.truncate(100)
     with pytest.raises(EnvironmentFailure, match=r"model.safetensors: the safetensors library does not accept"):
-        made.publish([])
+        publish(made)
     made.abandon()
     assert not made.path.exists()
 
@@ -156,7 +161,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
             other = OutputDirectory(path) if calls.append(path) is None else None
             assert other is not None
             fill(other, shard())
-            other.publish([])
+            publish(other)
             other.close()
 
     monkeypatch.setattr(output, "refuse_foreign", look_early)
@@ -173,7 +178,7 @@ def test_what_a_killed_merge_left_is_not_published(tmp_path: Path) -> None:
     killed.close()  # what the system does for a process that is killed
     again = OutputDirectory(out)
     fill(again, shard())
-    again.publish([])
+    publish(again)
     again.close()
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
 
@@ -205,7 +210,7 @@ def test_a_failure_while_publishing_leaves_nothing(made: OutputDirectory, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail)
         with pytest.raises(EnvironmentFailure, match="giving the files their names failed: Input/output error"):
-            made.publish([])
+            publish(made)
     assert (made.path / "a.safetensors").exists()
     made.abandon()
     assert not made.path.exists()
@@ -216,7 +221,7 @@ def test_many_shards_need_few_descriptors(made: OutputDirectory) -> None:
     made.begin([shard(f"{number}.safetensors") for number in range(count)])
     for number in range(count):
         made.write(number, shard().computed[0][0], memoryview(DATA))
-    made.sync()
+    made.sync(range(count))
     assert 100 < len(open_files(made.work)) <= 128
 
 

@@ -85,7 +85,7 @@ def test_one_matrix_of_a_1b_is_float64s_mean(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_three_1b_models_are_float64s_mean_in_little_memory(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if "slow" not in request.config.option.markexpr:
-        pytest.skip("takes a minute and 10 GB of disk: pytest -m slow")
+        pytest.skip("takes minutes and 10 GB of disk: pytest -m slow")
     models = three_models(tmp_path, llama_3_2_1b(), shard_bytes=1_300_000_000)
     assert len(list(models[0].glob("*.safetensors"))) == 2
     recipe, out, report = tmp_path / "recipe.yml", tmp_path / "out", tmp_path / "report.json"
