@@ -78,6 +78,7 @@ class Measured:
     Args:
         bytes_read: tensor bytes read.
         bytes_written: tensor bytes written.
+        bytes_shared: tensor bytes whose disk blocks are the sources' own.
         seconds: from the first step to the last.
         ram_peak: the most bytes of slots held in RAM.
         vram_peak: the most bytes held on a device.
@@ -87,6 +88,7 @@ class Measured:
 
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_shared: int = 0
     seconds: float = 0.0
     ram_peak: int = 0
     vram_peak: int = 0

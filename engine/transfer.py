@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from .graph import Kind, MergeGraph
+from .graph import MergeGraph
 from .lanes import Lane
 from .layout import Layout
 
@@ -39,33 +39,31 @@ class Transfer:
     outputs: tuple[tuple[int, int], ...]
 
 
-def plan_transfers(graph: MergeGraph, layout: Layout, done: Mapping[int, int] | None = None) -> list[Transfer]:
-    """The transfers that make every copied tensor, adjacent ones put together.
+def plan_transfers(graph: MergeGraph, layout: Layout, nodes: Collection[int]) -> list[Transfer]:
+    """The transfers that make the outputs of some copying nodes, adjacent ones put together, as their sources lie.
 
     Args:
         graph: what is made.
         layout: where it lies.
-        done: nodes that an earlier run has finished.
+        nodes: which, none without bytes.
     """
     transfers = []
     for number, shard in enumerate(layout.shards):
         run: list[int] = []
         for output in shard.outputs:
-            if run and not _continues(graph, layout, run[-1], output):
+            node = graph.outputs[output].node
+            if run and not (node in nodes and _continues(graph, layout, run[-1], output)):
                 transfers += _cut(graph, layout, number, run)
                 run = []
-            node = graph.outputs[output].node
-            if graph.operation(node).kind is Kind.COPY and graph.nbytes(node) and node not in (done or {}):
+            if node in nodes:
                 run.append(output)
         transfers += _cut(graph, layout, number, run)
-    return transfers
+    return sorted(transfers, key=lambda transfer: (transfer.file, transfer.offset))
 
 
 def _continues(graph: MergeGraph, layout: Layout, before: int, output: int) -> bool:
     """Whether an output follows another in the source file as it does in the shard."""
     a, b = graph.outputs[before].node, graph.outputs[output].node
-    if graph.operation(b).kind is not Kind.COPY:
-        return False
     first, second = graph.reads[graph.node_sources[a][0]], graph.reads[graph.node_sources[b][0]]
     adjacent = layout.offset_of[before] + first.nbytes == layout.offset_of[output]
     return adjacent and first.file == second.file and first.offset + first.nbytes == second.offset
@@ -102,18 +100,28 @@ class Mover:
         transfers: what to move.
         threads: how many at a time.
         move: moves one; called as ``move(thread, transfer)``.
+        failed: called with what it raised, once; the transfers after it are not begun.
     """
 
-    def __init__(self, transfers: Sequence[Transfer], threads: int, move: Callable[[int, Transfer], None]) -> None:
+    def __init__(
+        self,
+        transfers: Sequence[Transfer],
+        threads: int,
+        move: Callable[[int, Transfer], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
         self._left = len(transfers)
         self._changed = threading.Condition()
-        self._error: BaseException | None = None
+        self._broken = False
+        self._report = failed
         self._move = move
-        self.lane: Lane[Transfer] = Lane("copy", min(threads, max(1, len(transfers))), self._perform, self._failed)
+        self.lane: Lane[Transfer] = Lane("copy", max(1, min(threads, len(transfers))), self._perform, self._failed)
         for order, transfer in enumerate(transfers):
             self.lane.put(order, transfer)
 
     def _perform(self, thread: int, transfer: Transfer) -> None:
+        if self._broken:
+            return
         self._move(thread, transfer)
         with self._changed:
             self._left -= 1
@@ -121,17 +129,16 @@ class Mover:
 
     def _failed(self, error: BaseException) -> None:
         with self._changed:
-            self._error = self._error or error
+            self._broken = True
+            self._report(error)
             self._changed.notify_all()
 
-    def wait(self, notify: Callable[[], None]) -> None:
-        """Return when all is moved; raise what went wrong. `notify` is called now and then, from this thread."""
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; whether all is moved, or will never be."""
         with self._changed:
-            while self._left and self._error is None:
-                self._changed.wait(0.1)
-                notify()
-            if self._error is not None:
-                raise self._error
+            if self._left and not self._broken:
+                self._changed.wait(seconds)
+            return self._left == 0 or self._broken
 
     def stop(self) -> None:
         """End the threads once they have done what they are at."""

@@ -32,7 +32,7 @@ class Moved:
 
 
 def shareable(source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
-    """The part of a range that can be shared: its first byte, from the range's start, and how many; 0 where none can."""
+    """The part of a range that can be shared: its first byte, from the range's start, and how many there are."""
     if (source_offset - target_offset) % BLOCK:
         return 0, 0
     first = -source_offset % BLOCK

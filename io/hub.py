@@ -39,6 +39,7 @@ MAX_HEADERS_BYTES = 256_000_000
 
 _THREADS = 16  # a header is a round trip or two, and little else
 _FIRST_REQUEST = 64 << 10  # bytes of a header whose length nothing foretells
+_LARGEST_GUESS = 1 << 20
 _ENTRY = 112  # bytes of a tensor in a header beside its name: dtype, shape, two offsets, JSON's own
 
 
@@ -207,7 +208,7 @@ def _expected_lengths(weight_map: Mapping[str, str]) -> dict[str, int]:
     lengths: dict[str, int] = {}
     for name, shard in weight_map.items():
         lengths[shard] = lengths.get(shard, 1024) + len(name) + _ENTRY
-    return lengths
+    return {shard: min(length, _LARGEST_GUESS) for shard, length in lengths.items()}
 
 
 def _read_headers(files: Sequence[HubFile], expected: Mapping[str, int]) -> list[Header]:

@@ -13,11 +13,11 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure
+from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure, Interrupted
 from .hub_files import HubFile
 from .hub_http import OFFLINE, in_parallel, is_offline, read_file
 from .platform import sync_directory
@@ -117,8 +117,14 @@ def _download(file: HubFile, count: _Count, stop: threading.Event) -> None:
     with _disk(file):
         for directory in (locks, file.blob.parent, file.path.parent):
             directory.mkdir(parents=True, exist_ok=True)
-        # huggingface_hub's own lock, so that other programs wait for this download, and this one for theirs
-        with WeakFileLock(locks / f"{file.etag}.lock"):
+        with ExitStack() as held:
+            while True:
+                try:  # huggingface_hub's own lock: other programs wait for this download, and this one for theirs
+                    held.enter_context(WeakFileLock(locks / f"{file.etag}.lock", timeout=1))
+                    break
+                except TimeoutError:
+                    if stop.is_set():
+                        raise Interrupted("stopped: the same command goes on") from None
             if file.present or file.blob_present:
                 count.add(file.nbytes)
             else:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DiskSpaceError, EnvironmentFailure, UsageError
+from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
+from .copying import Moved, move
 from .digests import file_digest
 from .files import copy_file
 from .journal import Found, read_journal
@@ -68,6 +69,7 @@ class OutputDirectory:
         self.journal = self.work / JOURNAL
         self.found: Found | None = None
         self._files = FilePool(os.O_RDWR, 128)
+        self._sources = FilePool(os.O_RDONLY, 128)
         self._shards: tuple[ShardFile, ...] = ()
         self._made: list[Path] = []
         self._lock = -1
@@ -104,8 +106,12 @@ class OutputDirectory:
         self.work.mkdir()
         self.found = None
 
-    def begin(self, shards: Sequence[ShardFile]) -> None:
+    def begin(self, shards: Sequence[ShardFile], shared: int = 0) -> None:
         """Make every shard at its full size, with its header, and reserve the disk space that will be needed.
+
+        Args:
+            shards: all of them.
+            shared: bytes of them that will take no space.
 
         Shards that are there already, from an unfinished merge of the same plan, stay as they are.
 
@@ -117,8 +123,10 @@ class OutputDirectory:
         if self.found is not None:
             for number in range(len(shards)):
                 self._check_shard(number)
+            for file in self._small_files().values():  # they are written again
+                file.unlink()
             return
-        needed = sum(shard.nbytes for shard in shards)
+        needed = sum(shard.nbytes for shard in shards) - shared
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise DiskSpaceError(
@@ -175,6 +183,38 @@ class OutputDirectory:
         except OSError as error:
             raise _explain(error, self.path, f"writing {len(data)} bytes to {name}") from error
 
+    def receive(
+        self, shard: int, target: int, source: Path, offset: int, nbytes: int, buffer: memoryview, *, share: bool
+    ) -> Moved:
+        """Make a range of a shard a copy of a range of a source file, sharing blocks where that can be.
+
+        Safe to call from several threads, each with a buffer of its own.
+
+        Raises:
+            CheckpointError: where the source can't be read.
+            DiskSpaceError: where there is no room.
+        """
+        name = self._shards[shard].name
+        try:
+            descriptor = self._sources.acquire(source)
+        except OSError as error:
+            raise CheckpointError(f"{source}: can't be opened: {error.strerror}") from error
+        try:
+            written = self._files.acquire(self.work / name)
+            try:
+                return move(descriptor, offset, written, target, nbytes, buffer, share=share)
+            finally:
+                self._files.release(written)
+        except EOFError as error:
+            raise CheckpointError(
+                f"{source}: ends at byte {error}, where its header promises more: it was cut short while it was being "
+                "copied; put the whole file back and run the same command again"
+            ) from error
+        except OSError as error:
+            raise _explain(error, self.path, f"copying {nbytes} bytes from {source} to {name}") from error
+        finally:
+            self._sources.release(descriptor)
+
     def sync(self, shards: Collection[int]) -> None:
         """Make all that was written to these shards durable."""
         for number in shards:
@@ -201,9 +241,13 @@ class OutputDirectory:
 
     def small_files(self) -> dict[str, str]:
         """The digests of all files beside the shards that have been written so far, by name."""
+        return {name: file_digest(file) for name, file in sorted(self._small_files().items())}
+
+    def _small_files(self) -> dict[str, Path]:
+        """All files beside the shards that have no final name yet."""
         names = {shard.name for shard in self._shards} | {JOURNAL, HOLDER}
         files = {str(file.relative_to(self.work)): file for file in self.work.rglob("*") if file.is_file()}
-        return {name: file_digest(file) for name, file in sorted(files.items()) if name not in names}
+        return {name: file for name, file in files.items() if name not in names}
 
     def copy_file(self, name: str, source: Path) -> None:
         """Copy a file; it gets its final name once OUT is published."""
@@ -253,6 +297,7 @@ class OutputDirectory:
     def close(self) -> None:
         """Let others have OUT."""
         self._files.close()
+        self._sources.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .engine.device import make_devices
-from .engine.execute import Executor, Measured, Progress, Sink
+from .engine.execute import NOTIFY_SECONDS, Executor, Measured, Progress, Sink
 from .engine.schedule import Schedule, make_schedule
+from .engine.transfer import Mover, Transfer, plan_transfers
 from .errors import CheckpointError, Interrupted, UsageError
 from .io.commit import GROUP_BYTES
 from .io.digests import BLOCK_BYTES, tensor_digest
@@ -22,7 +23,8 @@ from .machine import process_memory
 from .manifest import MANIFEST, differences, facts_of, manifest_bytes
 from .model_files import write_model_files
 from .planning import Options, Plan, RecipeLike, plan
-from .writing import Shards, known_blocks
+from .sharing import copy_threads, place
+from .writing import Shards, copied_nodes, known_blocks
 
 INDEX = "model.safetensors.index.json"
 
@@ -53,7 +55,7 @@ class Result:
                 "peak_vram": measured.vram_peak,
                 "bytes_read": measured.bytes_read,
                 "bytes_written": measured.bytes_written,
-                "bytes_shared": 0,
+                "bytes_shared": measured.bytes_shared,
                 "seconds": measured.seconds,
                 "lanes": {
                     name: {"threads": lane.threads, "worked": lane.worked, "waited": lane.waited}
@@ -103,6 +105,7 @@ def merge(
         return Result(planned, None, _perform(planned, planned.schedule, _Nowhere(), notify), process_memory().peak)
     directory = OutputDirectory(Path(out))
     try:
+        planned = place(planned, directory.work)
         return _Merge(planned, directory, notify, say or (lambda text: None), group_bytes).run(fresh)
     finally:
         directory.close()
@@ -128,12 +131,17 @@ class _Merge:
 
     def run(self, fresh: bool) -> Result:
         """Begin or go on, and finish."""
-        self.facts = facts_of(self.plan)
-        stamps = source_stamps(self.plan)
-        found = self._look(fresh)
+        found = self.out.found
         try:
+            self.facts = facts_of(self.plan)
+            stamps = source_stamps(self.plan)
+            found = self._look(fresh)
             self.out.begin(
-                [ShardFile(shard.name, shard.header, shard.nbytes, shard.computed) for shard in self.plan.layout.shards]
+                [
+                    ShardFile(shard.name, shard.header, shard.nbytes, shard.computed)
+                    for shard in self.plan.layout.shards
+                ],
+                self.plan.bytes_shared,
             )
             journal = Journal(self.out.journal, found, self.facts)
         except BaseException:
@@ -180,33 +188,49 @@ class _Merge:
         return found
 
     def _make(self, journal: Journal, found: Found | None) -> tuple[Measured, dict[int, list[bytes]]]:
-        """Compute and write what is not there yet; the digests of all blocks."""
-        known = known_blocks(found)
-        graph = self.plan.built.graph
+        """Compute and write what is not there yet; the digests of all blocks that came through the process."""
+        known, copied = known_blocks(found), copied_nodes(found)
+        graph, schedule = self.plan.built.graph, self.plan.schedule
         done = {node: min(len(blocks) * BLOCK_BYTES, graph.nbytes(node)) for node, blocks in known.items()}
-        schedule = self.plan.schedule
+        moving = {graph.outputs[output].node for transfer in self.plan.transfers for output, _ in transfer.outputs}
+        transfers: Sequence[Transfer] = self.plan.transfers
         if found is not None:
-            schedule = make_schedule(graph, schedule.budget, done=done)
-            durable = sum(nbytes * len(places) for nbytes, places in ((done.get(n, 0), p) for n, p in self._places()))
-            total = self.plan.schedule.bytes_written
+            done |= {node: graph.nbytes(node) for node in copied}
+            moving -= done.keys()
+            transfers = plan_transfers(graph, self.plan.layout, moving)
+            schedule = make_schedule(graph, schedule.budget, done=done | {node: graph.nbytes(node) for node in moving})
+            destinations = graph.destinations()
+            durable = sum(nbytes * len(destinations[node]) for node, nbytes in done.items())
+            total = sum(graph.nbytes(output.node) for output in graph.outputs)
             self.say(
                 f"going on with an unfinished merge: {format_size(durable)} of {format_size(total)} are done, "
-                f"{format_size(schedule.bytes_written)} are left"
+                f"{format_size(total - durable)} are left"
             )
         broken: list[BaseException] = []
         shards = Shards(self.plan, self.out, journal, known, broken.append, self.group_bytes)
+        threads = copy_threads(self.plan)
+        shards.begin_copies(transfers, threads)
+        mover = Mover(transfers, threads, lambda n, each: shards.copy(n, each, self.plan.shares), broken.append)
         try:
             measured = _perform(self.plan, schedule, shards, self.notify, broken)
+            while not mover.wait(NOTIFY_SECONDS) and not broken:
+                if self.notify is not None:
+                    self.notify(Progress(measured.bytes_read, measured.bytes_written + shards.moved.copied))
         except BaseException:
             shards.commits.abandon()
             raise
-        shards.commits.close()
+        finally:
+            mover.stop()
+        if not broken:
+            shards.commits.close()
         if broken:
+            shards.commits.abandon()
             raise broken[0]
+        moved = shards.moved
+        measured.bytes_shared += moved.shared
+        measured.bytes_read += moved.copied + moved.carried
+        measured.bytes_written += moved.copied + moved.carried
         return measured, shards.digests
-
-    def _places(self) -> Iterator[tuple[int, list[int]]]:
-        yield from enumerate(self.plan.built.graph.destinations())
 
     def _finish(self, journal: Journal, digests: Mapping[int, list[bytes]]) -> None:
         """Write the small files, and give everything its final name."""
@@ -217,17 +241,31 @@ class _Merge:
             total = sum(graph.nbytes(output.node) for output in graph.outputs)
             self.out.write_file(INDEX, index_bytes(names, total))
             last.append(INDEX)
-        tensors = {output.name: tensor_digest(digests.get(output.node, [])) for output in graph.outputs}
+        tensors = {output.name: self._vouch(output.node, digests) for output in graph.outputs}
         self.out.write_file(MANIFEST, manifest_bytes(self.plan, self.facts, tensors, self.out.small_files()))
         last.append(MANIFEST)
         self.out.publish(last, lambda names: journal.append([{"publish": list(names)}]))
 
+    def _vouch(self, node: int, digests: Mapping[int, list[bytes]]) -> Any:
+        """A tensor's digest; of one that never came through the process, where its bytes came from."""
+        graph = self.plan.built.graph
+        if node in digests or not graph.nbytes(node):
+            return tensor_digest(digests.get(node, []))
+        read = graph.node_sources[node][0]
+        ref = graph.reads[read]
+        return {"model": graph.read_models[read], "file": ref.file.name, "offset": ref.offset}
+
 
 def source_stamps(planned: Plan) -> dict[Path, tuple[int, int, int]]:
     """Inode, size and time of every source file, to see at the end whether it is still the same."""
-    files = {ref.file for ref in planned.built.graph.reads}
-    stats = {file: file.stat() for file in sorted(files)}
-    return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+    stamps = {}
+    for file in sorted({ref.file for ref in planned.built.graph.reads}):
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise CheckpointError(f"{file}: can't be found any more ({error.strerror}): put the file back") from error
+        stamps[file] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return stamps
 
 
 def refuse_changed_sources(planned: Plan, before: Mapping[Path, tuple[int, int, int]]) -> None:

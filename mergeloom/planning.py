@@ -14,7 +14,9 @@ from .engine.layout import Layout, lay_out
 from .engine.recipe import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule import Budget, Schedule, make_schedule
 from .engine.stages import build_stages
+from .engine.transfer import Transfer
 from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.copying import shareable
 from .machine import Machine, find_devices, make_budget, usable_cores
 from .methods import merge_methods
 from .model_files import config_of
@@ -59,6 +61,9 @@ class Plan:
         layout: where every output tensor lies.
         schedule: the steps, with what they hold.
         options: what it was made with.
+        warnings: what the user should know.
+        transfers: ranges that never pass through the lanes (see `sharing.place`).
+        shares: whether the blocks of these are shared with the sources, as far as the file systems tell.
     """
 
     recipe: Recipe
@@ -68,6 +73,20 @@ class Plan:
     schedule: Schedule
     options: Options
     warnings: tuple[str, ...] = field(default=())
+    transfers: tuple[Transfer, ...] = ()
+    shares: bool = False
+
+    @property
+    def bytes_shared(self) -> int:
+        """Bytes of the output whose blocks are the sources' own."""
+        if not self.shares:
+            return 0
+        return sum(shareable(transfer.offset, transfer.target, transfer.nbytes)[1] for transfer in self.transfers)
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that the kernel copies from source files to shards."""
+        return sum(transfer.nbytes for transfer in self.transfers) - self.bytes_shared
 
     @property
     def computes(self) -> bool:
@@ -103,12 +122,13 @@ class Plan:
                 ],
             },
             "method": self.stage.merge_method,
-            "bytes_read": schedule.bytes_read,
+            "bytes_read": schedule.bytes_read + self.bytes_copied,
             "bytes_reread": schedule.bytes_reread,
-            "bytes_written": schedule.bytes_written,
-            "bytes_shared": 0,
+            "bytes_written": schedule.bytes_written + self.bytes_copied,
+            "bytes_shared": self.bytes_shared,
+            "bytes_copied": self.bytes_copied,
             "bytes_uploaded": schedule.uploaded,
-            "disk": self.layout.nbytes,
+            "disk": self.layout.nbytes - self.bytes_shared,
             "peak_ram": schedule.peak_ram,
             "peak_vram": schedule.peak_vram,
             "baseline_ram": schedule.budget.baseline,
@@ -176,10 +196,10 @@ def budget_of(options: Options, computes: bool) -> Budget:
         computes: whether anything is computed; else no device and no torch is needed.
     """
     machine = options.machine
-    threads = options.threads or (machine and machine.cores) or usable_cores()
-    gpus = None if machine is None else machine.memory_of_gpus
+    threads = options.threads or (machine.cores if machine else None) or usable_cores()
+    gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
-    return make_budget(options.max_ram, devices, computes, machine and machine.ram)
+    return make_budget(options.max_ram, devices, computes, machine.ram if machine else None)
 
 
 def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:

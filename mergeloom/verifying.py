@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +61,15 @@ def verify(
         if problem is not None:
             damaged.append(f"{name}: {problem}")
     damaged += _check_files(out, manifest)
-    unvouched = []
     found: dict[str, TensorRef] = {name: ref for header in headers.values() for name, ref in header.tensors.items()}
-    jobs = []
+    jobs: list[tuple[str, TensorRef, str]] = []
+    copies: list[tuple[str, TensorRef, dict[str, Any]]] = []
     for name, digest in manifest["tensors"].items():
         ref = found.get(name)
         if ref is None:
             damaged.append(f"tensor {name} is missing")
-        elif digest is None:
-            unvouched.append(f"tensor {name} was copied without being read, and its source wasn't compared")
+        elif isinstance(digest, dict):
+            copies.append((name, ref, digest))
         else:
             jobs.append((name, ref, digest))
     damaged += [f"tensor {name} is not in the manifest" for name in found if name not in manifest["tensors"]]
@@ -77,13 +77,18 @@ def verify(
     try:
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(lambda job: _check_tensor(reader, *job, notify), jobs))
+            models = [Path(model).expanduser() for model in manifest["models"]]
+            compared = list(pool.map(lambda job: _compare(reader, *job, models, notify), copies))
     finally:
         reader.close()
     damaged += [problem for problem in results if problem is not None]
     if sources:
         damaged += _check_sources(manifest)
-    good = sum(problem is None for problem in results)
-    return Verdict(good, sum(ref.nbytes for _, ref, _ in jobs), tuple(damaged), tuple(unvouched))
+    unvouched = [problem for problem, vouched in compared if not vouched]
+    damaged += [problem for problem, vouched in compared if vouched and problem]
+    good = sum(problem is None for problem in results) + sum(not problem for problem, _ in compared)
+    nbytes = sum(ref.nbytes for _, ref, _ in (*jobs, *copies))
+    return Verdict(good, nbytes, tuple(damaged), tuple(unvouched))
 
 
 def _check_shard(file: Path, nbytes: int, digest: str, headers: dict[str, Header]) -> str | None:
@@ -133,6 +138,39 @@ def _check_tensor(
         if notify is not None:
             notify(len(view))
     return None if digests.digest() == digest else f"tensor {name} in {ref.file.name} was changed"
+
+
+def _compare(
+    reader: Reader,
+    name: str,
+    ref: TensorRef,
+    origin: Mapping[str, Any],
+    models: Sequence[Path],
+    notify: Callable[[int], None] | None,
+) -> tuple[str, bool]:
+    """Compare a tensor that was copied without being read with its source: what is wrong, and whether it was vouched for."""
+    model = models[int(origin["model"])]
+    source = model / str(origin["file"]) if model.is_dir() else model
+    if not source.exists():
+        return f"tensor {name}: was copied without being read, and its source {source} is gone", False
+    buffers = [memoryview(bytearray(min(max(ref.nbytes, 1), BLOCK_BYTES // 4))) for _ in range(2)]
+    done = 0
+    while done < ref.nbytes:
+        ours, theirs = (buffer[: ref.nbytes - done] for buffer in buffers)
+        try:
+            reader.read(ref.file, ref.offset + done, ours)
+        except MergeloomError as error:
+            return f"tensor {name}: {error}", True
+        try:
+            reader.read(source, int(origin["offset"]) + done, theirs)
+        except MergeloomError as error:
+            return f"tensor {name}: its source can't be read: {error}", False
+        if bytes(ours) != bytes(theirs):
+            return f"tensor {name} in {ref.file.name} differs from its source {source}", True
+        done += len(ours)
+        if notify is not None:
+            notify(len(ours))
+    return "", True
 
 
 def _check_sources(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .engine.transfer import BUFFER_BYTES, Transfer
 from .io.commit import GROUP_BYTES, GroupCommit
+from .io.copying import Moved
 from .io.digests import BLOCK_BYTES, BlockDigests
 from .io.journal import Found, Journal
 
@@ -26,6 +28,11 @@ class _Tensor:
         self.lock = threading.Lock()
         self.turn = threading.Condition()
         self.written: dict[int, int] = {}  # ranges that are written and not yet journaled: first byte -> end
+
+
+def copied_nodes(found: Found | None) -> set[int]:
+    """The nodes that a journal names as copied and durable."""
+    return {int(record["copied"]) for record in found.records if "copied" in record} if found is not None else set()
 
 
 def known_blocks(found: Found | None) -> dict[int, list[bytes]]:
@@ -69,6 +76,10 @@ class Shards:
         self._known = dict(known)
         self.commits = GroupCommit(out.sync, journal.append, failed, group_bytes=group_bytes)
         self.digests: dict[int, list[bytes]] = dict(known)
+        self.copied: set[int] = set()
+        self.moved = Moved()
+        self._uncopied: dict[int, int] = {}
+        self._buffers: list[memoryview] = []
 
     def _tensor(self, node: int) -> _Tensor:
         with self._lock:
@@ -112,6 +123,38 @@ class Shards:
             tensor.journaled = blocks
             found = [digest.hex() for digest in tensor.digests.blocks[first:blocks]]
             return ({"node": node, "first": first, "blocks": found},)
+
+    def begin_copies(self, transfers: Collection[Transfer], threads: int) -> None:
+        """Expect these transfers, by so many threads."""
+        self._buffers = [memoryview(bytearray(0)) for _ in range(threads)]
+        for transfer in transfers:
+            for output, nbytes in transfer.outputs:
+                node = self._graph.outputs[output].node
+                self._uncopied[node] = self._uncopied.get(node, 0) + nbytes
+
+    def copy(self, thread: int, transfer: Transfer, share: bool) -> None:
+        """Perform a transfer; a node of which all copies are made is journaled."""
+        if not self._buffers[thread]:
+            self._buffers[thread] = memoryview(bytearray(BUFFER_BYTES))
+        moved = self._out.receive(
+            transfer.shard,
+            transfer.target,
+            transfer.file,
+            transfer.offset,
+            transfer.nbytes,
+            self._buffers[thread],
+            share=share,
+        )
+        records = []
+        with self._lock:
+            self.moved.add(moved)
+            for output, nbytes in transfer.outputs:
+                node = self._graph.outputs[output].node
+                self._uncopied[node] -= nbytes
+                if self._uncopied[node] == 0:
+                    records.append({"copied": node})
+                    self.copied.add(node)
+        self.commits.add({transfer.shard}, moved.copied + moved.carried + 1, records)
 
     def finished(self, node: int) -> None:
         """Keep the digests of a node that is whole."""

@@ -1,0 +1,219 @@
+"""What the real methods do in a second, on the first elements of the real tensors, and how fast a GPU is reached."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .engine.graph import Kind
+from .errors import MergeloomError
+from .estimate import MEASURED, Rate, Rates
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .engine.compute import Piece
+    from .methods.contract import Kernel
+    from .methods.tile import Workspace
+    from .planning import Plan
+
+SECONDS = 0.25
+"""How long each kind of node is measured, about; as long again to warm up."""
+_GROUPS = 4  # kinds of nodes that are measured
+_ELEMENTS, _GPU_ELEMENTS = 1 << 22, 1 << 24
+_COPY = 64 << 20
+
+
+def with_computing(rates: Rates, plan: Plan, given: Mapping[str, float]) -> tuple[Rates, list[str]]:
+    """The rates with those of the arithmetic, and of the copies to a GPU, and remarks."""
+    devices = plan.schedule.budget.devices
+    gpus = [device for device in devices if device.vram is not None]
+    notes: list[str] = []
+    if gpus:
+        if plan.options.machine is not None or not _has_cuda():
+            return rates, ["the GPU's rates are assumed: give them with --rates"]
+        if not {"h2d", "d2h"} <= given.keys():
+            up, down = measure_copies(gpus[0].name)
+            rates = replace(rates, h2d=Rate(up, MEASURED), d2h=Rate(down, MEASURED))
+    if "compute" in given:
+        return rates, notes
+    threads = 1 if gpus else max(1, min(devices[0].threads, len(os.sched_getaffinity(0))))
+    seconds = nbytes = 0.0
+    for group in node_groups(plan)[:_GROUPS]:
+        try:
+            per_second = measure_node(plan, group.node, "cuda" if gpus else "cpu", threads)
+        except (MergeloomError, OSError):
+            continue
+        if per_second:
+            seconds += group.nbytes / per_second
+            nbytes += group.nbytes
+            elements = per_second / (group.nbytes / group.elements)
+            notes.append(f"{group.method}: {1e9 * threads / elements:.2g} ns an element and thread, for all passes")
+    if seconds:
+        scale = len(gpus) if gpus else devices[0].threads / threads
+        rates = replace(rates, compute=Rate(scale * nbytes / seconds, MEASURED))
+    return rates, notes
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Nodes that do the same to the same number of inputs of the same types.
+
+    Args:
+        method: its name.
+        node: the largest of them.
+        nbytes: bytes of inputs that the arithmetic goes through, each pass counted.
+        elements: of their outputs.
+    """
+
+    method: str
+    node: int
+    nbytes: int
+    elements: int
+
+
+def node_groups(plan: Plan) -> list[Group]:
+    """The kinds of nodes that compute, those with the most to do first."""
+    graph = plan.built.graph
+    found: dict[tuple[Any, ...], Group] = {}
+    for node in graph:
+        operation = graph.operation(node)
+        if operation.kind is not Kind.MERGE or not graph.elements(node):
+            continue
+        sources = graph.node_sources[node]
+        dtypes = tuple(graph.reads[read].dtype.name for read in sources)
+        key = (operation.method, operation.passes, dtypes, graph.node_dtype[node].name)
+        nbytes = operation.passes * sum(graph.reads[read].nbytes for read in sources)
+        known = found.get(key, Group(operation.method, node, 0, 0))
+        largest = max(known.node, node, key=lambda n: graph.elements(n))
+        found[key] = Group(operation.method, largest, known.nbytes + nbytes, known.elements + graph.elements(node))
+    return sorted(found.values(), key=lambda group: -group.nbytes)
+
+
+def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
+    """Bytes of inputs that a node's passes go through in a second, by all threads together; 0 where it can't be told.
+
+    The node's method is bound to the first rows of its tensors, which are read from their files.
+    """
+    import torch
+
+    from .engine.compute import Piece, torch_dtype
+    from .engine.tiling import work_bytes
+    from .io.reading import Reader
+    from .methods.tile import Workspace
+
+    graph = plan.built.graph
+    refs = [graph.reads[read] for read in graph.node_sources[node]]
+    kernel = small_kernel(plan, node, _ELEMENTS if device == "cpu" else _GPU_ELEMENTS)
+    if kernel is None:
+        return 0.0
+    elements = kernel.inputs.rows * kernel.inputs.columns
+    reader = Reader()
+    inputs: list[Tensor] = []
+    try:
+        for ref in refs:
+            data = bytearray(ref.dtype.nbytes(elements))
+            reader.read(ref.file, ref.offset, memoryview(data))
+            inputs.append(torch.frombuffer(data, dtype=torch_dtype(ref.dtype)).to(device))
+    finally:
+        reader.close()
+    tile = max(1, plan.schedule.tile_elements[0] // kernel.granule) * kernel.granule
+    nbytes = kernel.workspace(min(tile, elements), work_bytes(graph, node))
+    spaces = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(threads)]
+    outs = [torch.empty(elements, dtype=torch_dtype(graph.node_dtype[node]), device=device) for _ in range(threads)]
+    positions = graph.operation(node).positions or tuple(range(len(inputs)))
+    piece = Piece(kernel, inputs, 0, graph.node_key[node], positions, tile)
+
+    def work(thread: int) -> None:
+        _run(piece, Workspace(spaces[thread], torch.float32), outs[thread])
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    runs, seconds = _repeat(work, threads)
+    passes = kernel.reductions + 1
+    return runs * passes * sum(tensor.nbytes for tensor in inputs) / seconds
+
+
+def small_kernel(plan: Plan, node: int, elements: int) -> Kernel | None:
+    """A node's method bound to the first rows of its tensors; None where it can't be bound to fewer."""
+    from .methods import merge_methods
+    from .methods.contract import Inputs, MethodError
+
+    graph = plan.built.graph
+    operation = graph.operation(node)
+    kernel = operation.kernel
+    method = merge_methods().get(operation.method)
+    if kernel is None or graph.elements(node) <= elements:
+        return kernel
+    inputs = kernel.inputs
+    shape = (max(1, elements // inputs.columns), inputs.columns) if inputs.rows > 1 else (elements,)
+    small = Inputs(inputs.count, inputs.base, shape)
+    try:
+        return None if method is None else method.kernel(small, dict(operation.parameters))
+    except MethodError:
+        return None
+
+
+def _run(piece: Piece, workspace: Workspace, out: Tensor) -> None:
+    """All passes of a kernel over the piece, as the engine does them."""
+    from .engine.compute import check_inputs, combine_chunk, reduce_chunk
+
+    kernel, state = piece.kernel, None
+    if not kernel.transparent:
+        check_inputs(piece, workspace)
+    for index in range(kernel.reductions):
+        if kernel.needed(index, state):
+            state = kernel.finish(index, reduce_chunk(piece, index, state, workspace), state)
+    combine_chunk(piece, state, workspace, out)
+
+
+def _repeat(work: Callable[[int], None], threads: int) -> tuple[int, float]:
+    """How often the threads together do the work in about half a second, after once to warm up; and the seconds."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(threads)))
+            start = time.perf_counter()
+
+            def repeat(thread: int) -> int:
+                runs = 0
+                while runs == 0 or time.perf_counter() - start < SECONDS:
+                    work(thread)
+                    runs += 1
+                return runs
+
+            runs = sum(pool.map(repeat, range(threads)))
+            return runs, time.perf_counter() - start
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_copies(name: str) -> tuple[float, float]:
+    """Bytes a second to a GPU and back, from and to memory that is registered with it."""
+    import torch
+
+    host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(_COPY, dtype=torch.uint8, device=name)
+    found = []
+    for target, source in ((device, host), (host, device)):
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize(name)
+        start = time.perf_counter()
+        for _ in range(8):
+            target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize(name)
+        found.append(8 * _COPY / (time.perf_counter() - start))
+    return found[0], found[1]
