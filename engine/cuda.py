@@ -1,5 +1,8 @@
 """A CUDA GPU as a device: one arena, one stream for copies in, one for copies out, one a compute thread."""
 
+# torch.cuda's streams and events have no type hints.
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 import threading
@@ -8,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EnvironmentFailure, UsageError
-from .device import Marker
+from ..errors import UsageError
+from .device import Marker, OutOfDeviceMemory
 
 
 class _Event:
@@ -60,8 +63,8 @@ class CudaDevice:
         except torch.OutOfMemoryError as error:
             self._arena, self._workspaces = None, []
             torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(self.device)
-            raise OutOfDeviceMemory(self.name, slots * slot_bytes + self.threads * workspace, free, total) from error
+            free, _ = torch.cuda.mem_get_info(self.device)
+            raise OutOfDeviceMemory(self.name, slots * slot_bytes + self.threads * workspace, free) from error
         self._in = torch.cuda.Stream(self.device)
         self._out = torch.cuda.Stream(self.device)
         self._compute = [torch.cuda.Stream(self.device) for _ in range(self.threads)]
@@ -129,21 +132,3 @@ class CudaDevice:
             self._pinned = None
         self._arena, self._workspaces = None, []
         torch.cuda.empty_cache()
-
-
-class OutOfDeviceMemory(EnvironmentFailure):
-    """Another process holds memory of the GPU that the schedule counted on.
-
-    Args:
-        name: the device.
-        wanted: bytes.
-        free: bytes that are.
-        total: bytes of the device.
-    """
-
-    def __init__(self, name: str, wanted: int, free: int, total: int) -> None:
-        self.free = free
-        super().__init__(
-            f"{name}: {wanted} bytes are needed and {free} of {total} are free: another process holds the rest; "
-            f"give a smaller --max-vram"
-        )

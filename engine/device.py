@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from ..errors import EnvironmentFailure
+from ..io.sizes import format_size
 from .schedule import DeviceBudget
 
 if TYPE_CHECKING:
@@ -20,6 +22,24 @@ class Marker(Protocol):
 
     def wait(self) -> None:
         """Return once the device has come to it."""
+
+
+class OutOfDeviceMemory(EnvironmentFailure):
+    """Another process holds memory of the device that the schedule counted on.
+
+    Args:
+        name: the device.
+        wanted: bytes.
+        free: bytes that are.
+    """
+
+    def __init__(self, name: str, wanted: int, free: int) -> None:
+        self.name = name
+        self.free = free
+        super().__init__(
+            f"{name}: {format_size(wanted, up=True)} are needed and {format_size(free)} are free: another process holds "
+            "the rest; end it, or give a smaller --max-vram"
+        )
 
 
 class Done:

@@ -7,23 +7,23 @@ that waiting always ends, and no more is held than the schedule allows.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .arena import HostArena, Ledger
-from .device import Device, Done, Marker
-from .graph import Kind, MergeGraph, Operation
+from .device import Device, Marker
+from .graph import Kind, MergeGraph
 from .lanes import Lane
 from .residency import Memory, Resident
 from .schedule import Schedule
 from .simulate import Step
 from .tiling import length, output_width, tile_length
+from .work import Item, LaneTime, Measured, Progress, Run, Sink, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,123 +31,6 @@ if TYPE_CHECKING:
 
 NOTIFY_SECONDS = 0.1
 """How often `Executor.run` tells how far it is."""
-
-
-class Source(Protocol):
-    """Where tensor bytes come from; called from several threads."""
-
-    def read(self, file: Path, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `file` from `offset` on."""
-
-
-class Sink(Protocol):
-    """Where output bytes go; called from several threads."""
-
-    def write(self, node: int, offset: int, data: memoryview) -> None:
-        """Put `data` at byte `offset` of every output tensor of a node.
-
-        The calls for one node begin in the order of the offsets, and may overlap.
-        """
-
-    def finished(self, node: int) -> None:
-        """Every byte of a node has been written."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is; its fields only grow."""
-
-    bytes_read: int = 0
-    bytes_written: int = 0
-    nodes_done: int = 0
-
-
-@dataclass(slots=True)
-class LaneTime:
-    """What a lane did, in seconds over all its threads."""
-
-    threads: int
-    worked: float
-    waited: float
-
-
-@dataclass(slots=True)
-class Measured:
-    """What a run did.
-
-    Args:
-        bytes_read: tensor bytes read.
-        bytes_written: tensor bytes written.
-        bytes_shared: tensor bytes whose disk blocks are the sources' own.
-        seconds: from the first step to the last.
-        ram_peak: the most bytes of slots held in RAM.
-        vram_peak: the most bytes held on a device.
-        lanes: what each lane did.
-        overflowed: for each output tensor with new infinities or NaNs, how many.
-    """
-
-    bytes_read: int = 0
-    bytes_written: int = 0
-    bytes_shared: int = 0
-    seconds: float = 0.0
-    ram_peak: int = 0
-    vram_peak: int = 0
-    lanes: dict[str, LaneTime] = field(default_factory=dict)
-    overflowed: dict[str, int] = field(default_factory=dict)
-
-
-class _Item:
-    """One chunk of one step, with its slots."""
-
-    __slots__ = (
-        "chunk", "device", "hosts", "index", "last", "marker", "missing", "node", "operation", "order", "out",
-        "out_device", "out_nbytes", "residents", "uploads",
-    )  # fmt: skip
-
-    def __init__(self, order: int, step: Step, operation: Operation, chunk: int) -> None:
-        self.order = order
-        self.node = step.node
-        self.index = step.index
-        self.device = step.device
-        self.operation = operation
-        self.last = step.index == operation.passes - 1
-        self.chunk = chunk
-        self.missing = 0  # chunks that are still being read or uploaded
-        self.residents: list[Resident] = []  # where the computation finds each distinct source
-        self.hosts: list[Resident] = []  # slots in RAM to give back when they were used
-        self.uploads: list[tuple[Resident, Resident]] = []
-        self.out = -1
-        self.out_device = -1
-        self.out_nbytes = 0
-        self.marker: Marker = Done()
-
-    def await_(self, resident: Resident) -> None:
-        """Count `resident` as missing until it is ready."""
-        if not resident.ready:
-            resident.waiting.append(self)
-            self.missing += 1
-
-
-class _Run:
-    """A node that is being made."""
-
-    __slots__ = (
-        "chunks", "computed", "index", "lock", "merged", "next", "next_write", "partials", "state", "unwritten",
-        "waiting",
-    )  # fmt: skip
-
-    def __init__(self, chunks: int) -> None:
-        self.chunks = chunks
-        self.next_write = 0
-        self.computed: dict[int, _Item] = {}
-        self.unwritten = chunks
-        self.index = 0
-        self.state: Any = None
-        self.lock = threading.Lock()
-        self.partials: dict[int, Any] = {}
-        self.next = 0
-        self.merged: Any = None
-        self.waiting: list[_Item] = []
 
 
 class Executor:
@@ -198,11 +81,11 @@ class Executor:
             Memory(self.ledger, f"vram {number}", count, schedule.slot_bytes)
             for number, count in enumerate(schedule.vram_slots)
         ]
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, Run] = {}
         self._threads = (readers, writers)
         self._computes = any(operation.kind is Kind.MERGE for operation in graph.operations)
         self._workspaces: dict[tuple[int, int], Any] = {}
-        self._pending_uploads: list[deque[tuple[Marker, _Item]]] = [deque() for _ in devices]
+        self._pending_uploads: list[deque[tuple[Marker, Item]]] = [deque() for _ in devices]
 
     # --- the main thread ---------------------------------------------------------------------------------------
 
@@ -217,24 +100,22 @@ class Executor:
         """
         start = time.perf_counter()
         self._arena = HostArena(self.schedule.ram_slots, self.schedule.slot_bytes)
+        self._host_tensor: Tensor | None = None
         self._notify = notify or (lambda progress: None)
         self._open_devices()
         readers, writers = self._threads
         self._read_lane: Lane[tuple[Resident, int, int, int]] = Lane("read", readers, self._read, self._fail)
-        self._write_lane: Lane[_Item] = Lane("write", writers, self._write, self._fail)
-        self._upload_lanes: dict[int, Lane[_Item]] = {}
-        self._compute_lanes: list[Lane[_Item]] = []
-        self._download_lanes: dict[int, Lane[_Item]] = {}
+        self._write_lane: Lane[Item] = Lane("write", writers, self._write, self._fail)
+        self._upload_lanes: dict[int, Lane[Item]] = {}
+        self._compute_lanes: list[Lane[Item]] = []
+        self._download_lanes: dict[int, Lane[Item]] = {}
         for number, device in enumerate(self.devices):
-            self._compute_lanes.append(
-                Lane("compute", device.threads, lambda thread, item: self._compute(thread, item), self._fail)
-            )
+            self._compute_lanes.append(Lane("compute", device.threads, self._compute, self._fail))
             if device.separate:
-                self._upload_lanes[number] = Lane(
-                    "upload", 1, self._upload, self._fail, lambda thread, number=number: self._settle_uploads(number, 0)
-                )
+                settle = functools.partial(self._settle_uploads, number, 0)
+                self._upload_lanes[number] = Lane("upload", 1, self._upload, self._fail, settle)
                 self._download_lanes[number] = Lane("download", 1, self._download, self._fail)
-        lanes = [self._read_lane, *self._upload_lanes.values(), *self._compute_lanes]
+        lanes: list[Lane[Any]] = [self._read_lane, *self._upload_lanes.values(), *self._compute_lanes]
         lanes += [*self._download_lanes.values(), self._write_lane]
         try:
             self._dispatch()
@@ -254,18 +135,17 @@ class Executor:
         return self.measured
 
     def _open_devices(self) -> None:
-        self._host_tensor: Tensor | None = None
         if not self._computes:
             return
         import torch
 
-        self._host_tensor = torch.frombuffer(self._arena.memory, dtype=torch.uint8)
+        host = self._host_tensor = torch.frombuffer(self._arena.memory, dtype=torch.uint8)
         for number, device in enumerate(self.devices):
             device.open(
                 self.schedule.vram_slots[number],
                 self.schedule.slot_bytes,
                 self.schedule.workspace[number],
-                self._host_tensor,
+                host,
             )
 
     def _account(self, lanes: Sequence[Lane[Any]], start: float, end: float) -> None:
@@ -312,7 +192,7 @@ class Executor:
                 for read, held in step.drop:
                     self._ram.keep_only(read, held.low, held.high)
                 if step.index == 0:
-                    self._runs[step.node] = _Run(chunks)
+                    self._runs[step.node] = Run(chunks)
                 if step.first:
                     self._runs[step.node].next_write = step.first
                     self._runs[step.node].unwritten -= step.first
@@ -322,16 +202,15 @@ class Executor:
                 continue
             for chunk in range(step.first, chunks):
                 order += 1
-                item = _Item(order, step, operation, chunk)
+                item = Item(order, step, operation, chunk)
                 if self._serial:
                     self._wait(lambda: self._in_flight == 0)
-                reads = self._take_slots(step, item)
-                for read in reads:
-                    self._read_lane.put(order, read)
+                for task in self._take_slots(step, item):
+                    self._read_lane.put(order, task)
 
     # --- slots -------------------------------------------------------------------------------------------------
 
-    def _take_slots(self, step: Step, item: _Item) -> list[tuple[Resident, int, int, int]]:
+    def _take_slots(self, step: Step, item: Item) -> list[tuple[Resident, int, int, int]]:
         """Reserve every slot that the item needs, waiting for them; what has to be read for it."""
         chunk_length = self.schedule.chunk_elements[item.node]
         separate = self.devices[item.device].separate and item.operation.kind is Kind.MERGE
@@ -382,27 +261,27 @@ class Executor:
                 self._loaded(item)
             return reads
 
-    def _span(self, item: _Item) -> tuple[int, int]:
+    def _span(self, item: Item) -> tuple[int, int]:
         """The first element of the item's chunk and how many it has (bytes, where nothing is computed)."""
         chunk = self.schedule.chunk_elements[item.node]
         start = item.chunk * chunk
         return start, min(chunk, length(self.graph, item.node) - start)
 
-    def _extent(self, item: _Item, key: tuple[int, int, int]) -> tuple[int, int, int]:
+    def _extent(self, item: Item, key: tuple[int, int, int]) -> tuple[int, int, int]:
         """Where a source's chunk lies: bytes from the tensor's start, its size, the tensor's offset in the file."""
         ref = self.graph.reads[key[0]]
         width = ref.dtype.bits // 8 if item.operation.kind is Kind.MERGE else 1
         start, size = self._span(item)
         return start * width, size * width, ref.offset
 
-    def _release_hosts(self, item: _Item) -> None:
+    def _release_hosts(self, item: Item) -> None:
         with self._changed:
             for resident in item.hosts:
                 self._ram.release(resident)
             item.hosts = []
             self._changed.notify_all()
 
-    def _release_device(self, item: _Item) -> None:
+    def _release_device(self, item: Item) -> None:
         with self._changed:
             for resident in item.residents:
                 self._vram[item.device].release(resident)
@@ -427,7 +306,7 @@ class Executor:
                 self._loaded(item)
         resident.waiting = []
 
-    def _loaded(self, item: _Item) -> None:
+    def _loaded(self, item: Item) -> None:
         """Every source chunk of the item is in its place."""
         if item.operation.kind is Kind.COPY:
             self._computed(item)
@@ -436,7 +315,7 @@ class Executor:
         else:
             self._computable(item)
 
-    def _computable(self, item: _Item) -> None:
+    def _computable(self, item: Item) -> None:
         run = self._runs[item.node]
         with self._changed:
             if run.index == item.index:
@@ -444,7 +323,7 @@ class Executor:
             else:
                 run.waiting.append(item)
 
-    def _upload(self, thread: int, item: _Item) -> None:
+    def _upload(self, thread: int, item: Item) -> None:
         device = self.devices[item.device]
         for host, on_device in item.uploads:
             device.upload(self._host_bytes(host.slot, host.nbytes), on_device.slot)
@@ -470,7 +349,7 @@ class Executor:
         start = slot * self.schedule.slot_bytes
         return self._host_tensor[start : start + nbytes]
 
-    def _compute(self, thread: int, item: _Item) -> None:
+    def _compute(self, thread: int, item: Item) -> None:
         if item.operation.kind is Kind.SAME:
             self._compare(item)
             return
@@ -535,7 +414,7 @@ class Executor:
             found = self._workspaces[(thread, device)] = Workspace(memory, torch.float32)
         return found
 
-    def _reduced(self, item: _Item, run: _Run, partial: Any) -> None:
+    def _reduced(self, item: Item, run: Run, partial: Any) -> None:
         """Merge a partial in the order of the chunks; with the last one, open the next pass."""
         kernel = item.operation.kernel
         assert kernel is not None
@@ -564,12 +443,12 @@ class Executor:
                     self._computable(other)
             self._changed.notify_all()
 
-    def _download(self, thread: int, item: _Item) -> None:
+    def _download(self, thread: int, item: Item) -> None:
         item.marker.wait()
         self._release_device(item)
         self._computed(item)
 
-    def _compare(self, item: _Item) -> None:
+    def _compare(self, item: Item) -> None:
         """Integer tensors are copied where all inputs agree."""
         views = [self._arena.view(resident.slot, resident.nbytes) for resident in item.residents]
         reads = list(dict.fromkeys(self.graph.node_sources[item.node]))
@@ -584,7 +463,7 @@ class Executor:
         self._release_hosts(item)
         self._computed(item)
 
-    def _computed(self, item: _Item) -> None:
+    def _computed(self, item: Item) -> None:
         """Hand finished chunks to the write lane in the order of the tensor, so that they can be digested there."""
         with self._changed:
             run = self._runs[item.node]
@@ -593,7 +472,7 @@ class Executor:
                 self._write_lane.put(following.order, following)
                 run.next_write += 1
 
-    def _write(self, thread: int, item: _Item) -> None:
+    def _write(self, thread: int, item: Item) -> None:
         slot = item.residents[0].slot if item.operation.kind is Kind.COPY else item.out
         data = self._arena.view(slot, item.out_nbytes)
         offset = self._span(item)[0] * output_width(self.graph, item.node)
@@ -627,7 +506,7 @@ class Executor:
     def _model(self, read: int) -> str:
         return self.graph.models[self.graph.read_models[read]]
 
-    def _refuse_nonfinite(self, item: _Item, inputs: Sequence[int]) -> None:
+    def _refuse_nonfinite(self, item: Item, inputs: Sequence[int]) -> None:
         if inputs:
             read = self.graph.node_sources[item.node][inputs[0]]
             raise CheckpointError(
@@ -635,7 +514,7 @@ class Executor:
                 "is damaged, or overflowed in training; `allow_nonfinite: true` in the recipe merges it all the same"
             )
 
-    def _note_overflow(self, item: _Item, count: int) -> None:
+    def _note_overflow(self, item: Item, count: int) -> None:
         with self._changed:
             name = self._output_name(item.node)
             self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + count

@@ -21,7 +21,7 @@ class Lane(Generic[T]):
         threads: how many.
         work: called as ``work(thread, task)``.
         failed: called with what `work` raised; the lane goes on with the next task.
-        idle: called as ``idle(thread)`` when a thread finds no task, for work that was put off.
+        idle: called when a thread finds no task, for work that was put off.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Lane(Generic[T]):
         threads: int,
         work: Callable[[int, T], None],
         failed: Callable[[BaseException], None],
-        idle: Callable[[int], None] | None = None,
+        idle: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.worked = [0.0] * threads
@@ -57,12 +57,12 @@ class Lane(Generic[T]):
             heapq.heappush(self._queue, (order, self._sequence, task))
             self._changed.notify()
 
-    def _take(self, thread: int) -> T | None:
+    def _take(self) -> T | None:
         with self._changed:
             if not self._queue and self._idle is not None and not self._closed:
                 self._changed.release()
                 try:
-                    self._idle(thread)
+                    self._idle()
                 finally:
                     self._changed.acquire()
             while not self._queue:
@@ -74,7 +74,7 @@ class Lane(Generic[T]):
     def _run(self, thread: int) -> None:
         while True:
             try:
-                task = self._take(thread)
+                task = self._take()
                 if task is None:
                     return
                 start = time.perf_counter()

@@ -9,7 +9,7 @@ of the nodes is the best of a few that are simulated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from ..io.sizes import format_size
@@ -297,3 +297,9 @@ def _assign_devices(graph: MergeGraph, count: int) -> list[int]:
         load[home] += graph.nbytes(node) + sum(graph.reads[read].nbytes for read in graph.node_sources[node])
         devices.append(home)
     return devices
+
+
+def shrink(budget: Budget, device: str, vram: int) -> Budget:
+    """The budget with less memory on one device."""
+    devices = tuple(replace(each, vram=vram) if each.name == device else each for each in budget.devices)
+    return replace(budget, devices=devices)

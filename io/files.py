@@ -184,7 +184,7 @@ def _kind(name: str) -> FileKind | None:
 
 def _module_directories(directory: Path) -> list[str]:
     """The directories of sentence-transformers' modules, such as ``1_Pooling``; none that lies elsewhere."""
-    modules = _read_json(directory / "modules.json")
+    modules = read_json(directory / "modules.json")
     paths = [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
     return sorted({path for path in paths if isinstance(path, str) and re.fullmatch(r"\w[\w-]*", path)})
 
@@ -194,7 +194,7 @@ def _code(directory: Path, found: Collection[str]) -> dict[FileKind, set[str]]:
     tokenizer: set[str] = set()
     other: set[str] = set()
     for file in _CODE_NAMED_IN:
-        content = _read_json(directory / file)
+        content = read_json(directory / file)
         auto_map = content.get("auto_map") if isinstance(content, dict) else None
         named = tokenizer if file == "tokenizer_config.json" else other
         for value in auto_map.values() if isinstance(auto_map, dict) else ():
@@ -202,7 +202,7 @@ def _code(directory: Path, found: Collection[str]) -> dict[FileKind, set[str]]:
                 # "owner/repository--module.Class" is in another repository, where it stays
                 if isinstance(reference, str) and (match := re.fullmatch(r"(\w+)\.\w+", reference)):
                     named.add(f"{match[1]}.py")
-    modules = _read_json(directory / "modules.json") if "modules.json" in found else None
+    modules = read_json(directory / "modules.json") if "modules.json" in found else None
     for module in modules if isinstance(modules, list) else ():
         kind = module.get("type") if isinstance(module, dict) else None
         if isinstance(kind, str) and (match := re.fullmatch(r"(\w+)\.\w+", kind)):
@@ -221,23 +221,23 @@ def _with_imports(directory: Path, names: Iterable[str]) -> set[str]:
         if name in seen or not file.is_file():
             continue
         seen.add(name)
-        text = _read(file).decode("utf-8", errors="replace")
+        text = read_small(file).decode("utf-8", errors="replace")
         waiting += [f"{first or second}.py" for first, second in _RELATIVE_IMPORT.findall(text)]
     return seen
 
 
-def _read_json(file: Path) -> Any:
-    """The content of a JSON file; None where it isn't there."""
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; None where it isn't there. Raises CheckpointError where it can't be read."""
     if not file.is_file():
         return None
     try:
-        return json.loads(_read(file))
+        return json.loads(read_small(file))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is not valid JSON ({error}); download it again") from error
 
 
-def _read(file: Path) -> bytes:
-    """A small file's bytes."""
+def read_small(file: Path) -> bytes:
+    """A small file's bytes. Raises CheckpointError where it can't be read, or is too large to be one."""
     try:
         if file.stat().st_size > _LARGEST_TEXT:
             raise CheckpointError(

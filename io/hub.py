@@ -30,8 +30,8 @@ from .checkpoint import (
 from .files import LARGEST_COMPANION, _kind
 from .header import Header, data_start, parse_header, quoted, read_header
 from .hub_download import download
-from .hub_files import HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
-from .hub_http import OFFLINE, Place, in_parallel, read_file
+from .hub_files import NOT_HERE, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
+from .hub_http import Place, in_parallel, read_file
 from .tensors import TensorRef
 
 MAX_HEADERS_BYTES = 256_000_000
@@ -82,7 +82,7 @@ def open_hub_model(repo: str, revision: str | None = None) -> Checkpoint:
     if repository is None:
         snapshot = cached_snapshot(repo, revision)
         if snapshot is None:
-            raise CheckpointError(f"{Place(repo, revision or 'main')}: {OFFLINE}")
+            raise CheckpointError(f"{Place(repo, revision or 'main')}: {NOT_HERE}")
         return open_checkpoint(snapshot)
     with _named(repository):
         return _open(repository)

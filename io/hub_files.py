@@ -26,6 +26,9 @@ from .hub_http import OFFLINE, Place, describe_gated, endpoint, is_commit, is_lo
 MAX_LISTING_BYTES = 64_000_000
 """The largest list of a repository's files that is read, in bytes: some 200,000 files."""
 
+NOT_HERE = f"there is no such directory here, and as a model of the Hub it {OFFLINE}"
+"""What is said of a model that isn't here while requests are forbidden."""
+
 _LISTING_VERSION = 1
 _MAX_FILE = 1 << 50  # bytes: no file of the Hub is near it
 
@@ -150,7 +153,7 @@ def find_repository(repo: str, revision: str | None) -> Repository | None:
     if commit is None and is_offline():
         commit = _read_ref(folder, revision)
         if commit is None:
-            raise CheckpointError(f"{place}: {OFFLINE}")
+            raise CheckpointError(f"{place}: {NOT_HERE}")
     if commit is not None:
         entries = _read_listing(folder, commit)
         if entries is not None:

@@ -156,9 +156,10 @@ class _Patience:
         """Wait before the next try. Raises EnvironmentFailure where there is none."""
         if self._tries == RETRIES or error.seconds > LONGEST_WAIT:
             again = f"in {error.seconds:.0f} seconds" if error.seconds else "later"
+            where = "" if self._place.file else "there is no such directory here, and "  # it may have been a path
             raise EnvironmentFailure(
-                f"{self._place}: {endpoint()}: {error}: run the same command again {again}; "
-                "it goes on with what has come so far"
+                f"{self._place}: {where}{endpoint()} doesn't give it: {error}: run the same command again {again}; it "
+                "goes on with what has come so far"
             )
         if self._stop.wait(max(error.seconds, FIRST_WAIT * 2**self._tries)):
             raise Interrupted("stopped: the same command goes on")

@@ -12,7 +12,7 @@ from .planning import Options, Plan, RecipeLike
 from .planning import plan as make_plan
 
 if TYPE_CHECKING:
-    from .engine.execute import Progress
+    from .engine.work import Progress
     from .merging import Result
 
 Size = int | str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .engine.graph import Kind
 from .errors import MergeloomError
 from .estimate import MEASURED, Rate, Rates
+from .machine import usable_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,18 +34,21 @@ def with_computing(rates: Rates, plan: Plan, given: Mapping[str, float]) -> tupl
     gpus = [device for device in devices if device.vram is not None]
     notes: list[str] = []
     if gpus:
+        missing = [name for name in ("h2d", "d2h", "compute") if name not in given]
+        if not missing:
+            return rates, []
         if plan.options.machine is not None or not _has_cuda():
-            return rates, ["the GPU's rates are assumed: give them with --rates"]
+            return rates, [f"the GPU is not here to be measured: {', '.join(missing)} can be given with --rates"]
         if not {"h2d", "d2h"} <= given.keys():
             up, down = measure_copies(gpus[0].name)
             rates = replace(rates, h2d=Rate(up, MEASURED), d2h=Rate(down, MEASURED))
     if "compute" in given:
         return rates, notes
-    threads = 1 if gpus else max(1, min(devices[0].threads, len(os.sched_getaffinity(0))))
+    threads = 1 if gpus else min(devices[0].threads, usable_cores())
     seconds = nbytes = 0.0
     for group in node_groups(plan)[:_GROUPS]:
         try:
-            per_second = measure_node(plan, group.node, "cuda" if gpus else "cpu", threads)
+            per_second = measure_node(plan, group.node, gpus[0].name if gpus else "cpu", threads)
         except (MergeloomError, OSError):
             continue
         if per_second:

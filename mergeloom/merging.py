@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .engine.device import make_devices
-from .engine.execute import NOTIFY_SECONDS, Executor, Measured, Progress, Sink
+from .engine.execute import NOTIFY_SECONDS
+from .engine.run import run_graph
 from .engine.schedule import Schedule, make_schedule
 from .engine.transfer import Mover, Transfer, plan_transfers
+from .engine.work import Measured, Progress, Sink
 from .errors import CheckpointError, Interrupted, UsageError
 from .io.commit import GROUP_BYTES
 from .io.digests import BLOCK_BYTES, tensor_digest
@@ -198,9 +200,10 @@ class _Merge:
             done |= {node: graph.nbytes(node) for node in copied}
             moving -= done.keys()
             transfers = plan_transfers(graph, self.plan.layout, moving)
-            schedule = make_schedule(graph, schedule.budget, done=done | {node: graph.nbytes(node) for node in moving})
-            destinations = graph.destinations()
-            durable = sum(nbytes * len(destinations[node]) for node, nbytes in done.items())
+        durable = sum(done.get(output.node, 0) for output in graph.outputs)
+        done |= {node: graph.nbytes(node) for node in moving}
+        if found is not None:
+            schedule = make_schedule(graph, schedule.budget, done=done)
             total = sum(graph.nbytes(output.node) for output in graph.outputs)
             self.say(
                 f"going on with an unfinished merge: {format_size(durable)} of {format_size(total)} are done, "
@@ -212,7 +215,7 @@ class _Merge:
         shards.begin_copies(transfers, threads)
         mover = Mover(transfers, threads, lambda n, each: shards.copy(n, each, self.plan.shares), broken.append)
         try:
-            measured = _perform(self.plan, schedule, shards, self.notify, broken)
+            measured = _perform(self.plan, schedule, shards, self.notify, broken, done)
             while not mover.wait(NOTIFY_SECONDS) and not broken:
                 if self.notify is not None:
                     self.notify(Progress(measured.bytes_read, measured.bytes_written + shards.moved.copied))
@@ -284,6 +287,7 @@ def _perform(
     sink: Sink,
     notify: Callable[[Progress], None] | None,
     broken: Sequence[BaseException] = (),
+    done: Mapping[int, int] | None = None,
 ) -> Measured:
     """Run the engine; what else breaks beside it, `broken` will hold."""
 
@@ -295,14 +299,15 @@ def _perform(
 
     reader = Reader()
     try:
-        executor = Executor(
+        return run_graph(
             planned.built.graph,
             schedule,
-            make_devices(schedule.budget.devices),
+            make_devices,
             reader,
             sink,
+            done=done,
             allow_nonfinite=planned.stage.allow_nonfinite,
+            notify=watch,
         )
-        return executor.run(watch)
     finally:
         reader.close()

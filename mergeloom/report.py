@@ -13,7 +13,7 @@ from .engine.graph import Kind
 from .wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
 
 if TYPE_CHECKING:
-    from .engine.execute import LaneTime, Measured
+    from .engine.work import LaneTime, Measured
     from .merging import Result
     from .planning import Plan
 

@@ -148,7 +148,7 @@ def _compare(
     models: Sequence[Path],
     notify: Callable[[int], None] | None,
 ) -> tuple[str, bool]:
-    """Compare a tensor that was copied without being read with its source: what is wrong, and whether it was vouched for."""
+    """Compare a tensor that was copied unread with its source: what is wrong, and whether anything vouches for it."""
     model = models[int(origin["model"])]
     source = model / str(origin["file"]) if model.is_dir() else model
     if not source.exists():

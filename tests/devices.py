@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from mergeloom.engine.device import Done, Marker
+from mergeloom.engine.device import Done, Marker, OutOfDeviceMemory
 
 
 class FailureOnPurpose(RuntimeError):
@@ -42,7 +42,7 @@ class CountingDevice:
         """Take the arena and the workspaces, within the budget."""
         self.held = slots * slot_bytes + self.threads * workspace
         if self.held > self.budget:
-            raise MemoryError(f"{self.held} bytes on a device of {self.budget}")
+            raise OutOfDeviceMemory(self.name, self.held, self.budget)
         self.slot_bytes = slot_bytes
         self.arena = torch.full((slots * slot_bytes,), 0xFF, dtype=torch.uint8)  # NaNs show what was never uploaded
         self.workspaces = [torch.empty(workspace, dtype=torch.uint8) for _ in range(self.threads)]

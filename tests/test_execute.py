@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.device import CpuDevice, Device
-from mergeloom.engine.execute import Executor, Measured
+from mergeloom.engine.device import CpuDevice, Device, OutOfDeviceMemory
+from mergeloom.engine.execute import Executor
+from mergeloom.engine.run import run_graph
 from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.work import Measured
 from tests.devices import CountingDevice, FailureOnPurpose, Rate
 from tests.graphs import World
 from tests.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
@@ -160,3 +163,24 @@ def test_a_begun_node_is_gone_on_with_where_it_was(kind: str) -> None:
     assert measured.bytes_written == schedule.bytes_written == 4 * SLOT + SLOT
     passes = {"sum": 0, "copy": 0, "above": 2}[kind]
     assert measured.bytes_read == schedule.bytes_read == 4 * SLOT + passes * 6 * SLOT + SLOT
+
+
+def test_a_neighbour_on_the_device_is_met_by_a_smaller_schedule() -> None:
+    world = World()
+    world.node("above", [world.source(40 * ELEMENTS)])
+    budgets = (DeviceBudget("test", 64 << 20, 1),)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets))
+    free = schedule.minimum_vram * 2
+    assert free < schedule.peak_vram
+    made: list[CountingDevice] = []
+
+    def make_devices(wanted: Sequence[DeviceBudget]) -> list[Device]:
+        made.append(CountingDevice("test", free))
+        return [made[-1]]
+
+    run_graph(world.graph, schedule, make_devices, world, world)
+    world.check()
+    assert [device.held <= free for device in made] == [False, True]
+
+    with pytest.raises(OutOfDeviceMemory, match="another process holds the rest"):
+        run_graph(world.graph, schedule, lambda wanted: [CountingDevice("test", 1000)], world, world)

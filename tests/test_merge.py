@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergeloom import merging
-from mergeloom.engine.execute import Progress
+from mergeloom.engine.work import Progress
 from mergeloom.engine.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io import output
@@ -72,7 +72,10 @@ def test_all_layers_passed_through_are_the_encoder(encoder: Path, tmp_path: Path
     assert same_tensors(read_model(tmp_path / "out"), read_model(encoder))
     expected, found = (embeddings(path, loaded(path)) for path in (encoder, tmp_path / "out"))
     assert same_bits(found, expected)
-    assert result.measured.bytes_read == result.plan.schedule.bytes_read == result.measured.bytes_written
+    said = result.to_dict()
+    for key in ("bytes_read", "bytes_written", "bytes_shared"):
+        assert said["measured"][key] == said[key]
+    assert said["bytes_written"] + said["bytes_shared"] == said["inputs"]["bytes"]
 
 
 def test_stacked_layers_are_a_model_stacked_by_hand(encoder: Path, tmp_path: Path) -> None:

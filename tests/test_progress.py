@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mergeloom.engine.execute import Progress
+from mergeloom.engine.work import Progress
 from mergeloom.progress import WINDOW_SECONDS, Display, Meter, State, drawing
 
 GB = 10**9

@@ -1,0 +1,52 @@
+"""Runs a graph to its end: schedules it, and again for less memory where a GPU's neighbour has taken some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from .device import Device, OutOfDeviceMemory
+from .execute import Executor
+from .graph import MergeGraph
+from .schedule import DeviceBudget, Schedule, make_schedule, shrink
+from .work import Measured, Progress, Sink, Source
+
+SPARE = 0.9
+"""The share of a GPU's free memory that is tried where there is less than was planned."""
+
+
+def run_graph(
+    graph: MergeGraph,
+    schedule: Schedule,
+    make_devices: Callable[[Sequence[DeviceBudget]], list[Device]],
+    source: Source,
+    sink: Sink,
+    *,
+    done: Mapping[int, int] | None = None,
+    allow_nonfinite: bool = False,
+    notify: Callable[[Progress], None] | None = None,
+) -> Measured:
+    """Perform a schedule.
+
+    Args:
+        graph: what is made.
+        schedule: how.
+        make_devices: the devices of a budget.
+        source: where tensor bytes come from.
+        sink: where they go.
+        done: nodes that need not be made, as the schedule was made with.
+        allow_nonfinite: whether a NaN or an infinity in an input is let through.
+        notify: called now and then with how far it is.
+
+    Raises:
+        MergeloomError: what went wrong in any lane.
+    """
+    while True:
+        devices = make_devices(schedule.budget.devices)
+        executor = Executor(graph, schedule, devices, source, sink, allow_nonfinite=allow_nonfinite)
+        try:
+            return executor.run(notify)
+        except OutOfDeviceMemory as error:
+            vram = int(error.free * SPARE)
+            if vram < schedule.minimum_vram:
+                raise
+            schedule = make_schedule(graph, shrink(schedule.budget, error.name, vram), done=done)

@@ -1,0 +1,130 @@
+"""What flows through the executor: pieces of work, how far they are, and what was measured."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from .device import Done, Marker
+from .graph import Operation
+from .residency import Resident
+from .simulate import Step
+
+
+class Source(Protocol):
+    """Where tensor bytes come from; called from several threads."""
+
+    def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `file` from `offset` on."""
+
+
+class Sink(Protocol):
+    """Where output bytes go; called from several threads."""
+
+    def write(self, node: int, offset: int, data: memoryview) -> None:
+        """Put `data` at byte `offset` of every output tensor of a node.
+
+        The calls for one node begin in the order of the offsets, and may overlap.
+        """
+
+    def finished(self, node: int) -> None:
+        """Every byte of a node has been written."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is; its fields only grow."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    nodes_done: int = 0
+
+
+@dataclass(slots=True)
+class LaneTime:
+    """What a lane did, in seconds over all its threads."""
+
+    threads: int
+    worked: float
+    waited: float
+
+
+@dataclass(slots=True)
+class Measured:
+    """What a run did.
+
+    Args:
+        bytes_read: tensor bytes read.
+        bytes_written: tensor bytes written.
+        bytes_shared: tensor bytes whose disk blocks are the sources' own.
+        seconds: from the first step to the last.
+        ram_peak: the most bytes of slots held in RAM.
+        vram_peak: the most bytes held on a device.
+        lanes: what each lane did.
+        overflowed: for each output tensor with new infinities or NaNs, how many.
+    """
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_shared: int = 0
+    seconds: float = 0.0
+    ram_peak: int = 0
+    vram_peak: int = 0
+    lanes: dict[str, LaneTime] = field(default_factory=dict)
+    overflowed: dict[str, int] = field(default_factory=dict)
+
+
+class Item:
+    """One chunk of one step, with its slots."""
+
+    __slots__ = (
+        "chunk", "device", "hosts", "index", "last", "marker", "missing", "node", "operation", "order", "out",
+        "out_device", "out_nbytes", "residents", "uploads",
+    )  # fmt: skip
+
+    def __init__(self, order: int, step: Step, operation: Operation, chunk: int) -> None:
+        self.order = order
+        self.node = step.node
+        self.index = step.index
+        self.device = step.device
+        self.operation = operation
+        self.last = step.index == operation.passes - 1
+        self.chunk = chunk
+        self.missing = 0  # chunks that are still being read or uploaded
+        self.residents: list[Resident] = []  # where the computation finds each distinct source
+        self.hosts: list[Resident] = []  # slots in RAM to give back when they were used
+        self.uploads: list[tuple[Resident, Resident]] = []
+        self.out = -1
+        self.out_device = -1
+        self.out_nbytes = 0
+        self.marker: Marker = Done()
+
+    def await_(self, resident: Resident) -> None:
+        """Count `resident` as missing until it is ready."""
+        if not resident.ready:
+            resident.waiting.append(self)
+            self.missing += 1
+
+
+class Run:
+    """A node that is being made."""
+
+    __slots__ = (
+        "chunks", "computed", "index", "lock", "merged", "next", "next_write", "partials", "state", "unwritten",
+        "waiting",
+    )  # fmt: skip
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks = chunks
+        self.next_write = 0
+        self.computed: dict[int, Item] = {}
+        self.unwritten = chunks
+        self.index = 0
+        self.state: Any = None
+        self.lock = threading.Lock()
+        self.partials: dict[int, Any] = {}
+        self.next = 0
+        self.merged: Any = None
+        self.waiting: list[Item] = []

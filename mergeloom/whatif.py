@@ -1,0 +1,157 @@
+"""What a merge would do within other budgets: a few sizes of RAM and VRAM, each with its own schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .display import Grid, Section
+from .engine.schedule import Budget, Schedule, make_schedule
+from .errors import BudgetError
+from .estimate import Estimate, Rates, estimate
+from .io.sizes import format_size, parse_size
+from .wording import data_size, duration, memory_size
+
+if TYPE_CHECKING:
+    from .planning import Plan
+
+_MOST = 8
+"""How many budgets of a kind are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A plan within another budget.
+
+    Args:
+        ram: the budget, in bytes.
+        vram: of each GPU, in bytes; 0 without one.
+        bytes_read: from files, re-reads included.
+        bytes_reread: the part of them that had been read before.
+        bytes_uploaded: to the GPUs.
+        peak_ram: what is then held, in bytes.
+        peak_vram: the same of VRAM.
+        time: how long it takes; None where no rates are known.
+        planned: whether it is the plan's own budget.
+    """
+
+    ram: int
+    vram: int
+    bytes_read: int
+    bytes_reread: int
+    bytes_uploaded: int
+    peak_ram: int
+    peak_vram: int
+    time: Estimate | None
+    planned: bool = False
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """What more memory could save: bytes read, and bytes copied to GPUs."""
+        return self.bytes_read, self.bytes_uploaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``plan --json`` prints it. Sizes are in bytes."""
+        return {
+            "max_ram": self.ram,
+            "max_vram": self.vram,
+            "bytes_read": self.bytes_read,
+            "bytes_reread": self.bytes_reread,
+            "bytes_uploaded": self.bytes_uploaded,
+            "peak_ram": self.peak_ram,
+            "peak_vram": self.peak_vram,
+            "seconds": None if self.time is None else self.time.seconds,
+            "planned": self.planned,
+        }
+
+
+def alternatives(plan: Plan, rates: Rates | None = None) -> list[Alternative]:
+    """The plan's own budget among others: from the least RAM that works up to where more saves nothing, and so of VRAM.
+
+    Args:
+        plan: whose graph is scheduled anew.
+        rates: for the time; None for none.
+    """
+    budget = plan.schedule.budget
+    found = {(budget.ram, _vram(budget)): _alternative(plan, plan.schedule, rates, planned=True)}
+    for ram in _sizes(plan.schedule.minimum_ram):
+        tried = _try(plan, replace(budget, ram=ram), rates)
+        if tried is not None:
+            found.setdefault((tried.ram, tried.vram), tried)
+            if not tried.bytes_reread:
+                break
+    if _vram(budget):
+        before: Alternative | None = None
+        graph = plan.built.graph
+        least = sum(graph.reads[read].nbytes for read in {r for n in graph for r in graph.node_sources[n]})
+        for vram in _sizes(plan.schedule.minimum_vram):
+            devices = tuple(replace(d, vram=None if d.vram is None else vram) for d in budget.devices)
+            tried = _try(plan, replace(budget, devices=devices), rates)
+            if tried is not None:
+                found.setdefault((tried.ram, tried.vram), tried)
+                if tried.bytes_uploaded <= least or (before is not None and before.cost == tried.cost):
+                    break
+                before = tried
+    own = found[budget.ram, _vram(budget)]
+    varied = [one for one in found.values() if one.vram == own.vram]
+    others = [one for one in found.values() if one.vram != own.vram]
+    return sorted(varied, key=lambda one: one.ram) + sorted(others, key=lambda one: one.vram)
+
+
+def _vram(budget: Budget) -> int:
+    return max((device.vram or 0 for device in budget.devices), default=0)
+
+
+def _sizes(least: int) -> Iterator[int]:
+    """The smallest budget that works, as it is printed, and then the powers of two."""
+    smallest = parse_size(format_size(least, up=True))
+    yield smallest
+    power = max(28, math.floor(math.log2(smallest)) + 1)
+    for number in range(power, power + _MOST):
+        yield 1 << number
+
+
+def _try(plan: Plan, budget: Budget, rates: Rates | None) -> Alternative | None:
+    try:
+        return _alternative(plan, make_schedule(plan.built.graph, budget), rates)
+    except BudgetError:
+        return None
+
+
+def _alternative(plan: Plan, schedule: Schedule, rates: Rates | None, *, planned: bool = False) -> Alternative:
+    time = estimate(replace(plan, schedule=schedule), rates) if rates is not None else None
+    budget = schedule.budget
+    return Alternative(
+        budget.ram,
+        _vram(budget),
+        schedule.bytes_read,
+        schedule.bytes_reread,
+        schedule.uploaded,
+        schedule.peak_ram,
+        schedule.peak_vram,
+        time,
+        planned,
+    )
+
+
+def alternatives_section(found: list[Alternative]) -> Section:
+    """What people read of it."""
+    gpu = any(one.vram for one in found)
+    timed = any(one.time is not None for one in found)
+    header = ["RAM", *(["VRAM"] if gpu else []), "read", "read again", *(["to the GPU"] if gpu else [])]
+    header += [*(["about"] if timed else []), ""]
+    rows = []
+    for one in found:
+        row = [memory_size(one.ram, up=not one.planned), *([memory_size(one.vram, up=not one.planned)] if gpu else [])]
+        row += [data_size(one.bytes_read), data_size(one.bytes_reread) if one.bytes_reread else "nothing"]
+        row += [data_size(one.bytes_uploaded)] if gpu else []
+        row += [duration(one.time.seconds) if one.time is not None else ""] if timed else []
+        rows.append((*row, "this plan" if one.planned else ""))
+    grid = Grid(tuple(header), tuple(rows), frozenset(header[:-1]))
+    best = [one for one in found if not one.bytes_reread]
+    lines = []
+    if best and min(one.ram for one in best) < max(one.ram for one in found):
+        lines.append(f"More RAM than {memory_size(min(one.ram for one in best), up=True)} saves no reading.")
+    return Section("With other budgets", grid=grid, lines=lines)
