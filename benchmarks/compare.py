@@ -417,10 +417,16 @@ def main() -> None:
             quiet=arguments.quiet,
             mergekit_flags=tuple(arguments.mergekit_flags.split()),
         )
+        failures = 0
         for method in arguments.methods:
             for _ in range(arguments.runs):
                 for side in arguments.sides:
-                    result = bench.measure(side, method)
+                    try:
+                        result = bench.measure(side, method)
+                    except ProcessError as failure:  # the other sides' figures are worth having
+                        print(f"{method}: {failure}", file=sys.stderr)
+                        failures += 1
+                        continue
                     runs.append(result)
                     target.write_text(json.dumps(results, indent=1) + "\n")
                     rss = result["peak_rss"] / 2**30
@@ -429,6 +435,7 @@ def main() -> None:
                         flush=True,
                     )
     put_between_markers(arguments.document, f"compare {name}", table(results))
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ class HostArena:
 
     def __init__(self, count: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
-        self._map = mmap.mmap(-1, max(count * slot_bytes, mmap.PAGESIZE))
+        # private: huge pages are for private memory, and a merge that forks nothing needs no other
+        self._map = mmap.mmap(-1, max(count * slot_bytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.memory = memoryview(self._map)

@@ -12,9 +12,9 @@ from ..methods.contract import Method
 from .accounting import Account, Unused
 from .graph import MergeGraph
 from .inputs import Model, OpenModel, Part, open_models
-from .layers import Stack, is_buffer, is_head, tied_embedding
+from .layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
 from .parameters import layer_position
-from .recipe import Module, Recipe, Stage, modules_of
+from .recipe import Module, Recipe, Slice, Source, Stage, modules_of
 from .tensor_rules import TensorRules, shape_mismatch
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
@@ -97,6 +97,7 @@ class _Builder:
         sources = dict.fromkeys(
             source.model for module in self.modules for part in module.slices or () for source in part.sources
         )
+        sources |= dict.fromkeys(model for _, model in stage.outside.items())
         base = stage.base_model
         references = dict.fromkeys((*sources, *(() if base is None else (base,))))
         self.models = open_models(references, open_model)
@@ -108,6 +109,11 @@ class _Builder:
             [Part(recipe, stage, module, part, method, by_reference) for part in module.slices or ()]
             for module in self.modules
         ]
+        self.outside = {
+            name: Part(recipe, stage, self.modules[0], Slice((Source(model, None),), place=place), method, by_reference)
+            for name, model in stage.outside.items()
+            for place in ((*stage.place, "outside", name),)
+        }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.account = Account()
         self.rules = TensorRules(recipe, stage, methods, self.graph, self.account, seed)
@@ -118,6 +124,7 @@ class _Builder:
     def build(self) -> BuiltGraph:
         for module, parts in zip(self.modules, self.parts, strict=True):
             self._build_module(module, parts)
+        self._check_chosen_head()
         if not self.graph.outputs:
             raise CheckpointError("the recipe makes no tensor at all: the models have none in common with it")
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
@@ -215,13 +222,22 @@ class _Builder:
     def _outside_names(self, first: Part, last: Part) -> Iterator[str]:
         """Tensors outside the layers, the donor's first, each once."""
         seen: set[str] = set()
-        for model in (self.donor, *first.models, *last.models):
+        others = [model for part in self.outside.values() for model in part.models]
+        for model in (self.donor, *first.models, *last.models, *others):
             for name in model.outside:
                 if name not in seen:
                     seen.add(name)
                     yield name
 
+    def _named_part(self, name: str) -> str:
+        """What `outside:` calls the part of the model that a tensor outside the layers belongs to."""
+        if is_head(name):
+            return "head"
+        return "norm" if self.donor.layers.is_after(name) else "embeddings"
+
     def _add_outside(self, part: Part, name: str) -> None:
+        chosen = self.outside.get(self._named_part(name))
+        part = chosen or part
         names = [name if name in model.checkpoint.tensors else None for model in part.models]
         if is_head(name):
             names = [
@@ -239,7 +255,25 @@ class _Builder:
             shape = model.checkpoint.tensors[found].shape
             if shape != own.shape and not is_buffer(name, shape):
                 raise CheckpointError(shape_mismatch(name, self.donor, own.shape, model, shape))
-        self.rules.add(part, name, names, 0.0, self._group)
+        self.rules.add(part, name, names, 0.0, self._group, as_it_is=chosen is not None)
+
+    def _check_chosen_head(self) -> None:
+        """Without any head, the chosen model's head is its embedding, which must then be the output's."""
+        chosen = self.stage.outside.head
+        if chosen is None or any(is_head(output.name) for output in self.graph.outputs):
+            return
+        embeddings = {
+            self.models[self.graph.read_models[read]].reference
+            for output in self.graph.outputs
+            if is_embedding(output.name)
+            for read in self.graph.node_sources[output.node]
+        }
+        if embeddings != {chosen}:
+            raise self.recipe.error(
+                (*self.stage.place, "outside", "head"),
+                f"none of the models has a head of its own: {chosen.text}'s is its embedding, so that it can only "
+                "come along with that: choose it for `embeddings`, too",
+            )
 
     # --- layers ------------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ def merged_config(
     sections = [config]
     for name in main:
         sections.append(sections[-1][name])
-    before = donor_layers or _stated(sections[-1], key)
+    before = donor_layers or stated_layers(sections[-1], key)
     if list(source_layers) != list(range(before or 0)):
         before = before or max(source_layers) + 1
         work = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings)
@@ -132,7 +132,7 @@ def merged_config(
             warnings.append(f"layers beyond the donor's {before} are described in config.json as its last one")
         # Qwen2-VL's config.json states its language model's layers at the top and in text_config.
         for section in sections[:-1]:
-            if _stated(section, None) == before and any(name in section for name in COUNT_KEYS):
+            if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
                 work.follow(section, None)
         work.follow(sections[-1], key)
         if "quantization_config" in config:
@@ -144,7 +144,7 @@ def merged_config(
     return MergedConfig(config, tuple(dict.fromkeys(warnings)))
 
 
-def _stated(section: Mapping[str, Any], key: str | None) -> int | None:
+def stated_layers(section: Mapping[str, Any], key: str | None) -> int | None:
     """The number of layers in a config: under `key`, else under the first known key, else a list's length."""
     for name in (key,) if key else COUNT_KEYS:
         if isinstance(section.get(name), int):

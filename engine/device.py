@@ -37,8 +37,8 @@ class OutOfDeviceMemory(EnvironmentFailure):
         self.name = name
         self.free = free
         super().__init__(
-            f"{name}: {format_size(wanted, up=True)} are needed and {format_size(free)} are free: another process holds "
-            "the rest; end it, or give a smaller --max-vram"
+            f"{name}: {format_size(wanted, up=True)} are needed and {format_size(free)} are free: another process "
+            "holds the rest; end it, or give a smaller --max-vram"
         )
 
 

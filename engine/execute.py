@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
@@ -156,10 +157,13 @@ class Executor:
         measured.ram_peak = self.ledger.peak("ram")
         measured.vram_peak = max((device.peak() for device in self.devices), default=0)
         for lane in lanes:
-            time_ = measured.lanes.setdefault(lane.name, LaneTime(0, 0.0, 0.0))
-            time_.threads += len(lane.worked)
-            time_.worked += lane.seconds_worked
-            time_.waited += lane.seconds_waited(end)
+            before = measured.lanes.get(lane.name, LaneTime(0, 0.0, 0.0))
+            measured.lanes[lane.name] = LaneTime(
+                before.threads + len(lane.worked),
+                before.worked + lane.seconds_worked,
+                before.waited + lane.seconds_waited(end),
+                tuple(a + b for a, b in zip_longest(before.levels, lane.levels, fillvalue=0.0)),
+            )
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

@@ -42,7 +42,10 @@ class Lane(Generic[T]):
         self._changed = threading.Condition()
         self._closed = False
         self._sequence = 0
-        self._started = time.perf_counter()
+        self._started = self._since = time.perf_counter()
+        self._busy = 0
+        self.levels = [0.0] * (threads + 1)
+        """Seconds with so many of the threads at work, up to the last change."""
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
             for number in range(threads)
@@ -77,12 +80,23 @@ class Lane(Generic[T]):
                 task = self._take()
                 if task is None:
                     return
-                start = time.perf_counter()
-                self._work(thread, task)
-                self.worked[thread] += time.perf_counter() - start
+                start = self._count(1)
+                try:
+                    self._work(thread, task)
+                finally:
+                    self.worked[thread] += self._count(-1) - start
                 self.tasks += 1
             except BaseException as error:  # noqa: BLE001  whatever it is, the main thread raises it
                 self._failed(error)
+
+    def _count(self, change: int) -> float:
+        """One thread more or less is at work; the time now."""
+        with self._changed:
+            now = time.perf_counter()
+            self.levels[self._busy] += now - self._since
+            self._since = now
+            self._busy += change
+            return now
 
     @property
     def seconds_worked(self) -> float:

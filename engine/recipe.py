@@ -24,6 +24,7 @@ __all__ = [
     "Gradient",
     "ModelReference",
     "Module",
+    "Outside",
     "Recipe",
     "Scalar",
     "Setting",
@@ -133,6 +134,26 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Outside:
+    """Models from which tensors outside the layers come as they are; None for what the slices say.
+
+    Args:
+        embeddings: of what stands before the layers.
+        norm: of what stands after them and is no head.
+        head: of the language model's head.
+    """
+
+    embeddings: ModelReference | None = None
+    norm: ModelReference | None = None
+    head: ModelReference | None = None
+
+    def items(self) -> tuple[tuple[str, ModelReference], ...]:
+        """The parts that it names, each with its model."""
+        pairs = (("embeddings", self.embeddings), ("norm", self.norm), ("head", self.head))
+        return tuple((part, model) for part, model in pairs if model is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """The output's chat template: ``auto`` (the commonest among the models), a built-in name, or a Jinja text."""
 
@@ -157,6 +178,7 @@ class Stage:
         tokenizer: whose tokenizer the output gets, or None where the recipe doesn't say.
         chat_template: or None.
         files_from: the model that config, tokenizer and generation files come from, or None for the usual one.
+        outside: where the tensors outside the layers come from, if not from the slices.
         allow_nonfinite: whether NaN and infinities may stand in the output.
         save: whether an intermediate stage is to be written, too.
         place: where it stands in the recipe: the prefix of its paths, empty unless there are several stages.
@@ -174,6 +196,7 @@ class Stage:
     tokenizer: TokenizerSource | None = None
     chat_template: ChatTemplate | None = None
     files_from: ModelReference | None = None
+    outside: Outside = Outside()
     allow_nonfinite: bool = False
     save: bool = False
     place: Keys = field(default=(), compare=False)
@@ -186,6 +209,8 @@ class Stage:
                 yield reference, (*self.place, key)
         if self.tokenizer is not None and self.tokenizer.model is not None:
             yield self.tokenizer.model, (*self.place, "tokenizer")
+        for key, model in self.outside.items():
+            yield model, (*self.place, "outside", key)
         for module in modules_of(self):
             for part in module.slices or ():
                 if part.base_model is not None:
@@ -265,8 +290,9 @@ def slices_of(stage: Stage) -> tuple[Slice, ...]:
 
 
 def stage_inputs(stage: Stage) -> tuple[ModelReference, ...]:
-    """The models whose tensors go into the stage, each once, in recipe order, as `slices_of` has them."""
-    return tuple(dict.fromkeys(source.model for part in slices_of(stage) for source in part.sources))
+    """The models whose tensors go into the stage, each once: as `slices_of` has them, then `outside`."""
+    sources = dict.fromkeys(source.model for part in slices_of(stage) for source in part.sources)
+    return tuple(sources | dict.fromkeys(model for _, model in stage.outside.items()))
 
 
 def base_index(stage: Stage, part: Slice, method: Method) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,7 @@ from .parameters import describe
 from .recipe import (
     ChatTemplate,
     Module,
+    Outside,
     Recipe,
     Slice,
     Source,
@@ -29,7 +31,7 @@ from .yaml_source import Keys, Node, YamlSource
 CONTENTS = ("models", "slices", "modules")
 STAGE_KEYS = (
     *("merge_method", "base_model", *CONTENTS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer"),
-    *("chat_template", "name", "save", "files_from", "allow_nonfinite"),
+    *("chat_template", "name", "save", "files_from", "outside", "allow_nonfinite"),
 )
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 OTHER_TOOLS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genome": "mergekit-evolve"}
@@ -82,6 +84,7 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         tokenizer=_tokenizer(reader, keys, place),
         chat_template=reader.optional(keys, place, "chat_template", lambda n, p: _chat_template(reader, n, p)),
         files_from=reader.optional(keys, place, "files_from", reader.reference),
+        outside=reader.optional(keys, place, "outside", lambda n, p: _outside(reader, n, p)) or Outside(),
         allow_nonfinite=reader.optional(keys, place, "allow_nonfinite", reader.switch) or False,
         save=reader.optional(keys, place, "save", reader.switch) or False,
         place=place,
@@ -147,6 +150,8 @@ def _tokenizer_source(reader: NodeReader, node: Node, path: Keys) -> TokenizerSo
     if node.value == "union":
         message = "a union of vocabularies comes later: use `base`, or a model, where all vocabularies are the same"
         raise reader.error(message, path)
+    if isinstance(node.value, str):
+        node = replace(node, value=node.value.removeprefix("model:"))  # as cards of older versions of mergekit write it
     return TokenizerSource(reader.reference(node, path))
 
 
@@ -160,6 +165,14 @@ def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerS
         message = "without `source` it stands for a union of vocabularies, which comes later: add `source: base`"
         raise reader.error(message, path)
     return _tokenizer_source(reader, keys["source"], (*path, "source"))
+
+
+def _outside(reader: NodeReader, node: Node, path: Keys) -> Outside:
+    known = ("embeddings", "norm", "head")
+    keys = reader.mapping(node, path, "a mapping of embeddings, norm and head to models")
+    reader.known(keys, path, known)
+    embeddings, norm, head = (reader.optional(keys, path, key, reader.reference) for key in known)
+    return Outside(embeddings, norm, head)
 
 
 def _chat_template(reader: NodeReader, node: Node, path: Keys) -> ChatTemplate:

@@ -7,7 +7,7 @@ and arithmetic on a result becomes a fused kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..methods.contract import Inputs, Kernel, Method
 from .build import BuiltGraph, build_graph
 from .fuse import FusedKernel, Part
 from .graph import Kind, MergeGraph, Operation
-from .inputs import OpenModel
+from .inputs import Model, OpenModel
 from .recipe import ModelReference, Recipe, Stage
 
 
@@ -40,7 +40,7 @@ def build_stages(
     recipe: Recipe,
     methods: Mapping[str, Method],
     open_model: OpenModel,
-    config_of: Callable[[BuiltGraph], Mapping[str, Any] | None],
+    config_of: Callable[[Stage, BuiltGraph], Mapping[str, Any] | None],
     *,
     seed: int = 0,
 ) -> BuiltGraph:
@@ -50,7 +50,7 @@ def build_stages(
         recipe: its stages come in the order of their dependencies, the output's last.
         methods: by name.
         open_model: called with the reference of a model that is no stage, returns its Checkpoint.
-        config_of: the config.json of what a graph makes.
+        config_of: the config.json of what a stage makes; called once for each, in their order.
         seed: of the random methods.
 
     Raises:
@@ -58,7 +58,9 @@ def build_stages(
         CheckpointError: where the models don't fit each other.
     """
     if len(recipe.stages) == 1:
-        return build_graph(recipe, recipe.output, methods, open_model, seed=seed)
+        single = build_graph(recipe, recipe.output, methods, open_model, seed=seed)
+        config_of(recipe.output, single)
+        return single
     checkpoints: dict[str, Checkpoint] = {}
     built: list[BuiltGraph] = []
 
@@ -71,8 +73,9 @@ def build_stages(
         # an intermediate is not rounded to its dtype, only to an explicit out_dtype
         found = build_graph(recipe, stage if last else replace(stage, dtype=None), methods, open_any, seed=seed)
         built.append(found)
+        config = config_of(stage, found)
         if not last:
-            checkpoints[stage.name or ""] = _as_checkpoint(number, stage, found, config_of(found))
+            checkpoints[stage.name or ""] = _as_checkpoint(number, stage, found, config)
     return _Flattener(recipe, built, methods).flatten()
 
 
@@ -129,7 +132,7 @@ class _Flattener:
         self._built = built
         self._passthrough = methods["passthrough"]
         references: dict[ModelReference, int] = {}
-        self._models = []
+        self._models: list[Model] = []
         for found in built:
             for model in found.models:
                 if recipe.stage(model.reference) is None and model.reference not in references:
@@ -247,7 +250,7 @@ class _Flattener:
         return graph.add_read(leaf.model, leaf.name, leaf.ref)
 
 
-def _leaves(made: _Leaf | _Result) -> Any:
+def _leaves(made: _Leaf | _Result) -> Iterator[_Leaf]:
     """Every leaf of an expression, in the order of the sources."""
     if isinstance(made, _Leaf):
         yield made

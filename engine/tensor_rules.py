@@ -58,7 +58,9 @@ class TensorRules:
         self._written: set[str] = set()
         self._operations: dict[Hashable, Operation] = {}
 
-    def add(self, part: Part, name: str, names: Sequence[str | None], t: float, group: int) -> None:
+    def add(
+        self, part: Part, name: str, names: Sequence[str | None], t: float, group: int, *, as_it_is: bool = False
+    ) -> None:
         """The node of one output tensor.
 
         Args:
@@ -67,6 +69,7 @@ class TensorRules:
             names: its sources' own names for it; None where a source doesn't have it. One has it.
             t: where its layer stands in a gradient.
             group: see `graph.Output`.
+            as_it_is: whether it is taken from its one source without the stage's method.
 
         Raises:
             RecipeError: where the recipe asks for what the method can't do.
@@ -80,10 +83,10 @@ class TensorRules:
         if is_buffer(name, inputs[0].ref.shape):
             self._add_buffer(part, name, inputs, group)
             return
-        passed = len(inputs) < len(names) and self._without_some(part, name, inputs)
+        passed = as_it_is or (len(inputs) < len(names) and self._without_some(part, name, inputs))
         _check_shapes(name, inputs)
         if any(found.ref.dtype.kind is not ElementKind.FLOAT for found in inputs):
-            self._add_integers(part, name, inputs, t, group)
+            self._add_integers(part, name, inputs, t, group, passed=passed)
         else:
             self._add_floats(part, name, inputs, t, group, passed=passed)
 
@@ -116,7 +119,9 @@ class TensorRules:
         self._leave(inputs, chosen, f"no parameter: taken from {chosen.model.name}")
         self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.ref.dtype, group)
 
-    def _add_integers(self, part: Part, name: str, inputs: Sequence[Input], t: float, group: int) -> None:
+    def _add_integers(
+        self, part: Part, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
+    ) -> None:
         """What holds no floating-point numbers is copied where all inputs are equal, which the merge finds out."""
         first = inputs[0]
         for other in inputs[1:]:
@@ -126,7 +131,7 @@ class TensorRules:
                     f"{other.model.name}: integer tensors are only copied, where all inputs are equal"
                 )
         packed = [found for found in inputs if found.name in found.model.quantized]
-        if packed and (len(inputs) > 1 or _copied(self._bind(part, name, inputs, t)) is None):
+        if packed and not passed and (len(inputs) > 1 or _copied(self._bind(part, name, inputs, t)) is None):
             _refuse_quantized(packed)
         kind = Kind.COPY if len(inputs) == 1 else Kind.SAME
         self._add(name, Operation(kind, self._method.name), inputs, first.ref.dtype, group)

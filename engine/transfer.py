@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Generic, TypeVar
 
+from ..io.copying import shareable
 from .graph import MergeGraph
 from .lanes import Lane
 from .layout import Layout
@@ -16,6 +18,8 @@ PART_BYTES = 128 << 20
 """The most bytes that are moved as one, so that several threads share a large file, and progress is seen."""
 BUFFER_BYTES = 4 << 20
 """The buffer of each thread that moves bytes."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class Transfer:
         shard: the shard's number.
         target: the offset of the range's first byte in the shard.
         nbytes: its size.
-        outputs: the output tensors that lie in it, wholly or in part, with how many bytes of each.
+        shares: whether its blocks are to be shared with the source.
     """
 
     file: Path
@@ -36,28 +40,43 @@ class Transfer:
     shard: int
     target: int
     nbytes: int
-    outputs: tuple[tuple[int, int], ...]
+    shares: bool
+
+    @property
+    def shared(self) -> int:
+        """Bytes that take no space of their own."""
+        return shareable(self.offset, self.target, self.nbytes)[1] if self.shares else 0
 
 
-def plan_transfers(graph: MergeGraph, layout: Layout, nodes: Collection[int]) -> list[Transfer]:
+def source_of(graph: MergeGraph, node: int) -> Path:
+    """The file that holds the source of a copying node."""
+    return graph.reads[graph.node_sources[node][0]].file
+
+
+def plan_transfers(
+    graph: MergeGraph, layout: Layout, nodes: Collection[int], sharing: Collection[Path]
+) -> list[Transfer]:
     """The transfers that make the outputs of some copying nodes, adjacent ones put together, as their sources lie.
 
     Args:
         graph: what is made.
         layout: where it lies.
         nodes: which, none without bytes.
+        sharing: the source files whose blocks are to be shared.
     """
     transfers = []
     for number, shard in enumerate(layout.shards):
         run: list[int] = []
         for output in shard.outputs:
             node = graph.outputs[output].node
+            if not graph.nbytes(node):
+                continue
             if run and not (node in nodes and _continues(graph, layout, run[-1], output)):
-                transfers += _cut(graph, layout, number, run)
+                transfers += _cut(graph, layout, number, run, sharing)
                 run = []
             if node in nodes:
                 run.append(output)
-        transfers += _cut(graph, layout, number, run)
+        transfers += _cut(graph, layout, number, run, sharing)
     return sorted(transfers, key=lambda transfer: (transfer.file, transfer.offset))
 
 
@@ -69,63 +88,76 @@ def _continues(graph: MergeGraph, layout: Layout, before: int, output: int) -> b
     return adjacent and first.file == second.file and first.offset + first.nbytes == second.offset
 
 
-def _cut(graph: MergeGraph, layout: Layout, shard: int, run: Sequence[int]) -> list[Transfer]:
+def _cut(
+    graph: MergeGraph, layout: Layout, shard: int, run: Sequence[int], sharing: Collection[Path]
+) -> list[Transfer]:
     """A run of outputs as transfers of at most PART_BYTES, cut at multiples of it in the shard."""
     if not run:
         return []
-    sizes = [graph.nbytes(graph.outputs[output].node) for output in run]
-    start = layout.offset_of[run[0]]
-    end = start + sum(sizes)
     source = graph.reads[graph.node_sources[graph.outputs[run[0]].node][0]]
+    start = layout.offset_of[run[0]]
+    end = layout.offset_of[run[-1]] + graph.nbytes(graph.outputs[run[-1]].node)
     cuts = [start, *range((start // PART_BYTES + 1) * PART_BYTES, end, PART_BYTES), end]
-    transfers = []
-    place = 0
-    for low, high in pairwise(cuts):
-        inside = []
-        for index in range(place, len(run)):
-            first = layout.offset_of[run[index]]
-            if first >= high:
-                break
-            inside.append((run[index], min(high, first + sizes[index]) - max(low, first)))
-            if first + sizes[index] <= high:
-                place = index + 1
-        transfers.append(Transfer(source.file, source.offset + low - start, shard, low, high - low, tuple(inside)))
-    return transfers
+    shift = source.offset - start
+    shares = source.file in sharing
+    return [Transfer(source.file, low + shift, shard, low, high - low, shares) for low, high in pairwise(cuts)]
 
 
-class Mover:
-    """Performs transfers on threads of its own, beside the executor.
+def written_ranges(graph: MergeGraph, layout: Layout, transfers: Sequence[Transfer]) -> list[list[tuple[int, int]]]:
+    """For each shard the ranges (offset, bytes) that need disk space of their own: all but what is to be shared.
+
+    Of a range that is to be shared the partial blocks at its edges are left out too.
+    """
+    shared: dict[int, list[tuple[int, int]]] = {}
+    for transfer in sorted(transfers, key=lambda each: (each.shard, each.target)):
+        if transfer.shares:
+            shared.setdefault(transfer.shard, []).append((transfer.target, transfer.target + transfer.nbytes))
+    found = []
+    for number, shard in enumerate(layout.shards):
+        ranges = []
+        place = len(shard.header)
+        for first, end in [*shared.get(number, ()), (shard.nbytes, shard.nbytes)]:
+            if first > place:
+                ranges.append((place, first - place))
+            place = end
+        found.append(ranges)
+    return found
+
+
+class Mover(Generic[T]):
+    """Does many pieces of work on threads of its own, beside the executor.
 
     Args:
-        transfers: what to move.
+        pieces: such as transfers.
         threads: how many at a time.
-        move: moves one; called as ``move(thread, transfer)``.
-        failed: called with what it raised, once; the transfers after it are not begun.
+        work: does one; called as ``work(thread, piece)``.
+        failed: called with what it raised; the pieces after it are not begun.
     """
 
     def __init__(
         self,
-        transfers: Sequence[Transfer],
+        pieces: Sequence[T],
         threads: int,
-        move: Callable[[int, Transfer], None],
+        work: Callable[[int, T], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        self._left = len(transfers)
+        self._left = len(pieces)
         self._changed = threading.Condition()
         self._broken = False
         self._report = failed
-        self._move = move
-        self.lane: Lane[Transfer] = Lane("copy", max(1, min(threads, len(transfers))), self._perform, self._failed)
-        for order, transfer in enumerate(transfers):
-            self.lane.put(order, transfer)
+        self._work = work
+        self.lane: Lane[T] = Lane("copy", max(1, min(threads, len(pieces))), self._perform, self._failed)
+        for order, piece in enumerate(pieces):
+            self.lane.put(order, piece)
 
-    def _perform(self, thread: int, transfer: Transfer) -> None:
+    def _perform(self, thread: int, piece: T) -> None:
         if self._broken:
             return
-        self._move(thread, transfer)
+        self._work(thread, piece)
         with self._changed:
             self._left -= 1
-            self._changed.notify_all()
+            if self._left == 0:
+                self._changed.notify_all()
 
     def _failed(self, error: BaseException) -> None:
         with self._changed:

@@ -44,11 +44,25 @@ class Progress:
 
 @dataclass(slots=True)
 class LaneTime:
-    """What a lane did, in seconds over all its threads."""
+    """What a lane did.
+
+    Args:
+        threads: how many it has.
+        worked: seconds, over all its threads.
+        waited: seconds, over all its threads.
+        levels: seconds with 0, 1, 2, ... of its threads at work.
+    """
 
     threads: int
     worked: float
     waited: float
+    levels: tuple[float, ...] = ()
+
+    @property
+    def helped(self) -> int:
+        """How many threads still helped: the most that were at work at once for a twentieth of the time or longer."""
+        total = sum(self.levels)
+        return max((n for n in range(len(self.levels)) if sum(self.levels[n:]) >= total / 20), default=0)
 
 
 @dataclass(slots=True)
@@ -59,6 +73,7 @@ class Measured:
         bytes_read: tensor bytes read.
         bytes_written: tensor bytes written.
         bytes_shared: tensor bytes whose disk blocks are the sources' own.
+        refused: tensor bytes that were to be shared and had to be copied, by the error number of the refusal.
         seconds: from the first step to the last.
         ram_peak: the most bytes of slots held in RAM.
         vram_peak: the most bytes held on a device.
@@ -69,6 +84,7 @@ class Measured:
     bytes_read: int = 0
     bytes_written: int = 0
     bytes_shared: int = 0
+    refused: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
     ram_peak: int = 0
     vram_peak: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -11,16 +12,21 @@ GROUP_BYTES = 1 << 30
 """The most bytes that are written and not yet committed."""
 GROUP_SECONDS = 5.0
 """How long written bytes wait for their commit, at most."""
-
 ABANDON_SECONDS = 1.0
 """How long `abandon` waits for a commit that is under way."""
+
+Record = Mapping[str, Any]
+
+
+class Ended(Exception):
+    """Nothing more is committed: the merge is being stopped, or a commit has failed."""
 
 
 class GroupCommit:
     """Commits what was written, on a thread of its own.
 
-    Half of `group_bytes` may gather while the other half is being synced, so that writing goes on meanwhile; beyond
-    that `add` waits.
+    Bytes are reserved before they are written, and held until they are committed: never more than `group_bytes`, but
+    for a single reservation that is larger. Half of them are committed at a time, so that writing goes on meanwhile.
 
     Args:
         sync: makes the shards of these numbers durable.
@@ -33,7 +39,7 @@ class GroupCommit:
     def __init__(
         self,
         sync: Callable[[Collection[int]], None],
-        append: Callable[[Collection[Mapping[str, Any]]], None],
+        append: Callable[[Collection[Record]], None],
         failed: Callable[[BaseException], None],
         *,
         group_bytes: int = GROUP_BYTES,
@@ -42,34 +48,68 @@ class GroupCommit:
         self._sync = sync
         self._append = append
         self._failed = failed
-        self._half = max(1, group_bytes // 2)
+        self._limit = max(2, group_bytes)
         self._seconds = group_seconds
         self._changed = threading.Condition()
-        self._bytes = 0
+        self._held = 0  # bytes reserved, gathered, or being committed
+        self._waiting: deque[object] = deque()  # those who wait to reserve, in their order
+        self._gathered = 0
         self._shards: set[int] = set()
-        self._records: list[Mapping[str, Any]] = []
+        self._records: list[Record] = []
         self._oldest = 0.0
         self._closing = False
-        self._broken = False
+        self._ended = False
+        self._over = False  # the thread has ended
+        self._then: Callable[[], None] = _nothing
         self.seconds = 0.0
+        """Time that commits took."""
         self.commits = 0
+        self.peak = 0
+        """The most bytes that were held."""
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
         self._thread.start()
 
-    def add(self, shards: Collection[int], nbytes: int, records: Collection[Mapping[str, Any]]) -> None:
-        """Bytes were written to these shards, which make the records true. Waits where too much is not committed."""
+    @property
+    def piece(self) -> int:
+        """The most bytes that should be reserved at a time: half of what may be held."""
+        return self._limit // 2
+
+    def reserve(self, nbytes: int) -> None:
+        """Wait, in turn, until so many bytes more may be written. Raises Ended."""
+        ticket = object()
         with self._changed:
-            while self._bytes >= self._half and not self._broken:
+            self._waiting.append(ticket)
+            self._changed.notify_all()  # whoever waits wants what is gathered to be committed now
+            try:
+                while not self._ended and (
+                    self._waiting[0] is not ticket or (self._held and self._held + nbytes > self._limit)
+                ):
+                    self._changed.wait()
+            finally:
+                self._waiting.remove(ticket)
                 self._changed.notify_all()
-                self._changed.wait()
-            if self._bytes == 0:
+            if self._ended:
+                raise Ended
+            self._held += nbytes
+            self.peak = max(self.peak, self._held)
+
+    def add(self, shards: Collection[int], reserved: int, records: Collection[Record], written: int) -> None:
+        """Bytes that were reserved have been written to these shards, which makes the records true.
+
+        Args:
+            shards: their numbers.
+            reserved: how many bytes were reserved for it.
+            records: what is true once the shards are durable.
+            written: how many were needed; fewer where blocks were shared instead.
+        """
+        with self._changed:
+            self._held -= reserved - written
+            if not self._shards:
                 self._oldest = time.monotonic()
-                self._changed.notify_all()
-            self._bytes += nbytes
+            self._gathered += written
             self._shards.update(shards)
             self._records += records
-            if self._bytes >= self._half:
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Commit what is left, and end the thread."""
@@ -78,36 +118,75 @@ class GroupCommit:
             self._changed.notify_all()
         self._thread.join()
 
-    def abandon(self) -> None:
-        """End without another commit; one that is under way may still come to its end."""
+    def stop(self) -> None:
+        """Begin no other commit, and let nobody wait any more."""
         with self._changed:
-            self._broken = True
+            self._ended = True
             self._changed.notify_all()
+
+    def abandon(self, then: Callable[[], None] | None = None) -> bool:
+        """End without another commit, but for one whose records are being written already.
+
+        Args:
+            then: called once nothing is being committed any more: before this returns, or else, where the disk takes
+                its time, by the thread at its end.
+
+        Returns:
+            Whether that is so already.
+        """
+        self.stop()
         self._thread.join(ABANDON_SECONDS)
+        with self._changed:
+            if not self._over:
+                self._then = then or _nothing
+                return False
+        if then is not None:
+            then()
+        return True
 
     def _due(self) -> bool:
-        old = self._bytes > 0 and time.monotonic() - self._oldest >= self._seconds
-        return self._closing or self._broken or self._bytes >= self._half or old
+        if self._ended or self._closing:
+            return True
+        if not self._shards:
+            return False
+        old = time.monotonic() - self._oldest >= self._seconds
+        return old or self._gathered >= self.piece or bool(self._waiting)
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._commit():
+                pass
+        except BaseException as error:  # noqa: BLE001  the main thread raises it
+            if not self._ended:
+                self._failed(error)  # before anybody learns that it is over
+        finally:
             with self._changed:
-                while not self._due():
-                    self._changed.wait(self._seconds / 4 if self._bytes else None)
-                if self._broken or (self._closing and not self._bytes and not self._records):
-                    return
-                shards, records = self._shards, self._records
-                self._shards, self._records, self._bytes = set(), [], 0
+                self._ended = self._over = True
                 self._changed.notify_all()
-            try:
-                start = time.perf_counter()
-                self._sync(shards)
-                self._append(records)
-                self.seconds += time.perf_counter() - start
-                self.commits += 1
-            except BaseException as error:  # noqa: BLE001  the main thread raises it
-                with self._changed:
-                    self._broken = True
-                    self._changed.notify_all()
-                self._failed(error)
-                return
+            self._then()
+
+    def _commit(self) -> bool:
+        """Wait for a group, and commit it; whether there may be another one."""
+        with self._changed:
+            while not self._due():
+                left = self._oldest + self._seconds - time.monotonic()
+                self._changed.wait(max(0.0, left) if self._shards else None)
+            if self._ended or not self._shards:
+                return False
+            shards, records, nbytes = self._shards, self._records, self._gathered
+            self._shards, self._records, self._gathered = set(), [], 0
+        start = time.perf_counter()
+        self._sync(shards)
+        if self._ended:
+            return False
+        self._append(records)
+        self.seconds += time.perf_counter() - start
+        self.commits += 1
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
+        return True
+
+
+def _nothing() -> None:
+    """What is to be done where there is nothing to do."""

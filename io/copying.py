@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from .platform import clone_range, copy_range, read_at, write_at
+from .platform import clone_range, copy_range, read_at, scratch_file, write_at
 
 BLOCK = 4096
 """Blocks are shared in units of this; a file system with larger ones refuses, and the bytes are copied."""
@@ -18,17 +21,26 @@ class Moved:
         shared: bytes whose disk blocks both files now have in common.
         copied: bytes that the kernel copied.
         carried: bytes that went through this process.
+        refused: bytes that were to be shared and weren't, by the error number with which that was refused.
     """
 
     shared: int = 0
     copied: int = 0
     carried: int = 0
+    refused: dict[int, int] = field(default_factory=dict)
 
     def add(self, other: Moved) -> None:
         """Count what `other` moved, too."""
         self.shared += other.shared
         self.copied += other.copied
         self.carried += other.carried
+        for number, nbytes in other.refused.items():
+            self.refused[number] = self.refused.get(number, 0) + nbytes
+
+    @property
+    def written(self) -> int:
+        """Bytes that were read and written, in whatever way."""
+        return self.copied + self.carried
 
 
 def shareable(source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
@@ -48,6 +60,7 @@ def move(
     buffer: memoryview,
     *,
     share: bool = True,
+    refused: Callable[[], None] | None = None,
 ) -> Moved:
     """Make a range of one file a copy of a range of another.
 
@@ -59,6 +72,7 @@ def move(
         nbytes: of the range.
         buffer: for bytes that neither can be shared nor copied by the kernel.
         share: whether to try to share blocks.
+        refused: called where sharing is refused, before these bytes are copied instead; what it raises ends it.
 
     Raises:
         OSError: where the disk can't.
@@ -66,25 +80,53 @@ def move(
     """
     moved = Moved()
     first, count = shareable(source_offset, target_offset, nbytes) if share else (0, 0)
-    if count and clone_range(source, source_offset + first, target, target_offset + first, count):
-        moved.shared = count
-        parts = [(0, first), (first + count, nbytes - first - count)]
-    else:
-        parts = [(0, nbytes)]
+    parts = [(0, nbytes)]
+    if count:
+        number = clone_range(source, source_offset + first, target, target_offset + first, count)
+        if number == 0:
+            moved.shared = count
+            parts = [(0, first), (first + count, nbytes - first - count)]
+        else:
+            moved.refused[number] = count
+            if refused is not None:
+                refused()
     for start, size in parts:
-        done = 0
-        while done < size:
-            step = copy_range(source, source_offset + start + done, target, target_offset + start + done, size - done)
-            if step == 0:
-                break
-            moved.copied += step
-            done += step
-        while done < size:
-            view = buffer[: size - done]
-            step = read_at(source, view, source_offset + start + done)
-            if step == 0:
-                raise EOFError(source_offset + start + done)
-            write_at(target, view[:step], target_offset + start + done)
-            moved.carried += step
-            done += step
+        _copy(source, source_offset + start, target, target_offset + start, size, buffer, moved)
     return moved
+
+
+def _copy(
+    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, buffer: memoryview, moved: Moved
+) -> None:
+    done = 0
+    while done < nbytes:
+        step = copy_range(source, source_offset + done, target, target_offset + done, nbytes - done)
+        if step == 0:
+            break
+        moved.copied += step
+        done += step
+    while done < nbytes:
+        view = buffer[: nbytes - done]
+        step = read_at(source, view, source_offset + done)
+        if step == 0:
+            raise EOFError(source_offset + done)
+        write_at(target, view[:step], target_offset + done)
+        moved.carried += step
+        done += step
+
+
+def refuses_to_share(file: Path, directory: Path) -> bool:
+    """Whether a file's first block can't be shared with a new file in `directory`, which is tried."""
+    scratch = scratch_file(directory)
+    if scratch is None:
+        return True
+    try:
+        source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return clone_range(source, 0, scratch, 0, BLOCK) != 0
+        finally:
+            os.close(source)
+    except OSError:
+        return True
+    finally:
+        os.close(scratch)

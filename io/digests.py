@@ -44,6 +44,15 @@ class BlockDigests:
                 self.blocks.append(self._hash.digest())
                 self._hash = xxhash.xxh3_128()
 
+    @property
+    def position(self) -> int:
+        """How many bytes were fed."""
+        return self._position
+
+    def tail(self) -> bytes:
+        """The digest of what was fed of the block that isn't whole yet; empty where there is nothing of it."""
+        return self._hash.digest() if self._position % BLOCK_BYTES and not self.whole else b""
+
     def reached(self, offset: int) -> bool:
         """Whether all bytes before `offset` have been fed."""
         return offset <= self._position

@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure
-from .platform import sync_directory
+from .platform import create_file, make_directory, remove, rename, sync_data, sync_directory, write_at
 from .sizes import format_size
 
 LARGEST_COMPANION = 1 << 30
@@ -103,7 +102,7 @@ def companion_files(
     Raises:
         CheckpointError: a companion can't be read, is a link to nothing, or is not the JSON that it should be.
     """
-    found = {name: kind for name in _names(directory) if (kind := _kind(name)) is not None}
+    found = {name: kind for name in _names(directory) if (kind := file_kind(name)) is not None}
     for kind, names in _code(directory, found).items():
         found |= dict.fromkeys(names, kind)
     companions = []
@@ -138,13 +137,17 @@ def copy_file(source: Path, target: Path) -> int:
         raise CheckpointError(f"{source}: can't be read: {error.strerror}") from error
     with stream:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as copy:
-                shutil.copyfileobj(stream, copy, _CHUNK)
-                copy.flush()
-                os.fsync(copy.fileno())
-                nbytes = copy.tell()
-            temporary.replace(target)
+            make_directory(target.parent)
+            descriptor = create_file(temporary)
+            try:
+                nbytes = 0
+                while data := stream.read(_CHUNK):
+                    write_at(descriptor, data, nbytes)
+                    nbytes += len(data)
+                sync_data(descriptor)
+            finally:
+                os.close(descriptor)
+            rename(temporary, target)
             sync_directory(target.parent)
         except OSError as error:
             what = f"{target}: copying {source.name} failed: {error.strerror}"
@@ -152,7 +155,7 @@ def copy_file(source: Path, target: Path) -> int:
                 raise DiskSpaceError(f"{what}; {format_size(source.stat().st_size, up=True)} are needed") from error
             raise EnvironmentFailure(what) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
     return nbytes
 
 
@@ -173,7 +176,7 @@ def _names(directory: Path) -> Iterable[str]:
             yield from (f"{folder}/{name}" for name in entries if name == "config.json")
 
 
-def _kind(name: str) -> FileKind | None:
+def file_kind(name: str) -> FileKind | None:
     """The kind of a file by its name; None where it isn't taken over."""
     if _NEVER.search(name) or name.startswith("."):
         return None

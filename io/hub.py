@@ -27,7 +27,7 @@ from .checkpoint import (
     _unite,
     open_checkpoint,
 )
-from .files import LARGEST_COMPANION, _kind
+from .files import LARGEST_COMPANION, file_kind
 from .header import Header, data_start, parse_header, quoted, read_header
 from .hub_download import download
 from .hub_files import NOT_HERE, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
@@ -107,7 +107,7 @@ def companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
     if not isinstance(checkpoint, HubCheckpoint):
         return ()
     files = checkpoint.repository.files
-    names = [name for name in sorted(files) if _kind(name) or (name.endswith(".py") and "/" not in name)]
+    names = [name for name in sorted(files) if file_kind(name) or (name.endswith(".py") and "/" not in name)]
     return tuple(files[name] for name in names if name.count("/") < 2 and files[name].nbytes <= LARGEST_COMPANION)
 
 

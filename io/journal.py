@@ -2,12 +2,16 @@
 
 A line is the XXH3-64 of its JSON in hexadecimal, a space, and the JSON. What comes after the first line that isn't
 whole was being written when the process or the machine stopped, and counts for nothing.
+
+A journal is never added to by another process than the one that began it: whoever goes on with a merge begins a new
+one, with what it found to be true in the old one, in the old one's place.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +19,10 @@ from typing import Any
 
 import xxhash
 
-from .platform import sync_directory, write_at
+from .platform import create_file, rename, sync_data, sync_directory, write_at
 
-FORMAT = 1
-_LONGEST = 1 << 30  # bytes of a journal that is read: 16 bytes a 16 MiB block make 1 GiB a petabyte of output
+FORMAT = 2
+_LONGEST_LINE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,71 +30,89 @@ class Found:
     """What a journal says.
 
     Args:
-        facts: what the merge was begun with.
+        facts: what the merge was begun with, and the journal's ``format``; empty where the first line is damaged.
         records: in the order in which they became durable.
-        nbytes: how many bytes of the file are whole records.
     """
 
     facts: Mapping[str, Any]
     records: tuple[Mapping[str, Any], ...]
-    nbytes: int
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is a journal as this version writes it."""
+        return self.facts.get("format") == FORMAT
 
 
 class Journal:
-    """A journal that is being written. Not safe for several threads.
+    """A journal that is being written. Safe to use from several threads.
 
     Args:
-        path: of the file.
-        found: what was read from it, to go on; None to begin a new one.
+        path: of the file. One that is there is replaced, all at once.
         facts: what the merge is begun with.
+        records: that are true already.
 
     Raises:
-        OSError: where the disk can't.
+        OSError: where the disk can't; one that was there is still there then.
     """
 
-    def __init__(self, path: Path, found: Found | None, facts: Mapping[str, Any]) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._end = found.nbytes if found is not None else 0
+    def __init__(self, path: Path, facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._lock = threading.Lock()
+        self._end = 0
         self.records = 0
-        """Records that this process has added, the facts not counted."""
-        os.ftruncate(self._descriptor, self._end)
-        if found is None:
-            self.append([{"format": FORMAT, **facts}])
-            self.records = 0
+        """Records that were added since it was begun."""
+        beside = path.with_name(f"{path.name}.new")
+        self._descriptor = create_file(beside)
+        try:
+            self.append([{**facts, "format": FORMAT}, *records])
+            rename(beside, path)
             sync_directory(path.parent)
+        except BaseException:
+            self.close()
+            raise
+        self.records = 0
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records, and make them durable."""
+        """Add records, and make them durable.
+
+        After a failure nothing can be added any more: nobody knows what of the file is durable then.
+
+        Raises:
+            OSError: where the disk can't.
+            ValueError: where it was closed, or has failed before.
+        """
         lines = [_line(record) for record in records]
+        if not lines:
+            return
         data = b"".join(lines)
-        write_at(self._descriptor, data, self._end)
-        os.fdatasync(self._descriptor)
-        self._end += len(data)
-        self.records += len(lines)
+        with self._lock:
+            if self._end < 0:
+                raise ValueError("the journal is closed")
+            end, self._end = self._end, -1
+            write_at(self._descriptor, data, end)
+            sync_data(self._descriptor)
+            self._end = end + len(data)
+            self.records += len(lines)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Close the file; a second time does nothing."""
+        with self._lock:
+            self._end = -1
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
 
 
 def read_journal(path: Path) -> Found | None:
-    """What a journal says; None where there is none, or not even its first line is whole."""
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_LONGEST)
-    except FileNotFoundError:
-        return None
+    """What a journal says; None where there is none. Raises OSError where it can't be read."""
     records: list[Mapping[str, Any]] = []
-    position = 0
-    while (end := data.find(b"\n", position)) >= 0:
-        record = _record(data[position:end])
-        if record is None:
-            break
-        records.append(record)
-        position = end + 1
-    if not records or records[0].get("format") != FORMAT:
+    try:
+        stream = path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return Found(records[0], tuple(records[1:]), position)
+    with stream:
+        while (record := _record(stream.readline(_LONGEST_LINE))) is not None:
+            records.append(record)
+    return Found(records[0], tuple(records[1:])) if records else Found({}, ())
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -99,8 +121,11 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _record(line: bytes) -> Mapping[str, Any] | None:
-    digest, _, content = line.partition(b" ")
-    if digest != xxhash.xxh3_64_hexdigest(content).encode():
+    digest, _, content = line[:-1].partition(b" ")
+    if not line.endswith(b"\n") or digest != xxhash.xxh3_64_hexdigest(content).encode():
         return None
-    record = json.loads(content)
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
     return record if isinstance(record, dict) else None

@@ -1,35 +1,43 @@
-"""The output directory while it is being made: shards under temporary names, then all of it under its own.
-
-Everything unfinished lies in ``OUT/.mergeloom``, on the same file system, so that a rename publishes it.
-"""
+"""The output directory while it is being made: shards under temporary names, then all of it under its own."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
+from .claim import WORK, Claim, published_names, refuse_foreign
 from .copying import Moved, move
 from .digests import file_digest
+from .failures import explain, explained
 from .files import copy_file
-from .journal import Found, read_journal
-from .platform import file_system, reserve_space, start_writeback, sync_directory, write_at
-from .reading import FilePool
+from .platform import (
+    create_file,
+    file_system,
+    make_directory,
+    remove,
+    remove_directory,
+    remove_tree,
+    rename,
+    reserve_space,
+    start_writeback,
+    sync_data,
+    sync_directory,
+    truncate,
+    write_at,
+)
+from .reading import FilePool, Stamps
 from .sizes import format_size
 
-WORK = ".mergeloom"
-JOURNAL = "journal"
-HOLDER = "pid"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+__all__ = ["WORK", "OutputDirectory", "ShardFile", "index_bytes", "judge", "refuse_foreign"]
+
 _IN_MEMORY = {"tmpfs", "ramfs"}  # to reserve there is to fill with zeros
-_WRITEBACK_BYTES = 8 << 20
+_WRITEBACK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,160 +57,169 @@ class ShardFile:
     computed: tuple[tuple[int, int], ...]
 
 
-class OutputDirectory:
+class OutputDirectory(Claim):
     """OUT, held by one process at a time. What an earlier process left unfinished in it stays, to be gone on with.
 
     Args:
         path: of the directory; made where it isn't there.
-
-    Attributes:
-        found: the journal of an unfinished merge, or None.
+        sign: the name of the file that only a finished merge has: it is the last to get its name.
 
     Raises:
         UsageError: where something else is in it.
         EnvironmentFailure: where another merge is at work in it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.work = path / WORK
-        self.journal = self.work / JOURNAL
-        self.found: Found | None = None
+    def __init__(self, path: Path, sign: str = "") -> None:
         self._files = FilePool(os.O_RDWR, 128)
         self._sources = FilePool(os.O_RDONLY, 128)
         self._shards: tuple[ShardFile, ...] = ()
-        self._made: list[Path] = []
-        self._lock = -1
-        try:
-            refuse_foreign(path)
-            self._made = [directory for directory in (path, *path.parents) if not directory.exists()]
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            refuse_foreign(path)  # again, now that nobody else can finish a merge here
-            self.found = read_journal(self.journal)
-            if self.found is None and self.work.exists():  # nothing in it was ever durable
-                shutil.rmtree(self.work)
-            self.work.mkdir(exist_ok=True)
-            (self.work / HOLDER).write_text(f"{os.getpid()}\n")
-        except BlockingIOError as error:
-            self.close()
-            raise EnvironmentFailure(
-                f"{path}: another merge is writing here{_holder(self.work)}; wait for it, or choose another OUT"
-            ) from error
-        except OSError as error:
-            self.close()
-            raise _explain(error, path, "making the output directory") from error
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(path, sign)
+
+    # --- beginning ---------------------------------------------------------------------------------------------
 
     def start_over(self) -> None:
         """Forget the unfinished merge."""
-        if self.found is not None:
-            for name in published_names(self.found):
-                (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        with explained(self.path, "removing the unfinished merge"):
+            self._take_back()
+            remove(self.journal)
+            remove_tree(self.stage)
+            make_directory(self.stage)
         self.found = None
 
-    def begin(self, shards: Sequence[ShardFile], shared: int = 0) -> None:
+    def begin(self, shards: Sequence[ShardFile], shared: int = 0, stamps: Stamps | None = None) -> None:
         """Make every shard at its full size, with its header, and reserve the disk space that will be needed.
+
+        Shards that are there already, from an unfinished merge of the same plan, stay as they are; all other files of
+        that merge are removed. After it, everything that is there is durable.
 
         Args:
             shards: all of them.
             shared: bytes of them that will take no space.
-
-        Shards that are there already, from an unfinished merge of the same plan, stay as they are.
+            stamps: of the source files, which `receive` must find unchanged.
 
         Raises:
             DiskSpaceError: where there is too little room.
             EnvironmentFailure: where a shard of the unfinished merge isn't what it was.
         """
         self._shards = tuple(shards)
-        if self.found is not None:
-            for number in range(len(shards)):
-                self._check_shard(number)
-            for file in self._small_files().values():  # they are written again
-                file.unlink()
-            return
-        needed = sum(shard.nbytes for shard in shards) - shared
+        self._sources = FilePool(os.O_RDONLY, 128, stamps)
+        with explained(self.path, "making the shards"):
+            if self.found is not None:
+                self._take_back()
+                for shard in shards:
+                    self._check_shard(shard)
+                for name in self._names():
+                    if name not in {shard.name for shard in shards}:
+                        remove(self.stage / name)
+            self._refuse_small_disk(shared)
+            reserves = file_system(self.path) not in _IN_MEMORY
+            for shard in shards:
+                self._make(shard, reserves)
+            for directory in (self.stage, self.work, self.path):
+                sync_directory(directory)
+            self._sync_parents()
+
+    def _sync_parents(self) -> None:
+        """Make OUT's own name durable, and its parents': this merge, or one that was killed, may have made them."""
+        path = self.path.resolve()
+        for directory in path.parents:
+            if directory.stat().st_dev != path.stat().st_dev:
+                return
+            with contextlib.suppress(PermissionError):  # it may be gone through, and not be read
+                sync_directory(directory)
+
+    def _make(self, shard: ShardFile, reserves: bool) -> None:
+        """Make a shard, where it isn't there yet, and reserve its space."""
+        path = self.stage / shard.name
+        there = self.found is not None
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if there else create_file(path)
+        try:
+            if not there:
+                truncate(descriptor, shard.nbytes)
+                write_at(descriptor, shard.header, 0)
+            for offset, nbytes in shard.computed if reserves else ():
+                reserve_space(descriptor, offset, nbytes)
+            sync_data(descriptor)
+        except OSError as error:
+            raise explain(error, self.path, f"making {shard.name}") from error
+        finally:
+            os.close(descriptor)
+
+    def _refuse_small_disk(self, shared: int) -> None:
+        """Raises DiskSpaceError where the shards need more than is free."""
+        needed = -shared
+        for shard in self._shards:
+            path = self.stage / shard.name
+            taken = path.stat().st_blocks * 512 if path.exists() else 0
+            needed += max(0, shard.nbytes - taken)
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise DiskSpaceError(
                 f"{self.path}: the output takes {format_size(needed, up=True)} and {format_size(free)} are free; "
-                "make room, or choose another OUT"
+                "make room and run the same command again"
             )
-        reserves = file_system(self.path) not in _IN_MEMORY
-        for shard in shards:
-            try:
-                descriptor = os.open(self.work / shard.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                try:
-                    os.ftruncate(descriptor, shard.nbytes)
-                    write_at(descriptor, shard.header, 0)
-                    for offset, nbytes in shard.computed if reserves else ():
-                        reserve_space(descriptor, offset, nbytes)
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                raise _explain(error, self.path, f"making {shard.name}") from error
 
-    def _check_shard(self, number: int) -> None:
+    def _check_shard(self, shard: ShardFile) -> None:
         """A shard of the unfinished merge must be there, with its size and header."""
-        shard = self._shards[number]
-        try:
-            with self._place(number).open("rb") as stream:
-                whole = os.fstat(stream.fileno()).st_size == shard.nbytes
-                if whole and stream.read(len(shard.header)) == shard.header:
+        path = self.stage / shard.name
+        if path.is_file() and path.stat().st_size == shard.nbytes:
+            with path.open("rb") as stream:
+                if stream.read(len(shard.header)) == shard.header:
                     return
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise _explain(error, self.path, f"reading {shard.name}") from error
         raise EnvironmentFailure(
             f"{self.path}: {shard.name} of the unfinished merge was removed or changed since; start over with --fresh"
         )
 
-    def _place(self, shard: int) -> Path:
-        """Where a shard lies now: an interrupted `publish` may have given it its final name already."""
-        name = self._shards[shard].name
-        return self.path / name if (self.path / name).exists() else self.work / name
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    def shard_path(self, number: int) -> Path:
+        """Where a shard lies until it is published."""
+        return self.stage / self._shards[number].name
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Put `data` at `offset` of a shard. Safe to call from several threads."""
-        name = self._shards[shard].name
-        try:
-            descriptor = self._files.acquire(self.work / name)
+        path = self.shard_path(shard)
+        with explained(self.path, f"writing {len(data)} bytes to {path.name}"):
+            descriptor = self._files.acquire(path)
             try:
                 write_at(descriptor, data, offset)
-                if len(data) >= _WRITEBACK_BYTES // 8:
+                if len(data) >= _WRITEBACK_BYTES:
                     start_writeback(descriptor, offset, len(data))
             finally:
                 self._files.release(descriptor)
-        except OSError as error:
-            raise _explain(error, self.path, f"writing {len(data)} bytes to {name}") from error
 
     def receive(
-        self, shard: int, target: int, source: Path, offset: int, nbytes: int, buffer: memoryview, *, share: bool
+        self,
+        shard: int,
+        target: int,
+        source: Path,
+        offset: int,
+        nbytes: int,
+        buffer: memoryview,
+        *,
+        share: bool,
+        refused: Callable[[], None] | None = None,
     ) -> Moved:
         """Make a range of a shard a copy of a range of a source file, sharing blocks where that can be.
 
-        Safe to call from several threads, each with a buffer of its own.
+        Safe to call from several threads, each with a buffer of its own. For the arguments, see `copying.move`.
 
         Raises:
-            CheckpointError: where the source can't be read.
+            CheckpointError: where the source can't be read, or was changed.
             DiskSpaceError: where there is no room.
         """
-        name = self._shards[shard].name
+        path = self.shard_path(shard)
         try:
             descriptor = self._sources.acquire(source)
         except OSError as error:
             raise CheckpointError(f"{source}: can't be opened: {error.strerror}") from error
         try:
-            written = self._files.acquire(self.work / name)
+            written = self._files.acquire(path)
             try:
-                return move(descriptor, offset, written, target, nbytes, buffer, share=share)
+                moved = move(descriptor, offset, written, target, nbytes, buffer, share=share, refused=refused)
+                if moved.written >= _WRITEBACK_BYTES:
+                    start_writeback(written, target, nbytes)
+                return moved
             finally:
                 self._files.release(written)
         except EOFError as error:
@@ -211,127 +228,126 @@ class OutputDirectory:
                 "copied; put the whole file back and run the same command again"
             ) from error
         except OSError as error:
-            raise _explain(error, self.path, f"copying {nbytes} bytes from {source} to {name}") from error
+            raise explain(error, self.path, f"copying {nbytes} bytes from {source} to {path.name}") from error
         finally:
             self._sources.release(descriptor)
 
     def sync(self, shards: Collection[int]) -> None:
         """Make all that was written to these shards durable."""
         for number in shards:
-            try:
-                descriptor = self._files.acquire(self.work / self._shards[number].name)
+            path = self.shard_path(number)
+            with explained(self.path, f"syncing {path.name}"):
+                descriptor = self._files.acquire(path)
                 try:
-                    os.fdatasync(descriptor)
+                    sync_data(descriptor)
                 finally:
                     self._files.release(descriptor)
-            except OSError as error:
-                raise _explain(error, self.path, f"syncing {self._shards[number].name}") from error
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file under its final name once OUT is published; until then beside the shards."""
-        try:
-            target = self.work / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise _explain(error, self.path, f"writing {name}") from error
-
-    def small_files(self) -> dict[str, str]:
-        """The digests of all files beside the shards that have been written so far, by name."""
-        return {name: file_digest(file) for name, file in sorted(self._small_files().items())}
-
-    def _small_files(self) -> dict[str, Path]:
-        """All files beside the shards that have no final name yet."""
-        names = {shard.name for shard in self._shards} | {JOURNAL, HOLDER}
-        files = {str(file.relative_to(self.work)): file for file in self.work.rglob("*") if file.is_file()}
-        return {name: file for name, file in files.items() if name not in names}
+        """Write a small file that gets its final name once OUT is published; until then it lies beside the shards."""
+        target = self.stage / name
+        with explained(self.path, f"writing {name}"):
+            make_directory(target.parent)
+            descriptor = create_file(target)
+            try:
+                write_at(descriptor, data, 0)
+                sync_data(descriptor)
+            finally:
+                os.close(descriptor)
 
     def copy_file(self, name: str, source: Path) -> None:
         """Copy a file; it gets its final name once OUT is published."""
-        copy_file(source, self.work / name)
+        copy_file(source, self.stage / name)
+
+    def small_files(self) -> dict[str, str]:
+        """The digests of all files beside the shards that have been written so far, by name."""
+        shards = {shard.name for shard in self._shards}
+        with explained(self.path, "reading what was written"):
+            return {name: file_digest(self.stage / name) for name in self._names() if name not in shards}
+
+    def _names(self) -> list[str]:
+        """All files that have no final name yet."""
+        entries = [entry for entry in self.stage.rglob("*") if entry.is_symlink() or not entry.is_dir()]
+        return sorted(str(entry.relative_to(self.stage)) for entry in entries)
+
+    # --- publishing --------------------------------------------------------------------------------------------
 
     def publish(self, last: Sequence[str], announce: Callable[[Sequence[str]], None]) -> None:
         """Give every file its final name, those in `last` after all others; then OUT is whole.
 
         Args:
-            last: names, the very last one at the end.
+            last: names, the very last one at the end: the sign that OUT is whole.
             announce: called with all names before the first is given, to make them durable.
 
         Raises:
             MergeloomError: where the safetensors library does not accept a shard, or the disk got in the way.
         """
         self._files.close()
-        for number, shard in enumerate(self._shards):
-            judge(self._place(number), shard.name)
-        names = sorted(
-            str(file.relative_to(self.work))
-            for file in self.work.rglob("*")
-            if (file.is_file() or file.is_symlink()) and file.name not in (JOURNAL, HOLDER)
-        )
-        ordered = [name for name in names if name not in last] + [name for name in last if name in names]
-        try:
-            announce(ordered)
-            for name in ordered:
-                target = self.path / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (self.work / name).rename(target)
-            for directory in dict.fromkeys((self.path / name).parent for name in ordered):
+        for shard in self._shards:
+            judge(self.stage / shard.name, shard.name)
+        with explained(self.path, "giving the files their names"):
+            names = self._names()
+            taken = [name for name in names if os.path.lexists(self.path / name)]
+            if taken:
+                raise EnvironmentFailure(
+                    f"{self.path}: {taken[0]} was put there during the merge; move it away and run the same "
+                    "command again"
+                )
+            for directory in self._directories(names, self.stage):
                 sync_directory(directory)
-            sync_directory(self.path)
-            self.journal.unlink(missing_ok=True)
-            shutil.rmtree(self.work)
-        except OSError as error:
-            raise _explain(error, self.path, "giving the files their names") from error
+            announce(names)
+            ends = [name for name in last if name in names]
+            # each step is durable before the next one: an index whose shards are not there is a broken model
+            for step in ([name for name in names if name not in ends], ends[:-1], ends[-1:]):
+                for name in step:
+                    make_directory((self.path / name).parent)
+                    rename(self.stage / name, self.path / name)
+                for directory in self._directories(step, self.path):
+                    sync_directory(directory)
+            remove(self.journal)
+            remove_tree(self.work)
+
+    def _take_back(self) -> None:
+        """Put the files that an interrupted `publish` gave their names back beside those that it had not come to."""
+        names = published_names(self.found) if self.found is not None else []
+        published = [name for name in names if os.path.lexists(self.path / name)]
+        for name in published:
+            if os.path.lexists(self.stage / name):
+                raise UsageError(
+                    f"{self.path}: {name} was put there since the merge was interrupted; move it away and run the same "
+                    "command again"
+                )
+        for name in published:
+            make_directory((self.stage / name).parent)
+            rename(self.path / name, self.stage / name)
+        for directory in self._directories(published, self.stage):
+            sync_directory(directory)
+        for directory in self._directories(names, self.path):
+            if directory != self.path:
+                with contextlib.suppress(OSError):
+                    remove_directory(directory)
+        sync_directory(self.path)
+
+    @staticmethod
+    def _directories(names: Iterable[str], root: Path) -> list[Path]:
+        """The directories that files lie in, up to `root`, the deepest first."""
+        found = {root}
+        for name in names:
+            found.update(directory for directory in (root / name).parents if directory.is_relative_to(root))
+        return sorted(found, key=lambda directory: -len(directory.parts))
+
+    # --- ending ------------------------------------------------------------------------------------------------
 
     def abandon(self) -> None:
         """Remove what was begun, and OUT itself where this merge made it. Only for a merge with nothing durable."""
         self._files.close()
-        shutil.rmtree(self.work, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for directory in self._made:
-                directory.rmdir()
+        super().abandon()
 
     def close(self) -> None:
-        """Let others have OUT."""
+        """Let others have OUT; a second time does nothing."""
         self._files.close()
         self._sources.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-
-def refuse_foreign(path: Path) -> None:
-    """Refuse an OUT that is no directory, or holds anything that is not an unfinished merge's. Raises UsageError."""
-    if not path.exists():
-        if path.is_symlink():
-            raise UsageError(f"{path}: is a broken link; OUT must be a new or empty directory")
-        return
-    if not path.is_dir():
-        raise UsageError(f"{path}: is a file; OUT must be a new or empty directory")
-    present = {entry.name for entry in path.iterdir()} - {WORK}
-    if present and (found := read_journal(path / WORK / JOURNAL)) is not None:
-        present -= {Path(name).parts[0] for name in published_names(found)}
-    if present:
-        shown = ", ".join(sorted(present)[:3]) + (", ..." if len(present) > 3 else "")
-        raise UsageError(
-            f"{path}: is not empty ({shown}); OUT must be a new or empty directory, so that nothing is overwritten"
-        )
-
-
-def published_names(found: Found) -> list[str]:
-    """The names that an unfinished merge may have given in OUT already."""
-    return [name for record in found.records for name in record.get("publish", ())]
-
-
-def _holder(work: Path) -> str:
-    """Who holds OUT, as far as is known."""
-    try:
-        return f" (process {int((work / HOLDER).read_text())})"
-    except (OSError, ValueError):
-        return ""
+        self.release()
 
 
 def index_bytes(weight_map: Mapping[str, str], total_size: int) -> bytes:
@@ -347,18 +363,8 @@ def judge(file: Path, name: str) -> None:
     try:
         with safetensors.safe_open(file, framework="numpy"):
             return
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise EnvironmentFailure(
             f"{name}: the safetensors library does not accept what was written ({error}): the disk lost data, or this "
             "is a bug; please report it"
         ) from error
-
-
-def _explain(error: OSError, path: Path, what: str) -> DiskSpaceError | EnvironmentFailure:
-    if error.errno in _FULL:
-        there = next(directory for directory in (path, *path.parents) if directory.exists())
-        free = shutil.disk_usage(there).free
-        return DiskSpaceError(
-            f"{path}: no space left while {what} ({format_size(free)} free): make room and run the same command again"
-        )
-    return EnvironmentFailure(f"{path}: {what} failed: {error.strerror or error}")

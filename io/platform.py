@@ -1,19 +1,30 @@
-"""System calls that only some systems have, each with a fallback that does the same more slowly.
+"""System calls: those that only some systems have, each with a fallback, and all that change an output's files.
 
-`DISABLED` names the calls to do without; tests fill it to run every fallback on any system.
+`DISABLED` names the calls to do without; tests fill it to run every fallback on any system. `WATCH` is the seam at
+which they let the power fail, the disk be full or the process be killed.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 DISABLED: set[str] = set()
 """Calls that are treated as missing: ``preadv``, ``fallocate``, ``fadvise``, ``sync_file_range``,
 ``clone``, ``copy_file_range``, ``mincore``."""
+
+WATCH: Callable[..., None] | None = None
+"""Where set, it is called before each call that changes a file or a directory of an output, with the call's name and
+what it is given: ``create`` path, ``truncate`` descriptor size, ``write`` descriptor data offset, ``reserve``
+descriptor offset size, ``clone`` and ``copy`` source offset target offset size, ``sync`` descriptor, ``sync_directory``
+path, ``rename`` path path, ``remove`` path, ``make_directory`` path, ``remove_directory`` path. What it raises, the
+call raises."""
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 _FALLOC_FL_KEEP_SIZE = 1
@@ -22,6 +33,11 @@ _FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
 
 def _has(call: str) -> bool:
     return call not in DISABLED and hasattr(os, call)
+
+
+def _about_to(call: str, *arguments: object) -> None:
+    if WATCH is not None:
+        WATCH(call, *arguments)
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
@@ -37,7 +53,10 @@ def write_at(descriptor: int, buffer: bytes | memoryview, offset: int) -> None:
     """All of `buffer` written at `offset`, however many calls it takes."""
     view = memoryview(buffer)
     while view:
+        _about_to("write", descriptor, view, offset)
         written = os.pwrite(descriptor, view, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "the disk takes no more bytes and does not say why")
         view = view[written:]
         offset += written
 
@@ -52,6 +71,7 @@ def reserve_space(descriptor: int, offset: int, nbytes: int) -> bool:
         return True
     if "fallocate" in DISABLED or not sys.platform.startswith("linux"):
         return False
+    _about_to("reserve", descriptor, offset, nbytes)
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -119,60 +139,189 @@ def expect_sequential(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
+def create_file(path: Path) -> int:
+    """A descriptor, open for reading and writing, of a new, empty file; one that is there loses its content."""
+    _about_to("create", path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+
+def truncate(descriptor: int, nbytes: int) -> None:
+    """Give a file a size."""
+    _about_to("truncate", descriptor, nbytes)
+    os.ftruncate(descriptor, nbytes)
+
+
+def sync_data(descriptor: int) -> None:
+    """Make a file's bytes, and its size, durable."""
+    _about_to("sync", descriptor)
+    if sys.platform == "darwin":  # whose fsync leaves the bytes in the disk's own cache
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(descriptor)
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable."""
+    _about_to("sync_directory", directory)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # some network file systems sync names as they are given, and refuse this
+            raise
     finally:
         os.close(descriptor)
 
 
-def clone_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> bool:
-    """Let a range of `target` share its blocks with one of `source`; whether the file system did.
+def rename(path: Path, target: Path) -> None:
+    """Give a file another name, on the same file system; it has the one or the other at any instant."""
+    _about_to("rename", path, target)
+    path.rename(target)
 
-    Offsets and size must be multiples of the file system's block (see FICLONERANGE in ioctl_ficlonerange(2)).
 
-    Raises:
-        OSError: where something is wrong that copying would meet too, such as ENOSPC or EIO.
+def remove(path: Path) -> None:
+    """Remove a file or a link; one that is not there is no error."""
+    _about_to("remove", path)
+    path.unlink(missing_ok=True)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, with its parents; one that is there is no error."""
+    for directory in [each for each in (path, *path.parents) if not each.exists()][::-1]:
+        _about_to("make_directory", directory)
+        directory.mkdir(exist_ok=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty directory."""
+    _about_to("remove_directory", path)
+    path.rmdir()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all that is in it; links are not followed. One that is not there is no error."""
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            remove(entry)
+    if path.is_dir():
+        remove_directory(path)
+
+
+def clone_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+    """Let a range of `target` share its blocks with one of `source` (see ioctl_ficlonerange(2)).
+
+    Offsets and size must be multiples of the file system's block. Where sharing is refused, what the range of `target`
+    holds is undefined.
+
+    Returns:
+        0, or the error number with which it was refused: copying can still work.
     """
+    try:
+        _about_to("clone", source, source_offset, target, target_offset, nbytes)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return _clone(source, source_offset, target, target_offset, nbytes)
+
+
+def _clone(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
     if "clone" in DISABLED or not sys.platform.startswith("linux"):
-        return False
+        return errno.ENOSYS
     import fcntl
 
-    try:
-        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, source_offset, nbytes, target_offset))
-    except OSError as error:
-        if error.errno in _UNSUPPORTED | {errno.EXDEV, errno.ENOTTY, errno.EPERM, errno.ETXTBSY, errno.EBADF}:
-            return False
-        raise
-    return True
+    request = struct.pack("qQQQ", source, source_offset, nbytes, target_offset)
+    while True:
+        try:
+            fcntl.ioctl(target, _FICLONERANGE, request)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+
+def why_no_clone(source: int, scratch: int) -> int:
+    """0 where a file's blocks can be shared with files beside `scratch`, else the error number of the refusal.
+
+    Asks for a range that begins inside a block, which every file system refuses, but only after it has refused what it
+    can't do at all: the source isn't touched. What the source alone is in the way of (a swap file, say) stays unknown.
+    """
+    found = _clone(source, 1, scratch, 0, 1)
+    return 0 if found == errno.EINVAL else found
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
-    """Bytes that the kernel copied between two files; 0 where it can't between these."""
+    """Bytes that the kernel copied between two files; 0 where it can't between these, or the source has ended."""
     if not _has("copy_file_range"):
         return 0
+    while True:
+        try:
+            _about_to("copy", source, source_offset, target, target_offset, nbytes)
+            return os.copy_file_range(source, target, nbytes, source_offset, target_offset)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            if error.errno in _UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.ETXTBSY, errno.EBADF}:
+                return 0
+            raise
+
+
+def copies_in_kernel() -> bool:
+    """Whether the system has a call with which the kernel copies between files."""
+    return _has("copy_file_range")
+
+
+def scratch_file(directory: Path) -> int | None:
+    """A descriptor of an empty file without a name in `directory`, gone once closed; None where there can be none."""
+    if not hasattr(os, "O_TMPFILE"):
+        return None
     try:
-        return os.copy_file_range(source, target, nbytes, source_offset, target_offset)
-    except OSError as error:
-        if error.errno in _UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.ETXTBSY, errno.EBADF}:
-            return 0
-        raise
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """Where a file system is mounted.
+
+    Args:
+        point: the directory.
+        device: the same for all mounts of one file system.
+        kind: its type, such as ``xfs``.
+    """
+
+    point: str
+    device: str
+    kind: str
+
+
+def mount_of(path: Path) -> Mount:
+    """The mount that holds `path`, or its nearest parent that is there; all "" where the system doesn't tell.
+
+    By name, not by device number: on Btrfs, a file has another one than its file system.
+    """
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    real = os.path.realpath(path)
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return Mount("", "", "")
+    best = Mount("", "", "")
+    for line in mounts:
+        fields, _, rest = line.partition(" - ")
+        _, _, device, _, point, *_ = fields.split(" ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
+        if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best.point):
+            best = Mount(point, device, rest.split(" ")[0])
+    return best
 
 
 def file_system(path: Path) -> str:
     """The type of the file system that holds `path` (or its nearest parent), such as ``xfs``; "" where unknown."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    device = path.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    for line in mounts:
-        fields, _, rest = line.partition(" - ")
-        if fields.split()[2] == number:
-            return rest.split()[0]
-    return ""
+    return mount_of(path).kind

@@ -5,11 +5,46 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import CheckpointError, EnvironmentFailure
 from .platform import expect_sequential, forget_cached, read_at
+
+Stamp = tuple[int, int, int]
+"""What tells whether a file may have been replaced or written to: its inode, size and time of change."""
+Stamps = Mapping[Path, Stamp]
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp of a file."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
+    """The stamps of some files. Raises CheckpointError where one is gone, EnvironmentFailure where it can't be seen."""
+    stamps = {}
+    for file in files:
+        try:
+            stamps[file] = stamp_of(file.stat())
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise CheckpointError(
+                f"{file}: can't be found any more ({error.strerror}): put the file back and run the same command again"
+            ) from error
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"{file}: can't be looked at ({error.strerror}): once that is mended, run the same command again"
+            ) from error
+    return stamps
+
+
+def changed(file: Path) -> CheckpointError:
+    """What to say of a source file that isn't any more what it was when the merge began."""
+    return CheckpointError(
+        f"{file} was changed during the merge: the output would mix two versions of it. Put the file back and run the "
+        "same command again, or start over with --fresh"
+    )
 
 
 class FilePool:
@@ -20,21 +55,26 @@ class FilePool:
     Args:
         flags: of ``os.open``.
         limit: the most files open at a time that aren't in use.
+        stamps: what files must be when they are opened, where it is known.
     """
 
-    def __init__(self, flags: int = os.O_RDONLY, limit: int = 256) -> None:
+    def __init__(self, flags: int = os.O_RDONLY, limit: int = 256, stamps: Stamps | None = None) -> None:
         self._flags = flags | os.O_CLOEXEC
         self._limit = limit
+        self._stamps = stamps or {}
         self._lock = threading.Lock()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._users: dict[int, int] = {}
 
     def acquire(self, file: Path) -> int:
-        """A descriptor of `file`; give it back with `release`. Raises OSError."""
+        """A descriptor of `file`; give it back with `release`. Raises OSError; CheckpointError where it was changed."""
         with self._lock:
             descriptor = self._open.get(file)
             if descriptor is None:
                 descriptor = os.open(file, self._flags)
+                if self._stamps.get(file, stamp := stamp_of(os.fstat(descriptor))) != stamp:
+                    os.close(descriptor)
+                    raise changed(file)
                 if self._flags & os.O_ACCMODE == os.O_RDONLY:
                     expect_sequential(descriptor)
                 self._open[file] = descriptor
@@ -83,17 +123,18 @@ class Reader:
     Args:
         keep_cached: whether what was read stays in the page cache; False for inputs that are larger than it.
         limit: the most source files open at a time.
+        stamps: what files must be when they are opened, where it is known.
     """
 
-    def __init__(self, *, keep_cached: bool = True, limit: int = 256) -> None:
-        self._files = FilePool(os.O_RDONLY, limit)
+    def __init__(self, *, keep_cached: bool = True, limit: int = 256, stamps: Stamps | None = None) -> None:
+        self._files = FilePool(os.O_RDONLY, limit, stamps)
         self._keep_cached = keep_cached
 
     def read(self, file: Path, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `file` from `offset` on.
 
         Raises:
-            CheckpointError: where the file is gone, may not be read, or ends before.
+            CheckpointError: where the file is gone, was changed, may not be read, or ends before.
             EnvironmentFailure: where the disk, or a limit of the system, gets in the way.
         """
         try:

@@ -103,8 +103,9 @@ def difference(first: Vocabulary, second: Vocabulary, names: tuple[str, str]) ->
         f"row {found.rows[token]} in {name}" if token in found.rows else f"no row in {name}"
         for found, name in zip((first, second), names, strict=True)
     )
-    number = len(moved) + len(new)
-    return f"token {token!r} has {places}" + (f", and {number - 1:,} others differ as well" if number > 1 else "")
+    others = len(moved) + len(new) - 1
+    more = f", and {others:,} other{'s differ' if others > 1 else ' differs'} as well" if others else ""
+    return f"token {token!r} has {places}{more}"
 
 
 def _main_file(directory: Path) -> Path | None:

@@ -13,8 +13,11 @@ import click
 
 from . import __version__
 from .errors import UsageError
+from .stacking import stack
 
 if TYPE_CHECKING:
+    from .dry_run import DryRun
+    from .estimate import Estimate
     from .merging import Result
     from .methods.contract import Method
     from .planning import Options, Plan
@@ -84,34 +87,104 @@ def cli() -> None:
     """
 
 
+cli.add_command(stack)
+
+
 @cli.command()
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path(), required=False)
 @planning_options
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def plan(recipe: str, out: str | None, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--html", type=click.Path(dir_okay=False), help="Write it as a page, too: one file that needs no network."
+)
+@click.option("--explain", metavar="TENSOR", help="Say how this output tensor is made, and nothing else.")
+@click.option("--time", "timed", is_flag=True, help="Measure disks, memory and methods, and estimate the time.")
+@click.option("--rates", help="Estimate the time from rates, such as disk_read=6GB/s,h2d=25GB/s.")
+@click.option("--for", "machine", metavar="MACHINE", help="Plan for another machine: ram=64GiB,vram=24GiB,cores=16.")
+@click.option("--what-if", is_flag=True, help="Show what other budgets would change.")
+def plan(
+    recipe: str,
+    out: str | None,
+    as_json: bool,
+    html: str | None,
+    explain: str | None,
+    timed: bool,
+    rates: str | None,
+    machine: str | None,
+    what_if: bool,
+    **options: Any,
+) -> None:
     """Say what a merge would do, need and produce: a dry run.
 
     Reads the recipe and the models' headers only, and writes nothing. With OUT, it also says whether OUT can be written
-    and its disk has room.
+    and its disk has room, and what the file system can share instead of copying. Only --time reads more, and writes a
+    file without a name in OUT's file system, for about a second in all.
     """
-    from .destination import look_at
+    if html is not None:
+        _check_writable("--html", html)
     from .display import load_rich, show
+    from .estimate import parse_rates
+    from .machine import parse_machine
     from .planning import plan as make_plan
-    from .report import plan_sections
 
+    given = parse_rates(rates) if rates is not None else {}
+    chosen = _options({**options, "machine": parse_machine(machine) if machine is not None else None})
     load_rich()
-    planned = make_plan(recipe, _options(options))
-    destination = look_at(Path(out), planned.layout.nbytes) if out is not None else None
+    planned = make_plan(recipe, chosen)
+    if out is not None:
+        from .sharing import place
+
+        planned = place(planned, Path(out))
+    if explain is not None:
+        _explain(planned, explain, as_json)
+        return
+    time = _estimate(planned, out, given, timed) if timed or given else None
+    dry_run = _dry_run(planned, out, time, what_if)
+    if html is not None:
+        from .page import make_page
+
+        _write("--html", html, make_page(planned, destination=dry_run.destination, time=time, others=dry_run.others))
     if as_json:
-        found = planned.to_dict()
-        if destination is not None:
-            found["destination"] = destination.to_dict()
-        _print_json(found)
+        _print_json(dry_run.to_dict())
     else:
-        show([*plan_sections(planned), *([destination.section()] if destination is not None else [])])
-    if destination is not None and destination.problem is not None:
-        raise destination.problem
+        show(dry_run.sections())
+    if dry_run.destination is not None and dry_run.destination.problem is not None:
+        raise dry_run.destination.problem
+
+
+def _explain(planned: Plan, tensor: str, as_json: bool) -> None:
+    from .display import show
+    from .explain import explain, explanation_sections
+
+    found = explain(planned, tensor)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        show(explanation_sections(found))
+
+
+def _estimate(planned: Plan, out: str | None, given: Mapping[str, float], timed: bool) -> Estimate:
+    from .estimate import assumed_rates, estimate, with_given
+
+    if not timed:
+        return estimate(planned, with_given(assumed_rates(planned), given))
+    from .probe import measured_rates
+
+    return estimate(planned, measured_rates(planned, None if out is None else Path(out), given))
+
+
+def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: bool) -> DryRun:
+    from .dry_run import DryRun
+    from .whatif import alternatives
+
+    destination = None
+    if out is not None:
+        from .destination import look_at
+
+        destination = look_at(Path(out), planned.disk)
+    others = alternatives(planned, time.rates if time is not None else None) if what_if else []
+    return DryRun(planned, destination, time, tuple(others))
 
 
 @cli.command()
@@ -130,7 +203,7 @@ def merge(recipe: str, out: str | None, report: str | None, discard: bool, quiet
     if out is None and not discard:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     if report is not None:
-        _check_writable(report)
+        _check_writable("--report", report)
     from .display import load_rich, show
     from .planning import plan as make_plan
     from .report import headline, overflow_section, summary_sections
@@ -143,7 +216,7 @@ def merge(recipe: str, out: str | None, report: str | None, discard: bool, quiet
         _say(headline(planned))
     result = _perform(planned, None if discard else out, quiet)
     if report is not None:
-        _write_report(report, result.to_dict())
+        _write("--report", report, json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is done")
     if not quiet:
         show(summary_sections(result))
     elif result.measured.overflowed:
@@ -224,24 +297,22 @@ def _memory_warnings(planned: Plan) -> list[str]:
     ]
 
 
-def _check_writable(report: str) -> None:
-    """Find out before the merge, not after it, that the report can't be written."""
-    parent = Path(report).absolute().parent
+def _check_writable(option: str, path: str) -> None:
+    """Find out before the work, not after it, that its result can't be written."""
+    parent = Path(path).absolute().parent
     if not parent.is_dir():
-        raise UsageError(f"--report {report}: there is no directory {parent}")
-    if not os.access(report if Path(report).exists() else parent, os.W_OK):
-        raise UsageError(f"--report {report}: can't be written")
+        raise UsageError(f"{option} {path}: there is no directory {parent}")
+    if not os.access(path if Path(path).exists() else parent, os.W_OK):
+        raise UsageError(f"{option} {path}: can't be written")
 
 
-def _write_report(report: str, content: Mapping[str, Any]) -> None:
+def _write(option: str, path: str, text: str, besides: str = "") -> None:
     from .errors import EnvironmentFailure
 
     try:
-        Path(report).write_text(json.dumps(content, indent=2) + "\n")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise EnvironmentFailure(
-            f"--report {report}: can't be written ({error.strerror}); the merge is done"
-        ) from error
+        raise EnvironmentFailure(f"{option} {path}: can't be written ({error.strerror}){besides}") from error
 
 
 def _print_json(content: Mapping[str, Any]) -> None:

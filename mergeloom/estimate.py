@@ -176,7 +176,7 @@ def estimate(plan: Plan, rates: Rates) -> Estimate:
     schedule = plan.schedule
     devices = schedule.budget.devices
     gpus = sum(device.vram is not None for device in devices)
-    lanes = [_read(plan, rates), _lane("write", schedule.bytes_written, rates.disk_write)]
+    lanes = [_read(plan, rates), _lane("write", plan.bytes_written, rates.disk_write)]
     if plan.computes:
         work = _lane("compute", computed_bytes(plan), rates.compute)
         if gpus:
@@ -216,14 +216,14 @@ def _read(plan: Plan, rates: Rates) -> LaneEstimate:
     """The read lane: what lies in the page cache, now or after an earlier pass, comes from there."""
     schedule = plan.schedule
     again = cached_again(plan)
-    first = schedule.bytes_read - schedule.bytes_reread
-    cached = again + rates.cached * first
-    disk = schedule.bytes_read - cached
+    nbytes = plan.bytes_read
+    cached = again + rates.cached * (nbytes - schedule.bytes_reread)
+    disk = nbytes - cached
     seconds = disk / rates.disk_read.per_second + cached / (_READERS * rates.memory.per_second)
     rate = rates.disk_read if disk > cached else rates.memory
     if seconds:
-        rate = replace(rate, per_second=schedule.bytes_read / seconds)
-    return LaneEstimate("read", schedule.bytes_read, rate, seconds)
+        rate = replace(rate, per_second=nbytes / seconds)
+    return LaneEstimate("read", nbytes, rate, seconds)
 
 
 def cached_again(plan: Plan) -> int:
@@ -252,7 +252,7 @@ def _cores(plan: Plan, rates: Rates, lanes: list[LaneEstimate], threads: int) ->
     machine = plan.options.machine
     cores = (machine and machine.cores) or usable_cores()
     computing = next((lane for lane in lanes if lane.name == "compute"), None)
-    moved = plan.schedule.bytes_read + plan.schedule.bytes_written
+    moved = plan.bytes_read + plan.bytes_written
     seconds = moved / rates.memory.per_second
     origin = rates.memory.origin
     if computing is not None and threads:
@@ -265,7 +265,7 @@ def _cores(plan: Plan, rates: Rates, lanes: list[LaneEstimate], threads: int) ->
 
 def _fill(plan: Plan, rates: Rates) -> float:
     """Until the last lane has something to do: one chunk of every source comes through all lanes."""
-    schedule = plan.schedule
-    sources = max((len(step.sources) for step in schedule.steps), default=0)
-    nbytes = min(sources * schedule.slot_bytes, schedule.bytes_read)
+    schedule, reads = plan.schedule, plan.built.graph.reads
+    first = schedule.steps[0].sources if schedule.steps else ()
+    nbytes = sum(min(schedule.slot_bytes, reads[read].nbytes) for read in first)
     return nbytes * (1 / rates.disk_read.per_second + 1 / rates.compute.per_second + 1 / rates.disk_write.per_second)

@@ -11,9 +11,11 @@ from typing import Any
 from .display import Grid, Section
 from .engine.layers import LayerMap, Stack, find_layers, is_head, tied_embedding
 from .engine.quantized import quantized_tensors
+from .engine.recipe import ModelReference
 from .errors import CheckpointError
-from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.checkpoint import Checkpoint
 from .io.tensors import TensorRef
+from .planning import open_model
 from .wording import big_number, data_size, listed, plural, ranges
 
 _FILES_SHOWN = 8
@@ -133,7 +135,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     Raises:
         CheckpointError: where it is missing or damaged.
     """
-    checkpoint = open_checkpoint(Path(model).expanduser())
+    checkpoint = open_model(ModelReference.parse(model))
     remarks = list(checkpoint.remarks)
     layers: LayerMap | None = None
     try:

@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .engine.fuse import FusedKernel
 from .engine.layout import LAYOUT_VERSION
 from .errors import CheckpointError
 from .io.digests import bytes_digest
+from .io.hub import HubCheckpoint
 from .io.identity import file_identity
+from .methods.contract import Kernel
 
 if TYPE_CHECKING:
     from .planning import Plan
 
 MANIFEST = "mergeloom.json"
 _WORDS = {
+    "mergeloom": "the version of mergeloom",
     "seed": "the seed",
     "shard_size": "the shard size",
     "layout": "the layout version of mergeloom",
@@ -36,12 +40,20 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     """
     graph = plan.built.graph
     used = sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
+    checkpoints = [model.checkpoint for model in plan.built.models]
+
+    def identity(entry: tuple[int, Path]) -> str:
+        model, file = entry
+        found = checkpoints[model]
+        return str(found.identity(file)) if isinstance(found, HubCheckpoint) else file_identity(file)
+
     with ThreadPoolExecutor(8) as pool:
-        identities = list(pool.map(file_identity, [file for _, file in used]))
+        identities = list(pool.map(identity, used))
     sources: dict[str, dict[str, str]] = {}
-    for (model, file), identity in zip(used, identities, strict=True):
-        sources.setdefault(str(model), {})[file.name] = identity
+    for (model, file), found in zip(used, identities, strict=True):
+        sources.setdefault(str(model), {})[source_name(plan, model, file)] = found
     return {
+        "mergeloom": __version__,
         "recipe": plan.recipe.text,
         "seed": plan.options.seed,
         "shard_size": plan.options.shard_size,
@@ -49,6 +61,12 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "sources": sources,
         "outputs": _outputs_digest(plan),
     }
+
+
+def source_name(plan: Plan, model: int, file: Path) -> str:
+    """A source file, relative to its model's directory."""
+    root = plan.built.models[model].checkpoint.path
+    return str(file.relative_to(root)) if file.is_relative_to(root) and file != root else file.name
 
 
 def _outputs_digest(plan: Plan) -> str:
@@ -67,11 +85,22 @@ def _outputs_digest(plan: Plan) -> str:
             sorted(operation.parameters),
             operation.base,
             operation.positions,
+            _parts(operation.kernel),
             graph.node_key[output.node],
             sources,
         )
         digest.update(repr(entry).encode())
     return digest.hexdigest()
+
+
+def _parts(kernel: Kernel | None) -> list[Any]:
+    """How the stages of a fused kernel hang together, beside the methods and parameters that its operation names."""
+    if not isinstance(kernel, FusedKernel):
+        return []
+    return [
+        (part.sources, part.key, part.positions, part.round_to and part.round_to.name, part.kernel.inputs)
+        for part in kernel.parts
+    ]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -81,8 +110,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if before.get(key) == now.get(key):
             continue
         if key == "sources":
-            found += list(_source_differences(before.get(key) or {}, now.get(key) or {}))
-        elif key in ("seed", "shard_size", "layout"):
+            found += list(_source_differences(before.get(key), now.get(key)))
+        elif key in ("mergeloom", "seed", "shard_size", "layout"):
             found.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
         else:
             found.append(f"{words}{_recipe_difference(before, now)}")
@@ -96,12 +125,22 @@ def _recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
     return ": " + " | ".join(lines[:4]) if lines else ""
 
 
-def _source_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for model in sorted({*before, *now}):
-        old, new = before.get(model, {}), now.get(model, {})
-        for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name):
-                yield f"the source file {name} of model {int(model) + 1}"
+def _source_differences(before: object, now: object) -> Iterator[str]:
+    old, new = (_flat(found) for found in (before, now))
+    for model, name in sorted({*old, *new}):
+        if old.get((model, name)) != new.get((model, name)):
+            yield f"the source file {name} of model {int(model) + 1 if model.isdecimal() else model}"
+
+
+def _flat(sources: object) -> dict[tuple[str, str], object]:
+    """The identity of each source file by its model and name."""
+    models = sources if isinstance(sources, dict) else {}
+    return {
+        (str(model), str(name)): identity
+        for model, files in models.items()
+        if isinstance(files, dict)
+        for name, identity in files.items()
+    }
 
 
 def manifest_bytes(
@@ -116,7 +155,6 @@ def manifest_bytes(
         files: the digest of each file beside the shards.
     """
     content = {
-        "mergeloom": __version__,
         **facts,
         "models": [model.reference.text for model in plan.built.models],
         "files": dict(files),

@@ -1,16 +1,15 @@
-"""The files of a model beside its weights: config.json, tokenizer and other companions, the model card."""
+"""Writing the files of a model beside its weights: config.json, tokenizer and other companions, the model card."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .card import CardModel, model_card
-from .engine.build import BuiltGraph
-from .engine.config import merged_config
-from .io.files import companion_files
+from .chat_templates import REPLACED, with_template
+from .file_sources import FileSources, directory_of, tokenizer_directory
+from .io.files import FileKind, companion_files
 from .io.output import OutputDirectory
 
 if TYPE_CHECKING:
@@ -20,42 +19,27 @@ CARD = "README.md"
 CONFIG = "config.json"
 
 
-def config_of(built: BuiltGraph) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """The output's config.json, and what the user should know about it; None where the donor has none."""
-    config: Mapping[str, Any] | None = built.donor_config
-    if config is None:
-        return None, (f"{built.models[built.donor].name} has no config.json, so that none is written",)
-    # without a head the donor has none either: it is tied already, or it is no language model
-    tied = False if built.head else None
-    warnings: list[str] = []
-    for stack in built.stacks:
-        merged = merged_config(
-            config,
-            layers=len(stack.sources),
-            source_layers=stack.sources,
-            tied=tied,
-            dtype=built.dtype,
-            main=stack.donor.config_path,
-            key=stack.donor.config_key,
-            donor_layers=stack.donor.count,
-        )
-        config = merged.config
-        warnings += merged.warnings
-    return dict(config), tuple(dict.fromkeys(warnings))
-
-
 def write_model_files(plan: Plan, out: OutputDirectory) -> list[str]:
     """Write everything but the weights into OUT; the names of what must appear last, config.json among them."""
-    config, _ = config_of(plan.built)
-    donor = plan.built.models[plan.built.donor]
-    path = donor.checkpoint.path
-    for file in companion_files(path if path.is_dir() else path.parent):
-        out.copy_file(file.path, file.source)
+    _write_companions(plan.files, out)
     out.write_file(CARD, _card(plan).encode())
-    if config is None:
+    if plan.files.config is None:
         return []
-    out.write_file(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    out.write_file(CONFIG, (json.dumps(plan.files.config, indent=2) + "\n").encode())
     return [CONFIG]
+
+
+def _write_companions(files: FileSources, out: OutputDirectory) -> None:
+    """The tokenizer's files of one model, with the chat template put into them, and the others of another."""
+    for file in companion_files(directory_of(files.others), (FileKind.GENERATION, FileKind.OTHER)):
+        out.copy_file(file.path, file.source)
+    directory = tokenizer_directory(files)
+    changed = {} if files.template is None else with_template(directory, files.template)
+    for file in companion_files(directory, (FileKind.TOKENIZER,)):
+        if file.path not in changed and not (changed and REPLACED.fullmatch(file.path)):
+            out.copy_file(file.path, file.source)
+    for name, data in changed.items():
+        out.write_file(name, data)
 
 
 def _card(plan: Plan) -> str:

@@ -15,11 +15,12 @@ from .engine.recipe import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule import Budget, Schedule, make_schedule
 from .engine.stages import build_stages
 from .engine.transfer import Transfer
+from .file_sources import FileResolver, FileSources
 from .io.checkpoint import Checkpoint, open_checkpoint
-from .io.copying import shareable
+from .io.hub_files import HubFile, is_hub_id
+from .io.tensors import TensorRef
 from .machine import Machine, find_devices, make_budget, usable_cores
 from .methods import merge_methods
-from .model_files import config_of
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
@@ -58,35 +59,80 @@ class Plan:
         recipe: what the user wrote.
         stage: the stage that is made.
         built: the graph, and what the output's other files need.
+        files: where the files beside the weights come from.
         layout: where every output tensor lies.
         schedule: the steps, with what they hold.
         options: what it was made with.
         warnings: what the user should know.
         transfers: ranges that never pass through the lanes (see `sharing.place`).
-        shares: whether the blocks of these are shared with the sources, as far as the file systems tell.
+        moved: the nodes that are made so.
+        out: the model directory that it was placed for; None where it isn't known yet.
+        unshared: bytes that are passed through without sharing the inputs' blocks, by the reason why.
+        bytes_digested: bytes that are read only for their digests.
     """
 
     recipe: Recipe
     stage: Stage
     built: BuiltGraph
+    files: FileSources
     layout: Layout
     schedule: Schedule
     options: Options
     warnings: tuple[str, ...] = field(default=())
     transfers: tuple[Transfer, ...] = ()
-    shares: bool = False
+    moved: frozenset[int] = frozenset()
+    out: Path | None = None
+    unshared: tuple[tuple[str, int], ...] = ()
+    bytes_digested: int = 0
+
+    @property
+    def downloads(self) -> tuple[HubFile, ...]:
+        """The files of Hub models that hold what is read, with what is still to be fetched of each."""
+        graph = self.built.graph
+        if not any(is_remote(model.checkpoint) for model in self.built.models):
+            return ()
+        from .io.hub import needed_files
+
+        used: list[list[TensorRef]] = [[] for _ in self.built.models]
+        for ref, model in zip(graph.reads, graph.read_models, strict=True):
+            used[model].append(ref)
+        return tuple(
+            file
+            for model, refs in zip(self.built.models, used, strict=True)
+            for file in needed_files(model.checkpoint, refs)
+        )
 
     @property
     def bytes_shared(self) -> int:
         """Bytes of the output whose blocks are the sources' own."""
-        if not self.shares:
-            return 0
-        return sum(shareable(transfer.offset, transfer.target, transfer.nbytes)[1] for transfer in self.transfers)
+        return sum(transfer.shared for transfer in self.transfers)
 
     @property
     def bytes_copied(self) -> int:
         """Bytes that the kernel copies from source files to shards."""
-        return sum(transfer.nbytes for transfer in self.transfers) - self.bytes_shared
+        return sum(transfer.nbytes - transfer.shared for transfer in self.transfers)
+
+    @property
+    def bytes_computed(self) -> int:
+        """Bytes of the output that aren't an input's own."""
+        graph = self.built.graph
+        nodes = (output.node for output in graph.outputs)
+        return sum(graph.nbytes(node) for node in nodes if graph.operation(node).kind is not Kind.COPY)
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes that pass through the process or the kernel's copy on their way in, re-reads included."""
+        return self.schedule.bytes_read + self.bytes_copied + self.bytes_digested
+
+    @property
+    def bytes_written(self) -> int:
+        """Tensor bytes that pass through the process or the kernel's copy on their way out."""
+        return self.schedule.bytes_written + self.bytes_copied
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the shards take on the disk."""
+        return self.layout.nbytes - self.bytes_shared
 
     @property
     def computes(self) -> bool:
@@ -122,13 +168,20 @@ class Plan:
                 ],
             },
             "method": self.stage.merge_method,
-            "bytes_read": schedule.bytes_read + self.bytes_copied,
+            "bytes_read": self.bytes_read,
             "bytes_reread": schedule.bytes_reread,
-            "bytes_written": schedule.bytes_written + self.bytes_copied,
+            "bytes_written": self.bytes_written,
+            "download": {
+                "files": sum(not file.present for file in self.downloads),
+                "bytes": sum(file.to_fetch for file in self.downloads),
+            },
             "bytes_shared": self.bytes_shared,
             "bytes_copied": self.bytes_copied,
+            "bytes_computed": self.bytes_computed,
+            "bytes_digested": self.bytes_digested,
+            "not_shared": [{"reason": reason, "bytes": nbytes} for reason, nbytes in self.unshared],
             "bytes_uploaded": schedule.uploaded,
-            "disk": self.layout.nbytes - self.bytes_shared,
+            "disk": self.disk,
             "peak_ram": schedule.peak_ram,
             "peak_vram": schedule.peak_vram,
             "baseline_ram": schedule.budget.baseline,
@@ -149,9 +202,19 @@ class Plan:
         return plan_text(self)
 
 
+def is_remote(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the Hub's, so that its files may not be here."""
+    return hasattr(checkpoint, "repository")
+
+
 def open_model(reference: ModelReference) -> Checkpoint:
-    """The headers of an input model. Raises CheckpointError."""
-    return open_checkpoint(Path(reference.path).expanduser())
+    """The headers of an input model: a directory or file that is there, else one of the Hub. Raises MergeloomError."""
+    path = Path(reference.path).expanduser()
+    if not path.exists() and is_hub_id(reference.path):
+        from .io.hub import open_hub_model
+
+        return open_hub_model(reference.path, reference.revision)
+    return open_checkpoint(path)
 
 
 def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
@@ -179,13 +242,14 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
             opened[reference] = open_model(reference)
         return opened[reference]
 
-    built = build_stages(loaded, methods, open_once, lambda built: config_of(built)[0], seed=options.seed)
+    files = FileResolver(loaded, open_once)
+    built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
     schedule = make_schedule(built.graph, budget_of(options, computes))
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
-    warnings = (*loaded.warnings, *remarks, *built.warnings, *config_of(built)[1])
-    return Plan(loaded, stage, built, layout, schedule, options, warnings)
+    warnings = (*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings))
+    return Plan(loaded, stage, built, files.output, layout, schedule, options, warnings)
 
 
 def budget_of(options: Options, computes: bool) -> Budget:
@@ -203,11 +267,5 @@ def budget_of(options: Options, computes: bool) -> Budget:
 
 
 def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:
-    for key, value in (
-        ("tokenizer_source", stage.tokenizer),
-        ("chat_template", stage.chat_template),
-        ("files_from", stage.files_from),
-        ("save", stage.save or None),
-    ):
-        if value is not None:
-            raise recipe.error((*stage.place, key), f"{key} can't be honoured yet: take it out of the recipe")
+    if stage.save:
+        raise recipe.error((*stage.place, "save"), "save can't be honoured yet: take it out of the recipe")

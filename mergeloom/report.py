@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .display import Grid, Section, plain
 from .engine.build import Model
 from .engine.graph import Kind
+from .timeline import sparkline, timeline
+from .traffic import bytes_of_models, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again, read_again_lines
 from .wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
 
 if TYPE_CHECKING:
     from .engine.work import LaneTime, Measured
+    from .estimate import Estimate
     from .merging import Result
     from .planning import Plan
 
@@ -27,7 +30,10 @@ _REMEDIES = {
     "upload": "copying to the GPU: a wider bus would help most",
     "download": "the GPU, computing or copying back: a faster GPU, or a second one, would help most",
     "write": "writing the output: a faster disk for OUT would help most",
+    "cores": "the cores, computing and copying: more or faster ones, or a GPU, would help most",
 }
+_BLOCKS = 40
+"""The length of the line that shows memory over the steps."""
 
 
 # ------------------------------------------------------------------------------------------------ before
@@ -40,7 +46,7 @@ def plan_text(plan: Plan) -> str:
 
 def headline(plan: Plan) -> str:
     """A merge in one line: ``linear of 2 models: 16 layers, 1.24B parameters, 2.47GB``."""
-    return _headline(plan, plan.to_dict()["output"])
+    return _headline(plan, plan.output_dict())
 
 
 def _headline(plan: Plan, said: Mapping[str, Any]) -> str:
@@ -50,16 +56,21 @@ def _headline(plan: Plan, said: Mapping[str, Any]) -> str:
     return f"{plan.stage.merge_method} of {models}: {layers}{parameters} parameters, {data_size(said['bytes'])}"
 
 
-def plan_sections(plan: Plan) -> list[Section]:
-    """The dry run: what a merge makes, takes, does and needs."""
-    said = plan.to_dict()["output"]
+def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
+    """The dry run: what a merge makes, takes, does and needs; then `more`, what isn't used, and the warnings."""
+    said = plan.output_dict()
+    read = bytes_of_reads(plan.built.graph, plan.schedule)
     sections = [
         Section(_headline(plan, said)),
         _output(plan, said),
-        _inputs(plan),
+        _inputs(plan, read),
         _work(plan),
         _memory(plan),
     ]
+    if again := read_again_lines(read_again(plan, read)):
+        hint = "`mergeloom plan --what-if` shows what more memory would save."
+        sections.insert(4, Section("Read more than once", lines=[*again, hint]))
+    sections += more
     if unused := unused_lines(plan):
         sections.append(Section("Not used", lines=unused))
     if plan.warnings:
@@ -69,6 +80,7 @@ def plan_sections(plan: Plan) -> list[Section]:
 
 def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
     shards = plan.layout.shards
+    same = plan.files.config_from == plan.files.tokenizer_from
     largest = f", the largest of {data_size(max(shard.nbytes for shard in shards))}" if len(shards) > 1 else ""
     return Section(
         "Output",
@@ -76,17 +88,18 @@ def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
             ("parameters", f"{big_number(said['parameters'])} in {plural(said['tensors'], 'tensor')}"),
             ("layers", f"{said['layers']:,}"),
             ("size", f"{data_size(said['bytes'])} in {plural(len(shards), 'file')}{largest}"),
+            ("disk", f"{data_size(plan.disk)}; nothing is stored twice on the way"),
             ("dtype", ", ".join(said["dtypes"])),
-            ("config from", plan.built.models[plan.built.donor].name),
+            ("config from", plan.files.config_from),
+            *([] if same else [("tokenizer from", plan.files.tokenizer_from)]),
         ),
     )
 
 
-def _inputs(plan: Plan) -> Section:
-    graph, base = plan.built.graph, plan.stage.base_model
-    used: Counter[int] = Counter()
-    for number, ref in zip(graph.read_models, graph.reads, strict=True):
-        used[number] += ref.nbytes
+def _inputs(plan: Plan, read: Sequence[int]) -> Section:
+    base = plan.stage.base_model
+    by_model = bytes_of_models(plan, read)
+    again = plan.schedule.bytes_reread > 0
     rows = []
     for model in plan.built.models:
         refs = model.checkpoint.tensors.values()
@@ -97,12 +110,18 @@ def _inputs(plan: Plan) -> Section:
                 layers,
                 f"{len(refs):,}",
                 data_size(sum(ref.nbytes for ref in refs)),
-                data_size(used[model.number]),
+                data_size(by_model[model.number][0]),
+                *([_times(*by_model[model.number])] if again else []),
                 ", ".join(sorted({ref.dtype.name for ref in refs})),
             )
         )
-    header = ("model", "layers", "tensors", "size", "used", "dtypes")
-    return Section("Inputs", grid=Grid(header, tuple(rows), frozenset(("layers", "tensors", "size", "used"))))
+    header = ("model", "layers", "tensors", "size", "used", *(["read"] if again else []), "dtypes")
+    return Section("Inputs", grid=Grid(header, tuple(rows), frozenset(header[1:-1])))
+
+
+def _times(used: int, read: int) -> str:
+    """How often the bytes that are used are read: ``1x``, ``3.2x``."""
+    return f"{read / used:.2g}x" if used else ""
 
 
 def _work(plan: Plan) -> Section:
@@ -110,12 +129,20 @@ def _work(plan: Plan) -> Section:
     again = ", every byte once"
     if schedule.bytes_reread:
         again = f", {data_size(schedule.bytes_reread)} of it again, since the budget holds no more"
+    copied, shared = plan.bytes_copied, plan.bytes_shared
+    aside = f", {data_size(copied)} of it by the kernel alone" if copied else ""
     fields = [
-        ("reads", f"{data_size(schedule.bytes_read)}{again}"),
-        ("writes", data_size(schedule.bytes_written)),
+        ("reads", f"{data_size(plan.bytes_read)}{again}"),
+        ("writes", f"{data_size(plan.bytes_written)}{aside}"),
     ]
+    if shared:
+        fields.append(("shares", f"{data_size(shared)} with the inputs: neither read nor written, and no disk taken"))
+    if missing := [file for file in plan.downloads if not file.present]:
+        size = data_size(sum(file.to_fetch for file in missing))
+        fields.append(("downloads", f"{size} in {plural(len(missing), 'file')}, before the merge"))
     if schedule.uploaded:
-        fields.append(("uploads", f"{data_size(schedule.uploaded)} to the GPU"))
+        back = data_size(downloaded(graph, schedule))
+        fields.append(("uploads", f"{data_size(schedule.uploaded)} to the GPU, and {back} back"))
     counts: Counter[str] = Counter()
     for output in graph.outputs:
         operation = graph.operation(output.node)
@@ -136,26 +163,69 @@ def _work(plan: Plan) -> Section:
 
 
 def _memory(plan: Plan) -> Section:
-    schedule = plan.schedule
+    graph, schedule = plan.built.graph, plan.schedule
     budget = schedule.budget
-    own = f"{memory_size(budget.baseline)} of it for the program itself"
+    curve = timeline(graph, schedule, _BLOCKS)
+    buffers = schedule.ram_slots * schedule.slot_bytes
+    work = fixed_ram(schedule) - budget.baseline
+    parts = f"{memory_size(budget.baseline)} of it for the program itself"
+    parts += f", {memory_size(work)} for workspaces" if work else ""
     fields = [
-        ("peak RAM", f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}; {own}"),
+        ("peak RAM", f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}; {parts}"),
+        *_held(plan, buffers, [moment.ram for moment in curve], schedule.peak_ram),
         ("least RAM", f"{memory_size(schedule.minimum_ram, up=True)}{_set_by(plan)}"),
     ]
     vram = [device.vram for device in budget.devices if device.vram is not None]
     if vram:
         on_each = " on each GPU" if len(vram) > 1 else ""
         peak = memory_size(schedule.peak_vram, up=True)
-        fields.append(("peak VRAM", f"{peak} of {memory_size(max(vram))}{on_each}"))
-        fields.append(("least VRAM", memory_size(schedule.minimum_vram, up=True)))
+        slots = max(schedule.vram_slots) * schedule.slot_bytes
+        fields += [
+            ("peak VRAM", f"{peak} of {memory_size(max(vram))}{on_each}"),
+            *_held(plan, slots, [moment.vram for moment in curve], schedule.peak_vram, vram=True),
+            ("least VRAM", memory_size(schedule.minimum_vram, up=True)),
+        ]
     return Section("Memory", fields)
+
+
+def _held(plan: Plan, buffers: int, curve: Sequence[int], top: int, *, vram: bool = False) -> list[tuple[str, str]]:
+    """The step and the tensor that hold the most of the buffers, and what all steps hold; nothing without steps."""
+    peak = peak_of(plan.built.graph, plan.schedule, vram=vram)
+    if peak is None:
+        return []
+    which = f"pass {peak.index} of {peak.passes} of " if peak.passes > 1 else ""
+    held = f"{memory_size(peak.nbytes)} of {memory_size(buffers)} of buffers; the rest is read ahead"
+    if peak.nbytes > 0.98 * buffers:
+        held = f"{memory_size(peak.nbytes)}, or all of the buffers"
+    step = f"step {peak.step:,} of {len(plan.schedule.steps):,}, {which}{peak.tensor}: {held}"
+    return [("set by", step), ("over time", sparkline(curve, top))]
 
 
 def _set_by(plan: Plan) -> str:
     node = plan.schedule.minimum_ram_node
     name = next((output.name for output in plan.built.graph.outputs if output.node == node), None)
     return f", which {name} needs" if name is not None else ""
+
+
+def time_section(found: Estimate) -> Section:
+    """How long it will take, why, and how that is known."""
+    if not found.seconds:
+        return Section("Time", [("about", "no time: there is nothing to read or write")])
+    slowest = found.bottleneck
+    remedy = _REMEDIES.get(slowest.name, "computing: faster GPUs, or more of them, would help most")
+    fields = [
+        ("about", f"{duration(found.seconds)}, between {duration(found.low)} and {duration(found.high)}"),
+        ("bottleneck", remedy),
+    ]
+    rows = tuple(
+        (lane.name, data_size(lane.nbytes), lane.rate.text, lane.rate.origin, duration(lane.seconds))
+        for lane in found.lanes
+    )
+    header = ("lane", "moves", "a second", "known", "alone")
+    lines = [f"{note[:1].upper()}{note[1:]}." for note in found.rates.notes]
+    if option := found.rates.option:
+        lines.append(f"To plan with these rates again: {option}")
+    return Section("Time", fields, Grid(header, rows, frozenset(("moves", "a second", "alone"))), lines)
 
 
 def unused_lines(plan: Plan) -> list[str]:

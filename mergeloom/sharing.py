@@ -5,42 +5,75 @@ Whether that can be done depends on where OUT lies, so that a plan without OUT c
 
 from __future__ import annotations
 
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from .engine.graph import Kind
 from .engine.schedule import make_schedule
-from .engine.transfer import BUFFER_BYTES, plan_transfers
-from .io.platform import DISABLED, file_system
-from .planning import Plan
+from .engine.transfer import BUFFER_BYTES, plan_transfers, source_of
+from .errors import BudgetError
+from .io.copying import BLOCK
+from .io.platform import DISABLED, copies_in_kernel, mount_of, scratch_file, why_no_clone
+from .io.sizes import format_size
+from .planning import Plan, budget_of
 
-SHARING = frozenset({"xfs", "btrfs", "bcachefs", "zfs", "ocfs2", "apfs"})
-"""File systems whose files can share blocks (XFS only where it was made so, which the merge finds out)."""
+SHARING = frozenset({"xfs", "btrfs", "bcachefs", "ocfs2"})
+"""File systems whose files can share blocks; this decides only where they can't be asked."""
+EDGES = "not at the same offset within a block as in the input, or the part of a block"
 
 
-def place(plan: Plan, out: Path) -> Plan:
+def place(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
     """The plan for this OUT: what can be shared with the sources, or copied by the kernel, is taken out of the lanes.
 
-    A tensor with several destinations that can't share blocks stays in the lanes, where it is read once. Which bytes
-    come out where is the same either way.
+    A tensor that can't share blocks stays in the lanes where it has several destinations, since there it is read once,
+    or where its digest is wanted. Which bytes come out where is the same either way.
+
+    Args:
+        plan: one that was placed for this OUT already is returned as it is.
+        out: the model directory to be, or any directory on its file system.
+        digests: whether every tensor needs a digest; what is shared is then read for it, in the end.
     """
-    graph = plan.built.graph
-    device = _device(out)
-    shares = file_system(out) in SHARING and "clone" not in DISABLED
-    destinations = graph.destinations()
-    nodes = set()
-    for node in graph:
-        if graph.operation(node).kind is not Kind.COPY or not graph.nbytes(node):
-            continue
-        file = graph.reads[graph.node_sources[node][0]].file
-        if _device(file) == device and (shares or len(destinations[node]) == 1):
-            nodes.add(node)
-    if not nodes:
+    if plan.out == out:
         return plan
-    transfers = tuple(plan_transfers(graph, plan.layout, nodes))
-    budget = replace(plan.schedule.budget, baseline=plan.schedule.budget.baseline + copy_threads(plan) * BUFFER_BYTES)
-    schedule = make_schedule(graph, budget, done={node: graph.nbytes(node) for node in nodes})
-    return replace(plan, schedule=schedule, transfers=transfers, shares=shares)
+    graph = plan.built.graph
+    budget = plan.schedule.budget if plan.out is None else budget_of(plan.options, plan.computes)
+    destinations = graph.destinations()
+    copies = [node for node in graph if graph.operation(node).kind is Kind.COPY and graph.nbytes(node)]
+    obstacles = why_not_shared({source_of(graph, node) for node in copies}, out)
+    sharing = {file for file, reason in obstacles.items() if not reason}
+    home = mount_of(out).device
+    beside = {file for file in obstacles if copies_in_kernel() and not digests and mount_of(file).device == home}
+    nodes = frozenset(
+        node
+        for node, file in ((node, source_of(graph, node)) for node in copies)
+        if file in sharing or (file in beside and len(destinations[node]) == 1)
+    )
+    try:
+        more = replace(budget, baseline=budget.baseline + copy_threads(plan) * BUFFER_BYTES) if nodes else budget
+        schedule = make_schedule(graph, more, done={node: graph.nbytes(node) for node in nodes})
+    except BudgetError:  # it fits without the threads that copy
+        nodes = frozenset()
+        schedule = make_schedule(graph, budget)
+    transfers = tuple(plan_transfers(graph, plan.layout, nodes, sharing))
+    unshared: Counter[str] = Counter()
+    for node in copies:
+        reason = obstacles[source_of(graph, node)] or ("" if node in nodes else "no memory is left for it")
+        if reason:
+            unshared[reason] += graph.nbytes(node) * len(destinations[node])
+    unshared[EDGES] += sum(transfer.nbytes - transfer.shared for transfer in transfers if transfer.shares)
+    return replace(
+        plan,
+        schedule=schedule,
+        transfers=transfers,
+        moved=nodes,
+        out=out,
+        unshared=tuple((reason, nbytes) for reason, nbytes in unshared.most_common() if nbytes),
+        bytes_digested=sum(map(graph.nbytes, nodes)) if digests else 0,
+    )
 
 
 def copy_threads(plan: Plan) -> int:
@@ -48,9 +81,58 @@ def copy_threads(plan: Plan) -> int:
     return max(2, min(8, sum(device.threads for device in plan.schedule.budget.devices)))
 
 
-def _device(path: Path) -> int:
-    """The device that holds a path, or its nearest parent that is there."""
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path.stat().st_dev
+def why_not_shared(files: Iterable[Path], out: Path) -> Mapping[Path, str]:
+    """For each file why its blocks can't be shared with files in `out`; "" where they can, as far as can be told.
+
+    Asks the file systems, changing nothing. Where they can't be asked (`out` can't be written to, or a file isn't there
+    yet), their types decide.
+    """
+    directory = out.absolute()
+    while not directory.is_dir() and directory != directory.parent:
+        directory = directory.parent
+    home = mount_of(directory)
+    scratch = scratch_file(directory)
+    found = {}
+    try:
+        for file in files:
+            number = _asked(file, scratch)
+            if number is None:
+                number = errno.EXDEV if mount_of(file).device != home.device else 0
+                number = number or (0 if home.kind in SHARING and "clone" not in DISABLED else errno.EOPNOTSUPP)
+            block = os.statvfs(directory).f_bsize
+            if number == 0 and BLOCK % block:
+                found[file] = f"the blocks of this {home.kind} are larger than {format_size(BLOCK)}"
+            else:
+                found[file] = (number and _words(number, home.kind, mount_of(file).device == home.device)) or ""
+    finally:
+        if scratch is not None:
+            os.close(scratch)
+    return found
+
+
+def _asked(file: Path, scratch: int | None) -> int | None:
+    """The error number with which the file system refuses; None where it can't be asked."""
+    if scratch is None:
+        return None
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return why_no_clone(descriptor, scratch)
+    finally:
+        os.close(descriptor)
+
+
+def _words(number: int, kind: str, same: bool) -> str:
+    """What an error number of a refused sharing means."""
+    if number == errno.EXDEV:
+        if same:
+            return "OUT is on another mount of the input's file system, and this kernel doesn't share across mounts"
+        return "OUT is on another file system than the input"
+    if "clone" in DISABLED:
+        return "sharing is switched off"
+    if number in (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.ENOTSUP):
+        made = " as it was made (mkfs.xfs -m reflink=1)" if kind == "xfs" else ""
+        return f"{kind or 'the file system'} doesn't share blocks{made}"
+    return f"the file system refuses: {os.strerror(number)}"

@@ -136,13 +136,22 @@ def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
     return found
 
 
-def bytes_of_models(graph: MergeGraph, read: Sequence[int]) -> list[tuple[int, int]]:
+def bytes_of_models(plan: Plan, read: Sequence[int]) -> list[tuple[int, int]]:
     """For each model the bytes of its tensors that are used, and the bytes that are read of them."""
-    found = [(0, 0)] * len(graph.models)
+    graph = plan.built.graph
+    used, total = [0] * len(graph.models), [0] * len(graph.models)
     for number, ref, nbytes in zip(graph.read_models, graph.reads, read, strict=True):
-        used, total = found[number]
-        found[number] = (used + ref.nbytes, total + nbytes)
-    return found
+        used[number] += ref.nbytes
+        total[number] += nbytes
+    owners = {ref.file: model for model, ref in zip(graph.read_models, graph.reads, strict=True)}
+    for transfer in plan.transfers:
+        total[owners[transfer.file]] += transfer.nbytes - transfer.shared
+    return list(zip(used, total, strict=True))
+
+
+def moved_aside(plan: Plan) -> dict[int, int]:
+    """The nodes whose bytes never come into the lanes, with their size: what `make_schedule` takes as done."""
+    return {node: plan.built.graph.nbytes(node) for node in plan.moved}
 
 
 def read_again(plan: Plan, read: Sequence[int]) -> list[ReadAgain]:
@@ -167,7 +176,8 @@ def read_again(plan: Plan, read: Sequence[int]) -> list[ReadAgain]:
         if nbytes <= graph.reads[number].nbytes:
             continue
         if passes[number] > 1:
-            reason = f"{method[number]} goes through them {passes[number]} times"
+            times = "twice" if passes[number] == 2 else f"{passes[number]} times"
+            reason = f"{method[number]} goes through them {times}"
         else:
             reason = f"each is needed by {plural(users[number], 'output tensor')}"
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", graph.read_names[number])
@@ -204,7 +214,7 @@ def traffic_dict(plan: Plan) -> dict[str, Any]:
         "minimum_ram_at": next((output.name for output in graph.outputs if output.node == node), None),
         "bytes_by_model": [
             {"model": name, "used": used, "read": total}
-            for name, (used, total) in zip(graph.models, bytes_of_models(graph, read), strict=True)
+            for name, (used, total) in zip(graph.models, bytes_of_models(plan, read), strict=True)
         ],
         "read_again": [asdict(group) for group in read_again(plan, read)],
     }

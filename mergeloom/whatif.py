@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,13 @@ from .engine.schedule import Budget, Schedule, make_schedule
 from .errors import BudgetError
 from .estimate import Estimate, Rates, estimate
 from .io.sizes import format_size, parse_size
+from .traffic import moved_aside
 from .wording import data_size, duration, memory_size
 
 if TYPE_CHECKING:
     from .planning import Plan
 
+THIS = "this plan"
 _MOST = 8
 """How many budgets of a kind are tried."""
 
@@ -75,9 +77,10 @@ def alternatives(plan: Plan, rates: Rates | None = None) -> list[Alternative]:
         rates: for the time; None for none.
     """
     budget = plan.schedule.budget
+    aside = moved_aside(plan)
     found = {(budget.ram, _vram(budget)): _alternative(plan, plan.schedule, rates, planned=True)}
     for ram in _sizes(plan.schedule.minimum_ram):
-        tried = _try(plan, replace(budget, ram=ram), rates)
+        tried = _try(plan, replace(budget, ram=ram), aside, rates)
         if tried is not None:
             found.setdefault((tried.ram, tried.vram), tried)
             if not tried.bytes_reread:
@@ -88,7 +91,7 @@ def alternatives(plan: Plan, rates: Rates | None = None) -> list[Alternative]:
         least = sum(graph.reads[read].nbytes for read in {r for n in graph for r in graph.node_sources[n]})
         for vram in _sizes(plan.schedule.minimum_vram):
             devices = tuple(replace(d, vram=None if d.vram is None else vram) for d in budget.devices)
-            tried = _try(plan, replace(budget, devices=devices), rates)
+            tried = _try(plan, replace(budget, devices=devices), aside, rates)
             if tried is not None:
                 found.setdefault((tried.ram, tried.vram), tried)
                 if tried.bytes_uploaded <= least or (before is not None and before.cost == tried.cost):
@@ -113,9 +116,9 @@ def _sizes(least: int) -> Iterator[int]:
         yield 1 << number
 
 
-def _try(plan: Plan, budget: Budget, rates: Rates | None) -> Alternative | None:
+def _try(plan: Plan, budget: Budget, aside: Mapping[int, int], rates: Rates | None) -> Alternative | None:
     try:
-        return _alternative(plan, make_schedule(plan.built.graph, budget), rates)
+        return _alternative(plan, make_schedule(plan.built.graph, budget, done=aside), rates)
     except BudgetError:
         return None
 
@@ -126,7 +129,7 @@ def _alternative(plan: Plan, schedule: Schedule, rates: Rates | None, *, planned
     return Alternative(
         budget.ram,
         _vram(budget),
-        schedule.bytes_read,
+        schedule.bytes_read + plan.bytes_copied + plan.bytes_digested,
         schedule.bytes_reread,
         schedule.uploaded,
         schedule.peak_ram,
@@ -136,7 +139,7 @@ def _alternative(plan: Plan, schedule: Schedule, rates: Rates | None, *, planned
     )
 
 
-def alternatives_section(found: list[Alternative]) -> Section:
+def alternatives_section(found: Sequence[Alternative]) -> Section:
     """What people read of it."""
     gpu = any(one.vram for one in found)
     timed = any(one.time is not None for one in found)
@@ -148,7 +151,7 @@ def alternatives_section(found: list[Alternative]) -> Section:
         row += [data_size(one.bytes_read), data_size(one.bytes_reread) if one.bytes_reread else "nothing"]
         row += [data_size(one.bytes_uploaded)] if gpu else []
         row += [duration(one.time.seconds) if one.time is not None else ""] if timed else []
-        rows.append((*row, "this plan" if one.planned else ""))
+        rows.append((*row, THIS if one.planned else ""))
     grid = Grid(tuple(header), tuple(rows), frozenset(header[:-1]))
     best = [one for one in found if not one.bytes_reread]
     lines = []

@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .engine.transfer import BUFFER_BYTES, Transfer
-from .io.commit import GROUP_BYTES, GroupCommit
-from .io.copying import Moved
+from .io.commit import GROUP_BYTES, Ended, GroupCommit, Record
 from .io.digests import BLOCK_BYTES, BlockDigests
-from .io.journal import Found, Journal
+from .io.journal import Journal
+from .resuming import Durable
 
 if TYPE_CHECKING:
     from .io.output import OutputDirectory
     from .planning import Plan
 
+_WAIT_SECONDS = 0.5
+_SMALLEST_PIECE = 64 << 10
+
 
 class _Tensor:
     """One node's output on its way."""
 
-    __slots__ = ("digests", "journaled", "lock", "turn", "written")
+    __slots__ = ("begun", "blocks", "digests", "fed", "position", "tails", "written")
 
-    def __init__(self, nbytes: int, known: list[bytes]) -> None:
-        self.digests = BlockDigests(nbytes, known)
-        self.journaled = len(known)
-        self.lock = threading.Lock()
-        self.turn = threading.Condition()
-        self.written: dict[int, int] = {}  # ranges that are written and not yet journaled: first byte -> end
-
-
-def copied_nodes(found: Found | None) -> set[int]:
-    """The nodes that a journal names as copied and durable."""
-    return {int(record["copied"]) for record in found.records if "copied" in record} if found is not None else set()
-
-
-def known_blocks(found: Found | None) -> dict[int, list[bytes]]:
-    """The digests of the blocks of each node that a journal names as durable."""
-    known: dict[int, list[bytes]] = {}
-    for record in found.records if found is not None else ():
-        if "node" in record:
-            blocks = known.setdefault(int(record["node"]), [])
-            if int(record["first"]) == len(blocks):
-                blocks += [bytes.fromhex(text) for text in record["blocks"]]
-    return known
+    def __init__(self, digests: BlockDigests) -> None:
+        self.digests = digests
+        self.fed = threading.Condition()
+        self.begun = digests.position  # bytes that an earlier run has written
+        self.position = self.begun  # all bytes before it are in all their places
+        self.blocks = len(digests.blocks)  # that records have been made of
+        self.written: dict[int, int] = {}  # ranges beyond it that are in all their places: first byte -> end
+        self.tails: dict[int, bytes] = {}  # the digest of the last, unfinished block up to where a piece ended
 
 
 class Shards:
@@ -52,9 +40,10 @@ class Shards:
     Args:
         plan: what is made.
         out: where.
-        journal: to which durable blocks are added.
-        known: the blocks of each node that are durable already.
-        failed: called with what goes wrong when data is synced.
+        journal: to which what is durable is added.
+        durable: what is so already.
+        check: called before anything is added to the journal; raises where a source isn't what it was.
+        failed: called with what goes wrong when data is committed.
         group_bytes: the most bytes that are written and not yet durable.
     """
 
@@ -63,7 +52,8 @@ class Shards:
         plan: Plan,
         out: OutputDirectory,
         journal: Journal,
-        known: Mapping[int, list[bytes]],
+        durable: Durable,
+        check: Callable[[], None],
         failed: Callable[[BaseException], None],
         group_bytes: int = GROUP_BYTES,
     ) -> None:
@@ -71,94 +61,130 @@ class Shards:
         self._layout = plan.layout
         self._destinations = self._graph.destinations()
         self._out = out
+        self._journal = journal
+        self._check = check
         self._lock = threading.Lock()
-        self._tensors: dict[int, _Tensor] = {}
-        self._known = dict(known)
-        self.commits = GroupCommit(out.sync, journal.append, failed, group_bytes=group_bytes)
-        self.digests: dict[int, list[bytes]] = dict(known)
-        self.copied: set[int] = set()
-        self.moved = Moved()
-        self._uncopied: dict[int, int] = {}
-        self._buffers: list[memoryview] = []
+        self._tensors = {node: _Tensor(digests) for node, digests in durable.begun.items()}
+        self._stopped = False
+        self.commits = GroupCommit(out.sync, self._append, failed, group_bytes=group_bytes)
+        self.digests: dict[int, list[bytes]] = dict(durable.whole)
+        """The digests of the blocks of every node that is whole and came through the process."""
+
+    # --- from the lanes ----------------------------------------------------------------------------------------
+
+    def write(self, node: int, offset: int, data: memoryview) -> None:
+        """Put a piece of a node's output in all its places. Pieces begin in order, and may overlap in time.
+
+        Raises:
+            Ended: where the merge is being stopped.
+        """
+        tensor = self._tensor(node)
+        skip = min(max(0, tensor.begun - offset), len(data))
+        offset, data = offset + skip, data[skip:]
+        places = [
+            (self._layout.shard_of[output], self._layout.offset_of[output]) for output in self._destinations[node]
+        ]
+        shards = {shard for shard, _ in places}
+        step = max(_SMALLEST_PIECE, self.commits.piece // len(places))
+        for start in range(0, len(data), step):
+            piece = data[start : start + step]
+            self._feed(tensor, offset + start, piece)
+            self.commits.reserve(len(piece) * len(places))
+            for shard, place in places:
+                self._out.write(shard, place + offset + start, piece)
+            with tensor.fed:
+                record = _note(node, tensor, offset + start, len(piece))
+            self.commits.add(shards, len(piece) * len(places), [record] if record else [], len(piece) * len(places))
 
     def _tensor(self, node: int) -> _Tensor:
         with self._lock:
             found = self._tensors.get(node)
             if found is None:
-                found = _Tensor(self._graph.nbytes(node), list(self._known.get(node, [])))
-                if found.journaled * BLOCK_BYTES >= found.digests.nbytes and found.journaled:
-                    found.journaled = len(found.digests.blocks)
-                self._tensors[node] = found
+                found = self._tensors[node] = _Tensor(BlockDigests(self._graph.nbytes(node)))
             return found
 
-    def write(self, node: int, offset: int, data: memoryview) -> None:
-        """Put a piece of a node's output in all its places. Pieces begin in order, and may overlap in time."""
-        tensor = self._tensor(node)
-        with tensor.turn:
+    def _feed(self, tensor: _Tensor, offset: int, piece: memoryview) -> None:
+        """Digest a piece, once all before it has been."""
+        with tensor.fed:
             while not tensor.digests.reached(offset):
-                tensor.turn.wait()
-            tensor.digests.feed(offset, data)
-            tensor.turn.notify_all()
-        places = self._destinations[node]
-        for output in places:
-            self._out.write(self._layout.shard_of[output], self._layout.offset_of[output] + offset, data)
-        records = self._note(node, tensor, offset, offset + len(data))
-        shards = {self._layout.shard_of[output] for output in places}
-        self.commits.add(shards, len(data) * len(places), records)
-
-    def _note(self, node: int, tensor: _Tensor, start: int, end: int) -> Collection[Mapping[str, Any]]:
-        """The record of the blocks that are whole now that this range is written, if any are."""
-        with tensor.lock:
-            tensor.written[start] = end
-            first = tensor.journaled
-            position = first * BLOCK_BYTES
-            while (place := next((s for s, e in tensor.written.items() if s <= position < e), None)) is not None:
-                position = tensor.written.pop(place)
-            whole = position >= tensor.digests.nbytes
-            blocks = len(tensor.digests.blocks) if whole else position // BLOCK_BYTES
-            if position > blocks * BLOCK_BYTES and not whole:
-                tensor.written[blocks * BLOCK_BYTES] = position
-            if blocks <= first:
-                return ()
-            tensor.journaled = blocks
-            found = [digest.hex() for digest in tensor.digests.blocks[first:blocks]]
-            return ({"node": node, "first": first, "blocks": found},)
-
-    def begin_copies(self, transfers: Collection[Transfer], threads: int) -> None:
-        """Expect these transfers, by so many threads."""
-        self._buffers = [memoryview(bytearray(0)) for _ in range(threads)]
-        for transfer in transfers:
-            for output, nbytes in transfer.outputs:
-                node = self._graph.outputs[output].node
-                self._uncopied[node] = self._uncopied.get(node, 0) + nbytes
-
-    def copy(self, thread: int, transfer: Transfer, share: bool) -> None:
-        """Perform a transfer; a node of which all copies are made is journaled."""
-        if not self._buffers[thread]:
-            self._buffers[thread] = memoryview(bytearray(BUFFER_BYTES))
-        moved = self._out.receive(
-            transfer.shard,
-            transfer.target,
-            transfer.file,
-            transfer.offset,
-            transfer.nbytes,
-            self._buffers[thread],
-            share=share,
-        )
-        records = []
-        with self._lock:
-            self.moved.add(moved)
-            for output, nbytes in transfer.outputs:
-                node = self._graph.outputs[output].node
-                self._uncopied[node] -= nbytes
-                if self._uncopied[node] == 0:
-                    records.append({"copied": node})
-                    self.copied.add(node)
-        self.commits.add({transfer.shard}, moved.copied + moved.carried + 1, records)
+                if self._stopped:
+                    raise Ended
+                tensor.fed.wait(_WAIT_SECONDS)
+            tensor.digests.feed(offset, piece)
+            if tail := tensor.digests.tail():
+                tensor.tails[offset + len(piece)] = tail
+            tensor.fed.notify_all()
 
     def finished(self, node: int) -> None:
         """Keep the digests of a node that is whole."""
         tensor = self._tensor(node)
+        if tensor.position != tensor.digests.nbytes:
+            raise RuntimeError(f"node {node}: {tensor.position} of {tensor.digests.nbytes} bytes were written")
         with self._lock:
             self.digests[node] = tensor.digests.blocks
             del self._tensors[node]
+
+    # --- the journal -------------------------------------------------------------------------------------------
+
+    def _append(self, records: Collection[Record]) -> None:
+        """Add records to the journal, those of one node as one."""
+        self._check()
+        self._journal.append(_joined(records))
+
+    def stop(self) -> None:
+        """Begin no other commit, and let nobody wait any more."""
+        self._stopped = True
+        self.commits.stop()
+
+    def abandon(self, then: Callable[[], None]) -> bool:
+        """End without another commit; see `GroupCommit.abandon`."""
+        self.stop()
+        return self.commits.abandon(then)
+
+
+def _note(node: int, tensor: _Tensor, start: int, nbytes: int) -> dict[str, Any] | None:
+    """The record of how far a node has come now that this range is in all its places; None where no further."""
+    tensor.written[start] = start + nbytes
+    before = tensor.position
+    while (end := tensor.written.pop(tensor.position, None)) is not None:
+        tensor.position = end
+    if tensor.position == before:
+        return None
+    whole = tensor.position >= tensor.digests.nbytes
+    first, blocks = tensor.blocks, len(tensor.digests.blocks) if whole else tensor.position // BLOCK_BYTES
+    tensor.blocks = blocks
+    tail = tensor.tails.get(tensor.position)
+    for end in [end for end in tensor.tails if end <= tensor.position]:
+        del tensor.tails[end]
+    record = {"node": node, "first": first, "blocks": [block.hex() for block in tensor.digests.blocks[first:blocks]]}
+    return {**record, "tail": [tensor.position % BLOCK_BYTES, tail.hex()]} if tail else record
+
+
+def _joined(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Records with those that go on with one another put together."""
+    nodes: dict[int, dict[str, Any]] = {}
+    joined: list[dict[str, Any]] = []
+    for record in records:
+        last = nodes.get(record.get("node", -1))
+        if last is not None and record["first"] == last["first"] + len(last["blocks"]):
+            last["blocks"] += record["blocks"]
+            last.pop("tail", None)
+            last.update({"tail": record["tail"]} if "tail" in record else {})
+            continue
+        joined.append(dict(record))
+        if "node" in record:
+            nodes[record["node"]] = joined[-1]
+    return joined
+
+
+def records_of(durable: Durable) -> Iterator[Mapping[str, Any]]:
+    """What is durable, as the first records of a journal."""
+    for node, blocks in durable.whole.items():
+        yield {"node": node, "first": 0, "blocks": [block.hex() for block in blocks]}
+    for node, digests in durable.begun.items():
+        record = {"node": node, "first": 0, "blocks": [block.hex() for block in digests.blocks]}
+        tail = digests.tail()
+        yield {**record, "tail": [digests.position % BLOCK_BYTES, tail.hex()]} if tail else record
+    for shard, ranges in sorted(durable.copied.items()):
+        for start, end in ranges:
+            yield {"copied": [shard, start, end]}

@@ -1,4 +1,4 @@
-"""A device of our own for tests: it has its own address space, counts bytes, keeps to a budget, can be slow, can fail."""
+"""A device for tests: it has its own address space, counts bytes, keeps to a budget, can be slow, can fail."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom import merging
+from mergeloom import performing
 from mergeloom.engine.work import Progress
 from mergeloom.engine.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
@@ -416,7 +416,7 @@ def test_an_interrupted_merge_leaves_nothing(llamas: dict[str, Path], tmp_path: 
     merge(weighted(llamas), tmp_path / "a" / "b" / "out", ROOMY)  # and nothing is in the way of the next
 
 
-@pytest.mark.parametrize("when", ["write_model_files", "judge", "rename", "sync_directory", "rmtree"])
+@pytest.mark.parametrize("when", ["write_model_files", "judge", "rename", "sync_directory", "remove_tree"])
 def test_an_interruption_at_the_very_end_can_be_gone_on_with(
     llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -427,27 +427,24 @@ def test_an_interruption_at_the_very_end_can_be_gone_on_with(
     def stop(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == (3 if when == "rename" else 1):
+        if calls == {"rename": 3, "sync_directory": 12}.get(when, 1):
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
     homes: dict[str, Any] = {
-        "write_model_files": merging,
+        "write_model_files": performing,
         "judge": output,
-        "rename": Path,
+        "rename": output,
         "sync_directory": output,
-        "rmtree": shutil,
+        "remove_tree": output,
     }
     original = getattr(homes[when], when)
     with monkeypatch.context() as patch:
         patch.setattr(homes[when], when, stop)
         with pytest.raises(Interrupted):
             merge(weighted(llamas), out, replace(ROOMY, shard_size=60_000))
-    assert when in ("sync_directory", "rmtree") or not (out / "model.safetensors.index.json").exists()
-    if when == "rmtree":  # all was done
-        shutil.rmtree(out / output.WORK)
-    else:
-        merge(weighted(llamas), out, replace(ROOMY, shard_size=60_000))
+    assert when == "remove_tree" or not (out / "model.safetensors.index.json").exists()
+    merge(weighted(llamas), out, replace(ROOMY, shard_size=60_000))
     merge(weighted(llamas), tmp_path / "at once", replace(ROOMY, shard_size=60_000))
     assert digests(out) == digests(tmp_path / "at once")
 

@@ -18,6 +18,7 @@ from mergeloom.engine.recipe import (
     Gradient,
     ModelReference,
     Module,
+    Outside,
     Recipe,
     Slice,
     Source,
@@ -205,6 +206,8 @@ modules:
         [
             ("tokenizer_source: base", TokenizerSource(None)),
             ("tokenizer_source: x/y@1", TokenizerSource(ModelReference("x/y", "1"))),
+            ("tokenizer_source: model:x/y", TokenizerSource(ref("x/y"))),
+            ("tokenizer: {source: 'model:x/y@1'}", TokenizerSource(ModelReference("x/y", "1"))),
             ("tokenizer: {source: base, tokens: {}, pad_to_multiple_of: null}", TokenizerSource(None)),
             ("tokenizer: {source: {model: {path: x}}}", TokenizerSource(ref("x"))),
             ("tokenizer_source: null", None),
@@ -221,6 +224,13 @@ modules:
     def test_our_own_keys(self) -> None:
         stage = parse(LINEAR + MODELS + "name: x\nsave: yes\nallow_nonfinite: true\nfiles_from: z\n").output
         assert (stage.name, stage.save, stage.allow_nonfinite, stage.files_from) == ("x", True, True, ref("z"))
+
+    def test_outside(self) -> None:
+        stage = parse(LINEAR + MODELS + "outside: {head: a, embeddings: {path: b+c}, norm: null}").output
+        assert stage.outside == Outside(ModelReference("b+c"), None, ref("a"))
+        assert stage.outside.items() == (("embeddings", ModelReference("b+c")), ("head", ref("a")))
+        assert stage_inputs(stage) == (ref("a"), ref("b"), ModelReference("b+c"))
+        assert parse(LINEAR + MODELS).output.outside == Outside()
 
     def test_nulls_are_absent(self) -> None:
         stage = parse(LINEAR.replace("{weight: 1}", "null") + MODELS + "slices: ~\nbase_model: ~\ndtype: ~").output
@@ -239,7 +249,7 @@ models:
         assert recipe.warnings == (
             "r.yml:2: shared: unknown key, ignored; known: merge_method, base_model, models, slices, modules, "
             "parameters, dtype, out_dtype, tokenizer_source, tokenizer, chat_template, name, save, files_from, "
-            "allow_nonfinite",
+            "outside, allow_nonfinite",
         )
 
     def test_data(self, tmp_path: Path) -> None:
@@ -532,6 +542,7 @@ class TestStages:
             LINEAR + MODELS + "base_model: x",
             LINEAR + MODELS + "files_from: x",
             LINEAR + MODELS + "tokenizer_source: x",
+            LINEAR + MODELS + "outside: {norm: x}",
             LINEAR + "slices: [{sources: [{model: x, layer_range: [0, 1]}]}]",
             LINEAR + "slices: [{base_model: x, sources: [{model: b, layer_range: [0, 1]}]}]",
             LINEAR + "modules: {m: {models: [{model: x}]}}",

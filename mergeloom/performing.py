@@ -1,0 +1,340 @@
+"""One run of a merge into OUT: it begins, or goes on where an earlier one was stopped, and publishes what is whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from .copies import Copies
+from .engine.schedule import Schedule, make_schedule
+from .engine.transfer import Transfer, plan_transfers, written_ranges
+from .engine.work import Measured, Progress, Sink
+from .errors import Interrupted, MergeloomError, UsageError
+from .io.commit import Ended
+from .io.digests import BLOCK_BYTES, tensor_digest
+from .io.failures import explain
+from .io.journal import Found, Journal
+from .io.output import OutputDirectory, ShardFile, index_bytes
+from .io.reading import Stamps, changed, stamps_of
+from .io.sizes import format_size
+from .manifest import MANIFEST, differences, facts_of, manifest_bytes, source_name
+from .model_files import write_model_files
+from .planning import Plan
+from .resuming import Durable, durable_of
+from .sharing import copy_threads, place
+from .writing import Shards, records_of
+
+INDEX = "model.safetensors.index.json"
+
+
+class Engine(Protocol):
+    """What performs a schedule."""
+
+    def __call__(
+        self,
+        schedule: Schedule,
+        sink: Sink,
+        stamps: Stamps,
+        notify: Callable[[Progress], None],
+        done: Mapping[int, int],
+    ) -> Measured:
+        """Perform it.
+
+        Args:
+            schedule: what is left to do.
+            sink: where output bytes go.
+            stamps: what the source files must be when they are opened.
+            notify: called now and then; what it raises ends the run.
+            done: for each node the bytes that need not be written, as the schedule was made with.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What of a plan earlier runs have done, in tensor bytes."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_shared: int = 0
+
+
+class Run:
+    """One run.
+
+    Args:
+        planned: what is made.
+        out: OUT, which is held; the run lets go of it.
+        engine: performs a schedule.
+        notify: called now and then with how far the whole merge is.
+        say: called with what the user should know before the work begins.
+        group_bytes: the most bytes of work that a kill can cost.
+    """
+
+    def __init__(
+        self,
+        planned: Plan,
+        out: OutputDirectory,
+        engine: Engine,
+        notify: Callable[[Progress], None],
+        say: Callable[[str], None],
+        group_bytes: int,
+    ) -> None:
+        self.plan = planned
+        self.out = out
+        self.earlier = Earlier()
+        self._engine = engine
+        self._notify = notify
+        self._say = say
+        self._group_bytes = group_bytes
+        self._facts: dict[str, Any] = {}
+        self._stamps: Stamps = {}
+        self._found = out.found
+        self._journal: Journal | None = None
+        self._shards: Shards | None = None
+
+    def perform(self, fresh: bool) -> Measured:
+        """Begin or go on, and finish; what of it was measured.
+
+        Raises:
+            MergeloomError: what stopped it. What is durable stays in OUT; where nothing is, nothing is left behind.
+        """
+        try:
+            measured = self._perform(fresh)
+        except BaseException as error:
+            ended = self._shards is None or self._shards.abandon(self._release)
+            kept = self._found is not None or not ended or (self._journal is not None and self._journal.records > 0)
+            if not kept:
+                self.out.abandon()
+            if self._shards is None:
+                self._release()
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(self.how_to_go_on(kept)) from error
+            if isinstance(error, OSError):
+                raise explain(error, self.out.path, "the merge") from error
+            raise
+        self._release()
+        return measured
+
+    def how_to_go_on(self, kept: bool) -> str:
+        """What to tell whoever stopped the merge."""
+        if not kept:
+            return "stopped before anything was finished; nothing is left behind"
+        return f"stopped: what is finished is kept in {self.out.path}; run the same command again to go on"
+
+    def _release(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        self.out.close()
+
+    def _perform(self, fresh: bool) -> Measured:
+        self.plan = place(self.plan, self.out.work)
+        graph, layout = self.plan.built.graph, self.plan.layout
+        self._stamps = stamps_of(sorted({ref.file for ref in graph.reads}))
+        self._facts = facts_of(self.plan)
+        found = self._found = self._look(fresh)
+        ranges = written_ranges(graph, layout, self.plan.transfers)
+        shards = [
+            ShardFile(shard.name, shard.header, shard.nbytes, tuple(written))
+            for shard, written in zip(layout.shards, ranges, strict=True)
+        ]
+        self.out.begin(shards, self.plan.bytes_shared, self._stamps)
+        durable = durable_of(found, graph, layout, self.out.shard_path)
+        self._journal = Journal(self.out.journal, self._facts | {"times": self._times()}, records_of(durable))
+        measured = self._make(self._journal, durable)
+        self._finish(self._journal, measured[1])
+        return measured[0]
+
+    # --- beginning ---------------------------------------------------------------------------------------------
+
+    def _look(self, fresh: bool) -> Found | None:
+        """What an earlier run has left, if this one can go on with it.
+
+        Raises:
+            UsageError: where it was another merge.
+        """
+        found = self.out.found
+        if found is None:
+            return None
+        if fresh:
+            self.out.start_over()
+            return None
+        if not found.readable:
+            raise UsageError(
+                f"{self.out.path} holds an unfinished merge of another version of mergeloom, or its journal was "
+                "damaged: finish it with that version, choose another OUT, or give --fresh to discard what is there"
+            )
+        changes = differences(found.facts, self._facts)
+        if changes:
+            raise UsageError(
+                f"{self.out.path} holds an unfinished merge, and this one differs from it: {'; '.join(changes)}. Run "
+                "it as it was, choose another OUT, or give --fresh to discard what is there"
+            )
+        touched = _touched(found.facts.get("times"), self._times())
+        if touched:
+            self._say(
+                f"warning: written to or replaced since the merge began: {', '.join(touched[:3])}; size, header and "
+                "samples are the same, so that it goes on"
+            )
+        return found
+
+    def _times(self) -> dict[str, int]:
+        """When each source file was changed last, in nanoseconds."""
+        return {str(file): stamp[2] for file, stamp in self._stamps.items()}
+
+    def _check_sources(self) -> None:
+        """Raises CheckpointError where a source file was replaced or written to since the run began."""
+        now = stamps_of(self._stamps)
+        for file, stamp in self._stamps.items():
+            if now[file] != stamp:
+                raise changed(file)
+
+    # --- making ------------------------------------------------------------------------------------------------
+
+    def _make(self, journal: Journal, durable: Durable) -> tuple[Measured, Mapping[int, list[bytes]]]:
+        """Compute, copy and write what is not there yet; the digests of all blocks that came through the process."""
+        schedule, transfers, done = self._left(durable)
+        broken: list[BaseException] = []
+        begun = time.perf_counter()
+        shards = self._shards = Shards(
+            self.plan, self.out, journal, durable, self._check_sources, broken.append, self._group_bytes
+        )
+        threads = copy_threads(self.plan)
+        copies = Copies(transfers, self.out, shards.commits, threads, broken.append)
+
+        def watch(progress: Progress) -> None:
+            if broken:
+                raise broken[0]
+            moved = copies.moved.shared + copies.moved.written
+            read = progress.bytes_read + moved + self.earlier.bytes_read + self.earlier.bytes_shared
+            written = progress.bytes_written + moved + self.earlier.bytes_written + self.earlier.bytes_shared
+            self._notify(replace(progress, bytes_read=read, bytes_written=written))
+
+        try:
+            measured = self._engine(schedule, shards, self._stamps, watch, done)
+            copies.wait(lambda: watch(Progress(measured.bytes_read, measured.bytes_written)))
+            if not broken:
+                shards.commits.close()
+        except Ended:
+            if not broken:
+                raise
+        except BaseException:
+            shards.stop()
+            raise
+        finally:
+            if broken:
+                shards.stop()
+            copies.stop()
+        if broken:
+            raise broken[0]
+        if (lane := copies.time()) is not None:
+            measured.lanes["copy"] = lane
+        measured.bytes_shared += copies.moved.shared
+        measured.bytes_read += copies.moved.written
+        measured.bytes_written += copies.moved.written
+        measured.refused = dict(copies.moved.refused)
+        measured.seconds = time.perf_counter() - begun
+        return measured, shards.digests
+
+    def _left(self, durable: Durable) -> tuple[Schedule, list[Transfer], dict[int, int]]:
+        """What is left to do: the schedule, the transfers, and for each node the bytes that need not be written."""
+        plan, graph = self.plan, self.plan.built.graph
+        moving = set(plan.moved)
+        done = durable.done(graph, plan.layout)
+        finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
+        moving -= finished
+        for node in moving | finished:
+            durable.begun.pop(node, None)  # it takes, or has taken, the other way
+        kept = done | {node: graph.nbytes(node) for node in moving}
+        if self._found is None:
+            return plan.schedule, list(plan.transfers), kept
+        sharing = {transfer.file for transfer in plan.transfers if transfer.shares}
+        transfers = durable.uncopied(plan_transfers(graph, plan.layout, moving, sharing))
+        schedule = make_schedule(graph, plan.schedule.budget, done=kept)
+        left = replace(plan, schedule=schedule, transfers=tuple(transfers))
+        self.earlier = Earlier(
+            plan.schedule.bytes_read + plan.bytes_copied - schedule.bytes_read - left.bytes_copied,
+            plan.schedule.bytes_written + plan.bytes_copied - schedule.bytes_written - left.bytes_copied,
+            plan.bytes_shared - left.bytes_shared,
+        )
+        self._say_what_is_there(durable, schedule.bytes_written + sum(transfer.nbytes for transfer in transfers))
+        return schedule, transfers, kept
+
+    def _say_what_is_there(self, durable: Durable, left: int) -> None:
+        graph = self.plan.built.graph
+        total = sum(graph.nbytes(output.node) for output in graph.outputs)
+        checked = f", and the last {format_size(durable.checked)} of it were read again" if durable.checked else ""
+        self._say(
+            f"going on with an unfinished merge: {format_size(total - left)} of {format_size(total)} are there"
+            f"{checked}; {format_size(left)} are left"
+        )
+        if durable.damaged:
+            self._say(
+                f"warning: {durable.damaged} blocks weren't what the journal says, so that all were read: the disk has "
+                "lost data that it had said was durable; what was lost is made again"
+            )
+
+    # --- finishing ---------------------------------------------------------------------------------------------
+
+    def _finish(self, journal: Journal, digests: Mapping[int, list[bytes]]) -> None:
+        """Write the small files, and give everything its final name."""
+        self._check_sources()
+        graph, layout = self.plan.built.graph, self.plan.layout
+        last = write_model_files(self.plan, self.out)
+        if len(layout.shards) > 1:
+            names = {output.name: layout.shards[layout.shard_of[n]].name for n, output in enumerate(graph.outputs)}
+            total = sum(graph.nbytes(output.node) for output in graph.outputs)
+            self.out.write_file(INDEX, index_bytes(names, total))
+            last.append(INDEX)
+        tensors = {output.name: self._vouch(output.node, digests) for output in graph.outputs}
+        self.out.write_file(MANIFEST, manifest_bytes(self.plan, self._facts, tensors, self.out.small_files()))
+        last.append(MANIFEST)
+        self.out.publish(last, lambda names: journal.append([{"publish": list(names)}]))
+
+    def _vouch(self, node: int, digests: Mapping[int, list[bytes]]) -> Any:
+        """A tensor's digest; of one that never came through the process, where its bytes came from."""
+        graph = self.plan.built.graph
+        nbytes = graph.nbytes(node)
+        if node in digests or not nbytes:
+            blocks = digests.get(node, [])
+            if len(blocks) != -(-nbytes // BLOCK_BYTES):
+                raise RuntimeError(f"node {node}: {len(blocks)} blocks of {nbytes} bytes were digested")
+            return tensor_digest(blocks)
+        read = graph.node_sources[node][0]
+        ref = graph.reads[read]
+        model = graph.read_models[read]
+        return {"model": model, "file": source_name(self.plan, model, ref.file), "offset": ref.offset}
+
+
+def _touched(before: object, now: Mapping[str, int]) -> list[str]:
+    """The source files, by path, of which the time has changed."""
+    if not isinstance(before, dict):
+        return []
+    return [Path(file).name for file, time in now.items() if before.get(file, time) != time]
+
+
+def whole_already(plan: Plan, out: OutputDirectory) -> None:
+    """Refuse where the finished merge in OUT isn't the one that is planned, or its shards aren't all there.
+
+    Raises:
+        UsageError: with what differs.
+        MergeloomError: where its manifest, or a source, can't be read.
+    """
+    from .manifest import read_manifest
+
+    advice = "choose another OUT, or remove it"
+    try:
+        manifest = read_manifest(out.path)
+    except MergeloomError as error:
+        raise UsageError(f"{out.path} holds a finished merge, and can't be used: {error}; {advice}") from error
+    changes = differences(manifest, facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")})
+    if changes:
+        raise UsageError(f"{out.path} holds a merge that differs from this one: {'; '.join(changes)}; {advice}")
+    for shard in plan.layout.shards:
+        file = out.path / shard.name
+        if not file.is_file() or file.stat().st_size != shard.nbytes:
+            raise UsageError(
+                f"{out.path} holds a finished merge, and its {shard.name} was removed or cut short since; {advice}"
+            )

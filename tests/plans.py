@@ -1,0 +1,38 @@
+"""Recipes as dicts, for tests of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Recipe = dict[str, Any]
+
+
+def linear(*paths: Path, **more: Any) -> Recipe:
+    """A mean."""
+    models = [{"model": str(path), "parameters": {"weight": 1 / len(paths)}} for path in paths]
+    return {"merge_method": "linear", "models": models, **more}
+
+
+def task_vectors(method: str, base: Path, *paths: Path, **more: Any) -> Recipe:
+    """A merge of what fine-tunes add to their base."""
+    models = [{"model": str(path), "parameters": {"weight": 0.5, "density": 0.5}} for path in paths]
+    return {"merge_method": method, "base_model": str(base), "models": models, **more}
+
+
+def slerp(base: Path, other: Path, t: Any = 0.3, **more: Any) -> Recipe:
+    """Between two models."""
+    models = [{"model": str(base)}, {"model": str(other)}]
+    return {"merge_method": "slerp", "base_model": str(base), "models": models, "parameters": {"t": t}, **more}
+
+
+def stacked(*slices: tuple[Path, Sequence[int]], **more: Any) -> Recipe:
+    """Layers of models stacked on each other."""
+    parts = [{"sources": [{"model": str(path), "layer_range": list(layers)}]} for path, layers in slices]
+    return {"merge_method": "passthrough", "slices": parts, **more}
+
+
+def windows(path: Path, layers: int, window: int, step: int) -> Recipe:
+    """A self-merge: windows of a model's layers, a step apart."""
+    return stacked(*((path, (first, first + window)) for first in range(0, layers - window + 1, step)))
