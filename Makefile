@@ -1,6 +1,7 @@
 # make demo    merge a real sentence encoder, and see what it makes of a few sentences before and after
 # make test    the tests
 # make check   lint, format, packaging and types
+# make compat  the same configurations with mergekit 0.1.5 and with mergeloom: do they make the same models?
 # make bench   mergeloom beside mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
 # make clean   remove everything that make has made here, but the benchmarks' models
 #
@@ -10,7 +11,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check compat bench clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -65,6 +66,9 @@ MERGEKIT_ENV ?= .venv-mergekit
 	.venv-mergekit/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		torch==2.13.0 mergekit==0.1.5
 	touch $@
+
+compat: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/ready)
+	MERGEKIT_ENV=$(MERGEKIT_ENV) $(BIN)/python -m pytest tests/test_mergekit.py
 
 bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/ready)
 	$(BIN)/python -m benchmarks.make_models $(BENCH_MODELS)

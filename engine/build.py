@@ -13,8 +13,9 @@ from .accounting import Account, Unused
 from .graph import MergeGraph
 from .inputs import Model, OpenModel, Part, open_models
 from .layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
+from .modules import StageModules
 from .parameters import layer_position
-from .recipe import Module, Recipe, Slice, Source, Stage, modules_of
+from .recipe import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .tensor_rules import TensorRules, shape_mismatch
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
@@ -93,24 +94,23 @@ class _Builder:
         self.recipe = recipe
         self.stage = stage
         self.warnings: list[str] = []
-        self.modules = modules_of(stage)
-        sources = dict.fromkeys(
-            source.model for module in self.modules for part in module.slices or () for source in part.sources
-        )
-        sources |= dict.fromkeys(model for _, model in stage.outside.items())
+        sources = dict.fromkeys(stage_inputs(stage))
         base = stage.base_model
         references = dict.fromkeys((*sources, *(() if base is None else (base,))))
         self.models = open_models(references, open_model)
         self.sources = self.models[: len(sources)]
         by_reference = {model.reference: model for model in self.models}
         self.donor = by_reference[base] if base is not None else self.models[0]
+        self.modules = StageModules(recipe, stage, self.donor)
         method = methods[stage.merge_method]
         self.parts = [
             [Part(recipe, stage, module, part, method, by_reference) for part in module.slices or ()]
-            for module in self.modules
+            for module in self.modules.all
         ]
         self.outside = {
-            name: Part(recipe, stage, self.modules[0], Slice((Source(model, None),), place=place), method, by_reference)
+            name: Part(
+                recipe, stage, self.modules.all[0], Slice((Source(model, None),), place=place), method, by_reference
+            )
             for name, model in stage.outside.items()
             for place in ((*stage.place, "outside", name),)
         }
@@ -122,7 +122,7 @@ class _Builder:
         self._group = 0
 
     def build(self) -> BuiltGraph:
-        for module, parts in zip(self.modules, self.parts, strict=True):
+        for module, parts in zip(self.modules.all, self.parts, strict=True):
             self._build_module(module, parts)
         self._check_chosen_head()
         if not self.graph.outputs:
@@ -143,7 +143,7 @@ class _Builder:
             ),
             dtype=dtype,
             head=head,
-            unused=tuple(self.account.unused(self.models, self.sources, head=head, covered=self._is_covered)),
+            unused=tuple(self.account.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
             warnings=tuple(self.warnings),
         )
 
@@ -151,8 +151,8 @@ class _Builder:
 
     def _build_module(self, module: Module, parts: Sequence[Part]) -> None:
         """The tensors of one module: before the layers, the layers slice by slice, after them."""
-        stacks = self._stacks(module)
-        outside = [name for name in self._outside_names(parts[0], parts[-1]) if self._belongs(module, name)]
+        stacks = self.modules.stacks(module)
+        outside = [name for name in self._outside_names(parts[0], parts[-1]) if self.modules.belongs(module, name)]
         after = {name for name in outside if self.donor.layers.is_after(name)}
         self._group += 1
         for name in outside:
@@ -168,54 +168,6 @@ class _Builder:
         for name in outside:
             if name in after:
                 self._add_outside(parts[-1], name)
-
-    def _stacks(self, module: Module) -> list[int]:
-        """The main stacks that a module's slices are about."""
-        mains = self.donor.layers.mains
-        sliced = any(source.layer_range is not None for part in module.slices or () for source in part.sources)
-        if self.stage.modules is None:
-            if sliced and len(mains) > 1:
-                prefixes = " and ".join(stack.prefix for stack in mains)
-                raise self.recipe.error(
-                    module.place,
-                    f"{self.donor.name} has two stacks of layers, {prefixes}: say under `modules` which one the slices "
-                    "are of",
-                )
-            if sliced and not mains:
-                raise self.recipe.error(
-                    (*module.place, "slices"),
-                    f"{self.donor.name} has no layers that could be sliced: list whole models under `models`",
-                )
-            return list(range(len(mains)))
-        stack = self.donor.layers.module(module.name)
-        if stack is None:
-            known = ", ".join(stack.prefix for stack in self.donor.layers.stacks)
-            raise self.recipe.error(
-                module.place, f"no part of {self.donor.name} is called {module.name!r}; its layers are in: {known}"
-            )
-        if stack in mains:
-            return [mains.index(stack)]
-        if sliced:
-            raise self.recipe.error(
-                (*module.place, "slices"),
-                f"the layers of {stack.prefix} can't be sliced, only those of {' and '.join(s.prefix for s in mains)}: "
-                "take this part whole, with `models`",
-            )
-        return []
-
-    def _belongs(self, module: Module, name: str) -> bool:
-        """Whether a tensor outside the layers is of this module."""
-        if self.stage.modules is None:
-            return True
-        owner, own = self.donor.layers.owner(name), self.donor.layers.module(module.name)
-        return owner == own if owner is not None else module is self.modules[0]
-
-    def _is_covered(self, name: str) -> bool:
-        """Whether a tensor is of any module of the recipe."""
-        if self.stage.modules is None:
-            return True
-        owner = self.donor.layers.owner(name)
-        return owner is None or any(owner == self.donor.layers.module(module.name) for module in self.modules)
 
     # --- outside the layers ------------------------------------------------------------------------------------
 

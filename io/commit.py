@@ -124,25 +124,23 @@ class GroupCommit:
             self._ended = True
             self._changed.notify_all()
 
-    def abandon(self, then: Callable[[], None] | None = None) -> bool:
+    def abandon(self) -> bool:
         """End without another commit, but for one whose records are being written already.
 
-        Args:
-            then: called once nothing is being committed any more: before this returns, or else, where the disk takes
-                its time, by the thread at its end.
-
         Returns:
-            Whether that is so already.
+            Whether it is over; where the disk takes its time, the thread may still be at work.
         """
         self.stop()
         self._thread.join(ABANDON_SECONDS)
+        return not self._thread.is_alive()
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Call `then` once nothing is being committed any more: now, or else from the thread at its end."""
         with self._changed:
             if not self._over:
-                self._then = then or _nothing
-                return False
-        if then is not None:
-            then()
-        return True
+                self._then = then
+                return
+        then()
 
     def _due(self) -> bool:
         if self._ended or self._closing:

@@ -32,6 +32,7 @@ from .platform import (
     write_at,
 )
 from .reading import FilePool, Stamps
+from .reserving import Reservation
 from .sizes import format_size
 
 __all__ = ["WORK", "OutputDirectory", "ShardFile", "index_bytes", "judge", "refuse_foreign"]
@@ -71,6 +72,7 @@ class OutputDirectory(Claim):
 
     def __init__(self, path: Path, sign: str = "") -> None:
         self._files = FilePool(os.O_RDWR, 128)
+        self._reservation: Reservation | None = None
         self._sources = FilePool(os.O_RDONLY, 128)
         self._shards: tuple[ShardFile, ...] = ()
         super().__init__(path, sign)
@@ -112,9 +114,12 @@ class OutputDirectory(Claim):
                     if name not in {shard.name for shard in shards}:
                         remove(self.stage / name)
             self._refuse_small_disk(shared)
-            reserves = file_system(self.path) not in _IN_MEMORY
+            in_memory = file_system(self.path) in _IN_MEMORY
             for shard in shards:
-                self._make(shard, reserves)
+                self._make(shard, reserves=not in_memory)
+            if in_memory and self.found is None:
+                ranges = [(self.stage / shard.name, *extent) for shard in shards for extent in shard.computed]
+                self._reservation = Reservation(ranges)
             for directory in (self.stage, self.work, self.path):
                 sync_directory(directory)
             self._sync_parents()
@@ -128,7 +133,7 @@ class OutputDirectory(Claim):
             with contextlib.suppress(PermissionError):  # it may be gone through, and not be read
                 sync_directory(directory)
 
-    def _make(self, shard: ShardFile, reserves: bool) -> None:
+    def _make(self, shard: ShardFile, *, reserves: bool) -> None:
         """Make a shard, where it isn't there yet, and reserve its space."""
         path = self.stage / shard.name
         there = self.found is not None
@@ -180,6 +185,8 @@ class OutputDirectory(Claim):
         """Put `data` at `offset` of a shard. Safe to call from several threads."""
         path = self.shard_path(shard)
         with explained(self.path, f"writing {len(data)} bytes to {path.name}"):
+            if self._reservation is not None and self._reservation.error is not None:
+                raise self._reservation.error
             descriptor = self._files.acquire(path)
             try:
                 write_at(descriptor, data, offset)
@@ -282,6 +289,7 @@ class OutputDirectory(Claim):
         Raises:
             MergeloomError: where the safetensors library does not accept a shard, or the disk got in the way.
         """
+        self._stop_reserving()
         self._files.close()
         for shard in self._shards:
             judge(self.stage / shard.name, shard.name)
@@ -340,11 +348,18 @@ class OutputDirectory(Claim):
 
     def abandon(self) -> None:
         """Remove what was begun, and OUT itself where this merge made it. Only for a merge with nothing durable."""
+        self._stop_reserving()
         self._files.close()
         super().abandon()
 
+    def _stop_reserving(self) -> None:
+        if self._reservation is not None:
+            self._reservation.stop()
+            self._reservation = None
+
     def close(self) -> None:
         """Let others have OUT; a second time does nothing."""
+        self._stop_reserving()
         self._files.close()
         self._sources.close()
         self.release()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
 from .io.sizes import parse_size
+from .machine import parse_machine
 from .planning import Options, Plan, RecipeLike
 from .planning import plan as make_plan
 
@@ -29,6 +31,7 @@ def plan(
     shard_size: Size = "5GB",
     threads: int | None = None,
     strict: bool = False,
+    machine: str | None = None,
 ) -> Plan:
     """Plan a merge: what it will read, write and hold, from the models' headers alone. Printed, it is the dry run.
 
@@ -41,6 +44,7 @@ def plan(
         shard_size: the most bytes of an output file.
         threads: compute threads of the CPU; by default the cores that the process may use.
         strict: make unknown keys and parameters in the recipe errors.
+        machine: another machine to plan for, such as ``"ram=64GiB,vram=24GiB,cores=16"``.
 
     Raises:
         RecipeError: for a mistake in the recipe.
@@ -49,7 +53,7 @@ def plan(
         UsageError: for an argument that is none.
     """
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict)
-    return make_plan(recipe, options)
+    return make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
 
 
 def merge(
@@ -63,6 +67,7 @@ def merge(
     shard_size: Size = "5GB",
     threads: int | None = None,
     strict: bool = False,
+    digests: str = "written",
     notify: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Merge models into a new model directory.
@@ -71,6 +76,7 @@ def merge(
         recipe: as `plan` takes it, or a Plan, which is performed as it is: the options were given to `plan` then.
         out: the directory to make, new or empty; None for a rehearsal that does all of it and writes nothing.
         max_ram, max_vram, device, seed, shard_size, threads, strict: as for `plan`.
+        digests: ``written``, or ``full``: note the digests of those tensors, too, that are only shared or copied.
         notify: called now and then, from this thread, with how far it is.
 
     Raises:
@@ -81,7 +87,9 @@ def merge(
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict)
     if isinstance(recipe, Plan) and options not in (Options(), recipe.options):
         raise UsageError("a Plan is performed with the options that it was made with: give these to `plan` instead")
-    return perform(recipe, out, options, notify=notify)
+    if digests not in ("written", "full"):
+        raise UsageError(f"digests is {digests!r}: give 'written' or 'full'")
+    return perform(recipe, out, options, digests=digests == "full", notify=notify)
 
 
 def _options(

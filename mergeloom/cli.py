@@ -14,6 +14,7 @@ import click
 from . import __version__
 from .errors import UsageError
 from .stacking import stack
+from .verify_command import verify
 
 if TYPE_CHECKING:
     from .dry_run import DryRun
@@ -88,6 +89,7 @@ def cli() -> None:
 
 
 cli.add_command(stack)
+cli.add_command(verify)
 
 
 @cli.command()
@@ -192,13 +194,30 @@ def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: boo
 @click.argument("out", type=click.Path(), required=False)
 @planning_options
 @click.option("--report", type=click.Path(dir_okay=False), help="Write what was foretold and measured, as JSON.")
+@click.option("--fresh", is_flag=True, help="Discard an unfinished merge in OUT, and begin anew.")
 @click.option("--discard", is_flag=True, help="Rehearse: do all of it, and write nothing.")
+@click.option(
+    "--digests",
+    type=click.Choice(["written", "full"]),
+    default="written",
+    show_default=True,
+    help="Of which tensors to note digests: full reads those, too, that are only shared or copied.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary; warnings and errors still.")
-def merge(recipe: str, out: str | None, report: str | None, discard: bool, quiet: bool, **options: Any) -> None:
-    """Merge models into the new directory OUT.
+def merge(
+    recipe: str,
+    out: str | None,
+    report: str | None,
+    fresh: bool,
+    discard: bool,
+    digests: str,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge models into the new directory OUT, or go on with a merge that was interrupted there.
 
-    OUT must be new or empty, and can be left away with --discard. Progress and messages go to stderr, the summary to
-    stdout.
+    OUT must be new or empty, or hold an unfinished merge of the same RECIPE; it can be left away with --discard.
+    Progress and messages go to stderr, the summary to stdout.
     """
     if out is None and not discard:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
@@ -207,14 +226,20 @@ def merge(recipe: str, out: str | None, report: str | None, discard: bool, quiet
     from .display import load_rich, show
     from .planning import plan as make_plan
     from .report import headline, overflow_section, summary_sections
+    from .stopping import StopSignals
 
-    load_rich()
-    planned = make_plan(recipe, _options(options))
-    for warning in (*planned.warnings, *_memory_warnings(planned)):
-        _say(f"warning: {warning}")
-    if not quiet:
-        _say(headline(planned))
-    result = _perform(planned, None if discard else out, quiet)
+    with StopSignals():
+        load_rich()
+        planned = make_plan(recipe, _options(options))
+        if out is not None and not discard:
+            from .sharing import place
+
+            planned = place(planned, Path(out), digests=digests == "full")
+        for warning in (*planned.warnings, *_memory_warnings(planned)):
+            _say(f"warning: {warning}")
+        if not quiet:
+            _say(headline(planned))
+        result = _perform(planned, None if discard else out, fresh, quiet)
     if report is not None:
         _write("--report", report, json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is done")
     if not quiet:
@@ -223,13 +248,16 @@ def merge(recipe: str, out: str | None, report: str | None, discard: bool, quiet
         show([overflow_section(result)], sys.stderr)
 
 
-def _perform(planned: Plan, out: str | None, quiet: bool) -> Result:
+def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result:
     from .merging import merge as perform
     from .progress import Display
 
-    schedule = planned.schedule
-    with Display(schedule.bytes_read, schedule.bytes_written, quiet=quiet) as display:
-        return perform(planned, out, notify=display)
+    def say(text: str) -> None:
+        if not quiet or text.startswith("warning: "):
+            _say(text)
+
+    with Display(planned.bytes_read, planned.bytes_written, quiet=quiet) as display:
+        return perform(planned, out, fresh=fresh, digests=planned.digests, notify=display, say=say)
 
 
 @cli.command()

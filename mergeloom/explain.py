@@ -156,7 +156,9 @@ def explain(plan: Plan, name: str) -> Explanation:
         passes=operation.passes,
         chunks=schedule.chunks(graph, node),
         chunk=chunk,
-        tile=min(tile_length(graph, node, schedule.tile_elements[device]), graph.elements(node)) if merged else 0,
+        tile=min(tile_length(graph, node, schedule.tile_elements[device]), graph.elements(node), chunk)
+        if merged
+        else 0,
         device=schedule.budget.devices[device].name if merged else "",
         steps=tuple(place for place, _ in steps),
         destinations=tuple(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,10 @@ from . import __version__
 from .engine.fuse import FusedKernel
 from .engine.layout import LAYOUT_VERSION
 from .errors import CheckpointError
+from .io.checkpoint import Checkpoint
+from .io.claim import WORK, is_inside
 from .io.digests import bytes_digest
+from .io.header import open_source, read_range
 from .io.hub import HubCheckpoint
 from .io.identity import file_identity
 from .methods.contract import Kernel
@@ -23,11 +27,13 @@ if TYPE_CHECKING:
     from .planning import Plan
 
 MANIFEST = "mergeloom.json"
+_LARGEST = 128 << 20
 _WORDS = {
     "mergeloom": "the version of mergeloom",
     "seed": "the seed",
     "shard_size": "the shard size",
     "layout": "the layout version of mergeloom",
+    "device": "the device, which arcee_fusion's bytes depend on",
     "sources": "the source files",
     "outputs": "the recipe",
 }
@@ -41,18 +47,14 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     graph = plan.built.graph
     used = sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
     checkpoints = [model.checkpoint for model in plan.built.models]
-
-    def identity(entry: tuple[int, Path]) -> str:
-        model, file = entry
-        found = checkpoints[model]
-        return str(found.identity(file)) if isinstance(found, HubCheckpoint) else file_identity(file)
-
     with ThreadPoolExecutor(8) as pool:
-        identities = list(pool.map(identity, used))
+        identities = list(pool.map(lambda entry: identity_of(checkpoints[entry[0]], entry[1]), used))
     sources: dict[str, dict[str, str]] = {}
     for (model, file), found in zip(used, identities, strict=True):
         sources.setdefault(str(model), {})[source_name(plan, model, file)] = found
+    arithmetic = _arithmetic(plan)
     return {
+        **({"device": arithmetic} if arithmetic else {}),
         "mergeloom": __version__,
         "recipe": plan.recipe.text,
         "seed": plan.options.seed,
@@ -61,6 +63,11 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "sources": sources,
         "outputs": _outputs_digest(plan),
     }
+
+
+def identity_of(checkpoint: Checkpoint, file: Path) -> str:
+    """The identity of a file of a checkpoint. Raises CheckpointError where it can't be read."""
+    return checkpoint.identity(file) if isinstance(checkpoint, HubCheckpoint) else file_identity(file)
 
 
 def source_name(plan: Plan, model: int, file: Path) -> str:
@@ -93,6 +100,13 @@ def _outputs_digest(plan: Plan) -> str:
     return digest.hexdigest()
 
 
+def _arithmetic(plan: Plan) -> str:
+    """What computes, where the bytes depend on it: ``cpu``, ``cuda``, or both; else nothing."""
+    if not any("arcee_fusion" in operation.method for operation in plan.built.graph.operations):
+        return ""
+    return ",".join(sorted({device.name.partition(":")[0] for device in plan.schedule.budget.devices}))
+
+
 def _parts(kernel: Kernel | None) -> list[Any]:
     """How the stages of a fused kernel hang together, beside the methods and parameters that its operation names."""
     if not isinstance(kernel, FusedKernel):
@@ -111,7 +125,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         if key == "sources":
             found += list(_source_differences(before.get(key), now.get(key)))
-        elif key in ("mergeloom", "seed", "shard_size", "layout"):
+        elif key != "outputs":
             found.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
         else:
             found.append(f"{words}{_recipe_difference(before, now)}")
@@ -162,7 +176,7 @@ def manifest_bytes(
         "tensors": dict(tensors),
     }
     content["digest"] = _self_digest(content)
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    return _dumped(content)
 
 
 def _self_digest(content: Mapping[str, Any]) -> str:
@@ -172,25 +186,74 @@ def _self_digest(content: Mapping[str, Any]) -> str:
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest in a directory.
+    """The manifest in a directory, which may come from anywhere.
+
+    Every part of it has the type that it should have, and no name leads out of the directory.
 
     Raises:
         CheckpointError: where there is none, or it was changed since it was written.
+        EnvironmentFailure: where the disk got in the way.
     """
     file = out / MANIFEST
+    if not os.path.lexists(file):
+        unfinished = "the merge in it isn't finished: run its command again"
+        reason = unfinished if (out / WORK).is_dir() else "only what mergeloom has made whole can be verified"
+        raise CheckpointError(f"{out}: has no {MANIFEST}: {reason}")
+    with open_source(file) as (descriptor, size):
+        if size > _LARGEST:
+            raise CheckpointError(f"{file}: is larger than {_LARGEST} bytes, so that it can't be a manifest")
+        data = read_range(descriptor, 0, size, file=file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{out}: has no {MANIFEST}: only what mergeloom has made whole can be verified"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: can't be read: {error}") from error
-    try:
-        content = json.loads(text)
+        content = json.loads(data)
         whole = isinstance(content, dict) and content.get("digest") == _self_digest(content)
+        whole = whole and data == _dumped(content)
     except (ValueError, RecursionError):
         whole = False
-    if not whole or text != json.dumps(content, indent=1, ensure_ascii=False) + "\n":
+    if not whole:
         raise CheckpointError(f"{file}: was changed since it was written, and vouches for nothing")
+    if not _is_manifest(content):
+        raise CheckpointError(f"{file}: is not as mergeloom writes it, and vouches for nothing")
     return dict(content)
+
+
+def _dumped(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _is_manifest(content: Mapping[str, Any]) -> bool:
+    """Whether everything that is read of a manifest has its type, and names what may be named."""
+    models = content.get("models")
+    texts = isinstance(models, list) and all(isinstance(model, str) for model in models)
+    if not isinstance(models, list) or not texts:
+        return False
+
+    def is_file(name: object) -> bool:
+        return isinstance(name, str) and is_inside(name)
+
+    def is_model(number: object) -> bool:
+        return isinstance(number, int) and 0 <= number < len(models)
+
+    def is_digest(value: object) -> bool:
+        if not isinstance(value, dict):
+            return isinstance(value, str)
+        offset = value.get("offset")
+        places = isinstance(offset, int) and 0 <= offset < 1 << 63
+        return places and is_model(value.get("model")) and is_file(value.get("file"))
+
+    def is_shard(value: object) -> bool:
+        return isinstance(value, list) and [type(part) for part in value] == [int, str]
+
+    def is_source(files: object) -> bool:
+        return isinstance(files, dict) and all(is_file(name) for name in files)
+
+    checks: dict[str, tuple[Callable[[str], bool], Callable[[object], bool]]] = {
+        "shards": (is_file, is_shard),
+        "files": (is_file, lambda digest: isinstance(digest, str)),
+        "tensors": (lambda name: True, is_digest),
+        "sources": (lambda number: number.isdecimal() and len(number) < 9 and is_model(int(number)), is_source),
+    }
+    return all(
+        isinstance(part := content.get(key), dict)
+        and all(is_name(name) and is_value(value) for name, value in part.items())
+        for key, (is_name, is_value) in checks.items()
+    )

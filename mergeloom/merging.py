@@ -21,6 +21,7 @@ from .machine import available_ram, process_memory
 from .manifest import MANIFEST
 from .performing import Earlier, Run, whole_already
 from .planning import Options, Plan, RecipeLike, is_remote, plan
+from .sharing import unplaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ def merge(
     options: Options | None = None,
     *,
     fresh: bool = False,
+    digests: bool = False,
     notify: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
     group_bytes: int = GROUP_BYTES,
@@ -102,6 +104,7 @@ def merge(
         out: the model directory to make; None for a rehearsal that does all of it and writes nothing.
         options: budgets, device, seed and the like; those of the plan where a Plan is given.
         fresh: discard an unfinished merge in `out`, and begin anew.
+        digests: whether every tensor gets a digest; what is shared, and not written, is then read for it in the end.
         notify: called now and then with how far it is.
         say: called with what the user should know before the work begins.
         group_bytes: the most bytes of work that a kill can cost.
@@ -112,6 +115,7 @@ def merge(
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
     fetch(planned, say or (lambda text: None))
     if out is None:
+        planned = unplaced(planned)
         return Result(planned, None, _perform(planned, planned.schedule, _Nowhere(), notify), process_memory().peak)
     tell = say or (lambda text: None)
     directory = OutputDirectory(Path(out), MANIFEST)
@@ -133,7 +137,7 @@ def merge(
         return _perform(planned, schedule, sink, watch, stamps, done)
 
     run = Run(planned, directory, engine, notify or (lambda progress: None), tell, group_bytes)
-    measured = run.perform(fresh)
+    measured = run.perform(fresh, digests)
     return Result(run.plan, directory.path, measured, process_memory().peak, run.earlier)
 
 

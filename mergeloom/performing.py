@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from .copies import Copies
+from .copies import Copies, digests_of_sources
+from .engine.graph import Kind
 from .engine.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers, written_ranges
 from .engine.work import Measured, Progress, Sink
@@ -95,21 +96,20 @@ class Run:
         self._journal: Journal | None = None
         self._shards: Shards | None = None
 
-    def perform(self, fresh: bool) -> Measured:
+    def perform(self, fresh: bool, digests: bool = False) -> Measured:
         """Begin or go on, and finish; what of it was measured.
+
+        Args:
+            fresh: whether to begin anew.
+            digests: whether every tensor gets a digest, even where only its blocks are shared.
 
         Raises:
             MergeloomError: what stopped it. What is durable stays in OUT; where nothing is, nothing is left behind.
         """
         try:
-            measured = self._perform(fresh)
+            measured = self._perform(fresh, digests)
         except BaseException as error:
-            ended = self._shards is None or self._shards.abandon(self._release)
-            kept = self._found is not None or not ended or (self._journal is not None and self._journal.records > 0)
-            if not kept:
-                self.out.abandon()
-            if self._shards is None:
-                self._release()
+            kept = self._end()
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted(self.how_to_go_on(kept)) from error
             if isinstance(error, OSError):
@@ -117,6 +117,21 @@ class Run:
             raise
         self._release()
         return measured
+
+    def _end(self) -> bool:
+        """End a run that has failed; whether anything is kept."""
+        ended = self._shards is None or self._shards.abandon()
+        begun = self._journal is not None and self._journal.records > 0
+        kept = self._found is not None or begun or not ended
+        try:
+            if not kept:
+                self.out.abandon()
+        finally:
+            if self._shards is None:
+                self._release()
+            else:
+                self._shards.commits.when_over(self._release)
+        return kept
 
     def how_to_go_on(self, kept: bool) -> str:
         """What to tell whoever stopped the merge."""
@@ -129,8 +144,8 @@ class Run:
             self._journal.close()
         self.out.close()
 
-    def _perform(self, fresh: bool) -> Measured:
-        self.plan = place(self.plan, self.out.work)
+    def _perform(self, fresh: bool, digests: bool) -> Measured:
+        self.plan = place(self.plan, self.out.path, digests=digests)
         graph, layout = self.plan.built.graph, self.plan.layout
         self._stamps = stamps_of(sorted({ref.file for ref in graph.reads}))
         self._facts = facts_of(self.plan)
@@ -207,16 +222,17 @@ class Run:
         def watch(progress: Progress) -> None:
             if broken:
                 raise broken[0]
-            moved = copies.moved.shared + copies.moved.written
-            read = progress.bytes_read + moved + self.earlier.bytes_read + self.earlier.bytes_shared
-            written = progress.bytes_written + moved + self.earlier.bytes_written + self.earlier.bytes_shared
+            read = progress.bytes_read + copies.moved.written + self.earlier.bytes_read
+            written = progress.bytes_written + copies.moved.written + self.earlier.bytes_written
             self._notify(replace(progress, bytes_read=read, bytes_written=written))
 
         try:
             measured = self._engine(schedule, shards, self._stamps, watch, done)
             copies.wait(lambda: watch(Progress(measured.bytes_read, measured.bytes_written)))
+            digests = dict(shards.digests)
             if not broken:
                 shards.commits.close()
+                digests |= self._digest(digests.keys(), measured, watch)
         except Ended:
             if not broken:
                 raise
@@ -236,7 +252,28 @@ class Run:
         measured.bytes_written += copies.moved.written
         measured.refused = dict(copies.moved.refused)
         measured.seconds = time.perf_counter() - begun
-        return measured, shards.digests
+        return measured, digests
+
+    def _digest(
+        self, known: Collection[int], measured: Measured, watch: Callable[[Progress], None]
+    ) -> dict[int, list[bytes]]:
+        """Where the user wants them, the digests of what never came through the process."""
+        if not self.plan.digests:
+            return {}
+        graph = self.plan.built.graph
+        kinds = {node for node in graph if graph.operation(node).kind is Kind.COPY and graph.nbytes(node)}
+
+        def count(nbytes: int) -> None:
+            measured.bytes_read += nbytes
+
+        return digests_of_sources(
+            graph,
+            kinds - known,
+            copy_threads(self.plan),
+            self._stamps,
+            count,
+            lambda: watch(Progress(measured.bytes_read, measured.bytes_written)),
+        )
 
     def _left(self, durable: Durable) -> tuple[Schedule, list[Transfer], dict[int, int]]:
         """What is left to do: the schedule, the transfers, and for each node the bytes that need not be written."""

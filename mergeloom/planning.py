@@ -68,7 +68,7 @@ class Plan:
         moved: the nodes that are made so.
         out: the model directory that it was placed for; None where it isn't known yet.
         unshared: bytes that are passed through without sharing the inputs' blocks, by the reason why.
-        bytes_digested: bytes that are read only for their digests.
+        digests: whether every tensor gets a digest; what is shared is then read for it.
     """
 
     recipe: Recipe
@@ -83,7 +83,7 @@ class Plan:
     moved: frozenset[int] = frozenset()
     out: Path | None = None
     unshared: tuple[tuple[str, int], ...] = ()
-    bytes_digested: int = 0
+    digests: bool = False
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
@@ -118,6 +118,11 @@ class Plan:
         graph = self.built.graph
         nodes = (output.node for output in graph.outputs)
         return sum(graph.nbytes(node) for node in nodes if graph.operation(node).kind is not Kind.COPY)
+
+    @property
+    def bytes_digested(self) -> int:
+        """Bytes that are read only for their digests."""
+        return sum(map(self.built.graph.nbytes, self.moved)) if self.digests else 0
 
     @property
     def bytes_read(self) -> int:

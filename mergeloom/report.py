@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .display import Grid, Section, plain
@@ -29,6 +30,7 @@ _REMEDIES = {
     "read": "reading the inputs: a faster disk for them would help most",
     "upload": "copying to the GPU: a wider bus would help most",
     "download": "the GPU, computing or copying back: a faster GPU, or a second one, would help most",
+    "copy": "copying, by the kernel: a faster disk, or OUT on the inputs' file system if it shares blocks, would help most",
     "write": "writing the output: a faster disk for OUT would help most",
     "cores": "the cores, computing and copying: more or faster ones, or a GPU, would help most",
 }
@@ -64,7 +66,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         Section(_headline(plan, said)),
         _output(plan, said),
         _inputs(plan, read),
-        _work(plan),
+        _work(plan, said),
         _memory(plan),
     ]
     if again := read_again_lines(read_again(plan, read)):
@@ -124,7 +126,7 @@ def _times(used: int, read: int) -> str:
     return f"{read / used:.2g}x" if used else ""
 
 
-def _work(plan: Plan) -> Section:
+def _work(plan: Plan, said: Mapping[str, Any]) -> Section:
     graph, schedule = plan.built.graph, plan.schedule
     again = ", every byte once"
     if schedule.bytes_reread:
@@ -137,6 +139,9 @@ def _work(plan: Plan) -> Section:
     ]
     if shared:
         fields.append(("shares", f"{data_size(shared)} with the inputs: neither read nor written, and no disk taken"))
+    elif plan.out is None and (passed := said["bytes"] - plan.bytes_computed):
+        fields.append(("could share", f"up to {data_size(passed)} with the inputs: give OUT to see"))
+    fields += [("not shared", f"{data_size(nbytes)}: {reason}") for reason, nbytes in plan.unshared]
     if missing := [file for file in plan.downloads if not file.present]:
         size = data_size(sum(file.to_fetch for file in missing))
         fields.append(("downloads", f"{size} in {plural(len(missing), 'file')}, before the merge"))
@@ -283,13 +288,17 @@ def summary_text(result: Result) -> str:
 def summary_sections(result: Result) -> list[Section]:
     """What a merge did, beside what was foretold."""
     plan, measured = result.plan, result.measured
-    schedule = plan.schedule
+    schedule, earlier = plan.schedule, result.earlier
     moved = measured.bytes_read + measured.bytes_written
     title = f"Merged into {result.out}" if result.out is not None else "Rehearsed: nothing was written"
     fields = [
         ("time", f"{duration(measured.seconds)}, {rate(moved, measured.seconds)} read and written"),
-        ("read", _beside(measured.bytes_read, schedule.bytes_read)),
-        ("written" if result.out is not None else "discarded", _beside(measured.bytes_written, schedule.bytes_written)),
+        ("read", _beside(measured.bytes_read + earlier.bytes_read, plan.bytes_read)),
+        (
+            "written" if result.out is not None else "discarded",
+            _beside(measured.bytes_written + earlier.bytes_written, plan.bytes_written),
+        ),
+        *_sharing(result),
         (
             "peak RAM",
             f"{memory_size(result.peak_rss, up=True)}; foretold {memory_size(schedule.peak_ram, up=True)}, "
@@ -310,6 +319,17 @@ def summary_sections(result: Result) -> list[Section]:
     if measured.overflowed:
         sections.append(overflow_section(result))
     return sections
+
+
+def _sharing(result: Result) -> Iterator[tuple[str, str]]:
+    """What was shared with the inputs, and why what else is only passed through was not."""
+    plan, measured = result.plan, result.measured
+    if plan.bytes_shared:
+        yield "shared", _beside(measured.bytes_shared + result.earlier.bytes_shared, plan.bytes_shared)
+    for reason, nbytes in plan.unshared:
+        yield "not shared", f"{data_size(nbytes)}: {reason}"
+    for number, nbytes in measured.refused.items():
+        yield "not shared", f"{data_size(nbytes)}: refused by the file system ({os.strerror(number)}), so copied"
 
 
 def bottleneck(measured: Measured, *, gpu: bool = False) -> str:

@@ -33,14 +33,14 @@ def place(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
     or where its digest is wanted. Which bytes come out where is the same either way.
 
     Args:
-        plan: one that was placed for this OUT already is returned as it is.
+        plan: one that was placed like this already is returned as it is.
         out: the model directory to be, or any directory on its file system.
         digests: whether every tensor needs a digest; what is shared is then read for it, in the end.
     """
-    if plan.out == out:
+    if plan.out == out and plan.digests == digests:
         return plan
-    graph = plan.built.graph
-    budget = plan.schedule.budget if plan.out is None else budget_of(plan.options, plan.computes)
+    plan = unplaced(plan)
+    graph, budget = plan.built.graph, plan.schedule.budget
     destinations = graph.destinations()
     copies = [node for node in graph if graph.operation(node).kind is Kind.COPY and graph.nbytes(node)]
     obstacles = why_not_shared({source_of(graph, node) for node in copies}, out)
@@ -72,8 +72,16 @@ def place(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
         moved=nodes,
         out=out,
         unshared=tuple((reason, nbytes) for reason, nbytes in unshared.most_common() if nbytes),
-        bytes_digested=sum(map(graph.nbytes, nodes)) if digests else 0,
+        digests=digests,
     )
+
+
+def unplaced(plan: Plan) -> Plan:
+    """The plan as it was before it was placed anywhere."""
+    if plan.out is None:
+        return plan
+    schedule = make_schedule(plan.built.graph, budget_of(plan.options, plan.computes))
+    return replace(plan, schedule=schedule, transfers=(), moved=frozenset(), out=None, unshared=(), digests=False)
 
 
 def copy_threads(plan: Plan) -> int:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .engine.recipe import ModelReference
+from .engine.work import Progress
 from .errors import MergeloomError
+from .io.checkpoint import Checkpoint
 from .io.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
-from .io.header import Header, read_header
-from .io.identity import file_identity
+from .io.header import Header, open_source, parse_header, read_data_start, read_range
 from .io.reading import Reader
 from .io.tensors import TensorRef
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, identity_of, read_manifest
+
+THREADS = 4
+"""How many tensors are read at a time."""
+
+_BUFFER_BYTES = 4 << 20
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+Notify = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +34,9 @@ class Verdict:
 
     Args:
         tensors: how many tensors are what the manifest says.
-        nbytes: how many bytes were read.
-        damaged: what isn't as the manifest says, in words, one sentence each.
-        unvouched: tensors that nothing vouches for, with the reason.
+        nbytes: how many bytes these have.
+        damaged: what isn't as the manifest says, in words.
+        unvouched: what nothing vouches for, with the reason.
     """
 
     tensors: int
@@ -39,9 +50,12 @@ class Verdict:
         return not self.damaged and not self.unvouched
 
 
-def verify(
-    out: Path, *, sources: bool = False, threads: int = 2, notify: Callable[[int], None] | None = None
-) -> Verdict:
+def bytes_to_read(out: Path) -> int:
+    """How many bytes `verify` will read, about. Raises CheckpointError where there is no manifest."""
+    return sum(nbytes for nbytes, _ in read_manifest(out)["shards"].values())
+
+
+def verify(out: Path, *, sources: bool = False, threads: int = THREADS, notify: Notify | None = None) -> Verdict:
     """Read every byte of a merged model and compare it with the manifest.
 
     Args:
@@ -54,133 +68,160 @@ def verify(
         CheckpointError: where there is no manifest, or it was changed.
     """
     manifest = read_manifest(out)
-    damaged: list[str] = []
-    headers: dict[str, Header] = {}
-    for name, (nbytes, digest) in manifest["shards"].items():
-        problem = _check_shard(out / name, nbytes, digest, headers)
-        if problem is not None:
-            damaged.append(f"{name}: {problem}")
-    damaged += _check_files(out, manifest)
-    found: dict[str, TensorRef] = {name: ref for header in headers.values() for name, ref in header.tensors.items()}
-    jobs: list[tuple[str, TensorRef, str]] = []
-    copies: list[tuple[str, TensorRef, dict[str, Any]]] = []
-    for name, digest in manifest["tensors"].items():
-        ref = found.get(name)
-        if ref is None:
-            damaged.append(f"tensor {name} is missing")
-        elif isinstance(digest, dict):
-            copies.append((name, ref, digest))
-        else:
-            jobs.append((name, ref, digest))
-    damaged += [f"tensor {name} is not in the manifest" for name in found if name not in manifest["tensors"]]
-    reader = Reader()
+    check = _Verification(out, manifest, notify)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            results = list(pool.map(lambda job: _check_tensor(reader, *job, notify), jobs))
-            models = [Path(model).expanduser() for model in manifest["models"]]
-            compared = list(pool.map(lambda job: _compare(reader, *job, models, notify), copies))
+        check.shards()
+        check.files()
+        check.tensors(threads)
+        if sources:
+            check.sources()
     finally:
-        reader.close()
-    damaged += [problem for problem in results if problem is not None]
-    if sources:
-        damaged += _check_sources(manifest)
-    unvouched = [problem for problem, vouched in compared if not vouched]
-    damaged += [problem for problem, vouched in compared if vouched and problem]
-    good = sum(problem is None for problem in results) + sum(not problem for problem, _ in compared)
-    nbytes = sum(ref.nbytes for _, ref, _ in (*jobs, *copies))
-    return Verdict(good, nbytes, tuple(damaged), tuple(unvouched))
+        check.reader.close()
+    return Verdict(check.good, check.nbytes, tuple(check.damaged), tuple(check.unvouched))
 
 
-def _check_shard(file: Path, nbytes: int, digest: str, headers: dict[str, Header]) -> str | None:
-    try:
-        size = file.stat().st_size
-        if size != nbytes:
-            return f"has {size} bytes instead of {nbytes}"
-        header = read_header(file)
-        with file.open("rb") as stream:
-            if bytes_digest(stream.read(header.data_start)) != digest:
-                return "its header was changed"
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, MergeloomError) as error:
-        return f"can't be read: {error}"
-    headers[file.name] = header
-    return None
+class _Verification:
+    """What was found so far."""
 
+    def __init__(self, out: Path, manifest: Mapping[str, Any], notify: Notify | None) -> None:
+        self.out = out
+        self.manifest = manifest
+        self.reader = Reader(keep_cached=False)
+        self.damaged: list[str] = []
+        self.unvouched: list[str] = []
+        self.good = 0
+        self.nbytes = 0
+        self._notify = notify or (lambda progress: None)
+        self._progress = Progress()
+        self._lock = threading.Lock()
+        self._found: dict[str, TensorRef] = {}
+        self._models: dict[int, Checkpoint | str] = {}
 
-def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    for name, digest in manifest["files"].items():
-        try:
-            if file_digest(out / name) != digest:
-                yield f"{name}: was changed"
-        except OSError as error:
-            yield f"{name}: {error.strerror}"
-    known = {*manifest["files"], *manifest["shards"], MANIFEST}
-    for file in out.glob("*.safetensors"):
-        if file.name not in known:
-            yield f"{file.name}: is not in the manifest"
-
-
-def _check_tensor(
-    reader: Reader, name: str, ref: TensorRef, digest: str, notify: Callable[[int], None] | None
-) -> str | None:
-    digests = BlockDigests(ref.nbytes)
-    buffer = memoryview(bytearray(min(max(ref.nbytes, 1), BLOCK_BYTES // 4)))
-    done = 0
-    while done < ref.nbytes:
-        view = buffer[: ref.nbytes - done]
-        try:
-            reader.read(ref.file, ref.offset + done, view)
-        except MergeloomError as error:
-            return f"tensor {name}: {error}"
-        digests.feed(done, view)
-        done += len(view)
-        if notify is not None:
-            notify(len(view))
-    return None if digests.digest() == digest else f"tensor {name} in {ref.file.name} was changed"
-
-
-def _compare(
-    reader: Reader,
-    name: str,
-    ref: TensorRef,
-    origin: Mapping[str, Any],
-    models: Sequence[Path],
-    notify: Callable[[int], None] | None,
-) -> tuple[str, bool]:
-    """Compare a tensor that was copied unread with its source: what is wrong, and whether anything vouches for it."""
-    model = models[int(origin["model"])]
-    source = model / str(origin["file"]) if model.is_dir() else model
-    if not source.exists():
-        return f"tensor {name}: was copied without being read, and its source {source} is gone", False
-    buffers = [memoryview(bytearray(min(max(ref.nbytes, 1), BLOCK_BYTES // 4))) for _ in range(2)]
-    done = 0
-    while done < ref.nbytes:
-        ours, theirs = (buffer[: ref.nbytes - done] for buffer in buffers)
-        try:
-            reader.read(ref.file, ref.offset + done, ours)
-        except MergeloomError as error:
-            return f"tensor {name}: {error}", True
-        try:
-            reader.read(source, int(origin["offset"]) + done, theirs)
-        except MergeloomError as error:
-            return f"tensor {name}: its source can't be read: {error}", False
-        if bytes(ours) != bytes(theirs):
-            return f"tensor {name} in {ref.file.name} differs from its source {source}", True
-        done += len(ours)
-        if notify is not None:
-            notify(len(ours))
-    return "", True
-
-
-def _check_sources(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Whether the source files are still what they were when the merge was made."""
-    for number, files in manifest["sources"].items():
-        model = Path(manifest["models"][int(number)]).expanduser()
-        for name, identity in files.items():
-            file = model / name if model.is_dir() else model
+    def shards(self) -> None:
+        """Size and header of every shard."""
+        for name, (nbytes, digest) in self.manifest["shards"].items():
             try:
-                if file_identity(file) != identity:
-                    yield f"source {file} is not what it was"
-            except (OSError, MergeloomError) as error:
-                yield f"source {file} can't be read: {error}"
+                problem, header = _read_shard(self.out / name, nbytes, digest)
+            except MergeloomError as error:
+                problem, header = str(error), None
+            if problem:
+                self.damaged.append(f"{name}: {problem}")
+            if header is not None:
+                self._found.update(header.tensors)
+
+    def files(self) -> None:
+        """Every file beside the shards."""
+        for name, digest in self.manifest["files"].items():
+            file = self.out / name
+            try:
+                if not file.is_file():
+                    self.damaged.append(f"{name}: is missing")
+                elif file_digest(file) != digest:
+                    self.damaged.append(f"{name}: was changed")
+            except OSError as error:
+                self.damaged.append(f"{name}: {error.strerror}")
+        known = {*self.manifest["files"], *self.manifest["shards"], MANIFEST}
+        for file in sorted(self.out.iterdir()):
+            if file.name not in known and file.name.endswith(_WEIGHTS):
+                self.unvouched.append(f"{file.name} is not in the manifest")
+
+    def tensors(self, threads: int) -> None:
+        """Every byte of every tensor."""
+        named = self.manifest["tensors"]
+        jobs = []
+        for name, digest in named.items():
+            ref = self._found.get(name)
+            if ref is not None:
+                jobs.append((name, ref, digest))
+            else:
+                self.damaged.append(f"tensor {name} is missing")
+        self.damaged += [f"tensor {name} is not in the manifest" for name in self._found if name not in named]
+        jobs.sort(key=lambda job: (job[1].file, job[1].offset))
+        with ThreadPoolExecutor(threads) as pool:
+            for (_, ref, _), (damaged, unvouched) in zip(jobs, pool.map(self._check, jobs), strict=True):
+                self.damaged += [damaged] if damaged else []
+                self.unvouched += [unvouched] if unvouched else []
+                if not damaged and not unvouched:
+                    self.good += 1
+                    self.nbytes += ref.nbytes
+
+    def _check(self, job: tuple[str, TensorRef, str | Mapping[str, Any]]) -> tuple[str, str]:
+        """What is wrong with a tensor, and why nothing vouches for it; both empty where all is well."""
+        name, ref, digest = job
+        try:
+            if isinstance(digest, str):
+                digests = BlockDigests(ref.nbytes)
+                for position, data in self._pieces(ref.file, ref.offset, ref.nbytes):
+                    digests.feed(position, data)
+                return "" if digests.digest() == digest else f"tensor {name} in {ref.file.name} was changed", ""
+            return self._compare(name, ref, digest)
+        except MergeloomError as error:
+            return f"tensor {name}: {error}", ""
+
+    def _compare(self, name: str, ref: TensorRef, origin: Mapping[str, Any]) -> tuple[str, str]:
+        """Compare a tensor that was copied unread with its source."""
+        try:
+            source = self._source(origin["model"], origin["file"])
+            theirs = self._pieces(source, origin["offset"], ref.nbytes)
+            for (_, ours), (_, other) in zip(self._pieces(ref.file, ref.offset, ref.nbytes), theirs, strict=True):
+                if ours != other:
+                    return f"tensor {name} in {ref.file.name} differs from its source {source}", ""
+        except MergeloomError as error:
+            if str(ref.file) in str(error):
+                raise
+            return "", f"tensor {name} was copied without being read, and can't be compared with its source: {error}"
+        return "", ""
+
+    def _pieces(self, file: Path, offset: int, nbytes: int) -> Iterator[tuple[int, memoryview]]:
+        """A range of a file, piece by piece, with where each begins in it."""
+        buffer = memoryview(bytearray(min(_BUFFER_BYTES, nbytes, BLOCK_BYTES)))
+        for position in range(0, nbytes, _BUFFER_BYTES):
+            view = buffer[: nbytes - position]
+            self.reader.read(file, offset + position, view)
+            with self._lock:
+                self._progress.bytes_read += len(view)
+                self._notify(self._progress)
+            yield position, view
+
+    def sources(self) -> None:
+        """Whether the source files are still what they were when the merge was made."""
+        for number, files in self.manifest["sources"].items():
+            for name, identity in files.items():
+                try:
+                    file = self._source(int(number), name)
+                    if identity_of(self._model(int(number)), file) != identity:
+                        self.damaged.append(f"source {file} is not what it was")
+                except MergeloomError as error:
+                    self.unvouched.append(f"source {name} of model {int(number) + 1}: {error}")
+
+    def _source(self, model: int, name: str) -> Path:
+        path = self._model(model).path
+        return path / name if path.is_dir() or not path.exists() else path
+
+    def _model(self, number: int) -> Checkpoint:
+        """An input model, opened once. Raises MergeloomError."""
+        from .planning import open_model
+
+        with self._lock:
+            if number not in self._models:
+                text = self.manifest["models"][number]
+                try:
+                    local = Path(text).expanduser().exists()
+                    self._models[number] = open_model(ModelReference(text) if local else ModelReference.parse(text))
+                except (MergeloomError, ValueError) as error:
+                    self._models[number] = str(error)
+            found = self._models[number]
+        if isinstance(found, str):
+            raise MergeloomError(found)
+        return found
+
+
+def _read_shard(file: Path, nbytes: int, digest: str) -> tuple[str, Header | None]:
+    """What is wrong with a shard's size or header, and its header where that can be told. Raises MergeloomError."""
+    with open_source(file) as (descriptor, size):
+        if size != nbytes:
+            return f"has {size} bytes instead of {nbytes}", None
+        raw = read_range(descriptor, 0, read_data_start(descriptor, size, file=file), file=file)
+        if bytes_digest(raw) != digest:
+            return "its header was changed", None
+        return "", parse_header(raw, size, file=file)

@@ -136,10 +136,10 @@ class Shards:
         self._stopped = True
         self.commits.stop()
 
-    def abandon(self, then: Callable[[], None]) -> bool:
+    def abandon(self) -> bool:
         """End without another commit; see `GroupCommit.abandon`."""
         self.stop()
-        return self.commits.abandon(then)
+        return self.commits.abandon()
 
 
 def _note(node: int, tensor: _Tensor, start: int, nbytes: int) -> dict[str, Any] | None:

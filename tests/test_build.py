@@ -554,6 +554,48 @@ def test_modules_of_a_vision_model() -> None:
             build({"merge_method": "passthrough", "modules": modules}, models)
 
 
+def test_a_vision_models_projector_is_a_module_of_its_own() -> None:
+    for between in (
+        "multi_modal_projector.linear_1.weight",
+        "visual.merger.ln_q.weight",
+        "model.connector.proj.weight",
+    ):
+        shapes = decoder() | VISION | {between: (4, 4)}
+        models = {name: checkpoint(name, shapes, config=SEEING) for name in "abc"}
+        modules = {
+            name: {"models": [{"model": model}]}
+            for name, model in (("text_decoder", "a"), ("vision_tower", "b"), ("multi_modal_projector", "c"))
+        }
+        built = build({"merge_method": "passthrough", "modules": modules}, models)
+        assert sorted(built.names) == sorted(shapes)
+        assert built.sources(between) == [f"c:{between}"]
+        assert built.sources("visual.blocks.0.attn.qkv.weight") == ["b:visual.blocks.0.attn.qkv.weight"]
+        assert built.sources("model.norm.weight") == ["a:model.norm.weight"]
+        modules["multi_modal_projector"] = {"slices": [{"sources": [{"model": "c", "layer_range": [0, 1]}]}]}
+        with pytest.raises(RecipeError, match=r"multi_modal_projector can't be sliced"):
+            build({"merge_method": "passthrough", "modules": modules}, models)
+    with pytest.raises(RecipeError, match="no part of a is called 'multi_modal_projector'"):
+        build(
+            {"merge_method": "passthrough", "modules": {"multi_modal_projector": {"models": [{"model": "a"}]}}},
+            pair(decoder(), decoder()),
+        )
+
+
+def test_what_an_encoder_and_a_decoder_share_is_a_module_of_its_own() -> None:
+    models = {name: checkpoint(name, T5, config=BOTH) for name in "abc"}
+    modules = {
+        name: {"models": [{"model": model}]} for name, model in (("shared", "c"), ("encoder", "a"), ("decoder", "b"))
+    }
+    built = build({"merge_method": "passthrough", "modules": modules}, models)
+    assert sorted(built.names) == sorted(T5)
+    assert {name: built.sources(name)[0][0] for name in T5} == {
+        name: {"e": "a", "d": "b"}.get(name[0], "c") for name in T5
+    }
+    del modules["shared"]
+    built = build({"merge_method": "passthrough", "modules": modules}, models)
+    assert built.sources("shared.weight") == ["a:shared.weight"]
+
+
 def test_two_modules_that_make_the_same_tensors() -> None:
     module = {"models": [{"model": "a"}]}
     recipe = {"merge_method": "passthrough", "modules": {"text_decoder": module, "model.layers": module}}

@@ -167,7 +167,7 @@ def test_failed_copy_leaves_what_was_there(
     def fail(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr("mergeloom.io.files.sync_data", fail)
     with pytest.raises(error, match="copying source failed"):
         copy_file(source, target)
     assert target.read_bytes() == b"old"

@@ -84,7 +84,7 @@ def test_what_must_be_last_is_last(made: OutputDirectory, monkeypatch: pytest.Mo
 
 def test_a_damaged_shard_is_never_published(made: OutputDirectory) -> None:
     fill(made, shard())
-    with (made.work / "model.safetensors").open("r+b") as file:
+    with (made.stage / "model.safetensors").open("r+b") as file:
         file.truncate(100)
     with pytest.raises(EnvironmentFailure, match=r"model.safetensors: the safetensors library does not accept"):
         publish(made)
@@ -114,7 +114,7 @@ def test_what_is_not_ours_is_left_alone(kind: str, tmp_path: Path) -> None:
 def test_an_impossible_name_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
-        with pytest.raises(EnvironmentFailure, match="making the output directory failed"):
+        with pytest.raises(EnvironmentFailure, match="the output directory failed"):
             OutputDirectory(path)
 
 
@@ -150,10 +150,10 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OUT is looked at before it is locked; what another merge published in between must be seen."""
-    from mergeloom.io import output
+    from mergeloom.io import claim
 
     out = tmp_path / "out"
-    look, calls = output.refuse_foreign, []
+    look, calls = claim.refuse_foreign, []
 
     def look_early(path: Path) -> None:
         look(path)
@@ -164,7 +164,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
             publish(other)
             other.close()
 
-    monkeypatch.setattr(output, "refuse_foreign", look_early)
+    monkeypatch.setattr(claim, "refuse_foreign", look_early)
     with pytest.raises(UsageError, match="is not empty"):
         OutputDirectory(out)
     assert (out / "model.safetensors").exists()
@@ -203,7 +203,7 @@ def test_many_shards_need_few_descriptors(made: OutputDirectory) -> None:
     for number in range(count):
         made.write(number, shard().computed[0][0], memoryview(DATA))
     made.sync(range(count))
-    assert 100 < len(open_files(made.work)) <= 128
+    assert 100 < len(open_files(made.stage)) <= 128
 
 
 def test_the_index_is_that_of_transformers() -> None:

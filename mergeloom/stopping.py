@@ -1,0 +1,82 @@
+"""Ctrl-C and SIGTERM during a merge: the first one stops it, within two seconds; a second one ends the process at once.
+
+Nothing that a merge does may be cut off at a wrong moment: there is none (see `io.journal`). So the process is simply
+ended where stopping in good order takes too long.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+GRACE_SECONDS = 1.5
+"""How long stopping in good order may take."""
+INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While it is entered, the two signals raise KeyboardInterrupt in the main thread, and a thread sees to the rest.
+
+    The thread learns of a signal at once, even where the main thread is inside a long system call or a library. In any
+    thread but the main one, entering does nothing: signals are the main thread's.
+    """
+
+    def __init__(self) -> None:
+        self._stopping = False
+        self._pipe: tuple[int, int] | None = None
+        self._before: dict[int, Any] = {}
+        self._wakeup = -1
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+            threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pipe is None or self._stopping:
+            return  # once it is stopping, the thread watches until the process has ended
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.write(self._pipe[1], b"\0")
+        os.close(self._pipe[1])
+        self._pipe = None
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self._stopping:
+            self._stopping = True
+            raise KeyboardInterrupt
+
+    def _watch(self, pipe: int) -> None:
+        seconds = None
+        while True:
+            ready, _, _ = select.select([pipe], [], [], seconds)
+            number = os.read(pipe, 1) if ready else b""
+            if ready and number in (b"", b"\0"):
+                os.close(pipe)
+                return
+            if ready and number[0] not in _SIGNALS:
+                continue
+            if seconds is not None:
+                if not ready:
+                    _tell("mergeloom: stopped at once; run the same command again to go on\n")
+                os._exit(INTERRUPTED)
+            seconds = GRACE_SECONDS
+
+
+def _tell(message: str) -> None:
+    """A message on stderr, of which nobody knows what state the main thread has left it in."""
+    try:
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, message.encode())
+    except (OSError, ValueError):
+        return

@@ -1,0 +1,329 @@
+"""mergekit's configurations: all of them are read and planned, and what they make is what mergekit 0.1.5 makes of them.
+
+The comparison needs mergekit in an environment of its own: `make compat` makes it and runs this file, or MERGEKIT_ENV
+names one. Both programs then compute with ``dtype: float32`` on models that are stored as float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from mergeloom.errors import MergeloomError
+from mergeloom.merging import merge
+from mergeloom.planning import Options, plan
+from tests import models
+from tests.mergekit_configurations import CONFIGURATIONS, REFUSED_HERE, REFUSED_THERE, WARNED
+from tests.outputs import config_of, read_model
+
+ROOT = Path(__file__).resolve().parent.parent
+MERGEKIT = Path(os.environ.get("MERGEKIT_ENV", ROOT / ".venv-mergekit")).absolute()
+OPTIONS = Options(device="cpu", threads=1, max_ram=4 << 30)
+TEMPLATES = {"a": "{{ 'A' }}", "b": "{{ 'B' }}", "base": "{{ 'B' }}"}
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the models that the configurations name."""
+    directory = tmp_path_factory.mktemp("zoo")
+    base = models.Random(0)
+    tiny, tied = models.tiny_llama(), models.tiny_llama(tied=True)
+    new = models.Model(
+        {"stem.weight": (8, 8), **{f"trunk.layers.{n}.mix.weight": (8, 8) for n in range(3)}},
+        {"architectures": ["NewModel"], "model_type": "new", "num_hidden_layers": 3},
+    )
+    kinds: dict[str, tuple[models.Model, models.Fill]] = {
+        "base": (tiny, base),
+        **{name: (tiny, models.FineTune(base, seed)) for seed, name in enumerate("abc", 1)},
+        "deep": (models.tiny_llama(layers=6), models.FineTune(base, 4)),
+        "tied": (tied, models.FineTune(base, 5)),
+        "tied2": (tied, models.FineTune(base, 6)),
+        "qwen": (qwen(), base),
+        "qwen2": (qwen(), models.FineTune(base, 7)),
+        "t5": (t5(), base),
+        "t5b": (t5(), models.FineTune(base, 8)),
+        "words": (tiny, models.FineTune(base, 9)),
+        "new": (new, base),
+        "new2": (new, models.FineTune(base, 10)),
+        "sees": (sees(), base),
+        "pickled": (tiny, base),
+    }
+    for name, (model, fill) in kinds.items():
+        written = models.write_checkpoint(directory / name, model, dtype="F32", fill=fill)
+        models.write_tokenizer(written, WORDS + (name == "words"))
+        if name in TEMPLATES:
+            file = written / "tokenizer_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATES[name]}))
+    torch.save(read_model(directory / "pickled"), directory / "pickled" / "pytorch_model.bin")
+    (directory / "pickled" / "model.safetensors").unlink()
+    return directory
+
+
+def qwen() -> models.Model:
+    """A Qwen2: a Llama with biases of queries, keys and values."""
+    llama = models.tiny_llama()
+    tensors: dict[str, models.Shape] = {}
+    for name, shape in llama.tensors.items():
+        tensors[name] = shape
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            tensors[name.replace("weight", "bias")] = shape[:1]
+    config = llama.config | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    return models.Model(tensors, {key: config[key] for key in config if key not in ("attention_bias", "mlp_bias")})
+
+
+def sees() -> models.Model:
+    """What of a Qwen2-VL matters here: a text model as Qwen2's, with a vision tower beside it."""
+    text = qwen()
+    tower = {f"visual.blocks.{layer}.attn.qkv.weight": (96, 32) for layer in range(2)}
+    config = text.config | {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"}
+    config["vision_config"] = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "model_type": "qwen2_vl", "num_heads": 4}
+    return models.Model(text.tensors | {"visual.merger.ln_q.weight": (32,), **tower}, config)
+
+
+def t5() -> models.Model:
+    """A T5 (v1.1) of two and two layers."""
+    width, inner, wide, vocabulary = 16, 16, 32, 64
+    tensors: dict[str, models.Shape] = {"shared.weight": (vocabulary, width)}
+    for side in ("encoder", "decoder"):
+        for layer in range(2):
+            block = f"{side}.block.{layer}.layer"
+            for number, kind in enumerate(
+                ("SelfAttention",) if side == "encoder" else ("SelfAttention", "EncDecAttention")
+            ):
+                tensors |= {f"{block}.{number}.{kind}.{part}.weight": (inner, width) for part in "qkv"}
+                tensors[f"{block}.{number}.{kind}.o.weight"] = (width, inner)
+                if layer == 0 and number == 0:
+                    tensors[f"{block}.{number}.{kind}.relative_attention_bias.weight"] = (32, 2)
+                tensors[f"{block}.{number}.layer_norm.weight"] = (width,)
+            last = f"{block}.{1 if side == 'encoder' else 2}"
+            tensors |= {
+                f"{last}.DenseReluDense.wi_0.weight": (wide, width),
+                f"{last}.DenseReluDense.wi_1.weight": (wide, width),
+                f"{last}.DenseReluDense.wo.weight": (width, wide),
+                f"{last}.layer_norm.weight": (width,),
+            }
+        tensors[f"{side}.final_layer_norm.weight"] = (width,)
+    config = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "d_ff": wide,
+        "d_kv": 8,
+        "d_model": width,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "model_type": "t5",
+        "num_decoder_layers": 2,
+        "num_heads": 2,
+        "num_layers": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "vocab_size": vocabulary,
+    }
+    return models.Model(tensors | {"lm_head.weight": (vocabulary, width)}, config)
+
+
+# ------------------------------------------------------------------------------------------------ reading them
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(CONFIGURATIONS) >= 60
+    methods = {
+        method for text in CONFIGURATIONS.values() for method in re.findall(r"^merge_method: (\w+)$", text, re.M)
+    }
+    assert methods == {file.stem for file in (ROOT / "recipes" / "methods").glob("*.yml")}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_it_is_read_and_planned(name: str, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(zoo)
+    file = tmp_path / "config.yml"
+    file.write_text(CONFIGURATIONS[name])
+    planned = plan(file, OPTIONS)
+    if name in WARNED:
+        assert any(WARNED[name] in warning for warning in planned.warnings)
+    else:
+        assert planned.warnings == ()
+    said = planned.to_dict()
+    assert said["output"]["tensors"] > 20
+    assert said["output"]["layers"] in (2, 4, 5, 6, 7, 8)
+
+
+@pytest.mark.parametrize("name", REFUSED_HERE)
+def test_what_is_refused_is_said(name: str, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(zoo)
+    text, words = REFUSED_HERE[name]
+    file = tmp_path / "config.yml"
+    file.write_text(text)
+    with pytest.raises(MergeloomError, match=words):
+        plan(file, OPTIONS)
+
+
+# ------------------------------------------------------------------------------------------------ running them
+
+RANDOM = re.compile("dare|della")
+ROUNDING = 4e-6
+"""How far results may lie apart, of the largest value of a tensor: some of float32's last bits."""
+DECISIONS = {"arcee_fusion": 0.01}
+"""The share of elements for which a rounding in mergekit decides otherwise."""
+EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
+OTHERWISE = {
+    # made of fewer models: as many as the first slice has
+    "models that change between slices": {"model.norm.weight", "lm_head.weight"},
+    # trimmed to the vocabulary before the largest of their elements are chosen
+    **dict.fromkeys(("tokenizer_source base", "tokenizer base", "chat_template auto"), EMBEDDINGS),
+}
+"""Tensors that mergekit makes otherwise."""
+LEFT_OUT = {"the modules of an encoder and a decoder": {"shared.weight", "lm_head.weight"}}
+"""Tensors that mergekit leaves out."""
+WORDS = 32
+"""Tokens of the models' tokenizers; their embeddings have 64 rows."""
+
+
+def in_float32(text: str) -> str:
+    """The configuration with ``dtype: float32`` in every document, in place of what it says."""
+    documents = (re.sub(r"^(out_)?dtype: .*\n", "", part, flags=re.MULTILINE) for part in text.split("---\n"))
+    return "---\n".join(f"{part}dtype: float32\n" for part in documents)
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """What mergekit made of every configuration.
+
+    Args:
+        errors: by the configuration's name, None where it made something.
+        outputs: where that is.
+    """
+
+    errors: dict[str, str | None]
+    outputs: dict[str, Path]
+
+
+@pytest.fixture(scope="session")
+def theirs(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Theirs:
+    """Run mergekit, once for all configurations."""
+    python = MERGEKIT / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"mergekit 0.1.5 is not in {MERGEKIT.name}: `make compat` installs it, or set MERGEKIT_ENV")
+    texts = {name: in_float32(text) for name, text in CONFIGURATIONS.items()}
+    texts |= {name: text for name, (text, _) in REFUSED_HERE.items()} | REFUSED_THERE
+    directory = tmp_path_factory.mktemp("mergekit")
+    outputs = {name: directory / str(number) for number, name in enumerate(texts)}
+    jobs = [{"name": name, "text": text, "out": str(outputs[name])} for name, text in texts.items()]
+    command = [str(python), "-I", str(ROOT / "tests" / "run_mergekit.py")]
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, cwd=zoo, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.pop("mergekit") == "0.1.5"
+    return Theirs(said, outputs)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_it_makes_what_mergekit_makes(
+    name: str, theirs: Theirs, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert theirs.errors[name] is None
+    monkeypatch.chdir(zoo)
+    file = tmp_path / "config.yml"
+    file.write_text(in_float32(CONFIGURATIONS[name]))
+    merge(file, tmp_path / "out", OPTIONS)
+    ours, other = read_model(tmp_path / "out"), read_model(theirs.outputs[name])
+    assert ours.keys() - LEFT_OUT.get(name, set()) == other.keys()
+    layers = ("num_hidden_layers", "num_layers", "num_decoder_layers")
+    configs = [config_of(out) for out in (tmp_path / "out", theirs.outputs[name])]
+    assert [configs[0].get(key) for key in layers] == [configs[1].get(key) for key in layers]
+    if RANDOM.search(name):
+        check_draws(ours, other, name)
+        return
+    apart = elements = 0
+    for tensor, found in other.items():
+        mine = ours[tensor]
+        if "tokenizer" in CONFIGURATIONS[name] and mine.shape != found.shape:  # mergekit trims to the vocabulary
+            assert (len(mine), len(found)) == (64, WORDS)
+            mine = mine[:WORDS]
+        assert (mine.shape, mine.dtype) == (found.shape, torch.float32)
+        off = int(((mine - found).abs() > ROUNDING * found.abs().max()).sum())
+        if tensor in OTHERWISE.get(name, ()):
+            assert off > 0
+            continue
+        apart, elements = apart + off, elements + found.numel()
+    assert apart <= DECISIONS.get(name, 0) * elements
+
+
+def check_draws(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> None:
+    """Two draws of a random method: equally long task vectors in the same direction, equally many elements kept."""
+    inputs = {model: read_model(Path(model)) for model in ("base", "a", "b", "c")}
+    (recipe,) = yaml.safe_load_all(CONFIGURATIONS[name])
+    weights = {entry["model"]: entry["parameters"]["weight"] for entry in recipe["models"]}
+
+    def flat(of: Callable[[str], Tensor]) -> Tensor:
+        return torch.cat([of(tensor).double().flatten() for tensor in sorted(ours)])
+
+    aim = flat(lambda t: sum(w * (inputs[m][t] - inputs["base"][t]) for m, w in weights.items()))  # type: ignore[arg-type,return-value]
+    draws = [flat(lambda t, found=found: found[t] - inputs["base"][t]) for found in (ours, other)]  # type: ignore[misc]
+    for measure in (
+        lambda draw: draw.norm(),
+        lambda draw: draw.abs().sum(),
+        lambda draw: draw @ aim / (aim @ aim),
+        lambda draw: (draw != 0).double().mean(),
+    ):
+        one, two = (float(measure(draw)) for draw in draws)
+        assert one == pytest.approx(two, rel=0.03)
+    assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name.startswith("chat_template")])
+def test_the_prompt_is_mergekits(name: str, theirs: Theirs, zoo: Path, tmp_path: Path) -> None:
+    """Where it differs, mergekit's has stray blanks and line breaks between the parts, which the formats have not."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as context:
+        context.chdir(zoo)
+        file = tmp_path / "config.yml"
+        file.write_text(CONFIGURATIONS[name])
+        merge(file, tmp_path / "out", OPTIONS)
+    chat = [{"role": role, "content": role * 2} for role in ("system", "user", "assistant", "user")]
+    prompts = []
+    for out in (tmp_path / "out", theirs.outputs[name]):
+        template = transformers.AutoTokenizer.from_pretrained(out).chat_template
+        made, _ = render_jinja_template(
+            [chat], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+        )
+        prompts.append(made[0])
+    if name.split()[1] in ("alpaca", "exaone", "llama3"):
+        assert prompts[0] != prompts[1]
+        bare = [re.sub(r"\s|</?s>", "", prompt) for prompt in prompts]
+        assert bare[0] == bare[1]
+    else:
+        assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("name", REFUSED_HERE)
+def test_mergekit_takes_what_is_refused_here(name: str, theirs: Theirs) -> None:
+    assert theirs.errors[name] is None
+
+
+@pytest.mark.parametrize("name", REFUSED_THERE)
+def test_what_mergekit_refuses_runs(
+    name: str, theirs: Theirs, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert theirs.errors[name] is not None
+    monkeypatch.chdir(zoo)
+    file = tmp_path / "config.yml"
+    file.write_text(REFUSED_THERE[name])
+    merge(file, tmp_path / "out", OPTIONS)
+    if name == "a model listed twice":  # with density and weight 1 that is the model, up to float32's rounding
+        ours, model = read_model(tmp_path / "out"), read_model(zoo / "a")
+        assert all(torch.allclose(ours[tensor], model[tensor], rtol=1e-6, atol=1e-8) for tensor in model)
