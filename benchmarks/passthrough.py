@@ -4,9 +4,9 @@
     python -m benchmarks.passthrough --sparse DIRECTORY
 
 The first stacks 24 of Llama-3.2-1B's layers (3.4 GB) on DIRECTORY's file system, alternating with cp of the files that
-this gives; both count from the start of the process to the end of an fsync of every file. The second needs a directory on
-XFS or Btrfs: there it makes sparse checkpoints of Llama-3-70B's and Llama-3.1-405B's shapes, sharded as published, and the
-published stacks from these: Llama-3-120B (its dtype kept), BigLlama's 681B, its 1T from that, and the 1T in one go.
+this gives; both count from the start of the process to the end of an fsync of every file. The second needs a directory
+on XFS or Btrfs: there it makes sparse checkpoints of Llama-3-70B's and Llama-3.1-405B's shapes, sharded as published,
+and the published stacks of these: Llama-3-120B (its dtype kept), BigLlama's 681B, its 1T from that, and in one go.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def in_order(
         ends = [number for number in unused if not stages[number].save] or unused
         if len(ends) > 1:
             names = ", ".join(repr(stages[number].name) for number in sorted(ends))
-            message = f"no stage uses {names}: leave out the `name` of the one that is the output, or `save` the others"
+            message = f"no stage uses {names}: leave out the `name` of the one that is the output"
             raise error(message, stages[ends[-1]].place)
         output = ends[0]
     for number in unused:

@@ -16,6 +16,7 @@ from ..io.checkpoint import Checkpoint
 from ..io.dtypes import DType
 from ..io.tensors import TensorRef
 from ..methods.contract import Inputs, Kernel, Method
+from .accounting import Unused
 from .build import BuiltGraph, build_graph
 from .fuse import FusedKernel, Part
 from .graph import Kind, MergeGraph, Operation
@@ -159,9 +160,39 @@ class _Flattener:
             models=tuple(self._models),
             donor=self._numbers[reference],
             donor_config=final.models[final.donor].checkpoint.config,
-            unused=tuple(unused for found in self._built for unused in found.unused),
+            unused=tuple(dict.fromkeys(self._unused(graph))),
             warnings=tuple(warning for found in self._built for warning in found.warnings),
         )
+
+    def _unused(self, graph: MergeGraph) -> Iterator[Unused]:
+        """Every tensor of a file that the flat graph doesn't read, with the reason that some stage has."""
+        reasons: dict[tuple[int, str], str] = {}
+        for found in self._built:
+            numbers = {model.name: self._numbers.get(model.reference) for model in found.models}
+            for unused in found.unused:
+                number = numbers[unused.model]
+                if number is None:  # a stage's tensors are unused: then so may be what they are made of
+                    why = f"{unused.model}: {unused.reason}"
+                    leaves = {leaf for name in unused.tensors for leaf in self._leaves_of(unused.model, name)}
+                    reasons = {(leaf.model, leaf.name): why for leaf in leaves} | reasons
+                elif unused.tensors:
+                    reasons |= {(number, name): unused.reason for name in unused.tensors}
+                else:
+                    yield unused
+        read = set(zip(graph.read_models, graph.read_names, strict=True))
+        for model in self._models:
+            names: dict[str, list[str]] = {}
+            for name in model.checkpoint.tensors:
+                if (model.number, name) not in read:
+                    why = reasons.get((model.number, name), "no tensor of the output needs it")
+                    names.setdefault(why, []).append(name)
+            yield from (Unused(model.name, why, tuple(found)) for why, found in names.items())
+
+    def _leaves_of(self, stage: str, name: str) -> Iterator[_Leaf]:
+        """What a tensor of a stage is made of."""
+        number = next(number for number, found in enumerate(self._recipe.stages) if found.name == stage)
+        nodes = (output.node for output in self._built[number].graph.outputs if output.name == name)
+        return _leaves(self._expression(number, next(nodes)))
 
     def _expression(self, stage: int, node: int) -> _Leaf | _Result:
         """What makes a node, down to the files."""

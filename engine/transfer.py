@@ -16,7 +16,7 @@ from .layout import Layout
 
 PART_BYTES = 128 << 20
 """The most bytes that are moved as one, so that several threads share a large file, and progress is seen."""
-BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 1 << 20
 """The buffer of each thread that moves bytes."""
 
 T = TypeVar("T")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 GROUP_BYTES = 1 << 30
@@ -74,8 +75,25 @@ class GroupCommit:
         """The most bytes that should be reserved at a time: half of what may be held."""
         return self._limit // 2
 
-    def reserve(self, nbytes: int) -> None:
-        """Wait, in turn, until so many bytes more may be written. Raises Ended."""
+    @contextmanager
+    def writing(self, nbytes: int) -> Iterator[None]:
+        """Wait, in turn, until so many bytes more may be written, which is done inside; then `add` them.
+
+        Where that fails, they are given back, so that nobody waits for them.
+
+        Raises:
+            Ended: nothing more is committed.
+        """
+        self._reserve(nbytes)
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._held -= nbytes
+                self._changed.notify_all()
+            raise
+
+    def _reserve(self, nbytes: int) -> None:
         ticket = object()
         with self._changed:
             self._waiting.append(ticket)

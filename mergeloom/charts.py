@@ -31,8 +31,8 @@ def text_of(words: object) -> str:
 def svg(height: float, label: str, parts: Iterable[str]) -> str:
     """A drawing of the page's width, with what it shows in words."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{text_of(label)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+        f'<div class="figure"><svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{text_of(label)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg></div>'
     )
 
 

@@ -90,17 +90,17 @@ class Copies:
             self._buffers[thread] = memoryview(bytearray(BUFFER_BYTES))
         for start, end in _pieces(transfer.target, transfer.nbytes, self._commits.piece):
             nbytes = end - start
-            self._commits.reserve(nbytes)
-            moved = self._out.receive(
-                transfer.shard,
-                start,
-                transfer.file,
-                transfer.offset + start - transfer.target,
-                nbytes,
-                self._buffers[thread],
-                share=transfer.shares,
-                refused=lambda: self._refused(transfer.file),
-            )
+            with self._commits.writing(nbytes):
+                moved = self._out.receive(
+                    transfer.shard,
+                    start,
+                    transfer.file,
+                    transfer.offset + start - transfer.target,
+                    nbytes,
+                    self._buffers[thread],
+                    share=transfer.shares,
+                    refused=lambda: self._refused(transfer.file),
+                )
             with self._lock:
                 self.moved.add(moved)
                 if transfer.shares:

@@ -25,8 +25,6 @@ _SPREAD = {GIVEN: (0.9, 1.2), MEASURED: (0.8, 1.3), ASSUMED: (0.4, 2.5)}
 _UNHIDDEN = 0.35
 """The share of the second slowest lane's time that may not hide behind the slowest."""
 _READERS = 2
-_CACHE_SHARE = 0.8
-"""The share of the memory beside the merge that is taken to keep files cached."""
 
 WHAT = {
     "disk_read": "reading from the disk of the inputs",
@@ -214,10 +212,8 @@ def _lane(name: str, nbytes: int, rate: Rate, count: int = 1) -> LaneEstimate:
 
 def _read(plan: Plan, rates: Rates) -> LaneEstimate:
     """The read lane: what lies in the page cache, now or after an earlier pass, comes from there."""
-    schedule = plan.schedule
-    again = cached_again(plan)
     nbytes = plan.bytes_read
-    cached = again + rates.cached * (nbytes - schedule.bytes_reread)
+    cached = cached_again(plan) + rates.cached * (nbytes - plan.schedule.bytes_reread)
     disk = nbytes - cached
     seconds = disk / rates.disk_read.per_second + cached / (_READERS * rates.memory.per_second)
     rate = rates.disk_read if disk > cached else rates.memory
@@ -227,22 +223,14 @@ def _read(plan: Plan, rates: Rates) -> LaneEstimate:
 
 
 def cached_again(plan: Plan) -> int:
-    """Bytes that are read again while the page cache still has them, as far as the machine's memory tells."""
-    from .machine import total_ram
+    """Bytes that are read again from the page cache: all or none, as the merge keeps its inputs there or not."""
+    from .machine import available_ram
+    from .merging import CACHED_SHARE
 
-    graph, schedule = plan.built.graph, plan.schedule
-    if not schedule.bytes_reread:
-        return 0
-    machine = plan.options.machine
-    total = (machine and machine.ram) or total_ram()
-    room = _CACHE_SHARE * max(0, total - schedule.peak_ram)
-    if sum(ref.nbytes for ref in graph.reads) <= room:
-        return schedule.bytes_reread
-    found = 0
-    for step in schedule.steps:
-        if step.index and step.bytes_read and sum(graph.reads[read].nbytes for read in step.sources) <= room:
-            found += step.bytes_read
-    return found
+    graph, machine = plan.built.graph, plan.options.machine
+    free = machine.ram if machine is not None and machine.ram is not None else available_ram()
+    kept = sum(ref.nbytes for ref in graph.reads) < CACHED_SHARE * free
+    return plan.schedule.bytes_reread if kept else 0
 
 
 def _cores(plan: Plan, rates: Rates, lanes: list[LaneEstimate], threads: int) -> LaneEstimate:

@@ -6,7 +6,6 @@ recipes and files is escaped, and the page's own policy forbids scripts and requ
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from string import Template
@@ -19,7 +18,7 @@ from .display import Grid, Section
 from .engine.graph import Kind
 from .report import headline, plan_sections, time_section
 from .timeline import timeline
-from .traffic import fixed_ram, output_names
+from .traffic import fixed_ram, output_names, pattern_of
 from .whatif import THIS, alternatives_section
 from .wording import data_size, duration, listed, memory_size, plural
 
@@ -52,10 +51,9 @@ def make_page(
         others: what it would do within other budgets.
     """
     title = headline(plan)
-    sections = {section.title: section for section in plan_sections(plan)}
-    warned = [section for section in sections.values() if section.warns]
+    sections = {section.title: section for section in plan_sections(plan) if section.title != title}
     parts = [_header(plan, title), _tiles(plan, destination, time)]
-    parts += [section_html(section) for section in warned]
+    parts += [section_html(sections.pop(name)) for name, section in list(sections.items()) if section.warns]
     if destination is not None and destination.problem is not None:
         parts.append(section_html(Section("Destination", lines=[str(destination.problem)], warns=True)))
     woven, outside = weaves(plan)
@@ -66,13 +64,10 @@ def make_page(
         parts.append(_time(time))
     if others:
         parts.append(section_html(alternatives_section(others)))
-    for name in ("Read more than once", "Inputs"):
-        if name in sections:
-            parts.append(section_html(sections[name]))
+    first = [name for name in ("Read more than once", "Inputs") if name in sections]
+    parts += [section_html(sections.pop(name)) for name in first]
     parts.append(section_html(_largest(plan)))
-    for name in ("Output", "Work", "Not used"):
-        if name in sections:
-            parts.append(section_html(sections[name]))
+    parts += [section_html(section) for section in sections.values()]
     parts.append(_recipe(plan))
     parts.append(f"<footer>Foretold by mergeloom {text_of(__version__)} from headers alone.</footer>")
     template = Template((files(__package__) / "page.html").read_text(encoding="utf-8"))
@@ -265,8 +260,7 @@ def _largest(plan: Plan) -> Section:
     for output in graph.outputs:
         operation = graph.operation(output.node)
         how = operation.method if operation.kind is Kind.MERGE else "copied"
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", output.name)
-        key = (pattern, graph.nbytes(output.node), graph.node_dtype[output.node].name, how)
+        key = (pattern_of(output.name), graph.nbytes(output.node), graph.node_dtype[output.node].name, how)
         group = groups.setdefault(key, [0, 0])
         group[0] += 1
         group[1] = max(group[1], operation.passes)

@@ -229,6 +229,7 @@ class Run:
         try:
             measured = self._engine(schedule, shards, self._stamps, watch, done)
             copies.wait(lambda: watch(Progress(measured.bytes_read, measured.bytes_written)))
+            watch(Progress(measured.bytes_read, measured.bytes_written))
             digests = dict(shards.digests)
             if not broken:
                 shards.commits.close()

@@ -273,4 +273,6 @@ def budget_of(options: Options, computes: bool) -> Budget:
 
 def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:
     if stage.save:
-        raise recipe.error((*stage.place, "save"), "save can't be honoured yet: take it out of the recipe")
+        message = "a stage can't be saved along with the output yet: merge its document from a file of its own first, "
+        message += "and name that directory in place of the stage"
+        raise recipe.error((*stage.place, "save"), message)

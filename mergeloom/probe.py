@@ -85,19 +85,17 @@ def measured_rates(plan: Plan, out: Path | None, given: Mapping[str, float]) -> 
     rates = assumed_rates(plan)
     notes = []
     reading = writing = None
-    if "disk_read" not in given:
+    if "disk_read" not in given and plan.bytes_read:
         rates, reading, more = _with_reading(rates, plan)
         notes += more
-    if "disk_write" not in given and out is not None:
+    if "disk_write" not in given and out is not None and plan.bytes_written:
         written = measure_writing(next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir()))
         if written.seconds:
             rates, writing = replace(rates, disk_write=written.rate), written.cost
-    if (costs := [cost for cost in (reading, writing) if cost]) and "memory" not in given:
-        schedule = plan.schedule
-        shares = [schedule.bytes_read * bool(reading), schedule.bytes_written * bool(writing)]
-        seconds = shares[0] * (reading or 0) + shares[1] * (writing or 0)
-        per_second = sum(shares) / seconds if seconds else 1 / max(costs)
-        rates = replace(rates, memory=Rate(per_second, MEASURED))
+    if (reading or writing) and "memory" not in given:
+        nbytes = plan.bytes_read * bool(reading) + plan.bytes_written * bool(writing)
+        seconds = plan.bytes_read * (reading or 0) + plan.bytes_written * (writing or 0)
+        rates = replace(rates, memory=Rate(nbytes / seconds, MEASURED))
     if plan.computes:
         rates, more = with_computing(rates, plan, given)
         notes += more

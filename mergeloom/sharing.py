@@ -23,7 +23,7 @@ from .planning import Plan, budget_of
 
 SHARING = frozenset({"xfs", "btrfs", "bcachefs", "ocfs2"})
 """File systems whose files can share blocks; this decides only where they can't be asked."""
-EDGES = "not at the same offset within a block as in the input, or the part of a block"
+EDGES = "at another offset within a disk block than in the input, or less than a block"
 
 
 def place(plan: Plan, out: Path, *, digests: bool = False) -> Plan:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .planning import Plan
 
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
 @dataclass(frozen=True, slots=True)
 class Peak:
     """The step that holds the most of a memory.
@@ -168,10 +171,10 @@ def read_again(plan: Plan, read: Sequence[int]) -> list[ReadAgain]:
             passes[source] = max(passes[source], operation.passes)
             users[source] += 1
             method[source] = operation.method
-    groups: dict[tuple[str, str], list[int]] = {}
     room = memory_size(schedule.ram_slots * schedule.slot_bytes)
-    if any(count for count in schedule.vram_slots):
+    if any(schedule.vram_slots):
         room += f" of RAM and {memory_size(max(schedule.vram_slots) * schedule.slot_bytes)} of VRAM"
+    groups: dict[tuple[str, str], list[int]] = {}
     for number, nbytes in enumerate(read):
         if nbytes <= graph.reads[number].nbytes:
             continue
@@ -180,12 +183,24 @@ def read_again(plan: Plan, read: Sequence[int]) -> list[ReadAgain]:
             reason = f"{method[number]} goes through them {times}"
         else:
             reason = f"each is needed by {plural(users[number], 'output tensor')}"
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", graph.read_names[number])
-        group = groups.setdefault((pattern, f"{reason}, and the buffers hold {room}"), [0, 0, 0])
-        for place, more in enumerate((1, graph.reads[number].nbytes, nbytes)):
-            group[place] += more
-    found = [ReadAgain(pattern, *group, reason) for (pattern, reason), group in groups.items()]
+        pattern = pattern_of(graph.read_names[number])
+        groups.setdefault((pattern, f"{reason}, and the buffers hold {room}"), []).append(number)
+    found = [
+        ReadAgain(
+            pattern,
+            tensors=len(numbers),
+            nbytes=sum(graph.reads[number].nbytes for number in numbers),
+            read=sum(read[number] for number in numbers),
+            reason=reason,
+        )
+        for (pattern, reason), numbers in groups.items()
+    ]
     return sorted(found, key=lambda group: group.nbytes - group.read)
+
+
+def pattern_of(name: str) -> str:
+    """A tensor's name with * for the numbers in it: ``model.layers.*.mlp.up_proj.weight``."""
+    return _NUMBER.sub("*", name)
 
 
 def read_again_lines(groups: Sequence[ReadAgain], most: int = 4) -> list[str]:

@@ -165,12 +165,18 @@ class _Verification:
             theirs = self._pieces(source, origin["offset"], ref.nbytes)
             for (_, ours), (_, other) in zip(self._pieces(ref.file, ref.offset, ref.nbytes), theirs, strict=True):
                 if ours != other:
+                    if identity_of(self._model(origin["model"]), source) != self._identity(origin):
+                        return "", f"tensor {name} was copied without being read, and {source} was changed since"
                     return f"tensor {name} in {ref.file.name} differs from its source {source}", ""
         except MergeloomError as error:
             if str(ref.file) in str(error):
                 raise
             return "", f"tensor {name} was copied without being read, and can't be compared with its source: {error}"
         return "", ""
+
+    def _identity(self, origin: Mapping[str, Any]) -> str | None:
+        """What the source file of a tensor was when it was copied."""
+        return self.manifest["sources"].get(str(origin["model"]), {}).get(origin["file"])  # type: ignore[no-any-return]
 
     def _pieces(self, file: Path, offset: int, nbytes: int) -> Iterator[tuple[int, memoryview]]:
         """A range of a file, piece by piece, with where each begins in it."""

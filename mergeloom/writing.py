@@ -89,9 +89,9 @@ class Shards:
         for start in range(0, len(data), step):
             piece = data[start : start + step]
             self._feed(tensor, offset + start, piece)
-            self.commits.reserve(len(piece) * len(places))
-            for shard, place in places:
-                self._out.write(shard, place + offset + start, piece)
+            with self.commits.writing(len(piece) * len(places)):
+                for shard, place in places:
+                    self._out.write(shard, place + offset + start, piece)
             with tensor.fed:
                 record = _note(node, tensor, offset + start, len(piece))
             self.commits.add(shards, len(piece) * len(places), [record] if record else [], len(piece) * len(places))

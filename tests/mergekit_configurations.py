@@ -2,8 +2,8 @@
 
 Models are directories by the side of each other: ``base`` with the fine-tunes ``a``, ``b`` and ``c`` of 4 layers;
 ``deep`` of 6 layers; ``tied`` and ``tied2`` without a head; ``qwen`` and ``qwen2`` with biases; ``t5`` and ``t5b`` with
-an encoder and a decoder; ``words`` with one more token; ``sees`` with a vision tower; ``new`` and ``new2`` of an architecture that nobody knows;
-``pickled`` without safetensors.
+an encoder and a decoder; ``words`` with one more token; ``sees`` with a vision tower; ``new`` and ``new2`` of an
+architecture that nobody knows; ``pickled`` without safetensors.
 """
 
 from __future__ import annotations
@@ -525,7 +525,7 @@ merge_method: passthrough
         "must be finite",
     ),
     "weights that cancel out": (
-        "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, parameters: {weight: -1}}\n",
+        WEIGHTED.replace("0.3", "-0.6") + "merge_method: linear\n",
         "the weights sum to 0",
     ),
     "documents that don't need each other": (

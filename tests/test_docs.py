@@ -82,7 +82,7 @@ def test_every_key_of_the_plan_is_documented(llamas: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("snippet", snippets("yaml"))
 def test_recipes_are_recipes(snippet: str) -> None:
-    yaml.safe_load(snippet)
+    assert all(yaml.safe_load_all(snippet))
     recipe = parse_recipe(snippet, strict=True, methods=merge_methods())
     assert recipe.warnings == ()
 

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.display import plain
+from mergeloom.engine.schedule import make_schedule
 from mergeloom.errors import UsageError
 from mergeloom.estimate import (
     ASSUMED,
@@ -26,7 +28,9 @@ from mergeloom.estimate import (
     with_given,
 )
 from mergeloom.machine import Machine, parse_machine
+from mergeloom.page import make_page
 from mergeloom.planning import Options, Plan, plan
+from mergeloom.probe import measured_rates
 from mergeloom.report import time_section
 from tests.conftest import MakeModel
 from tests.plans import linear, slerp, stacked
@@ -156,10 +160,8 @@ def test_what_is_read_again_comes_from_the_page_cache_where_it_has_room(make_mod
     roomy = plan(slerp(a, b), Options(device="cpu", max_ram=least, machine=Machine(ram=64 << 30)))
     assert roomy.schedule.bytes_reread > 0
     assert cached_again(roomy) == roomy.schedule.bytes_reread
-    tight = plan(slerp(a, b), Options(device="cpu", max_ram=least, machine=Machine(ram=least)))
+    tight = plan(slerp(a, b), Options(device="cpu", max_ram=least, machine=Machine(ram=150 << 20)))  # inputs: 101 MB
     assert cached_again(tight) == 0
-    middle = plan(slerp(a, b), Options(device="cpu", max_ram=least, machine=Machine(ram=least + (60 << 20))))
-    assert cached_again(middle) == middle.schedule.bytes_reread  # a pair of tensors is 34 MB, all of them 101 MB
     slow = replace(FAST, disk_read=Rate(1e6, GIVEN))
     assert lane(estimate(roomy, slow), "read") < lane(estimate(tight, slow), "read")
 
@@ -177,6 +179,18 @@ def test_laws(mean: Plan, rates: Rates, name: str) -> None:
     assert estimate(mean, faster).seconds <= found.seconds * (1 + 1e-9)
     known = replace(rates, **{name: replace(getattr(rates, name), origin=GIVEN) for name in WHAT})
     assert estimate(mean, known).high - estimate(mean, known).low <= found.high - found.low + 1e-9
+
+
+def test_where_all_is_shared_it_takes_no_time(llamas: dict[str, Path]) -> None:
+    planned = plan(stacked((llamas["a"], (0, 4))))
+    graph = planned.built.graph
+    done = {node: graph.nbytes(node) for node in graph}
+    nothing = replace(planned, schedule=make_schedule(graph, planned.schedule.budget, done=done))
+    found = estimate(nothing, assumed_rates(nothing))
+    assert (found.low, found.seconds, found.high) == (0, 0, 0)
+    assert "no time" in plain([time_section(found)])
+    assert measured_rates(nothing, None, {}).disk_read.origin == ASSUMED
+    assert "What comes from where" in make_page(nothing, time=found)
 
 
 # ------------------------------------------------------------------------------------------------ in words

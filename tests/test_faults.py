@@ -23,7 +23,7 @@ from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=150_000)
-GROUP = 32 << 10
+GROUP = 16 << 10
 SHAPES = {
     "model.embed_tokens.weight": (100, 64),
     **{f"model.layers.{layer}.w.weight": (96, 64) for layer in range(4)},
@@ -102,7 +102,7 @@ def every(count: int, step: int, seed: int) -> Iterator[int]:
     """One number of each `step` below `count`."""
     chance = random.Random(seed)
     for first in range(0, count, step):
-        yield first + chance.randrange(step)
+        yield min(first + chance.randrange(step), count - 1)
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -116,13 +116,13 @@ def test_killed_between_any_two_calls(planned: Plan, expected: dict[str, str], t
 
 def test_killed_again_and_again(planned: Plan, expected: dict[str, str], tmp_path: Path) -> None:
     chance = random.Random(0)
-    for number in range(6):
+    kills = 0
+    for number in range(10):
         out = tmp_path / f"out{number}"
-        kills = 0
-        while stopped(planned, out, Kill(chance.randrange(5, 120), torn=True)):
+        while stopped(planned, out, Kill(chance.randrange(20, 120), torn=True)):
             kills += 1
-        assert kills
         assert digests(out) == expected
+    assert kills > 10
 
 
 def test_every_change_goes_by_the_watch(planned: Plan, expected: dict[str, str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
 from tests import models
 from tests.mergekit_configurations import CONFIGURATIONS, REFUSED_HERE, REFUSED_THERE, WARNED
-from tests.outputs import config_of, read_model
+from tests.outputs import config_of, digests, read_model
 
 ROOT = Path(__file__).resolve().parent.parent
 MERGEKIT = Path(os.environ.get("MERGEKIT_ENV", ROOT / ".venv-mergekit")).absolute()
@@ -133,6 +133,12 @@ def t5() -> models.Model:
     return models.Model(tensors | {"lm_head.weight": (vocabulary, width)}, config)
 
 
+def in_float32(text: str) -> str:
+    """The configuration with ``dtype: float32`` in every document, in place of what it says."""
+    documents = (re.sub(r"^(out_)?dtype: .*\n", "", part, flags=re.MULTILINE) for part in text.split("---\n"))
+    return "---\n".join(f"{part}dtype: float32\n" for part in documents)
+
+
 # ------------------------------------------------------------------------------------------------ reading them
 
 
@@ -169,6 +175,35 @@ def test_what_is_refused_is_said(name: str, zoo: Path, tmp_path: Path, monkeypat
         plan(file, OPTIONS)
 
 
+# ------------------------------------------------------------------------------------------------ as stages
+
+SECOND = {
+    "ties": "base_model: base\nmodels:\n  - {{model: {first}, parameters: {{weight: 0.7, density: 0.4}}}}\n"
+    "  - {{model: c, parameters: {{weight: 0.5, density: 0.3}}}}\ndtype: bfloat16\n",
+    "slerp": "base_model: {first}\nmodels: [{{model: c}}]\nparameters: {{t: [0.2, 0.8]}}\ndtype: float32\n",
+    "passthrough": "models: [{{model: {first}, parameters: {{scale: 1.5}}}}]\ndtype: bfloat16\n",
+}
+FIRST = {text.split("\n")[0].split(": ")[1]: text for text in reversed(CONFIGURATIONS.values()) if text[:5] == "merge"}
+"""A configuration of each method."""
+
+
+@pytest.mark.parametrize(("method", "other"), list(zip(FIRST, list(SECOND) * len(FIRST), strict=False)))
+def test_as_a_stage_it_is_what_it_would_be_on_disk(
+    method: str, other: str, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(zoo)
+    first, second = in_float32(FIRST[method]), f"merge_method: {other}\n{SECOND[other]}"
+    for out, text in (
+        ("first", first),
+        ("twice", second.format(first=tmp_path / "first")),
+        ("once", f"name: first\n{first}---\n{second.format(first='first')}"),
+    ):
+        file = tmp_path / "config.yml"
+        file.write_text(text)
+        merge(file, tmp_path / out, OPTIONS)
+    assert digests(tmp_path / "once", "*.safetensors") == digests(tmp_path / "twice", "*.safetensors")
+
+
 # ------------------------------------------------------------------------------------------------ running them
 
 RANDOM = re.compile("dare|della")
@@ -188,12 +223,6 @@ LEFT_OUT = {"the modules of an encoder and a decoder": {"shared.weight", "lm_hea
 """Tensors that mergekit leaves out."""
 WORDS = 32
 """Tokens of the models' tokenizers; their embeddings have 64 rows."""
-
-
-def in_float32(text: str) -> str:
-    """The configuration with ``dtype: float32`` in every document, in place of what it says."""
-    documents = (re.sub(r"^(out_)?dtype: .*\n", "", part, flags=re.MULTILINE) for part in text.split("---\n"))
-    return "---\n".join(f"{part}dtype: float32\n" for part in documents)
 
 
 @dataclass(frozen=True)

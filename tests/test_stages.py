@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from mergeloom.errors import RecipeError
 from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
 from tests import reference
@@ -90,6 +91,11 @@ def test_the_1t_straight_from_the_405b(tmp_path: Path, monkeypatch: pytest.Monke
 
     unused = 125  # layer 209 of the 681B, which the published recipe leaves out
     assert set(layers) == set(range(unused))
+    ((model, reason, left),) = [(found.model, found.reason, found.tensors) for found in planned.built.unused]
+    assert model == "meta-llama/Meta-Llama-3.1-405B-Instruct"
+    assert reason == "mlabonne/BigLlama-3.1-681B-Instruct: layer 209 is in no slice"
+    assert len(left) == 9
+    assert all(name.startswith(f"model.layers.{unused}.") for name in left)
     read = sum(tensor.nbytes for name, tensor in inputs.items() if f"layers.{unused}." not in name)
     written = sum(tensor.nbytes for tensor in output.values())
     for said in (planned.to_dict(), result, result["measured"]):
@@ -163,6 +169,15 @@ def test_slerp_ties_and_linear_fuse(tmp_path: Path) -> None:
         off = (ours[name].double() - exact).abs() > exact.abs() * 2.0**-8 + 1e-7
         assert int(off.sum()) <= 1e-4 * off.numel(), name
     assert distances[0] < distances[1]
+
+
+def test_a_stage_is_not_saved_yet(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", tiny_llama(), fill=1)
+    first = f"name: x\nmerge_method: passthrough\nmodels: [{{model: {source}}}]\n"
+    last = "---\nmerge_method: passthrough\nmodels: [{model: x}]\n"
+    plan(write(tmp_path / "plain.yml", f"{first}save: false\n{last}"), ROOMY)
+    with pytest.raises(RecipeError, match=r"x\.save: a stage can't be saved along with the output yet"):
+        plan(write(tmp_path / "saved.yml", f"{first}save: true\n{last}"), ROOMY)
 
 
 def test_out_dtype_rounds_an_intermediate(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def check(graph: MergeGraph, layout: Layout, nodes: set[int], transfers: Sequenc
     for number in range(len(layout.shards)):
         moved = [(each.target, each.nbytes) for each in transfers if each.shard == number]
         assert all(sum(a) <= b[0] for a, b in pairwise(sorted(moved)))
-        assert covered(moved) == covered([(place, ref.nbytes) for (shard, place), ref in wanted.items() if shard == number])
+        assert covered(moved) == covered(
+            [(place, ref.nbytes) for (shard, place), ref in wanted.items() if shard == number]
+        )
     assert [(each.file, each.offset) for each in transfers] == sorted((each.file, each.offset) for each in transfers)
 
 
