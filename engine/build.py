@@ -254,7 +254,8 @@ class _Builder:
         """Layers beyond config.json's count (such as prediction heads) follow the stack, as they do in the model."""
         old = self.donor.layers.mains[stack].count
         for extra in self.donor.layers.mains[stack].extras:
-            if not any((stack, extra) in model.by_layer for model in part.models):
+            # a model that counts it among its layers, or has no config.json to count them, has no extra layer there
+            if not any(extra in main.extras for model in part.models for main in model.layers.mains[stack : stack + 1]):
                 continue
             target = count + extra - old
             self.warnings.append(

@@ -15,7 +15,9 @@ from .lanes import Lane
 from .layout import Layout
 
 PART_BYTES = 128 << 20
-"""The most bytes that are moved as one, so that several threads share a large file, and progress is seen."""
+"""The most bytes that are copied as one, so that several threads share a large file, and progress is seen."""
+SHARED_PART_BYTES = 1 << 30
+"""The most bytes that are shared as one, which takes as long as sharing a few."""
 BUFFER_BYTES = 1 << 20
 """The buffer of each thread that moves bytes."""
 
@@ -91,15 +93,16 @@ def _continues(graph: MergeGraph, layout: Layout, before: int, output: int) -> b
 def _cut(
     graph: MergeGraph, layout: Layout, shard: int, run: Sequence[int], sharing: Collection[Path]
 ) -> list[Transfer]:
-    """A run of outputs as transfers of at most PART_BYTES, cut at multiples of it in the shard."""
+    """A run of outputs as transfers of limited size, cut where blocks end in the shard."""
     if not run:
         return []
     source = graph.reads[graph.node_sources[graph.outputs[run[0]].node][0]]
     start = layout.offset_of[run[0]]
     end = layout.offset_of[run[-1]] + graph.nbytes(graph.outputs[run[-1]].node)
-    cuts = [start, *range((start // PART_BYTES + 1) * PART_BYTES, end, PART_BYTES), end]
-    shift = source.offset - start
     shares = source.file in sharing
+    part = SHARED_PART_BYTES if shares else PART_BYTES
+    cuts = [start, *range((start // part + 1) * part, end, part), end]
+    shift = source.offset - start
     return [Transfer(source.file, low + shift, shard, low, high - low, shares) for low, high in pairwise(cuts)]
 
 

@@ -124,6 +124,8 @@ def refuse_foreign(path: Path) -> None:
 
 
 def _foreign(path: Path) -> str:
+    if "\0" in str(path):
+        return "is no name that a directory can have"
     if not path.exists():
         return f"is a broken link; {_EMPTY}" if path.is_symlink() else ""
     if not path.is_dir():

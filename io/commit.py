@@ -84,16 +84,21 @@ class GroupCommit:
         Raises:
             Ended: nothing more is committed.
         """
-        self._reserve(nbytes)
+        self.reserve(nbytes)
         try:
             yield
         except BaseException:
-            with self._changed:
-                self._held -= nbytes
-                self._changed.notify_all()
+            self.release(nbytes)
             raise
 
-    def _reserve(self, nbytes: int) -> None:
+    def release(self, nbytes: int) -> None:
+        """Give back bytes that were reserved and will not be written."""
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
+
+    def reserve(self, nbytes: int) -> None:
+        """Wait, in turn, until so many bytes more may be written; then `add` or `release` them. Raises Ended."""
         ticket = object()
         with self._changed:
             self._waiting.append(ticket)

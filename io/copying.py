@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +42,20 @@ class Moved:
         return self.copied + self.carried
 
 
+class SharingRefused(Exception):
+    """A file system doesn't share blocks.
+
+    Args:
+        number: the error number.
+        nbytes: how many bytes it is about.
+    """
+
+    def __init__(self, number: int, nbytes: int) -> None:
+        super().__init__(number, nbytes)
+        self.number = number
+        self.nbytes = nbytes
+
+
 def shareable(source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
     """The part of a range that can be shared: its first byte, from the range's start, and how many there are."""
     if (source_offset - target_offset) % BLOCK:
@@ -60,7 +73,6 @@ def move(
     buffer: memoryview,
     *,
     share: bool = True,
-    refused: Callable[[], None] | None = None,
 ) -> Moved:
     """Make a range of one file a copy of a range of another.
 
@@ -71,10 +83,10 @@ def move(
         target_offset: of the range's first byte there.
         nbytes: of the range.
         buffer: for bytes that neither can be shared nor copied by the kernel.
-        share: whether to try to share blocks.
-        refused: called where sharing is refused, before these bytes are copied instead; what it raises ends it.
+        share: whether to share blocks as far as that goes, and to copy only the rest.
 
     Raises:
+        SharingRefused: where the file system won't; nothing was copied then.
         OSError: where the disk can't.
         EOFError: where the source ends before.
     """
@@ -83,13 +95,10 @@ def move(
     parts = [(0, nbytes)]
     if count:
         number = clone_range(source, source_offset + first, target, target_offset + first, count)
-        if number == 0:
-            moved.shared = count
-            parts = [(0, first), (first + count, nbytes - first - count)]
-        else:
-            moved.refused[number] = count
-            if refused is not None:
-                refused()
+        if number:
+            raise SharingRefused(number, count)
+        moved.shared = count
+        parts = [(0, first), (first + count, nbytes - first - count)]
     for start, size in parts:
         _copy(source, source_offset + start, target, target_offset + start, size, buffer, moved)
     return moved

@@ -152,8 +152,9 @@ def copy_file(source: Path, target: Path) -> int:
         except OSError as error:
             what = f"{target}: copying {source.name} failed: {error.strerror}"
             if error.errno in _FULL:
-                raise DiskSpaceError(f"{what}; {format_size(source.stat().st_size, up=True)} are needed") from error
-            raise EnvironmentFailure(what) from error
+                needed = format_size(source.stat().st_size, up=True)
+                raise DiskSpaceError(f"{what}; make room ({needed}) and run the same command again") from error
+            raise EnvironmentFailure(f"{what}; once that is mended, run the same command again") from error
         finally:
             remove(temporary)
     return nbytes

@@ -205,7 +205,6 @@ class OutputDirectory(Claim):
         buffer: memoryview,
         *,
         share: bool,
-        refused: Callable[[], None] | None = None,
     ) -> Moved:
         """Make a range of a shard a copy of a range of a source file, sharing blocks where that can be.
 
@@ -223,7 +222,7 @@ class OutputDirectory(Claim):
         try:
             written = self._files.acquire(path)
             try:
-                moved = move(descriptor, offset, written, target, nbytes, buffer, share=share, refused=refused)
+                moved = move(descriptor, offset, written, target, nbytes, buffer, share=share)
                 if moved.written >= _WRITEBACK_BYTES:
                     start_writeback(written, target, nbytes)
                 return moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,11 @@ def with_computing(rates: Rates, plan: Plan, given: Mapping[str, float]) -> tupl
         if not {"h2d", "d2h"} <= given.keys():
             up, down = measure_copies(gpus[0].name)
             rates = replace(rates, h2d=Rate(up, MEASURED), d2h=Rate(down, MEASURED))
+    if "torch" not in sys.modules:
+        begun = time.perf_counter()
+        import torch  # noqa: F401
+
+        rates = replace(rates, start=time.perf_counter() - begun)
     if "compute" in given:
         return rates, notes
     threads = 1 if gpus else min(devices[0].threads, usable_cores())

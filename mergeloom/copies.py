@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from .engine.transfer import BUFFER_BYTES, Mover, Transfer, source_of
 from .engine.work import LaneTime
 from .errors import DiskSpaceError
 from .io.commit import Ended, GroupCommit
-from .io.copying import BLOCK, Moved, refuses_to_share
+from .io.copying import BLOCK, Moved, SharingRefused, refuses_to_share
 from .io.digests import BlockDigests
 from .io.reading import Reader, Stamps
 from .io.sizes import format_size
@@ -85,38 +86,47 @@ class Copies:
             self._report(error)
 
     def _move(self, thread: int, transfer: Transfer) -> None:
-        """Perform a transfer, in pieces that a commit can hold; these are journaled. Raises Ended."""
+        """Perform a transfer, and journal it. Raises Ended."""
         if not self._buffers[thread]:
             self._buffers[thread] = memoryview(bytearray(BUFFER_BYTES))
+        if transfer.shares:
+            apart = transfer.nbytes - transfer.shared
+            try:
+                self._receive(thread, transfer, transfer.target, transfer.nbytes, apart)
+                return
+            except SharingRefused as refused:
+                self._refused(transfer.file, refused)
         for start, end in _pieces(transfer.target, transfer.nbytes, self._commits.piece):
-            nbytes = end - start
-            with self._commits.writing(nbytes):
-                moved = self._out.receive(
-                    transfer.shard,
-                    start,
-                    transfer.file,
-                    transfer.offset + start - transfer.target,
-                    nbytes,
-                    self._buffers[thread],
-                    share=transfer.shares,
-                    refused=lambda: self._refused(transfer.file),
-                )
+            self._receive(thread, replace(transfer, shares=False), start, end - start, end - start)
+        if transfer.shares:
             with self._lock:
-                self.moved.add(moved)
-                if transfer.shares:
-                    self._unshared[transfer.file] -= moved.shared + sum(moved.refused.values())
-            record = {"copied": [transfer.shard, start, end]}
-            self._commits.add({transfer.shard}, nbytes, [record], moved.written)
+                self._unshared[transfer.file] -= transfer.shared
 
-    def _refused(self, file: Path) -> None:
+    def _receive(self, thread: int, transfer: Transfer, start: int, nbytes: int, most: int) -> None:
+        """Make a part of a transfer's target; at most so many bytes are written for it. Raises SharingRefused."""
+        offset = transfer.offset + start - transfer.target
+        with self._commits.writing(most):
+            moved = self._out.receive(
+                transfer.shard, start, transfer.file, offset, nbytes, self._buffers[thread], share=transfer.shares
+            )
+        with self._lock:
+            self.moved.add(moved)
+            if transfer.shares:
+                self._unshared[transfer.file] -= moved.shared
+        record = {"copied": [transfer.shard, start, start + nbytes]}
+        self._commits.add({transfer.shard}, most, [record], moved.written)
+
+    def _refused(self, file: Path, refused: SharingRefused) -> None:
         """A source's blocks are not shared, against the plan. Raises DiskSpaceError where there is no room to copy.
 
         The other sources are asked, too: it is better to stop now than when the disk is full.
         """
         with self._lock:
-            if file not in self._refusing:
-                others = self._unshared.keys() - self._refusing - {file}
-                self._refusing |= {file} | {each for each in others if refuses_to_share(each, self._out.work)}
+            self.moved.add(Moved(refused={refused.number: refused.nbytes}))
+            if file in self._refusing:
+                return
+            others = self._unshared.keys() - self._refusing - {file}
+            self._refusing |= {file} | {each for each in others if refuses_to_share(each, self._out.work)}
             needed = sum(self._unshared[each] for each in self._refusing)
         free = shutil.disk_usage(self._out.path).free
         if free < needed:
@@ -149,7 +159,7 @@ def digests_of_sources(
         nodes: which.
         threads: how many read.
         stamps: what the source files must be.
-        count: called with bytes read, from any thread.
+        count: called with bytes read, from one thread at a time.
         watch: called now and then, from this thread; what it raises ends it.
 
     Raises:
@@ -159,6 +169,7 @@ def digests_of_sources(
     broken: list[BaseException] = []
     buffers = [memoryview(bytearray(BUFFER_BYTES)) for _ in range(threads)]
     reader = Reader(keep_cached=False, stamps=stamps)
+    lock = threading.Lock()
 
     def work(thread: int, node: int) -> None:
         ref = graph.reads[graph.node_sources[node][0]]
@@ -171,7 +182,8 @@ def digests_of_sources(
             reader.read(ref.file, ref.offset + done, view)
             digests.feed(done, view)
             done += len(view)
-            count(len(view))
+            with lock:
+                count(len(view))
         found[node] = digests.blocks
 
     def place(node: int) -> tuple[Path, int]:

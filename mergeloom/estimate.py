@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .planning import Plan
 
 GIVEN, MEASURED, ASSUMED = "given", "measured", "assumed"
-_SPREAD = {GIVEN: (0.9, 1.2), MEASURED: (0.8, 1.3), ASSUMED: (0.4, 2.5)}
+_SPREAD = {GIVEN: (0.9, 1.25), MEASURED: (0.75, 1.6), ASSUMED: (0.4, 2.5)}
 """By how much the time of a lane may be off, by how its rate is known."""
 _UNHIDDEN = 0.35
 """The share of the second slowest lane's time that may not hide behind the slowest."""
@@ -57,6 +57,7 @@ class Rates:
     Args:
         disk_read, disk_write, memory, h2d, d2h, compute: bytes a second.
         cached: the share of the inputs that lies in the page cache already.
+        start: seconds until the libraries are loaded that compute.
         notes: what people should know of them.
     """
 
@@ -67,6 +68,7 @@ class Rates:
     d2h: Rate = Rate(20e9)
     compute: Rate = Rate(4e9)
     cached: float = 0.0
+    start: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -79,13 +81,15 @@ class Rates:
 
 _CORE, _GPU = 2e9, 150e9
 """Assumed bytes of inputs that a core, or a GPU, goes through in a second."""
+_START = 1.0
+"""Assumed seconds to load torch."""
 
 
 def assumed_rates(plan: Plan) -> Rates:
     """Rates for a machine of which nothing is known, but with the plan's devices."""
     devices = plan.schedule.budget.devices
     compute = sum(_CORE * device.threads if device.vram is None else _GPU for device in devices)
-    return Rates(compute=Rate(compute))
+    return Rates(compute=Rate(compute), start=_START if plan.computes else 0.0)
 
 
 def parse_rates(text: str) -> dict[str, float]:
@@ -166,11 +170,12 @@ class Estimate:
                 if (rate := getattr(self.rates, name))
             },
             "cached": self.rates.cached,
+            "start": self.rates.start,
         }
 
 
 def estimate(plan: Plan, rates: Rates) -> Estimate:
-    """The time of a plan at these rates. Loading libraries and planning come on top: a second or two."""
+    """The time of a plan at these rates, planning itself left out."""
     schedule = plan.schedule
     devices = schedule.budget.devices
     gpus = sum(device.vram is not None for device in devices)
@@ -191,8 +196,8 @@ def estimate(plan: Plan, rates: Rates) -> Estimate:
     spread = [_SPREAD[lane.rate.origin] for lane in lanes]
     low = max(lane.seconds * least for lane, (least, _) in zip(lanes, spread, strict=True))
     high = max(lane.seconds * most for lane, (_, most) in zip(lanes, spread, strict=True))
-    fill = _fill(plan, rates)
-    return Estimate(order[0] + fill, low, high + fill + _UNHIDDEN * order[1], tuple(lanes), rates)
+    more = _fill(plan, rates) + rates.start
+    return Estimate(order[0] + more, low + rates.start / 2, high + 2 * more + _UNHIDDEN * order[1], tuple(lanes), rates)
 
 
 def computed_bytes(plan: Plan) -> int:
@@ -241,7 +246,8 @@ def _cores(plan: Plan, rates: Rates, lanes: list[LaneEstimate], threads: int) ->
     cores = (machine and machine.cores) or usable_cores()
     computing = next((lane for lane in lanes if lane.name == "compute"), None)
     moved = plan.bytes_read + plan.bytes_written
-    seconds = moved / rates.memory.per_second
+    zeroed = min(moved, plan.schedule.ram_slots * plan.schedule.slot_bytes)  # by the kernel, at the first use
+    seconds = (moved + zeroed) / rates.memory.per_second
     origin = rates.memory.origin
     if computing is not None and threads:
         work = computing.seconds * threads

@@ -135,7 +135,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     Raises:
         CheckpointError: where it is missing or damaged.
     """
-    checkpoint = open_model(ModelReference.parse(model))
+    checkpoint = open_model(ModelReference.parse(str(model)))
     remarks = list(checkpoint.remarks)
     layers: LayerMap | None = None
     try:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,14 +117,20 @@ def _parts(kernel: Kernel | None) -> list[Any]:
     ]
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of the facts has changed, in words; empty where nothing has."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], models: Sequence[str]) -> list[str]:
+    """What of the facts has changed, in words; empty where nothing has.
+
+    Args:
+        before: the facts then.
+        now: the facts now.
+        models: what the recipe calls the models now.
+    """
     found = []
     for key, words in _WORDS.items():
         if before.get(key) == now.get(key):
             continue
         if key == "sources":
-            found += list(_source_differences(before.get(key), now.get(key)))
+            found += list(_source_differences(before.get(key), now.get(key), models))
         elif key != "outputs":
             found.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
         else:
@@ -139,11 +145,12 @@ def _recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
     return ": " + " | ".join(lines[:4]) if lines else ""
 
 
-def _source_differences(before: object, now: object) -> Iterator[str]:
+def _source_differences(before: object, now: object, models: Sequence[str]) -> Iterator[str]:
     old, new = (_flat(found) for found in (before, now))
     for model, name in sorted({*old, *new}):
         if old.get((model, name)) != new.get((model, name)):
-            yield f"the source file {name} of model {int(model) + 1 if model.isdecimal() else model}"
+            known = model.isdecimal() and int(model) < len(models)
+            yield f"the source file {name} of {models[int(model)] if known else f'model {model}'}"
 
 
 def _flat(sources: object) -> dict[tuple[str, str], object]:

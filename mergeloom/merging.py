@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -53,6 +54,7 @@ class Result:
                 "bytes_read": measured.bytes_read,
                 "bytes_written": measured.bytes_written,
                 "bytes_shared": measured.bytes_shared,
+                "refused": {errno.errorcode.get(n, str(n)): nbytes for n, nbytes in measured.refused.items()},
                 "seconds": measured.seconds,
                 "lanes": {
                     name: {

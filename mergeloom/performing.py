@@ -41,6 +41,7 @@ class Engine(Protocol):
         stamps: Stamps,
         notify: Callable[[Progress], None],
         done: Mapping[int, int],
+        /,
     ) -> Measured:
         """Perform it.
 
@@ -181,7 +182,7 @@ class Run:
                 f"{self.out.path} holds an unfinished merge of another version of mergeloom, or its journal was "
                 "damaged: finish it with that version, choose another OUT, or give --fresh to discard what is there"
             )
-        changes = differences(found.facts, self._facts)
+        changes = differences(found.facts, self._facts, self.plan.built.graph.models)
         if changes:
             raise UsageError(
                 f"{self.out.path} holds an unfinished merge, and this one differs from it: {'; '.join(changes)}. Run "
@@ -269,7 +270,7 @@ class Run:
 
         return digests_of_sources(
             graph,
-            kinds - known,
+            kinds - set(known),
             copy_threads(self.plan),
             self._stamps,
             count,
@@ -367,7 +368,8 @@ def whole_already(plan: Plan, out: OutputDirectory) -> None:
         manifest = read_manifest(out.path)
     except MergeloomError as error:
         raise UsageError(f"{out.path} holds a finished merge, and can't be used: {error}; {advice}") from error
-    changes = differences(manifest, facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")})
+    facts = facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")}
+    changes = differences(manifest, facts, plan.built.graph.models)
     if changes:
         raise UsageError(f"{out.path} holds a merge that differs from this one: {'; '.join(changes)}; {advice}")
     for shard in plan.layout.shards:

@@ -30,7 +30,7 @@ _REMEDIES = {
     "read": "reading the inputs: a faster disk for them would help most",
     "upload": "copying to the GPU: a wider bus would help most",
     "download": "the GPU, computing or copying back: a faster GPU, or a second one, would help most",
-    "copy": "copying, by the kernel: a faster disk, or OUT on the inputs' file system if it shares blocks, would help most",
+    "copy": "copying, by the kernel: a faster disk would help most, or one whose file system shares blocks",
     "write": "writing the output: a faster disk for OUT would help most",
     "cores": "the cores, computing and copying: more or faster ones, or a GPU, would help most",
 }

@@ -17,11 +17,11 @@ from .engine.schedule import make_schedule
 from .engine.transfer import BUFFER_BYTES, plan_transfers, source_of
 from .errors import BudgetError
 from .io.copying import BLOCK
-from .io.platform import DISABLED, copies_in_kernel, mount_of, scratch_file, why_no_clone
+from .io.platform import DISABLED, Mount, copies_in_kernel, mount_of, scratch_file, why_no_clone
 from .io.sizes import format_size
 from .planning import Plan, budget_of
 
-SHARING = frozenset({"xfs", "btrfs", "bcachefs", "ocfs2"})
+SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
 """File systems whose files can share blocks; this decides only where they can't be asked."""
 EDGES = "at another offset within a disk block than in the input, or less than a block"
 
@@ -45,8 +45,8 @@ def place(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
     copies = [node for node in graph if graph.operation(node).kind is Kind.COPY and graph.nbytes(node)]
     obstacles = why_not_shared({source_of(graph, node) for node in copies}, out)
     sharing = {file for file, reason in obstacles.items() if not reason}
-    home = mount_of(out).device
-    beside = {file for file in obstacles if copies_in_kernel() and not digests and mount_of(file).device == home}
+    home, mounts = mount_of(out).device, _mounts(obstacles)
+    beside = {file for file in obstacles if copies_in_kernel() and not digests and mounts[file].device == home}
     nodes = frozenset(
         node
         for node, file in ((node, source_of(graph, node)) for node in copies)
@@ -102,19 +102,30 @@ def why_not_shared(files: Iterable[Path], out: Path) -> Mapping[Path, str]:
     scratch = scratch_file(directory)
     found = {}
     try:
-        for file in files:
+        for file, mount in _mounts(files).items():
             number = _asked(file, scratch)
             if number is None:
-                number = errno.EXDEV if mount_of(file).device != home.device else 0
-                number = number or (0 if home.kind in SHARING and "clone" not in DISABLED else errno.EOPNOTSUPP)
-            block = os.statvfs(directory).f_bsize
-            if number == 0 and BLOCK % block:
+                can = home.kind in SHARING and "clone" not in DISABLED
+                number = errno.EXDEV if mount.device != home.device else 0 if can else errno.EOPNOTSUPP
+            if number == 0 and BLOCK % os.statvfs(directory).f_bsize:
                 found[file] = f"the blocks of this {home.kind} are larger than {format_size(BLOCK)}"
             else:
-                found[file] = (number and _words(number, home.kind, mount_of(file).device == home.device)) or ""
+                found[file] = _words(number, home.kind, mount.device == home.device) if number else ""
     finally:
         if scratch is not None:
             os.close(scratch)
+    return found
+
+
+def _mounts(files: Iterable[Path]) -> dict[Path, Mount]:
+    """The mount of each file; many lie in one directory."""
+    known: dict[Path, Mount] = {}
+    found = {}
+    for file in files:
+        directory = Path(os.path.realpath(file)).parent
+        if directory not in known:
+            known[directory] = mount_of(directory)
+        found[file] = known[directory]
     return found
 
 

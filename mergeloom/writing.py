@@ -43,7 +43,7 @@ class Shards:
         journal: to which what is durable is added.
         durable: what is so already.
         check: called before anything is added to the journal; raises where a source isn't what it was.
-        failed: called with what goes wrong when data is committed.
+        failed: called with what goes wrong when data is written or committed.
         group_bytes: the most bytes that are written and not yet durable.
     """
 
@@ -65,6 +65,7 @@ class Shards:
         self._check = check
         self._lock = threading.Lock()
         self._tensors = {node: _Tensor(digests) for node, digests in durable.begun.items()}
+        self._failed = failed
         self._stopped = False
         self.commits = GroupCommit(out.sync, self._append, failed, group_bytes=group_bytes)
         self.digests: dict[int, list[bytes]] = dict(durable.whole)
@@ -76,8 +77,17 @@ class Shards:
         """Put a piece of a node's output in all its places. Pieces begin in order, and may overlap in time.
 
         Raises:
-            Ended: where the merge is being stopped.
+            Ended: where the merge is being stopped, or another piece could not be written.
         """
+        try:
+            self._write(node, offset, data)
+        except BaseException as error:
+            if not isinstance(error, Ended):
+                self._failed(error)
+            self._stopped = True  # no piece after it will ever be in turn
+            raise
+
+    def _write(self, node: int, offset: int, data: memoryview) -> None:
         tensor = self._tensor(node)
         skip = min(max(0, tensor.begun - offset), len(data))
         offset, data = offset + skip, data[skip:]

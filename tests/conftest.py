@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported, here and in child processes
@@ -12,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from tests import models
+from tests.disks import file_system
 
 MakeModel = Callable[..., Path]
 
@@ -66,3 +68,20 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def encoder() -> Path:
     """The real sentence encoder's directory, not to be changed."""
     return models.encoder_dir()
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An XFS file system, with stacks' models ``a`` and ``b`` on it, not to be changed."""
+    with file_system(tmp_path_factory.mktemp("disk"), "xfs") as found:
+        model = models.tiny_llama(layers=8, hidden=256, vocabulary=2048)
+        for seed, name in enumerate("ab"):
+            models.write_checkpoint(found / name, model, shard_bytes=3_000_000, fill=seed)
+        yield found
+
+
+@pytest.fixture
+def out(disk: Path) -> Iterator[Path]:
+    """An OUT on it; what was made beside it is removed in the end, too."""
+    yield disk / "outs" / "out"
+    shutil.rmtree(disk / "outs", ignore_errors=True)

@@ -794,3 +794,24 @@ def test_a_plan_from_the_cache_loads_no_network_library(model: HubCheckpoint, tm
     }
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_files_come_from_models_of_the_hub(hub: HubServer, contents: dict[str, bytes], tmp_path: Path) -> None:
+    small = models.write_tokenizer(models.write_checkpoint(tmp_path / "small", models.tiny_llama(layers=2), fill=1))
+    named = {name: data for name, data in contents.items() if name != "generation_config.json"}
+    hub.add(ID, {**{file.name: file.read_bytes() for file in small.iterdir()}, "LICENSE": b"ours"})
+    hub.add("other/model", {**named, "config.json": (small / "config.json").read_bytes(), "LICENSE": b"theirs"})
+    recipe = {
+        "merge_method": "passthrough",
+        "models": [{"model": ID}],
+        "files_from": "other/model",
+        "tokenizer_source": "other/model",
+        "chat_template": "mistral",
+    }
+    planned = mergeloom.plan(recipe)
+    assert "LICENSE" not in hub.fetched()
+    mergeloom.merge(planned, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == b"theirs"
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == contents["tokenizer.json"]
+    assert "[INST]" in (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert hub.sent(r"model-\d+-of-\d+\.safetensors") < sum(map(len, contents.values())) / 20  # headers, no weights

@@ -312,17 +312,17 @@ def check_draws(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], name: s
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name.startswith("chat_template")])
-def test_the_prompt_is_mergekits(name: str, theirs: Theirs, zoo: Path, tmp_path: Path) -> None:
+def test_the_prompt_is_mergekits(
+    name: str, theirs: Theirs, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it differs, mergekit's has stray blanks and line breaks between the parts, which the formats have not."""
     transformers = pytest.importorskip("transformers")
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    monkeypatch = pytest.MonkeyPatch()
-    with monkeypatch.context() as context:
-        context.chdir(zoo)
-        file = tmp_path / "config.yml"
-        file.write_text(CONFIGURATIONS[name])
-        merge(file, tmp_path / "out", OPTIONS)
+    monkeypatch.chdir(zoo)
+    file = tmp_path / "config.yml"
+    file.write_text(CONFIGURATIONS[name])
+    merge(file, tmp_path / "out", OPTIONS)
     chat = [{"role": role, "content": role * 2} for role in ("system", "user", "assistant", "user")]
     prompts = []
     for out in (tmp_path / "out", theirs.outputs[name]):

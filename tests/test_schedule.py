@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,7 +82,7 @@ def test_chain_keeps_only_the_neighbour() -> None:
     #   o0  o1  o2  o3         t_i+1 stays for o_i+1: 4 slots (two at work, one kept, one output), each t read once
     world = World()
     sources = [world.source(ELEMENTS) for _ in range(5)]
-    for first, second in zip(sources, sources[1:], strict=False):
+    for first, second in pairwise(sources):
         world.node("sum", [first, second])
     roomy = with_slots(world, 4)
     assert roomy.bytes_reread == 0

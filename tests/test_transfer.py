@@ -27,7 +27,7 @@ def check(graph: MergeGraph, layout: Layout, nodes: set[int], transfers: Sequenc
         if node in nodes:
             wanted[shard, place] = graph.reads[graph.node_sources[node][0]]
     for each in transfers:
-        assert 0 < each.nbytes <= transfer.PART_BYTES
+        assert 0 < each.nbytes <= (transfer.SHARED_PART_BYTES if each.shares else transfer.PART_BYTES)
         inside = [
             (place, ref)
             for (shard, place), ref in wanted.items()
@@ -58,14 +58,15 @@ def test_any_graph_is_moved_by_the_rules(
     sharing = {file for file in {source_of(graph, node) for node in nodes} if chance.random() < 0.7}  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "PART_BYTES", part)
+        patch.setattr(transfer, "SHARED_PART_BYTES", 3 * part)
         transfers = plan_transfers(graph, layout, nodes, sharing)
         check(graph, layout, nodes, transfers)
     for each in transfers:
         assert each.shares == (each.file in sharing)
         assert each.shared == (shareable(each.offset, each.target, each.nbytes)[1] if each.shares else 0)
         # a part that isn't at the edge of its run begins and ends where blocks do
-        if each.shares and each.shared and each.nbytes == part:
-            assert each.shared in (part, part - BLOCK)
+        if each.shares and each.shared and each.nbytes == 3 * part:
+            assert each.shared in (3 * part, 3 * part - BLOCK)
     # what isn't shared needs space of its own
     for number, ranges in enumerate(written_ranges(graph, layout, transfers)):
         shard = layout.shards[number]

@@ -1,0 +1,258 @@
+"""Sharing that is refused, killed or stopped half-way, and sources that change: the same bytes, or a clear no."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergeloom import copies
+from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
+from mergeloom.io import copying, platform
+from mergeloom.io.platform import clone_range
+from mergeloom.merging import merge
+from mergeloom.planning import plan
+from mergeloom.report import summary_text
+from mergeloom.sharing import place
+from mergeloom.verifying import verify
+from tests.disks import used
+from tests.faults import Kill, Stopped, watching
+from tests.models import write_checkpoint
+from tests.stacks import ROOMY, as_foretold, mixed, same_as_by_lanes, stacked, weights
+from tests.test_merge import sliced
+
+REFUSALS = [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]
+
+
+# ------------------------------------------------------------------------------------------------ refused half-way
+
+
+def refusing(number: int, after: int) -> Callable[..., int]:
+    """A clone_range that refuses all calls after some."""
+    calls = 0
+
+    def refuse(*arguments: int) -> int:
+        nonlocal calls
+        calls += 1
+        return clone_range(*arguments) if calls <= after else number
+
+    return refuse
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("number", REFUSALS)
+def test_what_is_refused_half_way_is_copied(
+    number: int, disk: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "clone_range", refusing(number, 3))
+    result = merge(mixed(disk), out, ROOMY)
+    planned, measured = result.plan, result.measured
+    assert 0 < measured.bytes_shared < planned.bytes_shared
+    missed = planned.bytes_shared - measured.bytes_shared
+    assert measured.refused == {number: missed}
+    assert result.to_dict()["measured"]["refused"] == {errno.errorcode[number]: missed}
+    assert measured.bytes_read == planned.bytes_read + missed  # what has several places is read several times
+    assert measured.bytes_written == planned.bytes_written + missed
+    text = summary_text(result)
+    assert f"refused by the file system ({os.strerror(number)})" in text
+    assert f"{planned.bytes_shared:,} were foretold" in text
+    same_as_by_lanes(mixed(disk), out, tmp_path)
+    assert verify(out).whole
+
+
+@pytest.mark.root
+def test_a_refusal_looks_again_if_there_is_room(disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = stacked(disk)
+    total = plan(recipe, ROOMY).layout.nbytes
+    usage = shutil.disk_usage
+
+    def little(path: Path) -> Any:
+        found = usage(path)
+        return found._replace(free=total // 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "clone_range", refusing(errno.EOPNOTSUPP, 2))
+        patch.setattr(copies.shutil, "disk_usage", little)
+        before = used(disk)
+        with pytest.raises(DiskSpaceError, match=r"refuses to share .* make room and run the same"):
+            merge(recipe, out, ROOMY)
+        assert used(disk) - before < total // 4  # long before the disk was full
+    result = merge(recipe, out, ROOMY)
+    assert result.plan.bytes_shared == result.measured.bytes_shared + result.earlier.bytes_shared
+    assert verify(out).whole
+
+
+@pytest.mark.root
+def test_a_single_file_that_refuses_does_not_end_it(disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = stacked(disk)
+    file = min(place(plan(recipe, ROOMY), out).transfers, key=lambda transfer: transfer.file).file
+    inode = file.stat().st_ino
+    total = file.stat().st_size * 3
+
+    def refuse(source: int, *arguments: int) -> int:
+        return errno.ETXTBSY if os.fstat(source).st_ino == inode else clone_range(source, *arguments)
+
+    usage = shutil.disk_usage
+    monkeypatch.setattr(copying, "clone_range", refuse)
+    monkeypatch.setattr(copies.shutil, "disk_usage", lambda path: usage(path)._replace(free=total))
+    result = merge(recipe, out, ROOMY)
+    assert set(result.measured.refused) == {errno.ETXTBSY}
+    assert result.measured.bytes_shared > result.plan.bytes_shared // 2
+    assert verify(out).whole
+
+
+@pytest.mark.root
+def test_the_disk_needs_no_room_for_what_is_shared_and_has_to_for_what_is_not(
+    disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(disk).free
+    shapes = {f"model.layers.{layer}.w.weight": (free // 8, 2) for layer in range(4)}
+    model = write_checkpoint(disk / "outs" / "large", shapes, fill=None)  # twice what is free
+    recipe = sliced((model, 0, 3), (model, 1, 4))
+    result = merge(recipe, out, ROOMY)
+    assert result.plan.layout.nbytes > 2 * free
+    assert result.plan.disk < 1 << 20
+    shutil.rmtree(out)
+    monkeypatch.setattr(platform, "DISABLED", {"clone"})
+    with pytest.raises(DiskSpaceError, match="are free"):
+        merge(recipe, out, ROOMY)
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------------------------------------ killed, stopped
+
+
+@pytest.mark.root
+def test_a_merge_killed_between_any_two_calls_goes_on_to_the_same_bytes(disk: Path, out: Path, tmp_path: Path) -> None:
+    options = replace(ROOMY, threads=1, shard_size=4_000_000)
+    first = plan(mixed(disk), options)
+    everything = Kill()
+    with watching(everything):
+        merge(first, out, options, group_bytes=4 << 20)
+    expected = weights(out)
+    clones = [number for number, call in enumerate(everything.calls) if call in ("clone", "copy")]
+    assert len(clones) > 20
+    for after in [*clones[:3], *clones[3::7], clones[-1] + 1, clones[-1] + 3]:
+        shutil.rmtree(out)
+        with watching(Kill(after)), pytest.raises((Stopped, Exception)):
+            merge(first, out, options, group_bytes=4 << 20)
+        result = merge(first, out, options)
+        assert weights(out) == expected, after
+        measured, earlier = result.measured, result.earlier
+        assert measured.bytes_shared + earlier.bytes_shared == result.plan.bytes_shared
+        assert measured.bytes_written + earlier.bytes_written == result.plan.bytes_written
+    assert verify(out).whole
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_going_on_in_another_way(elsewhere: bool, disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge begun with clones is finished without them, and the other way round."""
+    merge(mixed(disk), out, ROOMY)
+    expected = weights(out)
+    shutil.rmtree(out)
+    ways: list[set[str]] = [set(), {"clone", "copy_file_range"}]
+    first, second = ways if elsewhere else ways[::-1]
+    monkeypatch.setattr(platform, "DISABLED", first)
+    kill = Kill(120 if elsewhere else 90)
+    with watching(kill), pytest.raises((Stopped, Exception)):
+        merge(mixed(disk), out, ROOMY, group_bytes=2 << 20)
+    assert (out / ".mergeloom" / "journal").exists()
+    monkeypatch.setattr(platform, "DISABLED", second)
+    merge(mixed(disk), out, ROOMY)
+    assert weights(out) == expected
+    assert verify(out).whole
+
+
+@pytest.mark.root
+def test_stopping_while_blocks_are_shared(disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        merge(mixed(disk), out, ROOMY, notify=stop)
+    merge(mixed(disk), out, ROOMY)
+    assert verify(out).whole
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("what", ["written", "cut short", "replaced"])
+def test_a_source_that_changes_meanwhile(what: str, disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(disk / "a", disk / "outs" / "mine")
+    file = sorted((disk / "outs" / "mine").glob("*.safetensors"))[-1]
+    changed = False
+
+    def change(*arguments: int) -> int:
+        nonlocal changed
+        if not changed:
+            changed = True
+            if what == "written":
+                with file.open("r+b") as stream:
+                    stream.seek(100_000)
+                    stream.write(b"changed")
+            elif what == "cut short":
+                os.truncate(file, file.stat().st_size - 5000)
+            else:
+                shutil.copy(disk / "b" / file.name, file.with_name("new"))
+                file.with_name("new").rename(file)
+        return clone_range(*arguments)
+
+    monkeypatch.setattr(copying, "clone_range", change)
+    with pytest.raises(CheckpointError, match=file.name):
+        merge(sliced((disk / "outs" / "mine", 0, 8)), out, ROOMY)
+    assert not (out / "mergeloom.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ vouched for
+
+
+@pytest.mark.root
+def test_full_digests_vouch_without_the_sources(disk: Path, out: Path) -> None:
+    shutil.copytree(disk / "a", disk / "outs" / "mine")
+    recipe = sliced((disk / "outs" / "mine", 0, 5), (disk / "outs" / "mine", 3, 8))
+    for full in (True, False):
+        target = out.with_name(f"out{full}")
+        result = merge(recipe, target, ROOMY, digests=full)
+        as_foretold(result)
+        assert result.plan.bytes_shared > 0
+        assert (result.plan.bytes_digested > 0) == full
+    assert weights(out.with_name("outTrue")) == weights(out.with_name("outFalse"))
+    assert verify(out.with_name("outTrue")).whole
+    assert verify(out.with_name("outFalse")).whole
+    shutil.rmtree(disk / "outs" / "mine")
+    assert verify(out.with_name("outTrue")).whole
+    verdict = verify(out.with_name("outFalse"))
+    assert not verdict.damaged
+    assert len(verdict.unvouched) == len(result.plan.built.graph.outputs)
+    shard = next(out.with_name("outTrue").glob("*.safetensors"))
+    with shard.open("r+b") as stream:
+        stream.seek(-100, os.SEEK_END)
+        stream.write(b"damaged")
+    assert len(verify(out.with_name("outTrue")).damaged) == 1
+
+
+def test_full_digests_where_nothing_is_shared(llamas: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    shutil.copytree(llamas["a"], source)
+    result = merge(sliced((source, 0, 3), (source, 1, 4)), tmp_path / "out", ROOMY, digests=True)
+    as_foretold(result)
+    shutil.rmtree(source)
+    assert verify(tmp_path / "out").whole
+
+
+@pytest.mark.root
+def test_a_source_that_changed_since_vouches_for_nothing(disk: Path, out: Path) -> None:
+    shutil.copytree(disk / "a", disk / "outs" / "mine")
+    merge(sliced((disk / "outs" / "mine", 0, 8)), out, ROOMY)
+    with sorted((disk / "outs" / "mine").glob("*.safetensors"))[0].open("r+b") as stream:
+        stream.seek(-1000, os.SEEK_END)
+        stream.write(b"trained on")
+    verdict = verify(out)
+    assert not verdict.damaged  # OUT still holds what it held
+    assert len(verdict.unvouched) == 1
