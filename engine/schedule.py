@@ -24,6 +24,8 @@ DEVICE_TILE_ELEMENTS = 1 << 22
 """Elements of a tile on a device with its own memory."""
 SLOT_BYTES = 4 << 20
 """The size of a slot where the budget allows it."""
+COPY_SLOT_BYTES = 1 << 20
+"""The same where nothing is computed."""
 DEVICE_SLOT_BYTES = 32 << 20
 """The same for a device with its own memory, where a chunk is one copy over the bus."""
 SMALLEST_SLOT = 64 << 10
@@ -114,6 +116,7 @@ class _Need:
 
     slot: int = SMALLEST_SLOT
     slot_node: int | None = None
+    largest: int = 0  # bytes of the widest tensor of a node
     window: int = 1
     workspace: int = 0
     workspace_node: int | None = None
@@ -159,7 +162,8 @@ def make_schedule(
         for device, need_ in zip(budget.devices, needs, strict=True)
         if device.vram is not None
     ]
-    slot = slot_bytes or _choose_slot(need, [room, *rooms], budget, DEVICE_SLOT_BYTES if any(separate) else SLOT_BYTES)
+    preferred = DEVICE_SLOT_BYTES if any(separate) else SLOT_BYTES if need.workspace else COPY_SLOT_BYTES
+    slot = slot_bytes or _choose_slot(need, [room, *rooms], budget, preferred)
     chunks = chunk_elements(graph, slot)
     ram_slots = room // slot
     vram_slots = iter([size // slot for size in rooms])
@@ -237,6 +241,7 @@ def _needs(graph: MergeGraph, aim: int) -> _Need:
     for node in graph:
         operation = graph.operation(node)
         sources = len(set(graph.node_sources[node]))
+        need.largest = max(need.largest, length(graph, node) * widest(graph, node))
         need.window = max(need.window, sources + (operation.kind is not Kind.COPY))
         if operation.kernel is None:
             continue
@@ -277,7 +282,8 @@ def _refuse_too_small(graph: MergeGraph, budget: Budget, need: _Need, minimum_ra
 def _choose_slot(need: _Need, rooms: Sequence[int], budget: Budget, preferred: int) -> int:
     """The largest slot, up to the preferred one, that leaves every thread something to work on while others read."""
     depth = 2 + sum(device.threads for device in budget.devices)
-    slot = preferred
+    slot = max(SMALLEST_SLOT, 1 << max(0, need.largest - 1).bit_length())
+    slot = min(preferred, slot)
     while slot > need.slot and min(rooms) // slot < need.window * depth:
         slot //= 2
     return max(slot, need.slot)

@@ -20,6 +20,8 @@ SHARED_PART_BYTES = 1 << 30
 """The most bytes that are shared as one, which takes as long as sharing a few."""
 BUFFER_BYTES = 1 << 20
 """The buffer of each thread that moves bytes."""
+TRANSFER_BYTES = 2 << 10
+"""What a transfer takes in the process: itself, and its record on the way to the journal."""
 
 T = TypeVar("T")
 

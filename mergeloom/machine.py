@@ -22,6 +22,16 @@ CUDA_BYTES = 1200 << 20
 """What a CUDA context adds to the process in host memory, in bytes."""
 SLACK_BYTES = 24 << 20
 """For thread stacks, file buffers and the display, in bytes."""
+COPYING_SLACK_BYTES = 14 << 20
+"""The same where nothing is computed."""
+PROGRAM_BYTES = 28 << 20
+"""What the process takes once it has planned a small merge: the interpreter and what was imported, in bytes."""
+TENSOR_BYTES = 1 << 10
+"""What planning takes for each tensor that is read or made, in bytes."""
+JITTER_BYTES = 2 << 20
+"""How much more a process may take than is reckoned before that counts."""
+GUEST_STEP = 16 << 20
+"""A larger program's memory is rounded up to this, in bytes."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -212,7 +222,11 @@ def _gpus() -> dict[int, int]:
 
 
 def make_budget(
-    max_ram: int | None, devices: tuple[DeviceBudget, ...], computes: bool, total: int | None = None
+    max_ram: int | None,
+    devices: tuple[DeviceBudget, ...],
+    computes: bool,
+    total: int | None = None,
+    tensors: int = 0,
 ) -> Budget:
     """The budget of a merge.
 
@@ -221,8 +235,14 @@ def make_budget(
         devices: those that compute.
         computes: whether anything is computed, so that torch is needed.
         total: bytes of the machine's memory; this one's where None.
+        tensors: how many tensors are read and made, which planning keeps account of.
     """
-    baseline = process_memory().now + SLACK_BYTES
+    # a reckoned figure, not the one of this moment, so that a plan and its merge agree to the byte
+    baseline = PROGRAM_BYTES + tensors * TENSOR_BYTES
+    now = process_memory().now
+    if now > baseline + JITTER_BYTES:  # mergeloom is a guest in a larger program
+        baseline = -(-now // GUEST_STEP) * GUEST_STEP
+    baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES
     if computes and "torch" not in sys.modules:
         baseline += TORCH_BYTES
     if computes and any(device.vram is not None for device in devices):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine.build import BuiltGraph
-from .engine.graph import Kind
+from .engine.graph import Kind, MergeGraph
 from .engine.layout import Layout, lay_out
 from .engine.recipe import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule import Budget, Schedule, make_schedule
@@ -251,24 +251,26 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
-    schedule = make_schedule(built.graph, budget_of(options, computes))
+    schedule = make_schedule(built.graph, budget_of(options, computes, built.graph))
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
     warnings = (*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings))
     return Plan(loaded, stage, built, files.output, layout, schedule, options, warnings)
 
 
-def budget_of(options: Options, computes: bool) -> Budget:
+def budget_of(options: Options, computes: bool, graph: MergeGraph) -> Budget:
     """The budget that a merge has to fit, on this machine or on the one that the options name.
 
     Args:
         options: as given to `plan`.
         computes: whether anything is computed; else no device and no torch is needed.
+        graph: what is made.
     """
     machine = options.machine
     threads = options.threads or (machine.cores if machine else None) or usable_cores()
     gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
-    return make_budget(options.max_ram, devices, computes, machine.ram if machine else None)
+    tensors = len(graph.reads) + len(graph.outputs)
+    return make_budget(options.max_ram, devices, computes, machine.ram if machine else None, tensors)
 
 
 def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:

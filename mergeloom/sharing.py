@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .engine.graph import Kind
 from .engine.schedule import make_schedule
-from .engine.transfer import BUFFER_BYTES, plan_transfers, source_of
+from .engine.transfer import BUFFER_BYTES, TRANSFER_BYTES, plan_transfers, source_of
 from .errors import BudgetError
 from .io.copying import BLOCK
 from .io.platform import DISABLED, Mount, copies_in_kernel, mount_of, scratch_file, why_no_clone
@@ -52,13 +52,14 @@ def place(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
         for node, file in ((node, source_of(graph, node)) for node in copies)
         if file in sharing or (file in beside and len(destinations[node]) == 1)
     )
-    try:
-        more = replace(budget, baseline=budget.baseline + copy_threads(plan) * BUFFER_BYTES) if nodes else budget
-        schedule = make_schedule(graph, more, done={node: graph.nbytes(node) for node in nodes})
-    except BudgetError:  # it fits without the threads that copy
-        nodes = frozenset()
-        schedule = make_schedule(graph, budget)
     transfers = tuple(plan_transfers(graph, plan.layout, nodes, sharing))
+    more = len(transfers) * TRANSFER_BYTES + (copy_threads(plan) * BUFFER_BYTES if nodes else 0)
+    try:
+        beside_lanes = replace(budget, baseline=budget.baseline + more)
+        schedule = make_schedule(graph, beside_lanes, done={node: graph.nbytes(node) for node in nodes})
+    except BudgetError:  # it fits without the threads that copy
+        nodes, transfers = frozenset(), ()
+        schedule = make_schedule(graph, budget)
     unshared: Counter[str] = Counter()
     for node in copies:
         reason = obstacles[source_of(graph, node)] or ("" if node in nodes else "no memory is left for it")
@@ -80,7 +81,7 @@ def unplaced(plan: Plan) -> Plan:
     """The plan as it was before it was placed anywhere."""
     if plan.out is None:
         return plan
-    schedule = make_schedule(plan.built.graph, budget_of(plan.options, plan.computes))
+    schedule = make_schedule(plan.built.graph, budget_of(plan.options, plan.computes, plan.built.graph))
     return replace(plan, schedule=schedule, transfers=(), moved=frozenset(), out=None, unshared=(), digests=False)
 
 
