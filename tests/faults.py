@@ -141,7 +141,7 @@ class Disk:
         self._lock = threading.Lock()
         self._now: Tree = {}
         self._durable: Tree = {}
-        self._pending: list[tuple[set[Path], list[tuple[Path, _File | None | str]]]] = []
+        self._pending: list[tuple[set[Path], list[tuple[Path, _File | str | None]]]] = []
         for path in sorted(root.rglob("*")):
             content = Directory if path.is_dir() else _File(bytearray(path.read_bytes()))
             self._now[path] = self._durable[path] = content
@@ -158,7 +158,7 @@ class Disk:
 
     # --- calls -------------------------------------------------------------------------------------------------
 
-    def _names(self, *changes: tuple[Path, _File | None | str]) -> None:
+    def _names(self, *changes: tuple[Path, _File | str | None]) -> None:
         """Names that change together: a path becomes a file or directory, or "" where it goes."""
         changes = tuple(change for change in changes if self.root in change[0].parents)
         for path, content in changes:
@@ -212,7 +212,7 @@ class Disk:
         self._pending = left
 
     @staticmethod
-    def _apply(tree: Tree, changes: list[tuple[Path, _File | None | str]]) -> None:
+    def _apply(tree: Tree, changes: list[tuple[Path, _File | str | None]]) -> None:
         for path, content in changes:
             if isinstance(content, str):
                 tree.pop(path, None)

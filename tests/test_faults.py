@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.engine.graph import Kind
+from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io.output import WORK
 from mergeloom.io.reading import Reader
 from mergeloom.merging import merge

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import resource
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io.checkpoint import open_checkpoint
 from mergeloom.io.header import read_header
+from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
 from tests.models import tiny_llama, write_checkpoint
 from tests.mutations import BYTES, SECONDS, fuzz
@@ -96,8 +99,12 @@ def test_sizes_are_bounded_before_anything_is_allocated(tmp_path: Path) -> None:
         with (model / name).open("wb") as stream:
             stream.truncate(20 << 30)
         recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}], "tokenizer_source": "base"}
-        with pytest.raises(MergeloomError):
-            plan({**recipe, "base_model": str(model)}, Options(device="cpu", max_ram=1 << 40))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with contextlib.nullcontext() if name == "tokenizer.json" else pytest.raises(MergeloomError):
+            merge(
+                {**recipe, "base_model": str(model)}, tmp_path / f"out {name}", Options(device="cpu", max_ram=1 << 40)
+            )
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < BYTES >> 10
         (model / name).unlink()
         if kept is not None:
             (model / name).write_bytes(kept)

@@ -18,10 +18,10 @@ import pytest
 import safetensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mergeloom.io.dtypes import BF16, DTYPES, F32, DType
-from mergeloom.io.header import MAX_JSON_BYTES, PAGE, Header, build_header, parse_header, read_header
 
 from mergeloom.errors import CheckpointError, EnvironmentFailure
+from mergeloom.io.dtypes import BF16, DTYPES, F32, DType
+from mergeloom.io.header import MAX_JSON_BYTES, PAGE, Header, build_header, parse_header, read_header
 
 FILE = Path("x.safetensors")
 BYTE = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'

@@ -8,11 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from mergeloom.errors import CheckpointError
 from mergeloom.io.dtypes import DTYPES
 from mergeloom.io.header import build_header
 from mergeloom.io.identity import SAMPLE_BYTES, SAMPLES, file_identity, sample_ranges
-
-from mergeloom.errors import CheckpointError
 
 LARGE = 40 * SAMPLE_BYTES + 7
 """Bytes of data of which the samples leave gaps."""

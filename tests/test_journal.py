@@ -108,7 +108,9 @@ def test_nothing_is_added_behind_a_failure(tmp_path: Path) -> None:
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.one_of(st.binary(max_size=60), st.sampled_from([b"[]", b"1", b"{}", b'{"format": 2}', b"[" * 4000]))))
+@given(
+    st.lists(st.one_of(st.binary(max_size=60), st.sampled_from([b"[]", b"1", b"{}", b'{"format": 2}', b"[" * 4000])))
+)
 def test_whatever_is_there_can_be_read(tmp_path: Path, contents: list[bytes]) -> None:
     """Lines with a right digest, too, whatever they hold."""
     lines = [xxhash.xxh3_64_hexdigest(content).encode() + b" " + content + b"\n" for content in contents]

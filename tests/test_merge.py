@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mergeloom import performing
-from mergeloom.engine.work import Progress
 from mergeloom.engine.schedule import make_schedule
+from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io import output
 from mergeloom.machine import process_memory

@@ -289,7 +289,9 @@ def test_a_shard_that_was_tampered_with_is_refused(how: str, models: list[Path],
     else:
         with shard.open("r+b") as stream:
             stream.write(b"\xff")
-    with pytest.raises(EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--fresh"):
+    with pytest.raises(
+        EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--fresh"
+    ):
         run(recipe(models), out)
     run(recipe(models), out, fresh=True)
 
@@ -308,7 +310,9 @@ def test_hostile_records_are_passed_over(models: list[Path], tmp_path: Path) -> 
     ]
     hostile += [{"node": 0, "first": 10**6, "blocks": ["00" * 16], "tail": [10**9, "00" * 16]}]
     hostile += [{"copied": value} for value in ([99, 0, 1], [0, 1], "abc", None, [-1, 0, 5], [0, "a", 3], [0, 9, 3])]
-    hostile += [{"publish": value} for value in ("abc", [1, None], ["../../../etc/passwd", "/etc/passwd", ".mergeloom/x"])]
+    hostile += [
+        {"publish": value} for value in ("abc", [1, None], ["../../../etc/passwd", "/etc/passwd", ".mergeloom/x"])
+    ]
     Journal(out / WORK / "journal", found.facts, [*hostile, *found.records]).close()
     run(recipe(models), out)
     assert digests(out) == digests(tmp_path / "whole")
@@ -440,7 +444,9 @@ def test_an_out_that_was_removed_meanwhile_is_not_shared(tmp_path: Path, monkeyp
 
 def test_the_holder_is_named(tmp_path: Path) -> None:
     held = OutputDirectory(tmp_path / "out")
-    with pytest.raises(EnvironmentFailure, match=rf"another merge is writing here \(process {os.getpid()}\)") as refused:
+    with pytest.raises(
+        EnvironmentFailure, match=rf"another merge is writing here \(process {os.getpid()}\)"
+    ) as refused:
         OutputDirectory(tmp_path / "out")
     assert refused.value.exit_code == 5
     held.close()
@@ -512,7 +518,9 @@ def test_a_second_signal_ends_it_at_once_and_so_does_a_disk_that_hangs(models: l
     for out in outs:
         stuck = f"os.path.exists({str(tmp_path / 'stuck')!r})"
         (tmp_path / "stuck").unlink(missing_ok=True)
-        process = spawn(models, out, tmp_path, f"__import__('os').path.exists({str(tmp_path / 'stuck')!r})" if stuck else "")
+        process = spawn(
+            models, out, tmp_path, f"__import__('os').path.exists({str(tmp_path / 'stuck')!r})" if stuck else ""
+        )
         wait_for_commits(out)
         (tmp_path / "stuck").write_text("")
         time.sleep(0.1)
@@ -545,7 +553,9 @@ def test_from_python_too_an_interrupt_can_be_gone_on_from(models: list[Path], tm
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_device_errors_end_with_what_happened(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_errors_end_with_what_happened(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class AcceleratorError(RuntimeError):
         """As torch's."""
 

@@ -77,6 +77,7 @@ def test_published_stacks_at_full_size(tmp_path: Path) -> None:
             found = json.loads(report.read_text())
             assert found["measured"]["bytes_shared"] == found["bytes_shared"]
             assert found["measured"]["seconds"] < 10
+            assert found["measured"]["peak_rss"] <= found["peak_ram"]
             assert used(disk) - before < found["output"]["bytes"] // 100
             source, parts = WINDOWS[name.removesuffix(" fused")]
             layers[name] = {

@@ -42,9 +42,7 @@ class Writer:
         self.durable = durable_of(self.out.found, self.graph, self.layout, self.out.shard_path)
         self.journal = Journal(self.out.journal, {"seed": 0}, records_of(self.durable))
         self.errors: list[BaseException] = []
-        self.shards = Shards(
-            planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options
-        )
+        self.shards = Shards(planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options)
         self.data = {node: random.Random(node).randbytes(self.graph.nbytes(node)) for node in self.graph}
 
     def write(self, node: int, start: int, end: int) -> None:
@@ -178,9 +176,7 @@ def test_what_is_durable_is_not_written_again(planned: Plan, tmp_path: Path, mon
     writer = Writer(planned, tmp_path / "out")
     assert writer.durable.done(writer.graph, writer.layout)[node] == 40_000
     written: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        OutputDirectory, "write", lambda self, shard, offset, data: written.append((offset, len(data)))
-    )
+    monkeypatch.setattr(OutputDirectory, "write", lambda self, shard, offset, data: written.append((offset, len(data))))
     writer.write(node, 0, 30_000)
     writer.write(node, 30_000, 50_000)
     offsets = [offset for _, offset in writer.places(node)]
