@@ -75,6 +75,7 @@ bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/rea
 	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS)
 	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS) \
 		--disk $(BENCH_DISK)
+	$(BIN)/python -m benchmarks.passthrough --models $(BENCH_MODELS) --disk $(BENCH_DISK)
 
 clean:
 	rm -rf .venv .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -291,7 +291,8 @@ def _counts(config: Mapping[str, Any]) -> list[_Count]:
 
 def _fits(numbers: set[int], count: _Count, exact: bool) -> bool:
     """Whether the numbers are 0 .. count - 1, or, where `exact` is false, those and at most as many beyond."""
-    return numbers >= set(range(count.value)) and len(numbers) <= count.value * (1 if exact else 2)
+    within = count.value <= len(numbers) <= count.value * (1 if exact else 2)  # first: a config may say any number
+    return within and numbers >= set(range(count.value))
 
 
 def _likeliest(prefixes: Sequence[str]) -> str | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -58,7 +58,7 @@ def _reference(model: str) -> ModelReference:
     from .engine.recipe import ModelReference
     from .errors import UsageError
 
-    if Path(model).expanduser().exists():
+    if os.path.exists(os.path.expanduser(model)):  # noqa: PTH110, PTH111  whatever the text is
         return ModelReference(model)
     try:
         return ModelReference.parse(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -212,7 +213,7 @@ class _Verification:
             if number not in self._models:
                 text = self.manifest["models"][number]
                 try:
-                    local = Path(text).expanduser().exists()
+                    local = os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111  whatever the text is
                     self._models[number] = open_model(ModelReference(text) if local else ModelReference.parse(text))
                 except (MergeloomError, ValueError) as error:
                     self._models[number] = str(error)

@@ -85,7 +85,7 @@ def largest(inputs: Inputs, density: Sequence[float]) -> Sparsifier:
     """Keeps the given share of the elements of each task vector, the largest ones: at least one."""
     size = inputs.rows * inputs.columns
     return Between(
-        inputs, [_all_or_none(density[i], size) or (0, max(1, int(density[i] * size))) for i in inputs.others]
+        inputs, [_all_or_none(density[i], size) or (0, max(1, _part(density[i], size))) for i in inputs.others]
     )
 
 
@@ -95,10 +95,15 @@ def middling(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -
     size = inputs.rows * inputs.columns
     ranks = []
     for i in inputs.others:
-        left = int(density[i] * size)
-        dropped = min(int(gamma[i] * size), size - left)
+        left = _part(density[i], size)
+        dropped = min(_part(gamma[i], size), size - left)
         ranks.append(_all_or_none(density[i], size) or (dropped, dropped + left))
     return Between(inputs, ranks)
+
+
+def _part(share: float, size: int) -> int:
+    """How many of `size` elements a share of them is; any number that a recipe may hold will do."""
+    return int(max(-1e18, min(1e18, share)) * size)
 
 
 class Random(Sparsifier):

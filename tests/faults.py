@@ -245,7 +245,7 @@ class Disk:
         return {path: None if file is None else bytes(file.durable) for path, file in self._now.items()}
 
     def lose(self, chance: random.Random, share: float) -> None:
-        """Make the directory what the disk holds, where each unsynced sector and name got there with this probability."""
+        """Make the directory what the disk holds; each unsynced sector and name got there with this probability."""
         tree = dict(self._durable)
         for _, changes in self._pending:
             if chance.random() < share:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import resource
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a mutated path may be a name of the Hub
 
 from mergeloom.engine.recipe import load_recipe, parse_recipe
 from mergeloom.errors import MergeloomError
@@ -32,14 +37,15 @@ TOKENS = [
     b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b"\\", b"\\u0000", b"\\ud800", b"{", b"}", b"[", b"]", b":",
     b",", b"null", b"true", b"-1", b"1e999", b"-0", b"NaN", b"Infinity", b"9" * 40, b"18446744073709551616", b"../",
     b"/etc/passwd", b"data_offsets", b"shape", b"dtype", b"F32", b"__metadata__", b"[" * 200, b'{"a":' * 200, b"&a ",
-    b"*a ", b"<<: ", b"!!python/object/apply:os.system ", b"!!binary ", b"---\n", b"...\n", b"|\n", b"\t", b"\r\n", b"? ",
-    b"- ", b"# ", b"merge_method", b"models", b"slices", b"layer_range", b"parameters",
+    b"*a ", b"<<: ", b"!!python/object/apply:os.system ", b"!!binary ", b"---\n", b"...\n", b"|\n", b"\t", b"\r\n",
+    b"? ", b"- ", b"# ", b"merge_method", b"models", b"slices", b"layer_range", b"parameters",
 ]  # fmt: skip
 _DEEP = "as deep as it gets"
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3.5, 1 << 31, 1 << 63, (1 << 64) - 1, 1 << 64, 10**30, 10**400, 1e308, -1e308, 1e-320,
-    float("nan"), float("inf"), "", "\0", "..", "../../etc/passwd", "/dev/zero", "a" * 5000, "\ud800", "\u202e", "F32",
-    "BF16", "I64", _DEEP, "model.embed_tokens.weight", [], {}, [[]], [None], [0, 0], [0, 1 << 64], [-1, 5], [1] * 100, {"": {}},
+    None, True, False, 0, -1, 1, 2, 3.5, 1 << 31, 1 << 63, (1 << 64) - 1, 1 << 64, 10**30, 10**400, 1e308, -1e308,
+    1e-320, float("nan"), float("inf"), "", "\0", "..", "../../etc/passwd", "/dev/zero", "a" * 5000, "\ud800", "\u202e",
+    "F32", "BF16", "I64", _DEEP, "model.embed_tokens.weight", [], {}, [[]], [None], [0, 0], [0, 1 << 64], [-1, 5],
+    [1] * 100, {"": {}},
 ]  # fmt: skip
 
 
@@ -133,26 +139,48 @@ class Outcome:
 
 
 def fuzz(kind: str, count: int, seed: int, directory: Path) -> Outcome:
-    """Try so many mutated inputs of a kind: ``headers``, ``recipes``, ``indices`` or ``configs``."""
+    """Try so many mutated inputs of one of the `KINDS`."""
     chance = random.Random(f"{kind} {seed}")
-    make = {"headers": _headers, "recipes": _recipes, "indices": _indices, "configs": _configs}[kind]
-    attempt = make(chance, directory)
+    attempt = KINDS[kind](chance, directory)
     outcome = Outcome()
     for _ in range(3):  # what is imported or compiled only once
         _try(attempt, Outcome())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(count):
-        _try(attempt, outcome)
-        if len(outcome.failures) >= 10:
-            break
+    with _limited_memory():
+        for _ in range(count):
+            _try(attempt, outcome)
+            if len(outcome.failures) >= 10:
+                break
     outcome.grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     return outcome
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Let allocations fail that are larger than any input may need, before they take the machine down."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * BYTES, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+class Hang(Exception):
+    """An input takes much too long."""
+
+
+def _hang(number: int, frame: object) -> None:
+    raise Hang(f"in {frame}")
 
 
 def _try(attempt: Callable[[], tuple[Any, Callable[[], object]]], outcome: Outcome) -> None:
     given, run = attempt()
     begun = time.thread_time()
     outcome.tried += 1
+    signal.signal(signal.SIGALRM, _hang)
+    signal.setitimer(signal.ITIMER_REAL, 20 * SECONDS)  # of a machine that may be busy with other things
     try:
         run()
     except MergeloomError:
@@ -161,6 +189,8 @@ def _try(attempt: Callable[[], tuple[Any, Callable[[], object]]], outcome: Outco
         outcome.failures.append(f"{type(error).__name__}: {str(error)[:300]}: {str(given)[:3000]}")
         if not isinstance(error, Exception):
             raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     seconds = time.thread_time() - begun
     outcome.slowest = max(outcome.slowest, seconds)
     if seconds > SECONDS:
@@ -213,6 +243,24 @@ def _recipes(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, 
     return attempt
 
 
+def _plans(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, Callable[[], object]]]:
+    """Recipes, up to the schedule of models that are there."""
+    models = [write_checkpoint(directory / name, tiny_llama(layers=2), fill=seed) for seed, name in enumerate("abc")]
+    values: list[Any] = []
+    for name, method in sorted(merge_methods().items()):
+        sources = [{"model": str(model), "layer_range": [0, 2]} for model in models[: method.maximum or 3]]
+        values.append({"merge_method": name, "slices": [{"sources": sources}], "base_model": str(models[0])})
+        density = [{"filter": "mlp", "value": [0.1, 1]}, {"value": 0.5}]
+        values[-1]["parameters"] = {"weight": 1, "density": density, "t": 0.5}
+    values.append([{"name": "inner", **values[0]}, {"merge_method": "passthrough", "models": [{"model": "inner"}]}])
+
+    def attempt() -> tuple[Any, Callable[[], object]]:
+        recipe = mutate_value(chance, chance.choice(values))
+        return recipe, lambda: plan(recipe, Options(device="cpu", threads=1, max_ram=1 << 40))
+
+    return attempt
+
+
 def _indices(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, Callable[[], object]]]:
     """A checkpoint's index."""
     model = write_checkpoint(directory / "indices", tiny_llama(layers=1), shard_bytes=20_000)
@@ -229,7 +277,7 @@ def _indices(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, 
 
 
 def _configs(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, Callable[[], object]]]:
-    """The files beside the weights: config.json, the tokenizer's, what modules there are. A merge is planned with them."""
+    """The files beside the weights: config.json, the tokenizer's, what modules there are; a merge is planned."""
     model = write_tokenizer(write_checkpoint(directory / "configs", tiny_llama(layers=2)))
     other = write_tokenizer(write_checkpoint(directory / "other", tiny_llama(layers=2), fill=1))
     (model / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "1_Pooling", "type": "a.B"}]')
@@ -257,3 +305,7 @@ def _configs(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, 
         return (file.name, data), lambda: plan(chosen, Options(device="cpu", threads=1, max_ram=1 << 40))
 
     return attempt
+
+
+KINDS = {"headers": _headers, "recipes": _recipes, "plans": _plans, "indices": _indices, "configs": _configs}
+"""What is mutated."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import compare, floor
+from benchmarks import compare, floor, passthrough
+from tests import models
 
 MEASURE = """
 import json, sys
@@ -81,3 +82,40 @@ def test_the_table_has_medians_and_their_ratio(tmp_path: Path) -> None:
     assert document.read_text().count("<!-- here -->") == 1
     assert "old" not in document.read_text()
     assert text in document.read_text()
+
+
+# ---------------------------------------------------------------------------------------------- passthrough
+
+
+def test_the_stacks_are_the_published_ones() -> None:
+    from mergeloom.engine.recipe import parse_recipe
+    from mergeloom.methods import merge_methods
+
+    recipes = Path(compare.HERE.parent / "recipes")
+    published = {
+        "120B": "Meta-Llama-3-120B-Instruct",
+        "681B": "BigLlama-3.1-681B-Instruct",
+        "1T": "BigLlama-3.1-1T-Instruct",
+    }
+    for name, file in published.items():
+        text = passthrough.stage("/models/source", passthrough.WINDOWS[name][1])
+        parse_recipe(text, strict=True, methods=merge_methods())
+        theirs = yaml.safe_load((recipes / f"{file}.yml").read_text())["slices"]
+        ours = yaml.safe_load(text)["slices"]
+        layers = [[each["sources"][0]["layer_range"] for each in slices] for slices in (ours, theirs)]
+        assert layers[0] == layers[1]
+
+
+def test_the_merge_and_cp_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.write_checkpoint(tmp_path / "base", models.tiny_llama(), fill=1)
+    monkeypatch.setattr(passthrough, "STACK", [(0, 3), (1, 4)])
+    found = passthrough.beside_cp(model, tmp_path, tmp_path, 1, 0)
+    assert found["bytes"] > 100_000
+    assert all(len(seconds) == 1 for seconds in found["seconds"].values())
+    assert "times. Medians of 1, alternating" in passthrough.cp_text(found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "stack.yml"]
+
+
+def test_the_table_of_sparse_stacks() -> None:
+    row = {"merge": "1T", "seconds": 2.34, "peak_rss": 60 << 20, "bytes": 2 * 10**12, "disk": 13 * 10**6}
+    assert "| 1T | 2,000 GB | 2.3 | 13 MB | 60 MiB |" in passthrough.sparse_text([row])

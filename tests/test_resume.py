@@ -205,7 +205,8 @@ def test_a_stage_inside_that_changes_is_seen(models: list[Path], tmp_path: Path)
     texts = []
     for rounding in ("", "out_dtype: float16\n"):
         texts.append(
-            f"name: inner\nmerge_method: linear\n{rounding}models:\n  - model: {models[1]}\n    parameters: {{weight: 1}}\n"
+            f"name: inner\nmerge_method: linear\n{rounding}models:\n"
+            f"  - model: {models[1]}\n    parameters: {{weight: 1}}\n"
             f"  - model: {models[2]}\n    parameters: {{weight: 1}}\n---\nmerge_method: linear\nmodels:\n"
             f"  - model: inner\n    parameters: {{weight: 1}}\n  - model: {models[0]}\n    parameters: {{weight: 1}}\n"
         )
@@ -213,7 +214,7 @@ def test_a_stage_inside_that_changes_is_seen(models: list[Path], tmp_path: Path)
     file.write_text(texts[0])
     begun(file, tmp_path / "out")
     file.write_text(texts[1])
-    with pytest.raises(UsageError, match="the recipe: .*out_dtype"):
+    with pytest.raises(UsageError, match=r"the recipe: .*out_dtype"):
         run(file, tmp_path / "out")
 
 
@@ -232,7 +233,7 @@ def test_a_journal_of_another_version_is_refused_and_kept(models: list[Path], tm
     journal = out / WORK / "journal"
     for content in (b"", b"damaged\n" + journal.read_bytes(), journal.read_bytes()[5:]):
         journal.write_bytes(content)
-        with pytest.raises(UsageError, match="another version of mergeloom, or its journal was damaged.*--fresh"):
+        with pytest.raises(UsageError, match=r"another version of mergeloom, or its journal was damaged.*--fresh"):
             run(recipe(models), out)
         assert journal.read_bytes() == content
     run(recipe(models), out, fresh=True)
@@ -375,7 +376,7 @@ def test_a_file_that_was_put_in_the_way_is_not_overwritten(models: list[Path], t
             return judge(self)
 
         patch.setattr(OutputDirectory, "small_files", put)
-        with pytest.raises(EnvironmentFailure, match="README.md was put there during the merge; move it away"):
+        with pytest.raises(EnvironmentFailure, match=r"README.md was put there during the merge; move it away"):
             run(recipe(models), out)
     assert (out / "README.md").read_text() == "mine"
     with pytest.raises(UsageError, match="is not empty"):
@@ -411,7 +412,7 @@ def test_a_finished_merge_is_left_as_it_is(models: list[Path], tmp_path: Path) -
     with pytest.raises(UsageError, match="differs from this one"):
         run(recipe(models), out, replace(OPTIONS, seed=1), fresh=True)
     os.truncate(out / "model-00001-of-00002.safetensors", 100)
-    with pytest.raises(UsageError, match="00001-of-00002.safetensors was removed or cut short since"):
+    with pytest.raises(UsageError, match=r"00001-of-00002.safetensors was removed or cut short since"):
         run(recipe(models), out)
     (out / MANIFEST).write_text("{}")
     with pytest.raises(UsageError, match="was changed since it was written"):

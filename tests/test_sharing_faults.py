@@ -154,14 +154,16 @@ def test_a_merge_killed_between_any_two_calls_goes_on_to_the_same_bytes(disk: Pa
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_going_on_in_another_way(elsewhere: bool, disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge begun with clones is finished without them, and the other way round."""
-    merge(mixed(disk), out, ROOMY)
-    expected = weights(out)
-    shutil.rmtree(out)
     ways: list[set[str]] = [set(), {"clone", "copy_file_range"}]
     first, second = ways if elsewhere else ways[::-1]
     monkeypatch.setattr(platform, "DISABLED", first)
-    kill = Kill(120 if elsewhere else 90)
-    with watching(kill), pytest.raises((Stopped, Exception)):
+    everything = Kill()
+    with watching(everything):
+        merge(mixed(disk), out, ROOMY, group_bytes=2 << 20)
+    expected = weights(out)
+    shutil.rmtree(out)
+    moving = [number for number, call in enumerate(everything.calls) if call in ("clone", "copy", "write")]
+    with watching(Kill(moving[len(moving) * 3 // 4])), pytest.raises((Stopped, Exception)):
         merge(mixed(disk), out, ROOMY, group_bytes=2 << 20)
     assert (out / ".mergeloom" / "journal").exists()
     monkeypatch.setattr(platform, "DISABLED", second)

@@ -1,8 +1,9 @@
-"""Verifying: whatever is changed is found, what can't be vouched for is said, and a manifest from anywhere is harmless."""
+"""Verifying: what is changed is found, what can't be vouched for is said, and a manifest from anywhere is harmless."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -61,7 +62,7 @@ def test_a_merge_is_what_its_manifest_says(merged: Path) -> None:
     assert problems(verdict) == []
     assert verdict.whole
     assert verdict.tensors == len(SHAPES)
-    assert verdict.nbytes == sum(shape[0] * (shape + (1,))[1] * 4 for shape in SHAPES.values())
+    assert verdict.nbytes == sum(math.prod(shape) * 4 for shape in SHAPES.values())
     assert seen == sorted(seen)
 
 
@@ -135,7 +136,7 @@ def test_files_may_be_links(out: Path, tmp_path: Path) -> None:
 
 
 def test_there_must_be_a_manifest(tmp_path: Path, out: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no mergeloom.json: only what mergeloom has made"):
+    with pytest.raises(CheckpointError, match=r"has no mergeloom.json: only what mergeloom has made"):
         verify(tmp_path)
     (out / MANIFEST).unlink()
     (out / WORK).mkdir()
@@ -180,18 +181,29 @@ def set_path(*keys: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+PARTS = ("shards", "files", "tensors", "sources", "models")
+ORIGINS: list[Any] = [
+    {"model": model, "file": file, "offset": offset}
+    for model, file, offset in ((99, "a", 0), (0, "../a", 0), (0, "a", -1), (0, "a", 10**30), ("0", "a", 0), (0, 1, 0))
+]
+SOURCES = [("99", {}), ("x", {}), ("-1", {}), ("0", []), ("9" * 5000, {}), ("0", {"../a": "b"})]
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        *(set_path(key, to=value) for key in ("shards", "files", "tensors", "sources", "models") for value in (None, 1, "a", [1], [[]])),
-        *(set_path("shards", name, to=[1, "a"]) for name in ("../a", "/dev/zero", "", "a/../../b", "\0", ".mergeloom/journal")),
+        *(set_path(part, to=value) for part in PARTS for value in (None, 1, "a", [1], [[]])),
+        *(
+            set_path("shards", name, to=[1, "a"])
+            for name in ("../a", "/dev/zero", "", "a/../../b", "\0", f"{WORK}/pid")
+        ),
         *(set_path("files", name, to="a") for name in ("../a", "/dev/zero", "")),
         *(set_path("shards", "a", to=value) for value in (1, [1], ["1", "a"], [True, "a"], [1, 1], [1.5, "a"])),
-        *(set_path("tensors", "x", to=value) for value in (1, None, {}, {"model": 99, "file": "a", "offset": 0}, {"model": 0, "file": "../a", "offset": 0}, {"model": 0, "file": "a", "offset": -1}, {"model": 0, "file": "a", "offset": 10**30})),
-        *(set_path("sources", number, to=value) for number, value in (("99", {}), ("x", {}), ("-1", {}), ("0", []), ("9" * 5000, {}), ("0", {"../a": "b"}))),
+        *(set_path("tensors", "x", to=value) for value in (1, None, {}, *ORIGINS)),
+        *(set_path("sources", number, to=value) for number, value in SOURCES),
         set_path("models", to=[1]),
     ],
-)  # fmt: skip
+)
 def test_a_manifest_that_is_not_as_ours_is_refused(change: Callable[[dict[str, Any]], None], out: Path) -> None:
     forged(out, change)
     with pytest.raises(CheckpointError, match="is not as mergeloom writes it"):

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_pieces_of_all_sizes_from_many_threads(seed: int, planned: Plan, tmp_pat
     pieces = []
     for node, data in writer.data.items():
         cuts = sorted({0, len(data), *(chance.randrange(len(data) + 1) for _ in range(chance.randrange(12)))})
-        pieces.append([(node, start, end) for start, end in zip(cuts, cuts[1:], strict=False)])
+        pieces.append([(node, start, end) for start, end in pairwise(cuts)])
     lock, queue = threading.Lock(), [piece for node in pieces for piece in node]
 
     def work() -> None:
@@ -199,7 +200,7 @@ def test_a_piece_that_fails_ends_those_that_wait_for_it(
     def wait() -> None:
         try:
             writer.write(node, 50_000, 60_000)  # what comes before it is never fed
-        except BaseException as error:
+        except Ended as error:
             ends.append(error)
 
     thread = threading.Thread(target=wait)
