@@ -2,7 +2,7 @@
 # make test    the tests
 # make check   lint, format, packaging and types
 # make compat  the same configurations with mergekit 0.1.5 and with mergeloom: do they make the same models?
-# make soak    merges killed at random instants, each gone on with until it is whole: some minutes
+# make soak    merges killed, starved and lied to, each gone on with until it is whole: up to an hour
 # make bench   mergeloom beside mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
 # make clean   remove everything that make has made here, but the benchmarks' models
 #
@@ -60,8 +60,7 @@ check: $(READY)
 		--python-executable ../../.venv-check/bin/python -p mergeloom
 
 soak: $(READY)
-	$(BIN)/python -m benchmarks.soak --kills 100
-	$(BIN)/python -m benchmarks.soak --kills 50 --signal TERM
+	$(BIN)/python -m benchmarks.soak
 
 # MERGEKIT_ENV names an environment that has mergekit already.
 MERGEKIT_ENV ?= .venv-mergekit

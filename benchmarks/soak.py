@@ -70,7 +70,7 @@ failures = Failures()
 
 
 class Counter:
-    """Numbers that a child process leaves behind, however it ends: bytes written to shards, and seconds of two calls."""
+    """Numbers that a child process leaves behind, however it ends: bytes written to shards, seconds of two calls."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 24)
@@ -539,7 +539,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         family = make_family(Path(name))
         say(
-            f"ties of 3 models, {family.nbytes / 1e6:.0f} MB, groups of {GROUP >> 20} MiB, {RATE / 1e6:.0f} MB/s: commits "
+            f"ties of 3 models, {family.nbytes / 1e6:.0f} MB, groups of {GROUP >> 20} MiB, {RATE / 1e6:.0f} MB/s: "
+            f"commits "
             f"from {family.window[0]:.2f} to {family.window[1]:.2f} s"
         )
         for part in arguments.only or PARTS:
