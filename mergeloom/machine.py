@@ -26,7 +26,7 @@ COPYING_SLACK_BYTES = 14 << 20
 """The same where nothing is computed."""
 PROGRAM_BYTES = 28 << 20
 """What the process takes once it has planned a small merge: the interpreter and what was imported, in bytes."""
-TENSOR_BYTES = 1 << 10
+TENSOR_BYTES = 1280
 """What planning takes for each tensor that is read or made, in bytes."""
 JITTER_BYTES = 2 << 20
 """How much more a process may take than is reckoned before that counts."""

@@ -85,3 +85,12 @@ def out(disk: Path) -> Iterator[Path]:
     """An OUT on it; what was made beside it is removed in the end, too."""
     yield disk / "outs" / "out"
     shutil.rmtree(disk / "outs", ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def small_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let budgets be made as in a process of mergeloom's own: the tests' grows with every test before."""
+    if request.module.__name__.rpartition(".")[2] in ("test_platform", "test_whatif"):
+        from mergeloom import machine
+
+        monkeypatch.setattr(machine, "process_memory", lambda: machine.Memory(1 << 20, 1 << 20))
