@@ -68,19 +68,24 @@ def merge(
     threads: int | None = None,
     strict: bool = False,
     digests: str = "written",
+    fresh: bool = False,
     notify: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
-    """Merge models into a new model directory.
+    """Merge models into a new model directory, or go on with a merge that was interrupted there.
 
     Args:
         recipe: as `plan` takes it, or a Plan, which is performed as it is: the options were given to `plan` then.
-        out: the directory to make, new or empty; None for a rehearsal that does all of it and writes nothing.
+        out: the directory to make, new or empty, or with an unfinished merge of the same recipe; None for a rehearsal
+            that does all of it and writes nothing.
         max_ram, max_vram, device, seed, shard_size, threads, strict: as for `plan`.
         digests: ``written``, or ``full``: note the digests of those tensors, too, that are only shared or copied.
+        fresh: discard an unfinished merge in `out`, and begin anew.
         notify: called now and then, from this thread, with how far it is.
+        say: called with what is worth knowing before the work begins, such as what of it is there already.
 
     Raises:
-        MergeloomError: whatever stops it; `out` then holds nothing that looks like a model.
+        MergeloomError: whatever stops it; `out` then holds nothing that looks like a model, and the same call goes on.
     """
     from .merging import merge as perform
 
@@ -89,7 +94,7 @@ def merge(
         raise UsageError("a Plan is performed with the options that it was made with: give these to `plan` instead")
     if digests not in ("written", "full"):
         raise UsageError(f"digests is {digests!r}: give 'written' or 'full'")
-    return perform(recipe, out, options, digests=digests == "full", notify=notify)
+    return perform(recipe, out, options, fresh=fresh, digests=digests == "full", notify=notify, say=say)
 
 
 def _options(
