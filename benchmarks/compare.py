@@ -206,6 +206,7 @@ class Bench:
     quiet: float
     mergekit: Path
     mergekit_flags: tuple[str, ...]
+    mergeloom_flags: tuple[str, ...]
 
     def command(self, side: str, method: str) -> list[str]:
         """The command of one side; OUT doesn't exist when it starts."""
@@ -217,7 +218,8 @@ class Bench:
         recipe.write_text(CASES[method].text(method, self.models))
         if side == "mergekit":
             return [str(self.mergekit / "bin/mergekit-yaml"), str(recipe), str(self.out), *self.mergekit_flags]
-        return [str(Path(sys.executable).with_name("mergeloom")), "merge", str(recipe), str(self.out), "--quiet"]
+        program = str(Path(sys.executable).with_name("mergeloom"))
+        return [program, "merge", str(recipe), str(self.out), "--quiet", *self.mergeloom_flags]
 
     def inputs(self, method: str) -> list[Path]:
         """The files that a method's merge reads."""
@@ -339,13 +341,18 @@ def caption(results: dict[str, Any]) -> str:
     count = max(Counter((run["method"], run["side"]) for run in runs).values())
     stored = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     disturbed = sum(run["others_cpu_seconds"] > 0.1 * run["seconds"] for run in runs)
-    flags = f" with `{results['mergekit_flags']}`" if results["mergekit_flags"] else " with its default flags"
+    flags = {
+        side: f"with `{given}`" if (given := results[f"{side}_flags"]) else "with its default flags"
+        for side in SIDES[:2]
+    }
     sentences = [
         f"{results['title']}.",
         f"Medians of {count} (smallest to largest)." if count > 1 else "One run each.",
         f"{about['cpu']}, {about['cores']} cores, {about['ram'] / 2**30:.0f} GiB, Linux {about['kernel']},",
         f"Python {about['python']}, {stored}; {about['date']}.",
-        f"mergekit ran{flags}." if "mergekit" in results["versions"] else "",
+        f"mergeloom ran {flags['mergeloom']}, mergekit {flags['mergekit']}."
+        if "mergekit" in results["versions"]
+        else "",
         f"In {disturbed} of {len(runs)} runs other processes took more than a tenth of a core." if disturbed else "",
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -381,6 +388,7 @@ def main() -> None:
     parser.add_argument("--memory", type=size, default=size("8GB"), help="memory to touch before each run")
     parser.add_argument("--mergekit", type=Path, default=Path(os.environ.get("MERGEKIT_ENV", ".venv-mergekit")))
     parser.add_argument("--mergekit-flags", default="", help="such as '--async-write'; none made it faster where tried")
+    parser.add_argument("--mergeloom-flags", default="--max-ram 1GiB")
     parser.add_argument("--quiet", type=float, default=120, help="seconds to wait for other processes to be quiet")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/SIZE-tmpfs-warm.json and the like")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
@@ -401,6 +409,7 @@ def main() -> None:
         "machine": machine(),
         "versions": found,
         "mergekit_flags": arguments.mergekit_flags,
+        "mergeloom_flags": arguments.mergeloom_flags,
         "runs": (runs := []),
     }
     target: Path = arguments.json or RESULTS / f"{name}.json"
@@ -416,6 +425,7 @@ def main() -> None:
             mergekit=arguments.mergekit.absolute(),
             quiet=arguments.quiet,
             mergekit_flags=tuple(arguments.mergekit_flags.split()),
+            mergeloom_flags=tuple(arguments.mergeloom_flags.split()),
         )
         failures = 0
         for method in arguments.methods:

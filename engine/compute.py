@@ -81,14 +81,13 @@ def reduce_chunk(piece: Piece, index: int, state: Any, workspace: Workspace) -> 
 def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -> Outcome:
     """The chunk of the output, rounded once into `out`, which is one-dimensional and of the output's dtype."""
     workspace.dtype = work_dtype(piece.inputs)
-    limit = largest(out.dtype)
     overflowed = 0
-    suspicious = []
+    extremes: list[Tensor] = []
     for part, tile in piece.tiles(workspace):
         result = piece.kernel.combine(tile, state).view(-1)
-        suspicious.append(_beyond(result, limit))
+        extremes += (result.amax(), result.amin())
         round_into(out[part], result)
-    if not torch.stack(suspicious).any():
+    if not _beyond(extremes, largest(out.dtype)):
         return Outcome()
     nonfinite = find_nonfinite(piece.inputs)
     if not nonfinite:
@@ -114,7 +113,8 @@ def round_into(out: Tensor, values: Tensor) -> None:
 
 def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
     """The sources that hold a NaN or an infinity in the chunk; a quick look where there is none."""
-    suspicious = []
+    exponents: dict[int, list[Tensor]] = {}
+    extremes: dict[torch.dtype, list[Tensor]] = {}
     for _, tile in piece.tiles(workspace):
         for tensor in tile.inputs:
             workspace.reset()
@@ -122,11 +122,13 @@ def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
             if mask is not None:
                 bits = workspace.take(tensor.numel(), torch.int16).view(tensor.shape)
                 torch.bitwise_and(tensor.view(torch.int16), mask, out=bits)
-                suspicious.append(bits.amax() == mask)
+                exponents.setdefault(mask, []).append(bits.amax())
             else:
                 floats = tensor if tensor.dtype.itemsize >= 4 else tensor.to(torch.float32)
-                suspicious.append(_beyond(floats, torch.finfo(floats.dtype).max))
-    return find_nonfinite(piece.inputs) if torch.stack(suspicious).any() else ()
+                extremes.setdefault(floats.dtype, []).extend((floats.amax(), floats.amin()))
+    suspicious = any(bool((torch.stack(found) == mask).any()) for mask, found in exponents.items())
+    suspicious |= any(_beyond(found, largest(dtype)) for dtype, found in extremes.items())
+    return find_nonfinite(piece.inputs) if suspicious else ()
 
 
 def find_nonfinite(inputs: Sequence[Tensor]) -> tuple[int, ...]:
@@ -138,9 +140,10 @@ def find_nonfinite(inputs: Sequence[Tensor]) -> tuple[int, ...]:
     )
 
 
-def _beyond(values: Tensor, limit: float) -> Tensor:
-    """Whether any value is a NaN or beyond +-limit: a 0-d tensor, so that a device need not be waited for."""
-    return ~((values.amax() <= limit) & (values.amin() >= -limit))
+def _beyond(extremes: Sequence[Tensor], limit: float) -> bool:
+    """Whether any value is a NaN or beyond +-limit, by the least and largest values of the parts: 0-d tensors, so that
+    a device is waited for once."""
+    return not bool((torch.stack(list(extremes)).abs_() <= limit).all())
 
 
 def largest(dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from .simulate import Simulation, Step, orders
 from .tiling import chunk_count, chunk_elements, clusters, length, output_width, tile_length, widest, work_bytes
 
 PAGE = 4096
-TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 19
 """Elements of a tile on the CPU: its workspace stays in a core's cache."""
 DEVICE_TILE_ELEMENTS = 1 << 22
 """Elements of a tile on a device with its own memory."""

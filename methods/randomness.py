@@ -19,6 +19,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _STEP = 0x9E3779B1  # odd, so that the index times it runs through all 32-bit numbers
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B  # of C. Wellons' lowbias32, whose rounds these are
 _WIDTH = 1 << 10
+_WINDOW = 1 << 10  # blocks whose bounds are made at once
 
 
 def threshold(chance: float) -> int:
@@ -50,10 +51,7 @@ def kept(key: int, position: int, element: int, bound: int, workspace: Workspace
     """
     size, blocks = out.numel(), -(-out.numel() // BLOCK)
     pairs, scratch, flags = (workspace.take((size + 1) // 2, torch.int32) for _ in range(3))
-    numbers = np.arange(element // BLOCK, element // BLOCK + blocks, dtype=np.uint64) * np.uint64(_GOLDEN)
-    numbers = (numbers + np.uint64(mix(mix(key) ^ position))) * np.uint64(_GOLDEN) >> np.uint64(48)
-    high = np.minimum((bound >> 16) + (numbers < bound % (1 << 16)), (1 << 15) - 1).astype(np.int16)
-    bounds = torch.from_numpy(high).to(out.device)
+    bounds = _bounds(key, position, bound, element // BLOCK, blocks, out.device)
     halves = _xor_shifted(hashes(key, position, element // 2, pairs, scratch), 16, scratch).view(torch.int16)
     mask = flags.view(torch.int16)
     whole = size // BLOCK
@@ -62,6 +60,23 @@ def kept(key: int, position: int, element: int, bound: int, workspace: Workspace
         if rows:
             torch.lt(halves[part].view(rows, -1), bounds[first : first + rows, None], out=mask[part].view(rows, -1))
     return out.copy_(mask[:size])
+
+
+def _bounds(key: int, position: int, bound: int, first: int, count: int, device: torch.device) -> Tensor:
+    """What the halves of a hash must lie below, for each of `count` blocks from the block `first` on: int16."""
+    windows = range(first // _WINDOW, (first + count - 1) // _WINDOW + 1)
+    parts = [_window_bounds(key, position, bound, window, device) for window in windows]
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+    start = first - windows[0] * _WINDOW
+    return found[start : start + count]
+
+
+@lru_cache(maxsize=64)
+def _window_bounds(key: int, position: int, bound: int, window: int, device: torch.device) -> Tensor:
+    numbers = np.arange(window * _WINDOW, (window + 1) * _WINDOW, dtype=np.uint64) * np.uint64(_GOLDEN)
+    numbers = (numbers + np.uint64(mix(mix(key) ^ position))) * np.uint64(_GOLDEN) >> np.uint64(48)
+    high = np.minimum((bound >> 16) + (numbers < bound % (1 << 16)), (1 << 15) - 1).astype(np.int16)
+    return torch.from_numpy(high).to(device)
 
 
 def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) -> Tensor:

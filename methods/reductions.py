@@ -1,8 +1,8 @@
-"""Sums over a tensor that come out the same for any tiles: by a fixed tree inside each block, and then over the blocks.
+"""Sums over a tensor that come out the same for any tiles: in a fixed order inside each block, and then over the blocks.
 
-The first four levels of a whole block's tree are added in the work dtype, the others, and the sum over the blocks, in
-float64. That takes half as long. Roundings to float32 are unbiased and independent, so over a block they come to some
-2^-30 of the sum of the sizes; a tensor of up to 2^11 elements has none.
+A whole block is seen as rows of 2^11 elements. The rows are added up in the work dtype, one after the other, and what
+that gives, and the sums of the blocks, in float64. That takes half as long. Roundings to float32 are unbiased and
+independent, so over a block they come to some 2^-29 of the sum of the sizes; a tensor of up to 2^11 elements has none.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .contract import BLOCK
-from .lazy import torch
+from .lazy import numpy as np
+from .lazy import on_cpu, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .tile import Workspace
 
-_JOINT = 1 << 11  # a tree's levels below this width are dispatched for all the sums of a tile at once
+_JOINT = 1 << 11  # columns that are left of a block until all the sums of a tile are folded at once
+_MOST_ROWS = 64  # of a block that are added in the work dtype
 
 
 def fold(values: Tensor, width: int = 1) -> Tensor:
@@ -51,8 +53,19 @@ def in_blocks(values: Tensor, block: int) -> list[Tensor]:
     return [part for part in parts if part.numel()]
 
 
+def add_rows(values: Tensor, out: Tensor) -> Tensor:
+    """The sum over the second dimension, added one after the other: of shape (a, b, c) into `out` of shape (a, c)."""
+    if on_cpu(values):
+        np.add.reduce(values.numpy(), axis=1, out=out.numpy())  # in one pass over the values
+        return out
+    torch.add(values[:, 0], values[:, 1], out=out)
+    for row in range(2, values.shape[1]):
+        out.add_(values[:, row])
+    return out
+
+
 class BlockSums:
-    """Collects, for each block of a tile, one float64 sum of each of several float64 tensors.
+    """Collects, for each block of a tile, one float64 sum of each of several tensors.
 
     Args:
         sums: how many tensors are summed.
@@ -65,17 +78,25 @@ class BlockSums:
         self._block = block
         self._added = 0
         self._parts = []
+        self._rows = None
         if whole := elements // block:
-            buffer = workspace.take(sums * whole * _folded_width(block), torch.float64)
+            by_rows = block % _JOINT == 0 and 1 < block // _JOINT <= _MOST_ROWS
+            buffer = workspace.take(sums * whole * (_JOINT if by_rows else _folded_width(block)), torch.float64)
             self._parts.append(buffer.view(sums, whole, -1))
+            if by_rows:
+                self._rows = workspace.take(whole * _JOINT).view(whole, _JOINT)
         if rest := elements % block:
             device = buffer.device if whole else workspace.take(0).device
             self._parts.append(torch.empty(sums, 1, _folded_width(rest), dtype=torch.float64, device=device))
 
-    def add(self, values: Tensor, scratch: Tensor | None = None) -> None:
-        """The next tensor, of the tile's elements; it is used up unless there is scratch of its size."""
+    def add(self, values: Tensor) -> None:
+        """The next tensor, of the tile's elements and the work dtype; it stays as it is."""
         for part, view in zip(self._parts, in_blocks(values.view(-1), self._block), strict=True):
-            part[self._added].copy_(fold(view, _JOINT))
+            if self._rows is not None and view.shape[-1] == self._block:
+                folded = add_rows(view.view(len(view), -1, _JOINT), self._rows)
+            else:
+                folded = fold(view.clone(), _JOINT)
+            part[self._added].copy_(folded)
         self._added += 1
 
     def partial(self) -> Tensor:
@@ -86,7 +107,7 @@ class BlockSums:
     @staticmethod
     def size(sums: int) -> float:
         """Workspace that it takes, in the units of `Kernel.buffers`."""
-        return 2 * sums * _JOINT / BLOCK
+        return (2 * sums + 1) * _JOINT / BLOCK
 
 
 def _folded_width(columns: int) -> int:

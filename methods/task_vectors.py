@@ -178,12 +178,15 @@ class TaskVectors(Kernel):
         self.rescale = rescale if sparsifier.drops else None
         divisor = math.fsum(self.weights) if normalize and not elect else 1.0
         self.factor = factor / divisor if abs(divisor) >= divisor_eps and divisor else factor
+        if elect and self.weights[0] > 0 and len(set(self.weights)) == 1:  # they decide nothing, and cancel in a mean
+            self.factor *= 1.0 if normalize else self.weights[0]
+            self.weights = [1.0] * len(self.weights)
         self.unit = sparsifier.unit
         self.random = sparsifier.random
         self.reductions = sparsifier.reductions + (self.rescale is not None)
         count = len(self.weights)
         combining = count + max(1 + sparsifier.buffers, 3) if elect else 3 + sparsifier.buffers
-        rescaling = 3 + sparsifier.buffers + BlockSums.size(2 * count)
+        rescaling = 2 + sparsifier.buffers + BlockSums.size(2 * count)
         self.buffers = max(combining, rescaling if self.reductions else 0)
 
     @property
@@ -201,11 +204,10 @@ class TaskVectors(Kernel):
         if index < self.sparsifier.reductions:
             return self.sparsifier.reduce(index, tile, sparse)
         sums = BlockSums(2 * len(self.weights), tile.elements, self.granule, tile.workspace)
-        size = tile.empty()
         for place, delta in enumerate(deltas(self.inputs, tile)):
-            sums.add(torch.abs(delta, out=size))
+            sums.add(delta.abs_())  # no sparsifier looks at a sign
             self.sparsifier.apply(delta, place, tile, sparse)
-            sums.add(delta.abs_())
+            sums.add(delta)
         return [sums.partial()]
 
     def merge(self, index: int, merged: Any, partial: Any) -> Any:
@@ -224,12 +226,13 @@ class TaskVectors(Kernel):
     def combine(self, tile: Tile, state: Prepared | None) -> Tensor:
         state = state or Prepared()
         factors = [w * size for w, size in zip(self.weights, state.sizes or [1.0] * len(self.weights), strict=True)]
-        buffers = [tile.empty() for _ in self.weights] if self.elect else [tile.empty()]
-        for place, delta in enumerate(deltas(self.inputs, tile, buffers=buffers if self.elect else ())):
+        buffers = [tile.empty() for _ in (self.weights if self.elect else self.weights[:2])]
+        buffers += buffers[1:] * (len(self.weights) - len(buffers))  # all but the first of them in turn
+        for place, delta in enumerate(deltas(self.inputs, tile, buffers=buffers)):
             self.sparsifier.apply(delta, place, tile, state.sparse)
             _scale(delta, factors[place])
-            if not self.elect:
-                buffers[0].copy_(delta) if place == 0 else buffers[0].add_(delta)
+            if place and not self.elect:
+                buffers[0].add_(delta)
         if self.elect:
             elected_mean(buffers, self.weights if self.normalize else None, tile)
         return _scale(buffers[0], self.factor).add_(tile.load(base_of(self.inputs)))

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_REMEMBERED = 256  # buffers of a workspace
+
+
 class Workspace:
     """Scratch memory of one worker: a stack of buffers that is emptied for each tile, so that no pass allocates.
 
@@ -21,6 +24,7 @@ class Workspace:
     def __init__(self, memory: Tensor, dtype: torch.dtype) -> None:
         self._memory = memory
         self._used = 0
+        self._taken: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self.dtype = dtype
         self.peak = 0
 
@@ -37,7 +41,13 @@ class Workspace:
             raise MemoryError(
                 f"a kernel asked for more workspace than it declares: {self._used + nbytes} of {total} bytes"
             )
-        buffer = self._memory[self._used : self._used + elements * dtype.itemsize].view(dtype)
+        place = (self._used, elements, dtype)
+        buffer = self._taken.get(place)  # tiles take the same buffers, and to carve one costs as much as a small op
+        if buffer is None:
+            if len(self._taken) >= _REMEMBERED:
+                self._taken.clear()
+            buffer = self._memory[self._used : self._used + elements * dtype.itemsize].view(dtype)
+            self._taken[place] = buffer
         self._used += nbytes
         self.peak = max(self.peak, self._used)
         return buffer
