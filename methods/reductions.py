@@ -1,4 +1,4 @@
-"""Sums over a tensor that come out the same for any tiles: in a fixed order inside each block, and then over the blocks.
+"""Sums over a tensor that come out the same for any tiles: in a fixed order inside a block, and then over the blocks.
 
 A whole block is seen as rows of 2^11 elements. The rows are added up in the work dtype, one after the other, and what
 that gives, and the sums of the blocks, in float64. That takes half as long. Roundings to float32 are unbiased and

@@ -71,7 +71,8 @@ def test_the_table_has_medians_and_their_ratio(tmp_path: Path) -> None:
         for side, values in seconds.items()
         for value in values
     ]
-    results = {"title": "T", "versions": {"mergekit": "0.1.5"}, "mergekit_flags": "", "runs": runs}
+    results = {"title": "T", "versions": {"mergekit": "0.1.5"}, "mergekit_flags": "",
+        "mergeloom_flags": "--max-ram 1GiB", "runs": runs}
     text = compare.table(results | {"machine": compare.machine()})
     row = "| `ties` | 2.00 (1.00 to 3.00) | 10.00 (9.00 to 30.00) | 1.00 (1.00 to 1.00) | 5.0 | 2.00 | 1.00 | 1.00 |"
     assert row in text
