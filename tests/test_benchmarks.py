@@ -71,12 +71,12 @@ def test_the_table_has_medians_and_their_ratio(tmp_path: Path) -> None:
         for side, values in seconds.items()
         for value in values
     ]
-    results = {"title": "T", "versions": {"mergekit": "0.1.5"}, "mergekit_flags": "",
-        "mergeloom_flags": "--max-ram 1GiB", "runs": runs}
+    flags = {"mergekit_flags": "", "mergeloom_flags": "--max-ram 1GiB"}
+    results = {"title": "T", "versions": {"mergekit": "0.1.5"}, **flags, "runs": runs}
     text = compare.table(results | {"machine": compare.machine()})
     row = "| `ties` | 2.00 (1.00 to 3.00) | 10.00 (9.00 to 30.00) | 1.00 (1.00 to 1.00) | 5.0 | 2.00 | 1.00 | 1.00 |"
     assert row in text
-    assert "mergekit ran with its default flags. In 9 of 9 runs" in text
+    assert "mergeloom ran with `--max-ram 1GiB`, mergekit with its default flags. In 9 of 9 runs" in text
     document = tmp_path / "docs/benchmarks.md"
     for content in ("old", text):
         compare.put_between_markers(document, "here", content)
