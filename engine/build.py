@@ -35,6 +35,24 @@ class OutputStack:
 
 
 @dataclass(frozen=True, slots=True)
+class Saved:
+    """A stage whose output is written beside the last one's.
+
+    Args:
+        stage: the stage; its name is that of the folder.
+        layers: of its main stack.
+    """
+
+    stage: Stage
+    layers: int
+
+    @property
+    def folder(self) -> str:
+        """The folder in OUT."""
+        return self.stage.name or ""
+
+
+@dataclass(frozen=True, slots=True)
 class BuiltGraph:
     """A recipe turned into a graph, and what the output's other files need to know.
 
@@ -48,6 +66,7 @@ class BuiltGraph:
         head: whether a head (``lm_head``) is written.
         unused: input tensors that no output needs, with the reasons.
         warnings: what the user should know.
+        saved: the stages whose output is written, too, each to a folder of OUT that bears its name.
     """
 
     graph: MergeGraph
@@ -59,6 +78,7 @@ class BuiltGraph:
     head: bool
     unused: tuple[Unused, ...]
     warnings: tuple[str, ...]
+    saved: tuple[Saved, ...] = ()
 
     @property
     def layers(self) -> int:

@@ -505,7 +505,7 @@ class Executor:
     # --- what is said to people --------------------------------------------------------------------------------
 
     def _output_name(self, node: int) -> str:
-        return self.graph.outputs[self._destinations[node][0]].name
+        return self.graph.outputs[self._destinations[node][0]].label
 
     def _model(self, read: int) -> str:
         return self.graph.models[self.graph.read_models[read]]

@@ -62,11 +62,18 @@ class Output:
         name: its name.
         node: the node that makes it.
         group: the slice of the recipe that it belongs to; tensors of one group keep their source's order in the layout.
+        folder: the folder of OUT that the tensor's model lies in: the name of a stage that is saved, or empty.
     """
 
     name: str
     node: int
     group: int
+    folder: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tells it from all other outputs: its name, in a folder with the folder before it."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
 
 class MergeGraph:
@@ -121,9 +128,13 @@ class MergeGraph:
             self.node_key.append(key)
         return node
 
-    def add_output(self, name: str, node: int, group: int) -> None:
-        """Let `node` make the output tensor `name`."""
-        self.outputs.append(Output(name, node, group))
+    def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:
+        """Let `node` make the output tensor `name`, in a folder of OUT or in OUT itself."""
+        self.outputs.append(Output(name, node, group, folder))
+
+    def outputs_in(self, folder: str) -> list[int]:
+        """The numbers of the outputs in a folder of OUT, or in OUT itself."""
+        return [number for number, output in enumerate(self.outputs) if output.folder == folder]
 
     def operation(self, node: int) -> Operation:
         """What a node does."""
@@ -179,7 +190,7 @@ class MergeGraph:
             )
             graph.add_edges_from((("read", read), ("merge", node)) for read in self.node_sources[node])
         for number, output in enumerate(self.outputs):
-            graph.add_node(("output", number), name=output.name)
+            graph.add_node(("output", number), name=output.label)
             graph.add_edge(("merge", output.node), ("output", number))
         return graph
 

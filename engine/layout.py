@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import UsageError
@@ -33,7 +33,7 @@ class Shard:
     """One file of the output.
 
     Args:
-        name: its final name.
+        name: its final name in OUT, with the folder that it lies in.
         header: its first bytes, final.
         outputs: the numbers of the output tensors in it, as they lie.
         nbytes: its size, the header included.
@@ -52,7 +52,7 @@ class Layout:
     """Every shard, and the place of every output.
 
     Args:
-        shards: in the order of their names.
+        shards: in the order of their names, those of OUT itself first, then those of each folder.
         shard_of: for each output, the number of its shard.
         offset_of: for each output, the offset of its first byte in the shard.
     """
@@ -60,6 +60,10 @@ class Layout:
     shards: tuple[Shard, ...]
     shard_of: list[int]
     offset_of: list[int]
+
+    def shards_in(self, folder: str) -> list[Shard]:
+        """The shards in a folder of OUT, or in OUT itself."""
+        return [shard for shard in self.shards if shard.name.rpartition("/")[0] == folder]
 
     @property
     def nbytes(self) -> int:
@@ -95,22 +99,27 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
     """
     if shard_size < 2 * BLOCK:
         raise UsageError(f"--shard-size {shard_size} is too small for a shard's header: give at least 64KB")
-    runs, loose = _runs(graph)
     sizes = [graph.nbytes(output.node) for output in graph.outputs]
-    packer = _Packer(graph, sizes, shard_size)
-    for run in runs:
-        packer.place_run(run)
-    packer.place_loose(loose)
-    shards = sorted((shard for shard in packer.shards if shard.outputs), key=lambda shard: min(shard.outputs))
-    return _build(graph, shards, sizes, metadata or {"format": "pt"})
+    layout = Layout((), [0] * len(sizes), [0] * len(sizes))
+    for folder in dict.fromkeys(output.folder for output in graph.outputs):
+        runs, loose = _runs(graph, graph.outputs_in(folder))
+        packer = _Packer(graph, sizes, shard_size)
+        for run in runs:
+            packer.place_run(run)
+        packer.place_loose(loose)
+        shards = sorted((shard for shard in packer.shards if shard.outputs), key=lambda shard: min(shard.outputs))
+        built = _build(graph, shards, sizes, metadata or {"format": "pt"}, folder, layout)
+        layout = replace(layout, shards=(*layout.shards, *built))
+    return layout
 
 
-def _runs(graph: MergeGraph) -> tuple[list[list[int]], list[int]]:
+def _runs(graph: MergeGraph, numbers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
     """Outputs that are contiguous in one source file, in the source's order; and all other outputs."""
     files: dict[Path, int] = {}
     copies: list[tuple[int, int, int, int, int]] = []
     loose: list[int] = []
-    for number, output in enumerate(graph.outputs):
+    for number in numbers:
+        output = graph.outputs[number]
         if graph.operation(output.node).kind is not Kind.COPY:
             loose.append(number)
             continue
@@ -210,9 +219,15 @@ class _Packer:
             shard.outputs.sort(key=lambda number: -self._graph.node_dtype[self._graph.outputs[number].node].bits)
 
 
-def _build(graph: MergeGraph, shards: Sequence[_Open], sizes: Sequence[int], metadata: dict[str, str]) -> Layout:
-    shard_of = [0] * len(graph.outputs)
-    offset_of = [0] * len(graph.outputs)
+def _build(
+    graph: MergeGraph,
+    shards: Sequence[_Open],
+    sizes: Sequence[int],
+    metadata: dict[str, str],
+    folder: str,
+    layout: Layout,
+) -> list[Shard]:
+    """The shards of one folder, which come after those of `layout`; the places of their outputs are put into it."""
     built = []
     for index, shard in enumerate(shards):
         entries: list[tuple[str, DType, Sequence[int]]] = [
@@ -223,7 +238,7 @@ def _build(graph: MergeGraph, shards: Sequence[_Open], sizes: Sequence[int], met
         offset = len(header)
         computed: list[tuple[int, int]] = []
         for number in shard.outputs:
-            shard_of[number], offset_of[number] = index, offset
+            layout.shard_of[number], layout.offset_of[number] = len(layout.shards) + index, offset
             if graph.operation(graph.outputs[number].node).kind is not Kind.COPY and sizes[number]:
                 if computed and sum(computed[-1]) == offset:
                     computed[-1] = (computed[-1][0], computed[-1][1] + sizes[number])
@@ -231,5 +246,6 @@ def _build(graph: MergeGraph, shards: Sequence[_Open], sizes: Sequence[int], met
                     computed.append((offset, sizes[number]))
             offset += sizes[number]
         name = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        built.append(Shard(name, header, tuple(shard.outputs), offset, tuple(computed)))
-    return Layout(tuple(built), shard_of, offset_of)
+        path = f"{folder}/{name}" if folder else name
+        built.append(Shard(path, header, tuple(shard.outputs), offset, tuple(computed)))
+    return built

@@ -262,7 +262,7 @@ def _refuse_too_small(graph: MergeGraph, budget: Budget, need: _Need, minimum_ra
     node = need.slot_node if need.slot_node is not None else need.workspace_node
     if node is None and len(graph.node_sources):
         node = max(graph, key=lambda n: len(graph.node_sources[n]))
-    names = [output.name for output in graph.outputs if output.node == node][:1]
+    names = [output.label for output in graph.outputs if output.node == node][:1]
     reason = f", which {names[0]} needs" if names else ""
     if budget.ram < minimum_ram:
         raise BudgetError(

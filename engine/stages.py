@@ -17,7 +17,7 @@ from ..io.dtypes import DType
 from ..io.tensors import TensorRef
 from ..methods.contract import Inputs, Kernel, Method
 from .accounting import Unused
-from .build import BuiltGraph, build_graph
+from .build import BuiltGraph, Saved, build_graph
 from .fuse import FusedKernel, Part
 from .graph import Kind, MergeGraph, Operation
 from .inputs import Model, OpenModel
@@ -83,13 +83,9 @@ def build_stages(
 def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
     """What a stage makes, as the next one sees it: the types are those that it would have on the disk."""
     graph = built.graph
-    nominal = stage.out_dtype or stage.dtype
     tensors: dict[str, TensorRef] = {}
     for index, output in enumerate(graph.outputs):
-        kept = graph.operation(output.node).kind is Kind.SAME
-        dtype = graph.node_dtype[output.node]
-        if nominal is not None and not kept and dtype.kind is nominal.kind:
-            dtype = nominal
+        dtype = _type_on_disk(stage, graph, output.node)
         elements = graph.elements(output.node)
         tensors[output.name] = StageRef(
             Path(stage.name or "stage"),
@@ -104,6 +100,13 @@ def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping
     return replace(
         donor, tensors=tensors, config=None if config is None else dict(config), files=(), ignored=(), remarks=()
     )
+
+
+def _type_on_disk(stage: Stage, graph: MergeGraph, node: int) -> DType:
+    """The type that a tensor of a stage has where the stage's output is written."""
+    nominal, dtype = stage.out_dtype or stage.dtype, graph.node_dtype[node]
+    kept = graph.operation(node).kind is Kind.SAME
+    return nominal if nominal is not None and not kept and dtype.kind is nominal.kind else dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,9 @@ class _Flattener:
         for output in final.graph.outputs:
             dtype = final.graph.node_dtype[output.node]
             graph.add_output(output.name, self._add(graph, self._expression(last, output.node), dtype), output.group)
+        saved = [number for number, stage in enumerate(self._recipe.stages[:-1]) if stage.save]
+        for number in saved:
+            self._save(graph, number)
         donor = final
         while self._recipe.stage(reference := donor.models[donor.donor].reference) is not None:
             stage = self._recipe.stage(reference)
@@ -162,7 +168,16 @@ class _Flattener:
             donor_config=final.models[final.donor].checkpoint.config,
             unused=tuple(dict.fromkeys(self._unused(graph))),
             warnings=tuple(warning for found in self._built for warning in found.warnings),
+            saved=tuple(Saved(self._recipe.stages[number], self._built[number].layers) for number in saved),
         )
+
+    def _save(self, graph: MergeGraph, number: int) -> None:
+        """Let what a stage makes be written, too, in the types that it would have on its own."""
+        stage, found = self._recipe.stages[number], self._built[number].graph
+        for output in found.outputs:
+            dtype = _type_on_disk(stage, found, output.node)
+            node = self._add(graph, self._expression(number, output.node), dtype)
+            graph.add_output(output.name, node, output.group, stage.name or "")
 
     def _unused(self, graph: MergeGraph) -> Iterator[Unused]:
         """Every tensor of a file that the flat graph doesn't read, with the reason that some stage has."""

@@ -120,7 +120,7 @@ class OutputDirectory(Claim):
             if in_memory and self.found is None:
                 ranges = [(self.stage / shard.name, *extent) for shard in shards for extent in shard.computed]
                 self._reservation = Reservation(ranges)
-            for directory in (self.stage, self.work, self.path):
+            for directory in (*self._directories([shard.name for shard in shards], self.stage), self.work, self.path):
                 sync_directory(directory)
             self._sync_parents()
 
@@ -137,6 +137,7 @@ class OutputDirectory(Claim):
         """Make a shard, where it isn't there yet, and reserve its space."""
         path = self.stage / shard.name
         there = self.found is not None
+        make_directory(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if there else create_file(path)
         try:
             if not there:

@@ -101,7 +101,8 @@ def weaves(plan: Plan) -> tuple[list[Weave], list[Outside]]:
     graph, models = plan.built.graph, plan.built.models
     links: dict[str, set[tuple[int, int, str, int]]] = {}
     outside: dict[tuple[int, ...], list[int]] = {}
-    for number, output in enumerate(graph.outputs):
+    for number in graph.outputs_in(""):
+        output = graph.outputs[number]
         place = _layer_of(models[plan.built.donor], output.name)
         sources = graph.node_sources[output.node]
         if place is None:
@@ -162,7 +163,7 @@ def curves(plan: Plan, most: int = 12) -> list[Curve]:
     values: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
     names: dict[tuple[str, int], str] = {}
     layers = plan.built.layers
-    for output in graph.outputs:
+    for output in (graph.outputs[number] for number in graph.outputs_in("")):
         operation = graph.operation(output.node)
         layer = donor.layers.split(output.name)
         if operation.kind is not Kind.MERGE or layer is None or layer.stack != donor.layers.main.prefix:

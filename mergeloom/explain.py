@@ -133,7 +133,7 @@ class Explanation:
 def explain(plan: Plan, name: str) -> Explanation:
     """How the output tensor `name` is made. Raises UsageError where there is none, with the nearest names."""
     graph, layout, schedule = plan.built.graph, plan.layout, plan.schedule
-    number = next((number for number, output in enumerate(graph.outputs) if output.name == name), None)
+    number = next((number for number, output in enumerate(graph.outputs) if output.label == name), None)
     if number is None:
         raise UsageError(_no_such_tensor(plan, name))
     node = graph.outputs[number].node
@@ -162,7 +162,7 @@ def explain(plan: Plan, name: str) -> Explanation:
         device=schedule.budget.devices[device].name if merged else "",
         steps=tuple(place for place, _ in steps),
         destinations=tuple(
-            Destination(graph.outputs[n].name, layout.shards[layout.shard_of[n]].name, layout.offset_of[n])
+            Destination(graph.outputs[n].label, layout.shards[layout.shard_of[n]].name, layout.offset_of[n])
             for n in same
         ),
     )
@@ -237,7 +237,7 @@ def _no_such_tensor(plan: Plan, name: str) -> str:
     for unused in plan.built.unused:
         if name in unused.tensors:
             return f"--explain {name}: {unused.model} has it, but no output tensor is made of it: {unused.reason}"
-    near = nearest_names(name, [output.name for output in plan.built.graph.outputs])
+    near = nearest_names(name, [output.label for output in plan.built.graph.outputs])
     if not near:
         return (
             f"--explain {name}: the output has no tensor of that name; `mergeloom inspect MODEL --tensors` lists names"

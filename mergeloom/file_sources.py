@@ -69,7 +69,11 @@ class FileResolver:
     @property
     def output(self) -> FileSources:
         """Those of the output."""
-        return self._stages[self._recipe.output.name]
+        return self.of_stage(self._recipe.output)
+
+    def of_stage(self, stage: Stage) -> FileSources:
+        """Those of a stage that was added."""
+        return self._stages[stage.name]
 
     def add(self, stage: Stage, built: BuiltGraph) -> Mapping[str, Any] | None:
         """The config.json of what a stage makes; its other files are noted.

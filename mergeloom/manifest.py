@@ -84,7 +84,7 @@ def _outputs_digest(plan: Plan) -> str:
         operation = graph.operation(output.node)
         sources = [(graph.read_models[read], graph.read_names[read]) for read in graph.node_sources[output.node]]
         entry = (
-            output.name,
+            output.label,
             graph.node_dtype[output.node].name,
             graph.shape(output.node),
             operation.kind.value,
@@ -172,7 +172,7 @@ def manifest_bytes(
     Args:
         plan: what was made.
         facts: of it.
-        tensors: the digest of each output tensor; None where its bytes never came through the process.
+        tensors: the digest of each output tensor, by label; None where its bytes never came through the process.
         files: the digest of each file beside the shards.
     """
     content = {

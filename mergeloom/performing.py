@@ -18,7 +18,7 @@ from .io.commit import Ended
 from .io.digests import BLOCK_BYTES, tensor_digest
 from .io.failures import explain
 from .io.journal import Found, Journal
-from .io.output import OutputDirectory, ShardFile, index_bytes
+from .io.output import OutputDirectory, ShardFile
 from .io.reading import Stamps, changed, stamps_of
 from .io.sizes import format_size
 from .manifest import MANIFEST, differences, facts_of, manifest_bytes, source_name
@@ -27,8 +27,6 @@ from .planning import Plan
 from .resuming import Durable, durable_of
 from .sharing import copy_threads, place
 from .writing import Shards, records_of
-
-INDEX = "model.safetensors.index.json"
 
 
 class Engine(Protocol):
@@ -320,14 +318,8 @@ class Run:
     def _finish(self, journal: Journal, digests: Mapping[int, list[bytes]]) -> None:
         """Write the small files, and give everything its final name."""
         self._check_sources()
-        graph, layout = self.plan.built.graph, self.plan.layout
         last = write_model_files(self.plan, self.out)
-        if len(layout.shards) > 1:
-            names = {output.name: layout.shards[layout.shard_of[n]].name for n, output in enumerate(graph.outputs)}
-            total = sum(graph.nbytes(output.node) for output in graph.outputs)
-            self.out.write_file(INDEX, index_bytes(names, total))
-            last.append(INDEX)
-        tensors = {output.name: self._vouch(output.node, digests) for output in graph.outputs}
+        tensors = {output.label: self._vouch(output.node, digests) for output in self.plan.built.graph.outputs}
         self.out.write_file(MANIFEST, manifest_bytes(self.plan, self._facts, tensors, self.out.small_files()))
         last.append(MANIFEST)
         self.out.publish(last, lambda names: journal.append([{"publish": list(names)}]))

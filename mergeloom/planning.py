@@ -52,6 +52,23 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
+class MadeModel:
+    """A model that a merge makes: the output, or a stage's that is saved.
+
+    Args:
+        folder: where in OUT; empty for OUT itself.
+        stage: the stage that makes it.
+        files: where the files beside the weights come from.
+        layers: of its main stack.
+    """
+
+    folder: str
+    stage: Stage
+    files: FileSources
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a merge will do: the very schedule that it performs, and what the dry run prints.
 
@@ -69,6 +86,7 @@ class Plan:
         out: the model directory that it was placed for; None where it isn't known yet.
         unshared: bytes that are passed through without sharing the inputs' blocks, by the reason why.
         digests: whether every tensor gets a digest; what is shared is then read for it.
+        saved: what is made beside the output.
     """
 
     recipe: Recipe
@@ -84,6 +102,12 @@ class Plan:
     out: Path | None = None
     unshared: tuple[tuple[str, int], ...] = ()
     digests: bool = False
+    saved: tuple[MadeModel, ...] = ()
+
+    @property
+    def made(self) -> tuple[MadeModel, ...]:
+        """Every model that is made, the output first."""
+        return (MadeModel("", self.stage, self.files, self.built.layers), *self.saved)
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
@@ -144,16 +168,17 @@ class Plan:
         """Whether anything is computed; else bytes are only copied, and torch isn't needed."""
         return any(operation.kind is Kind.MERGE for operation in self.built.graph.operations)
 
-    def output_dict(self) -> dict[str, Any]:
-        """What is made, as plain data. Sizes are in bytes."""
-        graph = self.built.graph
+    def output_dict(self, made: MadeModel | None = None) -> dict[str, Any]:
+        """One of the models that are made, by default the output, as plain data. Sizes are in bytes."""
+        graph, made = self.built.graph, made or self.made[0]
+        nodes = [graph.outputs[number].node for number in graph.outputs_in(made.folder)]
         return {
-            "tensors": len(graph.outputs),
-            "parameters": sum(graph.elements(output.node) for output in graph.outputs),
-            "bytes": sum(graph.nbytes(output.node) for output in graph.outputs),
-            "layers": self.built.layers,
-            "shards": len(self.layout.shards),
-            "dtypes": sorted({graph.node_dtype[output.node].name for output in graph.outputs}),
+            "tensors": len(nodes),
+            "parameters": sum(map(graph.elements, nodes)),
+            "bytes": sum(map(graph.nbytes, nodes)),
+            "layers": made.layers,
+            "shards": len(self.layout.shards_in(made.folder)),
+            "dtypes": sorted({graph.node_dtype[node].name for node in nodes}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,6 +188,7 @@ class Plan:
         schedule = self.schedule
         return {
             "output": self.output_dict(),
+            "saved": [{"folder": made.folder, **self.output_dict(made)} for made in self.saved],
             "inputs": {
                 "models": [model.name for model in self.built.models],
                 "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
@@ -238,8 +264,6 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     methods = merge_methods()
     loaded = load_recipe(recipe, strict=options.strict, methods=methods)
     stage = loaded.output
-    for each in loaded.stages:
-        _refuse_what_is_not_there_yet(loaded, each)
     opened: dict[ModelReference, Checkpoint] = {}
 
     def open_once(reference: ModelReference) -> Checkpoint:
@@ -249,12 +273,17 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
 
     files = FileResolver(loaded, open_once)
     built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
+    saved = tuple(MadeModel(each.folder, each.stage, files.of_stage(each.stage), each.layers) for each in built.saved)
+    if saved:
+        from .folders import check_folders
+
+        check_folders(loaded, [each.stage for each in saved], files.output)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
     schedule = make_schedule(built.graph, budget_of(options, computes, built.graph))
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
     warnings = (*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings))
-    return Plan(loaded, stage, built, files.output, layout, schedule, options, warnings)
+    return Plan(loaded, stage, built, files.output, layout, schedule, options, warnings, saved=saved)
 
 
 def budget_of(options: Options, computes: bool, graph: MergeGraph) -> Budget:
@@ -271,10 +300,3 @@ def budget_of(options: Options, computes: bool, graph: MergeGraph) -> Budget:
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
     tensors = len(graph.reads) + len(graph.outputs)
     return make_budget(options.max_ram, devices, computes, machine.ram if machine else None, tensors)
-
-
-def _refuse_what_is_not_there_yet(recipe: Recipe, stage: Stage) -> None:
-    if stage.save:
-        message = "a stage can't be saved along with the output yet: merge its document from a file of its own first, "
-        message += "and name that directory in place of the stage"
-        raise recipe.error((*stage.place, "save"), message)

@@ -66,7 +66,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         Section(_headline(plan, said)),
         _output(plan, said),
         _inputs(plan, read),
-        _work(plan, said),
+        _work(plan),
         _memory(plan),
     ]
     if again := read_again_lines(read_again(plan, read)):
@@ -81,7 +81,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
 
 
 def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
-    shards = plan.layout.shards
+    shards = plan.layout.shards_in("")
     same = plan.files.config_from == plan.files.tokenizer_from
     largest = f", the largest of {data_size(max(shard.nbytes for shard in shards))}" if len(shards) > 1 else ""
     return Section(
@@ -94,8 +94,17 @@ def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
             ("dtype", ", ".join(said["dtypes"])),
             ("config from", plan.files.config_from),
             *([] if same else [("tokenizer from", plan.files.tokenizer_from)]),
+            *(("saved beside", _saved(made.folder, plan.output_dict(made))) for made in plan.saved),
         ),
     )
+
+
+def _saved(folder: str, said: Mapping[str, Any]) -> str:
+    """A stage that is written, too: ``middle/: 12 layers, 1.24B parameters, 2.47GB in 1 file, BF16``."""
+    layers = f"{plural(said['layers'], 'layer')}, " if said["layers"] else ""
+    files = plural(said["shards"], "file")
+    parameters = f"{big_number(said['parameters'])} parameters"
+    return f"{folder}/: {layers}{parameters}, {data_size(said['bytes'])} in {files}, {', '.join(said['dtypes'])}"
 
 
 def _inputs(plan: Plan, read: Sequence[int]) -> Section:
@@ -126,12 +135,13 @@ def _times(used: int, read: int) -> str:
     return f"{read / used:.2g}x" if used else ""
 
 
-def _work(plan: Plan, said: Mapping[str, Any]) -> Section:
+def _work(plan: Plan) -> Section:
     graph, schedule = plan.built.graph, plan.schedule
     again = ", every byte once"
     if schedule.bytes_reread:
         again = f", {data_size(schedule.bytes_reread)} of it again, since the budget holds no more"
     copied, shared = plan.bytes_copied, plan.bytes_shared
+    bytes_out = sum(graph.nbytes(output.node) for output in graph.outputs)
     aside = f", {data_size(copied)} of it by the kernel alone" if copied else ""
     fields = [
         ("reads", f"{data_size(plan.bytes_read)}{again}"),
@@ -139,7 +149,7 @@ def _work(plan: Plan, said: Mapping[str, Any]) -> Section:
     ]
     if shared:
         fields.append(("shares", f"{data_size(shared)} with the inputs: neither read nor written, and no disk taken"))
-    elif plan.out is None and (passed := said["bytes"] - plan.bytes_computed):
+    elif plan.out is None and (passed := bytes_out - plan.bytes_computed):
         fields.append(("could share", f"up to {data_size(passed)} with the inputs: give OUT to see"))
     fields += [("not shared", f"{data_size(nbytes)}: {reason}") for reason, nbytes in plan.unshared]
     if missing := [file for file in plan.downloads if not file.present]:
@@ -208,7 +218,7 @@ def _held(plan: Plan, buffers: int, curve: Sequence[int], top: int, *, vram: boo
 
 def _set_by(plan: Plan) -> str:
     node = plan.schedule.minimum_ram_node
-    name = next((output.name for output in plan.built.graph.outputs if output.node == node), None)
+    name = next((output.label for output in plan.built.graph.outputs if output.node == node), None)
     return f", which {name} needs" if name is not None else ""
 
 
@@ -369,7 +379,7 @@ def _beside(measured: int, foretold: int) -> str:
 def overflow_section(result: Result) -> Section:
     """Finite inputs whose result was too large for the output's dtype, by tensor."""
     graph, overflowed = result.plan.built.graph, result.measured.overflowed
-    dtypes = {output.name: graph.node_dtype[output.node].name for output in graph.outputs}
+    dtypes = {output.label: graph.node_dtype[output.node].name for output in graph.outputs}
     worst = sorted(overflowed.items(), key=lambda item: (-item[1], item[0]))
     lines = [f"{name}: {plural(count, 'value')} beyond {dtypes.get(name, 'its dtype')}" for name, count in worst[:10]]
     if len(worst) > 10:

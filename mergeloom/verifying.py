@@ -108,7 +108,8 @@ class _Verification:
             if problem:
                 self.damaged.append(f"{name}: {problem}")
             if header is not None:
-                self._found.update(header.tensors)
+                folder = name.rpartition("/")[0]
+                self._found.update((f"{folder}/{key}" if folder else key, ref) for key, ref in header.tensors.items())
 
     def files(self) -> None:
         """Every file beside the shards."""
@@ -122,9 +123,11 @@ class _Verification:
             except OSError as error:
                 self.damaged.append(f"{name}: {error.strerror}")
         known = {*self.manifest["files"], *self.manifest["shards"], MANIFEST}
-        for file in sorted(self.out.iterdir()):
-            if file.name not in known and file.name.endswith(_WEIGHTS):
-                self.unvouched.append(f"{file.name} is not in the manifest")
+        for folder in sorted({(self.out / name).parent for name in self.manifest["shards"]}):
+            for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+                name = str(file.relative_to(self.out))
+                if name not in known and name.endswith(_WEIGHTS):
+                    self.unvouched.append(f"{name} is not in the manifest")
 
     def tensors(self, threads: int) -> None:
         """Every byte of every tensor."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from mergeloom.errors import RecipeError
 from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
 from tests import reference
@@ -169,15 +168,6 @@ def test_slerp_ties_and_linear_fuse(tmp_path: Path) -> None:
         off = (ours[name].double() - exact).abs() > exact.abs() * 2.0**-8 + 1e-7
         assert int(off.sum()) <= 1e-4 * off.numel(), name
     assert distances[0] < distances[1]
-
-
-def test_a_stage_is_not_saved_yet(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", tiny_llama(), fill=1)
-    first = f"name: x\nmerge_method: passthrough\nmodels: [{{model: {source}}}]\n"
-    last = "---\nmerge_method: passthrough\nmodels: [{model: x}]\n"
-    plan(write(tmp_path / "plain.yml", f"{first}save: false\n{last}"), ROOMY)
-    with pytest.raises(RecipeError, match=r"x\.save: a stage can't be saved along with the output yet"):
-        plan(write(tmp_path / "saved.yml", f"{first}save: true\n{last}"), ROOMY)
 
 
 def test_out_dtype_rounds_an_intermediate(tmp_path: Path) -> None:
