@@ -121,11 +121,18 @@ def _of_tokenizer(content: Mapping[str, Any]) -> dict[str, int]:
         rows = {str(entry[0]): row for row, entry in enumerate(vocabulary)}
     else:
         rows = _of_mapping(vocabulary)
-    return rows | {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or ()}
+    return rows | {str(token["content"]): _row(token["id"]) for token in content.get("added_tokens") or ()}
 
 
 def _of_mapping(content: Mapping[str, Any]) -> dict[str, int]:
-    return {token: int(row) for token, row in content.items()}
+    return {token: _row(row) for token, row in content.items()}
+
+
+def _row(value: object) -> int:
+    """A token's row, which may be text where it is a key. Raises ValueError: JSON has numbers that are no row."""
+    if isinstance(value, (int, str)):
+        return int(value)
+    raise ValueError(f"a row of {value!r}")
 
 
 def _added(directory: Path, main: Path) -> dict[str, int]:
@@ -133,7 +140,7 @@ def _added(directory: Path, main: Path) -> dict[str, int]:
     rows = {} if main.name == "tokenizer.json" else _of_mapping(read_json(directory / "added_tokens.json") or {})
     config = read_json(directory / "tokenizer_config.json") or {}
     decoder = config.get("added_tokens_decoder") or {}
-    return rows | {str(token["content"]): int(row) for row, token in decoder.items()}
+    return rows | {str(token["content"]): _row(row) for row, token in decoder.items()}
 
 
 def _pieces(data: bytes) -> Iterator[str]:

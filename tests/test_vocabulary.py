@@ -117,6 +117,9 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         {"vocab__json": {}, "added_tokens__json": [1]},
         {"vocab__json": {}, "tokenizer_config__json": {"added_tokens_decoder": {"x": {"content": "a"}}}},
         {"vocab__json": {}, "tokenizer_config__json": [1]},
+        {"tokenizer__json": {"model": {"vocab": {"a": float("inf")}}}},
+        {"tokenizer__json": {"model": {"vocab": {"a": 1.5}}}},
+        {"tokenizer__json": {"model": {"vocab": {}}, "added_tokens": [{"content": "a", "id": float("nan")}]}},
     ],
     ids=str,
 )
