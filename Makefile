@@ -12,7 +12,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compat bench clean
+.PHONY: help demo test check compat soak bench clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -80,6 +80,7 @@ bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/rea
 	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS) \
 		--disk $(BENCH_DISK)
 	$(BIN)/python -m benchmarks.passthrough --models $(BENCH_MODELS) --disk $(BENCH_DISK)
+	$(BIN)/python -m benchmarks.overhead --models $(BENCH_MODELS) --out $(BENCH_DISK)
 
 clean:
 	rm -rf .venv .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
