@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from benchmarks.compare import RESULTS, machine, sync
+from benchmarks.compare import RESULTS, machine, sync, touch_memory
 from benchmarks.make_models import CACHE, make_models
 from mergeloom.io.digests import BLOCK_BYTES
 from mergeloom.io.journal import Journal
@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=CACHE / "1b", help="made where they aren't there: 10 GB")
     parser.add_argument("--out", type=Path, help="a directory on the disk to write to; by default beside the models")
     parser.add_argument("--method", choices=RECIPES, default="linear")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=9)
     arguments = parser.parse_args()
     make_models(arguments.models, "1b")
     recipe = RECIPES[arguments.method]
@@ -105,6 +105,7 @@ def main() -> int:
             with file.open("rb", buffering=0) as stream:
                 while stream.read(1 << 24):
                     pass
+        touch_memory(8 << 30)
 
     for number in range(arguments.pairs + 1):
         for which in ("with", "without") if number % 2 else ("without", "with"):
