@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ def plan(
     threads: int | None = None,
     strict: bool = False,
     machine: str | None = None,
+    methods: Iterable[str | os.PathLike[str]] = (),
 ) -> Plan:
     """Plan a merge: what it will read, write and hold, from the models' headers alone. Printed, it is the dry run.
 
@@ -45,6 +46,7 @@ def plan(
         threads: compute threads of the CPU; by default the cores that the process may use.
         strict: make unknown keys and parameters in the recipe errors.
         machine: another machine to plan for, such as ``"ram=64GiB,vram=24GiB,cores=16"``.
+        methods: Python files with merge methods of your own.
 
     Raises:
         RecipeError: for a mistake in the recipe.
@@ -52,7 +54,7 @@ def plan(
         BudgetError: where the merge doesn't fit the budget.
         UsageError: for an argument that is none.
     """
-    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict)
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
     return make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
 
 
@@ -67,6 +69,7 @@ def merge(
     shard_size: Size = "5GB",
     threads: int | None = None,
     strict: bool = False,
+    methods: Iterable[str | os.PathLike[str]] = (),
     digests: str = "written",
     fresh: bool = False,
     notify: Callable[[Progress], None] | None = None,
@@ -78,7 +81,7 @@ def merge(
         recipe: as `plan` takes it, or a Plan, which is performed as it is: the options were given to `plan` then.
         out: the directory to make, new or empty, or with an unfinished merge of the same recipe; None for a rehearsal
             that does all of it and writes nothing.
-        max_ram, max_vram, device, seed, shard_size, threads, strict: as for `plan`.
+        max_ram, max_vram, device, seed, shard_size, threads, strict, methods: as for `plan`.
         digests: ``written``, or ``full``: note the digests of those tensors, too, that are only shared or copied.
         fresh: discard an unfinished merge in `out`, and begin anew.
         notify: called now and then, from this thread, with how far it is.
@@ -89,7 +92,7 @@ def merge(
     """
     from .merging import merge as perform
 
-    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict)
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
     if isinstance(recipe, Plan) and options not in (Options(), recipe.options):
         raise UsageError("a Plan is performed with the options that it was made with: give these to `plan` instead")
     if digests not in ("written", "full"):
@@ -105,6 +108,7 @@ def _options(
     shard_size: Size,
     threads: int | None,
     strict: bool,
+    methods: Iterable[str | os.PathLike[str]],
 ) -> Options:
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}: give 1 or more")
@@ -116,6 +120,7 @@ def _options(
         shard_size=_bytes("shard_size", shard_size),
         threads=threads,
         strict=strict,
+        methods=tuple(os.fspath(file) for file in methods),
     )
 
 

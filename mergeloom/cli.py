@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PIPE_CLOSED = 141
 """As the shell has it for a process that SIGPIPE ended."""
+
+METHODS = "Merge methods of your own, from a Python file; may be repeated."
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,6 +62,7 @@ def planning_options(command: F) -> F:
             click.option("--shard-size", type=size, default="5GB", show_default=True, help="The most of one file."),
             click.option("--threads", type=click.IntRange(1), help="Compute threads of the CPU.  [default: all cores]"),
             click.option("--strict", is_flag=True, help="Make unknown keys and parameters in the recipe errors."),
+            click.option("--methods", multiple=True, type=click.Path(), metavar="FILE", help=METHODS),
         )
     ):
         command = option(command)
@@ -281,13 +284,16 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--methods", "files", multiple=True, type=click.Path(), metavar="FILE", help=METHODS)
+def methods(name: str | None, files: Sequence[str]) -> None:
     """List the merge methods, or show one and its parameters."""
     from .display import Grid, Section, show
     from .method_pages import method_sections
     from .methods import merge_methods
+    from .methods.plugins import load_entry_points
 
-    known = merge_methods()
+    known = merge_methods(files)
+    load_entry_points()
     if name is not None:
         show(method_sections(_method(name, known)))
         return
@@ -308,7 +314,7 @@ def _method(name: str, known: Mapping[str, Method]) -> Method:
 def _options(options: Mapping[str, Any]) -> Options:
     from .planning import Options
 
-    return Options(**options)
+    return Options(**{**options, "methods": tuple(options["methods"])})
 
 
 def _memory_warnings(planned: Plan) -> list[str]:

@@ -22,6 +22,7 @@ from .io.header import open_source, read_range
 from .io.hub import HubCheckpoint
 from .io.identity import file_identity
 from .methods.contract import Kernel
+from .methods.plugins import code_of
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -34,6 +35,7 @@ _WORDS = {
     "shard_size": "the shard size",
     "layout": "the layout version of mergeloom",
     "device": "the device, which arcee_fusion's bytes depend on",
+    "methods": "the code of its methods that aren't mergeloom's own",
     "sources": "the source files",
     "outputs": "the recipe",
 }
@@ -53,8 +55,10 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     for (model, file), found in zip(used, identities, strict=True):
         sources.setdefault(str(model), {})[source_name(plan, model, file)] = found
     arithmetic = _arithmetic(plan)
+    methods = {name: code for stage in plan.recipe.stages if (code := code_of(name := stage.merge_method))}
     return {
         **({"device": arithmetic} if arithmetic else {}),
+        **({"methods": methods} if methods else {}),
         "mergeloom": __version__,
         "recipe": plan.recipe.text,
         "seed": plan.options.seed,

@@ -39,6 +39,7 @@ class Options:
         threads: compute threads of the CPU; by default the cores that the process may use.
         strict: make unknown keys and parameters in the recipe errors.
         machine: the machine to plan for; this one where None.
+        methods: Python files with merge methods of the user's.
     """
 
     max_ram: int | None = None
@@ -49,6 +50,7 @@ class Options:
     threads: int | None = None
     strict: bool = False
     machine: Machine | None = None
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +263,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
         BudgetError: where the merge doesn't fit the budget.
     """
     options = options or Options()
-    methods = merge_methods()
+    methods = merge_methods(options.methods)
     loaded = load_recipe(recipe, strict=options.strict, methods=methods)
     stage = loaded.output
     opened: dict[ModelReference, Checkpoint] = {}

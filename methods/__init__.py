@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from .contract import Method, registered
+from .contract import Method
 
 
-def merge_methods() -> Mapping[str, Method]:
-    """Every merge method by name: the built-in ones, and those registered by the user."""
-    from . import catalogue  # noqa: F401  registers the built-in methods
+def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:
+    """Every merge method by name: the built-in ones, those of the given Python files, and of installed packages.
 
-    return registered()
+    Raises:
+        UsageError: where a file, or a package, doesn't do what it should: see `plugins`.
+    """
+    from .plugins import Known, load_methods
+
+    for file in files:
+        load_methods(file)
+    return Known()
