@@ -67,6 +67,7 @@ class BuiltGraph:
         unused: input tensors that no output needs, with the reasons.
         warnings: what the user should know.
         saved: the stages whose output is written, too, each to a folder of OUT that bears its name.
+        intermediates: how many tensors the stages before the last make.
     """
 
     graph: MergeGraph
@@ -79,6 +80,7 @@ class BuiltGraph:
     unused: tuple[Unused, ...]
     warnings: tuple[str, ...]
     saved: tuple[Saved, ...] = ()
+    intermediates: int = 0
 
     @property
     def layers(self) -> int:

@@ -169,6 +169,7 @@ class _Flattener:
             unused=tuple(dict.fromkeys(self._unused(graph))),
             warnings=tuple(warning for found in self._built for warning in found.warnings),
             saved=tuple(Saved(self._recipe.stages[number], self._built[number].layers) for number in saved),
+            intermediates=sum(len(found.graph.outputs) for found in self._built[:-1]),
         )
 
     def _save(self, graph: MergeGraph, number: int) -> None:

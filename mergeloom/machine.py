@@ -22,12 +22,14 @@ CUDA_BYTES = 1200 << 20
 """What a CUDA context adds to the process in host memory, in bytes."""
 SLACK_BYTES = 24 << 20
 """For thread stacks, file buffers and the display, in bytes."""
-COPYING_SLACK_BYTES = 14 << 20
+COPYING_SLACK_BYTES = 8 << 20
 """The same where nothing is computed."""
-PROGRAM_BYTES = 28 << 20
+PROGRAM_BYTES = 31 << 20
 """What the process takes once it has planned a small merge: the interpreter and what was imported, in bytes."""
 TENSOR_BYTES = 1280
 """What planning takes for each tensor that is read or made, in bytes."""
+FIRST_TENSORS, FIRST_BYTES = 4000, 2920
+"""So many of the tensors take so much more: with them come files, headers and tables that many tensors share."""
 JITTER_BYTES = 2 << 20
 """How much more a process may take than is reckoned before that counts."""
 GUEST_STEP = 16 << 20
@@ -234,16 +236,16 @@ def make_budget(
         max_ram: the bound on the process's resident memory in bytes; a share of the machine's where None.
         devices: those that compute.
         computes: whether anything is computed, so that torch is needed.
-        total: bytes of the machine's memory; this one's where None.
+        total: bytes of the machine's memory, where it isn't this one: what this process holds then doesn't count.
         tensors: how many tensors are read and made, which planning keeps account of.
     """
     # a reckoned figure, not the one of this moment, so that a plan and its merge agree to the byte
-    baseline = PROGRAM_BYTES + tensors * TENSOR_BYTES
+    baseline = PROGRAM_BYTES + tensors * TENSOR_BYTES + min(tensors, FIRST_TENSORS) * FIRST_BYTES
     now = process_memory().now
-    if now > baseline + JITTER_BYTES:  # mergeloom is a guest in a larger program
+    if total is None and now > baseline + JITTER_BYTES:  # mergeloom is a guest in a larger program
         baseline = -(-now // GUEST_STEP) * GUEST_STEP
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES
-    if computes and "torch" not in sys.modules:
+    if computes and (total is not None or "torch" not in sys.modules):
         baseline += TORCH_BYTES
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES

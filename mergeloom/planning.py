@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine.build import BuiltGraph
-from .engine.graph import Kind, MergeGraph
+from .engine.graph import Kind
 from .engine.layout import Layout, lay_out
 from .engine.recipe import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule import Budget, Schedule, make_schedule
@@ -282,23 +282,23 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
         check_folders(loaded, [each.stage for each in saved], files.output)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
-    schedule = make_schedule(built.graph, budget_of(options, computes, built.graph))
+    schedule = make_schedule(built.graph, budget_of(options, computes, built))
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
     warnings = (*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings))
     return Plan(loaded, stage, built, files.output, layout, schedule, options, warnings, saved=saved)
 
 
-def budget_of(options: Options, computes: bool, graph: MergeGraph) -> Budget:
+def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
     """The budget that a merge has to fit, on this machine or on the one that the options name.
 
     Args:
         options: as given to `plan`.
         computes: whether anything is computed; else no device and no torch is needed.
-        graph: what is made.
+        built: what is made.
     """
     machine = options.machine
     threads = options.threads or (machine.cores if machine else None) or usable_cores()
     gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
-    tensors = len(graph.reads) + len(graph.outputs)
+    tensors = len(built.graph.reads) + len(built.graph.outputs) + built.intermediates
     return make_budget(options.max_ram, devices, computes, machine.ram if machine else None, tensors)

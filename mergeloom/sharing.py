@@ -81,7 +81,7 @@ def unplaced(plan: Plan) -> Plan:
     """The plan as it was before it was placed anywhere."""
     if plan.out is None:
         return plan
-    schedule = make_schedule(plan.built.graph, budget_of(plan.options, plan.computes, plan.built.graph))
+    schedule = make_schedule(plan.built.graph, budget_of(plan.options, plan.computes, plan.built))
     return replace(plan, schedule=schedule, transfers=(), moved=frozenset(), out=None, unshared=(), digests=False)
 
 

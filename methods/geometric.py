@@ -78,12 +78,17 @@ def nuslerp(
     return (ColumnCombination if nuslerp_row_wise else RowCombination)(inputs, inputs.base, coefficients)
 
 
+_OPPOSITE = 2.0**-10
+"""The sine below which directions are opposite: products rounded to float32 tell angles near pi no better."""
+
+
 def sphere_mean(span: Span, weights: Sequence[float], steps: int, tol: float, eps: float) -> list[float]:
     """The weighted mean of the directions of the span's vectors, on the unit sphere.
 
     Begins with the direction of the weighted mean of the unit vectors, and takes at most `steps` steps of the Karcher
     mean: to the tangent space, the mean there, and back to the sphere; until a step is shorter than `tol`. Vectors
-    no longer than `eps` have no direction. Zero where all the directions cancel.
+    no longer than `eps` have no direction, and one opposite to the mean has no tangent. Zero where all the directions
+    cancel.
     """
     directed = [(w, span.direction(i)) for i, w in enumerate(weights) if span.lengths[i] > eps]
     start = combine(*directed) if directed else [0.0] * len(weights)
@@ -95,7 +100,7 @@ def sphere_mean(span: Span, weights: Sequence[float], steps: int, tol: float, ep
         for w, direction in directed:
             cosine = max(-1.0, min(1.0, span.dot(direction, mean)))
             angle = math.acos(cosine)
-            if math.sin(angle) > eps:
+            if math.sin(angle) > (eps if cosine > 0 else max(eps, _OPPOSITE)):
                 tangents.append((w * angle / math.sin(angle), combine((1.0, direction), (-cosine, mean))))
         tangent = combine(*tangents) if tangents else [0.0] * len(weights)
         if (length := span.length(tangent)) < tol:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -465,6 +466,8 @@ def test_a_killed_process_goes_on_where_it_stopped(
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(number)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it must have seen the signal before it gets the rest
+        child.wait(1)
     release.set()
     child.communicate(timeout=20)
     assert child.returncode != 0
