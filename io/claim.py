@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -130,13 +131,31 @@ def _foreign(path: Path) -> str:
         return f"is a broken link; {_EMPTY}" if path.is_symlink() else ""
     if not path.is_dir():
         return f"is a file; {_EMPTY}"
+    if special := _special(path / WORK):
+        return f"holds {special.relative_to(path)}, which no merge has made (a link, or a special file): remove it"
     present = {entry.name for entry in path.iterdir()} - {WORK}
     if present and (found := read_journal(path / WORK / JOURNAL)) is not None:
-        present -= {PurePosixPath(name).parts[0] for name in published_names(found)}
+        names = published_names(found)
+        for name in names:
+            within = [path / name, *(path / parent for parent in PurePosixPath(name).parents)][:-1]
+            if link := next((each for each in within if each.is_symlink()), None):
+                return f"holds {link.relative_to(path)}, a link, which no merge has made: remove it"
+        present -= {PurePosixPath(name).parts[0] for name in names}
     if not present:
         return ""
     shown = ", ".join(sorted(present)[:3]) + (", ..." if len(present) > 3 else "")
     return f"is not empty ({shown}); {_EMPTY}, so that nothing is overwritten"
+
+
+def _special(path: Path) -> Path | None:
+    """A link, pipe or device at or below a path: what is written or removed there might lie anywhere."""
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            return next((found for entry in path.iterdir() if (found := _special(entry)) is not None), None)
+    except FileNotFoundError:  # or another merge has just removed it
+        return None
+    return None if stat.S_ISREG(mode) else path
 
 
 def is_whole(path: Path, sign: str) -> bool:

@@ -202,6 +202,9 @@ def remove_directory(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a directory with all that is in it; links are not followed. One that is not there is no error."""
+    if path.is_symlink():
+        remove(path)
+        return
     for entry in sorted(path.iterdir()) if path.is_dir() else ():
         if entry.is_dir() and not entry.is_symlink():
             remove_tree(entry)

@@ -14,6 +14,7 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
 from mergeloom.io import platform
 from mergeloom.io.dtypes import F32
 from mergeloom.io.header import build_header
+from mergeloom.io.journal import Journal
 from mergeloom.io.output import WORK, OutputDirectory, ShardFile, index_bytes
 from mergeloom.merging import merge
 from mergeloom.planning import Options
@@ -109,6 +110,41 @@ def test_what_is_not_ours_is_left_alone(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{out}: is .*; OUT must be a new or empty directory"):
         OutputDirectory(out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("link", [WORK, f"{WORK}/pid", f"{WORK}/out", f"{WORK}/out/a", "published", "published/file"])
+def test_no_link_in_it_leads_out_of_it(link: str, fresh: bool, tmp_path: Path) -> None:
+    """An OUT may have been unpacked from anywhere."""
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "file").write_text("keep me")
+    out = tmp_path / "out"
+    place = out / link
+    place.parent.mkdir(parents=True)
+    if link != WORK:
+        (out / WORK).mkdir(exist_ok=True)
+        Journal(out / WORK / "journal", {}, [{"publish": ["published/file"]}]).close()
+    place.symlink_to(target / "file" if link.endswith(("pid", "file")) else target)
+    with pytest.raises(UsageError, match=f"holds {link}.*remove it"):
+        made = OutputDirectory(out)
+        if fresh:
+            made.start_over()
+    assert (target / "file").read_text() == "keep me"
+    assert place.is_symlink()
+
+
+def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "file").write_text("keep me")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "sign").write_text("")
+    (out / WORK).symlink_to(target)
+    OutputDirectory(out, "sign").close()
+    assert (target / "file").read_text() == "keep me"
+    assert not (out / WORK).is_symlink()
 
 
 def test_an_impossible_name_is_said(tmp_path: Path) -> None:
