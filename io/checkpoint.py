@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
 from .header import Header, open_source, quoted, read_header, read_range
+from .reading import Stamps, stamps_of
 from .tensors import TensorRef
 
 MAX_INDEX_BYTES = 256_000_000
@@ -42,6 +43,7 @@ class Checkpoint:
         files: the files that hold the tensors, in the order of their names.
         ignored: other .safetensors files in the same directory: stale shards, other formats of the same weights.
         remarks: what the user should be told of: sentences, each about a disagreement between the index and its shards.
+        stamps: what the files were before their headers were read; none of files that aren't here yet.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     ignored: tuple[Path, ...]
     remarks: tuple[str, ...] = ()
+    stamps: Stamps = field(default_factory=dict)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -72,11 +75,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = _read_config(directory / "config.json")
     remarks: list[str] = []
     if index is None:
+        stamps = stamps_of(files)
         headers = _read_headers(files)
         tensors = _unite(files, headers)
     else:
         weight_map = _read_weight_map(index)
         files = _find_shards(index, sorted(set(weight_map.values())))
+        stamps = stamps_of(files)
         headers = _read_headers(files)
         tensors, remarks = _follow_index(index, weight_map, files, headers)
     if not tensors:
@@ -94,6 +99,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files=tuple(files),
         ignored=tuple(file for file in present if file not in used),
         remarks=tuple(remarks),
+        stamps=MappingProxyType(stamps),
     )
 
 

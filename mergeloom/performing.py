@@ -13,7 +13,7 @@ from .engine.graph import Kind
 from .engine.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers, written_ranges
 from .engine.work import Measured, Progress, Sink
-from .errors import Interrupted, MergeloomError, UsageError
+from .errors import CheckpointError, Interrupted, MergeloomError, UsageError
 from .io.commit import Ended
 from .io.digests import BLOCK_BYTES, tensor_digest
 from .io.failures import explain
@@ -147,6 +147,7 @@ class Run:
         self.plan = place(self.plan, self.out.path, digests=digests)
         graph, layout = self.plan.built.graph, self.plan.layout
         self._stamps = stamps_of(sorted({ref.file for ref in graph.reads}))
+        self._check_plan()
         self._facts = facts_of(self.plan)
         found = self._found = self._look(fresh)
         ranges = written_ranges(graph, layout, self.plan.transfers)
@@ -197,6 +198,15 @@ class Run:
     def _times(self) -> dict[str, int]:
         """When each source file was changed last, in nanoseconds."""
         return {str(file): stamp[2] for file, stamp in self._stamps.items()}
+
+    def _check_plan(self) -> None:
+        """Raises CheckpointError where a source file isn't any more the one of which the header was planned with."""
+        for model in self.plan.built.models:
+            for file, stamp in model.checkpoint.stamps.items():
+                if self._stamps.get(file, stamp) != stamp:
+                    raise CheckpointError(
+                        f"{file} was changed since the merge was planned: run the same command again, or plan anew"
+                    )
 
     def _check_sources(self) -> None:
         """Raises CheckpointError where a source file was replaced or written to since the run began."""

@@ -290,6 +290,63 @@ def test_a_source_that_changes_during_the_merge(what: str, tmp_path: Path, monke
     assert digests(out) == digests(tmp_path / "whole")
 
 
+def test_a_source_that_was_replaced_since_it_was_planned(tmp_path: Path) -> None:
+    """Its tensors may lie elsewhere now."""
+    shapes = {f"model.layers.{layer}.w.weight": (96, 64) for layer in range(2)}
+    models = [write_checkpoint(tmp_path / name, shapes, dtype="F32", fill=seed) for seed, name in enumerate("ab")]
+    other = write_checkpoint(tmp_path / "other", {**shapes, "model.norm.weight": (64,)}, dtype="F32", fill=7)
+    named = [{"model": str(model), "parameters": {"weight": 1}} for model in models]
+    planned = plan({"merge_method": "linear", "models": named}, OPTIONS)
+    file = models[0] / "model.safetensors"
+    (other / "model.safetensors").rename(file)
+    with pytest.raises(CheckpointError, match=rf"{file} was changed since the merge was planned"):
+        run(planned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["replaced", "overwritten"])
+def test_a_source_that_changes_and_is_put_back(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is moved away and back was read all along; one that was written to may have been read meanwhile."""
+    shapes = {f"model.layers.{layer}.w.weight": (96, 64) for layer in range(8)}
+    models = [write_checkpoint(tmp_path / name, shapes, dtype="F32", fill=seed) for seed, name in enumerate("ab")]
+    other = write_checkpoint(tmp_path / "other", shapes, dtype="F32", fill=7) / "model.safetensors"
+    recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in models]}
+    run(plan(recipe, OPTIONS), tmp_path / "whole")
+    file, saved = models[0] / "model.safetensors", tmp_path / "saved"
+    whole = file.read_bytes()
+    read, lock, reads = Reader.read, threading.Lock(), 0
+
+    def change(self: Reader, source: Path, offset: int, buffer: memoryview) -> None:
+        nonlocal reads
+        with lock:
+            reads += 1
+            if reads == 10:
+                if what == "replaced":
+                    file.rename(saved)
+                    os.link(other, file)
+                else:
+                    file.write_bytes(other.read_bytes())
+            read(self, source, offset, buffer)
+            if reads == 14:
+                if what == "replaced":
+                    saved.replace(file)
+                else:
+                    file.write_bytes(whole)
+
+    monkeypatch.setattr(Reader, "read", change)
+    out = tmp_path / "out"
+    if what == "replaced":
+        run(plan(recipe, OPTIONS), out)
+    else:
+        with pytest.raises(CheckpointError, match=f"{file} was changed during the merge"):
+            run(plan(recipe, OPTIONS), out)
+        assert not (out / "mergeloom.json").exists()
+    assert reads >= 14
+    monkeypatch.setattr(Reader, "read", read)
+    run(plan(recipe, OPTIONS), out)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 def wait_for(ready: Callable[[], bool], seconds: float = 20) -> None:
     """Wait until something has happened."""
     end = time.monotonic() + seconds
