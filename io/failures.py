@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import DiskSpaceError, EnvironmentFailure
 from .sizes import format_size
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up"}
 
 
 @contextmanager
@@ -34,9 +34,15 @@ def explained(path: Path, what: str) -> Iterator[None]:
 
 def explain(error: OSError, path: Path, what: str) -> DiskSpaceError | EnvironmentFailure:
     """The error of ours that says what `error` means for the output at `path`."""
-    if error.errno in _FULL:
+    if error.errno == errno.EFBIG:
         return DiskSpaceError(
-            f"{path}: no space left while {what} ({_free(path)} free): make room and run the same command again"
+            f"{path}: {what} failed: the file system, or ulimit -f, allows no file as large: give a smaller "
+            "--shard-size, or choose another OUT"
+        )
+    if error.errno in _FULL:
+        reason = _FULL[error.errno]
+        return DiskSpaceError(
+            f"{path}: {reason} while {what} ({_free(path)} free): make room and run the same command again"
         )
     reason = error.strerror or str(error)
     return EnvironmentFailure(f"{path}: {what} failed: {reason}; once that is mended, run the same command again")

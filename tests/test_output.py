@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mergeloom.io.journal import Journal
 from mergeloom.io.output import WORK, OutputDirectory, ShardFile, index_bytes
 from mergeloom.merging import merge
 from mergeloom.planning import Options
+from tests.faults import Fail, watching
 from tests.models import tiny_llama, write_checkpoint
 from tests.outputs import open_files
 
@@ -145,6 +147,19 @@ def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
     OutputDirectory(out, "sign").close()
     assert (target / "file").read_text() == "keep me"
     assert not (out / WORK).is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "no space left while .*make room"),
+        (errno.EDQUOT, "quota is used up while .*make room"),
+        (errno.EFBIG, "no file as large: give a smaller --shard-size"),
+    ],
+)
+def test_why_there_is_no_room_is_said(number: int, said: str, made: OutputDirectory) -> None:
+    with watching(Fail(number, 0, "truncate")), pytest.raises(DiskSpaceError, match=said):
+        made.begin([shard()])
 
 
 def test_an_impossible_name_is_said(tmp_path: Path) -> None:
