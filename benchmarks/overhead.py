@@ -1,6 +1,6 @@
 """What journal and digests cost: merges of true 1B shapes with them and without, by turns, until the data is durable.
 
-    python -m benchmarks.overhead [--models DIR] [--out DIR] [--method linear] [--pairs 5]
+    python -m benchmarks.overhead [--models DIR] [--out DIR] [--method linear] [--pairs 9]
 
 With them, as the program does it: every tensor is digested on its way, and data is synced in groups that the journal
 then names. Without them, the same bytes are written; nothing is digested. Both are synced at the end.
