@@ -156,8 +156,9 @@ def test_a_stack_computes_nothing(llamas: dict[str, Path]) -> None:
 def test_what_is_read_again_comes_from_the_page_cache_where_it_has_room(make_model: MakeModel) -> None:
     tensors = {f"model.layers.{i}.w.weight": (2048, 2048) for i in range(3)}
     a, b = (make_model(name, tensors, dtype="F32", fill=None) for name in "ab")
-    least = plan(slerp(a, b), Options(device="cpu")).schedule.minimum_ram + (4 << 20)
-    roomy = plan(slerp(a, b), Options(device="cpu", max_ram=least, machine=Machine(ram=64 << 30)))
+    there = Options(device="cpu", machine=Machine(ram=64 << 30))
+    least = plan(slerp(a, b), there).schedule.minimum_ram + (4 << 20)
+    roomy = plan(slerp(a, b), replace(there, max_ram=least))
     assert roomy.schedule.bytes_reread > 0
     assert cached_again(roomy) == roomy.schedule.bytes_reread
     tight = plan(slerp(a, b), Options(device="cpu", max_ram=least, machine=Machine(ram=150 << 20)))  # inputs: 101 MB
