@@ -103,6 +103,12 @@ def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
 
 def test_reading_computing_and_writing_overlap() -> None:
     """Each lane limited to the same rate: together they take little longer than one of them alone."""
+    # other processes can only lengthen it: lanes that don't overlap take three times as long, however often it is tried
+    assert any(seconds_of_the_slowest() < 1.25 for _ in range(4))
+
+
+def seconds_of_the_slowest() -> float:
+    """How long a merge takes on lanes of one rate, in times that the slowest lane alone is busy."""
     rate = 40 * SLOT / 0.5
     lanes = {name: Rate(rate) for name in ("read", "compute", "write")}
 
@@ -130,7 +136,7 @@ def test_reading_computing_and_writing_overlap() -> None:
     seconds = time.perf_counter() - start
     slowest = max(lane.busy for lane in lanes.values())
     assert slowest > 0.9
-    assert seconds < 1.25 * slowest
+    return seconds / slowest
 
 
 def test_nonfinite_inputs_are_refused_by_name() -> None:
