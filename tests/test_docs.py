@@ -1,15 +1,19 @@
-"""The documentation holds what there is: commands, options, snippets that parse, links that lead somewhere."""
+"""The documentation holds what there is: commands and options, snippets that run, links that lead somewhere."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 import yaml
+from click.shell_completion import get_completion_class
 
 import mergeloom
 from mergeloom.cli import cli
@@ -18,10 +22,10 @@ from mergeloom.engine.recipe_reader import STAGE_KEYS
 from mergeloom.methods import merge_methods
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")])
 TEXT = {page: page.read_text() for page in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GUIDE = TEXT[ROOT / "docs" / "guide.md"]
 FOR_USERS = "\n".join(text for page, text in TEXT.items() if page.name == "README.md" or page.parent.name == "docs")
 
 
@@ -94,24 +98,112 @@ def test_python_parses_and_uses_what_there_is(snippet: str) -> None:
             assert node.attr in mergeloom.__all__
 
 
-@pytest.mark.parametrize("snippet", snippets("console"))
-def test_commands_that_are_shown_parse(snippet: str) -> None:
-    for line in snippet.splitlines():
-        if line.startswith("$ mergeloom "):
-            name, *arguments = line.removeprefix("$ mergeloom ").split()
-            cli.commands[name].make_context(name, arguments, help_option_names=["-h", "--help"])  # which click keeps
+PAGES_THAT_RUN = [page for page in PAGES if re.search(r"^import mergeloom$", TEXT[page], re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
+def test_python_runs(page: Path, llamas: dict[str, Path], tmp_path: Path) -> None:
+    """With the recipes of the page, under the names that it gives them, and small models in the place of theirs."""
+    blocks = FENCE.findall(TEXT[page])
+    recipes = [text for language, text in blocks if language == "yaml"]
+    program = "".join(text for language, text in blocks if language == "python")
+    names = {name: text for text in recipes for name in re.findall(r"^# (\S+\.yml)$", text, re.MULTILINE)}
+    for name in re.findall(r'"(\S+\.yml)"', program):
+        (tmp_path / name).write_text(names.get(name, recipes[0]))
+    models = {name for text in recipes for name in re.findall(r"model: (?:\./)?([\w-]+)", text)}
+    for number, name in enumerate(sorted(models)):
+        (tmp_path / name).symlink_to(llamas["abc"[number % 3]])
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_python_is_run_here_or_as_methods() -> None:
+    """docs/methods.md is run by test_methods_plugins.py and test_user_methods.py."""
+    assert {page.name for page in PAGES if "\n```python\n" in TEXT[page]} == {
+        "methods.md",
+        *(page.name for page in PAGES_THAT_RUN),
+    }
+
+
+def commands_shown(text: str) -> Iterator[str]:
+    """Every ``mergeloom ...`` of a page: in fences, in indented blocks, after their prompts, and in the text itself."""
+    blocks = [block for language, block in FENCE.findall(text) if language != "python"]
+    prose = FENCE.sub("", text)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [line for line in prose.splitlines() if line.startswith("    ")]
+    for line in lines:
+        if match := re.match(r" *(?:\$ )?mergeloom (.+)", line):
+            yield re.split(r" {2,}| [|>] ", match[1])[0]  # what follows is said of it, or another command
+    flowing = " ".join(line.strip() for line in prose.splitlines() if not line.startswith("    "))
+    yield from re.findall(r"`mergeloom ([^`]+)`", flowing)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "mergeloom " in TEXT[page]], ids=lambda page: page.name)
+def test_commands_that_are_shown_parse(page: Path) -> None:
+    for shown in commands_shown(TEXT[page]):
+        arguments = [re.sub(r"^N$", "1", word) for word in shlex.split(shown, comments=True)]
+        name, *rest = arguments
+        try:
+            if name.startswith("-"):
+                cli.make_context("mergeloom", arguments)
+            else:
+                cli.commands[name].make_context(name, rest, help_option_names=["-h", "--help"])  # which click keeps
+        except (click.exceptions.Exit, click.MissingParameter):  # --version; or the command alone is talked about
+            pass
+        except (click.UsageError, KeyError) as error:
+            pytest.fail(f"{page.name}: mergeloom {shown}: {error}")
+
+
+def test_commands_are_found() -> None:
+    text = "a `mergeloom plan\nx.yml`\n\n    mergeloom verify OUT   reads\n\n```console\n$ mergeloom stack M > f\n```\n"
+    assert list(commands_shown(text)) == ["stack M", "verify OUT", "plan x.yml"]
+    assert len(list(commands_shown(GUIDE))) > 20
+
+
+def anchors(text: str) -> set[str]:
+    """Where links into a page can lead; a second heading of the same name gets a number."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE):
+        found.append(re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-"))
+    return {name if not (n := found[:i].count(name)) else f"{name}-{n}" for i, name in enumerate(found)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+    text = FENCE.sub("", TEXT[page])
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:", target):
             file, _, anchor = target.partition("#")
             linked = (page.parent / file).resolve() if file else page
             assert linked.exists(), f"{page.name}: {target}"
             if anchor:
-                headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
-                assert anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}
+                assert anchor in anchors(linked.read_text()), f"{page.name}: {target}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    """benchmarks.md is made by `make bench`, and is linked once there is something in it."""
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", TEXT[ROOT / "README.md"]))
+    assert {page.name for page in PAGES if page.parent.name == "docs"} - {"benchmarks.md"} <= linked
+
+
+def test_messages_in_the_guide_are_those_that_are_said() -> None:
+    sources = [file for folder in ("mergeloom", "engine", "io") for file in (ROOT / folder).glob("*.py")]
+    said = "".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in sources)
+    rows = re.findall(r"^\| `([^`]+)` \| (\d+)", GUIDE.partition("| the message says |")[2], re.MULTILINE)
+    assert len(rows) > 10
+    for message, _ in rows:
+        assert message in said, message
+
+
+def test_the_shell_completes() -> None:
+    shells = re.findall(r"_MERGELOOM_COMPLETE=(\w+)_source", GUIDE)
+    assert set(shells) == {"bash", "zsh", "fish"}
+    for shell in shells:
+        kind = get_completion_class(shell)
+        assert kind is not None
+        found = kind(cli, {}, "mergeloom", "_MERGELOOM_COMPLETE").get_completions(["plan"], "--what")
+        assert [item.value for item in found] == ["--what-if"]
 
 
 def test_the_readme_is_short() -> None:
