@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .errors import MergeloomError
 
@@ -51,6 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BUG
 
 
+def command() -> NoReturn:
+    """The process's own command: ends the process.
+
+    Taking torch down, module by module, takes a third of a second, and nothing is left in it that would be missed.
+    """
+    code = main()
+    if "torch" in sys.modules:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _say(message: str) -> None:
     """A message on stderr."""
     from .wording import clean
@@ -59,4 +75,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -16,7 +16,7 @@ RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
 VRAM_SHARE = 0.85
 """The default --max-vram, as a share of the GPU's memory."""
-TORCH_BYTES = 190 << 20
+TORCH_BYTES = 194 << 20
 """What importing torch and starting its threads adds to the process, in bytes."""
 CUDA_BYTES = 1200 << 20
 """What a CUDA context adds to the process in host memory, in bytes."""

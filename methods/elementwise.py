@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import Absent, Base, Inputs, Kernel, MethodError, PerInput, base_of, merge_method, only
-from .lazy import torch
+from .lazy import scripts, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +26,7 @@ class WeightedSum(Kernel):
         self.coefficients = coefficients
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
-        total = tile.load(0).mul_(self.coefficients[0])
-        if self.inputs.count > 1:
-            term = tile.empty()
-        for index in range(1, self.inputs.count):
-            total.add_(tile.load(index, out=term).mul_(self.coefficients[index]))
-        return total
+        return scripts.weighted_sum(tile.empty(), tile.empty(), list(tile.inputs), list(self.coefficients), None)
 
 
 def weighted_sum(inputs: Inputs, coefficients: Sequence[float]) -> Kernel:

@@ -1,4 +1,4 @@
-"""torch and numpy, imported when they are first used, so that planning and `--help` do without them."""
+"""torch, numpy, and what imports torch itself: imported when first used, so that planning and `--help` do without."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 if TYPE_CHECKING:
     import numpy as numpy
     import torch as torch
+
+    from . import scripts as scripts
 else:
     numpy = _Lazy("numpy")
     torch = _Lazy("torch")
+    scripts = _Lazy(f"{__package__}.scripts")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .contract import BLOCK
 from .lazy import numpy as np
-from .lazy import on_cpu, torch
+from .lazy import scripts, torch
 
 if TYPE_CHECKING:
+    import numpy
     from torch import Tensor
 
     from .tile import Workspace
@@ -19,7 +20,6 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _STEP = 0x9E3779B1  # odd, so that the index times it runs through all 32-bit numbers
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B  # of C. Wellons' lowbias32, whose rounds these are
 _WIDTH = 1 << 10
-_WINDOW = 1 << 10  # blocks whose bounds are made at once
 
 
 def threshold(chance: float) -> int:
@@ -37,46 +37,48 @@ def probability(bound: int) -> float:
 def kept(key: int, position: int, element: int, bound: int, workspace: Workspace, out: Tensor) -> Tensor:
     """1 for each element that is kept, each by its own chance, else 0.
 
-    One hash serves two neighbours: the halves of it are compared with the bound's high half. Its low half is the chance
-    that the high half counts one more, for a whole block. So every element is kept with exactly the probability of
-    the bound, if that is no more than 1 - 2^-16.
+    One hash serves four neighbours: each of its bytes is compared with the bound's highest byte. What that leaves of
+    the chance is made up by a bound that is one higher in some columns of each row of 2^10: evenly spread ones, as many
+    as the bound's next 10 bits say, and one more in some blocks, from a place on that is random for each block. So
+    every element is kept with exactly the probability of the bound.
 
     Args:
         key: the output tensor's, 64 bits.
         position: of the input's model in the recipe.
         element: the index of the first element, a multiple of `BLOCK`.
         bound: of `threshold`.
-        workspace: for one and a half int32 an element.
+        workspace: for three quarters of an int32 an element.
         out: flat float32, one for each element.
     """
-    size, blocks = out.numel(), -(-out.numel() // BLOCK)
-    pairs, scratch, flags = (workspace.take((size + 1) // 2, torch.int32) for _ in range(3))
-    bounds = _bounds(key, position, bound, element // BLOCK, blocks, out.device)
-    halves = _xor_shifted(hashes(key, position, element // 2, pairs, scratch), 16, scratch).view(torch.int16)
-    mask = flags.view(torch.int16)
-    whole = size // BLOCK
-    for first, rows in ((0, whole), (whole, blocks - whole)):
-        part = slice(first * BLOCK, first * BLOCK + rows * BLOCK if first < whole else size)
-        if rows:
-            torch.lt(halves[part].view(rows, -1), bounds[first : first + rows, None], out=mask[part].view(rows, -1))
-    return out.copy_(mask[:size])
+    size = out.numel()
+    fours, scratch, flags = (workspace.take((size + 3) // 4, torch.int32) for _ in range(3))
+    values = hashes(key, position, element // 4, fours, scratch).view(torch.int8)
+    rare = bound < 0  # of a likely event the opposite is compared, so that bounds stay clear of a byte's ends
+    bounds = _bounds(key, position, bound if rare else -bound, element // BLOCK, -(-size // BLOCK), out.device)
+    return scripts.below(out, values, bounds, not rare, BLOCK, flags.view(torch.int8))
 
 
 def _bounds(key: int, position: int, bound: int, first: int, count: int, device: torch.device) -> Tensor:
-    """What the halves of a hash must lie below, for each of `count` blocks from the block `first` on: int16."""
-    windows = range(first // _WINDOW, (first + count - 1) // _WINDOW + 1)
-    parts = [_window_bounds(key, position, bound, window, device) for window in windows]
-    found = parts[0] if len(parts) == 1 else torch.cat(parts)
-    start = first - windows[0] * _WINDOW
-    return found[start : start + count]
+    """What the bytes must lie below in each of `count` blocks from the block `first` on: int8, (count, _WIDTH)."""
+    numbers = np.arange(first, first + count, dtype=np.uint64) * np.uint64(_GOLDEN)
+    numbers = (numbers + np.uint64(_stream(key ^ position, 0, 0))) * np.uint64(_GOLDEN)
+    more = (numbers >> np.uint64(50)) < bound % (1 << 14)
+    places = (numbers >> np.uint64(40)).astype(np.int64) % _WIDTH
+    bounds = torch.from_numpy(_patterns(bound)[more.astype(np.int8), places])
+    return bounds if device.type == "cpu" else bounds.to(device)
 
 
-@lru_cache(maxsize=64)
-def _window_bounds(key: int, position: int, bound: int, window: int, device: torch.device) -> Tensor:
-    numbers = np.arange(window * _WINDOW, (window + 1) * _WINDOW, dtype=np.uint64) * np.uint64(_GOLDEN)
-    numbers = (numbers + np.uint64(mix(mix(key) ^ position))) * np.uint64(_GOLDEN) >> np.uint64(48)
-    high = np.minimum((bound >> 16) + (numbers < bound % (1 << 16)), (1 << 15) - 1).astype(np.int16)
-    return torch.from_numpy(high).to(device)
+@lru_cache(maxsize=16)
+def _patterns(bound: int) -> numpy.ndarray[Any, Any]:
+    """The rows of bounds with the lower and the higher number of ones that are one more: from each place on, int8,
+    (2, _WIDTH, _WIDTH), of which a row is stored twice."""
+    places, ranks = np.arange(_WIDTH), np.zeros(_WIDTH, dtype=np.int64)
+    for bit in range(_WIDTH.bit_length() - 1):  # in reverse order, so that any first ones are evenly spread
+        ranks = ranks * 2 + (places >> bit) % 2
+    chance = bound + (1 << 31)
+    number = chance % (1 << 24) >> 14
+    rows = np.stack([(chance >> 24) - 128 + (ranks < number + more) for more in (0, 1)]).astype(np.int8)
+    return np.lib.stride_tricks.sliding_window_view(np.tile(rows, 2), _WIDTH, axis=1)
 
 
 def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) -> Tensor:
@@ -93,13 +95,26 @@ def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) 
     while done < out.numel():
         period, low = divmod(element + done, _PERIOD)
         size = min(out.numel() - done, _PERIOD - low)
-        stream = mix(mix(mix(key) + position) + period)
-        part, spare = out[done : done + size], scratch[done : done + size]
-        _count(part, low * _STEP + stream)
-        _xor_shifted(part, 16, spare).mul_(_signed(_FIRST)).add_(_signed(stream >> 32))
-        _xor_shifted(part, 15, spare).mul_(_signed(_SECOND))
+        stream = _stream(key, position, period)
+        start, rows = low * _STEP + stream, max(1 << (size // _WIDTH).bit_length(), _WIDTH)
+        scripts.hashed(
+            out[done : done + size],
+            scratch[done : done + size],
+            _steps(_WIDTH, _STEP, out.device),
+            _steps(rows, _WIDTH * _STEP, out.device),
+            _signed(start),
+            _signed(start + size // _WIDTH * _WIDTH * _STEP),
+            _signed(_FIRST),
+            _signed(stream >> 32),
+            _signed(_SECOND),
+        )
         done += size
     return out
+
+
+@lru_cache(maxsize=256)
+def _stream(key: int, position: int, period: int) -> int:
+    return mix(mix(mix(key) + position) + period)
 
 
 def mix(x: int) -> int:
@@ -110,30 +125,10 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _count(out: Tensor, first: int) -> None:
-    """``first + i * _STEP`` for each place i, modulo 2^32."""
-    size, whole = out.numel(), out.numel() // _WIDTH
-    columns = _steps(_WIDTH, _STEP, out.device).add(_signed(first))
-    if whole:
-        rows = _steps(max(1 << (whole - 1).bit_length(), _WIDTH), _WIDTH * _STEP, out.device)
-        torch.add(rows[:whole, None], columns, out=out[: whole * _WIDTH].view(-1, _WIDTH))
-    if rest := size - whole * _WIDTH:
-        torch.add(columns[:rest], _signed(whole * _WIDTH * _STEP), out=out[size - rest :])
-
-
 @lru_cache(maxsize=16)
 def _steps(number: int, step: int, device: torch.device) -> Tensor:
     """The first multiples of a number modulo 2^32: a few KiB."""
     return torch.arange(number, dtype=torch.int64, device=device).mul_(step % _PERIOD).to(torch.int32)
-
-
-def _xor_shifted(x: Tensor, bits: int, scratch: Tensor) -> Tensor:
-    """``x ^ (x >> bits)`` in place, where zeros come in from the left."""
-    if on_cpu(x):
-        np.right_shift(x.numpy().view(np.uint32), bits, out=scratch.numpy().view(np.uint32))
-    else:
-        torch.bitwise_right_shift(x, bits, out=scratch).bitwise_and_((1 << (32 - bits)) - 1)
-    return x.bitwise_xor_(scratch)
 
 
 def _signed(x: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .contract import BLOCK
 from .lazy import numpy as np
@@ -24,18 +24,15 @@ _JOINT = 1 << 11  # columns that are left of a block until all the sums of a til
 _MOST_ROWS = 64  # of a block that are added in the work dtype
 
 
-def fold(values: Tensor, width: int = 1) -> Tensor:
-    """Pairwise sums along the last dimension, in place, until at most `width` columns are left: the first half plus
-    the second, where the middle one of an odd number stays as it is."""
-    while (columns := values.shape[-1]) > width:
-        if columns % 2:
-            first = values.narrow(-1, 0, columns // 2)
-            first.add_(values.narrow(-1, columns - columns // 2, columns // 2))
-            values = values.narrow(-1, 0, columns - columns // 2)
-        else:
-            values, second = values.chunk(2, -1)
-            values.add_(second)
-    return values
+def fold(values: Any, width: int = 1) -> Any:
+    """Pairwise sums along the last dimension of a tensor or array, in place, until at most `width` columns are left:
+    the first half plus the second, where the middle one of an odd number stays as it is."""
+    columns = values.shape[-1]
+    while columns > width:
+        half = columns // 2
+        values[..., :half] += values[..., columns - half : columns]
+        columns -= half
+    return values[..., :columns]
 
 
 def total(sums: Iterable[float]) -> float:
@@ -46,18 +43,10 @@ def total(sums: Iterable[float]) -> float:
         return math.nan
 
 
-def in_blocks(values: Tensor, block: int) -> list[Tensor]:
-    """A flat tensor as one view of its whole blocks (blocks, `block`) and one of what is left (1, rest)."""
-    whole = values.numel() // block * block
-    parts = [values[:whole].view(-1, block), values[whole:].view(1, -1)]
-    return [part for part in parts if part.numel()]
-
-
-def add_rows(values: Tensor, out: Tensor) -> Tensor:
+def add_rows(values: Any, out: Any) -> Any:
     """The sum over the second dimension, added one after the other: of shape (a, b, c) into `out` of shape (a, c)."""
-    if on_cpu(values):
-        np.add.reduce(values.numpy(), axis=1, out=out.numpy())  # in one pass over the values
-        return out
+    if not isinstance(values, torch.Tensor):
+        return np.add.reduce(values, axis=1, out=out)  # in one pass over the values
     torch.add(values[:, 0], values[:, 1], out=out)
     for row in range(2, values.shape[1]):
         out.add_(values[:, row])
@@ -67,6 +56,8 @@ def add_rows(values: Tensor, out: Tensor) -> Tensor:
 class BlockSums:
     """Collects, for each block of a tile, one float64 sum of each of several tensors.
 
+    On the CPU it works on numpy's arrays: of the same memory, in the same order, with less to do for each operation.
+
     Args:
         sums: how many tensors are summed.
         elements: of the tile.
@@ -75,39 +66,47 @@ class BlockSums:
     """
 
     def __init__(self, sums: int, elements: int, block: int, workspace: Workspace) -> None:
-        self._block = block
+        whole, rest = divmod(elements, block)
         self._added = 0
-        self._parts = []
-        self._rows = None
-        if whole := elements // block:
+        self._parts: list[tuple[slice, tuple[int, ...], Any]] = []
+        if whole:
             by_rows = block % _JOINT == 0 and 1 < block // _JOINT <= _MOST_ROWS
+            shape = (whole, block // _JOINT, _JOINT) if by_rows else (whole, block)
             buffer = workspace.take(sums * whole * (_JOINT if by_rows else _folded_width(block)), torch.float64)
-            self._parts.append(buffer.view(sums, whole, -1))
+            self._parts.append((slice(whole * block), shape, _array(buffer.view(sums, whole, -1))))
             if by_rows:
-                self._rows = workspace.take(whole * _JOINT).view(whole, _JOINT)
-        if rest := elements % block:
-            device = buffer.device if whole else workspace.take(0).device
-            self._parts.append(torch.empty(sums, 1, _folded_width(rest), dtype=torch.float64, device=device))
+                self._rows = _array(workspace.take(whole * _JOINT).view(whole, _JOINT))
+        if rest:
+            like = workspace.take(0, torch.float64)
+            self._parts.append(
+                (slice(whole * block, elements), (1, rest), _array(like.new_empty(sums, 1, _folded_width(rest))))
+            )
 
     def add(self, values: Tensor) -> None:
         """The next tensor, of the tile's elements and the work dtype; it stays as it is."""
-        for part, view in zip(self._parts, in_blocks(values.view(-1), self._block), strict=True):
-            if self._rows is not None and view.shape[-1] == self._block:
-                folded = add_rows(view.view(len(view), -1, _JOINT), self._rows)
+        flat = _array(values.view(-1))
+        for part, shape, sums in self._parts:
+            view = flat[part].reshape(shape)
+            if len(shape) == 3:
+                sums[self._added] = add_rows(view, self._rows)
             else:
-                folded = fold(view.clone(), _JOINT)
-            part[self._added].copy_(folded)
+                sums[self._added] = fold(view + 0, _JOINT)
         self._added += 1
 
     def partial(self) -> Tensor:
         """The sums, in a tensor of their own on the CPU: shape (sums, blocks)."""
-        columns = [fold(part)[..., 0] for part in self._parts]
+        columns = [torch.as_tensor(fold(sums)[..., 0]) for _, _, sums in self._parts]
         return torch.cat(columns, 1).cpu() if columns else torch.zeros(0, 0, dtype=torch.float64)
 
     @staticmethod
     def size(sums: int) -> float:
         """Workspace that it takes, in the units of `Kernel.buffers`."""
         return (2 * sums + 1) * _JOINT / BLOCK
+
+
+def _array(tensor: Tensor) -> Any:
+    """The same memory as an array of numpy's, where that is possible."""
+    return tensor.numpy() if on_cpu(tensor) else tensor
 
 
 def _folded_width(columns: int) -> int:

@@ -10,6 +10,7 @@ it decides only how soon it is found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from .contract import BLOCK
 from .lazy import numpy as np
 from .lazy import on_cpu, torch
-from .reductions import in_blocks
 
 if TYPE_CHECKING:
     import numpy
@@ -31,6 +31,7 @@ Streams = Callable[["Tile"], Iterator["Tensor"]]
 _TOP = (1 << 31) - 1  # the bits of the largest magnitude, a NaN's
 _RUN = 16  # neighbouring elements that are sampled together: half a cache line
 _RUNS = 1 << 12
+_FEW = 1 << 3  # a tile is gathered from whole where this part of it is wanted at the most, else by as many parts
 _GUESSED_BINS, _CERTAIN_BINS = 1 << 14, 1 << 16
 
 
@@ -162,7 +163,7 @@ class Selection:
         sampled: whether a sample comes first; not where magnitudes are not to be had for single elements.
     """
 
-    buffers = 1.25
+    buffers = 1.25  # two flags, and what is gathered: 24 bytes for each of these
 
     def __init__(self, elements: int, targets: Sequence[Target], streams: Streams, *, sampled: bool = True) -> None:
         self.elements = elements
@@ -229,7 +230,7 @@ def guessed(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> T
     size = len(sample)
     share = (target.rank - 0.5) / elements if target.rank else target.share * np.count_nonzero(sample) / size
     place = share * size
-    margin = 8 + 6 * (size * share * (1 - share)) ** 0.5 if size < elements else 1
+    margin = 8 + 2 * (size * share * (1 - share)) ** 0.5 if size < elements else 1
     first, middle, last = int(place - margin), min(int(place), size - 1), int(place + margin)
     return replace(
         target,
@@ -242,17 +243,23 @@ def guessed(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> T
 
 def count(target: Target, values: Tensor, tile: Tile) -> Tally:
     """One pass's counts in one tile, for one target."""
-    size = values.numel()
     mark = tile.workspace.mark()
-    flags = tile.workspace.take(size, torch.bool)
-    positive = sum(above(values, 0, flags)) if target.rank is None else 0
-    higher = above(values, target.guess, flags)
-    equal = [a - b for a, b in zip(above(values, target.guess - 1, flags), higher, strict=True)]
+    beyond, inside = (tile.workspace.take(values.numel(), torch.bool) for _ in range(2))
+    positive = above(values, 0, inside) if target.rank is None else 0
+    higher = above(values, target.high, beyond)
+    above(values, target.low - 1, inside)
+    torch.logical_xor(inside, beyond, out=inside)  # those in the bracket
     if target.low == target.high:
-        tally = Tally(positive, sum(higher), None, sum(higher), equal)
+        tally = Tally(positive, higher, None, higher, in_each_block(inside))
     else:
-        beyond = sum(above(values, target.high, flags)) if target.above is None else 0
-        tally = Tally(positive, beyond, histogram(target, values, flags, tile), sum(higher), equal)
+        bins, blocks = (target.high - target.low >> target.shift) + 1, -(-values.numel() // BLOCK)
+        tally = Tally(positive, higher, torch.zeros(bins, dtype=torch.int64), higher, [0] * blocks)
+        for places, found in gathered(values, inside):
+            histogram = counted(found - target.low >> target.shift, bins)
+            equal = counted(places[found == target.guess] // BLOCK, blocks).tolist()
+            above_guess = int((found > target.guess).sum())
+            equal = [a + b for a, b in zip(tally.equal, equal, strict=True)]
+            tally = Tally(positive, higher, histogram.add_(tally.inside), tally.above_guess + above_guess, equal)
     tile.workspace.release(mark)
     return tally
 
@@ -294,26 +301,46 @@ def cut_ties(threshold: int, ties: int, equal: Sequence[int]) -> Cut:
     return Cut(_value(threshold), block, ties) if threshold else Cut(0.0)  # of zeros it doesn't matter which
 
 
-def above(values: Tensor, bound: int, flags: Tensor) -> list[int]:
-    """How many are above the bound, in each block. `flags` is scratch: as many booleans."""
+def above(values: Tensor, bound: int, flags: Tensor) -> int:
+    """How many are above the bound; `flags` says which."""
     if on_cpu(values):
-        array = np.greater(values.numpy(), bound, out=flags.numpy())
-        return [int(np.count_nonzero(array[i : i + BLOCK])) for i in range(0, len(array), BLOCK)]
-    blocks = in_blocks(torch.gt(values, bound, out=flags), BLOCK)
-    return [number for part in blocks for number in part.sum(1).tolist()]
+        return int(np.count_nonzero(np.greater(values.numpy(), bound, out=flags.numpy())))
+    return int(torch.gt(values, bound, out=flags).sum())
 
 
-def histogram(target: Target, values: Tensor, flags: Tensor, tile: Tile) -> Tensor:
-    """How many of the values lie in each bin of the target's bracket."""
-    width = target.high - target.low
-    offsets = torch.sub(values, target.low, out=tile.workspace.take(values.numel(), torch.int32))
-    bins = (width >> target.shift) + 1
-    if on_cpu(values):
-        array = offsets.numpy()
-        inside = np.less_equal(array.view(np.uint32), width, out=flags.numpy())
-        return torch.from_numpy(np.bincount(array[np.flatnonzero(inside)] >> target.shift, minlength=bins))
-    inside = offsets[torch.ge(offsets, 0, out=flags).logical_and_(offsets <= width)]
-    return torch.bincount(inside >> target.shift, minlength=bins).cpu()
+def in_each_block(flags: Tensor) -> list[int]:
+    """How many of the flags are set, in each block."""
+    whole = flags.numel() // BLOCK * BLOCK
+    rest = [int(torch.count_nonzero(flags[whole:]))] if whole < flags.numel() else []
+    if not on_cpu(flags):
+        return [*flags[:whole].view(-1, BLOCK).sum(1).tolist(), *rest]
+    # eight flags are added at once, in a byte each, which holds the sum of 2^7
+    rows = math.gcd(BLOCK // 8, 1 << 7)
+    sums = flags.numpy()[:whole].view(np.int64).reshape(-1, rows, BLOCK // 8 // rows).sum(1).view(np.uint8)
+    return [*sums.sum(1).tolist(), *rest]
+
+
+def gathered(values: Tensor, flags: Tensor) -> Iterator[tuple[Any, Any]]:
+    """The places of the values whose flag is set, and these: arrays of numpy on the CPU, else tensors. In parts where
+    there are many, so that they take little memory."""
+    size = values.numel()
+    many = torch.count_nonzero(flags) > size // _FEW
+    step = -(-size // _FEW) if many else size
+    for start in range(0, size, step):
+        part = slice(start, start + step)
+        if on_cpu(values):
+            places = np.flatnonzero(flags[part].numpy())
+            yield places + start, values[part].numpy()[places]
+        else:
+            found = flags[part].nonzero()[:, 0]
+            yield found + start, values[part][found]
+
+
+def counted(numbers: Any, bins: int) -> Tensor:
+    """How often each number below `bins` occurs; on the CPU."""
+    if isinstance(numbers, torch.Tensor):
+        return torch.bincount(numbers, minlength=bins).cpu()
+    return torch.from_numpy(np.bincount(numbers, minlength=bins))
 
 
 def _guess(target: Target, samples: Sequence[numpy.ndarray[Any, Any]]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import BLOCK, Inputs, Kernel, Unit
-from .lazy import torch
+from .lazy import scripts, torch
 from .reductions import BlockSums, fold, total
 
 if TYPE_CHECKING:
@@ -96,24 +96,11 @@ class Combination(Kernel):
         sums = torch.cat(merged, 1).tolist() if merged else [[]] * len(self.pairs)
         return self.solve([total(blocks) for blocks in sums])
 
-    def combine(self, tile: Tile, state: Any) -> Tensor:
-        coefficients = self.factors(tile, state)
-        result = self.shaped(tile.empty())
-        for place, vector in enumerate(self.vectors(tile)):
-            if place == 0:
-                torch.mul(vector, coefficients[0], out=result)
-            else:
-                result.add_(vector.mul_(coefficients[place]))
-        result = result.view(tile.shape)
-        return result if self.origin is None else result.add_(tile.load(self.origin))
-
-    def shaped(self, buffer: Tensor) -> Tensor:
-        """A buffer of the tile's shape, seen in the shape that the factors fit."""
-        return buffer
-
-    def factors(self, tile: Tile, state: Any) -> Sequence[Any]:
-        """What each vector of the tile is multiplied by."""
-        return state  # type: ignore[no-any-return]
+    def combine(self, tile: Tile, state: Vector) -> Tensor:
+        origin = None if self.origin is None else tile.load(self.origin)
+        inputs = [tile.inputs[i] for i in self.indices]
+        result = scripts.weighted_sum(tile.empty(), tile.empty(), inputs, list(state), origin)
+        return result if origin is None else result.add_(origin)
 
     def vectors(self, tile: Tile, keep: bool = False) -> Iterator[Tensor]:
         """The vectors in the work dtype, one after the other, each in its own buffer or all in the same."""
@@ -121,19 +108,12 @@ class Combination(Kernel):
         buffer = None if keep else tile.empty()
         for i in self.indices:
             vector = tile.load(i, out=buffer)
-            yield self.shaped(vector if origin is None else vector.sub_(origin))
+            yield vector if origin is None else vector.sub_(origin)
 
     def products(self, tile: Tile) -> Iterator[Tensor]:
         """The elementwise product of each pair in the work dtype, one after the other in the same buffer."""
-        product = self.shaped(tile.empty())
+        product = tile.empty()
         vectors = list(self.vectors(tile, keep=True))
-        for i, j in self.pairs:
-            yield torch.mul(vectors[i], vectors[j], out=product)
-
-    def wide_products(self, tile: Tile) -> Iterator[Tensor]:
-        """The same in float64."""
-        product = self.shaped(tile.empty(torch.float64))
-        vectors = [self.shaped(tile.empty(torch.float64)).copy_(vector) for vector in self.vectors(tile)]
         for i, j in self.pairs:
             yield torch.mul(vectors[i], vectors[j], out=product)
 
@@ -148,7 +128,37 @@ class Combination(Kernel):
         return self.coefficients(Span(gram))
 
 
-class RowCombination(Combination):
+class PartCombination(Combination):
+    """The same for each of many parts of the tensor on its own: each has coefficients of its own."""
+
+    def shaped(self, buffer: Tensor) -> Tensor:
+        """A buffer of the tile's shape, seen in the shape that the factors fit."""
+        return buffer
+
+    def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
+        """What each vector of the tile is multiplied by."""
+        raise NotImplementedError
+
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        factors = self.factors(tile, state)
+        result = self.shaped(tile.empty())
+        for place, vector in enumerate(self.vectors(tile)):
+            if place == 0:
+                torch.mul(self.shaped(vector), factors[0], out=result)
+            else:
+                result.add_(self.shaped(vector).mul_(factors[place]))
+        result = result.view(tile.shape)
+        return result if self.origin is None else result.add_(tile.load(self.origin))
+
+    def wide_products(self, tile: Tile) -> Iterator[Tensor]:
+        """The elementwise product of each pair in float64, one after the other in the same buffer."""
+        product = self.shaped(tile.empty(torch.float64))
+        vectors = [self.shaped(tile.empty(torch.float64).copy_(vector)) for vector in self.vectors(tile)]
+        for i, j in self.pairs:
+            yield torch.mul(vectors[i], vectors[j], out=product)
+
+
+class RowCombination(PartCombination):
     """The same for each row of the tensor on its own."""
 
     unit = Unit.ROW
@@ -165,7 +175,7 @@ class RowCombination(Combination):
         return _tensors([self.solve(row) for row in zip(*sums, strict=True)], tile, (-1, 1))
 
 
-class ColumnCombination(Combination):
+class ColumnCombination(PartCombination):
     """The same for each place in the slices along the first dimension, of which a fixed number makes a block."""
 
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:

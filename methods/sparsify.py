@@ -115,7 +115,7 @@ class Random(Sparsifier):
         unbiased: whether what is kept is divided by the probability.
     """
 
-    buffers = 2.5
+    buffers = 1.75
     random = True
 
     def __init__(self, inputs: Inputs, density: Sequence[float], *, unbiased: bool) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .contract import BLOCK, Inputs, Kernel, Unit, base_of
-from .lazy import torch
+from .lazy import scripts, torch
 from .reductions import BlockSums, total
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ def deltas(
     """
     mark = tile.workspace.mark()
     base = tile.load(base_of(inputs))
-    shared = None if buffers else tile.empty()
-    for place, index in enumerate(inputs.others if indices is None else indices):
-        yield tile.load(index, out=buffers[place] if buffers else shared).sub_(base)
+    others = inputs.others if indices is None else indices
+    buffers = buffers or [tile.empty()] * len(others)
+    for buffer, index in zip(buffers, others, strict=True):
+        yield scripts.difference(buffer, tile.inputs[index], base)
     tile.workspace.release(mark)
 
 
@@ -68,25 +69,8 @@ def elected_mean(
         floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
     """
     mark = tile.workspace.mark()
-    sign = tile.empty()
-    torch.add(terms[0], terms[1], out=sign) if len(terms) > 1 else sign.copy_(terms[0])
-    for term in terms[2:]:
-        sign.add_(term)
-    torch.ge(sign, 0, out=sign).mul_(2).sub_(1)  # 1 or -1
-    agree, divisor = tile.empty(), tile.empty()
-    for place, term in enumerate(terms):
-        term.mul_(sign).clamp_(min=0)
-        if divisors:
-            _scale(torch.gt(term, 0, out=agree), divisors[place])
-            divisor.copy_(agree) if place == 0 else divisor.add_(agree)
-        if factors:
-            _scale(term, factors[place])
-        if place > 0:
-            terms[0].add_(term)
-    if divisors:
-        divisor.clamp_(min=floor) if floor else divisor.add_(torch.eq(divisor, 0, out=agree))
-        terms[0].div_(divisor)
-    terms[0].mul_(sign)
+    scratch = [tile.empty() for _ in range(3)]
+    scripts.agreeing(terms[0], list(terms), list(divisors or ()), list(factors or ()), floor, *scratch)
     tile.workspace.release(mark)
     return terms[0]
 
@@ -226,6 +210,11 @@ class TaskVectors(Kernel):
     def combine(self, tile: Tile, state: Prepared | None) -> Tensor:
         state = state or Prepared()
         factors = [w * size for w, size in zip(self.weights, state.sizes or [1.0] * len(self.weights), strict=True)]
+        if not (self.elect or self.sparsifier.drops):
+            base = tile.load(base_of(self.inputs))
+            inputs = [tile.inputs[i] for i in self.inputs.others]
+            result = scripts.weighted_sum(tile.empty(), tile.empty(), inputs, factors, base)
+            return _scale(result, self.factor).add_(base)
         buffers = [tile.empty() for _ in (self.weights if self.elect else self.weights[:2])]
         buffers += buffers[1:] * (len(self.weights) - len(buffers))  # all but the first of them in turn
         for place, delta in enumerate(deltas(self.inputs, tile, buffers=buffers)):

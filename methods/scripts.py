@@ -1,0 +1,205 @@
+"""Runs of torch operations without Python between them: the inner loops of the methods.
+
+Each torch operation lets go of the interpreter's lock and takes it again, some hundred times a tile. Where threads
+compute side by side, each of these may end in a sleep that lasts longer than the operation: with two threads a third of
+the time went there, and with more it only gets worse. TorchScript runs a whole function with the lock let go, and does
+the same operations in the same order, so the bytes are those of the function itself. That is what runs on a device that
+takes its work from a queue, and where this torch or this Python has no TorchScript.
+
+Functions here take buffers and numbers, and allocate nothing. This module imports torch: others reach it by
+`lazy.scripts`.
+"""
+
+# no `from __future__ import annotations` here: TorchScript reads the annotations as they are
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import List, Optional, TypeVar  # noqa: UP035
+
+import torch
+from torch import Tensor
+
+from .lazy import on_cpu
+
+_F = TypeVar("_F", bound=Callable[..., Tensor])
+_compiling = threading.Lock()
+
+
+def scripted(function: _F) -> _F:
+    """The function, run by TorchScript on the CPU. Its first argument is a buffer, which tells the device."""
+    compiled: list[Callable[..., Tensor]] = []
+
+    @functools.wraps(function)
+    def run(out: Tensor, *arguments: object) -> Tensor:
+        if not compiled:
+            with _compiling:
+                if not compiled:
+                    compiled.append(_compiled(function))
+        return (compiled[0] if on_cpu(out) else function)(out, *arguments)
+
+    return run  # type: ignore[return-value]
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer releases of torch announce that it will go one day
+            return torch.jit.script(function)  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError):
+        return function
+
+
+@scripted
+def difference(out: Tensor, x: Tensor, base: Tensor) -> Tensor:
+    """``x - base``, in the dtype of `out` and `base`."""
+    return out.copy_(x).sub_(base)
+
+
+@scripted
+def weighted_sum(
+    out: Tensor,
+    term: Tensor,
+    inputs: List[Tensor],  # noqa: UP006
+    factors: List[float],  # noqa: UP006
+    origin: Optional[Tensor],  # noqa: UP045
+) -> Tensor:
+    """``sum_i factors[i] (inputs[i] - origin)``, added in order; no origin counts as 0. `term` is scratch."""
+    for i in range(len(inputs)):
+        vector = (out if i == 0 else term).copy_(inputs[i])
+        if origin is not None:
+            vector.sub_(origin)
+        if factors[i] != 1:
+            vector.mul_(factors[i])
+        if i > 0:
+            out.add_(vector)
+    return out
+
+
+@scripted
+def agreeing(
+    out: Tensor,
+    terms: List[Tensor],  # noqa: UP006
+    divisors: List[float],  # noqa: UP006
+    factors: List[float],  # noqa: UP006
+    floor: float,
+    sign: Tensor,
+    agree: Tensor,
+    divisor: Tensor,
+) -> Tensor:
+    """The sum of the terms that have the sign of the sum of all, element by element; see `task_vectors.elected_mean`.
+
+    Args:
+        out: the first of the terms.
+        terms: are used up.
+        divisors: of each term, or none.
+        factors: of each term, or none.
+        floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
+        sign: scratch, as the others are.
+        agree: scratch.
+        divisor: scratch.
+    """
+    kind = torch.int64 if out.dtype == torch.float64 else torch.int32
+    lowest = -0x8000000000000000 if out.dtype == torch.float64 else -0x80000000
+    if len(terms) > 1:
+        torch.add(terms[0], terms[1], out=sign)
+    else:
+        sign.copy_(terms[0])
+    for i in range(2, len(terms)):
+        sign.add_(terms[i])
+    flip = sign.view(kind).bitwise_and_(lowest)  # the sign alone
+    for i in range(len(terms)):
+        term = terms[i]
+        term.view(kind).bitwise_xor_(flip)
+        term.clamp_(min=0)
+        if len(divisors) > 0:
+            torch.gt(term, 0, out=agree)
+            if divisors[i] != 1:
+                agree.mul_(divisors[i])
+            if i == 0:
+                divisor.copy_(agree)
+            else:
+                divisor.add_(agree)
+        if len(factors) > 0 and factors[i] != 1:
+            term.mul_(factors[i])
+        if i > 0:
+            out.add_(term)
+    if len(divisors) > 0:
+        if floor != 0:
+            divisor.clamp_(min=floor)
+        else:
+            divisor.add_(torch.eq(divisor, 0, out=agree))
+        out.div_(divisor)
+    out.view(kind).bitwise_xor_(flip)
+    return out
+
+
+@scripted
+def hashed(
+    out: Tensor,
+    scratch: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    start: int,
+    tail: int,
+    first: int,
+    between: int,
+    second: int,
+) -> Tensor:
+    """Hashes of a range of indices: rounds of C. Wellons' lowbias32, with a number added in between.
+
+    The number that is hashed at place ``r * len(columns) + c`` is ``rows[r] + columns[c] + start``, modulo 2^32; after
+    the last whole row it is ``columns[c] + tail``.
+
+    Args:
+        out: flat int32.
+        scratch: as large.
+        columns: int32.
+        rows: int32, at least as many as `out` has whole rows.
+        start: below 2^31 in size, as all numbers here.
+        tail: what is added in the last row, where that isn't whole.
+        first: multiplier of the first round.
+        between: is added after it.
+        second: multiplier of the second.
+    """
+    width = columns.numel()
+    whole = out.numel() // width
+    if whole > 0:
+        torch.add(rows[:whole].unsqueeze(1), columns + start, out=out[: whole * width].view(-1, width))
+    rest = out.numel() - whole * width
+    if rest > 0:
+        torch.add(columns[:rest], tail, out=out[whole * width :])
+    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)  # zeros come in from the left
+    out.bitwise_xor_(scratch).mul_(first).add_(between)
+    torch.bitwise_right_shift(out, 15, out=scratch).bitwise_and_(0x1FFFF)
+    out.bitwise_xor_(scratch).mul_(second)
+    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)
+    return out.bitwise_xor_(scratch)
+
+
+@scripted
+def below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: int, flags: Tensor) -> Tensor:
+    """1 where a value is less than the bound of its block and column, else 0; or the other way round.
+
+    Args:
+        out: flat.
+        values: int8, as many.
+        bounds: int8, shape (blocks, columns).
+        opposite: whether 1 stands for the others.
+        block: elements of a block, a multiple of the columns.
+        flags: scratch: int8, as many as there are values.
+    """
+    columns, size = bounds.size(1), out.numel()
+    for part in range(3):  # the whole blocks, then the whole rows of the last one, then what is left
+        width = columns if part < 2 else size % columns
+        start = 0 if part == 0 else size // block * block if part == 1 else size // columns * columns
+        end = size // block * block if part == 0 else size // columns * columns if part == 1 else size
+        if start < end:
+            shape = [(end - start) // block if part == 0 else 1, -1, width]
+            row = start // block
+            limits = bounds[row : row + shape[0], :width].unsqueeze(1)
+            if opposite:
+                torch.ge(values[start:end].view(shape), limits, out=flags[start:end].view(shape))
+            else:
+                torch.lt(values[start:end].view(shape), limits, out=flags[start:end].view(shape))
+    return out.copy_(flags[:size])
