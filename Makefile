@@ -4,6 +4,7 @@
 # make compat  the same configurations with mergekit 0.1.5 and with mergeloom: do they make the same models?
 # make soak    merges killed, starved and lied to, each gone on with until it is whole: up to an hour
 # make bench   mergeloom beside mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
+# make packages  the wheel and the sdist, installed and tried with each of PYTHONS
 # make clean   remove everything that make has made here, but the benchmarks' models
 #
 # Each makes what it needs. PYTHON chooses the interpreter (3.11 or newer), and pip's own settings where packages come
@@ -12,7 +13,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compat soak bench clean
+.PHONY: help demo test check compat soak bench packages clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -81,6 +82,23 @@ bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/rea
 		--disk $(BENCH_DISK)
 	$(BIN)/python -m benchmarks.passthrough --models $(BENCH_MODELS) --disk $(BENCH_DISK)
 	$(BIN)/python -m benchmarks.overhead --models $(BENCH_MODELS) --out $(BENCH_DISK)
+	$(BIN)/python -m benchmarks.budgets --models $(BENCH_MODELS)
+	$(BIN)/python -m benchmarks.scaling --models $(BENCH_MODELS)
+	$(BIN)/python -m benchmarks.bars
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt matplotlib
+	$(BIN)/python -m benchmarks.plots
+
+PYTHONS ?= $(PYTHON)
+packages: $(READY)
+	rm -rf build/packages
+	$(BIN)/python -m build --no-isolation --outdir build/packages . >build.log 2>&1 || { cat build.log; exit 1; }
+	rm build.log
+	cp tests/packaged.py constraints.txt build/packages/
+	cd build/packages && for python in $(PYTHONS); do for package in *.whl *.tar.gz; do \
+		$$python -m venv --clear try; \
+		try/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt ./$$package; \
+		try/bin/python packaged.py; \
+	done; done
 
 clean:
 	rm -rf .venv .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

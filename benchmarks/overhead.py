@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from benchmarks.compare import RESULTS, machine, sync, touch_memory
+from benchmarks.compare import DOCUMENT, RESULTS, machine, put_between_markers, sync, touch_memory
 from benchmarks.make_models import CACHE, make_models
 from mergeloom.io.digests import BLOCK_BYTES
 from mergeloom.io.journal import Journal
@@ -133,7 +133,19 @@ def main() -> int:
     text = json.dumps(result, indent=1)
     print(text)
     (RESULTS / "overhead.json").write_text(f"{text}\n")
+    put_between_markers(DOCUMENT, "overhead", in_words(result))
     return 0
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """The result as a sentence."""
+    seconds, about = result["seconds"], result["machine"]
+    return (
+        f"A {result['method']} merge that writes {result['bytes_written'] / 1e9:.2f} GB, without the program's start "
+        f"and until all is durable, takes {seconds['with']:.2f} s with digests and journal, and "
+        f"{seconds['without']:.2f} s without: {result['overhead']:.1%} more. {about['cpu']}, "
+        f"{about['cores']} cores; {about['date']}."
+    )
 
 
 if __name__ == "__main__":

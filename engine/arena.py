@@ -95,6 +95,19 @@ class Slots:
         self._free.append(slot)
 
 
+def take_memory(nbytes: int) -> mmap.mmap:
+    """Private memory in huge pages, where the system has them.
+
+    What is read and written over and over is scattered over thousands of small pages otherwise, which a core can't
+    keep the addresses of.
+    """
+    # private: huge pages are for private memory, and a merge that forks nothing needs no other
+    memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 class HostArena:
     """One anonymous mapping, cut into slots. Its pages exist from the start, so that its size is what it costs.
 
@@ -105,10 +118,7 @@ class HostArena:
 
     def __init__(self, count: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
-        # private: huge pages are for private memory, and a merge that forks nothing needs no other
-        self._map = mmap.mmap(-1, max(count * slot_bytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._map = take_memory(count * slot_bytes)
         self.memory = memoryview(self._map)
 
     def view(self, slot: int, nbytes: int) -> memoryview:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EnvironmentFailure
 from ..io.sizes import format_size
+from .arena import take_memory
 from .schedule import DeviceBudget
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class CpuDevice:
         import torch
 
         torch.set_num_threads(1)
-        self._workspaces = [torch.empty(workspace, dtype=torch.uint8) for _ in range(self.threads)]
+        memory = [take_memory(workspace) for _ in range(self.threads)]
+        self._workspaces = [torch.frombuffer(each, dtype=torch.uint8)[:workspace] for each in memory]
 
     def workspace(self, thread: int) -> Tensor:
         """The workspace of a compute thread."""

@@ -273,6 +273,10 @@ class SliceParameters:
                 advice = "set it in the recipe's `parameters`"
                 if source is not None:
                     advice = "set it in the model's `parameters`, or for all models in the recipe's"
+                meant = f"did you mean `{resolver.parameter.name}`?"
+                misspelt = [warning for warning in self._recipe.warnings if warning.endswith(meant)]
+                if misspelt:
+                    advice = f"there is one that the method doesn't know: {misspelt[0]}"
                 message = f"{self._method.name}{model}, tensor {tensor}: {error}; {advice}"
                 return self._recipe.error(self._stage.place if source is None else source.place, message)
         raise AssertionError("every parameter has a value")

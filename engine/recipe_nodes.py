@@ -78,7 +78,7 @@ class NodeReader:
     def object_to(self, message: str, path: Keys) -> None:
         """A warning, or an error where the user asked to be strict."""
         if self._strict:
-            raise self.error(message, path)
+            raise self.error(message.replace(", ignored;", ";"), path)
         self.warn(message, path)
 
     # Kinds of values

@@ -8,7 +8,7 @@ of the nodes is the best of a few that are simulated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
@@ -29,6 +29,8 @@ COPY_SLOT_BYTES = 1 << 20
 DEVICE_SLOT_BYTES = 32 << 20
 """The same for a device with its own memory, where a chunk is one copy over the bus."""
 SMALLEST_SLOT = 64 << 10
+WORTH = 0.95
+"""Smaller slots are taken where they leave no more than this share of what is read: each piece costs time, too."""
 PARTIAL_BYTES = 8 << 20
 """Set aside for each compute thread, for the partial results of reductions."""
 
@@ -137,7 +139,8 @@ def make_schedule(
         BudgetError: where the budget is too small, with the smallest that works and the tensor that needs it.
     """
     aims = tuple(TILE_ELEMENTS if device.vram is None else DEVICE_TILE_ELEMENTS for device in budget.devices)
-    needs = [_needs(graph, aim) for aim in aims]
+    finished = {node for node, nbytes in (done or {}).items() if nbytes >= graph.nbytes(node)}
+    needs = [_needs(graph, aim, finished) for aim in aims]
     separate = [device.vram is not None for device in budget.devices]
     need = needs[0]
     host_workspace = sum(
@@ -163,33 +166,29 @@ def make_schedule(
         if device.vram is not None
     ]
     preferred = DEVICE_SLOT_BYTES if any(separate) else SLOT_BYTES if need.workspace else COPY_SLOT_BYTES
-    slot = slot_bytes or _choose_slot(need, [room, *rooms], budget, preferred)
-    chunks = chunk_elements(graph, slot)
-    ram_slots = room // slot
-    vram_slots = iter([size // slot for size in rooms])
-    device_slots = tuple(next(vram_slots) if own else 0 for own in separate)
     devices = _assign_devices(graph, len(budget.devices))
-    best: Simulation | None = None
-    first = _first_chunks(graph, chunks, done or {})
-    left = {node for node in graph if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    for order in orders(graph):
-        simulation = Simulation(graph, chunks, ram_slots, device_slots, devices, need.window, first)
-        simulation.run([node for node in order if node in left] if done else order)
-        if best is None or (simulation.bytes_read, simulation.peak) < (best.bytes_read, best.peak):
-            best = simulation
-    assert best is not None
+    slot = slot_bytes or _choose_slot(need, [room, *rooms], budget, preferred)
+    smallest = slot if slot_bytes else max(need.slot, min(slot, preferred // 4))
+    chosen = attempt = _Attempt(graph, slot, room, rooms, separate, devices, need.window, done or {})
+    left = attempt.left
+    unique = sum(graph.reads[read].nbytes for read in {r for node in left for r in graph.node_sources[node]})
+    # what doesn't stay is read again: smaller slots leave more room for it, since fewer bytes are on their way
+    while attempt.best.bytes_read > unique and attempt.slot // 2 >= smallest:
+        attempt = _Attempt(graph, attempt.slot // 2, room, rooms, separate, devices, need.window, done or {})
+        if attempt.best.bytes_read < WORTH * chosen.best.bytes_read:
+            chosen = attempt
+    best, slot, chunks, first = chosen.best, chosen.slot, chosen.chunks, chosen.first
     lookahead = 4 + 2 * sum(device.threads for device in budget.devices)
-    used_slots = min(ram_slots, best.demand, best.peak + best.resident + lookahead * need.window)
+    used_slots = min(chosen.ram_slots, best.demand, best.peak + best.resident + lookahead * need.window)
     used_vram = tuple(
         min(count, best.demand, peak + best.resident + lookahead * need.window) if own else 0
-        for count, peak, own in zip(device_slots, best.vram_peaks, separate, strict=True)
+        for count, peak, own in zip(chosen.device_slots, best.vram_peaks, separate, strict=True)
     )
     vram_held = [
         count * slot + device.threads * _needs_workspace(need_)
         for count, device, need_, own in zip(used_vram, budget.devices, needs, separate, strict=True)
         if own
     ]
-    unique = sum(graph.reads[read].nbytes for read in {r for node in left for r in graph.node_sources[node]})
     written = sum(graph.nbytes(output.node) for output in graph.outputs if output.node in left)
     written -= sum(
         min(first[output.node] * chunks[output.node] * output_width(graph, output.node), graph.nbytes(output.node))
@@ -218,6 +217,46 @@ def make_schedule(
     )
 
 
+class _Attempt:
+    """The best order for one size of slot.
+
+    Args:
+        graph: what to make.
+        slot: its bytes.
+        room: bytes for slots in RAM.
+        rooms: the same on each device with its own memory.
+        separate: which devices have one.
+        devices: of each node.
+        window: slots that a step takes at least.
+        done: as for `make_schedule`.
+    """
+
+    def __init__(
+        self,
+        graph: MergeGraph,
+        slot: int,
+        room: int,
+        rooms: Sequence[int],
+        separate: Sequence[bool],
+        devices: list[int],
+        window: int,
+        done: Mapping[int, int],
+    ) -> None:
+        self.slot = slot
+        self.chunks = chunk_elements(graph, slot)
+        self.ram_slots = room // slot
+        sizes = iter(rooms)
+        self.device_slots = tuple(next(sizes) // slot if own else 0 for own in separate)
+        self.first = _first_chunks(graph, self.chunks, done)
+        self.left = {n for n in graph if self.first.get(n, 0) < max(1, chunk_count(graph, n, self.chunks[n]))}
+        tried = []
+        for order in orders(graph):
+            simulation = Simulation(graph, self.chunks, self.ram_slots, self.device_slots, devices, window, self.first)
+            simulation.run([node for node in order if node in self.left] if done else order)
+            tried.append(simulation)
+        self.best = min(tried, key=lambda simulation: (simulation.bytes_read, simulation.peak))
+
+
 def _first_chunks(graph: MergeGraph, chunks: Sequence[int], done: Mapping[int, int]) -> dict[int, int]:
     """The first chunk that each begun node still has to write. Nodes that share sources are finished or begun anew."""
     shared = {node for cluster in clusters(graph) for node in cluster} if done else set()
@@ -235,10 +274,12 @@ def _needs_workspace(need: _Need) -> int:
     return -(-need.workspace // PAGE) * PAGE
 
 
-def _needs(graph: MergeGraph, aim: int) -> _Need:
-    """The smallest slot, window and workspace that every node fits."""
+def _needs(graph: MergeGraph, aim: int, finished: Container[int]) -> _Need:
+    """The smallest slot, window and workspace that every node that is left fits."""
     need = _Need()
     for node in graph:
+        if node in finished:
+            continue
         operation = graph.operation(node)
         sources = len(set(graph.node_sources[node]))
         need.largest = max(need.largest, length(graph, node) * widest(graph, node))

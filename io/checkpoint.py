@@ -164,13 +164,12 @@ def _describe_missing(path: Path) -> str:
     if path.is_symlink():
         return f"{path}: is a broken link: download the model again"
     found = f"{path}: there is no such directory or file here"
-    model_id = str(path)
     if not path.is_absolute() and len(path.parts) == 2 and ".." not in path.parts:
         return (
-            f"{found}. If it is a model of the Hugging Face Hub: mergeloom doesn't download yet, so fetch it first "
-            f"(`hf download {model_id} --local-dir {path.name}`) and give its directory"
+            f"{found}. If it is a model of the Hugging Face Hub: recipes name it by this id, `mergeloom plan` reads "
+            f"its headers there, and `hf download {path} --local-dir {path.name}` brings it here"
         )
-    return f"{found}: check the path (models of the Hugging Face Hub can't be named directly yet: download them first)"
+    return f"{found}: check the path"
 
 
 def _describe_no_weights(path: Path, names: Sequence[str]) -> str:

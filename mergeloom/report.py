@@ -298,6 +298,8 @@ def summary_text(result: Result) -> str:
 def summary_sections(result: Result) -> list[Section]:
     """What a merge did, beside what was foretold."""
     plan, measured = result.plan, result.measured
+    if result.out is not None and not measured.seconds:
+        return []  # it was whole already, as was said
     schedule, earlier = plan.schedule, result.earlier
     moved = measured.bytes_read + measured.bytes_written
     title = f"Merged into {result.out}" if result.out is not None else "Rehearsed: nothing was written"

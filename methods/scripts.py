@@ -76,14 +76,21 @@ def weighted_sum(
     return out
 
 
+def bits(values: Tensor) -> Tensor:
+    """Floats as the integers of their bits, of which the highest is the sign. A view; TorchScript can't make it."""
+    return values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+
+
 @scripted
 def agreeing(
     out: Tensor,
     terms: List[Tensor],  # noqa: UP006
+    term_bits: List[Tensor],  # noqa: UP006
     divisors: List[float],  # noqa: UP006
     factors: List[float],  # noqa: UP006
     floor: float,
     sign: Tensor,
+    sign_bits: Tensor,
     agree: Tensor,
     divisor: Tensor,
 ) -> Tensor:
@@ -92,25 +99,25 @@ def agreeing(
     Args:
         out: the first of the terms.
         terms: are used up.
+        term_bits: the `bits` of each term.
         divisors: of each term, or none.
         factors: of each term, or none.
         floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
         sign: scratch, as the others are.
+        sign_bits: its `bits`.
         agree: scratch.
         divisor: scratch.
     """
-    kind = torch.int64 if out.dtype == torch.float64 else torch.int32
-    lowest = -0x8000000000000000 if out.dtype == torch.float64 else -0x80000000
     if len(terms) > 1:
         torch.add(terms[0], terms[1], out=sign)
     else:
         sign.copy_(terms[0])
     for i in range(2, len(terms)):
         sign.add_(terms[i])
-    flip = sign.view(kind).bitwise_and_(lowest)  # the sign alone
+    flip = sign_bits.bitwise_and_(-0x7FFFFFFFFFFFFFFF - 1 if sign.dtype == torch.float64 else -0x80000000)
     for i in range(len(terms)):
         term = terms[i]
-        term.view(kind).bitwise_xor_(flip)
+        term_bits[i].bitwise_xor_(flip)
         term.clamp_(min=0)
         if len(divisors) > 0:
             torch.gt(term, 0, out=agree)
@@ -130,7 +137,7 @@ def agreeing(
         else:
             divisor.add_(torch.eq(divisor, 0, out=agree))
         out.div_(divisor)
-    out.view(kind).bitwise_xor_(flip)
+    term_bits[0].bitwise_xor_(flip)
     return out
 
 

@@ -69,8 +69,10 @@ def elected_mean(
         floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
     """
     mark = tile.workspace.mark()
-    scratch = [tile.empty() for _ in range(3)]
-    scripts.agreeing(terms[0], list(terms), list(divisors or ()), list(factors or ()), floor, *scratch)
+    sign, agree, divisor = (tile.empty() for _ in range(3))
+    bits = [scripts.bits(term) for term in (*terms, sign)]
+    weighting = list(divisors or ()), list(factors or ())
+    scripts.agreeing(terms[0], list(terms), bits[:-1], *weighting, floor, sign, bits[-1], agree, divisor)
     tile.workspace.release(mark)
     return terms[0]
 

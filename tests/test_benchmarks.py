@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import compare, floor, passthrough
+from benchmarks import bars, budgets, compare, floor, passthrough, scaling
 from tests import models
 
 MEASURE = """
@@ -120,3 +120,72 @@ def test_the_merge_and_cp_write_the_same_bytes(tmp_path: Path, monkeypatch: pyte
 def test_the_table_of_sparse_stacks() -> None:
     row = {"merge": "1T", "seconds": 2.34, "peak_rss": 60 << 20, "bytes": 2 * 10**12, "disk": 13 * 10**6}
     assert "| 1T | 2,000 GB | 2.3 | 13 MB | 60 MiB |" in passthrough.sparse_text([row])
+
+
+# ---------------------------------------------------------------------------------------------- budgets
+
+
+def test_budgets_of_small_models(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        models.write_checkpoint(tmp_path / name, models.tiny_llama(), fill=seed)
+    rows = [budgets.measure("ties", budget, tmp_path, tmp_path / "out", tmp_path) for budget in ("512MiB", "2GiB")]
+    assert budgets.broken(rows) == []
+    assert not (tmp_path / "out").exists()
+    assert rows[0]["foretold"]["bytes_read"] > 100_000
+    text = budgets.text({"machine": compare.machine(), "rows": rows})
+    assert "| `ties` | 512MiB |" in text
+    assert "None is above what was foretold" in text
+
+
+def test_broken_budgets_are_said() -> None:
+    counted = {"bytes_read": 1, "bytes_written": 1, "bytes_shared": 0}
+    row = {"method": "ties", "budget": "1GiB", "max_ram": 30, "peak_ram": 20, "peak_rss": 10, "digest": "x"}
+    row |= {"foretold": counted, "measured": counted}
+    assert budgets.broken([row, row]) == []
+    for change, said in (
+        ({"peak_rss": 21}, "21 of 20 of 30 bytes"),
+        ({"peak_ram": 31}, "10 of 31 of 30 bytes"),
+        ({"digest": "y"}, "other budgets give other bytes"),
+        ({"measured": counted | {"bytes_read": 2}}, "was foretold"),
+    ):
+        (found,) = budgets.broken([row, row | change])
+        assert said in found
+
+
+# ---------------------------------------------------------------------------------------------- scaling and bars
+
+
+def test_a_point_of_each_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        models.write_checkpoint(tmp_path / name, models.tiny_llama(), fill=seed)
+    monkeypatch.setattr(scaling, "PLANNED", (100,))
+    monkeypatch.setattr(scaling, "SPLIT", (4,))
+    monkeypatch.setattr(scaling, "SPLIT_BYTES", 1 << 20)
+    rows = []
+    for part, (points, _) in scaling.PARTS.items():
+        (tmp_path / part).mkdir()
+        point = next(iter(points(tmp_path, tmp_path / part)))
+        rows.append(scaling.measure(point, 1, 0, 0, tmp_path / "out"))
+        assert rows[-1]["seconds"][0] > 0
+    assert not (tmp_path / "out").exists()
+    text = scaling.text({"machine": compare.machine(), "rows": rows})
+    assert "| 100 | `linear of two models` | " in text
+    assert "medians of 1 (smallest to largest)" in text
+    assert [bar.what for bar in bars.of_scaling({"rows": rows})] == ["`mergeloom --help`"]
+
+
+def test_bars_are_met_or_missed() -> None:
+    def run(method: str, side: str, seconds: float, peak: int = 2**29) -> dict[str, object]:
+        return {"method": method, "side": side, "seconds": seconds, "peak_rss": peak}
+
+    runs = [run("linear", "mergeloom", 3.0), run("linear", "mergekit", 18.0), run("linear", "floor", 2.0)]
+    runs += [run("ties", "mergeloom", 10.0, 2**30 + 1), run("ties", "mergekit", 299.0)]
+    found = {bar.what: bar.met for bar in bars.of_comparison({"runs": runs})}
+    assert found == {
+        "`linear` beside mergekit": True,
+        "`linear` beside reading and writing": False,
+        "`ties` beside mergekit": False,
+        "peak RSS of every method": False,
+    }
+    (bar,) = bars.of_scaling({"rows": [{"part": "start", "label": "mergeloom plan", "seconds": [2.0, 1.0, 1.2]}]})
+    assert "| `mergeloom plan` | under 1.5 s | 1.20 s | met |" in bars.text([bar])

@@ -270,3 +270,17 @@ def test_strict_makes_an_unknown_parameter_an_error(directory: Path, capsys: pyt
     assert "did you mean `normalize`?" in capsys.readouterr().out
     assert main(["plan", "recipe.yml", "--strict"]) == 2
     assert "did you mean `normalize`?" in capsys.readouterr().err
+
+
+def test_a_misspelt_parameter_that_is_required_is_named(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = linear("a", "b")
+    for model in recipe["models"]:
+        model["parameters"] = {"wieght": 1.0}
+    write_recipe(directory, recipe)
+    assert main(["plan", "recipe.yml"]) == 2
+    said = capsys.readouterr().err
+    assert "`weight` has no value" in said
+    assert "models[0].parameters.wieght: linear has no such parameter, ignored; did you mean `weight`?" in said
+    assert main(["plan", "recipe.yml", "--strict"]) == 2
+    said = capsys.readouterr().err
+    assert "linear has no such parameter; did you mean `weight`?" in said

@@ -141,7 +141,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, three: dict[str, Pat
     ("text", "message"),
     [
         ("outside: x", "outside: expected a mapping of embeddings, norm and head to models, and found 'x'"),
-        ("outside: {norms: x}", "outside.norms: unknown key, ignored; did you mean `norm`?"),
+        ("outside: {norms: x}", "outside.norms: unknown key; did you mean `norm`?"),
         ("outside: {head: [x]}", "outside.head: expected a model"),
         ("outside: {head: a+b}", "LoRA"),
     ],

@@ -23,6 +23,7 @@ from mergeloom.io.output import WORK, OutputDirectory
 from mergeloom.manifest import MANIFEST
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, Plan, plan
+from mergeloom.report import summary_sections
 from tests.faults import Kill, Stopped, watching
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
@@ -402,6 +403,7 @@ def test_a_finished_merge_is_left_as_it_is(models: list[Path], tmp_path: Path) -
     result = run(recipe(models), out, say=said.append)
     assert said == [f"{out} is whole already: nothing is left to do"]
     assert result.measured.bytes_written == 0
+    assert summary_sections(result) == []
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     (out / WORK).mkdir()  # what is left where it was killed in the very last moment
     (out / WORK / "pid").write_text("1\n")

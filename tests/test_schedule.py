@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule import WORTH, Budget, DeviceBudget, Schedule, make_schedule
 from mergeloom.engine.tiling import length, widest
 from mergeloom.errors import BudgetError
 from tests.graphs import World
@@ -138,6 +138,21 @@ def test_too_small_a_budget_names_the_smallest_and_the_tensor() -> None:
     make_schedule(world.graph, Budget(least, 0, CPU))
     with pytest.raises(BudgetError, match=r"smallest budget that works is .* which out0 needs"):
         make_schedule(world.graph, Budget(least - 1, 0, CPU))
+
+
+def test_more_ram_does_not_read_more() -> None:
+    #  a, b (100 MiB each) ── above, three passes: what doesn't stay is read three times
+    world = World()
+    a, b = world.source(25 << 20), world.source(25 << 20)
+    world.node("above", [a, b])
+    world.node("above", [a, b, world.source(25 << 20)])
+    least = make_schedule(world.graph, Budget(1 << 40, 0, CPU)).minimum_ram
+    budgets = [least + extra for extra in range(12 << 20, 420 << 20, 3 << 20)]
+    reads = [make_schedule(world.graph, Budget(budget, 0, CPU)).bytes_read for budget in budgets]
+    for number, found in enumerate(reads):  # a larger slot may cost a little of what it saves in pieces
+        assert found * WORTH <= min(reads[: number + 1])
+    assert reads[0] > 2 * reads[-1]
+    assert reads[-1] == 300 << 20
 
 
 def test_device_memory_keeps_inputs_before_ram_does() -> None:

@@ -1,0 +1,95 @@
+"""Hold what was measured against the bars that mergeloom is meant to clear: met or not, in docs/benchmarks.md.
+
+    python -m benchmarks.bars
+
+It measures nothing: the figures are those of benchmarks/results/, where `compare` and `scaling` leave them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.compare import DOCUMENT, RESULTS, cell, put_between_markers
+
+FASTER = {
+    "linear": 6.0,
+    "slerp": 6.0,
+    "task_arithmetic": 6.0,
+    "model_stock": 5.0,
+    "karcher": 5.0,
+    "sce": 5.0,
+    "dare_ties": 14.0,
+    "ties": 30.0,
+    "breadcrumbs": 30.0,
+    "passthrough": 8.0,
+}
+"""How many times faster than mergekit, on two cores, with models of Llama-3.2-1B's shapes and OUT on tmpfs."""
+FLOOR = {"linear": 1.3, "passthrough": 1.3}
+"""How many times as long as reading the inputs and writing the output, at the most."""
+PEAK_GIB = 1.0
+START = {"mergeloom --help": 0.3, "mergeloom plan": 1.5}
+"""Seconds, at the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar and what was found."""
+
+    what: str
+    wanted: str
+    found: str
+    met: bool
+
+
+def of_comparison(results: dict[str, Any]) -> Iterator[Bar]:
+    """The bars that a run of `compare` tells about."""
+    runs = results["runs"]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        ours, theirs, floor = (cell(runs, method, side) for side in ("mergeloom", "mergekit", "floor"))
+        if ours and theirs and method in FASTER:
+            ratio = theirs.median / ours.median
+            yield Bar(f"`{method}` beside mergekit", f"{FASTER[method]:g}x", f"{ratio:.1f}x", ratio >= FASTER[method])
+        if ours and floor and method in FLOOR:
+            ratio = ours.median / floor.median
+            met = ratio <= FLOOR[method]
+            yield Bar(f"`{method}` beside reading and writing", f"at most {FLOOR[method]:g}x", f"{ratio:.2f}x", met)
+    peaks = {run["method"]: run["peak_rss"] / 2**30 for run in runs if run["side"] == "mergeloom"}
+    if peaks:
+        worst = max(peaks, key=lambda method: peaks[method])
+        found = f"{peaks[worst]:.3f} GiB (`{worst}`)"
+        yield Bar("peak RSS of every method", f"at most {PEAK_GIB:g} GiB", found, peaks[worst] <= PEAK_GIB)
+
+
+def of_scaling(results: dict[str, Any]) -> Iterator[Bar]:
+    """The bars that a run of `scaling` tells about."""
+    for row in results["rows"]:
+        if row["part"] == "start" and row["label"] in START:
+            limit, found = START[row["label"]], statistics.median(row["seconds"])
+            yield Bar(f"`{row['label']}`", f"under {limit:g} s", f"{found:.2f} s", found < limit)
+
+
+def text(bars: list[Bar]) -> str:
+    """The bars as a table."""
+    lines = ["| what | bar | measured | |", "|---|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {b.what} | {b.wanted} | {b.found} | {'met' if b.met else 'missed'} |" for b in bars)]
+    )
+
+
+def main() -> None:
+    """Read the results and write the table."""
+    bars: list[Bar] = []
+    for name, reader in (("1b-tmpfs-warm", of_comparison), ("scaling", of_scaling)):
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            bars += reader(json.loads(file.read_text()))
+    put_between_markers(DOCUMENT, "bars", text(bars))
+    print(text(bars))
+
+
+if __name__ == "__main__":
+    main()

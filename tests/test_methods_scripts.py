@@ -1,0 +1,117 @@
+"""The inner loops: compiled where TorchScript is, and the same bytes as the functions that they are made from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergeloom.methods import scripts
+
+SIZE = 3001
+
+
+def floats(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Tensors with some zeros of either sign."""
+    generator = torch.Generator().manual_seed(count)
+    made = [torch.randn(SIZE, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+    for tensor in made:
+        tensor[::7] = 0.0
+        tensor[::11] = -0.0
+    return made
+
+
+def integers(dtype: torch.dtype, size: int = SIZE) -> Tensor:
+    """Integers of the whole range."""
+    info = torch.iinfo(dtype)
+    return torch.randint(info.min, info.max, (size,), dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def agreeing(models: int, dtype: torch.dtype, divisors: list[float], factors: list[float], floor: float) -> list[Any]:
+    """Arguments of `scripts.agreeing`."""
+    terms = floats(models, dtype)
+    sign, agree, divisor = (torch.zeros(SIZE, dtype=dtype) for _ in range(3))
+    bits = [scripts.bits(term) for term in terms]
+    return [terms[0], terms, bits, divisors, factors, floor, sign, scripts.bits(sign), agree, divisor]
+
+
+def below(size: int, opposite: bool) -> list[Any]:
+    """Arguments of `scripts.below`, for blocks of 512 elements and 64 columns."""
+    bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
+    return [
+        torch.zeros(size),
+        integers(torch.int8, size + 3),
+        bounds,
+        opposite,
+        512,
+        torch.zeros(size + 3).to(torch.int8),
+    ]
+
+
+CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
+    "difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2)]),
+    "a sum": (scripts.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
+    "a sum from an origin": (
+        scripts.weighted_sum,
+        lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], floats(4)[3]],
+    ),
+    "agreeing": (scripts.agreeing, lambda: agreeing(3, torch.float32, [], [], 0.0)),
+    "agreeing, a mean": (scripts.agreeing, lambda: agreeing(3, torch.float32, [1.0, 0.5, 2.0], [], 0.0)),
+    "agreeing, factors": (scripts.agreeing, lambda: agreeing(4, torch.float32, [0.1] * 4, [1.0, 2.0, 3.0, 4.0], 1e-6)),
+    "agreeing, float64": (scripts.agreeing, lambda: agreeing(2, torch.float64, [1.0, 1.0], [], 0.0)),
+    "agreeing, one": (scripts.agreeing, lambda: agreeing(1, torch.float32, [1.0], [], 0.0)),
+    "hashed": (
+        scripts.hashed,
+        lambda: [
+            torch.zeros(SIZE, dtype=torch.int32),
+            torch.zeros(SIZE, dtype=torch.int32),
+            integers(torch.int32, 128),
+            integers(torch.int32, 64),
+            *(-5, 77, 0x7FEB352D, -(1 << 31), 0x046CA68B),
+        ],
+    ),
+    **{
+        f"below, {size}{', opposite' * opposite}": (
+            scripts.below,
+            lambda size=size, opposite=opposite: below(size, opposite),
+        )
+        for size in (1, 63, 64, 511, 512, 1024, 1500, 1537)
+        for opposite in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_same_bytes_as_the_function(call: str) -> None:
+    function, arguments = CALLS[call]
+    found, wanted = function(*arguments()), function.__wrapped__(*arguments())  # type: ignore[attr-defined]
+    assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch has no TorchScript for this Python")
+@pytest.mark.parametrize("call", CALLS)
+def test_it_is_compiled(call: str) -> None:
+    function, _ = CALLS[call]
+    assert isinstance(scripts._compiled(function.__wrapped__), torch.jit.ScriptFunction)  # type: ignore[attr-defined]
+
+
+def test_without_torchscript_it_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(function: object) -> object:
+        raise RuntimeError("torch.jit.script is not supported")
+
+    monkeypatch.setattr(torch.jit, "script", none)
+    run = scripts.scripted(lambda out, x: out.add_(x))
+    assert float(run(torch.ones(1), torch.ones(1))) == 2
+
+
+@pytest.mark.parametrize(("size", "opposite"), [(1500, False), (1537, True), (63, False)])
+def test_below_is_what_it_says(size: int, opposite: bool) -> None:
+    out, values, bounds, _, block, flags = below(size, opposite)
+    scripts.below(out, values, bounds, opposite, block, flags)
+    for place in range(size):
+        less = int(values[place]) < int(bounds[place // block, place % 64])
+        assert out[place] == (less != opposite)
