@@ -253,13 +253,13 @@ def count(target: Target, values: Tensor, tile: Tile) -> Tally:
         tally = Tally(positive, higher, None, higher, in_each_block(inside))
     else:
         bins, blocks = (target.high - target.low >> target.shift) + 1, -(-values.numel() // BLOCK)
-        tally = Tally(positive, higher, torch.zeros(bins, dtype=torch.int64), higher, [0] * blocks)
+        histogram, above_guess, equal = torch.zeros(bins, dtype=torch.int64), higher, [0] * blocks
         for places, found in gathered(values, inside):
-            histogram = counted(found - target.low >> target.shift, bins)
-            equal = counted(places[found == target.guess] // BLOCK, blocks).tolist()
-            above_guess = int((found > target.guess).sum())
-            equal = [a + b for a, b in zip(tally.equal, equal, strict=True)]
-            tally = Tally(positive, higher, histogram.add_(tally.inside), tally.above_guess + above_guess, equal)
+            histogram.add_(counted(found - target.low >> target.shift, bins))
+            above_guess += int((found > target.guess).sum())
+            at_guess = counted(places[found == target.guess] // BLOCK, blocks).tolist()
+            equal = [a + b for a, b in zip(equal, at_guess, strict=True)]
+        tally = Tally(positive, higher, histogram, above_guess, equal)
     tile.workspace.release(mark)
     return tally
 
