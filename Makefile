@@ -5,6 +5,8 @@
 # make soak    merges killed, starved and lied to, each gone on with until it is whole: up to an hour
 # make bench   mergeloom beside mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
 # make packages  the wheel and the sdist, installed and tried with each of PYTHONS
+# make coverage  the tests, and which branches of the code they go through: above 90% for engine, methods and io
+# make mutants   small mistakes in the scheduler and the selection: do the tests notice?
 # make clean   remove everything that make has made here, but the benchmarks' models
 #
 # Each makes what it needs. PYTHON chooses the interpreter (3.11 or newer), and pip's own settings where packages come
@@ -13,7 +15,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compat soak bench packages clean
+.PHONY: help demo test check compat soak bench packages coverage mutants clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -84,6 +86,7 @@ bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/rea
 	$(BIN)/python -m benchmarks.overhead --models $(BENCH_MODELS) --out $(BENCH_DISK)
 	$(BIN)/python -m benchmarks.budgets --models $(BENCH_MODELS)
 	$(BIN)/python -m benchmarks.scaling --models $(BENCH_MODELS)
+	$(BIN)/python -m benchmarks.gpu --mergekit $(MERGEKIT_ENV)
 	$(BIN)/python -m benchmarks.bars
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt matplotlib
 	$(BIN)/python -m benchmarks.plots
@@ -99,6 +102,19 @@ packages: $(READY)
 		try/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt ./$$package; \
 		try/bin/python packaged.py; \
 	done; done
+
+coverage: $(READY)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered
+	for folder in engine methods io; do \
+		echo "$$folder: $$($(BIN)/coverage report --include="$$folder/*" --format=total --fail-under=90)%"; done
+
+mutants: $(READY)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt cosmic-ray
+	$(BIN)/python -m tests.mutate
 
 clean:
 	rm -rf .venv .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +207,16 @@ class Bench:
     mergekit: Path
     mergekit_flags: tuple[str, ...]
     mergeloom_flags: tuple[str, ...]
+    cases: Mapping[str, Case] = field(default_factory=lambda: CASES)
 
     def command(self, side: str, method: str) -> list[str]:
         """The command of one side; OUT doesn't exist when it starts."""
         if side == "floor":
-            size = str(tensor_bytes(self.models / CASES[method].inputs.split()[0]))
+            size = str(tensor_bytes(self.models / self.cases[method].inputs.split()[0]))
             inputs = [str(path) for path in self.inputs(method)]
             return [sys.executable, "-S", "-E", str(HERE / "floor.py"), str(self.out), size, *inputs]
         recipe = self.work / f"{method}.yml"
-        recipe.write_text(CASES[method].text(method, self.models))
+        recipe.write_text(self.cases[method].text(method, self.models))
         if side == "mergekit":
             return [str(self.mergekit / "bin/mergekit-yaml"), str(recipe), str(self.out), *self.mergekit_flags]
         program = str(Path(sys.executable).with_name("mergeloom"))
@@ -223,7 +224,7 @@ class Bench:
 
     def inputs(self, method: str) -> list[Path]:
         """The files that a method's merge reads."""
-        return [shard for name in CASES[method].inputs.split() for shard in shards(self.models / name)]
+        return [shard for name in self.cases[method].inputs.split() for shard in shards(self.models / name)]
 
     def measure(self, side: str, method: str) -> dict[str, Any]:
         """One timed run, with all that precedes and follows it."""
@@ -236,8 +237,11 @@ class Bench:
         if self.cold:
             cool(inputs)
         touch_memory(self.memory)  # after the inputs, which would take the touched memory for themselves
+        command = self.command(side, method)
+        if side != "floor":  # whose libraries are read from the disk as the inputs are: once before
+            run([str(Path(command[0]).with_name("python")), "-c", "import safetensors, torch"])
         try:
-            measured = run(self.command(side, method), durable=self.out if self.on_disk else None)
+            measured = run(command, durable=self.out if self.on_disk else None)
             if side != "floor" and (size := tensor_bytes(self.out)) != tensor_bytes(self.models / "a"):
                 raise ProcessError(f"{side} {method}: the output holds {size:,} bytes of tensors")
         finally:

@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from tests import models
@@ -25,15 +26,15 @@ NAMES = ("base", "a", "b", "c")
 CACHE = Path("~/.cache/mergeloom-bench").expanduser()
 
 
-def make_models(directory: Path, size: str) -> list[Path]:
-    """Write what is missing of base, a, b and c below `directory`; returns their directories in this order."""
+def make_models(directory: Path, size: str, names: Collection[str] = NAMES) -> list[Path]:
+    """Write what is missing of the named ones of base, a, b and c below `directory`; returns their directories."""
     model = SIZES[size]()
     total = 2 * model.parameters
     shard = total * 6 // 10 if total < 5 * 10**9 else 5 * 10**9
     base = models.Random(0)
     for seed, name in enumerate(NAMES):
         final, partial = directory / name, directory / f"{name}.partial"
-        if final.exists():
+        if name not in names or final.exists():
             continue
         began = time.monotonic()
         shutil.rmtree(partial, ignore_errors=True)
@@ -43,7 +44,7 @@ def make_models(directory: Path, size: str) -> list[Path]:
         partial.rename(final)
         seconds = time.monotonic() - began
         print(f"{final}: {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e9 / seconds:.2f} GB/s)", file=sys.stderr)
-    return [directory / name for name in NAMES]
+    return [directory / name for name in NAMES if name in names]
 
 
 def main() -> None:

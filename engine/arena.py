@@ -6,6 +6,7 @@ makes room for any other use: there is no fragmentation, and what the schedule h
 
 from __future__ import annotations
 
+import errno
 import mmap
 import threading
 from collections import deque
@@ -102,14 +103,19 @@ def take_memory(nbytes: int) -> mmap.mmap:
     keep the addresses of.
     """
     # private: huge pages are for private memory, and a merge that forks nothing needs no other
-    memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"{nbytes} bytes could not be had") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 class HostArena:
-    """One anonymous mapping, cut into slots. Its pages exist from the start, so that its size is what it costs.
+    """One anonymous mapping, cut into slots. A page of it costs memory from its first use on.
 
     Args:
         count: of slots.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -24,6 +25,43 @@ class _Event:
     def wait(self) -> None:
         """Return once the GPU has come to it; other threads run meanwhile."""
         self.event.synchronize()
+
+
+class _Pinned:
+    """The host arena, registered with CUDA for fast copies: once, for all GPUs that a merge computes on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._address = 0
+        self._users = 0
+
+    def pin(self, host: Tensor, device: torch.device) -> bool:
+        """Register the arena, if that hasn't been done; whether it is. Copies are slower where the system refuses."""
+        with self._lock:
+            if self._users == 0:
+                runtime: Any = torch.cuda.cudart()
+                code = runtime.cudaHostRegister(host.data_ptr(), host.numel(), 1)  # portable: for every GPU
+                if int(code) != 0:
+                    # CUDA remembers the failure, and would blame the next kernel for it: this one
+                    with contextlib.suppress(RuntimeError):
+                        torch.ones(1, device=device)
+                    return False
+                self._address = host.data_ptr()
+            elif self._address != host.data_ptr():
+                return False  # another merge's
+            self._users += 1
+            return True
+
+    def unpin(self) -> None:
+        """Unregister it, for the last of those that it was registered for."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                runtime: Any = torch.cuda.cudart()
+                runtime.cudaHostUnregister(self._address)
+
+
+_PINNED = _Pinned()
 
 
 class CudaDevice:
@@ -47,13 +85,16 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self._arena: Tensor | None = None
         self._workspaces: list[Tensor] = []
-        self._pinned: int | None = None
+        self._device_before: int | None = None
+        self._pinned = False
         self._slot_bytes = 0
         self._lock = threading.Lock()
 
     def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
         """Take the arena and the workspaces, and register the host arena for fast copies."""
+        self._device_before = torch.cuda.current_device()
         torch.cuda.set_device(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)  # an earlier merge's peak isn't this one's
         self._slot_bytes = slot_bytes
         try:
             self._arena = torch.empty(slots * slot_bytes, dtype=torch.uint8, device=self.device)
@@ -68,10 +109,7 @@ class CudaDevice:
         self._in = torch.cuda.Stream(self.device)
         self._out = torch.cuda.Stream(self.device)
         self._compute = [torch.cuda.Stream(self.device) for _ in range(self.threads)]
-        runtime: Any = torch.cuda.cudart()
-        code = runtime.cudaHostRegister(host.data_ptr(), host.numel(), 1)  # portable: for every GPU of the process
-        if int(code) == 0:
-            self._pinned = host.data_ptr()
+        self._pinned = _PINNED.pin(host, self.device)
 
     def workspace(self, thread: int) -> Tensor:
         """The workspace of a compute thread."""
@@ -113,22 +151,21 @@ class CudaDevice:
             event.record(self._out)
         return _Event(event)
 
-    def computed(self, thread: int) -> Marker:
-        """An event behind what the thread has computed so far."""
-        event = torch.cuda.Event()
-        event.record(self._compute[thread])
-        return _Event(event)
-
     def peak(self) -> int:
         """The most bytes that torch's allocator has reserved on the GPU."""
         return int(torch.cuda.max_memory_reserved(self.device))
 
     def close(self) -> None:
         """Give everything back."""
-        torch.cuda.synchronize(self.device)
-        if self._pinned is not None:
-            runtime: Any = torch.cuda.cudart()
-            runtime.cudaHostUnregister(self._pinned)
-            self._pinned = None
-        self._arena, self._workspaces = None, []
-        torch.cuda.empty_cache()
+        if self._device_before is None:
+            return
+        try:
+            torch.cuda.synchronize(self.device)
+        finally:
+            if self._pinned:
+                self._pinned = False
+                _PINNED.unpin()
+            self._arena, self._workspaces = None, []
+            torch.cuda.empty_cache()
+            torch.cuda.set_device(self._device_before)
+            self._device_before = None

@@ -85,14 +85,11 @@ class Device(Protocol):
     def download(self, thread: int, number: int, target: Tensor) -> Marker:
         """Begin to copy from the start of a slot to `target` (host) once the thread's work so far is done."""
 
-    def computed(self, thread: int) -> Marker:
-        """A marker behind what the thread has computed so far."""
-
     def peak(self) -> int:
         """The most bytes that were held on the device."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back, whether or not `open` came to its end."""
 
 
 class CpuDevice:
@@ -104,11 +101,13 @@ class CpuDevice:
         self.name = "cpu"
         self.threads = threads
         self._workspaces: list[Tensor] = []
+        self._threads_before: int | None = None
 
     def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
-        """Take the workspaces."""
+        """Take the workspaces, and keep torch from using threads of its own."""
         import torch
 
+        self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         memory = [take_memory(workspace) for _ in range(self.threads)]
         self._workspaces = [torch.frombuffer(each, dtype=torch.uint8)[:workspace] for each in memory]
@@ -136,17 +135,17 @@ class CpuDevice:
         """There are none."""
         raise TypeError("the CPU computes in host memory")
 
-    def computed(self, thread: int) -> Marker:
-        """It is done already."""
-        return Done()
-
     def peak(self) -> int:
         """Nothing beside the host's memory."""
         return 0
 
     def close(self) -> None:
-        """Give the workspaces back."""
+        """Give the workspaces back, and torch its threads."""
         self._workspaces = []
+        if self._threads_before is not None:
+            import torch
+
+            torch.set_num_threads(self._threads_before)
 
 
 def make_devices(budgets: Sequence[DeviceBudget]) -> list[Device]:

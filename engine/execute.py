@@ -7,28 +7,26 @@ that waiting always ends, and no more is held than the schedule allows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
-from ..errors import CheckpointError
 from .arena import HostArena, Ledger
 from .device import Device, Marker
 from .graph import Kind, MergeGraph
 from .lanes import Lane
+from .passes import Passes
 from .residency import Memory, Resident
 from .schedule import Schedule
 from .simulate import Step
-from .tiling import length, output_width, tile_length
-from .work import Item, LaneTime, Measured, Progress, Run, Sink, Source
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from .tiling import output_width
+from .work import Item, LaneTime, Measured, NodeState, Progress, Sink, Source
 
 NOTIFY_SECONDS = 0.1
 """How often `Executor.run` tells how far it is."""
@@ -70,7 +68,6 @@ class Executor:
         self.ledger = Ledger()
         self._source = source
         self._sink = sink
-        self._allow_nonfinite = allow_nonfinite
         self._serial = serial
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -82,10 +79,10 @@ class Executor:
             Memory(self.ledger, f"vram {number}", count, schedule.slot_bytes)
             for number, count in enumerate(schedule.vram_slots)
         ]
-        self._runs: dict[int, Run] = {}
+        self._nodes: dict[int, NodeState] = {}
         self._threads = (readers, writers)
         self._computes = any(operation.kind is Kind.MERGE for operation in graph.operations)
-        self._workspaces: dict[tuple[int, int], Any] = {}
+        self._passes = Passes(graph, schedule, devices, allow_nonfinite=allow_nonfinite)
         self._pending_uploads: list[deque[tuple[Marker, Item]]] = [deque() for _ in devices]
 
     # --- the main thread ---------------------------------------------------------------------------------------
@@ -100,10 +97,27 @@ class Executor:
             MergeloomError: what went wrong in any lane.
         """
         start = time.perf_counter()
-        self._arena = HostArena(self.schedule.ram_slots, self.schedule.slot_bytes)
-        self._host_tensor: Tensor | None = None
         self._notify = notify or (lambda progress: None)
-        self._open_devices()
+        with contextlib.ExitStack() as opened:
+            self._arena = HostArena(self.schedule.ram_slots, self.schedule.slot_bytes)
+            opened.callback(self._arena.close)
+            self._open_devices(opened)
+            lanes: list[Lane[Any]] = []
+            try:
+                lanes += self._make_lanes()
+                self._dispatch()
+                self._wait(lambda: self._in_flight == 0)
+            finally:
+                end = time.perf_counter()
+                for lane in lanes:
+                    lane.stop()
+                for lane in lanes:
+                    lane.join()
+            self._account(lanes, start, end)
+        return self.measured
+
+    def _make_lanes(self) -> list[Lane[Any]]:
+        """All lanes, in the order in which a chunk goes through them."""
         readers, writers = self._threads
         self._read_lane: Lane[tuple[Resident, int, int, int]] = Lane("read", readers, self._read, self._fail)
         self._write_lane: Lane[Item] = Lane("write", writers, self._write, self._fail)
@@ -116,32 +130,22 @@ class Executor:
                 settle = functools.partial(self._settle_uploads, number, 0)
                 self._upload_lanes[number] = Lane("upload", 1, self._upload, self._fail, settle)
                 self._download_lanes[number] = Lane("download", 1, self._download, self._fail)
-        lanes: list[Lane[Any]] = [self._read_lane, *self._upload_lanes.values(), *self._compute_lanes]
-        lanes += [*self._download_lanes.values(), self._write_lane]
-        try:
-            self._dispatch()
-            self._wait(lambda: self._in_flight == 0)
-        finally:
-            end = time.perf_counter()
-            for lane in lanes:
-                lane.stop()
-            for lane in lanes:
-                lane.join()
-            self._account(lanes, start, end)
-            for device in self.devices:
-                device.close()
-            self._workspaces.clear()
-            self._host_tensor = None
-            self._arena.close()
-        return self.measured
+        return [
+            self._read_lane,
+            *self._upload_lanes.values(),
+            *self._compute_lanes,
+            *self._download_lanes.values(),
+            self._write_lane,
+        ]
 
-    def _open_devices(self) -> None:
+    def _open_devices(self, opened: contextlib.ExitStack) -> None:
+        """Open the devices, to be closed with `opened`: those, too, that others were opened before in vain."""
         if not self._computes:
             return
-        import torch
-
-        host = self._host_tensor = torch.frombuffer(self._arena.memory, dtype=torch.uint8)
+        host = self._passes.open(self._arena.memory)
+        opened.callback(self._passes.close)
         for number, device in enumerate(self.devices):
+            opened.push(functools.partial(_close, device))
             device.open(
                 self.schedule.vram_slots[number],
                 self.schedule.slot_bytes,
@@ -196,10 +200,10 @@ class Executor:
                 for read, held in step.drop:
                     self._ram.keep_only(read, held.low, held.high)
                 if step.index == 0:
-                    self._runs[step.node] = Run(chunks)
+                    self._nodes[step.node] = NodeState(chunks)
                 if step.first:
-                    self._runs[step.node].next_write = step.first
-                    self._runs[step.node].unwritten -= step.first
+                    self._nodes[step.node].next_write = step.first
+                    self._nodes[step.node].unwritten -= step.first
             if chunks == 0:
                 if step.index == operation.passes - 1:
                     self._finish_node(step.node)
@@ -255,7 +259,7 @@ class Executor:
                     on_device.hold(pinned=item.chunk < held.vram)
                     item.residents.append(on_device)
             if item.last:
-                start, size = self._span(item)
+                start, size = self.schedule.span(self.graph, item.node, item.chunk)
                 item.out_nbytes = size * output_width(self.graph, item.node)
                 if computes:
                     item.out = ram.take()
@@ -265,17 +269,11 @@ class Executor:
                 self._loaded(item)
             return reads
 
-    def _span(self, item: Item) -> tuple[int, int]:
-        """The first element of the item's chunk and how many it has (bytes, where nothing is computed)."""
-        chunk = self.schedule.chunk_elements[item.node]
-        start = item.chunk * chunk
-        return start, min(chunk, length(self.graph, item.node) - start)
-
     def _extent(self, item: Item, key: tuple[int, int, int]) -> tuple[int, int, int]:
         """Where a source's chunk lies: bytes from the tensor's start, its size, the tensor's offset in the file."""
         ref = self.graph.reads[key[0]]
         width = ref.dtype.bits // 8 if item.operation.kind is Kind.MERGE else 1
-        start, size = self._span(item)
+        start, size = self.schedule.span(self.graph, item.node, item.chunk)
         return start * width, size * width, ref.offset
 
     def _release_hosts(self, item: Item) -> None:
@@ -320,17 +318,17 @@ class Executor:
             self._computable(item)
 
     def _computable(self, item: Item) -> None:
-        run = self._runs[item.node]
+        node = self._nodes[item.node]
         with self._changed:
-            if run.index == item.index:
+            if node.index == item.index:
                 self._compute_lanes[item.device].put(item.order, item)
             else:
-                run.waiting.append(item)
+                node.waiting.append(item)
 
     def _upload(self, thread: int, item: Item) -> None:
         device = self.devices[item.device]
         for host, on_device in item.uploads:
-            device.upload(self._host_bytes(host.slot, host.nbytes), on_device.slot)
+            device.upload(self._passes.host_bytes(host.slot, host.nbytes), on_device.slot)
         item.marker = device.uploads_begun()
         with self._changed:
             for _, on_device in item.uploads:
@@ -348,92 +346,33 @@ class Executor:
             marker.wait()
             self._release_hosts(item)
 
-    def _host_bytes(self, slot: int, nbytes: int) -> Tensor:
-        assert self._host_tensor is not None
-        start = slot * self.schedule.slot_bytes
-        return self._host_tensor[start : start + nbytes]
-
     def _compute(self, thread: int, item: Item) -> None:
         if item.operation.kind is Kind.SAME:
-            self._compare(item)
+            views = [self._arena.view(resident.slot, resident.nbytes) for resident in item.residents]
+            self._passes.compare(item, views, self._arena.view(item.out, item.out_nbytes))
+            self._release_hosts(item)
+            self._computed(item)
             return
-        from . import compute
-
-        kernel = item.operation.kernel
-        assert kernel is not None
-        device = self.devices[item.device]
-        run = self._runs[item.node]
-        device.begin(thread, item.marker)
-        places = dict(zip(dict.fromkeys(self.graph.node_sources[item.node]), item.residents, strict=True))
-        inputs = []
-        for read in self.graph.node_sources[item.node]:
-            resident = places[read]
-            raw = (device.slot if device.separate else self._host_bytes)(resident.slot, resident.nbytes)
-            inputs.append(raw.view(compute.torch_dtype(self.graph.reads[read].dtype)))
-        piece = compute.Piece(
-            kernel=kernel,
-            inputs=inputs,
-            element=self._span(item)[0],
-            key=self.graph.node_key[item.node],
-            positions=item.operation.positions,
-            tile=tile_length(self.graph, item.node, self.schedule.tile_elements[item.device]),
-        )
-        workspace = self._workspace(thread, item.device)
-        if item.index == 0 and not kernel.transparent and not self._allow_nonfinite:
-            self._refuse_nonfinite(item, compute.check_inputs(piece, workspace))
+        node, device = self._nodes[item.node], self.devices[item.device]
         if not item.last:
-            partial = (
-                compute.reduce_chunk(piece, item.index, run.state, workspace)
-                if kernel.needed(item.index, run.state)
-                else None
-            )
-            self._reduced(item, run, partial)
+            self._reduced(item, self._passes.reduce(thread, item, node.state))
             return
+        overflowed = self._passes.combine(thread, item, node.state)
+        if overflowed:
+            self._note_overflow(item, overflowed)
         if device.separate:
-            target = device.slot(item.out_device, item.out_nbytes)
-        else:
-            target = self._host_bytes(item.out, item.out_nbytes)
-        outcome = compute.combine_chunk(
-            piece, run.state, workspace, target.view(compute.torch_dtype(self.graph.node_dtype[item.node]))
-        )
-        if not self._allow_nonfinite:
-            self._refuse_nonfinite(item, outcome.nonfinite_inputs)
-        if outcome.overflowed:
-            self._note_overflow(item, outcome.overflowed)
-        if device.separate:
-            item.marker = device.download(thread, item.out_device, self._host_bytes(item.out, item.out_nbytes))
+            target = self._passes.host_bytes(item.out, item.out_nbytes)
+            item.marker = device.download(thread, item.out_device, target)
             self._download_lanes[item.device].put(item.order, item)
         else:
             self._release_hosts(item)
             self._computed(item)
 
-    def _workspace(self, thread: int, device: int) -> Any:
-        import torch
-
-        from ..methods.tile import Workspace
-
-        found = self._workspaces.get((thread, device))
-        if found is None:
-            memory = self.devices[device].workspace(thread)
-            found = self._workspaces[(thread, device)] = Workspace(memory, torch.float32)
-        return found
-
-    def _reduced(self, item: Item, run: Run, partial: Any) -> None:
-        """Merge a partial in the order of the chunks; with the last one, open the next pass."""
-        kernel = item.operation.kernel
+    def _reduced(self, item: Item, partial: Any) -> None:
+        """Merge a partial into its pass; with the last one, open the next pass."""
+        node, kernel = self._nodes[item.node], item.operation.kernel
         assert kernel is not None
-        with run.lock:
-            run.partials[item.chunk] = partial
-            while run.next in run.partials:
-                following = run.partials.pop(run.next)
-                if following is not None:
-                    run.merged = following if run.merged is None else kernel.merge(item.index, run.merged, following)
-                run.next += 1
-            whole = run.next == run.chunks
-            if whole:
-                if kernel.needed(item.index, run.state):
-                    run.state = kernel.finish(item.index, run.merged, run.state)
-                run.next, run.merged = 0, None
+        whole = node.merge(kernel, item.index, item.chunk, partial)
         if self.devices[item.device].separate:
             self._release_device(item)
         else:
@@ -441,8 +380,8 @@ class Executor:
         with self._changed:
             self._in_flight -= 1
             if whole:
-                run.index += 1
-                waiting, run.waiting = run.waiting, []
+                node.index += 1
+                waiting, node.waiting = node.waiting, []
                 for other in waiting:
                     self._computable(other)
             self._changed.notify_all()
@@ -452,34 +391,19 @@ class Executor:
         self._release_device(item)
         self._computed(item)
 
-    def _compare(self, item: Item) -> None:
-        """Integer tensors are copied where all inputs agree."""
-        views = [self._arena.view(resident.slot, resident.nbytes) for resident in item.residents]
-        reads = list(dict.fromkeys(self.graph.node_sources[item.node]))
-        for read, view in zip(reads[1:], views[1:], strict=True):
-            if view != views[0]:
-                raise CheckpointError(
-                    f"tensor {self._output_name(item.node)}: its {self.graph.reads[read].dtype.name} values differ "
-                    f"between {self._model(reads[0])} and {self._model(read)}; integer tensors are only copied, where "
-                    "they are equal in all models"
-                )
-        self._arena.view(item.out, item.out_nbytes)[:] = views[0]
-        self._release_hosts(item)
-        self._computed(item)
-
     def _computed(self, item: Item) -> None:
         """Hand finished chunks to the write lane in the order of the tensor, so that they can be digested there."""
         with self._changed:
-            run = self._runs[item.node]
-            run.computed[item.chunk] = item
-            while (following := run.computed.pop(run.next_write, None)) is not None:
+            node = self._nodes[item.node]
+            node.computed[item.chunk] = item
+            while (following := node.computed.pop(node.next_write, None)) is not None:
                 self._write_lane.put(following.order, following)
-                run.next_write += 1
+                node.next_write += 1
 
     def _write(self, thread: int, item: Item) -> None:
         slot = item.residents[0].slot if item.operation.kind is Kind.COPY else item.out
         data = self._arena.view(slot, item.out_nbytes)
-        offset = self._span(item)[0] * output_width(self.graph, item.node)
+        offset = self.schedule.span(self.graph, item.node, item.chunk)[0] * output_width(self.graph, item.node)
         self._sink.write(item.node, offset, data)
         if item.operation.kind is Kind.COPY:
             self._release_hosts(item)
@@ -487,9 +411,9 @@ class Executor:
             if item.out >= 0:
                 self._ram.give_back(item.out)
             self.progress.bytes_written += item.out_nbytes * len(self._destinations[item.node])
-            run = self._runs[item.node]
-            run.unwritten -= 1
-            whole = run.unwritten == 0
+            node = self._nodes[item.node]
+            node.unwritten -= 1
+            whole = node.unwritten == 0
         if whole:
             self._finish_node(item.node)
         with self._changed:
@@ -499,26 +423,20 @@ class Executor:
     def _finish_node(self, node: int) -> None:
         self._sink.finished(node)
         with self._changed:
-            self.progress.nodes_done += 1
-            del self._runs[node]
-
-    # --- what is said to people --------------------------------------------------------------------------------
-
-    def _output_name(self, node: int) -> str:
-        return self.graph.outputs[self._destinations[node][0]].label
-
-    def _model(self, read: int) -> str:
-        return self.graph.models[self.graph.read_models[read]]
-
-    def _refuse_nonfinite(self, item: Item, inputs: Sequence[int]) -> None:
-        if inputs:
-            read = self.graph.node_sources[item.node][inputs[0]]
-            raise CheckpointError(
-                f"tensor {self.graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model "
-                "is damaged, or overflowed in training; `allow_nonfinite: true` in the recipe merges it all the same"
-            )
+            del self._nodes[node]
 
     def _note_overflow(self, item: Item, count: int) -> None:
         with self._changed:
-            name = self._output_name(item.node)
+            name = self.graph.outputs[self._destinations[item.node][0]].label
             self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + count
+
+
+def _close(
+    device: Device, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Close a device. One that has failed may fail again here: what went wrong first is what is raised."""
+    try:
+        device.close()
+    except RuntimeError:
+        if error is None:
+            raise

@@ -163,6 +163,10 @@ class MergeGraph:
             found[output.node].append(number)
         return found
 
+    def label(self, node: int) -> str:
+        """What the first of a node's output tensors is called among people. Looks through all outputs."""
+        return next(output.label for output in self.outputs if output.node == node)
+
     def consumers(self) -> list[list[int]]:
         """For each read, the nodes that need it."""
         found: list[list[int]] = [[] for _ in self.reads]

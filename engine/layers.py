@@ -94,12 +94,6 @@ class LayerMap:
                 return LayerName(prefix, index, sys.intern(name[match.end() + 1 :]), index >= stack.count)
         return None
 
-    def rename(self, name: str, index: int) -> str:
-        """`name` in layer `index`; ValueError in none. Extras move to ``new count + index - old count``."""
-        if (layer := self.split(name)) is None:
-            raise ValueError(f"{name} is in no layer")
-        return f"{layer.stack}.{index}.{layer.rest}" if layer.rest else f"{layer.stack}.{index}"
-
     def is_after(self, name: str) -> bool:
         """Whether a tensor outside the layers comes after them, and takes the parameters of the last slice.
 

@@ -186,11 +186,6 @@ class _Curve(dict[float, Any]):
         return value
 
 
-def lookup(parameter: Parameter, scopes: Sequence[Settings], tensor: str, t: float) -> Any:
-    """What `parameter` is worth for one tensor; a `Resolver` does the same for many. Raises ParameterError."""
-    return Resolver(parameter, scopes)(tensor, t)
-
-
 class SliceParameters:
     """The parameters of a method in one slice, looked up for each of its tensors.
 

@@ -40,13 +40,18 @@ def run_graph(
     Raises:
         MergeloomError: what went wrong in any lane.
     """
+    squeezed: dict[str, int] = {}
     while True:
         devices = make_devices(schedule.budget.devices)
         executor = Executor(graph, schedule, devices, source, sink, allow_nonfinite=allow_nonfinite)
         try:
-            return executor.run(notify)
+            measured = executor.run(notify)
+            measured.squeezed = squeezed
+            return measured
         except OutOfDeviceMemory as error:
-            vram = int(error.free * SPARE)
+            held = next(device.vram or 0 for device in schedule.budget.devices if device.name == error.name)
+            vram = int(min(error.free, held) * SPARE)  # what is free may be more than what was allowed
             if vram < schedule.minimum_vram:
                 raise
+            squeezed[error.name] = vram
             schedule = make_schedule(graph, shrink(schedule.budget, error.name, vram), done=done)

@@ -107,6 +107,12 @@ class Schedule:
     minimum_ram_node: int | None
     minimum_vram: int
 
+    def span(self, graph: MergeGraph, node: int, chunk: int) -> tuple[int, int]:
+        """The first element of a chunk and how many it has (bytes, where nothing is computed)."""
+        elements = self.chunk_elements[node]
+        start = chunk * elements
+        return start, min(elements, length(graph, node) - start)
+
     def chunks(self, graph: MergeGraph, node: int) -> int:
         """How many chunks a node's tensors have; 0 for a tensor without elements."""
         return chunk_count(graph, node, self.chunk_elements[node])
@@ -303,8 +309,7 @@ def _refuse_too_small(graph: MergeGraph, budget: Budget, need: _Need, minimum_ra
     node = need.slot_node if need.slot_node is not None else need.workspace_node
     if node is None and len(graph.node_sources):
         node = max(graph, key=lambda n: len(graph.node_sources[n]))
-    names = [output.label for output in graph.outputs if output.node == node][:1]
-    reason = f", which {names[0]} needs" if names else ""
+    reason = "" if node is None else f", which {graph.label(node)} needs"
     if budget.ram < minimum_ram:
         raise BudgetError(
             f"the merge does not fit {format_size(budget.ram)} of RAM: the smallest budget that works is "

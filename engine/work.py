@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..methods.contract import Kernel
 from .device import Done, Marker
 from .graph import Operation
 from .residency import Resident
@@ -39,7 +40,6 @@ class Progress:
 
     bytes_read: int = 0
     bytes_written: int = 0
-    nodes_done: int = 0
 
 
 @dataclass(slots=True)
@@ -79,6 +79,7 @@ class Measured:
         vram_peak: the most bytes held on a device.
         lanes: what each lane did.
         overflowed: for each output tensor with new infinities or NaNs, how many.
+        squeezed: GPUs of which others held more than was foretold, and the bytes that were made do with.
     """
 
     bytes_read: int = 0
@@ -90,6 +91,7 @@ class Measured:
     vram_peak: int = 0
     lanes: dict[str, LaneTime] = field(default_factory=dict)
     overflowed: dict[str, int] = field(default_factory=dict)
+    squeezed: dict[str, int] = field(default_factory=dict)
 
 
 class Item:
@@ -124,11 +126,11 @@ class Item:
             self.missing += 1
 
 
-class Run:
-    """A node that is being made."""
+class NodeState:
+    """A node that is being made: which pass it is in, and what of it is computed and written."""
 
     __slots__ = (
-        "chunks", "computed", "index", "lock", "merged", "next", "next_write", "partials", "state", "unwritten",
+        "_lock", "_merged", "_next", "_partials", "chunks", "computed", "index", "next_write", "state", "unwritten",
         "waiting",
     )  # fmt: skip
 
@@ -139,8 +141,27 @@ class Run:
         self.unwritten = chunks
         self.index = 0
         self.state: Any = None
-        self.lock = threading.Lock()
-        self.partials: dict[int, Any] = {}
-        self.next = 0
-        self.merged: Any = None
         self.waiting: list[Item] = []
+        self._lock = threading.Lock()
+        self._partials: dict[int, Any] = {}
+        self._next = 0
+        self._merged: Any = None
+
+    def merge(self, kernel: Kernel, index: int, chunk: int, partial: Any) -> bool:
+        """Merge a chunk's partial of a pass, in the order of the chunks; whether that was the last one.
+
+        It is safe to call from several threads. After the last one, `state` is what the pass has found.
+        """
+        with self._lock:
+            self._partials[chunk] = partial
+            while self._next in self._partials:
+                following = self._partials.pop(self._next)
+                if following is not None:
+                    self._merged = following if self._merged is None else kernel.merge(index, self._merged, following)
+                self._next += 1
+            if self._next < self.chunks:
+                return False
+            if kernel.needed(index, self.state):
+                self.state = kernel.finish(index, self._merged, self.state)
+            self._next, self._merged = 0, None
+            return True

@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
-from .header import Header, open_source, quoted, read_header, read_range
+from .header import Header, read_header
 from .reading import Stamps, stamps_of
+from .source_files import open_source, quoted, read_range
 from .tensors import TensorRef
 
 MAX_INDEX_BYTES = 256_000_000

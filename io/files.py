@@ -7,7 +7,6 @@ are companions, since the licences of most open models ask that their text goes 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -17,7 +16,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure
+from ..errors import CheckpointError
+from .failures import explain
 from .platform import create_file, make_directory, remove, rename, sync_data, sync_directory, write_at
 from .sizes import format_size
 
@@ -26,7 +26,6 @@ LARGEST_COMPANION = 1 << 30
 
 _LARGEST_TEXT = 64 << 20
 _CHUNK = 1 << 20
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class FileKind(Enum):
@@ -150,11 +149,7 @@ def copy_file(source: Path, target: Path) -> int:
             rename(temporary, target)
             sync_directory(target.parent)
         except OSError as error:
-            what = f"{target}: copying {source.name} failed: {error.strerror}"
-            if error.errno in _FULL:
-                needed = format_size(source.stat().st_size, up=True)
-                raise DiskSpaceError(f"{what}; make room ({needed}) and run the same command again") from error
-            raise EnvironmentFailure(f"{what}; once that is mended, run the same command again") from error
+            raise explain(error, target, f"copying {source}") from error
         finally:
             remove(temporary)
     return nbytes

@@ -28,10 +28,11 @@ from .checkpoint import (
     open_checkpoint,
 )
 from .files import LARGEST_COMPANION, file_kind
-from .header import Header, data_start, parse_header, quoted, read_header
+from .header import Header, data_start, parse_header, read_header
 from .hub_download import download
 from .hub_files import NOT_HERE, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
 from .hub_http import Place, in_parallel, read_file
+from .source_files import quoted
 from .tensors import TensorRef
 
 MAX_HEADERS_BYTES = 256_000_000

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError, EnvironmentFailure, Interrupted
-from .header import quoted
+from .source_files import quoted
 
 RETRIES = 3
 """How often a request is repeated before a byte of its answer has come; every byte that comes starts the count anew."""

@@ -31,7 +31,7 @@ from .platform import (
     truncate,
     write_at,
 )
-from .reading import FilePool, Stamps
+from .reading import FilePool, Stamps, acquire_source
 from .reserving import Reservation
 from .sizes import format_size
 
@@ -216,10 +216,7 @@ class OutputDirectory(Claim):
             DiskSpaceError: where there is no room.
         """
         path = self.shard_path(shard)
-        try:
-            descriptor = self._sources.acquire(source)
-        except OSError as error:
-            raise CheckpointError(f"{source}: can't be opened: {error.strerror}") from error
+        descriptor = acquire_source(self._sources, source)
         try:
             written = self._files.acquire(path)
             try:

@@ -6,6 +6,7 @@ which they let the power fail, the disk be full or the process be killed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -100,8 +101,7 @@ def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
 
 def forget_cached(descriptor: int, offset: int, nbytes: int) -> None:
     """Drop a range of a file from the page cache, where the system can."""
-    if _has("posix_fadvise") and "fadvise" not in DISABLED:
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    _advise(descriptor, offset, nbytes, "POSIX_FADV_DONTNEED")
 
 
 def cached_share(descriptor: int, offset: int, nbytes: int) -> float | None:
@@ -135,8 +135,13 @@ def cached_share(descriptor: int, offset: int, nbytes: int) -> float | None:
 
 def expect_sequential(descriptor: int) -> None:
     """Tell the kernel that a file will be read from front to back, so that it reads further ahead."""
+    _advise(descriptor, 0, 0, "POSIX_FADV_SEQUENTIAL")
+
+
+def _advise(descriptor: int, offset: int, nbytes: int, advice: str) -> None:
     if _has("posix_fadvise") and "fadvise" not in DISABLED:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        with contextlib.suppress(OSError):  # it is advice: where the file system takes none, nothing is lost
+            os.posix_fadvise(descriptor, offset, nbytes, getattr(os, advice))
 
 
 def create_file(path: Path) -> int:

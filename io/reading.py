@@ -117,6 +117,25 @@ class FilePool:
         self.close()
 
 
+def acquire_source(files: FilePool, file: Path) -> int:
+    """A descriptor of a source file, to be given back to the pool.
+
+    Raises:
+        CheckpointError: where the file is gone, was changed, or may not be read.
+        EnvironmentFailure: where a limit of the system, or the disk, gets in the way.
+    """
+    try:
+        return files.acquire(file)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise CheckpointError(
+            f"{file}: can't be opened any more ({error.strerror}): put the file back and run the same command again"
+        ) from error
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"{file}: can't be opened ({error.strerror}): once that is mended, run the same command again"
+        ) from error
+
+
 class Reader:
     """Reads ranges of source files. Safe to use from several threads.
 
@@ -137,14 +156,7 @@ class Reader:
             CheckpointError: where the file is gone, was changed, may not be read, or ends before.
             EnvironmentFailure: where the disk, or a limit of the system, gets in the way.
         """
-        try:
-            descriptor = self._files.acquire(file)
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            raise CheckpointError(
-                f"{file}: can't be opened any more ({error.strerror}): put the file back and run the same command again"
-            ) from error
-        except OSError as error:
-            raise EnvironmentFailure(f"{file}: can't be opened: {error.strerror}") from error
+        descriptor = acquire_source(self._files, file)
         try:
             done = 0
             while done < len(buffer):

@@ -56,6 +56,7 @@ def planning_options(command: F) -> F:
                 "--device",
                 default="auto",
                 show_default=True,
+                shell_complete=lambda *given: [name for name in ("auto", "cpu", "cuda") if name.startswith(given[-1])],
                 help="What computes: auto, cpu, cuda (all GPUs), cuda:1, or cuda:0,cuda:1.",
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Of the random methods."),
@@ -252,6 +253,7 @@ def merge(
 
 
 def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result:
+    from .merging import fetch, missing_files
     from .merging import merge as perform
     from .progress import Display
 
@@ -259,6 +261,9 @@ def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result
         if not quiet or text.startswith("warning: "):
             _say(text)
 
+    if files := missing_files(planned):
+        with Display(sum(file.nbytes for file in files), 0, quiet=quiet, verb="downloaded") as display:
+            fetch(files, say, display)
     with Display(planned.bytes_read, planned.bytes_written, quiet=quiet) as display:
         return perform(planned, out, fresh=fresh, digests=planned.digests, notify=display, say=say)
 
@@ -282,8 +287,15 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
         show(inspection_sections(inspection, tensors=tensors))
 
 
+def complete_method(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The names of methods that begin so, for the shell."""
+    from .methods import merge_methods
+
+    return sorted(name for name in merge_methods() if name.startswith(incomplete))
+
+
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_method)
 @click.option("--methods", "files", multiple=True, type=click.Path(), metavar="FILE", help=METHODS)
 def methods(name: str | None, files: Sequence[str]) -> None:
     """List the merge methods, or show one and its parameters."""

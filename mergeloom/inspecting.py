@@ -11,11 +11,10 @@ from typing import Any
 from .display import Grid, Section
 from .engine.layers import LayerMap, Stack, find_layers, is_head, tied_embedding
 from .engine.quantized import quantized_tensors
-from .engine.recipe import ModelReference
 from .errors import CheckpointError
 from .io.checkpoint import Checkpoint
 from .io.tensors import TensorRef
-from .planning import open_model
+from .opening import open_model, reference_of
 from .wording import big_number, data_size, listed, plural, ranges
 
 _FILES_SHOWN = 8
@@ -130,12 +129,13 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     """Look at a checkpoint.
 
     Args:
-        model: a directory, a .safetensors file, or an index.
+        model: a directory, a .safetensors file, an index, or a repository of the Hub.
 
     Raises:
+        UsageError: where that is no name of a model.
         CheckpointError: where it is missing or damaged.
     """
-    checkpoint = open_model(ModelReference.parse(str(model)))
+    checkpoint = open_model(reference_of(str(model)))
     remarks = list(checkpoint.remarks)
     layers: LayerMap | None = None
     try:

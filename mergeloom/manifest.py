@@ -18,9 +18,9 @@ from .errors import CheckpointError
 from .io.checkpoint import Checkpoint
 from .io.claim import WORK, is_inside
 from .io.digests import bytes_digest
-from .io.header import open_source, read_range
 from .io.hub import HubCheckpoint
 from .io.identity import file_identity
+from .io.source_files import open_source, read_range
 from .methods.contract import Kernel
 from .methods.plugins import code_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from .engine.schedule import Schedule
 from .engine.work import Measured, Progress, Sink
 from .errors import EnvironmentFailure
 from .io.commit import GROUP_BYTES
+from .io.hub_files import HubFile
 from .io.output import OutputDirectory
 from .io.reading import Reader, Stamps
-from .io.sizes import format_size
 from .machine import available_ram, process_memory
 from .manifest import MANIFEST
+from .opening import is_remote
 from .performing import Earlier, Run, whole_already
-from .planning import Options, Plan, RecipeLike, is_remote, plan
+from .planning import Options, Plan, RecipeLike, plan
 from .sharing import unplaced
+from .wording import data_size, plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Result:
                     for name, lane in measured.lanes.items()
                 },
                 "overflowed": measured.overflowed,
+                "squeezed": measured.squeezed,
                 "earlier": asdict(self.earlier),
             },
         }
@@ -115,7 +118,7 @@ def merge(
         MergeloomError: whatever stops it; `out` then holds nothing that looks like a model, and the same call goes on.
     """
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
-    fetch(planned, say or (lambda text: None))
+    fetch(missing_files(planned), say or (lambda text: None))
     if out is None:
         planned = unplaced(planned)
         return Result(planned, None, _perform(planned, planned.schedule, _Nowhere(), notify), process_memory().peak)
@@ -143,18 +146,36 @@ def merge(
     return Result(run.plan, directory.path, measured, process_memory().peak, run.earlier)
 
 
-def fetch(planned: Plan, say: Callable[[str], None]) -> None:
-    """Download what is missing of the models that are the Hub's; an interrupted download goes on where it was."""
-    files = [file for file in planned.downloads if not file.present]
-    donors = (planned.files.others, planned.files.tokenizer)
-    if not files and not any(is_remote(donor) for donor in donors):
+def missing_files(planned: Plan) -> list[HubFile]:
+    """What a merge needs of the Hub's models and isn't here: weights, and the files beside them that it takes over."""
+    needed = list(planned.downloads)
+    donors = [donor for donor in (planned.files.others, planned.files.tokenizer) if is_remote(donor)]
+    if donors:
+        from .io.hub import companions
+
+        needed += [file for donor in donors for file in companions(donor)]
+    return [file for file in {file.path: file for file in needed}.values() if not file.present]
+
+
+def fetch(
+    files: Sequence[HubFile], say: Callable[[str], None], notify: Callable[[Progress], None] | None = None
+) -> None:
+    """Download files of the Hub; an interrupted download goes on where it was.
+
+    Args:
+        files: which.
+        say: called with what is about to be done.
+        notify: called now and then with the bytes that are here.
+
+    Raises:
+        MergeloomError: as `hub_download.download`.
+    """
+    if not files:
         return
-    from .io.hub import companions
     from .io.hub_download import download
 
-    if files:
-        say(f"downloading {len(files)} files, {format_size(sum(file.to_fetch for file in files))}")
-    download([*files, *(file for donor in donors for file in companions(donor))])
+    say(f"downloading {plural(len(files), 'file')}, {data_size(sum(file.to_fetch for file in files))}")
+    download(files, None if notify is None else lambda done: notify(Progress(bytes_read=done.bytes_done)))
 
 
 def _perform(

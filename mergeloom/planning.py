@@ -16,11 +16,12 @@ from .engine.schedule import Budget, Schedule, make_schedule
 from .engine.stages import build_stages
 from .engine.transfer import Transfer
 from .file_sources import FileResolver, FileSources
-from .io.checkpoint import Checkpoint, open_checkpoint
-from .io.hub_files import HubFile, is_hub_id
+from .io.checkpoint import Checkpoint
+from .io.hub_files import HubFile
 from .io.tensors import TensorRef
 from .machine import Machine, find_devices, make_budget, usable_cores
 from .methods import merge_methods
+from .opening import is_remote, open_model
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
@@ -233,21 +234,6 @@ class Plan:
         from .report import plan_text
 
         return plan_text(self)
-
-
-def is_remote(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is the Hub's, so that its files may not be here."""
-    return hasattr(checkpoint, "repository")
-
-
-def open_model(reference: ModelReference) -> Checkpoint:
-    """The headers of an input model: a directory or file that is there, else one of the Hub. Raises MergeloomError."""
-    path = Path(os.path.expanduser(reference.path))  # noqa: PTH111  which leaves "~nobody" as it is
-    if not os.path.exists(path) and is_hub_id(reference.path):  # noqa: PTH110  no name makes it fail
-        from .io.hub import open_hub_model
-
-        return open_hub_model(reference.path, reference.revision)
-    return open_checkpoint(path)
 
 
 def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:

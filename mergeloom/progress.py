@@ -43,6 +43,7 @@ class State:
         to_write: bytes in all.
         per_second: bytes read and written a second, of late.
         left: seconds until the end at this rate; None where nothing tells.
+        verb: what is done with what is read.
     """
 
     read: int
@@ -51,6 +52,7 @@ class State:
     to_write: int
     per_second: float
     left: float | None
+    verb: str = "read"
 
     @property
     def share(self) -> float:
@@ -67,19 +69,16 @@ class State:
         """The line in parts, the most important first."""
         if self.read + self.written == 0 and not self.done:
             return ["  0%", "starting"]
+        writes = self.to_write > 0
         if self.done:
-            return [
-                "100%",
-                "waiting for the disk",
-                f"read {data_size(self.read)}",
-                f"written {data_size(self.written)}",
-            ]
+            moved = [f"{self.verb} {data_size(self.read)}", *([f"written {data_size(self.written)}"] if writes else [])]
+            return ["100%", "waiting for the disk", *moved]
         return [
             f"{int(100 * self.share):3d}%",
             "time left unknown" if self.left is None else f"{_rounded(self.left)} left",
             rate(self.per_second, 1),
-            f"read {data_size(self.read)} of {data_size(self.to_read)}",
-            f"written {data_size(self.written)} of {data_size(self.to_write)}",
+            f"{self.verb} {data_size(self.read)} of {data_size(self.to_read)}",
+            *([f"written {data_size(self.written)} of {data_size(self.to_write)}"] if writes else []),
         ]
 
     def line(self, width: int | None = None) -> str:
@@ -101,10 +100,14 @@ class Meter:
         to_read: bytes in all.
         to_write: bytes in all.
         clock: in seconds.
+        verb: what is done with what is read.
     """
 
-    def __init__(self, to_read: int, to_write: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, to_read: int, to_write: int, clock: Callable[[], float] = time.monotonic, verb: str = "read"
+    ) -> None:
         self._totals = (to_read, to_write)
+        self._verb = verb
         self._clock = clock
         self._samples: deque[tuple[float, int]] = deque([(clock(), 0)])
 
@@ -120,11 +123,12 @@ class Meter:
         then, before = self._samples[0]
         per_second = (read + written - before) / (now - then) if now > then else 0.0
         missing = max(0, sum(self._totals) - read - written)
-        return State(read, written, *self._totals, per_second, missing / per_second if per_second else None)
+        left = missing / per_second if per_second else None
+        return State(read, written, *self._totals, per_second, left, self._verb)
 
 
 class Display:
-    """Shows the progress of one merge, from entering it to leaving it; give it to `merge` as `notify`.
+    """Shows the progress of one merge, or download, from entering it to leaving it; give it to `merge` as `notify`.
 
     Args:
         to_read: bytes in all.
@@ -132,6 +136,7 @@ class Display:
         quiet: show nothing.
         stream: stderr by default.
         seconds: between two drawings; by default as fits the stream.
+        verb: what is done with what is read.
     """
 
     def __init__(
@@ -142,12 +147,13 @@ class Display:
         quiet: bool = False,
         stream: TextIO | None = None,
         seconds: float | None = None,
+        verb: str = "read",
     ) -> None:
         self._stream = stream or sys.stderr
         self._terminal = is_terminal(self._stream)
         self._console: Console | None = None
         self._seconds = seconds or (FRAME_SECONDS if self._terminal else LINE_SECONDS)
-        self._meter = Meter(to_read, to_write)
+        self._meter = Meter(to_read, to_write, verb=verb)
         self._progress: Progress | None = None
         self._left = threading.Event()
         self._thread = None if quiet else threading.Thread(target=self._draw_on, name="progress", daemon=True)

@@ -218,8 +218,7 @@ def _held(plan: Plan, buffers: int, curve: Sequence[int], top: int, *, vram: boo
 
 def _set_by(plan: Plan) -> str:
     node = plan.schedule.minimum_ram_node
-    name = next((output.label for output in plan.built.graph.outputs if output.node == node), None)
-    return f", which {name} needs" if name is not None else ""
+    return "" if node is None else f", which {plan.built.graph.label(node)} needs"
 
 
 def time_section(found: Estimate) -> Section:
@@ -320,6 +319,8 @@ def summary_sections(result: Result) -> list[Section]:
     if any(device.vram is not None for device in schedule.budget.devices):
         foretold = memory_size(schedule.peak_vram, up=True)
         fields.append(("peak VRAM", f"{memory_size(measured.vram_peak, up=True)}; foretold {foretold}"))
+    for name, vram in measured.squeezed.items():
+        fields.append(("made do with", f"{memory_size(vram)} of {name}: another process held the rest"))
     fields.append(("bottleneck", bottleneck(measured, gpu=_on_gpu(plan))))
     lanes = tuple(
         (name, str(lane.threads), f"{lane.worked:.1f} s", f"{lane.waited:.1f} s", f"{_busy(lane, measured):.0%}")

@@ -221,7 +221,6 @@ def _claims(found: Found, graph: MergeGraph) -> tuple[dict[int, _Claims], list[t
             continue
         count, nbytes = _count(graph.nbytes(node)), graph.nbytes(node)
         claim = claims.setdefault(node, _Claims())
-        number = first
         for number, digest in enumerate(_digests(record.get("blocks")), first):
             if 0 <= number < count:
                 claim.blocks[number] = digest

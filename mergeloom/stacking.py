@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from .engine.recipe import ModelReference
     from .engine.stacking import StackSummary
 
 _LAYERS = click.IntRange(1)
@@ -37,9 +35,9 @@ def stack(
     stderr. Reads headers only. With several passes, --window and --step are of all of them, or given once for each.
     """
     from .engine.stacking import stack_recipe
-    from .planning import open_model
+    from .opening import open_model, reference_of
 
-    reference = _reference(model)
+    reference = reference_of(model)
     text, summary = stack_recipe(
         reference,
         open_model(reference),
@@ -51,19 +49,6 @@ def stack(
     )
     _report(summary)
     click.echo(text, nl=False)
-
-
-def _reference(model: str) -> ModelReference:
-    """A path that exists is taken as it is, whatever characters it has; else it is an id of the Hub."""
-    from .engine.recipe import ModelReference
-    from .errors import UsageError
-
-    if os.path.exists(os.path.expanduser(model)):  # noqa: PTH110, PTH111  whatever the text is
-        return ModelReference(model)
-    try:
-        return ModelReference.parse(model)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _report(summary: StackSummary) -> None:

@@ -85,7 +85,7 @@ def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Pea
     if best < 0:
         return None
     step = schedule.steps[best]
-    tensor = next(output.label for output in graph.outputs if output.node == step.node)
+    tensor = graph.label(step.node)
     passes = graph.operation(step.node).passes
     return Peak(best + 1, tensor, step.index + 1, passes, held * schedule.slot_bytes)
 
@@ -226,7 +226,7 @@ def traffic_dict(plan: Plan) -> dict[str, Any]:
         "bytes_downloaded": downloaded(graph, schedule),
         "peak_ram_at": peaks[0] and asdict(peaks[0]),
         "peak_vram_at": peaks[1] and asdict(peaks[1]),
-        "minimum_ram_at": next((output.label for output in graph.outputs if output.node == node), None),
+        "minimum_ram_at": None if node is None else graph.label(node),
         "bytes_by_model": [
             {"model": name, "used": used, "read": total}
             for name, (used, total) in zip(graph.models, bytes_of_models(plan, read), strict=True)

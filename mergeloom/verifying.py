@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .engine.recipe import ModelReference
 from .engine.work import Progress
 from .errors import MergeloomError
 from .io.checkpoint import Checkpoint
 from .io.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
-from .io.header import Header, open_source, parse_header, read_data_start, read_range
+from .io.header import Header, parse_header, read_data_start
 from .io.reading import Reader
+from .io.source_files import open_source, read_range
 from .io.tensors import TensorRef
 from .manifest import MANIFEST, identity_of, read_manifest
 
@@ -164,19 +164,26 @@ class _Verification:
 
     def _compare(self, name: str, ref: TensorRef, origin: Mapping[str, Any]) -> tuple[str, str]:
         """Compare a tensor that was copied unread with its source."""
+        unread = f"tensor {name} was copied without being read"
         try:
-            source = self._source(origin["model"], origin["file"])
-            theirs = self._pieces(source, origin["offset"], ref.nbytes)
+            with _blaming_the_source():
+                source = self._source(origin["model"], origin["file"])
+            theirs = self._source_pieces(source, origin["offset"], ref.nbytes)
             for (_, ours), (_, other) in zip(self._pieces(ref.file, ref.offset, ref.nbytes), theirs, strict=True):
                 if ours != other:
-                    if identity_of(self._model(origin["model"]), source) != self._identity(origin):
-                        return "", f"tensor {name} was copied without being read, and {source} was changed since"
+                    with _blaming_the_source():
+                        now = identity_of(self._model(origin["model"]), source)
+                    if now != self._identity(origin):
+                        return "", f"{unread}, and {source} was changed since"
                     return f"tensor {name} in {ref.file.name} differs from its source {source}", ""
-        except MergeloomError as error:
-            if str(ref.file) in str(error):
-                raise
-            return "", f"tensor {name} was copied without being read, and can't be compared with its source: {error}"
+        except _SourceError as error:
+            return "", f"{unread}, and can't be compared with its source: {error}"
         return "", ""
+
+    def _source_pieces(self, file: Path, offset: int, nbytes: int) -> Iterator[tuple[int, memoryview]]:
+        """As `_pieces`, of a source file."""
+        with _blaming_the_source():
+            yield from self._pieces(file, offset, nbytes)
 
     def _identity(self, origin: Mapping[str, Any]) -> str | None:
         """What the source file of a tensor was when it was copied."""
@@ -210,20 +217,31 @@ class _Verification:
 
     def _model(self, number: int) -> Checkpoint:
         """An input model, opened once. Raises MergeloomError."""
-        from .planning import open_model
+        from .opening import open_model, reference_of
 
         with self._lock:
             if number not in self._models:
-                text = self.manifest["models"][number]
                 try:
-                    local = os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111  whatever the text is
-                    self._models[number] = open_model(ModelReference(text) if local else ModelReference.parse(text))
-                except (MergeloomError, ValueError) as error:
+                    self._models[number] = open_model(reference_of(self.manifest["models"][number]))
+                except MergeloomError as error:
                     self._models[number] = str(error)
             found = self._models[number]
         if isinstance(found, str):
             raise MergeloomError(found)
         return found
+
+
+class _SourceError(Exception):
+    """A source that a tensor was copied from can't be read."""
+
+
+@contextlib.contextmanager
+def _blaming_the_source() -> Iterator[None]:
+    """Whatever goes wrong within is the source's fault, not the merged model's."""
+    try:
+        yield
+    except MergeloomError as error:
+        raise _SourceError(str(error)) from error
 
 
 def _read_shard(file: Path, nbytes: int, digest: str) -> tuple[str, Header | None]:

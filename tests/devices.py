@@ -84,10 +84,6 @@ class CountingDevice:
         self.downloaded += target.numel()
         return Done()
 
-    def computed(self, thread: int) -> Marker:
-        """It is done already."""
-        return Done()
-
     def peak(self) -> int:
         """The most bytes held."""
         return self.held

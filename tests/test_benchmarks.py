@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import bars, budgets, compare, floor, passthrough, scaling
+from benchmarks import bars, budgets, compare, floor, gpu, passthrough, scaling
 from tests import models
 
 MEASURE = """
@@ -189,3 +189,41 @@ def test_bars_are_met_or_missed() -> None:
     }
     (bar,) = bars.of_scaling({"rows": [{"part": "start", "label": "mergeloom plan", "seconds": [2.0, 1.0, 1.2]}]})
     assert "| `mergeloom plan` | under 1.5 s | 1.20 s | met |" in bars.text([bar])
+
+
+# ---------------------------------------------------------------------------------------------- gpu
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "gpu_name", lambda: None)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    gpu.main()
+    assert capsys.readouterr().out == "There is no CUDA GPU here: nothing was measured.\n"
+
+
+def test_merges_for_the_gpu_table(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        models.write_checkpoint(tmp_path / name, models.tiny_llama(), fill=seed)
+    bench = gpu.Bench(
+        models=tmp_path,
+        work=tmp_path,
+        out=tmp_path / "out",
+        on_disk=False,
+        cold=False,
+        memory=0,
+        quiet=0,
+        mergekit=tmp_path,
+        mergekit_flags=(),
+        mergeloom_flags=(),
+    )
+    row = gpu.measure(bench, "slerp", ["--device", "cpu"])
+    assert row["bytes_read"] > 100_000
+    assert (row["max_vram"], row["peak_vram"]) == (0, 0)
+    on_gpu = row | {"options": "--max-vram 2GiB", "max_vram": 2**31, "peak_vram": 2**30, "seconds": 2.0}
+    results = {"rows": [row, on_gpu], "machine": compare.machine(), "gpu": "G", "size": "8B", "copy_rate": 5e10}
+    text = gpu.text(results | {"mergekit": {"slerp": 50.0}})
+    assert "No budget was exceeded" in text
+    assert "| mergekit `--cuda` | 50.0 | | | | 25.0 times our time |" in text
+    (over,) = gpu.broken({"rows": [row, on_gpu | {"peak_vram": 2**31 + 1}]})
+    assert "2,147,483,649 bytes of VRAM, of 2,147,483,648" in over
+    assert len(gpu.broken({"rows": [row, on_gpu | {"digest": ""}]})) == 2

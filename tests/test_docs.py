@@ -202,8 +202,13 @@ def test_the_shell_completes() -> None:
     for shell in shells:
         kind = get_completion_class(shell)
         assert kind is not None
-        found = kind(cli, {}, "mergeloom", "_MERGELOOM_COMPLETE").get_completions(["plan"], "--what")
-        assert [item.value for item in found] == ["--what-if"]
+        completion = kind(cli, {}, "mergeloom", "_MERGELOOM_COMPLETE")
+        for words, beginning, ends in (
+            (["plan"], "--what", ["--what-if"]),
+            (["merge", "--device"], "c", ["cpu", "cuda"]),
+            (["methods"], "dare", ["dare_linear", "dare_ties"]),
+        ):
+            assert [item.value for item in completion.get_completions(words, beginning)] == ends
 
 
 def test_the_readme_is_short() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.arena import take_memory
 from mergeloom.engine.device import CpuDevice, Device, OutOfDeviceMemory
 from mergeloom.engine.execute import Executor
-from mergeloom.engine.run import run_graph
+from mergeloom.engine.run import SPARE, run_graph
 from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
 from mergeloom.engine.work import Measured
 from tests.devices import CountingDevice, FailureOnPurpose, Rate
@@ -184,9 +187,79 @@ def test_a_neighbour_on_the_device_is_met_by_a_smaller_schedule() -> None:
         made.append(CountingDevice("test", free))
         return [made[-1]]
 
-    run_graph(world.graph, schedule, make_devices, world, world)
+    measured = run_graph(world.graph, schedule, make_devices, world, world)
     world.check()
+    assert measured.squeezed == {"test": int(free * SPARE)}
     assert [device.held <= free for device in made] == [False, True]
 
     with pytest.raises(OutOfDeviceMemory, match="another process holds the rest"):
         run_graph(world.graph, schedule, lambda wanted: [CountingDevice("test", 1000)], world, world)
+
+
+def test_a_neighbour_that_let_go_again_does_not_raise_the_budget() -> None:
+    """The device has more free than was allowed, and had too little a moment ago."""
+    world = World()
+    world.node("above", [world.source(40 * ELEMENTS)])
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("test", 64 << 20, 1),)))
+    wanted: list[int] = []
+
+    class Crowded(CountingDevice):
+        """Others hold memory while the first one opens."""
+
+        def open(self, slots: int, slot_bytes: int, workspace: int, host: Any) -> None:
+            if len(wanted) == 1:
+                raise OutOfDeviceMemory(self.name, slots * slot_bytes, 1 << 40)
+            super().open(slots, slot_bytes, workspace, host)
+
+    def make_devices(budgets: Sequence[DeviceBudget]) -> list[Device]:
+        wanted.append(budgets[0].vram or 0)
+        return [Crowded("test", wanted[-1])]
+
+    measured = run_graph(world.graph, schedule, make_devices, world, world)
+    world.check()
+    assert wanted == [64 << 20, int((64 << 20) * SPARE)]
+    assert measured.vram_peak <= wanted[-1]
+
+
+def test_devices_that_were_opened_are_closed_whatever_happens() -> None:
+    world = World()
+    world.node("above", [world.source(4 * ELEMENTS)])
+    budgets = tuple(DeviceBudget(f"test:{number}", 64 << 20, 1) for number in range(2))
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets))
+    events: list[str] = []
+
+    class Told(CountingDevice):
+        """Says what is done to it; it can't be closed without an error."""
+
+        def open(self, slots: int, slot_bytes: int, workspace: int, host: Any) -> None:
+            events.append(f"open {self.name}")
+            super().open(slots, slot_bytes, workspace, host)
+
+        def close(self) -> None:
+            events.append(f"close {self.name}")
+            raise RuntimeError("the device is gone")
+
+    devices = [Told("test:0", 64 << 20), Told("test:1", 1000)]
+    with pytest.raises(OutOfDeviceMemory, match="test:1"):
+        Executor(world.graph, schedule, devices, world, world).run()
+    assert events == ["open test:0", "open test:1", "close test:1", "close test:0"]
+    with pytest.raises(RuntimeError, match="the device is gone"):  # where nothing else went wrong, it is said
+        Executor(world.graph, schedule, [Told(f"test:{n}", 64 << 20) for n in range(2)], world, world).run()
+
+
+def test_torch_has_its_threads_again() -> None:
+    world = World()
+    world.node("sum", [world.source(ELEMENTS), world.source(ELEMENTS)])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
+        run(world, schedule, [CpuDevice(2)])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="could not be had"):
+        take_memory(1 << 60)

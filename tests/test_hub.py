@@ -21,6 +21,7 @@ from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 import mergeloom
 from mergeloom import planning
+from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError
 from mergeloom.io import hub_download, hub_http
 from mergeloom.io.checkpoint import Checkpoint, open_checkpoint
@@ -30,6 +31,8 @@ from mergeloom.io.header import build_header
 from mergeloom.io.hub import HubCheckpoint, companions, needed_files, open_hub_model
 from mergeloom.io.hub_download import Transfer, download
 from mergeloom.io.hub_files import HubFile, is_hub_id
+from mergeloom.merging import fetch
+from mergeloom.wording import data_size, plural
 from tests import models
 from tests.hub_server import HubServer, serving
 
@@ -286,6 +289,18 @@ def test_only_the_shards_of_the_layers_that_are_used(hub: HubServer, model: HubC
     hub.log.clear()
     download(files, told.append)
     assert hub.log == []
+
+
+def test_a_download_says_how_far_it_is(hub: HubServer, model: HubCheckpoint) -> None:
+    files = layer_files(model, 2)
+    said: list[str] = []
+    told: list[Progress] = []
+    fetch(files, said.append, told.append)
+    nbytes = sum(file.nbytes for file in files)
+    assert said == [f"downloading {plural(len(files), 'file')}, {data_size(nbytes)}"]
+    assert told[-1] == Progress(bytes_read=nbytes)
+    fetch([file for file in files if not file.present], said.append, told.append)
+    assert len(said) == 1
 
 
 def test_a_merge_of_two_layers_downloads_the_shards_that_hold_them(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mergeloom.display import plain
-from mergeloom.errors import CheckpointError
+from mergeloom.errors import CheckpointError, UsageError
 from mergeloom.inspecting import inspect_model, inspection_sections
 from tests import models
 from tests.conftest import MakeModel
@@ -115,3 +115,12 @@ def test_it_needs_no_torch(llamas: dict[str, Path]) -> None:
         f"main(['inspect', {str(llamas['a'])!r}, '--tensors']); assert not {{'torch', 'numpy'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["a+b", "model@home", "c++"])
+def test_a_path_that_is_there_is_no_reference(make_model: MakeModel, name: str) -> None:
+    """Recipes read `a+b` as a model with a LoRA adapter, and `model@home` as a revision."""
+    model = make_model(name, {"model.layers.0.w.weight": (4, 4)})
+    assert inspect_model(model).to_dict()["tensors"] == 1
+    with pytest.raises(UsageError, match=r"LoRA adapter|no directory|more than one @|revision"):
+        inspect_model("nowhere+nothing")

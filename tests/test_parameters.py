@@ -19,7 +19,6 @@ from mergeloom.engine.parameters import (
     coerce,
     gradient_value,
     layer_position,
-    lookup,
 )
 from mergeloom.engine.recipe import base_index, modules_of, parse_recipe
 from mergeloom.errors import RecipeError
@@ -183,8 +182,8 @@ def test_steps_with_an_entry_a_layer_are_those_entries(values: list[bool]) -> No
 
 class TestScopes:
     def test_first_scope_that_has_it(self) -> None:
-        assert lookup(WEIGHT, [{}, {"weight": 2.0}, {"weight": 3.0}], "x", 0.0) == 2.0
-        assert lookup(DENSITY, [{}, {}], "x", 0.0) == 1.0
+        assert Resolver(WEIGHT, [{}, {"weight": 2.0}, {"weight": 3.0}])("x", 0.0) == 2.0
+        assert Resolver(DENSITY, [{}, {}])("x", 0.0) == 1.0
 
     @pytest.mark.parametrize(
         ("part", "name", "expected"),
@@ -201,30 +200,30 @@ class TestScopes:
     )
     def test_filters(self, part: str | None, name: str, expected: bool) -> None:
         scopes: list[dict[str, Setting]] = [{"weight": (Conditional(part, 1.0),)}, {"weight": 2.0}]
-        assert lookup(WEIGHT, scopes, name, 0.0) == (1.0 if expected else 2.0)
+        assert Resolver(WEIGHT, scopes)(name, 0.0) == (1.0 if expected else 2.0)
 
     def test_first_condition_that_fits(self) -> None:
         conditions = (Conditional("a", 1.0), Conditional("b", Gradient((0.0, 1.0))), Conditional(None, 3.0))
         scopes: list[dict[str, Setting]] = [{"weight": conditions}, {"weight": 4.0}]
-        assert lookup(WEIGHT, scopes, "ab", 0.5) == 1.0
-        assert lookup(WEIGHT, scopes, "b", 0.5) == 0.5
-        assert lookup(WEIGHT, scopes, "c", 0.5) == 3.0
+        assert Resolver(WEIGHT, scopes)("ab", 0.5) == 1.0
+        assert Resolver(WEIGHT, scopes)("b", 0.5) == 0.5
+        assert Resolver(WEIGHT, scopes)("c", 0.5) == 3.0
 
     def test_the_search_goes_on_where_none_fits(self) -> None:
         scopes: list[dict[str, Setting]] = [
             {"weight": (Conditional("q_proj", 1.0),)},
             {"weight": (Conditional("embed", 2.0), Conditional("zzz", 3.0), Conditional(None, 9.0))},
         ]
-        assert [lookup(WEIGHT, scopes, n, 0.0) for n in ("l.q_proj", "embed_tokens", "norm")] == [1.0, 2.0, 9.0]
+        assert [Resolver(WEIGHT, scopes)(n, 0.0) for n in ("l.q_proj", "embed_tokens", "norm")] == [1.0, 2.0, 9.0]
 
     def test_an_empty_gradient_is_none(self) -> None:
-        assert lookup(WEIGHT, [{"weight": Gradient(())}, {"weight": 9.0}], "x", 0.0) == 9.0
+        assert Resolver(WEIGHT, [{"weight": Gradient(())}, {"weight": 9.0}])("x", 0.0) == 9.0
 
     def test_missing(self) -> None:
         with pytest.raises(ParameterError, match=r"`weight` has no value$"):
-            lookup(WEIGHT, [{}], "x", 0.0)
+            Resolver(WEIGHT, [{}])("x", 0.0)
         with pytest.raises(ParameterError, match="no filter fits"):
-            lookup(WEIGHT, [{"weight": (Conditional("y", 1.0),)}], "x", 0.0)
+            Resolver(WEIGHT, [{"weight": (Conditional("y", 1.0),)}])("x", 0.0)
 
     def test_constant(self) -> None:
         assert Resolver(WEIGHT, [{"weight": 1.0}]).constant

@@ -158,3 +158,9 @@ def test_a_stream_that_is_closed_ends_the_display_and_nothing_else() -> None:
     with Display(100, 100, stream=Closed(), seconds=0.01) as display:
         display(Progress())
         time.sleep(0.05)
+
+
+def test_what_only_reads_says_so() -> None:
+    state = State(3 * GB, 0, 8 * GB, 0, 1.5 * GB, 5.4, "downloaded")
+    assert state.line() == " 37%  5 s left  1.5GB/s  downloaded 3GB of 8GB"
+    assert State(8, 0, 8, 0, 1, 0.0).line() == "100%  waiting for the disk  read 8B"

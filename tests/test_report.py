@@ -200,6 +200,12 @@ def test_the_summary_holds_the_measured_against_the_foretold(llamas: dict[str, P
     assert f"{plan.schedule.bytes_written:,} were foretold" in line_of(other, "written")
 
 
+def test_a_crowded_gpu_is_said(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    text = summary_text(result_of(plan, squeezed={"cuda:1": 3 << 30}))
+    assert line_of(text, "made do with").endswith("3GiB of cuda:1: another process held the rest")
+
+
 def test_a_rehearsal_says_that_nothing_was_written(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
     text = summary_text(replace(result_of(plan), out=None))

@@ -258,3 +258,17 @@ def test_a_source_that_changed_since_vouches_for_nothing(disk: Path, out: Path) 
     verdict = verify(out)
     assert not verdict.damaged  # OUT still holds what it held
     assert len(verdict.unvouched) == 1
+
+
+@pytest.mark.root
+def test_a_source_that_is_gone_is_no_damage_whatever_it_is_called(
+    disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = out.with_name(f"mine{out.name}")  # its files' paths end as those of the output do
+    shutil.copytree(disk / "a", mine)
+    merge(sliced((mine, 0, 8)), out, ROOMY)
+    shutil.rmtree(mine)
+    monkeypatch.chdir(out.parent)
+    verdict = verify(Path(out.name))
+    assert not verdict.damaged
+    assert verdict.unvouched

@@ -1,0 +1,42 @@
+"""What a user names as a model: a path that is here, or a repository of the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .engine.recipe import ModelReference
+from .errors import UsageError
+from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.hub_files import is_hub_id
+
+
+def reference_of(text: str) -> ModelReference:
+    """The model that a text outside of a recipe names. A path that exists is taken as it is, whatever is in it.
+
+    Raises UsageError for what can't be a model, with what to write instead.
+    """
+    if _exists(text):
+        return ModelReference(text)
+    try:
+        return ModelReference.parse(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def open_model(reference: ModelReference) -> Checkpoint:
+    """The headers of an input model: a directory or file that is there, else one of the Hub. Raises MergeloomError."""
+    if not _exists(reference.path) and is_hub_id(reference.path):
+        from .io.hub import open_hub_model
+
+        return open_hub_model(reference.path, reference.revision)
+    return open_checkpoint(Path(os.path.expanduser(reference.path)))  # noqa: PTH111  which leaves "~nobody" as it is
+
+
+def is_remote(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the Hub's, so that its files may not be here."""
+    return hasattr(checkpoint, "repository")
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111  no text makes these fail

@@ -1,0 +1,142 @@
+"""What `make mutants` runs: the tests against the scheduler and the selection with one small mistake in them, many times.
+
+    python -m tests.mutate [--each 150] [--seed 0] [--modules engine/schedule.py ...]
+
+cosmic-ray finds the places and makes the mistakes, in a copy of the repository. Of each module a sample is drawn. What
+no test notices is printed as a diff: either a test is missing, or the code says more than it needs to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from cosmic_ray.ast import get_ast  # type: ignore[import-not-found]
+from cosmic_ray.mutating import mutate_code  # type: ignore[import-not-found]
+from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[import-not-found]
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("engine", "io", "methods", "mergeloom", "tests", "benchmarks", "docs", "recipes")
+TESTS = {
+    "engine/schedule.py": ("test_schedule.py", "test_execute.py", "test_whatif.py"),
+    "engine/simulate.py": ("test_schedule.py", "test_execute.py", "test_traffic.py"),
+    "engine/residency.py": ("test_schedule.py", "test_execute.py"),
+    "methods/selection.py": ("test_methods_selection.py",),
+}
+SECONDS = 120
+"""After this long a mutant runs in circles, and is noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One mistake: the n-th that an operator can make in a module."""
+
+    module: str
+    operator: str
+    number: int
+
+
+def mutants(module: str) -> list[Mutant]:
+    """All that can be made in a module, but for those in decorators and docstrings, which have no operators."""
+    tree = get_ast(ROOT / module)
+    found = []
+    for name in sorted(operator_names()):
+        if "no_op" in name:
+            continue
+        operator = get_operator(name)()
+        count = sum(len(list(operator.mutation_positions(node))) for node in _nodes(tree))
+        found += [Mutant(module, name, number) for number in range(count)]
+    return found
+
+
+def _nodes(tree: object) -> list[object]:
+    nodes = [tree]
+    for node in nodes:
+        nodes += getattr(node, "children", [])
+    return nodes
+
+
+def run(mutant: Mutant, copy: Path) -> tuple[str, str]:
+    """``killed``, ``survived`` or ``same`` (nothing changed), and the diff."""
+    file = copy / "package" / "mergeloom" / mutant.module
+    if mutant.module.startswith("mergeloom/"):
+        file = copy / "package" / mutant.module
+    before = file.read_text()
+    after = mutate_code(before.encode(), get_operator(mutant.operator)(), mutant.number)
+    after = after.decode() if isinstance(after, bytes) else after
+    if after is None or after == before:
+        return "same", ""
+    diff = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), mutant.module, n=1))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}" for name in TESTS[mutant.module]]
+    environment = {**os.environ, "PYTHONPATH": str(copy / "package"), "PYTHONDONTWRITEBYTECODE": "1"}
+    file.write_text(after)
+    try:
+        ended = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "killed", diff
+    finally:
+        file.write_text(before)
+    return "survived" if ended.returncode == 0 else "killed", diff
+
+
+def make_copy(copy: Path) -> Path:
+    """The repository, with the package as it is installed: it comes before the one in the environment."""
+    for folder in FOLDERS:
+        inside = folder in ("engine", "io", "methods")
+        target = copy / "package" / "mergeloom" / folder if inside else copy / folder
+        shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(copy / "mergeloom", copy / "package" / "mergeloom", dirs_exist_ok=True)
+    for name in ("pyproject.toml", "README.md", "Makefile"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def main() -> None:
+    """The command line. It ends with 1 where a mutant survived."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", choices=TESTS, default=list(TESTS))
+    parser.add_argument("--each", type=int, default=150, help="mutants of each module")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    chosen = []
+    for module in arguments.modules:
+        every = mutants(module)
+        chosen += random.Random(arguments.seed).sample(every, min(arguments.each, len(every)))
+    counts: Counter[tuple[str, str]] = Counter()
+    with tempfile.TemporaryDirectory(prefix="mergeloom-mutants-") as folder:
+        copies: Queue[Path] = Queue()
+        for number in range(arguments.threads):
+            copies.put(make_copy(Path(folder) / str(number)))
+
+        def one(mutant: Mutant) -> None:
+            copy = copies.get()
+            try:
+                verdict, diff = run(mutant, copy)
+            finally:
+                copies.put(copy)
+            counts[mutant.module, verdict] += 1
+            if verdict == "survived":
+                print(f"{mutant.operator} {mutant.number}\n{diff}", flush=True)
+
+        with ThreadPoolExecutor(arguments.threads) as pool:
+            list(pool.map(one, chosen))
+    for (module, verdict), count in sorted(counts.items()):
+        print(f"{module:24} {verdict:9} {count}")
+    sys.exit(any(verdict == "survived" for _, verdict in counts))
+
+
+if __name__ == "__main__":
+    main()
