@@ -1,4 +1,4 @@
-"""What `make mutants` runs: the tests against the scheduler and the selection with one small mistake in them, many times.
+"""What `make mutants` runs: the tests, many times, against a scheduler or a selection with one small mistake in it.
 
     python -m tests.mutate [--each 150] [--seed 0] [--modules engine/schedule.py ...]
 
@@ -22,19 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
-from cosmic_ray.ast import get_ast  # type: ignore[import-not-found]
+from cosmic_ray.ast import ast_nodes, get_ast  # type: ignore[import-not-found]
 from cosmic_ray.mutating import mutate_code  # type: ignore[import-not-found]
 from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("engine", "io", "methods", "mergeloom", "tests", "benchmarks", "docs", "recipes")
 TESTS = {
     "engine/schedule.py": ("test_schedule.py", "test_execute.py", "test_whatif.py"),
     "engine/simulate.py": ("test_schedule.py", "test_execute.py", "test_traffic.py"),
     "engine/residency.py": ("test_schedule.py", "test_execute.py"),
     "methods/selection.py": ("test_methods_selection.py",),
 }
-SECONDS = 120
+SECONDS = 45
 """After this long a mutant runs in circles, and is noticed."""
 
 
@@ -48,33 +47,23 @@ class Mutant:
 
 
 def mutants(module: str) -> list[Mutant]:
-    """All that can be made in a module, but for those in decorators and docstrings, which have no operators."""
-    tree = get_ast(ROOT / module)
+    """All that can be made in a module."""
+    tree = get_ast((ROOT / module).read_text())
     found = []
     for name in sorted(operator_names()):
-        if "no_op" in name:
+        operator = get_operator(name)
+        if "no_op" in name or operator.arguments():
             continue
-        operator = get_operator(name)()
-        count = sum(len(list(operator.mutation_positions(node))) for node in _nodes(tree))
+        count = sum(len(list(operator().mutation_positions(node))) for node in ast_nodes(tree))
         found += [Mutant(module, name, number) for number in range(count)]
     return found
-
-
-def _nodes(tree: object) -> list[object]:
-    nodes = [tree]
-    for node in nodes:
-        nodes += getattr(node, "children", [])
-    return nodes
 
 
 def run(mutant: Mutant, copy: Path) -> tuple[str, str]:
     """``killed``, ``survived`` or ``same`` (nothing changed), and the diff."""
     file = copy / "package" / "mergeloom" / mutant.module
-    if mutant.module.startswith("mergeloom/"):
-        file = copy / "package" / mutant.module
     before = file.read_text()
-    after = mutate_code(before.encode(), get_operator(mutant.operator)(), mutant.number)
-    after = after.decode() if isinstance(after, bytes) else after
+    after = mutate_code(before, get_operator(mutant.operator)(), mutant.number)
     if after is None or after == before:
         return "same", ""
     diff = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), mutant.module, n=1))
@@ -93,11 +82,11 @@ def run(mutant: Mutant, copy: Path) -> tuple[str, str]:
 
 def make_copy(copy: Path) -> Path:
     """The repository, with the package as it is installed: it comes before the one in the environment."""
-    for folder in FOLDERS:
-        inside = folder in ("engine", "io", "methods")
-        target = copy / "package" / "mergeloom" / folder if inside else copy / folder
+    package = copy / "package" / "mergeloom"
+    targets = {"mergeloom": package} | {folder: package / folder for folder in ("engine", "io", "methods")}
+    targets |= {folder: copy / folder for folder in ("tests", "benchmarks", "docs", "recipes")}
+    for folder, target in targets.items():
         shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(copy / "mergeloom", copy / "package" / "mergeloom", dirs_exist_ok=True)
     for name in ("pyproject.toml", "README.md", "Makefile"):
         shutil.copy(ROOT / name, copy / name)
     return copy

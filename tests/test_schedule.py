@@ -8,7 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule import WORTH, Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule import (
+    PARTIAL_BYTES,
+    SLOT_BYTES,
+    WORTH,
+    Budget,
+    DeviceBudget,
+    Schedule,
+    make_schedule,
+)
+from mergeloom.engine.simulate import orders
 from mergeloom.engine.tiling import length, widest
 from mergeloom.errors import BudgetError
 from tests.graphs import World
@@ -101,17 +110,59 @@ def test_furthest_use_goes_first() -> None:
     assert with_slots(world, 1).bytes_reread <= SLOT
 
 
-def test_consumers_side_by_side_beat_the_disk_order() -> None:
-    #  a is needed by the first and the last node as they lie on the disk; side by side it is read once in few slots
+def test_consumers_side_by_side_beat_the_disk_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    #  three tensors are each needed by two nodes; as they lie on the disk, the first nodes of all three come before the
+    #  second ones, and twelve chunks would have to be kept instead of four
     world = World()
-    a = world.source(4 * ELEMENTS)
-    others = [world.source(4 * ELEMENTS) for _ in range(6)]
-    world.node("sum", [a, others[0]])
-    for other in others[1:5]:
-        world.node("sum", [other])
-    world.node("sum", [others[5], a])
-    schedule = with_slots(world, 5)
-    assert schedule.bytes_reread == 0
+    sources = [world.source(4 * ELEMENTS) for _ in range(9)]  # in three files by turns
+    for first in (0, 3, 6):
+        world.node("sum", [sources[first], sources[first + 1]])
+        world.node("sum", [sources[first + 2], sources[first]])
+    found = [with_slots(world, extra).bytes_reread // SLOT for extra in range(5)]
+    assert found[-1] == 0
+    monkeypatch.setattr("mergeloom.engine.schedule.orders", lambda graph: orders(graph)[:1])
+    by_place = [with_slots(world, extra).bytes_reread // SLOT for extra in range(5)]
+    assert sum(by_place) > sum(found)
+
+
+def test_smaller_slots_are_taken_where_they_save_reading() -> None:
+    #  a, b (100 MiB each) ── above, three passes: what is on its way to be computed can't be kept for the next pass
+    world = World()
+    world.node("above", [world.source(25 << 20), world.source(25 << 20)])
+    least = make_schedule(world.graph, Budget(1 << 40, 0, CPU)).minimum_ram
+    for extra, slot in ((100, SLOT_BYTES // 2), (200, SLOT_BYTES // 4), (220, SLOT_BYTES)):
+        budget = Budget(least + (extra << 20), 0, CPU)
+        schedule, large = make_schedule(world.graph, budget), make_schedule(world.graph, budget, slot_bytes=SLOT_BYTES)
+        assert schedule.slot_bytes == slot
+        if slot == SLOT_BYTES:
+            assert schedule.bytes_read == large.bytes_read
+        else:
+            assert schedule.bytes_read < WORTH * large.bytes_read
+
+
+def test_what_is_read_ahead_is_bounded() -> None:
+    #  a ─┐
+    #     ├─ sum, 100 chunks each: 3 slots at a time, and (4 + 2 for each thread) times as many ahead, in any RAM
+    #  b ─┘
+    world = World()
+    world.node("sum", [world.source(100 * ELEMENTS), world.source(100 * ELEMENTS)])
+    for threads in (1, 3):
+        schedule = make_schedule(
+            world.graph, Budget(1 << 40, 12345, (DeviceBudget("cpu", None, threads),)), slot_bytes=SLOT
+        )
+        assert schedule.ram_slots == 3 + (4 + 2 * threads) * 3
+        fixed = 12345 + threads * (schedule.workspace[0] + PARTIAL_BYTES)
+        assert schedule.peak_ram == fixed + schedule.ram_slots * SLOT
+    device = (DeviceBudget("test", 1 << 40, 3),)
+    schedule = make_schedule(world.graph, Budget(1 << 40, 12345, device), slot_bytes=SLOT)
+    assert schedule.vram_slots == (3 + 10 * 3,)
+    assert schedule.peak_vram == 33 * SLOT + 3 * schedule.workspace[0]
+    assert schedule.peak_ram == 12345 + schedule.ram_slots * SLOT  # what is computed on is the device's
+    #  with three passes, all 40 chunks of both are kept, too
+    world = World()
+    world.node("above", [world.source(20 * ELEMENTS), world.source(20 * ELEMENTS)])
+    schedule = make_schedule(world.graph, Budget(1 << 40, 0, device), slot_bytes=SLOT)
+    assert schedule.vram_slots == (60,)  # of which no more are ever taken
 
 
 def test_equal_nodes_are_one() -> None:
