@@ -90,6 +90,7 @@ bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/rea
 	$(BIN)/python -m benchmarks.bars
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt matplotlib
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.picture --models $(BENCH_MODELS)
 
 PYTHONS ?= $(PYTHON)
 packages: $(READY)

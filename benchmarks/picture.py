@@ -41,7 +41,7 @@ models:
         - value: 0.4
 dtype: bfloat16
 """
-_DRAWN_OVER = re.compile(r"(?:\r|\x1b\[2K|\x1b\[1A)+")
+_DRAWN_OVER = re.compile(r"(?:\r|\x1b\[2?K|\x1b\[1A)+")
 _CURSOR = re.compile(r"\x1b\[\?25[lh]")
 
 
@@ -69,11 +69,11 @@ def on_terminal(command: Sequence[str], directory: Path) -> str:
 
 
 def screen(written: str) -> list[str]:
-    """The lines of a terminal's screen; of those that were drawn over, what they were half-way."""
+    """The lines of a terminal's screen; of those that were drawn over, what they were half-way, and at the end."""
     lines = []
     for line in _CURSOR.sub("", written).split("\n"):
         drawn = [text for text in _DRAWN_OVER.split(line) if text.strip()]
-        lines.append(drawn[len(drawn) // 2] if drawn else "")
+        lines += [drawn[len(drawn) // 2], drawn[-1]] if len(drawn) > 1 else drawn or [""]
     return lines
 
 
@@ -97,8 +97,8 @@ def main() -> None:
     for line in lines:
         console.print(Text.from_ansi(line))
     file = DOCUMENT.with_name("merge.svg")
-    file.write_text(console.export_svg(title="two models of 2.5 GB, on 2 cores"))
-    print(console.export_text(), end="")
+    print(console.export_text(clear=False), end="")
+    file.write_text(console.export_svg(title=f"two models of 2.5 GB each, on {len(os.sched_getaffinity(0))} cores"))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main() -> None:
         if isinstance(results, dict) and "runs" in results:
             draw_comparison(results, file)
             shown.append(f"![{results['title']}: seconds by method]({file.name})")
-        elif source.stem == "scaling":
+        elif source.stem == "scaling" and any(row["part"] != "start" for row in results["rows"]):
             draw_scaling(results, file)
             shown.append(f"![How time grows with tensors, threads and models]({file.name})")
     put_between_markers(DOCUMENT, "plots", "\n\n".join(shown))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import bars, budgets, compare, floor, gpu, passthrough, scaling
+from benchmarks import bars, budgets, compare, floor, gpu, passthrough, picture, scaling
 from tests import models
 
 MEASURE = """
@@ -227,3 +227,19 @@ def test_merges_for_the_gpu_table(tmp_path: Path) -> None:
     (over,) = gpu.broken({"rows": [row, on_gpu | {"peak_vram": 2**31 + 1}]})
     assert "2,147,483,649 bytes of VRAM, of 2,147,483,648" in over
     assert len(gpu.broken({"rows": [row, on_gpu | {"digest": ""}]})) == 2
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_screen_holds_what_was_drawn_half_way_and_last() -> None:
+    written = "headline\r\n\x1b[?25l\r  0%\x1b[K\r 50%\x1b[K\r 99%\x1b[K\r\x1b[KMerged\x1b[?25h\r\n  time\r\n"
+    assert picture.screen(written) == ["headline", " 99%", "Merged", "  time", ""]
+
+
+def test_a_command_on_a_terminal(tmp_path: Path) -> None:
+    program = "import os, sys; print(sys.stdout.isatty(), os.get_terminal_size().columns, os.getcwd())"
+    said = picture.on_terminal([sys.executable, "-c", "import time; time.sleep(0.3); " + program], tmp_path)
+    assert said.split() == ["True", str(picture.COLUMNS), str(tmp_path)]
+    with pytest.raises(SystemExit, match="ended with 3"):
+        picture.on_terminal([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)

@@ -128,3 +128,27 @@ def test_a_nan_is_no_number_but_no_trouble() -> None:
     values[1700] = float("inf")
     (mask,), _ = select(values, [Target(0, 10)], 1 << 15)
     assert mask.sum() == 9  # the NaN is the largest, and the mask leaves it to the arithmetic to show it
+
+
+@pytest.mark.parametrize("kind", ["normal", "rising", "repeating"])
+def test_the_sample_brackets_the_target_closely(kind: str) -> None:
+    size, rank = 1 << 20, 300_000
+    search = Selection(size, [Target(0, rank)], lambda tile: [tile.inputs[0]])
+    assert 1 < search.stratum < size
+    noise = torch.rand(size, generator=torch.Generator().manual_seed(3)) * 1e-3
+    values = {
+        "normal": torch.from_numpy(numpy.abs(numpy.random.default_rng(3).standard_normal(size)).astype(numpy.float32)),
+        "rising": torch.arange(size) / size + noise,
+        "repeating": torch.arange(size) % search.stratum / search.stratum + noise,  # as often as it is looked at
+    }[kind]
+    workspace = Workspace(torch.empty(1 << 24, dtype=torch.uint8), torch.float32)
+    merged: Any = None
+    for start in range(0, size, 1 << 17):
+        workspace.reset()
+        tile = Tile([values[start : start + (1 << 17)]], workspace, element=start, key=0, positions=(0,))
+        merged = search.merge(merged, search.reduce(0, tile, None))
+    (target,) = search.finish(0, merged, None).targets
+    found = selection.bits(values)
+    wanted = int(found.sort(descending=True).values[rank - 1])
+    assert target.low <= wanted <= target.high
+    assert int(((found >= target.low) & (found <= target.high)).sum()) < size / 25
