@@ -342,7 +342,8 @@ def table(results: dict[str, Any]) -> str:
 def caption(results: dict[str, Any]) -> str:
     """What the table's figures are, what they were measured on, and how quiet the machine was."""
     runs, about = results["runs"], results["machine"]
-    count = max(Counter((run["method"], run["side"]) for run in runs).values())
+    counts = sorted(Counter((run["method"], run["side"]) for run in runs).values())
+    count = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else str(counts[0])
     stored = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     disturbed = sum(run["others_cpu_seconds"] > 0.1 * run["seconds"] for run in runs)
     flags = {
@@ -351,7 +352,7 @@ def caption(results: dict[str, Any]) -> str:
     }
     sentences = [
         f"{results['title']}.",
-        f"Medians of {count} (smallest to largest)." if count > 1 else "One run each.",
+        f"Medians of {count} (smallest to largest)." if counts[-1] > 1 else "One run each.",
         f"{about['cpu']}, {about['cores']} cores, {about['ram'] / 2**30:.0f} GiB, Linux {about['kernel']},",
         f"Python {about['python']}, {stored}; {about['date']}.",
         f"mergeloom ran {flags['mergeloom']}, mergekit {flags['mergekit']}."

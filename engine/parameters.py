@@ -271,7 +271,7 @@ class SliceParameters:
                 meant = f"did you mean `{resolver.parameter.name}`?"
                 misspelt = [warning for warning in self._recipe.warnings if warning.endswith(meant)]
                 if misspelt:
-                    advice = f"there is one that the method doesn't know: {misspelt[0]}"
+                    advice = f"is it misspelt? {misspelt[0].partition(', ignored;')[0]}"
                 message = f"{self._method.name}{model}, tensor {tensor}: {error}; {advice}"
                 return self._recipe.error(self._stage.place if source is None else source.place, message)
         raise AssertionError("every parameter has a value")

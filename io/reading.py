@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -26,17 +27,24 @@ def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
     """The stamps of some files. Raises CheckpointError where one is gone, EnvironmentFailure where it can't be seen."""
     stamps = {}
     for file in files:
-        try:
+        with _explained(file):
             stamps[file] = stamp_of(file.stat())
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            raise CheckpointError(
-                f"{file}: can't be found any more ({error.strerror}): put the file back and run the same command again"
-            ) from error
-        except OSError as error:
-            raise EnvironmentFailure(
-                f"{file}: can't be looked at ({error.strerror}): once that is mended, run the same command again"
-            ) from error
     return stamps
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """What the system says where a source file of the merge can't be opened or looked at, as an error of ours."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise CheckpointError(
+            f"{file}: can't be opened any more ({error.strerror}): put the file back and run the same command again"
+        ) from error
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"{file}: can't be opened ({error.strerror}): once that is mended, run the same command again"
+        ) from error
 
 
 def changed(file: Path) -> CheckpointError:
@@ -124,16 +132,8 @@ def acquire_source(files: FilePool, file: Path) -> int:
         CheckpointError: where the file is gone, was changed, or may not be read.
         EnvironmentFailure: where a limit of the system, or the disk, gets in the way.
     """
-    try:
+    with _explained(file):
         return files.acquire(file)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise CheckpointError(
-            f"{file}: can't be opened any more ({error.strerror}): put the file back and run the same command again"
-        ) from error
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"{file}: can't be opened ({error.strerror}): once that is mended, run the same command again"
-        ) from error
 
 
 class Reader:

@@ -246,8 +246,8 @@ def merge(
         result = _perform(planned, None if discard else out, fresh, quiet)
     if report is not None:
         _write("--report", report, json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is done")
-    if not quiet:
-        show(summary_sections(result))
+    if not quiet and (sections := summary_sections(result)):
+        show(sections)
     elif result.measured.overflowed:
         show([overflow_section(result)], sys.stderr)
 

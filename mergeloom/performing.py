@@ -20,12 +20,12 @@ from .io.failures import explain
 from .io.journal import Found, Journal
 from .io.output import OutputDirectory, ShardFile
 from .io.reading import Stamps, changed, stamps_of
-from .io.sizes import format_size
 from .manifest import MANIFEST, differences, facts_of, manifest_bytes, source_name
 from .model_files import write_model_files
 from .planning import Plan
 from .resuming import Durable, durable_of
 from .sharing import copy_threads, place
+from .wording import data_size
 from .writing import Shards, records_of
 
 
@@ -312,10 +312,10 @@ class Run:
     def _say_what_is_there(self, durable: Durable, left: int) -> None:
         graph = self.plan.built.graph
         total = sum(graph.nbytes(output.node) for output in graph.outputs)
-        checked = f", and the last {format_size(durable.checked)} of it were read again" if durable.checked else ""
+        checked = f", and the last {data_size(durable.checked)} of it were read again" if durable.checked else ""
         self._say(
-            f"going on with an unfinished merge: {format_size(total - left)} of {format_size(total)} are there"
-            f"{checked}; {format_size(left)} are left"
+            f"going on with an unfinished merge: {data_size(total - left)} of {data_size(total)} are there"
+            f"{checked}; {data_size(left)} are left"
         )
         if durable.damaged:
             self._say(

@@ -280,7 +280,7 @@ def test_a_misspelt_parameter_that_is_required_is_named(directory: Path, capsys:
     assert main(["plan", "recipe.yml"]) == 2
     said = capsys.readouterr().err
     assert "`weight` has no value" in said
-    assert "models[0].parameters.wieght: linear has no such parameter, ignored; did you mean `weight`?" in said
+    assert "is it misspelt? recipe.yml:5: models[0].parameters.wieght: linear has no such parameter\n" in said
     assert main(["plan", "recipe.yml", "--strict"]) == 2
     said = capsys.readouterr().err
     assert "linear has no such parameter; did you mean `weight`?" in said
