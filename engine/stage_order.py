@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from graphlib import CycleError, TopologicalSorter
 
 from ..errors import RecipeError
 from .recipe import Stage
 from .yaml_source import Keys
-
-if TYPE_CHECKING:
-    import networkx
 
 
 def in_order(
@@ -37,12 +35,12 @@ def in_order(
         places[stage.name] = number
     if places.keys() == {None}:
         return tuple(stages)
-    import networkx
-
-    graph = _uses(stages, places, error)
-
-    order: list[int] = list(networkx.lexicographical_topological_sort(graph))
-    unused = [number for number in order if graph.out_degree(number) == 0]
+    uses = [
+        {places[name.path] for name, _ in stage.references() if name.revision is None and name.path in places}
+        for stage in stages
+    ]
+    order = _sorted(stages, uses, error)
+    unused = [number for number in order if not any(number in used for used in uses)]
     output = places.get(None)
     if output is None:
         ends = [number for number in unused if not stages[number].save] or unused
@@ -58,20 +56,21 @@ def in_order(
     return (*(stages[number] for number in order), stages[output])
 
 
-def _uses(
-    stages: Sequence[Stage], places: dict[str | None, int], error: Callable[[str, Keys], RecipeError]
-) -> networkx.DiGraph[int]:
-    """A graph with an edge from each stage to those that use it, without cycles."""
-    import networkx  # it costs as much as all the rest of reading a recipe
-
-    graph: networkx.DiGraph[int] = networkx.DiGraph()
-    graph.add_nodes_from(range(len(stages)))
-    for number, stage in enumerate(stages):
-        for reference, _ in stage.references():
-            if reference.revision is None and reference.path in places:
-                graph.add_edge(places[reference.path], number)
-    if not networkx.is_directed_acyclic_graph(graph):
-        edges = networkx.find_cycle(graph.reverse(copy=False))
-        names = " -> ".join(str(stages[number].name) for number in (edges[0][0], *(edge[1] for edge in edges)))
-        raise error(f"the stages use each other: {names}", (*stages[edges[0][0]].place, "name"))
-    return graph
+def _sorted(stages: Sequence[Stage], uses: Sequence[set[int]], error: Callable[[str, Keys], RecipeError]) -> list[int]:
+    """The numbers of the stages, each after those that it uses, and the first of the file first where that is open."""
+    sorter = TopologicalSorter(dict(enumerate(uses)))
+    try:
+        sorter.prepare()
+    except CycleError as found:
+        cycle: list[int] = found.args[1][::-1]  # as graphlib gives it, each is used by the next
+        names = " -> ".join(str(stages[number].name) for number in cycle)
+        raise error(f"the stages use each other: {names}", (*stages[cycle[0]].place, "name")) from None
+    order = []
+    ready = list(sorter.get_ready())
+    heapq.heapify(ready)
+    while ready:
+        order.append(heapq.heappop(ready))
+        sorter.done(order[-1])
+        for number in sorter.get_ready():
+            heapq.heappush(ready, number)
+    return order
