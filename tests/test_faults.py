@@ -9,16 +9,17 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mergeloom import performing
 from mergeloom.engine.graph import Kind
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io.output import WORK
-from mergeloom.io.reading import Reader
+from mergeloom.io.reading import Reader, stamps_of
 from mergeloom.merging import merge
 from mergeloom.planning import Options, Plan, plan
 from tests.faults import Disk, Fail, Kill, Stopped, watching
@@ -332,7 +333,12 @@ def test_a_source_that_changes_and_is_put_back(what: str, tmp_path: Path, monkey
                 read(self, source, offset, buffer)
                 file.write_bytes(whole)
 
+    def look(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+        with lock:  # a commit looks at the sources too: not while the file is away
+            return stamps_of(files)
+
     monkeypatch.setattr(Reader, "read", change)
+    monkeypatch.setattr(performing, "stamps_of", look)
     out = tmp_path / "out"
     if what == "replaced":
         run(plan(recipe, OPTIONS), out)
