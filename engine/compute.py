@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..io.dtypes import DType
+from ..methods import scripts
 from ..methods.contract import Kernel, Unit
 from ..methods.tile import Tile, Workspace
 
@@ -85,8 +86,7 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -
     extremes: list[Tensor] = []
     for part, tile in piece.tiles(workspace):
         result = piece.kernel.combine(tile, state).view(-1)
-        extremes += (result.amax(), result.amin())
-        round_into(out[part], result)
+        extremes.append(round_into(out[part], result))
     if not _beyond(extremes, largest(out.dtype)):
         return Outcome()
     nonfinite = find_nonfinite(piece.inputs)
@@ -95,20 +95,22 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -
     return Outcome(nonfinite, overflowed)
 
 
-def round_into(out: Tensor, values: Tensor) -> None:
-    """Round values once to the output's dtype.
+def round_into(out: Tensor, values: Tensor) -> Tensor:
+    """Round values once to the output's dtype; the least and the largest of them, or NaN.
 
     torch takes float64 to a narrower type than float32 by way of float32, which rounds twice. Rounding to float32 by
     the "round to odd" rule first gives the same as rounding once (Boldo and Melquiond, 2008).
     """
     if values.dtype == torch.float64 and out.dtype.itemsize < 4:
+        extremes = torch.stack([values.amin(), values.amax()])
         nearest = values.to(torch.float32)
         back = nearest.to(torch.float64)
         bits = nearest.view(torch.int32)
         inexact = ((back != values) & torch.isfinite(values)).to(torch.int32)
         away = (back.abs() > values.abs()).to(torch.int32) * inexact
-        values = ((bits - away) | inexact).view(torch.float32)
-    out.copy_(values)
+        out.copy_(((bits - away) | inexact).view(torch.float32))
+        return extremes
+    return scripts.rounded(out, values)
 
 
 def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
@@ -141,8 +143,8 @@ def find_nonfinite(inputs: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _beyond(extremes: Sequence[Tensor], limit: float) -> bool:
-    """Whether any value is a NaN or beyond +-limit, by the least and largest values of the parts: 0-d tensors, so that
-    a device is waited for once."""
+    """Whether any value is a NaN or beyond +-limit, by the least and largest values of the parts: tensors of one
+    shape, so that a device is waited for once."""
     return not bool((torch.stack(list(extremes)).abs_() <= limit).all())
 
 

@@ -8,6 +8,7 @@ Nothing here knows of files, devices, names or budgets, and nothing here imports
 
 from __future__ import annotations
 
+import functools
 import inspect
 import keyword
 import math
@@ -94,7 +95,7 @@ class Parameter:
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inputs:
     """What a method is told of the inputs of one output tensor.
 
@@ -108,7 +109,7 @@ class Inputs:
     base: int | None
     shape: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def others(self) -> tuple[int, ...]:
         """The inputs that are not the base, in recipe order."""
         return tuple(i for i in range(self.count) if i != self.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,10 @@ def probability(bound: int) -> float:
     return (bound + (1 << 31)) / _PERIOD
 
 
-def kept(key: int, position: int, element: int, bound: int, workspace: Workspace, out: Tensor) -> Tensor:
-    """1 for each element that is kept, each by its own chance, else 0.
+def thin(
+    values: Tensor, key: int, position: int, element: int, bound: int, factor: float, workspace: Workspace
+) -> None:
+    """Keep each value with its own chance, times a factor; set the others to 0.
 
     One hash serves four neighbours: each of its bytes is compared with the bound's highest byte. What that leaves of
     the chance is made up by a bound that is one higher in some columns of each row of 2^10: evenly spread ones, as many
@@ -43,28 +46,56 @@ def kept(key: int, position: int, element: int, bound: int, workspace: Workspace
     every element is kept with exactly the probability of the bound.
 
     Args:
+        values: flat.
         key: the output tensor's, 64 bits.
         position: of the input's model in the recipe.
-        element: the index of the first element, a multiple of `BLOCK`.
+        element: the index of the first value, a multiple of `BLOCK`.
         bound: of `threshold`.
-        workspace: for three quarters of an int32 an element.
-        out: flat float32, one for each element.
+        factor: what is kept is multiplied by it.
+        workspace: for 7/4 float32 an element.
     """
-    size = out.numel()
-    fours, scratch, flags = (workspace.take((size + 3) // 4, torch.int32) for _ in range(3))
-    values = hashes(key, position, element // 4, fours, scratch).view(torch.int8)
+    size = values.numel()
+    fours = (size + 3) // 4
+    mark = workspace.mark()
+    hashed = workspace.take(fours, torch.int32)
+    workspace.release(mark)
+    octets = workspace.take(4 * fours, torch.int8)  # the same memory
+    scratch, flags, mask = (
+        workspace.take(fours, torch.int32),
+        workspace.take(size, torch.int8),
+        workspace.take(size, torch.float32),
+    )
     rare = bound < 0  # of a likely event the opposite is compared, so that bounds stay clear of a byte's ends
-    bounds = _bounds(key, position, bound if rare else -bound, element // BLOCK, -(-size // BLOCK), out.device)
-    return scripts.below(out, values, bounds, not rare, BLOCK, flags.view(torch.int8))
+    bounds = _bounds(key, position, bound if rare else -bound, element // BLOCK, -(-size // BLOCK), values.device)
+    for part, numbers in _streams(key, position, element // 4, fours, values.device):
+        start, end = 4 * part.start, min(4 * part.stop, size)
+        scripts.thin(
+            values[start:end],
+            factor,
+            hashed[part],
+            octets[4 * part.start : 4 * part.stop],
+            *numbers,
+            bounds[start // BLOCK :],
+            not rare,
+            BLOCK,
+            scratch[part],
+            flags[start:end],
+            mask[start:end],
+        )
+    workspace.release(mark)
 
 
 def _bounds(key: int, position: int, bound: int, first: int, count: int, device: torch.device) -> Tensor:
     """What the bytes must lie below in each of `count` blocks from the block `first` on: int8, (count, _WIDTH)."""
-    numbers = np.arange(first, first + count, dtype=np.uint64) * np.uint64(_GOLDEN)
-    numbers = (numbers + np.uint64(_stream(key ^ position, 0, 0))) * np.uint64(_GOLDEN)
-    more = (numbers >> np.uint64(50)) < bound % (1 << 14)
-    places = (numbers >> np.uint64(40)).astype(np.int64) % _WIDTH
-    bounds = torch.from_numpy(_patterns(bound)[more.astype(np.int8), places])
+    golden, stream = np.uint64(_GOLDEN), np.uint64(_stream(key ^ position, 0, 0))
+    numbers = np.arange(first, first + count, dtype=np.uint64)
+    numbers *= golden
+    numbers += stream
+    numbers *= golden
+    more = numbers < np.uint64(bound % (1 << 14) << 50)
+    numbers >>= np.uint64(40)
+    numbers %= np.uint64(_WIDTH)
+    bounds = torch.from_numpy(_patterns(bound)[more.view(np.int8), numbers.view(np.int64)])
     return bounds if device.type == "cpu" else bounds.to(device)
 
 
@@ -91,25 +122,35 @@ def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) 
         out: flat int32, one for each element.
         scratch: as large as `out`.
     """
+    for part, numbers in _streams(key, position, element, out.numel(), out.device):
+        scripts.hashed(out[part], scratch[part], *numbers)
+    return out
+
+
+def _streams(
+    key: int, position: int, first: int, count: int, device: torch.device
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, int, int, int, int, int]]]:
+    """The parts of a range of indices, mostly one, that have the same high half, and of each the numbers for
+    `scripts.hashed`."""
     done = 0
-    while done < out.numel():
-        period, low = divmod(element + done, _PERIOD)
-        size = min(out.numel() - done, _PERIOD - low)
+    while done < count:
+        period, low = divmod(first + done, _PERIOD)
+        size = min(count - done, _PERIOD - low)
         stream = _stream(key, position, period)
         start, rows = low * _STEP + stream, max(1 << (size // _WIDTH).bit_length(), _WIDTH)
-        scripts.hashed(
-            out[done : done + size],
-            scratch[done : done + size],
-            _steps(_WIDTH, _STEP, out.device),
-            _steps(rows, _WIDTH * _STEP, out.device),
-            _signed(start),
-            _signed(start + size // _WIDTH * _WIDTH * _STEP),
-            _signed(_FIRST),
-            _signed(stream >> 32),
-            _signed(_SECOND),
+        yield (
+            slice(done, done + size),
+            (
+                _steps(_WIDTH, _STEP, device),
+                _steps(rows, _WIDTH * _STEP, device),
+                _signed(start),
+                _signed(start + size // _WIDTH * _WIDTH * _STEP),
+                _signed(_FIRST),
+                _signed(stream >> 32),
+                _signed(_SECOND),
+            ),
         )
         done += size
-    return out
 
 
 @lru_cache(maxsize=256)

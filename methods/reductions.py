@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .contract import BLOCK
 from .lazy import numpy as np
-from .lazy import on_cpu, torch
+from .lazy import on_cpu, scripts, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,15 +24,10 @@ _JOINT = 1 << 11  # columns that are left of a block until all the sums of a til
 _MOST_ROWS = 64  # of a block that are added in the work dtype
 
 
-def fold(values: Any, width: int = 1) -> Any:
-    """Pairwise sums along the last dimension of a tensor or array, in place, until at most `width` columns are left:
-    the first half plus the second, where the middle one of an odd number stays as it is."""
-    columns = values.shape[-1]
-    while columns > width:
-        half = columns // 2
-        values[..., :half] += values[..., columns - half : columns]
-        columns -= half
-    return values[..., :columns]
+def fold(values: Tensor, width: int = 1) -> Tensor:
+    """Pairwise sums along the last dimension of a tensor, in place, until at most `width` columns are left: the first
+    half plus the second, where the middle one of an odd number stays as it is."""
+    return scripts.fold(values, width)
 
 
 def total(sums: Iterable[float]) -> float:
@@ -43,10 +38,11 @@ def total(sums: Iterable[float]) -> float:
         return math.nan
 
 
-def add_rows(values: Any, out: Any) -> Any:
+def add_rows(values: Tensor, out: Tensor) -> Tensor:
     """The sum over the second dimension, added one after the other: of shape (a, b, c) into `out` of shape (a, c)."""
-    if not isinstance(values, torch.Tensor):
-        return np.add.reduce(values, axis=1, out=out)  # in one pass over the values
+    if on_cpu(values):
+        np.add.reduce(values.numpy(), axis=1, out=out.numpy())  # in one pass over the values
+        return out
     torch.add(values[:, 0], values[:, 1], out=out)
     for row in range(2, values.shape[1]):
         out.add_(values[:, row])
@@ -55,8 +51,6 @@ def add_rows(values: Any, out: Any) -> Any:
 
 class BlockSums:
     """Collects, for each block of a tile, one float64 sum of each of several tensors.
-
-    On the CPU it works on numpy's arrays: of the same memory, in the same order, with less to do for each operation.
 
     Args:
         sums: how many tensors are summed.
@@ -68,45 +62,40 @@ class BlockSums:
     def __init__(self, sums: int, elements: int, block: int, workspace: Workspace) -> None:
         whole, rest = divmod(elements, block)
         self._added = 0
-        self._parts: list[tuple[slice, tuple[int, ...], Any]] = []
+        self._parts: list[tuple[slice, tuple[int, ...], Tensor]] = []
         if whole:
             by_rows = block % _JOINT == 0 and 1 < block // _JOINT <= _MOST_ROWS
             shape = (whole, block // _JOINT, _JOINT) if by_rows else (whole, block)
             buffer = workspace.take(sums * whole * (_JOINT if by_rows else _folded_width(block)), torch.float64)
-            self._parts.append((slice(whole * block), shape, _array(buffer.view(sums, whole, -1))))
+            self._parts.append((slice(whole * block), shape, buffer.view(sums, whole, -1)))
             if by_rows:
-                self._rows = _array(workspace.take(whole * _JOINT).view(whole, _JOINT))
+                self._rows = workspace.take(whole * _JOINT).view(whole, _JOINT)
         if rest:
             like = workspace.take(0, torch.float64)
             self._parts.append(
-                (slice(whole * block, elements), (1, rest), _array(like.new_empty(sums, 1, _folded_width(rest))))
+                (slice(whole * block, elements), (1, rest), like.new_empty(sums, 1, _folded_width(rest)))
             )
 
     def add(self, values: Tensor) -> None:
         """The next tensor, of the tile's elements and the work dtype; it stays as it is."""
-        flat = _array(values.view(-1))
+        flat = values.view(-1)
         for part, shape, sums in self._parts:
-            view = flat[part].reshape(shape)
+            view = flat[part].view(shape)
             if len(shape) == 3:
                 sums[self._added] = add_rows(view, self._rows)
             else:
-                sums[self._added] = fold(view + 0, _JOINT)
+                sums[self._added] = fold(view.clone(), _JOINT)
         self._added += 1
 
     def partial(self) -> Tensor:
         """The sums, in a tensor of their own on the CPU: shape (sums, blocks)."""
-        columns = [torch.as_tensor(fold(sums)[..., 0]) for _, _, sums in self._parts]
+        columns = [fold(sums)[..., 0] for _, _, sums in self._parts]
         return torch.cat(columns, 1).cpu() if columns else torch.zeros(0, 0, dtype=torch.float64)
 
     @staticmethod
     def size(sums: int) -> float:
         """Workspace that it takes, in the units of `Kernel.buffers`."""
         return (2 * sums + 1) * _JOINT / BLOCK
-
-
-def _array(tensor: Tensor) -> Any:
-    """The same memory as an array of numpy's, where that is possible."""
-    return tensor.numpy() if on_cpu(tensor) else tensor
 
 
 def _folded_width(columns: int) -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .contract import BLOCK, Base, Inputs, Kernel, base_of, merge_method
-from .lazy import torch
+from .lazy import scripts, torch
 from .reductions import BlockSums, total
 from .selection import Cut, Progress, Selection, Target
-from .task_vectors import deltas, elected_mean, magnitudes
+from .task_vectors import deltas, elected_mean, in_float32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ class SCE(Kernel):
         variance = torch.mul(sums, sums, out=first)
         for other in others:  # count times its distance from the mean: of what has few bits, exact
             variance.add_(other.mul_(self.count).sub_(sums).square_())
-        yield magnitudes(variance, tile, keep=False)
+        yield in_float32(variance, tile)
         tile.workspace.release(mark)
 
     def selected(self, tile: Tile, state: Weighed | None) -> list[Tensor]:
@@ -132,4 +132,4 @@ class SCE(Kernel):
     def combine(self, tile: Tile, state: Weighed) -> Tensor:
         vectors = self.selected(tile, state)
         elected_mean(vectors, state.weights, tile, factors=state.weights, floor=self.divisor_eps)
-        return vectors[0].add_(tile.load(base_of(self.inputs)))
+        return scripts.onto(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])

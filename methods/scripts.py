@@ -51,9 +51,18 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @scripted
-def difference(out: Tensor, x: Tensor, base: Tensor) -> Tensor:
-    """``x - base``, in the dtype of `out` and `base`."""
-    return out.copy_(x).sub_(base)
+def difference(out: Tensor, x: Tensor, base: Tensor, absolute: bool) -> Tensor:
+    """``x - base``, in the dtype of `out` and `base`; or the size of that."""
+    out.copy_(x).sub_(base)
+    return out.abs_() if absolute else out
+
+
+@scripted
+def onto(out: Tensor, factor: float, term: Tensor, base: Tensor) -> Tensor:
+    """``base + factor out``. `term` is scratch, or `base` itself in the dtype of `out`."""
+    if factor != 1:
+        out.mul_(factor)
+    return out.add_(term.copy_(base))
 
 
 @scripted
@@ -76,6 +85,33 @@ def weighted_sum(
     return out
 
 
+@scripted
+def fold(values: Tensor, width: int) -> Tensor:
+    """See `reductions.fold`."""
+    columns = values.size(-1)
+    while columns > width:
+        half = columns // 2
+        values.narrow(-1, 0, half).add_(values.narrow(-1, columns - half, half))
+        columns -= half
+    return values.narrow(-1, 0, columns)
+
+
+@scripted
+def rounded(out: Tensor, values: Tensor) -> Tensor:
+    """Rounds the values into `out`; the least and the largest of them, or NaN."""
+    extremes = torch.stack([values.amin(), values.amax()])
+    out.copy_(values)
+    return extremes
+
+
+@scripted
+def accumulate(out: Tensor, term: Tensor, factor: float, first: bool) -> Tensor:
+    """``out + factor term``; or ``factor term``, where `term` is `out`, the first of a sum. `term` is used up."""
+    if factor != 1:
+        term.mul_(factor)
+    return term if first else out.add_(term)
+
+
 def bits(values: Tensor) -> Tensor:
     """Floats as the integers of their bits, of which the highest is the sign. A view; TorchScript can't make it."""
     return values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
@@ -86,6 +122,7 @@ def agreeing(
     out: Tensor,
     terms: List[Tensor],  # noqa: UP006
     term_bits: List[Tensor],  # noqa: UP006
+    scales: List[float],  # noqa: UP006
     divisors: List[float],  # noqa: UP006
     factors: List[float],  # noqa: UP006
     floor: float,
@@ -100,14 +137,18 @@ def agreeing(
         out: the first of the terms.
         terms: are used up.
         term_bits: the `bits` of each term.
+        scales: what each term is multiplied by before the election, or none.
         divisors: of each term, or none.
-        factors: of each term, or none.
+        factors: what each term is multiplied by after it, or none.
         floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
         sign: scratch, as the others are.
         sign_bits: its `bits`.
         agree: scratch.
         divisor: scratch.
     """
+    for i in range(len(scales)):
+        if scales[i] != 1:
+            terms[i].mul_(scales[i])
     if len(terms) > 1:
         torch.add(terms[0], terms[1], out=sign)
     else:
@@ -141,8 +182,7 @@ def agreeing(
     return out
 
 
-@scripted
-def hashed(
+def _hashed(
     out: Tensor,
     scratch: Tensor,
     columns: Tensor,
@@ -184,8 +224,7 @@ def hashed(
     return out.bitwise_xor_(scratch)
 
 
-@scripted
-def below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: int, flags: Tensor) -> Tensor:
+def _below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: int, flags: Tensor) -> Tensor:
     """1 where a value is less than the bound of its block and column, else 0; or the other way round.
 
     Args:
@@ -210,3 +249,86 @@ def below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: in
             else:
                 torch.lt(values[start:end].view(shape), limits, out=flags[start:end].view(shape))
     return out.copy_(flags[:size])
+
+
+hashed, below = scripted(_hashed), scripted(_below)
+
+
+@scripted
+def thin(
+    values: Tensor,
+    factor: float,
+    hashes: Tensor,
+    octets: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    start: int,
+    tail: int,
+    first: int,
+    between: int,
+    second: int,
+    bounds: Tensor,
+    opposite: bool,
+    block: int,
+    scratch: Tensor,
+    flags: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """The values times the factor and 1 where the octet of their hash is below its bound, else 0.
+
+    See `hashed` and `below`.
+
+    Args:
+        values: flat.
+        factor: of all.
+        hashes: scratch: flat int32, for each four values one.
+        octets: the same memory, int8.
+        columns: of `hashed`.
+        rows: of `hashed`.
+        start: of `hashed`.
+        tail: of `hashed`.
+        first: of `hashed`.
+        between: of `hashed`.
+        second: of `hashed`.
+        bounds: of `below`.
+        opposite: of `below`.
+        block: of `below`.
+        scratch: as large as `hashes`.
+        flags: scratch: int8, as many as there are values.
+        mask: scratch: float32, as many.
+    """
+    _hashed(hashes, scratch, columns, rows, start, tail, first, between, second)
+    values.mul_(_below(mask, octets, bounds, opposite, block, flags))
+    return values.mul_(factor) if factor != 1 else values
+
+
+@scripted
+def between(
+    values: Tensor,
+    scratch: Tensor,
+    left: int,
+    least: List[float],  # noqa: UP006
+    dropped: int,
+    largest: List[float],  # noqa: UP006
+) -> Tensor:
+    """The values that are large enough, and not too large; 0 for the others.
+
+    A value is large enough where its size is above the first of `least`, or from the `left`-th value on the second;
+    without any, all are. It is too large where that is so with `largest` and `dropped`. NaN stays, and an infinity that
+    is too large leaves NaN.
+
+    Args:
+        values: flat.
+        scratch: as large.
+        left: how many.
+        least: two numbers, or none.
+        dropped: how many.
+        largest: two numbers, or none.
+    """
+    if len(largest) > 0:
+        torch.ops.aten.hardshrink(values[:dropped], largest[0], out=scratch[:dropped])
+        torch.ops.aten.hardshrink(values[dropped:], largest[1], out=scratch[dropped:])
+    if len(least) > 0:
+        torch.ops.aten.hardshrink(values[:left], least[0], out=values[:left])
+        torch.ops.aten.hardshrink(values[left:], least[1], out=values[left:])
+    return values.sub_(scratch) if len(largest) > 0 else values

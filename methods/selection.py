@@ -32,7 +32,7 @@ _TOP = (1 << 31) - 1  # the bits of the largest magnitude, a NaN's
 _RUN = 16  # neighbouring elements that are sampled together: half a cache line
 _RUNS = 1 << 12
 _FEW = 1 << 3  # a tile is gathered from whole where this part of it is wanted at the most, else by as many parts
-_GUESSED_BINS, _CERTAIN_BINS = 1 << 14, 1 << 16
+_GUESSED_BINS, _CERTAIN_BINS = 1 << 12, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +57,29 @@ class Cut:
             element: the index of the first of them, a multiple of `BLOCK`.
             out: float32.
         """
-        place = self.block * BLOCK - element
-        if place < 0:
-            return torch.gt(magnitudes, self.threshold, out=out)
-        if place < magnitudes.numel() and self.ties:
-            block = magnitudes[place : place + BLOCK]
-            last = int((block == self.threshold).nonzero()[self.ties - 1])
-            place += last + 1
+        place = self._place(magnitudes, element)
         torch.ge(magnitudes[:place], self.threshold, out=out[:place])
         torch.gt(magnitudes[place:], self.threshold, out=out[place:])
         return out
+
+    def bounds(self, values: Tensor, element: int) -> tuple[int, list[float]]:
+        """For `scripts.between`: of so many of a tile's first values the sizes must be above the first number, of the
+        others above the second.
+
+        Args:
+            values: flat, float32.
+            element: the index of the first of them, a multiple of `BLOCK`.
+        """
+        below = float(np.nextafter(np.float32(self.threshold), np.float32(0)))
+        return self._place(values, element), [below, self.threshold]
+
+    def _place(self, values: Tensor, element: int) -> int:
+        """From which of a tile's elements on those equal to the threshold are out."""
+        place = self.block * BLOCK - element
+        if 0 <= place < values.numel() and self.ties:
+            block = values[place : place + BLOCK].abs()
+            place += int((block == self.threshold).nonzero()[self.ties - 1]) + 1
+        return max(0, min(place, values.numel()))
 
 
 ALL, NONE = Cut(-1.0), Cut(float("inf"))
@@ -98,11 +111,10 @@ class Target:
     guess: int = 0
     cut: Cut | None = None
 
-    def asks_as(self, other: Target) -> bool:
-        """Whether a pass counts the same for both."""
-        return replace(self, rank=other.rank, share=other.share) == other and (self.rank is None) == (
-            other.rank is None
-        )
+    @property
+    def question(self) -> tuple[object, ...]:
+        """What a pass counts for it: the same for targets of the same question."""
+        return self.stream, self.low, self.high, self.guess, self.above is None, self.rank is None
 
     @property
     def shift(self) -> int:
@@ -183,13 +195,12 @@ class Selection:
             places = self._places(tile)
             sample = tile.gather(torch.from_numpy(places)) if len(places) else None
             return [[bits(x).cpu().numpy().copy()] for x in self.streams(sample)] if sample else []
-        tallies: list[Tally | None] = [None] * len(state.targets)
+        answers: dict[tuple[object, ...], Tally] = {}
         for stream, magnitudes in enumerate(self.streams(tile)):
-            for place, target in enumerate(state.targets):
-                if target.stream == stream and target.cut is None:
-                    twin = next((i for i in range(place) if state.targets[i].asks_as(target)), None)
-                    tallies[place] = count(target, bits(magnitudes), tile) if twin is None else tallies[twin]
-        return tallies
+            for target in state.targets:
+                if target.stream == stream and target.cut is None and target.question not in answers:
+                    answers[target.question] = count(target, bits(magnitudes), tile)
+        return [None if target.cut else answers[target.question] for target in state.targets]
 
     def merge(self, merged: list[Any] | None, partial: list[Any]) -> list[Any]:
         if not merged or not partial:
@@ -247,14 +258,14 @@ def count(target: Target, values: Tensor, tile: Tile) -> Tally:
     beyond, inside = (tile.workspace.take(values.numel(), torch.bool) for _ in range(2))
     positive = above(values, 0, inside) if target.rank is None else 0
     higher = above(values, target.high, beyond)
-    above(values, target.low - 1, inside)
+    found_inside = above(values, target.low - 1, inside) - higher
     torch.logical_xor(inside, beyond, out=inside)  # those in the bracket
     if target.low == target.high:
         tally = Tally(positive, higher, None, higher, in_each_block(inside))
     else:
         bins, blocks = (target.high - target.low >> target.shift) + 1, -(-values.numel() // BLOCK)
         histogram, above_guess, equal = torch.zeros(bins, dtype=torch.int64), higher, [0] * blocks
-        for places, found in gathered(values, inside):
+        for places, found in gathered(values, inside, found_inside):
             histogram.add_(counted(found - target.low >> target.shift, bins))
             above_guess += int((found > target.guess).sum())
             at_guess = counted(places[found == target.guess] // BLOCK, blocks).tolist()
@@ -320,20 +331,28 @@ def in_each_block(flags: Tensor) -> list[int]:
     return [*sums.sum(1).tolist(), *rest]
 
 
-def gathered(values: Tensor, flags: Tensor) -> Iterator[tuple[Any, Any]]:
-    """The places of the values whose flag is set, and these: arrays of numpy on the CPU, else tensors. In parts where
-    there are many, so that they take little memory."""
+def gathered(values: Tensor, flags: Tensor, number: int) -> Iterator[tuple[Any, Any]]:
+    """The places of the `number` values whose flag is set, and these: arrays of numpy on the CPU, else tensors. In
+    parts where there are many, so that they take little memory."""
     size = values.numel()
-    many = torch.count_nonzero(flags) > size // _FEW
-    step = -(-size // _FEW) if many else size
+    step = -(-size // _FEW) if number > size // _FEW else size
     for start in range(0, size, step):
         part = slice(start, start + step)
         if on_cpu(values):
-            places = np.flatnonzero(flags[part].numpy())
+            places = set_places(flags[part].numpy())
             yield places + start, values[part].numpy()[places]
         else:
             found = flags[part].nonzero()[:, 0]
             yield found + start, values[part][found]
+
+
+def set_places(flags: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    """The places of the flags that are set, of which there are few: eight are looked at in one."""
+    whole = len(flags) // 8 * 8
+    eights = np.flatnonzero(flags[:whole].view(np.int64) != 0)
+    found = np.flatnonzero(flags[:whole].reshape(-1, 8)[eights])
+    found = (eights[found >> 3] << 3) + (found & 7)
+    return found if whole == len(flags) else np.concatenate([found, np.flatnonzero(flags[whole:]) + whole])
 
 
 def counted(numbers: Any, bins: int) -> Tensor:

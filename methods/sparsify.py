@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import Inputs, MethodError, Unit
-from .lazy import on_cpu, torch
-from .randomness import hashes, kept, probability, threshold
+from .lazy import on_cpu, scripts, torch
+from .randomness import hashes, probability, thin, threshold
 from .selection import ALL, NONE, Cut, Progress, Selection, Target
-from .task_vectors import Sparsifier, deltas, magnitudes
+from .task_vectors import Sparsifier, deltas, in_float32, magnitudes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +42,10 @@ class Between(Sparsifier):
         self.size = size
 
     def _streams(self, tile: Tile) -> Iterator[Tensor]:
-        for delta in deltas(self.inputs, tile, indices=[self.inputs.others[place] for place in self.places]):
+        indices = [self.inputs.others[place] for place in self.places]
+        for delta in deltas(self.inputs, tile, indices=indices, absolute=True):
             mark = tile.workspace.mark()
-            yield magnitudes(delta, tile, keep=False)
+            yield in_float32(delta, tile)
             tile.workspace.release(mark)
 
     def needed(self, index: int, state: Progress | None) -> bool:
@@ -70,14 +71,22 @@ class Between(Sparsifier):
         dropped, left = (self._cut(place, rank, state) for rank in self.ranks[place])
         if left is ALL and dropped is NONE:
             return
+        if left is NONE:
+            delta.mul_(0)
+            return
         mark = tile.workspace.mark()
-        sizes = magnitudes(delta, tile)
-        if dropped is NONE:
-            mask = left.mask(sizes, tile.element, out=sizes)
-        else:
-            outliers = dropped.mask(sizes, tile.element, out=tile.empty(torch.float32))
-            mask = left.mask(sizes, tile.element, out=sizes).sub_(outliers)
-        delta.mul_(mask)
+        if delta.dtype is torch.float32:
+            flat = delta.view(-1)
+            least = (0, []) if left is ALL else left.bounds(flat, tile.element)
+            largest = (0, []) if dropped is NONE else dropped.bounds(flat, tile.element)
+            scripts.between(flat, tile.workspace.take(tile.elements), *least, *largest)
+        else:  # whose magnitudes are compared in float32
+            sizes = magnitudes(delta, tile)
+            mask = tile.empty(torch.float32)
+            left.mask(sizes, tile.element, out=mask)
+            if dropped is not NONE:
+                mask.sub_(dropped.mask(sizes, tile.element, out=sizes))
+            delta.mul_(mask)
         tile.workspace.release(mark)
 
 
@@ -129,11 +138,16 @@ class Random(Sparsifier):
         if bound is None:
             return
         mark = tile.workspace.mark()
-        position = tile.positions[self.inputs.others[place]]
-        mask = tile.workspace.take(tile.elements, torch.float32)
-        delta.mul_(kept(tile.key, position, tile.element, bound, tile.workspace, mask).view(delta.shape))
-        if self.unbiased:
-            delta.mul_(1 / (probability(bound) or 1.0))
+        factor = 1 / (probability(bound) or 1.0) if self.unbiased else 1.0
+        thin(
+            delta.view(-1),
+            tile.key,
+            tile.positions[self.inputs.others[place]],
+            tile.element,
+            bound,
+            factor,
+            tile.workspace,
+        )
         tile.workspace.release(mark)
 
 

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def deltas(
-    inputs: Inputs, tile: Tile, *, indices: Sequence[int] | None = None, buffers: Sequence[Tensor] = ()
+    inputs: Inputs,
+    tile: Tile,
+    *,
+    indices: Sequence[int] | None = None,
+    buffers: Sequence[Tensor] = (),
+    absolute: bool = False,
 ) -> Iterator[Tensor]:
     """The task vectors in the work dtype, in recipe order.
 
@@ -34,21 +39,25 @@ def deltas(
         tile: of these.
         indices: of which inputs; of all but the base if None.
         buffers: one for each. Without any, all are made in the same, and each is lost with the next.
+        absolute: whether only the sizes of the elements are wanted.
     """
     mark = tile.workspace.mark()
     base = tile.load(base_of(inputs))
     others = inputs.others if indices is None else indices
     buffers = buffers or [tile.empty()] * len(others)
     for buffer, index in zip(buffers, others, strict=True):
-        yield scripts.difference(buffer, tile.inputs[index], base)
+        yield scripts.difference(buffer, tile.inputs[index], base, absolute)
     tile.workspace.release(mark)
 
 
-def magnitudes(delta: Tensor, tile: Tile, *, keep: bool = True) -> Tensor:
-    """The sizes of a task vector's elements in float32, in a new buffer unless the vector needn't be kept."""
-    if delta.dtype is torch.float32:
-        return torch.abs(delta, out=tile.empty() if keep else delta)
+def magnitudes(delta: Tensor, tile: Tile) -> Tensor:
+    """The sizes of a task vector's elements in float32, in a new buffer."""
     return tile.empty(torch.float32).copy_(delta).abs_()
+
+
+def in_float32(sizes: Tensor, tile: Tile) -> Tensor:
+    """Sizes rounded to float32; a new buffer only where they are float64."""
+    return sizes if sizes.dtype is torch.float32 else tile.empty(torch.float32).copy_(sizes)
 
 
 def elected_mean(
@@ -56,6 +65,7 @@ def elected_mean(
     divisors: Sequence[float] | None,
     tile: Tile,
     *,
+    scales: Sequence[float] | None = None,
     factors: Sequence[float] | None = None,
     floor: float = 0.0,
 ) -> Tensor:
@@ -65,13 +75,14 @@ def elected_mean(
         terms: the task vectors; they are used up, and the result lies in the first.
         divisors: where given, the result is divided by the sum of those of the terms that were added.
         tile: that they belong to.
+        scales: what each term is multiplied by before the election.
         factors: what each term is multiplied by after the election.
         floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
     """
     mark = tile.workspace.mark()
     sign, agree, divisor = (tile.empty() for _ in range(3))
     bits = [scripts.bits(term) for term in (*terms, sign)]
-    weighting = list(divisors or ()), list(factors or ())
+    weighting = list(scales or ()), list(divisors or ()), list(factors or ())
     scripts.agreeing(terms[0], list(terms), bits[:-1], *weighting, floor, sign, bits[-1], agree, divisor)
     tile.workspace.release(mark)
     return terms[0]
@@ -190,8 +201,8 @@ class TaskVectors(Kernel):
         if index < self.sparsifier.reductions:
             return self.sparsifier.reduce(index, tile, sparse)
         sums = BlockSums(2 * len(self.weights), tile.elements, self.granule, tile.workspace)
-        for place, delta in enumerate(deltas(self.inputs, tile)):
-            sums.add(delta.abs_())  # no sparsifier looks at a sign
+        for place, delta in enumerate(deltas(self.inputs, tile, absolute=True)):  # no sparsifier looks at a sign
+            sums.add(delta)
             self.sparsifier.apply(delta, place, tile, sparse)
             sums.add(delta)
         return [sums.partial()]
@@ -216,23 +227,18 @@ class TaskVectors(Kernel):
             base = tile.load(base_of(self.inputs))
             inputs = [tile.inputs[i] for i in self.inputs.others]
             result = scripts.weighted_sum(tile.empty(), tile.empty(), inputs, factors, base)
-            return _scale(result, self.factor).add_(base)
+            return scripts.onto(result, self.factor, base, base)
         buffers = [tile.empty() for _ in (self.weights if self.elect else self.weights[:2])]
         buffers += buffers[1:] * (len(self.weights) - len(buffers))  # all but the first of them in turn
         for place, delta in enumerate(deltas(self.inputs, tile, buffers=buffers)):
             self.sparsifier.apply(delta, place, tile, state.sparse)
-            _scale(delta, factors[place])
-            if place and not self.elect:
-                buffers[0].add_(delta)
+            if not self.elect:
+                scripts.accumulate(buffers[0], delta, factors[place], place == 0)
         if self.elect:
-            elected_mean(buffers, self.weights if self.normalize else None, tile)
-        return _scale(buffers[0], self.factor).add_(tile.load(base_of(self.inputs)))
+            elected_mean(buffers, self.weights if self.normalize else None, tile, scales=factors)
+        return scripts.onto(buffers[0], self.factor, tile.empty(), tile.inputs[base_of(self.inputs)])
 
 
 def restored(before: float, after: float, least: float) -> float:
     """What gives a task vector its L1 norm back."""
     return before / after if not (before < least or after < least or after == 0) else 1.0
-
-
-def _scale(values: Tensor, factor: float) -> Tensor:
-    return values if factor == 1 else values.mul_(factor)

@@ -96,7 +96,9 @@ class Tile:
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised workspace buffer of the tile's shape, by default in the work dtype."""
-        return self.workspace.take(self.inputs[0].numel(), dtype).view(self.shape)
+        first = self.inputs[0]
+        buffer = self.workspace.take(first.numel(), dtype)
+        return buffer if first.ndim == 1 else buffer.view(first.shape)
 
     def load(self, index: int, out: Tensor | None = None) -> Tensor:
         """Input `index` in the work dtype, exactly; into `out` where given, else into a new buffer."""

@@ -138,10 +138,13 @@ def test_masks_beyond_32_bits_do_not_repeat() -> None:
 
     def at(element: int) -> Tensor:
         workspace = Workspace(torch.empty(8 * size, dtype=torch.uint8), torch.float32)
-        return randomness.kept(7, 0, element, randomness.threshold(0.5), workspace, torch.empty(size))
+        values = torch.ones(size)
+        randomness.thin(values, 7, 0, element, randomness.threshold(0.5), 1.0, workspace)
+        return values
 
     first = at(0)
     for element in (1 << 32, 1 << 33, 1 << 34):
         assert_share(float((first * at(element)).sum()), size, 0.25)
-    crossing = at((1 << 33) - BLOCK)
-    assert torch.equal(crossing[BLOCK:], at(1 << 33)[: size - BLOCK])
+    for element in (1 << 33, 1 << 34):  # four elements share a hash, so that 2^32 of these end at 2^34
+        crossing = at(element - BLOCK)
+        assert torch.equal(crossing[BLOCK:], at(element)[: size - BLOCK])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,19 @@ def agreeing(models: int, dtype: torch.dtype, divisors: list[float], factors: li
     terms = floats(models, dtype)
     sign, agree, divisor = (torch.zeros(SIZE, dtype=dtype) for _ in range(3))
     bits = [scripts.bits(term) for term in terms]
-    return [terms[0], terms, bits, divisors, factors, floor, sign, scripts.bits(sign), agree, divisor]
+    return [
+        terms[0],
+        terms,
+        bits,
+        [0.5, 1.0, 2.0, 0.25][:models],
+        divisors,
+        factors,
+        floor,
+        sign,
+        scripts.bits(sign),
+        agree,
+        divisor,
+    ]
 
 
 def below(size: int, opposite: bool) -> list[Any]:
@@ -52,8 +65,30 @@ def below(size: int, opposite: bool) -> list[Any]:
     ]
 
 
+def thin(size: int) -> list[Any]:
+    """Arguments of `scripts.thin`, for blocks of 512 elements and 64 columns."""
+    fours = -(-size // 4)
+    hashes, scratch = (torch.zeros(fours, dtype=torch.int32) for _ in range(2))
+    table = integers(torch.int32, 16), integers(torch.int32, fours)
+    bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
+    return [
+        torch.ones(size), 1.5, hashes, hashes.view(torch.int8), *table, -5, 77, 0x7FEB352D, -(1 << 31), 0x046CA68B,
+        bounds, True, 512, scratch, torch.zeros(size, dtype=torch.int8), torch.zeros(size),
+    ]  # fmt: skip
+
+
 CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
-    "difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2)]),
+    "difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2), False]),
+    "size of a difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2), True]),
+    "onto": (scripts.onto, lambda: [*floats(2)[:1], 0.3, *floats(2)]),
+    "accumulate": (scripts.accumulate, lambda: [*floats(2), 0.3, False]),
+    "accumulate, the first": (scripts.accumulate, lambda: [floats(1)[0], floats(1)[0], 0.3, True]),
+    "fold": (scripts.fold, lambda: [torch.stack(floats(3, torch.float64)), 1]),
+    "rounded": (scripts.rounded, lambda: [torch.zeros(SIZE, dtype=torch.bfloat16), floats(1)[0]]),
+    "between": (scripts.between, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
+    "between, all of the small": (scripts.between, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
+    "between, all of the large": (scripts.between, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
+    "thin": (scripts.thin, lambda: thin(SIZE)),
     "a sum": (scripts.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
     "a sum from an origin": (
         scripts.weighted_sum,
@@ -115,3 +150,25 @@ def test_below_is_what_it_says(size: int, opposite: bool) -> None:
     for place in range(size):
         less = int(values[place]) < int(bounds[place // block, place % 64])
         assert out[place] == (less != opposite)
+
+
+def test_between_is_what_it_says() -> None:
+    """The large enough, of the first ones by another bound, not the too large; what isn't finite is not hidden."""
+    inf = float("inf")
+    values = [1.0, -1.0, 2.0, 1.0, -1.0, 2.0, -3.0, inf, float("nan"), 4.0, 0.0]
+    found = scripts.between(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 10, [2.5, 5.0]).tolist()
+    assert found[:7] == [1.0, -1.0, 2.0, 0.0, 0.0, 2.0, 0.0]
+    assert not any(map(math.isfinite, found[7:9]))
+    assert found[9:] == [0.0, 0.0]
+    kept = scripts.between(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 0, []).tolist()
+    assert kept[:8] == [1.0, -1.0, 2.0, 0.0, 0.0, 2.0, -3.0, inf]
+
+
+def test_thin_is_hashed_and_below() -> None:
+    arguments = thin(SIZE)
+    numbers, (bounds, opposite, block) = arguments[4:11], arguments[11:14]
+    hashes, scratch = (torch.zeros_like(arguments[2]) for _ in range(2))
+    octets = scripts.hashed(hashes, scratch, *numbers).view(torch.int8)
+    mask = scripts.below(torch.zeros(SIZE), octets, bounds, opposite, block, torch.zeros(SIZE, dtype=torch.int8))
+    assert 0 < mask.mean() < 1
+    assert torch.equal(scripts.thin(*arguments), mask * 1.5)
