@@ -162,6 +162,8 @@ def test_between_is_what_it_says() -> None:
     assert found[9:] == [0.0, 0.0]
     kept = scripts.between(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 0, []).tolist()
     assert kept[:8] == [1.0, -1.0, 2.0, 0.0, 0.0, 2.0, -3.0, inf]
+    nothing = scripts.between(torch.full((SIZE,), math.nan), torch.zeros(SIZE), 3, [0.5, 1.0], 10, [2.5, 5.0])
+    assert bool(nothing.isnan().all())  # in vectors of the processor as in what is left over: once, torch's differed
 
 
 def test_thin_is_hashed_and_below() -> None:
