@@ -149,6 +149,7 @@ class _Builder:
         self._check_chosen_head()
         if not self.graph.outputs:
             raise CheckpointError("the recipe makes no tensor at all: the models have none in common with it")
+        self._warn_of_filters()
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = self.stage.out_dtype or self.stage.dtype
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
@@ -168,6 +169,19 @@ class _Builder:
             unused=tuple(self.account.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
             warnings=tuple(self.warnings),
         )
+
+    def _warn_of_filters(self) -> None:
+        """A filter that fits no tensor is misspelt, or meant for another kind of model."""
+        scopes = [self.stage.parameters]
+        for module in self.modules.all:
+            scopes.append(module.parameters)
+            for part in module.slices or ():
+                scopes += [part.parameters, *(source.parameters for source in part.sources)]
+        settings = [setting for scope in scopes for setting in scope.values() if isinstance(setting, tuple)]
+        names = {*self.graph.read_names, *(output.name for output in self.graph.outputs)} if settings else set()
+        for wanted in dict.fromkeys(condition.filter for setting in settings for condition in setting):
+            if wanted and wanted != "*" and not any(wanted in name for name in names):
+                self.warnings.append(f"filter {wanted!r} fits no tensor's name: what it sets is used for none")
 
     # --- modules -----------------------------------------------------------------------------------------------
 

@@ -156,11 +156,12 @@ class _Patience:
         """Wait before the next try. Raises EnvironmentFailure where there is none."""
         if self._tries == RETRIES or error.seconds > LONGEST_WAIT:
             again = f"in {error.seconds:.0f} seconds" if error.seconds else "later"
-            where = "" if self._place.file else "there is no such directory here, and "  # it may have been a path
-            raise EnvironmentFailure(
-                f"{self._place}: {where}{endpoint()} doesn't give it: {error}: run the same command again {again}; it "
-                "goes on with what has come so far"
-            )
+            if self._place.file:
+                said = f"{endpoint()} doesn't give it: {error}: run the same command again {again}; it goes on"
+            else:  # it may have been meant as a path
+                said = f"there is no such directory here: check the path. If it is a model of {endpoint()}: {error}: "
+                said += f"run the same command again {again}"
+            raise EnvironmentFailure(f"{self._place}: {said}")
         if self._stop.wait(max(error.seconds, FIRST_WAIT * 2**self._tries)):
             raise Interrupted("stopped: the same command goes on")
         self._tries += 1

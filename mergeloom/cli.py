@@ -220,7 +220,7 @@ def merge(
 ) -> None:
     """Merge models into the new directory OUT, or go on with a merge that was interrupted there.
 
-    OUT must be new or empty, or hold an unfinished merge of the same RECIPE; it can be left away with --discard.
+    OUT must be new or empty, or hold an unfinished merge of the same RECIPE; it can be left out with --discard.
     Progress and messages go to stderr, the summary to stdout.
     """
     if out is None and not discard:

@@ -284,3 +284,16 @@ def test_a_misspelt_parameter_that_is_required_is_named(directory: Path, capsys:
     assert main(["plan", "recipe.yml", "--strict"]) == 2
     said = capsys.readouterr().err
     assert "linear has no such parameter; did you mean `weight`?" in said
+
+
+def test_a_filter_that_fits_no_tensor_is_named(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = linear("a", "b")
+    for model in recipe["models"]:
+        model["parameters"] = {
+            "weight": [{"filter": "self_attn", "value": 0.2}, {"filter": "mpl", "value": 0.5}, {"value": 0.3}]
+        }
+    write_recipe(directory, recipe)
+    assert main(["plan", "recipe.yml"]) == 0
+    said = capsys.readouterr().out
+    assert "filter 'mpl' fits no tensor's name: what it sets is used for none" in " ".join(said.split())
+    assert "'self_attn' fits" not in said
