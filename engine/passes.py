@@ -5,7 +5,9 @@ It knows torch and the methods' kernels. Which chunk is computed when, and in wh
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
@@ -43,8 +45,7 @@ class Passes:
 
     def open(self, arena: memoryview) -> Tensor:
         """Look at the arena in RAM as torch does: one-dimensional uint8."""
-        import torch
-
+        torch = _import_torch()
         self._host = torch.frombuffer(arena, dtype=torch.uint8)
         return self._host
 
@@ -143,3 +144,15 @@ class Passes:
 
     def _model(self, read: int) -> str:
         return self._graph.models[self._graph.read_models[read]]
+
+
+def _import_torch() -> ModuleType:
+    """torch, imported without collections of garbage: hundreds of them find nothing in all that it defines."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        import torch
+    finally:
+        if collects:
+            gc.enable()
+    return torch

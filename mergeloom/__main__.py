@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import sys
 import traceback
@@ -19,8 +18,6 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, by default the process's own, and return its exit code (see `mergeloom.errors`)."""
-    # Plans are large and have few cycles, and importing torch makes none to speak of: most collections find nothing.
-    gc.set_threshold(50_000, 20, 20)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies no matrices here, and its threads would spin
 
     import click

@@ -22,8 +22,10 @@ CUDA_BYTES = 1200 << 20
 """What a CUDA context adds to the process in host memory, in bytes."""
 SLACK_BYTES = 24 << 20
 """For thread stacks, file buffers and the display, in bytes."""
-COPYING_SLACK_BYTES = 8 << 20
+COPYING_SLACK_BYTES = 5 << 20
 """The same where nothing is computed."""
+JUDGE_BYTES = 12 << 20
+"""What the safetensors library, and numpy with it, take to look at what was written; torch's share has both."""
 PROGRAM_BYTES = 31 << 20
 """What the process takes once it has planned a small merge: the interpreter and what was imported, in bytes."""
 TENSOR_BYTES = 1280
@@ -244,7 +246,7 @@ def make_budget(
     now = process_memory().now
     if total is None and now > baseline + JITTER_BYTES:  # mergeloom is a guest in a larger program
         baseline = -(-now // GUEST_STEP) * GUEST_STEP
-    baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES
+    baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + JUDGE_BYTES
     if computes and (total is not None or "torch" not in sys.modules):
         baseline += TORCH_BYTES
     if computes and any(device.vram is not None for device in devices):

@@ -18,7 +18,7 @@ from .io.commit import Ended
 from .io.digests import BLOCK_BYTES, tensor_digest
 from .io.failures import explain
 from .io.journal import Found, Journal
-from .io.output import OutputDirectory, ShardFile
+from .io.output import OutputDirectory, ShardFile, call_judge
 from .io.reading import Stamps, changed, stamps_of
 from .manifest import MANIFEST, differences, facts_of, manifest_bytes, source_name
 from .model_files import write_model_files
@@ -222,6 +222,8 @@ class Run:
         schedule, transfers, done = self._left(durable)
         broken: list[BaseException] = []
         begun = time.perf_counter()
+        if not self.plan.computes:  # else torch imports the same
+            call_judge()
         shards = self._shards = Shards(
             self.plan, self.out, journal, durable, self._check_sources, broken.append, self._group_bytes
         )

@@ -169,10 +169,11 @@ def recipes(base: Path, a: Path, b: Path, layers: int) -> dict[str, Recipe]:
         "dare_ties": task_vectors("dare_ties", base, a, b),
         "slerp": slerp(a, b),
         "passthrough": windows(a, layers, half, half // 2),
+        "copy": {"merge_method": "passthrough", "models": [{"model": str(a)}]},
     }
 
 
-METHODS = ("linear", "ties", "dare_ties", "slerp", "passthrough")
+METHODS = ("linear", "ties", "dare_ties", "slerp", "passthrough", "copy")
 
 
 @pytest.fixture(scope="module")
