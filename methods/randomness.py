@@ -35,10 +35,10 @@ def probability(bound: int) -> float:
     return (bound + (1 << 31)) / _PERIOD
 
 
-def thin(
-    values: Tensor, key: int, position: int, element: int, bound: int, factor: float, workspace: Workspace
-) -> None:
-    """Keep each value with its own chance, times a factor; set the others to 0.
+def masks(
+    key: int, position: int, element: int, size: int, bound: int, factor: float, device: torch.device
+) -> list[scripts.Mask]:
+    """For `scripts.thin`: what keeps each value with its own chance, times a factor.
 
     One hash serves four neighbours: each of its bytes is compared with the bound's highest byte. What that leaves of
     the chance is made up by a bound that is one higher in some columns of each row of 2^10: evenly spread ones, as many
@@ -46,43 +46,43 @@ def thin(
     every element is kept with exactly the probability of the bound.
 
     Args:
-        values: flat.
         key: the output tensor's, 64 bits.
         position: of the input's model in the recipe.
         element: the index of the first value, a multiple of `BLOCK`.
+        size: how many values.
         bound: of `threshold`.
         factor: what is kept is multiplied by it.
-        workspace: for 7/4 float32 an element.
+        device: that the values are on.
     """
-    size = values.numel()
+    rare = bound < 0  # of a likely event the opposite is compared, so that bounds stay clear of a byte's ends
+    bounds = _bounds(key, position, bound if rare else -bound, element // BLOCK, -(-size // BLOCK), device)
+    return [
+        scripts.Mask(
+            4 * part.start,
+            min(4 * part.stop, size),
+            stream,
+            bounds[4 * part.start // BLOCK :],
+            not rare,
+            BLOCK,
+            factor,
+        )
+        for part, stream in _streams(key, position, element // 4, (size + 3) // 4, device)
+    ]
+
+
+def scratch(size: int, workspace: Workspace) -> scripts.Scratch:
+    """Workspace for `scripts.thin` of so many values: 7/4 float32 for each."""
     fours = (size + 3) // 4
     mark = workspace.mark()
     hashed = workspace.take(fours, torch.int32)
     workspace.release(mark)
-    octets = workspace.take(4 * fours, torch.int8)  # the same memory
-    scratch, flags, mask = (
+    return scripts.Scratch(
+        hashed,
+        workspace.take(4 * fours, torch.int8),  # the same memory
         workspace.take(fours, torch.int32),
         workspace.take(size, torch.int8),
         workspace.take(size, torch.float32),
     )
-    rare = bound < 0  # of a likely event the opposite is compared, so that bounds stay clear of a byte's ends
-    bounds = _bounds(key, position, bound if rare else -bound, element // BLOCK, -(-size // BLOCK), values.device)
-    for part, numbers in _streams(key, position, element // 4, fours, values.device):
-        start, end = 4 * part.start, min(4 * part.stop, size)
-        scripts.thin(
-            values[start:end],
-            factor,
-            hashed[part],
-            octets[4 * part.start : 4 * part.stop],
-            *numbers,
-            bounds[start // BLOCK :],
-            not rare,
-            BLOCK,
-            scratch[part],
-            flags[start:end],
-            mask[start:end],
-        )
-    workspace.release(mark)
 
 
 def _bounds(key: int, position: int, bound: int, first: int, count: int, device: torch.device) -> Tensor:
@@ -122,16 +122,15 @@ def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) 
         out: flat int32, one for each element.
         scratch: as large as `out`.
     """
-    for part, numbers in _streams(key, position, element, out.numel(), out.device):
-        scripts.hashed(out[part], scratch[part], *numbers)
+    for part, stream in _streams(key, position, element, out.numel(), out.device):
+        scripts.hashed(out[part], scratch[part], stream)
     return out
 
 
 def _streams(
     key: int, position: int, first: int, count: int, device: torch.device
-) -> Iterator[tuple[slice, tuple[Tensor, Tensor, int, int, int, int, int]]]:
-    """The parts of a range of indices, mostly one, that have the same high half, and of each the numbers for
-    `scripts.hashed`."""
+) -> Iterator[tuple[slice, scripts.Stream]]:
+    """The parts of a range of indices, mostly one, that have the same high half, each with its stream of hashes."""
     done = 0
     while done < count:
         period, low = divmod(first + done, _PERIOD)
@@ -140,7 +139,7 @@ def _streams(
         start, rows = low * _STEP + stream, max(1 << (size // _WIDTH).bit_length(), _WIDTH)
         yield (
             slice(done, done + size),
-            (
+            scripts.Stream(
                 _steps(_WIDTH, _STEP, device),
                 _steps(rows, _WIDTH * _STEP, device),
                 _signed(start),

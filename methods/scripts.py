@@ -15,7 +15,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from typing import List, Optional, TypeVar  # noqa: UP035
+from typing import List, NamedTuple, Optional, TypeVar  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -85,8 +85,7 @@ def weighted_sum(
     return out
 
 
-@scripted
-def fold(values: Tensor, width: int) -> Tensor:
+def _fold(values: Tensor, width: int) -> Tensor:
     """See `reductions.fold`."""
     columns = values.size(-1)
     while columns > width:
@@ -94,6 +93,78 @@ def fold(values: Tensor, width: int) -> Tensor:
         values.narrow(-1, 0, half).add_(values.narrow(-1, columns - half, half))
         columns -= half
     return values.narrow(-1, 0, columns)
+
+
+class Places(NamedTuple):
+    """Where the block sums of a tile's tensors go, see `reductions.BlockSums`.
+
+    Args:
+        sums: of each part of a tile, float64, shape (tensors, blocks, columns).
+        spans: of each part where it begins and ends in the tile, and how many rows are added up in the work dtype; 0
+            where half is added to half, in a copy, until as many columns as there are in `sums` are left.
+        rows: scratch in the work dtype, shape (blocks, columns) of a part whose rows are added.
+        at_once: whether `torch.sum` adds these rows in their order.
+    """
+
+    sums: List[Tensor]  # noqa: UP006
+    spans: List[List[int]]  # noqa: UP006
+    rows: Tensor
+    at_once: bool
+
+
+def _add_up(values: Tensor, number: int, places: Places) -> Tensor:
+    """The block sums of a tensor's values, which stay as they are, into the places of tensor `number`."""
+    flat, rows = values.view(-1), places.rows
+    for part in range(len(places.sums)):
+        into = places.sums[part][number]
+        start, end, height = places.spans[part]
+        blocks = into.size(0)
+        within = flat[start:end].view(blocks, -1)
+        if height == 0:
+            into.copy_(_fold(within.clone(), into.size(1)))
+            continue
+        lines = within.view(blocks, height, -1)
+        if places.at_once:
+            torch.sum(lines, [1], out=rows)
+        else:
+            torch.add(lines[:, 0], lines[:, 1], out=rows)
+            for row in range(2, height):
+                rows.add_(lines[:, row])
+        into.copy_(rows)
+    return values
+
+
+fold, add_up = scripted(_fold), scripted(_add_up)
+
+
+@scripted
+def gram(
+    product: Tensor,
+    vectors: List[Tensor],  # noqa: UP006
+    inputs: List[Tensor],  # noqa: UP006
+    origin: Optional[Tensor],  # noqa: UP045
+    places: Places,
+) -> Tensor:
+    """Adds up the products of each two of ``inputs[i] - origin``; no origin counts as 0.
+
+    Args:
+        product: scratch.
+        vectors: scratch: one buffer for each input.
+        inputs: of a tile.
+        origin: in the dtype of the vectors.
+        places: of the sums, pair by pair.
+    """
+    for i in range(len(inputs)):
+        vectors[i].copy_(inputs[i])
+        if origin is not None:
+            vectors[i].sub_(origin)
+    number = 0
+    for i in range(len(inputs)):
+        for j in range(i, len(inputs)):
+            torch.mul(vectors[i], vectors[j], out=product)
+            _add_up(product, number, places)
+            number += 1
+    return product
 
 
 @scripted
@@ -182,17 +253,29 @@ def agreeing(
     return out
 
 
-def _hashed(
-    out: Tensor,
-    scratch: Tensor,
-    columns: Tensor,
-    rows: Tensor,
-    start: int,
-    tail: int,
-    first: int,
-    between: int,
-    second: int,
-) -> Tensor:
+class Stream(NamedTuple):
+    """Which hashes: see `hashed`. All numbers are below 2^31 in size.
+
+    Args:
+        columns: int32.
+        rows: int32, at least as many as there are whole rows.
+        start: is added to all.
+        tail: is added in the last row instead, where that isn't whole.
+        first: multiplier of the first round.
+        between: is added after it.
+        second: multiplier of the second.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    start: int
+    tail: int
+    first: int
+    between: int
+    second: int
+
+
+def _hashed(out: Tensor, scratch: Tensor, stream: Stream) -> Tensor:
     """Hashes of a range of indices: rounds of C. Wellons' lowbias32, with a number added in between.
 
     The number that is hashed at place ``r * len(columns) + c`` is ``rows[r] + columns[c] + start``, modulo 2^32; after
@@ -201,25 +284,20 @@ def _hashed(
     Args:
         out: flat int32.
         scratch: as large.
-        columns: int32.
-        rows: int32, at least as many as `out` has whole rows.
-        start: below 2^31 in size, as all numbers here.
-        tail: what is added in the last row, where that isn't whole.
-        first: multiplier of the first round.
-        between: is added after it.
-        second: multiplier of the second.
+        stream: the numbers.
     """
-    width = columns.numel()
+    width = stream.columns.numel()
     whole = out.numel() // width
     if whole > 0:
-        torch.add(rows[:whole].unsqueeze(1), columns + start, out=out[: whole * width].view(-1, width))
+        steps = stream.columns + stream.start
+        torch.add(stream.rows[:whole].unsqueeze(1), steps, out=out[: whole * width].view(-1, width))
     rest = out.numel() - whole * width
     if rest > 0:
-        torch.add(columns[:rest], tail, out=out[whole * width :])
+        torch.add(stream.columns[:rest], stream.tail, out=out[whole * width :])
     torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)  # zeros come in from the left
-    out.bitwise_xor_(scratch).mul_(first).add_(between)
+    out.bitwise_xor_(scratch).mul_(stream.first).add_(stream.between)
     torch.bitwise_right_shift(out, 15, out=scratch).bitwise_and_(0x1FFFF)
-    out.bitwise_xor_(scratch).mul_(second)
+    out.bitwise_xor_(scratch).mul_(stream.second)
     torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)
     return out.bitwise_xor_(scratch)
 
@@ -254,52 +332,94 @@ def _below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: i
 hashed, below = scripted(_hashed), scripted(_below)
 
 
-@scripted
-def thin(
-    values: Tensor,
-    factor: float,
-    hashes: Tensor,
-    octets: Tensor,
-    columns: Tensor,
-    rows: Tensor,
-    start: int,
-    tail: int,
-    first: int,
-    between: int,
-    second: int,
-    bounds: Tensor,
-    opposite: bool,
-    block: int,
-    scratch: Tensor,
-    flags: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    """The values times the factor and 1 where the octet of their hash is below its bound, else 0.
-
-    See `hashed` and `below`.
+class Mask(NamedTuple):
+    """Which of a range of values are kept, at random: those of which the octet of a hash is below its bound.
 
     Args:
-        values: flat.
-        factor: of all.
-        hashes: scratch: flat int32, for each four values one.
-        octets: the same memory, int8.
-        columns: of `hashed`.
-        rows: of `hashed`.
-        start: of `hashed`.
-        tail: of `hashed`.
-        first: of `hashed`.
-        between: of `hashed`.
-        second: of `hashed`.
+        begin: of the range, a multiple of four: each hash serves as many values.
+        end: of it.
+        stream: of the hashes.
         bounds: of `below`.
         opposite: of `below`.
         block: of `below`.
-        scratch: as large as `hashes`.
-        flags: scratch: int8, as many as there are values.
-        mask: scratch: float32, as many.
+        factor: what is kept is multiplied by it.
     """
-    _hashed(hashes, scratch, columns, rows, start, tail, first, between, second)
-    values.mul_(_below(mask, octets, bounds, opposite, block, flags))
-    return values.mul_(factor) if factor != 1 else values
+
+    begin: int
+    end: int
+    stream: Stream
+    bounds: Tensor
+    opposite: bool
+    block: int
+    factor: float
+
+
+class Scratch(NamedTuple):
+    """What `thin` computes in.
+
+    Args:
+        hashes: flat int32, for each four values one.
+        octets: the same memory, int8.
+        other: as large as `hashes`.
+        flags: int8, as many as there are values.
+        kept: float32, as many.
+    """
+
+    hashes: Tensor
+    octets: Tensor
+    other: Tensor
+    flags: Tensor
+    kept: Tensor
+
+
+def _thin(values: Tensor, masks: List[Mask], scratch: Scratch) -> Tensor:  # noqa: UP006
+    """The flat values that the masks keep, times their factors; 0 for the others."""
+    for mask in masks:
+        part = values[mask.begin : mask.end]
+        fours = (mask.begin // 4, (mask.end + 3) // 4)
+        _hashed(scratch.hashes[fours[0] : fours[1]], scratch.other[fours[0] : fours[1]], mask.stream)
+        octets = scratch.octets[4 * fours[0] : 4 * fours[1]]
+        flags, kept = scratch.flags[mask.begin : mask.end], scratch.kept[mask.begin : mask.end]
+        part.mul_(_below(kept, octets, mask.bounds, mask.opposite, mask.block, flags))
+        if mask.factor != 1:
+            part.mul_(mask.factor)
+    return values
+
+
+thin = scripted(_thin)
+
+
+@scripted
+def thinned(
+    base: Tensor,
+    vectors: List[Tensor],  # noqa: UP006
+    inputs: List[Tensor],  # noqa: UP006
+    masks: List[List[Mask]],  # noqa: UP006
+    scratch: Scratch,
+) -> Tensor:
+    """Makes ``vectors[i]`` what ``masks[i]`` keep of ``inputs[i] - base``."""
+    for i in range(len(inputs)):
+        _thin(vectors[i].copy_(inputs[i]).sub_(base).view(-1), masks[i], scratch)
+    return base
+
+
+@scripted
+def thinned_sizes(
+    vector: Tensor,
+    base: Tensor,
+    inputs: List[Tensor],  # noqa: UP006
+    masks: List[List[Mask]],  # noqa: UP006
+    scratch: Scratch,
+    places: Places,
+) -> Tensor:
+    """Adds up the sizes of the elements of each ``inputs[i] - base``, and of what ``masks[i]`` keep of it: two sums for
+    each. `vector` is scratch."""
+    for i in range(len(inputs)):
+        vector.copy_(inputs[i]).sub_(base).abs_()
+        _add_up(vector, 2 * i, places)
+        _thin(vector.view(-1), masks[i], scratch)
+        _add_up(vector, 2 * i + 1, places)
+    return vector
 
 
 @scripted

@@ -340,7 +340,7 @@ def gathered(values: Tensor, flags: Tensor, number: int) -> Iterator[tuple[Any, 
         part = slice(start, start + step)
         if on_cpu(values):
             places = set_places(flags[part].numpy())
-            yield places + start, values[part].numpy()[places]
+            yield places + start, values[part].numpy().take(places)
         else:
             found = flags[part].nonzero()[:, 0]
             yield found + start, values[part][found]
@@ -349,10 +349,14 @@ def gathered(values: Tensor, flags: Tensor, number: int) -> Iterator[tuple[Any, 
 def set_places(flags: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
     """The places of the flags that are set, of which there are few: eight are looked at in one."""
     whole = len(flags) // 8 * 8
-    eights = np.flatnonzero(flags[:whole].view(np.int64) != 0)
-    found = np.flatnonzero(flags[:whole].reshape(-1, 8)[eights])
-    found = (eights[found >> 3] << 3) + (found & 7)
-    return found if whole == len(flags) else np.concatenate([found, np.flatnonzero(flags[whole:]) + whole])
+    words = flags[:whole].view(np.int64)
+    eights = (words != 0).nonzero()[0]
+    found = words.take(eights).view(np.bool_).nonzero()[0]
+    places = eights.take(found >> 3)
+    places <<= 3
+    found &= 7
+    places += found
+    return places if whole == len(flags) else np.concatenate([places, np.flatnonzero(flags[whole:]) + whole])
 
 
 def counted(numbers: Any, bins: int) -> Tensor:

@@ -88,8 +88,9 @@ class Combination(Kernel):
 
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = BlockSums(len(self.pairs), tile.elements, BLOCK, tile.workspace)
-        for product in self.products(tile):
-            sums.add(product)
+        origin = None if self.origin is None else tile.load(self.origin)
+        vectors = [tile.empty() for _ in self.indices]
+        scripts.gram(tile.empty(), vectors, [tile.inputs[i] for i in self.indices], origin, sums.places)
         return [sums.partial()]
 
     def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Any:
@@ -101,21 +102,6 @@ class Combination(Kernel):
         inputs = [tile.inputs[i] for i in self.indices]
         result = scripts.weighted_sum(tile.empty(), tile.empty(), inputs, list(state), origin)
         return result if origin is None else result.add_(origin)
-
-    def vectors(self, tile: Tile, keep: bool = False) -> Iterator[Tensor]:
-        """The vectors in the work dtype, one after the other, each in its own buffer or all in the same."""
-        origin = None if self.origin is None else tile.load(self.origin)
-        buffer = None if keep else tile.empty()
-        for i in self.indices:
-            vector = tile.load(i, out=buffer)
-            yield vector if origin is None else vector.sub_(origin)
-
-    def products(self, tile: Tile) -> Iterator[Tensor]:
-        """The elementwise product of each pair in the work dtype, one after the other in the same buffer."""
-        product = tile.empty()
-        vectors = list(self.vectors(tile, keep=True))
-        for i, j in self.pairs:
-            yield torch.mul(vectors[i], vectors[j], out=product)
 
     def solve(self, sums: Sequence[float]) -> Vector:
         """The coefficients for the sums of the products of the pairs."""
@@ -134,6 +120,14 @@ class PartCombination(Combination):
     def shaped(self, buffer: Tensor) -> Tensor:
         """A buffer of the tile's shape, seen in the shape that the factors fit."""
         return buffer
+
+    def vectors(self, tile: Tile) -> Iterator[Tensor]:
+        """The vectors in the work dtype, one after the other in the same buffer."""
+        origin = None if self.origin is None else tile.load(self.origin)
+        buffer = tile.empty()
+        for i in self.indices:
+            vector = tile.load(i, out=buffer)
+            yield vector if origin is None else vector.sub_(origin)
 
     def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
         """What each vector of the tile is multiplied by."""

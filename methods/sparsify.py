@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import Inputs, MethodError, Unit
+from .contract import Inputs, MethodError, Unit, base_of
 from .lazy import on_cpu, scripts, torch
-from .randomness import hashes, probability, thin, threshold
+from .randomness import hashes, masks, probability, scratch, threshold
 from .selection import ALL, NONE, Cut, Progress, Selection, Target
 from .task_vectors import Sparsifier, deltas, in_float32, magnitudes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .reductions import BlockSums
     from .tile import Tile
 
 
@@ -134,21 +135,39 @@ class Random(Sparsifier):
         self.unbiased = unbiased
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
-        bound = self.thresholds[place]
-        if bound is None:
+        mark = tile.workspace.mark()
+        scripts.thin(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
+        tile.workspace.release(mark)
+
+    def vectors(self, tile: Tile, buffers: Sequence[Tensor], state: Any) -> Iterator[Tensor]:
+        if len(set(map(id, buffers))) < len(buffers):
+            yield from super().vectors(tile, buffers, state)
             return
         mark = tile.workspace.mark()
-        factor = 1 / (probability(bound) or 1.0) if self.unbiased else 1.0
-        thin(
-            delta.view(-1),
-            tile.key,
-            tile.positions[self.inputs.others[place]],
-            tile.element,
-            bound,
-            factor,
-            tile.workspace,
-        )
+        base = tile.load(base_of(self.inputs))
+        scripts.thinned(base, list(buffers), *self._all(tile))
         tile.workspace.release(mark)
+        yield from buffers
+
+    def sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
+        mark = tile.workspace.mark()
+        base = tile.load(base_of(self.inputs))
+        scripts.thinned_sizes(tile.empty(), base, *self._all(tile), sums.places)
+        tile.workspace.release(mark)
+
+    def _all(self, tile: Tile) -> tuple[list[Tensor], list[list[scripts.Mask]], scripts.Scratch]:
+        """All inputs but the base, their masks, and what these need."""
+        others = self.inputs.others
+        masks = [self._masks(place, tile) for place in range(len(others))]
+        return [tile.inputs[i] for i in others], masks, scratch(tile.elements, tile.workspace)
+
+    def _masks(self, place: int, tile: Tile) -> list[scripts.Mask]:
+        bound = self.thresholds[place]
+        if bound is None:
+            return []
+        factor = 1 / (probability(bound) or 1.0) if self.unbiased else 1.0
+        position = tile.positions[self.inputs.others[place]]
+        return masks(tile.key, position, tile.element, tile.elements, bound, factor, tile.inputs[0].device)
 
 
 class RandomByRank(Sparsifier):

@@ -125,6 +125,19 @@ class Sparsifier:
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
         """Make the task vector of ``inputs.others[place]`` sparse, in place, within `buffers` of workspace."""
 
+    def vectors(self, tile: Tile, buffers: Sequence[Tensor], state: Any) -> Iterator[Tensor]:
+        """The sparse task vectors, in recipe order; of two in the same buffer the first is lost with the second."""
+        for place, delta in enumerate(deltas(self.inputs, tile, buffers=buffers)):
+            self.apply(delta, place, tile, state)
+            yield delta
+
+    def sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
+        """Add up the sizes of each task vector's elements, before and after it was made sparse."""
+        for place, delta in enumerate(deltas(self.inputs, tile, absolute=True)):  # none looks at a sign
+            sums.add(delta)
+            self.apply(delta, place, tile, state)
+            sums.add(delta)
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -201,10 +214,7 @@ class TaskVectors(Kernel):
         if index < self.sparsifier.reductions:
             return self.sparsifier.reduce(index, tile, sparse)
         sums = BlockSums(2 * len(self.weights), tile.elements, self.granule, tile.workspace)
-        for place, delta in enumerate(deltas(self.inputs, tile, absolute=True)):  # no sparsifier looks at a sign
-            sums.add(delta)
-            self.sparsifier.apply(delta, place, tile, sparse)
-            sums.add(delta)
+        self.sparsifier.sizes(tile, sums, sparse)
         return [sums.partial()]
 
     def merge(self, index: int, merged: Any, partial: Any) -> Any:
@@ -230,8 +240,7 @@ class TaskVectors(Kernel):
             return scripts.onto(result, self.factor, base, base)
         buffers = [tile.empty() for _ in (self.weights if self.elect else self.weights[:2])]
         buffers += buffers[1:] * (len(self.weights) - len(buffers))  # all but the first of them in turn
-        for place, delta in enumerate(deltas(self.inputs, tile, buffers=buffers)):
-            self.sparsifier.apply(delta, place, tile, state.sparse)
+        for place, delta in enumerate(self.sparsifier.vectors(tile, buffers, state.sparse)):
             if not self.elect:
                 scripts.accumulate(buffers[0], delta, factors[place], place == 0)
         if self.elect:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods import randomness
+from mergeloom.methods import randomness, scripts
 from mergeloom.methods.contract import BLOCK
 from mergeloom.methods.tile import Workspace
 from tests.kernels import merge
@@ -139,8 +139,8 @@ def test_masks_beyond_32_bits_do_not_repeat() -> None:
     def at(element: int) -> Tensor:
         workspace = Workspace(torch.empty(8 * size, dtype=torch.uint8), torch.float32)
         values = torch.ones(size)
-        randomness.thin(values, 7, 0, element, randomness.threshold(0.5), 1.0, workspace)
-        return values
+        masks = randomness.masks(7, 0, element, size, randomness.threshold(0.5), 1.0, values.device)
+        return scripts.thin(values, masks, randomness.scratch(size, workspace))
 
     first = at(0)
     for element in (1 << 32, 1 << 33, 1 << 34):

@@ -65,16 +65,45 @@ def below(size: int, opposite: bool) -> list[Any]:
     ]
 
 
-def thin(size: int) -> list[Any]:
-    """Arguments of `scripts.thin`, for blocks of 512 elements and 64 columns."""
-    fours = -(-size // 4)
-    hashes, scratch = (torch.zeros(fours, dtype=torch.int32) for _ in range(2))
-    table = integers(torch.int32, 16), integers(torch.int32, fours)
+def stream(size: int) -> scripts.Stream:
+    """A stream of so many hashes, in columns of 64."""
+    return scripts.Stream(integers(torch.int32, 64), integers(torch.int32, size), -5, 77, 0x7FEB352D, -(1 << 31), 77)
+
+
+def masks(size: int) -> list[scripts.Mask]:
+    """Two masks, for blocks of 512 elements and 64 columns."""
     bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
+    middle = size // 3 // 4 * 4
     return [
-        torch.ones(size), 1.5, hashes, hashes.view(torch.int8), *table, -5, 77, 0x7FEB352D, -(1 << 31), 0x046CA68B,
-        bounds, True, 512, scratch, torch.zeros(size, dtype=torch.int8), torch.zeros(size),
-    ]  # fmt: skip
+        scripts.Mask(0, middle, stream(size), bounds, True, 512, 1.5),
+        scripts.Mask(middle, size, stream(size), bounds, False, 512, 1.0),
+    ]
+
+
+def scratch(size: int) -> scripts.Scratch:
+    """What masks of so many values need."""
+    hashes, other = (torch.zeros(-(-size // 4), dtype=torch.int32) for _ in range(2))
+    return scripts.Scratch(
+        hashes, hashes.view(torch.int8), other, torch.zeros(size, dtype=torch.int8), torch.zeros(size)
+    )
+
+
+def places(tensors: int, *, at_once: bool = False) -> scripts.Places:
+    """Where `scripts.add_up` puts its sums: two blocks of four rows of 64 elements, and what is left of `SIZE`."""
+    rest = SIZE - 512
+    sums = [torch.zeros(tensors, 2, 64, dtype=torch.float64), torch.zeros(tensors, 1, rest, dtype=torch.float64)]
+    return scripts.Places(sums, [[0, 512, 4], [512, SIZE, 0]], torch.zeros(2, 64), at_once)
+
+
+def in_sums(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tensor]:
+    """The function, called with `places` after its arguments; it gives the sums."""
+
+    def run(*arguments: object) -> Tensor:
+        into = places(tensors)
+        function(*arguments, into)
+        return torch.cat([part.flatten() for part in into.sums])
+
+    return run
 
 
 CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
@@ -88,7 +117,17 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     "between": (scripts.between, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
     "between, all of the small": (scripts.between, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
     "between, all of the large": (scripts.between, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
-    "thin": (scripts.thin, lambda: thin(SIZE)),
+    "thin": (scripts.thin, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
+    "thinned": (
+        scripts.thinned,
+        lambda: [floats(1)[0], floats(2), floats(2, torch.bfloat16), [masks(SIZE), []], scratch(SIZE)],
+    ),
+    "thinned sizes": (
+        scripts.thinned_sizes,
+        lambda: [*floats(2), floats(2, torch.bfloat16), [[], masks(SIZE)], scratch(SIZE), places(4)],
+    ),
+    "gram": (scripts.gram, lambda: [floats(1)[0], floats(3), floats(3, torch.bfloat16), floats(1)[0], places(6)]),
+    "add up": (scripts.add_up, lambda: [floats(1)[0], 1, places(2)]),
     "a sum": (scripts.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
     "a sum from an origin": (
         scripts.weighted_sum,
@@ -104,9 +143,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
         lambda: [
             torch.zeros(SIZE, dtype=torch.int32),
             torch.zeros(SIZE, dtype=torch.int32),
-            integers(torch.int32, 128),
-            integers(torch.int32, 64),
-            *(-5, 77, 0x7FEB352D, -(1 << 31), 0x046CA68B),
+            stream(SIZE),
         ],
     ),
     **{
@@ -167,10 +204,54 @@ def test_between_is_what_it_says() -> None:
 
 
 def test_thin_is_hashed_and_below() -> None:
-    arguments = thin(SIZE)
-    numbers, (bounds, opposite, block) = arguments[4:11], arguments[11:14]
-    hashes, scratch = (torch.zeros_like(arguments[2]) for _ in range(2))
-    octets = scripts.hashed(hashes, scratch, *numbers).view(torch.int8)
-    mask = scripts.below(torch.zeros(SIZE), octets, bounds, opposite, block, torch.zeros(SIZE, dtype=torch.int8))
-    assert 0 < mask.mean() < 1
-    assert torch.equal(scripts.thin(*arguments), mask * 1.5)
+    kept = scripts.thin(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
+    for mask in masks(SIZE):
+        size = mask.end - mask.begin
+        hashes, other = (torch.zeros(-(-size // 4), dtype=torch.int32) for _ in range(2))
+        octets = scripts.hashed(hashes, other, mask.stream).view(torch.int8)
+        flags = torch.zeros(size, dtype=torch.int8)
+        wanted = scripts.below(torch.zeros(size), octets, mask.bounds, mask.opposite, mask.block, flags)
+        assert 0 < wanted.mean() < 1
+        assert torch.equal(kept[mask.begin : mask.end], wanted * mask.factor)
+
+
+def test_thinned_is_what_thin_leaves_of_the_differences() -> None:
+    base, inputs, vectors = floats(1)[0], floats(2, torch.bfloat16), [torch.zeros(SIZE) for _ in range(2)]
+    scripts.thinned(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
+    assert torch.equal(vectors[0], scripts.thin(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
+    assert torch.equal(vectors[1], inputs[1].float() - base)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_add_up_is_what_it_says(at_once: bool) -> None:
+    """Rows of a block one after the other in the work dtype; what is no whole block as it is, in float64."""
+    values = floats(1)[0]
+    into = places(2, at_once=at_once)
+    scripts.add_up(values, 1, into)
+    blocks, rest = into.sums
+    for block in range(2):
+        rows = values[256 * block : 256 * block + 256].view(4, 64)
+        assert torch.equal(blocks[1, block], (rows[0] + rows[1] + rows[2] + rows[3]).double())
+    assert torch.equal(rest[1, 0], values[512:].double())
+    assert not blocks[0].any()
+    assert not rest[0].any()
+
+
+def test_gram_and_sizes_are_sums_of_products_and_of_sizes() -> None:
+    inputs, base = floats(3, torch.bfloat16), floats(1)[0]
+    vectors = [x.float() - base for x in inputs]
+
+    def summed(values: list[Tensor]) -> Tensor:
+        into = places(6)
+        for number, each in enumerate(values):
+            scripts.add_up(each, number, into)
+        return torch.cat([part.flatten() for part in into.sums])
+
+    found = in_sums(scripts.gram, 6)(torch.zeros(SIZE), floats(3), inputs, base)
+    assert torch.equal(found, summed([vectors[i] * vectors[j] for i in range(3) for j in range(i, 3)]))
+    found = in_sums(scripts.thinned_sizes, 6)(
+        torch.zeros(SIZE), base, inputs, [masks(SIZE), [], masks(SIZE)], scratch(SIZE)
+    )
+    sizes = [x.abs() for x in vectors]
+    thin = [scripts.thin(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)]
+    assert torch.equal(found, summed([each for pair in zip(sizes, thin, strict=True) for each in pair]))
