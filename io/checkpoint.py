@@ -22,11 +22,14 @@ MAX_INDEX_BYTES = 256_000_000
 MAX_CONFIG_BYTES = 64_000_000
 """The largest config.json that is read, in bytes."""
 
-_INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
-_INDEX = "model" + _INDEX_SUFFIX
-_SINGLE = "model" + _SUFFIX
-_SECONDARY = ("consolidated", "adapter_model")  # the same weights under the maker's own names; an adapter to them
+INDEX = "model" + INDEX_SUFFIX
+"""The file that says which shard each tensor is in."""
+SINGLE = "model" + _SUFFIX
+"""The only file of a model without shards."""
+SECONDARY = ("consolidated", "adapter_model")
+"""How files begin that aren't the weights: the same ones under the maker's own names, an adapter to them."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that a training run leaves
 _THREADS = 8  # headers on a network file system are latency; parsing holds the interpreter's lock anyway
@@ -73,18 +76,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
         EnvironmentFailure: the disk got in the way.
     """
     directory, index, files = _find_weights(path)
-    config = _read_config(directory / "config.json")
+    config = read_config(directory / "config.json")
     remarks: list[str] = []
     if index is None:
         stamps = stamps_of(files)
         headers = _read_headers(files)
-        tensors = _unite(files, headers)
+        tensors = unite(files, headers)
     else:
-        weight_map = _read_weight_map(index)
+        weight_map = read_weight_map(index)
         files = _find_shards(index, sorted(set(weight_map.values())))
         stamps = stamps_of(files)
         headers = _read_headers(files)
-        tensors, remarks = _follow_index(index, weight_map, files, headers)
+        tensors, remarks = follow_index(index, weight_map, files, headers)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors (looked into {_listed(file.name for file in files)})")
     metadata: dict[str, str] = {}
@@ -114,30 +117,30 @@ def _find_weights(path: Path) -> tuple[Path, Path | None, list[Path]]:
     if not path.is_dir():
         if path.name.endswith(_PICKLES):
             raise CheckpointError(_describe_pickles(path.parent, [path.name]))
-        if path.name.endswith(_INDEX_SUFFIX):
+        if path.name.endswith(INDEX_SUFFIX):
             return path.parent, path, []
         return path.parent, None, [path]
     names = _list_names(path)
-    weights = [name for name in names if name.endswith((_SUFFIX, _INDEX_SUFFIX))]
+    weights = [name for name in names if name.endswith((_SUFFIX, INDEX_SUFFIX))]
     # A model's maker may add the same weights under names of his own (Mistral's consolidated.safetensors): together
     # they would be the model twice.
-    weights = [name for name in weights if not name.startswith(_SECONDARY)] or weights
-    indexes = [name for name in weights if name.endswith(_INDEX_SUFFIX)]
+    weights = [name for name in weights if not name.startswith(SECONDARY)] or weights
+    indexes = [name for name in weights if name.endswith(INDEX_SUFFIX)]
     # Where an index and model.safetensors stand side by side and the index doesn't name the file, transformers loads
     # the file and mergekit the shards. We follow mergekit, whose recipes we run, and the file is listed as ignored.
-    if _INDEX in indexes:
-        return path, path / _INDEX, []
+    if INDEX in indexes:
+        return path, path / INDEX, []
     if len(indexes) > 1:
         raise CheckpointError(
-            f"{path}: has several indexes ({_listed(indexes)}) and none is {_INDEX}: give the path of the one to use"
+            f"{path}: has several indexes ({_listed(indexes)}) and none is {INDEX}: give the path of the one to use"
         )
     if indexes:
         return path, path / indexes[0], []
-    if _SINGLE in weights:  # as transformers has it: other files beside it belong to something else
-        return path, None, [path / _SINGLE]
+    if SINGLE in weights:  # as transformers has it: other files beside it belong to something else
+        return path, None, [path / SINGLE]
     if weights:
         return path, None, [path / name for name in weights]
-    raise CheckpointError(_describe_no_weights(path, names))
+    raise CheckpointError(describe_no_weights(path, names))
 
 
 def _exists(path: Path) -> bool:
@@ -173,7 +176,8 @@ def _describe_missing(path: Path) -> str:
     return f"{found}: check the path"
 
 
-def _describe_no_weights(path: Path, names: Sequence[str]) -> str:
+def describe_no_weights(path: Path, names: Sequence[str]) -> str:
+    """What to say of a directory without weights to read, of the files that it has instead."""
     pickles = [name for name in names if name.endswith(_PICKLES) and not name.startswith(_NOT_WEIGHTS)]
     if pickles:
         return _describe_pickles(path, pickles)
@@ -222,7 +226,8 @@ def _read_json(file: Path, limit: int, hook: Callable[[list[tuple[str, Any]]], A
         raise CheckpointError(f"{file}: is not valid JSON ({error}): download it again") from None
 
 
-def _read_config(file: Path) -> dict[str, Any] | None:
+def read_config(file: Path) -> dict[str, Any] | None:
+    """A config.json; None where there is none. Raises CheckpointError where it is no object, or too large."""
     if not _exists(file) and not file.is_symlink():
         return None
     config = _read_json(file, MAX_CONFIG_BYTES)
@@ -231,7 +236,7 @@ def _read_config(file: Path) -> dict[str, Any] | None:
     return config
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """The index's tensor name -> shard, the shard as a checked path relative to the index's directory."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -296,7 +301,8 @@ def _read_headers(files: Sequence[Path]) -> list[Header]:
             raise
 
 
-def _unite(files: Sequence[Path], headers: Sequence[Header]) -> dict[str, TensorRef]:
+def unite(files: Sequence[Path], headers: Sequence[Header]) -> dict[str, TensorRef]:
+    """The tensors of all files. Raises CheckpointError where two files hold one of the same name."""
     tensors: dict[str, TensorRef] = {}
     for file, header in zip(files, headers, strict=True):
         for name, tensor in header.tensors.items():
@@ -309,7 +315,7 @@ def _unite(files: Sequence[Path], headers: Sequence[Header]) -> dict[str, Tensor
     return tensors
 
 
-def _follow_index(
+def follow_index(
     index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Sequence[Header]
 ) -> tuple[dict[str, TensorRef], list[str]]:
     """The tensors of an index's shards, and remarks on where the two disagree.

@@ -13,19 +13,19 @@ from xxhash import xxh3_128
 
 from ..errors import CheckpointError
 from .checkpoint import (
-    _INDEX,
-    _INDEX_SUFFIX,
-    _SECONDARY,
-    _SINGLE,
+    INDEX,
+    INDEX_SUFFIX,
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
+    SECONDARY,
+    SINGLE,
     Checkpoint,
-    _describe_no_weights,
-    _follow_index,
-    _read_config,
-    _read_weight_map,
-    _unite,
+    describe_no_weights,
+    follow_index,
     open_checkpoint,
+    read_config,
+    read_weight_map,
+    unite,
 )
 from .files import LARGEST_COMPANION, file_kind
 from .header import Header, data_start, parse_header, read_header
@@ -143,13 +143,13 @@ def _open(repository: Repository) -> HubCheckpoint:
                 f"{file.path}: has {file.nbytes:,} bytes, where {limit:,} are the most that make sense"
             )
     download(file for file, _ in small)
-    config = _read_config(snapshot / "config.json") if "config.json" in files else None
+    config = read_config(snapshot / "config.json") if "config.json" in files else None
     remarks: list[str] = []
     if index is None:
         headers = _read_headers([files[name] for name in shards], {})
-        tensors = _unite([files[name].path for name in shards], headers)
+        tensors = unite([files[name].path for name in shards], headers)
     else:
-        weight_map = _read_weight_map(snapshot / index)
+        weight_map = read_weight_map(snapshot / index)
         shards = sorted(set(weight_map.values()))
         absent = [shard for shard in shards if shard not in files]
         if absent:
@@ -158,7 +158,7 @@ def _open(repository: Repository) -> HubCheckpoint:
                 f"{', '.join(map(quoted, absent[:4]))}: its upload is unfinished, or another revision has them"
             )
         headers = _read_headers([files[name] for name in shards], _expected_lengths(weight_map))
-        tensors, remarks = _follow_index(snapshot / index, weight_map, [files[name].path for name in shards], headers)
+        tensors, remarks = follow_index(snapshot / index, weight_map, [files[name].path for name in shards], headers)
     if not tensors:
         raise CheckpointError(f"{snapshot}: holds no tensors (looked into {', '.join(map(quoted, shards[:4]))})")
     metadata: dict[str, str] = {}
@@ -182,22 +182,22 @@ def _choose(repository: Repository, names: Sequence[str]) -> tuple[str | None, l
 
     As `checkpoint._find_weights` chooses in a directory; a test holds the two against each other.
     """
-    weights = [name for name in names if name.endswith((".safetensors", _INDEX_SUFFIX))]
-    weights = [name for name in weights if not name.startswith(_SECONDARY)] or weights
-    indexes = [name for name in weights if name.endswith(_INDEX_SUFFIX)]
-    if _INDEX in indexes:
-        return _INDEX, []
+    weights = [name for name in names if name.endswith((".safetensors", INDEX_SUFFIX))]
+    weights = [name for name in weights if not name.startswith(SECONDARY)] or weights
+    indexes = [name for name in weights if name.endswith(INDEX_SUFFIX)]
+    if INDEX in indexes:
+        return INDEX, []
     if len(indexes) > 1:
         raise CheckpointError(
-            f"{repository.place}: has several indexes ({', '.join(map(quoted, indexes[:4]))}) and none is {_INDEX}: "
+            f"{repository.place}: has several indexes ({', '.join(map(quoted, indexes[:4]))}) and none is {INDEX}: "
             "download it, and give the path of the one to use"
         )
     if indexes:
         return indexes[0], []
-    if _SINGLE in weights:
-        return None, [_SINGLE]
+    if SINGLE in weights:
+        return None, [SINGLE]
     if not weights:
-        raise CheckpointError(_describe_no_weights(Path(repository.repo), names))
+        raise CheckpointError(describe_no_weights(Path(repository.repo), names))
     return None, weights
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .card import CardModel, model_card
 from .chat_templates import REPLACED, with_template
 from .file_sources import FileSources, directory_of, tokenizer_directory
+from .io.checkpoint import INDEX
 from .io.files import FileKind, companion_files
 from .io.output import OutputDirectory, index_bytes
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 
 
 def write_model_files(plan: Plan, out: OutputDirectory) -> list[str]:

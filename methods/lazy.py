@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     import numpy as numpy
     import torch as torch
 
+    from . import random_scripts as random_scripts
     from . import scripts as scripts
 else:
     numpy = _Lazy("numpy")
     torch = _Lazy("torch")
     scripts = _Lazy(f"{__package__}.scripts")
+    random_scripts = _Lazy(f"{__package__}.random_scripts")

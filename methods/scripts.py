@@ -85,7 +85,7 @@ def weighted_sum(
     return out
 
 
-def _fold(values: Tensor, width: int) -> Tensor:
+def folded(values: Tensor, width: int) -> Tensor:
     """See `reductions.fold`."""
     columns = values.size(-1)
     while columns > width:
@@ -112,7 +112,7 @@ class Places(NamedTuple):
     at_once: bool
 
 
-def _add_up(values: Tensor, number: int, places: Places) -> Tensor:
+def added_up(values: Tensor, number: int, places: Places) -> Tensor:
     """The block sums of a tensor's values, which stay as they are, into the places of tensor `number`."""
     flat, rows = values.view(-1), places.rows
     for part in range(len(places.sums)):
@@ -121,7 +121,7 @@ def _add_up(values: Tensor, number: int, places: Places) -> Tensor:
         blocks = into.size(0)
         within = flat[start:end].view(blocks, -1)
         if height == 0:
-            into.copy_(_fold(within.clone(), into.size(1)))
+            into.copy_(folded(within.clone(), into.size(1)))
             continue
         lines = within.view(blocks, height, -1)
         if places.at_once:
@@ -134,7 +134,8 @@ def _add_up(values: Tensor, number: int, places: Places) -> Tensor:
     return values
 
 
-fold, add_up = scripted(_fold), scripted(_add_up)
+# scripts call each other by the names of the functions themselves
+fold, add_up = scripted(folded), scripted(added_up)
 
 
 @scripted
@@ -162,7 +163,7 @@ def gram(
     for i in range(len(inputs)):
         for j in range(i, len(inputs)):
             torch.mul(vectors[i], vectors[j], out=product)
-            _add_up(product, number, places)
+            added_up(product, number, places)
             number += 1
     return product
 
@@ -251,175 +252,6 @@ def agreeing(
         out.div_(divisor)
     term_bits[0].bitwise_xor_(flip)
     return out
-
-
-class Stream(NamedTuple):
-    """Which hashes: see `hashed`. All numbers are below 2^31 in size.
-
-    Args:
-        columns: int32.
-        rows: int32, at least as many as there are whole rows.
-        start: is added to all.
-        tail: is added in the last row instead, where that isn't whole.
-        first: multiplier of the first round.
-        between: is added after it.
-        second: multiplier of the second.
-    """
-
-    columns: Tensor
-    rows: Tensor
-    start: int
-    tail: int
-    first: int
-    between: int
-    second: int
-
-
-def _hashed(out: Tensor, scratch: Tensor, stream: Stream) -> Tensor:
-    """Hashes of a range of indices: rounds of C. Wellons' lowbias32, with a number added in between.
-
-    The number that is hashed at place ``r * len(columns) + c`` is ``rows[r] + columns[c] + start``, modulo 2^32; after
-    the last whole row it is ``columns[c] + tail``.
-
-    Args:
-        out: flat int32.
-        scratch: as large.
-        stream: the numbers.
-    """
-    width = stream.columns.numel()
-    whole = out.numel() // width
-    if whole > 0:
-        steps = stream.columns + stream.start
-        torch.add(stream.rows[:whole].unsqueeze(1), steps, out=out[: whole * width].view(-1, width))
-    rest = out.numel() - whole * width
-    if rest > 0:
-        torch.add(stream.columns[:rest], stream.tail, out=out[whole * width :])
-    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)  # zeros come in from the left
-    out.bitwise_xor_(scratch).mul_(stream.first).add_(stream.between)
-    torch.bitwise_right_shift(out, 15, out=scratch).bitwise_and_(0x1FFFF)
-    out.bitwise_xor_(scratch).mul_(stream.second)
-    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)
-    return out.bitwise_xor_(scratch)
-
-
-def _below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: int, flags: Tensor) -> Tensor:
-    """1 where a value is less than the bound of its block and column, else 0; or the other way round.
-
-    Args:
-        out: flat.
-        values: int8, as many.
-        bounds: int8, shape (blocks, columns).
-        opposite: whether 1 stands for the others.
-        block: elements of a block, a multiple of the columns.
-        flags: scratch: int8, as many as there are values.
-    """
-    columns, size = bounds.size(1), out.numel()
-    for part in range(3):  # the whole blocks, then the whole rows of the last one, then what is left
-        width = columns if part < 2 else size % columns
-        start = 0 if part == 0 else size // block * block if part == 1 else size // columns * columns
-        end = size // block * block if part == 0 else size // columns * columns if part == 1 else size
-        if start < end:
-            shape = [(end - start) // block if part == 0 else 1, -1, width]
-            row = start // block
-            limits = bounds[row : row + shape[0], :width].unsqueeze(1)
-            if opposite:
-                torch.ge(values[start:end].view(shape), limits, out=flags[start:end].view(shape))
-            else:
-                torch.lt(values[start:end].view(shape), limits, out=flags[start:end].view(shape))
-    return out.copy_(flags[:size])
-
-
-hashed, below = scripted(_hashed), scripted(_below)
-
-
-class Mask(NamedTuple):
-    """Which of a range of values are kept, at random: those of which the octet of a hash is below its bound.
-
-    Args:
-        begin: of the range, a multiple of four: each hash serves as many values.
-        end: of it.
-        stream: of the hashes.
-        bounds: of `below`.
-        opposite: of `below`.
-        block: of `below`.
-        factor: what is kept is multiplied by it.
-    """
-
-    begin: int
-    end: int
-    stream: Stream
-    bounds: Tensor
-    opposite: bool
-    block: int
-    factor: float
-
-
-class Scratch(NamedTuple):
-    """What `thin` computes in.
-
-    Args:
-        hashes: flat int32, for each four values one.
-        octets: the same memory, int8.
-        other: as large as `hashes`.
-        flags: int8, as many as there are values.
-        kept: float32, as many.
-    """
-
-    hashes: Tensor
-    octets: Tensor
-    other: Tensor
-    flags: Tensor
-    kept: Tensor
-
-
-def _thin(values: Tensor, masks: List[Mask], scratch: Scratch) -> Tensor:  # noqa: UP006
-    """The flat values that the masks keep, times their factors; 0 for the others."""
-    for mask in masks:
-        part = values[mask.begin : mask.end]
-        fours = (mask.begin // 4, (mask.end + 3) // 4)
-        _hashed(scratch.hashes[fours[0] : fours[1]], scratch.other[fours[0] : fours[1]], mask.stream)
-        octets = scratch.octets[4 * fours[0] : 4 * fours[1]]
-        flags, kept = scratch.flags[mask.begin : mask.end], scratch.kept[mask.begin : mask.end]
-        part.mul_(_below(kept, octets, mask.bounds, mask.opposite, mask.block, flags))
-        if mask.factor != 1:
-            part.mul_(mask.factor)
-    return values
-
-
-thin = scripted(_thin)
-
-
-@scripted
-def thinned(
-    base: Tensor,
-    vectors: List[Tensor],  # noqa: UP006
-    inputs: List[Tensor],  # noqa: UP006
-    masks: List[List[Mask]],  # noqa: UP006
-    scratch: Scratch,
-) -> Tensor:
-    """Makes ``vectors[i]`` what ``masks[i]`` keep of ``inputs[i] - base``."""
-    for i in range(len(inputs)):
-        _thin(vectors[i].copy_(inputs[i]).sub_(base).view(-1), masks[i], scratch)
-    return base
-
-
-@scripted
-def thinned_sizes(
-    vector: Tensor,
-    base: Tensor,
-    inputs: List[Tensor],  # noqa: UP006
-    masks: List[List[Mask]],  # noqa: UP006
-    scratch: Scratch,
-    places: Places,
-) -> Tensor:
-    """Adds up the sizes of the elements of each ``inputs[i] - base``, and of what ``masks[i]`` keep of it: two sums for
-    each. `vector` is scratch."""
-    for i in range(len(inputs)):
-        vector.copy_(inputs[i]).sub_(base).abs_()
-        _add_up(vector, 2 * i, places)
-        _thin(vector.view(-1), masks[i], scratch)
-        _add_up(vector, 2 * i + 1, places)
-    return vector
 
 
 @scripted

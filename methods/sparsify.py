@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import Inputs, MethodError, Unit, base_of
-from .lazy import on_cpu, scripts, torch
+from .lazy import on_cpu, random_scripts, scripts, torch
 from .randomness import hashes, masks, probability, scratch, threshold
 from .selection import ALL, NONE, Cut, Progress, Selection, Target
 from .task_vectors import Sparsifier, deltas, in_float32, magnitudes
@@ -136,32 +136,32 @@ class Random(Sparsifier):
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
         mark = tile.workspace.mark()
-        scripts.thin(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
+        random_scripts.thin(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
         tile.workspace.release(mark)
 
     def vectors(self, tile: Tile, buffers: Sequence[Tensor], state: Any) -> Iterator[Tensor]:
-        if len(set(map(id, buffers))) < len(buffers):
+        if len(set(map(id, buffers))) < len(buffers):  # one after the other, then
             yield from super().vectors(tile, buffers, state)
             return
         mark = tile.workspace.mark()
         base = tile.load(base_of(self.inputs))
-        scripts.thinned(base, list(buffers), *self._all(tile))
+        random_scripts.thinned(base, list(buffers), *self._all(tile))
         tile.workspace.release(mark)
         yield from buffers
 
-    def sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
+    def add_sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
         mark = tile.workspace.mark()
         base = tile.load(base_of(self.inputs))
-        scripts.thinned_sizes(tile.empty(), base, *self._all(tile), sums.places)
+        random_scripts.thinned_sizes(tile.empty(), base, *self._all(tile), sums.places)
         tile.workspace.release(mark)
 
-    def _all(self, tile: Tile) -> tuple[list[Tensor], list[list[scripts.Mask]], scripts.Scratch]:
+    def _all(self, tile: Tile) -> tuple[list[Tensor], list[list[random_scripts.Mask]], random_scripts.Scratch]:
         """All inputs but the base, their masks, and what these need."""
         others = self.inputs.others
-        masks = [self._masks(place, tile) for place in range(len(others))]
-        return [tile.inputs[i] for i in others], masks, scratch(tile.elements, tile.workspace)
+        kept = [self._masks(place, tile) for place in range(len(others))]
+        return [tile.inputs[i] for i in others], kept, scratch(tile.elements, tile.workspace)
 
-    def _masks(self, place: int, tile: Tile) -> list[scripts.Mask]:
+    def _masks(self, place: int, tile: Tile) -> list[random_scripts.Mask]:
         bound = self.thresholds[place]
         if bound is None:
             return []

@@ -131,7 +131,7 @@ class Sparsifier:
             self.apply(delta, place, tile, state)
             yield delta
 
-    def sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
+    def add_sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
         """Add up the sizes of each task vector's elements, before and after it was made sparse."""
         for place, delta in enumerate(deltas(self.inputs, tile, absolute=True)):  # none looks at a sign
             sums.add(delta)
@@ -214,7 +214,7 @@ class TaskVectors(Kernel):
         if index < self.sparsifier.reductions:
             return self.sparsifier.reduce(index, tile, sparse)
         sums = BlockSums(2 * len(self.weights), tile.elements, self.granule, tile.workspace)
-        self.sparsifier.sizes(tile, sums, sparse)
+        self.sparsifier.add_sizes(tile, sums, sparse)
         return [sums.partial()]
 
     def merge(self, index: int, merged: Any, partial: Any) -> Any:

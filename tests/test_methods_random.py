@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods import randomness, scripts
+from mergeloom.methods import random_scripts, randomness
 from mergeloom.methods.contract import BLOCK
 from mergeloom.methods.tile import Workspace
 from tests.kernels import merge
@@ -140,7 +140,7 @@ def test_masks_beyond_32_bits_do_not_repeat() -> None:
         workspace = Workspace(torch.empty(8 * size, dtype=torch.uint8), torch.float32)
         values = torch.ones(size)
         masks = randomness.masks(7, 0, element, size, randomness.threshold(0.5), 1.0, values.device)
-        return scripts.thin(values, masks, randomness.scratch(size, workspace))
+        return random_scripts.thin(values, masks, randomness.scratch(size, workspace))
 
     first = at(0)
     for element in (1 << 32, 1 << 33, 1 << 34):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods import scripts
+from mergeloom.methods import random_scripts, scripts
 
 SIZE = 3001
 
@@ -53,7 +53,7 @@ def agreeing(models: int, dtype: torch.dtype, divisors: list[float], factors: li
 
 
 def below(size: int, opposite: bool) -> list[Any]:
-    """Arguments of `scripts.below`, for blocks of 512 elements and 64 columns."""
+    """Arguments of `random_scripts.below`, for blocks of 512 elements and 64 columns."""
     bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
     return [
         torch.zeros(size),
@@ -65,25 +65,27 @@ def below(size: int, opposite: bool) -> list[Any]:
     ]
 
 
-def stream(size: int) -> scripts.Stream:
+def stream(size: int) -> random_scripts.Stream:
     """A stream of so many hashes, in columns of 64."""
-    return scripts.Stream(integers(torch.int32, 64), integers(torch.int32, size), -5, 77, 0x7FEB352D, -(1 << 31), 77)
+    return random_scripts.Stream(
+        integers(torch.int32, 64), integers(torch.int32, size), -5, 77, 0x7FEB352D, -(1 << 31), 77
+    )
 
 
-def masks(size: int) -> list[scripts.Mask]:
+def masks(size: int) -> list[random_scripts.Mask]:
     """Two masks, for blocks of 512 elements and 64 columns."""
     bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
     middle = size // 3 // 4 * 4
     return [
-        scripts.Mask(0, middle, stream(size), bounds, True, 512, 1.5),
-        scripts.Mask(middle, size, stream(size), bounds, False, 512, 1.0),
+        random_scripts.Mask(0, middle, stream(size), bounds, True, 512, 1.5),
+        random_scripts.Mask(middle, size, stream(size), bounds, False, 512, 1.0),
     ]
 
 
-def scratch(size: int) -> scripts.Scratch:
+def scratch(size: int) -> random_scripts.Scratch:
     """What masks of so many values need."""
     hashes, other = (torch.zeros(-(-size // 4), dtype=torch.int32) for _ in range(2))
-    return scripts.Scratch(
+    return random_scripts.Scratch(
         hashes, hashes.view(torch.int8), other, torch.zeros(size, dtype=torch.int8), torch.zeros(size)
     )
 
@@ -117,13 +119,13 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     "between": (scripts.between, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
     "between, all of the small": (scripts.between, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
     "between, all of the large": (scripts.between, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
-    "thin": (scripts.thin, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
+    "thin": (random_scripts.thin, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
     "thinned": (
-        scripts.thinned,
+        random_scripts.thinned,
         lambda: [floats(1)[0], floats(2), floats(2, torch.bfloat16), [masks(SIZE), []], scratch(SIZE)],
     ),
     "thinned sizes": (
-        scripts.thinned_sizes,
+        random_scripts.thinned_sizes,
         lambda: [*floats(2), floats(2, torch.bfloat16), [[], masks(SIZE)], scratch(SIZE), places(4)],
     ),
     "gram": (scripts.gram, lambda: [floats(1)[0], floats(3), floats(3, torch.bfloat16), floats(1)[0], places(6)]),
@@ -139,7 +141,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     "agreeing, float64": (scripts.agreeing, lambda: agreeing(2, torch.float64, [1.0, 1.0], [], 0.0)),
     "agreeing, one": (scripts.agreeing, lambda: agreeing(1, torch.float32, [1.0], [], 0.0)),
     "hashed": (
-        scripts.hashed,
+        random_scripts.hashed,
         lambda: [
             torch.zeros(SIZE, dtype=torch.int32),
             torch.zeros(SIZE, dtype=torch.int32),
@@ -148,7 +150,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     ),
     **{
         f"below, {size}{', opposite' * opposite}": (
-            scripts.below,
+            random_scripts.below,
             lambda size=size, opposite=opposite: below(size, opposite),
         )
         for size in (1, 63, 64, 511, 512, 1024, 1500, 1537)
@@ -183,7 +185,7 @@ def test_without_torchscript_it_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("size", "opposite"), [(1500, False), (1537, True), (63, False)])
 def test_below_is_what_it_says(size: int, opposite: bool) -> None:
     out, values, bounds, _, block, flags = below(size, opposite)
-    scripts.below(out, values, bounds, opposite, block, flags)
+    random_scripts.below(out, values, bounds, opposite, block, flags)
     for place in range(size):
         less = int(values[place]) < int(bounds[place // block, place % 64])
         assert out[place] == (less != opposite)
@@ -204,21 +206,21 @@ def test_between_is_what_it_says() -> None:
 
 
 def test_thin_is_hashed_and_below() -> None:
-    kept = scripts.thin(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
+    kept = random_scripts.thin(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
     for mask in masks(SIZE):
         size = mask.end - mask.begin
         hashes, other = (torch.zeros(-(-size // 4), dtype=torch.int32) for _ in range(2))
-        octets = scripts.hashed(hashes, other, mask.stream).view(torch.int8)
+        octets = random_scripts.hashed(hashes, other, mask.stream).view(torch.int8)
         flags = torch.zeros(size, dtype=torch.int8)
-        wanted = scripts.below(torch.zeros(size), octets, mask.bounds, mask.opposite, mask.block, flags)
+        wanted = random_scripts.below(torch.zeros(size), octets, mask.bounds, mask.opposite, mask.block, flags)
         assert 0 < wanted.mean() < 1
         assert torch.equal(kept[mask.begin : mask.end], wanted * mask.factor)
 
 
 def test_thinned_is_what_thin_leaves_of_the_differences() -> None:
     base, inputs, vectors = floats(1)[0], floats(2, torch.bfloat16), [torch.zeros(SIZE) for _ in range(2)]
-    scripts.thinned(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
-    assert torch.equal(vectors[0], scripts.thin(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
+    random_scripts.thinned(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
+    assert torch.equal(vectors[0], random_scripts.thin(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
     assert torch.equal(vectors[1], inputs[1].float() - base)
 
 
@@ -249,9 +251,9 @@ def test_gram_and_sizes_are_sums_of_products_and_of_sizes() -> None:
 
     found = in_sums(scripts.gram, 6)(torch.zeros(SIZE), floats(3), inputs, base)
     assert torch.equal(found, summed([vectors[i] * vectors[j] for i in range(3) for j in range(i, 3)]))
-    found = in_sums(scripts.thinned_sizes, 6)(
+    found = in_sums(random_scripts.thinned_sizes, 6)(
         torch.zeros(SIZE), base, inputs, [masks(SIZE), [], masks(SIZE)], scratch(SIZE)
     )
     sizes = [x.abs() for x in vectors]
-    thin = [scripts.thin(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)]
+    thin = [random_scripts.thin(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)]
     assert torch.equal(found, summed([each for pair in zip(sizes, thin, strict=True) for each in pair]))
