@@ -82,6 +82,8 @@ bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/rea
 	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS)
 	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS) \
 		--disk $(BENCH_DISK)
+	$(BIN)/python -m benchmarks.compare --models $(BENCH_MODELS) --mergekit $(MERGEKIT_ENV) --runs $(BENCH_RUNS) \
+		--cold --methods linear slerp task_arithmetic model_stock passthrough
 	$(BIN)/python -m benchmarks.passthrough --models $(BENCH_MODELS) --disk $(BENCH_DISK)
 	$(BIN)/python -m benchmarks.overhead --models $(BENCH_MODELS) --out $(BENCH_DISK)
 	$(BIN)/python -m benchmarks.budgets --models $(BENCH_MODELS)
