@@ -42,7 +42,7 @@ def total(sums: Iterable[float]) -> float:
 def _sums_in_order(dtype: torch.dtype) -> bool:
     """Whether, on the CPU, `torch.sum` adds the rows of a block one after the other, in half the time of additions.
 
-    It does so with up to 16 rows, in all releases so far, but doesn't promise to.
+    It adds up to 16 rows like that, in the releases that were tried, but doesn't promise to.
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(2, BLOCK // _JOINT, _JOINT, dtype=dtype, generator=generator).sub_(0.5)
