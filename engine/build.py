@@ -138,7 +138,7 @@ class _Builder:
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.account = Account()
-        self.rules = TensorRules(recipe, stage, methods, self.graph, self.account, seed)
+        self.rules = TensorRules(stage, methods, self.graph, self.account, seed)
         self.layer_sources: dict[int, list[int]] = {}
         self._kinds: dict[int, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
         self._group = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import RecipeError
 from ..io.dtypes import BF16, F16, F32, F64, DType
 from ..methods.contract import Method, Parameter
-from .parameters import Conditional, Gradient, ParameterError, Scalar, Setting, coerce, describe
+from .parameters import Conditional, Gradient, ParameterError, Scalar, Setting, accept, coerce, describe
 from .recipe import ModelReference, line_of
 from .yaml_source import Keys, Node
 
@@ -45,8 +46,29 @@ def found(node: Node) -> str:
     return describe(node.value)
 
 
+@dataclass(frozen=True, slots=True)
+class _Setter:
+    """The part of a recipe that sets a parameter, for error messages.
+
+    Args:
+        method: name of the merge method.
+        parameter: the parameter that is set.
+        model: the model for which it is set; None for all of them.
+        filter: the part of tensor names that the setting is limited to, or None.
+    """
+
+    method: str
+    parameter: Parameter
+    model: ModelReference | None = None
+    filter: str | None = None
+
+    def __str__(self) -> str:
+        model = "" if self.model is None else f", model {self.model.text}"
+        return f"{self.method}{model}{'' if self.filter is None else f', filter {self.filter!r}'}"
+
+
 class NodeReader:
-    """Reads values, and gathers the warnings.
+    """Reads values, and collects the warnings and the mistakes in parameters.
 
     Args:
         file: the recipe's, or None.
@@ -59,6 +81,7 @@ class NodeReader:
         self, file: Path | None, lines: Mapping[Keys, int], strict: bool, methods: Mapping[str, Method]
     ) -> None:
         self.warnings: list[str] = []
+        self.mistakes: list[RecipeError] = []
         self.methods = methods
         self._file = file
         self._lines = lines
@@ -149,7 +172,7 @@ class NodeReader:
         children = node.value if isinstance(node.value, tuple) else ()
         if len(children) != 2 or any(isinstance(child.value, (bool, tuple, Mapping)) for child in children):
             raise self.error(f"expected {what}, and found {found(node)}", path)
-        first, end = (int(self.scalar(child, (*path, index), int)) for index, child in enumerate(children))
+        first, end = (self.whole_number(child, (*path, index)) for index, child in enumerate(children))
         if first < 0:
             raise self.error(f"[{first}, {end}] begins before layer 0: layers count from 0", path)
         if end <= first:
@@ -188,9 +211,18 @@ class NodeReader:
     # Parameters
 
     def settings(
-        self, keys: Mapping[str, Node], path: Keys, method: Method, *, of_model: bool = False
+        self, keys: Mapping[str, Node], path: Keys, method: Method, *, model: ModelReference | None = None
     ) -> dict[str, Setting]:
-        """The ``parameters`` of a mapping, those that the method has and that have an effect there, coerced."""
+        """The ``parameters`` of a mapping, those that the method has and that have an effect there, validated.
+
+        Mistakes in them go to `mistakes`, to be reported together.
+
+        Args:
+            keys: the mapping.
+            path: its place.
+            method: declares the parameters.
+            model: the model that they are set for; None where they are set for all.
+        """
         settings: dict[str, Setting] = {}
         child = keys.get("parameters")
         if child is None or child.value is None:
@@ -199,14 +231,19 @@ class NodeReader:
         known = {parameter.name: parameter for parameter in method.parameters}
         for name, value in self.mapping(child, path, "a mapping of parameters by name").items():
             parameter = known.get(name)
-            if parameter is None:
-                if name not in IGNORED:
-                    self.object_to(self._unknown_parameter(name, method), (*path, name))
-            elif of_model and not parameter.per_input:
-                message = "it has no effect on a single model: set it in the `parameters` of the slice or the recipe"
-                self.object_to(message, (*path, name))
-            else:
-                settings[name] = self._setting(value, (*path, name), parameter)
+            try:
+                if parameter is None:
+                    if name not in IGNORED:
+                        self.object_to(self._unknown_parameter(name, method), (*path, name))
+                elif model is not None and not parameter.per_input:
+                    message = (
+                        "it has no effect on a single model: set it in the `parameters` of the slice or the recipe"
+                    )
+                    self.object_to(message, (*path, name))
+                else:
+                    settings[name] = self._setting(value, (*path, name), _Setter(method.name, parameter, model))
+            except RecipeError as error:
+                self.mistakes.append(error)
         return settings
 
     def _unknown_parameter(self, name: str, method: Method) -> str:
@@ -220,11 +257,11 @@ class NodeReader:
             advice += f" (`{name}` is one of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
         return f"{method.name} has no such parameter, ignored; {advice}"
 
-    def _setting(self, node: Node, path: Keys, parameter: Parameter) -> Setting:
+    def _setting(self, node: Node, path: Keys, setter: _Setter) -> Setting:
         if isinstance(node.value, Mapping):
-            return (self._condition(node, path, parameter),)
+            return (self._condition(node, path, setter),)
         if not isinstance(node.value, tuple) or not any(isinstance(child.value, Mapping) for child in node.value):
-            return self._value(node, path, parameter)
+            return self._value(node, path, setter)
         conditions: list[Conditional] = []
         for index, child in enumerate(node.value):
             here = (*path, index)
@@ -233,29 +270,41 @@ class NodeReader:
                 raise self.error(message, here)
             if conditions and conditions[-1].filter in (None, "", "*"):
                 self.warn("it is never reached: the condition before it fits every tensor", here)
-            conditions.append(self._condition(child, here, parameter))
+            conditions.append(self._condition(child, here, setter))
         return tuple(conditions)
 
-    def _condition(self, node: Node, path: Keys, parameter: Parameter) -> Conditional:
+    def _condition(self, node: Node, path: Keys, setter: _Setter) -> Conditional:
         known = ("filter", "value")
         keys = self.mapping(node, path, "a condition")
         value = self.required(keys, path, "value", known)
         self.known(keys, path, known)
         part = self.optional(keys, path, "filter", lambda n, p: self.text(n, p, "a part of tensor names"))
-        return Conditional(part, self._value(value, (*path, "value"), parameter))
+        return Conditional(part, self._value(value, (*path, "value"), replace(setter, filter=part)))
 
-    def _value(self, node: Node, path: Keys, parameter: Parameter) -> Scalar | Gradient:
+    def _value(self, node: Node, path: Keys, setter: _Setter) -> Scalar | Gradient:
         if not isinstance(node.value, tuple):
-            return self.scalar(node, path, parameter.type)
+            return self._number(node, path, setter)
         if not node.value:
-            raise self.error("a gradient needs at least one entry", path)
-        return Gradient(tuple(self.scalar(child, (*path, i), parameter.type) for i, child in enumerate(node.value)))
+            expected = f"{setter.parameter.name} must be {setter.parameter.expected}"
+            raise self.error(f"{setter}: {expected}, got an empty list", path)
+        return Gradient(tuple(self._number(child, (*path, i), setter) for i, child in enumerate(node.value)))
 
-    def scalar(self, node: Node, path: Keys, kind: type) -> float | int | bool:
-        """One value as a float, int or bool."""
+    def _number(self, node: Node, path: Keys, setter: _Setter) -> Scalar:
+        """One value of a parameter; a mistake is noted, and False returned in its place."""
+        parameter = setter.parameter
+        try:
+            if node.value is None or isinstance(node.value, (tuple, Mapping)):
+                raise ParameterError(f"{parameter.name} must be {parameter.expected}, got {found(node)}")
+            return accept(node.value, parameter)
+        except ParameterError as error:
+            self.mistakes.append(self.error(f"{setter}: {error}", path))
+            return False
+
+    def whole_number(self, node: Node, path: Keys) -> int:
+        """One value as an int."""
         if node.value is None or isinstance(node.value, (tuple, Mapping)):
             raise self.error(f"expected a value, and found {found(node)}", path)
         try:
-            return coerce(node.value, kind)
+            return int(coerce(node.value, int))
         except ParameterError as error:
             raise self.error(str(error), path) from error

@@ -48,7 +48,12 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     reader = NodeReader(file, lines, strict, methods)
     for remark in source.remarks:
         reader.warnings.append(str(RecipeError(remark.message, source=file, line=remark.line, path=remark.path)))
-    stages = [_stage(reader, node, place) for node, place in zip(source.documents, places, strict=True)]
+    try:
+        stages = [_stage(reader, node, place) for node, place in zip(source.documents, places, strict=True)]
+    except RecipeError as error:
+        raise RecipeError.together([*reader.mistakes, error]) from error
+    if reader.mistakes:
+        raise RecipeError.together(reader.mistakes)
     text = source.text or yaml.safe_dump_all(
         [node.plain() for node in source.documents], sort_keys=False, allow_unicode=True, width=10**9
     )
@@ -263,10 +268,11 @@ def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, range
     model = reader.required(keys, path, "model", known)
     layers = reader.required(keys, path, "layer_range", known) if ranged else None
     reader.known(keys, path, known)
+    reference = reader.reference(model, (*path, "model"))
     return Source(
-        reader.reference(model, (*path, "model")),
+        reference,
         None if layers is None else reader.layer_range(layers, (*path, "layer_range")),
-        reader.settings(keys, path, method, of_model=True),
+        reader.settings(keys, path, method, model=reference),
         path,
     )
 

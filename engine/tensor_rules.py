@@ -15,7 +15,7 @@ from .accounting import Account
 from .graph import Kind, MergeGraph, Operation
 from .inputs import Model, Part
 from .layers import is_buffer, is_embedding, is_head, is_optional
-from .recipe import Recipe, Stage
+from .recipe import Stage
 
 
 class Input(NamedTuple):
@@ -31,7 +31,6 @@ class TensorRules:
     """Adds output tensors to a graph.
 
     Args:
-        recipe: for where its mistakes stand.
         stage: which is built.
         methods: by name.
         graph: to add to.
@@ -41,14 +40,12 @@ class TensorRules:
 
     def __init__(
         self,
-        recipe: Recipe,
         stage: Stage,
         methods: Mapping[str, Method],
         graph: MergeGraph,
         account: Account,
         seed: int,
     ) -> None:
-        self._recipe = recipe
         self._wanted = stage.out_dtype or stage.dtype
         self._methods = methods
         self._method = methods[stage.merge_method]
@@ -96,7 +93,7 @@ class TensorRules:
         self, part: Part, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
     ) -> None:
         wanted = self._wanted or promote(found.ref.dtype for found in inputs)
-        operation = self._pass(part, name, inputs[0]) if passed else self._bind(part, name, inputs, t)
+        operation = self._pass(inputs[0]) if passed else self._bind(part, name, inputs, t)
         kernel = operation.kernel
         assert kernel is not None
         if kernel.copies is not None:
@@ -108,7 +105,7 @@ class TensorRules:
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 self._add(name, copy, inputs, dtype, group)
                 return
-            operation = self._pass(part, name, chosen)
+            operation = self._pass(chosen)
         _refuse_quantized(inputs)
         key = self._random_key(name) if kernel.random else 0
         self._add(name, operation, inputs, wanted, group, key)
@@ -186,23 +183,25 @@ class TensorRules:
         base = next((place for place, found in enumerate(inputs) if found.source == part.base), None)
         values = part.parameters.values(name, [(found.source, found.name) for found in inputs], t)
         positions = tuple(found.model.number for found in inputs)
-        return self._operation(part, name, self._method, values, base, inputs[0].ref.shape, positions)
+        try:
+            return self._operation(self._method, values, base, inputs[0].ref.shape, positions)
+        except MethodError as error:
+            named = [(found.source, found.name) for found in inputs]
+            raise part.parameters.error(name, named, error) from error
 
-    def _pass(self, part: Part, name: str, found: Input) -> Operation:
+    def _pass(self, found: Input) -> Operation:
         """The operation that only changes the dtype."""
-        return self._operation(part, name, self._methods["passthrough"], {"scale": (1.0,)}, None, found.ref.shape, (0,))
+        return self._operation(self._methods["passthrough"], {"scale": (1.0,)}, None, found.ref.shape, (0,))
 
     def _operation(
         self,
-        part: Part,
-        name: str,
         method: Method,
         values: Mapping[str, Any],
         base: int | None,
         shape: tuple[int, ...],
         positions: tuple[int, ...],
     ) -> Operation:
-        """A method bound to its inputs and parameters; equal ones are one object."""
+        """A method bound to its inputs and parameters; equal ones are one object. Raises MethodError."""
         if method.base is Base.NONE:
             base = None
         parameters = tuple(values.items())
@@ -210,10 +209,7 @@ class TensorRules:
         found = self._operations.get(key)
         if found is not None:
             return found
-        try:
-            kernel: Kernel = method.kernel(Inputs(len(positions), base, shape), dict(values))
-        except MethodError as error:
-            raise self._recipe.error(part.slice.place, f"{method.name}, tensor {name}: {error}") from error
+        kernel: Kernel = method.kernel(Inputs(len(positions), base, shape), dict(values))
         operation = Operation(Kind.MERGE, method.name, parameters, base, positions if kernel.random else (), kernel)
         if not kernel.random:  # whose models the tensors are doesn't matter, only how many there are
             alike = (method.name, parameters, base, shape, len(positions))

@@ -14,8 +14,12 @@ Any other exception is a bug of ours, and ends the process with exit code 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
+
+_SHOWN = 9
+"""How many mistakes a RecipeError shows after the first."""
 
 
 class MergeloomError(Exception):
@@ -32,6 +36,7 @@ class RecipeError(MergeloomError):
         source: the recipe's file, or None for a recipe given as a dict.
         line: the 1-based line, where known.
         path: the keys that lead to the place, such as ``("slices", 0, "sources", 1, "layer_range")``.
+        more: other mistakes in the same recipe.
     """
 
     exit_code = 2
@@ -43,16 +48,29 @@ class RecipeError(MergeloomError):
         source: Path | None = None,
         line: int | None = None,
         path: tuple[str | int, ...] = (),
+        more: Sequence[RecipeError] = (),
     ) -> None:
         self.message = message
         self.source = source
         self.line = line
         self.path = path
+        self.more = tuple(more)
         place = str(source) if source is not None else "recipe"
         if line is not None:
             place += f":{line}"
         keys = format_key_path(path)
-        super().__init__(f"{place}: {keys}: {message}" if keys else f"{place}: {message}")
+        texts = [f"{place}: {keys}: {message}" if keys else f"{place}: {message}", *map(str, self.more[:_SHOWN])]
+        if len(self.more) > _SHOWN:
+            texts.append(f"... and {len(self.more) - _SHOWN} more mistakes")
+        super().__init__("\n".join(texts))
+
+    @classmethod
+    def together(cls, mistakes: Sequence[RecipeError]) -> RecipeError:
+        """One error for all of a recipe's mistakes, in the order of their lines; the first gives it line and path."""
+        first, *others = sorted(mistakes, key=lambda mistake: mistake.line or 0)
+        if not others:
+            return first
+        return cls(first.message, source=first.source, line=first.line, path=first.path, more=others)
 
 
 class UsageError(MergeloomError):

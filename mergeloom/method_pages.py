@@ -16,10 +16,12 @@ def method_sections(method: Method) -> list[Section]:
     sections = [Section(method.name, fields), Section("What it does", lines=(method.description,))]
     if method.parameters:
         rows = tuple(
-            (p.name, p.type.__name__, _default(p), "each model" if p.per_input else "the slice", p.doc)
+            (p.name, p.type.__name__, _default(p), p.values, "each model" if p.per_input else "the slice", p.doc)
             for p in method.parameters
         )
-        sections.append(Section("Parameters", grid=Grid(("name", "type", "default", "set for", "meaning"), rows)))
+        sections.append(
+            Section("Parameters", grid=Grid(("name", "type", "default", "range", "set for", "meaning"), rows))
+        )
     return sections
 
 

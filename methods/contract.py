@@ -20,22 +20,74 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from .ranges import (
+    Finite,
+    Fraction,
+    HalfWidth,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Range,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .tile import Tile
 
+__all__ = [
+    "BLOCK",
+    "REQUIRED",
+    "Absent",
+    "Base",
+    "Bind",
+    "Finite",
+    "Fraction",
+    "HalfWidth",
+    "Inputs",
+    "Kernel",
+    "Method",
+    "MethodError",
+    "NonNegative",
+    "NonNegativeInt",
+    "Parameter",
+    "PerInput",
+    "Positive",
+    "PositiveInt",
+    "Range",
+    "Unit",
+    "base_of",
+    "merge_method",
+    "only",
+    "registered",
+    "unregister",
+]
+
 BLOCK = 1 << 15
 """Elements in one block of a reduction. Block boundaries lie at multiples of it, whatever the tiles."""
 
+_PER_INPUT = "per input"
+
 T = TypeVar("T")
-PerInput = Annotated[tuple[T, ...], "per input"]
+PerInput = Annotated[tuple[T, ...], _PER_INPUT]
 """A parameter with one value for each input of the tensor, in recipe order. In a method's signature its default is a
 tuple of one value, the default of every input. A method with a base takes no notice of the base's own value."""
 
 
 class MethodError(ValueError):
-    """A parameter's value, or the number of inputs, that the method can't work with; says what would do."""
+    """A parameter's value, or the number of inputs, that the method can't work with; says what would do.
+
+    Args:
+        message: the mistake, and what to write instead.
+        parameters: names of the parameters to change, as in the recipe, the likeliest first.
+        index: the input whose values of these are wrong; None for shared parameters, or several inputs.
+    """
+
+    def __init__(self, message: str, *, parameters: Sequence[str] = (), index: int | None = None) -> None:
+        super().__init__(message)
+        self.parameters = tuple(parameters)
+        self.index = index
 
 
 class Base(Enum):
@@ -76,6 +128,7 @@ class Parameter:
         default: its default (of each input, where each has its own), or `REQUIRED`.
         per_input: whether each input has its own value.
         doc: one sentence.
+        range: the numbers that it accepts; None for a bool, or where the method declares no range.
     """
 
     name: str
@@ -83,6 +136,7 @@ class Parameter:
     default: Any
     per_input: bool
     doc: str
+    range: Range | None = None
 
     @property
     def required(self) -> bool:
@@ -93,6 +147,22 @@ class Parameter:
     def argument(self) -> str:
         """Its name in the method's signature: with an underscore where Python keeps the word for itself (`lambda_`)."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
+    @property
+    def values(self) -> str:
+        """The values that it accepts, in a few words: ``between 0 and 1``, ``true or false``."""
+        return "true or false" if self.type is bool else str(self.range or Range())
+
+    @property
+    def expected(self) -> str:
+        """The values that it accepts, in words that fit after "must be": `values` and, of an int, its type."""
+        if self.type is not int:
+            return "a finite number" if self.type is float and self.values == str(Range()) else self.values
+        return "a whole number" + ("" if self.values == str(Range()) else f" ({self.values})")
+
+    def accepts(self, value: float | int | bool) -> bool:
+        """Whether a value of its type is in its range."""
+        return self.type is bool or value in (self.range or Range())
 
 
 @dataclass(frozen=True)
@@ -258,9 +328,15 @@ class Method:
                 raise MethodError(f"{self.name} needs the parameter {parameter.name}")
             if parameter.per_input and parameter.name not in parameters:
                 value = (value,) * inputs.count
-            for number in value if parameter.per_input else (value,):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise MethodError(f"{parameter.name} must be a finite number, not {number}")
+            for index, number in enumerate(value if parameter.per_input else (value,)):
+                if parameter.per_input and index == inputs.base:
+                    continue  # the base has no value of its own
+                if not parameter.accepts(number):
+                    raise MethodError(
+                        f"{parameter.name} must be {parameter.expected}, got {number:g}",
+                        parameters=[parameter.name],
+                        index=index if parameter.per_input else None,
+                    )
             arguments[parameter.argument] = value
         return self.bind(inputs, **arguments)
 
@@ -282,12 +358,12 @@ def merge_method(
 ) -> Callable[[Bind], Bind]:
     """Register a merge method: a `Kernel` class, or a function, called as ``bind(inputs, **parameters)``.
 
-    The keyword-only arguments are the recipe's parameters: annotated ``float``, ``int``, ``bool``, or
-    ``PerInput[...]`` of these where each input has its own. The docstring's first line is the summary; an ``Args:``
-    section describes the parameters, one each.
+    The keyword-only arguments are the recipe's parameters: annotated ``float``, ``int``, ``bool``, a number with a
+    range (`Fraction`, or ``Annotated[float, Range(0, 2)]``), or ``PerInput[...]`` of these where each input has its
+    own. The docstring's first line is the summary; an ``Args:`` section describes the parameters, one each.
 
     Raises:
-        TypeError: for a signature that is no method's, at registration.
+        TypeError: at registration, for a signature that can't be a method's, or a default out of its range.
     """
 
     def register(bind: Bind) -> Bind:
@@ -336,17 +412,37 @@ def _parameters(name: str, bind: Bind, descriptions: Mapping[str, str]) -> tuple
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         hint = hints.get(parameter.name)
-        per_input = typing.get_origin(hint) is Annotated
-        kind = typing.get_args(typing.get_args(hint)[0])[0] if per_input else hint
-        if kind not in (float, int, bool):
-            raise TypeError(f"merge method {name!r}: parameter {parameter.name!r} must be a float, int or bool: {hint}")
+        kind, accepted, per_input = _schema(hint)
+        if kind not in (float, int, bool) or (kind is bool and accepted is not None):
+            raise TypeError(
+                f"merge method {name!r}: parameter {parameter.name!r} must be a float, int or bool, and only a "
+                f"number has a Range: {hint}"
+            )
         if parameter.name not in descriptions:
             raise TypeError(f"merge method {name!r}: its docstring does not describe {parameter.name!r}")
         default = parameter.default
         if per_input and default is not REQUIRED:
             (default,) = default
-        found.append(Parameter(parameter.name.rstrip("_"), kind, default, per_input, descriptions[parameter.name]))
+        declared = Parameter(
+            parameter.name.rstrip("_"), kind, default, per_input, descriptions[parameter.name], accepted
+        )
+        if not (declared.required or declared.accepts(default)):
+            raise TypeError(
+                f"merge method {name!r}: the default of {parameter.name!r} must be {declared.expected}: {default}"
+            )
+        found.append(declared)
     return tuple(found)
+
+
+def _schema(hint: Any) -> tuple[Any, Range | None, bool]:
+    """The type, the range and whether each input has its own value, of an annotation such as PerInput[Fraction]."""
+    per_input = typing.get_origin(hint) is Annotated and _PER_INPUT in hint.__metadata__
+    if per_input:
+        hint = typing.get_args(typing.get_args(hint)[0])[0]
+    if typing.get_origin(hint) is not Annotated:
+        return hint, None, per_input
+    ranges = [item for item in hint.__metadata__ if isinstance(item, Range)]
+    return hint.__origin__, ranges[-1] if ranges else None, per_input
 
 
 def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:

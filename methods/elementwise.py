@@ -6,7 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import Absent, Base, Inputs, Kernel, MethodError, PerInput, base_of, merge_method, only
+from .contract import (
+    Absent,
+    Base,
+    Finite,
+    Inputs,
+    Kernel,
+    MethodError,
+    NonNegative,
+    PerInput,
+    Positive,
+    base_of,
+    merge_method,
+    only,
+)
 from .lazy import scripts, torch
 
 if TYPE_CHECKING:
@@ -48,7 +61,7 @@ class Copy(Kernel):
 
 
 @merge_method("linear", paper="https://arxiv.org/abs/2203.05482")
-def linear(inputs: Inputs, *, weight: PerInput[float], normalize: bool = True) -> Kernel:
+def linear(inputs: Inputs, *, weight: PerInput[Finite], normalize: bool = True) -> Kernel:
     """The weighted mean of the models' weights ("model soup").
 
     out = sum_i w_i x_i / sum_i w_i, or without the division where `normalize` is false.
@@ -59,12 +72,13 @@ def linear(inputs: Inputs, *, weight: PerInput[float], normalize: bool = True) -
     """
     total = math.fsum(weight) if normalize else 1.0
     if abs(total) <= 1e-12 * math.fsum(map(abs, weight)):
-        raise MethodError("the weights sum to 0, so they can't be normalized: change them, or set `normalize: false`")
+        message = "the weights sum to 0, so they can't be normalized: change them, or set `normalize: false`"
+        raise MethodError(message, parameters=["weight"])
     return weighted_sum(inputs, [w / total for w in weight])
 
 
 @merge_method("passthrough", maximum=1)
-def passthrough(inputs: Inputs, *, scale: PerInput[float] = (1.0,)) -> Kernel:
+def passthrough(inputs: Inputs, *, scale: PerInput[Finite] = (1.0,)) -> Kernel:
     """The one input as it is, or times a number.
 
     out = scale x
@@ -102,15 +116,13 @@ class NearSwap(Kernel):
     maximum=1,
     absent=Absent.LONE_BASE,
 )
-def nearswap(inputs: Inputs, *, t: float, eps: float = 1e-6) -> Kernel:
+def nearswap(inputs: Inputs, *, t: NonNegative, eps: Positive = 1e-6) -> Kernel:
     """The base, drawn towards the other model where the two are close.
 
     out = (1-w) base + w x with w = t / |x - base|, no less than 0 and no more than 1.
 
     Args:
         t: the distance up to which the other model is taken as it is.
-        eps: the least distance that is divided by; above 0.
+        eps: the least distance that is divided by.
     """
-    if eps <= 0:
-        raise MethodError(f"eps must be above 0, not {eps:g}")
     return NearSwap(inputs, t, eps)

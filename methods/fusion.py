@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .contract import Absent, Base, Inputs, Kernel, Unit, base_of, merge_method
+from .contract import Absent, Base, Finite, Inputs, Kernel, Positive, Unit, base_of, merge_method
 from .lazy import numpy as np
 from .lazy import on_cpu, torch
 from .reductions import fold
@@ -41,7 +41,7 @@ class ArceeFusion(Kernel):
     buffers = 11.25
     transparent = True
 
-    def __init__(self, inputs: Inputs, *, iqr_factor: float = 1.5, eps: float = 1e-8) -> None:
+    def __init__(self, inputs: Inputs, *, iqr_factor: Finite = 1.5, eps: Positive = 1e-8) -> None:
         super().__init__(inputs)
         self.iqr_factor = iqr_factor
         self.eps = eps

@@ -5,7 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .contract import Absent, Base, Inputs, Kernel, MethodError, PerInput, merge_method
+from .contract import (
+    Absent,
+    Base,
+    Finite,
+    Fraction,
+    Inputs,
+    Kernel,
+    MethodError,
+    NonNegative,
+    NonNegativeInt,
+    PerInput,
+    Positive,
+    PositiveInt,
+    merge_method,
+)
 from .elementwise import Copy
 from .span import ColumnCombination, Combination, RowCombination, Span, Vector, combine
 
@@ -23,7 +37,7 @@ def arc(angle: float, t: float) -> tuple[float, float]:
     maximum=1,
     absent=Absent.LONE,
 )
-def slerp(inputs: Inputs, *, t: float, dot_threshold: float = 0.9995, eps: float = 1e-8) -> Kernel:
+def slerp(inputs: Inputs, *, t: Finite, dot_threshold: Fraction = 0.9995, eps: NonNegative = 1e-8) -> Kernel:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1).
 
     out = sin((1-t) a) / sin(a) x_0 + sin(t a) / sin(a) x_1, where a is the angle between the two tensors; the straight
@@ -47,11 +61,11 @@ def slerp(inputs: Inputs, *, t: float, dot_threshold: float = 0.9995, eps: float
 def nuslerp(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
+    weight: PerInput[Finite],
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
-    dot_threshold: float = 0.999999,
-    eps: float = 1e-8,
+    dot_threshold: Fraction = 0.999999,
+    eps: NonNegative = 1e-8,
 ) -> Kernel:
     """Spherical interpolation between two models, or their task vectors where there is a base.
 
@@ -67,7 +81,8 @@ def nuslerp(
         eps: weights count as summing to 0 below this.
     """
     first, second = (weight[i] for i in inputs.others)
-    t = second / (first + second) if abs(first + second) >= eps else 0.5
+    total = first + second
+    t = second / total if total and abs(total) >= eps else 0.5
 
     def coefficients(span: Span) -> Vector:
         cosine = span.cosine(0, 1, 0.0)
@@ -113,11 +128,11 @@ def sphere_mean(span: Span, weights: Sequence[float], steps: int, tol: float, ep
 def multislerp(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
+    weight: PerInput[Finite],
     normalize_weights: bool = True,
-    max_iter: int = 0,
-    tol: float = 1e-5,
-    eps: float = 1e-8,
+    max_iter: NonNegativeInt = 0,
+    tol: Positive = 1e-5,
+    eps: NonNegative = 1e-8,
 ) -> Kernel:
     """The weighted mean of the models' directions, at the weighted mean of their lengths.
 
@@ -133,8 +148,9 @@ def multislerp(
     """
     weights = [weight[i] for i in inputs.others]
     total = math.fsum(weights) if normalize_weights else 1.0
-    if abs(total) < eps:
-        raise MethodError("the weights sum to 0: change them, or set `normalize_weights: false`")
+    if abs(total) < eps or not total:
+        message = "the weights sum to 0: change them, or set `normalize_weights: false`"
+        raise MethodError(message, parameters=["weight"])
     weights = [w / total for w in weights]
 
     def coefficients(span: Span) -> Vector:
@@ -147,7 +163,7 @@ def multislerp(
 
 
 @merge_method("karcher", paper="https://doi.org/10.1002/cpa.3160300502")
-def karcher(inputs: Inputs, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
+def karcher(inputs: Inputs, *, max_iter: PositiveInt = 10, tol: Positive = 1e-5) -> Kernel:
     """The Karcher (Riemannian) mean of the models' directions, at the mean of their lengths.
 
     m is where the tangents to all directions, log_m(x_i / |x_i|), sum to zero: from their mean on, each step goes to
@@ -174,7 +190,7 @@ def karcher(inputs: Inputs, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
 @merge_method(
     "model_stock", paper="https://arxiv.org/abs/2403.19522", base=Base.REQUIRED, minimum=2, absent=Absent.LONE_BASE
 )
-def model_stock(inputs: Inputs, *, filter_wise: bool = False, eps: float = 1e-6) -> Kernel:
+def model_stock(inputs: Inputs, *, filter_wise: bool = False, eps: NonNegative = 1e-6) -> Kernel:
     """Between the base and the mean of the fine-tuned models, as far as their angle says.
 
     out = t mean_i(x_i) + (1-t) base with t = N c / (1 + (N-1) c), where c is the mean cosine of the angles between each
@@ -190,7 +206,7 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False, eps: float = 1e-6)
     def coefficients(span: Span) -> Vector:
         cosine = math.fsum(span.cosine(i, j, eps) for i, j in pairs) / len(pairs)
         denominator = 1 + (n - 1) * cosine
-        t = n * cosine / denominator if abs(denominator) >= eps else 0.0
+        t = n * cosine / denominator if denominator and abs(denominator) >= eps else 0.0
         return [t / n] * n
 
     return (RowCombination if filter_wise else Combination)(inputs, inputs.base, coefficients)

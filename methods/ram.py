@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import Base, Inputs, Kernel, base_of, merge_method
+from .contract import Base, Inputs, Kernel, NonNegative, base_of, merge_method
 from .lazy import torch
 from .task_vectors import deltas
 
@@ -31,7 +31,7 @@ class RAM(Kernel):
     buffers = 6
     transparent = True
 
-    def __init__(self, inputs: Inputs, *, epsilon: float = 1e-5) -> None:
+    def __init__(self, inputs: Inputs, *, epsilon: NonNegative = 1e-5) -> None:
         super().__init__(inputs)
         self.epsilon = epsilon
 
@@ -63,7 +63,9 @@ class RAMPlus(RAM):
     reductions = 1
     buffers = 6
 
-    def __init__(self, inputs: Inputs, *, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2) -> None:
+    def __init__(
+        self, inputs: Inputs, *, epsilon: NonNegative = 1e-5, r: NonNegative = 0.1, alpha: NonNegative = 0.2
+    ) -> None:
         super().__init__(inputs, epsilon=epsilon)
         self.r = r
         self.alpha = alpha

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .contract import BLOCK, Base, Inputs, Kernel, base_of, merge_method
+from .contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
 from .lazy import scripts, torch
 from .reductions import BlockSums, total
 from .selection import Cut, Progress, Selection, Target
@@ -45,7 +45,7 @@ class SCE(Kernel):
     out = base + (sum of the w_i d_i with that sign) / (sum of their w_i).
 
     Args:
-        select_topk: the share of the varying elements that are selected; all elements from 1 on.
+        select_topk: the share of the varying elements that are selected; 1 selects all elements.
         weight_eps: all weights are equal where the sum of the mean squares is below this.
         divisor_eps: the least sum of weights that is divided by.
         int8_mask: has no effect; it saves memory in mergekit.
@@ -57,9 +57,9 @@ class SCE(Kernel):
         self,
         inputs: Inputs,
         *,
-        select_topk: float = 1.0,
-        weight_eps: float = 1e-6,
-        divisor_eps: float = 1e-6,
+        select_topk: Fraction = 1.0,
+        weight_eps: NonNegative = 1e-6,
+        divisor_eps: NonNegative = 1e-6,
         int8_mask: bool = False,
     ) -> None:
         super().__init__(inputs)
@@ -69,7 +69,7 @@ class SCE(Kernel):
         self.elements = inputs.rows * inputs.columns
         self.selection: Selection | None = None
         if select_topk < 1:
-            target = Target(stream=0, rank=None, share=max(0.0, select_topk))
+            target = Target(stream=0, rank=None, share=select_topk)
             self.selection = Selection(self.elements, [target], self.variances)
         self.selecting = self.selection.reductions if self.selection else 0
         self.reductions = self.selecting + 1

@@ -112,8 +112,8 @@ def middling(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -
 
 
 def _part(share: float, size: int) -> int:
-    """How many of `size` elements a share of them is; any number that a recipe may hold will do."""
-    return int(max(-1e18, min(1e18, share)) * size)
+    """The number of elements that is this share of `size`, rounded down."""
+    return int(share * size)
 
 
 class Random(Sparsifier):
@@ -192,13 +192,12 @@ class RandomByRank(Sparsifier):
 
     def __init__(self, inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], *, unbiased: bool) -> None:
         super().__init__(inputs)
+        for i in inputs.others:
+            _check_probabilities(density[i], epsilon[i], i)
         self.ranges = [(density[i], epsilon[i]) for i in inputs.others]
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         self.drops = any(mean < 1 for mean, _ in self.ranges)
         self.unbiased = unbiased
-        for mean, half in self.ranges:
-            if 0 < mean < 1 and not 0 < mean - abs(half) <= mean + abs(half) < 1:
-                raise MethodError(f"density {mean:g} - epsilon {half:g} and density + epsilon must lie between 0 and 1")
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
         mean, _ = self.ranges[place]
@@ -228,6 +227,19 @@ class RandomByRank(Sparsifier):
             shares = [1 / probability(bound) for bound in bounds]
             self._tables[place] = torch.tensor(bounds, dtype=torch.int32), torch.tensor(shares, dtype=torch.float64)
         return self._tables[place]
+
+
+def _check_probabilities(density: float, epsilon: float, index: int) -> None:
+    """Raise MethodError where the probabilities of an input's elements would leave the interval from 0 to 1."""
+    if density in (0, 1) or 0 < density - epsilon <= density + epsilon < 1:
+        return
+    widest = min(density, 1 - density)
+    raise MethodError(
+        f"density - epsilon and density + epsilon must lie between 0 and 1, got density {density:g} and epsilon "
+        f"{epsilon:g}: at this density epsilon must be below {widest:g}",
+        parameters=["epsilon", "density"],
+        index=index,
+    )
 
 
 def _rising(delta: Tensor, tile: Tile) -> Tensor:

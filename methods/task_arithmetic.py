@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .contract import Base, Inputs, Kernel, PerInput, merge_method
+from .contract import Base, Finite, Fraction, HalfWidth, Inputs, Kernel, NonNegative, PerInput, merge_method
 from .sparsify import Random, RandomByRank, largest, middling
 from .task_vectors import Sparsifier, TaskVectors
 
@@ -17,11 +17,11 @@ BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
 def task_arithmetic(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
+    weight: PerInput[Finite],
     normalize: bool = False,
     rescale: bool = False,
-    divisor_eps: float = 1e-8,
-    lambda_: float = 1.0,
+    divisor_eps: NonNegative = 1e-8,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """The base plus the weighted sum of the task vectors.
@@ -52,12 +52,12 @@ def task_arithmetic(
 def ties(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
-    density: PerInput[float] = (1.0,),
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
     normalize: bool = True,
     rescale: bool = False,
-    rescale_eps: float = 1e-7,
-    lambda_: float = 1.0,
+    rescale_eps: NonNegative = 1e-7,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """Trim the task vectors, elect a sign for each element, and average what agrees with it.
@@ -90,14 +90,14 @@ def ties(
 def dare_linear(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
-    density: PerInput[float] = (1.0,),
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
     unbiased: bool = False,
     normalize: bool = False,
     rescale: bool = True,
-    rescale_eps: float = 1e-7,
-    divisor_eps: float = 1e-8,
-    lambda_: float = 1.0,
+    rescale_eps: NonNegative = 1e-7,
+    divisor_eps: NonNegative = 1e-8,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """Drop elements of the task vectors at random, rescale what is left, and add them up.
@@ -132,13 +132,13 @@ def dare_linear(
 def dare_ties(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
-    density: PerInput[float] = (1.0,),
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
     unbiased: bool = False,
     normalize: bool = False,
     rescale: bool = True,
-    rescale_eps: float = 1e-7,
-    lambda_: float = 1.0,
+    rescale_eps: NonNegative = 1e-7,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """Drop elements of the task vectors at random, rescale what is left, and add up what agrees with the elected sign.
@@ -171,14 +171,14 @@ def dare_ties(
 def della(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
-    density: PerInput[float] = (1.0,),
-    epsilon: PerInput[float] = (0.15,),
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
+    epsilon: PerInput[HalfWidth] = (0.15,),
     unbiased: bool = False,
     normalize: bool = True,
     rescale: bool = True,
-    rescale_eps: float = 1e-7,
-    lambda_: float = 1.0,
+    rescale_eps: NonNegative = 1e-7,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """Drop elements of the task vectors at random, small ones rather than large, rescale, and average what agrees.
@@ -213,15 +213,15 @@ def della(
 def della_linear(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
-    density: PerInput[float] = (1.0,),
-    epsilon: PerInput[float] = (0.15,),
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
+    epsilon: PerInput[HalfWidth] = (0.15,),
     unbiased: bool = False,
     normalize: bool = False,
     rescale: bool = True,
-    rescale_eps: float = 1e-7,
-    divisor_eps: float = 1e-8,
-    lambda_: float = 1.0,
+    rescale_eps: NonNegative = 1e-7,
+    divisor_eps: NonNegative = 1e-8,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """Drop elements of the task vectors at random, small ones rather than large, rescale, and add up.
@@ -256,14 +256,14 @@ def della_linear(
 def breadcrumbs(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
-    density: PerInput[float] = (1.0,),
-    gamma: PerInput[float] = (0.01,),
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
+    gamma: PerInput[Fraction] = (0.01,),
     normalize: bool = False,
     rescale: bool = False,
-    rescale_eps: float = 1e-7,
-    divisor_eps: float = 1e-8,
-    lambda_: float = 1.0,
+    rescale_eps: NonNegative = 1e-7,
+    divisor_eps: NonNegative = 1e-8,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """Drop the largest and the smallest elements of the task vectors, and add up the rest.
@@ -298,13 +298,13 @@ def breadcrumbs(
 def breadcrumbs_ties(
     inputs: Inputs,
     *,
-    weight: PerInput[float],
-    density: PerInput[float] = (1.0,),
-    gamma: PerInput[float] = (0.01,),
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
+    gamma: PerInput[Fraction] = (0.01,),
     normalize: bool = False,
     rescale: bool = False,
-    rescale_eps: float = 1e-7,
-    lambda_: float = 1.0,
+    rescale_eps: NonNegative = 1e-7,
+    lambda_: Finite = 1.0,
     int8_mask: bool = False,
 ) -> Kernel:
     """Drop the largest and the smallest elements of the task vectors, and add up what agrees with the elected sign.

@@ -329,7 +329,7 @@ merge_method: passthrough
     ),
     "a value that isn't finite": (
         "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: .inf}\n",
-        "must be finite",
+        "must be a finite number",
     ),
     "weights that cancel out": (
         WEIGHTED.replace("0.3", "-0.6") + "merge_method: linear\n",

@@ -137,7 +137,8 @@ def test_method_is_documented(name: str) -> None:
     method = merge_methods()[name]
     for parameter in method.parameters:
         assert parameter.name in described, f"docs/methods.md doesn't describe {name}'s {parameter.name}"
-        _, per_model, default, *_ = described[parameter.name]
+        _, per_model, default, accepted, *_ = described[parameter.name]
+        assert accepted == parameter.values
         assert per_model == ("per model" if parameter.per_input else "")
         if parameter.required:
             assert default == "required"

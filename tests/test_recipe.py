@@ -371,19 +371,19 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ("abc", "weight: expected a number, and found 'abc'"),
-            (".nan", "weight: expected a number, and found nan: it must be finite"),
-            ("'inf'", "it must be finite"),
-            ("~", "weight: expected a value, and found nothing"),
-            ("[]", "weight: a gradient needs at least one entry"),
-            ("[1, x]", "weight[1]: expected a number, and found 'x'"),
-            ("[[1]]", "weight[0]: expected a value, and found the list [1]"),
+            ("abc", "weight: linear, model a: weight must be a finite number, got 'abc'"),
+            (".nan", "weight must be a finite number, got nan"),
+            ("'inf'", "weight must be a finite number, got 'inf'"),
+            ("~", "weight must be a finite number, got nothing"),
+            ("[]", "weight must be a finite number, got an empty list"),
+            ("[1, x]", "weight[1]: linear, model a: weight must be a finite number, got 'x'"),
+            ("[[1]]", "weight[0]: linear, model a: weight must be a finite number, got the list [1]"),
             ("{filter: x}", "weight: `value` is missing"),
             ("{filter: 3, value: 1}", "weight.filter: expected a part of tensor names, and found 3"),
-            ("{value: {value: 1}}", "weight.value: expected a value, and found a mapping"),
+            ("{value: {value: 1}}", "weight.value: linear, model a: weight must be a finite number, got a mapping"),
             ("[{value: 1}, 2]", "weight[1]: conditions ({filter, value}) and plain values can't be mixed"),
             ("[1, {value: 2}]", "weight[0]: conditions ({filter, value}) and plain values can't be mixed"),
-            ("{value: []}", "weight.value: a gradient needs at least one entry"),
+            ("{value: []}", "weight.value: linear, model a: weight must be a finite number, got an empty list"),
         ],
     )
     def test_of_values(self, value: str, message: str) -> None:
@@ -392,11 +392,11 @@ class TestMistakes:
         assert message in found
 
     def test_of_types(self) -> None:
-        assert "normalize: expected true or false, and found 0.5" in refused(
+        assert "normalize: linear: normalize must be true or false, got 0.5" in refused(
             LINEAR.replace("weight: 1", "normalize: 0.5") + MODELS
         )
         karcher = "merge_method: karcher\nparameters: {max_iter: %s}\n" + MODELS
-        assert "max_iter: expected a whole number, and found 1.5" in refused(karcher % 1.5)
+        assert "max_iter: karcher: max_iter must be a whole number, got 1.5" in refused(karcher % 1.5)
         assert parse(karcher % "5.0").output.parameters == {"max_iter": 5}
 
     @pytest.mark.parametrize(
