@@ -221,9 +221,14 @@ def read_manifest(out: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{file}: was changed since it was written, and vouches for nothing")
+        raise CheckpointError(
+            f"{file}: was changed since it was written and cannot be used for verification: restore it, or merge into "
+            "another OUT"
+        )
     if not _is_manifest(content):
-        raise CheckpointError(f"{file}: is not as mergeloom writes it, and vouches for nothing")
+        raise CheckpointError(
+            f"{file}: is not as mergeloom writes it and cannot be used for verification: merge into another OUT"
+        )
     return dict(content)
 
 
@@ -248,7 +253,7 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
         if not isinstance(value, dict):
             return isinstance(value, str)
         offset = value.get("offset")
-        places = isinstance(offset, int) and 0 <= offset < 1 << 63
+        places = isinstance(offset, int) and 0 <= offset < 1 << 63 and isinstance(value.get("copied", False), bool)
         return places and is_model(value.get("model")) and is_file(value.get("file"))
 
     def is_shard(value: object) -> bool:
