@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from mergeloom import __main__, opening
+from mergeloom import __main__, opening, sharing
 from mergeloom.errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
+from mergeloom.io import copying
 from mergeloom.io.checkpoint import open_checkpoint
 from mergeloom.io.files import is_loader_file
 from mergeloom.io.output import WORK
@@ -269,6 +270,35 @@ def test_the_manifest_says_what_was_copied(finished: Merge, tmp_path: Path) -> N
         assert {found.origin for found in verify(again).unverified} == {f"{origin} {finished.models[0]}"}
 
 
+def test_shared_tensors_are_listed_with_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system shares blocks; this one is made to look so, and copies instead."""
+
+    def clone(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+        os.pwrite(target, os.pread(source, nbytes, source_offset), target_offset)
+        return 0
+
+    monkeypatch.setattr(sharing, "why_no_clone", lambda source, scratch: 0)
+    monkeypatch.setattr(copying, "clone_range", clone)
+    model = write_checkpoint(tmp_path / "a", {"model.layers.0.w.weight": (2000, 600), "model.norm.weight": (50,)})
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    assert merge(recipe, tmp_path / "out").measured.bytes_shared > 0
+    merge(recipe, tmp_path / "full", digests=True)
+    shutil.rmtree(model)
+    verdict = verify(tmp_path / "out")
+    assert verdict.whole
+    assert verdict.tensors == 0
+    assert {(found.tensor, found.origin) for found in verdict.unverified} == {
+        ("model.layers.0.w.weight", f"shared with {model}"),
+        ("model.norm.weight", f"shared with {model}"),
+    }
+    flip(*place_of(tmp_path / "out", "model.norm.weight"))
+    assert verify(tmp_path / "out").whole  # nothing tells, which is what "unverified" means
+    verdict = verify(tmp_path / "full")
+    assert (verdict.whole, verdict.tensors, verdict.unverified) == (True, 2, ())
+    flip(*place_of(tmp_path / "full", "model.norm.weight"))
+    assert verify(tmp_path / "full").damaged == ("tensor model.norm.weight in model.safetensors was changed",)
+
+
 # ------------------------------------------------------------------------------------------------ added files
 
 USED = """config.json generation_config.json adapter_config.json adapter_model.safetensors adapter_model.bin
@@ -447,6 +477,7 @@ ORIGINS: list[Any] = [
     {"model": model, "file": file, "offset": offset}
     for model, file, offset in ((99, "a", 0), (0, "../a", 0), (0, "a", -1), (0, "a", 10**30), ("0", "a", 0), (0, 1, 0))
 ]
+ORIGINS.append({"model": 0, "file": "a", "offset": 0, "copied": 1})
 SOURCES = [("99", {}), ("x", {}), ("-1", {}), ("0", []), ("9" * 5000, {}), ("0", {"../a": "b"})]
 
 
