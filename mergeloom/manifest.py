@@ -169,14 +169,15 @@ def _flat(sources: object) -> dict[tuple[str, str], object]:
 
 
 def manifest_bytes(
-    plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str | None], files: Mapping[str, str]
+    plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str | Mapping[str, Any]], files: Mapping[str, str]
 ) -> bytes:
     """``mergeloom.json``: what the output was made from, and the digest of everything in it.
 
     Args:
         plan: what was made.
         facts: of it.
-        tensors: the digest of each output tensor, by label; None where its bytes never came through the process.
+        tensors: the digest of each output tensor by label, or its origin if the process never read its bytes: the
+            source's `model`, `file` and `offset`, and ``copied`` if the kernel copied it instead of sharing its blocks.
         files: the digest of each file beside the shards.
     """
     content = {

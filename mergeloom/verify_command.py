@@ -75,10 +75,10 @@ def _sections(verdict: Verdict, sources: bool) -> Iterator[Section]:
         "Sources that have changed": verdict.changed_sources,
         "Sources that could not be checked": verdict.missing_sources,
     }
-    for title, lines in lists.items():
-        if lines:
-            more = (f"and {len(lines) - _SHOWN} more",) if len(lines) > _SHOWN else ()
-            yield Section(title, lines=(*lines[:_SHOWN], *more), warns=True)
+    for title, texts in lists.items():
+        if texts:
+            more = (f"and {len(texts) - _SHOWN} more",) if len(texts) > _SHOWN else ()
+            yield Section(title, lines=(*texts[:_SHOWN], *more), warns=True)
 
 
 def _unverified(tensors: tuple[Unverified, ...]) -> Iterator[str]:
