@@ -79,6 +79,14 @@ _NEVER = re.compile(
     re.I,
 )
 _TEMPLATES = ("chat_templates", "additional_chat_templates")
+LOADER_FOLDERS = (*_TEMPLATES, "custom_generate")
+"""Folders of a model directory in which transformers looks for files that no other file names."""
+_LOADER_FILE = re.compile(
+    r".*config.*\.json|.*(?:tokenizer|vocab).*\.json|vocab.*\.(?:txt|bpe)|tokenizer\.model\.v\d+|merges\.txt|dict\.txt"
+    r"|(?:special_tokens_map|added_tokens|chat_template|normalizer|tekken|emoji|byte_maps|word_\w+)\.json"
+    r"|(?:modules|model_index|params)\.json|.*\.(?:jinja|model|spm|tiktoken|codes|tokenizer)",
+    re.IGNORECASE,
+)
 _CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import|^\s*from\s+\.\s+import\s+(\w+)", re.MULTILINE)
 
@@ -179,6 +187,27 @@ def file_kind(name: str) -> FileKind | None:
     if name.endswith("/config.json"):
         return FileKind.OTHER
     return next((kind for kind, pattern in _KINDS if pattern.fullmatch(name)), None)
+
+
+def is_loader_file(name: str) -> bool:
+    """Whether a loader would pick up a file with this name, wherever it comes from.
+
+    The loaders are transformers, tokenizers, diffusers, sentence-transformers, PEFT, vLLM and llama.cpp. They find
+    weights of any format, their indexes, Python code, chat templates, vocabularies, and JSON files by the names of
+    configurations. Texts, images, licences and hidden files are none of these.
+
+    Args:
+        name: path relative to the model's directory; only its last component counts.
+    """
+    base = name.rpartition("/")[2]
+    if base.startswith("."):
+        return False
+    return bool(_NEVER.search(base) or _LOADER_FILE.fullmatch(base) or _is_template(name))
+
+
+def _is_template(name: str) -> bool:
+    folder, _, base = name.rpartition("/")
+    return folder.rpartition("/")[2] in _TEMPLATES and base.endswith(".json")
 
 
 def _module_directories(directory: Path) -> list[str]:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure, Interrupted
@@ -167,6 +168,17 @@ def _fetch(file: HubFile, count: _Count, stop: threading.Event) -> None:
                 "may have changed it; try again without it, and don't trust the file otherwise"
             )
         # the earlier part is to blame, as after a power failure: once more, all of it
+
+
+def has_hash(path: Path, file: HubFile) -> bool:
+    """Whether a local file has the size and the hash by which the Hub lists another. Raises OSError."""
+    if path.stat().st_size != file.nbytes:
+        return False
+    digest = _new_digest(file)
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return bool(digest.hexdigest() == file.etag)
 
 
 def _new_digest(file: HubFile) -> Any:

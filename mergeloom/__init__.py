@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from .merging import Result
     from .planning import Options, Plan
+    from .verifying import Unverified, Verdict, verify
 
 __version__ = "0.1.0"
 
@@ -43,14 +44,18 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Result",
+    "Unverified",
     "UsageError",
+    "Verdict",
     "__version__",
     "merge",
     "plan",
+    "verify",
 ]
 
 _HOMES = {"merge": "api", "plan": "api", "Options": "planning", "Plan": "planning", "Result": "merging"}
 _HOMES["Recipe"] = "engine.recipe"
+_HOMES |= dict.fromkeys(("Unverified", "Verdict", "verify"), "verifying")
 
 
 def __getattr__(name: str) -> Any:

@@ -169,14 +169,15 @@ def _flat(sources: object) -> dict[tuple[str, str], object]:
 
 
 def manifest_bytes(
-    plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str | None], files: Mapping[str, str]
+    plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str | Mapping[str, Any]], files: Mapping[str, str]
 ) -> bytes:
     """``mergeloom.json``: what the output was made from, and the digest of everything in it.
 
     Args:
         plan: what was made.
         facts: of it.
-        tensors: the digest of each output tensor, by label; None where its bytes never came through the process.
+        tensors: the digest of each output tensor by label, or its origin if the process never read its bytes: the
+            source's `model`, `file` and `offset`, and ``copied`` if the kernel copied it instead of sharing its blocks.
         files: the digest of each file beside the shards.
     """
     content = {
@@ -221,9 +222,14 @@ def read_manifest(out: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{file}: was changed since it was written, and vouches for nothing")
+        raise CheckpointError(
+            f"{file}: was changed since it was written and cannot be used for verification: restore it, or merge into "
+            "another OUT"
+        )
     if not _is_manifest(content):
-        raise CheckpointError(f"{file}: is not as mergeloom writes it, and vouches for nothing")
+        raise CheckpointError(
+            f"{file}: is not as mergeloom writes it and cannot be used for verification: merge into another OUT"
+        )
     return dict(content)
 
 
@@ -248,7 +254,7 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
         if not isinstance(value, dict):
             return isinstance(value, str)
         offset = value.get("offset")
-        places = isinstance(offset, int) and 0 <= offset < 1 << 63
+        places = isinstance(offset, int) and 0 <= offset < 1 << 63 and isinstance(value.get("copied", False), bool)
         return places and is_model(value.get("model")) and is_file(value.get("file"))
 
     def is_shard(value: object) -> bool:

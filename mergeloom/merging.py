@@ -14,6 +14,7 @@ from .engine.run import run_graph
 from .engine.schedule import Schedule
 from .engine.work import Measured, Progress, Sink
 from .errors import EnvironmentFailure
+from .finished import check_finished
 from .io.commit import GROUP_BYTES
 from .io.hub_files import HubFile
 from .io.output import OutputDirectory
@@ -21,7 +22,7 @@ from .io.reading import Reader, Stamps
 from .machine import available_ram, process_memory
 from .manifest import MANIFEST
 from .opening import is_remote
-from .performing import Earlier, Run, whole_already
+from .performing import Earlier, Run
 from .planning import Options, Plan, RecipeLike, plan
 from .sharing import unplaced
 from .wording import data_size, plural
@@ -126,10 +127,10 @@ def merge(
     directory = OutputDirectory(Path(out), MANIFEST)
     if directory.whole:
         try:
-            whole_already(planned, directory)
+            checked = check_finished(planned, directory.path)
         finally:
             directory.close()
-        tell(f"{directory.path} is whole already: nothing is left to do")
+        tell(f"{directory.path} is already complete, nothing to do: {checked}")
         return Result(planned, directory.path, Measured(), process_memory().peak)
 
     def engine(

@@ -1,15 +1,17 @@
-"""Writing the files of a model beside its weights: config.json, tokenizer and other companions, the model card."""
+"""The files of a model next to its weights: config.json, tokenizer and other companions, the model card."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .card import CardModel, model_card
 from .chat_templates import REPLACED, with_template
 from .file_sources import FileSources, directory_of, tokenizer_directory
-from .io.checkpoint import INDEX
+from .io.checkpoint import INDEX, Checkpoint
 from .io.files import FileKind, companion_files
 from .io.output import OutputDirectory, index_bytes
 
@@ -20,21 +22,64 @@ CARD = "README.md"
 CONFIG = "config.json"
 
 
+CompanionLister = Callable[[Checkpoint, FileKind], Iterable[tuple[str, Path]]]
+"""Lists the companion files of one kind of a model: the path of each relative to the model, and its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A file that a merge writes next to the shards.
+
+    Args:
+        name: path relative to OUT.
+        content: its bytes, or the file to copy.
+        last: whether it gets its final name only after the shards, so that no loader sees half a model.
+    """
+
+    name: str
+    content: bytes | Path
+    last: bool = False
+
+
 def write_model_files(plan: Plan, out: OutputDirectory) -> list[str]:
     """Write everything but the weights into OUT; the names of what must appear last, every config.json among them."""
     last = []
+    for file in model_files(plan):
+        if isinstance(file.content, Path):
+            out.copy_file(file.name, file.content)
+        else:
+            out.write_file(file.name, file.content)
+        if file.last:
+            last.append(file.name)
+    return last
+
+
+def local_companions(checkpoint: Checkpoint, kind: FileKind) -> Iterator[tuple[str, Path]]:
+    """The companion files in a model's directory."""
+    for file in companion_files(directory_of(checkpoint), (kind,)):
+        yield file.path, file.source
+
+
+def model_files(plan: Plan, companions: CompanionLister = local_companions) -> Iterator[ModelFile]:
+    """All files that a merge writes next to the shards, except the manifest.
+
+    Args:
+        plan: the merge.
+        companions: lists the companion files of a model.
+
+    Raises:
+        MergeloomError: a source can't be read.
+    """
     for made in reversed(plan.made):
         within = f"{made.folder}/" if made.folder else ""
-        _write_companions(made.files, out, within)
-        out.write_file(f"{within}{CARD}", _card(plan, made).encode())
+        for name, content in _companions(made.files, companions):
+            yield ModelFile(f"{within}{name}", content)
+        yield ModelFile(f"{within}{CARD}", _card(plan, made).encode())
         if made.files.config is not None:
-            out.write_file(f"{within}{CONFIG}", (json.dumps(made.files.config, indent=2) + "\n").encode())
-            last.append(f"{within}{CONFIG}")
-        shards = plan.layout.shards_in(made.folder)
-        if len(shards) > 1:
-            out.write_file(f"{within}{INDEX}", _index(plan, made))
-            last.append(f"{within}{INDEX}")
-    return last
+            config = (json.dumps(made.files.config, indent=2) + "\n").encode()
+            yield ModelFile(f"{within}{CONFIG}", config, last=True)
+        if len(plan.layout.shards_in(made.folder)) > 1:
+            yield ModelFile(f"{within}{INDEX}", _index(plan, made), last=True)
 
 
 def _index(plan: Plan, made: MadeModel) -> bytes:
@@ -45,17 +90,15 @@ def _index(plan: Plan, made: MadeModel) -> bytes:
     return index_bytes(names, sum(graph.nbytes(graph.outputs[number].node) for number in numbers))
 
 
-def _write_companions(files: FileSources, out: OutputDirectory, within: str) -> None:
+def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[str, bytes | Path]]:
     """The tokenizer's files of one model, with the chat template put into them, and the others of another."""
-    for file in companion_files(directory_of(files.others), (FileKind.GENERATION, FileKind.OTHER)):
-        out.copy_file(f"{within}{file.path}", file.source)
-    directory = tokenizer_directory(files)
-    changed = {} if files.template is None else with_template(directory, files.template)
-    for file in companion_files(directory, (FileKind.TOKENIZER,)):
-        if file.path not in changed and not (changed and REPLACED.fullmatch(file.path)):
-            out.copy_file(f"{within}{file.path}", file.source)
-    for name, data in changed.items():
-        out.write_file(f"{within}{name}", data)
+    for kind in (FileKind.GENERATION, FileKind.OTHER):
+        yield from listed(files.others, kind)
+    changed = {} if files.template is None else with_template(tokenizer_directory(files), files.template)
+    for name, source in listed(files.tokenizer, FileKind.TOKENIZER):
+        if name not in changed and not (changed and REPLACED.fullmatch(name)):
+            yield name, source
+    yield from changed.items()
 
 
 def _card(plan: Plan, made: MadeModel) -> str:

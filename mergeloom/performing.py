@@ -13,7 +13,7 @@ from .engine.graph import Kind
 from .engine.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers, written_ranges
 from .engine.work import Measured, Progress, Sink
-from .errors import CheckpointError, Interrupted, MergeloomError, UsageError
+from .errors import CheckpointError, Interrupted, UsageError
 from .io.commit import Ended
 from .io.digests import BLOCK_BYTES, tensor_digest
 from .io.failures import explain
@@ -331,13 +331,25 @@ class Run:
         """Write the small files, and give everything its final name."""
         self._check_sources()
         last = write_model_files(self.plan, self.out)
-        tensors = {output.label: self._vouch(output.node, digests) for output in self.plan.built.graph.outputs}
+        sharing = {transfer.file for transfer in self.plan.transfers if transfer.shares}
+        tensors = {
+            output.label: self._digest_or_origin(output.node, digests, sharing)
+            for output in self.plan.built.graph.outputs
+        }
         self.out.write_file(MANIFEST, manifest_bytes(self.plan, self._facts, tensors, self.out.small_files()))
         last.append(MANIFEST)
         self.out.publish(last, lambda names: journal.append([{"publish": list(names)}]))
 
-    def _vouch(self, node: int, digests: Mapping[int, list[bytes]]) -> Any:
-        """A tensor's digest; of one that never came through the process, where its bytes came from."""
+    def _digest_or_origin(
+        self, node: int, digests: Mapping[int, list[bytes]], sharing: Collection[Path]
+    ) -> str | dict[str, Any]:
+        """The manifest's entry of a tensor: its digest, or the origin of bytes that the process never read.
+
+        Args:
+            node: node that makes the tensor.
+            digests: block digests by node.
+            sharing: source files whose blocks are shared with OUT; tensors of other files are copied by the kernel.
+        """
         graph = self.plan.built.graph
         nbytes = graph.nbytes(node)
         if node in digests or not nbytes:
@@ -348,7 +360,8 @@ class Run:
         read = graph.node_sources[node][0]
         ref = graph.reads[read]
         model = graph.read_models[read]
-        return {"model": model, "file": source_name(self.plan, model, ref.file), "offset": ref.offset}
+        origin = {"model": model, "file": source_name(self.plan, model, ref.file), "offset": ref.offset}
+        return origin if ref.file in sharing else origin | {"copied": True}
 
 
 def _touched(before: object, now: Mapping[str, int]) -> list[str]:
@@ -356,29 +369,3 @@ def _touched(before: object, now: Mapping[str, int]) -> list[str]:
     if not isinstance(before, dict):
         return []
     return [Path(file).name for file, time in now.items() if before.get(file, time) != time]
-
-
-def whole_already(plan: Plan, out: OutputDirectory) -> None:
-    """Refuse where the finished merge in OUT isn't the one that is planned, or its shards aren't all there.
-
-    Raises:
-        UsageError: with what differs.
-        MergeloomError: where its manifest, or a source, can't be read.
-    """
-    from .manifest import read_manifest
-
-    advice = "choose another OUT, or remove it"
-    try:
-        manifest = read_manifest(out.path)
-    except MergeloomError as error:
-        raise UsageError(f"{out.path} holds a finished merge, and can't be used: {error}; {advice}") from error
-    facts = facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")}
-    changes = differences(manifest, facts, plan.built.graph.models)
-    if changes:
-        raise UsageError(f"{out.path} holds a merge that differs from this one: {'; '.join(changes)}; {advice}")
-    for shard in plan.layout.shards:
-        file = out.path / shard.name
-        if not file.is_file() or file.stat().st_size != shard.nbytes:
-            raise UsageError(
-                f"{out.path} holds a finished merge, and its {shard.name} was removed or cut short since; {advice}"
-            )

@@ -1,7 +1,9 @@
-"""`mergeloom verify`: does OUT hold what its manifest says? Only click is imported at the top."""
+"""`mergeloom verify`: compares OUT with its manifest. Only click is imported at the top."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,51 +13,81 @@ from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from .display import Section
-    from .verifying import Verdict
+    from .verifying import Unverified, Verdict
 
 _SHOWN = 20
 
 
 @click.command()
 @click.argument("out", type=click.Path())
-@click.option("--sources", is_flag=True, help="Look, too, if the source files are still what they were.")
-@click.option("--quiet", is_flag=True, help="Show no progress and no summary; what is wrong still.")
-def verify(out: str, sources: bool, quiet: bool) -> None:
-    """Read every byte of a merged model, and compare it with its manifest.
+@click.option(
+    "--sources",
+    is_flag=True,
+    help="Also compare tensors without a digest with their source files, and check that all of these are unchanged.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every unverified tensor.")
+@click.option("--quiet", is_flag=True, help="Show no progress, and no summary unless something is wrong.")
+def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
+    """Compare a merged model with its manifest. Needs neither the source models nor a network.
 
-    OUT is a directory that mergeloom has made: mergeloom.json in it has the digests. Ends with 0 only where every
-    tensor and every file is vouched for and is what it was.
+    OUT is a directory that mergeloom has made; mergeloom.json in it has the digests. Everything that has a digest is
+    read. Tensors that were reflinked or copied by the kernel have none, unless the model was merged with --digests
+    full, and are listed as unverified. The exit code is 4 if anything is damaged, or if a file was added that loaders
+    would use.
     """
     from .display import show
+    from .finished import describe_added
     from .progress import Display
-    from .verifying import bytes_to_read
-    from .verifying import verify as perform
+    from .verifying import Verification
 
-    path = Path(out)
-    with Display(bytes_to_read(path), 0, quiet=quiet) as display:
-        verdict = perform(path, sources=sources, notify=display)
-    if not quiet or not verdict.whole:
-        show(_sections(verdict))
+    check = Verification(Path(out), sources=sources)
+    with Display(check.bytes_to_read, 0, quiet=quiet or as_json) as display:
+        verdict = check.run(notify=display)
+    if as_json:
+        click.echo(json.dumps(verdict.to_dict(), indent=2))
+    elif not quiet or not verdict.whole or verdict.changed_sources:
+        show(list(_sections(verdict, sources)))
     if verdict.damaged:
-        raise CheckpointError(f"{out}: {verdict.damaged[0]}; make it again, or get it from where it came from")
-    if verdict.unvouched:
+        raise CheckpointError(f"{out}: {verdict.damaged[0]}; copy it from an intact copy, or merge again")
+    if verdict.added:
+        raise CheckpointError(f"{out}: {describe_added(verdict.added)}")
+    if verdict.changed_sources:
         raise CheckpointError(
-            f"{out}: {verdict.unvouched[0]}: nothing is known to be wrong, but not everything is vouched for"
+            f"{verdict.changed_sources[0]} has changed since the merge; {out} is undamaged, and only a new merge "
+            "would use the changed file"
         )
 
 
-def _sections(verdict: Verdict) -> list[Section]:
+def _sections(verdict: Verdict, sources: bool) -> Iterator[Section]:
     from .display import Section
     from .wording import data_size, plural
 
-    state = "whole" if verdict.whole else "not whole"
-    sections = [
-        Section(
-            f"{state}: {plural(verdict.tensors, 'tensor')} of {data_size(verdict.nbytes)} are what the manifest says"
-        )
-    ]
-    for title, lines in (("Damaged", verdict.damaged), ("Not vouched for", verdict.unvouched)):
-        if lines:
-            more = (f"and {len(lines) - _SHOWN} more",) if len(lines) > _SHOWN else ()
-            sections.append(Section(title, lines=(*lines[:_SHOWN], *more), warns=True))
-    return sections
+    state = "OK" if verdict.whole else "not OK"
+    matching = f"{plural(verdict.tensors, 'tensor')} of {data_size(verdict.nbytes)} and {plural(verdict.files, 'file')}"
+    lines = [f"unverified: {text}" for text in _unverified(verdict.unverified)]
+    if lines:
+        compares = "" if sources else "; `mergeloom verify --sources` compares them with their sources"
+        lines.append(f"`mergeloom merge --digests full` records digests for such tensors{compares}")
+    yield Section(f"{state}: {matching} match the manifest", lines=lines, warns=not verdict.whole)
+    lists = {
+        "Damaged": verdict.damaged,
+        "Added, and used by loaders": verdict.added,
+        "Sources that have changed": verdict.changed_sources,
+        "Sources that could not be checked": verdict.missing_sources,
+    }
+    for title, texts in lists.items():
+        if texts:
+            more = (f"and {len(texts) - _SHOWN} more",) if len(texts) > _SHOWN else ()
+            yield Section(title, lines=(*texts[:_SHOWN], *more), warns=True)
+
+
+def _unverified(tensors: tuple[Unverified, ...]) -> Iterator[str]:
+    """One line for each source model, how its tensors came into OUT, and why they could not be compared."""
+    from .wording import data_size, plural
+
+    groups: dict[tuple[str, str], list[int]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.origin, tensor.reason), []).append(tensor.nbytes)
+    for (origin, reason), sizes in groups.items():
+        because = f" ({reason})" if reason else ""
+        yield f"{origin}: {plural(len(sizes), 'tensor')} of {data_size(sum(sizes))}{because}"

@@ -1,19 +1,23 @@
-"""Does a directory hold what its manifest says, byte for byte?"""
+"""Verifies a merged model: compares every file of OUT with the digests in its manifest."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .engine.work import Progress
 from .errors import MergeloomError
 from .io.checkpoint import Checkpoint
+from .io.copying import BLOCK
 from .io.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
+from .io.failures import explained
+from .io.files import LOADER_FOLDERS, is_loader_file
 from .io.header import Header, parse_header, read_data_start
 from .io.reading import Reader
 from .io.source_files import open_source, read_range
@@ -21,202 +25,288 @@ from .io.tensors import TensorRef
 from .manifest import MANIFEST, identity_of, read_manifest
 
 THREADS = 4
-"""How many tensors are read at a time."""
+"""Default number of tensors that are read at a time."""
 
 _BUFFER_BYTES = 4 << 20
-_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 Notify = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What `verify` found.
+class Unverified:
+    """A tensor without a digest: the merge reflinked it, or let the kernel copy it, and never read its bytes.
 
     Args:
-        tensors: how many tensors are what the manifest says.
-        nbytes: how many bytes these have.
-        damaged: what isn't as the manifest says, in words.
-        unvouched: what nothing vouches for, with the reason.
+        tensor: name of the tensor in OUT, with the folder of its model.
+        nbytes: size of the tensor in bytes.
+        model: source model, as the recipe names it.
+        file: source file, relative to that model.
+        offset: offset of the tensor in the source file.
+        shared: whether it was to share the source's disk blocks; otherwise the kernel copied it.
+        reason: why it could not be compared with its source; empty where that was not asked for.
+    """
+
+    tensor: str
+    nbytes: int
+    model: str
+    file: str
+    offset: int
+    shared: bool
+    reason: str = ""
+
+    @property
+    def origin(self) -> str:
+        """The relation to the source model, such as ``shared with base``."""
+        return f"{'shared with' if self.shared else 'copied from'} {self.model}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Result of `verify`.
+
+    Args:
+        tensors: number of tensors that match their digest or, with ``sources=True``, their source.
+        nbytes: size of these tensors in bytes.
+        files: number of files that match: shards by size and header, all others by their digest.
+        damaged: one text for each part of OUT that does not match the manifest.
+        added: names of files that loaders would use and the merge did not write.
+        unverified: tensors that nothing was compared with.
+        changed_sources: with ``sources=True``, source files that are not the ones that were merged.
+        missing_sources: with ``sources=True``, source files that could not be checked, with the reason.
     """
 
     tensors: int
     nbytes: int
-    damaged: tuple[str, ...]
-    unvouched: tuple[str, ...]
+    files: int
+    damaged: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    unverified: tuple[Unverified, ...] = ()
+    changed_sources: tuple[str, ...] = ()
+    missing_sources: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
-        """Whether everything was vouched for, and is as it was."""
-        return not self.damaged and not self.unvouched
+        """Whether nothing is damaged and nothing was added. Unverified tensors and the sources do not count."""
+        return not self.damaged and not self.added
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data, as ``verify --json`` prints it. Sizes are in bytes."""
+        return {
+            "verified": {"tensors": self.tensors, "bytes": self.nbytes, "files": self.files},
+            "damaged": list(self.damaged),
+            "added": list(self.added),
+            "unverified": [asdict(tensor) for tensor in self.unverified],
+            "changed_sources": list(self.changed_sources),
+            "missing_sources": list(self.missing_sources),
+        }
 
 
-def bytes_to_read(out: Path) -> int:
-    """How many bytes `verify` will read, about. Raises CheckpointError where there is no manifest."""
-    return sum(nbytes for nbytes, _ in read_manifest(out)["shards"].values())
-
-
-def verify(out: Path, *, sources: bool = False, threads: int = THREADS, notify: Notify | None = None) -> Verdict:
-    """Read every byte of a merged model and compare it with the manifest.
+def verify(
+    out: str | os.PathLike[str], *, sources: bool = False, threads: int = THREADS, notify: Notify | None = None
+) -> Verdict:
+    """Compare everything in OUT that has a digest with its manifest. Needs no source files and no network.
 
     Args:
-        out: the model's directory.
-        sources: whether to look, too, if the source files are still what they were.
-        threads: how many tensors are read at a time.
-        notify: called with bytes read, now and then, from any thread.
+        out: directory of the merged model.
+        sources: also compare the tensors without a digest with their source files, and check that all source files
+            are unchanged. Source files that are not available are reported, and are not an error.
+        threads: number of tensors that are read at a time.
+        notify: called with the bytes read so far, from any thread.
 
     Raises:
-        CheckpointError: where there is no manifest, or it was changed.
+        CheckpointError: the manifest is missing or was modified.
     """
-    manifest = read_manifest(out)
-    check = _Verification(out, manifest, notify)
-    try:
-        check.shards()
-        check.files()
-        check.tensors(threads)
-        if sources:
-            check.sources()
-    finally:
-        check.reader.close()
-    return Verdict(check.good, check.nbytes, tuple(check.damaged), tuple(check.unvouched))
+    return Verification(Path(out), sources=sources).run(threads, notify)
 
 
-class _Verification:
-    """What was found so far."""
+class Verification:
+    """One verification of OUT. Creating it reads the manifest and checks the size and header of every shard.
 
-    def __init__(self, out: Path, manifest: Mapping[str, Any], notify: Notify | None) -> None:
+    Args:
+        out: directory of the merged model.
+        sources: as for `verify`.
+
+    Attributes:
+        manifest: content of the manifest.
+        bytes_to_read: size of the tensors that `run` will read from OUT.
+
+    Raises:
+        CheckpointError: the manifest is missing or was modified.
+    """
+
+    def __init__(self, out: Path, *, sources: bool = False) -> None:
         self.out = out
-        self.manifest = manifest
-        self.reader = Reader(keep_cached=False)
-        self.damaged: list[str] = []
-        self.unvouched: list[str] = []
-        self.good = 0
-        self.nbytes = 0
-        self._notify = notify or (lambda progress: None)
-        self._progress = Progress()
-        self._lock = threading.Lock()
-        self._found: dict[str, TensorRef] = {}
+        self.manifest = read_manifest(out)
+        self._compares = sources
+        self._damaged: list[str] = []
+        self._files = 0
+        self._tensors: dict[str, TensorRef] = {}
         self._models: dict[int, Checkpoint | str] = {}
+        self._lock = threading.Lock()
+        self._progress = Progress()
+        self._notify: Notify = lambda progress: None
+        self._reader = Reader(keep_cached=False)
+        self._check_shards()
+        digests = self.manifest["tensors"]
+        self.bytes_to_read = sum(
+            ref.nbytes for name, ref in self._tensors.items() if sources or isinstance(digests.get(name), str)
+        )
 
-    def shards(self) -> None:
-        """Size and header of every shard."""
+    def run(self, threads: int = THREADS, notify: Notify | None = None) -> Verdict:
+        """Check the files and read the tensors. For the arguments, see `verify`. To be called once."""
+        self._notify = notify or self._notify
+        self._check_files()
+        try:
+            tensors, nbytes, unverified = self._check_tensors(threads)
+            changed, missing = self._check_sources() if self._compares else ([], [])
+        finally:
+            self._reader.close()
+        return Verdict(
+            tensors,
+            nbytes,
+            self._files,
+            tuple(self._damaged),
+            tuple(added_files(self.out, self.manifest)),
+            tuple(unverified),
+            tuple(changed),
+            tuple(missing),
+        )
+
+    def run_without_tensors(self) -> Verdict:
+        """Check the size and header of every shard and all other files, and read no tensors. To be called once."""
+        self._check_files()
+        return Verdict(0, 0, self._files, tuple(self._damaged), tuple(added_files(self.out, self.manifest)))
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def _check_shards(self) -> None:
+        """Check the size and header of every shard, and collect the tensors in it."""
         for name, (nbytes, digest) in self.manifest["shards"].items():
             try:
                 problem, header = _read_shard(self.out / name, nbytes, digest)
             except MergeloomError as error:
                 problem, header = str(error), None
             if problem:
-                self.damaged.append(f"{name}: {problem}")
+                self._damaged.append(f"{name}: {problem}")
             if header is not None:
+                self._files += 1
                 folder = name.rpartition("/")[0]
-                self._found.update((f"{folder}/{key}" if folder else key, ref) for key, ref in header.tensors.items())
+                self._tensors.update((f"{folder}/{key}" if folder else key, ref) for key, ref in header.tensors.items())
 
-    def files(self) -> None:
-        """Every file beside the shards."""
+    def _check_files(self) -> None:
+        """Compare every other file with its digest."""
         for name, digest in self.manifest["files"].items():
             file = self.out / name
             try:
                 if not file.is_file():
-                    self.damaged.append(f"{name}: is missing")
+                    self._damaged.append(f"{name}: is missing")
                 elif file_digest(file) != digest:
-                    self.damaged.append(f"{name}: was changed")
+                    self._damaged.append(f"{name}: was changed")
+                else:
+                    self._files += 1
             except OSError as error:
-                self.damaged.append(f"{name}: {error.strerror}")
-        known = {*self.manifest["files"], *self.manifest["shards"], MANIFEST}
-        for folder in sorted({(self.out / name).parent for name in self.manifest["shards"]}):
-            for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-                name = str(file.relative_to(self.out))
-                if name not in known and name.endswith(_WEIGHTS):
-                    self.unvouched.append(f"{name} is not in the manifest")
+                self._damaged.append(f"{name}: {error.strerror}")
 
-    def tensors(self, threads: int) -> None:
-        """Every byte of every tensor."""
-        named = self.manifest["tensors"]
-        jobs = []
-        for name, digest in named.items():
-            ref = self._found.get(name)
-            if ref is not None:
-                jobs.append((name, ref, digest))
-            else:
-                self.damaged.append(f"tensor {name} is missing")
-        self.damaged += [f"tensor {name} is not in the manifest" for name in self._found if name not in named]
-        jobs.sort(key=lambda job: (job[1].file, job[1].offset))
+    # --- tensors -----------------------------------------------------------------------------------------------
+
+    def _check_tensors(self, threads: int) -> tuple[int, int, list[Unverified]]:
+        """Check every tensor: number and size of those that match, and those without anything to compare with."""
+        digests = self.manifest["tensors"]
+        self._damaged += [f"tensor {name} is missing" for name in digests if name not in self._tensors]
+        self._damaged += [f"tensor {name} is not in the manifest" for name in self._tensors if name not in digests]
+        names = [name for name in self._tensors if name in digests]
+        names.sort(key=lambda name: (self._tensors[name].file, self._tensors[name].offset))
+        tensors = nbytes = 0
+        unverified = []
         with ThreadPoolExecutor(threads) as pool:
-            for (_, ref, _), (damaged, unvouched) in zip(jobs, pool.map(self._check, jobs), strict=True):
-                self.damaged += [damaged] if damaged else []
-                self.unvouched += [unvouched] if unvouched else []
-                if not damaged and not unvouched:
-                    self.good += 1
-                    self.nbytes += ref.nbytes
+            for name, found in zip(names, pool.map(self._check_tensor, names), strict=True):
+                if isinstance(found, Unverified):
+                    unverified.append(found)
+                elif found:
+                    self._damaged.append(found)
+                else:
+                    tensors += 1
+                    nbytes += self._tensors[name].nbytes
+        return tensors, nbytes, unverified
 
-    def _check(self, job: tuple[str, TensorRef, str | Mapping[str, Any]]) -> tuple[str, str]:
-        """What is wrong with a tensor, and why nothing vouches for it; both empty where all is well."""
-        name, ref, digest = job
+    def _check_tensor(self, name: str) -> str | Unverified:
+        """Check one tensor: the damage as a text, empty where it matches."""
+        ref, digest = self._tensors[name], self.manifest["tensors"][name]
         try:
-            if isinstance(digest, str):
-                digests = BlockDigests(ref.nbytes)
-                for position, data in self._pieces(ref.file, ref.offset, ref.nbytes):
-                    digests.feed(position, data)
-                return "" if digests.digest() == digest else f"tensor {name} in {ref.file.name} was changed", ""
-            return self._compare(name, ref, digest)
+            if not isinstance(digest, str):
+                return self._compare(name, ref, digest)
+            digests = BlockDigests(ref.nbytes)
+            for position, data in self._chunks(ref):
+                digests.feed(position, data)
+            return "" if digests.digest() == digest else f"tensor {name} in {ref.file.name} was changed"
         except MergeloomError as error:
-            return f"tensor {name}: {error}", ""
+            return f"tensor {name}: {error}"
 
-    def _compare(self, name: str, ref: TensorRef, origin: Mapping[str, Any]) -> tuple[str, str]:
-        """Compare a tensor that was copied unread with its source."""
-        unread = f"tensor {name} was copied without being read"
+    def _compare(self, name: str, ref: TensorRef, origin: Mapping[str, Any]) -> str | Unverified:
+        """Compare a tensor without a digest with its source, where that is asked for and the source is available."""
+        if not self._compares:
+            return self._unverified(name, ref, origin)
+        number = origin["model"]
         try:
-            with _blaming_the_source():
-                source = self._source(origin["model"], origin["file"])
-            theirs = self._source_pieces(source, origin["offset"], ref.nbytes)
-            for (_, ours), (_, other) in zip(self._pieces(ref.file, ref.offset, ref.nbytes), theirs, strict=True):
-                if ours != other:
-                    with _blaming_the_source():
-                        now = identity_of(self._model(origin["model"]), source)
-                    if now != self._identity(origin):
-                        return "", f"{unread}, and {source} was changed since"
-                    return f"tensor {name} in {ref.file.name} differs from its source {source}", ""
+            with _source_errors():
+                source = self._source(number, origin["file"])
+            theirs = self._source_chunks(replace(ref, file=source, offset=origin["offset"]))
+            for (_, our_bytes), (_, their_bytes) in zip(self._chunks(ref), theirs, strict=True):
+                if our_bytes != their_bytes:
+                    with _source_errors():
+                        identity = identity_of(self._model(number), source)
+                    if identity != self.manifest["sources"].get(str(number), {}).get(origin["file"]):
+                        return self._unverified(name, ref, origin, f"{source} has changed since the merge")
+                    return f"tensor {name} in {ref.file.name} differs from its source {source}"
         except _SourceError as error:
-            return "", f"{unread}, and can't be compared with its source: {error}"
-        return "", ""
+            return self._unverified(name, ref, origin, str(error))
+        return ""
 
-    def _source_pieces(self, file: Path, offset: int, nbytes: int) -> Iterator[tuple[int, memoryview]]:
-        """As `_pieces`, of a source file."""
-        with _blaming_the_source():
-            yield from self._pieces(file, offset, nbytes)
+    def _unverified(self, name: str, ref: TensorRef, origin: Mapping[str, Any], reason: str = "") -> Unverified:
+        offset = origin["offset"]
+        # blocks can be shared only at equal offsets within a block
+        shared = not origin.get("copied", False) and (offset - ref.offset) % BLOCK == 0
+        model = self.manifest["models"][origin["model"]]
+        return Unverified(name, ref.nbytes, model, origin["file"], offset, shared, reason)
 
-    def _identity(self, origin: Mapping[str, Any]) -> str | None:
-        """What the source file of a tensor was when it was copied."""
-        return self.manifest["sources"].get(str(origin["model"]), {}).get(origin["file"])  # type: ignore[no-any-return]
-
-    def _pieces(self, file: Path, offset: int, nbytes: int) -> Iterator[tuple[int, memoryview]]:
-        """A range of a file, piece by piece, with where each begins in it."""
-        buffer = memoryview(bytearray(min(_BUFFER_BYTES, nbytes, BLOCK_BYTES)))
-        for position in range(0, nbytes, _BUFFER_BYTES):
-            view = buffer[: nbytes - position]
-            self.reader.read(file, offset + position, view)
-            with self._lock:
-                self._progress.bytes_read += len(view)
-                self._notify(self._progress)
+    def _chunks(self, ref: TensorRef, *, counts: bool = True) -> Iterator[tuple[int, memoryview]]:
+        """The bytes of a tensor in chunks, each with its position in the tensor; the next chunk overwrites the last."""
+        buffer = memoryview(bytearray(min(_BUFFER_BYTES, ref.nbytes, BLOCK_BYTES)))
+        for position in range(0, ref.nbytes, _BUFFER_BYTES):
+            view = buffer[: ref.nbytes - position]
+            self._reader.read(ref.file, ref.offset + position, view)
+            if counts:
+                with self._lock:
+                    self._progress.bytes_read += len(view)
+                    self._notify(self._progress)
             yield position, view
 
-    def sources(self) -> None:
-        """Whether the source files are still what they were when the merge was made."""
+    # --- sources -----------------------------------------------------------------------------------------------
+
+    def _check_sources(self) -> tuple[list[str], list[str]]:
+        """The source files that have changed since the merge, and those that could not be checked."""
+        changed, missing = [], []
         for number, files in self.manifest["sources"].items():
             for name, identity in files.items():
                 try:
                     file = self._source(int(number), name)
                     if identity_of(self._model(int(number)), file) != identity:
-                        self.damaged.append(f"source {file} is not what it was")
+                        changed.append(str(file))
                 except MergeloomError as error:
-                    self.unvouched.append(f"source {name} of model {int(number) + 1}: {error}")
+                    missing.append(f"{name} of {self.manifest['models'][int(number)]}: {error}")
+        return changed, missing
+
+    def _source_chunks(self, ref: TensorRef) -> Iterator[tuple[int, memoryview]]:
+        """As `_chunks`, for a tensor of a source file. Raises _SourceError."""
+        with _source_errors():
+            yield from self._chunks(ref, counts=False)
 
     def _source(self, model: int, name: str) -> Path:
         path = self._model(model).path
         return path / name if path.is_dir() or not path.exists() else path
 
     def _model(self, number: int) -> Checkpoint:
-        """An input model, opened once. Raises MergeloomError."""
+        """A source model, opened once. Raises MergeloomError."""
         from .opening import open_model, reference_of
 
         with self._lock:
@@ -231,13 +321,35 @@ class _Verification:
         return found
 
 
+def added_files(out: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Files that loaders would use and that the manifest does not list, sorted by name.
+
+    Loaders look into the directory of a model, into the folders in which it has files, and into `LOADER_FOLDERS`.
+    Folders with other names, and hidden ones, are not searched. `is_loader_file` decides by a file's name.
+
+    Raises:
+        EnvironmentFailure: a directory can't be read.
+    """
+    known = {*manifest["files"], *manifest["shards"], MANIFEST}
+    models = {name.rpartition("/")[0] for name in manifest["shards"]}
+    folders = {"", *models, *(name.rpartition("/")[0] for name in known)}
+    folders.update(f"{model}/{folder}".lstrip("/") for model in models for folder in LOADER_FOLDERS)
+    added = []
+    with explained(out, "listing the files"):
+        for folder in folders:
+            if (out / folder).is_dir():
+                names = (f"{folder}/{file.name}".lstrip("/") for file in (out / folder).iterdir() if file.is_file())
+                added += [name for name in names if name not in known and is_loader_file(name)]
+    return sorted(added)
+
+
 class _SourceError(Exception):
-    """A source that a tensor was copied from can't be read."""
+    """The source of a tensor can't be read."""
 
 
 @contextlib.contextmanager
-def _blaming_the_source() -> Iterator[None]:
-    """Whatever goes wrong within is the source's fault, not the merged model's."""
+def _source_errors() -> Iterator[None]:
+    """Turn an error of mergeloom's inside the block into a _SourceError: OUT itself is not at fault."""
     try:
         yield
     except MergeloomError as error:
@@ -245,7 +357,7 @@ def _blaming_the_source() -> Iterator[None]:
 
 
 def _read_shard(file: Path, nbytes: int, digest: str) -> tuple[str, Header | None]:
-    """What is wrong with a shard's size or header, and its header where that can be told. Raises MergeloomError."""
+    """Check a shard's size and header: the damage as a text, and the header where it matches. Raises MergeloomError."""
     with open_source(file) as (descriptor, size):
         if size != nbytes:
             return f"has {size} bytes instead of {nbytes}", None

@@ -60,7 +60,7 @@ def main() -> None:
             recipe.write_text(text.replace("base_model: a", f"base_model: {here / 'a'}"))
             run("plan", str(recipe))
             run("merge", str(recipe), str(here / method), "--quiet")
-            assert "whole" in run("verify", str(here / method))
+            assert "match the manifest" in run("verify", str(here / method))
             assert len(load_file(here / method / "model.safetensors")) == 4
         again = here / "again"
         module = [sys.executable, "-m", "mergeloom", "merge", str(here / "ties.yml"), str(again), "--quiet"]

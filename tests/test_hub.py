@@ -22,7 +22,8 @@ from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 import mergeloom
 from mergeloom import planning
 from mergeloom.engine.work import Progress
-from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError
+from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
+from mergeloom.finished import check_finished
 from mergeloom.io import hub_download, hub_http
 from mergeloom.io.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.dtypes import F32
@@ -832,3 +833,28 @@ def test_files_come_from_models_of_the_hub(hub: HubServer, contents: dict[str, b
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == contents["tokenizer.json"]
     assert "[INST]" in (tmp_path / "out" / "chat_template.jinja").read_text()
     assert hub.sent(r"model-\d+-of-\d+\.safetensors") < sum(map(len, contents.values())) / 20  # headers, no weights
+
+
+def test_a_finished_merge_is_checked_without_downloading(
+    hub: HubServer, contents: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A new commit has other files of the tokenizer, and none of its files is here: the Hub's hashes tell."""
+    hub.add(ID, {**contents, "README.md": b"# First"})
+    recipe = {"merge_method": "passthrough", "models": [{"model": ID}]}
+    mergeloom.merge(recipe, tmp_path / "out")
+    hub.add(ID, {**contents, "README.md": b"# Second"})
+    planned = mergeloom.plan(recipe)
+    hub.log.clear()
+    assert "tensor data was not read" in check_finished(planned, tmp_path / "out")
+    hub.add(ID, {**contents, "tokenizer.json": contents["tokenizer.json"] + b" "})
+    planned = mergeloom.plan(recipe)
+    with pytest.raises(
+        UsageError, match=r"tokenizer\.json of the model that it comes from has changed; choose another"
+    ):
+        check_finished(planned, tmp_path / "out")
+    hub.add(ID, {**contents, "chat_template.jinja": b"{{ messages }}"})
+    planned = mergeloom.plan(recipe)
+    with pytest.raises(UsageError, match=r"chat_template\.jinja is not in it and would be written now; choose another"):
+        check_finished(planned, tmp_path / "out")
+    assert not {"tokenizer.json", "chat_template.jinja", "LICENSE"} & hub.fetched()
+    assert mergeloom.verify(tmp_path / "out").whole

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.work import Progress
-from mergeloom.errors import EnvironmentFailure, Interrupted, MergeloomError, UsageError
+from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
 from mergeloom.io.journal import Journal, read_journal
 from mergeloom.io.output import WORK, OutputDirectory
 from mergeloom.manifest import MANIFEST
@@ -401,7 +401,7 @@ def test_a_finished_merge_is_left_as_it_is(models: list[Path], tmp_path: Path) -
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     said: list[str] = []
     result = run(recipe(models), out, say=said.append)
-    assert said == [f"{out} is whole already: nothing is left to do"]
+    assert [text.partition(": ")[0] for text in said] == [f"{out} is already complete, nothing to do"]
     assert result.measured.bytes_written == 0
     assert summary_sections(result) == []
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -414,10 +414,10 @@ def test_a_finished_merge_is_left_as_it_is(models: list[Path], tmp_path: Path) -
     with pytest.raises(UsageError, match="differs from this one"):
         run(recipe(models), out, replace(OPTIONS, seed=1), fresh=True)
     os.truncate(out / "model-00001-of-00002.safetensors", 100)
-    with pytest.raises(UsageError, match=r"00001-of-00002.safetensors was removed or cut short since"):
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: has 100 bytes instead of"):
         run(recipe(models), out)
     (out / MANIFEST).write_text("{}")
-    with pytest.raises(UsageError, match="was changed since it was written"):
+    with pytest.raises(CheckpointError, match="was changed since it was written"):
         run(recipe(models), out)
 
 

@@ -137,7 +137,9 @@ def test_verify_looks_into_the_folder(models: dict[str, Path], tmp_path: Path) -
     (out / "middle/config.json").write_text("{}")
     assert verify(out).damaged == ("middle/config.json: was changed",)
     (out / "middle/other.safetensors").write_bytes(b"")
-    assert verify(out).unvouched == ("middle/other.safetensors is not in the manifest",)
+    (out / "middle/additional_chat_templates").mkdir()
+    (out / "middle/additional_chat_templates/tools.jinja").write_text("")
+    assert verify(out).added == ("middle/additional_chat_templates/tools.jinja", "middle/other.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,9 @@ def test_a_stack_takes_no_disk(recipe: Callable[[Path], Any], disk: Path, out: P
     assert used(disk) - before < planned.disk + (1 << 20)  # the other files, and the file system's own
     assert planned.disk - planned.bytes_computed < total // (50 if recipe is stacked else 5)
     same_as_by_lanes(recipe(disk), out, tmp_path)
-    verdict = verify(out)
+    verdict = verify(out, sources=True)
     assert verdict.whole
+    assert not verdict.unverified
     assert verdict.tensors == len(planned.built.graph.outputs)
     assert {name: digest for name, digest in digests(disk).items() if not name.startswith("outs/")} == sources
 

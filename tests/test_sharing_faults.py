@@ -30,6 +30,12 @@ from tests.test_merge import sliced
 REFUSALS = [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]
 
 
+def intact(out: Path) -> bool:
+    """Whether every tensor in OUT matches its digest, or the source that it was made from."""
+    verdict = verify(out, sources=True)
+    return verdict.whole and not verdict.unverified and not verdict.changed_sources
+
+
 # ------------------------------------------------------------------------------------------------ refused half-way
 
 
@@ -63,7 +69,7 @@ def test_what_is_refused_half_way_is_copied(
     assert f"refused by the file system ({os.strerror(number)})" in text
     assert f"{planned.bytes_shared:,} were foretold" in text
     same_as_by_lanes(mixed(disk), out, tmp_path)
-    assert verify(out).whole
+    assert intact(out)
 
 
 @pytest.mark.root
@@ -85,7 +91,7 @@ def test_a_refusal_looks_again_if_there_is_room(disk: Path, out: Path, monkeypat
         assert used(disk) - before < total // 4  # long before the disk was full
     result = merge(recipe, out, ROOMY)
     assert result.plan.bytes_shared == result.measured.bytes_shared + result.earlier.bytes_shared
-    assert verify(out).whole
+    assert intact(out)
 
 
 @pytest.mark.root
@@ -104,7 +110,7 @@ def test_a_single_file_that_refuses_does_not_end_it(disk: Path, out: Path, monke
     result = merge(recipe, out, ROOMY)
     assert set(result.measured.refused) == {errno.ETXTBSY}
     assert result.measured.bytes_shared > result.plan.bytes_shared // 2
-    assert verify(out).whole
+    assert intact(out)
 
 
 @pytest.mark.root
@@ -147,7 +153,7 @@ def test_a_merge_killed_between_any_two_calls_goes_on_to_the_same_bytes(disk: Pa
         measured, earlier = result.measured, result.earlier
         assert measured.bytes_shared + earlier.bytes_shared == result.plan.bytes_shared
         assert measured.bytes_written + earlier.bytes_written == result.plan.bytes_written
-    assert verify(out).whole
+    assert intact(out)
 
 
 @pytest.mark.root
@@ -169,7 +175,7 @@ def test_going_on_in_another_way(elsewhere: bool, disk: Path, out: Path, monkeyp
     monkeypatch.setattr(platform, "DISABLED", second)
     merge(mixed(disk), out, ROOMY)
     assert weights(out) == expected
-    assert verify(out).whole
+    assert intact(out)
 
 
 @pytest.mark.root
@@ -180,7 +186,7 @@ def test_stopping_while_blocks_are_shared(disk: Path, out: Path, monkeypatch: py
     with pytest.raises(Interrupted):
         merge(mixed(disk), out, ROOMY, notify=stop)
     merge(mixed(disk), out, ROOMY)
-    assert verify(out).whole
+    assert intact(out)
 
 
 @pytest.mark.root
@@ -215,7 +221,7 @@ def test_a_source_that_changes_meanwhile(what: str, disk: Path, out: Path, monke
 
 
 @pytest.mark.root
-def test_full_digests_vouch_without_the_sources(disk: Path, out: Path) -> None:
+def test_full_digests_verify_without_the_sources(disk: Path, out: Path) -> None:
     shutil.copytree(disk / "a", disk / "outs" / "mine")
     recipe = sliced((disk / "outs" / "mine", 0, 5), (disk / "outs" / "mine", 3, 8))
     for full in (True, False):
@@ -231,7 +237,12 @@ def test_full_digests_vouch_without_the_sources(disk: Path, out: Path) -> None:
     assert verify(out.with_name("outTrue")).whole
     verdict = verify(out.with_name("outFalse"))
     assert not verdict.damaged
-    assert len(verdict.unvouched) == len(result.plan.built.graph.outputs)
+    assert verdict.whole
+    assert {found.tensor for found in verdict.unverified} == {
+        output.label for output in result.plan.built.graph.outputs
+    }
+    origins = {found.origin for found in verdict.unverified}
+    assert origins == {f"shared with {disk / 'outs' / 'mine'}"}
     shard = next(out.with_name("outTrue").glob("*.safetensors"))
     with shard.open("r+b") as stream:
         stream.seek(-100, os.SEEK_END)
@@ -245,19 +256,26 @@ def test_full_digests_where_nothing_is_shared(llamas: dict[str, Path], tmp_path:
     result = merge(sliced((source, 0, 3), (source, 1, 4)), tmp_path / "out", ROOMY, digests=True)
     as_foretold(result)
     shutil.rmtree(source)
-    assert verify(tmp_path / "out").whole
+    verdict = verify(tmp_path / "out")
+    assert verdict.whole
+    assert not verdict.unverified
 
 
 @pytest.mark.root
-def test_a_source_that_changed_since_vouches_for_nothing(disk: Path, out: Path) -> None:
+def test_a_source_that_changed_since_verifies_nothing(disk: Path, out: Path) -> None:
     shutil.copytree(disk / "a", disk / "outs" / "mine")
     merge(sliced((disk / "outs" / "mine", 0, 8)), out, ROOMY)
+    everything = verify(out, sources=True)
+    assert everything.whole
+    assert not everything.unverified
+    assert everything.tensors == len(verify(out).unverified)
     with sorted((disk / "outs" / "mine").glob("*.safetensors"))[0].open("r+b") as stream:
         stream.seek(-1000, os.SEEK_END)
         stream.write(b"trained on")
-    verdict = verify(out)
-    assert not verdict.damaged  # OUT still holds what it held
-    assert len(verdict.unvouched) == 1
+    verdict = verify(out, sources=True)
+    assert verdict.whole  # OUT still holds what it held
+    assert len(verdict.unverified) == len(verdict.changed_sources) == 1
+    assert "has changed since the merge" in verdict.unverified[0].reason
 
 
 @pytest.mark.root
@@ -269,6 +287,6 @@ def test_a_source_that_is_gone_is_no_damage_whatever_it_is_called(
     merge(sliced((mine, 0, 8)), out, ROOMY)
     shutil.rmtree(mine)
     monkeypatch.chdir(out.parent)
-    verdict = verify(Path(out.name))
-    assert not verdict.damaged
-    assert verdict.unvouched
+    verdict = verify(Path(out.name), sources=True)
+    assert verdict.whole
+    assert verdict.unverified

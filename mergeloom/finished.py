@@ -1,0 +1,133 @@
+"""Checks that the finished merge in OUT is the one that a plan would make. Reads no tensor data, downloads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import CheckpointError, UsageError
+from .io.checkpoint import Checkpoint
+from .io.digests import bytes_digest, file_digest
+from .io.files import FileKind, file_kind
+from .manifest import differences, facts_of
+from .model_files import CARD, local_companions, model_files
+from .opening import is_remote
+from .verifying import Verdict, Verification
+from .wording import plural
+
+if TYPE_CHECKING:
+    from .io.hub_files import HubFile
+    from .planning import Plan
+
+_ADVICE = "choose another OUT, or remove it"
+
+
+def check_finished(plan: Plan, out: Path) -> str:
+    """Compare a finished OUT with its manifest, and the manifest with a plan.
+
+    Compared are the recipe and everything else that determines the tensors' bytes, the size and header of every shard,
+    and every other file: with its digest, and with what the plan would write now. The model card is compared with its
+    digest only, since it quotes the recipe's comments and the version of mergeloom.
+
+    Args:
+        plan: the merge that was asked for.
+        out: directory of the finished merge.
+
+    Returns:
+        what was checked and what was not, for the user.
+
+    Raises:
+        UsageError: OUT holds another merge.
+        CheckpointError: OUT is damaged, was edited, or loaders would use a file that was added to it.
+        MergeloomError: a source file can't be read.
+    """
+    check = Verification(out)
+    manifest = check.manifest
+    facts = facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")}
+    _refuse_other_merge(out, differences(manifest, facts, plan.built.graph.models))
+    _refuse_damaged(out, check.run_without_tensors())
+    _refuse_other_merge(out, list(_file_differences(plan, out, manifest["files"])))
+    without = sum(not isinstance(digest, str) for digest in manifest["tensors"].values())
+    return (
+        f"recipe, inputs, size and header of {plural(len(manifest['shards']), 'shard')} and "
+        f"{plural(len(manifest['files']), 'other file')} match; tensor data was not read: `mergeloom verify {out}` "
+        "checks it" + (f", except {plural(without, 'tensor')} without a digest" if without else "")
+    )
+
+
+def _refuse_other_merge(out: Path, changes: list[str]) -> None:
+    if changes:
+        raise UsageError(f"{out} holds a merge that differs from this one: {'; '.join(changes)}; {_ADVICE}")
+
+
+def _refuse_damaged(out: Path, verdict: Verdict) -> None:
+    if verdict.damaged:
+        more = f" (and {len(verdict.damaged) - 1} more)" if len(verdict.damaged) > 1 else ""
+        raise CheckpointError(
+            f"{out} holds this merge, finished and then damaged or edited: {verdict.damaged[0]}{more}; restore that "
+            f"file, or {_ADVICE} and run the same command again; `mergeloom verify {out}` lists all damage"
+        )
+    if verdict.added:
+        raise CheckpointError(f"{out} holds this merge, finished; {describe_added(verdict.added)}")
+
+
+def describe_added(added: tuple[str, ...]) -> str:
+    """The error text for files that loaders would use and the merge did not write."""
+    names = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
+    return (
+        f"loaders would use files that the merge did not write: {names}; move them out, or, if the model needs them, "
+        "add them to the model that the recipe takes its files from and merge into another OUT"
+    )
+
+
+def _file_differences(plan: Plan, out: Path, recorded: Mapping[str, str]) -> Iterator[str]:
+    """How the files that the plan would write next to the shards differ from those that OUT's manifest lists."""
+    remote: dict[Path, HubFile] = {}
+
+    def companions(checkpoint: Checkpoint, kind: FileKind) -> Iterator[tuple[str, Path]]:
+        absent = [file for file in _hub_companions(checkpoint) if not file.present]
+        if not absent:
+            yield from local_companions(checkpoint, kind)
+            return
+        # compared by the Hub's hashes, since nothing is downloaded for a finished merge; which Python files and
+        # modules' settings belong to the model is written in files that may be absent, so these are not compared
+        for file in _hub_companions(checkpoint):
+            if file_kind(file.name) is kind and not file.name.endswith("/config.json"):
+                remote[file.path] = file
+                yield file.name, file.path
+
+    expected = set()
+    for file in model_files(plan, companions):
+        expected.add(file.name)
+        if file.name.rpartition("/")[2] == CARD:
+            continue
+        if file.name not in recorded:
+            yield f"{file.name} is not in it and would be written now"
+        elif isinstance(file.content, bytes):
+            if bytes_digest(file.content) != recorded[file.name]:
+                yield f"{file.name} would have other content now"
+        elif not _same(file.content, remote.get(file.content), out / file.name, recorded[file.name]):
+            yield f"{file.name} of the model that it comes from has changed"
+    if not remote:
+        yield from (f"{name} is in it and would not be written now" for name in recorded if name not in expected)
+
+
+def _hub_companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
+    if not is_remote(checkpoint):
+        return ()
+    from .io.hub import companions
+
+    return companions(checkpoint)
+
+
+def _same(source: Path, remote: HubFile | None, ours: Path, digest: str) -> bool:
+    """Whether a file in OUT, whose digest was checked, is a copy of its source, which may be on the Hub only."""
+    try:
+        if remote is None:
+            return file_digest(source) == digest
+        from .io.hub_download import has_hash
+
+        return has_hash(ours, remote)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: can't be read: {error.strerror}") from error
