@@ -332,7 +332,7 @@ def mount_of(path: Path) -> Mount:
     By name, not by device number: on Btrfs, a file has another one than its file system.
     """
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110  no name makes it fail
         path = path.parent
     real = os.path.realpath(path)
     try:
