@@ -13,10 +13,13 @@ import contextlib
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from ..errors import EnvironmentFailure, UsageError
+from ..errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
 from .failures import explain
 from .journal import Found, read_journal
 from .platform import create_file, make_directory, remove_directory, remove_tree, write_at
@@ -25,8 +28,126 @@ WORK = ".mergeloom"
 JOURNAL = "journal"
 HOLDER = "pid"
 STAGE = "out"
+MANIFEST = "mergeloom.json"
+"""The file that only a finished merge has: it gets its name after all others."""
 
-_EMPTY = "OUT must be a new or empty directory"
+_LOCK_ATTEMPTS = 20
+_LOCK_PAUSE = 0.01  # seconds; `classify` holds a shared lock for much less
+
+
+class Content(Enum):
+    """What a directory holds. `merge`, `plan`, `inspect` and `verify` all tell these apart by `classify`."""
+
+    NEW = "new"
+    """Nothing, or only what a merge left that had made nothing durable."""
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+    FOREIGN = "foreign"
+    """Anything else, such as files that mergeloom did not write, or a path that is not a directory."""
+    IN_USE = "in use"
+    """A merge is writing to it now."""
+
+
+_ERRORS: dict[Content, type[MergeloomError]] = {
+    Content.NEW: CheckpointError,
+    Content.UNFINISHED: CheckpointError,
+    Content.FINISHED: CheckpointError,
+    Content.FOREIGN: UsageError,
+    Content.IN_USE: EnvironmentFailure,
+}
+
+_NO_MERGE = f"this needs the directory of a finished merge, which has a {MANIFEST}"
+TO_FINISH = {
+    Content.NEW: _NO_MERGE,
+    Content.FOREIGN: _NO_MERGE,
+    Content.UNFINISHED: "run the same merge command again to finish it",
+    Content.IN_USE: "wait for it",
+}
+"""The advice for a command that reads a finished merge."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryStatus:
+    """A classified directory. Printed, it is the sentence that every command uses for it.
+
+    Args:
+        path: the directory.
+        content: what it holds.
+        words: the same as a predicate, such as "holds an unfinished merge".
+        journal: the journal of an unfinished merge.
+    """
+
+    path: Path
+    content: Content
+    words: str
+    journal: Found | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.words}"
+
+    def error(self, advice: str) -> MergeloomError:
+        """The error for a command that cannot use the directory. Its exit code depends on the content alone."""
+        return _ERRORS[self.content](f"{self}; {advice}")
+
+
+def classify(path: Path, marker: str = MANIFEST, *, held: bool = False) -> DirectoryStatus:
+    """What a directory holds. Changes nothing.
+
+    Args:
+        path: the directory, which need not exist.
+        marker: the name of the file that only a finished merge has.
+        held: whether this process holds the lock, or is about to take it; IN_USE is not looked for then.
+
+    Raises:
+        EnvironmentFailure: the directory can't be read.
+    """
+    try:
+        if is_whole(path, marker):
+            return DirectoryStatus(path, Content.FINISHED, "holds a finished merge")
+        if words := _foreign(path):
+            return DirectoryStatus(path, Content.FOREIGN, words)
+        if not path.exists():
+            return DirectoryStatus(path, Content.NEW, "there is no such directory")
+        if not held and _is_locked(path):
+            return _in_use(path)
+        journal = read_journal(path / WORK / JOURNAL)
+    except OSError as error:
+        raise explain(error, path, "looking at the output directory") from error
+    if journal is None:
+        return DirectoryStatus(path, Content.NEW, "is empty")
+    return DirectoryStatus(path, Content.UNFINISHED, "holds an unfinished merge", journal)
+
+
+def refuse_occupied(found: DirectoryStatus) -> None:
+    """Raise the error of a directory that no merge can write to: UsageError or EnvironmentFailure."""
+    if found.content is Content.FOREIGN:
+        raise found.error("OUT must be a new or empty directory, and nothing in it is overwritten")
+    if found.content is Content.IN_USE:
+        raise found.error("wait for it, or choose another OUT")
+
+
+def _in_use(path: Path) -> DirectoryStatus:
+    return DirectoryStatus(path, Content.IN_USE, f"another merge is writing here{_holder(path / WORK)}")
+
+
+def _is_locked(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a directory. Raises BlockingIOError where another merge keeps it locked."""
+    for _ in range(_LOCK_ATTEMPTS):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(_LOCK_PAUSE)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Claim:
@@ -37,6 +158,7 @@ class Claim:
         sign: the name of the file that only a finished merge has.
 
     Attributes:
+        status: what it held when it was locked.
         found: the journal of an unfinished merge, or None.
         whole: whether a finished merge is there; then nothing else is looked at.
         made: the directories that were made for it, OUT first, then its parents.
@@ -65,27 +187,26 @@ class Claim:
             raise
 
     def _take(self, sign: str) -> None:
-        if not is_whole(self.path, sign):
-            refuse_foreign(self.path)
+        self.status = classify(self.path, sign, held=True)
+        refuse_occupied(self.status)
         self.made = [directory for directory in (self.path, *self.path.parents) if not directory.exists()]
         make_directory(self.path)
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EnvironmentFailure(
-                f"{self.path}: another merge is writing here{_holder(self.work)}; wait for it, or choose another OUT"
-            ) from error
+            _lock(self._lock)
+        except BlockingIOError:
+            refuse_occupied(_in_use(self.path))
         if not self.path.exists() or not os.path.samestat(os.fstat(self._lock), self.path.stat()):
             raise EnvironmentFailure(f"{self.path}: another merge has just removed it; try again")
         # all of it again, now that nobody else can change it
-        self.whole = is_whole(self.path, sign)
+        self.status = classify(self.path, sign, held=True)
+        self.whole = self.status.content is Content.FINISHED
         if self.whole:
             if self.work.exists() and os.access(self.path, os.W_OK):  # the merge was stopped before it had cleared up
                 remove_tree(self.work)
             return
-        refuse_foreign(self.path)
-        self.found = read_journal(self.journal)
+        refuse_occupied(self.status)
+        self.found = self.status.journal
         if self.found is None:  # nothing in it was ever durable
             remove_tree(self.work)
         make_directory(self.stage)
@@ -109,42 +230,28 @@ class Claim:
             self._lock = -1
 
 
-def refuse_foreign(path: Path) -> None:
-    """Refuse an OUT that is no directory, or holds anything that is not an unfinished merge's.
-
-    Raises:
-        UsageError: says what it is, or holds.
-        EnvironmentFailure: it can't be looked at.
-    """
-    try:
-        problem = _foreign(path)
-    except OSError as error:
-        raise explain(error, path, "looking at the output directory") from error
-    if problem:
-        raise UsageError(f"{path}: {problem}")
-
-
 def _foreign(path: Path) -> str:
+    """Why neither a merge can begin at a path, nor one is there; empty where that is not so."""
     if "\0" in str(path):
-        return "is no name that a directory can have"
+        return "is not a valid name of a directory"
     if not path.exists():
-        return f"is a broken link; {_EMPTY}" if path.is_symlink() else ""
+        return "is a broken link" if path.is_symlink() else ""
     if not path.is_dir():
-        return f"is a file; {_EMPTY}"
+        return "is a file"
     if special := _special(path / WORK):
-        return f"holds {special.relative_to(path)}, which no merge has made (a link, or a special file): remove it"
+        return f"holds {special.relative_to(path)}, which no merge makes (a link, or a special file): remove it"
     present = {entry.name for entry in path.iterdir()} - {WORK}
     if present and (found := read_journal(path / WORK / JOURNAL)) is not None:
         names = published_names(found)
         for name in names:
             within = [path / name, *(path / parent for parent in PurePosixPath(name).parents)][:-1]
             if link := next((each for each in within if each.is_symlink()), None):
-                return f"holds {link.relative_to(path)}, a link, which no merge has made: remove it"
+                return f"holds {link.relative_to(path)}, a link, which no merge makes: remove it"
         present -= {PurePosixPath(name).parts[0] for name in names}
     if not present:
         return ""
     shown = ", ".join(sorted(present)[:3]) + (", ..." if len(present) > 3 else "")
-    return f"is not empty ({shown}); {_EMPTY}, so that nothing is overwritten"
+    return f"is not empty ({shown}), and mergeloom did not write these files"
 
 
 def _special(path: Path) -> Path | None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
-from .claim import WORK, Claim, published_names, refuse_foreign
+from .claim import STAGE, WORK, Claim, published_names
 from .copying import Moved, move
 from .digests import file_digest
 from .failures import explain, explained
 from .files import copy_file
 from .platform import (
     create_file,
+    data_bytes,
     file_system,
     make_directory,
     remove,
@@ -37,7 +38,7 @@ from .reading import FilePool, Stamps, acquire_source
 from .reserving import Reservation
 from .sizes import format_size
 
-__all__ = ["WORK", "OutputDirectory", "ShardFile", "call_judge", "index_bytes", "judge", "refuse_foreign"]
+__all__ = ["WORK", "OutputDirectory", "ShardFile", "call_judge", "index_bytes", "judge", "missing_space"]
 
 _IN_MEMORY = {"tmpfs", "ramfs"}  # to reserve there is to fill with zeros
 _WRITEBACK_BYTES = 1 << 20
@@ -155,11 +156,7 @@ class OutputDirectory(Claim):
 
     def _refuse_small_disk(self, shared: int) -> None:
         """Raises DiskSpaceError where the shards need more than is free."""
-        needed = -shared
-        for shard in self._shards:
-            path = self.stage / shard.name
-            taken = path.stat().st_blocks * 512 if path.exists() else 0
-            needed += max(0, shard.nbytes - taken)
+        needed = missing_space(self.path, self._shards, shared)
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise DiskSpaceError(
@@ -362,6 +359,45 @@ class OutputDirectory(Claim):
         self._files.close()
         self._sources.close()
         self.release()
+
+
+def missing_space(out: Path, shards: Sequence[ShardFile], shared: int) -> int:
+    """The bytes of disk space that the shards of a merge still need.
+
+    Args:
+        out: the output directory; an unfinished merge in it may have allocated some of the space.
+        shards: all of them.
+        shared: bytes of them that share blocks with source files when the merge is finished.
+    """
+    needed = sum(shard.nbytes for shard in shards) - shared
+    return max(0, needed - sum(_allocated(out, shard) for shard in shards))
+
+
+def _allocated(out: Path, shard: ShardFile) -> int:
+    """The bytes of disk space that a shard has for ranges of its own.
+
+    The system counts blocks that are shared with another file like all others, so data in the ranges that are to be
+    shared is subtracted.
+    """
+    for path in (out / WORK / STAGE / shard.name, out / shard.name):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        try:
+            taken = os.fstat(descriptor).st_blocks * 512
+            shared = sum(data_bytes(descriptor, *extent) for extent in _shared_ranges(shard))
+        finally:
+            os.close(descriptor)
+        return max(0, min(taken, shard.nbytes) - shared)
+    return 0
+
+
+def _shared_ranges(shard: ShardFile) -> list[tuple[int, int]]:
+    """The ranges (offset, bytes) of a shard that share blocks with source files: all but the header and `computed`."""
+    ends = [len(shard.header), *(offset + nbytes for offset, nbytes in shard.computed)]
+    starts = [*(offset for offset, _ in shard.computed), shard.nbytes]
+    return [(end, start - end) for end, start in zip(ends, starts, strict=True) if start > end]
 
 
 def index_bytes(weight_map: Mapping[str, str], total_size: int) -> bytes:

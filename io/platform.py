@@ -88,6 +88,25 @@ def reserve_space(descriptor: int, offset: int, nbytes: int) -> bool:
     return True
 
 
+def data_bytes(descriptor: int, offset: int, nbytes: int) -> int:
+    """How many bytes of a range of a file are data, not holes; all of them where the system doesn't tell."""
+    if not _has("SEEK_DATA"):
+        return nbytes
+    end, found = offset + nbytes, 0
+    while offset < end:
+        try:
+            start = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole follows
+                return found
+            if error.errno == errno.EINVAL:
+                return found + end - offset
+            raise
+        offset = min(end, os.lseek(descriptor, start, os.SEEK_HOLE))
+        found += max(0, offset - start)
+    return found
+
+
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     """Ask the kernel to begin writing a range of dirty pages to the disk, so that a later sync finds little to do."""
     if "sync_file_range" in DISABLED or not sys.platform.startswith("linux"):
@@ -313,7 +332,7 @@ def mount_of(path: Path) -> Mount:
     By name, not by device number: on Btrfs, a file has another one than its file system.
     """
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110  no name makes it fail
         path = path.parent
     real = os.path.realpath(path)
     try:

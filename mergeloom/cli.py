@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ from .verify_command import verify
 if TYPE_CHECKING:
     from .dry_run import DryRun
     from .estimate import Estimate
+    from .io.hub_files import HubFile
     from .merging import Result
     from .methods.contract import Method
     from .planning import Options, Plan
@@ -101,9 +102,7 @@ cli.add_command(verify)
 @click.argument("out", type=click.Path(), required=False)
 @planning_options
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-@click.option(
-    "--html", type=click.Path(dir_okay=False), help="Write it as a page, too: one file that needs no network."
-)
+@click.option("--html", type=click.Path(), help="Write it as a page, too: one file that needs no network.")
 @click.option("--explain", metavar="TENSOR", help="Say how this output tensor is made, and nothing else.")
 @click.option("--time", "timed", is_flag=True, help="Measure disks, memory and methods, and estimate the time.")
 @click.option("--rates", help="Estimate the time from rates, such as disk_read=6GB/s,h2d=25GB/s.")
@@ -127,8 +126,9 @@ def plan(
     and its disk has room, and what the file system can share instead of copying. Only --time reads more, and writes a
     file without a name in OUT's file system, for about a second in all.
     """
-    if html is not None:
-        _check_writable("--html", html)
+    from .target_files import TargetFile
+
+    page = TargetFile("--html", html) if html is not None else None
     from .display import load_rich, show
     from .estimate import parse_rates
     from .machine import parse_machine
@@ -147,10 +147,10 @@ def plan(
         return
     time = _estimate(planned, out, given, timed) if timed or given else None
     dry_run = _dry_run(planned, out, time, what_if)
-    if html is not None:
+    if page is not None:
         from .page import make_page
 
-        _write("--html", html, make_page(planned, destination=dry_run.destination, time=time, others=dry_run.others))
+        page.write(make_page(planned, destination=dry_run.destination, time=time, others=dry_run.others))
     if as_json:
         _print_json(dry_run.to_dict())
     else:
@@ -188,7 +188,7 @@ def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: boo
     if out is not None:
         from .destination import look_at
 
-        destination = look_at(Path(out), planned.disk)
+        destination = look_at(planned, Path(out))
     others = alternatives(planned, time.rates if time is not None else None) if what_if else []
     return DryRun(planned, destination, time, tuple(others))
 
@@ -197,7 +197,7 @@ def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: boo
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path(), required=False)
 @planning_options
-@click.option("--report", type=click.Path(dir_okay=False), help="Write what was foretold and measured, as JSON.")
+@click.option("--report", type=click.Path(), help="Write what was foretold and measured, as JSON.")
 @click.option("--fresh", is_flag=True, help="Discard an unfinished merge in OUT, and begin anew.")
 @click.option("--discard", is_flag=True, help="Rehearse: do all of it, and write nothing.")
 @click.option(
@@ -225,15 +225,19 @@ def merge(
     """
     if out is None and not discard:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
-    if report is not None:
-        _check_writable("--report", report)
+    from .target_files import TargetFile
+
+    target = TargetFile("--report", report) if report is not None else None
     from .display import load_rich, show
+    from .io.claim import classify, refuse_occupied
     from .planning import plan as make_plan
     from .report import headline, overflow_section, summary_sections
     from .stopping import StopSignals
 
     with StopSignals():
         load_rich()
+        if out is not None and not discard:
+            refuse_occupied(classify(Path(out)))  # before planning reads headers from the Hub
         planned = make_plan(recipe, _options(options))
         if out is not None and not discard:
             from .sharing import place
@@ -244,8 +248,8 @@ def merge(
         if not quiet:
             _say(headline(planned))
         result = _perform(planned, None if discard else out, fresh, quiet)
-    if report is not None:
-        _write("--report", report, json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is done")
+    if target is not None:
+        target.write(json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is done")
     if not quiet and (sections := summary_sections(result)):
         show(sections)
     elif result.measured.overflowed:
@@ -253,7 +257,7 @@ def merge(
 
 
 def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result:
-    from .merging import fetch, missing_files
+    from .merging import fetch
     from .merging import merge as perform
     from .progress import Display
 
@@ -261,11 +265,16 @@ def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result
         if not quiet or text.startswith("warning: "):
             _say(text)
 
-    if files := missing_files(planned):
-        with Display(sum(file.nbytes for file in files), 0, quiet=quiet, verb="downloaded") as display:
-            fetch(files, say, display)
-    with Display(planned.bytes_read, planned.bytes_written, quiet=quiet) as display:
-        return perform(planned, out, fresh=fresh, digests=planned.digests, notify=display, say=say)
+    with ExitStack() as shown:
+
+        def download(files: Sequence[HubFile]) -> None:
+            if files:
+                with Display(sum(file.nbytes for file in files), 0, quiet=quiet, verb="downloaded") as downloading:
+                    fetch(files, say, downloading)
+            shown.enter_context(display)
+
+        display = Display(planned.bytes_read, planned.bytes_written, quiet=quiet)
+        return perform(planned, out, fresh=fresh, digests=planned.digests, notify=display, say=say, download=download)
 
 
 @cli.command()
@@ -341,24 +350,6 @@ def _memory_warnings(planned: Plan) -> list[str]:
         f"the merge holds up to {memory_size(needed)} of RAM, and {memory_size(free)} are free now: close other "
         f"programs, or give --max-ram {memory_size(free)}"
     ]
-
-
-def _check_writable(option: str, path: str) -> None:
-    """Find out before the work, not after it, that its result can't be written."""
-    parent = Path(path).absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no directory {parent}")
-    if not os.access(path if Path(path).exists() else parent, os.W_OK):
-        raise UsageError(f"{option} {path}: can't be written")
-
-
-def _write(option: str, path: str, text: str, besides: str = "") -> None:
-    from .errors import EnvironmentFailure
-
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFailure(f"{option} {path}: can't be written ({error.strerror}){besides}") from error
 
 
 def _print_json(content: Mapping[str, Any]) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, UsageError
 from .io.checkpoint import Checkpoint
+from .io.claim import DirectoryStatus
 from .io.digests import bytes_digest, file_digest
 from .io.files import FileKind, file_kind
-from .manifest import differences, facts_of
+from .manifest import differences, facts_of, model_names
 from .model_files import CARD, local_companions, model_files
 from .opening import is_remote
 from .verifying import Verdict, Verification
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _ADVICE = "choose another OUT, or remove it"
 
 
-def check_finished(plan: Plan, out: Path) -> str:
+def check_finished(plan: Plan, found: DirectoryStatus) -> str:
     """Compare a finished OUT with its manifest, and the manifest with a plan.
 
     Compared are the recipe and everything else that determines the tensors' bytes, the size and header of every shard,
@@ -32,7 +33,7 @@ def check_finished(plan: Plan, out: Path) -> str:
 
     Args:
         plan: the merge that was asked for.
-        out: directory of the finished merge.
+        found: a directory with a finished merge.
 
     Returns:
         what was checked and what was not, for the user.
@@ -42,12 +43,17 @@ def check_finished(plan: Plan, out: Path) -> str:
         CheckpointError: OUT is damaged, was edited, or loaders would use a file that was added to it.
         MergeloomError: a source file can't be read.
     """
-    check = Verification(out)
+    out = found.path
+    try:
+        check = Verification(out)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_ADVICE}") from error
     manifest = check.manifest
+    # The bytes of a finished merge are the same whatever made them, as long as all else is equal.
     facts = facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")}
-    _refuse_other_merge(out, differences(manifest, facts, plan.built.graph.models))
+    _refuse_other_merge(found, differences(manifest, facts, model_names(plan)))
     _refuse_damaged(out, check.run_without_tensors())
-    _refuse_other_merge(out, list(_file_differences(plan, out, manifest["files"])))
+    _refuse_other_merge(found, list(_file_differences(plan, out, manifest["files"])))
     without = sum(not isinstance(digest, str) for digest in manifest["tensors"].values())
     return (
         f"recipe, inputs, size and header of {plural(len(manifest['shards']), 'shard')} and "
@@ -56,9 +62,9 @@ def check_finished(plan: Plan, out: Path) -> str:
     )
 
 
-def _refuse_other_merge(out: Path, changes: list[str]) -> None:
+def _refuse_other_merge(found: DirectoryStatus, changes: list[str]) -> None:
     if changes:
-        raise UsageError(f"{out} holds a merge that differs from this one: {'; '.join(changes)}; {_ADVICE}")
+        raise UsageError(f"{found}, and this one differs from it: {'; '.join(changes)}; {_ADVICE}")
 
 
 def _refuse_damaged(out: Path, verdict: Verdict) -> None:

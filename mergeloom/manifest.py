@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from .engine.fuse import FusedKernel
 from .engine.layout import LAYOUT_VERSION
 from .errors import CheckpointError
 from .io.checkpoint import Checkpoint
-from .io.claim import WORK, is_inside
+from .io.claim import MANIFEST, TO_FINISH, Content, classify, is_inside
 from .io.digests import bytes_digest
 from .io.hub import HubCheckpoint
 from .io.identity import file_identity
@@ -27,7 +26,18 @@ from .methods.plugins import code_of
 if TYPE_CHECKING:
     from .planning import Plan
 
-MANIFEST = "mergeloom.json"
+__all__ = [
+    "MANIFEST",
+    "differences",
+    "facts_of",
+    "identity_of",
+    "manifest_bytes",
+    "model_names",
+    "model_numbers",
+    "read_manifest",
+    "source_name",
+]
+
 _LARGEST = 128 << 20
 _WORDS = {
     "mergeloom": "the version of mergeloom",
@@ -47,13 +57,14 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     Reads samples of every source file. Raises CheckpointError where one can't be read.
     """
     graph = plan.built.graph
+    numbers = model_numbers(plan)
     used = sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
     checkpoints = [model.checkpoint for model in plan.built.models]
     with ThreadPoolExecutor(8) as pool:
         identities = list(pool.map(lambda entry: identity_of(checkpoints[entry[0]], entry[1]), used))
     sources: dict[str, dict[str, str]] = {}
     for (model, file), found in zip(used, identities, strict=True):
-        sources.setdefault(str(model), {})[source_name(plan, model, file)] = found
+        sources.setdefault(str(numbers[model]), {})[source_name(plan, model, file)] = found
     arithmetic = _arithmetic(plan)
     methods = {name: code for stage in plan.recipe.stages if (code := code_of(name := stage.merge_method))}
     return {
@@ -67,6 +78,20 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "sources": sources,
         "outputs": _outputs_digest(plan),
     }
+
+
+def model_numbers(plan: Plan) -> tuple[int, ...]:
+    """The number of each input model in the facts: two spellings of one path, such as `a` and `./a`, share one."""
+    found: dict[Path, int] = {}
+    return tuple(found.setdefault(model.checkpoint.path.resolve(), len(found)) for model in plan.built.models)
+
+
+def model_names(plan: Plan) -> list[str]:
+    """What the recipe calls each model first, in the order of `model_numbers`."""
+    named: dict[int, str] = {}
+    for number, model in zip(model_numbers(plan), plan.built.models, strict=True):
+        named.setdefault(number, model.reference.text)
+    return list(named.values())
 
 
 def identity_of(checkpoint: Checkpoint, file: Path) -> str:
@@ -83,10 +108,13 @@ def source_name(plan: Plan, model: int, file: Path) -> str:
 def _outputs_digest(plan: Plan) -> str:
     """A digest of every output tensor: name, type, shape, what makes it from which sources."""
     graph = plan.built.graph
+    numbers = model_numbers(plan)
     digest = hashlib.blake2b(digest_size=16)
     for output in graph.outputs:
         operation = graph.operation(output.node)
-        sources = [(graph.read_models[read], graph.read_names[read]) for read in graph.node_sources[output.node]]
+        sources = [
+            (numbers[graph.read_models[read]], graph.read_names[read]) for read in graph.node_sources[output.node]
+        ]
         entry = (
             output.label,
             graph.node_dtype[output.node].name,
@@ -182,7 +210,7 @@ def manifest_bytes(
     """
     content = {
         **facts,
-        "models": [model.reference.text for model in plan.built.models],
+        "models": model_names(plan),
         "files": dict(files),
         "shards": {shard.name: [shard.nbytes, bytes_digest(shard.header)] for shard in plan.layout.shards},
         "tensors": dict(tensors),
@@ -203,14 +231,14 @@ def read_manifest(out: Path) -> dict[str, Any]:
     Every part of it has the type that it should have, and no name leads out of the directory.
 
     Raises:
-        CheckpointError: where there is none, or it was changed since it was written.
+        MergeloomError: the directory does not hold a finished merge; see `io.claim.classify`.
+        CheckpointError: the manifest was changed since it was written.
         EnvironmentFailure: where the disk got in the way.
     """
+    found = classify(out)
+    if found.content is not Content.FINISHED:
+        raise found.error(TO_FINISH[found.content])
     file = out / MANIFEST
-    if not os.path.lexists(file):
-        unfinished = "the merge in it isn't finished: run its command again"
-        reason = unfinished if (out / WORK).is_dir() else "only what mergeloom has made whole can be verified"
-        raise CheckpointError(f"{out}: has no {MANIFEST}: {reason}")
     with open_source(file) as (descriptor, size):
         if size > _LARGEST:
             raise CheckpointError(f"{file}: is larger than {_LARGEST} bytes, so that it can't be a manifest")

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .destination import refuse_input
 from .engine.device import make_devices
 from .engine.run import run_graph
 from .engine.schedule import Schedule
 from .engine.work import Measured, Progress, Sink
 from .errors import EnvironmentFailure
 from .finished import check_finished
+from .io.claim import classify, refuse_occupied
 from .io.commit import GROUP_BYTES
 from .io.hub_files import HubFile
 from .io.output import OutputDirectory
@@ -101,6 +103,7 @@ def merge(
     digests: bool = False,
     notify: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
+    download: Callable[[Sequence[HubFile]], None] | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> Result:
     """Plan a merge and perform it, or go on with one that was interrupted.
@@ -113,25 +116,35 @@ def merge(
         digests: whether every tensor gets a digest; what is shared, and not written, is then read for it in the end.
         notify: called now and then with how far it is.
         say: called with what the user should know before the work begins.
+        download: called once with the files of the Hub that are missing, perhaps none, after `out` was checked and
+            locked; `fetch` by default. It is not called where `out` holds the finished merge.
         group_bytes: the most bytes of work that a kill can cost.
 
     Raises:
         MergeloomError: whatever stops it; `out` then holds nothing that looks like a model, and the same call goes on.
     """
+    tell = say or (lambda text: None)
+    download = download or (lambda files: fetch(files, tell))
+    path = None if out is None else Path(out)
+    if path is not None:
+        refuse_occupied(classify(path))  # before planning reads headers from the Hub
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
-    fetch(missing_files(planned), say or (lambda text: None))
-    if out is None:
+    if path is None:
+        download(missing_files(planned))
         planned = unplaced(planned)
         return Result(planned, None, _perform(planned, planned.schedule, _Nowhere(), notify), process_memory().peak)
-    tell = say or (lambda text: None)
-    directory = OutputDirectory(Path(out), MANIFEST)
+    refuse_input(planned, path)
+    directory = OutputDirectory(path, MANIFEST)
     if directory.whole:
         try:
-            checked = check_finished(planned, directory.path)
+            checked = check_finished(planned, directory.status)
         finally:
             directory.close()
         tell(f"{directory.path} is already complete, nothing to do: {checked}")
         return Result(planned, directory.path, Measured(), process_memory().peak)
+
+    def fetch_missing() -> None:
+        download(missing_files(planned))
 
     def engine(
         schedule: Schedule,
@@ -142,7 +155,7 @@ def merge(
     ) -> Measured:
         return _perform(planned, schedule, sink, watch, stamps, done)
 
-    run = Run(planned, directory, engine, notify or (lambda progress: None), tell, group_bytes)
+    run = Run(planned, directory, engine, fetch_missing, notify or (lambda progress: None), tell, group_bytes)
     measured = run.perform(fresh, digests)
     return Result(run.plan, directory.path, measured, process_memory().peak, run.earlier)
 

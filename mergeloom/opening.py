@@ -8,6 +8,7 @@ from pathlib import Path
 from .engine.recipe import ModelReference
 from .errors import UsageError
 from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.claim import TO_FINISH, WORK, Content, classify
 from .io.hub_files import is_hub_id
 
 
@@ -25,12 +26,20 @@ def reference_of(text: str) -> ModelReference:
 
 
 def open_model(reference: ModelReference) -> Checkpoint:
-    """The headers of an input model: a directory or file that is there, else one of the Hub. Raises MergeloomError."""
+    """The headers of an input model: a directory or file that is there, else one of the Hub. Raises MergeloomError.
+
+    The directory of an unfinished merge is refused: what has its final name there may be a part of the model.
+    """
     if not _exists(reference.path) and is_hub_id(reference.path):
         from .io.hub import open_hub_model
 
         return open_hub_model(reference.path, reference.revision)
-    return open_checkpoint(Path(os.path.expanduser(reference.path)))  # noqa: PTH111  which leaves "~nobody" as it is
+    path = Path(os.path.expanduser(reference.path))  # noqa: PTH111  which leaves "~nobody" as it is
+    if os.path.isdir(path / WORK):  # noqa: PTH112  no name makes it fail
+        found = classify(path)
+        if found.content in (Content.UNFINISHED, Content.IN_USE):
+            raise found.error(TO_FINISH[found.content])
+    return open_checkpoint(path)
 
 
 def is_remote(checkpoint: Checkpoint) -> bool:

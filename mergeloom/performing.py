@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from .copies import Copies, digests_of_sources
+from .destination import refuse_other_unfinished, shard_files
 from .engine.graph import Kind
 from .engine.schedule import Schedule, make_schedule
-from .engine.transfer import Transfer, plan_transfers, written_ranges
+from .engine.transfer import Transfer, plan_transfers
 from .engine.work import Measured, Progress, Sink
-from .errors import CheckpointError, Interrupted, UsageError
+from .errors import CheckpointError, Interrupted
 from .io.commit import Ended
 from .io.digests import BLOCK_BYTES, tensor_digest
 from .io.failures import explain
 from .io.journal import Found, Journal
-from .io.output import OutputDirectory, ShardFile, call_judge
+from .io.output import OutputDirectory, call_judge
 from .io.reading import Stamps, changed, stamps_of
-from .manifest import MANIFEST, differences, facts_of, manifest_bytes, source_name
+from .manifest import MANIFEST, facts_of, manifest_bytes, model_numbers, source_name
 from .model_files import write_model_files
 from .planning import Plan
 from .resuming import Durable, durable_of
@@ -68,6 +69,7 @@ class Run:
         planned: what is made.
         out: OUT, which is held; the run lets go of it.
         engine: performs a schedule.
+        fetch: downloads the input files that are missing; called once OUT is known to be usable.
         notify: called now and then with how far the whole merge is.
         say: called with what the user should know before the work begins.
         group_bytes: the most bytes of work that a kill can cost.
@@ -78,6 +80,7 @@ class Run:
         planned: Plan,
         out: OutputDirectory,
         engine: Engine,
+        fetch: Callable[[], None],
         notify: Callable[[Progress], None],
         say: Callable[[str], None],
         group_bytes: int,
@@ -86,6 +89,7 @@ class Run:
         self.out = out
         self.earlier = Earlier()
         self._engine = engine
+        self._fetch = fetch
         self._notify = notify
         self._say = say
         self._group_bytes = group_bytes
@@ -144,18 +148,16 @@ class Run:
         self.out.close()
 
     def _perform(self, fresh: bool, digests: bool) -> Measured:
+        self._facts = facts_of(self.plan)
+        if not fresh and self._found is not None:
+            refuse_other_unfinished(self.plan, self.out.status, self._facts)
+        self._fetch()
         self.plan = place(self.plan, self.out.path, digests=digests)
         graph, layout = self.plan.built.graph, self.plan.layout
         self._stamps = stamps_of(sorted({ref.file for ref in graph.reads}))
         self._check_plan()
-        self._facts = facts_of(self.plan)
         found = self._found = self._look(fresh)
-        ranges = written_ranges(graph, layout, self.plan.transfers)
-        shards = [
-            ShardFile(shard.name, shard.header, shard.nbytes, tuple(written))
-            for shard, written in zip(layout.shards, ranges, strict=True)
-        ]
-        self.out.begin(shards, self.plan.bytes_shared, self._stamps)
+        self.out.begin(shard_files(self.plan), self.plan.bytes_shared, self._stamps)
         durable = durable_of(found, graph, layout, self.out.shard_path)
         self._journal = Journal(self.out.journal, self._facts | {"times": self._times()}, records_of(durable))
         measured = self._make(self._journal, durable)
@@ -165,28 +167,13 @@ class Run:
     # --- beginning ---------------------------------------------------------------------------------------------
 
     def _look(self, fresh: bool) -> Found | None:
-        """What an earlier run has left, if this one can go on with it.
-
-        Raises:
-            UsageError: where it was another merge.
-        """
+        """The journal of the unfinished merge to resume; None where there is none, or it was discarded."""
         found = self.out.found
         if found is None:
             return None
         if fresh:
             self.out.start_over()
             return None
-        if not found.readable:
-            raise UsageError(
-                f"{self.out.path} holds an unfinished merge of another version of mergeloom, or its journal was "
-                "damaged: finish it with that version, choose another OUT, or give --fresh to discard what is there"
-            )
-        changes = differences(found.facts, self._facts, self.plan.built.graph.models)
-        if changes:
-            raise UsageError(
-                f"{self.out.path} holds an unfinished merge, and this one differs from it: {'; '.join(changes)}. Run "
-                "it as it was, choose another OUT, or give --fresh to discard what is there"
-            )
         touched = _touched(found.facts.get("times"), self._times())
         if touched:
             self._say(
@@ -332,8 +319,9 @@ class Run:
         self._check_sources()
         last = write_model_files(self.plan, self.out)
         sharing = {transfer.file for transfer in self.plan.transfers if transfer.shares}
+        numbers = model_numbers(self.plan)
         tensors = {
-            output.label: self._digest_or_origin(output.node, digests, sharing)
+            output.label: self._digest_or_origin(output.node, digests, sharing, numbers)
             for output in self.plan.built.graph.outputs
         }
         self.out.write_file(MANIFEST, manifest_bytes(self.plan, self._facts, tensors, self.out.small_files()))
@@ -341,7 +329,7 @@ class Run:
         self.out.publish(last, lambda names: journal.append([{"publish": list(names)}]))
 
     def _digest_or_origin(
-        self, node: int, digests: Mapping[int, list[bytes]], sharing: Collection[Path]
+        self, node: int, digests: Mapping[int, list[bytes]], sharing: Collection[Path], numbers: Sequence[int]
     ) -> str | dict[str, Any]:
         """The manifest's entry of a tensor: its digest, or the origin of bytes that the process never read.
 
@@ -349,6 +337,7 @@ class Run:
             node: node that makes the tensor.
             digests: block digests by node.
             sharing: source files whose blocks are shared with OUT; tensors of other files are copied by the kernel.
+            numbers: number of each input model in the manifest.
         """
         graph = self.plan.built.graph
         nbytes = graph.nbytes(node)
@@ -360,7 +349,7 @@ class Run:
         read = graph.node_sources[node][0]
         ref = graph.reads[read]
         model = graph.read_models[read]
-        origin = {"model": model, "file": source_name(self.plan, model, ref.file), "offset": ref.offset}
+        origin = {"model": numbers[model], "file": source_name(self.plan, model, ref.file), "offset": ref.offset}
         return origin if ref.file in sharing else origin | {"copied": True}
 
 

@@ -97,7 +97,7 @@ def why_not_shared(files: Iterable[Path], out: Path) -> Mapping[Path, str]:
     yet), their types decide.
     """
     directory = out.absolute()
-    while not directory.is_dir() and directory != directory.parent:
+    while not os.path.isdir(directory) and directory != directory.parent:  # noqa: PTH112  no name makes it fail
         directory = directory.parent
     home = mount_of(directory)
     scratch = scratch_file(directory)

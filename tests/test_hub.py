@@ -26,6 +26,7 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
 from mergeloom.finished import check_finished
 from mergeloom.io import hub_download, hub_http
 from mergeloom.io.checkpoint import Checkpoint, open_checkpoint
+from mergeloom.io.claim import classify
 from mergeloom.io.dtypes import F32
 from mergeloom.io.files import companion_files
 from mergeloom.io.header import build_header
@@ -845,16 +846,16 @@ def test_a_finished_merge_is_checked_without_downloading(
     hub.add(ID, {**contents, "README.md": b"# Second"})
     planned = mergeloom.plan(recipe)
     hub.log.clear()
-    assert "tensor data was not read" in check_finished(planned, tmp_path / "out")
+    assert "tensor data was not read" in check_finished(planned, classify(tmp_path / "out"))
     hub.add(ID, {**contents, "tokenizer.json": contents["tokenizer.json"] + b" "})
     planned = mergeloom.plan(recipe)
     with pytest.raises(
         UsageError, match=r"tokenizer\.json of the model that it comes from has changed; choose another"
     ):
-        check_finished(planned, tmp_path / "out")
+        check_finished(planned, classify(tmp_path / "out"))
     hub.add(ID, {**contents, "chat_template.jinja": b"{{ messages }}"})
     planned = mergeloom.plan(recipe)
     with pytest.raises(UsageError, match=r"chat_template\.jinja is not in it and would be written now; choose another"):
-        check_finished(planned, tmp_path / "out")
+        check_finished(planned, classify(tmp_path / "out"))
     assert not {"tokenizer.json", "chat_template.jinja", "LICENSE"} & hub.fetched()
     assert mergeloom.verify(tmp_path / "out").whole

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
 from mergeloom.io import platform
+from mergeloom.io.claim import DirectoryStatus
 from mergeloom.io.dtypes import F32
 from mergeloom.io.header import build_header
 from mergeloom.io.journal import Journal
@@ -204,18 +206,19 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
     from mergeloom.io import claim
 
     out = tmp_path / "out"
-    look, calls = claim.refuse_foreign, []
+    classify, calls = claim.classify, []
 
-    def look_early(path: Path) -> None:
-        look(path)
+    def classify_early(path: Path, *arguments: Any, **options: Any) -> DirectoryStatus:
+        found = classify(path, *arguments, **options)
         if not calls:
-            other = OutputDirectory(path) if calls.append(path) is None else None
-            assert other is not None
+            calls.append(path)
+            other = OutputDirectory(path)
             fill(other, shard())
             publish(other)
             other.close()
+        return found
 
-    monkeypatch.setattr(claim, "refuse_foreign", look_early)
+    monkeypatch.setattr(claim, "classify", classify_early)
     with pytest.raises(UsageError, match="is not empty"):
         OutputDirectory(out)
     assert (out / "model.safetensors").exists()

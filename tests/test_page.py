@@ -72,7 +72,7 @@ def whole(llamas: dict[str, Path], tmp_path: Path) -> str:
     rates = assumed_rates(planned)
     return make_page(
         planned,
-        destination=look_at(tmp_path / "out", planned.disk),
+        destination=look_at(planned, tmp_path / "out"),
         time=estimate(planned, rates),
         others=alternatives(planned, rates),
     )

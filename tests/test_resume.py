@@ -409,9 +409,9 @@ def test_a_finished_merge_is_left_as_it_is(models: list[Path], tmp_path: Path) -
     (out / WORK / "pid").write_text("1\n")
     run(recipe(models), out)
     assert not (out / WORK).exists()
-    with pytest.raises(UsageError, match="holds a merge that differs from this one: the seed: it was 0, and is 1"):
+    with pytest.raises(UsageError, match="holds a finished merge, and this one differs from it: the seed: it was 0"):
         run(recipe(models), out, replace(OPTIONS, seed=1))
-    with pytest.raises(UsageError, match="differs from this one"):
+    with pytest.raises(UsageError, match="this one differs from it"):
         run(recipe(models), out, replace(OPTIONS, seed=1), fresh=True)
     os.truncate(out / "model-00001-of-00002.safetensors", 100)
     with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: has 100 bytes instead of"):

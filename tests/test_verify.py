@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mergeloom import __main__, opening, sharing
-from mergeloom.errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
+from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io import copying
 from mergeloom.io.checkpoint import open_checkpoint
 from mergeloom.io.files import is_loader_file
@@ -171,11 +171,13 @@ def test_files_may_be_links(out: Path, tmp_path: Path) -> None:
 
 
 def test_there_must_be_a_manifest(tmp_path: Path, out: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no mergeloom.json: only what mergeloom has made"):
-        verify(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(CheckpointError, match=r"is empty; this needs .* a finished merge, which has a mergeloom.json"):
+        verify(empty)
     (out / MANIFEST).unlink()
     (out / WORK).mkdir()
-    with pytest.raises(CheckpointError, match="the merge in it isn't finished: run its command again"):
+    with pytest.raises(UsageError, match="is not empty .*, and mergeloom did not write these files; this needs"):
         verify(out)
 
 
@@ -434,7 +436,7 @@ def test_a_finished_merge_with_other_files_is_refused(
 ) -> None:
     """The tensors would be the same, and the model would not."""
     change(finished.models[0])
-    with pytest.raises(UsageError, match=f"holds a merge that differs from this one: {said}; choose another OUT"):
+    with pytest.raises(UsageError, match=f"this one differs from it: {said}; choose another OUT"):
         again(finished, tmp_path / "out")
 
 
@@ -512,7 +514,7 @@ def test_what_is_no_manifest_is_refused(content: bytes, out: Path) -> None:
 def test_a_manifest_is_a_file_of_bounded_size(out: Path, tmp_path: Path) -> None:
     (out / MANIFEST).unlink()
     (out / MANIFEST).symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(UsageError, match="is not empty"):
         read_manifest(out)
     (out / MANIFEST).unlink()
     with (out / MANIFEST).open("wb") as stream:
@@ -521,7 +523,7 @@ def test_a_manifest_is_a_file_of_bounded_size(out: Path, tmp_path: Path) -> None
         read_manifest(out)
     (out / MANIFEST).unlink()
     os.mkfifo(out / MANIFEST)
-    with pytest.raises((CheckpointError, EnvironmentFailure)):
+    with pytest.raises(UsageError, match="is not empty"):
         read_manifest(out)
 
 
@@ -569,7 +571,7 @@ def test_the_command(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "config.json").unlink()
     shutil.rmtree(out)
     assert __main__.main(["verify", str(out)]) == 4
-    assert "has no mergeloom.json" in capsys.readouterr().err
+    assert "there is no such directory; this needs the directory of a finished merge" in capsys.readouterr().err
 
 
 def test_the_command_lists_what_is_unverified(
