@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .merging import Result
     from .planning import Options, Plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev1"
 
 __all__ = [
     "BudgetError",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from .checks import Checked
 from .copies import Copies, digests_of_sources
 from .engine.graph import Kind
 from .engine.schedule import Schedule, make_schedule
@@ -17,15 +18,16 @@ from .errors import CheckpointError, Interrupted, MergeloomError, UsageError
 from .io.commit import Ended
 from .io.digests import BLOCK_BYTES, tensor_digest
 from .io.failures import explain
-from .io.journal import Found, Journal
+from .io.journal import FORMAT, Found, Journal
 from .io.output import OutputDirectory, ShardFile, call_judge
-from .io.reading import Stamps, changed, stamps_of
-from .manifest import MANIFEST, differences, facts_of, manifest_bytes, source_name
+from .io.reading import Observe, Stamps, changed, stamps_of
+from .manifest import MANIFEST, differences, facts_of, manifest_bytes, other_version, source_name
 from .model_files import write_model_files
 from .planning import Plan
 from .resuming import Durable, durable_of
 from .sharing import copy_threads, place
-from .wording import data_size
+from .source_digests import SourceDigests, check_sources, ranges_in_use, source_ranges, used_bytes
+from .wording import data_size, plural
 from .writing import Shards, records_of
 
 
@@ -39,6 +41,7 @@ class Engine(Protocol):
         stamps: Stamps,
         notify: Callable[[Progress], None],
         done: Mapping[int, int],
+        observe: Observe,
         /,
     ) -> Measured:
         """Perform it.
@@ -49,6 +52,7 @@ class Engine(Protocol):
             stamps: what the source files must be when they are opened.
             notify: called now and then; what it raises ends the run.
             done: for each node the bytes that need not be written, as the schedule was made with.
+            observe: called with every range of a source file that is read.
         """
 
 
@@ -156,8 +160,8 @@ class Run:
             for shard, written in zip(layout.shards, ranges, strict=True)
         ]
         self.out.begin(shards, self.plan.bytes_shared, self._stamps)
-        durable = durable_of(found, graph, layout, self.out.shard_path)
-        self._journal = Journal(self.out.journal, self._facts | {"times": self._times()}, records_of(durable))
+        durable = self._recover(found)
+        self._journal = Journal(self.out.journal, self._facts | {"stamps": self._recorded()}, records_of(durable))
         measured = self._make(self._journal, durable)
         self._finish(self._journal, measured[1])
         return measured[0]
@@ -176,10 +180,16 @@ class Run:
         if fresh:
             self.out.start_over()
             return None
-        if not found.readable:
+        if not found.facts:
             raise UsageError(
-                f"{self.out.path} holds an unfinished merge of another version of mergeloom, or its journal was "
-                "damaged: finish it with that version, choose another OUT, or give --fresh to discard what is there"
+                f"{self.out.path} holds an unfinished merge with a damaged journal: choose another OUT, or give --fresh "
+                "to discard what is there"
+            )
+        now = {**self._facts, "format": FORMAT}
+        if versions := other_version(found.facts, now, ("mergeloom", "arithmetic", "layout", "format")):
+            raise UsageError(
+                f"{self.out.path} holds an unfinished merge started by {versions}: finish it with that version, choose "
+                "another OUT, or give --fresh to discard what is there"
             )
         changes = differences(found.facts, self._facts, self.plan.built.graph.models)
         if changes:
@@ -187,17 +197,53 @@ class Run:
                 f"{self.out.path} holds an unfinished merge, and this one differs from it: {'; '.join(changes)}. Run "
                 "it as it was, choose another OUT, or give --fresh to discard what is there"
             )
-        touched = _touched(found.facts.get("times"), self._times())
-        if touched:
-            self._say(
-                f"warning: written to or replaced since the merge began: {', '.join(touched[:3])}; size, header and "
-                "samples are the same, so that it goes on"
-            )
         return found
 
-    def _times(self) -> dict[str, int]:
-        """When each source file was changed last, in nanoseconds."""
-        return {str(file): stamp[2] for file, stamp in self._stamps.items()}
+    def _recover(self, found: Found | None) -> Durable:
+        """What earlier runs have left, checked: against the journal, and against source files that have changed.
+
+        Raises:
+            CheckpointError: a source file has changed, and its old version was used.
+        """
+        plan, graph = self.plan, self.plan.built.graph
+        sharing = {transfer.file for transfer in plan.transfers if transfer.shares}
+        threads = copy_threads(plan)
+
+        def watch(checked: Checked) -> None:
+            self._notify(Progress(bytes_checked=checked.nbytes, bytes_to_check=checked.total))
+
+        durable = durable_of(
+            found, graph, plan.layout, self.out.shard_path, sharing=sharing, threads=threads, watch=watch
+        )
+        if found is None:
+            return durable
+        used = used_bytes(graph, durable.written(graph))
+        durable.sources = ranges_in_use(source_ranges(found.records, graph), used)
+        changed = self._changed_since(found.facts.get("stamps"))
+        if changed:
+            compared = check_sources(graph, changed, durable.sources, used, threads, watch)
+            durable.bytes_read += compared
+            names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
+            same = f"the {data_size(compared)} that were read of it are the same" if compared else "nothing of it was used"
+            self._say(f"warning: written to or replaced since the merge began: {names}; {same}, so the merge resumes")
+        return durable
+
+    def _recorded(self) -> dict[str, dict[str, list[int]]]:
+        """The stamp of each source file, by model and name, as the journal has it."""
+        stamps: dict[str, dict[str, list[int]]] = {}
+        for model, file in _source_files(self.plan):
+            stamps.setdefault(str(model), {})[source_name(self.plan, model, file)] = list(self._stamps[file])
+        return stamps
+
+    def _changed_since(self, recorded: object) -> list[Path]:
+        """The source files that have another stamp than the one that the journal has."""
+        now, before = self._recorded(), recorded if isinstance(recorded, dict) else {}
+        changed = []
+        for model, file in _source_files(self.plan):
+            files, name = before.get(str(model)), source_name(self.plan, model, file)
+            if not isinstance(files, dict) or files.get(name) != now[str(model)][name]:
+                changed.append(file)
+        return list(dict.fromkeys(changed))
 
     def _check_plan(self) -> None:
         """Raises CheckpointError where a source file isn't any more the one of which the header was planned with."""
@@ -224,8 +270,9 @@ class Run:
         begun = time.perf_counter()
         if not self.plan.computes:  # else torch imports the same
             call_judge()
+        sources = SourceDigests(self.plan.built.graph, durable.sources)
         shards = self._shards = Shards(
-            self.plan, self.out, journal, durable, self._check_sources, broken.append, self._group_bytes
+            self.plan, self.out, journal, durable, self._check_sources, broken.append, self._group_bytes, sources
         )
         threads = copy_threads(self.plan)
         copies = Copies(transfers, self.out, shards.commits, threads, broken.append)
@@ -238,7 +285,7 @@ class Run:
             self._notify(replace(progress, bytes_read=read, bytes_written=written))
 
         try:
-            measured = self._engine(schedule, shards, self._stamps, watch, done)
+            measured = self._engine(schedule, shards, self._stamps, watch, done, sources.add)
             copies.wait(lambda: watch(Progress(measured.bytes_read, measured.bytes_written)))
             watch(Progress(measured.bytes_read, measured.bytes_written))
             digests = dict(shards.digests)
@@ -262,6 +309,7 @@ class Run:
         measured.bytes_shared += copies.moved.shared
         measured.bytes_read += copies.moved.written
         measured.bytes_written += copies.moved.written
+        measured.bytes_checked = durable.bytes_read
         measured.refused = dict(copies.moved.refused)
         measured.seconds = time.perf_counter() - begun
         return measured, digests
@@ -314,15 +362,19 @@ class Run:
     def _say_what_is_there(self, durable: Durable, left: int) -> None:
         graph = self.plan.built.graph
         total = sum(graph.nbytes(output.node) for output in graph.outputs)
-        checked = f", and the last {data_size(durable.checked)} of it were read again" if durable.checked else ""
         self._say(
-            f"going on with an unfinished merge: {data_size(total - left)} of {data_size(total)} are there"
-            f"{checked}; {data_size(left)} are left"
+            f"resuming: {data_size(total - left)} of {data_size(total)} already written and checked, "
+            f"{data_size(left)} left"
         )
         if durable.damaged:
             self._say(
-                f"warning: {durable.damaged} blocks weren't what the journal says, so that all were read: the disk has "
-                "lost data that it had said was durable; what was lost is made again"
+                f"warning: {plural(durable.damaged, 'block')} of the unfinished merge differ from the journal: the disk "
+                "has lost data, or the files were changed; they are made again"
+            )
+        if durable.differing:
+            self._say(
+                f"warning: {data_size(durable.differing)} of copied tensors differ from their sources: the disk has "
+                "lost data, or a file was changed; they are copied again"
             )
 
     # --- finishing ---------------------------------------------------------------------------------------------
@@ -351,11 +403,10 @@ class Run:
         return {"model": model, "file": source_name(self.plan, model, ref.file), "offset": ref.offset}
 
 
-def _touched(before: object, now: Mapping[str, int]) -> list[str]:
-    """The source files, by path, of which the time has changed."""
-    if not isinstance(before, dict):
-        return []
-    return [Path(file).name for file, time in now.items() if before.get(file, time) != time]
+def _source_files(plan: Plan) -> list[tuple[int, Path]]:
+    """Every source file with its model's number."""
+    graph = plan.built.graph
+    return sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
 
 
 def whole_already(plan: Plan, out: OutputDirectory) -> None:
@@ -372,7 +423,10 @@ def whole_already(plan: Plan, out: OutputDirectory) -> None:
         manifest = read_manifest(out.path)
     except MergeloomError as error:
         raise UsageError(f"{out.path} holds a finished merge, and can't be used: {error}; {advice}") from error
-    facts = facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")}
+    facts = facts_of(plan)
+    if versions := other_version(manifest, facts, ("arithmetic", "layout")):
+        raise UsageError(f"{out.path} holds a finished merge made by {versions}; {advice}")
+    facts |= {key: manifest.get(key) for key in ("mergeloom", "device")}
     changes = differences(manifest, facts, plan.built.graph.models)
     if changes:
         raise UsageError(f"{out.path} holds a merge that differs from this one: {'; '.join(changes)}; {advice}")

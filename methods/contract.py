@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 BLOCK = 1 << 15
 """Elements in one block of a reduction. Block boundaries lie at multiples of it, whatever the tiles."""
 
+ARITHMETIC_VERSION = 1
+"""Raised with every change of the bytes that any recipe makes: of a method, of the blocks of a sum, of rounding, of
+random numbers. An unfinished merge is resumed only by the version that began it."""
+
 T = TypeVar("T")
 PerInput = Annotated[tuple[T, ...], "per input"]
 """A parameter with one value for each input of the tensor, in recipe order. In a method's signature its default is a
