@@ -161,6 +161,8 @@ class Run:
         ]
         self.out.begin(shards, self.plan.bytes_shared, self._stamps)
         durable = self._recover(found)
+        if found is not None:  # its records are not needed any more, and may be large
+            self._found = self.out.found = Found(found.facts, ())
         self._journal = Journal(self.out.journal, self._facts | {"stamps": self._recorded()}, records_of(durable))
         measured = self._make(self._journal, durable)
         self._finish(self._journal, measured[1])
@@ -182,8 +184,8 @@ class Run:
             return None
         if not found.facts:
             raise UsageError(
-                f"{self.out.path} holds an unfinished merge with a damaged journal: choose another OUT, or give --fresh "
-                "to discard what is there"
+                f"{self.out.path} holds an unfinished merge with a damaged journal: choose another OUT, or give "
+                "--fresh to discard what is there"
             )
         now = {**self._facts, "format": FORMAT}
         if versions := other_version(found.facts, now, ("mergeloom", "arithmetic", "layout", "format")):
@@ -224,7 +226,9 @@ class Run:
             compared = check_sources(graph, changed, durable.sources, used, threads, watch)
             durable.bytes_read += compared
             names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
-            same = f"the {data_size(compared)} that were read of it are the same" if compared else "nothing of it was used"
+            same = (
+                f"the {data_size(compared)} that were read of it are the same" if compared else "nothing of it was used"
+            )
             self._say(f"warning: written to or replaced since the merge began: {names}; {same}, so the merge resumes")
         return durable
 
@@ -368,8 +372,8 @@ class Run:
         )
         if durable.damaged:
             self._say(
-                f"warning: {plural(durable.damaged, 'block')} of the unfinished merge differ from the journal: the disk "
-                "has lost data, or the files were changed; they are made again"
+                f"warning: {plural(durable.damaged, 'block')} of the unfinished merge differ from the journal: the "
+                "disk has lost data, or the files were changed; they are made again"
             )
         if durable.differing:
             self._say(

@@ -194,12 +194,11 @@ class _BlockCheck(Check):
 
     def run(self, read: Read) -> None:
         if self.tail_bytes:
-            digests = BlockDigests(self.size, self.known)
-            if self._feed(read, digests, self.first * BLOCK_BYTES, self.tail_bytes, self.first * BLOCK_BYTES):
-                if digests.tail() == self.tail_digest:
-                    self.tail = digests
-                    return
-            self.damaged.append(self.first)
+            digests, start = BlockDigests(self.size, self.known), self.first * BLOCK_BYTES
+            if self._feed(read, digests, start, self.tail_bytes, start) and digests.tail() == self.tail_digest:
+                self.tail = digests
+            else:
+                self.damaged.append(self.first)
             return
         for number, expected in enumerate(self.digests, self.first):
             start = number * BLOCK_BYTES

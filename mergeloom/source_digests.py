@@ -115,16 +115,17 @@ class _Reads:
     """Finds the read that a place in a source file belongs to."""
 
     def __init__(self, graph: MergeGraph) -> None:
-        by_file: dict[Path, list[tuple[int, int]]] = {}
-        for number, ref in enumerate(graph.reads):
+        reads = graph.reads
+        by_file: dict[Path, array[int]] = {}
+        for number, ref in enumerate(reads):
             if ref.nbytes:
-                by_file.setdefault(ref.file, []).append((ref.offset, number))
-        self._offsets: dict[Path, array[int]] = {}
+                by_file.setdefault(ref.file, array("q")).append(number)
         self._numbers: dict[Path, array[int]] = {}
-        for file, places in by_file.items():
-            places.sort()
-            self._offsets[file] = array("q", (offset for offset, _ in places))
-            self._numbers[file] = array("q", (number for _, number in places))
+        self._offsets: dict[Path, array[int]] = {}
+        for file, found in by_file.items():
+            numbers = sorted(found, key=lambda number: reads[number].offset)
+            self._numbers[file] = array("q", numbers)
+            self._offsets[file] = array("q", (reads[number].offset for number in numbers))
 
     def at(self, file: Path, offset: int) -> tuple[int, int]:
         """A read's number, and the offset in its tensor. The first of several reads of the same tensor counts."""

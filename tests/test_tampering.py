@@ -16,7 +16,7 @@ import pytest
 from mergeloom.engine.graph import Kind
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
-from mergeloom.io.journal import read_journal
+from mergeloom.io.journal import Found, Journal, read_journal
 from mergeloom.io.output import WORK
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, Plan, plan
@@ -25,14 +25,14 @@ from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
 from tests.test_faults import make_blocks_small
 
-OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=150_000)
-GROUP = 16 << 10
+OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=300_000)
+GROUP = BLOCK = 16 << 10
 SHAPES = {
-    "model.embed_tokens.weight": (100, 64),
+    "model.embed_tokens.weight": (600, 64),  # several chunks
     **{f"model.layers.{layer}.w.weight": (96, 64) for layer in range(4)},
     "model.norm.weight": (64,),
 }
-TRIALS = 12
+TRIALS = 10
 
 
 @pytest.fixture(autouse=True)
@@ -75,21 +75,22 @@ def run(what: Any, out: Path, **more: Any) -> Result:
     return merge(what, out, OPTIONS, group_bytes=GROUP, **more)
 
 
-def begin(what: Any, out: Path, records: int = 4) -> None:
-    """Merge until the journal has so many records of blocks or copies."""
-    shutil.rmtree(out, ignore_errors=True)
-    for after in range(20, 2000, 4):
-        try:
-            with watching(Kill(after)):
-                run(what, out)
-        except Stopped:
-            found = read_journal(out / WORK / "journal")
-            if found is not None and sum("node" in record or "copied" in record for record in found.records) >= records:
-                return
-            shutil.rmtree(out, ignore_errors=True)
-            continue
-        break
-    pytest.fail(f"it was finished before the journal had {records} records")
+def begin(what: Any, out: Path, enough: Callable[[Found], bool] | int = 4) -> None:
+    """Merge until the journal says enough, or has so many records of blocks and copies."""
+
+    def said(found: Found) -> bool:
+        if isinstance(enough, int):
+            return sum("node" in record or "copied" in record for record in found.records) >= enough
+        return enough(found)
+
+    for after in range(8, 2000, 2):
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.raises(Stopped), watching(Kill(after)):
+            run(what, out)
+        found = read_journal(out / WORK / "journal")
+        if found is not None and said(found):
+            return
+    pytest.fail("no kill left enough in the journal")
 
 
 def flip(file: Path, offset: int) -> None:
@@ -103,11 +104,14 @@ def flip(file: Path, offset: int) -> None:
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def started(planned: Plan, out: Path) -> set[int]:
-    """The nodes of which the journal says that something is durable."""
-    found = read_journal(out / WORK / "journal")
+def started(found: Found | None) -> dict[int, int]:
+    """The nodes of which the journal says that something is durable, and how many blocks."""
     assert found is not None
-    return {record["node"] for record in found.records if "node" in record}
+    blocks: dict[int, int] = {}
+    for record in found.records:
+        if "node" in record:
+            blocks[record["node"]] = record["first"] + len(record["blocks"])
+    return blocks
 
 
 def source(planned: Plan, node: int, model: Path) -> tuple[Path, int, int]:
@@ -130,9 +134,18 @@ def test_an_input_of_which_used_bytes_have_changed_is_refused(
     what, out = recipe(models, method), tmp_path / "out"
     run(what, tmp_path / "whole")
     planned = plan(what, OPTIONS)
-    begin(what, out)
-    whole = [record for record in read_journal(out / WORK / "journal").records if "node" in record]  # type: ignore[union-attr]
-    node = next(each["node"] for each in whole if len(each["blocks"]) * (16 << 10) >= planned.built.graph.nbytes(each["node"]))
+
+    def chosen(found: Found | None) -> int | None:
+        """A node that is durable; for a method with reductions one that is only begun: they went through all of it."""
+        for node, blocks in started(found).items():
+            whole = blocks * BLOCK >= planned.built.graph.nbytes(node)
+            if whole if method == "linear" else blocks and not whole:
+                return node
+        return None
+
+    begin(what, out, lambda found: chosen(found) is not None)
+    node = chosen(read_journal(out / WORK / "journal"))
+    assert node is not None
     file, offset, nbytes = source(planned, node, models[2])
     offset += 40 if where == "first byte" else nbytes - 40
     flip(file, offset)
@@ -156,9 +169,9 @@ def test_an_input_of_which_only_unused_bytes_have_changed_is_used_as_it_is_now(
     what, out = recipe(models, "linear"), tmp_path / "out"
     planned = plan(what, OPTIONS)
     begin(what, out)
-    unused = [node for node in planned.built.graph if node not in started(planned, out)]
-    assert unused
-    file, offset, _ = source(planned, unused[-1], models[2])
+    unused = [node for node in planned.built.graph if node not in started(read_journal(out / WORK / "journal"))]
+    places = [source(planned, node, models[2]) for node in unused]
+    file, offset, _ = next(place for place in places if place[2] > BLOCK)
     flip(file, offset + 40)
     run(what, out)
     run(what, tmp_path / "whole")  # with the input as it is now
@@ -169,10 +182,12 @@ def test_the_digests_of_used_bytes_survive_several_runs(models: list[Path], tmp_
     what, out = recipe(models, "linear"), tmp_path / "out"
     planned = plan(what, OPTIONS)
     begin(what, out, 2)
-    node = min(started(planned, out))
-    for after in (45, 50):
+    node = min(started(read_journal(out / WORK / "journal")))
+    for after in (30, 32):
+        before = started(read_journal(out / WORK / "journal"))
         with pytest.raises(Stopped), watching(Kill(after)):
             run(what, out)
+        assert sum(started(read_journal(out / WORK / "journal")).values()) > sum(before.values())
     file, offset, _ = source(planned, node, models[1])
     flip(file, offset + 40)
     with pytest.raises(CheckpointError, match=f"{file} was changed since the merge began"):
@@ -193,8 +208,6 @@ def test_a_copy_of_an_input_is_as_good_as_the_input(models: list[Path], tmp_path
 
 
 def test_an_input_without_digests_is_not_trusted(models: list[Path], tmp_path: Path) -> None:
-    from mergeloom.io.journal import Journal
-
     what, out = recipe(models), tmp_path / "out"
     begin(what, out)
     found = read_journal(out / WORK / "journal")
@@ -247,6 +260,48 @@ def test_an_untouched_copy_is_kept(models: list[Path], tmp_path: Path, monkeypat
     result = run(what, out)
     assert result.earlier.bytes_written > 0
     assert result.measured.bytes_written + result.earlier.bytes_written == result.plan.bytes_written
+
+
+@pytest.mark.parametrize("what", ["shard", "source"])
+def test_what_was_cloned_is_cloned_again(
+    what: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that clones is imitated: a changed byte of a clone is not shared any more."""
+    cloned = imitate_clones(monkeypatch)
+    merged, out = recipe(models, "passthrough"), tmp_path / "out"
+    planned = plan(merged, OPTIONS)
+    begin(merged, out, 1)  # clones are committed together, since they take no space
+    found = read_journal(out / WORK / "journal")
+    assert found is not None
+    shard, start, end = next(record["copied"] for record in found.records if "copied" in record)
+    output = next(each for each in planned.layout.shards[shard].outputs if planned.layout.offset_of[each] >= start)
+    if what == "shard":
+        flip(out / WORK / "out" / planned.layout.shards[shard].name, (start + end) // 2)
+    else:
+        file, offset, _ = source(planned, planned.built.graph.outputs[output].node, models[1])
+        flip(file, offset + 5000)
+    cloned.clear()
+    said: list[str] = []
+    result = run(merged, out, say=said.append)
+    assert sum(cloned) == result.measured.bytes_shared == result.plan.bytes_shared > 0
+    assert not any("differ from" in text for text in said)
+    run(merged, tmp_path / "whole")
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def imitate_clones(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let ranges be cloned on any file system; the sizes of those that are."""
+    sizes: list[int] = []
+
+    def clone(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+        os.pwrite(target, os.pread(source, nbytes, source_offset), target_offset)
+        sizes.append(nbytes)
+        return 0
+
+    monkeypatch.setattr("mergeloom.io.copying.clone_range", clone)
+    monkeypatch.setattr("mergeloom.sharing.why_no_clone", lambda source, scratch: 0)
+    monkeypatch.setattr("mergeloom.engine.layout.SHORTEST_RUN", 4096)
+    return sizes
 
 
 # ------------------------------------------------------------------------------------------------ anything

@@ -1,4 +1,4 @@
-"""Versions: what an earlier one has finished still verifies, what it has begun is refused, and names are not digested."""
+"""An earlier version's finished OUT verifies, its unfinished one is refused; names of classes are not digested."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def test_what_an_earlier_version_has_begun_is_refused_with_both_versions(version
     with pytest.raises(UsageError) as refused:
         merge(FIXTURES / f"out-{version}.yml", "out", OPTIONS)
     assert refused.value.exit_code == 2
-    assert f"an unfinished merge started by mergeloom {version} (layout version 1, journal format 2)" in str(refused.value)
+    assert f"an unfinished merge started by mergeloom {version} (layout version 1, journal format 2)" in str(
+        refused.value
+    )
     assert f"and this is {NOW}, journal format {FORMAT}): finish it with that version" in str(refused.value)
     assert digests(here / "out").keys() == before.keys()
     assert all(digests(here / "out")[name] == found for name, found in before.items() if not name.endswith("pid"))
@@ -77,7 +79,9 @@ def test_what_an_earlier_version_has_begun_is_refused_with_both_versions(version
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_out_that_an_earlier_version_has_finished_is_not_taken_for_this_merge(version: str, here: Path) -> None:
     shutil.copytree(FIXTURES / f"out-{version}", here / "out")
-    with pytest.raises(UsageError, match=rf"a finished merge made by mergeloom {version} .* this is mergeloom") as refused:
+    with pytest.raises(
+        UsageError, match=rf"a finished merge made by mergeloom {version} .* this is mergeloom"
+    ) as refused:
         merge(FIXTURES / f"out-{version}.yml", "out", OPTIONS)
     assert refused.value.exit_code == 2
     assert digests(here / "out") == digests(FIXTURES / f"out-{version}")
