@@ -20,6 +20,7 @@ from .failures import explain, explained
 from .files import copy_file
 from .platform import (
     create_file,
+    data_bytes,
     file_system,
     make_directory,
     remove,
@@ -157,15 +158,26 @@ class OutputDirectory(Claim):
         """Raises DiskSpaceError where the shards need more than is free."""
         needed = -shared
         for shard in self._shards:
-            path = self.stage / shard.name
-            taken = path.stat().st_blocks * 512 if path.exists() else 0
-            needed += max(0, shard.nbytes - taken)
+            needed += max(0, shard.nbytes - self._own_bytes(shard))
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise DiskSpaceError(
                 f"{self.path}: the output takes {format_size(needed, up=True)} and {format_size(free)} are free; "
                 "make room and run the same command again"
             )
+
+    def _own_bytes(self, shard: ShardFile) -> int:
+        """The disk space that a shard of an unfinished merge takes, but for what it may share with its sources."""
+        path = self.stage / shard.name
+        if self.found is None or not path.exists():
+            return 0
+        with path.open("rb") as stream:
+            own = os.fstat(stream.fileno()).st_blocks * 512
+            position = len(shard.header)
+            for offset, nbytes in (*shard.computed, (shard.nbytes, 0)):
+                own -= data_bytes(stream.fileno(), position, offset)  # st_blocks counts shared blocks, too
+                position = offset + nbytes
+        return max(0, own)
 
     def _check_shard(self, shard: ShardFile) -> None:
         """A shard of the unfinished merge must be there, with its size and header."""

@@ -88,6 +88,22 @@ def reserve_space(descriptor: int, offset: int, nbytes: int) -> bool:
     return True
 
 
+def data_bytes(descriptor: int, start: int, end: int) -> int:
+    """How many bytes of a range of a file are data rather than holes; all of them where the file system can't tell."""
+    found = 0
+    while start < end:
+        try:
+            start = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                break
+            return found + end - start
+        hole = min(end, os.lseek(descriptor, start, os.SEEK_HOLE))
+        found += max(0, hole - start)
+        start = hole
+    return found
+
+
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     """Ask the kernel to begin writing a range of dirty pages to the disk, so that a later sync finds little to do."""
     if "sync_file_range" in DISABLED or not sys.platform.startswith("linux"):
