@@ -74,8 +74,8 @@ class State:
     def parts(self) -> list[str]:
         """The line in parts, the most important first."""
         if self.to_check:
-            moved = f"{data_size(self.checked)} of {data_size(self.to_check)}"
-            return [f"{int(100 * self.share):3d}%", "checking the unfinished merge", moved]
+            share = f"{int(100 * self.share):3d}%"
+            return [share, "checking the unfinished merge", f"{data_size(self.checked)} of {data_size(self.to_check)}"]
         if self.read + self.written == 0 and not self.done:
             return ["  0%", "starting"]
         writes = self.to_write > 0

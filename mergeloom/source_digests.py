@@ -245,7 +245,8 @@ def check_sources(
         ref = graph.reads[read]
         if ref.file in files and not _all_within(ref.offset, ref.offset + end, places.get(ref.file, [])):
             raise source_changed(ref.file, f"the journal has no digest of tensor {graph.read_names[read]}")
-    return run_checks(sorted(checks, key=lambda check: (check.file, check.offset)), threads, watch).nbytes
+    checks.sort(key=lambda check: (check.file, check.offset, check.range.start))
+    return run_checks(checks, threads, watch).nbytes
 
 
 def _all_within(start: int, end: int, ranges: Sequence[tuple[int, int]]) -> bool:
