@@ -18,6 +18,7 @@ from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.journal import Found, Journal, read_journal
 from mergeloom.io.output import WORK
+from mergeloom.manifest import MANIFEST
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, Plan, plan
 from tests.faults import Kill, Stopped, watching
@@ -308,14 +309,15 @@ def imitate_clones(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def kill_at_random(what: Any, out: Path, chance: random.Random, calls: int) -> None:
-    """Kill a merge before one of its calls that change files; how many there are depends on the threads."""
+    """Kill a merge before one of its calls that change files, while it is unfinished."""
     while True:
         try:
             with watching(Kill(chance.randrange(10, calls), torn=True)):
                 run(what, out)
         except Stopped:
-            return
-        shutil.rmtree(out)
+            if not (out / MANIFEST).exists():
+                return
+        shutil.rmtree(out)  # how many calls there are depends on the threads
 
 
 def tampered(chance: random.Random, models: list[Path], out: Path) -> str:
