@@ -203,8 +203,9 @@ def test_a_flipped_bit_in_any_durable_range_does_not_survive(
     measured, earlier = result.measured, result.earlier
     assert measured.bytes_shared + earlier.bytes_shared == result.plan.bytes_shared
     assert measured.bytes_written + earlier.bytes_written == result.plan.bytes_written
-    assert any("blocks of the unfinished merge differ from the journal" in text for text in said) or not ways
     assert any("of copied tensors differ from their sources" in text for text in said) == (ways == {"clone"}), said
+    if len(ways) == 2:  # all of it came through the process
+        assert any("blocks of the unfinished merge differ from the journal" in text for text in said), said
 
 
 @pytest.mark.root
