@@ -22,6 +22,7 @@ from ..io.header import build_header
 from .graph import Kind, MergeGraph
 
 LAYOUT_VERSION = 1
+"""Raised with every change of which tensor lies where, or of a shard's header."""
 BLOCK = 4096
 SHORTEST_RUN = 1 << 20
 """Runs of fewer bytes are laid out like computed tensors."""

@@ -36,10 +36,19 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is; its fields only grow."""
+    """How far a run is; its fields only grow.
+
+    Args:
+        bytes_read: tensor bytes read.
+        bytes_written: tensor bytes written.
+        bytes_checked: bytes of an unfinished merge that were checked, while it is being checked.
+        bytes_to_check: all bytes that are to be checked; 0 once the merge itself is at work.
+    """
 
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_checked: int = 0
+    bytes_to_check: int = 0
 
 
 @dataclass(slots=True)
@@ -73,6 +82,8 @@ class Measured:
         bytes_read: tensor bytes read.
         bytes_written: tensor bytes written.
         bytes_shared: tensor bytes whose disk blocks are the sources' own.
+        bytes_checked: bytes of an unfinished merge, and of its sources, that were read to check it before it was
+            resumed.
         refused: tensor bytes that were to be shared and had to be copied, by the error number of the refusal.
         seconds: from the first step to the last.
         ram_peak: the most bytes of slots held in RAM.
@@ -85,6 +96,7 @@ class Measured:
     bytes_read: int = 0
     bytes_written: int = 0
     bytes_shared: int = 0
+    bytes_checked: int = 0
     refused: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
     ram_peak: int = 0

@@ -74,7 +74,7 @@ def tensor_digest(blocks: Iterable[bytes]) -> str:
     return str(xxhash.xxh3_128_hexdigest(b"".join(blocks)))
 
 
-def bytes_digest(data: bytes) -> str:
+def bytes_digest(data: bytes | memoryview) -> str:
     """The XXH3-128 of some bytes, in hexadecimal."""
     return str(xxhash.xxh3_128_hexdigest(data))
 

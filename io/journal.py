@@ -5,6 +5,34 @@ whole was being written when the process or the machine stopped, and counts for 
 
 A journal is never added to by another process than the one that began it: whoever goes on with a merge begins a new
 one, with what it found to be true in the old one, in the old one's place.
+
+The first line holds the facts, everything that the output's bytes follow from:
+
+    format          version of the journal's format
+    mergeloom       version of mergeloom
+    arithmetic      version of its arithmetic
+    layout          version of its layout
+    recipe          text of the recipe
+    outputs         digest of every output tensor's name, dtype, shape, operation and sources
+    seed            seed of the random methods
+    shard_size      maximum size of a shard in bytes
+    sources         identity of each source file: model number -> file name -> digest of its size, header and samples
+    device          kind of device, where the bytes depend on it; otherwise absent
+    methods         identity of the code of the user's own methods, where there are any
+    stamps          state of each source file: model number -> file name -> [inode, size, mtime, ctime], in nanoseconds
+
+Each further line is a record, told by its first key. Numbers of nodes, reads and shards are those of the plan, which
+the facts determine; digests are XXH3-128 in hexadecimal.
+
+    source, ranges  ranges of a source tensor (a read number) that durable output was made from, or was about to be:
+                    [start, end, piece size, sum of the digests of the pieces], in bytes from the start of the tensor
+    node, first, blocks, tail
+                    digests of the durable blocks of an output (a node number), from block number `first` on; `tail` is
+                    [bytes, digest] of the block behind them, where only its first bytes are durable
+    copied          [shard number, start, end]: a durable range of a shard that was cloned or copied from a source
+    publish         names of all files; from here on they get their final names in OUT
+
+A `source` record comes before the records of what was made from it.
 """
 
 from __future__ import annotations
@@ -21,7 +49,7 @@ import xxhash
 
 from .platform import create_file, rename, sync_data, sync_directory, write_at
 
-FORMAT = 2
+FORMAT = 3
 _LONGEST_LINE = 64 << 20
 
 

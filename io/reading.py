@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +13,19 @@ from types import TracebackType
 from ..errors import CheckpointError, EnvironmentFailure
 from .platform import expect_sequential, forget_cached, read_at
 
-Stamp = tuple[int, int, int]
-"""What tells whether a file may have been replaced or written to: its inode, size and time of change."""
+Stamp = tuple[int, int, int, int]
+"""Tells whether a file may have been replaced or written to: its inode, size, mtime and ctime, both in nanoseconds.
+
+The ctime changes with every write and can't be set, so it also tells if a file was overwritten in place and then given
+its old mtime again."""
 Stamps = Mapping[Path, Stamp]
+Observe = Callable[[Path, int, memoryview], None]
+"""``observe(file, offset, data)``, called from several threads."""
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """The stamp of a file."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
@@ -51,7 +56,8 @@ def changed(file: Path) -> CheckpointError:
     """What to say of a source file that isn't any more what it was when the merge began."""
     return CheckpointError(
         f"{file} was changed during the merge: the output would mix two versions of it. Put the file back and run the "
-        "same command again, or start over with --fresh"
+        "same command again, or start over with --fresh; if only its attributes or its name were changed, just run the "
+        "same command again"
     )
 
 
@@ -143,11 +149,20 @@ class Reader:
         keep_cached: whether what was read stays in the page cache; False for inputs that are larger than it.
         limit: the most source files open at a time.
         stamps: what files must be when they are opened, where it is known.
+        observe: called with every range that was read.
     """
 
-    def __init__(self, *, keep_cached: bool = True, limit: int = 256, stamps: Stamps | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        keep_cached: bool = True,
+        limit: int = 256,
+        stamps: Stamps | None = None,
+        observe: Observe | None = None,
+    ) -> None:
         self._files = FilePool(os.O_RDONLY, limit, stamps)
         self._keep_cached = keep_cached
+        self._observe = observe
 
     def read(self, file: Path, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `file` from `offset` on.
@@ -176,6 +191,8 @@ class Reader:
             ) from error
         finally:
             self._files.release(descriptor)
+        if self._observe is not None:
+            self._observe(file, offset, buffer)
 
     def close(self) -> None:
         """Close the source files."""

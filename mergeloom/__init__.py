@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .planning import Options, Plan
     from .verifying import Unverified, Verdict, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev1"
 
 __all__ = [
     "BudgetError",

@@ -17,8 +17,9 @@ from .engine.transfer import written_ranges
 from .errors import DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from .finished import check_finished
 from .io.claim import Content, DirectoryStatus, classify, refuse_occupied
+from .io.journal import FORMAT
 from .io.output import ShardFile, missing_space
-from .manifest import differences, facts_of, model_names
+from .manifest import differences, facts_of, model_names, other_version
 from .wording import data_size
 
 if TYPE_CHECKING:
@@ -130,10 +131,13 @@ def refuse_other_unfinished(planned: Plan, found: DirectoryStatus, facts: Mappin
     """
     if found.journal is None:
         return
-    if not found.journal.readable:
+    if not found.journal.facts:
+        raise UsageError(f"{found} with a damaged journal: choose another OUT, or give --fresh to discard it")
+    now = {**facts, "format": FORMAT}
+    if versions := other_version(found.journal.facts, now, ("mergeloom", "arithmetic", "layout", "format")):
         raise UsageError(
-            f"{found} of another version of mergeloom, or its journal was damaged: finish it with that version, choose "
-            "another OUT, or give --fresh to discard it"
+            f"{found} started by {versions}: finish it with that version, choose another OUT, or give --fresh to "
+            "discard it"
         )
     changes = differences(found.journal.facts, facts, model_names(planned))
     if changes:

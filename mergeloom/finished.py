@@ -11,7 +11,7 @@ from .io.checkpoint import Checkpoint
 from .io.claim import DirectoryStatus
 from .io.digests import bytes_digest, file_digest
 from .io.files import FileKind, file_kind
-from .manifest import differences, facts_of, model_names
+from .manifest import differences, facts_of, model_names, other_version
 from .model_files import CARD, local_companions, model_files
 from .opening import is_remote
 from .verifying import Verdict, Verification
@@ -49,8 +49,11 @@ def check_finished(plan: Plan, found: DirectoryStatus) -> str:
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_ADVICE}") from error
     manifest = check.manifest
+    facts = facts_of(plan)
+    if versions := other_version(manifest, facts, ("arithmetic", "layout")):
+        raise UsageError(f"{found} made by {versions}; {_ADVICE}")
     # The bytes of a finished merge are the same whatever made them, as long as all else is equal.
-    facts = facts_of(plan) | {key: manifest.get(key) for key in ("mergeloom", "device")}
+    facts |= {key: manifest.get(key) for key in ("mergeloom", "device")}
     _refuse_other_merge(found, differences(manifest, facts, model_names(plan)))
     _refuse_damaged(out, check.run_without_tensors())
     _refuse_other_merge(found, list(_file_differences(plan, out, manifest["files"])))

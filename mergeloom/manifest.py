@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .engine.fuse import FusedKernel
+from .engine.fuse import FusedKernel, Part
+from .engine.graph import Kind, Operation
 from .engine.layout import LAYOUT_VERSION
 from .errors import CheckpointError
 from .io.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from .io.digests import bytes_digest
 from .io.hub import HubCheckpoint
 from .io.identity import file_identity
 from .io.source_files import open_source, read_range
-from .methods.contract import Kernel
+from .methods.contract import ARITHMETIC_VERSION, Inputs
 from .methods.plugins import code_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _WORDS = {
     "mergeloom": "the version of mergeloom",
     "seed": "the seed",
     "shard_size": "the shard size",
+    "arithmetic": "the arithmetic version of mergeloom",
     "layout": "the layout version of mergeloom",
     "device": "the device, which arcee_fusion's bytes depend on",
     "methods": "the code of its methods that aren't mergeloom's own",
@@ -74,6 +76,7 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.text,
         "seed": plan.options.seed,
         "shard_size": plan.options.shard_size,
+        "arithmetic": ARITHMETIC_VERSION,
         "layout": LAYOUT_VERSION,
         "sources": sources,
         "outputs": _outputs_digest(plan),
@@ -106,30 +109,60 @@ def source_name(plan: Plan, model: int, file: Path) -> str:
 
 
 def _outputs_digest(plan: Plan) -> str:
-    """A digest of every output tensor: name, type, shape, what makes it from which sources."""
+    """A digest of every output tensor: name, type, shape, what makes it from which sources.
+
+    It is built from JSON with keys and values that are chosen for it. No name of a class, enum member or attribute may
+    get into it: renaming one would turn every unfinished merge into another one.
+    """
     graph = plan.built.graph
     numbers = model_numbers(plan)
     digest = hashlib.blake2b(digest_size=16)
     for output in graph.outputs:
-        operation = graph.operation(output.node)
         sources = [
             (numbers[graph.read_models[read]], graph.read_names[read]) for read in graph.node_sources[output.node]
         ]
-        entry = (
-            output.label,
-            graph.node_dtype[output.node].name,
-            graph.shape(output.node),
-            operation.kind.value,
-            operation.method,
-            sorted(operation.parameters),
-            operation.base,
-            operation.positions,
-            _parts(operation.kernel),
-            graph.node_key[output.node],
-            sources,
-        )
-        digest.update(repr(entry).encode())
+        entry = {
+            "tensor": output.label,
+            "dtype": graph.node_dtype[output.node].name,
+            "shape": graph.shape(output.node),
+            "key": graph.node_key[output.node],
+            "sources": sources,
+            **_operation_facts(graph.operation(output.node)),
+        }
+        digest.update(json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
+
+
+_OPERATIONS = {Kind.COPY: "copy", Kind.SAME: "same", Kind.MERGE: "merge"}
+
+
+def _operation_facts(operation: Operation) -> dict[str, Any]:
+    """What determines the values that an operation makes of its sources."""
+    facts: dict[str, Any] = {
+        "operation": _OPERATIONS[operation.kind],
+        "base": operation.base,
+        "positions": operation.positions,
+    }
+    if not isinstance(operation.kernel, FusedKernel):
+        return {**facts, "method": operation.method, "parameters": dict(operation.parameters)}
+    stages = zip(operation.kernel.parts, operation.parameters, strict=True)
+    return {**facts, "stages": [{"method": name, **_stage_facts(part, own)} for part, (name, own) in stages]}
+
+
+def _stage_facts(part: Part, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """What determines the values that one stage of a fused operation makes."""
+    return {
+        "parameters": dict(parameters),
+        "sources": part.sources,
+        "key": part.key,
+        "positions": part.positions,
+        "round_to": part.round_to and part.round_to.name,
+        "inputs": _inputs_facts(part.kernel.inputs),
+    }
+
+
+def _inputs_facts(inputs: Inputs) -> dict[str, Any]:
+    return {"count": inputs.count, "base": inputs.base, "shape": inputs.shape}
 
 
 def _arithmetic(plan: Plan) -> str:
@@ -139,14 +172,23 @@ def _arithmetic(plan: Plan) -> str:
     return ",".join(sorted({device.name.partition(":")[0] for device in plan.schedule.budget.devices}))
 
 
-def _parts(kernel: Kernel | None) -> list[Any]:
-    """How the stages of a fused kernel hang together, beside the methods and parameters that its operation names."""
-    if not isinstance(kernel, FusedKernel):
-        return []
-    return [
-        (part.sources, part.key, part.positions, part.round_to and part.round_to.name, part.kernel.inputs)
-        for part in kernel.parts
-    ]
+def other_version(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Both versions of mergeloom where a merge was begun by another one; empty where it wasn't.
+
+    Args:
+        before: the facts then.
+        now: the facts now.
+        keys: the facts that make versions different.
+    """
+    if all(before.get(key) == now.get(key) for key in keys):
+        return ""
+    return f"{_version(before)}, and this is {_version(now)}"
+
+
+def _version(facts: Mapping[str, Any]) -> str:
+    parts = [f"{key} version {facts[key]}" for key in ("arithmetic", "layout") if key in facts]
+    journal = [f"journal format {facts['format']}"] if "format" in facts else []
+    return f"mergeloom {facts.get('mergeloom', 'of an unknown version')} ({', '.join([*parts, *journal])})"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], models: Sequence[str]) -> list[str]:

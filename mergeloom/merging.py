@@ -20,7 +20,7 @@ from .io.claim import classify, refuse_occupied
 from .io.commit import GROUP_BYTES
 from .io.hub_files import HubFile
 from .io.output import OutputDirectory
-from .io.reading import Reader, Stamps
+from .io.reading import Observe, Reader, Stamps
 from .machine import available_ram, process_memory
 from .manifest import MANIFEST
 from .opening import is_remote
@@ -59,6 +59,7 @@ class Result:
                 "bytes_read": measured.bytes_read,
                 "bytes_written": measured.bytes_written,
                 "bytes_shared": measured.bytes_shared,
+                "bytes_checked": measured.bytes_checked,
                 "refused": {errno.errorcode.get(n, str(n)): nbytes for n, nbytes in measured.refused.items()},
                 "seconds": measured.seconds,
                 "lanes": {
@@ -152,8 +153,9 @@ def merge(
         stamps: Stamps,
         watch: Callable[[Progress], None],
         done: Mapping[int, int],
+        observe: Observe,
     ) -> Measured:
-        return _perform(planned, schedule, sink, watch, stamps, done)
+        return _perform(planned, schedule, sink, watch, stamps, done, observe)
 
     run = Run(planned, directory, engine, fetch_missing, notify or (lambda progress: None), tell, group_bytes)
     measured = run.perform(fresh, digests)
@@ -199,10 +201,11 @@ def _perform(
     notify: Callable[[Progress], None] | None,
     stamps: Stamps | None = None,
     done: Mapping[int, int] | None = None,
+    observe: Observe | None = None,
 ) -> Measured:
     """Run the engine over what is left."""
     inputs = sum(ref.nbytes for ref in planned.built.graph.reads)
-    reader = Reader(keep_cached=inputs < CACHED_SHARE * available_ram(), stamps=stamps)
+    reader = Reader(keep_cached=inputs < CACHED_SHARE * available_ram(), stamps=stamps, observe=observe)
     try:
         return run_graph(
             planned.built.graph,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from .checks import Checked
 from .copies import Copies, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
 from .engine.graph import Kind
@@ -20,13 +21,14 @@ from .io.digests import BLOCK_BYTES, tensor_digest
 from .io.failures import explain
 from .io.journal import Found, Journal
 from .io.output import OutputDirectory, call_judge
-from .io.reading import Stamps, changed, stamps_of
+from .io.reading import Observe, Stamps, changed, stamps_of
 from .manifest import MANIFEST, facts_of, manifest_bytes, model_numbers, source_name
 from .model_files import write_model_files
 from .planning import Plan
 from .resuming import Durable, durable_of
 from .sharing import copy_threads, place
-from .wording import data_size
+from .source_digests import SourceDigests, check_sources, ranges_in_use, source_ranges, used_bytes
+from .wording import data_size, plural
 from .writing import Shards, records_of
 
 
@@ -40,6 +42,7 @@ class Engine(Protocol):
         stamps: Stamps,
         notify: Callable[[Progress], None],
         done: Mapping[int, int],
+        observe: Observe,
         /,
     ) -> Measured:
         """Perform it.
@@ -50,6 +53,7 @@ class Engine(Protocol):
             stamps: what the source files must be when they are opened.
             notify: called now and then; what it raises ends the run.
             done: for each node the bytes that need not be written, as the schedule was made with.
+            observe: called with every range of a source file that is read.
         """
 
 
@@ -153,13 +157,15 @@ class Run:
             refuse_other_unfinished(self.plan, self.out.status, self._facts)
         self._fetch()
         self.plan = place(self.plan, self.out.path, digests=digests)
-        graph, layout = self.plan.built.graph, self.plan.layout
+        graph = self.plan.built.graph
         self._stamps = stamps_of(sorted({ref.file for ref in graph.reads}))
         self._check_plan()
         found = self._found = self._look(fresh)
         self.out.begin(shard_files(self.plan), self.plan.bytes_shared, self._stamps)
-        durable = durable_of(found, graph, layout, self.out.shard_path)
-        self._journal = Journal(self.out.journal, self._facts | {"times": self._times()}, records_of(durable))
+        durable = self._recover(found)
+        if found is not None:  # its records are not needed any more, and may be large
+            self._found = self.out.found = Found(found.facts, ())
+        self._journal = Journal(self.out.journal, self._facts | {"stamps": self._recorded()}, records_of(durable))
         measured = self._make(self._journal, durable)
         self._finish(self._journal, measured[1])
         return measured[0]
@@ -174,17 +180,55 @@ class Run:
         if fresh:
             self.out.start_over()
             return None
-        touched = _touched(found.facts.get("times"), self._times())
-        if touched:
-            self._say(
-                f"warning: written to or replaced since the merge began: {', '.join(touched[:3])}; size, header and "
-                "samples are the same, so that it goes on"
-            )
         return found
 
-    def _times(self) -> dict[str, int]:
-        """When each source file was changed last, in nanoseconds."""
-        return {str(file): stamp[2] for file, stamp in self._stamps.items()}
+    def _recover(self, found: Found | None) -> Durable:
+        """What earlier runs have left, checked: against the journal, and against source files that have changed.
+
+        Raises:
+            CheckpointError: a source file has changed, and its old version was used.
+        """
+        plan, graph = self.plan, self.plan.built.graph
+        sharing = {transfer.file for transfer in plan.transfers if transfer.shares}
+        threads = copy_threads(plan)
+
+        def watch(checked: Checked) -> None:
+            self._notify(Progress(bytes_checked=checked.nbytes, bytes_to_check=checked.total))
+
+        durable = durable_of(
+            found, graph, plan.layout, self.out.shard_path, sharing=sharing, threads=threads, watch=watch
+        )
+        if found is None:
+            return durable
+        used = used_bytes(graph, durable.written(graph))
+        durable.sources = ranges_in_use(source_ranges(found.records, graph), used)
+        changed = self._changed_since(found.facts.get("stamps"))
+        if changed:
+            compared = check_sources(graph, changed, durable.sources, used, threads, watch)
+            durable.bytes_read += compared
+            names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
+            same = (
+                f"the {data_size(compared)} that were read of it are the same" if compared else "nothing of it was used"
+            )
+            self._say(f"warning: written to or replaced since the merge began: {names}; {same}, so the merge resumes")
+        return durable
+
+    def _recorded(self) -> dict[str, dict[str, list[int]]]:
+        """The stamp of each source file, by model and name, as the journal has it."""
+        stamps: dict[str, dict[str, list[int]]] = {}
+        for model, file in _source_files(self.plan):
+            stamps.setdefault(str(model), {})[source_name(self.plan, model, file)] = list(self._stamps[file])
+        return stamps
+
+    def _changed_since(self, recorded: object) -> list[Path]:
+        """The source files that have another stamp than the one that the journal has."""
+        now, before = self._recorded(), recorded if isinstance(recorded, dict) else {}
+        changed = []
+        for model, file in _source_files(self.plan):
+            files, name = before.get(str(model)), source_name(self.plan, model, file)
+            if not isinstance(files, dict) or files.get(name) != now[str(model)][name]:
+                changed.append(file)
+        return list(dict.fromkeys(changed))
 
     def _check_plan(self) -> None:
         """Raises CheckpointError where a source file isn't any more the one of which the header was planned with."""
@@ -211,8 +255,9 @@ class Run:
         begun = time.perf_counter()
         if not self.plan.computes:  # else torch imports the same
             call_judge()
+        sources = SourceDigests(self.plan.built.graph, durable.sources)
         shards = self._shards = Shards(
-            self.plan, self.out, journal, durable, self._check_sources, broken.append, self._group_bytes
+            self.plan, self.out, journal, durable, self._check_sources, broken.append, self._group_bytes, sources
         )
         threads = copy_threads(self.plan)
         copies = Copies(transfers, self.out, shards.commits, threads, broken.append)
@@ -225,7 +270,7 @@ class Run:
             self._notify(replace(progress, bytes_read=read, bytes_written=written))
 
         try:
-            measured = self._engine(schedule, shards, self._stamps, watch, done)
+            measured = self._engine(schedule, shards, self._stamps, watch, done, sources.add)
             copies.wait(lambda: watch(Progress(measured.bytes_read, measured.bytes_written)))
             watch(Progress(measured.bytes_read, measured.bytes_written))
             digests = dict(shards.digests)
@@ -249,6 +294,7 @@ class Run:
         measured.bytes_shared += copies.moved.shared
         measured.bytes_read += copies.moved.written
         measured.bytes_written += copies.moved.written
+        measured.bytes_checked = durable.bytes_read
         measured.refused = dict(copies.moved.refused)
         measured.seconds = time.perf_counter() - begun
         return measured, digests
@@ -301,15 +347,19 @@ class Run:
     def _say_what_is_there(self, durable: Durable, left: int) -> None:
         graph = self.plan.built.graph
         total = sum(graph.nbytes(output.node) for output in graph.outputs)
-        checked = f", and the last {data_size(durable.checked)} of it were read again" if durable.checked else ""
         self._say(
-            f"going on with an unfinished merge: {data_size(total - left)} of {data_size(total)} are there"
-            f"{checked}; {data_size(left)} are left"
+            f"resuming: {data_size(total - left)} of {data_size(total)} already written and checked, "
+            f"{data_size(left)} left"
         )
         if durable.damaged:
             self._say(
-                f"warning: {durable.damaged} blocks weren't what the journal says, so that all were read: the disk has "
-                "lost data that it had said was durable; what was lost is made again"
+                f"warning: {plural(durable.damaged, 'block')} of the unfinished merge differ from the journal: the "
+                "disk has lost data, or the files were changed; they are made again"
+            )
+        if durable.differing:
+            self._say(
+                f"warning: {data_size(durable.differing)} of copied tensors differ from their sources: the disk has "
+                "lost data, or a file was changed; they are copied again"
             )
 
     # --- finishing ---------------------------------------------------------------------------------------------
@@ -353,8 +403,7 @@ class Run:
         return origin if ref.file in sharing else origin | {"copied": True}
 
 
-def _touched(before: object, now: Mapping[str, int]) -> list[str]:
-    """The source files, by path, of which the time has changed."""
-    if not isinstance(before, dict):
-        return []
-    return [Path(file).name for file, time in now.items() if before.get(file, time) != time]
+def _source_files(plan: Plan) -> list[tuple[int, Path]]:
+    """Every source file with its model's number."""
+    graph = plan.built.graph
+    return sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})

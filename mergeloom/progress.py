@@ -44,6 +44,8 @@ class State:
         per_second: bytes read and written a second, of late.
         left: seconds until the end at this rate; None where nothing tells.
         verb: what is done with what is read.
+        checked: bytes of an unfinished merge that were checked.
+        to_check: bytes of it in all, while it is being checked; else 0.
     """
 
     read: int
@@ -53,10 +55,14 @@ class State:
     per_second: float
     left: float | None
     verb: str = "read"
+    checked: int = 0
+    to_check: int = 0
 
     @property
     def share(self) -> float:
         """From 0 to 1."""
+        if self.to_check:
+            return self.checked / self.to_check
         total = self.to_read + self.to_write
         return min(1.0, (self.read + self.written) / total) if total else 1.0
 
@@ -67,6 +73,9 @@ class State:
 
     def parts(self) -> list[str]:
         """The line in parts, the most important first."""
+        if self.to_check:
+            share = f"{int(100 * self.share):3d}%"
+            return [share, "checking the unfinished merge", f"{data_size(self.checked)} of {data_size(self.to_check)}"]
         if self.read + self.written == 0 and not self.done:
             return ["  0%", "starting"]
         writes = self.to_write > 0
@@ -124,7 +133,8 @@ class Meter:
         per_second = (read + written - before) / (now - then) if now > then else 0.0
         missing = max(0, sum(self._totals) - read - written)
         left = missing / per_second if per_second else None
-        return State(read, written, *self._totals, per_second, left, self._verb)
+        checked, to_check = (progress.bytes_checked, progress.bytes_to_check) if progress is not None else (0, 0)
+        return State(read, written, *self._totals, per_second, left, self._verb, checked, to_check)
 
 
 class Display:

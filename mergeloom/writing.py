@@ -10,6 +10,7 @@ from .io.commit import GROUP_BYTES, Ended, GroupCommit, Record
 from .io.digests import BLOCK_BYTES, BlockDigests
 from .io.journal import Journal
 from .resuming import Durable
+from .source_digests import SourceDigests, source_records
 
 if TYPE_CHECKING:
     from .io.output import OutputDirectory
@@ -45,6 +46,7 @@ class Shards:
         check: called before anything is added to the journal; raises where a source isn't what it was.
         failed: called with what goes wrong when data is written or committed.
         group_bytes: the most bytes that are written and not yet durable.
+        sources: digests of what was read so far, which the journal takes before the records of what was made from it.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Shards:
         check: Callable[[], None],
         failed: Callable[[BaseException], None],
         group_bytes: int = GROUP_BYTES,
+        sources: SourceDigests | None = None,
     ) -> None:
+        self._sources = sources
         self._graph = plan.built.graph
         self._layout = plan.layout
         self._destinations = self._graph.destinations()
@@ -137,9 +141,10 @@ class Shards:
     # --- the journal -------------------------------------------------------------------------------------------
 
     def _append(self, records: Collection[Record]) -> None:
-        """Add records to the journal, those of one node as one."""
+        """Add records to the journal, those of one node as one, behind the digests of what they were made from."""
         self._check()
-        self._journal.append(_joined(records))
+        used = self._sources.take() if self._sources is not None else []
+        self._journal.append([*used, *_joined(records)])
 
     def stop(self) -> None:
         """Begin no other commit, and let nobody wait any more."""
@@ -189,6 +194,7 @@ def _joined(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 def records_of(durable: Durable) -> Iterator[Mapping[str, Any]]:
     """What is durable, as the first records of a journal."""
+    yield from source_records(durable.sources)
     for node, blocks in durable.whole.items():
         yield {"node": node, "first": 0, "blocks": [block.hex() for block in blocks]}
     for node, digests in durable.begun.items():

@@ -68,6 +68,9 @@ BLOCK = 1 << 15
 """Elements in one block of a reduction. Block boundaries lie at multiples of it, whatever the tiles."""
 
 _PER_INPUT = "per input"
+ARITHMETIC_VERSION = 1
+"""Raised with every change of the bytes that any recipe makes: of a method, of the blocks of a sum, of rounding, of
+random numbers. An unfinished merge is resumed only by the version that began it."""
 
 T = TypeVar("T")
 PerInput = Annotated[tuple[T, ...], _PER_INPUT]

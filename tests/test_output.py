@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +270,35 @@ def test_the_index_is_that_of_transformers() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ a full disk
+
+
+@pytest.mark.parametrize("own", [0, 100_000, 400_000])
+def test_a_resumed_merge_counts_shared_bytes_once(own: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a shard is shared with a source, which takes no space of its own, though the file's blocks count it."""
+    half = 512_000
+    whole = shard(nbytes=2 * half)
+    start = len(whole.header)
+    whole = replace(whole, computed=((start, half),))
+    monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
+    out = OutputDirectory(tmp_path / "out")
+    out.begin([whole], half)
+    out.write(0, start, memoryview(bytes(range(250)) * (own // 250)))
+    out.write(0, start + half, memoryview(bytes(range(250)) * (half // 250)))  # as if it were cloned
+    out.sync([0])
+    Journal(out.journal, {}).close()
+    out.close()
+    usage = shutil.disk_usage
+
+    for free, fits in ((half - own - 20_000, False), (half - own + 20_000, True)):
+        with monkeypatch.context() as patch, contextlib.closing(OutputDirectory(tmp_path / "out")) as out:
+            patch.setattr(
+                "mergeloom.io.output.shutil.disk_usage", lambda path, free=free: usage(path)._replace(free=free)
+            )
+            if fits:
+                out.begin([whole], half)
+            else:
+                with pytest.raises(DiskSpaceError, match="make room and run the same command again"):
+                    out.begin([whole], half)
 
 
 @pytest.fixture

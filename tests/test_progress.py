@@ -79,6 +79,14 @@ def test_before_the_first_byte_it_starts() -> None:
     assert State(0, 0, 8, 4, 0.0, None).line() == "  0%  starting"
 
 
+def test_an_unfinished_merge_is_checked_before_it_is_resumed() -> None:
+    progress = Progress(bytes_checked=3 * GB, bytes_to_check=8 * GB)
+    state = Meter(8 * GB, 4 * GB, Clock()).state(progress)
+    assert state.line() == " 37%  checking the unfinished merge  3GB of 8GB"
+    assert state.line(20) == " 37%"
+    assert drawing(state, 100).plain.count("━") == round(24 * 3 / 8)
+
+
 def test_when_all_is_moved_it_waits_for_the_disk() -> None:
     assert "waiting for the disk" in State(8, 4, 8, 4, 1, 0.0).line()
 

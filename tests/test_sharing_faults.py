@@ -179,6 +179,42 @@ def test_going_on_in_another_way(elsewhere: bool, disk: Path, out: Path, monkeyp
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("ways", [set(), {"clone"}, {"clone", "copy_file_range"}])
+def test_a_flipped_bit_in_any_durable_range_does_not_survive(
+    ways: set[str], disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared ranges are shared again, the kernel's copies compared with their sources, and all others with digests."""
+    monkeypatch.setattr(platform, "DISABLED", ways)
+    everything = Kill()
+    with watching(everything):
+        merge(mixed(disk), out, ROOMY, group_bytes=2 << 20)
+    expected = weights(out)
+    shutil.rmtree(out)
+    moving = [number for number, call in enumerate(everything.calls) if call in ("clone", "copy", "write")]
+    with watching(Kill(moving[len(moving) * 3 // 4])), pytest.raises((Stopped, Exception)):
+        merge(mixed(disk), out, ROOMY, group_bytes=2 << 20)
+    shards = sorted((out / ".mergeloom" / "out").rglob("*.safetensors"))
+    for shard in shards:
+        start = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+        with shard.open("r+b") as stream:
+            for offset in range(start, shard.stat().st_size, 50_000):
+                stream.seek(offset)
+                byte = stream.read(1)[0]
+                stream.seek(offset)
+                stream.write(bytes([byte ^ 1]))
+    said: list[str] = []
+    result = merge(mixed(disk), out, ROOMY, say=said.append)
+    assert weights(out) == expected
+    assert verify(out).whole
+    measured, earlier = result.measured, result.earlier
+    assert measured.bytes_shared + earlier.bytes_shared == result.plan.bytes_shared
+    assert measured.bytes_written + earlier.bytes_written == result.plan.bytes_written
+    assert any("of copied tensors differ from their sources" in text for text in said) == (ways == {"clone"}), said
+    if len(ways) == 2:  # all of it came through the process
+        assert any("blocks of the unfinished merge differ from the journal" in text for text in said), said
+
+
+@pytest.mark.root
 def test_stopping_while_blocks_are_shared(disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mergeloom.engine.transfer import Transfer, plan_transfers
 from mergeloom.io.commit import Ended
 from mergeloom.io.digests import tensor_digest
 from mergeloom.io.journal import Journal, read_journal
@@ -92,11 +93,16 @@ def digest_of(data: bytes) -> bytes:
 @pytest.fixture
 def planned(tmp_path: Path) -> Plan:
     """A model with every tensor in two places."""
+    return make_plan(tmp_path, dtype="bfloat16")
+
+
+def make_plan(tmp_path: Path, **more: str) -> Plan:
+    """A model with every tensor in two places; its tensors are computed where they are given another dtype."""
     shapes = {f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in SIZES.items()}
     model = write_checkpoint(tmp_path / "model", shapes, dtype="F32", fill=1)
     slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]}] * 2
     options = Options(device="cpu", threads=1, max_ram=4 << 30, shard_size=300_000)
-    found = plan({"merge_method": "passthrough", "slices": slices, "dtype": "bfloat16"}, options)
+    found = plan({"merge_method": "passthrough", "slices": slices, **more}, options)
     assert all(len(places) == 2 for places in found.built.graph.destinations())
     assert len(found.layout.shards) > 1
     return found
@@ -222,14 +228,15 @@ def test_a_node_that_is_not_whole_is_no_digest(planned: Plan, tmp_path: Path) ->
     writer.close()
 
 
-def test_copies_can_be_gone_on_with(planned: Plan, tmp_path: Path) -> None:
-    from mergeloom.engine.transfer import plan_transfers
-
+def test_copies_can_be_gone_on_with(tmp_path: Path) -> None:
+    planned = make_plan(tmp_path)
     writer = Writer(planned, tmp_path / "out")
     copying = [node for node, data in writer.data.items() if data]
     whole = plan_transfers(writer.graph, writer.layout, set(copying), set())
     target, nbytes = whole[0].target, whole[0].nbytes
     ranges = [(target, target + 100), (target + 300, target + 400), (target + 90, target + 150)]
+    for start, end in ranges:
+        copy(writer, whole[0], start, end)
     writer.journal.append([{"copied": [whole[0].shard, *each]} for each in ranges])
     writer.close()
     writer = Writer(planned, tmp_path / "out")
@@ -239,8 +246,27 @@ def test_copies_can_be_gone_on_with(planned: Plan, tmp_path: Path) -> None:
     assert pieces == [(150, 150, 150), (400, nbytes - 400, 400)]
     assert left[2:] == whole[1:]
     assert writer.durable.done(writer.graph, writer.layout) == {}
+    for each in left:
+        copy(writer, each, each.target, each.target + each.nbytes)
     writer.journal.append([{"copied": [each.shard, each.target, each.target + each.nbytes]} for each in left])
     writer.close()
     writer = Writer(planned, tmp_path / "out")
     assert writer.durable.uncopied(whole) == []
+    assert writer.durable.differing == 0
+    assert writer.durable.checked == sum(each.nbytes for each in whole)
+    assert writer.durable.bytes_read == 2 * writer.durable.checked
+    writer.out.write(whole[0].shard, target + 700, memoryview(b"damaged"))
     writer.close()
+    writer = Writer(planned, tmp_path / "out")
+    (left,) = writer.durable.uncopied(whole)
+    assert (left.shard, left.file) == (whole[0].shard, whole[0].file)
+    assert left.target <= target + 700 < left.target + left.nbytes
+    assert writer.durable.differing == left.nbytes
+    writer.close()
+
+
+def copy(writer: Writer, transfer: Transfer, start: int, end: int) -> None:
+    """Copy the bytes [start, end) of a shard from a transfer's source."""
+    offset = transfer.offset + start - transfer.target
+    data = transfer.file.read_bytes()[offset : offset + end - start]
+    writer.out.write(transfer.shard, start, memoryview(data))
