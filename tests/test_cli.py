@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its options, its exit codes, and how fast it is there."""
+"""The command line: what it prints where, its options, its exit codes, and what it imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +59,18 @@ def stack(tmp_path: Path, llamas: dict[str, Path]) -> Path:
 # ------------------------------------------------------------------------------------------------ help
 
 
-def test_help_is_there_at_once() -> None:
-    fastest = 9.9
-    for _ in range(3):
-        start = time.perf_counter()
-        ended = spawn("--help")
-        fastest = min(fastest, time.perf_counter() - start)
+def test_help_lists_the_commands() -> None:
+    ended = spawn("--help")
     assert ended.returncode == 0
     assert all(command in ended.stdout for command in ("merge", "plan", "inspect", "methods"))
-    assert fastest < 0.4
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
     code = "import sys; from mergeloom.__main__ import main; main(['--help']); main(['--version']); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
+    ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
+    assert ours == {"__main__", "cli", "errors", "stacking", "verify_command"}
 
 
 def test_version() -> None:
