@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -77,7 +78,7 @@ def test_the_page_cache_is_known_and_looking_leaves_it_as_it_is(large: Path) -> 
     for _ in range(2):
         assert {place.cached for place in input_places(found)} == {0.0}
     (large / "model.safetensors").read_bytes()
-    assert {place.cached for place in input_places(found, 16)} == {1.0}
+    assert min(place.cached for place in input_places(found, 16)) > 0.9  # the kernel may take single pages back
 
 
 def test_a_system_that_does_not_tell_what_is_cached(large: Path) -> None:
@@ -108,9 +109,9 @@ def test_cached_inputs_are_no_measure_of_the_disk(large: Path) -> None:
     (large / "model.safetensors").read_bytes()
     known = measured_rates(found, None, {})
     assert known.disk_read.origin == ASSUMED
-    assert known.cached == 1.0
+    assert known.cached > 0.9
     assert known.memory.origin == MEASURED
-    assert any("100% of the inputs are in the page cache" in note for note in known.notes)
+    assert any(re.search(r"(9\d|100)% of the inputs are in the page cache", note) for note in known.notes)
 
 
 def test_files_that_are_not_here_are_left_out(large: Path) -> None:

@@ -47,7 +47,7 @@ def test_the_120b_self_merge_is_planned_from_headers_alone(tmp_path: Path) -> No
     assert sum(file.stat().st_blocks * 512 for file in model.iterdir()) < 10 << 20  # holes
     recipe = seven_slices(model)
     planned = plan(recipe, Options(device="cpu"))  # imports what it needs
-    headers = sum(8 + int.from_bytes(file.open("rb").read(8), "little") for file in model.glob("*.safetensors"))
+    headers = sum(header_bytes(file) for file in model.glob("*.safetensors"))
     others = sum(file.stat().st_size for file in model.glob("*.json"))
     assert headers <= count_bytes_read(lambda: plan(recipe, Options(device="cpu"))) <= headers + 3 * others + (1 << 20)
     said = planned.to_dict()
@@ -74,20 +74,19 @@ def test_one_matrix_of_a_1b_is_float64s_mean(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     models = three_models(tmp_path, Model({name: llama_3_2_1b().tensors[name]}, {}))
     merge(linear(models), tmp_path / "out", Options(device="cpu", threads=2, max_ram=2 * GIB))
-    found = read_model(tmp_path / "out")[name]
-    assert beyond_one_ulp(found, [read_model(model)[name] for model in models], WEIGHTS) == 0
+    found = read_model(tmp_path / "out")[name][::8]
+    assert beyond_one_ulp(found, [read_model(model)[name][::8] for model in models], WEIGHTS) == 0
 
 
 @pytest.mark.slow
 def test_models_larger_than_the_budget_are_float64s_mean(tmp_path: Path) -> None:
-    """Llama-3.2-1B with two of its layers, and a quarter of its vocabulary."""
-    shapes = llama(layers=2, hidden=2048, intermediate=8192, heads=32, kv_heads=8, vocabulary=32064, tied=True)
-    models = three_models(tmp_path, shapes, shard_bytes=200_000_000)
+    shapes = llama(layers=4, hidden=1024, intermediate=4096, heads=32, kv_heads=8, vocabulary=32064, tied=True)
+    models = three_models(tmp_path, shapes, shard_bytes=100_000_000)
     assert len(list(models[0].glob("*.safetensors"))) == 2
     recipe, out, report = tmp_path / "recipe.yml", tmp_path / "out", tmp_path / "report.json"
     recipe.write_text(json.dumps(linear(models)))
     command = [sys.executable, "-m", "mergeloom", "merge", str(recipe), str(out)]
-    options = ["--max-ram", "384MiB", "--device", "cpu", "--shard-size", "200MB", "--report", str(report), "--quiet"]
+    options = ["--max-ram", "384MiB", "--device", "cpu", "--shard-size", "100MB", "--report", str(report), "--quiet"]
     subprocess.run([*command, *options], check=True)
     said = json.loads(report.read_text())
     assert said["measured"]["peak_rss"] < said["peak_ram"] <= 384 << 20 < said["bytes_read"]
@@ -99,9 +98,9 @@ def test_models_larger_than_the_budget_are_float64s_mean(tmp_path: Path) -> None
     for file in out.glob("*.safetensors"):
         for name in names(file):
             sources = [tensor(homes[name], name) for homes in inputs]
-            step = max(1, (1 << 24) // sources[0][0].numel())
+            step = max(1, (1 << 17) // sources[0][0].numel())
             found = tensor(file, name)
-            for row in range(0, len(found), step):
+            for row in {*range(0, len(found), 16 * step), len(found) - step}:  # all would take minutes
                 part = slice(row, row + step)
                 assert beyond_one_ulp(found[part], [source[part] for source in sources], WEIGHTS) == 0, name
             count += 1
@@ -111,6 +110,12 @@ def test_models_larger_than_the_budget_are_float64s_mean(tmp_path: Path) -> None
     model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype="auto")
     assert not any(info.values()), info
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def header_bytes(file: Path) -> int:
+    """The size of a file's header, with the eight bytes that say so."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
 
 
 def names(file: Path) -> list[str]:
