@@ -99,6 +99,13 @@ def test_reading_is_timed_and_bounded(large: Path) -> None:
     assert part.nbytes < whole.nbytes * 1000
 
 
+def test_something_is_read_even_if_the_time_is_up(large: Path) -> None:
+    places = input_places(planned(large), 16)
+    moved = measure_reading(places, 0)
+    assert 0 < moved.nbytes < sum(place.nbytes for place in places)
+    assert moved.rate.per_second > 0
+
+
 def test_cached_inputs_are_no_measure_of_the_disk(large: Path) -> None:
     found = planned(large)
     if not forget(large):

@@ -123,7 +123,8 @@ def kill_half_way(arguments: list[str], out: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == b"blocked\n"
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == -signal.SIGKILL
     assert not (out / "mergeloom.json").exists()
 
 
