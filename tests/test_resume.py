@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mergeloom.engine.lanes import Lane
 from mergeloom.engine.work import Progress
 from mergeloom.errors import EnvironmentFailure, Interrupted, MergeloomError, UsageError
 from mergeloom.io.journal import Journal, read_journal
@@ -28,7 +29,7 @@ from tests.faults import Kill, Stopped, watching
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
 from tests.test_faults import make_blocks_small
-from tests.waiting import HANG_SECONDS
+from tests.waiting import HANG_SECONDS, no_hang
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=400_000)
 GROUP = 40 << 10
@@ -562,14 +563,28 @@ def test_a_second_signal_ends_it_at_once_and_so_does_a_disk_that_hangs(models: l
 
 
 def test_from_python_too_an_interrupt_can_be_gone_on_from(models: list[Path], tmp_path: Path) -> None:
+    journal = tmp_path / "out" / WORK / "journal"
+    stop_at_once, stopped = Lane.stop, threading.Event()
+
+    def committed() -> bool:
+        return journal.exists() and journal.read_bytes().count(b"\n") > 3
+
     def stop(progress: Progress) -> None:
-        if (tmp_path / "out" / WORK / "journal").exists() and progress.bytes_written > 100_000:
+        if committed():
             raise KeyboardInterrupt
 
-    slow = threading.Event()
-    with pytest.MonkeyPatch.context() as patch:
+    def watch(call: str, *arguments: object) -> None:
+        if call == "write" and committed():
+            stopped.wait()
+
+    def stop_lane(lane: Lane[Any]) -> None:
+        stop_at_once(lane)
+        stopped.set()
+
+    with no_hang(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("mergeloom.engine.execute.NOTIFY_SECONDS", 0.001)
-        patch.setattr("mergeloom.io.platform.WATCH", lambda call, *a: slow.wait(0.02 if call == "write" else 0))
+        patch.setattr("mergeloom.io.platform.WATCH", watch)
+        patch.setattr(Lane, "stop", stop_lane)
         with pytest.raises(Interrupted, match="run the same command again to go on"):
             run(recipe(models), tmp_path / "out", notify=stop)
     run(recipe(models), tmp_path / "out")
