@@ -21,6 +21,7 @@ import mergeloom
 from mergeloom import __main__
 from mergeloom.cli import cli
 from tests.conftest import MakeModel
+from tests.waiting import HANG_SECONDS
 
 COMMAND = [sys.executable, "-m", "mergeloom"]
 
@@ -282,7 +283,8 @@ def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the engine runs; the shell gives SIGINT to the process."""
     script = (
-        "import os, signal, sys; from mergeloom.engine import execute; from mergeloom.__main__ import main\n"
+        "import os, signal, sys; from mergeloom import stopping; from mergeloom.engine import execute\n"
+        f"from mergeloom.__main__ import main; stopping.GRACE_SECONDS = {HANG_SECONDS}\n"
         "def wait(self, ready):\n    os.kill(os.getpid(), signal.SIGINT)\n"
         "execute.Executor._wait = wait\nsys.exit(main(sys.argv[1:]))"
     )
