@@ -25,6 +25,7 @@ READY := .venv/ready
 BENCH_MODELS ?= $(HOME)/.cache/mergeloom-bench/1b
 BENCH_DISK ?= $(HOME)/.cache/mergeloom-bench
 BENCH_RUNS ?= 3
+WORKERS ?= auto
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -42,7 +43,7 @@ demo: $(READY)
 	$(BIN)/python recipes/demo_encoder.py build/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # mypy reads the installed wheel, from another folder: at the root it would take io/ for the standard library's, and so
 # the packaging is checked too. The second environment borrows the libraries of the first (but not its mergeloom, since

@@ -49,9 +49,9 @@ def on_terminal(command: Sequence[str], directory: Path) -> str:
     """Run a command in a terminal of its own; everything that it writes there, control sequences included."""
     child, terminal = pty.fork()
     if child == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
         os.chdir(directory)
         os.execvpe(command[0], command, {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"})
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
     written = bytearray()
     while True:
         try:

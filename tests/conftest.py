@@ -11,11 +11,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is impor
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import models
 from tests.disks import file_system
 
 MakeModel = Callable[..., Path]
+
+# Hypothesis measures seconds, too: how long an example takes, and how long it takes to draw one.
+settings.register_profile("no clocks", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clocks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

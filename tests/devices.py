@@ -1,9 +1,9 @@
-"""A device for tests: it has its own address space, counts bytes, keeps to a budget, can be slow, can fail."""
+"""A device for tests: it has its own address space, counts bytes, keeps to a budget, and can fail."""
 
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -92,21 +92,31 @@ class CountingDevice:
         """Forget the arena."""
 
 
-class Rate:
-    """A shared speed limit, in bytes per second: `spend` returns when the bytes are through."""
+class Rendezvous:
+    """Holds the operations of several lanes until one of each is in progress at the same time, again and again.
 
-    def __init__(self, bytes_per_second: float) -> None:
-        self._rate = bytes_per_second
+    Args:
+        leads: for each lane, how many operations it may be ahead: operation ``k + lead`` meets the others at round k.
+        rounds: how many times the lanes meet.
+        seconds: how long an operation waits for the others before the rendezvous, and so the run, fails.
+    """
+
+    def __init__(self, leads: Mapping[str, int], rounds: int, seconds: float) -> None:
+        self.met = 0
+        self._leads = leads
+        self._seconds = seconds
+        self._counts = dict.fromkeys(leads, 0)
         self._lock = threading.Lock()
-        self._free_at = 0.0
-        self.busy = 0.0
+        self._barriers = [threading.Barrier(len(leads), self._meet) for _ in range(rounds)]
 
-    def spend(self, nbytes: int) -> None:
-        """Take as long as `nbytes` take, one caller after the other."""
-        seconds = nbytes / self._rate
+    def _meet(self) -> None:
         with self._lock:
-            start = max(time.perf_counter(), self._free_at)
-            self._free_at = start + seconds
-            self.busy += seconds
-            until = self._free_at
-        time.sleep(max(0.0, until - time.perf_counter()))
+            self.met += 1
+
+    def enter(self, lane: str) -> None:
+        """Begin the next operation of a lane. Raises threading.BrokenBarrierError where the others do not come."""
+        with self._lock:
+            number = self._counts[lane] - self._leads[lane]
+            self._counts[lane] += 1
+        if 0 <= number < len(self._barriers):
+            self._barriers[number].wait(self._seconds)

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.waiting import HANG_SECONDS
+
 PIECE = 1 << 16
 LARGE = (".safetensors", ".bin", ".model")
 
@@ -317,5 +319,5 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.cut is not None:
             fault.happened.set()
             if fault.hold:
-                fault.hold.wait(20)
+                fault.hold.wait(HANG_SECONDS)
             self.close_connection = True

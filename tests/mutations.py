@@ -7,8 +7,6 @@ import json
 import os
 import random
 import resource
-import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,11 +23,13 @@ from mergeloom.io.checkpoint import open_checkpoint
 from mergeloom.io.header import data_start, parse_header
 from mergeloom.methods import merge_methods
 from mergeloom.planning import Options, plan
+from tests.counting import TooMuchWork, count_lines
 from tests.models import tiny_llama, write_checkpoint, write_tokenizer
+from tests.waiting import no_hang
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 1.0
-"""No input may take longer."""
+LINES = 5_000_000
+"""The most lines of Python that may be executed for one input."""
 BYTES = 300 << 20
 """No input may take more memory."""
 
@@ -126,14 +126,14 @@ class Outcome:
     Args:
         tried: how many there were.
         refused: how many ended with an error of ours.
-        slowest: seconds of processor time of the slowest.
+        lines: the most lines of Python executed for one input.
         grown: bytes by which the process has grown at its largest.
         failures: what went wrong, with the input.
     """
 
     tried: int = 0
     refused: int = 0
-    slowest: float = 0.0
+    lines: int = 0
     grown: int = 0
     failures: list[str] = field(default_factory=list)
 
@@ -167,34 +167,23 @@ def _limited_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-class Hang(Exception):
-    """An input takes much too long."""
-
-
-def _hang(number: int, frame: object) -> None:
-    raise Hang(f"in {frame}")
-
-
 def _try(attempt: Callable[[], tuple[Any, Callable[[], object]]], outcome: Outcome) -> None:
     given, run = attempt()
-    begun = time.thread_time()
     outcome.tried += 1
-    signal.signal(signal.SIGALRM, _hang)
-    signal.setitimer(signal.ITIMER_REAL, 20 * SECONDS)  # of a machine that may be busy with other things
+
+    def refusing() -> None:
+        try:
+            run()
+        except MergeloomError:
+            outcome.refused += 1
+
     try:
-        run()
-    except MergeloomError:
-        outcome.refused += 1
+        with no_hang():
+            outcome.lines = max(outcome.lines, count_lines(refusing, LINES))
     except BaseException as error:
         outcome.failures.append(f"{type(error).__name__}: {str(error)[:300]}: {str(given)[:3000]}")
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception | TooMuchWork):
             raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    seconds = time.thread_time() - begun
-    outcome.slowest = max(outcome.slowest, seconds)
-    if seconds > SECONDS:
-        outcome.failures.append(f"{seconds:.1f} s: {str(given)[:3000]}")
 
 
 def _headers(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, Callable[[], object]]]:

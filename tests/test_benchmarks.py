@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -36,9 +37,21 @@ def test_peak_rss_is_that_of_the_process() -> None:
     assert 300 << 20 < held < 345 << 20
 
 
-def test_seconds_are_those_of_the_whole_process() -> None:
-    seconds, _ = measure("import time; time.sleep(1)")
-    assert 1 < seconds < 3
+def test_seconds_are_those_of_the_whole_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The clock is read before the process starts, and once after its last act and after the sync."""
+    witness = tmp_path / "witness"
+    synced: list[Path] = []
+    readings: list[tuple[bool, list[Path]]] = []
+
+    def clock() -> float:
+        readings.append((witness.exists(), list(synced)))
+        return 10.0 * len(readings)
+
+    monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(compare, "sync", synced.append)
+    measured = compare.run([sys.executable, "-S", "-c", f"open({str(witness)!r}, 'w')"], durable=tmp_path)
+    assert readings == [(False, []), (True, [tmp_path])]
+    assert measured.seconds == 10
 
 
 def test_a_failed_process_shows_its_log() -> None:
@@ -239,7 +252,7 @@ def test_a_screen_holds_what_was_drawn_half_way_and_last() -> None:
 
 def test_a_command_on_a_terminal(tmp_path: Path) -> None:
     program = "import os, sys; print(sys.stdout.isatty(), os.get_terminal_size().columns, os.getcwd())"
-    said = picture.on_terminal([sys.executable, "-c", "import time; time.sleep(0.3); " + program], tmp_path)
+    said = picture.on_terminal([sys.executable, "-c", program], tmp_path)
     assert said.split() == ["True", str(picture.COLUMNS), str(tmp_path)]
     with pytest.raises(SystemExit, match="ended with 3"):
         picture.on_terminal([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)

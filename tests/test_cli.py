@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its options, its exit codes, and how fast it is there."""
+"""The command line: what it prints where, its options, its exit codes, and what it imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import mergeloom
 from mergeloom import __main__
 from mergeloom.cli import cli
 from tests.conftest import MakeModel
+from tests.waiting import HANG_SECONDS
 
 COMMAND = [sys.executable, "-m", "mergeloom"]
 
@@ -60,21 +60,18 @@ def stack(tmp_path: Path, llamas: dict[str, Path]) -> Path:
 # ------------------------------------------------------------------------------------------------ help
 
 
-def test_help_is_there_at_once() -> None:
-    fastest = 9.9
-    for _ in range(3):
-        start = time.perf_counter()
-        ended = spawn("--help")
-        fastest = min(fastest, time.perf_counter() - start)
+def test_help_lists_the_commands() -> None:
+    ended = spawn("--help")
     assert ended.returncode == 0
     assert all(command in ended.stdout for command in ("merge", "plan", "inspect", "methods"))
-    assert fastest < 0.4
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
     code = "import sys; from mergeloom.__main__ import main; main(['--help']); main(['--version']); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
+    ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
+    assert ours == {"__main__", "cli", "errors", "stacking", "verify_command"}
 
 
 def test_version() -> None:
@@ -286,7 +283,8 @@ def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the engine runs; the shell gives SIGINT to the process."""
     script = (
-        "import os, signal, sys; from mergeloom.engine import execute; from mergeloom.__main__ import main\n"
+        "import os, signal, sys; from mergeloom import stopping; from mergeloom.engine import execute\n"
+        f"from mergeloom.__main__ import main; stopping.GRACE_SECONDS = {HANG_SECONDS}\n"
         "def wait(self, ready):\n    os.kill(os.getpid(), signal.SIGINT)\n"
         "execute.Executor._wait = wait\nsys.exit(main(sys.argv[1:]))"
     )

@@ -6,12 +6,13 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
 
 from mergeloom.io.commit import Ended, GroupCommit, Record
+from tests.waiting import no_hang, wait_until
 
 
 class Recorder:
@@ -26,7 +27,7 @@ class Recorder:
         self.commits = GroupCommit(self._sync, self._append, self.errors.append, **options)
 
     def _sync(self, shards: Collection[int]) -> None:
-        self.gate.wait(30)
+        self.gate.wait()
         time.sleep(self.seconds)
         self.events.append(("sync", set(shards)))
 
@@ -47,16 +48,9 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
-    yield
-    wait_for(lambda: threading.active_count() == before)
-
-
-def wait_for(ready: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait until something has happened."""
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    with no_hang():
+        yield
+    wait_until(lambda: threading.active_count() == before)
 
 
 def test_nothing_is_journaled_before_it_is_synced() -> None:
@@ -82,9 +76,9 @@ def test_nothing_is_journaled_before_it_is_synced() -> None:
 def test_what_waits_too_long_is_committed() -> None:
     recorder = Recorder(group_seconds=0.05)
     recorder.write(1, 0)
-    wait_for(lambda: recorder.journaled() == [0])
+    wait_until(lambda: recorder.journaled() == [0])
     recorder.write(1, 1)
-    wait_for(lambda: recorder.journaled() == [0, 1])
+    wait_until(lambda: recorder.journaled() == [0, 1])
     recorder.commits.close()
 
 
@@ -105,8 +99,7 @@ def test_many_threads_never_hold_more_than_a_group() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+        thread.join()
     recorder.commits.close()
     assert sorted(recorder.journaled()) == list(range(480))
     assert recorder.commits.peak <= 1000
@@ -126,21 +119,14 @@ def test_writing_goes_on_while_the_disk_syncs_up_to_the_bound() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.gate.clear()
     recorder.write(50, 0)  # is being committed
-    wait_for(lambda: recorder.commits._gathered == 0)
+    wait_until(lambda: recorder.commits._gathered == 0)
     recorder.write(50, 1)
-    begun = threading.Event()
-
-    def third() -> None:
-        begun.set()
-        recorder.write(1, 2)
-
-    thread = threading.Thread(target=third)
+    thread = threading.Thread(target=recorder.write, args=(1, 2))
     thread.start()
-    assert begun.wait(10)
-    time.sleep(0.05)
+    wait_until(lambda: len(recorder.commits._waiting) == 1)
     assert ("write", 2) not in recorder.events
     recorder.gate.set()
-    thread.join(10)
+    thread.join()
     recorder.commits.close()
     assert recorder.journaled() == [0, 1, 2]
 
@@ -156,10 +142,10 @@ def test_those_who_wait_come_in_turn() -> None:
         thread = threading.Thread(target=lambda n=number, b=nbytes: (recorder.write(b, n), order.append(n)))
         thread.start()
         threads.append(thread)
-        wait_for(lambda n=number: len(recorder.commits._waiting) == n)
+        wait_until(lambda n=number: len(recorder.commits._waiting) == n)
     recorder.gate.set()
     for thread in threads:
-        thread.join(10)
+        thread.join()
     recorder.commits.close()
     written = [value for kind, value in recorder.events if kind == "write"]
     assert written == [0, 1, 2, 3]
@@ -185,7 +171,7 @@ def test_an_error_is_told_and_ends_all_waiting(where: str) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join()
     assert seen == [1] * 4  # whoever learns that it is over finds the reason
     assert str(recorder.errors[0]) == "no disk"
     recorder.commits.close()
@@ -205,7 +191,7 @@ def test_abandoning_journals_nothing_more() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.gate.clear()
     recorder.write(60, 0)
-    wait_for(lambda: recorder.commits._gathered == 0)
+    wait_until(lambda: recorder.commits._gathered == 0)
     recorder.write(30, 1)
 
     def wait() -> None:
@@ -215,14 +201,13 @@ def test_abandoning_journals_nothing_more() -> None:
     waiting = threading.Thread(target=wait)
     waiting.start()
     over: list[bool] = []
-    begun = time.monotonic()
-    assert not recorder.commits.abandon()  # it is being synced
-    assert time.monotonic() - begun < 3
+    with no_hang():
+        assert not recorder.commits.abandon()  # it is being synced
     recorder.commits.when_over(lambda: over.append(True))
     assert not over
     recorder.gate.set()
-    waiting.join(10)
-    wait_for(lambda: over == [True])
+    waiting.join()
+    wait_until(lambda: over == [True])
     assert recorder.journaled() == []
     assert recorder.commits.abandon()
     recorder.commits.when_over(lambda: over.append(True))

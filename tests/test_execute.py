@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ from mergeloom.engine.execute import Executor
 from mergeloom.engine.run import SPARE, run_graph
 from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
 from mergeloom.engine.work import Measured
-from tests.devices import CountingDevice, FailureOnPurpose, Rate
+from tests.devices import CountingDevice, FailureOnPurpose, Rendezvous
 from tests.graphs import World
 from tests.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
+from tests.waiting import HANG_SECONDS
 
 
 def run(world: World, schedule: Schedule, devices: list[Device], *, serial: bool = False) -> Measured:
@@ -104,42 +104,41 @@ def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
         Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
 
 
-def test_reading_computing_and_writing_overlap() -> None:
-    """Each lane limited to the same rate: together they take little longer than one of them alone."""
-    # other processes can only lengthen it: lanes that don't overlap take three times as long, however often it is tried
-    assert any(seconds_of_the_slowest() < 1.25 for _ in range(4))
+def lanes_meet(*, serial: bool, seconds: float) -> int:
+    """How many times a chunk is written while the next one is computed and the one after that is read."""
+    meeting = Rendezvous({"read": 2, "compute": 1, "write": 0}, rounds=10 * 8 - 2, seconds=seconds)
 
-
-def seconds_of_the_slowest() -> float:
-    """How long a merge takes on lanes of one rate, in times that the slowest lane alone is busy."""
-    rate = 40 * SLOT / 0.5
-    lanes = {name: Rate(rate) for name in ("read", "compute", "write")}
-
-    class Slow(World):
+    class Meeting(World):
         def read(self, file: object, offset: int, buffer: memoryview) -> None:
+            meeting.enter("read")
             super().read(file, offset, buffer)  # type: ignore[arg-type]
-            lanes["read"].spend(len(buffer))
 
         def write(self, node: int, offset: int, data: memoryview) -> None:
+            meeting.enter("write")
             super().write(node, offset, data)
-            lanes["write"].spend(len(data))
 
-    class SlowDevice(CountingDevice):
+    class MeetingDevice(CountingDevice):
         def begin(self, thread: int, after: object) -> None:
+            meeting.enter("compute")
             super().begin(thread, after)  # type: ignore[arg-type]
-            lanes["compute"].spend(SLOT)
 
-    world = Slow()
+    world = Meeting()
     for _ in range(10):
         world.node("sum", [world.source(8 * ELEMENTS)])
     budgets = (DeviceBudget("test", 64 << 20, 1),)
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
-    start = time.perf_counter()
-    run(world, schedule, [SlowDevice("test", 64 << 20)])
-    seconds = time.perf_counter() - start
-    slowest = max(lane.busy for lane in lanes.values())
-    assert slowest > 0.9
-    return seconds / slowest
+    run(world, schedule, [MeetingDevice("test", 64 << 20)], serial=serial)
+    return meeting.met
+
+
+def test_reading_computing_and_writing_overlap() -> None:
+    assert lanes_meet(serial=False, seconds=HANG_SECONDS) == 10 * 8 - 2
+
+
+def test_lanes_that_run_one_after_the_other_never_meet() -> None:
+    """The test above can fail."""
+    with pytest.raises(threading.BrokenBarrierError):
+        lanes_meet(serial=True, seconds=0.2)
 
 
 def test_nonfinite_inputs_are_refused_by_name() -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from mergeloom.planning import Options, Plan, plan
 from tests.faults import Disk, Fail, Kill, Stopped, watching
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
+from tests.waiting import wait_until
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=150_000)
 GROUP = 16 << 10
@@ -257,7 +257,7 @@ def test_a_source_that_changes_during_the_merge(what: str, tmp_path: Path, monke
         nonlocal reads
         reads += 1
         if reads == 10:
-            wait_for(lambda: (out / WORK / "journal").read_bytes().count(b"\n") > 1)
+            wait_until(lambda: (out / WORK / "journal").read_bytes().count(b"\n") > 1)
             os.link(file, saved)
             if what == "replaced":
                 self._files.close()
@@ -347,14 +347,6 @@ def test_a_source_that_changes_and_is_put_back(what: str, tmp_path: Path, monkey
     monkeypatch.setattr(Reader, "read", read)
     run(plan(recipe, OPTIONS), out)
     assert digests(out) == digests(tmp_path / "whole")
-
-
-def wait_for(ready: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait until something has happened."""
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 # ------------------------------------------------------------------------------------------------ a full disk

@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import resource
-import time
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,21 @@ from mergeloom.io.checkpoint import open_checkpoint
 from mergeloom.io.header import read_header
 from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
+from tests.counting import count_lines
 from tests.models import tiny_llama, write_checkpoint
-from tests.mutations import BYTES, SECONDS, fuzz
+from tests.mutations import BYTES, LINES, fuzz
+from tests.waiting import no_hang
 
 
 @pytest.mark.parametrize(
     ("kind", "count"), [("headers", 4000), ("recipes", 600), ("plans", 500), ("indices", 400), ("configs", 250)]
 )
 def test_mutated_inputs_end_with_an_error_of_ours_or_well(kind: str, count: int, tmp_path: Path) -> None:
-    outcome = fuzz(kind, count, int(time.time()) // 86400, tmp_path)  # other ones each day
+    outcome = fuzz(kind, count, 1, tmp_path)  # `make soak` draws others
     assert outcome.failures == []
     assert outcome.tried == count
     assert outcome.refused > count // 5
-    assert outcome.slowest < SECONDS
+    assert 0 < outcome.lines <= LINES
     assert outcome.grown < BYTES
 
 
@@ -81,10 +82,8 @@ def test_weights_that_are_no_file_hang_nothing(kind: str, tmp_path: Path) -> Non
         file.mkdir()
     else:
         file.symlink_to(file)
-    begun = time.monotonic()
-    with pytest.raises(MergeloomError):
+    with no_hang(), pytest.raises(MergeloomError):
         read_header(file)
-    assert time.monotonic() - begun < SECONDS
 
 
 def test_sizes_are_bounded_before_anything_is_allocated(tmp_path: Path) -> None:
@@ -118,7 +117,9 @@ def test_yaml_that_grows_is_refused(tmp_path: Path) -> None:
     lines += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     for text in ("\n".join([*lines, "merge_method: linear", "models: *a11"]), "a: &a [*a]", "? " * 5000, "[" * 100_000):
         (tmp_path / "recipe.yml").write_text(text)
-        begun = time.monotonic()
-        with pytest.raises(MergeloomError):
-            plan(tmp_path / "recipe.yml", Options(device="cpu"))
-        assert time.monotonic() - begun < 2 * SECONDS
+
+        def refused() -> None:
+            with pytest.raises(MergeloomError):
+                plan(tmp_path / "recipe.yml", Options(device="cpu"))
+
+        count_lines(refused, LINES)

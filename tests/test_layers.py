@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -387,9 +386,6 @@ def test_any_prefix(is_module: bool, components: list[str], count: int, extras: 
 
 def test_a_hundred_thousand_names() -> None:
     names = [f"model.layers.{i}.mlp.experts.{e}.{p}.weight" for i in range(62) for e in range(256) for p in "abcdef"]
-    start = time.process_time()
     found = find_layers(names, {"num_hidden_layers": 61})
     layers = [found.split(name) for name in names]
-    seconds = time.process_time() - start
     assert len({id(layer.rest) for layer in layers if layer}) == 256 * 6  # one string for each, in all layers
-    assert seconds < 2, "about 0.2 s on the machine that this was written on"

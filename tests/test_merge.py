@@ -28,6 +28,7 @@ from mergeloom.planning import Options, plan
 from tests.conftest import MakeModel
 from tests.models import FineTune, Random, tiny_llama, write_checkpoint
 from tests.outputs import beyond_one_ulp, config_of, digests, read_model, same_bits, same_tensors
+from tests.waiting import HANG_SECONDS
 
 SENTENCES = ["A man is playing a guitar on stage.", "The stock market fell sharply today."]
 ROOMY = Options(max_ram=4 << 30, device="cpu", threads=2)
@@ -451,14 +452,17 @@ def test_an_interruption_at_the_very_end_can_be_gone_on_with(
 
 def test_a_signal_ends_the_process_with_130(tmp_path: Path, llamas: dict[str, Path]) -> None:
     code = (
-        "import sys, time\n"
-        "from mergeloom.engine import lanes\n"
+        "import os, sys, threading\n"
+        "from mergeloom import stopping\n"
+        "from mergeloom.engine.lanes import Lane\n"
         "from mergeloom.io.reading import Reader\n"
         "from mergeloom.__main__ import main\n"
-        "read = Reader.read\n"
-        "def slow(self, *arguments):\n"
-        "    sys.stdout.write('reading\\n'); sys.stdout.flush(); time.sleep(0.05); read(self, *arguments)\n"
-        "Reader.read = slow\n"
+        "stop, read, stopped = Lane.stop, Reader.read, threading.Event()\n"
+        "def blocked(self, *arguments):\n"
+        "    os.write(1, b'reading\\n'); stopped.wait(); read(self, *arguments)\n"
+        "def stop_lane(lane):\n"
+        "    stop(lane); stopped.set()\n"
+        f"Reader.read, Lane.stop, stopping.GRACE_SECONDS = blocked, stop_lane, {HANG_SECONDS}\n"
         "sys.exit(main(['merge', *sys.argv[1:], '--device', 'cpu', '--quiet']))\n"
     )
     recipe = tmp_path / "recipe.yml"
@@ -468,7 +472,7 @@ def test_a_signal_ends_the_process_with_130(tmp_path: Path, llamas: dict[str, Pa
     assert process.stdout is not None
     assert "reading" in process.stdout.readline()
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()

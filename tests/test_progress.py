@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 
 import pytest
 
 from mergeloom.engine.work import Progress
 from mergeloom.progress import WINDOW_SECONDS, Display, Meter, State, drawing
+from tests.waiting import no_hang, wait_until
 
 GB = 10**9
 
@@ -100,14 +100,22 @@ class Terminal(io.StringIO):
 
 
 def shown(stream: io.StringIO, *, quiet: bool = False) -> str:
-    """What a merge of two tenths of a second shows, drawn every twentieth."""
+    """What a merge shows that ends once the display has been drawn three times, or never where it is quiet."""
     progress = Progress()
-    with Display(100, 100, stream=stream, quiet=quiet, seconds=0.02) as display:
+    drawn = 0
+
+    class Counting(Display):
+        def _draw(self, state: State) -> None:
+            nonlocal drawn
+            super()._draw(state)
+            drawn += 1
+
+    with Counting(100, 100, stream=stream, quiet=quiet, seconds=0.001) as display:
         display(progress)
-        for _ in range(10):
+        for count in range(1, 4):
             progress.bytes_read += 10
             progress.bytes_written += 10
-            time.sleep(0.02)
+            wait_until(lambda count=count: quiet or drawn >= count)
     return stream.getvalue()
 
 
@@ -142,30 +150,36 @@ def test_a_paused_terminal_does_not_hold_the_merge_up(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TERM", "xterm")
     resumed = threading.Event()
 
+    hung = threading.Event()
+
     class Paused(Terminal):
         def write(self, text: str) -> int:
-            resumed.wait(10)
+            hung.set()
+            resumed.wait()
             return super().write(text)
 
     progress = Progress()
     display = Display(100, 100, stream=Paused(), seconds=0.01)
-    with display:
-        time.sleep(0.05)  # the drawing thread hangs in write by now
-        start = time.perf_counter()
+    with no_hang(), display:
+        hung.wait()
         for _ in range(1000):
             display(progress)
-        assert time.perf_counter() - start < 0.5
         resumed.set()
 
 
 def test_a_stream_that_is_closed_ends_the_display_and_nothing_else() -> None:
+    closed = threading.Event()
+
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
+            closed.set()
             raise BrokenPipeError
 
-    with Display(100, 100, stream=Closed(), seconds=0.01) as display:
+    with no_hang(), Display(100, 100, stream=Closed(), seconds=0.01) as display:
         display(Progress())
-        time.sleep(0.05)
+        closed.wait()
+        assert display._thread is not None
+        display._thread.join()
 
 
 def test_what_only_reads_says_so() -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.outputs import read_model, same_tensors
+from tests.waiting import HANG_SECONDS
 
 
 def merge(recipe: dict[str, object], directory: Path) -> subprocess.CompletedProcess[str]:
@@ -17,7 +18,7 @@ def merge(recipe: dict[str, object], directory: Path) -> subprocess.CompletedPro
     file = directory / "recipe.yml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     command = [sys.executable, "-m", "mergeloom", "merge", str(file), str(directory / "out"), "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
 
 
 @pytest.mark.parametrize("tune", ["a", "b", "c"])

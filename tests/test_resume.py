@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mergeloom.engine.lanes import Lane
 from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
 from mergeloom.io.journal import Journal, read_journal
@@ -25,10 +25,12 @@ from mergeloom.manifest import MANIFEST
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, Plan, plan
 from mergeloom.report import summary_sections
+from mergeloom.stopping import GRACE_SECONDS
 from tests.faults import Kill, Stopped, watching
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
 from tests.test_faults import make_blocks_small
+from tests.waiting import HANG_SECONDS, no_hang
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=400_000)
 GROUP = 40 << 10
@@ -456,54 +458,81 @@ def test_the_holder_is_named(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ signals
 
-SLOW = """
-import sys, time
+BLOCKED = """
+import os, sys, threading
+from pathlib import Path
+from mergeloom import merging, stopping
 from mergeloom.__main__ import main
+from mergeloom.engine.lanes import Lane
 from mergeloom.io import platform
+
+journal, released = Path(sys.argv[3]) / {work!r} / "journal", threading.Event()
+
 def watch(call, *arguments):
-    if call == "write":
-        time.sleep(0.02)
-        if {stuck}:
-            while True: time.sleep(1)
-    if call == "sync":
-        sys.stdout.write("sync\\n"); sys.stdout.flush()
+    if call == "write" and journal.exists() and journal.read_bytes().count(b'{{"node"') > 2:
+        os.write(1, b"blocked\\n")
+        released.wait()
+
+def stop_lane(lane):
+    stop_at_once(lane)
+    if {released}:
+        released.set()
+
+def stop_merge(self, number, frame):
+    os.write(1, b"stopping\\n")
+    raise_interrupt(self, number, frame)
+
 platform.WATCH = watch
-import mergeloom.merging
-merge = mergeloom.merging.merge
-mergeloom.merging.merge = lambda *a, **k: merge(*a, **k, group_bytes=100000)
+stop_at_once, Lane.stop = Lane.stop, stop_lane
+raise_interrupt, stopping.StopSignals._stop = stopping.StopSignals._stop, stop_merge
+stopping.GRACE_SECONDS = {grace}
+merge = merging.merge
+merging.merge = lambda *a, **k: merge(*a, **k, group_bytes=40000)
 sys.exit(main(sys.argv[1:]))
 """
+"""A merge whose writes block after a few commits: until its lanes are stopped, or for ever."""
 
 
-def spawn(models: list[Path], out: Path, tmp_path: Path, stuck: str = "False") -> subprocess.Popen[str]:
-    """A merge in a process of its own that writes slowly."""
+def spawn(
+    models: list[Path], out: Path, tmp_path: Path, *, released: bool, grace: float = HANG_SECONDS
+) -> subprocess.Popen[str]:
+    """Start a merge, and wait until it blocks.
+
+    Args:
+        models: the sources.
+        out: the output directory.
+        tmp_path: where the recipe is written.
+        released: whether the blocked writes end once the lanes are stopped.
+        grace: seconds until the process gives up stopping in good order.
+    """
     (tmp_path / "recipe.yml").write_text(json.dumps(recipe(models)))
-    command = [sys.executable, "-c", SLOW.format(stuck=stuck), "merge", str(tmp_path / "recipe.yml"), str(out)]
+    program = BLOCKED.format(work=WORK, released=released, grace=grace)
+    command = [sys.executable, "-c", program, "merge", str(tmp_path / "recipe.yml"), str(out)]
     command += ["--device", "cpu", "--threads", "1", "--shard-size", "400000", "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_line(process, "blocked\n")
+    return process
 
 
-def wait_for_commits(out: Path, records: int = 3) -> None:
-    """Wait until the journal has so many records of what was made."""
-    end = time.monotonic() + 60
-    journal = out / WORK / "journal"
-    while not journal.exists() or journal.read_bytes().count(b'{"node"') < records:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
+    """Read what a process prints up to a line."""
+    assert process.stdout is not None
+    assert line in iter(process.stdout.readline, ""), process.communicate(timeout=HANG_SECONDS)[1]
+
+
+def test_stopping_in_good_order_may_take_less_than_two_seconds() -> None:
+    assert GRACE_SECONDS < 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_within_two_seconds_and_it_goes_on(
+def test_a_signal_ends_it_in_good_order_and_it_goes_on(
     number: signal.Signals, models: list[Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = spawn(models, out, tmp_path)
-    wait_for_commits(out)
-    begun = time.monotonic()
+    process = spawn(models, out, tmp_path, released=True)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - begun < 2
-    assert process.returncode == 130
+    _, errors = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 130, errors
     assert f"what is finished is kept in {out}; run the same command again to go on" in errors
     assert "Traceback" not in errors
     file = tmp_path / "recipe.yml"
@@ -518,36 +547,43 @@ def test_a_second_signal_ends_it_at_once_and_so_does_a_disk_that_hangs(models: l
     """Every lane hangs in a write, as on a network file system that has gone."""
     outs = [tmp_path / "twice", tmp_path / "once"]
     for out in outs:
-        stuck = f"os.path.exists({str(tmp_path / 'stuck')!r})"
-        (tmp_path / "stuck").unlink(missing_ok=True)
-        process = spawn(
-            models, out, tmp_path, f"__import__('os').path.exists({str(tmp_path / 'stuck')!r})" if stuck else ""
-        )
-        wait_for_commits(out)
-        (tmp_path / "stuck").write_text("")
-        time.sleep(0.1)
-        begun = time.monotonic()
+        twice = out.name == "twice"
+        process = spawn(models, out, tmp_path, released=False, grace=10 * HANG_SECONDS if twice else 0.1)
         process.send_signal(signal.SIGINT)
-        if out.name == "twice":
-            time.sleep(0.2)
+        if twice:
+            wait_for_line(process, "stopping\n")
             process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-        assert time.monotonic() - begun < (0.7 if out.name == "twice" else 2)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 130
+        assert ("stopped at once" in errors) == (not twice)
         assert "Traceback" not in errors
         merge(tmp_path / "recipe.yml", out, OPTIONS)
     assert digests(outs[0]) == digests(outs[1])
 
 
 def test_from_python_too_an_interrupt_can_be_gone_on_from(models: list[Path], tmp_path: Path) -> None:
+    journal = tmp_path / "out" / WORK / "journal"
+    stop_at_once, stopped = Lane.stop, threading.Event()
+
+    def committed() -> bool:
+        return journal.exists() and journal.read_bytes().count(b"\n") > 3
+
     def stop(progress: Progress) -> None:
-        if (tmp_path / "out" / WORK / "journal").exists() and progress.bytes_written > 100_000:
+        if committed():
             raise KeyboardInterrupt
 
-    slow = threading.Event()
-    with pytest.MonkeyPatch.context() as patch:
+    def watch(call: str, *arguments: object) -> None:
+        if call == "write" and committed():
+            stopped.wait()
+
+    def stop_lane(lane: Lane[Any]) -> None:
+        stop_at_once(lane)
+        stopped.set()
+
+    with no_hang(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("mergeloom.engine.execute.NOTIFY_SECONDS", 0.001)
-        patch.setattr("mergeloom.io.platform.WATCH", lambda call, *a: slow.wait(0.02 if call == "write" else 0))
+        patch.setattr("mergeloom.io.platform.WATCH", watch)
+        patch.setattr(Lane, "stop", stop_lane)
         with pytest.raises(Interrupted, match="run the same command again to go on"):
             run(recipe(models), tmp_path / "out", notify=stop)
     run(recipe(models), tmp_path / "out")

@@ -201,7 +201,7 @@ def test_the_bytes_are_the_same_everywhere(disk: Path, out: Path, tmp_path: Path
 
 
 @pytest.mark.root
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     sizes=st.lists(st.integers(1, 1_500_000), min_size=2, max_size=6),
     shard_bytes=st.sampled_from([None, 2_000_000, 4_000_000]),

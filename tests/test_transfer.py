@@ -157,11 +157,11 @@ def test_stopping_waits_for_what_is_being_done() -> None:
 
     def work(thread: int, piece: int) -> None:
         begun.set()
-        go_on.wait(10)
+        go_on.wait()
         done.append(piece)
 
     mover = Mover(range(10), 1, work, lambda error: None)
-    begun.wait(10)
+    begun.wait()
     assert not mover.wait(0)
     threading.Timer(0.1, go_on.set).start()
     mover.stop()

@@ -17,6 +17,7 @@ from mergeloom.methods import contract, merge_methods, plugins
 from mergeloom.planning import Options
 from tests.faults import Kill, Stopped, watching
 from tests.outputs import digests, read_model, same_tensors
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = """
@@ -50,7 +51,9 @@ def mergeloom(*arguments: object, path: Path | None = None) -> subprocess.Comple
     """The command, with another directory on Python's path."""
     start = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else "import sys; "
     command = [sys.executable, "-c", f"{start}from mergeloom.__main__ import main; sys.exit(main())"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+    )
 
 
 def recipe(llamas: dict[str, Path], directory: Path, method: str = "half", more: str = "") -> Path:

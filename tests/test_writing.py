@@ -132,7 +132,7 @@ def test_pieces_of_all_sizes_from_many_threads(seed: int, planned: Plan, tmp_pat
     for _ in range(5):
         writer.check_claims()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     for node in writer.data:
         writer.shards.finished(node)
     writer.shards.commits.close()
@@ -213,7 +213,7 @@ def test_a_piece_that_fails_ends_those_that_wait_for_it(
     thread.start()
     with pytest.raises(OSError, match="Input/output"):
         writer.write(node, 0, 40_000)
-    thread.join(10)
+    thread.join()
     assert [type(end) for end in ends] == [Ended]
     assert [str(error) for error in writer.errors] == ["Input/output error"]
     writer.close()
