@@ -128,6 +128,7 @@ class _Need:
     window: int = 1
     workspace: int = 0
     workspace_node: int | None = None
+    allocated: int = 0  # bytes of a compute thread besides its workspace
 
 
 def make_schedule(
@@ -150,7 +151,7 @@ def make_schedule(
     separate = [device.vram is not None for device in budget.devices]
     need = needs[0]
     host_workspace = sum(
-        device.threads * (_needs_workspace(need_) + PARTIAL_BYTES)
+        device.threads * (_needs_workspace(need_) + need_.allocated + PARTIAL_BYTES)
         for device, need_, own in zip(budget.devices, needs, separate, strict=True)
         if not own and need_.workspace
     )
@@ -299,6 +300,10 @@ def _needs(graph: MergeGraph, aim: int, finished: Container[int]) -> _Need:
             need.slot_node = node
         tile = min(tile_length(graph, node, aim), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node))
+        measured = graph.footprints.get(node)
+        if measured is not None:
+            workspace = max(workspace, measured.workspace.at(tile))
+            need.allocated = max(need.allocated, -(-measured.allocated.at(tile) // PAGE) * PAGE)
         if workspace > need.workspace:
             need.workspace = workspace
             need.workspace_node = node

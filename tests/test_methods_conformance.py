@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +17,13 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Base, Inputs, Kernel, MethodError, Unit
+from mergeloom.methods.contract import Base, Inputs, MethodError, Unit
 from tests import reference
+from tests.cases import CASES, Case
 from tests.kernels import merge, run_kernel
 
 KEY = 0x1234_5678_9ABC_DEF1
 SHAPE = (331, 1021)  # more than 2^18 elements, and no power of two anywhere
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to call a method.
-
-    Args:
-        method: its name.
-        models: how many inputs, the base included.
-        base: which of them is the base.
-        parameters: as in a recipe.
-    """
-
-    method: str
-    models: int
-    base: int | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join([self.method, *(f"{k}={v}" for k, v in self.parameters.items())])
-
-    def kernel(self, inputs: Sequence[Tensor]) -> Kernel:
-        bound = Inputs(len(inputs), self.base, tuple(inputs[0].shape))
-        return merge_methods()[self.method].kernel(bound, self.parameters)
-
-
-W3 = (0.7, 1.0, 0.4)
-W4 = (0.0, 0.5, 0.3, 0.4)
-D4 = (0.0, 0.3, 0.55, 0.9)
-TASK = {"weight": W4, "density": D4}
-CASES = [
-    Case("linear", 3, None, {"weight": W3}),
-    Case("linear", 3, None, {"weight": (0.7, -1.0, 0.4), "normalize": False}),
-    Case("passthrough", 1, None, {"scale": (0.3,)}),
-    Case("passthrough", 1),
-    Case("slerp", 2, 0, {"t": 0.3}),
-    Case("slerp", 2, 1, {"t": 1.2, "dot_threshold": 1.0}),
-    Case("nuslerp", 2, None, {"weight": (0.5, 1.5)}),
-    Case("nuslerp", 3, 0, {"weight": W3}),
-    Case("nuslerp", 3, 2, {"weight": W3, "nuslerp_flatten": False}),
-    Case("nuslerp", 3, 0, {"weight": W3, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
-    Case("nuslerp", 2, None, {"weight": (1.0, -1.0)}),
-    Case("multislerp", 3, None, {"weight": W3}),
-    Case("multislerp", 4, 0, {"weight": W4, "normalize_weights": False}),
-    Case("karcher", 3),
-    Case("karcher", 3, None, {"max_iter": 1}),
-    Case("model_stock", 4, 0),
-    Case("model_stock", 4, 1, {"filter_wise": True}),
-    Case("task_arithmetic", 4, 0, {"weight": W4, "lambda": 0.7}),
-    Case("task_arithmetic", 4, 0, {"weight": W4, "normalize": True}),
-    Case("ties", 4, 0, TASK),
-    Case("ties", 4, 0, TASK | {"normalize": False, "rescale": True, "lambda": 1.3}),
-    Case("ties", 4, 0, {"weight": (0.0, 1.0, -1.0, 1.0), "density": (0.0, 0.001, 1.0, 0.0)}),
-    Case("dare_linear", 4, 0, TASK),
-    Case("dare_linear", 4, 0, TASK | {"unbiased": True, "normalize": True}),
-    Case("dare_ties", 4, 0, TASK),
-    Case("dare_ties", 4, 3, {"weight": (1.0, 1.0, 1.0, 0.0), "density": (0.0, 1.0, 0.5, 1.0), "rescale": False}),
-    Case("della", 4, 0, TASK | {"epsilon": (0.0, 0.1, 0.2, 0.05)}),
-    Case("della_linear", 4, 0, TASK | {"epsilon": (0.0, 0.1, 0.2, 0.05), "unbiased": True}),
-    Case("breadcrumbs", 4, 0, TASK),
-    Case("breadcrumbs", 4, 0, TASK | {"gamma": (0.0, 0.9, 0.0, 0.05)}),
-    Case("breadcrumbs_ties", 4, 0, TASK | {"gamma": (0.0, 0.2, 0.1, 0.01)}),
-    Case("sce", 4, 0),
-    Case("sce", 4, 0, {"select_topk": 0.4}),
-    Case("nearswap", 2, 0, {"t": 0.0005}),
-    Case("arcee_fusion", 2, 0),
-    Case("ram", 4, 0),
-    Case("ram", 4, 0, {"epsilon": 0.0005}),
-    Case("ramplus_tl", 4, 0, {"epsilon": 0.0005, "r": 0.7, "alpha": 0.9}),
-]
 IDS = [str(case) for case in CASES]
 
 
