@@ -335,6 +335,8 @@ def file_system(path: Path) -> str:
     return mount_of(path).kind
 
 
+OWN_PROCESS = False
+"""Whether this process runs the command line and nothing else: all of its memory is mergeloom's then."""
 MAPPED_BYTES = 256 << 10
 """Allocations from this size on are mapped one by one, in bytes."""
 _M_MMAP_THRESHOLD = -3  # of malloc.h

@@ -12,8 +12,8 @@ from pathlib import Path
 from .engine.graph import MergeGraph
 from .engine.schedule import Budget, DeviceBudget, Schedule
 from .errors import BudgetError, UsageError
+from .io import platform
 from .io.cgroups import cpu_limit, memory_left, memory_limit
-from .io.platform import return_large_blocks
 from .io.sizes import format_size, parse_size
 
 RAM_SHARE = 0.7
@@ -22,7 +22,7 @@ VRAM_SHARE = 0.85
 """The default --max-vram, as a share of the GPU's memory."""
 CUDA_BYTES = 1200 << 20
 """What a CUDA context adds to the process in host memory, in bytes."""
-SLACK_BYTES = 24 << 20
+SLACK_BYTES = 10 << 20
 """For thread stacks, file buffers and the display, in bytes."""
 COPYING_SLACK_BYTES = 5 << 20
 """The same where nothing is computed."""
@@ -211,7 +211,8 @@ def make_budget(
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + JUDGE_BYTES
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES
-    return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices)
+    held = -(-process_memory().peak // step) * step if platform.OWN_PROCESS and total is None else 0
+    return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices, held)
 
 
 def prepare_to_compute(graph: MergeGraph) -> None:
@@ -226,7 +227,7 @@ def prepare_to_compute(graph: MergeGraph) -> None:
     from .engine.footprint import measure_footprints
     from .engine.passes import import_torch
 
-    return_large_blocks()
+    platform.return_large_blocks()
     import_torch()
     import importlib
 
