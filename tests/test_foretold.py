@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import mergeloom
-from mergeloom.machine import Machine
+from mergeloom.machine import MEMORY_STEP, Machine
 from mergeloom.planning import Options, plan
 from mergeloom.sharing import place
 from mergeloom.wording import data_size
@@ -62,23 +62,22 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PLANNING = """
-import json, resource, sys
+import json, sys
 from mergeloom.machine import process_memory
 from mergeloom.planning import Options, plan
 from mergeloom.report import plan_text
 recipe = json.loads(sys.argv[1])
 found = plan(recipe, Options(device="cpu", threads=2, max_ram=int(sys.argv[2])))
 text = plan_text(found)
-usage = resource.getrusage(resource.RUSAGE_SELF)
 said = found.to_dict()
 del said["inputs"]["unused"]
-print(json.dumps({"plan": said, "cpu": usage.ru_utime + usage.ru_stime, "rss": process_memory().peak}))
-assert "torch" not in sys.modules
+print(json.dumps({"plan": said, "rss": process_memory().peak}))
+assert ("torch" in sys.modules) == found.computes
 """
 
 
 def planned(recipe: Recipe, ram: int = 8 * GIB) -> dict[str, Any]:
-    """What a process of its own plans, the seconds of a core and the memory that it took."""
+    """What a process of its own plans, and the memory that it took."""
     arguments = [sys.executable, "-c", PLANNING, json.dumps(recipe), str(ram)]
     found: dict[str, Any] = json.loads(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
     return found
@@ -101,7 +100,6 @@ def test_frankenmerges_of_405b(kind: str, sparse: Path) -> None:
     assert said["bytes_reread"] == 0
     assert 0 < said["disk"] - elements * BF16 < 2_000_000  # headers
     assert said["output"]["shards"] >= elements * BF16 / 5e9
-    assert found["cpu"] < 5
     assert said["peak_ram"] < 256 << 20
 
 
@@ -115,9 +113,7 @@ def test_a_ties_of_three_405b(sparse: Path) -> None:
     assert roomy["output"]["tensors"] == len(shapes) == 1137
     assert (roomy["bytes_read"], roomy["bytes_written"], roomy["bytes_reread"]) == (3 * total, total, 0)
 
-    found = planned(recipe)
-    said = found["plan"]
-    assert found["cpu"] < 5
+    said = planned(recipe)["plan"]
     assert said["bytes_read"] == 3 * total + said["bytes_reread"]
     passes = said["peak_ram_at"]["passes"]
     # all but the embedding and the head fit 8 GiB three times; of these the rest is read again in each further pass
@@ -153,7 +149,6 @@ def test_a_linear_of_two_mixtures_of_experts(sparse: Path) -> None:
     assert said["output"]["parameters"] == total // BF16 > 671e9
     assert (said["bytes_read"], said["bytes_written"], said["bytes_reread"]) == (2 * total, total, 0)
     assert [model["used"] for model in said["bytes_by_model"]] == [total, total]
-    assert found["cpu"] < 15
     assert found["rss"] < GIB
 
 
@@ -218,8 +213,9 @@ def test_bytes_and_memory_of_the_real_encoder(
         assert measured[key] == report[key] == foretold[key], key
     assert report["peak_ram"] <= ram
     assert measured["peak_rss"] <= report["peak_ram"]
-    assert measured["peak_rss"] >= 0.85 * report["peak_ram"]
-    assert foretold["peak_ram"] == pytest.approx(report["peak_ram"], rel=0.03)  # the process's own size varies a little
+    assert measured["excess_ram"] == 0
+    assert measured["peak_rss"] >= report["peak_ram"] - (64 << 20)  # what is rounded up and set aside
+    assert abs(foretold["peak_ram"] - report["peak_ram"]) <= MEMORY_STEP  # the process's own size varies a little
 
 
 # ------------------------------------------------------------------------------------------------ system calls
@@ -360,8 +356,7 @@ def test_a_plan_for_another_machine_is_not_merged_here(llamas: dict[str, Path], 
         mergeloom.merge(found, tmp_path / "out")
 
 
-def test_planning_is_quick_and_small_for_one_model(make_model: MakeModel) -> None:
+def test_planning_takes_little_memory_for_one_model(make_model: MakeModel) -> None:
     path = make_model("1b", models.llama_3_2_1b(), fill=None)
     found = planned(linear(path, make_model("1b-x", models.llama_3_2_1b(), fill=None)), GIB)
-    assert found["cpu"] < 3
-    assert found["rss"] < 100 << 20
+    assert found["rss"] < found["plan"]["minimum_ram"]
