@@ -89,9 +89,9 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -
         extremes.append(round_into(out[part], result))
     if not _beyond(extremes, largest(out.dtype)):
         return Outcome()
-    nonfinite = find_nonfinite(piece.inputs)
+    nonfinite = find_nonfinite(piece.inputs, piece.tile)
     if not nonfinite:
-        overflowed = int((~torch.isfinite(out.to(torch.float32))).sum())
+        overflowed = count_nonfinite(out, piece.tile)
     return Outcome(nonfinite, overflowed)
 
 
@@ -130,15 +130,20 @@ def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
                 extremes.setdefault(floats.dtype, []).extend((floats.amax(), floats.amin()))
     suspicious = any(bool((torch.stack(found) == mask).any()) for mask, found in exponents.items())
     suspicious |= any(_beyond(found, largest(dtype)) for dtype, found in extremes.items())
-    return find_nonfinite(piece.inputs) if suspicious else ()
+    return find_nonfinite(piece.inputs, piece.tile) if suspicious else ()
 
 
-def find_nonfinite(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """Which inputs hold a NaN or an infinity."""
-    return tuple(
-        number
-        for number, tensor in enumerate(inputs)
-        if not torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32)).all()
+def find_nonfinite(inputs: Sequence[Tensor], tile: int) -> tuple[int, ...]:
+    """Which inputs hold a NaN or an infinity; `tile` is how many elements are checked at a time."""
+    return tuple(number for number, tensor in enumerate(inputs) if count_nonfinite(tensor, tile))
+
+
+def count_nonfinite(values: Tensor, tile: int) -> int:
+    """How many values are NaN or infinite; `tile` is how many are checked at a time."""
+    parts = torch.split(values.view(-1), tile)
+    return sum(
+        part.numel() - int(torch.count_nonzero(torch.isfinite(part if part.dtype.itemsize > 1 else part.float())))
+        for part in parts
     )
 
 

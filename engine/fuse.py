@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..io.dtypes import DType
@@ -55,6 +55,12 @@ class FusedKernel(Kernel):
         self.transparent = all(part.kernel.transparent for part in parts)
         by_row = any(part.kernel.unit is not Unit.ELEMENT for part in parts)
         self.unit = Unit.ROW if by_row else Unit.ELEMENT
+        self.bound = parts[-1].kernel.bound
+
+    def resized(self, shape: tuple[int, ...]) -> FusedKernel:
+        """The same parts for tensors of another shape."""
+        parts = [replace(part, kernel=part.kernel.resized(shape)) for part in self.parts]
+        return FusedKernel(replace(self.inputs, shape=shape), parts)
 
     @property
     def granule(self) -> int:

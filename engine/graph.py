@@ -19,6 +19,8 @@ from ..methods.contract import Kernel
 if TYPE_CHECKING:
     import networkx
 
+    from .footprint import Footprint
+
 
 class Kind(Enum):
     """How an operation's output comes about."""
@@ -89,6 +91,7 @@ class MergeGraph:
         node_dtype: the element type that each node's output is rounded to.
         node_key: the random key of each node, 0 where its operation isn't random.
         outputs: the output tensors, in the order of the model.
+        footprints: the memory of a compute thread at each node that was measured: see `footprint.measure_footprints`.
     """
 
     def __init__(self, models: tuple[str, ...]) -> None:
@@ -102,6 +105,7 @@ class MergeGraph:
         self.node_dtype: list[DType] = []
         self.node_key: list[int] = []
         self.outputs: list[Output] = []
+        self.footprints: dict[int, Footprint] = {}
         self._read_numbers: dict[tuple[int, str], int] = {}
         self._operation_numbers: dict[Operation, int] = {}
         self._node_numbers: dict[tuple[int, tuple[int, ...], str, int], int] = {}

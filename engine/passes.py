@@ -45,7 +45,7 @@ class Passes:
 
     def open(self, arena: memoryview) -> Tensor:
         """Look at the arena in RAM as torch does: one-dimensional uint8."""
-        torch = _import_torch()
+        torch = import_torch()
         self._host = torch.frombuffer(arena, dtype=torch.uint8)
         return self._host
 
@@ -146,7 +146,7 @@ class Passes:
         return self._graph.models[self._graph.read_models[read]]
 
 
-def _import_torch() -> ModuleType:
+def import_torch() -> ModuleType:
     """torch, imported without collections of garbage: hundreds of them find nothing in all that it defines."""
     collects = gc.isenabled()
     gc.disable()

@@ -58,11 +58,13 @@ class Budget:
         ram: the bound on the process's resident memory, in bytes.
         baseline: what the process takes without the engine's buffers, in bytes.
         devices: the devices that compute, at least one.
+        held: the most that the process has held so far, in bytes; 0 in a larger program, whose memory it is.
     """
 
     ram: int
     baseline: int
     devices: tuple[DeviceBudget, ...]
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Schedule:
         bytes_reread: the part of them that had been read before.
         bytes_written: tensor bytes written.
         serial_ram: the most RAM that slots take when the steps run one chunk after another, in bytes.
+        fixed_ram: bytes of RAM that are held all the time: the program, and what compute threads need.
         peak_ram: the bound on the process's resident memory, in bytes: baseline, arena and workspaces.
         peak_vram: what is held on the devices, in bytes, the largest of them.
         minimum_ram: the smallest RAM budget that works, in bytes, and the node that needs it.
@@ -101,6 +104,7 @@ class Schedule:
     bytes_written: int
     uploaded: int
     serial_ram: int
+    fixed_ram: int
     peak_ram: int
     peak_vram: int
     minimum_ram: int
@@ -128,6 +132,7 @@ class _Need:
     window: int = 1
     workspace: int = 0
     workspace_node: int | None = None
+    allocated: int = 0  # bytes of a compute thread besides its workspace
 
 
 def make_schedule(
@@ -150,12 +155,12 @@ def make_schedule(
     separate = [device.vram is not None for device in budget.devices]
     need = needs[0]
     host_workspace = sum(
-        device.threads * (_needs_workspace(need_) + PARTIAL_BYTES)
+        device.threads * (_needs_workspace(need_) + need_.allocated + PARTIAL_BYTES)
         for device, need_, own in zip(budget.devices, needs, separate, strict=True)
         if not own and need_.workspace
     )
     fixed = budget.baseline + host_workspace
-    minimum_ram = fixed + need.window * need.slot
+    minimum_ram = max(fixed + need.window * need.slot, budget.held)
     minimum_vram = max(
         (
             need_.window * need_.slot + device.threads * _needs_workspace(need_)
@@ -215,7 +220,8 @@ def make_schedule(
         bytes_written=written,
         uploaded=best.uploaded,
         serial_ram=best.peak * slot,
-        peak_ram=fixed + used_slots * slot,
+        fixed_ram=fixed,
+        peak_ram=max(fixed + used_slots * slot, budget.held),
         peak_vram=max(vram_held, default=0),
         minimum_ram=minimum_ram,
         minimum_ram_node=need.slot_node if need.slot_node is not None else need.workspace_node,
@@ -299,6 +305,10 @@ def _needs(graph: MergeGraph, aim: int, finished: Container[int]) -> _Need:
             need.slot_node = node
         tile = min(tile_length(graph, node, aim), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node))
+        measured = graph.footprints.get(node)
+        if measured is not None:
+            workspace = max(workspace, measured.workspace.at(tile))
+            need.allocated = max(need.allocated, -(-measured.allocated.at(tile) // PAGE) * PAGE)
         if workspace > need.workspace:
             need.workspace = workspace
             need.workspace_node = node

@@ -352,3 +352,24 @@ def mount_of(path: Path) -> Mount:
 def file_system(path: Path) -> str:
     """The type of the file system that holds `path` (or its nearest parent), such as ``xfs``; "" where unknown."""
     return mount_of(path).kind
+
+
+OWN_PROCESS = False
+"""Whether this process runs the command line and nothing else: all of its memory is mergeloom's then."""
+MAPPED_BYTES = 256 << 10
+"""Allocations from this size on are mapped one by one, in bytes."""
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def return_large_blocks() -> bool:
+    """Let the C library give each large block of memory back to the system as soon as it is freed; whether it does.
+
+    Otherwise glibc raises its own threshold to the largest block that was ever freed, and takes larger ones from heaps,
+    of which every thread has one, and which small blocks keep from shrinking.
+    """
+    if "mallopt" in DISABLED or not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None), "mallopt", None)
+    return call is not None and bool(call(_M_MMAP_THRESHOLD, MAPPED_BYTES))

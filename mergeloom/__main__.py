@@ -55,6 +55,9 @@ def command() -> NoReturn:
 
     Taking torch down, module by module, takes a third of a second, and nothing is left in it that would be missed.
     """
+    from .io import platform
+
+    platform.OWN_PROCESS = True
     code = main()
     if "torch" in sys.modules:
         atexit._run_exitfuncs()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
-from .errors import UsageError
+from .errors import BudgetError, UsageError
 from .stacking import stack
 from .verify_command import verify
 
@@ -254,6 +254,20 @@ def merge(
         show(sections)
     elif result.measured.overflowed:
         show([overflow_section(result)], sys.stderr)
+    if result.excess_ram:
+        raise _exceeded(result)
+
+
+def _exceeded(result: Result) -> BudgetError:
+    """The error of a merge that is complete, but held more memory than it was allowed."""
+    from .wording import memory_size
+
+    done = "the merge is complete" if result.out is not None else "the rehearsal is complete"
+    limit = result.plan.schedule.budget.ram
+    return BudgetError(
+        f"{done}, but the process held {memory_size(result.peak_rss, up=True)} of memory, more than the budget of "
+        f"{memory_size(limit)}: please report this with the recipe and the version of torch"
+    )
 
 
 def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result:

@@ -138,6 +138,8 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
         reader.close()
     tile = max(1, plan.schedule.tile_elements[0] // kernel.granule) * kernel.granule
     nbytes = kernel.workspace(min(tile, elements), work_bytes(graph, node))
+    if node in graph.footprints:
+        nbytes = max(nbytes, graph.footprints[node].workspace.at(min(tile, elements)))
     spaces = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(threads)]
     outs = [torch.empty(elements, dtype=torch_dtype(graph.node_dtype[node]), device=device) for _ in range(threads)]
     positions = graph.operation(node).positions or tuple(range(len(inputs)))

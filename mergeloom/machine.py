@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.schedule import Budget, DeviceBudget
-from .errors import UsageError
-from .io.sizes import parse_size
+from .engine.graph import MergeGraph
+from .engine.schedule import Budget, DeviceBudget, Schedule
+from .errors import BudgetError, UsageError
+from .io import platform
+from .io.cgroups import cpu_limit, memory_left, memory_limit
+from .io.sizes import format_size, parse_size
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
 VRAM_SHARE = 0.85
 """The default --max-vram, as a share of the GPU's memory."""
-TORCH_BYTES = 194 << 20
-"""What importing torch and starting its threads adds to the process, in bytes."""
 CUDA_BYTES = 1200 << 20
 """What a CUDA context adds to the process in host memory, in bytes."""
-SLACK_BYTES = 24 << 20
+SLACK_BYTES = 10 << 20
 """For thread stacks, file buffers and the display, in bytes."""
 COPYING_SLACK_BYTES = 5 << 20
 """The same where nothing is computed."""
 JUDGE_BYTES = 12 << 20
-"""What the safetensors library, and numpy with it, take to look at what was written; torch's share has both."""
-PROGRAM_BYTES = 31 << 20
-"""What the process takes once it has planned a small merge: the interpreter and what was imported, in bytes."""
-TENSOR_BYTES = 1280
-"""What planning takes for each tensor that is read or made, in bytes."""
-FIRST_TENSORS, FIRST_BYTES = 4000, 2920
-"""So many of the tensors take so much more: with them come files, headers and tables that many tensors share."""
-JITTER_BYTES = 2 << 20
-"""How much more a process may take than is reckoned before that counts."""
-GUEST_STEP = 16 << 20
-"""A larger program's memory is rounded up to this, in bytes."""
-_CGROUP = Path("/sys/fs/cgroup")
+"""What the safetensors library, and numpy with it, take to look at what was written; where torch is imported, it has
+imported both."""
+STEP_BYTES = 900
+"""What the schedule takes for each step, in bytes: two schedules exist at the same time while OUT is looked at."""
+OUTPUT_BYTES = 1024
+"""What digests, journal and manifest take for each output tensor, in bytes."""
+MEMORY_STEP = 16 << 20
+"""The measured memory of the process is rounded up to this, in bytes: it varies a little from run to run, and `plan`
+and `merge` should agree."""
+COPYING_MEMORY_STEP = 4 << 20
+"""The same where nothing is computed, and the process is small."""
+THREAD_ADDRESSES = 8 << 20
+"""Address space of a thread's stack, in bytes, where the system does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +114,8 @@ def total_ram() -> int:
     import psutil
 
     total = int(psutil.virtual_memory().total)
-    for directory in _cgroup_directories():
-        limit = _read_number(directory / "memory.max")
-        if limit is not None:
-            total = min(total, limit)
-    return total
+    limit = memory_limit()
+    return total if limit is None else min(total, limit)
 
 
 def available_ram() -> int:
@@ -123,53 +123,15 @@ def available_ram() -> int:
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    for directory in _cgroup_directories():
-        limit, used = _read_number(directory / "memory.max"), _read_number(directory / "memory.current")
-        if limit is not None and used is not None:
-            reclaimable = _read_fields(directory / "memory.stat").get("inactive_file", 0)
-            available = min(available, limit - used + reclaimable)
-    return max(0, available)
+    left = memory_left()
+    return available if left is None else max(0, min(available, left))
 
 
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, and the cgroup's CPU limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for directory in _cgroup_directories():
-        try:
-            quota, period = (directory / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            cores = min(cores, max(1, -(-int(quota) // int(period))))
-    return cores
-
-
-def _cgroup_directories() -> list[Path]:
-    """The directories of this process's cgroup (version 2), from its own up to the root."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if own is None:
-        return []
-    directory = _CGROUP / own.lstrip("/")
-    return [directory, *(parent for parent in directory.parents if parent == _CGROUP or _CGROUP in parent.parents)]
-
-
-def _read_number(file: Path) -> int | None:
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
-
-
-def _read_fields(file: Path) -> dict[str, int]:
-    try:
-        return {key: int(value) for key, value in (line.split() for line in file.read_text().splitlines())}
-    except (OSError, ValueError):
-        return {}
+    limit = cpu_limit()
+    return cores if limit is None else min(cores, limit)
 
 
 def find_devices(
@@ -230,25 +192,135 @@ def make_budget(
     devices: tuple[DeviceBudget, ...],
     computes: bool,
     total: int | None = None,
-    tensors: int = 0,
+    *,
+    steps: int = 0,
+    outputs: int = 0,
 ) -> Budget:
-    """The budget of a merge.
+    """The budget of a merge. Measures this process: `prepare_to_compute` comes first where anything is computed.
 
     Args:
         max_ram: the bound on the process's resident memory in bytes; a share of the machine's where None.
         devices: those that compute.
-        computes: whether anything is computed, so that torch is needed.
-        total: bytes of the machine's memory, where it isn't this one: what this process holds then doesn't count.
-        tensors: how many tensors are read and made, which planning keeps account of.
+        computes: whether anything is computed.
+        total: bytes of the machine's memory, where it isn't this one.
+        steps: of the schedule that is going to be made.
+        outputs: output tensors.
     """
-    # a reckoned figure, not the one of this moment, so that a plan and its merge agree to the byte
-    baseline = PROGRAM_BYTES + tensors * TENSOR_BYTES + min(tensors, FIRST_TENSORS) * FIRST_BYTES
-    now = process_memory().now
-    if total is None and now > baseline + JITTER_BYTES:  # mergeloom is a guest in a larger program
-        baseline = -(-now // GUEST_STEP) * GUEST_STEP
+    step = MEMORY_STEP if computes else COPYING_MEMORY_STEP
+    baseline = -(-process_memory().now // step) * step + steps * STEP_BYTES + outputs * OUTPUT_BYTES
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + JUDGE_BYTES
-    if computes and (total is not None or "torch" not in sys.modules):
-        baseline += TORCH_BYTES
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES
-    return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices)
+    held = -(-process_memory().peak // step) * step if platform.OWN_PROCESS and total is None else 0
+    return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices, held)
+
+
+def prepare_to_compute(graph: MergeGraph) -> None:
+    """Bring the process into the state in which a merge computes: torch and the engine imported, every kind of kernel
+    run once on a small tile, which also measures its memory. `plan` and `merge` both do this.
+
+    Raises:
+        BudgetError: where ``ulimit -v`` leaves too little address space for torch, which would end the process.
+        UsageError: where a user's method fails.
+    """
+    check_torch_fits()
+    from .engine.footprint import measure_footprints
+    from .engine.passes import import_torch
+
+    platform.return_large_blocks()
+    import_torch()
+    import importlib
+
+    for module in ("safetensors", "numpy", f"{__package__}.merging", f"{__package__}.engine.execute"):
+        importlib.import_module(module)
+    measure_footprints(graph)
+
+
+_TRY_TORCH = """
+import sys
+def size():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0])
+before = size()
+import torch
+torch.set_num_threads(1)
+torch.rand(1 << 16).sum()
+sys.stdout.write(str(size() - before))
+"""
+
+
+def check_torch_fits() -> None:
+    """Raises BudgetError where ``ulimit -v`` leaves too little address space to import torch.
+
+    torch, or a library of its, would end the process without a message. So another process tries it.
+    """
+    limit = address_space_limit()
+    if limit is None or "torch" in sys.modules:
+        return
+    import subprocess
+
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    tried = subprocess.run(
+        [sys.executable, "-c", _TRY_TORCH], capture_output=True, text=True, env=environment, check=False
+    )
+    added = int(tried.stdout) * mmap.PAGESIZE if tried.returncode == 0 and tried.stdout.isdecimal() else None
+    if added is None or address_space() + added > limit:
+        needed = "" if added is None else f" ({format_size(address_space() + added, up=True)} are needed)"
+        raise BudgetError(
+            f"ulimit -v allows {format_size(limit)} of address space, which is too little to import torch{needed}: "
+            "raise it, as with `ulimit -v unlimited`; --max-ram limits the memory that is used"
+        )
+
+
+def check_address_space(schedule: Schedule, threads: int) -> None:
+    """Raises BudgetError where ``ulimit -v`` leaves too little address space for a schedule.
+
+    Args:
+        schedule: what is going to be done.
+        threads: how many threads do it.
+    """
+    limit = address_space_limit()
+    if limit is None:
+        return
+    import resource
+
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    stack = THREAD_ADDRESSES if stack == resource.RLIM_INFINITY else stack
+    needed = address_space() + schedule.peak_ram - process_memory().now + threads * stack
+    if needed > limit:
+        raise BudgetError(
+            f"ulimit -v allows {format_size(limit)} of address space, and the merge needs "
+            f"{format_size(needed, up=True)}: raise it, as with `ulimit -v unlimited`, or give a smaller --max-ram"
+        )
+
+
+def address_space_limit() -> int | None:
+    """The limit of ``ulimit -v`` in bytes; None without one."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def address_space() -> int:
+    """Bytes of address space that this process takes; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def memory_remark(max_ram: int | None, machine: Machine | None) -> str | None:
+    """A warning about a budget beyond the memory of the machine; None where it has as much.
+
+    Args:
+        max_ram: as given by the user.
+        machine: that the merge is planned for; this one where None.
+    """
+    if max_ram is None or (machine is not None and machine.ram is None):
+        return None
+    total = total_ram() if machine is None or machine.ram is None else machine.ram
+    if max_ram <= total:
+        return None
+    where = "the machine of --for has" if machine is not None else "this process may use (see also its cgroup's limit)"
+    return f"--max-ram {format_size(max_ram)} is more than the {format_size(total)} of memory that {where}"

@@ -40,6 +40,7 @@ class Result:
         measured: what was measured by the engine.
         peak_rss: the most resident memory of the process (VmHWM), in bytes.
         earlier: what earlier, interrupted runs had done of it.
+        peak_before: the VmHWM before the merge began, in bytes.
     """
 
     plan: Plan
@@ -47,6 +48,13 @@ class Result:
     measured: Measured
     peak_rss: int
     earlier: Earlier = field(default_factory=Earlier)
+    peak_before: int = 0
+
+    @property
+    def excess_ram(self) -> int:
+        """Bytes of resident memory beyond the budget; 0 where the merge kept within it, or did not raise the peak."""
+        limit = self.plan.schedule.budget.ram
+        return self.peak_rss - limit if self.peak_rss > max(limit, self.peak_before) else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Foretold and measured side by side, as ``merge --report`` writes it."""
@@ -55,6 +63,7 @@ class Result:
             **self.plan.to_dict(),
             "measured": {
                 "peak_rss": self.peak_rss,
+                "excess_ram": self.excess_ram,
                 "peak_vram": measured.vram_peak,
                 "bytes_read": measured.bytes_read,
                 "bytes_written": measured.bytes_written,
@@ -130,10 +139,12 @@ def merge(
     if path is not None:
         refuse_occupied(classify(path))  # before planning reads headers from the Hub
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
+    before = process_memory().peak
     if path is None:
         download(missing_files(planned))
         planned = unplaced(planned)
-        return Result(planned, None, _perform(planned, planned.schedule, _Nowhere(), notify), process_memory().peak)
+        measured = _perform(planned, planned.schedule, _Nowhere(), notify)
+        return Result(planned, None, measured, process_memory().peak, peak_before=before)
     refuse_input(planned, path)
     directory = OutputDirectory(path, MANIFEST)
     if directory.whole:
@@ -142,7 +153,7 @@ def merge(
         finally:
             directory.close()
         tell(f"{directory.path} is already complete, nothing to do: {checked}")
-        return Result(planned, directory.path, Measured(), process_memory().peak)
+        return Result(planned, directory.path, Measured(), process_memory().peak, peak_before=before)
 
     def fetch_missing() -> None:
         download(missing_files(planned))
@@ -159,7 +170,7 @@ def merge(
 
     run = Run(planned, directory, engine, fetch_missing, notify or (lambda progress: None), tell, group_bytes)
     measured = run.perform(fresh, digests)
-    return Result(run.plan, directory.path, measured, process_memory().peak, run.earlier)
+    return Result(run.plan, directory.path, measured, process_memory().peak, run.earlier, before)
 
 
 def missing_files(planned: Plan) -> list[HubFile]:

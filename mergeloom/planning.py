@@ -19,12 +19,24 @@ from .file_sources import FileResolver, FileSources
 from .io.checkpoint import Checkpoint
 from .io.hub_files import HubFile
 from .io.tensors import TensorRef
-from .machine import Machine, find_devices, make_budget, usable_cores
+from .machine import (
+    Machine,
+    check_address_space,
+    find_devices,
+    make_budget,
+    memory_remark,
+    prepare_to_compute,
+    usable_cores,
+)
 from .methods import merge_methods
 from .opening import is_remote, open_model
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
+
+
+OTHER_THREADS = 16
+"""Threads of a merge that read, write, copy and show progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,7 @@ class Plan:
         layout: where every output tensor lies.
         schedule: the steps, with what they hold.
         options: what it was made with.
+        budget: of the merge before OUT is known.
         warnings: what the user should know.
         transfers: ranges that never pass through the lanes (see `sharing.place`).
         moved: the nodes that are made so.
@@ -99,6 +112,7 @@ class Plan:
     layout: Layout
     schedule: Schedule
     options: Options
+    budget: Budget
     warnings: tuple[str, ...] = field(default=())
     transfers: tuple[Transfer, ...] = ()
     moved: frozenset[int] = frozenset()
@@ -268,14 +282,19 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
         check_folders(loaded, [each.stage for each in saved], files.output)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
-    schedule = make_schedule(built.graph, budget_of(options, computes, built))
+    budget = budget_of(options, computes, built)
+    schedule = make_schedule(built.graph, budget)
+    if options.machine is None:
+        check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
-    warnings = (*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings))
-    return Plan(loaded, stage, built, files.output, layout, schedule, options, warnings, saved=saved)
+    warnings = [*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
+    if remark := memory_remark(options.max_ram, options.machine):
+        warnings.append(remark)
+    return Plan(loaded, stage, built, files.output, layout, schedule, options, budget, tuple(warnings), saved=saved)
 
 
 def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
-    """The budget that a merge has to fit, on this machine or on the one that the options name.
+    """The budget that a merge has to fit, on this machine or on the one that the options name. Measures this process.
 
     Args:
         options: as given to `plan`.
@@ -286,5 +305,8 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
     threads = options.threads or (machine.cores if machine else None) or usable_cores()
     gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
-    tensors = len(built.graph.reads) + len(built.graph.outputs) + built.intermediates
-    return make_budget(options.max_ram, devices, computes, machine.ram if machine else None, tensors)
+    if computes:
+        prepare_to_compute(built.graph)
+    steps = sum(built.graph.operation(node).passes for node in built.graph)
+    total = machine.ram if machine else None
+    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=len(built.graph.outputs))

@@ -184,6 +184,7 @@ def _memory(plan: Plan) -> Section:
     buffers = schedule.ram_slots * schedule.slot_bytes
     work = fixed_ram(schedule) - budget.baseline
     parts = f"{memory_size(budget.baseline)} of it for the program itself"
+    parts += " (as measured on this machine)" if plan.options.machine is not None else ""
     parts += f", {memory_size(work)} for workspaces" if work else ""
     fields = [
         ("peak RAM", f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}; {parts}"),

@@ -19,7 +19,7 @@ from .errors import BudgetError
 from .io.copying import BLOCK
 from .io.platform import DISABLED, Mount, copies_in_kernel, mount_of, scratch_file, why_no_clone
 from .io.sizes import format_size
-from .planning import Plan, budget_of
+from .planning import Plan
 
 SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
 """File systems whose files can share blocks; this decides only where they can't be asked."""
@@ -81,7 +81,7 @@ def unplaced(plan: Plan) -> Plan:
     """The plan as it was before it was placed anywhere."""
     if plan.out is None:
         return plan
-    schedule = make_schedule(plan.built.graph, budget_of(plan.options, plan.computes, plan.built))
+    schedule = make_schedule(plan.built.graph, plan.budget)
     return replace(plan, schedule=schedule, transfers=(), moved=frozenset(), out=None, unshared=(), digests=False)
 
 

@@ -72,7 +72,7 @@ def output_names(graph: MergeGraph) -> list[str]:
 
 def fixed_ram(schedule: Schedule) -> int:
     """Bytes of RAM that are held all the time: the program and the workspaces."""
-    return schedule.peak_ram - schedule.ram_slots * schedule.slot_bytes
+    return schedule.fixed_ram
 
 
 def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Peak | None:

@@ -222,7 +222,7 @@ class Kernel(ABC):
 
     buffers: float = 4
     """Workspace of a tile, in units of one work element (4 bytes, 8 for float64) for each element of the tile; see
-    `workspace`."""
+    `workspace`. The planner measures the kernel, too, and reserves the larger of the two."""
 
     random: bool = False
     """Whether `combine` or a reduction uses the tile's random key, so that the output tensor's name matters."""
@@ -233,8 +233,22 @@ class Kernel(ABC):
     transparent: bool = False
     """Whether a NaN or an infinity in any input always shows in the output, so that that alone need be checked."""
 
+    bound: tuple[Method, Mapping[str, Any]] | None = None
+    """The method and the parameters that made the kernel; None for one that was made without a method."""
+
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
+
+    def resized(self, shape: tuple[int, ...]) -> Kernel:
+        """The same method and parameters for tensors of another shape.
+
+        Raises:
+            TypeError: for a kernel that was made without a method.
+        """
+        if self.bound is None:
+            raise TypeError(f"{type(self).__name__} was made without a method")
+        method, parameters = self.bound
+        return method.kernel(replace(self.inputs, shape=shape), parameters)
 
     @property
     def granule(self) -> int:
@@ -341,7 +355,9 @@ class Method:
                         index=index if parameter.per_input else None,
                     )
             arguments[parameter.argument] = value
-        return self.bind(inputs, **arguments)
+        kernel = self.bind(inputs, **arguments)
+        kernel.bound = self, dict(parameters)
+        return kernel
 
 
 _BESIDES = {Base.NONE: "", Base.OPTIONAL: " besides a base", Base.REQUIRED: " besides the base"}

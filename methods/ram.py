@@ -86,8 +86,8 @@ class RAMPlus(RAM):
         mask = tile.empty()
         counts = []
         for delta in deltas(self.inputs, tile):
-            changes = self.changed(delta, mask).sum(dtype=torch.float64)  # of ones and zeros: exact in any order
-            counts.append(torch.stack([changes, mask.mul_(alone).sum(dtype=torch.float64)]))
+            changes = torch.count_nonzero(self.changed(delta, mask))
+            counts.append(torch.stack([changes, torch.count_nonzero(mask.mul_(alone))]))
         return torch.stack(counts).cpu()
 
     def finish(self, index: int, merged: Tensor | None, state: Any) -> Sequence[float]:

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import mergeloom
-from mergeloom.machine import Machine
+from mergeloom.machine import MEMORY_STEP, Machine
 from mergeloom.planning import Options, plan
 from mergeloom.sharing import place
 from mergeloom.wording import data_size
@@ -72,7 +72,7 @@ text = plan_text(found)
 said = found.to_dict()
 del said["inputs"]["unused"]
 print(json.dumps({"plan": said, "rss": process_memory().peak}))
-assert "torch" not in sys.modules
+assert ("torch" in sys.modules) == found.computes
 """
 
 
@@ -213,8 +213,9 @@ def test_bytes_and_memory_of_the_real_encoder(
         assert measured[key] == report[key] == foretold[key], key
     assert report["peak_ram"] <= ram
     assert measured["peak_rss"] <= report["peak_ram"]
-    assert measured["peak_rss"] >= 0.85 * report["peak_ram"]
-    assert foretold["peak_ram"] == pytest.approx(report["peak_ram"], rel=0.03)  # the process's own size varies a little
+    assert measured["excess_ram"] == 0
+    assert measured["peak_rss"] >= report["peak_ram"] - (64 << 20)  # what is rounded up and set aside
+    assert abs(foretold["peak_ram"] - report["peak_ram"]) <= MEMORY_STEP  # the process's own size varies a little
 
 
 # ------------------------------------------------------------------------------------------------ system calls
@@ -358,4 +359,4 @@ def test_a_plan_for_another_machine_is_not_merged_here(llamas: dict[str, Path], 
 def test_planning_takes_little_memory_for_one_model(make_model: MakeModel) -> None:
     path = make_model("1b", models.llama_3_2_1b(), fill=None)
     found = planned(linear(path, make_model("1b-x", models.llama_3_2_1b(), fill=None)), GIB)
-    assert found["rss"] < 100 << 20
+    assert found["rss"] < found["plan"]["minimum_ram"]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from mergeloom import machine
 from mergeloom.engine.schedule import DeviceBudget
 from mergeloom.errors import UsageError
+from mergeloom.io import platform
+from mergeloom.machine import Machine
+from tests.plans import linear
 
 GIB = 1 << 30
-
-
-@pytest.fixture
-def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of the process's own cgroup, inside another."""
-    own = tmp_path / "outer" / "inner"
-    own.mkdir(parents=True)
-    monkeypatch.setattr(machine, "_cgroup_directories", lambda: [own, own.parent, tmp_path])
-    return own
 
 
 def test_memory_of_the_process() -> None:
@@ -38,43 +36,40 @@ def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.process_memory().now > 10 << 20
 
 
-def test_the_lowest_limit_counts(cgroup: Path) -> None:
-    machines = psutil.virtual_memory().total
-    (cgroup / "memory.max").write_text("max\n")
-    assert machine.total_ram() == machines
-    (cgroup.parent / "memory.max").write_text(f"{GIB}\n")
-    (cgroup / "memory.max").write_text(f"{2 * GIB}\n")
-    assert machine.total_ram() == GIB
-    (cgroup.parent / "memory.max").write_text(f"{machines * 2}\n")
-    (cgroup / "memory.max").unlink()
-    assert machine.total_ram() == machines
+def test_a_cgroup_limit_counts_where_it_is_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines, available = psutil.virtual_memory().total, machine.available_ram()
+    for limit, expected in ((None, machines), (GIB, GIB), (2 * machines, machines)):
+        monkeypatch.setattr(machine, "memory_limit", lambda limit=limit: limit)
+        assert machine.total_ram() == expected
+    for left, expected in ((1000, 1000), (-5, 0)):
+        monkeypatch.setattr(machine, "memory_left", lambda left=left: left)
+        assert machine.available_ram() == expected
+    monkeypatch.setattr(machine, "memory_left", lambda: None)
+    assert machine.available_ram() > available // 2
 
 
-def test_what_is_free_counts_the_page_cache(cgroup: Path) -> None:
-    (cgroup / "memory.max").write_text(f"{GIB}\n")
-    assert machine.available_ram() > GIB  # what the group uses isn't known
-    (cgroup / "memory.current").write_text(f"{GIB // 2}\n")
-    assert machine.available_ram() == GIB // 2
-    (cgroup / "memory.stat").write_text("anon 5\ninactive_file 1000\n")
-    assert machine.available_ram() == GIB // 2 + 1000
-    (cgroup / "memory.current").write_text(f"{GIB * 2}\n")
-    assert machine.available_ram() == 0
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [("max 100000", 6), ("150000 100000", 2), ("50000 100000", 1), ("9900000 100000", 6), ("?", 6)],
-)
-def test_cores(cgroup: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int) -> None:
+@pytest.mark.parametrize(("limit", "expected"), [(None, 6), (2, 2), (99, 6)])
+def test_cores(monkeypatch: pytest.MonkeyPatch, limit: int | None, expected: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
-    (cgroup.parent / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(machine, "cpu_limit", lambda: limit)
     assert machine.usable_cores() == expected
 
 
-def test_the_cgroups_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    for path in machine._cgroup_directories():
-        assert path == tmp_path or tmp_path in path.parents
+@pytest.mark.parametrize(
+    ("given", "there", "expected"),
+    [
+        (None, None, None),
+        (GIB, Machine(vram=GIB), None),
+        (GIB, Machine(ram=GIB), None),
+        (2 * GIB, Machine(ram=GIB), "--max-ram 2GiB is more than the 1GiB of memory that the machine of --for has"),
+        (1 << 60, None, "of memory that this process may use"),
+    ],
+)
+def test_a_budget_beyond_the_memory_is_reported(given: int | None, there: Machine | None, expected: str | None) -> None:
+    remark = machine.memory_remark(given, there)
+    assert (remark is None) == (expected is None)
+    if remark is not None and expected is not None:
+        assert expected in remark
 
 
 # ------------------------------------------------------------------------------------------------ devices
@@ -128,12 +123,63 @@ def test_a_device_that_is_not_here(gpus: dict[int, int], monkeypatch: pytest.Mon
     assert machine.find_devices("auto", None, 1) == (DeviceBudget("cpu", None, 1),)
 
 
-def test_budgets(gpus: dict[int, int]) -> None:
+def test_budgets(gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = machine.Memory(now=(100 << 20) + 1, peak=(200 << 20) + 1)
+    monkeypatch.setattr(machine, "process_memory", lambda: memory)
     cpu, cuda = machine.find_devices("cpu", None, 2), machine.find_devices("cuda", None, 2)
     copying = machine.make_budget(None, cpu, computes=False)
     assert copying.ram == int(machine.total_ram() * machine.RAM_SHARE)
-    assert machine.process_memory().now < copying.baseline + machine.SLACK_BYTES
-    assert machine.make_budget(5 * GIB, cpu, computes=True).ram == 5 * GIB
-    computing, on_gpu = (machine.make_budget(None, devices, computes=True) for devices in (cpu, cuda))
-    assert on_gpu.baseline - computing.baseline > machine.CUDA_BYTES - (64 << 20)
+    assert copying.baseline == (104 << 20) + machine.COPYING_SLACK_BYTES + machine.JUDGE_BYTES
+    computing = machine.make_budget(5 * GIB, cpu, computes=True)
+    assert (computing.ram, computing.baseline, computing.held) == (5 * GIB, (112 << 20) + machine.SLACK_BYTES, 0)
+    large = machine.make_budget(5 * GIB, cpu, computes=True, steps=1000, outputs=10)
+    assert large.baseline - computing.baseline == 1000 * machine.STEP_BYTES + 10 * machine.OUTPUT_BYTES
+    on_gpu = machine.make_budget(None, cuda, computes=True)
+    assert on_gpu.baseline - computing.baseline == machine.CUDA_BYTES
     assert on_gpu.devices == cuda
+    monkeypatch.setattr(platform, "OWN_PROCESS", True)  # of which the peak so far counts, too
+    assert machine.make_budget(5 * GIB, cpu, computes=True).held == 208 << 20
+    assert machine.make_budget(5 * GIB, cpu, computes=True, total=GIB).held == 0
+
+
+# ------------------------------------------------------------------------------------------------ ulimit -v
+
+
+def limited(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command with so many bytes of address space."""
+    command = [sys.executable, "-m", "mergeloom", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+
+
+def needed_addresses() -> int:
+    """Bytes of address space that importing torch takes in this environment."""
+    program = "import torch; print(open('/proc/self/statm').read().split()[0])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return int(found.stdout) * resource.getpagesize()
+
+
+def test_too_little_address_space_is_an_error(llamas: dict[str, Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(yaml.safe_dump(linear(llamas["a"], llamas["b"])))
+    needed = needed_addresses()
+    for limit in (needed // 4, needed // 2, needed + (16 << 20)):
+        for command in (["plan", recipe], ["merge", recipe, tmp_path / "out"]):
+            ended = limited(limit, *command, "--device", "cpu", "--max-ram", "1GiB")
+            assert ended.returncode == 3, ended.stderr
+            assert "ulimit -v allows" in ended.stderr
+            assert not (tmp_path / "out").exists()
+    ended = limited(needed + (4 << 30), "merge", recipe, tmp_path / "out", "--device", "cpu", "--max-ram", "1GiB")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_what_only_copies_needs_no_address_space_for_torch(llamas: dict[str, Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": str(llamas["a"])}]}))
+    ended = limited(needed_addresses(), "merge", recipe, tmp_path / "out", "--max-ram", "128MiB")
+    assert ended.returncode == 0, ended.stderr

@@ -23,8 +23,6 @@ from tests.method_cases import CASES, Case, make
 
 KEY = 0x1234_5678_9ABC_DEF1
 SHAPE = (331, 1021)  # more than 2^18 elements, and no power of two anywhere
-
-
 IDS = [str(case) for case in CASES]
 COMPUTED = [case for case in CASES if case.method != "passthrough" or case.parameters]
 """Those whose kernels compute, and do not just copy."""

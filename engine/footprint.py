@@ -1,0 +1,296 @@
+"""The memory that a kernel's passes need for one tile: measured on small tiles of made-up values, and scaled.
+
+What a kernel declares is not enough: a torch operation that converts its input, or a numpy function, allocates memory
+that no declaration mentions. The planner therefore runs every kind of kernel of a graph on two small tiles, counts each
+allocation of torch, numpy and Python, and extrapolates to the tiles of the merge.
+"""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MergeloomError, UsageError
+from ..io.dtypes import DType
+from ..methods.contract import Kernel, Unit
+from ..methods.tile import Workspace
+from .fuse import FusedKernel
+from .graph import Kind, MergeGraph, Operation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SMALL_TILE = 1 << 17
+"""Elements of the smaller of the two tiles that are measured; the other one is twice as large."""
+_LEAST_TILE = 1 << 15
+_INPUT_BYTES = 8 << 20
+"""Made-up inputs of the smaller tile take no more than this, unless that leaves less than a block."""
+_COLUMNS = 1 << 12
+"""Columns of the tiles of kernels that do not work by row."""
+_STEP = 64 << 10
+"""Allocated bytes are rounded up to a multiple of this: Python's own allocations vary a little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A number of bytes that grows linearly with the elements of a tile.
+
+    Args:
+        constant: bytes that any tile takes.
+        slope: bytes of each element.
+    """
+
+    constant: float
+    slope: float = 0.0
+
+    def at(self, elements: int) -> int:
+        """The bytes of a tile of so many elements."""
+        return int(-(-(self.constant + self.slope * elements) // 1))
+
+    @classmethod
+    def through(cls, first: tuple[int, int], second: tuple[int, int] | None) -> Line:
+        """The line through two points, (elements, bytes) each, or the constant of a single one."""
+        if second is None or second[0] == first[0]:
+            return cls(first[1])
+        slope = max(0.0, (second[1] - first[1]) / (second[0] - first[0]))
+        return cls(max(0.0, first[1] - slope * first[0]), slope)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The memory of one compute thread at a kernel.
+
+    Args:
+        workspace: bytes taken from the thread's workspace.
+        allocated: bytes allocated besides: temporaries of torch, numpy and Python, and a pass's result.
+    """
+
+    workspace: Line
+    allocated: Line
+
+
+_known: dict[tuple[Any, ...], Footprint] = {}
+"""What was measured in this process."""
+
+
+def measure_footprints(graph: MergeGraph) -> None:
+    """Measure the kernels of a graph, and note the result in its `footprints`. Imports torch.
+
+    Raises:
+        UsageError: where a method fails on the made-up values.
+    """
+    for node in graph:
+        operation = graph.operation(node)
+        if operation.kernel is None or operation.kind is not Kind.MERGE or not graph.elements(node):
+            continue
+        dtypes = tuple(graph.reads[read].dtype for read in graph.node_sources[node])
+        graph.footprints[node] = footprint(operation, dtypes, graph.node_dtype[node])
+
+
+def footprint(operation: Operation, dtypes: Sequence[DType], out: DType) -> Footprint:
+    """The memory of a thread that computes an operation.
+
+    Args:
+        operation: has a kernel.
+        dtypes: of the kernel's inputs.
+        out: dtype of the output.
+    """
+    kernel = operation.kernel
+    assert kernel is not None
+    shapes = small_shapes(kernel, dtypes)
+    key = (_kind(kernel), shapes, tuple(dtype.name for dtype in dtypes), out.name)
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = _measure(operation, shapes, dtypes, out)
+    return found
+
+
+def small_shapes(kernel: Kernel, dtypes: Sequence[DType]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the tensors that a kernel is measured on: one or two, no larger than the kernel's own."""
+    inputs, widths = kernel.inputs, sum(dtype.bits // 8 for dtype in dtypes)
+    total = inputs.rows * inputs.columns
+    size = SMALL_TILE
+    while size > _LEAST_TILE and size * widths > _INPUT_BYTES:
+        size //= 2
+    if total <= size or kernel.bound is None:
+        return (inputs.shape,)
+    if len(inputs.shape) == 1:
+        return ((size,), (min(total, 2 * size),)) if kernel.unit is Unit.ELEMENT else (inputs.shape,)
+    columns = inputs.columns if kernel.unit is not Unit.ELEMENT else min(inputs.columns, _COLUMNS)
+    rows = max(1, size // columns)
+    return (rows, columns), (min(2 * rows, -(-total // columns)), columns)
+
+
+def _kind(kernel: Kernel) -> tuple[Any, ...]:
+    """What the memory of a kernel depends on, besides shapes and dtypes; of parameters only how they compare to 0 and
+    1, since methods choose by that what they do."""
+    if isinstance(kernel, FusedKernel):
+        return tuple((_kind(part.kernel), part.sources, part.round_to) for part in kernel.parts)
+    if kernel.bound is None:
+        return (id(kernel), kernel)  # the kernel itself keeps its id from being reused
+    method, parameters = kernel.bound
+    values = tuple((name, _class(value)) for name, value in sorted(parameters.items()))
+    return method.bind, kernel.inputs.count, kernel.inputs.base, kernel.reductions, values
+
+
+def _class(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_class, value))
+    return value if isinstance(value, bool) else ((value > 0) - (value < 0), (value > 1) - (value < 1))
+
+
+def _measure(operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[DType], out: DType) -> Footprint:
+    kernel = operation.kernel
+    assert kernel is not None
+    points = []
+    for shape in shapes:
+        try:
+            small = kernel if shape == kernel.inputs.shape else kernel.resized(shape)
+            points.append(_run(small, operation, dtypes, out))
+        except (MergeloomError, MemoryError):
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"merge method {operation.method} fails on a test tensor of shape {shape}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    second = points[1] if len(points) > 1 else None
+    lines = [Line.through((points[0][0], points[0][part]), second and (second[0], second[part])) for part in (1, 2)]
+    return Footprint(*lines)
+
+
+def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DType) -> tuple[int, int, int]:
+    """A kernel's passes over one tile: its elements, the bytes of workspace, and the bytes allocated."""
+    import torch
+
+    from .compute import Piece, check_inputs, combine_chunk, count_nonfinite, find_nonfinite, reduce_chunk, torch_dtype
+
+    elements = kernel.inputs.rows * kernel.inputs.columns
+    positions = operation.positions or tuple(range(len(dtypes)))
+    piece = Piece(kernel, _inputs(dtypes, elements), 0, 0x9E3779B97F4A7C15, positions, elements)
+    result = torch.empty(elements, dtype=torch_dtype(out))
+    most = 0
+    taken = 0
+
+    def measured(work: Callable[[Workspace], Any]) -> Any:
+        nonlocal most, taken
+        space = _Counting()
+        for _ in range(2):  # TorchScript compiles on the first calls
+            work(space)
+        taken = max(taken, space.peak)
+        real = Workspace(torch.empty(space.peak, dtype=torch.uint8), torch.float32)
+        with _one_thread(), allocations() as found:
+            value = work(real)
+        most = max(most, found.peak)
+        return value
+
+    with _one_thread():
+        if not kernel.transparent:
+            measured(lambda space: check_inputs(piece, space))
+        state: Any = None
+        for index in range(kernel.reductions):
+            if kernel.needed(index, state):
+                before = state
+                partial = measured(lambda space, i=index, s=before: reduce_chunk(piece, i, s, space))
+                state = kernel.finish(index, partial, state)
+        measured(lambda space: combine_chunk(piece, state, space, result))
+        measured(lambda space: (find_nonfinite(piece.inputs, elements), count_nonfinite(result, elements)))
+    return elements, taken, -(-most // _STEP) * _STEP
+
+
+def _inputs(dtypes: Sequence[DType], elements: int) -> list[Tensor]:
+    """Fine-tunes of one made-up tensor."""
+    import torch
+
+    from .compute import torch_dtype
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.rand(elements, generator=generator).sub_(0.5).mul_(0.1)
+    return [
+        torch.rand(elements, generator=generator).sub_(0.5).mul_(0.01 * (i > 0)).add_(start).to(torch_dtype(dtype))
+        for i, dtype in enumerate(dtypes)
+    ]
+
+
+class _Counting(Workspace):
+    """A workspace without a limit, which counts what is taken from it."""
+
+    def __init__(self) -> None:
+        import torch
+
+        super().__init__(torch.empty(0, dtype=torch.uint8), torch.float32)
+
+    def take(self, elements: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer of its own."""
+        import torch
+
+        dtype = dtype or self.dtype
+        self._used += -(-elements * dtype.itemsize // 64) * 64
+        self.peak = max(self.peak, self._used)
+        return torch.empty(elements, dtype=dtype)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch from starting threads of its own, as a merge does."""
+    import torch
+
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(slots=True)
+class Allocations:
+    """What was allocated in a block of code.
+
+    Args:
+        peak: the largest number of bytes that were allocated at once.
+    """
+
+    peak: int = 0
+
+
+@contextmanager
+def allocations() -> Iterator[Allocations]:
+    """Count what this thread allocates in torch's CPU allocator, and the process in numpy and Python."""
+    import torch
+
+    found = Allocations()
+    collects, tracing = gc.isenabled(), tracemalloc.is_tracing()
+    gc.disable()
+    if not tracing:
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    experimental = torch._C._profiler._ExperimentalConfig()
+    state = torch.autograd.ProfilerState.CPU
+    configuration = torch.autograd.ProfilerConfig(state, False, True, False, False, False, experimental)
+    torch._C._autograd._enable_profiler_legacy(configuration)
+    try:
+        yield found
+    finally:
+        threads = torch._C._autograd._disable_profiler_legacy()
+        python = tracemalloc.get_traced_memory()[1] - before
+        if not tracing:
+            tracemalloc.stop()
+        if collects:
+            gc.enable()
+        held = peak = 0
+        for events in threads:
+            for event in events:
+                if event.kind() == "memory_alloc":
+                    held += event.cpu_memory_usage()
+                    peak = max(peak, held)
+        found.peak = peak + max(0, python)
