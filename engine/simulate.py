@@ -224,8 +224,9 @@ class Simulation:
         before = [self._cache.take(source) for source in sources]
         drop: list[tuple[ChunkedRead, Held]] = []
         if not separate:  # an operation that computes nothing can't use chunks on the device
-            drop += [(s, Held(0, held.low, held.high)) for s, held in zip(sources, before, strict=True) if held.vram]
-            before = [Held(0, held.low, held.high) for held in before]
+            in_ram = [Held(0, held.low, held.high) for held in before]
+            drop = [(s, new) for s, old, new in zip(sources, before, in_ram, strict=True) if old.vram]
+            before = in_ram
         next_uses: list[int | None]
         if begun:
             next_uses = [None] * len(sources)  # its last pass doesn't come by every chunk that would be kept
@@ -236,7 +237,7 @@ class Simulation:
         count = chunk_count(self.graph, node, self.chunk_elements[node])
         writes = last and operation.kind is not Kind.COPY
         this = _Pass(node, device, separate, count, writes, sources, before, next_uses)
-        keep = self._keep_in_ram(this, self._keep_on_device(this), drop)
+        keep, evicted = self._keep(this, self._keep_on_device(this))
         ram, vram = self._peaks(this, keep)
         bytes_read, uploaded = self._bytes_moved(this, first)
         self.resident = max(self.resident, sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True)))
@@ -255,7 +256,7 @@ class Simulation:
                 device=device,
                 sources=tuple(source.read for source in sources),
                 keep=tuple(keep),
-                drop=tuple(drop),
+                drop=(*drop, *evicted),
                 bytes_read=bytes_read,
                 uploaded=uploaded,
                 ram=ram,
@@ -275,11 +276,16 @@ class Simulation:
                 room -= keep[number] - before
         return keep
 
-    def _keep_in_ram(self, this: _Pass, vram: list[int], drop: list[tuple[ChunkedRead, Held]]) -> list[Held]:
-        """Return the chunks of each source that stay cached; add to `drop` what others lose for them.
+    def _keep(self, this: _Pass, vram: list[int]) -> tuple[list[Held], list[tuple[ChunkedRead, Held]]]:
+        """Return the chunks of each source that stay cached, and the other sources that lose chunks for them.
 
-        Where not everything that is needed again fits, the chunks needed last go, of this step's sources or of others.
+        Where not everything that is needed again fits RAM, the chunks needed last go, of this step's sources or others.
+
+        Args:
+            this: the step.
+            vram: for each source, how many chunks stay on the device.
         """
+        evicted: list[tuple[ChunkedRead, Held]] = []
         candidates = this.by_next_use()
         low = [max(kept, held.vram) for kept, held in zip(vram, this.before, strict=True)]
         size = [held.ram for held in this.before]  # what is found in a slot stays there until the step has used it
@@ -290,7 +296,7 @@ class Simulation:
             furthest = self._cache.furthest()
             if furthest is not None and (not candidates or furthest[0] >= candidates[-1][0]):
                 source, before = furthest[1], self._cache.ram
-                drop.append((source, self._cache.drop(source, excess)))
+                evicted.append((source, self._cache.drop(source, excess)))
                 excess -= before - self._cache.ram
             elif candidates:
                 _, number = candidates.pop()
@@ -303,7 +309,7 @@ class Simulation:
         for number, next_use in enumerate(this.next_uses):
             chunks = 0 if next_use is None else min(size[number], this.count - low[number])
             keep.append(Held(vram[number], low[number], low[number] + chunks) if chunks else Held(vram[number]))
-        return keep
+        return keep, evicted
 
     @property
     def _reserved(self) -> int:

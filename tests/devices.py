@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import torch
 from torch import Tensor
@@ -90,23 +89,3 @@ class CountingDevice:
 
     def close(self) -> None:
         """Forget the arena."""
-
-
-class Rate:
-    """A shared speed limit, in bytes per second: `spend` returns when the bytes are through."""
-
-    def __init__(self, bytes_per_second: float) -> None:
-        self._rate = bytes_per_second
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-        self.busy = 0.0
-
-    def spend(self, nbytes: int) -> None:
-        """Take as long as `nbytes` take, one caller after the other."""
-        seconds = nbytes / self._rate
-        with self._lock:
-            start = max(time.perf_counter(), self._free_at)
-            self._free_at = start + seconds
-            self.busy += seconds
-            until = self._free_at
-        time.sleep(max(0.0, until - time.perf_counter()))
