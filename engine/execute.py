@@ -25,7 +25,7 @@ from .passes import Passes
 from .residency import Memory, Resident
 from .schedule import Schedule
 from .simulate import Step
-from .tiling import output_width
+from .tiling import ChunkedRead, output_width, source_width
 from .work import Item, LaneTime, Measured, NodeState, Progress, Sink, Source
 
 NOTIFY_SECONDS = 0.1
@@ -197,8 +197,9 @@ class Executor:
             operation = self.graph.operation(step.node)
             chunks = self.schedule.chunks(self.graph, step.node)
             with self._changed:
-                for read, held in step.drop:
-                    self._ram.keep_only(read, held.low, held.high)
+                for source, held in step.drop:
+                    self._ram.keep_only(source, held.low, held.high)
+                    self._vram[step.device].keep_only(source, 0, held.vram)
                 if step.index == 0:
                     self._nodes[step.node] = NodeState(chunks)
                 if step.first:
@@ -223,33 +224,32 @@ class Executor:
         chunk_length = self.schedule.chunk_elements[item.node]
         separate = self.devices[item.device].separate and item.operation.kind is Kind.MERGE
         computes = item.operation.kind is not Kind.COPY
-        keys = [(read, chunk_length, item.chunk) for read in step.sources]
-
+        sources = [ChunkedRead(read, chunk_length) for read in step.sources]
         ram, vram = self._ram, self._vram[item.device]
 
         def ready() -> bool:
             out = int(item.last and computes)
-            uploads = [key for key in keys if separate and vram.find(key) is None]
-            reads = [key for key in (uploads if separate else keys) if ram.find(key) is None]
+            uploads = [source for source in sources if separate and vram.find(source, item.chunk) is None]
+            reads = [source for source in (uploads if separate else sources) if ram.find(source, item.chunk) is None]
             return ram.free >= len(reads) + out and (not separate or vram.free >= len(uploads) + out)
 
         self._wait(ready)
         with self._changed:
             self._in_flight += 1
             reads = []
-            for key, held in zip(keys, step.keep, strict=True):
-                start, nbytes, offset = self._extent(item, key)
-                on_device = vram.find(key) if separate else None
+            for source, held in zip(sources, step.keep, strict=True):
+                on_device = vram.find(source, item.chunk) if separate else None
                 if on_device is None:
-                    host = ram.find(key)
+                    offset, nbytes = self._extent(item, source.read)
+                    host = ram.find(source, item.chunk)
                     if host is None:
-                        host = ram.load(key, nbytes)
-                        reads.append((host, key[0], offset + start, nbytes))
+                        host = ram.load(source, item.chunk, nbytes)
+                        reads.append((host, source.read, offset, nbytes))
                     host.hold(pinned=held.low <= item.chunk < held.high)
                     item.await_(host)
                     item.hosts.append(host)
                     if separate:
-                        on_device = vram.load(key, nbytes)
+                        on_device = vram.load(source, item.chunk, nbytes)
                         item.uploads.append((host, on_device))
                     else:
                         item.residents.append(host)
@@ -259,7 +259,7 @@ class Executor:
                     on_device.hold(pinned=item.chunk < held.vram)
                     item.residents.append(on_device)
             if item.last:
-                start, size = self.schedule.span(self.graph, item.node, item.chunk)
+                _, size = self.schedule.span(self.graph, item.node, item.chunk)
                 item.out_nbytes = size * output_width(self.graph, item.node)
                 if computes:
                     item.out = ram.take()
@@ -269,12 +269,11 @@ class Executor:
                 self._loaded(item)
             return reads
 
-    def _extent(self, item: Item, key: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Where a source's chunk lies: bytes from the tensor's start, its size, the tensor's offset in the file."""
-        ref = self.graph.reads[key[0]]
-        width = ref.dtype.bits // 8 if item.operation.kind is Kind.MERGE else 1
+    def _extent(self, item: Item, read: int) -> tuple[int, int]:
+        """The offset of a source's chunk in its file, and its size, in bytes."""
+        width = source_width(self.graph, item.node, read)
         start, size = self.schedule.span(self.graph, item.node, item.chunk)
-        return start * width, size * width, ref.offset
+        return self.graph.reads[read].offset + start * width, size * width
 
     def _release_hosts(self, item: Item) -> None:
         with self._changed:

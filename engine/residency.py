@@ -5,37 +5,48 @@ from __future__ import annotations
 from typing import Any
 
 from .arena import Ledger, Slots
-
-Key = tuple[int, int, int]
-"""A chunk: the read's number, the elements of its chunks, the chunk's number."""
+from .tiling import ChunkedRead
 
 
 class Resident:
     """One chunk of one read in a slot.
 
     Attributes:
-        key: which chunk.
+        source: the read that it is a chunk of.
+        chunk: its number.
         slot: where it lies.
         nbytes: its size.
         users: items in flight that need it.
         pinned: whether the schedule keeps it when no item does.
+        freed: whether its slot was given back; the chunk can't be used any more.
         ready: whether its bytes are there.
         waiting: the items to tell when they are.
     """
 
-    __slots__ = ("key", "nbytes", "pinned", "ready", "slot", "users", "waiting")
+    __slots__ = ("chunk", "freed", "nbytes", "pinned", "ready", "slot", "source", "users", "waiting")
 
-    def __init__(self, key: Key, slot: int, nbytes: int) -> None:
-        self.key = key
+    def __init__(self, source: ChunkedRead, chunk: int, slot: int, nbytes: int) -> None:
+        self.source = source
+        self.chunk = chunk
         self.slot = slot
         self.nbytes = nbytes
         self.users = 0
         self.pinned = False
+        self.freed = False
         self.ready = False
         self.waiting: list[Any] = []
 
+    def __str__(self) -> str:
+        return f"chunk {self.chunk} of read {self.source.read} in chunks of {self.source.chunk_length}"
+
     def hold(self, *, pinned: bool) -> None:
-        """One more item needs it; after that item it is kept where `pinned`."""
+        """One more item needs it; after that item it is kept where `pinned`.
+
+        Raises:
+            ValueError: if its slot was given back.
+        """
+        if self.freed:
+            raise ValueError(f"{self} is held after its slot was given back")
         self.users += 1
         self.pinned = pinned
 
@@ -45,7 +56,8 @@ class Memory:
 
     def __init__(self, ledger: Ledger, name: str, slots: int, slot_bytes: int) -> None:
         self._slots = Slots(ledger, name, slots, slot_bytes)
-        self._residents: dict[Key, Resident] = {}
+        self._residents: dict[ChunkedRead, dict[int, Resident]] = {}
+        self._outputs: set[int] = set()
 
     @property
     def free(self) -> int:
@@ -54,36 +66,63 @@ class Memory:
 
     def take(self) -> int:
         """A free slot, for an output."""
-        return self._slots.take()
+        slot = self._slots.take()
+        self._outputs.add(slot)
+        return slot
 
     def give_back(self, slot: int) -> None:
-        """An output's slot is free again."""
+        """An output's slot is free again.
+
+        Raises:
+            ValueError: if no output has it: two chunks would share it.
+        """
+        if slot not in self._outputs:
+            raise ValueError(f"slot {slot} is given back, but no output has it")
+        self._outputs.remove(slot)
         self._slots.give_back(slot)
 
-    def find(self, key: Key) -> Resident | None:
-        """The chunk, where the schedule keeps it here; one that is merely still in use is read again, as foretold."""
-        resident = self._residents.get(key)
+    def find(self, source: ChunkedRead, chunk: int) -> Resident | None:
+        """The chunk, where the schedule keeps it here; one that is merely still in use is read again, as planned."""
+        resident = self._residents.get(source, {}).get(chunk)
         return resident if resident is not None and resident.pinned else None
 
-    def load(self, key: Key, nbytes: int) -> Resident:
-        """A slot for a chunk that is about to be read or uploaded."""
-        resident = self._residents[key] = Resident(key, self._slots.take(), nbytes)
+    def load(self, source: ChunkedRead, chunk: int, nbytes: int) -> Resident:
+        """A slot for a chunk that is about to be read or uploaded.
+
+        Raises:
+            ValueError: if the schedule keeps the chunk here: its slot would never be given back.
+        """
+        if (kept := self.find(source, chunk)) is not None:
+            raise ValueError(f"{kept} is loaded although it is kept")
+        resident = Resident(source, chunk, self._slots.take(), nbytes)
+        self._residents.setdefault(source, {})[chunk] = resident
         return resident
 
     def release(self, resident: Resident) -> None:
-        """One item less needs it."""
+        """One item less needs it.
+
+        Raises:
+            ValueError: if no item does.
+        """
+        if not resident.users:
+            raise ValueError(f"{resident} is released without a user")
         resident.users -= 1
         self._free_if_unused(resident)
 
-    def keep_only(self, read: int, low: int, high: int) -> None:
+    def keep_only(self, source: ChunkedRead, low: int, high: int) -> None:
         """The schedule keeps only the chunks [low, high) of a read from now on."""
-        for resident in [found for key, found in self._residents.items() if key[0] == read]:
-            if not low <= resident.key[2] < high and resident.pinned:
+        for resident in list(self._residents.get(source, {}).values()):
+            if not low <= resident.chunk < high and resident.pinned:
                 resident.pinned = False
                 self._free_if_unused(resident)
 
     def _free_if_unused(self, resident: Resident) -> None:
-        if resident.users == 0 and not resident.pinned:
-            if self._residents.get(resident.key) is resident:
-                del self._residents[resident.key]
-            self._slots.give_back(resident.slot)
+        if resident.users or resident.pinned:
+            return
+        chunks = self._residents.get(resident.source, {})
+        if chunks.get(resident.chunk) is resident:  # and not the same chunk, read again meanwhile
+            del chunks[resident.chunk]
+            if not chunks:
+                del self._residents[resident.source]
+        resident.freed = True
+        self._slots.give_back(resident.slot)

@@ -7,15 +7,15 @@ then in RAM.
 
 from __future__ import annotations
 
-import math
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .graph import Kind, MergeGraph
-from .tiling import chunk_count, clusters
+from .tiling import ChunkedRead, chunk_count, clusters, source_width
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Held:
     """The chunks of one read that are cached: [0, vram) on its device, [low, high) in RAM."""
 
@@ -29,6 +29,9 @@ class Held:
         return self.high - self.low
 
 
+NOTHING = Held()
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One pass of one node.
@@ -40,8 +43,8 @@ class Step:
         device: the number of the device that computes it.
         sources: the distinct reads of the node.
         keep: for each of them, the chunks that stay cached after the step.
-        drop: reads that lose cached chunks before the step, with what they keep.
-        bytes_read: tensor bytes read from files during the step.
+        drop: what loses cached chunks before the step, with the chunks that stay cached.
+        bytes_read: for each source, tensor bytes read from files during the step.
         uploaded: bytes copied to the device.
         ram: the most slots of RAM held during the step, run serially.
         vram: the same on the step's device.
@@ -53,8 +56,8 @@ class Step:
     device: int
     sources: tuple[int, ...]
     keep: tuple[Held, ...]
-    drop: tuple[tuple[int, Held], ...]
-    bytes_read: int
+    drop: tuple[tuple[ChunkedRead, Held], ...]
+    bytes_read: tuple[int, ...]
     uploaded: int
     ram: int
     vram: int
@@ -87,6 +90,86 @@ def orders(graph: MergeGraph) -> list[list[int]]:
     return [by_place, together, list(graph)]
 
 
+class ChunkCache:
+    """The chunks that are cached between steps, and the slots that they take.
+
+    Attributes:
+        ram: slots taken in RAM.
+        vram: slots taken on each device.
+    """
+
+    def __init__(self, devices: int) -> None:
+        self.ram = 0
+        self.vram = [0] * devices
+        self._entries: dict[ChunkedRead, tuple[Held, int, int]] = {}  # with device and next use
+        # negated next uses and sources, so that a heap has the furthest first; entries of sources taken since are stale
+        self._by_use: list[tuple[int, int, int]] = []
+
+    def put(self, source: ChunkedRead, held: Held, device: int, next_use: int) -> None:
+        """Cache chunks of a source, until a step at position `next_use` takes them."""
+        if held.ram or held.vram:
+            self._entries[source] = held, device, next_use
+            self.ram += held.ram
+            self.vram[device] += held.vram
+        if held.ram:
+            heapq.heappush(self._by_use, (-next_use, -source.read, -source.chunk_length))
+
+    def take(self, source: ChunkedRead) -> Held:
+        """Remove a source from the cache; return the chunks that were cached."""
+        held, device, _ = self._entries.pop(source, (NOTHING, 0, 0))
+        self.ram -= held.ram
+        self.vram[device] -= held.vram
+        return held
+
+    def furthest(self) -> tuple[int, ChunkedRead] | None:
+        """Return the source with chunks in RAM that is needed last, after its next use; None if no chunk is in RAM."""
+        while self._by_use:
+            next_use, read, chunk_length = (-number for number in self._by_use[0])
+            source = ChunkedRead(read, chunk_length)
+            held, _, current = self._entries.get(source, (NOTHING, 0, -1))
+            if held.ram and current == next_use:
+                return next_use, source
+            heapq.heappop(self._by_use)
+        return None
+
+    def drop(self, source: ChunkedRead, count: int) -> Held:
+        """Drop the last `count` chunks of a source from RAM, or all if it has fewer; return those that stay cached."""
+        _, device, next_use = self._entries[source]
+        held = self.take(source)
+        kept = Held(held.vram, held.low, held.high - min(count, held.ram))
+        self.put(source, kept, device, next_use)
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A step before the simulation has decided what stays cached after it.
+
+    Args:
+        node: number of the node.
+        device: number of the device that computes it.
+        separate: whether the computation reads its chunks from that device's own memory.
+        count: number of chunks.
+        writes: whether each chunk takes a slot for its output.
+        sources: the distinct reads of the node.
+        before: for each source, the chunks that are cached before the step.
+        next_uses: for each source, the position of the next step that needs it; None if none does.
+    """
+
+    node: int
+    device: int
+    separate: bool
+    count: int
+    writes: bool
+    sources: tuple[ChunkedRead, ...]
+    before: list[Held]
+    next_uses: list[int | None]
+
+    def by_next_use(self) -> list[tuple[int, int]]:
+        """Return the next use and the number of each source that is needed again, the soonest first."""
+        return sorted((use, number) for number, use in enumerate(self.next_uses) if use is not None)
+
+
 @dataclass(slots=True)
 class Simulation:
     """One order, gone through in slots."""
@@ -105,178 +188,171 @@ class Simulation:
     vram_peaks: list[int] = field(default_factory=list)
     resident: int = 0  # the most slots that one step's sources take when all of them are kept
     demand: int = 0  # slots that would be taken if none were ever given back
-    _cache: dict[tuple[int, int], Held] = field(default_factory=dict)
-    _uses: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    _cache: ChunkCache = field(init=False)
+    _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)  # positions still to come, the next one last
+
+    def __post_init__(self) -> None:
+        self.vram_peaks = [0] * len(self.vram_slots)
+        self._cache = ChunkCache(len(self.vram_slots))
 
     def run(self, order: Sequence[int]) -> None:
         """Go through the nodes in `order`."""
-        graph = self.graph
-        self.vram_peaks = [0] * len(self.vram_slots)
         for position in range(len(order) - 1, -1, -1):
-            node = order[position]
-            for read in set(graph.node_sources[node]):
-                self._uses.setdefault((read, self.chunk_elements[node]), []).append(position)
+            for source in self._sources(order[position]):
+                self._uses.setdefault(source, []).append(position)
         for position, node in enumerate(order):
-            sources = tuple(dict.fromkeys(graph.node_sources[node]))
-            for read in sources:
-                self._uses[read, self.chunk_elements[node]].pop()
-            passes = graph.operation(node).passes
-            for index in range(passes):
-                self._step(position, node, index, passes, sources)
+            sources = self._sources(node)
+            for source in sources:
+                self._uses[source].pop()
+            self.demand += chunk_count(self.graph, node, self.chunk_elements[node]) * (
+                len(sources) + (self.graph.operation(node).kind is not Kind.COPY)
+            )
+            for index in range(self.graph.operation(node).passes):
+                self._step(position, node, index, sources)
 
-    def _next_use(self, read: int, chunk: int, position: int, more_passes: bool) -> float:
-        """The position of the next step that needs the chunks of a read; infinite where none does."""
-        if more_passes:
-            return position
-        uses = self._uses[read, chunk]
-        return uses[-1] if uses else math.inf
+    def _sources(self, node: int) -> tuple[ChunkedRead, ...]:
+        """Return the distinct reads of a node, cut into its chunks."""
+        length = self.chunk_elements[node]
+        return tuple(ChunkedRead(read, length) for read in dict.fromkeys(self.graph.node_sources[node]))
 
-    def _step(self, position: int, node: int, index: int, passes: int, sources: tuple[int, ...]) -> None:
-        graph, chunk = self.graph, self.chunk_elements[node]
-        count = chunk_count(graph, node, chunk)
-        device = self.devices[node]
-        separate = self.vram_slots[device] > 0
-        out = graph.operation(node).kind is not Kind.COPY and index == passes - 1
-        copy = graph.operation(node).kind is not Kind.MERGE
-        separate = separate and not copy
-        before = [self._cache.pop((read, chunk), Held()) for read in sources]
-        if index == 0:
-            self.demand += count * (len(sources) + (graph.operation(node).kind is not Kind.COPY))
-        last = index == passes - 1
-        first = self.first.get(node, 0)
-        again = [self._next_use(read, chunk, position, not last) for read in sources]
-        if first:
-            again = [math.inf] * len(sources)  # its last pass doesn't come by every chunk that would be kept
-        if all(math.isinf(use) for use in again) and not self._cache and not any(h.ram or h.vram for h in before):
-            keep = [Held() for _ in sources]
-            drops: list[tuple[int, Held]] = []
+    def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...]) -> None:
+        operation, device = self.graph.operation(node), self.devices[node]
+        last = index == operation.passes - 1
+        begun = self.first.get(node, 0)
+        first = begun if last else 0
+        separate = self.vram_slots[device] > 0 and operation.kind is Kind.MERGE
+        before = [self._cache.take(source) for source in sources]
+        drop: list[tuple[ChunkedRead, Held]] = []
+        if not separate:  # an operation that computes nothing can't use chunks on the device
+            in_ram = [Held(0, held.low, held.high) for held in before]
+            drop = [(s, new) for s, old, new in zip(sources, before, in_ram, strict=True) if old.vram]
+            before = in_ram
+        next_uses: list[int | None]
+        if begun:
+            next_uses = [None] * len(sources)  # its last pass doesn't come by every chunk that would be kept
+        elif last:
+            next_uses = [uses[-1] if (uses := self._uses[source]) else None for source in sources]
         else:
-            keep, drops = self._keep(sources, chunk, count, before, again, device, separate)
-            self.resident = max(self.resident, sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True)))
-        ram, vram = self._peaks(count, before, keep, out, device, separate)
-        read_bytes = uploaded = 0
-        for read, held in zip(sources, before, strict=True):
-            ref = graph.reads[read]
-            element = 1 if copy else ref.dtype.bits // 8
-            on_device = self._range_bytes(0, held.vram, chunk, ref.nbytes, element)
-            in_ram = self._range_bytes(max(held.low, held.vram), held.high, chunk, ref.nbytes, element)
-            skipped = self._range_bytes(0, first, chunk, ref.nbytes, element) if last else 0
-            read_bytes += ref.nbytes - on_device - in_ram - skipped
-            uploaded += (ref.nbytes - on_device - skipped) if separate else 0
-        for read, held in zip(sources, keep, strict=True):
-            if held.ram or held.vram:
-                self._cache[(read, chunk)] = held
-        self.bytes_read += read_bytes
+            next_uses = [position] * len(sources)
+        count = chunk_count(self.graph, node, self.chunk_elements[node])
+        writes = last and operation.kind is not Kind.COPY
+        this = _Pass(node, device, separate, count, writes, sources, before, next_uses)
+        keep, evicted = self._keep(this, self._keep_on_device(this))
+        ram, vram = self._peaks(this, keep)
+        bytes_read, uploaded = self._bytes_moved(this, first)
+        self.resident = max(self.resident, sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True)))
+        for source, held, next_use in zip(sources, keep, next_uses, strict=True):
+            if next_use is not None:
+                self._cache.put(source, held, device, next_use)
+        self.bytes_read += sum(bytes_read)
         self.uploaded += uploaded
         self.peak = max(self.peak, ram)
         self.vram_peaks[device] = max(self.vram_peaks[device], vram)
         self.steps.append(
             Step(
-                node,
-                index,
-                first if last else 0,
-                device,
-                sources,
-                tuple(keep),
-                tuple(drops),
-                read_bytes,
-                uploaded,
-                ram,
-                vram,
+                node=node,
+                index=index,
+                first=first,
+                device=device,
+                sources=tuple(source.read for source in sources),
+                keep=tuple(keep),
+                drop=(*drop, *evicted),
+                bytes_read=bytes_read,
+                uploaded=uploaded,
+                ram=ram,
+                vram=vram,
             )
         )
 
-    @staticmethod
-    def _range_bytes(first: int, end: int, chunk: int, nbytes: int, element: int) -> int:
-        """The bytes of the chunks [first, end) of a tensor of `nbytes` bytes."""
-        return max(0, min(end * chunk * element, nbytes) - min(first * chunk * element, nbytes))
+    def _keep_on_device(self, this: _Pass) -> list[int]:
+        """Return how many chunks of each source stay on the device: those needed next first."""
+        keep = [0] * len(this.sources)
+        if this.separate:
+            room = self.vram_slots[this.device] - self._reserved - self._cache.vram[this.device]
+            room -= sum(held.vram for held in this.before)
+            for _, number in this.by_next_use():
+                before = this.before[number].vram
+                keep[number] = before + max(0, min(this.count - before, room))
+                room -= keep[number] - before
+        return keep
 
-    def _keep(
-        self,
-        sources: tuple[int, ...],
-        chunk: int,
-        count: int,
-        before: list[Held],
-        again: list[float],
-        device: int,
-        separate: bool,
-    ) -> tuple[list[Held], list[tuple[int, Held]]]:
-        """What stays cached after a step, nearest use first; and what others lose before it."""
-        depth = 2 if self.ram_slots >= 4 * self.window else 1
-        ram_left = self.ram_slots - depth * self.window - sum(held.ram for held in before)
-        others = [
-            (self._next_use(read, own_chunk, 0, False), read, own_chunk, held)
-            for (read, own_chunk), held in self._cache.items()
-        ]
-        mine = [(use, number) for number, use in enumerate(again)]
-        keep = [Held() for _ in sources]
-        if separate:
-            vram_left = self.vram_slots[device] - depth * self.window - sum(held.vram for held in before)
-            vram_left -= sum(held.vram for _, read, _, held in others if self._home(read) == device)
-            for use, number in sorted(mine):
-                if math.isinf(use):
-                    continue
-                extra = max(0, min(count - before[number].vram, vram_left))
-                keep[number].vram = before[number].vram + extra
-                vram_left -= extra
-        dropped: list[tuple[int, Held]] = []
-        ranked: list[tuple[float, int, int, int]] = [(use, 0, number, 0) for use, number in mine]
-        ranked += [(use, 1, read, own_chunk) for use, read, own_chunk, _ in others]
-        for use, foreign, number, own_chunk in sorted(ranked):
-            if foreign:
-                held = self._cache[(number, own_chunk)]
-                kept = max(0, min(held.ram, ram_left))
-                ram_left -= kept
-                if kept < held.ram:
-                    smaller = Held(held.vram, held.low, held.low + kept)
-                    dropped.append((number, smaller))
-                    if smaller.vram or smaller.ram:
-                        self._cache[(number, own_chunk)] = smaller
-                    else:
-                        del self._cache[(number, own_chunk)]
-                continue
-            if math.isinf(use):
-                continue
-            low = max(keep[number].vram, before[number].vram)
-            wanted = count - low
-            extra = max(0, min(wanted - before[number].ram, ram_left))
-            ram_left -= extra
-            size = min(wanted, before[number].ram + extra)
-            keep[number].low, keep[number].high = (low, low + size) if size > 0 else (0, 0)
-        return keep, dropped
+    def _keep(self, this: _Pass, vram: list[int]) -> tuple[list[Held], list[tuple[ChunkedRead, Held]]]:
+        """Return the chunks of each source that stay cached, and the other sources that lose chunks for them.
 
-    def _home(self, read: int) -> int:
-        """The device of the nodes that use a read (nodes that share one are on one device)."""
-        for step in reversed(self.steps):
-            if read in step.sources:
-                return step.device
-        return 0
+        Where not everything that is needed again fits RAM, the chunks needed last go, of this step's sources or others.
 
-    def _peaks(
-        self, count: int, before: list[Held], keep: list[Held], out: bool, device: int, separate: bool
-    ) -> tuple[int, int]:
-        """The most slots held during a step: of RAM, and on the device."""
-        ram_others = sum(held.ram for held in self._cache.values())
-        vram_others = (
-            sum(held.vram for (read, _), held in self._cache.items() if held.vram and self._home(read) == device)
-            if separate
-            else 0
-        )
-        if count == 0:
+        Args:
+            this: the step.
+            vram: for each source, how many chunks stay on the device.
+        """
+        evicted: list[tuple[ChunkedRead, Held]] = []
+        candidates = this.by_next_use()
+        low = [max(kept, held.vram) for kept, held in zip(vram, this.before, strict=True)]
+        size = [held.ram for held in this.before]  # what is found in a slot stays there until the step has used it
+        for _, number in candidates:
+            size[number] = max(size[number], this.count - low[number])
+        excess = self._cache.ram + sum(size) - (self.ram_slots - self._reserved)
+        while excess > 0:
+            furthest = self._cache.furthest()
+            if furthest is not None and (not candidates or furthest[0] >= candidates[-1][0]):
+                source, before = furthest[1], self._cache.ram
+                evicted.append((source, self._cache.drop(source, excess)))
+                excess -= before - self._cache.ram
+            elif candidates:
+                _, number = candidates.pop()
+                kept = max(this.before[number].ram, size[number] - excess)
+                excess -= size[number] - kept
+                size[number] = kept
+            else:
+                break
+        keep = []
+        for number, next_use in enumerate(this.next_uses):
+            chunks = 0 if next_use is None else min(size[number], this.count - low[number])
+            keep.append(Held(vram[number], low[number], low[number] + chunks) if chunks else Held(vram[number]))
+        return keep, evicted
+
+    @property
+    def _reserved(self) -> int:
+        """The slots that nothing is cached in: for the chunks at work and, where RAM allows, for the ones read next."""
+        return self.window * (2 if self.ram_slots >= 4 * self.window else 1)
+
+    def _bytes_moved(self, this: _Pass, first: int) -> tuple[tuple[int, ...], int]:
+        """Return the bytes read of each source and the bytes uploaded, by a pass that begins with chunk `first`."""
+        bytes_read, uploaded = [], 0
+        for source, held in zip(this.sources, this.before, strict=True):
+            nbytes = self.graph.reads[source.read].nbytes
+            chunk = source.chunk_length * source_width(self.graph, this.node, source.read)
+            needed = nbytes - _range_bytes(0, held.vram, chunk, nbytes) - _range_bytes(0, first, chunk, nbytes)
+            uploaded += needed if this.separate else 0
+            bytes_read.append(needed - _range_bytes(max(held.low, held.vram), held.high, chunk, nbytes))
+        return tuple(bytes_read), uploaded
+
+    def _peaks(self, this: _Pass, keep: Sequence[Held]) -> tuple[int, int]:
+        """Return the most slots held during a step: of RAM, and on the device."""
+        ram_others = self._cache.ram
+        vram_others = self._cache.vram[this.device] if this.separate else 0
+        if this.count == 0:
             return ram_others, vram_others
-        points = {0, count - 1}
-        for held in (*before, *keep):
-            points |= {p for p in (held.vram - 1, held.vram, held.low, held.high - 1, held.high) if 0 <= p < count}
+        points = {0, this.count - 1}
+        for held in (*this.before, *keep):
+            points |= {held.vram - 1, held.vram, held.low, held.high - 1, held.high}
         ram = vram = 0
         for chunk in points:
-            ram_now = ram_others + out
-            vram_now = vram_others + (out if separate else 0)
-            for old, new in zip(before, keep, strict=True):
+            if not 0 <= chunk < this.count:
+                continue
+            ram_now = ram_others + this.writes
+            vram_now = vram_others + this.writes
+            for old, new in zip(this.before, keep, strict=True):
                 on_device = chunk < old.vram
                 in_ram = not on_device and old.low <= chunk < old.high
                 ram_now += max(0, old.high - max(old.low, chunk)) + max(0, min(new.high, chunk) - new.low)
                 ram_now += not on_device and not in_ram
-                if separate:
-                    vram_now += max(0, old.vram - chunk) + min(chunk, new.vram) + (not on_device)
-            ram, vram = max(ram, ram_now), max(vram, vram_now)
+                vram_now += max(0, old.vram - chunk) + min(chunk, new.vram) + (not on_device)
+            ram = max(ram, ram_now)
+            vram = max(vram, vram_now) if this.separate else 0
         return ram, vram
+
+
+def _range_bytes(begin: int, end: int, chunk: int, nbytes: int) -> int:
+    """Return the bytes of the chunks [begin, end) of a tensor, from the bytes of a chunk and of the tensor."""
+    return max(0, min(end * chunk, nbytes) - min(begin * chunk, nbytes))

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from .graph import Kind, MergeGraph
+
+
+class ChunkedRead(NamedTuple):
+    """A read in chunks of one length: what the planner caches and drops, and where the executor finds its chunks.
+
+    Nodes that share a read but not a chunk length can't use each other's chunks.
+
+    Args:
+        read: number of the read.
+        chunk_length: elements of a chunk (bytes, where nothing is computed).
+    """
+
+    read: int
+    chunk_length: int
 
 
 def length(graph: MergeGraph, node: int) -> int:
@@ -29,6 +44,11 @@ def widest(graph: MergeGraph, node: int) -> int:
 def output_width(graph: MergeGraph, node: int) -> int:
     """The bytes of an element of a node's output; 1 where chunks count bytes."""
     return graph.node_dtype[node].bits // 8 if graph.operation(node).kind is Kind.MERGE else 1
+
+
+def source_width(graph: MergeGraph, node: int, read: int) -> int:
+    """The bytes of an element of one of a node's sources; 1 where chunks count bytes."""
+    return graph.reads[read].dtype.bits // 8 if graph.operation(node).kind is Kind.MERGE else 1
 
 
 def work_bytes(graph: MergeGraph, node: int) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .engine.graph import Kind, MergeGraph
 from .engine.schedule import Schedule
-from .engine.simulate import Held, Step
 from .wording import data_size, memory_size, plural
 
 if TYPE_CHECKING:
@@ -102,39 +101,11 @@ def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
     return total
 
 
-def reads_of_steps(graph: MergeGraph, schedule: Schedule) -> Iterator[tuple[Step, tuple[int, ...]]]:
-    """Each step, with the bytes that it reads of each of its sources."""
-    cache: dict[int, dict[int, Held]] = {}
-    for step in schedule.steps:
-        for read, held in step.drop:
-            for chunk in list(cache.get(read, ())):
-                cache[read][chunk] = held
-        chunk = schedule.chunk_elements[step.node]
-        found = []
-        for read, keep in zip(step.sources, step.keep, strict=True):
-            ref = graph.reads[read]
-            width = ref.dtype.bits // 8 if graph.operation(step.node).kind is Kind.MERGE else 1
-            before = cache.setdefault(read, {}).pop(chunk, None)
-            nbytes = ref.nbytes - _span(0, step.first, chunk * width, ref.nbytes)
-            if before is not None:
-                nbytes -= _span(0, before.vram, chunk * width, ref.nbytes)
-                nbytes -= _span(max(before.low, before.vram), before.high, chunk * width, ref.nbytes)
-            if keep.ram or keep.vram:
-                cache[read][chunk] = keep
-            found.append(nbytes)
-        yield step, tuple(found)
-
-
-def _span(first: int, end: int, chunk: int, nbytes: int) -> int:
-    """The bytes of the chunks [first, end) of a tensor of `nbytes` bytes."""
-    return max(0, min(end * chunk, nbytes) - min(first * chunk, nbytes))
-
-
 def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
     """How many bytes are read of each input tensor that the graph reads, by its number; together `bytes_read`."""
     found = [0] * len(graph.reads)
-    for step, nbytes in reads_of_steps(graph, schedule):
-        for read, count in zip(step.sources, nbytes, strict=True):
+    for step in schedule.steps:
+        for read, count in zip(step.sources, step.bytes_read, strict=True):
             found[read] += count
     return found
 

@@ -1,9 +1,8 @@
-"""A device for tests: it has its own address space, counts bytes, keeps to a budget, and can fail."""
+"""A device for tests: it has its own address space, counts bytes, keeps to a budget, can be slow, can fail."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -90,33 +89,3 @@ class CountingDevice:
 
     def close(self) -> None:
         """Forget the arena."""
-
-
-class Rendezvous:
-    """Holds the operations of several lanes until one of each is in progress at the same time, again and again.
-
-    Args:
-        leads: for each lane, how many operations it may be ahead: operation ``k + lead`` meets the others at round k.
-        rounds: how many times the lanes meet.
-        seconds: how long an operation waits for the others before the rendezvous, and so the run, fails.
-    """
-
-    def __init__(self, leads: Mapping[str, int], rounds: int, seconds: float) -> None:
-        self.met = 0
-        self._leads = leads
-        self._seconds = seconds
-        self._counts = dict.fromkeys(leads, 0)
-        self._lock = threading.Lock()
-        self._barriers = [threading.Barrier(len(leads), self._meet) for _ in range(rounds)]
-
-    def _meet(self) -> None:
-        with self._lock:
-            self.met += 1
-
-    def enter(self, lane: str) -> None:
-        """Begin the next operation of a lane. Raises threading.BrokenBarrierError where the others do not come."""
-        with self._lock:
-            number = self._counts[lane] - self._leads[lane]
-            self._counts[lane] += 1
-        if 0 <= number < len(self._barriers):
-            self._barriers[number].wait(self._seconds)

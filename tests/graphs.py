@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.engine.graph import Kind, MergeGraph, Operation
-from mergeloom.io.dtypes import F32
+from mergeloom.io.dtypes import DTYPES, DType
 from mergeloom.io.tensors import TensorRef
 from mergeloom.methods.contract import Inputs, Kernel
 from mergeloom.methods.tile import Tile
@@ -23,10 +23,11 @@ class Sum(Kernel):
 
     buffers = 2
     transparent = True
+    alignment = 16
 
     @property
     def granule(self) -> int:
-        return 16
+        return self.alignment
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
         total, term = tile.load(0), tile.empty()
@@ -56,7 +57,24 @@ class SumAboveMean(Sum):
         return super().combine(tile, state).add_(state % 1024)
 
 
-KERNELS: dict[str, type[Sum]] = {"sum": Sum, "above": SumAboveMean}
+def aligned(kernel: type[Sum], alignment: int) -> type[Sum]:
+    """The kernel with another granule."""
+    return type(f"{kernel.__name__}{alignment}", (kernel,), {"alignment": alignment})
+
+
+KERNELS: dict[str, type[Sum]] = {
+    "sum": Sum,
+    "above": SumAboveMean,
+    "sum 48": aligned(Sum, 48),  # its chunks can be as long as those of "sum"
+    "sum 9999": aligned(Sum, 9999),  # its chunks can't: no slot of 64 KiB holds a multiple of 16 and of 9999
+    "above 9999": aligned(SumAboveMean, 9999),
+}
+
+
+def _stored(tensor: Tensor, dtype: DType) -> bytes:
+    """The bytes of a tensor in a file."""
+    assert dtype.torch_name is not None
+    return tensor.to(getattr(torch, dtype.torch_name)).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(repr=False)
@@ -76,27 +94,28 @@ class World:
         nodes = [(self.graph.operation(node).method, self.graph.node_sources[node]) for node in self.graph]
         return f"World(sources={sizes}, nodes={nodes})"
 
-    def source(self, elements: int) -> int:
+    def source(self, elements: int, dtype: str = "F32") -> int:
         """A new source tensor."""
         number = len(self.tensors)
         generator = torch.Generator().manual_seed(number)
         tensor = torch.randint(-8, 8, (elements,), generator=generator).to(torch.float32)
         file = Path(f"file{number % 3}")
         data = self.files.get(file, b"")
-        ref = TensorRef(file, len(data), elements * 4, F32, (elements,))
-        self.files[file] = data + tensor.numpy().tobytes()
+        stored = _stored(tensor, DTYPES[dtype])
+        ref = TensorRef(file, len(data), len(stored), DTYPES[dtype], (elements,))
+        self.files[file] = data + stored
         self.tensors.append(tensor)
         return self.graph.add_read(0, f"t{number}", ref)
 
     def node(self, kind: str, sources: Sequence[int], outputs: int = 1) -> int:
-        """A node of kind ``copy``, ``sum`` or ``above``, with some outputs."""
-        shape = self.graph.reads[sources[0]].shape
+        """A node of kind ``copy`` or of one of the `KERNELS`, with some outputs."""
+        shape, dtype = self.graph.reads[sources[0]].shape, self.graph.reads[sources[0]].dtype
         if kind == "copy":
             operation = Operation(Kind.COPY, "copy")
         else:
             kernel = KERNELS[kind](Inputs(len(sources), None, shape))
             operation = Operation(Kind.MERGE, kind, kernel=kernel)
-        node = self.graph.add_node(operation, tuple(sources), F32)
+        node = self.graph.add_node(operation, tuple(sources), dtype)
         for _ in range(outputs):
             self.graph.add_output(f"out{len(self.graph.outputs)}", node, 0)
         return node
@@ -106,10 +125,10 @@ class World:
         operation = self.graph.operation(node)
         total = sum(self.tensors[read] for read in self.graph.node_sources[node])
         assert isinstance(total, Tensor)
-        if operation.method == "above":
+        if isinstance(operation.kernel, SumAboveMean):
             values = total.to(torch.int64)
             total = total + int((values * values.numel() > int(values.sum())).sum()) % 1024
-        return total.numpy().tobytes()
+        return _stored(total, self.graph.node_dtype[node])
 
     # the executor's source and sink
 

@@ -2,8 +2,9 @@
 
     python -m tests.mutate [--each 150] [--seed 0] [--modules engine/schedule.py ...]
 
-cosmic-ray finds the places and makes the mistakes, in a copy of the repository. Of each module a sample is drawn. What
-no test notices is printed as a diff: either a test is missing, or the code says more than it needs to.
+cosmic-ray finds the places and makes the mistakes, in a copy of the repository. Of each module a sample is drawn, and
+the mistakes in `BY_HAND` are always made. What no test notices is printed as a diff: either a test is missing, or the
+code says more than it needs to.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[impo
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "engine/schedule.py": ("test_schedule.py", "test_execute.py", "test_whatif.py"),
-    "engine/simulate.py": ("test_schedule.py", "test_execute.py", "test_traffic.py"),
-    "engine/residency.py": ("test_schedule.py", "test_execute.py"),
+    "engine/simulate.py": ("test_eviction.py", "test_schedule.py", "test_execute.py", "test_traffic.py"),
+    "engine/residency.py": ("test_residency.py", "test_execute.py"),
     "methods/selection.py": ("test_methods_selection.py",),
 }
 SECONDS = 45
@@ -44,6 +45,52 @@ class Mutant:
     module: str
     operator: str
     number: int
+
+    def change(self, code: str) -> str | None:
+        """Return the module's code with the mistake in it; None if there is nothing to change."""
+        changed: str | None = mutate_code(code, get_operator(self.operator)(), self.number)
+        return changed
+
+
+@dataclass(frozen=True, slots=True)
+class ByHand:
+    """A mistake that cosmic-ray does not make, as replacements in a module."""
+
+    module: str
+    operator: str
+    replacements: tuple[tuple[str, str], ...]
+    number: int = 0
+
+    def change(self, code: str) -> str:
+        """Return the module's code with the mistake in it."""
+        for before, after in self.replacements:
+            if code.count(before) != 1:
+                raise ValueError(f"{self.module} does not contain once: {before}")
+            code = code.replace(before, after)
+        return code
+
+
+BY_HAND = (
+    ByHand(
+        "engine/simulate.py",
+        "the source needed soonest is dropped",
+        (
+            ("(-next_use, -source.read, -source.chunk_length))", "(next_use, -source.read, -source.chunk_length))"),
+            ("if held.ram and current == next_use:", "if held.ram and current == -next_use:"),
+            ("return next_use, source", "return current, source"),
+        ),
+    ),
+    ByHand(
+        "engine/residency.py",
+        "chunks are dropped by read alone",
+        (
+            (
+                "list(self._residents.get(source, {}).values())",
+                "[r for s, chunks in self._residents.items() if s.read == source.read for r in chunks.values()]",
+            ),
+        ),
+    ),
+)
 
 
 def mutants(module: str) -> list[Mutant]:
@@ -59,11 +106,11 @@ def mutants(module: str) -> list[Mutant]:
     return found
 
 
-def run(mutant: Mutant, copy: Path) -> tuple[str, str]:
+def run(mutant: Mutant | ByHand, copy: Path) -> tuple[str, str]:
     """``killed``, ``survived`` or ``same`` (nothing changed), and the diff."""
     file = copy / "package" / "mergeloom" / mutant.module
     before = file.read_text()
-    after = mutate_code(before, get_operator(mutant.operator)(), mutant.number)
+    after = mutant.change(before)
     if after is None or after == before:
         return "same", ""
     diff = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), mutant.module, n=1))
@@ -100,7 +147,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    chosen = []
+    chosen: list[Mutant | ByHand] = [mistake for mistake in BY_HAND if mistake.module in arguments.modules]
     for module in arguments.modules:
         every = mutants(module)
         chosen += random.Random(arguments.seed).sample(every, min(arguments.each, len(every)))
@@ -110,7 +157,7 @@ def main() -> None:
         for number in range(arguments.threads):
             copies.put(make_copy(Path(folder) / str(number)))
 
-        def one(mutant: Mutant) -> None:
+        def one(mutant: Mutant | ByHand) -> None:
             copy = copies.get()
             try:
                 verdict, diff = run(mutant, copy)

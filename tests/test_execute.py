@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mergeloom.engine.arena import take_memory
 from mergeloom.engine.device import CpuDevice, Device, OutOfDeviceMemory
 from mergeloom.engine.execute import Executor
+from mergeloom.engine.graph import Kind, Operation
 from mergeloom.engine.run import SPARE, run_graph
 from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.simulate import Held
+from mergeloom.engine.tiling import ChunkedRead
 from mergeloom.engine.work import Measured
-from tests.devices import CountingDevice, FailureOnPurpose, Rendezvous
-from tests.graphs import World
+from mergeloom.io.dtypes import F32
+from mergeloom.methods.contract import Inputs
+from mergeloom.methods.tile import Tile
+from tests.devices import CountingDevice, FailureOnPurpose
+from tests.graphs import KERNELS, Sum, World
 from tests.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
-from tests.waiting import HANG_SECONDS
 
 
 def run(world: World, schedule: Schedule, devices: list[Device], *, serial: bool = False) -> Measured:
@@ -42,6 +50,62 @@ def run(world: World, schedule: Schedule, devices: list[Device], *, serial: bool
 def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
     run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+
+
+@st.composite
+def crowded(draw: st.DrawFn) -> Blueprint:
+    """Many nodes on few sources, in chunks of two lengths."""
+    elements = draw(st.sampled_from([4, 6, 8])) * 9999
+    chosen = st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True)
+    nodes = draw(st.lists(st.tuples(st.sampled_from(sorted(KERNELS)), chosen, st.just(1)), min_size=3, max_size=6))
+    return [(elements, "F32", 4, nodes)]
+
+
+FIVE_CHUNKS = [
+    ("sum", [3, 1], 1),
+    ("sum 9999", [2, 3], 1),
+    ("above 9999", [1, 3, 0], 1),
+    ("sum", [2, 3, 0], 1),
+    ("sum 9999", [0], 1),
+    ("sum 9999", [0, 1], 1),
+]
+SIX_CHUNKS = [
+    ("sum", [1], 1),
+    ("sum 9999", [1], 1),
+    ("above 9999", [3, 1, 2], 1),
+    ("sum", [3, 2], 1),
+    ("sum", [3], 1),
+    ("sum", [1, 3], 1),
+]
+
+
+# in the first two, a step drops chunks of one length of a read, and a later one needs those of the other length
+@example([(6 * 9999, "F32", 4, FIVE_CHUNKS)], 8, True)
+@example([(8 * 9999, "F32", 4, SIX_CHUNKS)], 10, True)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(crowded(), st.sampled_from([2, 4, 6, 8, 10, 14, 18]), st.booleans())
+def test_chunks_of_two_lengths_are_read_as_planned(blueprint: Blueprint, extra: int, serial: bool) -> None:
+    world = build(blueprint)
+    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+
+
+def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    #  a(3 chunks) ┬─ sum ── out0     F8 on a device: a stays there for out2, but the copy goes through RAM, in chunks
+    #              ├─ copy ─ out1     of the same length: it reads a again and keeps it in RAM, where out2 finds it
+    #              └─ sum ── out2
+    world = World()
+    a = world.source(3 * SLOT, "F8_E5M2")
+    for kind in ("sum", "copy", "sum"):
+        world.node(kind, [a])
+    monkeypatch.setattr("mergeloom.engine.schedule.orders", lambda graph: [list(graph)])
+    budget = DeviceBudget("test", 64 << 20, 1)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (budget,)), slot_bytes=SLOT)
+    assert [step.keep for step in schedule.steps] == [(Held(vram=3),), (Held(0, 0, 3),), (Held(),)]
+    assert [step.drop for step in schedule.steps] == [(), ((ChunkedRead(a, SLOT), Held()),), ()]
+    assert [step.bytes_read for step in schedule.steps] == [(3 * SLOT,), (3 * SLOT,), (0,)]
+    device = CountingDevice("test", 64 << 20)
+    run(world, schedule, [device])
+    assert device.uploaded == schedule.uploaded == 6 * SLOT
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -104,41 +168,42 @@ def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
         Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
 
 
-def lanes_meet(*, serial: bool, seconds: float) -> int:
-    """How many times a chunk is written while the next one is computed and the one after that is read."""
-    meeting = Rendezvous({"read": 2, "compute": 1, "write": 0}, rounds=10 * 8 - 2, seconds=seconds)
+@pytest.mark.parametrize("separate", [False, True])
+def test_reading_computing_and_writing_overlap(separate: bool) -> None:
+    """A chunk is written while another one is computed and a third one is read: each waits for the other two."""
+    at_once = threading.Barrier(3)
+    calls: Counter[str] = Counter()
+
+    def meet(lane: str, call: int) -> None:
+        calls[lane] += 1
+        if calls[lane] == call:
+            at_once.wait(60)  # breaks, and ends the run with an error, if the lanes take turns
 
     class Meeting(World):
-        def read(self, file: object, offset: int, buffer: memoryview) -> None:
-            meeting.enter("read")
-            super().read(file, offset, buffer)  # type: ignore[arg-type]
+        def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+            super().read(file, offset, buffer)
+            meet("read", 6)
 
         def write(self, node: int, offset: int, data: memoryview) -> None:
-            meeting.enter("write")
             super().write(node, offset, data)
+            meet("write", 2)
 
-    class MeetingDevice(CountingDevice):
-        def begin(self, thread: int, after: object) -> None:
-            meeting.enter("compute")
-            super().begin(thread, after)  # type: ignore[arg-type]
+    class MeetingSum(Sum):
+        def combine(self, tile: Tile, state: Any) -> Tensor:
+            meet("compute", 4)
+            return super().combine(tile, state)
 
     world = Meeting()
-    for _ in range(10):
-        world.node("sum", [world.source(8 * ELEMENTS)])
-    budgets = (DeviceBudget("test", 64 << 20, 1),)
-    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
-    run(world, schedule, [MeetingDevice("test", 64 << 20)], serial=serial)
-    return meeting.met
-
-
-def test_reading_computing_and_writing_overlap() -> None:
-    assert lanes_meet(serial=False, seconds=HANG_SECONDS) == 10 * 8 - 2
-
-
-def test_lanes_that_run_one_after_the_other_never_meet() -> None:
-    """The test above can fail."""
-    with pytest.raises(threading.BrokenBarrierError):
-        lanes_meet(serial=True, seconds=0.2)
+    source = world.source(12 * ELEMENTS)
+    kernel = MeetingSum(Inputs(1, None, (12 * ELEMENTS,)))
+    world.graph.add_output("out", world.graph.add_node(Operation(Kind.MERGE, "sum", kernel=kernel), (source,), F32), 0)
+    device = DeviceBudget("test", 64 << 20 if separate else None, 1)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (device,)), slot_bytes=SLOT)
+    executor_device = CountingDevice("test", 64 << 20) if separate else CpuDevice(1)
+    Executor(world.graph, schedule, [executor_device], world, world, readers=1).run()
+    world.check()
+    assert calls == {"read": 12, "compute": 12, "write": 12}
+    assert not at_once.broken
 
 
 def test_nonfinite_inputs_are_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Where the bytes go: held against what the executor then does, over random graphs."""
+"""Where the bytes go: compared with what the executor then does, over random graphs."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def read_by_tensor(world: World) -> list[int]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]))
-def test_each_tensor_is_read_as_often_as_foretold(blueprint: Blueprint, extra: int) -> None:
+def test_each_tensor_is_read_as_often_as_planned(blueprint: Blueprint, extra: int) -> None:
     world = build(blueprint)
     schedule = with_slots(world, extra)
-    foretold = bytes_of_reads(world.graph, schedule)
-    assert sum(foretold) == schedule.bytes_read
+    planned = bytes_of_reads(world.graph, schedule)
+    assert sum(planned) == schedule.bytes_read
     Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
-    assert read_by_tensor(world) == foretold
+    assert read_by_tensor(world) == planned
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 3, 20]), st.sampled_from([0, 3, 20]))
-def test_what_a_device_sends_back_is_foretold(blueprint: Blueprint, ram: int, vram: int) -> None:
+def test_what_a_device_sends_back_is_planned(blueprint: Blueprint, ram: int, vram: int) -> None:
     world = build(blueprint)
     large = (DeviceBudget("test:0", 1 << 40, 1),)
     least = make_schedule(world.graph, Budget(1 << 40, 0, large), slot_bytes=SLOT)
