@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ..errors import EnvironmentFailure
+
 T = TypeVar("T")
 
 
@@ -50,8 +52,14 @@ class Lane(Generic[T]):
             threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
             for number in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            raise EnvironmentFailure(
+                f"no more threads can be started ({error}): see ulimit -u, ulimit -v and the cgroup's limit on tasks, "
+                "or give fewer --threads"
+            ) from error
 
     def put(self, order: int, task: T) -> None:
         """Let the lane do a task; those with a smaller `order` go first."""

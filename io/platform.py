@@ -358,7 +358,9 @@ OWN_PROCESS = False
 """Whether this process runs the command line and nothing else: all of its memory is mergeloom's then."""
 MAPPED_BYTES = 256 << 10
 """Allocations from this size on are mapped one by one, in bytes."""
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+ARENA_BYTES = 64 << 20
+"""Address space of one of glibc's heaps, in bytes; threads have their own where there may be as many."""
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 
 
 def return_large_blocks() -> bool:
@@ -367,9 +369,18 @@ def return_large_blocks() -> bool:
     Otherwise glibc raises its own threshold to the largest block that was ever freed, and takes larger ones from heaps,
     of which every thread has one, and which small blocks keep from shrinking.
     """
+    return _tune_malloc(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
+def share_heaps(number: int) -> bool:
+    """Let the C library's threads share so many heaps, of which each takes address space; whether they do."""
+    return _tune_malloc(_M_ARENA_MAX, number)
+
+
+def _tune_malloc(option: int, value: int) -> bool:
     if "mallopt" in DISABLED or not sys.platform.startswith("linux"):
         return False
     import ctypes
 
     call = getattr(ctypes.CDLL(None), "mallopt", None)
-    return call is not None and bool(call(_M_MMAP_THRESHOLD, MAPPED_BYTES))
+    return call is not None and bool(call(option, value))

@@ -38,6 +38,8 @@ MEMORY_STEP = 16 << 20
 and `merge` should agree."""
 COPYING_MEMORY_STEP = 4 << 20
 """The same where nothing is computed, and the process is small."""
+HEAPS = 2
+"""Heaps that threads share where address space is limited."""
 THREAD_ADDRESSES = 8 << 20
 """Address space of a thread's stack, in bytes, where the system does not say."""
 
@@ -286,7 +288,9 @@ def check_address_space(schedule: Schedule, threads: int) -> None:
 
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
     stack = THREAD_ADDRESSES if stack == resource.RLIM_INFINITY else stack
+    platform.share_heaps(HEAPS)
     needed = address_space() + schedule.peak_ram - process_memory().now + threads * stack
+    needed += (HEAPS + 1) * platform.ARENA_BYTES  # one more is taken for a moment, to align it
     if needed > limit:
         raise BudgetError(
             f"ulimit -v allows {format_size(limit)} of address space, and the merge needs "

@@ -23,6 +23,7 @@ from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_sched
 from mergeloom.engine.simulate import Held
 from mergeloom.engine.tiling import ChunkedRead
 from mergeloom.engine.work import Measured
+from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.dtypes import F32
 from mergeloom.methods.contract import Inputs
 from mergeloom.methods.tile import Tile
@@ -327,3 +328,15 @@ def test_torch_has_its_threads_again() -> None:
 def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
     with pytest.raises(MemoryError, match="could not be had"):
         take_memory(1 << 60)
+
+
+def test_a_system_without_more_threads_is_an_error_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    world = World()
+    world.node("sum", [world.source(64), world.source(64)])
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(EnvironmentFailure, match="no more threads can be started"):
+        Executor(world.graph, schedule, [CpuDevice(2)], world, world).run()

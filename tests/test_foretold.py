@@ -214,7 +214,7 @@ def test_bytes_and_memory_of_the_real_encoder(
     assert report["peak_ram"] <= ram
     assert measured["peak_rss"] <= report["peak_ram"]
     assert measured["excess_ram"] == 0
-    assert measured["peak_rss"] >= report["peak_ram"] - (64 << 20)  # what is rounded up and set aside
+    assert measured["peak_rss"] >= 0.75 * report["peak_ram"] - (32 << 20)  # what is set aside, and not read ahead
     assert abs(foretold["peak_ram"] - report["peak_ram"]) <= MEMORY_STEP  # the process's own size varies a little
 
 

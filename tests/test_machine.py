@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -12,11 +13,13 @@ import psutil
 import pytest
 import yaml
 
-from mergeloom import machine
+from mergeloom import machine, merging
+from mergeloom.__main__ import main
 from mergeloom.engine.schedule import DeviceBudget
 from mergeloom.errors import UsageError
 from mergeloom.io import platform
 from mergeloom.machine import Machine
+from mergeloom.planning import Options, plan
 from tests.plans import linear
 
 GIB = 1 << 30
@@ -181,5 +184,80 @@ def test_too_little_address_space_is_an_error(llamas: dict[str, Path], tmp_path:
 def test_what_only_copies_needs_no_address_space_for_torch(llamas: dict[str, Path], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": str(llamas["a"])}]}))
-    ended = limited(needed_addresses(), "merge", recipe, tmp_path / "out", "--max-ram", "128MiB")
+    ended = limited(needed_addresses() + (64 << 20), "merge", recipe, tmp_path / "out", "--max-ram", "128MiB")
     assert ended.returncode == 0, ended.stderr
+
+
+# ------------------------------------------------------------------------------------------------ what is reported
+
+
+def test_a_merge_that_exceeds_its_budget_ends_with_3_and_a_complete_output(
+    llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = iter([GIB, 5 * GIB])
+    monkeypatch.setattr(merging, "process_memory", lambda: machine.Memory(GIB, next(peaks)))
+    recipe, report = tmp_path / "recipe.yml", tmp_path / "report.json"
+    recipe.write_text(yaml.safe_dump(linear(llamas["a"], llamas["b"])))
+    arguments = ["merge", recipe, tmp_path / "out", "--quiet", "--device", "cpu", "--max-ram", "4GiB"]
+    assert main([*map(str, arguments), "--report", str(report)]) == 3
+    said = capsys.readouterr().err
+    assert "the merge is complete, but the process held 5GiB of memory, more than the budget of 4GiB" in said
+    assert json.loads(report.read_text())["measured"]["excess_ram"] == GIB
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_peak_from_before_the_merge_is_not_its_own(
+    llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "process_memory", lambda: machine.Memory(GIB, 5 * GIB))
+    result = merging.merge(linear(llamas["a"], llamas["b"]), tmp_path / "out", Options(max_ram=4 * GIB, device="cpu"))
+    assert (result.peak_rss, result.excess_ram) == (5 * GIB, 0)
+
+
+def test_plan_and_merge_warn_of_a_budget_beyond_the_memory(
+    llamas: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(yaml.safe_dump(linear(llamas["a"], llamas["b"])))
+    warning = "--max-ram 1024TiB is more than the "
+    assert main(["plan", str(recipe), "--device", "cpu", "--max-ram", "1024TiB"]) == 0
+    assert warning in capsys.readouterr().out
+    assert (
+        main(["merge", str(recipe), str(tmp_path / "out"), "--quiet", "--device", "cpu", "--max-ram", "1024TiB"]) == 0
+    )
+    assert f"warning: {warning}" in capsys.readouterr().err
+
+
+def test_a_plan_for_another_machine_says_where_the_program_was_measured(llamas: dict[str, Path]) -> None:
+    recipe = linear(llamas["a"], llamas["b"])
+    assert "(as measured on this machine)" in str(plan(recipe, Options(machine=Machine(ram=16 * GIB))))
+    assert "as measured" not in str(plan(recipe, Options(device="cpu")))
+
+
+FRAGMENTS = """
+import sys
+from mergeloom.io import platform
+from mergeloom.machine import process_memory
+assert platform.return_large_blocks()
+import numpy
+kept = []
+before = process_memory().now
+for _ in range(64):
+    large = numpy.ones(4 << 20, dtype=numpy.uint8)
+    del large
+    kept.append(bytearray(4096))
+    held = numpy.ones(1 << 20, dtype=numpy.uint8)
+    del held
+print(process_memory().now - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_large_blocks_go_back_to_the_system() -> None:
+    found = subprocess.run([sys.executable, "-c", FRAGMENTS], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 1 << 20
+
+
+def test_without_mallopt_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "DISABLED", {"mallopt"})
+    assert not platform.return_large_blocks()
