@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mergeloom.engine.layers import find_layers
-from mergeloom.io.dtypes import DTYPES
-from mergeloom.io.header import build_header, parse_header
+from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.safetensors.header import build_header, parse_header
 from mergeloom.machine import Machine
 from mergeloom.page import make_page
 from mergeloom.planning import Options, plan

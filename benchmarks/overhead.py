@@ -28,8 +28,8 @@ import torch
 
 from benchmarks.compare import DOCUMENT, RESULTS, machine, put_between_markers, sync, touch_memory
 from benchmarks.make_models import CACHE, make_models
-from mergeloom.io.digests import BLOCK_BYTES
-from mergeloom.io.journal import Journal
+from mergeloom.io.output.digests import BLOCK_BYTES
+from mergeloom.io.output.journal import Journal
 from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
 from mergeloom.writing import Shards

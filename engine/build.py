@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from ..io.dtypes import Kind as ElementKind
+from ..io.safetensors.dtypes import Kind as ElementKind
 from ..methods.contract import Method
 from .accounting import Account, Unused
 from .graph import MergeGraph

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..io.dtypes import DType
+from ..io.safetensors.dtypes import DType
 from ..methods import scripts
 from ..methods.contract import Kernel, Unit
 from ..methods.tile import Tile, Workspace

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MergeloomError, UsageError
-from ..io.dtypes import DType
+from ..io.safetensors.dtypes import DType
 from ..methods.contract import Kernel, Unit
 from ..methods.tile import Workspace
 from .fuse import FusedKernel

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..io.dtypes import DType
+from ..io.safetensors.dtypes import DType
 from ..methods.contract import Inputs, Kernel, Unit
 from ..methods.tile import Tile
 

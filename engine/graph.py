@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from ..io.dtypes import DType
-from ..io.tensors import TensorRef
+from ..io.safetensors.dtypes import DType
+from ..io.safetensors.tensors import TensorRef
 from ..methods.contract import Kernel
 
 if TYPE_CHECKING:

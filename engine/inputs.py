@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import CheckpointError
-from ..io.checkpoint import Checkpoint
+from ..io.safetensors.checkpoint import Checkpoint
 from ..methods.contract import Method
 from .layers import LayerMap, Stack, find_layers
 from .parameters import SliceParameters

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import UsageError
-from ..io.dtypes import DType
-from ..io.header import build_header
+from ..io.safetensors.dtypes import DType
+from ..io.safetensors.header import build_header
 from .graph import Kind, MergeGraph
 
 LAYOUT_VERSION = 1

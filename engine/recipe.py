@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import RecipeError
-from ..io.dtypes import DType
+from ..io.safetensors.dtypes import DType
 from ..methods.contract import Base, Method
 from .parameters import Conditional, Gradient, Scalar, Setting, Settings
 from .yaml_source import Keys

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import RecipeError
-from ..io.dtypes import BF16, F16, F32, F64, DType
+from ..io.safetensors.dtypes import BF16, F16, F32, F64, DType
 from ..methods.contract import Method, Parameter
 from .parameters import Conditional, Gradient, ParameterError, Scalar, Setting, accept, coerce, describe
 from .recipe import ModelReference, line_of

@@ -12,18 +12,7 @@ import yaml
 from ..errors import RecipeError
 from ..methods.contract import Base, Method
 from .parameters import describe
-from .recipe import (
-    ChatTemplate,
-    Module,
-    Outside,
-    Recipe,
-    Slice,
-    Source,
-    Stage,
-    TokenizerSource,
-    base_index,
-    modules_of,
-)
+from .recipe import ChatTemplate, Module, Outside, Recipe, Slice, Source, Stage, TokenizerSource, base_index, modules_of
 from .recipe_nodes import NodeReader, nearest
 from .stage_order import in_order
 from .yaml_source import Keys, Node, YamlSource

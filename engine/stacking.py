@@ -13,7 +13,7 @@ from itertools import groupby
 import yaml
 
 from ..errors import UsageError
-from ..io.checkpoint import Checkpoint
+from ..io.safetensors.checkpoint import Checkpoint
 from .layers import LayerMap, find_layers
 from .recipe import ModelReference
 from .recipe_nodes import DTYPES

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..io.checkpoint import Checkpoint
-from ..io.dtypes import DType
-from ..io.tensors import TensorRef
+from ..io.safetensors.checkpoint import Checkpoint
+from ..io.safetensors.dtypes import DType
+from ..io.safetensors.tensors import TensorRef
 from ..methods.contract import Inputs, Kernel, Method
 from .accounting import Unused
 from .build import BuiltGraph, Saved, build_graph

@@ -7,9 +7,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from ..io.dtypes import F32, F64, DType
-from ..io.dtypes import Kind as ElementKind
-from ..io.tensors import TensorRef
+from ..io.safetensors.dtypes import F32, F64, DType
+from ..io.safetensors.dtypes import Kind as ElementKind
+from ..io.safetensors.tensors import TensorRef
 from ..methods.contract import Absent, Base, Inputs, Kernel, Method, MethodError
 from .accounting import Account
 from .graph import Kind, MergeGraph, Operation

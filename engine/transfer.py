@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ..io.copying import shareable
+from ..io.output.clone import shareable
 from .graph import MergeGraph
 from .lanes import Lane
 from .layout import Layout

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .failures import explain
+from .os_errors import explain
 from .platform import create_file, make_directory, remove, rename, sync_data, sync_directory, write_at
 from .sizes import format_size
 

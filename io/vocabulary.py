@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .digests import file_digest
 from .files import read_json, read_small
+from .output.digests import file_digest
 
 _TEXTS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _OPAQUE = (".tiktoken", "tekken.json")

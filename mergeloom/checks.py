@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .engine.execute import NOTIFY_SECONDS
 from .engine.transfer import BUFFER_BYTES, Mover
-from .io.commit import Ended
+from .io.output.group_commit import Ended
 from .io.reading import Reader
 
 Read = Callable[[Path, int, int], Iterator[memoryview]]

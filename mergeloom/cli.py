@@ -19,7 +19,7 @@ from .verify_command import verify
 if TYPE_CHECKING:
     from .dry_run import DryRun
     from .estimate import Estimate
-    from .io.hub_files import HubFile
+    from .io.hub.repository import HubFile
     from .merging import Result
     from .methods.contract import Method
     from .planning import Options, Plan
@@ -229,7 +229,7 @@ def merge(
 
     target = TargetFile("--report", report) if report is not None else None
     from .display import load_rich, show
-    from .io.claim import classify, refuse_occupied
+    from .io.output.lock import classify, refuse_occupied
     from .planning import plan as make_plan
     from .report import headline, overflow_section, summary_sections
     from .stopping import StopSignals

@@ -16,14 +16,14 @@ from .engine.graph import MergeGraph
 from .engine.transfer import BUFFER_BYTES, Mover, Transfer, source_of
 from .engine.work import LaneTime
 from .errors import DiskSpaceError
-from .io.commit import Ended, GroupCommit
-from .io.copying import BLOCK, Moved, SharingRefused, refuses_to_share
-from .io.digests import BlockDigests
+from .io.output.clone import BLOCK, Moved, SharingRefused, refuses_to_share
+from .io.output.digests import BlockDigests
+from .io.output.group_commit import Ended, GroupCommit
 from .io.reading import Reader, Stamps
 from .io.sizes import format_size
 
 if TYPE_CHECKING:
-    from .io.output import OutputDirectory
+    from .io.output.directory import OutputDirectory
 
 
 _SMALLEST_PIECE = 64 << 10

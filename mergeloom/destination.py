@@ -16,9 +16,9 @@ from .display import Section
 from .engine.transfer import written_ranges
 from .errors import DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from .finished import check_finished
-from .io.claim import Content, DirectoryStatus, classify, refuse_occupied
-from .io.journal import FORMAT
-from .io.output import ShardFile, missing_space
+from .io.output.directory import ShardFile, missing_space
+from .io.output.journal import FORMAT
+from .io.output.lock import Content, DirectoryStatus, classify, refuse_occupied
 from .manifest import differences, facts_of, model_names, other_version
 from .wording import data_size
 

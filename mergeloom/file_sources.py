@@ -19,8 +19,8 @@ from .engine.files_from import adopted_config, adopted_stack
 from .engine.layers import is_embedding, is_head
 from .engine.recipe import ModelReference, Recipe, Stage
 from .errors import CheckpointError
-from .io.checkpoint import Checkpoint
 from .io.files import FileKind, companion_files, file_kind, read_json
+from .io.safetensors.checkpoint import Checkpoint
 from .io.vocabulary import difference, read_vocabulary, same_files
 
 
@@ -274,8 +274,8 @@ def tokenizer_directory(files: FileSources) -> Path:
     """Where the tokenizer's files are; those of a model of the Hub are brought there first."""
     checkpoint = files.tokenizer
     if hasattr(checkpoint, "repository"):
-        from .io.hub import companions  # local models do without the network's libraries
-        from .io.hub_download import download
+        from .io.hub.checkpoint import companions  # local models do without the network's libraries
+        from .io.hub.download import download
 
         download(file for file in companions(checkpoint) if file_kind(file.name) is FileKind.TOKENIZER)
     return directory_of(checkpoint)

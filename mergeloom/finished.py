@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, UsageError
-from .io.checkpoint import Checkpoint
-from .io.claim import DirectoryStatus
-from .io.digests import bytes_digest, file_digest
 from .io.files import FileKind, file_kind
+from .io.output.digests import bytes_digest, file_digest
+from .io.output.lock import DirectoryStatus
+from .io.safetensors.checkpoint import Checkpoint
 from .manifest import differences, facts_of, model_names, other_version
 from .model_files import CARD, local_companions, model_files
 from .opening import is_remote
@@ -18,7 +18,7 @@ from .verifying import Verdict, Verification
 from .wording import plural
 
 if TYPE_CHECKING:
-    from .io.hub_files import HubFile
+    from .io.hub.repository import HubFile
     from .planning import Plan
 
 _ADVICE = "choose another OUT, or remove it"
@@ -125,7 +125,7 @@ def _file_differences(plan: Plan, out: Path, recorded: Mapping[str, str]) -> Ite
 def _hub_companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
     if not is_remote(checkpoint):
         return ()
-    from .io.hub import companions
+    from .io.hub.checkpoint import companions
 
     return companions(checkpoint)
 
@@ -135,7 +135,7 @@ def _same(source: Path, remote: HubFile | None, ours: Path, digest: str) -> bool
     try:
         if remote is None:
             return file_digest(source) == digest
-        from .io.hub_download import has_hash
+        from .io.hub.download import has_hash
 
         return has_hash(ours, remote)
     except OSError as error:

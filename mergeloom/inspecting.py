@@ -12,8 +12,8 @@ from .display import Grid, Section
 from .engine.layers import LayerMap, Stack, find_layers, is_head, tied_embedding
 from .engine.quantized import quantized_tensors
 from .errors import CheckpointError
-from .io.checkpoint import Checkpoint
-from .io.tensors import TensorRef
+from .io.safetensors.checkpoint import Checkpoint
+from .io.safetensors.tensors import TensorRef
 from .opening import open_model, reference_of
 from .wording import big_number, data_size, listed, plural, ranges
 

@@ -15,12 +15,12 @@ from .engine.fuse import FusedKernel, Part
 from .engine.graph import Kind, Operation
 from .engine.layout import LAYOUT_VERSION
 from .errors import CheckpointError
-from .io.checkpoint import Checkpoint
-from .io.claim import MANIFEST, TO_FINISH, Content, classify, is_inside
-from .io.digests import bytes_digest
-from .io.hub import HubCheckpoint
-from .io.identity import file_identity
-from .io.source_files import open_source, read_range
+from .io.hub.checkpoint import HubCheckpoint
+from .io.open_source import open_source, read_range
+from .io.output.digests import bytes_digest
+from .io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
+from .io.safetensors.checkpoint import Checkpoint
+from .io.safetensors.identity import file_identity
 from .methods.contract import ARITHMETIC_VERSION, Inputs
 from .methods.plugins import code_of
 

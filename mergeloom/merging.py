@@ -16,10 +16,10 @@ from .engine.schedule import Schedule
 from .engine.work import Measured, Progress, Sink
 from .errors import EnvironmentFailure
 from .finished import check_finished
-from .io.claim import classify, refuse_occupied
-from .io.commit import GROUP_BYTES
-from .io.hub_files import HubFile
-from .io.output import OutputDirectory
+from .io.hub.repository import HubFile
+from .io.output.directory import OutputDirectory
+from .io.output.group_commit import GROUP_BYTES
+from .io.output.lock import classify, refuse_occupied
 from .io.reading import Observe, Reader, Stamps
 from .machine import available_ram, process_memory
 from .manifest import MANIFEST
@@ -178,7 +178,7 @@ def missing_files(planned: Plan) -> list[HubFile]:
     needed = list(planned.downloads)
     donors = [donor for donor in (planned.files.others, planned.files.tokenizer) if is_remote(donor)]
     if donors:
-        from .io.hub import companions
+        from .io.hub.checkpoint import companions
 
         needed += [file for donor in donors for file in companions(donor)]
     return [file for file in {file.path: file for file in needed}.values() if not file.present]
@@ -199,7 +199,7 @@ def fetch(
     """
     if not files:
         return
-    from .io.hub_download import download
+    from .io.hub.download import download
 
     say(f"downloading {plural(len(files), 'file')}, {data_size(sum(file.to_fetch for file in files))}")
     download(files, None if notify is None else lambda done: notify(Progress(bytes_read=done.bytes_done)))

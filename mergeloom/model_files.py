@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from .card import CardModel, model_card
 from .chat_templates import REPLACED, with_template
 from .file_sources import FileSources, directory_of, tokenizer_directory
-from .io.checkpoint import INDEX, Checkpoint
 from .io.files import FileKind, companion_files
-from .io.output import OutputDirectory, index_bytes
+from .io.output.directory import OutputDirectory, index_bytes
+from .io.safetensors.checkpoint import INDEX, Checkpoint
 
 if TYPE_CHECKING:
     from .planning import MadeModel, Plan

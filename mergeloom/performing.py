@@ -16,11 +16,11 @@ from .engine.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers
 from .engine.work import Measured, Progress, Sink
 from .errors import CheckpointError, Interrupted
-from .io.commit import Ended
-from .io.digests import BLOCK_BYTES, tensor_digest
-from .io.failures import explain
-from .io.journal import Found, Journal
-from .io.output import OutputDirectory, call_judge
+from .io.os_errors import explain
+from .io.output.digests import BLOCK_BYTES, tensor_digest
+from .io.output.directory import OutputDirectory, call_judge
+from .io.output.group_commit import Ended
+from .io.output.journal import Found, Journal
 from .io.reading import Observe, Stamps, changed, stamps_of
 from .manifest import MANIFEST, facts_of, manifest_bytes, model_numbers, source_name
 from .model_files import write_model_files

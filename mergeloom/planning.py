@@ -16,9 +16,9 @@ from .engine.schedule import Budget, Schedule, make_schedule
 from .engine.stages import build_stages
 from .engine.transfer import Transfer
 from .file_sources import FileResolver, FileSources
-from .io.checkpoint import Checkpoint
-from .io.hub_files import HubFile
-from .io.tensors import TensorRef
+from .io.hub.repository import HubFile
+from .io.safetensors.checkpoint import Checkpoint
+from .io.safetensors.tensors import TensorRef
 from .machine import (
     Machine,
     check_address_space,
@@ -132,7 +132,7 @@ class Plan:
         graph = self.built.graph
         if not any(is_remote(model.checkpoint) for model in self.built.models):
             return ()
-        from .io.hub import needed_files
+        from .io.hub.checkpoint import needed_files
 
         used: list[list[TensorRef]] = [[] for _ in self.built.models]
         for ref, model in zip(graph.reads, graph.read_models, strict=True):

@@ -16,8 +16,8 @@ from .engine.graph import Kind, MergeGraph
 from .engine.layout import Layout
 from .engine.transfer import PART_BYTES, Transfer, source_of
 from .errors import MergeloomError
-from .io.digests import BLOCK_BYTES, BlockDigests, bytes_digest
-from .io.journal import Found
+from .io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
+from .io.output.journal import Found
 from .source_digests import SourceRange
 
 _BLOCKS_OF_A_CHECK = 8

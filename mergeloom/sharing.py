@@ -16,7 +16,7 @@ from .engine.graph import Kind
 from .engine.schedule import make_schedule
 from .engine.transfer import BUFFER_BYTES, TRANSFER_BYTES, plan_transfers, source_of
 from .errors import BudgetError
-from .io.copying import BLOCK
+from .io.output.clone import BLOCK
 from .io.platform import DISABLED, Mount, copies_in_kernel, mount_of, scratch_file, why_no_clone
 from .io.sizes import format_size
 from .planning import Plan

@@ -13,15 +13,15 @@ from typing import Any
 
 from .engine.work import Progress
 from .errors import MergeloomError
-from .io.checkpoint import Checkpoint
-from .io.copying import BLOCK
-from .io.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
-from .io.failures import explained
 from .io.files import LOADER_FOLDERS, is_loader_file
-from .io.header import Header, parse_header, read_data_start
+from .io.open_source import open_source, read_range
+from .io.os_errors import explained
+from .io.output.clone import BLOCK
+from .io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
 from .io.reading import Reader
-from .io.source_files import open_source, read_range
-from .io.tensors import TensorRef
+from .io.safetensors.checkpoint import Checkpoint
+from .io.safetensors.header import Header, parse_header, read_data_start
+from .io.safetensors.tensors import TensorRef
 from .manifest import MANIFEST, identity_of, read_manifest
 
 THREADS = 4

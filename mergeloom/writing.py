@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .io.commit import GROUP_BYTES, Ended, GroupCommit, Record
-from .io.digests import BLOCK_BYTES, BlockDigests
-from .io.journal import Journal
+from .io.output.digests import BLOCK_BYTES, BlockDigests
+from .io.output.group_commit import GROUP_BYTES, Ended, GroupCommit, Record
+from .io.output.journal import Journal
 from .resuming import Durable
 from .source_digests import SourceDigests, source_records
 
 if TYPE_CHECKING:
-    from .io.output import OutputDirectory
+    from .io.output.directory import OutputDirectory
     from .planning import Plan
 
 _WAIT_SECONDS = 0.5

@@ -20,16 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from .ranges import (
-    Finite,
-    Fraction,
-    HalfWidth,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    PositiveInt,
-    Range,
-)
+from .ranges import Finite, Fraction, HalfWidth, NonNegative, NonNegativeInt, Positive, PositiveInt, Range
 
 if TYPE_CHECKING:
     from torch import Tensor

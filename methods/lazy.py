@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     import numpy as numpy
     import torch as torch
 
-    from . import random_scripts as random_scripts
-    from . import scripts as scripts
+    from . import random_scripts, scripts
 else:
     numpy = _Lazy("numpy")
     torch = _Lazy("torch")

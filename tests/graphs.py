@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mergeloom.engine.graph import Kind, MergeGraph, Operation
-from mergeloom.io.dtypes import DTYPES, DType
-from mergeloom.io.tensors import TensorRef
+from mergeloom.io.safetensors.dtypes import DTYPES, DType
+from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods.contract import Inputs, Kernel
 from mergeloom.methods.tile import Tile
 

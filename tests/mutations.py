@@ -19,8 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a mutated path may be a name of the Hub
 
 from mergeloom.engine.recipe import load_recipe, parse_recipe
 from mergeloom.errors import MergeloomError
-from mergeloom.io.checkpoint import open_checkpoint
-from mergeloom.io.header import data_start, parse_header
+from mergeloom.io.safetensors.checkpoint import open_checkpoint
+from mergeloom.io.safetensors.header import data_start, parse_header
 from mergeloom.methods import merge_methods
 from mergeloom.planning import Options, plan
 from tests.counting import TooMuchWork, count_lines

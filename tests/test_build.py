@@ -18,9 +18,9 @@ from mergeloom.engine.graph import Kind
 from mergeloom.engine.recipe import load_recipe
 from mergeloom.engine.tensor_rules import promote
 from mergeloom.errors import CheckpointError, RecipeError
-from mergeloom.io.checkpoint import Checkpoint
-from mergeloom.io.dtypes import DTYPES
-from mergeloom.io.tensors import TensorRef
+from mergeloom.io.safetensors.checkpoint import Checkpoint
+from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
 
 Shape = tuple[int, ...]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mergeloom.errors import CheckpointError
-from mergeloom.io.checkpoint import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, Checkpoint, open_checkpoint
-from mergeloom.io.dtypes import F32
-from mergeloom.io.header import build_header
+from mergeloom.io.safetensors.checkpoint import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, Checkpoint, open_checkpoint
+from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.safetensors.header import build_header
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.io.commit import Ended, GroupCommit, Record
+from mergeloom.io.output.group_commit import Ended, GroupCommit, Record
 from tests.waiting import no_hang, wait_until
 
 

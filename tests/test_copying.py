@@ -13,8 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mergeloom.io import copying, platform
-from mergeloom.io.copying import BLOCK, Moved, SharingRefused, move, refuses_to_share, shareable
+from mergeloom.io import platform
+from mergeloom.io.output import clone as copying
+from mergeloom.io.output.clone import BLOCK, Moved, SharingRefused, move, refuses_to_share, shareable
 from mergeloom.io.platform import copy_range, mount_of, scratch_file, why_no_clone
 from tests.disks import file_system, used
 

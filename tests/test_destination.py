@@ -20,13 +20,15 @@ from mergeloom import __main__, planning
 from mergeloom.destination import look_at
 from mergeloom.engine.recipe import ModelReference
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
-from mergeloom.io import claim, output, platform
-from mergeloom.io.claim import MANIFEST, STAGE, WORK, Content, classify
-from mergeloom.io.dtypes import F32
-from mergeloom.io.header import build_header
-from mergeloom.io.hub_files import HubFile
-from mergeloom.io.journal import Journal
-from mergeloom.io.output import OutputDirectory, ShardFile, missing_space
+from mergeloom.io import platform
+from mergeloom.io.hub.repository import HubFile
+from mergeloom.io.output import directory as output
+from mergeloom.io.output import lock as claim
+from mergeloom.io.output.directory import OutputDirectory, ShardFile, missing_space
+from mergeloom.io.output.journal import Journal
+from mergeloom.io.output.lock import MANIFEST, STAGE, WORK, Content, classify
+from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.safetensors.header import build_header
 from mergeloom.manifest import read_manifest
 from mergeloom.merging import merge
 from mergeloom.opening import open_model

@@ -10,8 +10,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.io import digests as module
-from mergeloom.io.digests import BlockDigests, bytes_digest, file_digest, tensor_digest
+from mergeloom.io.output import digests as module
+from mergeloom.io.output.digests import BlockDigests, bytes_digest, file_digest, tensor_digest
 
 
 @pytest.fixture(autouse=True)

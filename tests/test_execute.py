@@ -24,7 +24,7 @@ from mergeloom.engine.simulate import Held
 from mergeloom.engine.tiling import ChunkedRead
 from mergeloom.engine.work import Measured
 from mergeloom.errors import EnvironmentFailure
-from mergeloom.io.dtypes import F32
+from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.methods.contract import Inputs
 from mergeloom.methods.tile import Tile
 from tests.devices import CountingDevice, FailureOnPurpose

@@ -17,7 +17,7 @@ import pytest
 from mergeloom import performing
 from mergeloom.engine.graph import Kind
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
-from mergeloom.io.output import WORK
+from mergeloom.io.output.directory import WORK
 from mergeloom.io.reading import Reader, Stamp, stamps_of
 from mergeloom.merging import merge
 from mergeloom.planning import Options, Plan, plan

@@ -17,7 +17,7 @@ from mergeloom.engine.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.schedule import PAGE, Budget, DeviceBudget, make_schedule
 from mergeloom.engine.tiling import tile_length
 from mergeloom.errors import UsageError
-from mergeloom.io.dtypes import BF16, F32, F64, DType
+from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import merge_methods
 from mergeloom.methods.contract import Inputs, Kernel, merge_method, unregister
 from mergeloom.methods.elementwise import WeightedSum

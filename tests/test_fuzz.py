@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from mergeloom.errors import CheckpointError, MergeloomError
-from mergeloom.io.checkpoint import open_checkpoint
-from mergeloom.io.header import read_header
+from mergeloom.io.safetensors.checkpoint import open_checkpoint
+from mergeloom.io.safetensors.header import read_header
 from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
 from tests.counting import count_lines

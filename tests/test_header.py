@@ -19,8 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.errors import CheckpointError, EnvironmentFailure
-from mergeloom.io.dtypes import BF16, DTYPES, F32, DType
-from mergeloom.io.header import MAX_JSON_BYTES, PAGE, Header, build_header, parse_header, read_header
+from mergeloom.io.safetensors.dtypes import BF16, DTYPES, F32, DType
+from mergeloom.io.safetensors.header import MAX_JSON_BYTES, PAGE, Header, build_header, parse_header, read_header
 
 FILE = Path("x.safetensors")
 BYTE = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
@@ -547,7 +547,7 @@ def test_parsing_takes_little_memory() -> None:
 
 def test_io_imports_no_torch() -> None:
     code = (
-        "import mergeloom.io.header, mergeloom.io.checkpoint, mergeloom.io.identity, sys; "
+        "import mergeloom.io.safetensors.header, mergeloom.io.safetensors.checkpoint, mergeloom.io.safetensors.identity, sys; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'safetensors', 'networkx')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -24,15 +24,16 @@ from mergeloom import planning
 from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.finished import check_finished
-from mergeloom.io import hub_download, hub_http
-from mergeloom.io.checkpoint import Checkpoint, open_checkpoint
-from mergeloom.io.claim import classify
-from mergeloom.io.dtypes import F32
 from mergeloom.io.files import companion_files
-from mergeloom.io.header import build_header
-from mergeloom.io.hub import HubCheckpoint, companions, needed_files, open_hub_model
-from mergeloom.io.hub_download import Transfer, download
-from mergeloom.io.hub_files import HubFile, is_hub_id
+from mergeloom.io.hub import download as hub_download
+from mergeloom.io.hub import http as hub_http
+from mergeloom.io.hub.checkpoint import HubCheckpoint, companions, needed_files, open_hub_model
+from mergeloom.io.hub.download import Transfer, download
+from mergeloom.io.hub.repository import HubFile, is_hub_id
+from mergeloom.io.output.lock import classify
+from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
+from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.safetensors.header import build_header
 from mergeloom.merging import fetch
 from mergeloom.wording import data_size, plural
 from tests import models
@@ -460,8 +461,8 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub: HubServer, model:
 CHILD = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
-from mergeloom.io.hub import needed_files, open_hub_model
-from mergeloom.io.hub_download import download
+from mergeloom.io.hub.checkpoint import needed_files, open_hub_model
+from mergeloom.io.hub.download import download
 checkpoint = open_hub_model("acme/llama")
 download(needed_files(checkpoint, [ref for name, ref in checkpoint.tensors.items() if "layers.4." in name]))
 """
@@ -762,7 +763,7 @@ def test_another_commit_than_was_asked_for(hub: HubServer, contents: dict[str, b
 
 
 def test_an_endless_listing(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergeloom.io import hub_files
+    from mergeloom.io.hub import repository as hub_files
 
     monkeypatch.setattr(hub_files, "MAX_LISTING_BYTES", 1000)
     hub.add(ID, {}).alter = lambda document: b'{"sha": "' + b"0" * 10_000_000
@@ -803,7 +804,7 @@ def test_huge_files_where_small_ones_belong(hub: HubServer, name: str) -> None:
 
 
 def test_headers_that_fill_the_memory(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergeloom.io import hub as opening
+    from mergeloom.io.hub import checkpoint as opening
 
     monkeypatch.setattr(opening, "MAX_HEADERS_BYTES", 100)
     hub.add(ID, {f"{number}.safetensors": single(str(number)) for number in range(3)})
@@ -815,7 +816,7 @@ def test_headers_that_fill_the_memory(hub: HubServer, monkeypatch: pytest.Monkey
 
 def test_a_plan_from_the_cache_loads_no_network_library(model: HubCheckpoint, tmp_path: Path) -> None:
     code = (
-        "import sys; from mergeloom.io.hub import open_hub_model\n"
+        "import sys; from mergeloom.io.hub.checkpoint import open_hub_model\n"
         f"assert len(open_hub_model({ID!r}, {model.repository.commit!r}).tensors) == {len(model.tensors)}\n"
         "print([name for name in sys.modules if name.startswith(('httpx', 'requests', 'huggingface_hub.utils'))])"
     )

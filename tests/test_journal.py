@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.io.journal import FORMAT, Found, Journal, read_journal
+from mergeloom.io.output.journal import FORMAT, Found, Journal, read_journal
 from tests.faults import Fail, Kill, Stopped, watching
 
 FACTS = {"recipe": "línea: 1\n", "seed": 0}

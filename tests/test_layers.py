@@ -22,7 +22,7 @@ from mergeloom.engine.layers import (
     tied_embedding,
 )
 from mergeloom.errors import CheckpointError
-from mergeloom.io.header import read_header
+from mergeloom.io.safetensors.header import read_header
 
 
 def stack(prefix: str, count: int, *rests: str) -> list[str]:

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from mergeloom.engine.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.errors import UsageError
-from mergeloom.io.dtypes import DTYPES, F32
-from mergeloom.io.header import parse_header
-from mergeloom.io.tensors import TensorRef
+from mergeloom.io.safetensors.dtypes import DTYPES, F32
+from mergeloom.io.safetensors.header import parse_header
+from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
 from mergeloom.methods.contract import Inputs
 

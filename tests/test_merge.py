@@ -21,7 +21,7 @@ from mergeloom import performing
 from mergeloom.engine.schedule import make_schedule
 from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
-from mergeloom.io import output
+from mergeloom.io.output import directory as output
 from mergeloom.machine import process_memory
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, plan

@@ -17,11 +17,11 @@ import pytest
 
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
 from mergeloom.io import platform
-from mergeloom.io.claim import DirectoryStatus
-from mergeloom.io.dtypes import F32
-from mergeloom.io.header import build_header
-from mergeloom.io.journal import Journal
-from mergeloom.io.output import WORK, OutputDirectory, ShardFile, index_bytes
+from mergeloom.io.output.directory import WORK, OutputDirectory, ShardFile, index_bytes
+from mergeloom.io.output.journal import Journal
+from mergeloom.io.output.lock import DirectoryStatus
+from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.safetensors.header import build_header
 from mergeloom.merging import merge
 from mergeloom.planning import Options
 from tests.faults import Fail, watching
@@ -194,7 +194,7 @@ def test_a_second_merge_waits_its_turn(made: OutputDirectory) -> None:
 
 def test_a_merge_in_another_process_holds_it_too(made: OutputDirectory) -> None:
     code = (
-        "import sys; from pathlib import Path; from mergeloom.io.output import OutputDirectory\n"
+        "import sys; from pathlib import Path; from mergeloom.io.output.directory import OutputDirectory\n"
         "from mergeloom.errors import MergeloomError\n"
         "try: OutputDirectory(Path(sys.argv[1]))\n"
         "except MergeloomError as error: sys.exit(error.exit_code)\n"
@@ -206,7 +206,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OUT is looked at before it is locked; what another merge published in between must be seen."""
-    from mergeloom.io import claim
+    from mergeloom.io.output import lock as claim
 
     out = tmp_path / "out"
     classify, calls = claim.classify, []
@@ -292,7 +292,8 @@ def test_a_resumed_merge_counts_shared_bytes_once(own: int, tmp_path: Path, monk
     for free, fits in ((half - own - 20_000, False), (half - own + 20_000, True)):
         with monkeypatch.context() as patch, contextlib.closing(OutputDirectory(tmp_path / "out")) as out:
             patch.setattr(
-                "mergeloom.io.output.shutil.disk_usage", lambda path, free=free: usage(path)._replace(free=free)
+                "mergeloom.io.output.directory.shutil.disk_usage",
+                lambda path, free=free: usage(path)._replace(free=free),
             )
             if fits:
                 out.begin([whole], half)

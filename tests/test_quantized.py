@@ -8,8 +8,8 @@ import pytest
 
 from mergeloom.engine.quantized import quantized_tensors
 from mergeloom.errors import CheckpointError
-from mergeloom.io.dtypes import DTYPES
-from mergeloom.io.tensors import TensorRef
+from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.merging import merge
 from mergeloom.planning import Options, plan
 from tests.models import Shape, deepseek_v3, write_checkpoint

@@ -32,7 +32,7 @@ from mergeloom.engine.recipe import (
     stage_inputs,
 )
 from mergeloom.errors import RecipeError
-from mergeloom.io.dtypes import BF16, F16, F32, F64
+from mergeloom.io.safetensors.dtypes import BF16, F16, F32, F64
 from mergeloom.methods.contract import REQUIRED, Absent, Base, Method, Parameter
 
 

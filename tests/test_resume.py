@@ -19,8 +19,8 @@ import pytest
 from mergeloom.engine.lanes import Lane
 from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
-from mergeloom.io.journal import Journal, read_journal
-from mergeloom.io.output import WORK, OutputDirectory
+from mergeloom.io.output.directory import WORK, OutputDirectory
+from mergeloom.io.output.journal import Journal, read_journal
 from mergeloom.manifest import MANIFEST
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, Plan, plan
@@ -327,7 +327,7 @@ def test_hostile_records_are_passed_over(models: list[Path], tmp_path: Path) -> 
 
 def publishing(models: list[Path], out: Path, renames: int) -> None:
     """Merge until so many files have got their names."""
-    from mergeloom.io import output
+    from mergeloom.io.output import directory as output
 
     rename, left = output.rename, renames
 
@@ -427,7 +427,7 @@ def test_a_finished_merge_is_left_as_it_is(models: list[Path], tmp_path: Path) -
 
 def test_an_out_that_was_removed_meanwhile_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One merge removes its OUT at its end while another one has it open, and a third one makes it anew."""
-    from mergeloom.io import claim
+    from mergeloom.io.output import lock as claim
 
     flock = claim.fcntl.flock
     first = OutputDirectory(tmp_path / "out")

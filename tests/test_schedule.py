@@ -13,15 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule import (
-    PARTIAL_BYTES,
-    SLOT_BYTES,
-    WORTH,
-    Budget,
-    DeviceBudget,
-    Schedule,
-    make_schedule,
-)
+from mergeloom.engine.schedule import PARTIAL_BYTES, SLOT_BYTES, WORTH, Budget, DeviceBudget, Schedule, make_schedule
 from mergeloom.engine.simulate import Simulation, orders
 from mergeloom.engine.tiling import length, widest
 from mergeloom.errors import BudgetError

@@ -14,7 +14,8 @@ import pytest
 
 from mergeloom import copies
 from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
-from mergeloom.io import copying, platform
+from mergeloom.io import platform
+from mergeloom.io.output import clone as copying
 from mergeloom.io.platform import clone_range
 from mergeloom.merging import merge
 from mergeloom.planning import plan

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mergeloom.engine.recipe import ModelReference, parse_recipe
 from mergeloom.engine.stacking import StackSummary, Window, compose, stack_recipe, stack_windows
 from mergeloom.errors import UsageError
-from mergeloom.io.checkpoint import Checkpoint, open_checkpoint
-from mergeloom.io.dtypes import BF16
-from mergeloom.io.tensors import TensorRef
+from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
+from mergeloom.io.safetensors.dtypes import BF16
+from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
 from mergeloom.planning import plan
 from mergeloom.stacking import stack

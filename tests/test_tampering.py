@@ -16,8 +16,8 @@ import pytest
 from mergeloom.engine.graph import Kind
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
-from mergeloom.io.journal import Found, Journal, read_journal
-from mergeloom.io.output import WORK
+from mergeloom.io.output.directory import WORK
+from mergeloom.io.output.journal import Found, Journal, read_journal
 from mergeloom.manifest import MANIFEST
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, Plan, plan
@@ -41,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, chunks, and the samples of a file's identity, small enough for small tensors."""
     make_blocks_small(monkeypatch)
     monkeypatch.setattr("mergeloom.engine.schedule.SLOT_BYTES", 8 << 10)
-    monkeypatch.setattr("mergeloom.io.identity.SAMPLE_BYTES", 16)
+    monkeypatch.setattr("mergeloom.io.safetensors.identity.SAMPLE_BYTES", 16)
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def imitate_clones(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(nbytes)
         return 0
 
-    monkeypatch.setattr("mergeloom.io.copying.clone_range", clone)
+    monkeypatch.setattr("mergeloom.io.output.clone.clone_range", clone)
     monkeypatch.setattr("mergeloom.sharing.why_no_clone", lambda source, scratch: 0)
     monkeypatch.setattr("mergeloom.engine.layout.SHORTEST_RUN", 4096)
     return sizes

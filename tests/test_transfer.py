@@ -14,8 +14,8 @@ from mergeloom.engine import transfer
 from mergeloom.engine.graph import Kind, MergeGraph
 from mergeloom.engine.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.engine.transfer import Mover, Transfer, plan_transfers, source_of, written_ranges
-from mergeloom.io.copying import shareable
-from mergeloom.io.tensors import TensorRef
+from mergeloom.io.output.clone import shareable
+from mergeloom.io.safetensors.tensors import TensorRef
 from tests.test_layout import covered, graph_of, graphs, source
 
 

@@ -17,10 +17,10 @@ import pytest
 
 from mergeloom import __main__, opening, sharing
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
-from mergeloom.io import copying
-from mergeloom.io.checkpoint import open_checkpoint
 from mergeloom.io.files import is_loader_file
-from mergeloom.io.output import WORK
+from mergeloom.io.output import clone as copying
+from mergeloom.io.output.directory import WORK
+from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.manifest import MANIFEST, read_manifest
 from mergeloom.manifest import _dumped as dumped
 from mergeloom.manifest import _self_digest as self_digest

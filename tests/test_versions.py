@@ -13,8 +13,8 @@ import mergeloom
 from mergeloom.engine import fuse, graph, layout
 from mergeloom.engine.fuse import FusedKernel
 from mergeloom.errors import UsageError
-from mergeloom.io.journal import FORMAT, Journal, read_journal
-from mergeloom.io.output import WORK
+from mergeloom.io.output.directory import WORK
+from mergeloom.io.output.journal import FORMAT, Journal, read_journal
 from mergeloom.manifest import MANIFEST, facts_of
 from mergeloom.merging import merge
 from mergeloom.methods import contract, task_arithmetic
@@ -106,7 +106,7 @@ def test_each_version_counts(key: str, here: Path, monkeypatch: pytest.MonkeyPat
     assert found is not None
     other: dict[str, Any] = {"mergeloom": "0.3.0", "arithmetic": 7, "layout": 7, "format": 7}
     if key == "format":
-        monkeypatch.setattr("mergeloom.io.journal.FORMAT", 7)
+        monkeypatch.setattr("mergeloom.io.output.journal.FORMAT", 7)
     Journal(journal, {**found.facts, key: other[key]}, found.records).close()
     with pytest.raises(UsageError, match=f"started by mergeloom .*{other[key]}.*, and this is mergeloom "):
         merge(recipe, "out", OPTIONS)

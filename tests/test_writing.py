@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.transfer import Transfer, plan_transfers
-from mergeloom.io.commit import Ended
-from mergeloom.io.digests import tensor_digest
-from mergeloom.io.journal import Journal, read_journal
-from mergeloom.io.output import OutputDirectory, ShardFile
+from mergeloom.io.output.digests import tensor_digest
+from mergeloom.io.output.directory import OutputDirectory, ShardFile
+from mergeloom.io.output.group_commit import Ended
+from mergeloom.io.output.journal import Journal, read_journal
 from mergeloom.planning import Options, Plan, plan
 from mergeloom.resuming import Durable, durable_of
 from mergeloom.writing import Shards, records_of

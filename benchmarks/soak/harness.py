@@ -20,8 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from mergeloom.__main__ import main as command
 from mergeloom.io import platform
-from mergeloom.io.journal import read_journal
-from mergeloom.io.output import WORK
+from mergeloom.io.output.directory import WORK
+from mergeloom.io.output.journal import read_journal
 from mergeloom.merging import merge
 from mergeloom.planning import Options, Plan, plan
 from mergeloom.resuming import durable_of

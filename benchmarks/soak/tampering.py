@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.soak.harness import GROUP, OPTIONS, Family, child, ended, failures, say
 from mergeloom.errors import MergeloomError
 from mergeloom.io import platform
-from mergeloom.io.output import WORK
+from mergeloom.io.output.directory import WORK
 from mergeloom.merging import merge
 from tests.outputs import digests
 

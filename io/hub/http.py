@@ -12,8 +12,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..errors import CheckpointError, EnvironmentFailure, Interrupted
-from .source_files import quoted
+from ...errors import CheckpointError, EnvironmentFailure, Interrupted
+from ..open_source import quoted
 
 RETRIES = 3
 """How often a request is repeated before a byte of its answer has come; every byte that comes starts the count anew."""

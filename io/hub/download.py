@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure, Interrupted
-from .hub_files import HubFile
-from .hub_http import OFFLINE, in_parallel, is_offline, read_file
-from .platform import sync_directory
-from .sizes import format_size
+from ...errors import CheckpointError, DiskSpaceError, EnvironmentFailure, Interrupted
+from ..platform import sync_directory
+from ..sizes import format_size
+from .http import OFFLINE, in_parallel, is_offline, read_file
+from .repository import HubFile
 
 THREADS = 8
 """How many files are downloaded at a time."""

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .platform import clone_range, copy_range, read_at, scratch_file, write_at
+from ..platform import clone_range, copy_range, read_at, scratch_file, write_at
 
 BLOCK = 4096
 """Blocks are shared in units of this; a file system with larger ones refuses, and the bytes are copied."""

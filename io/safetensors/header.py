@@ -16,9 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..open_source import open_source, quoted, read_range
 from .dtypes import DTYPES, DType
-from .source_files import open_source, quoted, read_range
 from .tensors import TensorRef
 
 MAX_JSON_BYTES = 100_000_000

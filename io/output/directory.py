@@ -12,13 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
-from .claim import STAGE, WORK, Claim, published_names
-from .copying import Moved, move
-from .digests import file_digest
-from .failures import explain, explained
-from .files import copy_file
-from .platform import (
+from ...errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
+from ..files import copy_file
+from ..os_errors import explain, explained
+from ..platform import (
     create_file,
     data_bytes,
     file_system,
@@ -34,9 +31,12 @@ from .platform import (
     truncate,
     write_at,
 )
-from .reading import FilePool, Stamps, acquire_source
-from .reserving import Reservation
-from .sizes import format_size
+from ..reading import FilePool, Stamps, acquire_source
+from ..sizes import format_size
+from .clone import Moved, move
+from .digests import file_digest
+from .lock import STAGE, WORK, Claim, published_names
+from .preallocate import Reservation
 
 __all__ = ["WORK", "OutputDirectory", "ShardFile", "call_judge", "index_bytes", "judge", "missing_space"]
 

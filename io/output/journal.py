@@ -47,7 +47,7 @@ from typing import Any
 
 import xxhash
 
-from .platform import create_file, rename, sync_data, sync_directory, write_at
+from ..platform import create_file, rename, sync_data, sync_directory, write_at
 
 FORMAT = 3
 _LONGEST_LINE = 64 << 20

@@ -19,9 +19,9 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import CheckpointError
-from .hub_http import OFFLINE, Place, describe_gated, endpoint, is_commit, is_logged_in, is_offline, read_json
-from .source_files import quoted
+from ...errors import CheckpointError
+from ..open_source import quoted
+from .http import OFFLINE, Place, describe_gated, endpoint, is_commit, is_logged_in, is_offline, read_json
 
 MAX_LISTING_BYTES = 64_000_000
 """The largest list of a repository's files that is read, in bytes: some 200,000 files."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
+from ..open_source import open_source, read_range
 from .header import read_data_start
-from .source_files import open_source, read_range
 
 SAMPLES = 16
 SAMPLE_BYTES = 64 << 10

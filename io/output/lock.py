@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from ..errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
-from .failures import explain
+from ...errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
+from ..os_errors import explain
+from ..platform import create_file, make_directory, remove_directory, remove_tree, write_at
 from .journal import Found, read_journal
-from .platform import create_file, make_directory, remove_directory, remove_tree, write_at
 
 WORK = ".mergeloom"
 JOURNAL = "journal"

@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..open_source import open_source, quoted, read_range
+from ..reading import Stamps, stamps_of
 from .header import Header, read_header
-from .reading import Stamps, stamps_of
-from .source_files import open_source, quoted, read_range
 from .tensors import TensorRef
 
 MAX_INDEX_BYTES = 256_000_000

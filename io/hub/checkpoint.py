@@ -11,8 +11,10 @@ from types import MappingProxyType
 
 from xxhash import xxh3_128
 
-from ..errors import CheckpointError
-from .checkpoint import (
+from ...errors import CheckpointError
+from ..files import LARGEST_COMPANION, file_kind
+from ..open_source import quoted
+from ..safetensors.checkpoint import (
     INDEX,
     INDEX_SUFFIX,
     MAX_CONFIG_BYTES,
@@ -27,13 +29,11 @@ from .checkpoint import (
     read_weight_map,
     unite,
 )
-from .files import LARGEST_COMPANION, file_kind
-from .header import Header, data_start, parse_header, read_header
-from .hub_download import download
-from .hub_files import NOT_HERE, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
-from .hub_http import Place, in_parallel, read_file
-from .source_files import quoted
-from .tensors import TensorRef
+from ..safetensors.header import Header, data_start, parse_header, read_header
+from ..safetensors.tensors import TensorRef
+from .download import download
+from .http import Place, in_parallel, read_file
+from .repository import NOT_HERE, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
 
 MAX_HEADERS_BYTES = 256_000_000
 """The most bytes that the headers of one model may have: some 2,000,000 tensors."""

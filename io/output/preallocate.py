@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from .platform import reserve_space
+from ..platform import reserve_space
 
 _STEP = 16 << 20  # writers to the same file wait for a step at the most
 

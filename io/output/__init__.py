@@ -1,0 +1,1 @@
+"""The output directory: lock, journal, group commit, digests, clones, publication."""
