@@ -27,7 +27,7 @@ import yaml
 
 from mergeloom.io.sizes import parse_size
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Inputs
+from mergeloom.methods.kernel.contract import Inputs
 from tests.method_cases import CASES, Case
 
 BUDGETS = ("minimum", "+16MiB", "1GiB")

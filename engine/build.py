@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..io.safetensors.dtypes import Kind as ElementKind
-from ..methods.contract import Method
+from ..methods.kernel.contract import Method
 from .accounting import Account, Unused
 from .graph import MergeGraph
 from .inputs import Model, OpenModel, Part, open_models

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..io.safetensors.dtypes import DType
-from ..methods import scripts
-from ..methods.contract import Kernel, Unit
-from ..methods.tile import Tile, Workspace
+from ..methods.kernel import ops as scripts
+from ..methods.kernel.contract import Kernel, Unit
+from ..methods.kernel.tile import Tile, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MergeloomError, UsageError
 from ..io.safetensors.dtypes import DType
-from ..methods.contract import Kernel, Unit
-from ..methods.tile import Workspace
+from ..methods.kernel.contract import Kernel, Unit
+from ..methods.kernel.tile import Workspace
 from .fuse import FusedKernel
 from .graph import Kind, MergeGraph, Operation
 

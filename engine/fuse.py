@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..io.safetensors.dtypes import DType
-from ..methods.contract import Inputs, Kernel, Unit
-from ..methods.tile import Tile
+from ..methods.kernel.contract import Inputs, Kernel, Unit
+from ..methods.kernel.tile import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..io.safetensors.dtypes import DType
 from ..io.safetensors.tensors import TensorRef
-from ..methods.contract import Kernel
+from ..methods.kernel.contract import Kernel
 
 if TYPE_CHECKING:
     import networkx

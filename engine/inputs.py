@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import CheckpointError
 from ..io.safetensors.checkpoint import Checkpoint
-from ..methods.contract import Method
+from ..methods.kernel.contract import Method
 from .layers import LayerMap, Stack, find_layers
 from .parameters import SliceParameters
 from .quantized import quantized_tensors

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..methods.contract import Base, Method, MethodError, Parameter, Range
+from ..methods.kernel.contract import Base, Method, MethodError, Parameter, Range
 
 if TYPE_CHECKING:
     from ..errors import RecipeError

@@ -126,7 +126,7 @@ class Passes:
     def _workspace(self, thread: int, device: int) -> Any:
         import torch
 
-        from ..methods.tile import Workspace
+        from ..methods.kernel.tile import Workspace
 
         found = self._workspaces.get((thread, device))
         if found is None:

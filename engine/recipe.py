@@ -14,7 +14,7 @@ from typing import Literal
 
 from ..errors import RecipeError
 from ..io.safetensors.dtypes import DType
-from ..methods.contract import Base, Method
+from ..methods.kernel.contract import Base, Method
 from .parameters import Conditional, Gradient, Scalar, Setting, Settings
 from .yaml_source import Keys
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..errors import RecipeError
 from ..io.safetensors.dtypes import BF16, F16, F32, F64, DType
-from ..methods.contract import Method, Parameter
+from ..methods.kernel.contract import Method, Parameter
 from .parameters import Conditional, Gradient, ParameterError, Scalar, Setting, accept, coerce, describe
 from .recipe import ModelReference, line_of
 from .yaml_source import Keys, Node

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import RecipeError
-from ..methods.contract import Base, Method
+from ..methods.kernel.contract import Base, Method
 from .parameters import describe
 from .recipe import ChatTemplate, Module, Outside, Recipe, Slice, Source, Stage, TokenizerSource, base_index, modules_of
 from .recipe_nodes import NodeReader, nearest

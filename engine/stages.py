@@ -15,7 +15,7 @@ from typing import Any
 from ..io.safetensors.checkpoint import Checkpoint
 from ..io.safetensors.dtypes import DType
 from ..io.safetensors.tensors import TensorRef
-from ..methods.contract import Inputs, Kernel, Method
+from ..methods.kernel.contract import Inputs, Kernel, Method
 from .accounting import Unused
 from .build import BuiltGraph, Saved, build_graph
 from .fuse import FusedKernel, Part

@@ -10,7 +10,7 @@ from ..errors import CheckpointError
 from ..io.safetensors.dtypes import F32, F64, DType
 from ..io.safetensors.dtypes import Kind as ElementKind
 from ..io.safetensors.tensors import TensorRef
-from ..methods.contract import Absent, Base, Inputs, Kernel, Method, MethodError
+from ..methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
 from .accounting import Account
 from .graph import Kind, MergeGraph, Operation
 from .inputs import Model, Part

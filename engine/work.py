@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..methods.contract import Kernel
+from ..methods.kernel.contract import Kernel
 from .device import Done, Marker
 from .graph import Operation
 from .residency import Resident

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .estimate import Estimate
     from .io.hub.repository import HubFile
     from .merging import Result
-    from .methods.contract import Method
+    from .methods.kernel.contract import Method
     from .planning import Options, Plan
 
 PIPE_CLOSED = 141
@@ -325,7 +325,7 @@ def methods(name: str | None, files: Sequence[str]) -> None:
     from .display import Grid, Section, show
     from .method_pages import method_sections
     from .methods import merge_methods
-    from .methods.plugins import load_entry_points
+    from .methods.registry import load_entry_points
 
     known = merge_methods(files)
     load_entry_points()

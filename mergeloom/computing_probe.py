@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .engine.compute import Piece
-    from .methods.contract import Kernel
-    from .methods.tile import Workspace
+    from .methods.kernel.contract import Kernel
+    from .methods.kernel.tile import Workspace
     from .planning import Plan
 
 SECONDS = 0.25
@@ -119,7 +119,7 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
     from .engine.compute import Piece, torch_dtype
     from .engine.tiling import work_bytes
     from .io.reading import Reader
-    from .methods.tile import Workspace
+    from .methods.kernel.tile import Workspace
 
     graph = plan.built.graph
     refs = [graph.reads[read] for read in graph.node_sources[node]]
@@ -158,7 +158,7 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
 def small_kernel(plan: Plan, node: int, elements: int) -> Kernel | None:
     """A node's method bound to the first rows of its tensors; None where it can't be bound to fewer."""
     from .methods import merge_methods
-    from .methods.contract import Inputs, MethodError
+    from .methods.kernel.contract import Inputs, MethodError
 
     graph = plan.built.graph
     operation = graph.operation(node)

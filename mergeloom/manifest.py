@@ -21,8 +21,8 @@ from .io.output.digests import bytes_digest
 from .io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
 from .io.safetensors.checkpoint import Checkpoint
 from .io.safetensors.identity import file_identity
-from .methods.contract import ARITHMETIC_VERSION, Inputs
-from .methods.plugins import code_of
+from .methods.kernel.contract import ARITHMETIC_VERSION, Inputs
+from .methods.registry import code_of
 
 if TYPE_CHECKING:
     from .planning import Plan

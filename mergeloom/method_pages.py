@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .display import Grid, Section
-from .methods.contract import Base, Method, Parameter
+from .methods.kernel.contract import Base, Method, Parameter
 
 _BASES = {Base.NONE: "has no place for one", Base.OPTIONAL: "optional", Base.REQUIRED: "required"}
 

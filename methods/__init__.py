@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .contract import Method
+from .kernel.contract import Method
 
 
 def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:
@@ -13,7 +13,7 @@ def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:
     Raises:
         UsageError: where a file, or a package, doesn't do what it should: see `plugins`.
     """
-    from .plugins import Known, load_methods
+    from .registry import Known, load_methods
 
     for file in files:
         load_methods(file)

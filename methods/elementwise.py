@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import (
+from .kernel.contract import (
     Absent,
     Base,
     Finite,
@@ -20,12 +20,12 @@ from .contract import (
     merge_method,
     only,
 )
-from .lazy import scripts, torch
+from .kernel.lazy import scripts, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .tile import Tile
+    from .kernel.tile import Tile
 
 
 class WeightedSum(Kernel):

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .contract import Absent, Base, Finite, Inputs, Kernel, Positive, Unit, base_of, merge_method
-from .lazy import numpy as np
-from .lazy import on_cpu, torch
-from .reductions import fold
-from .selection import Progress, Selection, Target
+from .kernel.block_sums import fold
+from .kernel.contract import Absent, Base, Finite, Inputs, Kernel, Positive, Unit, base_of, merge_method
+from .kernel.lazy import numpy as np
+from .kernel.lazy import on_cpu, torch
+from .kernel.selection import Progress, Selection, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .tile import Tile
+    from .kernel.tile import Tile
 
 
 @merge_method(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .contract import (
+from .elementwise import Copy
+from .gram import ColumnCombination, Combination, RowCombination, Span, Vector, combine
+from .kernel.contract import (
     Absent,
     Base,
     Finite,
@@ -20,8 +22,6 @@ from .contract import (
     PositiveInt,
     merge_method,
 )
-from .elementwise import Copy
-from .span import ColumnCombination, Combination, RowCombination, Span, Vector, combine
 
 
 def arc(angle: float, t: float) -> tuple[float, float]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import Base, Inputs, Kernel, NonNegative, base_of, merge_method
-from .lazy import torch
+from .kernel.contract import Base, Inputs, Kernel, NonNegative, base_of, merge_method
+from .kernel.lazy import torch
 from .task_vectors import deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .tile import Tile
+    from .kernel.tile import Tile
 
 PAPER = "https://arxiv.org/abs/2601.13572"
 

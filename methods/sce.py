@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
-from .lazy import scripts, torch
-from .reductions import BlockSums, total
-from .selection import Cut, Progress, Selection, Target
+from .kernel.block_sums import BlockSums, total
+from .kernel.contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
+from .kernel.lazy import scripts, torch
+from .kernel.selection import Cut, Progress, Selection, Target
 from .task_vectors import deltas, elected_mean, in_float32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .tile import Tile
+    from .kernel.tile import Tile
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import Inputs, MethodError, Unit, base_of
-from .lazy import on_cpu, random_scripts, scripts, torch
-from .randomness import hashes, masks, probability, scratch, threshold
-from .selection import ALL, NONE, Cut, Progress, Selection, Target
+from .kernel.contract import Inputs, MethodError, Unit, base_of
+from .kernel.hashing import hashes, masks, probability, scratch, threshold
+from .kernel.lazy import on_cpu, random_scripts, scripts, torch
+from .kernel.selection import ALL, NONE, Cut, Progress, Selection, Target
 from .task_vectors import Sparsifier, deltas, in_float32, magnitudes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .reductions import BlockSums
-    from .tile import Tile
+    from .kernel.block_sums import BlockSums
+    from .kernel.tile import Tile
 
 
 class Between(Sparsifier):

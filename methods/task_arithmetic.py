@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .contract import Base, Finite, Fraction, HalfWidth, Inputs, Kernel, NonNegative, PerInput, merge_method
+from .kernel.contract import Base, Finite, Fraction, HalfWidth, Inputs, Kernel, NonNegative, PerInput, merge_method
 from .sparsify import Random, RandomByRank, largest, middling
 from .task_vectors import Sparsifier, TaskVectors
 

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .contract import BLOCK, Inputs, Kernel, Unit, base_of
-from .lazy import scripts, torch
-from .reductions import BlockSums, total
+from .kernel.block_sums import BlockSums, total
+from .kernel.contract import BLOCK, Inputs, Kernel, Unit, base_of
+from .kernel.lazy import scripts, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .tile import Tile
+    from .kernel.tile import Tile
 
 
 def deltas(

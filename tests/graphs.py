@@ -14,8 +14,8 @@ from torch import Tensor
 from mergeloom.engine.graph import Kind, MergeGraph, Operation
 from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.tensors import TensorRef
-from mergeloom.methods.contract import Inputs, Kernel
-from mergeloom.methods.tile import Tile
+from mergeloom.methods.kernel.contract import Inputs, Kernel
+from mergeloom.methods.kernel.tile import Tile
 
 
 class Sum(Kernel):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Inputs, Kernel, Unit
-from mergeloom.methods.tile import Tile, Workspace
+from mergeloom.methods.kernel.contract import Inputs, Kernel, Unit
+from mergeloom.methods.kernel.tile import Tile, Workspace
 
 
 @dataclass

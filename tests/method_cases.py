@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Inputs, Kernel
+from mergeloom.methods.kernel.contract import Inputs, Kernel
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from mergeloom.engine.tiling import ChunkedRead
 from mergeloom.engine.work import Measured
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
-from mergeloom.methods.contract import Inputs
-from mergeloom.methods.tile import Tile
+from mergeloom.methods.kernel.contract import Inputs
+from mergeloom.methods.kernel.tile import Tile
 from tests.devices import CountingDevice, FailureOnPurpose
 from tests.graphs import KERNELS, Sum, World
 from tests.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots

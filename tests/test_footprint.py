@@ -19,9 +19,9 @@ from mergeloom.engine.tiling import tile_length
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Inputs, Kernel, merge_method, unregister
 from mergeloom.methods.elementwise import WeightedSum
-from mergeloom.methods.tile import Tile, Workspace
+from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method, unregister
+from mergeloom.methods.kernel.tile import Tile, Workspace
 from tests.graphs import World
 from tests.method_cases import CASES, Case
 

@@ -19,7 +19,7 @@ from mergeloom.io.safetensors.dtypes import DTYPES, F32
 from mergeloom.io.safetensors.header import parse_header
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Inputs
+from mergeloom.methods.kernel.contract import Inputs
 
 Drawn = tuple[str, tuple[int, ...]]
 """Element type and shape of a tensor."""

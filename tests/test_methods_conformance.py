@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Base, Inputs, MethodError, Unit
+from mergeloom.methods.kernel.contract import Base, Inputs, MethodError, Unit
 from tests import reference
 from tests.kernels import merge, run_kernel
 from tests.method_cases import CASES, Case, make

@@ -13,16 +13,18 @@ import pytest
 import torch
 
 from mergeloom.errors import UsageError
-from mergeloom.methods import contract, merge_methods, plugins
-from mergeloom.methods.contract import Inputs, Kernel, PerInput, merge_method
+from mergeloom.methods import merge_methods
+from mergeloom.methods import registry as plugins
 from mergeloom.methods.elementwise import weighted_sum
+from mergeloom.methods.kernel import contract
+from mergeloom.methods.kernel.contract import Inputs, Kernel, PerInput, merge_method
 from tests.kernels import merge
 
 DOCS = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
 TASK_VECTOR_METHODS = re.findall(r"^## (\w+)$", DOCS.split("\n# Task vectors\n")[1].split("\n# ")[0], re.MULTILINE)
 
 SMALL = '''
-from mergeloom.methods.contract import Inputs, Kernel, merge_method
+from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method
 from mergeloom.methods.elementwise import weighted_sum
 
 @merge_method("{name}")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods import random_scripts, randomness
-from mergeloom.methods.contract import BLOCK
-from mergeloom.methods.tile import Workspace
+from mergeloom.methods.kernel import hashing as randomness
+from mergeloom.methods.kernel import mask_ops as random_scripts
+from mergeloom.methods.kernel.contract import BLOCK
+from mergeloom.methods.kernel.tile import Workspace
 from tests.kernels import merge
 
 SIZE = 1_000_000

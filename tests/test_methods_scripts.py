@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods import random_scripts, scripts
+from mergeloom.methods.kernel import mask_ops as random_scripts
+from mergeloom.methods.kernel import ops as scripts
 
 SIZE = 3001
 

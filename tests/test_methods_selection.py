@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergeloom.methods import selection
-from mergeloom.methods.selection import Selection, Target
-from mergeloom.methods.tile import Tile, Workspace
+from mergeloom.methods.kernel import selection
+from mergeloom.methods.kernel.selection import Selection, Target
+from mergeloom.methods.kernel.tile import Tile, Workspace
 
 BLOCK = 64
 

@@ -15,8 +15,11 @@ from mergeloom.__main__ import main
 from mergeloom.engine.parameters import ParameterError, accept
 from mergeloom.engine.recipe import Recipe, load_recipe, parse_recipe
 from mergeloom.errors import RecipeError
-from mergeloom.methods import catalogue, contract, merge_methods, plugins
-from mergeloom.methods.contract import (
+from mergeloom.methods import catalogue, merge_methods
+from mergeloom.methods import registry as plugins
+from mergeloom.methods.elementwise import weighted_sum
+from mergeloom.methods.kernel import contract
+from mergeloom.methods.kernel.contract import (
     Base,
     Fraction,
     Inputs,
@@ -28,7 +31,6 @@ from mergeloom.methods.contract import (
     Range,
     merge_method,
 )
-from mergeloom.methods.elementwise import weighted_sum
 from mergeloom.planning import Options, plan
 from tests.kernels import merge
 
@@ -408,7 +410,7 @@ class TestValuesThatDependOnEachOther:
 USER_METHOD = '''
 from typing import Annotated
 
-from mergeloom.methods.contract import Fraction, Inputs, Kernel, PerInput, PositiveInt, Range, merge_method
+from mergeloom.methods.kernel.contract import Fraction, Inputs, Kernel, PerInput, PositiveInt, Range, merge_method
 from mergeloom.methods.elementwise import weighted_sum
 
 

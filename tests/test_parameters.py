@@ -22,7 +22,7 @@ from mergeloom.engine.parameters import (
 )
 from mergeloom.engine.recipe import base_index, modules_of, parse_recipe
 from mergeloom.errors import RecipeError
-from mergeloom.methods.contract import REQUIRED, Absent, Base, Method, Parameter
+from mergeloom.methods.kernel.contract import REQUIRED, Absent, Base, Method, Parameter
 
 WEIGHT = Parameter("weight", float, REQUIRED, True, "the weight")
 DENSITY = Parameter("density", float, 1.0, True, "the share kept")

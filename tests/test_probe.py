@@ -18,7 +18,7 @@ from mergeloom.estimate import ASSUMED, GIVEN, MEASURED
 from mergeloom.io.platform import DISABLED, cached_share, forget_cached
 from mergeloom.machine import Machine
 from mergeloom.methods import merge_methods
-from mergeloom.methods.contract import Base
+from mergeloom.methods.kernel.contract import Base
 from mergeloom.planning import Options, Plan, plan
 from mergeloom.probe import input_places, measure_reading, measure_writing, measured_rates
 from tests.conftest import MakeModel

@@ -33,7 +33,7 @@ from mergeloom.engine.recipe import (
 )
 from mergeloom.errors import RecipeError
 from mergeloom.io.safetensors.dtypes import BF16, F16, F32, F64
-from mergeloom.methods.contract import REQUIRED, Absent, Base, Method, Parameter
+from mergeloom.methods.kernel.contract import REQUIRED, Absent, Base, Method, Parameter
 
 
 def method(name: str, base: Base, minimum: int, maximum: int | None, *parameters: Parameter) -> Method:
@@ -598,7 +598,7 @@ class TestStages:
 def test_reading_a_recipe_imports_neither_torch_nor_networkx() -> None:
     code = (
         "import sys, mergeloom.engine.recipe as r\n"
-        "from mergeloom.methods.contract import Base\n"
+        "from mergeloom.methods.kernel.contract import Base\n"
         "try: r.parse_recipe('merge_method: x\\nmodels: [{model: a}]', methods={})\n"
         "except Exception as error: print(error)\n"
         "sys.exit(bool({'torch', 'numpy', 'networkx'} & sys.modules.keys()))"

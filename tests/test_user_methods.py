@@ -13,7 +13,9 @@ import pytest
 from mergeloom.errors import UsageError
 from mergeloom.manifest import read_manifest
 from mergeloom.merging import merge
-from mergeloom.methods import contract, merge_methods, plugins
+from mergeloom.methods import merge_methods
+from mergeloom.methods import registry as plugins
+from mergeloom.methods.kernel import contract
 from mergeloom.planning import Options
 from tests.faults import Kill, Stopped, watching
 from tests.outputs import digests, read_model, same_tensors
@@ -21,7 +23,7 @@ from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = """
-from mergeloom.methods.contract import Inputs, Kernel, merge_method
+from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method
 from mergeloom.methods.elementwise import weighted_sum
 
 

@@ -17,7 +17,8 @@ from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import FORMAT, Journal, read_journal
 from mergeloom.manifest import MANIFEST, facts_of
 from mergeloom.merging import merge
-from mergeloom.methods import contract, task_arithmetic
+from mergeloom.methods import task_arithmetic
+from mergeloom.methods.kernel import contract
 from mergeloom.planning import Options, plan
 from mergeloom.verifying import verify
 from tests.models import FineTune, Random, write_checkpoint

@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import BLOCK, Inputs, Kernel, Unit
-from .lazy import scripts, torch
-from .reductions import BlockSums, fold, total
+from .kernel.block_sums import BlockSums, fold, total
+from .kernel.contract import BLOCK, Inputs, Kernel, Unit
+from .kernel.lazy import scripts, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .tile import Tile
+    from .kernel.tile import Tile
 
 Vector = Sequence[float]
 """A vector in the span of the inputs: its coefficients."""

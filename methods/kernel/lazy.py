@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import numpy as numpy
     import torch as torch
 
-    from . import random_scripts, scripts
+    from . import mask_ops as random_scripts
+    from . import ops as scripts
 else:
     numpy = _Lazy("numpy")
     torch = _Lazy("torch")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import catalogue  # noqa: F401  whose names are taken
-from .contract import Method, registered, unregister
+from .kernel.contract import Method, registered, unregister
 
 GROUP = "mergeloom.methods"
 """The group of entry points; each names a module whose import registers methods."""

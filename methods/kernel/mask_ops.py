@@ -9,7 +9,7 @@ from typing import List, NamedTuple  # noqa: UP035
 import torch
 from torch import Tensor
 
-from .scripts import Places, added_up, scripted
+from .ops import Places, added_up, scripted
 
 
 class Stream(NamedTuple):
