@@ -14,8 +14,8 @@ from .graph import MergeGraph
 from .inputs import Model, OpenModel, Part, open_models
 from .layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
 from .modules import StageModules
-from .parameters import layer_position
-from .recipe import Module, Recipe, Slice, Source, Stage, stage_inputs
+from .recipe.parameters import layer_position
+from .recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .tensor_rules import TensorRules, shape_mismatch
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]

@@ -9,9 +9,9 @@ from ..errors import CheckpointError
 from ..io.safetensors.checkpoint import Checkpoint
 from ..methods.kernel.contract import Method
 from .layers import LayerMap, Stack, find_layers
-from .parameters import SliceParameters
 from .quantized import quantized_tensors
-from .recipe import ModelReference, Module, Recipe, Slice, Stage, base_index
+from .recipe.parameters import SliceParameters
+from .recipe.types import ModelReference, Module, Recipe, Slice, Stage, base_index
 
 OpenModel = Callable[[ModelReference], Checkpoint]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from .inputs import Model
-from .recipe import Module, Recipe, Stage, modules_of
+from .recipe.types import Module, Recipe, Stage, modules_of
 
 SHARED = "shared"
 """mergekit's name for what encoder and decoder have in common: T5's ``shared.weight`` and its head."""

@@ -15,8 +15,8 @@ import yaml
 from ..errors import UsageError
 from ..io.safetensors.checkpoint import Checkpoint
 from .layers import LayerMap, find_layers
-from .recipe import ModelReference
-from .recipe_nodes import DTYPES
+from .recipe.nodes import DTYPES
+from .recipe.types import ModelReference
 
 Window = tuple[int, int]
 """The first layer and the one after the last."""

@@ -21,7 +21,7 @@ from .build import BuiltGraph, Saved, build_graph
 from .fuse import FusedKernel, Part
 from .graph import Kind, MergeGraph, Operation
 from .inputs import Model, OpenModel
-from .recipe import ModelReference, Recipe, Stage
+from .recipe.types import ModelReference, Recipe, Stage
 
 
 @dataclass(frozen=True, slots=True)

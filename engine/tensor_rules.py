@@ -15,7 +15,7 @@ from .accounting import Account
 from .graph import Kind, MergeGraph, Operation
 from .inputs import Model, Part
 from .layers import is_buffer, is_embedding, is_head, is_optional
-from .recipe import Stage
+from .recipe.types import Stage
 
 
 class Input(NamedTuple):

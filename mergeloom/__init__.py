@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import merge, plan
-    from .engine.recipe import Recipe
+    from .engine.recipe.types import Recipe
     from .errors import (
         BudgetError,
         CheckpointError,

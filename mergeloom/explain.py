@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from .display import Grid, Section
 from .engine.graph import Kind, Operation
-from .engine.parameters import layer_position
-from .engine.recipe import modules_of
+from .engine.recipe.parameters import layer_position
+from .engine.recipe.types import modules_of
 from .engine.tiling import tile_length
 from .errors import UsageError
 from .wording import data_size, listed, memory_size, plural
 
 if TYPE_CHECKING:
-    from .engine.recipe import Slice
+    from .engine.recipe.types import Slice
     from .planning import Plan
 
 _NAMES = 3

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from .engine.recipe import Recipe, Stage
+from .engine.recipe.types import Recipe, Stage
 from .file_sources import FileSources, directory_of
 from .io.files import companion_files
 from .model_files import CARD, CONFIG

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .engine.recipe import ModelReference
+from .engine.recipe.types import ModelReference
 from .errors import UsageError
 from .io.hub.repository import is_hub_id
 from .io.output.lock import TO_FINISH, WORK, Content, classify

@@ -11,7 +11,7 @@ from typing import Any
 from .engine.build import BuiltGraph
 from .engine.graph import Kind
 from .engine.layout import Layout, lay_out
-from .engine.recipe import ModelReference, Recipe, Stage, load_recipe
+from .engine.recipe.types import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule import Budget, Schedule, make_schedule
 from .engine.stages import build_stages
 from .engine.transfer import Transfer

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mergeloom.engine.build import BuiltGraph, build_graph
 from mergeloom.engine.graph import Kind
-from mergeloom.engine.recipe import load_recipe
+from mergeloom.engine.recipe.types import load_recipe
 from mergeloom.engine.tensor_rules import promote
 from mergeloom.errors import CheckpointError, RecipeError
 from mergeloom.io.safetensors.checkpoint import Checkpoint

@@ -18,7 +18,7 @@ import yaml
 
 from mergeloom import __main__, planning
 from mergeloom.destination import look_at
-from mergeloom.engine.recipe import ModelReference
+from mergeloom.engine.recipe.types import ModelReference
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io import platform
 from mergeloom.io.hub.repository import HubFile

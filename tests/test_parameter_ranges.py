@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mergeloom.__main__ import main
-from mergeloom.engine.parameters import ParameterError, accept
-from mergeloom.engine.recipe import Recipe, load_recipe, parse_recipe
+from mergeloom.engine.recipe.parameters import ParameterError, accept
+from mergeloom.engine.recipe.types import Recipe, load_recipe, parse_recipe
 from mergeloom.errors import RecipeError
 from mergeloom.methods import catalogue, merge_methods
 from mergeloom.methods import registry as plugins

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.engine.parameters import (
+from mergeloom.engine.recipe.parameters import (
     Conditional,
     Gradient,
     ParameterError,
@@ -20,7 +20,7 @@ from mergeloom.engine.parameters import (
     gradient_value,
     layer_position,
 )
-from mergeloom.engine.recipe import base_index, modules_of, parse_recipe
+from mergeloom.engine.recipe.types import base_index, modules_of, parse_recipe
 from mergeloom.errors import RecipeError
 from mergeloom.methods.kernel.contract import REQUIRED, Absent, Base, Method, Parameter
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mergeloom.engine.recipe import Recipe, Stage, load_recipe
+from mergeloom.engine.recipe.types import Recipe, Stage, load_recipe
 from mergeloom.methods import merge_methods
 from mergeloom.planning import Options, Plan, plan
 from tests import models

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.recipe import ModelReference, parse_recipe
+from mergeloom.engine.recipe.types import ModelReference, parse_recipe
 from mergeloom.engine.stacking import StackSummary, Window, compose, stack_recipe, stack_windows
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint

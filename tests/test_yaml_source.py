@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine import yaml_source
-from mergeloom.engine.yaml_source import MAX_DEPTH, MAX_NODES, Node, node_of, parse_yaml, read_yaml
+from mergeloom.engine.recipe import yaml as yaml_source
+from mergeloom.engine.recipe.yaml import MAX_DEPTH, MAX_NODES, Node, node_of, parse_yaml, read_yaml
 from mergeloom.errors import RecipeError
 from tests.counting import count_lines
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..methods.kernel.contract import Base, Method, MethodError, Parameter, Range
+from ...methods.kernel.contract import Base, Method, MethodError, Parameter, Range
 
 if TYPE_CHECKING:
-    from ..errors import RecipeError
-    from .recipe import Module, Recipe, Slice, Stage
-    from .yaml_source import Keys
+    from ...errors import RecipeError
+    from .types import Module, Recipe, Slice, Stage
+    from .yaml import Keys
 
 Scalar = float | int | bool | str
 

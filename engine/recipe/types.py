@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import RecipeError
-from ..io.safetensors.dtypes import DType
-from ..methods.kernel.contract import Base, Method
+from ...errors import RecipeError
+from ...io.safetensors.dtypes import DType
+from ...methods.kernel.contract import Base, Method
 from .parameters import Conditional, Gradient, Scalar, Setting, Settings
-from .yaml_source import Keys
+from .yaml import Keys
 
 __all__ = [
     "ChatTemplate",
@@ -327,8 +327,8 @@ def load_recipe(
     Raises:
         RecipeError: for any mistake in it, and for a file that can't be read.
     """
-    from .recipe_reader import recipe_of
-    from .yaml_source import YamlSource, node_of, read_yaml
+    from .reader import recipe_of
+    from .yaml import YamlSource, node_of, read_yaml
 
     if isinstance(recipe, Recipe):
         return recipe
@@ -348,7 +348,7 @@ def parse_recipe(
     text: str, *, source: Path | None = None, strict: bool = False, methods: Mapping[str, Method]
 ) -> Recipe:
     """`load_recipe` of a YAML text; `source` is the file that errors name."""
-    from .recipe_reader import recipe_of
-    from .yaml_source import parse_yaml
+    from .reader import recipe_of
+    from .yaml import parse_yaml
 
     return recipe_of(parse_yaml(text, source), source, strict=strict, methods=methods)

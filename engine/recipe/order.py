@@ -6,9 +6,9 @@ import heapq
 from collections.abc import Callable, Sequence
 from graphlib import CycleError, TopologicalSorter
 
-from ..errors import RecipeError
-from .recipe import Stage
-from .yaml_source import Keys
+from ...errors import RecipeError
+from .types import Stage
+from .yaml import Keys
 
 
 def in_order(

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import RecipeError
-from ..io.safetensors.dtypes import BF16, F16, F32, F64, DType
-from ..methods.kernel.contract import Method, Parameter
+from ...errors import RecipeError
+from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
+from ...methods.kernel.contract import Method, Parameter
 from .parameters import Conditional, Gradient, ParameterError, Scalar, Setting, accept, coerce, describe
-from .recipe import ModelReference, line_of
-from .yaml_source import Keys, Node
+from .types import ModelReference, line_of
+from .yaml import Keys, Node
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 
 Keys = tuple[str | int, ...]
 """The keys that lead to a place, such as ``("slices", 0, "sources")``."""

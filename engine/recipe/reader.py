@@ -9,13 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import RecipeError
-from ..methods.kernel.contract import Base, Method
+from ...errors import RecipeError
+from ...methods.kernel.contract import Base, Method
+from .nodes import NodeReader, nearest
+from .order import in_order
 from .parameters import describe
-from .recipe import ChatTemplate, Module, Outside, Recipe, Slice, Source, Stage, TokenizerSource, base_index, modules_of
-from .recipe_nodes import NodeReader, nearest
-from .stage_order import in_order
-from .yaml_source import Keys, Node, YamlSource
+from .types import ChatTemplate, Module, Outside, Recipe, Slice, Source, Stage, TokenizerSource, base_index, modules_of
+from .yaml import Keys, Node, YamlSource
 
 CONTENTS = ("models", "slices", "modules")
 STAGE_KEYS = (
