@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mergeloom.engine.layers import find_layers
+from mergeloom.engine.model.layers import find_layers
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.header import build_header, parse_header
 from mergeloom.machine import Machine

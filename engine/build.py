@@ -11,9 +11,9 @@ from ..io.safetensors.dtypes import Kind as ElementKind
 from ..methods.kernel.contract import Method
 from .accounting import Account, Unused
 from .graph import MergeGraph
-from .inputs import Model, OpenModel, Part, open_models
-from .layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
-from .modules import StageModules
+from .model.inputs import Model, OpenModel, Part, open_models
+from .model.layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
+from .model.modules import StageModules
 from .recipe.parameters import layer_position
 from .recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .tensor_rules import TensorRules, shape_mismatch

@@ -20,7 +20,7 @@ from .accounting import Unused
 from .build import BuiltGraph, Saved, build_graph
 from .fuse import FusedKernel, Part
 from .graph import Kind, MergeGraph, Operation
-from .inputs import Model, OpenModel
+from .model.inputs import Model, OpenModel
 from .recipe.types import ModelReference, Recipe, Stage
 
 

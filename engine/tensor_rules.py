@@ -13,8 +13,8 @@ from ..io.safetensors.tensors import TensorRef
 from ..methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
 from .accounting import Account
 from .graph import Kind, MergeGraph, Operation
-from .inputs import Model, Part
-from .layers import is_buffer, is_embedding, is_head, is_optional
+from .model.inputs import Model, Part
+from .model.layers import is_buffer, is_embedding, is_head, is_optional
 from .recipe.types import Stage
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .engine.graph import Kind
 
 if TYPE_CHECKING:
-    from .engine.inputs import Model
+    from .engine.model.inputs import Model
     from .planning import Plan
 
 

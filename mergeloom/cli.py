@@ -301,7 +301,7 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
     MODEL is a directory, a .safetensors file, or an index. Reads headers only.
     """
     from .display import show
-    from .inspecting import inspect_model, inspection_sections
+    from .engine.model.inspect import inspect_model, inspection_sections
 
     inspection = inspect_model(model)
     if as_json:

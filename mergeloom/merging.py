@@ -11,6 +11,7 @@ from typing import Any
 
 from .destination import refuse_input
 from .engine.device import make_devices
+from .engine.model.open import is_remote
 from .engine.run import run_graph
 from .engine.schedule import Schedule
 from .engine.work import Measured, Progress, Sink
@@ -23,7 +24,6 @@ from .io.output.lock import classify, refuse_occupied
 from .io.reading import Observe, Reader, Stamps
 from .machine import available_ram, process_memory
 from .manifest import MANIFEST
-from .opening import is_remote
 from .performing import Earlier, Run
 from .planning import Options, Plan, RecipeLike, plan
 from .sharing import unplaced

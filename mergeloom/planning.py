@@ -11,6 +11,7 @@ from typing import Any
 from .engine.build import BuiltGraph
 from .engine.graph import Kind
 from .engine.layout import Layout, lay_out
+from .engine.model.open import is_remote, open_model
 from .engine.recipe.types import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule import Budget, Schedule, make_schedule
 from .engine.stages import build_stages
@@ -29,7 +30,6 @@ from .machine import (
     usable_cores,
 )
 from .methods import merge_methods
-from .opening import is_remote, open_model
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""

@@ -307,7 +307,7 @@ class Verification:
 
     def _model(self, number: int) -> Checkpoint:
         """A source model, opened once. Raises MergeloomError."""
-        from .opening import open_model, reference_of
+        from .engine.model.open import open_model, reference_of
 
         with self._lock:
             if number not in self._models:

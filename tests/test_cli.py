@@ -264,7 +264,7 @@ def test_an_unexpected_exception_is_a_bug_of_ours(
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("mergeloom.inspecting.inspect_model", broken)
+    monkeypatch.setattr("mergeloom.engine.model.inspect.inspect_model", broken)
     assert __main__.main(["inspect", "model"]) == 1
     said = capsys.readouterr().err
     assert "Traceback" in said
@@ -275,7 +275,7 @@ def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mergeloom.inspecting.inspect_model", interrupted)
+    monkeypatch.setattr("mergeloom.engine.model.inspect.inspect_model", interrupted)
     assert __main__.main(["inspect", "model"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

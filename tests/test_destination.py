@@ -18,6 +18,7 @@ import yaml
 
 from mergeloom import __main__, planning
 from mergeloom.destination import look_at
+from mergeloom.engine.model.open import open_model
 from mergeloom.engine.recipe.types import ModelReference
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io import platform
@@ -31,7 +32,6 @@ from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from mergeloom.manifest import read_manifest
 from mergeloom.merging import merge
-from mergeloom.opening import open_model
 from tests import test_hub
 from tests.faults import Stopped
 from tests.hub_server import HubServer

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mergeloom.display import plain
+from mergeloom.engine.model.inspect import inspect_model, inspection_sections
 from mergeloom.errors import CheckpointError, UsageError
-from mergeloom.inspecting import inspect_model, inspection_sections
 from tests import models
 from tests.conftest import MakeModel
 

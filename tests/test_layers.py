@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.engine.layers import (
+from mergeloom.engine.model.layers import (
     LayerName,
     Stack,
     find_layers,

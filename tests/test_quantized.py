@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.engine.quantized import quantized_tensors
+from mergeloom.engine.model.quantized import quantized_tensors
 from mergeloom.errors import CheckpointError
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.tensors import TensorRef

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.model.self_merge import StackSummary, Window, compose, stack_recipe, stack_windows
 from mergeloom.engine.recipe.types import ModelReference, parse_recipe
-from mergeloom.engine.stacking import StackSummary, Window, compose, stack_recipe, stack_windows
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.safetensors.dtypes import BF16

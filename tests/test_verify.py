@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from mergeloom import __main__, opening, sharing
+from mergeloom import __main__, sharing
+from mergeloom.engine.model import open as opening
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io.files import is_loader_file
 from mergeloom.io.output import clone as copying

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ..recipe.types import Module, Recipe, Stage, modules_of
 from .inputs import Model
-from .recipe.types import Module, Recipe, Stage, modules_of
 
 SHARED = "shared"
 """mergekit's name for what encoder and decoder have in common: T5's ``shared.weight`` and its head."""

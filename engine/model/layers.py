@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 _SIDE_KEYS = ("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers", "layers", "num_blocks")
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "depth", *_SIDE_KEYS)

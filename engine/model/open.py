@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .engine.recipe.types import ModelReference
-from .errors import UsageError
-from .io.hub.repository import is_hub_id
-from .io.output.lock import TO_FINISH, WORK, Content, classify
-from .io.safetensors.checkpoint import Checkpoint, open_checkpoint
+from ...errors import UsageError
+from ...io.hub.repository import is_hub_id
+from ...io.output.lock import TO_FINISH, WORK, Content, classify
+from ...io.safetensors.checkpoint import Checkpoint, open_checkpoint
+from ..recipe.types import ModelReference
 
 
 def reference_of(text: str) -> ModelReference:
@@ -31,7 +31,7 @@ def open_model(reference: ModelReference) -> Checkpoint:
     The directory of an unfinished merge is refused: what has its final name there may be a part of the model.
     """
     if not _exists(reference.path) and is_hub_id(reference.path):
-        from .io.hub.checkpoint import open_hub_model
+        from ...io.hub.checkpoint import open_hub_model
 
         return open_hub_model(reference.path, reference.revision)
     path = Path(os.path.expanduser(reference.path))  # noqa: PTH111  which leaves "~nobody" as it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..io.safetensors.tensors import TensorRef
+from ...io.safetensors.tensors import TensorRef
 
 _SCALES = ("_scale_inv", "_scale", "_scales", ".absmax", ".SCB")
 """Endings that a scale's name has beyond that of the tensor that it scales."""

@@ -12,11 +12,11 @@ from itertools import groupby
 
 import yaml
 
-from ..errors import UsageError
-from ..io.safetensors.checkpoint import Checkpoint
+from ...errors import UsageError
+from ...io.safetensors.checkpoint import Checkpoint
+from ..recipe.nodes import DTYPES
+from ..recipe.types import ModelReference
 from .layers import LayerMap, find_layers
-from .recipe.nodes import DTYPES
-from .recipe.types import ModelReference
 
 Window = tuple[int, int]
 """The first layer and the one after the last."""

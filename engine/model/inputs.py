@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..errors import CheckpointError
-from ..io.safetensors.checkpoint import Checkpoint
-from ..methods.kernel.contract import Method
+from ...errors import CheckpointError
+from ...io.safetensors.checkpoint import Checkpoint
+from ...methods.kernel.contract import Method
+from ..recipe.parameters import SliceParameters
+from ..recipe.types import ModelReference, Module, Recipe, Slice, Stage, base_index
 from .layers import LayerMap, Stack, find_layers
 from .quantized import quantized_tensors
-from .recipe.parameters import SliceParameters
-from .recipe.types import ModelReference, Module, Recipe, Slice, Stage, base_index
 
 OpenModel = Callable[[ModelReference], Checkpoint]
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .display import Grid, Section
-from .engine.layers import LayerMap, Stack, find_layers, is_head, tied_embedding
-from .engine.quantized import quantized_tensors
-from .errors import CheckpointError
-from .io.safetensors.checkpoint import Checkpoint
-from .io.safetensors.tensors import TensorRef
-from .opening import open_model, reference_of
-from .wording import big_number, data_size, listed, plural, ranges
+from ...display import Grid, Section
+from ...errors import CheckpointError
+from ...io.safetensors.checkpoint import Checkpoint
+from ...io.safetensors.tensors import TensorRef
+from ...wording import big_number, data_size, listed, plural, ranges
+from .layers import LayerMap, Stack, find_layers, is_head, tied_embedding
+from .open import open_model, reference_of
+from .quantized import quantized_tensors
 
 _FILES_SHOWN = 8
 _OUTSIDE_SHOWN = 12

@@ -1,0 +1,1 @@
+"""What a checkpoint contains: layers, roles, modules, quantized tensors."""
