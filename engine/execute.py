@@ -19,7 +19,7 @@ from typing import Any
 
 from .arena import HostArena, Ledger
 from .device import Device, Marker
-from .graph import Kind, MergeGraph
+from .graph.graph import Kind, MergeGraph
 from .lanes import Lane
 from .passes import Passes
 from .residency import Memory, Resident

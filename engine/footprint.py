@@ -18,8 +18,8 @@ from ..errors import MergeloomError, UsageError
 from ..io.safetensors.dtypes import DType
 from ..methods.kernel.contract import Kernel, Unit
 from ..methods.kernel.tile import Workspace
-from .fuse import FusedKernel
-from .graph import Kind, MergeGraph, Operation
+from .graph.fuse import FusedKernel
+from .graph.graph import Kind, MergeGraph, Operation
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .device import Device
-from .graph import MergeGraph
+from .graph.graph import MergeGraph
 from .schedule import Schedule
 from .tiling import tile_length
 from .work import Item

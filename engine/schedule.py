@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from ..io.sizes import format_size
-from .graph import Kind, MergeGraph
+from .graph.graph import Kind, MergeGraph
 from .simulate import Simulation, Step, orders
 from .tiling import chunk_count, chunk_elements, clusters, length, output_width, tile_length, widest, work_bytes
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ..methods.kernel.contract import Kernel
 from .device import Done, Marker
-from .graph import Operation
+from .graph.graph import Operation
 from .residency import Resident
 from .simulate import Step
 

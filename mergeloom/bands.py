@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .engine.graph import Kind
+from .engine.graph.graph import Kind
 
 if TYPE_CHECKING:
     from .engine.model.inputs import Model

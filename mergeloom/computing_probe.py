@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .engine.graph import Kind
+from .engine.graph.graph import Kind
 from .errors import MergeloomError
 from .estimate import MEASURED, Rate, Rates
 from .machine import usable_cores

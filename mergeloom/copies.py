@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .engine.execute import NOTIFY_SECONDS
-from .engine.graph import MergeGraph
+from .engine.graph.graph import MergeGraph
 from .engine.transfer import BUFFER_BYTES, Mover, Transfer, source_of
 from .engine.work import LaneTime
 from .errors import DiskSpaceError

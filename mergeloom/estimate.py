@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .engine.graph import Kind
+from .engine.graph.graph import Kind
 from .errors import UsageError
 from .io.sizes import parse_size
 from .traffic import downloaded

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from .display import Grid, Section
-from .engine.graph import Kind, Operation
+from .engine.graph.graph import Kind, Operation
 from .engine.recipe.parameters import layer_position
 from .engine.recipe.types import modules_of
 from .engine.tiling import tile_length

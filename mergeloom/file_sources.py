@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
-from .engine.build import BuiltGraph, OutputStack
 from .engine.config import merged_config
 from .engine.files_from import adopted_config, adopted_stack
+from .engine.graph.build import BuiltGraph, OutputStack
 from .engine.model.layers import is_embedding, is_head
 from .engine.recipe.types import ModelReference, Recipe, Stage
 from .errors import CheckpointError

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.graph import MergeGraph
+from .engine.graph.graph import MergeGraph
 from .engine.schedule import Budget, DeviceBudget, Schedule
 from .errors import BudgetError, UsageError
 from .io import platform

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .engine.fuse import FusedKernel, Part
-from .engine.graph import Kind, Operation
-from .engine.layout import LAYOUT_VERSION
+from .engine.graph.fuse import FusedKernel, Part
+from .engine.graph.graph import Kind, Operation
+from .engine.graph.layout import LAYOUT_VERSION
 from .errors import CheckpointError
 from .io.hub.checkpoint import HubCheckpoint
 from .io.open_source import open_source, read_range

@@ -15,7 +15,7 @@ from . import __version__
 from .bands import Outside, Weave, curves, weaves
 from .charts import bands_chart, curve_chart, lanes_chart, memory_chart, text_of
 from .display import Grid, Section
-from .engine.graph import Kind
+from .engine.graph.graph import Kind
 from .report import headline, plan_sections, time_section
 from .timeline import timeline
 from .traffic import fixed_ram, output_names, pattern_of

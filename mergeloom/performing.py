@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from .checks import Checked
 from .copies import Copies, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
-from .engine.graph import Kind
+from .engine.graph.graph import Kind
 from .engine.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers
 from .engine.work import Measured, Progress, Sink

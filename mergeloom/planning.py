@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .engine.build import BuiltGraph
-from .engine.graph import Kind
-from .engine.layout import Layout, lay_out
+from .engine.graph.build import BuiltGraph
+from .engine.graph.graph import Kind
+from .engine.graph.layout import Layout, lay_out
+from .engine.graph.stages import build_stages
 from .engine.model.open import is_remote, open_model
 from .engine.recipe.types import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule import Budget, Schedule, make_schedule
-from .engine.stages import build_stages
 from .engine.transfer import Transfer
 from .file_sources import FileResolver, FileSources
 from .io.hub.repository import HubFile

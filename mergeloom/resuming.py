@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .checks import Check, Checked, Read, run_checks
-from .engine.graph import Kind, MergeGraph
-from .engine.layout import Layout
+from .engine.graph.graph import Kind, MergeGraph
+from .engine.graph.layout import Layout
 from .engine.transfer import PART_BYTES, Transfer, source_of
 from .errors import MergeloomError
 from .io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest

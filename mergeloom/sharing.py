@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .engine.graph import Kind
+from .engine.graph.graph import Kind
 from .engine.schedule import make_schedule
 from .engine.transfer import BUFFER_BYTES, TRANSFER_BYTES, plan_transfers, source_of
 from .errors import BudgetError

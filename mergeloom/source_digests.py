@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from .checks import Check, Checked, Read, run_checks
-from .engine.graph import Kind, MergeGraph
+from .engine.graph.graph import Kind, MergeGraph
 from .errors import CheckpointError
 
 _MODULUS = 1 << 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .engine.graph import Kind, MergeGraph
+from .engine.graph.graph import Kind, MergeGraph
 from .engine.schedule import Schedule
 from .traffic import fixed_ram
 

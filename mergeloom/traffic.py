@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .engine.graph import Kind, MergeGraph
+from .engine.graph.graph import Kind, MergeGraph
 from .engine.schedule import Schedule
 from .wording import data_size, memory_size, plural
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.build import BuiltGraph, build_graph
-from mergeloom.engine.graph import Kind
+from mergeloom.engine.graph.build import BuiltGraph, build_graph
+from mergeloom.engine.graph.graph import Kind
+from mergeloom.engine.graph.rules import promote
 from mergeloom.engine.recipe.types import load_recipe
-from mergeloom.engine.tensor_rules import promote
 from mergeloom.errors import CheckpointError, RecipeError
 from mergeloom.io.safetensors.checkpoint import Checkpoint
 from mergeloom.io.safetensors.dtypes import DTYPES

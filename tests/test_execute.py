@@ -17,7 +17,7 @@ from torch import Tensor
 from mergeloom.engine.arena import take_memory
 from mergeloom.engine.device import CpuDevice, Device, OutOfDeviceMemory
 from mergeloom.engine.execute import Executor
-from mergeloom.engine.graph import Kind, Operation
+from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.run import SPARE, run_graph
 from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
 from mergeloom.engine.simulate import Held

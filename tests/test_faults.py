@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mergeloom import performing
-from mergeloom.engine.graph import Kind
+from mergeloom.engine.graph.graph import Kind
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.reading import Reader, Stamp, stamps_of

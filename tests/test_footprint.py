@@ -12,8 +12,8 @@ from torch import Tensor
 from mergeloom.engine import footprint as module
 from mergeloom.engine.compute import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.footprint import Footprint, Line, allocations, footprint, measure_footprints
-from mergeloom.engine.fuse import FusedKernel, Part
-from mergeloom.engine.graph import Kind, MergeGraph, Operation
+from mergeloom.engine.graph.fuse import FusedKernel, Part
+from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.schedule import PAGE, Budget, DeviceBudget, make_schedule
 from mergeloom.engine.tiling import tile_length
 from mergeloom.errors import UsageError

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mergeloom.engine.graph import Kind, MergeGraph, Operation
-from mergeloom.engine.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
+from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
+from mergeloom.engine.graph.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import DTYPES, F32
 from mergeloom.io.safetensors.header import parse_header

@@ -13,7 +13,7 @@ import pytest
 
 import mergeloom
 from mergeloom.display import plain, show
-from mergeloom.engine.build import Unused
+from mergeloom.engine.graph.build import Unused
 from mergeloom.engine.work import LaneTime, Measured
 from mergeloom.merging import Result
 from mergeloom.planning import Plan

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.graph import MergeGraph
+from mergeloom.engine.graph.graph import MergeGraph
 from mergeloom.errors import CheckpointError, Interrupted
 from mergeloom.planning import Options, plan
 from mergeloom.source_digests import SourceDigests, check_sources, ranges_in_use, source_ranges, used_bytes

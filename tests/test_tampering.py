@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.graph import Kind
+from mergeloom.engine.graph.graph import Kind
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
@@ -301,7 +301,7 @@ def imitate_clones(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr("mergeloom.io.output.clone.clone_range", clone)
     monkeypatch.setattr("mergeloom.sharing.why_no_clone", lambda source, scratch: 0)
-    monkeypatch.setattr("mergeloom.engine.layout.SHORTEST_RUN", 4096)
+    monkeypatch.setattr("mergeloom.engine.graph.layout.SHORTEST_RUN", 4096)
     return sizes
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeloom.engine import transfer
-from mergeloom.engine.graph import Kind, MergeGraph
-from mergeloom.engine.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
+from mergeloom.engine.graph.graph import Kind, MergeGraph
+from mergeloom.engine.graph.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.engine.transfer import Mover, Transfer, plan_transfers, source_of, written_ranges
 from mergeloom.io.output.clone import shareable
 from mergeloom.io.safetensors.tensors import TensorRef

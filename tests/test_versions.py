@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import mergeloom
-from mergeloom.engine import fuse, graph, layout
-from mergeloom.engine.fuse import FusedKernel
+from mergeloom.engine.graph import fuse, graph, layout
+from mergeloom.engine.graph.fuse import FusedKernel
 from mergeloom.errors import UsageError
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import FORMAT, Journal, read_journal

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..io.safetensors.checkpoint import Checkpoint
-from ..io.safetensors.dtypes import DType
-from ..io.safetensors.tensors import TensorRef
-from ..methods.kernel.contract import Inputs, Kernel, Method
-from .accounting import Unused
+from ...io.safetensors.checkpoint import Checkpoint
+from ...io.safetensors.dtypes import DType
+from ...io.safetensors.tensors import TensorRef
+from ...methods.kernel.contract import Inputs, Kernel, Method
+from ..model.inputs import Model, OpenModel
+from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
 from .fuse import FusedKernel, Part
 from .graph import Kind, MergeGraph, Operation
-from .model.inputs import Model, OpenModel
-from .recipe.types import ModelReference, Recipe, Stage
+from .usage import Unused
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from ..io.safetensors.dtypes import DType
-from ..io.safetensors.tensors import TensorRef
-from ..methods.kernel.contract import Kernel
+from ...io.safetensors.dtypes import DType
+from ...io.safetensors.tensors import TensorRef
+from ...methods.kernel.contract import Kernel
 
 if TYPE_CHECKING:
     import networkx
 
-    from .footprint import Footprint
+    from ..footprint import Footprint
 
 
 class Kind(Enum):

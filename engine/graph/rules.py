@@ -6,16 +6,16 @@ import hashlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError
-from ..io.safetensors.dtypes import F32, F64, DType
-from ..io.safetensors.dtypes import Kind as ElementKind
-from ..io.safetensors.tensors import TensorRef
-from ..methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
-from .accounting import Account
+from ...errors import CheckpointError
+from ...io.safetensors.dtypes import F32, F64, DType
+from ...io.safetensors.dtypes import Kind as ElementKind
+from ...io.safetensors.tensors import TensorRef
+from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
+from ..model.inputs import Model, Part
+from ..model.layers import is_buffer, is_embedding, is_head, is_optional
+from ..recipe.types import Stage
 from .graph import Kind, MergeGraph, Operation
-from .model.inputs import Model, Part
-from .model.layers import is_buffer, is_embedding, is_head, is_optional
-from .recipe.types import Stage
+from .usage import Account
 
 
 class Input(NamedTuple):

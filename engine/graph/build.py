@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError
-from ..io.safetensors.dtypes import Kind as ElementKind
-from ..methods.kernel.contract import Method
-from .accounting import Account, Unused
+from ...errors import CheckpointError
+from ...io.safetensors.dtypes import Kind as ElementKind
+from ...methods.kernel.contract import Method
+from ..model.inputs import Model, OpenModel, Part, open_models
+from ..model.layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
+from ..model.modules import StageModules
+from ..recipe.parameters import layer_position
+from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .graph import MergeGraph
-from .model.inputs import Model, OpenModel, Part, open_models
-from .model.layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
-from .model.modules import StageModules
-from .recipe.parameters import layer_position
-from .recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
-from .tensor_rules import TensorRules, shape_mismatch
+from .rules import TensorRules, shape_mismatch
+from .usage import Account, Unused
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import UsageError
-from ..io.safetensors.dtypes import DType
-from ..io.safetensors.header import build_header
+from ...errors import UsageError
+from ...io.safetensors.dtypes import DType
+from ...io.safetensors.header import build_header
 from .graph import Kind, MergeGraph
 
 LAYOUT_VERSION = 1

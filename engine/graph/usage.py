@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .model.inputs import Model
-from .model.layers import is_head
+from ..model.inputs import Model
+from ..model.layers import is_head
 
 
 @dataclass(frozen=True, slots=True)

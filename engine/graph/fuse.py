@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..io.safetensors.dtypes import DType
-from ..methods.kernel.contract import Inputs, Kernel, Unit
-from ..methods.kernel.tile import Tile
+from ...io.safetensors.dtypes import DType
+from ...methods.kernel.contract import Inputs, Kernel, Unit
+from ...methods.kernel.tile import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,1 @@
+"""Recipe + models -> task graph -> layout of the output files."""
