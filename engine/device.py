@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import EnvironmentFailure
 from ..io.sizes import format_size
 from .arena import take_memory
-from .schedule import DeviceBudget
+from .schedule.schedule import DeviceBudget
 
 if TYPE_CHECKING:
     from torch import Tensor

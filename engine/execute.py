@@ -23,9 +23,9 @@ from .graph.graph import Kind, MergeGraph
 from .lanes import Lane
 from .passes import Passes
 from .residency import Memory, Resident
-from .schedule import Schedule
-from .simulate import Step
-from .tiling import ChunkedRead, output_width, source_width
+from .schedule.schedule import Schedule
+from .schedule.simulate import Step
+from .schedule.tiling import ChunkedRead, output_width, source_width
 from .work import Item, LaneTime, Measured, NodeState, Progress, Sink, Source
 
 NOTIFY_SECONDS = 0.1

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError
 from .device import Device
 from .graph.graph import MergeGraph
-from .schedule import Schedule
-from .tiling import tile_length
+from .schedule.schedule import Schedule
+from .schedule.tiling import tile_length
 from .work import Item
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .arena import Ledger, Slots
-from .tiling import ChunkedRead
+from .schedule.tiling import ChunkedRead
 
 
 class Resident:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from .device import Device, OutOfDeviceMemory
 from .execute import Executor
 from .graph.graph import MergeGraph
-from .schedule import DeviceBudget, Schedule, make_schedule, shrink
+from .schedule.schedule import DeviceBudget, Schedule, make_schedule, shrink
 from .work import Measured, Progress, Sink, Source
 
 SPARE = 0.9

@@ -11,7 +11,7 @@ from ..methods.kernel.contract import Kernel
 from .device import Done, Marker
 from .graph.graph import Operation
 from .residency import Resident
-from .simulate import Step
+from .schedule.simulate import Step
 
 
 class Source(Protocol):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from .bands import Band, Curve, Weave
-from .timeline import Moment
+from .engine.schedule.timeline import Moment
 from .wording import clean, memory_size, plural
 
 WIDTH = 1000

@@ -117,7 +117,7 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
     import torch
 
     from .engine.compute import Piece, torch_dtype
-    from .engine.tiling import work_bytes
+    from .engine.schedule.tiling import work_bytes
     from .io.reading import Reader
     from .methods.kernel.tile import Workspace
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .engine.graph.graph import Kind
+from .engine.schedule.traffic import downloaded
 from .errors import UsageError
 from .io.sizes import parse_size
-from .traffic import downloaded
 from .wording import data_size
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from .display import Grid, Section
 from .engine.graph.graph import Kind, Operation
 from .engine.recipe.parameters import layer_position
 from .engine.recipe.types import modules_of
-from .engine.tiling import tile_length
+from .engine.schedule.tiling import tile_length
 from .errors import UsageError
 from .wording import data_size, listed, memory_size, plural
 
@@ -169,7 +169,7 @@ def explain(plan: Plan, name: str) -> Explanation:
 
 
 def _sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, ...]:
-    from .traffic import bytes_of_reads
+    from .engine.schedule.traffic import bytes_of_reads
 
     graph = plan.built.graph
     read = bytes_of_reads(graph, plan.schedule)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .engine.graph.graph import MergeGraph
-from .engine.schedule import Budget, DeviceBudget, Schedule
+from .engine.schedule.schedule import Budget, DeviceBudget, Schedule
 from .errors import BudgetError, UsageError
 from .io import platform
 from .io.cgroups import cpu_limit, memory_left, memory_limit

@@ -13,7 +13,7 @@ from .destination import refuse_input
 from .engine.device import make_devices
 from .engine.model.open import is_remote
 from .engine.run import run_graph
-from .engine.schedule import Schedule
+from .engine.schedule.schedule import Schedule
 from .engine.work import Measured, Progress, Sink
 from .errors import EnvironmentFailure
 from .finished import check_finished

@@ -16,9 +16,9 @@ from .bands import Outside, Weave, curves, weaves
 from .charts import bands_chart, curve_chart, lanes_chart, memory_chart, text_of
 from .display import Grid, Section
 from .engine.graph.graph import Kind
+from .engine.schedule.timeline import timeline
+from .engine.schedule.traffic import fixed_ram, output_names, pattern_of
 from .report import headline, plan_sections, time_section
-from .timeline import timeline
-from .traffic import fixed_ram, output_names, pattern_of
 from .whatif import THIS, alternatives_section
 from .wording import data_size, duration, listed, memory_size, plural
 

@@ -12,7 +12,7 @@ from .checks import Checked
 from .copies import Copies, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
 from .engine.graph.graph import Kind
-from .engine.schedule import Schedule, make_schedule
+from .engine.schedule.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers
 from .engine.work import Measured, Progress, Sink
 from .errors import CheckpointError, Interrupted

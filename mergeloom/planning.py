@@ -14,7 +14,7 @@ from .engine.graph.layout import Layout, lay_out
 from .engine.graph.stages import build_stages
 from .engine.model.open import is_remote, open_model
 from .engine.recipe.types import ModelReference, Recipe, Stage, load_recipe
-from .engine.schedule import Budget, Schedule, make_schedule
+from .engine.schedule.schedule import Budget, Schedule, make_schedule
 from .engine.transfer import Transfer
 from .file_sources import FileResolver, FileSources
 from .io.hub.repository import HubFile
@@ -200,7 +200,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The dry run as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
-        from .traffic import traffic_dict
+        from .engine.schedule.traffic import traffic_dict
 
         schedule = self.schedule
         return {

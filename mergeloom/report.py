@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 from .display import Grid, Section, plain
 from .engine.graph.build import Model
 from .engine.graph.graph import Kind
-from .timeline import sparkline, timeline
-from .traffic import bytes_of_models, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again, read_again_lines
+from .engine.schedule.timeline import sparkline, timeline
+from .engine.schedule.traffic import (
+    bytes_of_models,
+    bytes_of_reads,
+    downloaded,
+    fixed_ram,
+    peak_of,
+    read_again,
+    read_again_lines,
+)
 from .wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
 
 if TYPE_CHECKING:

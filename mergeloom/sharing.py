@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .engine.graph.graph import Kind
-from .engine.schedule import make_schedule
+from .engine.schedule.schedule import make_schedule
 from .engine.transfer import BUFFER_BYTES, TRANSFER_BYTES, plan_transfers, source_of
 from .errors import BudgetError
 from .io.output.clone import BLOCK

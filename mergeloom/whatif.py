@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .display import Grid, Section
-from .engine.schedule import Budget, Schedule, make_schedule
+from .engine.schedule.schedule import Budget, Schedule, make_schedule
+from .engine.schedule.traffic import moved_aside
 from .errors import BudgetError
 from .estimate import Estimate, Rates, estimate
 from .io.sizes import format_size, parse_size
-from .traffic import moved_aside
 from .wording import data_size, duration, memory_size
 
 if TYPE_CHECKING:

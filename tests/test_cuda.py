@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.merging import merge
 from mergeloom.planning import Options
 from tests.models import tiny_llama, write_checkpoint

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.display import plain
-from mergeloom.engine.schedule import make_schedule
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import UsageError
 from mergeloom.estimate import (
     ASSUMED,

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.simulate import Held, Simulation
-from mergeloom.engine.tiling import chunk_elements
+from mergeloom.engine.schedule.simulate import Held, Simulation
+from mergeloom.engine.schedule.tiling import chunk_elements
 from tests.graphs import World
 
 SLOT = 64

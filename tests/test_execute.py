@@ -19,9 +19,9 @@ from mergeloom.engine.device import CpuDevice, Device, OutOfDeviceMemory
 from mergeloom.engine.execute import Executor
 from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.run import SPARE, run_graph
-from mergeloom.engine.schedule import Budget, DeviceBudget, Schedule, make_schedule
-from mergeloom.engine.simulate import Held
-from mergeloom.engine.tiling import ChunkedRead
+from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule.simulate import Held
+from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.engine.work import Measured
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
@@ -98,7 +98,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     a = world.source(3 * SLOT, "F8_E5M2")
     for kind in ("sum", "copy", "sum"):
         world.node(kind, [a])
-    monkeypatch.setattr("mergeloom.engine.schedule.orders", lambda graph: [list(graph)])
+    monkeypatch.setattr("mergeloom.engine.schedule.schedule.orders", lambda graph: [list(graph)])
     budget = DeviceBudget("test", 64 << 20, 1)
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, (budget,)), slot_bytes=SLOT)
     assert [step.keep for step in schedule.steps] == [(Held(vram=3),), (Held(0, 0, 3),), (Held(),)]

@@ -14,8 +14,8 @@ from mergeloom.engine.compute import Piece, check_inputs, combine_chunk, reduce_
 from mergeloom.engine.footprint import Footprint, Line, allocations, footprint, measure_footprints
 from mergeloom.engine.graph.fuse import FusedKernel, Part
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
-from mergeloom.engine.schedule import PAGE, Budget, DeviceBudget, make_schedule
-from mergeloom.engine.tiling import tile_length
+from mergeloom.engine.schedule.schedule import PAGE, Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.tiling import tile_length
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import merge_methods

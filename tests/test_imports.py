@@ -92,4 +92,4 @@ def test_mergeloom_itself_loads_lazily() -> None:
 
 
 def test_the_command_line_loads_no_torch() -> None:
-    assert not loaded_by("import mergeloom.__main__, mergeloom.engine.schedule") & {"torch", "networkx"}
+    assert not loaded_by("import mergeloom.__main__, mergeloom.engine.schedule.schedule") & {"torch", "networkx"}

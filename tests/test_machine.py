@@ -15,7 +15,7 @@ import yaml
 
 from mergeloom import machine, merging
 from mergeloom.__main__ import main
-from mergeloom.engine.schedule import DeviceBudget
+from mergeloom.engine.schedule.schedule import DeviceBudget
 from mergeloom.errors import UsageError
 from mergeloom.io import platform
 from mergeloom.machine import Machine

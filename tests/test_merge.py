@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergeloom import performing
-from mergeloom.engine.schedule import make_schedule
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io.output import directory as output

@@ -6,7 +6,7 @@ import pytest
 
 from mergeloom.engine.arena import Ledger
 from mergeloom.engine.residency import Memory, Resident
-from mergeloom.engine.tiling import ChunkedRead
+from mergeloom.engine.schedule.tiling import ChunkedRead
 
 READ = ChunkedRead(0, 16)
 

@@ -135,7 +135,9 @@ def test_everything_that_may_change_changes_nothing(
         out = tmp_path / f"out{number}"
         restarts = 0
         while True:
-            monkeypatch.setattr("mergeloom.engine.schedule.SLOT_BYTES", (64, 128, 4096, 1024)[restarts % 4] << 10)
+            monkeypatch.setattr(
+                "mergeloom.engine.schedule.schedule.SLOT_BYTES", (64, 128, 4096, 1024)[restarts % 4] << 10
+            )
             options = replace(OPTIONS, threads=1 + restarts % 3, max_ram=(4 + restarts % 2) << 30)
             try:
                 with watching(Kill(34 + 3 * number + 2 * restarts)):

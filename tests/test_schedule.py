@@ -13,9 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule import PARTIAL_BYTES, SLOT_BYTES, WORTH, Budget, DeviceBudget, Schedule, make_schedule
-from mergeloom.engine.simulate import Simulation, orders
-from mergeloom.engine.tiling import length, widest
+from mergeloom.engine.schedule.schedule import (
+    PARTIAL_BYTES,
+    SLOT_BYTES,
+    WORTH,
+    Budget,
+    DeviceBudget,
+    Schedule,
+    make_schedule,
+)
+from mergeloom.engine.schedule.simulate import Simulation, orders
+from mergeloom.engine.schedule.tiling import length, widest
 from mergeloom.errors import BudgetError
 from tests.graphs import KERNELS, World
 
@@ -133,7 +141,7 @@ def test_consumers_side_by_side_beat_the_disk_order(monkeypatch: pytest.MonkeyPa
         world.node("sum", [sources[first + 2], sources[first]])
     found = [with_slots(world, extra).bytes_reread // SLOT for extra in range(5)]
     assert found[-1] == 0
-    monkeypatch.setattr("mergeloom.engine.schedule.orders", lambda graph: orders(graph)[:1])
+    monkeypatch.setattr("mergeloom.engine.schedule.schedule.orders", lambda graph: orders(graph)[:1])
     by_place = [with_slots(world, extra).bytes_reread // SLOT for extra in range(5)]
     assert sum(by_place) > sum(found)
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import mergeloom
 from mergeloom.engine.device import CpuDevice
 from mergeloom.engine.execute import Executor
-from mergeloom.engine.schedule import Budget, DeviceBudget, make_schedule
-from mergeloom.timeline import sparkline, timeline
-from mergeloom.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of, read_again_lines
+from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.timeline import sparkline, timeline
+from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of, read_again_lines
 from tests.conftest import MakeModel
 from tests.devices import CountingDevice
 from tests.graphs import World
@@ -122,7 +122,7 @@ def test_nothing_is_read_again_where_there_is_room(llamas: dict[str, Path]) -> N
 
 
 def test_many_kinds_are_summed_up() -> None:
-    from mergeloom.traffic import ReadAgain
+    from mergeloom.engine.schedule.traffic import ReadAgain
 
     groups = [ReadAgain(f"w{i}", 2, 100, 300, "it has to be") for i in range(7)]
     lines = read_again_lines(groups)

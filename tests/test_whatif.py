@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mergeloom import __main__
-from mergeloom.engine.schedule import make_schedule
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.estimate import assumed_rates
 from mergeloom.machine import Machine
 from mergeloom.planning import Options, Plan, plan

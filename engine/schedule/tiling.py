@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .graph.graph import Kind, MergeGraph
+from ..graph.graph import Kind, MergeGraph
 
 
 class ChunkedRead(NamedTuple):

@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .graph.graph import Kind, MergeGraph
+from ..graph.graph import Kind, MergeGraph
 from .tiling import ChunkedRead, chunk_count, clusters, source_width
 
 

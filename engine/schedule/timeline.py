@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .engine.graph.graph import Kind, MergeGraph
-from .engine.schedule import Schedule
+from ..graph.graph import Kind, MergeGraph
+from .schedule import Schedule
 from .traffic import fixed_ram
 
 _BLOCKS = "▁▂▃▄▅▆▇█"

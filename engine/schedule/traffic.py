@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .engine.graph.graph import Kind, MergeGraph
-from .engine.schedule import Schedule
-from .wording import data_size, memory_size, plural
+from ...wording import data_size, memory_size, plural
+from ..graph.graph import Kind, MergeGraph
+from .schedule import Schedule
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from ...planning import Plan
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import BudgetError
-from ..io.sizes import format_size
-from .graph.graph import Kind, MergeGraph
+from ...errors import BudgetError
+from ...io.sizes import format_size
+from ..graph.graph import Kind, MergeGraph
 from .simulate import Simulation, Step, orders
 from .tiling import chunk_count, chunk_elements, clusters, length, output_width, tile_length, widest, work_bytes
 
