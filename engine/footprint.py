@@ -168,7 +168,15 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
     """A kernel's passes over one tile: its elements, the bytes of workspace, and the bytes allocated."""
     import torch
 
-    from .compute import Piece, check_inputs, combine_chunk, count_nonfinite, find_nonfinite, reduce_chunk, torch_dtype
+    from .execute.compute import (
+        Piece,
+        check_inputs,
+        combine_chunk,
+        count_nonfinite,
+        find_nonfinite,
+        reduce_chunk,
+        torch_dtype,
+    )
 
     elements = kernel.inputs.rows * kernel.inputs.columns
     positions = operation.positions or tuple(range(len(dtypes)))
@@ -207,7 +215,7 @@ def _inputs(dtypes: Sequence[DType], elements: int) -> list[Tensor]:
     """Fine-tunes of one made-up tensor."""
     import torch
 
-    from .compute import torch_dtype
+    from .execute.compute import torch_dtype
 
     generator = torch.Generator().manual_seed(0)
     start = torch.rand(elements, generator=generator).sub_(0.5).mul_(0.1)

@@ -14,7 +14,7 @@ from .planning import Options, Plan, RecipeLike
 from .planning import plan as make_plan
 
 if TYPE_CHECKING:
-    from .engine.work import Progress
+    from .engine.execute.tasks import Progress
     from .merging import Result
 
 Size = int | str

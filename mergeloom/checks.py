@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.execute import NOTIFY_SECONDS
+from .engine.execute.executor import NOTIFY_SECONDS
 from .engine.transfer import BUFFER_BYTES, Mover
 from .io.output.group_commit import Ended
 from .io.reading import Reader

@@ -17,7 +17,7 @@ from .machine import usable_cores
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .engine.compute import Piece
+    from .engine.execute.compute import Piece
     from .methods.kernel.contract import Kernel
     from .methods.kernel.tile import Workspace
     from .planning import Plan
@@ -116,7 +116,7 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
     """
     import torch
 
-    from .engine.compute import Piece, torch_dtype
+    from .engine.execute.compute import Piece, torch_dtype
     from .engine.schedule.tiling import work_bytes
     from .io.reading import Reader
     from .methods.kernel.tile import Workspace
@@ -177,7 +177,7 @@ def small_kernel(plan: Plan, node: int, elements: int) -> Kernel | None:
 
 def _run(piece: Piece, workspace: Workspace, out: Tensor) -> None:
     """All passes of a kernel over the piece, as the engine does them."""
-    from .engine.compute import check_inputs, combine_chunk, reduce_chunk
+    from .engine.execute.compute import check_inputs, combine_chunk, reduce_chunk
 
     kernel, state = piece.kernel, None
     if not kernel.transparent:

@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine.execute import NOTIFY_SECONDS
+from .engine.execute.executor import NOTIFY_SECONDS
+from .engine.execute.tasks import LaneTime
 from .engine.graph.graph import MergeGraph
 from .engine.transfer import BUFFER_BYTES, Mover, Transfer, source_of
-from .engine.work import LaneTime
 from .errors import DiskSpaceError
 from .io.output.clone import BLOCK, Moved, SharingRefused, refuses_to_share
 from .io.output.digests import BlockDigests

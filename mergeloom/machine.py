@@ -226,8 +226,8 @@ def prepare_to_compute(graph: MergeGraph) -> None:
         UsageError: where a user's method fails.
     """
     check_torch_fits()
+    from .engine.execute.passes import import_torch
     from .engine.footprint import measure_footprints
-    from .engine.passes import import_torch
 
     platform.return_large_blocks()
     import_torch()

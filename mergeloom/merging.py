@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .destination import refuse_input
-from .engine.device import make_devices
+from .engine.execute.devices.base import make_devices
+from .engine.execute.replan import run_graph
+from .engine.execute.tasks import Measured, Progress, Sink
 from .engine.model.open import is_remote
-from .engine.run import run_graph
 from .engine.schedule.schedule import Schedule
-from .engine.work import Measured, Progress, Sink
 from .errors import EnvironmentFailure
 from .finished import check_finished
 from .io.hub.repository import HubFile

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from .checks import Checked
 from .copies import Copies, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
+from .engine.execute.tasks import Measured, Progress, Sink
 from .engine.graph.graph import Kind
 from .engine.schedule.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers
-from .engine.work import Measured, Progress, Sink
 from .errors import CheckpointError, Interrupted
 from .io.os_errors import explain
 from .io.output.digests import BLOCK_BYTES, tensor_digest

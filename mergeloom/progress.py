@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from .engine.work import Progress
+    from .engine.execute.tasks import Progress
 
 FRAME_SECONDS = 0.2
 """How often the line on a terminal is drawn."""

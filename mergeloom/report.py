@@ -24,7 +24,7 @@ from .engine.schedule.traffic import (
 from .wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
 
 if TYPE_CHECKING:
-    from .engine.work import LaneTime, Measured
+    from .engine.execute.tasks import LaneTime, Measured
     from .estimate import Estimate
     from .merging import Result
     from .planning import Plan

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .engine.work import Progress
+from .engine.execute.tasks import Progress
 from .errors import MergeloomError
 from .io.files import LOADER_FOLDERS, is_loader_file
 from .io.open_source import open_source, read_range

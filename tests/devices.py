@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from mergeloom.engine.device import Done, Marker, OutOfDeviceMemory
+from mergeloom.engine.execute.devices.base import Done, Marker, OutOfDeviceMemory
 
 
 class FailureOnPurpose(RuntimeError):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import mergeloom
-from mergeloom.engine.work import Progress
+from mergeloom.engine.execute.tasks import Progress
 from mergeloom.planning import Options
 
 

@@ -36,7 +36,7 @@ RECIPES = {
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 3, 20]), st.sampled_from([0, 3, 20]))
 def test_it_keeps_what_the_schedule_promises(blueprint: Blueprint, ram: int, vram: int) -> None:
-    from mergeloom.engine.cuda import CudaDevice
+    from mergeloom.engine.execute.devices.cuda import CudaDevice
 
     world = build(blueprint)
     large = (DeviceBudget("cuda:0", 1 << 40, 2),)

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergeloom.engine.arena import take_memory
-from mergeloom.engine.device import CpuDevice, Device, OutOfDeviceMemory
-from mergeloom.engine.execute import Executor
+from mergeloom.engine.execute.arena import take_memory
+from mergeloom.engine.execute.devices.base import CpuDevice, Device, OutOfDeviceMemory
+from mergeloom.engine.execute.executor import Executor
+from mergeloom.engine.execute.replan import SPARE, run_graph
+from mergeloom.engine.execute.tasks import Measured
 from mergeloom.engine.graph.graph import Kind, Operation
-from mergeloom.engine.run import SPARE, run_graph
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
 from mergeloom.engine.schedule.simulate import Held
 from mergeloom.engine.schedule.tiling import ChunkedRead
-from mergeloom.engine.work import Measured
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.methods.kernel.contract import Inputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.engine import footprint as module
-from mergeloom.engine.compute import Piece, check_inputs, combine_chunk, reduce_chunk
+from mergeloom.engine.execute.compute import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.footprint import Footprint, Line, allocations, footprint, measure_footprints
 from mergeloom.engine.graph.fuse import FusedKernel, Part
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation

@@ -21,7 +21,7 @@ from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 import mergeloom
 from mergeloom import planning
-from mergeloom.engine.work import Progress
+from mergeloom.engine.execute.tasks import Progress
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.finished import check_finished
 from mergeloom.io.files import companion_files

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mergeloom import performing
+from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.schedule.schedule import make_schedule
-from mergeloom.engine.work import Progress
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io.output import directory as output
 from mergeloom.machine import process_memory
@@ -454,7 +454,7 @@ def test_a_signal_ends_the_process_with_130(tmp_path: Path, llamas: dict[str, Pa
     code = (
         "import os, sys, threading\n"
         "from mergeloom import stopping\n"
-        "from mergeloom.engine.lanes import Lane\n"
+        "from mergeloom.engine.execute.lane import Lane\n"
         "from mergeloom.io.reading import Reader\n"
         "from mergeloom.__main__ import main\n"
         "stop, read, stopped = Lane.stop, Reader.read, threading.Event()\n"

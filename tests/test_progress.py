@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mergeloom.engine.work import Progress
+from mergeloom.engine.execute.tasks import Progress
 from mergeloom.progress import WINDOW_SECONDS, Display, Meter, State, drawing
 from tests.waiting import no_hang, wait_until
 

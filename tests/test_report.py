@@ -13,8 +13,8 @@ import pytest
 
 import mergeloom
 from mergeloom.display import plain, show
+from mergeloom.engine.execute.tasks import LaneTime, Measured
 from mergeloom.engine.graph.build import Unused
-from mergeloom.engine.work import LaneTime, Measured
 from mergeloom.merging import Result
 from mergeloom.planning import Plan
 from mergeloom.report import bottleneck, headline, plan_sections, plan_text, summary_text, unused_lines

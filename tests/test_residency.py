@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mergeloom.engine.arena import Ledger
-from mergeloom.engine.residency import Memory, Resident
+from mergeloom.engine.execute.arena import Ledger
+from mergeloom.engine.execute.cache import Memory, Resident
 from mergeloom.engine.schedule.tiling import ChunkedRead
 
 READ = ChunkedRead(0, 16)

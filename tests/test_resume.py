@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.lanes import Lane
-from mergeloom.engine.work import Progress
+from mergeloom.engine.execute.lane import Lane
+from mergeloom.engine.execute.tasks import Progress
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK, OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal
@@ -465,7 +465,7 @@ import os, sys, threading
 from pathlib import Path
 from mergeloom import merging, stopping
 from mergeloom.__main__ import main
-from mergeloom.engine.lanes import Lane
+from mergeloom.engine.execute.lane import Lane
 from mergeloom.io import platform
 
 journal, released = Path(sys.argv[3]) / {work!r} / "journal", threading.Event()
@@ -583,7 +583,7 @@ def test_from_python_too_an_interrupt_can_be_gone_on_from(models: list[Path], tm
         stopped.set()
 
     with no_hang(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mergeloom.engine.execute.NOTIFY_SECONDS", 0.001)
+        patch.setattr("mergeloom.engine.execute.executor.NOTIFY_SECONDS", 0.001)
         patch.setattr("mergeloom.io.platform.WATCH", watch)
         patch.setattr(Lane, "stop", stop_lane)
         with pytest.raises(Interrupted, match="run the same command again to go on"):

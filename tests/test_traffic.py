@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mergeloom
-from mergeloom.engine.device import CpuDevice
-from mergeloom.engine.execute import Executor
+from mergeloom.engine.execute.devices.base import CpuDevice
+from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.timeline import sparkline, timeline
 from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of, read_again_lines

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import EnvironmentFailure
-from ..io.sizes import format_size
-from .arena import take_memory
-from .schedule.schedule import DeviceBudget
+from ....errors import EnvironmentFailure
+from ....io.sizes import format_size
+from ...schedule.schedule import DeviceBudget
+from ..arena import take_memory
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
-from .device import Device
-from .graph.graph import MergeGraph
-from .schedule.schedule import Schedule
-from .schedule.tiling import tile_length
-from .work import Item
+from ...errors import CheckpointError
+from ..graph.graph import MergeGraph
+from ..schedule.schedule import Schedule
+from ..schedule.tiling import tile_length
+from .devices.base import Device
+from .tasks import Item
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,7 @@ class Passes:
     def _workspace(self, thread: int, device: int) -> Any:
         import torch
 
-        from ..methods.kernel.tile import Workspace
+        from ...methods.kernel.tile import Workspace
 
         found = self._workspaces.get((thread, device))
         if found is None:

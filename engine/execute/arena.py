@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-from ..errors import BudgetError
+from ...errors import BudgetError
 
 
 @dataclass(slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .device import Device, OutOfDeviceMemory
-from .execute import Executor
-from .graph.graph import MergeGraph
-from .schedule.schedule import DeviceBudget, Schedule, make_schedule, shrink
-from .work import Measured, Progress, Sink, Source
+from ..graph.graph import MergeGraph
+from ..schedule.schedule import DeviceBudget, Schedule, make_schedule, shrink
+from .devices.base import Device, OutOfDeviceMemory
+from .executor import Executor
+from .tasks import Measured, Progress, Sink, Source
 
 SPARE = 0.9
 """The share of a GPU's free memory that is tried where there is less than was planned."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..io.safetensors.dtypes import DType
-from ..methods.kernel import ops as scripts
-from ..methods.kernel.contract import Kernel, Unit
-from ..methods.kernel.tile import Tile, Workspace
+from ...io.safetensors.dtypes import DType
+from ...methods.kernel import ops as scripts
+from ...methods.kernel.contract import Kernel, Unit
+from ...methods.kernel.tile import Tile, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

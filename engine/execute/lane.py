@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from ..errors import EnvironmentFailure
+from ...errors import EnvironmentFailure
 
 T = TypeVar("T")
 

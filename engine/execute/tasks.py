@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..methods.kernel.contract import Kernel
-from .device import Done, Marker
-from .graph.graph import Operation
-from .residency import Resident
-from .schedule.simulate import Step
+from ...methods.kernel.contract import Kernel
+from ..graph.graph import Operation
+from ..schedule.simulate import Step
+from .cache import Resident
+from .devices.base import Done, Marker
 
 
 class Source(Protocol):

@@ -17,16 +17,16 @@ from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
+from ..graph.graph import Kind, MergeGraph
+from ..schedule.schedule import Schedule
+from ..schedule.simulate import Step
+from ..schedule.tiling import ChunkedRead, output_width, source_width
 from .arena import HostArena, Ledger
-from .device import Device, Marker
-from .graph.graph import Kind, MergeGraph
-from .lanes import Lane
+from .cache import Memory, Resident
+from .devices.base import Device, Marker
+from .lane import Lane
 from .passes import Passes
-from .residency import Memory, Resident
-from .schedule.schedule import Schedule
-from .schedule.simulate import Step
-from .schedule.tiling import ChunkedRead, output_width, source_width
-from .work import Item, LaneTime, Measured, NodeState, Progress, Sink, Source
+from .tasks import Item, LaneTime, Measured, NodeState, Progress, Sink, Source
 
 NOTIFY_SECONDS = 0.1
 """How often `Executor.run` tells how far it is."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
-from .device import Marker, OutOfDeviceMemory
+from ....errors import UsageError
+from .base import Marker, OutOfDeviceMemory
 
 
 class _Event:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..schedule.tiling import ChunkedRead
 from .arena import Ledger, Slots
-from .schedule.tiling import ChunkedRead
 
 
 class Resident:

@@ -1,0 +1,1 @@
+"""Steps -> bytes: lanes, cache, arena, compute."""

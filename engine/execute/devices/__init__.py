@@ -1,0 +1,1 @@
+"""The devices that compute, and the function that opens those of a schedule."""
