@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.model.layers import find_layers
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.header import build_header, parse_header
-from mergeloom.machine import Machine
 from mergeloom.page import make_page
 from mergeloom.planning import Options, plan
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .engine.cost.machine import parse_machine
 from .errors import UsageError
 from .io.sizes import parse_size
-from .machine import parse_machine
 from .planning import Options, Plan, RecipeLike
 from .planning import plan as make_plan
 

@@ -18,7 +18,7 @@ from .verify_command import verify
 
 if TYPE_CHECKING:
     from .dry_run import DryRun
-    from .estimate import Estimate
+    from .engine.cost.estimate import Estimate
     from .io.hub.repository import HubFile
     from .merging import Result
     from .methods.kernel.contract import Method
@@ -130,8 +130,8 @@ def plan(
 
     page = TargetFile("--html", html) if html is not None else None
     from .display import load_rich, show
-    from .estimate import parse_rates
-    from .machine import parse_machine
+    from .engine.cost.estimate import parse_rates
+    from .engine.cost.machine import parse_machine
     from .planning import plan as make_plan
 
     given = parse_rates(rates) if rates is not None else {}
@@ -171,18 +171,18 @@ def _explain(planned: Plan, tensor: str, as_json: bool) -> None:
 
 
 def _estimate(planned: Plan, out: str | None, given: Mapping[str, float], timed: bool) -> Estimate:
-    from .estimate import assumed_rates, estimate, with_given
+    from .engine.cost.estimate import assumed_rates, estimate, with_given
 
     if not timed:
         return estimate(planned, with_given(assumed_rates(planned), given))
-    from .probe import measured_rates
+    from .engine.cost.measure_disk import measured_rates
 
     return estimate(planned, measured_rates(planned, None if out is None else Path(out), given))
 
 
 def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: bool) -> DryRun:
     from .dry_run import DryRun
-    from .whatif import alternatives
+    from .engine.run.alternatives import alternatives
 
     destination = None
     if out is not None:
@@ -354,7 +354,7 @@ def _options(options: Mapping[str, Any]) -> Options:
 
 def _memory_warnings(planned: Plan) -> list[str]:
     """What there is to say of this machine's memory before a merge begins."""
-    from .machine import available_ram, process_memory
+    from .engine.cost.machine import available_ram, process_memory
     from .wording import memory_size
 
     needed, free = planned.schedule.peak_ram, available_ram() + process_memory().now

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .display import Section
+from .engine.run.alternatives import alternatives_section
 from .report import plan_sections, time_section
-from .whatif import alternatives_section
 
 if TYPE_CHECKING:
     from .destination import Destination
-    from .estimate import Estimate
+    from .engine.cost.estimate import Estimate
+    from .engine.run.alternatives import Alternative
     from .planning import Plan
-    from .whatif import Alternative
 
 
 @dataclass(frozen=True, slots=True)

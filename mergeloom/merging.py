@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .destination import refuse_input
+from .engine.cost.machine import available_ram, process_memory
 from .engine.execute.devices.base import make_devices
 from .engine.execute.replan import run_graph
 from .engine.execute.tasks import Measured, Progress, Sink
@@ -22,7 +23,6 @@ from .io.output.directory import OutputDirectory
 from .io.output.group_commit import GROUP_BYTES
 from .io.output.lock import classify, refuse_occupied
 from .io.reading import Observe, Reader, Stamps
-from .machine import available_ram, process_memory
 from .manifest import MANIFEST
 from .performing import Earlier, Run
 from .planning import Options, Plan, RecipeLike, plan

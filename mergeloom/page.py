@@ -16,17 +16,17 @@ from .bands import Outside, Weave, curves, weaves
 from .charts import bands_chart, curve_chart, lanes_chart, memory_chart, text_of
 from .display import Grid, Section
 from .engine.graph.graph import Kind
+from .engine.run.alternatives import THIS, alternatives_section
 from .engine.schedule.timeline import timeline
 from .engine.schedule.traffic import fixed_ram, output_names, pattern_of
 from .report import headline, plan_sections, time_section
-from .whatif import THIS, alternatives_section
 from .wording import data_size, duration, listed, memory_size, plural
 
 if TYPE_CHECKING:
     from .destination import Destination
-    from .estimate import Estimate
+    from .engine.cost.estimate import Estimate
+    from .engine.run.alternatives import Alternative
     from .planning import Plan
-    from .whatif import Alternative
 
 _MOMENTS = 240
 _LARGEST = 12

@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .engine.cost.machine import (
+    Machine,
+    check_address_space,
+    find_devices,
+    make_budget,
+    memory_remark,
+    prepare_to_compute,
+    usable_cores,
+)
 from .engine.graph.build import BuiltGraph
 from .engine.graph.graph import Kind
 from .engine.graph.layout import Layout, lay_out
@@ -20,15 +29,6 @@ from .file_sources import FileResolver, FileSources
 from .io.hub.repository import HubFile
 from .io.safetensors.checkpoint import Checkpoint
 from .io.safetensors.tensors import TensorRef
-from .machine import (
-    Machine,
-    check_address_space,
-    find_devices,
-    make_budget,
-    memory_remark,
-    prepare_to_compute,
-    usable_cores,
-)
 from .methods import merge_methods
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]

@@ -24,8 +24,8 @@ from .engine.schedule.traffic import (
 from .wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
 
 if TYPE_CHECKING:
+    from .engine.cost.estimate import Estimate
     from .engine.execute.tasks import LaneTime, Measured
-    from .estimate import Estimate
     from .merging import Result
     from .planning import Plan
 

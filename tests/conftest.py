@@ -96,6 +96,6 @@ def out(disk: Path) -> Iterator[Path]:
 def small_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let budgets be made as in a process of mergeloom's own: the tests' grows with every test before."""
     if request.module.__name__.rpartition(".")[2] in ("test_platform", "test_whatif"):
-        from mergeloom import machine
+        from mergeloom.engine.cost import machine
 
         monkeypatch.setattr(machine, "process_memory", lambda: machine.Memory(1 << 20, 1 << 20))

@@ -212,7 +212,7 @@ def test_a_report_that_cannot_be_written_is_found_out_before_the_merge(recipe: P
 def test_merge_says_when_less_memory_is_free_than_planned(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mergeloom import machine
+    from mergeloom.engine.cost import machine
 
     monkeypatch.setattr(machine, "available_ram", lambda: 0)
     monkeypatch.setattr(machine, "process_memory", lambda: machine.Memory(1 << 20, 1 << 20))

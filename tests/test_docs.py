@@ -216,7 +216,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_default_budgets_are_the_ones_that_hold() -> None:
-    from mergeloom.machine import RAM_SHARE, VRAM_SHARE
+    from mergeloom.engine.cost.machine import RAM_SHARE, VRAM_SHARE
 
     page = (ROOT / "docs" / "command-line.md").read_text()
     options = {p.name: p for p in cli.commands["plan"].params if isinstance(p, click.Option)}

@@ -10,9 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.display import plain
-from mergeloom.engine.schedule.schedule import make_schedule
-from mergeloom.errors import UsageError
-from mergeloom.estimate import (
+from mergeloom.engine.cost.estimate import (
     ASSUMED,
     GIVEN,
     MEASURED,
@@ -27,10 +25,12 @@ from mergeloom.estimate import (
     parse_rates,
     with_given,
 )
-from mergeloom.machine import Machine, parse_machine
+from mergeloom.engine.cost.machine import Machine, parse_machine
+from mergeloom.engine.cost.measure_disk import measured_rates
+from mergeloom.engine.schedule.schedule import make_schedule
+from mergeloom.errors import UsageError
 from mergeloom.page import make_page
 from mergeloom.planning import Options, Plan, plan
-from mergeloom.probe import measured_rates
 from mergeloom.report import time_section
 from tests.conftest import MakeModel
 from tests.plans import linear, slerp, stacked

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import mergeloom
-from mergeloom.machine import MEMORY_STEP, Machine
+from mergeloom.engine.cost.machine import MEMORY_STEP, Machine
 from mergeloom.planning import Options, plan
 from mergeloom.sharing import place
 from mergeloom.wording import data_size
@@ -63,7 +63,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PLANNING = """
 import json, sys
-from mergeloom.machine import process_memory
+from mergeloom.engine.cost.machine import process_memory
 from mergeloom.planning import Options, plan
 from mergeloom.report import plan_text
 recipe = json.loads(sys.argv[1])

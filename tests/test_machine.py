@@ -13,12 +13,13 @@ import psutil
 import pytest
 import yaml
 
-from mergeloom import machine, merging
+from mergeloom import merging
 from mergeloom.__main__ import main
+from mergeloom.engine.cost import machine
+from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.schedule.schedule import DeviceBudget
 from mergeloom.errors import UsageError
 from mergeloom.io import platform
-from mergeloom.machine import Machine
 from mergeloom.planning import Options, plan
 from tests.plans import linear
 
@@ -237,7 +238,7 @@ def test_a_plan_for_another_machine_says_where_the_program_was_measured(llamas: 
 FRAGMENTS = """
 import sys
 from mergeloom.io import platform
-from mergeloom.machine import process_memory
+from mergeloom.engine.cost.machine import process_memory
 assert platform.return_large_blocks()
 import numpy
 kept = []

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from mergeloom import performing
+from mergeloom.engine.cost.machine import process_memory
 from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io.output import directory as output
-from mergeloom.machine import process_memory
 from mergeloom.merging import Result, merge
 from mergeloom.planning import Options, plan
 from tests.conftest import MakeModel

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from mergeloom import computing_probe, probe
-from mergeloom.computing_probe import measure_node, node_groups, small_kernel
-from mergeloom.estimate import ASSUMED, GIVEN, MEASURED
+from mergeloom.engine.cost import measure_compute as computing_probe
+from mergeloom.engine.cost import measure_disk as probe
+from mergeloom.engine.cost.estimate import ASSUMED, GIVEN, MEASURED
+from mergeloom.engine.cost.machine import Machine
+from mergeloom.engine.cost.measure_compute import measure_node, node_groups, small_kernel
+from mergeloom.engine.cost.measure_disk import input_places, measure_reading, measure_writing, measured_rates
 from mergeloom.io.platform import DISABLED, cached_share, forget_cached
-from mergeloom.machine import Machine
 from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.contract import Base
 from mergeloom.planning import Options, Plan, plan
-from mergeloom.probe import input_places, measure_reading, measure_writing, measured_rates
 from tests.conftest import MakeModel
 from tests.plans import linear, stacked
 

@@ -133,7 +133,7 @@ def test_many_kinds_are_summed_up() -> None:
 
 @pytest.mark.parametrize("budget", ["ram=64GiB,vram=1GiB", "ram=64GiB,vram=24GiB,gpus=2"])
 def test_a_gpu_that_is_not_here(budget: str, llamas: dict[str, Path]) -> None:
-    from mergeloom.machine import parse_machine
+    from mergeloom.engine.cost.machine import parse_machine
     from mergeloom.planning import Options, plan
 
     planned = plan(linear(llamas["a"], llamas["b"]), Options(machine=parse_machine(budget)))

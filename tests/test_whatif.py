@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from mergeloom import __main__
+from mergeloom.engine.cost.estimate import assumed_rates
+from mergeloom.engine.cost.machine import Machine
+from mergeloom.engine.run.alternatives import alternatives, alternatives_section
 from mergeloom.engine.schedule.schedule import make_schedule
-from mergeloom.estimate import assumed_rates
-from mergeloom.machine import Machine
 from mergeloom.planning import Options, Plan, plan
 from mergeloom.sharing import place
-from mergeloom.whatif import alternatives, alternatives_section
 from tests.conftest import MakeModel
 from tests.plans import linear, stacked, task_vectors
 

@@ -19,7 +19,7 @@ from ...methods.kernel.contract import Kernel
 if TYPE_CHECKING:
     import networkx
 
-    from ..footprint import Footprint
+    from ..cost.footprint import Footprint
 
 
 class Kind(Enum):

@@ -9,18 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .engine.graph.graph import Kind
-from .errors import MergeloomError
+from ...errors import MergeloomError
+from ..graph.graph import Kind
 from .estimate import MEASURED, Rate, Rates
 from .machine import usable_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .engine.execute.compute import Piece
-    from .methods.kernel.contract import Kernel
-    from .methods.kernel.tile import Workspace
-    from .planning import Plan
+    from ...methods.kernel.contract import Kernel
+    from ...methods.kernel.tile import Workspace
+    from ...planning import Plan
+    from ..execute.compute import Piece
 
 SECONDS = 0.25
 """How long each kind of node is measured, about; as long again to warm up."""
@@ -116,10 +116,10 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
     """
     import torch
 
-    from .engine.execute.compute import Piece, torch_dtype
-    from .engine.schedule.tiling import work_bytes
-    from .io.reading import Reader
-    from .methods.kernel.tile import Workspace
+    from ...io.reading import Reader
+    from ...methods.kernel.tile import Workspace
+    from ..execute.compute import Piece, torch_dtype
+    from ..schedule.tiling import work_bytes
 
     graph = plan.built.graph
     refs = [graph.reads[read] for read in graph.node_sources[node]]
@@ -157,8 +157,8 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
 
 def small_kernel(plan: Plan, node: int, elements: int) -> Kernel | None:
     """A node's method bound to the first rows of its tensors; None where it can't be bound to fewer."""
-    from .methods import merge_methods
-    from .methods.kernel.contract import Inputs, MethodError
+    from ...methods import merge_methods
+    from ...methods.kernel.contract import Inputs, MethodError
 
     graph = plan.built.graph
     operation = graph.operation(node)
@@ -177,7 +177,7 @@ def small_kernel(plan: Plan, node: int, elements: int) -> Kernel | None:
 
 def _run(piece: Piece, workspace: Workspace, out: Tensor) -> None:
     """All passes of a kernel over the piece, as the engine does them."""
-    from .engine.execute.compute import check_inputs, combine_chunk, reduce_chunk
+    from ..execute.compute import check_inputs, combine_chunk, reduce_chunk
 
     kernel, state = piece.kernel, None
     if not kernel.transparent:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.graph.graph import MergeGraph
-from .engine.schedule.schedule import Budget, DeviceBudget, Schedule
-from .errors import BudgetError, UsageError
-from .io import platform
-from .io.cgroups import cpu_limit, memory_left, memory_limit
-from .io.sizes import format_size, parse_size
+from ...errors import BudgetError, UsageError
+from ...io import platform
+from ...io.cgroups import cpu_limit, memory_left, memory_limit
+from ...io.sizes import format_size, parse_size
+from ..graph.graph import MergeGraph
+from ..schedule.schedule import Budget, DeviceBudget, Schedule
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
@@ -226,8 +226,8 @@ def prepare_to_compute(graph: MergeGraph) -> None:
         UsageError: where a user's method fails.
     """
     check_torch_fits()
-    from .engine.execute.passes import import_torch
-    from .engine.footprint import measure_footprints
+    from ..execute.passes import import_torch
+    from .footprint import measure_footprints
 
     platform.return_large_blocks()
     import_torch()

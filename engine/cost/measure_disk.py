@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .computing_probe import with_computing
+from ...io.platform import cached_share, read_at, write_at
 from .estimate import MEASURED, Rate, Rates, assumed_rates, with_given
-from .io.platform import cached_share, read_at, write_at
+from .measure_compute import with_computing
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from ...planning import Plan
 
 SECONDS = 0.5
 """How long each measurement takes, about."""

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MergeloomError, UsageError
-from ..io.safetensors.dtypes import DType
-from ..methods.kernel.contract import Kernel, Unit
-from ..methods.kernel.tile import Workspace
-from .graph.fuse import FusedKernel
-from .graph.graph import Kind, MergeGraph, Operation
+from ...errors import MergeloomError, UsageError
+from ...io.safetensors.dtypes import DType
+from ...methods.kernel.contract import Kernel, Unit
+from ...methods.kernel.tile import Workspace
+from ..graph.fuse import FusedKernel
+from ..graph.graph import Kind, MergeGraph, Operation
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +168,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
     """A kernel's passes over one tile: its elements, the bytes of workspace, and the bytes allocated."""
     import torch
 
-    from .execute.compute import (
+    from ..execute.compute import (
         Piece,
         check_inputs,
         combine_chunk,
@@ -215,7 +215,7 @@ def _inputs(dtypes: Sequence[DType], elements: int) -> list[Tensor]:
     """Fine-tunes of one made-up tensor."""
     import torch
 
-    from .execute.compute import torch_dtype
+    from ..execute.compute import torch_dtype
 
     generator = torch.Generator().manual_seed(0)
     start = torch.rand(elements, generator=generator).sub_(0.5).mul_(0.1)

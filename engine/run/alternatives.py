@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .display import Grid, Section
-from .engine.schedule.schedule import Budget, Schedule, make_schedule
-from .engine.schedule.traffic import moved_aside
-from .errors import BudgetError
-from .estimate import Estimate, Rates, estimate
-from .io.sizes import format_size, parse_size
-from .wording import data_size, duration, memory_size
+from ...display import Grid, Section
+from ...errors import BudgetError
+from ...io.sizes import format_size, parse_size
+from ...wording import data_size, duration, memory_size
+from ..cost.estimate import Estimate, Rates, estimate
+from ..schedule.schedule import Budget, Schedule, make_schedule
+from ..schedule.traffic import moved_aside
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from ...planning import Plan
 
 THIS = "this plan"
 _MOST = 8

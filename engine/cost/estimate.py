@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .engine.graph.graph import Kind
-from .engine.schedule.traffic import downloaded
-from .errors import UsageError
-from .io.sizes import parse_size
-from .wording import data_size
+from ...errors import UsageError
+from ...io.sizes import parse_size
+from ...wording import data_size
+from ..graph.graph import Kind
+from ..schedule.traffic import downloaded
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from ...planning import Plan
 
 GIVEN, MEASURED, ASSUMED = "given", "measured", "assumed"
 _SPREAD = {GIVEN: (0.9, 1.25), MEASURED: (0.75, 1.6), ASSUMED: (0.4, 2.5)}
@@ -229,8 +229,8 @@ def _read(plan: Plan, rates: Rates) -> LaneEstimate:
 
 def cached_again(plan: Plan) -> int:
     """Bytes that are read again from the page cache: all or none, as the merge keeps its inputs there or not."""
+    from ...merging import CACHED_SHARE
     from .machine import available_ram
-    from .merging import CACHED_SHARE
 
     graph, machine = plan.built.graph, plan.options.machine
     free = machine.ram if machine is not None and machine.ram is not None else available_ram()
