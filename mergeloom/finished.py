@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .engine.files.companions import FileKind, file_kind
+from .engine.files.write import CARD, local_companions, model_files
 from .engine.model.open import is_remote
 from .errors import CheckpointError, UsageError
-from .io.files import FileKind, file_kind
 from .io.output.digests import bytes_digest, file_digest
 from .io.output.lock import DirectoryStatus
 from .io.safetensors.checkpoint import Checkpoint
 from .manifest import differences, facts_of, model_names, other_version
-from .model_files import CARD, local_companions, model_files
 from .verifying import Verdict, Verification
 from .wording import plural
 

@@ -12,6 +12,7 @@ from .checks import Checked
 from .copies import Copies, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
 from .engine.execute.tasks import Measured, Progress, Sink
+from .engine.files.write import write_model_files
 from .engine.graph.graph import Kind
 from .engine.schedule.schedule import Schedule, make_schedule
 from .engine.transfer import Transfer, plan_transfers
@@ -23,7 +24,6 @@ from .io.output.group_commit import Ended
 from .io.output.journal import Found, Journal
 from .io.reading import Observe, Stamps, changed, stamps_of
 from .manifest import MANIFEST, facts_of, manifest_bytes, model_numbers, source_name
-from .model_files import write_model_files
 from .planning import Plan
 from .resuming import Durable, durable_of
 from .sharing import copy_threads, place

@@ -17,6 +17,7 @@ from .engine.cost.machine import (
     prepare_to_compute,
     usable_cores,
 )
+from .engine.files.sources import FileResolver, FileSources
 from .engine.graph.build import BuiltGraph
 from .engine.graph.graph import Kind
 from .engine.graph.layout import Layout, lay_out
@@ -25,7 +26,6 @@ from .engine.model.open import is_remote, open_model
 from .engine.recipe.types import ModelReference, Recipe, Stage, load_recipe
 from .engine.schedule.schedule import Budget, Schedule, make_schedule
 from .engine.transfer import Transfer
-from .file_sources import FileResolver, FileSources
 from .io.hub.repository import HubFile
 from .io.safetensors.checkpoint import Checkpoint
 from .io.safetensors.tensors import TensorRef
@@ -277,7 +277,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
     saved = tuple(MadeModel(each.folder, each.stage, files.of_stage(each.stage), each.layers) for each in built.saved)
     if saved:
-        from .folders import check_folders
+        from .engine.files.folders import check_folders
 
         check_folders(loaded, [each.stage for each in saved], files.output)
     layout = lay_out(built.graph, options.shard_size)

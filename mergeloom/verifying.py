@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .engine.execute.tasks import Progress
+from .engine.files.companions import LOADER_FOLDERS, is_loader_file
 from .errors import MergeloomError
-from .io.files import LOADER_FOLDERS, is_loader_file
 from .io.open_source import open_source, read_range
 from .io.os_errors import explained
 from .io.output.clone import BLOCK

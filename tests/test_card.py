@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mergeloom import __version__
-from mergeloom.card import CardModel, model_card
+from mergeloom.engine.files.card import CardModel, model_card
 
 RECIPE = """\
 models:

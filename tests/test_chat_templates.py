@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.chat_templates import BUILT_IN, find_template, syntax_error, with_template
+from mergeloom.engine.files.chat_templates import BUILT_IN, find_template, syntax_error, with_template
 from mergeloom.engine.recipe.reader import CHAT_TEMPLATES
 from mergeloom.errors import CheckpointError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.chat_templates import BUILT_IN
+from mergeloom.engine.files.chat_templates import BUILT_IN
 from mergeloom.errors import CheckpointError, RecipeError
 from mergeloom.merging import merge
 from mergeloom.planning import Options, plan

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mergeloom.engine.files.companions import FileKind, companion_files, copy_file
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
-from mergeloom.io.files import FileKind, companion_files, copy_file
 
 
 def write(directory: Path, *names: str) -> None:
@@ -167,7 +167,7 @@ def test_failed_copy_leaves_what_was_there(
     def fail(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("mergeloom.io.files.sync_data", fail)
+    monkeypatch.setattr("mergeloom.engine.files.companions.sync_data", fail)
     with pytest.raises(error, match="copying .*source"):
         copy_file(source, target)
     assert target.read_bytes() == b"old"

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from mergeloom import __main__, sharing
+from mergeloom.engine.files.companions import is_loader_file
 from mergeloom.engine.model import open as opening
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
-from mergeloom.io.files import is_loader_file
 from mergeloom.io.output import clone as copying
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.safetensors.checkpoint import open_checkpoint

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergeloom.engine.files.vocabulary import difference, read_vocabulary, same_files
 from mergeloom.errors import CheckpointError
-from mergeloom.io.vocabulary import difference, read_vocabulary, same_files
 
 ROWS = {"<unk>": 0, "a": 1, "b": 2, "ab": 3}
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...engine.files.companions import copy_file
 from ...errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
-from ..files import copy_file
 from ..os_errors import explain, explained
 from ..platform import (
     create_file,

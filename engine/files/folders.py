@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from .engine.recipe.types import Recipe, Stage
-from .file_sources import FileSources, directory_of
-from .io.files import companion_files
-from .model_files import CARD, CONFIG
+from ..recipe.types import Recipe, Stage
+from .companions import companion_files
+from .sources import FileSources, directory_of
+from .write import CARD, CONFIG
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|mergeloom\.json", re.IGNORECASE)

@@ -16,10 +16,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .os_errors import explain
-from .platform import create_file, make_directory, remove, rename, sync_data, sync_directory, write_at
-from .sizes import format_size
+from ...errors import CheckpointError
+from ...io.os_errors import explain
+from ...io.platform import create_file, make_directory, remove, rename, sync_data, sync_directory, write_at
+from ...io.sizes import format_size
 
 LARGEST_COMPANION = 1 << 30
 """A larger file is not copied: nothing but weights is as large."""

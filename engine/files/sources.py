@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import CheckpointError
+from ...io.safetensors.checkpoint import Checkpoint
+from ..graph.build import BuiltGraph, OutputStack
+from ..model.layers import is_embedding, is_head
+from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
-from .engine.config import merged_config
-from .engine.files_from import adopted_config, adopted_stack
-from .engine.graph.build import BuiltGraph, OutputStack
-from .engine.model.layers import is_embedding, is_head
-from .engine.recipe.types import ModelReference, Recipe, Stage
-from .errors import CheckpointError
-from .io.files import FileKind, companion_files, file_kind, read_json
-from .io.safetensors.checkpoint import Checkpoint
-from .io.vocabulary import difference, read_vocabulary, same_files
+from .companions import FileKind, companion_files, file_kind, read_json
+from .config import merged_config
+from .config_override import adopted_config, adopted_stack
+from .vocabulary import difference, read_vocabulary, same_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +274,8 @@ def tokenizer_directory(files: FileSources) -> Path:
     """Where the tokenizer's files are; those of a model of the Hub are brought there first."""
     checkpoint = files.tokenizer
     if hasattr(checkpoint, "repository"):
-        from .io.hub.checkpoint import companions  # local models do without the network's libraries
-        from .io.hub.download import download
+        from ...io.hub.checkpoint import companions  # local models do without the network's libraries
+        from ...io.hub.download import download
 
         download(file for file in companions(checkpoint) if file_kind(file.name) is FileKind.TOKENIZER)
     return directory_of(checkpoint)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .model.layers import COUNT_KEYS, LENGTH_KEYS
+from ..model.layers import COUNT_KEYS, LENGTH_KEYS
 
 # Lists with one entry a layer, which may go on with entries for prediction heads beyond the last layer.
 _PER_LAYER = frozenset(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .files import read_json, read_small
-from .output.digests import file_digest
+from ...errors import CheckpointError
+from ...io.output.digests import file_digest
+from .companions import read_json, read_small
 
 _TEXTS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _OPAQUE = (".tiktoken", "tekken.json")

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...io.output.directory import OutputDirectory, index_bytes
+from ...io.safetensors.checkpoint import INDEX, Checkpoint
 from .card import CardModel, model_card
 from .chat_templates import REPLACED, with_template
-from .file_sources import FileSources, directory_of, tokenizer_directory
-from .io.files import FileKind, companion_files
-from .io.output.directory import OutputDirectory, index_bytes
-from .io.safetensors.checkpoint import INDEX, Checkpoint
+from .companions import FileKind, companion_files
+from .sources import FileSources, directory_of, tokenizer_directory
 
 if TYPE_CHECKING:
-    from .planning import MadeModel, Plan
+    from ...planning import MadeModel, Plan
 
 CARD = "README.md"
 CONFIG = "config.json"

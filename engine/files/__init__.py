@@ -1,0 +1,1 @@
+"""The non-weight files of a model directory: config.json, tokenizer, chat templates, model card."""
