@@ -17,10 +17,10 @@ from pathlib import Path
 
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.model.layers import find_layers
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.header import build_header, parse_header
 from mergeloom.page import make_page
-from mergeloom.planning import Options, plan
 
 Task = Callable[[], object]
 Prepare = Callable[[int, Path], Task]

@@ -28,11 +28,11 @@ import torch
 
 from benchmarks.compare import DOCUMENT, RESULTS, machine, put_between_markers, sync, touch_memory
 from benchmarks.make_models import CACHE, make_models
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.shard_writer import Shards
 from mergeloom.io.output.digests import BLOCK_BYTES
 from mergeloom.io.output.journal import Journal
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
-from mergeloom.writing import Shards
 
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"models": ["a", "b"], "parameters": {"weight": 0.5}},
@@ -61,7 +61,7 @@ def bare() -> Iterator[None]:
         self.records += 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mergeloom.performing.Shards", Bare)
+        patch.setattr("mergeloom.engine.run.session.Shards", Bare)
         patch.setattr(Journal, "append", append)
         yield
 

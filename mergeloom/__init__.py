@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import merge, plan
     from .engine.recipe.types import Recipe
+    from .engine.run.merge import Result
+    from .engine.run.plan import Options, Plan
+    from .engine.run.verify import Unverified, Verdict, verify
     from .errors import (
         BudgetError,
         CheckpointError,
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
         RecipeError,
         UsageError,
     )
-    from .merging import Result
-    from .planning import Options, Plan
-    from .verifying import Unverified, Verdict, verify
 
 __version__ = "0.2.0.dev1"
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .engine.cost.machine import parse_machine
+from .engine.run.plan import Options, Plan, RecipeLike
+from .engine.run.plan import plan as make_plan
 from .errors import UsageError
 from .io.sizes import parse_size
-from .planning import Options, Plan, RecipeLike
-from .planning import plan as make_plan
 
 if TYPE_CHECKING:
     from .engine.execute.tasks import Progress
-    from .merging import Result
+    from .engine.run.merge import Result
 
 Size = int | str
 """Bytes, or a text such as ``32GiB``."""
@@ -90,7 +90,7 @@ def merge(
     Raises:
         MergeloomError: whatever stops it; `out` then holds nothing that looks like a model, and the same call goes on.
     """
-    from .merging import merge as perform
+    from .engine.run.merge import merge as perform
 
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
     if isinstance(recipe, Plan) and options not in (Options(), recipe.options):

@@ -10,7 +10,7 @@ from .engine.graph.graph import Kind
 
 if TYPE_CHECKING:
     from .engine.model.inputs import Model
-    from .planning import Plan
+    from .engine.run.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from .verify_command import verify
 if TYPE_CHECKING:
     from .dry_run import DryRun
     from .engine.cost.estimate import Estimate
+    from .engine.run.merge import Result
+    from .engine.run.plan import Options, Plan
     from .io.hub.repository import HubFile
-    from .merging import Result
     from .methods.kernel.contract import Method
-    from .planning import Options, Plan
 
 PIPE_CLOSED = 141
 """As the shell has it for a process that SIGPIPE ended."""
@@ -132,14 +132,14 @@ def plan(
     from .display import load_rich, show
     from .engine.cost.estimate import parse_rates
     from .engine.cost.machine import parse_machine
-    from .planning import plan as make_plan
+    from .engine.run.plan import plan as make_plan
 
     given = parse_rates(rates) if rates is not None else {}
     chosen = _options({**options, "machine": parse_machine(machine) if machine is not None else None})
     load_rich()
     planned = make_plan(recipe, chosen)
     if out is not None:
-        from .sharing import place
+        from .engine.run.placement import place
 
         planned = place(planned, Path(out))
     if explain is not None:
@@ -186,7 +186,7 @@ def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: boo
 
     destination = None
     if out is not None:
-        from .destination import look_at
+        from .engine.run.destination import look_at
 
         destination = look_at(planned, Path(out))
     others = alternatives(planned, time.rates if time is not None else None) if what_if else []
@@ -229,8 +229,8 @@ def merge(
 
     target = TargetFile("--report", report) if report is not None else None
     from .display import load_rich, show
+    from .engine.run.plan import plan as make_plan
     from .io.output.lock import classify, refuse_occupied
-    from .planning import plan as make_plan
     from .report import headline, overflow_section, summary_sections
     from .stopping import StopSignals
 
@@ -240,7 +240,7 @@ def merge(
             refuse_occupied(classify(Path(out)))  # before planning reads headers from the Hub
         planned = make_plan(recipe, _options(options))
         if out is not None and not discard:
-            from .sharing import place
+            from .engine.run.placement import place
 
             planned = place(planned, Path(out), digests=digests == "full")
         for warning in (*planned.warnings, *_memory_warnings(planned)):
@@ -271,8 +271,8 @@ def _exceeded(result: Result) -> BudgetError:
 
 
 def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result:
-    from .merging import fetch
-    from .merging import merge as perform
+    from .engine.run.merge import fetch
+    from .engine.run.merge import merge as perform
     from .progress import Display
 
     def say(text: str) -> None:
@@ -347,7 +347,7 @@ def _method(name: str, known: Mapping[str, Method]) -> Method:
 
 
 def _options(options: Mapping[str, Any]) -> Options:
-    from .planning import Options
+    from .engine.run.plan import Options
 
     return Options(**{**options, "methods": tuple(options["methods"])})
 

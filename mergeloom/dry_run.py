@@ -10,10 +10,10 @@ from .engine.run.alternatives import alternatives_section
 from .report import plan_sections, time_section
 
 if TYPE_CHECKING:
-    from .destination import Destination
     from .engine.cost.estimate import Estimate
     from .engine.run.alternatives import Alternative
-    from .planning import Plan
+    from .engine.run.destination import Destination
+    from .engine.run.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

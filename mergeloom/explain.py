@@ -19,7 +19,7 @@ from .wording import data_size, listed, memory_size, plural
 
 if TYPE_CHECKING:
     from .engine.recipe.types import Slice
-    from .planning import Plan
+    from .engine.run.plan import Plan
 
 _NAMES = 3
 _NUMBER = re.compile(r"\d+")

@@ -23,10 +23,10 @@ from .report import headline, plan_sections, time_section
 from .wording import data_size, duration, listed, memory_size, plural
 
 if TYPE_CHECKING:
-    from .destination import Destination
     from .engine.cost.estimate import Estimate
     from .engine.run.alternatives import Alternative
-    from .planning import Plan
+    from .engine.run.destination import Destination
+    from .engine.run.plan import Plan
 
 _MOMENTS = 240
 _LARGEST = 12

@@ -26,8 +26,8 @@ from .wording import big_number, data_size, duration, listed, memory_size, plura
 if TYPE_CHECKING:
     from .engine.cost.estimate import Estimate
     from .engine.execute.tasks import LaneTime, Measured
-    from .merging import Result
-    from .planning import Plan
+    from .engine.run.merge import Result
+    from .engine.run.plan import Plan
 
 _BUSY = 0.6
 """The share of a lane's time above which it is called the bottleneck."""

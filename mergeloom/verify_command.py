@@ -13,7 +13,7 @@ from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from .display import Section
-    from .verifying import Unverified, Verdict
+    from .engine.run.verify import Unverified, Verdict
 
 _SHOWN = 20
 
@@ -36,9 +36,9 @@ def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
     would use.
     """
     from .display import show
-    from .finished import describe_added
+    from .engine.run.finished import describe_added
+    from .engine.run.verify import Verification
     from .progress import Display
-    from .verifying import Verification
 
     check = Verification(Path(out), sources=sources)
     with Display(check.bytes_to_read, 0, quiet=quiet or as_json) as display:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy
 import yaml
 
-from mergeloom.merging import merge
-from mergeloom.planning import Options
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
 from tests import models
 from tests.kernels import run_kernel
 from tests.mergekit_configurations import CONFIGURATIONS

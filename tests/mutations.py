@@ -18,11 +18,11 @@ import yaml
 os.environ["HF_HUB_OFFLINE"] = "1"  # a mutated path may be a name of the Hub
 
 from mergeloom.engine.recipe.types import load_recipe, parse_recipe
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import MergeloomError
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import data_start, parse_header
 from mergeloom.methods import merge_methods
-from mergeloom.planning import Options, plan
 from tests.counting import TooMuchWork, count_lines
 from tests.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.waiting import no_hang

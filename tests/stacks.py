@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mergeloom.engine.run.merge import Result, merge
+from mergeloom.engine.run.plan import Options
 from mergeloom.io import platform
-from mergeloom.merging import Result, merge
-from mergeloom.planning import Options
 from tests.models import tiny_llama
 from tests.outputs import digests
 from tests.test_merge import sliced

@@ -12,7 +12,7 @@ import yaml
 
 import mergeloom
 from mergeloom.engine.execute.tasks import Progress
-from mergeloom.planning import Options
+from mergeloom.engine.run.plan import Options
 
 
 @pytest.fixture

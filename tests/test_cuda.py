@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
-from mergeloom.merging import merge
-from mergeloom.planning import Options
 from tests.models import tiny_llama, write_checkpoint
 from tests.outputs import digests
 from tests.test_execute import run

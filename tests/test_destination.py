@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from mergeloom import __main__, planning
-from mergeloom.destination import look_at
+from mergeloom import __main__
 from mergeloom.engine.model.open import open_model
 from mergeloom.engine.recipe.types import ModelReference
+from mergeloom.engine.run import plan as planning
+from mergeloom.engine.run.destination import look_at
+from mergeloom.engine.run.manifest import read_manifest
+from mergeloom.engine.run.merge import merge
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io import platform
 from mergeloom.io.hub.repository import HubFile
@@ -30,8 +33,6 @@ from mergeloom.io.output.journal import Journal
 from mergeloom.io.output.lock import MANIFEST, STAGE, WORK, Content, classify
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
-from mergeloom.manifest import read_manifest
-from mergeloom.merging import merge
 from tests import test_hub
 from tests.faults import Stopped
 from tests.hub_server import HubServer
@@ -318,7 +319,7 @@ def test_two_spellings_of_a_path_are_one_model(
 ) -> None:
     """A recipe that uses several spellings has more models, and others of them have other numbers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mergeloom.sharing.SHARING", frozenset())
+    monkeypatch.setattr("mergeloom.engine.run.placement.SHARING", frozenset())
     (tmp_path / "link").symlink_to("a")
     spellings = [["a", "a", "b"], ["a", "./a", "b"], ["./a", str(models[0]), "b"], ["link", "a", "a/../b"]]
     merge(stack_of(spellings[0]), tmp_path / "expected", OPTIONS)

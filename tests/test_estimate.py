@@ -27,10 +27,10 @@ from mergeloom.engine.cost.estimate import (
 )
 from mergeloom.engine.cost.machine import Machine, parse_machine
 from mergeloom.engine.cost.measure_disk import measured_rates
+from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import UsageError
 from mergeloom.page import make_page
-from mergeloom.planning import Options, Plan, plan
 from mergeloom.report import time_section
 from tests.conftest import MakeModel
 from tests.plans import linear, slerp, stacked

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom import performing
 from mergeloom.engine.graph.graph import Kind
+from mergeloom.engine.run import session as performing
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.reading import Reader, Stamp, stamps_of
-from mergeloom.merging import merge
-from mergeloom.planning import Options, Plan, plan
 from tests.faults import Disk, Fail, Kill, Stopped, watching
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
@@ -225,7 +225,7 @@ def test_reads_that_fail_or_are_short(
         return read_at(descriptor, buffer[: max(1, len(buffer) // 3)], offset)
 
     monkeypatch.setattr(reading, "read_at", fail)
-    monkeypatch.setattr("mergeloom.performing.place", lambda planned, *arguments, **options: planned)
+    monkeypatch.setattr("mergeloom.engine.run.session.place", lambda planned, *arguments, **options: planned)
     with pytest.raises(EnvironmentFailure, match=r"reading \d+ bytes at \d+ failed: Input/output error.*again"):
         run(planned, tmp_path / "out")
     run(planned, tmp_path / "out")

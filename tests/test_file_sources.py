@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.files.chat_templates import BUILT_IN
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import CheckpointError, RecipeError
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
 from tests.models import Model, tiny_llama, write_checkpoint, write_tokenizer
 from tests.outputs import config_of, digests, read_model, same_tensors
 

@@ -22,8 +22,8 @@ import yaml
 
 import mergeloom
 from mergeloom.engine.cost.machine import MEMORY_STEP, Machine
-from mergeloom.planning import Options, plan
-from mergeloom.sharing import place
+from mergeloom.engine.run.placement import place
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.wording import data_size
 from tests import models
 from tests.conftest import MakeModel
@@ -64,7 +64,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PLANNING = """
 import json, sys
 from mergeloom.engine.cost.machine import process_memory
-from mergeloom.planning import Options, plan
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.report import plan_text
 recipe = json.loads(sys.argv[1])
 found = plan(recipe, Options(device="cpu", threads=2, max_ram=int(sys.argv[2])))

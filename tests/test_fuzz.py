@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import read_header
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
 from tests.counting import count_lines
 from tests.models import tiny_llama, write_checkpoint
 from tests.mutations import BYTES, LINES, fuzz

@@ -20,11 +20,12 @@ from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 import mergeloom
-from mergeloom import planning
 from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.files.companions import companion_files
+from mergeloom.engine.run import plan as planning
+from mergeloom.engine.run.finished import check_finished
+from mergeloom.engine.run.merge import fetch
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
-from mergeloom.finished import check_finished
 from mergeloom.io.hub import download as hub_download
 from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, companions, needed_files, open_hub_model
@@ -34,7 +35,6 @@ from mergeloom.io.output.lock import classify
 from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
-from mergeloom.merging import fetch
 from mergeloom.wording import data_size, plural
 from tests import models
 from tests.hub_server import HubServer, serving

@@ -13,14 +13,14 @@ import psutil
 import pytest
 import yaml
 
-from mergeloom import merging
 from mergeloom.__main__ import main
 from mergeloom.engine.cost import machine
 from mergeloom.engine.cost.machine import Machine
+from mergeloom.engine.run import merge as merging
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.engine.schedule.schedule import DeviceBudget
 from mergeloom.errors import UsageError
 from mergeloom.io import platform
-from mergeloom.planning import Options, plan
 from tests.plans import linear
 
 GIB = 1 << 30

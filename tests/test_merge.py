@@ -17,14 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom import performing
 from mergeloom.engine.cost.machine import process_memory
 from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.run import session as performing
+from mergeloom.engine.run.merge import Result, merge
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io.output import directory as output
-from mergeloom.merging import Result, merge
-from mergeloom.planning import Options, plan
 from tests.conftest import MakeModel
 from tests.models import FineTune, Random, tiny_llama, write_checkpoint
 from tests.outputs import beyond_one_ulp, config_of, digests, read_model, same_bits, same_tensors
@@ -373,8 +373,8 @@ def imported_after(code: str) -> list[str]:
 
 def test_torch_is_imported_only_to_compute(llamas: dict[str, Path], tmp_path: Path) -> None:
     averaged, stacked = linear({llamas["a"]: 1, llamas["b"]: 1}), sliced((llamas["a"], 0, 3), (llamas["b"], 1, 4))
-    planning = "from mergeloom.planning import Options, plan\nprint(plan({!r}, Options(device='cpu')))"
-    merging = "from mergeloom.merging import merge\nprint(merge({!r}, {!r}).measured)"
+    planning = "from mergeloom.engine.run.plan import Options, plan\nprint(plan({!r}, Options(device='cpu')))"
+    merging = "from mergeloom.engine.run.merge import merge\nprint(merge({!r}, {!r}).measured)"
     assert imported_after(planning.format(averaged)) == []
     assert imported_after(planning.format(stacked)) == []
     assert imported_after(merging.format(stacked, str(tmp_path / "stacked"))) == []

@@ -19,9 +19,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import MergeloomError
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
 from tests.mergekit_configurations import CONFIGURATIONS, REFUSED_HERE, REFUSED_THERE, WARNED
 from tests.outputs import config_of, digests, read_model
 from tests.zoo import WORDS, write_zoo

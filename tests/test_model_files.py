@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
 from tests.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.outputs import config_of, digests
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK, OutputDirectory, ShardFile, index_bytes
@@ -22,8 +24,6 @@ from mergeloom.io.output.journal import Journal
 from mergeloom.io.output.lock import DirectoryStatus
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
-from mergeloom.merging import merge
-from mergeloom.planning import Options
 from tests.faults import Fail, watching
 from tests.models import tiny_llama, write_checkpoint
 from tests.outputs import open_files

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.errors import CheckpointError, RecipeError
-from mergeloom.merging import merge
-from mergeloom.planning import Options, Plan, plan
 from tests.models import Model, tiny_llama, write_checkpoint
 from tests.outputs import config_of, read_model, same_bits
 

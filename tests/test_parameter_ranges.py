@@ -14,6 +14,7 @@ import torch
 from mergeloom.__main__ import main
 from mergeloom.engine.recipe.parameters import ParameterError, accept
 from mergeloom.engine.recipe.types import Recipe, load_recipe, parse_recipe
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import RecipeError
 from mergeloom.methods import catalogue, merge_methods
 from mergeloom.methods import registry as plugins
@@ -31,7 +32,6 @@ from mergeloom.methods.kernel.contract import (
     Range,
     merge_method,
 )
-from mergeloom.planning import Options, plan
 from tests.kernels import merge
 
 BUILT_IN = {

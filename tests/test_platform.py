@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
 from mergeloom.io import platform
 from mergeloom.io.platform import (
     Mount,
@@ -24,8 +26,6 @@ from mergeloom.io.platform import (
     sync_directory,
     write_at,
 )
-from mergeloom.merging import merge
-from mergeloom.planning import Options
 from tests.conftest import MakeModel
 from tests.models import tiny_llama
 from tests.outputs import digests

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from mergeloom.engine.model.quantized import quantized_tensors
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import CheckpointError
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.tensors import TensorRef
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
 from tests.models import Shape, deepseek_v3, write_checkpoint
 from tests.outputs import read_model, same_tensors
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from mergeloom.merging import merge
-from mergeloom.planning import Options
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
 from tests.models import llama, write_checkpoint, write_tokenizer
 
 transformers = pytest.importorskip("transformers")

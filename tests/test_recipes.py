@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from mergeloom.engine.recipe.types import Recipe, Stage, load_recipe
+from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.methods import merge_methods
-from mergeloom.planning import Options, Plan, plan
 from tests import models
 from tests.published_models import PRESETS, SHAPES, Preset, llama_2_70b
 

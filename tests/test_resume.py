@@ -18,12 +18,12 @@ import pytest
 
 from mergeloom.engine.execute.lane import Lane
 from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.run.manifest import MANIFEST
+from mergeloom.engine.run.merge import Result, merge
+from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK, OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal
-from mergeloom.manifest import MANIFEST
-from mergeloom.merging import Result, merge
-from mergeloom.planning import Options, Plan, plan
 from mergeloom.report import summary_sections
 from mergeloom.stopping import GRACE_SECONDS
 from tests.faults import Kill, Stopped, watching
@@ -608,7 +608,7 @@ def test_device_errors_end_with_what_happened(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("mergeloom.merging.run_graph", fail)
+            patch.setattr("mergeloom.engine.run.merge.run_graph", fail)
             with pytest.raises(EnvironmentFailure, match=f"{said}.*run the same command again"):
                 run(recipe(models), tmp_path / "out")
     run(recipe(models), tmp_path / "out")
@@ -622,7 +622,7 @@ def test_an_interrupt_while_it_is_still_looking_leaves_nothing(
 
     for place in ("facts_of", "stamps_of", "place", "durable_of"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"mergeloom.performing.{place}", stop)
+            patch.setattr(f"mergeloom.engine.run.session.{place}", stop)
             with pytest.raises(Interrupted, match="nothing is left behind"):
                 run(recipe(models), tmp_path / "deep" / "out")
         assert not (tmp_path / "deep").exists()

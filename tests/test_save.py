@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from mergeloom.engine.run.manifest import read_manifest
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.verify import verify
 from mergeloom.errors import RecipeError
-from mergeloom.manifest import read_manifest
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
-from mergeloom.verifying import verify
 from tests.faults import Kill, Stopped, watching
 from tests.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.outputs import digests, read_model, same_tensors

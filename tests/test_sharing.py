@@ -18,15 +18,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom import sharing
 from mergeloom.cli import cli
+from mergeloom.engine.run import placement as sharing
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.placement import EDGES, copy_threads, place, unplaced, why_not_shared
+from mergeloom.engine.run.plan import plan
+from mergeloom.engine.run.verify import verify
 from mergeloom.io import platform
 from mergeloom.io.platform import mount_of
-from mergeloom.merging import merge
-from mergeloom.planning import plan
 from mergeloom.report import plan_text, summary_text
-from mergeloom.sharing import EDGES, copy_threads, place, unplaced, why_not_shared
-from mergeloom.verifying import verify
 from tests.disks import file_system, used
 from tests.models import tiny_llama, write_checkpoint
 from tests.outputs import digests

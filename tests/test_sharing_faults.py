@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from mergeloom import copies
+from mergeloom.engine.run import bulk_copy as copies
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.placement import place
+from mergeloom.engine.run.plan import plan
+from mergeloom.engine.run.verify import verify
 from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
 from mergeloom.io import platform
 from mergeloom.io.output import clone as copying
 from mergeloom.io.platform import clone_range
-from mergeloom.merging import merge
-from mergeloom.planning import plan
 from mergeloom.report import summary_text
-from mergeloom.sharing import place
-from mergeloom.verifying import verify
 from tests.disks import used
 from tests.faults import Kill, Stopped, watching
 from tests.models import write_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.passthrough import WINDOWS, make_sparse
-from mergeloom.merging import merge
+from mergeloom.engine.run.merge import merge
 from tests.disks import file_system, used
 from tests.models import tiny_llama, write_checkpoint
 from tests.outputs import read_model, same_tensors

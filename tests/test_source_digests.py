@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.graph.graph import MergeGraph
+from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.recovery.source_digests import (
+    SourceDigests,
+    check_sources,
+    ranges_in_use,
+    source_ranges,
+    used_bytes,
+)
 from mergeloom.errors import CheckpointError, Interrupted
-from mergeloom.planning import Options, plan
-from mergeloom.source_digests import SourceDigests, check_sources, ranges_in_use, source_ranges, used_bytes
 from tests.models import write_checkpoint
 
 SHAPES = {f"model.layers.{layer}.w.weight": (100, 64) for layer in range(2)}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from mergeloom.merging import merge
-from mergeloom.planning import Options, plan
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
 from tests import reference
 from tests.models import Model, encoder_dir, llama, perturbed_encoder, tiny_llama, write_checkpoint
 from tests.outputs import config_of, digests, read_model, same_bits

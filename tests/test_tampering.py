@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.graph.graph import Kind
+from mergeloom.engine.run.manifest import MANIFEST
+from mergeloom.engine.run.merge import Result, merge
+from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import Found, Journal, read_journal
-from mergeloom.manifest import MANIFEST
-from mergeloom.merging import Result, merge
-from mergeloom.planning import Options, Plan, plan
 from tests.faults import Kill, Stopped, watching
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
@@ -300,7 +300,7 @@ def imitate_clones(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return 0
 
     monkeypatch.setattr("mergeloom.io.output.clone.clone_range", clone)
-    monkeypatch.setattr("mergeloom.sharing.why_no_clone", lambda source, scratch: 0)
+    monkeypatch.setattr("mergeloom.engine.run.placement.why_no_clone", lambda source, scratch: 0)
     monkeypatch.setattr("mergeloom.engine.graph.layout.SHORTEST_RUN", 4096)
     return sizes
 

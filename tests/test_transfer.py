@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine import transfer
 from mergeloom.engine.graph.graph import Kind, MergeGraph
 from mergeloom.engine.graph.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
-from mergeloom.engine.transfer import Mover, Transfer, plan_transfers, source_of, written_ranges
+from mergeloom.engine.run import transfers as transfer
+from mergeloom.engine.run.transfers import Mover, Transfer, plan_transfers, source_of, written_ranges
 from mergeloom.io.output.clone import shareable
 from mergeloom.io.safetensors.tensors import TensorRef
 from tests.test_layout import covered, graph_of, graphs, source

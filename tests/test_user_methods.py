@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from mergeloom.engine.run.manifest import read_manifest
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
 from mergeloom.errors import UsageError
-from mergeloom.manifest import read_manifest
-from mergeloom.merging import merge
 from mergeloom.methods import merge_methods
 from mergeloom.methods import registry as plugins
 from mergeloom.methods.kernel import contract
-from mergeloom.planning import Options
 from tests.faults import Kill, Stopped, watching
 from tests.outputs import digests, read_model, same_tensors
 from tests.waiting import HANG_SECONDS

@@ -15,19 +15,20 @@ from typing import Any
 
 import pytest
 
-from mergeloom import __main__, sharing
+from mergeloom import __main__
 from mergeloom.engine.files.companions import is_loader_file
 from mergeloom.engine.model import open as opening
+from mergeloom.engine.run import placement as sharing
+from mergeloom.engine.run.manifest import MANIFEST, read_manifest
+from mergeloom.engine.run.manifest import _dumped as dumped
+from mergeloom.engine.run.manifest import _self_digest as self_digest
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.verify import Verdict, Verification, verify
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io.output import clone as copying
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
-from mergeloom.manifest import MANIFEST, read_manifest
-from mergeloom.manifest import _dumped as dumped
-from mergeloom.manifest import _self_digest as self_digest
-from mergeloom.merging import merge
-from mergeloom.planning import Options
-from mergeloom.verifying import Verdict, Verification, verify
 from tests.models import write_checkpoint
 from tests.test_files import OTHER, TOKENIZER
 from tests.waiting import no_hang

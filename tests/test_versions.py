@@ -12,15 +12,15 @@ import pytest
 import mergeloom
 from mergeloom.engine.graph import fuse, graph, layout
 from mergeloom.engine.graph.fuse import FusedKernel
+from mergeloom.engine.run.manifest import MANIFEST, facts_of
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.verify import verify
 from mergeloom.errors import UsageError
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import FORMAT, Journal, read_journal
-from mergeloom.manifest import MANIFEST, facts_of
-from mergeloom.merging import merge
 from mergeloom.methods import task_arithmetic
 from mergeloom.methods.kernel import contract
-from mergeloom.planning import Options, plan
-from mergeloom.verifying import verify
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests
 
@@ -99,7 +99,7 @@ def test_each_version_counts(key: str, here: Path, monkeypatch: pytest.MonkeyPat
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("mergeloom.performing.write_model_files", stop)
+        patch.setattr("mergeloom.engine.run.session.write_model_files", stop)
         with pytest.raises(Stop):
             merge(recipe, "out", OPTIONS)
     journal = here / "out" / WORK / "journal"

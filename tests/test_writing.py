@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.transfer import Transfer, plan_transfers
+from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.recovery.recover import Durable, durable_of
+from mergeloom.engine.run.shard_writer import Shards, records_of
+from mergeloom.engine.run.transfers import Transfer, plan_transfers
 from mergeloom.io.output.digests import tensor_digest
 from mergeloom.io.output.directory import OutputDirectory, ShardFile
 from mergeloom.io.output.group_commit import Ended
 from mergeloom.io.output.journal import Journal, read_journal
-from mergeloom.planning import Options, Plan, plan
-from mergeloom.resuming import Durable, durable_of
-from mergeloom.writing import Shards, records_of
 from tests.models import write_checkpoint
 from tests.test_faults import make_blocks_small
 

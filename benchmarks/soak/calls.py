@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak.harness import Family, child, ended, failures, say
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Plan
 from mergeloom.io import platform
-from mergeloom.merging import merge
-from mergeloom.planning import Plan
 from tests.faults import Disk, Kill, Stopped, watching
 from tests.outputs import digests
 

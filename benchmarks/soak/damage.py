@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.soak.harness import Family, child, ended, failures, say
+from mergeloom.engine.run.verify import verify
 from mergeloom.errors import MergeloomError
-from mergeloom.verifying import verify
 from tests.mutations import BYTES, KINDS, fuzz
 
 FUZZ = {"headers": 200_000, "recipes": 6_000, "plans": 6_000, "indices": 6_000, "configs": 6_000}

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak.harness import GROUP, OPTIONS, Counter, Family, Throttle, child, ended, failures, say
+from mergeloom.engine.run.merge import merge
 from mergeloom.errors import MergeloomError
 from mergeloom.io import platform
-from mergeloom.merging import merge
 from tests.outputs import digests
 
 

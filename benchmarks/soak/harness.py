@@ -19,12 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from mergeloom.__main__ import main as command
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.recovery.recover import durable_of
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import read_journal
-from mergeloom.merging import merge
-from mergeloom.planning import Options, Plan, plan
-from mergeloom.resuming import durable_of
 from tests.models import encoder_dir, perturbed_encoder
 from tests.outputs import digests
 

@@ -22,7 +22,7 @@ from benchmarks.soak.harness import (
     merging,
     say,
 )
-from mergeloom.planning import Options
+from mergeloom.engine.run.plan import Options
 from tests.outputs import digests
 
 

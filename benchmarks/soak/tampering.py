@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak.harness import GROUP, OPTIONS, Family, child, ended, failures, say
+from mergeloom.engine.run.merge import merge
 from mergeloom.errors import MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
-from mergeloom.merging import merge
 from tests.outputs import digests
 
 KINDS = ("shard", "journal", "input", "config")

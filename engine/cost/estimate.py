@@ -17,7 +17,7 @@ from ..graph.graph import Kind
 from ..schedule.traffic import downloaded
 
 if TYPE_CHECKING:
-    from ...planning import Plan
+    from ..run.plan import Plan
 
 GIVEN, MEASURED, ASSUMED = "given", "measured", "assumed"
 _SPREAD = {GIVEN: (0.9, 1.25), MEASURED: (0.75, 1.6), ASSUMED: (0.4, 2.5)}
@@ -229,7 +229,7 @@ def _read(plan: Plan, rates: Rates) -> LaneEstimate:
 
 def cached_again(plan: Plan) -> int:
     """Bytes that are read again from the page cache: all or none, as the merge keeps its inputs there or not."""
-    from ...merging import CACHED_SHARE
+    from ..run.merge import CACHED_SHARE
     from .machine import available_ram
 
     graph, machine = plan.built.graph, plan.options.machine

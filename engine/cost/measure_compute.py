@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ...methods.kernel.contract import Kernel
     from ...methods.kernel.tile import Workspace
-    from ...planning import Plan
     from ..execute.compute import Piece
+    from ..run.plan import Plan
 
 SECONDS = 0.25
 """How long each kind of node is measured, about; as long again to warm up."""

@@ -20,7 +20,7 @@ from .estimate import MEASURED, Rate, Rates, assumed_rates, with_given
 from .measure_compute import with_computing
 
 if TYPE_CHECKING:
-    from ...planning import Plan
+    from ..run.plan import Plan
 
 SECONDS = 0.5
 """How long each measurement takes, about."""

@@ -16,7 +16,7 @@ from .companions import FileKind, companion_files
 from .sources import FileSources, directory_of, tokenizer_directory
 
 if TYPE_CHECKING:
-    from ...planning import MadeModel, Plan
+    from ..run.plan import MadeModel, Plan
 
 CARD = "README.md"
 CONFIG = "config.json"

@@ -16,7 +16,7 @@ from ..schedule.schedule import Budget, Schedule, make_schedule
 from ..schedule.traffic import moved_aside
 
 if TYPE_CHECKING:
-    from ...planning import Plan
+    from .plan import Plan
 
 THIS = "this plan"
 _MOST = 8

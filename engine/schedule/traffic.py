@@ -12,7 +12,7 @@ from ..graph.graph import Kind, MergeGraph
 from .schedule import Schedule
 
 if TYPE_CHECKING:
-    from ...planning import Plan
+    from ..run.plan import Plan
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

@@ -8,28 +8,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from .checks import Checked
-from .copies import Copies, digests_of_sources
+from ...errors import CheckpointError, Interrupted
+from ...io.os_errors import explain
+from ...io.output.digests import BLOCK_BYTES, tensor_digest
+from ...io.output.directory import OutputDirectory, call_judge
+from ...io.output.group_commit import Ended
+from ...io.output.journal import Found, Journal
+from ...io.reading import Observe, Stamps, changed, stamps_of
+from ...wording import data_size, plural
+from ..execute.tasks import Measured, Progress, Sink
+from ..files.write import write_model_files
+from ..graph.graph import Kind
+from ..schedule.schedule import Schedule, make_schedule
+from .bulk_copy import Copies, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
-from .engine.execute.tasks import Measured, Progress, Sink
-from .engine.files.write import write_model_files
-from .engine.graph.graph import Kind
-from .engine.schedule.schedule import Schedule, make_schedule
-from .engine.transfer import Transfer, plan_transfers
-from .errors import CheckpointError, Interrupted
-from .io.os_errors import explain
-from .io.output.digests import BLOCK_BYTES, tensor_digest
-from .io.output.directory import OutputDirectory, call_judge
-from .io.output.group_commit import Ended
-from .io.output.journal import Found, Journal
-from .io.reading import Observe, Stamps, changed, stamps_of
 from .manifest import MANIFEST, facts_of, manifest_bytes, model_numbers, source_name
-from .planning import Plan
-from .resuming import Durable, durable_of
-from .sharing import copy_threads, place
-from .source_digests import SourceDigests, check_sources, ranges_in_use, source_ranges, used_bytes
-from .wording import data_size, plural
-from .writing import Shards, records_of
+from .placement import copy_threads, place
+from .plan import Plan
+from .recovery.checks import Checked
+from .recovery.recover import Durable, durable_of
+from .recovery.source_digests import SourceDigests, check_sources, ranges_in_use, source_ranges, used_bytes
+from .shard_writer import Shards, records_of
+from .transfers import Transfer, plan_transfers
 
 
 class Engine(Protocol):

@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ..io.output.clone import shareable
-from .execute.lane import Lane
-from .graph.graph import MergeGraph
-from .graph.layout import Layout
+from ...io.output.clone import shareable
+from ..execute.lane import Lane
+from ..graph.graph import MergeGraph
+from ..graph.layout import Layout
 
 PART_BYTES = 128 << 20
 """The most bytes that are copied as one, so that several threads share a large file, and progress is seen."""

@@ -6,20 +6,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine.files.companions import FileKind, file_kind
-from .engine.files.write import CARD, local_companions, model_files
-from .engine.model.open import is_remote
-from .errors import CheckpointError, UsageError
-from .io.output.digests import bytes_digest, file_digest
-from .io.output.lock import DirectoryStatus
-from .io.safetensors.checkpoint import Checkpoint
+from ...errors import CheckpointError, UsageError
+from ...io.output.digests import bytes_digest, file_digest
+from ...io.output.lock import DirectoryStatus
+from ...io.safetensors.checkpoint import Checkpoint
+from ...wording import plural
+from ..files.companions import FileKind, file_kind
+from ..files.write import CARD, local_companions, model_files
+from ..model.open import is_remote
 from .manifest import differences, facts_of, model_names, other_version
-from .verifying import Verdict, Verification
-from .wording import plural
+from .verify import Verdict, Verification
 
 if TYPE_CHECKING:
-    from .io.hub.repository import HubFile
-    from .planning import Plan
+    from ...io.hub.repository import HubFile
+    from .plan import Plan
 
 _ADVICE = "choose another OUT, or remove it"
 
@@ -125,7 +125,7 @@ def _file_differences(plan: Plan, out: Path, recorded: Mapping[str, str]) -> Ite
 def _hub_companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
     if not is_remote(checkpoint):
         return ()
-    from .io.hub.checkpoint import companions
+    from ...io.hub.checkpoint import companions
 
     return companions(checkpoint)
 
@@ -135,7 +135,7 @@ def _same(source: Path, remote: HubFile | None, ours: Path, digest: str) -> bool
     try:
         if remote is None:
             return file_digest(source) == digest
-        from .io.hub.download import has_hash
+        from ...io.hub.download import has_hash
 
         return has_hash(ours, remote)
     except OSError as error:

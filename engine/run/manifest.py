@@ -10,22 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .engine.graph.fuse import FusedKernel, Part
-from .engine.graph.graph import Kind, Operation
-from .engine.graph.layout import LAYOUT_VERSION
-from .errors import CheckpointError
-from .io.hub.checkpoint import HubCheckpoint
-from .io.open_source import open_source, read_range
-from .io.output.digests import bytes_digest
-from .io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
-from .io.safetensors.checkpoint import Checkpoint
-from .io.safetensors.identity import file_identity
-from .methods.kernel.contract import ARITHMETIC_VERSION, Inputs
-from .methods.registry import code_of
+from ... import __version__
+from ...errors import CheckpointError
+from ...io.hub.checkpoint import HubCheckpoint
+from ...io.open_source import open_source, read_range
+from ...io.output.digests import bytes_digest
+from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
+from ...io.safetensors.checkpoint import Checkpoint
+from ...io.safetensors.identity import file_identity
+from ...methods.kernel.contract import ARITHMETIC_VERSION, Inputs
+from ...methods.registry import code_of
+from ..graph.fuse import FusedKernel, Part
+from ..graph.graph import Kind, Operation
+from ..graph.layout import LAYOUT_VERSION
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from .plan import Plan
 
 __all__ = [
     "MANIFEST",

@@ -9,25 +9,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...errors import EnvironmentFailure
+from ...io.hub.repository import HubFile
+from ...io.output.directory import OutputDirectory
+from ...io.output.group_commit import GROUP_BYTES
+from ...io.output.lock import classify, refuse_occupied
+from ...io.reading import Observe, Reader, Stamps
+from ...wording import data_size, plural
+from ..cost.machine import available_ram, process_memory
+from ..execute.devices.base import make_devices
+from ..execute.replan import run_graph
+from ..execute.tasks import Measured, Progress, Sink
+from ..model.open import is_remote
+from ..schedule.schedule import Schedule
 from .destination import refuse_input
-from .engine.cost.machine import available_ram, process_memory
-from .engine.execute.devices.base import make_devices
-from .engine.execute.replan import run_graph
-from .engine.execute.tasks import Measured, Progress, Sink
-from .engine.model.open import is_remote
-from .engine.schedule.schedule import Schedule
-from .errors import EnvironmentFailure
 from .finished import check_finished
-from .io.hub.repository import HubFile
-from .io.output.directory import OutputDirectory
-from .io.output.group_commit import GROUP_BYTES
-from .io.output.lock import classify, refuse_occupied
-from .io.reading import Observe, Reader, Stamps
 from .manifest import MANIFEST
-from .performing import Earlier, Run
-from .planning import Options, Plan, RecipeLike, plan
-from .sharing import unplaced
-from .wording import data_size, plural
+from .placement import unplaced
+from .plan import Options, Plan, RecipeLike, plan
+from .session import Earlier, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def missing_files(planned: Plan) -> list[HubFile]:
     needed = list(planned.downloads)
     donors = [donor for donor in (planned.files.others, planned.files.tokenizer) if is_remote(donor)]
     if donors:
-        from .io.hub.checkpoint import companions
+        from ...io.hub.checkpoint import companions
 
         needed += [file for donor in donors for file in companions(donor)]
     return [file for file in {file.path: file for file in needed}.values() if not file.present]
@@ -199,7 +199,7 @@ def fetch(
     """
     if not files:
         return
-    from .io.hub.download import download
+    from ...io.hub.download import download
 
     say(f"downloading {plural(len(files), 'file')}, {data_size(sum(file.to_fetch for file in files))}")
     download(files, None if notify is None else lambda done: notify(Progress(bytes_read=done.bytes_done)))

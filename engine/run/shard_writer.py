@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .io.output.digests import BLOCK_BYTES, BlockDigests
-from .io.output.group_commit import GROUP_BYTES, Ended, GroupCommit, Record
-from .io.output.journal import Journal
-from .resuming import Durable
-from .source_digests import SourceDigests, source_records
+from ...io.output.digests import BLOCK_BYTES, BlockDigests
+from ...io.output.group_commit import GROUP_BYTES, Ended, GroupCommit, Record
+from ...io.output.journal import Journal
+from .recovery.recover import Durable
+from .recovery.source_digests import SourceDigests, source_records
 
 if TYPE_CHECKING:
-    from .io.output.directory import OutputDirectory
-    from .planning import Plan
+    from ...io.output.directory import OutputDirectory
+    from .plan import Plan
 
 _WAIT_SECONDS = 0.5
 _SMALLEST_PIECE = 64 << 10

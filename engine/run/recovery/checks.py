@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.execute.executor import NOTIFY_SECONDS
-from .engine.transfer import BUFFER_BYTES, Mover
-from .io.output.group_commit import Ended
-from .io.reading import Reader
+from ....io.output.group_commit import Ended
+from ....io.reading import Reader
+from ...execute.executor import NOTIFY_SECONDS
+from ..transfers import BUFFER_BYTES, Mover
 
 Read = Callable[[Path, int, int], Iterator[memoryview]]
 """``read(file, offset, nbytes)`` yields the bytes of a range in parts; a part is valid until the next one is asked

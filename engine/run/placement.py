@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .engine.graph.graph import Kind
-from .engine.schedule.schedule import make_schedule
-from .engine.transfer import BUFFER_BYTES, TRANSFER_BYTES, plan_transfers, source_of
-from .errors import BudgetError
-from .io.output.clone import BLOCK
-from .io.platform import DISABLED, Mount, copies_in_kernel, mount_of, scratch_file, why_no_clone
-from .io.sizes import format_size
-from .planning import Plan
+from ...errors import BudgetError
+from ...io.output.clone import BLOCK
+from ...io.platform import DISABLED, Mount, copies_in_kernel, mount_of, scratch_file, why_no_clone
+from ...io.sizes import format_size
+from ..graph.graph import Kind
+from ..schedule.schedule import make_schedule
+from .plan import Plan
+from .transfers import BUFFER_BYTES, TRANSFER_BYTES, plan_transfers, source_of
 
 SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
 """File systems whose files can share blocks; this decides only where they can't be asked."""

@@ -17,9 +17,9 @@ from typing import Any
 
 import xxhash
 
+from ....errors import CheckpointError
+from ...graph.graph import Kind, MergeGraph
 from .checks import Check, Checked, Read, run_checks
-from .engine.graph.graph import Kind, MergeGraph
-from .errors import CheckpointError
 
 _MODULUS = 1 << 128
 

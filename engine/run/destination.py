@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .display import Section
-from .engine.transfer import written_ranges
-from .errors import DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
+from ...display import Section
+from ...errors import DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
+from ...io.output.directory import ShardFile, missing_space
+from ...io.output.journal import FORMAT
+from ...io.output.lock import Content, DirectoryStatus, classify, refuse_occupied
+from ...wording import data_size
 from .finished import check_finished
-from .io.output.directory import ShardFile, missing_space
-from .io.output.journal import FORMAT
-from .io.output.lock import Content, DirectoryStatus, classify, refuse_occupied
 from .manifest import differences, facts_of, model_names, other_version
-from .wording import data_size
+from .transfers import written_ranges
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from .plan import Plan
 
 _USABLE = {
     Content.NEW: "yes",

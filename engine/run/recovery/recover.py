@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ....errors import MergeloomError
+from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
+from ....io.output.journal import Found
+from ...graph.graph import Kind, MergeGraph
+from ...graph.layout import Layout
+from ..transfers import PART_BYTES, Transfer, source_of
 from .checks import Check, Checked, Read, run_checks
-from .engine.graph.graph import Kind, MergeGraph
-from .engine.graph.layout import Layout
-from .engine.transfer import PART_BYTES, Transfer, source_of
-from .errors import MergeloomError
-from .io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
-from .io.output.journal import Found
 from .source_digests import SourceRange
 
 _BLOCKS_OF_A_CHECK = 8

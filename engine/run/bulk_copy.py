@@ -11,19 +11,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine.execute.executor import NOTIFY_SECONDS
-from .engine.execute.tasks import LaneTime
-from .engine.graph.graph import MergeGraph
-from .engine.transfer import BUFFER_BYTES, Mover, Transfer, source_of
-from .errors import DiskSpaceError
-from .io.output.clone import BLOCK, Moved, SharingRefused, refuses_to_share
-from .io.output.digests import BlockDigests
-from .io.output.group_commit import Ended, GroupCommit
-from .io.reading import Reader, Stamps
-from .io.sizes import format_size
+from ...errors import DiskSpaceError
+from ...io.output.clone import BLOCK, Moved, SharingRefused, refuses_to_share
+from ...io.output.digests import BlockDigests
+from ...io.output.group_commit import Ended, GroupCommit
+from ...io.reading import Reader, Stamps
+from ...io.sizes import format_size
+from ..execute.executor import NOTIFY_SECONDS
+from ..execute.tasks import LaneTime
+from ..graph.graph import MergeGraph
+from .transfers import BUFFER_BYTES, Mover, Transfer, source_of
 
 if TYPE_CHECKING:
-    from .io.output.directory import OutputDirectory
+    from ...io.output.directory import OutputDirectory
 
 
 _SMALLEST_PIECE = 64 << 10

@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .engine.cost.machine import (
+from ...io.hub.repository import HubFile
+from ...io.safetensors.checkpoint import Checkpoint
+from ...io.safetensors.tensors import TensorRef
+from ...methods import merge_methods
+from ..cost.machine import (
     Machine,
     check_address_space,
     find_devices,
@@ -17,19 +21,15 @@ from .engine.cost.machine import (
     prepare_to_compute,
     usable_cores,
 )
-from .engine.files.sources import FileResolver, FileSources
-from .engine.graph.build import BuiltGraph
-from .engine.graph.graph import Kind
-from .engine.graph.layout import Layout, lay_out
-from .engine.graph.stages import build_stages
-from .engine.model.open import is_remote, open_model
-from .engine.recipe.types import ModelReference, Recipe, Stage, load_recipe
-from .engine.schedule.schedule import Budget, Schedule, make_schedule
-from .engine.transfer import Transfer
-from .io.hub.repository import HubFile
-from .io.safetensors.checkpoint import Checkpoint
-from .io.safetensors.tensors import TensorRef
-from .methods import merge_methods
+from ..files.sources import FileResolver, FileSources
+from ..graph.build import BuiltGraph
+from ..graph.graph import Kind
+from ..graph.layout import Layout, lay_out
+from ..graph.stages import build_stages
+from ..model.open import is_remote, open_model
+from ..recipe.types import ModelReference, Recipe, Stage, load_recipe
+from ..schedule.schedule import Budget, Schedule, make_schedule
+from .transfers import Transfer
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
@@ -132,7 +132,7 @@ class Plan:
         graph = self.built.graph
         if not any(is_remote(model.checkpoint) for model in self.built.models):
             return ()
-        from .io.hub.checkpoint import needed_files
+        from ...io.hub.checkpoint import needed_files
 
         used: list[list[TensorRef]] = [[] for _ in self.built.models]
         for ref, model in zip(graph.reads, graph.read_models, strict=True):
@@ -200,7 +200,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The dry run as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
-        from .engine.schedule.traffic import traffic_dict
+        from ..schedule.traffic import traffic_dict
 
         schedule = self.schedule
         return {
@@ -245,7 +245,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        from .report import plan_text
+        from ...report import plan_text
 
         return plan_text(self)
 
@@ -277,7 +277,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
     saved = tuple(MadeModel(each.folder, each.stage, files.of_stage(each.stage), each.layers) for each in built.saved)
     if saved:
-        from .engine.files.folders import check_folders
+        from ..files.folders import check_folders
 
         check_folders(loaded, [each.stage for each in saved], files.output)
     layout = lay_out(built.graph, options.shard_size)

@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .engine.execute.tasks import Progress
-from .engine.files.companions import LOADER_FOLDERS, is_loader_file
-from .errors import MergeloomError
-from .io.open_source import open_source, read_range
-from .io.os_errors import explained
-from .io.output.clone import BLOCK
-from .io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
-from .io.reading import Reader
-from .io.safetensors.checkpoint import Checkpoint
-from .io.safetensors.header import Header, parse_header, read_data_start
-from .io.safetensors.tensors import TensorRef
+from ...errors import MergeloomError
+from ...io.open_source import open_source, read_range
+from ...io.os_errors import explained
+from ...io.output.clone import BLOCK
+from ...io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
+from ...io.reading import Reader
+from ...io.safetensors.checkpoint import Checkpoint
+from ...io.safetensors.header import Header, parse_header, read_data_start
+from ...io.safetensors.tensors import TensorRef
+from ..execute.tasks import Progress
+from ..files.companions import LOADER_FOLDERS, is_loader_file
 from .manifest import MANIFEST, identity_of, read_manifest
 
 THREADS = 4
@@ -307,7 +307,7 @@ class Verification:
 
     def _model(self, number: int) -> Checkpoint:
         """A source model, opened once. Raises MergeloomError."""
-        from .engine.model.open import open_model, reference_of
+        from ..model.open import open_model, reference_of
 
         with self._lock:
             if number not in self._models:

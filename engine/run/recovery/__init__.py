@@ -1,0 +1,1 @@
+"""Recovers an interrupted merge: the journal, the shards and the sources it used."""
