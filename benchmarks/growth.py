@@ -20,7 +20,7 @@ from mergeloom.engine.model.layers import find_layers
 from mergeloom.engine.run.plan import Options, plan
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.header import build_header, parse_header
-from mergeloom.page import make_page
+from mergeloom.report.html.page import make_page
 
 Task = Callable[[], object]
 Prepare = Callable[[int, Path], Task]

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import click
 
-    from .cli import PIPE_CLOSED, cli
+    from .cli.app import PIPE_CLOSED, cli
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to fail
@@ -69,7 +69,7 @@ def command() -> NoReturn:
 
 def _say(message: str) -> None:
     """A message on stderr."""
-    from .wording import clean
+    from .io.wording import clean
 
     print(f"mergeloom: {clean(message)}", file=sys.stderr, flush=True)
 

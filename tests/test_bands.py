@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mergeloom
-from mergeloom.bands import Band, curves, weaves
+from mergeloom.report.html.layer_map import Band, curves, weaves
 from tests import models
 from tests.conftest import MakeModel
 from tests.plans import linear, slerp, stacked, task_vectors, windows

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import mergeloom
 from mergeloom import __main__
-from mergeloom.cli import cli
+from mergeloom.cli.app import cli
 from tests.conftest import MakeModel
 from tests.waiting import HANG_SECONDS
 

@@ -16,7 +16,7 @@ import yaml
 from click.shell_completion import get_completion_class
 
 import mergeloom
-from mergeloom.cli import cli
+from mergeloom.cli.app import cli
 from mergeloom.engine.recipe.reader import STAGE_KEYS
 from mergeloom.engine.recipe.types import parse_recipe
 from mergeloom.methods import merge_methods

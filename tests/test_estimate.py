@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.display import plain
 from mergeloom.engine.cost.estimate import (
     ASSUMED,
     GIVEN,
@@ -30,8 +29,9 @@ from mergeloom.engine.cost.measure_disk import measured_rates
 from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import UsageError
-from mergeloom.page import make_page
-from mergeloom.report import time_section
+from mergeloom.report.html.page import make_page
+from mergeloom.report.plan import time_section
+from mergeloom.report.sections import plain
 from tests.conftest import MakeModel
 from tests.plans import linear, slerp, stacked
 

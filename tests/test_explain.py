@@ -15,9 +15,9 @@ import yaml
 
 import mergeloom
 from mergeloom import __main__
-from mergeloom.display import plain
 from mergeloom.errors import UsageError
-from mergeloom.explain import Explanation, explain, explanation_sections, nearest_names
+from mergeloom.report.explain import Explanation, explain, explanation_sections, nearest_names
+from mergeloom.report.sections import plain
 from tests import models
 from tests.conftest import MakeModel
 from tests.outputs import read_model

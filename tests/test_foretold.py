@@ -24,7 +24,7 @@ import mergeloom
 from mergeloom.engine.cost.machine import MEMORY_STEP, Machine
 from mergeloom.engine.run.placement import place
 from mergeloom.engine.run.plan import Options, plan
-from mergeloom.wording import data_size
+from mergeloom.io.wording import data_size
 from tests import models
 from tests.conftest import MakeModel
 from tests.plans import Recipe, linear, slerp, stacked, task_vectors, windows
@@ -65,7 +65,7 @@ PLANNING = """
 import json, sys
 from mergeloom.engine.cost.machine import process_memory
 from mergeloom.engine.run.plan import Options, plan
-from mergeloom.report import plan_text
+from mergeloom.report.plan import plan_text
 recipe = json.loads(sys.argv[1])
 found = plan(recipe, Options(device="cpu", threads=2, max_ram=int(sys.argv[2])))
 text = plan_text(found)

@@ -35,7 +35,7 @@ from mergeloom.io.output.lock import classify
 from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
-from mergeloom.wording import data_size, plural
+from mergeloom.io.wording import data_size, plural
 from tests import models
 from tests.hub_server import HubServer, serving
 from tests.waiting import HANG_SECONDS

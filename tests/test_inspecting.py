@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.display import plain
 from mergeloom.engine.model.inspect import inspect_model, inspection_sections
 from mergeloom.errors import CheckpointError, UsageError
+from mergeloom.report.sections import plain
 from tests import models
 from tests.conftest import MakeModel
 

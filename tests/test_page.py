@@ -16,13 +16,13 @@ import yaml
 
 import mergeloom
 from mergeloom import __main__
-from mergeloom.charts import shortened, text_of
 from mergeloom.engine.cost.estimate import assumed_rates, estimate
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.run.alternatives import alternatives
 from mergeloom.engine.run.destination import look_at
 from mergeloom.engine.run.plan import Options, Plan, plan
-from mergeloom.page import make_page
+from mergeloom.report.html.page import make_page
+from mergeloom.report.html.svg import shortened, text_of
 from tests import models
 from tests.conftest import MakeModel
 from tests.plans import linear, slerp, stacked, task_vectors, windows

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from mergeloom.engine.execute.tasks import Progress
-from mergeloom.progress import WINDOW_SECONDS, Display, Meter, State, drawing
+from mergeloom.report.progress import WINDOW_SECONDS, Display, Meter, State, drawing
 from tests.waiting import no_hang, wait_until
 
 GB = 10**9

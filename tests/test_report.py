@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 import mergeloom
-from mergeloom.display import plain, show
 from mergeloom.engine.execute.tasks import LaneTime, Measured
 from mergeloom.engine.graph.build import Unused
 from mergeloom.engine.run.merge import Result
 from mergeloom.engine.run.plan import Plan
-from mergeloom.report import bottleneck, headline, plan_sections, plan_text, summary_text, unused_lines
+from mergeloom.report.plan import bottleneck, headline, plan_sections, plan_text, summary_text, unused_lines
+from mergeloom.report.sections import plain, show
 from tests import models
 from tests.conftest import MakeModel
 

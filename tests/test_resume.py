@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mergeloom.cli.signals import GRACE_SECONDS
 from mergeloom.engine.execute.lane import Lane
 from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.run.manifest import MANIFEST
@@ -24,8 +25,7 @@ from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK, OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal
-from mergeloom.report import summary_sections
-from mergeloom.stopping import GRACE_SECONDS
+from mergeloom.report.plan import summary_sections
 from tests.faults import Kill, Stopped, watching
 from tests.models import FineTune, Random, write_checkpoint
 from tests.outputs import digests

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.cli import cli
+from mergeloom.cli.app import cli
 from mergeloom.engine.run import placement as sharing
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.placement import EDGES, copy_threads, place, unplaced, why_not_shared
@@ -26,7 +26,7 @@ from mergeloom.engine.run.plan import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.io import platform
 from mergeloom.io.platform import mount_of
-from mergeloom.report import plan_text, summary_text
+from mergeloom.report.plan import plan_text, summary_text
 from tests.disks import file_system, used
 from tests.models import tiny_llama, write_checkpoint
 from tests.outputs import digests

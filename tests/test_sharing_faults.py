@@ -21,7 +21,7 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
 from mergeloom.io import platform
 from mergeloom.io.output import clone as copying
 from mergeloom.io.platform import clone_range
-from mergeloom.report import summary_text
+from mergeloom.report.plan import summary_text
 from tests.disks import used
 from tests.faults import Kill, Stopped, watching
 from tests.models import write_checkpoint

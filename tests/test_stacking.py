@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.cli.stack import stack
 from mergeloom.engine.model.self_merge import StackSummary, Window, compose, stack_recipe, stack_windows
 from mergeloom.engine.recipe.types import ModelReference, parse_recipe
 from mergeloom.engine.run.plan import plan
@@ -19,7 +20,6 @@ from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.safetensors.dtypes import BF16
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
-from mergeloom.stacking import stack
 from tests import models
 from tests.conftest import MakeModel
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergeloom import __main__, target_files
+from mergeloom import __main__
+from mergeloom.cli import target_files
+from mergeloom.cli.target_files import TargetFile
 from mergeloom.errors import EnvironmentFailure, UsageError
-from mergeloom.target_files import TargetFile
 from tests.conftest import MakeModel
 from tests.outputs import digests
 

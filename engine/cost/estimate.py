@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...io.sizes import parse_size
-from ...wording import data_size
+from ...io.wording import data_size
 from ..graph.graph import Kind
 from ..schedule.traffic import downloaded
 

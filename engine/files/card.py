@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ... import __version__
-from ...wording import big_number
+from ...io.wording import big_number
 
 _ADDRESS = "https://huggingface.co"
 # An absolute path with at least one directory in it; not what follows a URL's colon or a closing tag's bracket.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...display import Grid, Section
 from ...errors import CheckpointError
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.tensors import TensorRef
-from ...wording import big_number, data_size, listed, plural, ranges
+from ...io.wording import big_number, data_size, listed, plural, ranges
+from ...report.sections import Grid, Section
 from .layers import LayerMap, Stack, find_layers, is_head, tied_embedding
 from .open import open_model, reference_of
 from .quantized import quantized_tensors

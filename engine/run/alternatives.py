@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ...display import Grid, Section
 from ...errors import BudgetError
 from ...io.sizes import format_size, parse_size
-from ...wording import data_size, duration, memory_size
+from ...io.wording import data_size, duration, memory_size
+from ...report.sections import Grid, Section
 from ..cost.estimate import Estimate, Rates, estimate
 from ..schedule.schedule import Budget, Schedule, make_schedule
 from ..schedule.traffic import moved_aside

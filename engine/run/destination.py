@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...display import Section
 from ...errors import DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from ...io.output.directory import ShardFile, missing_space
 from ...io.output.journal import FORMAT
 from ...io.output.lock import Content, DirectoryStatus, classify, refuse_occupied
-from ...wording import data_size
+from ...io.wording import data_size
+from ...report.sections import Section
 from .finished import check_finished
 from .manifest import differences, facts_of, model_names, other_version
 from .transfers import written_ranges

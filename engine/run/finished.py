@@ -10,7 +10,7 @@ from ...errors import CheckpointError, UsageError
 from ...io.output.digests import bytes_digest, file_digest
 from ...io.output.lock import DirectoryStatus
 from ...io.safetensors.checkpoint import Checkpoint
-from ...wording import plural
+from ...io.wording import plural
 from ..files.companions import FileKind, file_kind
 from ..files.write import CARD, local_companions, model_files
 from ..model.open import is_remote

@@ -15,7 +15,7 @@ from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
 from ...io.reading import Observe, Reader, Stamps
-from ...wording import data_size, plural
+from ...io.wording import data_size, plural
 from ..cost.machine import available_ram, process_memory
 from ..execute.devices.base import make_devices
 from ..execute.replan import run_graph

@@ -245,7 +245,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        from ...report import plan_text
+        from ...report.plan import plan_text
 
         return plan_text(self)
 

@@ -15,7 +15,7 @@ from ...io.output.directory import OutputDirectory, call_judge
 from ...io.output.group_commit import Ended
 from ...io.output.journal import Found, Journal
 from ...io.reading import Observe, Stamps, changed, stamps_of
-from ...wording import data_size, plural
+from ...io.wording import data_size, plural
 from ..execute.tasks import Measured, Progress, Sink
 from ..files.write import write_model_files
 from ..graph.graph import Kind

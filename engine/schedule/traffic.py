@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...wording import data_size, memory_size, plural
+from ...io.wording import data_size, memory_size, plural
 from ..graph.graph import Kind, MergeGraph
 from .schedule import Schedule
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .display import Section
-from .engine.run.alternatives import alternatives_section
-from .report import plan_sections, time_section
+from ..engine.run.alternatives import alternatives_section
+from .plan import plan_sections, time_section
+from .sections import Section
 
 if TYPE_CHECKING:
-    from .engine.cost.estimate import Estimate
-    from .engine.run.alternatives import Alternative
-    from .engine.run.destination import Destination
-    from .engine.run.plan import Plan
+    from ..engine.cost.estimate import Estimate
+    from ..engine.run.alternatives import Alternative
+    from ..engine.run.destination import Destination
+    from ..engine.run.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

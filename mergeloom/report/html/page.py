@@ -11,22 +11,22 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from . import __version__
-from .bands import Outside, Weave, curves, weaves
-from .charts import bands_chart, curve_chart, lanes_chart, memory_chart, text_of
-from .display import Grid, Section
-from .engine.graph.graph import Kind
-from .engine.run.alternatives import THIS, alternatives_section
-from .engine.schedule.timeline import timeline
-from .engine.schedule.traffic import fixed_ram, output_names, pattern_of
-from .report import headline, plan_sections, time_section
-from .wording import data_size, duration, listed, memory_size, plural
+from ... import __version__
+from ...engine.graph.graph import Kind
+from ...engine.run.alternatives import THIS, alternatives_section
+from ...engine.schedule.timeline import timeline
+from ...engine.schedule.traffic import fixed_ram, output_names, pattern_of
+from ...io.wording import data_size, duration, listed, memory_size, plural
+from ..plan import headline, plan_sections, time_section
+from ..sections import Grid, Section
+from .layer_map import Outside, Weave, curves, weaves
+from .svg import bands_chart, curve_chart, lanes_chart, memory_chart, text_of
 
 if TYPE_CHECKING:
-    from .engine.cost.estimate import Estimate
-    from .engine.run.alternatives import Alternative
-    from .engine.run.destination import Destination
-    from .engine.run.plan import Plan
+    from ...engine.cost.estimate import Estimate
+    from ...engine.run.alternatives import Alternative
+    from ...engine.run.destination import Destination
+    from ...engine.run.plan import Plan
 
 _MOMENTS = 240
 _LARGEST = 12

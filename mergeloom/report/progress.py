@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from .display import is_terminal, make_console
-from .wording import data_size, duration, rate
+from ..io.wording import data_size, duration, rate
+from .sections import is_terminal, make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from .engine.execute.tasks import Progress
+    from ..engine.execute.tasks import Progress
 
 FRAME_SECONDS = 0.2
 """How often the line on a terminal is drawn."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from .bands import Band, Curve, Weave
-from .engine.schedule.timeline import Moment
-from .wording import clean, memory_size, plural
+from ...engine.schedule.timeline import Moment
+from ...io.wording import clean, memory_size, plural
+from .layer_map import Band, Curve, Weave
 
 WIDTH = 1000
 _COLOURS = 8

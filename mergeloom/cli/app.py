@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from . import __version__
-from .errors import BudgetError, UsageError
-from .stacking import stack
-from .verify_command import verify
+from .. import __version__
+from ..errors import BudgetError, UsageError
+from .stack import stack
+from .verify import verify
 
 if TYPE_CHECKING:
-    from .dry_run import DryRun
-    from .engine.cost.estimate import Estimate
-    from .engine.run.merge import Result
-    from .engine.run.plan import Options, Plan
-    from .io.hub.repository import HubFile
-    from .methods.kernel.contract import Method
+    from ..engine.cost.estimate import Estimate
+    from ..engine.run.merge import Result
+    from ..engine.run.plan import Options, Plan
+    from ..io.hub.repository import HubFile
+    from ..methods.kernel.contract import Method
+    from ..report.dry_run import DryRun
 
 PIPE_CLOSED = 141
 """As the shell has it for a process that SIGPIPE ended."""
@@ -39,7 +39,7 @@ again; 130 interrupted."""
 
 def size(text: str) -> int:
     """The type of an option that takes a size such as 32GiB: bytes, or a usage error."""
-    from .io.sizes import parse_size
+    from ..io.sizes import parse_size
 
     try:
         return parse_size(text)
@@ -129,17 +129,17 @@ def plan(
     from .target_files import TargetFile
 
     page = TargetFile("--html", html) if html is not None else None
-    from .display import load_rich, show
-    from .engine.cost.estimate import parse_rates
-    from .engine.cost.machine import parse_machine
-    from .engine.run.plan import plan as make_plan
+    from ..engine.cost.estimate import parse_rates
+    from ..engine.cost.machine import parse_machine
+    from ..engine.run.plan import plan as make_plan
+    from ..report.sections import load_rich, show
 
     given = parse_rates(rates) if rates is not None else {}
     chosen = _options({**options, "machine": parse_machine(machine) if machine is not None else None})
     load_rich()
     planned = make_plan(recipe, chosen)
     if out is not None:
-        from .engine.run.placement import place
+        from ..engine.run.placement import place
 
         planned = place(planned, Path(out))
     if explain is not None:
@@ -148,7 +148,7 @@ def plan(
     time = _estimate(planned, out, given, timed) if timed or given else None
     dry_run = _dry_run(planned, out, time, what_if)
     if page is not None:
-        from .page import make_page
+        from ..report.html.page import make_page
 
         page.write(make_page(planned, destination=dry_run.destination, time=time, others=dry_run.others))
     if as_json:
@@ -160,8 +160,8 @@ def plan(
 
 
 def _explain(planned: Plan, tensor: str, as_json: bool) -> None:
-    from .display import show
-    from .explain import explain, explanation_sections
+    from ..report.explain import explain, explanation_sections
+    from ..report.sections import show
 
     found = explain(planned, tensor)
     if as_json:
@@ -171,22 +171,22 @@ def _explain(planned: Plan, tensor: str, as_json: bool) -> None:
 
 
 def _estimate(planned: Plan, out: str | None, given: Mapping[str, float], timed: bool) -> Estimate:
-    from .engine.cost.estimate import assumed_rates, estimate, with_given
+    from ..engine.cost.estimate import assumed_rates, estimate, with_given
 
     if not timed:
         return estimate(planned, with_given(assumed_rates(planned), given))
-    from .engine.cost.measure_disk import measured_rates
+    from ..engine.cost.measure_disk import measured_rates
 
     return estimate(planned, measured_rates(planned, None if out is None else Path(out), given))
 
 
 def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: bool) -> DryRun:
-    from .dry_run import DryRun
-    from .engine.run.alternatives import alternatives
+    from ..engine.run.alternatives import alternatives
+    from ..report.dry_run import DryRun
 
     destination = None
     if out is not None:
-        from .engine.run.destination import look_at
+        from ..engine.run.destination import look_at
 
         destination = look_at(planned, Path(out))
     others = alternatives(planned, time.rates if time is not None else None) if what_if else []
@@ -228,11 +228,11 @@ def merge(
     from .target_files import TargetFile
 
     target = TargetFile("--report", report) if report is not None else None
-    from .display import load_rich, show
-    from .engine.run.plan import plan as make_plan
-    from .io.output.lock import classify, refuse_occupied
-    from .report import headline, overflow_section, summary_sections
-    from .stopping import StopSignals
+    from ..engine.run.plan import plan as make_plan
+    from ..io.output.lock import classify, refuse_occupied
+    from ..report.plan import headline, overflow_section, summary_sections
+    from ..report.sections import load_rich, show
+    from .signals import StopSignals
 
     with StopSignals():
         load_rich()
@@ -240,7 +240,7 @@ def merge(
             refuse_occupied(classify(Path(out)))  # before planning reads headers from the Hub
         planned = make_plan(recipe, _options(options))
         if out is not None and not discard:
-            from .engine.run.placement import place
+            from ..engine.run.placement import place
 
             planned = place(planned, Path(out), digests=digests == "full")
         for warning in (*planned.warnings, *_memory_warnings(planned)):
@@ -260,7 +260,7 @@ def merge(
 
 def _exceeded(result: Result) -> BudgetError:
     """The error of a merge that is complete, but held more memory than it was allowed."""
-    from .wording import memory_size
+    from ..io.wording import memory_size
 
     done = "the merge is complete" if result.out is not None else "the rehearsal is complete"
     limit = result.plan.schedule.budget.ram
@@ -271,9 +271,9 @@ def _exceeded(result: Result) -> BudgetError:
 
 
 def _perform(planned: Plan, out: str | None, fresh: bool, quiet: bool) -> Result:
-    from .engine.run.merge import fetch
-    from .engine.run.merge import merge as perform
-    from .progress import Display
+    from ..engine.run.merge import fetch
+    from ..engine.run.merge import merge as perform
+    from ..report.progress import Display
 
     def say(text: str) -> None:
         if not quiet or text.startswith("warning: "):
@@ -300,8 +300,8 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
 
     MODEL is a directory, a .safetensors file, or an index. Reads headers only.
     """
-    from .display import show
-    from .engine.model.inspect import inspect_model, inspection_sections
+    from ..engine.model.inspect import inspect_model, inspection_sections
+    from ..report.sections import show
 
     inspection = inspect_model(model)
     if as_json:
@@ -312,7 +312,7 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
 
 def complete_method(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The names of methods that begin so, for the shell."""
-    from .methods import merge_methods
+    from ..methods import merge_methods
 
     return sorted(name for name in merge_methods() if name.startswith(incomplete))
 
@@ -322,10 +322,10 @@ def complete_method(context: click.Context, parameter: click.Parameter, incomple
 @click.option("--methods", "files", multiple=True, type=click.Path(), metavar="FILE", help=METHODS)
 def methods(name: str | None, files: Sequence[str]) -> None:
     """List the merge methods, or show one and its parameters."""
-    from .display import Grid, Section, show
-    from .method_pages import method_sections
-    from .methods import merge_methods
-    from .methods.registry import load_entry_points
+    from ..methods import merge_methods
+    from ..methods.registry import load_entry_points
+    from ..report.methods import method_sections
+    from ..report.sections import Grid, Section, show
 
     known = merge_methods(files)
     load_entry_points()
@@ -347,15 +347,15 @@ def _method(name: str, known: Mapping[str, Method]) -> Method:
 
 
 def _options(options: Mapping[str, Any]) -> Options:
-    from .engine.run.plan import Options
+    from ..engine.run.plan import Options
 
     return Options(**{**options, "methods": tuple(options["methods"])})
 
 
 def _memory_warnings(planned: Plan) -> list[str]:
     """What there is to say of this machine's memory before a merge begins."""
-    from .engine.cost.machine import available_ram, process_memory
-    from .wording import memory_size
+    from ..engine.cost.machine import available_ram, process_memory
+    from ..io.wording import memory_size
 
     needed, free = planned.schedule.peak_ram, available_ram() + process_memory().now
     if needed <= free:
@@ -372,6 +372,6 @@ def _print_json(content: Mapping[str, Any]) -> None:
 
 def _say(message: str) -> None:
     """A message for people, on stderr."""
-    from .wording import clean
+    from ..io.wording import clean
 
     print(clean(message), file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .io.sizes import format_size
+from .sizes import format_size
 
 
 def memory_size(nbytes: int, *, up: bool = False) -> str:

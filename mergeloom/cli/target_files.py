@@ -10,7 +10,7 @@ import stat
 import sys
 from pathlib import Path
 
-from .errors import EnvironmentFailure, MergeloomError, UsageError
+from ..errors import EnvironmentFailure, MergeloomError, UsageError
 
 _OURS = (
     # `merge --report`: the same keys in the same order since 0.1.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .display import Grid, Section
-from .methods.kernel.contract import Base, Method, Parameter
+from ..methods.kernel.contract import Base, Method, Parameter
+from .sections import Grid, Section
 
 _BASES = {Base.NONE: "has no place for one", Base.OPTIONAL: "optional", Base.REQUIRED: "required"}
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 if TYPE_CHECKING:
-    from .display import Section
-    from .engine.run.verify import Unverified, Verdict
+    from ..engine.run.verify import Unverified, Verdict
+    from ..report.sections import Section
 
 _SHOWN = 20
 
@@ -35,10 +35,10 @@ def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
     full, and are listed as unverified. The exit code is 4 if anything is damaged, or if a file was added that loaders
     would use.
     """
-    from .display import show
-    from .engine.run.finished import describe_added
-    from .engine.run.verify import Verification
-    from .progress import Display
+    from ..engine.run.finished import describe_added
+    from ..engine.run.verify import Verification
+    from ..report.progress import Display
+    from ..report.sections import show
 
     check = Verification(Path(out), sources=sources)
     with Display(check.bytes_to_read, 0, quiet=quiet or as_json) as display:
@@ -59,8 +59,8 @@ def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
 
 
 def _sections(verdict: Verdict, sources: bool) -> Iterator[Section]:
-    from .display import Section
-    from .wording import data_size, plural
+    from ..io.wording import data_size, plural
+    from ..report.sections import Section
 
     state = "OK" if verdict.whole else "not OK"
     matching = f"{plural(verdict.tensors, 'tensor')} of {data_size(verdict.nbytes)} and {plural(verdict.files, 'file')}"
@@ -83,7 +83,7 @@ def _sections(verdict: Verdict, sources: bool) -> Iterator[Section]:
 
 def _unverified(tensors: tuple[Unverified, ...]) -> Iterator[str]:
     """One line for each source model, how its tensors came into OUT, and why they could not be compared."""
-    from .wording import data_size, plural
+    from ..io.wording import data_size, plural
 
     groups: dict[tuple[str, str], list[int]] = {}
     for tensor in tensors:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from .engine.model.self_merge import StackSummary
+    from ..engine.model.self_merge import StackSummary
 
 _LAYERS = click.IntRange(1)
 
@@ -34,8 +34,8 @@ def stack(
     Windows of layers of MODEL, a step apart, are stacked on each other. The recipe goes to stdout, and what it makes to
     stderr. Reads headers only. With several passes, --window and --step are of all of them, or given once for each.
     """
-    from .engine.model.open import open_model, reference_of
-    from .engine.model.self_merge import stack_recipe
+    from ..engine.model.open import open_model, reference_of
+    from ..engine.model.self_merge import stack_recipe
 
     reference = reference_of(model)
     text, summary = stack_recipe(
@@ -52,7 +52,7 @@ def stack(
 
 
 def _report(summary: StackSummary) -> None:
-    from .wording import big_number, clean, plural
+    from ..io.wording import big_number, clean, plural
 
     said = [f"warning: {warning}" for warning in summary.warnings]
     said += [

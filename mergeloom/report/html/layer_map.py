@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .engine.graph.graph import Kind
+from ...engine.graph.graph import Kind
 
 if TYPE_CHECKING:
-    from .engine.model.inputs import Model
-    from .engine.run.plan import Plan
+    from ...engine.model.inputs import Model
+    from ...engine.run.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,17 @@ from difflib import get_close_matches
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from .display import Grid, Section
-from .engine.graph.graph import Kind, Operation
-from .engine.recipe.parameters import layer_position
-from .engine.recipe.types import modules_of
-from .engine.schedule.tiling import tile_length
-from .errors import UsageError
-from .wording import data_size, listed, memory_size, plural
+from ..engine.graph.graph import Kind, Operation
+from ..engine.recipe.parameters import layer_position
+from ..engine.recipe.types import modules_of
+from ..engine.schedule.tiling import tile_length
+from ..errors import UsageError
+from ..io.wording import data_size, listed, memory_size, plural
+from .sections import Grid, Section
 
 if TYPE_CHECKING:
-    from .engine.recipe.types import Slice
-    from .engine.run.plan import Plan
+    from ..engine.recipe.types import Slice
+    from ..engine.run.plan import Plan
 
 _NAMES = 3
 _NUMBER = re.compile(r"\d+")
@@ -169,7 +169,7 @@ def explain(plan: Plan, name: str) -> Explanation:
 
 
 def _sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, ...]:
-    from .engine.schedule.traffic import bytes_of_reads
+    from ..engine.schedule.traffic import bytes_of_reads
 
     graph = plan.built.graph
     read = bytes_of_reads(graph, plan.schedule)

@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .display import Grid, Section, plain
-from .engine.graph.build import Model
-from .engine.graph.graph import Kind
-from .engine.schedule.timeline import sparkline, timeline
-from .engine.schedule.traffic import (
+from ..engine.graph.build import Model
+from ..engine.graph.graph import Kind
+from ..engine.schedule.timeline import sparkline, timeline
+from ..engine.schedule.traffic import (
     bytes_of_models,
     bytes_of_reads,
     downloaded,
@@ -21,13 +20,14 @@ from .engine.schedule.traffic import (
     read_again,
     read_again_lines,
 )
-from .wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
+from ..io.wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
+from .sections import Grid, Section, plain
 
 if TYPE_CHECKING:
-    from .engine.cost.estimate import Estimate
-    from .engine.execute.tasks import LaneTime, Measured
-    from .engine.run.merge import Result
-    from .engine.run.plan import Plan
+    from ..engine.cost.estimate import Estimate
+    from ..engine.execute.tasks import LaneTime, Measured
+    from ..engine.run.merge import Result
+    from ..engine.run.plan import Plan
 
 _BUSY = 0.6
 """The share of a lane's time above which it is called the bottleneck."""

@@ -1,0 +1,1 @@
+"""The dry run as one HTML page."""
