@@ -17,7 +17,7 @@ import yaml
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a mutated path may be a name of the Hub
 
-from mergeloom.engine.recipe.types import load_recipe, parse_recipe
+from mergeloom.engine.recipe.load import load_recipe, parse_recipe
 from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import MergeloomError
 from mergeloom.io.safetensors.checkpoint import open_checkpoint

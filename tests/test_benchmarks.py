@@ -102,7 +102,7 @@ def test_the_table_has_medians_and_their_ratio(tmp_path: Path) -> None:
 
 
 def test_the_stacks_are_the_published_ones() -> None:
-    from mergeloom.engine.recipe.types import parse_recipe
+    from mergeloom.engine.recipe.load import parse_recipe
     from mergeloom.methods import merge_methods
 
     recipes = Path(compare.HERE.parent / "recipes")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mergeloom.engine.graph.build import BuiltGraph, build_graph
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.graph.rules import promote
-from mergeloom.engine.recipe.types import load_recipe
+from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.errors import CheckpointError, RecipeError
 from mergeloom.io.safetensors.checkpoint import Checkpoint
 from mergeloom.io.safetensors.dtypes import DTYPES

@@ -17,8 +17,8 @@ from click.shell_completion import get_completion_class
 
 import mergeloom
 from mergeloom.cli.app import cli
+from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.reader import STAGE_KEYS
-from mergeloom.engine.recipe.types import parse_recipe
 from mergeloom.methods import merge_methods
 
 ROOT = Path(__file__).resolve().parent.parent

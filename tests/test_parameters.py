@@ -9,18 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.parameters import (
-    Conditional,
-    Gradient,
     ParameterError,
     Resolver,
-    Setting,
     SliceParameters,
     coerce,
     gradient_value,
     layer_position,
 )
-from mergeloom.engine.recipe.types import base_index, modules_of, parse_recipe
+from mergeloom.engine.recipe.types import Conditional, Gradient, Setting, base_index, modules_of
 from mergeloom.errors import RecipeError
 from mergeloom.methods.kernel.contract import REQUIRED, Absent, Base, Method, Parameter
 

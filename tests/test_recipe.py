@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.recipe.load import load_recipe, parse_recipe
 from mergeloom.engine.recipe.types import (
     ChatTemplate,
     Conditional,
@@ -25,9 +26,7 @@ from mergeloom.engine.recipe.types import (
     Stage,
     TokenizerSource,
     base_index,
-    load_recipe,
     modules_of,
-    parse_recipe,
     slices_of,
     stage_inputs,
 )

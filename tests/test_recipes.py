@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mergeloom.engine.recipe.types import Recipe, Stage, load_recipe
+from mergeloom.engine.recipe.load import load_recipe
+from mergeloom.engine.recipe.types import Recipe, Stage
 from mergeloom.engine.run.plan import Options, Plan, plan
 from mergeloom.methods import merge_methods
 from tests import models

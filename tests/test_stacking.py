@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mergeloom.cli.stack import stack
 from mergeloom.engine.model.self_merge import StackSummary, Window, compose, stack_recipe, stack_windows
-from mergeloom.engine.recipe.types import ModelReference, parse_recipe
+from mergeloom.engine.recipe.load import parse_recipe
+from mergeloom.engine.recipe.types import ModelReference
 from mergeloom.engine.run.plan import plan
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint

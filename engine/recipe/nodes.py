@@ -11,8 +11,8 @@ from typing import TypeVar
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.contract import Method, Parameter
-from .parameters import Conditional, Gradient, ParameterError, Scalar, Setting, accept, coerce, describe
-from .types import ModelReference, line_of
+from .parameters import ParameterError, accept, coerce, describe
+from .types import Conditional, Gradient, ModelReference, Scalar, Setting, line_of
 from .yaml import Keys, Node
 
 T = TypeVar("T")

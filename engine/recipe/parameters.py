@@ -10,37 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...errors import RecipeError
 from ...methods.kernel.contract import Base, Method, MethodError, Parameter, Range
-
-if TYPE_CHECKING:
-    from ...errors import RecipeError
-    from .types import Module, Recipe, Slice, Stage
-    from .yaml import Keys
-
-Scalar = float | int | bool | str
-
-
-@dataclass(frozen=True, slots=True)
-class Gradient:
-    """Values over the layers of a slice: numbers are linear between neighbours, booleans and texts change in steps."""
-
-    values: tuple[Scalar, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Conditional:
-    """A value for tensors whose name contains `filter`; for all where that is ``*`` or None."""
-
-    filter: str | None
-    value: Scalar | Gradient
-
-
-Setting = Scalar | Gradient | tuple[Conditional, ...]
-Settings = Mapping[str, Setting]
-"""The settings of one scope by the parameter's name."""
+from .types import Conditional, Gradient, Module, Recipe, Scalar, Settings, Slice, Stage
+from .yaml import Keys
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))

@@ -1,13 +1,11 @@
-"""A recipe: what the user wrote, validated, as the rest of the engine reads it.
+"""The types of a validated recipe, as the rest of the engine reads it.
 
-`load_recipe` makes it; all user mistakes in a recipe end there (`recipe_reader`), with file, line and path. The meaning
-is that of a mergekit configuration; docs/mergekit.md has the differences.
+`load.load_recipe` builds one. Its meaning is that of a mergekit configuration; docs/mergekit.md lists the differences.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,31 +13,29 @@ from typing import Literal
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import DType
 from ...methods.kernel.contract import Base, Method
-from .parameters import Conditional, Gradient, Scalar, Setting, Settings
 from .yaml import Keys
 
-__all__ = [
-    "ChatTemplate",
-    "Conditional",
-    "Gradient",
-    "ModelReference",
-    "Module",
-    "Outside",
-    "Recipe",
-    "Scalar",
-    "Setting",
-    "Settings",
-    "Slice",
-    "Source",
-    "Stage",
-    "TokenizerSource",
-    "base_index",
-    "load_recipe",
-    "modules_of",
-    "parse_recipe",
-    "slices_of",
-    "stage_inputs",
-]
+Scalar = float | int | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Values over the layers of a slice: numbers are linear between neighbours, booleans and texts change in steps."""
+
+    values: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditional:
+    """A value for tensors whose name contains `filter`; for all where that is ``*`` or None."""
+
+    filter: str | None
+    value: Scalar | Gradient
+
+
+Setting = Scalar | Gradient | tuple[Conditional, ...]
+Settings = Mapping[str, Setting]
+"""The settings of one scope by the parameter's name."""
 
 DEFAULT_MODULE = "default"
 """mergekit's name for the one module of a model that has no others."""
@@ -308,47 +304,3 @@ def _whole(stage: Stage, models: tuple[Source, ...], place: Keys) -> Slice:
     if base is not None and all(source.model != base for source in models):
         models += (Source(base, None, place=(*stage.place, "base_model")),)
     return Slice(models, place=(*place, "models"))
-
-
-def load_recipe(
-    recipe: Recipe | str | os.PathLike[str] | Mapping[str, object] | Sequence[Mapping[str, object]],
-    *,
-    strict: bool = False,
-    methods: Mapping[str, Method],
-) -> Recipe:
-    """Read and validate a recipe.
-
-    Args:
-        recipe: the path of a YAML file, a dict that says the same, or a list of dicts for several stages. A Recipe is
-            returned as it is.
-        strict: make unknown keys and parameters, and parameters without effect, errors instead of warnings.
-        methods: the merge methods by name, for their parameters.
-
-    Raises:
-        RecipeError: for any mistake in it, and for a file that can't be read.
-    """
-    from .reader import recipe_of
-    from .yaml import YamlSource, node_of, read_yaml
-
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, (str, os.PathLike)):
-        text = os.fsdecode(recipe)
-        if "\n" in text:
-            raise RecipeError("expected the path of a file, and found a text of several lines: use parse_recipe")
-        path = Path(text)
-        return recipe_of(read_yaml(path), path, strict=strict, methods=methods)
-    if not isinstance(recipe, (Mapping, list, tuple)):
-        raise RecipeError(f"expected a path, a dict or a list of dicts, and found a {type(recipe).__name__}")
-    documents = tuple(node_of(item) for item in ((recipe,) if isinstance(recipe, Mapping) else recipe))
-    return recipe_of(YamlSource("", documents, ()), None, strict=strict, methods=methods)
-
-
-def parse_recipe(
-    text: str, *, source: Path | None = None, strict: bool = False, methods: Mapping[str, Method]
-) -> Recipe:
-    """`load_recipe` of a YAML text; `source` is the file that errors name."""
-    from .reader import recipe_of
-    from .yaml import parse_yaml
-
-    return recipe_of(parse_yaml(text, source), source, strict=strict, methods=methods)

@@ -27,7 +27,8 @@ from ..graph.graph import Kind
 from ..graph.layout import Layout, lay_out
 from ..graph.stages import build_stages
 from ..model.open import is_remote, open_model
-from ..recipe.types import ModelReference, Recipe, Stage, load_recipe
+from ..recipe.load import load_recipe
+from ..recipe.types import ModelReference, Recipe, Stage
 from ..schedule.schedule import Budget, Schedule, make_schedule
 from .transfers import Transfer
 

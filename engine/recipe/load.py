@@ -1,0 +1,51 @@
+"""Loads a recipe from a YAML file, a YAML text or plain data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...errors import RecipeError
+from ...methods.kernel.contract import Method
+from .reader import recipe_of
+from .types import Recipe
+from .yaml import YamlSource, node_of, parse_yaml, read_yaml
+
+
+def load_recipe(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, object] | Sequence[Mapping[str, object]],
+    *,
+    strict: bool = False,
+    methods: Mapping[str, Method],
+) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        recipe: the path of a YAML file, a dict that says the same, or a list of dicts for several stages. A Recipe is
+            returned as it is.
+        strict: make unknown keys and parameters, and parameters without effect, errors instead of warnings.
+        methods: the merge methods by name, for their parameters.
+
+    Raises:
+        RecipeError: for any mistake in it, and for a file that can't be read.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        text = os.fsdecode(recipe)
+        if "\n" in text:
+            raise RecipeError("expected the path of a file, and found a text of several lines: use parse_recipe")
+        path = Path(text)
+        return recipe_of(read_yaml(path), path, strict=strict, methods=methods)
+    if not isinstance(recipe, (Mapping, list, tuple)):
+        raise RecipeError(f"expected a path, a dict or a list of dicts, and found a {type(recipe).__name__}")
+    documents = tuple(node_of(item) for item in ((recipe,) if isinstance(recipe, Mapping) else recipe))
+    return recipe_of(YamlSource("", documents, ()), None, strict=strict, methods=methods)
+
+
+def parse_recipe(
+    text: str, *, source: Path | None = None, strict: bool = False, methods: Mapping[str, Method]
+) -> Recipe:
+    """`load_recipe` of a YAML text; `source` is the file that errors name."""
+    return recipe_of(parse_yaml(text, source), source, strict=strict, methods=methods)
