@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mergeloom.__main__ import main
+from mergeloom.engine.recipe.load import load_recipe, parse_recipe
 from mergeloom.engine.recipe.parameters import ParameterError, accept
-from mergeloom.engine.recipe.types import Recipe, load_recipe, parse_recipe
+from mergeloom.engine.recipe.types import Recipe
 from mergeloom.engine.run.plan import Options, plan
 from mergeloom.errors import RecipeError
 from mergeloom.methods import catalogue, merge_methods
