@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.model.layers import find_layers
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.header import build_header, parse_header
 from mergeloom.report.html.page import make_page

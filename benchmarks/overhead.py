@@ -29,7 +29,8 @@ import torch
 from benchmarks.compare import DOCUMENT, RESULTS, machine, put_between_markers, sync, touch_memory
 from benchmarks.make_models import CACHE, make_models
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.shard_writer import Shards
 from mergeloom.io.output.digests import BLOCK_BYTES
 from mergeloom.io.output.journal import Journal

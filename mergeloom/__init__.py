@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
-    from .api import merge, plan
+    from .api import Plan, merge, plan
     from .engine.recipe.types import Recipe
     from .engine.run.merge import Result
-    from .engine.run.plan import Options, Plan
+    from .engine.run.plan import Options
     from .engine.run.verify import Unverified, Verdict, verify
     from .errors import (
         BudgetError,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
         UsageError,
     )
 
-__version__ = "0.2.0.dev1"
 
 __all__ = [
     "BudgetError",
@@ -53,9 +54,18 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {"merge": "api", "plan": "api", "Options": "planning", "Plan": "planning", "Result": "merging"}
-_HOMES["Recipe"] = "engine.recipe"
-_HOMES |= dict.fromkeys(("Unverified", "Verdict", "verify"), "verifying")
+_HOMES = {
+    "merge": "api",
+    "plan": "api",
+    "Options": "engine.run.plan",
+    "Plan": "api",
+    "Recipe": "engine.recipe.types",
+    "Result": "engine.run.merge",
+    "Unverified": "engine.run.verify",
+    "Verdict": "engine.run.verify",
+    "verify": "engine.run.verify",
+}
+"""The module that defines each name; every other name in `__all__` is an error of `errors`."""
 
 
 def __getattr__(name: str) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from .engine.cost.machine import parse_machine
-from .engine.run.plan import Options, Plan, RecipeLike
-from .engine.run.plan import plan as make_plan
+from .engine.run import plan as engine_plan
+from .engine.run.plan import Options, RecipeLike
+from .engine.run.planning import plan as make_plan
 from .errors import UsageError
 from .io.sizes import parse_size
 
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 
 Size = int | str
 """Bytes, or a text such as ``32GiB``."""
+
+
+class Plan(engine_plan.Plan):
+    """A plan whose text is the dry run: ``print(plan)`` shows what ``mergeloom plan`` shows."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        from .report.plan import plan_text
+
+        return plan_text(self)
 
 
 def plan(
@@ -55,7 +67,8 @@ def plan(
         UsageError: for an argument that is none.
     """
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
-    return make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
+    made = make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
+    return Plan(**{field.name: getattr(made, field.name) for field in fields(made)})
 
 
 def merge(
@@ -93,7 +106,7 @@ def merge(
     from .engine.run.merge import merge as perform
 
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
-    if isinstance(recipe, Plan) and options not in (Options(), recipe.options):
+    if isinstance(recipe, engine_plan.Plan) and options not in (Options(), recipe.options):
         raise UsageError("a Plan is performed with the options that it was made with: give these to `plan` instead")
     if digests not in ("written", "full"):
         raise UsageError(f"digests is {digests!r}: give 'written' or 'full'")

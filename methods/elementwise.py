@@ -20,7 +20,8 @@ from .kernel.contract import (
     merge_method,
     only,
 )
-from .kernel.lazy import scripts, torch
+from .kernel.lazy import torch
+from .kernel.lazy_ops import ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class WeightedSum(Kernel):
         self.coefficients = coefficients
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
-        return scripts.weighted_sum(tile.empty(), tile.empty(), list(tile.inputs), list(self.coefficients), None)
+        return ops.weighted_sum(tile.empty(), tile.empty(), list(tile.inputs), list(self.coefficients), None)
 
 
 def weighted_sum(inputs: Inputs, coefficients: Sequence[float]) -> Kernel:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .kernel.block_sums import BlockSums, fold, total
 from .kernel.contract import BLOCK, Inputs, Kernel, Unit
-from .kernel.lazy import scripts, torch
+from .kernel.lazy import torch
+from .kernel.lazy_ops import ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ class Combination(Kernel):
         sums = BlockSums(len(self.pairs), tile.elements, BLOCK, tile.workspace)
         origin = None if self.origin is None else tile.load(self.origin)
         vectors = [tile.empty() for _ in self.indices]
-        scripts.gram(tile.empty(), vectors, [tile.inputs[i] for i in self.indices], origin, sums.places)
+        ops.gram(tile.empty(), vectors, [tile.inputs[i] for i in self.indices], origin, sums.places)
         return [sums.partial()]
 
     def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Any:
@@ -100,7 +101,7 @@ class Combination(Kernel):
     def combine(self, tile: Tile, state: Vector) -> Tensor:
         origin = None if self.origin is None else tile.load(self.origin)
         inputs = [tile.inputs[i] for i in self.indices]
-        result = scripts.weighted_sum(tile.empty(), tile.empty(), inputs, list(state), origin)
+        result = ops.weighted_sum(tile.empty(), tile.empty(), inputs, list(state), origin)
         return result if origin is None else result.add_(origin)
 
     def solve(self, sums: Sequence[float]) -> Vector:

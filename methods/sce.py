@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .kernel.block_sums import BlockSums, total
 from .kernel.contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
-from .kernel.lazy import scripts, torch
+from .kernel.lazy import torch
+from .kernel.lazy_ops import ops
 from .kernel.selection import Cut, Progress, Selection, Target
 from .task_vectors import deltas, elected_mean, in_float32
 
@@ -132,4 +133,4 @@ class SCE(Kernel):
     def combine(self, tile: Tile, state: Weighed) -> Tensor:
         vectors = self.selected(tile, state)
         elected_mean(vectors, state.weights, tile, factors=state.weights, floor=self.divisor_eps)
-        return scripts.onto(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])
+        return ops.onto(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .kernel.contract import Inputs, MethodError, Unit, base_of
 from .kernel.hashing import hashes, masks, probability, scratch, threshold
-from .kernel.lazy import on_cpu, random_scripts, scripts, torch
+from .kernel.lazy import on_cpu, torch
+from .kernel.lazy_ops import mask_ops, ops
 from .kernel.selection import ALL, NONE, Cut, Progress, Selection, Target
 from .task_vectors import Sparsifier, deltas, in_float32, magnitudes
 
@@ -80,7 +81,7 @@ class Between(Sparsifier):
             flat = delta.view(-1)
             least = (0, []) if left is ALL else left.bounds(flat, tile.element)
             largest = (0, []) if dropped is NONE else dropped.bounds(flat, tile.element)
-            scripts.between(flat, tile.workspace.take(tile.elements), *least, *largest)
+            ops.between(flat, tile.workspace.take(tile.elements), *least, *largest)
         else:  # whose magnitudes are compared in float32
             sizes = magnitudes(delta, tile)
             mask = tile.empty(torch.float32)
@@ -136,7 +137,7 @@ class Random(Sparsifier):
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
         mark = tile.workspace.mark()
-        random_scripts.thin(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
+        mask_ops.thin(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
         tile.workspace.release(mark)
 
     def vectors(self, tile: Tile, buffers: Sequence[Tensor], state: Any) -> Iterator[Tensor]:
@@ -145,23 +146,23 @@ class Random(Sparsifier):
             return
         mark = tile.workspace.mark()
         base = tile.load(base_of(self.inputs))
-        random_scripts.thinned(base, list(buffers), *self._all(tile))
+        mask_ops.thinned(base, list(buffers), *self._all(tile))
         tile.workspace.release(mark)
         yield from buffers
 
     def add_sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
         mark = tile.workspace.mark()
         base = tile.load(base_of(self.inputs))
-        random_scripts.thinned_sizes(tile.empty(), base, *self._all(tile), sums.places)
+        mask_ops.thinned_sizes(tile.empty(), base, *self._all(tile), sums.places)
         tile.workspace.release(mark)
 
-    def _all(self, tile: Tile) -> tuple[list[Tensor], list[list[random_scripts.Mask]], random_scripts.Scratch]:
+    def _all(self, tile: Tile) -> tuple[list[Tensor], list[list[mask_ops.Mask]], mask_ops.Scratch]:
         """All inputs but the base, their masks, and what these need."""
         others = self.inputs.others
         kept = [self._masks(place, tile) for place in range(len(others))]
         return [tile.inputs[i] for i in others], kept, scratch(tile.elements, tile.workspace)
 
-    def _masks(self, place: int, tile: Tile) -> list[random_scripts.Mask]:
+    def _masks(self, place: int, tile: Tile) -> list[mask_ops.Mask]:
         bound = self.thresholds[place]
         if bound is None:
             return []

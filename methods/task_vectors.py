@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from .kernel.block_sums import BlockSums, total
 from .kernel.contract import BLOCK, Inputs, Kernel, Unit, base_of
-from .kernel.lazy import scripts, torch
+from .kernel.lazy import torch
+from .kernel.lazy_ops import ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def deltas(
     others = inputs.others if indices is None else indices
     buffers = buffers or [tile.empty()] * len(others)
     for buffer, index in zip(buffers, others, strict=True):
-        yield scripts.difference(buffer, tile.inputs[index], base, absolute)
+        yield ops.difference(buffer, tile.inputs[index], base, absolute)
     tile.workspace.release(mark)
 
 
@@ -81,9 +82,9 @@ def elected_mean(
     """
     mark = tile.workspace.mark()
     sign, agree, divisor = (tile.empty() for _ in range(3))
-    bits = [scripts.bits(term) for term in (*terms, sign)]
+    bits = [ops.bits(term) for term in (*terms, sign)]
     weighting = list(scales or ()), list(divisors or ()), list(factors or ())
-    scripts.agreeing(terms[0], list(terms), bits[:-1], *weighting, floor, sign, bits[-1], agree, divisor)
+    ops.agreeing(terms[0], list(terms), bits[:-1], *weighting, floor, sign, bits[-1], agree, divisor)
     tile.workspace.release(mark)
     return terms[0]
 
@@ -236,16 +237,16 @@ class TaskVectors(Kernel):
         if not (self.elect or self.sparsifier.drops):
             base = tile.load(base_of(self.inputs))
             inputs = [tile.inputs[i] for i in self.inputs.others]
-            result = scripts.weighted_sum(tile.empty(), tile.empty(), inputs, factors, base)
-            return scripts.onto(result, self.factor, base, base)
+            result = ops.weighted_sum(tile.empty(), tile.empty(), inputs, factors, base)
+            return ops.onto(result, self.factor, base, base)
         buffers = [tile.empty() for _ in (self.weights if self.elect else self.weights[:2])]
         buffers += buffers[1:] * (len(self.weights) - len(buffers))  # all but the first of them in turn
         for place, delta in enumerate(self.sparsifier.vectors(tile, buffers, state.sparse)):
             if not self.elect:
-                scripts.accumulate(buffers[0], delta, factors[place], place == 0)
+                ops.accumulate(buffers[0], delta, factors[place], place == 0)
         if self.elect:
             elected_mean(buffers, self.weights if self.normalize else None, tile, scales=factors)
-        return scripts.onto(buffers[0], self.factor, tile.empty(), tile.inputs[base_of(self.inputs)])
+        return ops.onto(buffers[0], self.factor, tile.empty(), tile.inputs[base_of(self.inputs)])
 
 
 def restored(before: float, after: float, least: float) -> float:

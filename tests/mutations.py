@@ -18,7 +18,8 @@ import yaml
 os.environ["HF_HUB_OFFLINE"] = "1"  # a mutated path may be a name of the Hub
 
 from mergeloom.engine.recipe.load import load_recipe, parse_recipe
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import MergeloomError
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import data_start, parse_header

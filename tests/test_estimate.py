@@ -26,7 +26,8 @@ from mergeloom.engine.cost.estimate import (
 )
 from mergeloom.engine.cost.machine import Machine, parse_machine
 from mergeloom.engine.cost.measure_disk import measured_rates
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import UsageError
 from mergeloom.report.html.page import make_page

@@ -17,7 +17,8 @@ import pytest
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.run import session as performing
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.reading import Reader, Stamp, stamps_of

@@ -11,7 +11,8 @@ import pytest
 
 from mergeloom.engine.files.chat_templates import BUILT_IN
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, RecipeError
 from tests.models import Model, tiny_llama, write_checkpoint, write_tokenizer
 from tests.outputs import config_of, digests, read_model, same_tensors

@@ -23,7 +23,8 @@ import yaml
 import mergeloom
 from mergeloom.engine.cost.machine import MEMORY_STEP, Machine
 from mergeloom.engine.run.placement import place
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.io.wording import data_size
 from tests import models
 from tests.conftest import MakeModel

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import read_header

@@ -17,7 +17,8 @@ from mergeloom.__main__ import main
 from mergeloom.engine.cost import machine
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.run import merge as merging
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import DeviceBudget
 from mergeloom.errors import UsageError
 from mergeloom.io import platform

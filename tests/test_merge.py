@@ -21,7 +21,8 @@ from mergeloom.engine.cost.machine import process_memory
 from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.run import session as performing
 from mergeloom.engine.run.merge import Result, merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io.output import directory as output

@@ -20,7 +20,8 @@ import yaml
 from torch import Tensor
 
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import MergeloomError
 from tests.mergekit_configurations import CONFIGURATIONS, REFUSED_HERE, REFUSED_THERE, WARNED
 from tests.outputs import config_of, digests, read_model

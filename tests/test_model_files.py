@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from tests.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.outputs import config_of, digests
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, RecipeError
 from tests.models import Model, tiny_llama, write_checkpoint
 from tests.outputs import config_of, read_model, same_bits

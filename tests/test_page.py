@@ -20,7 +20,8 @@ from mergeloom.engine.cost.estimate import assumed_rates, estimate
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.run.alternatives import alternatives
 from mergeloom.engine.run.destination import look_at
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.report.html.page import make_page
 from mergeloom.report.html.svg import shortened, text_of
 from tests import models

@@ -15,7 +15,8 @@ from mergeloom.__main__ import main
 from mergeloom.engine.recipe.load import load_recipe, parse_recipe
 from mergeloom.engine.recipe.parameters import ParameterError, accept
 from mergeloom.engine.recipe.types import Recipe
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import RecipeError
 from mergeloom.methods import catalogue, merge_methods
 from mergeloom.methods import registry as plugins

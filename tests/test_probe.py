@@ -18,7 +18,8 @@ from mergeloom.engine.cost.estimate import ASSUMED, GIVEN, MEASURED
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.cost.measure_compute import measure_node, node_groups, small_kernel
 from mergeloom.engine.cost.measure_disk import input_places, measure_reading, measure_writing, measured_rates
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.io.platform import DISABLED, cached_share, forget_cached
 from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.contract import Base

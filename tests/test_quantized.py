@@ -8,7 +8,8 @@ import pytest
 
 from mergeloom.engine.model.quantized import quantized_tensors
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.tensors import TensorRef

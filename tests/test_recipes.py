@@ -21,7 +21,8 @@ import yaml
 
 from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.types import Recipe, Stage
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.methods import merge_methods
 from tests import models
 from tests.published_models import PRESETS, SHAPES, Preset, llama_2_70b

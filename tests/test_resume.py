@@ -21,7 +21,8 @@ from mergeloom.engine.execute.lane import Lane
 from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.run.manifest import MANIFEST
 from mergeloom.engine.run.merge import Result, merge
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK, OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal

@@ -11,7 +11,8 @@ import pytest
 
 from mergeloom.engine.run.manifest import read_manifest
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import RecipeError
 from tests.faults import Kill, Stopped, watching

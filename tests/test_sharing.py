@@ -22,7 +22,7 @@ from mergeloom.cli.app import cli
 from mergeloom.engine.run import placement as sharing
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.placement import EDGES, copy_threads, place, unplaced, why_not_shared
-from mergeloom.engine.run.plan import plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.io import platform
 from mergeloom.io.platform import mount_of

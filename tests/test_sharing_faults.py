@@ -15,7 +15,7 @@ import pytest
 from mergeloom.engine.run import bulk_copy as copies
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.placement import place
-from mergeloom.engine.run.plan import plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
 from mergeloom.io import platform

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.graph.graph import MergeGraph
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.source_digests import (
     SourceDigests,
     check_sources,

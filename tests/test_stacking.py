@@ -15,7 +15,7 @@ from mergeloom.cli.stack import stack
 from mergeloom.engine.model.self_merge import StackSummary, Window, compose, stack_recipe, stack_windows
 from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.types import ModelReference
-from mergeloom.engine.run.plan import plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.safetensors.dtypes import BF16

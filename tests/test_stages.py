@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor
 
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from tests import reference
 from tests.models import Model, encoder_dir, llama, perturbed_encoder, tiny_llama, write_checkpoint
 from tests.outputs import config_of, digests, read_model, same_bits

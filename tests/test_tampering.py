@@ -16,7 +16,8 @@ import pytest
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.run.manifest import MANIFEST
 from mergeloom.engine.run.merge import Result, merge
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK

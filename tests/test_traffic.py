@@ -134,7 +134,8 @@ def test_many_kinds_are_summed_up() -> None:
 @pytest.mark.parametrize("budget", ["ram=64GiB,vram=1GiB", "ram=64GiB,vram=24GiB,gpus=2"])
 def test_a_gpu_that_is_not_here(budget: str, llamas: dict[str, Path]) -> None:
     from mergeloom.engine.cost.machine import parse_machine
-    from mergeloom.engine.run.plan import Options, plan
+    from mergeloom.engine.run.plan import Options
+    from mergeloom.engine.run.planning import plan
 
     planned = plan(linear(llamas["a"], llamas["b"]), Options(machine=parse_machine(budget)))
     found = planned.to_dict()

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from tests.counting import count_bytes_read
 from tests.models import FineTune, Model, Random, llama, llama_3_2_1b, llama_3_70b, write_checkpoint
 from tests.outputs import beyond_one_ulp, config_of, read_model

@@ -14,7 +14,8 @@ from mergeloom.engine.graph import fuse, graph, layout
 from mergeloom.engine.graph.fuse import FusedKernel
 from mergeloom.engine.run.manifest import MANIFEST, facts_of
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import UsageError
 from mergeloom.io.output.directory import WORK

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.recover import Durable, durable_of
 from mergeloom.engine.run.shard_writer import Shards, records_of
 from mergeloom.engine.run.transfers import Transfer, plan_transfers

@@ -20,7 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from mergeloom.__main__ import main as command
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, Plan, plan
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.recover import durable_of
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK

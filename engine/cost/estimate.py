@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import UsageError
 from ...io.sizes import parse_size
 from ...io.wording import data_size
 from ..graph.graph import Kind
 from ..schedule.traffic import downloaded
-
-if TYPE_CHECKING:
-    from ..run.plan import Plan
+from .machine import CACHED_SHARE, available_ram, usable_cores
+from .workload import Workload
 
 GIVEN, MEASURED, ASSUMED = "given", "measured", "assumed"
 _SPREAD = {GIVEN: (0.9, 1.25), MEASURED: (0.75, 1.6), ASSUMED: (0.4, 2.5)}
@@ -85,11 +84,11 @@ _START = 1.0
 """Assumed seconds to load torch."""
 
 
-def assumed_rates(plan: Plan) -> Rates:
+def assumed_rates(work: Workload) -> Rates:
     """Rates for a machine of which nothing is known, but with the plan's devices."""
-    devices = plan.schedule.budget.devices
+    devices = work.schedule.budget.devices
     compute = sum(_CORE * device.threads if device.vram is None else _GPU for device in devices)
-    return Rates(compute=Rate(compute), start=_START if plan.computes else 0.0)
+    return Rates(compute=Rate(compute), start=_START if work.computes else 0.0)
 
 
 def parse_rates(text: str) -> dict[str, float]:
@@ -174,35 +173,35 @@ class Estimate:
         }
 
 
-def estimate(plan: Plan, rates: Rates) -> Estimate:
+def estimate(work: Workload, rates: Rates) -> Estimate:
     """The time of a plan at these rates, planning itself left out."""
-    schedule = plan.schedule
+    schedule = work.schedule
     devices = schedule.budget.devices
     gpus = sum(device.vram is not None for device in devices)
-    lanes = [_read(plan, rates), _lane("write", plan.bytes_written, rates.disk_write)]
-    if plan.computes:
-        work = _lane("compute", computed_bytes(plan), rates.compute)
+    lanes = [_read(work, rates), _lane("write", work.bytes_written, rates.disk_write)]
+    if work.computes:
+        computing = _lane("compute", computed_bytes(work), rates.compute)
         if gpus:
-            back = downloaded(plan.built.graph, schedule)
+            back = downloaded(work.graph, schedule)
             lanes += [
                 _lane("upload", schedule.uploaded, rates.h2d, gpus),
-                work,
+                computing,
                 _lane("download", back, rates.d2h, gpus),
             ]
         else:
-            lanes.append(work)
-    lanes.append(_cores(plan, rates, lanes, sum(device.threads for device in devices if device.vram is None)))
+            lanes.append(computing)
+    lanes.append(_cores(work, rates, lanes, sum(device.threads for device in devices if device.vram is None)))
     order = sorted((lane.seconds for lane in lanes), reverse=True)
     spread = [_SPREAD[lane.rate.origin] for lane in lanes]
     low = max(lane.seconds * least for lane, (least, _) in zip(lanes, spread, strict=True))
     high = max(lane.seconds * most for lane, (_, most) in zip(lanes, spread, strict=True))
-    more = _fill(plan, rates) + rates.start
+    more = _fill(work, rates) + rates.start
     return Estimate(order[0] + more, low + rates.start / 2, high + 2 * more + _UNHIDDEN * order[1], tuple(lanes), rates)
 
 
-def computed_bytes(plan: Plan) -> int:
+def computed_bytes(work: Workload) -> int:
     """Bytes of inputs that the arithmetic goes through, each pass counted."""
-    graph = plan.built.graph
+    graph = work.graph
     total = 0
     for node in graph:
         operation = graph.operation(node)
@@ -215,10 +214,10 @@ def _lane(name: str, nbytes: int, rate: Rate, count: int = 1) -> LaneEstimate:
     return LaneEstimate(name, nbytes, rate, nbytes / (rate.per_second * max(1, count)))
 
 
-def _read(plan: Plan, rates: Rates) -> LaneEstimate:
+def _read(work: Workload, rates: Rates) -> LaneEstimate:
     """The read lane: what lies in the page cache, now or after an earlier pass, comes from there."""
-    nbytes = plan.bytes_read
-    cached = cached_again(plan) + rates.cached * (nbytes - plan.schedule.bytes_reread)
+    nbytes = work.bytes_read
+    cached = cached_again(work) + rates.cached * (nbytes - work.schedule.bytes_reread)
     disk = nbytes - cached
     seconds = disk / rates.disk_read.per_second + cached / (_READERS * rates.memory.per_second)
     rate = rates.disk_read if disk > cached else rates.memory
@@ -227,26 +226,21 @@ def _read(plan: Plan, rates: Rates) -> LaneEstimate:
     return LaneEstimate("read", nbytes, rate, seconds)
 
 
-def cached_again(plan: Plan) -> int:
+def cached_again(work: Workload) -> int:
     """Bytes that are read again from the page cache: all or none, as the merge keeps its inputs there or not."""
-    from ..run.merge import CACHED_SHARE
-    from .machine import available_ram
-
-    graph, machine = plan.built.graph, plan.options.machine
+    graph, machine = work.graph, work.machine
     free = machine.ram if machine is not None and machine.ram is not None else available_ram()
     kept = sum(ref.nbytes for ref in graph.reads) < CACHED_SHARE * free
-    return plan.schedule.bytes_reread if kept else 0
+    return work.schedule.bytes_reread if kept else 0
 
 
-def _cores(plan: Plan, rates: Rates, lanes: list[LaneEstimate], threads: int) -> LaneEstimate:
+def _cores(work: Workload, rates: Rates, lanes: list[LaneEstimate], threads: int) -> LaneEstimate:
     """What all threads do together on the machine's cores: arithmetic where the CPU does it, and copying."""
-    from .machine import usable_cores
-
-    machine = plan.options.machine
+    machine = work.machine
     cores = (machine and machine.cores) or usable_cores()
     computing = next((lane for lane in lanes if lane.name == "compute"), None)
-    moved = plan.bytes_read + plan.bytes_written
-    zeroed = min(moved, plan.schedule.ram_slots * plan.schedule.slot_bytes)  # by the kernel, at the first use
+    moved = work.bytes_read + work.bytes_written
+    zeroed = min(moved, work.schedule.ram_slots * work.schedule.slot_bytes)  # by the kernel, at the first use
     seconds = (moved + zeroed) / rates.memory.per_second
     origin = rates.memory.origin
     if computing is not None and threads:
@@ -257,9 +251,9 @@ def _cores(plan: Plan, rates: Rates, lanes: list[LaneEstimate], threads: int) ->
     return LaneEstimate("cores", moved, Rate(per_second, origin), seconds / cores)
 
 
-def _fill(plan: Plan, rates: Rates) -> float:
+def _fill(work: Workload, rates: Rates) -> float:
     """Until the last lane has something to do: one chunk of every source comes through all lanes."""
-    schedule, reads = plan.schedule, plan.built.graph.reads
+    schedule, reads = work.schedule, work.graph.reads
     first = schedule.steps[0].sources if schedule.steps else ()
     nbytes = sum(min(schedule.slot_bytes, reads[read].nbytes) for read in first)
     return nbytes * (1 / rates.disk_read.per_second + 1 / rates.compute.per_second + 1 / rates.disk_write.per_second)

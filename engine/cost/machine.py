@@ -18,6 +18,8 @@ from ..schedule.schedule import Budget, DeviceBudget, Schedule
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
+CACHED_SHARE = 0.5
+"""Inputs larger than this share of the free memory are dropped from the page cache after they are read."""
 VRAM_SHARE = 0.85
 """The default --max-vram, as a share of the GPU's memory."""
 CUDA_BYTES = 1200 << 20

@@ -13,6 +13,7 @@ from ...errors import MergeloomError
 from ..graph.graph import Kind
 from .estimate import MEASURED, Rate, Rates
 from .machine import usable_cores
+from .workload import Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from ...methods.kernel.contract import Kernel
     from ...methods.kernel.tile import Workspace
     from ..execute.compute import Piece
-    from ..run.plan import Plan
 
 SECONDS = 0.25
 """How long each kind of node is measured, about; as long again to warm up."""
@@ -29,16 +29,16 @@ _ELEMENTS, _GPU_ELEMENTS = 1 << 22, 1 << 24
 _COPY = 64 << 20
 
 
-def with_computing(rates: Rates, plan: Plan, given: Mapping[str, float]) -> tuple[Rates, list[str]]:
+def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> tuple[Rates, list[str]]:
     """The rates with those of the arithmetic, and of the copies to a GPU, and remarks."""
-    devices = plan.schedule.budget.devices
+    devices = work.schedule.budget.devices
     gpus = [device for device in devices if device.vram is not None]
     notes: list[str] = []
     if gpus:
         missing = [name for name in ("h2d", "d2h", "compute") if name not in given]
         if not missing:
             return rates, []
-        if plan.options.machine is not None or not _has_cuda():
+        if work.machine is not None or not _has_cuda():
             return rates, [f"the GPU is not here to be measured: {', '.join(missing)} can be given with --rates"]
         if not {"h2d", "d2h"} <= given.keys():
             up, down = measure_copies(gpus[0].name)
@@ -52,9 +52,9 @@ def with_computing(rates: Rates, plan: Plan, given: Mapping[str, float]) -> tupl
         return rates, notes
     threads = 1 if gpus else min(devices[0].threads, usable_cores())
     seconds = nbytes = 0.0
-    for group in node_groups(plan)[:_GROUPS]:
+    for group in node_groups(work)[:_GROUPS]:
         try:
-            per_second = measure_node(plan, group.node, gpus[0].name if gpus else "cpu", threads)
+            per_second = measure_node(work, group.node, gpus[0].name if gpus else "cpu", threads)
         except (MergeloomError, OSError):
             continue
         if per_second:
@@ -91,9 +91,9 @@ class Group:
     elements: int
 
 
-def node_groups(plan: Plan) -> list[Group]:
+def node_groups(work: Workload) -> list[Group]:
     """The kinds of nodes that compute, those with the most to do first."""
-    graph = plan.built.graph
+    graph = work.graph
     found: dict[tuple[Any, ...], Group] = {}
     for node in graph:
         operation = graph.operation(node)
@@ -109,7 +109,7 @@ def node_groups(plan: Plan) -> list[Group]:
     return sorted(found.values(), key=lambda group: -group.nbytes)
 
 
-def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
+def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
     """Bytes of inputs that a node's passes go through in a second, by all threads together; 0 where it can't be told.
 
     The node's method is bound to the first rows of its tensors, which are read from their files.
@@ -121,9 +121,9 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
     from ..execute.compute import Piece, torch_dtype
     from ..schedule.tiling import work_bytes
 
-    graph = plan.built.graph
+    graph = work.graph
     refs = [graph.reads[read] for read in graph.node_sources[node]]
-    kernel = small_kernel(plan, node, _ELEMENTS if device == "cpu" else _GPU_ELEMENTS)
+    kernel = small_kernel(work, node, _ELEMENTS if device == "cpu" else _GPU_ELEMENTS)
     if kernel is None:
         return 0.0
     elements = kernel.inputs.rows * kernel.inputs.columns
@@ -136,7 +136,7 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
             inputs.append(torch.frombuffer(data, dtype=torch_dtype(ref.dtype)).to(device))
     finally:
         reader.close()
-    tile = max(1, plan.schedule.tile_elements[0] // kernel.granule) * kernel.granule
+    tile = max(1, work.schedule.tile_elements[0] // kernel.granule) * kernel.granule
     nbytes = kernel.workspace(min(tile, elements), work_bytes(graph, node))
     if node in graph.footprints:
         nbytes = max(nbytes, graph.footprints[node].workspace.at(min(tile, elements)))
@@ -145,22 +145,22 @@ def measure_node(plan: Plan, node: int, device: str, threads: int) -> float:
     positions = graph.operation(node).positions or tuple(range(len(inputs)))
     piece = Piece(kernel, inputs, 0, graph.node_key[node], positions, tile)
 
-    def work(thread: int) -> None:
+    def run(thread: int) -> None:
         _run(piece, Workspace(spaces[thread], torch.float32), outs[thread])
         if device != "cpu":
             torch.cuda.synchronize()
 
-    runs, seconds = _repeat(work, threads)
+    runs, seconds = _repeat(run, threads)
     passes = kernel.reductions + 1
     return runs * passes * sum(tensor.nbytes for tensor in inputs) / seconds
 
 
-def small_kernel(plan: Plan, node: int, elements: int) -> Kernel | None:
+def small_kernel(work: Workload, node: int, elements: int) -> Kernel | None:
     """A node's method bound to the first rows of its tensors; None where it can't be bound to fewer."""
     from ...methods import merge_methods
     from ...methods.kernel.contract import Inputs, MethodError
 
-    graph = plan.built.graph
+    graph = work.graph
     operation = graph.operation(node)
     kernel = operation.kernel
     method = merge_methods().get(operation.method)

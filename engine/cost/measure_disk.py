@@ -13,14 +13,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...io.platform import cached_share, read_at, write_at
 from .estimate import MEASURED, Rate, Rates, assumed_rates, with_given
 from .measure_compute import with_computing
-
-if TYPE_CHECKING:
-    from ..run.plan import Plan
+from .workload import Workload
 
 SECONDS = 0.5
 """How long each measurement takes, about."""
@@ -74,30 +71,30 @@ class Moved:
         return self.core / self.nbytes if self.nbytes else 0.0
 
 
-def measured_rates(plan: Plan, out: Path | None, given: Mapping[str, float]) -> Rates:
+def measured_rates(work: Workload, out: Path | None, given: Mapping[str, float]) -> Rates:
     """The rates for a plan on this machine.
 
     Args:
-        plan: says which inputs, methods and devices.
+        work: says which inputs, methods and devices.
         out: where the merge would write; its disk isn't touched where None, and its rate is assumed.
         given: rates that needn't be measured.
     """
-    rates = assumed_rates(plan)
+    rates = assumed_rates(work)
     notes = []
     reading = writing = None
-    if "disk_read" not in given and plan.bytes_read:
-        rates, reading, more = _with_reading(rates, plan)
+    if "disk_read" not in given and work.bytes_read:
+        rates, reading, more = _with_reading(rates, work)
         notes += more
-    if "disk_write" not in given and out is not None and plan.bytes_written:
+    if "disk_write" not in given and out is not None and work.bytes_written:
         written = measure_writing(next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir()))
         if written.seconds:
             rates, writing = replace(rates, disk_write=written.rate), written.cost
     if (reading or writing) and "memory" not in given:
-        nbytes = plan.bytes_read * bool(reading) + plan.bytes_written * bool(writing)
-        seconds = plan.bytes_read * (reading or 0) + plan.bytes_written * (writing or 0)
+        nbytes = work.bytes_read * bool(reading) + work.bytes_written * bool(writing)
+        seconds = work.bytes_read * (reading or 0) + work.bytes_written * (writing or 0)
         rates = replace(rates, memory=Rate(nbytes / seconds, MEASURED))
-    if plan.computes:
-        rates, more = with_computing(rates, plan, given)
+    if work.computes:
+        rates, more = with_computing(rates, work, given)
         notes += more
     if out is None and "disk_write" not in given:
         notes.append("give OUT as well, and writing to its disk is measured too")
@@ -107,9 +104,9 @@ def measured_rates(plan: Plan, out: Path | None, given: Mapping[str, float]) -> 
 # ------------------------------------------------------------------------------------------------ disks
 
 
-def _with_reading(rates: Rates, plan: Plan) -> tuple[Rates, float | None, list[str]]:
+def _with_reading(rates: Rates, work: Workload) -> tuple[Rates, float | None, list[str]]:
     """The rate of the inputs' disks, what a byte costs a core in seconds, and remarks."""
-    places = input_places(plan)
+    places = input_places(work)
     if not places:
         return rates, None, []
     cached = sum(place.cached for place in places) / len(places)
@@ -128,9 +125,9 @@ def _with_reading(rates: Rates, plan: Plan) -> tuple[Rates, float | None, list[s
     return replace(rates, cached=cached), cost, notes
 
 
-def input_places(plan: Plan, places: int = _PLACES) -> list[Place]:
+def input_places(work: Workload, places: int = _PLACES) -> list[Place]:
     """Ranges of the inputs, evenly spaced over all bytes that are read, of the files that are here."""
-    graph = plan.built.graph
+    graph = work.graph
     total = sum(ref.nbytes for ref in graph.reads)
     page = os.sysconf("SC_PAGESIZE")
     found = []

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ... import __version__
 from ...io.wording import big_number
+from ...version import __version__
 
 _ADDRESS = "https://huggingface.co"
 # An absolute path with at least one directory in it; not what follows a URL's colon or a closing tag's bracket.

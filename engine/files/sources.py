@@ -45,6 +45,23 @@ class FileSources:
     tokenizer_from: str
 
 
+@dataclass(frozen=True, slots=True)
+class OutputModel:
+    """A model that a merge makes: the output, or a stage's that is saved.
+
+    Args:
+        folder: where in OUT; empty for OUT itself.
+        stage: the stage that makes it.
+        files: where the files beside the weights come from.
+        layers: of its main stack.
+    """
+
+    folder: str
+    stage: Stage
+    files: FileSources
+    layers: int
+
+
 def directory_of(checkpoint: Checkpoint) -> Path:
     """The directory that a checkpoint's other files are in."""
     return checkpoint.path.parent if checkpoint.path.is_file() else checkpoint.path

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...io.output.directory import OutputDirectory, index_bytes
 from ...io.safetensors.checkpoint import INDEX, Checkpoint
+from ..graph.graph import MergeGraph
+from ..graph.layout import Layout
+from ..model.inputs import Model
+from ..recipe.types import Recipe
 from .card import CardModel, model_card
 from .chat_templates import REPLACED, with_template
 from .companions import FileKind, companion_files
-from .sources import FileSources, directory_of, tokenizer_directory
-
-if TYPE_CHECKING:
-    from ..run.plan import MadeModel, Plan
+from .sources import FileSources, OutputModel, directory_of, tokenizer_directory
 
 CARD = "README.md"
 CONFIG = "config.json"
@@ -41,10 +41,29 @@ class ModelFile:
     last: bool = False
 
 
-def write_model_files(plan: Plan, out: OutputDirectory) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class OutputContent:
+    """What the other files say about the weights.
+
+    Args:
+        recipe: the recipe.
+        graph: the output tensors and their sources.
+        layout: the shard and offset of each output tensor.
+        inputs: the models that are read.
+        dtype: the output's torch dtype name as config.json gives it, or None.
+    """
+
+    recipe: Recipe
+    graph: MergeGraph
+    layout: Layout
+    inputs: Sequence[Model]
+    dtype: str | None
+
+
+def write_model_files(models: Sequence[OutputModel], content: OutputContent, out: OutputDirectory) -> list[str]:
     """Write everything but the weights into OUT; the names of what must appear last, every config.json among them."""
     last = []
-    for file in model_files(plan):
+    for file in model_files(models, content):
         if isinstance(file.content, Path):
             out.copy_file(file.name, file.content)
         else:
@@ -60,31 +79,34 @@ def local_companions(checkpoint: Checkpoint, kind: FileKind) -> Iterator[tuple[s
         yield file.path, file.source
 
 
-def model_files(plan: Plan, companions: CompanionLister = local_companions) -> Iterator[ModelFile]:
+def model_files(
+    models: Sequence[OutputModel], content: OutputContent, companions: CompanionLister = local_companions
+) -> Iterator[ModelFile]:
     """All files that a merge writes next to the shards, except the manifest.
 
     Args:
-        plan: the merge.
+        models: the models that the merge writes, the output first.
+        content: what the files say about the weights.
         companions: lists the companion files of a model.
 
     Raises:
         MergeloomError: a source can't be read.
     """
-    for made in reversed(plan.made):
+    for made in reversed(models):
         within = f"{made.folder}/" if made.folder else ""
-        for name, content in _companions(made.files, companions):
-            yield ModelFile(f"{within}{name}", content)
-        yield ModelFile(f"{within}{CARD}", _card(plan, made).encode())
+        for name, data in _companions(made.files, companions):
+            yield ModelFile(f"{within}{name}", data)
+        yield ModelFile(f"{within}{CARD}", _card(content, made).encode())
         if made.files.config is not None:
             config = (json.dumps(made.files.config, indent=2) + "\n").encode()
             yield ModelFile(f"{within}{CONFIG}", config, last=True)
-        if len(plan.layout.shards_in(made.folder)) > 1:
-            yield ModelFile(f"{within}{INDEX}", _index(plan, made), last=True)
+        if len(content.layout.shards_in(made.folder)) > 1:
+            yield ModelFile(f"{within}{INDEX}", _index(content, made), last=True)
 
 
-def _index(plan: Plan, made: MadeModel) -> bytes:
+def _index(content: OutputContent, made: OutputModel) -> bytes:
     """The index of a model's shards."""
-    graph, layout = plan.built.graph, plan.layout
+    graph, layout = content.graph, content.layout
     numbers = graph.outputs_in(made.folder)
     names = {graph.outputs[n].name: layout.shards[layout.shard_of[n]].name.rpartition("/")[2] for n in numbers}
     return index_bytes(names, sum(graph.nbytes(graph.outputs[number].node) for number in numbers))
@@ -101,8 +123,8 @@ def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[s
     yield from changed.items()
 
 
-def _card(plan: Plan, made: MadeModel) -> str:
-    graph = plan.built.graph
+def _card(content: OutputContent, made: OutputModel) -> str:
+    graph = content.graph
     nodes = [graph.outputs[number].node for number in graph.outputs_in(made.folder)]
     used = {graph.read_models[read] for node in nodes for read in graph.node_sources[node]}
     cards = {
@@ -111,21 +133,21 @@ def _card(plan: Plan, made: MadeModel) -> str:
             revision=model.reference.revision,
             local=Path(model.reference.path).expanduser().exists(),
         )
-        for model in plan.built.models
+        for model in content.inputs
         if not made.folder or model.number in used
     }
     base = next(
-        (cards[m.number] for m in plan.built.models if m.reference == made.stage.base_model and m.number in cards), None
+        (cards[m.number] for m in content.inputs if m.reference == made.stage.base_model and m.number in cards), None
     )
     dtypes = sorted({graph.node_dtype[node].torch_name or "packed" for node in nodes})
-    methods = [made.stage.merge_method] if made.folder else [stage.merge_method for stage in plan.recipe.stages]
+    methods = [made.stage.merge_method] if made.folder else [stage.merge_method for stage in content.recipe.stages]
     return model_card(
         name=made.stage.name or "Merged model",
         methods=list(dict.fromkeys(methods)),
         models=list(cards.values()),
-        recipe=plan.recipe.text,
+        recipe=content.recipe.text,
         layers=made.layers,
         parameters=sum(map(graph.elements, nodes)),
-        dtype=(None if made.folder else plan.built.dtype) or ", ".join(dtypes),
+        dtype=(None if made.folder else content.dtype) or ", ".join(dtypes),
         base_model=base,
     )

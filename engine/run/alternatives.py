@@ -13,7 +13,6 @@ from ...io.wording import data_size, duration, memory_size
 from ...report.sections import Grid, Section
 from ..cost.estimate import Estimate, Rates, estimate
 from ..schedule.schedule import Budget, Schedule, make_schedule
-from ..schedule.traffic import moved_aside
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -77,7 +76,7 @@ def alternatives(plan: Plan, rates: Rates | None = None) -> list[Alternative]:
         rates: for the time; None for none.
     """
     budget = plan.schedule.budget
-    aside = moved_aside(plan)
+    aside = plan.bypassed
     found = {(budget.ram, _vram(budget)): _alternative(plan, plan.schedule, rates, planned=True)}
     for ram in _sizes(plan.schedule.minimum_ram):
         tried = _try(plan, replace(budget, ram=ram), aside, rates)
@@ -124,7 +123,7 @@ def _try(plan: Plan, budget: Budget, aside: Mapping[int, int], rates: Rates | No
 
 
 def _alternative(plan: Plan, schedule: Schedule, rates: Rates | None, *, planned: bool = False) -> Alternative:
-    time = estimate(replace(plan, schedule=schedule), rates) if rates is not None else None
+    time = estimate(replace(plan, schedule=schedule).workload, rates) if rates is not None else None
     budget = schedule.budget
     return Alternative(
         budget.ram,

@@ -107,7 +107,7 @@ def _file_differences(plan: Plan, out: Path, recorded: Mapping[str, str]) -> Ite
                 yield file.name, file.path
 
     expected = set()
-    for file in model_files(plan, companions):
+    for file in model_files(plan.made, plan.content, companions):
         expected.add(file.name)
         if file.name.rpartition("/")[2] == CARD:
             continue

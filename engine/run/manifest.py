@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ... import __version__
 from ...errors import CheckpointError
 from ...io.hub.checkpoint import HubCheckpoint
 from ...io.open_source import open_source, read_range
@@ -20,6 +19,7 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.identity import file_identity
 from ...methods.kernel.contract import ARITHMETIC_VERSION, Inputs
 from ...methods.registry import code_of
+from ...version import __version__
 from ..graph.fuse import FusedKernel, Part
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION

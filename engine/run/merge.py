@@ -16,7 +16,7 @@ from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
 from ...io.reading import Observe, Reader, Stamps
 from ...io.wording import data_size, plural
-from ..cost.machine import available_ram, process_memory
+from ..cost.machine import CACHED_SHARE, available_ram, process_memory
 from ..execute.devices.base import make_devices
 from ..execute.replan import run_graph
 from ..execute.tasks import Measured, Progress, Sink
@@ -26,7 +26,8 @@ from .destination import refuse_input
 from .finished import check_finished
 from .manifest import MANIFEST
 from .placement import unplaced
-from .plan import Options, Plan, RecipeLike, plan
+from .plan import Options, Plan, RecipeLike
+from .planning import plan
 from .session import Earlier, Run
 
 
@@ -85,10 +86,6 @@ class Result:
                 "earlier": asdict(self.earlier),
             },
         }
-
-
-CACHED_SHARE = 0.5
-"""Inputs that take more than this share of the free memory are dropped from the page cache once they are read."""
 
 
 _DEVICE_ERRORS = {"AcceleratorError", "OutOfMemoryError"}  # torch's, by name, so that it need not be imported

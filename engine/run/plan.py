@@ -1,35 +1,28 @@
-"""The dry run: what a recipe makes, and what a merge will read, write, hold and need. Reads headers only."""
+"""The plan of a merge: the schedule that the merge executes and the dry run prints, and what it will need."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...io.hub.repository import HubFile
-from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.tensors import TensorRef
-from ...methods import merge_methods
 from ..cost.machine import (
     Machine,
-    check_address_space,
-    find_devices,
-    make_budget,
-    memory_remark,
-    prepare_to_compute,
-    usable_cores,
 )
-from ..files.sources import FileResolver, FileSources
+from ..cost.workload import Workload
+from ..files.sources import FileSources, OutputModel
+from ..files.write import OutputContent
 from ..graph.build import BuiltGraph
 from ..graph.graph import Kind
-from ..graph.layout import Layout, lay_out
-from ..graph.stages import build_stages
-from ..model.open import is_remote, open_model
-from ..recipe.load import load_recipe
-from ..recipe.types import ModelReference, Recipe, Stage
-from ..schedule.schedule import Budget, Schedule, make_schedule
+from ..graph.layout import Layout
+from ..model.open import is_remote
+from ..recipe.types import Recipe, Stage
+from ..schedule.schedule import Budget, Schedule
+from ..schedule.traffic import bytes_of_models, bytes_of_reads, downloaded, peak_of, read_again
 from .transfers import Transfer
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
@@ -68,23 +61,6 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class MadeModel:
-    """A model that a merge makes: the output, or a stage's that is saved.
-
-    Args:
-        folder: where in OUT; empty for OUT itself.
-        stage: the stage that makes it.
-        files: where the files beside the weights come from.
-        layers: of its main stack.
-    """
-
-    folder: str
-    stage: Stage
-    files: FileSources
-    layers: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What a merge will do: the very schedule that it performs, and what the dry run prints.
 
@@ -120,12 +96,12 @@ class Plan:
     out: Path | None = None
     unshared: tuple[tuple[str, int], ...] = ()
     digests: bool = False
-    saved: tuple[MadeModel, ...] = ()
+    saved: tuple[OutputModel, ...] = ()
 
     @property
-    def made(self) -> tuple[MadeModel, ...]:
+    def made(self) -> tuple[OutputModel, ...]:
         """Every model that is made, the output first."""
-        return (MadeModel("", self.stage, self.files, self.built.layers), *self.saved)
+        return (OutputModel("", self.stage, self.files, self.built.layers), *self.saved)
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
@@ -186,7 +162,34 @@ class Plan:
         """Whether anything is computed; else bytes are only copied, and torch isn't needed."""
         return any(operation.kind is Kind.MERGE for operation in self.built.graph.operations)
 
-    def output_dict(self, made: MadeModel | None = None) -> dict[str, Any]:
+    @property
+    def bypassed(self) -> dict[int, int]:
+        """The nodes whose bytes never enter the lanes, with their size in bytes: what `make_schedule` takes as done."""
+        return {node: self.built.graph.nbytes(node) for node in self.moved}
+
+    @property
+    def content(self) -> OutputContent:
+        """What the model card and the index say about the weights."""
+        built = self.built
+        return OutputContent(self.recipe, built.graph, self.layout, built.models, built.dtype)
+
+    @property
+    def workload(self) -> Workload:
+        """What the merge moves and computes, for time estimates."""
+        machine = self.options.machine
+        return Workload(self.built.graph, self.schedule, self.bytes_read, self.bytes_written, machine)
+
+    def bytes_read_by_model(self, read: Sequence[int]) -> list[tuple[int, int]]:
+        """For each model the bytes of its tensors that are used, and the bytes read of them, kernel copies included."""
+        graph = self.built.graph
+        found = bytes_of_models(graph, read)
+        owners = {ref.file: model for model, ref in zip(graph.read_models, graph.reads, strict=True)}
+        for transfer in self.transfers:
+            used, total = found[owners[transfer.file]]
+            found[owners[transfer.file]] = used, total + transfer.nbytes - transfer.shared
+        return found
+
+    def output_dict(self, made: OutputModel | None = None) -> dict[str, Any]:
         """One of the models that are made, by default the output, as plain data. Sizes are in bytes."""
         graph, made = self.built.graph, made or self.made[0]
         nodes = [graph.outputs[number].node for number in graph.outputs_in(made.folder)]
@@ -201,8 +204,6 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The dry run as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
-        from ..schedule.traffic import traffic_dict
-
         schedule = self.schedule
         return {
             "output": self.output_dict(),
@@ -241,73 +242,24 @@ class Plan:
             "device": ",".join(device.name for device in schedule.budget.devices),
             "threads": sum(device.threads for device in schedule.budget.devices),
             "steps": len(schedule.steps),
-            **traffic_dict(self),
+            **self._traffic_dict(),
             "warnings": list(self.warnings),
         }
 
-    def __str__(self) -> str:
-        from ...report.plan import plan_text
-
-        return plan_text(self)
-
-
-def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
-    """Plan a merge: read the recipe and the models' headers, and simulate the whole merge in bytes.
-
-    Args:
-        recipe: a path, a dict, or a Recipe.
-        options: budgets, device, seed and the like.
-
-    Raises:
-        RecipeError: for a mistake in the recipe.
-        CheckpointError: for an input that is missing, damaged, or doesn't fit the others.
-        BudgetError: where the merge doesn't fit the budget.
-    """
-    options = options or Options()
-    methods = merge_methods(options.methods)
-    loaded = load_recipe(recipe, strict=options.strict, methods=methods)
-    stage = loaded.output
-    opened: dict[ModelReference, Checkpoint] = {}
-
-    def open_once(reference: ModelReference) -> Checkpoint:
-        if reference not in opened:
-            opened[reference] = open_model(reference)
-        return opened[reference]
-
-    files = FileResolver(loaded, open_once)
-    built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
-    saved = tuple(MadeModel(each.folder, each.stage, files.of_stage(each.stage), each.layers) for each in built.saved)
-    if saved:
-        from ..files.folders import check_folders
-
-        check_folders(loaded, [each.stage for each in saved], files.output)
-    layout = lay_out(built.graph, options.shard_size)
-    computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
-    budget = budget_of(options, computes, built)
-    schedule = make_schedule(built.graph, budget)
-    if options.machine is None:
-        check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
-    remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
-    warnings = [*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
-    if remark := memory_remark(options.max_ram, options.machine):
-        warnings.append(remark)
-    return Plan(loaded, stage, built, files.output, layout, schedule, options, budget, tuple(warnings), saved=saved)
-
-
-def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
-    """The budget that a merge has to fit, on this machine or on the one that the options name. Measures this process.
-
-    Args:
-        options: as given to `plan`.
-        computes: whether anything is computed; else no device and no torch is needed.
-        built: what is made.
-    """
-    machine = options.machine
-    threads = options.threads or (machine.cores if machine else None) or usable_cores()
-    gpus = machine.memory_of_gpus if machine else None
-    devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
-    if computes:
-        prepare_to_compute(built.graph)
-    steps = sum(built.graph.operation(node).passes for node in built.graph)
-    total = machine.ram if machine else None
-    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=len(built.graph.outputs))
+    def _traffic_dict(self) -> dict[str, Any]:
+        """All of it as plain data, for ``plan --json``. Sizes are in bytes."""
+        graph, schedule = self.built.graph, self.schedule
+        read = bytes_of_reads(graph, schedule)
+        peaks = peak_of(graph, schedule), peak_of(graph, schedule, vram=True)
+        node = schedule.minimum_ram_node
+        return {
+            "bytes_downloaded": downloaded(graph, schedule),
+            "peak_ram_at": peaks[0] and asdict(peaks[0]),
+            "peak_vram_at": peaks[1] and asdict(peaks[1]),
+            "minimum_ram_at": None if node is None else graph.label(node),
+            "bytes_by_model": [
+                {"model": name, "used": used, "read": total}
+                for name, (used, total) in zip(graph.models, self.bytes_read_by_model(read), strict=True)
+            ],
+            "read_again": [asdict(group) for group in read_again(graph, schedule, read)],
+        }

@@ -367,7 +367,7 @@ class Run:
     def _finish(self, journal: Journal, digests: Mapping[int, list[bytes]]) -> None:
         """Write the small files, and give everything its final name."""
         self._check_sources()
-        last = write_model_files(self.plan, self.out)
+        last = write_model_files(self.plan.made, self.plan.content, self.out)
         sharing = {transfer.file for transfer in self.plan.transfers if transfer.shares}
         numbers = model_numbers(self.plan)
         tensors = {

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-from ...io.wording import data_size, memory_size, plural
+from ...io.wording import memory_size, plural
 from ..graph.graph import Kind, MergeGraph
 from .schedule import Schedule
-
-if TYPE_CHECKING:
-    from ..run.plan import Plan
-
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -110,27 +105,17 @@ def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
     return found
 
 
-def bytes_of_models(plan: Plan, read: Sequence[int]) -> list[tuple[int, int]]:
-    """For each model the bytes of its tensors that are used, and the bytes that are read of them."""
-    graph = plan.built.graph
+def bytes_of_models(graph: MergeGraph, read: Sequence[int]) -> list[tuple[int, int]]:
+    """For each model the bytes of its tensors that are used, and the bytes that the read lane reads of them."""
     used, total = [0] * len(graph.models), [0] * len(graph.models)
     for number, ref, nbytes in zip(graph.read_models, graph.reads, read, strict=True):
         used[number] += ref.nbytes
         total[number] += nbytes
-    owners = {ref.file: model for model, ref in zip(graph.read_models, graph.reads, strict=True)}
-    for transfer in plan.transfers:
-        total[owners[transfer.file]] += transfer.nbytes - transfer.shared
     return list(zip(used, total, strict=True))
 
 
-def moved_aside(plan: Plan) -> dict[int, int]:
-    """The nodes whose bytes never come into the lanes, with their size: what `make_schedule` takes as done."""
-    return {node: plan.built.graph.nbytes(node) for node in plan.moved}
-
-
-def read_again(plan: Plan, read: Sequence[int]) -> list[ReadAgain]:
+def read_again(graph: MergeGraph, schedule: Schedule, read: Sequence[int]) -> list[ReadAgain]:
     """Input tensors that are read more than once, those with the most bytes read in vain first, with the reason."""
-    graph, schedule = plan.built.graph, plan.schedule
     if not schedule.bytes_reread:
         return []
     passes = [0] * len(graph.reads)
@@ -172,35 +157,3 @@ def read_again(plan: Plan, read: Sequence[int]) -> list[ReadAgain]:
 def pattern_of(name: str) -> str:
     """A tensor's name with * for the numbers in it: ``model.layers.*.mlp.up_proj.weight``."""
     return _NUMBER.sub("*", name)
-
-
-def read_again_lines(groups: Sequence[ReadAgain], most: int = 4) -> list[str]:
-    """What is read again, and why, in a few lines."""
-    lines = [
-        f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): {group.times:.1f} times, "
-        f"since {group.reason}"
-        for group in groups[:most]
-    ]
-    if rest := groups[most:]:
-        count, again = sum(group.tensors for group in rest), sum(group.read - group.nbytes for group in rest)
-        lines.append(f"and {plural(count, 'other tensor')}, of which {data_size(again)} are read again")
-    return lines
-
-
-def traffic_dict(plan: Plan) -> dict[str, Any]:
-    """All of it as plain data, for ``plan --json``. Sizes are in bytes."""
-    graph, schedule = plan.built.graph, plan.schedule
-    read = bytes_of_reads(graph, schedule)
-    peaks = peak_of(graph, schedule), peak_of(graph, schedule, vram=True)
-    node = schedule.minimum_ram_node
-    return {
-        "bytes_downloaded": downloaded(graph, schedule),
-        "peak_ram_at": peaks[0] and asdict(peaks[0]),
-        "peak_vram_at": peaks[1] and asdict(peaks[1]),
-        "minimum_ram_at": None if node is None else graph.label(node),
-        "bytes_by_model": [
-            {"model": name, "used": used, "read": total}
-            for name, (used, total) in zip(graph.models, bytes_of_models(plan, read), strict=True)
-        ],
-        "read_again": [asdict(group) for group in read_again(plan, read)],
-    }

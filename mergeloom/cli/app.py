@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .. import __version__
 from ..errors import BudgetError, UsageError
+from ..version import __version__
 from .stack import stack
 from .verify import verify
 
@@ -131,7 +131,7 @@ def plan(
     page = TargetFile("--html", html) if html is not None else None
     from ..engine.cost.estimate import parse_rates
     from ..engine.cost.machine import parse_machine
-    from ..engine.run.plan import plan as make_plan
+    from ..engine.run.planning import plan as make_plan
     from ..report.sections import load_rich, show
 
     given = parse_rates(rates) if rates is not None else {}
@@ -174,10 +174,10 @@ def _estimate(planned: Plan, out: str | None, given: Mapping[str, float], timed:
     from ..engine.cost.estimate import assumed_rates, estimate, with_given
 
     if not timed:
-        return estimate(planned, with_given(assumed_rates(planned), given))
+        return estimate(planned.workload, with_given(assumed_rates(planned.workload), given))
     from ..engine.cost.measure_disk import measured_rates
 
-    return estimate(planned, measured_rates(planned, None if out is None else Path(out), given))
+    return estimate(planned.workload, measured_rates(planned.workload, None if out is None else Path(out), given))
 
 
 def _dry_run(planned: Plan, out: str | None, time: Estimate | None, what_if: bool) -> DryRun:
@@ -228,7 +228,7 @@ def merge(
     from .target_files import TargetFile
 
     target = TargetFile("--report", report) if report is not None else None
-    from ..engine.run.plan import plan as make_plan
+    from ..engine.run.planning import plan as make_plan
     from ..io.output.lock import classify, refuse_occupied
     from ..report.plan import headline, overflow_section, summary_sections
     from ..report.sections import load_rich, show

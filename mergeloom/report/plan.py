@@ -12,13 +12,12 @@ from ..engine.graph.build import Model
 from ..engine.graph.graph import Kind
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import (
-    bytes_of_models,
+    ReadAgain,
     bytes_of_reads,
     downloaded,
     fixed_ram,
     peak_of,
     read_again,
-    read_again_lines,
 )
 from ..io.wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
 from .sections import Grid, Section, plain
@@ -77,7 +76,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         _work(plan),
         _memory(plan),
     ]
-    if again := read_again_lines(read_again(plan, read)):
+    if again := read_again_lines(read_again(plan.built.graph, plan.schedule, read)):
         hint = "`mergeloom plan --what-if` shows what more memory would save."
         sections.insert(4, Section("Read more than once", lines=[*again, hint]))
     sections += more
@@ -86,6 +85,19 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
     if plan.warnings:
         sections.append(Section("Warnings", lines=plan.warnings, warns=True))
     return sections
+
+
+def read_again_lines(groups: Sequence[ReadAgain], most: int = 4) -> list[str]:
+    """What is read again, and why, in a few lines."""
+    lines = [
+        f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): {group.times:.1f} times, "
+        f"since {group.reason}"
+        for group in groups[:most]
+    ]
+    if rest := groups[most:]:
+        count, again = sum(group.tensors for group in rest), sum(group.read - group.nbytes for group in rest)
+        lines.append(f"and {plural(count, 'other tensor')}, of which {data_size(again)} are read again")
+    return lines
 
 
 def _output(plan: Plan, said: Mapping[str, Any]) -> Section:
@@ -117,7 +129,7 @@ def _saved(folder: str, said: Mapping[str, Any]) -> str:
 
 def _inputs(plan: Plan, read: Sequence[int]) -> Section:
     base = plan.stage.base_model
-    by_model = bytes_of_models(plan, read)
+    by_model = plan.bytes_read_by_model(read)
     again = plan.schedule.bytes_reread > 0
     rows = []
     for model in plan.built.models:

@@ -13,7 +13,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from .contract import BLOCK
-from .lazy import on_cpu, scripts, torch
+from .lazy import on_cpu, torch
+from .lazy_ops import ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ _MOST_ROWS = 64  # of a block that are added in the work dtype
 def fold(values: Tensor, width: int = 1) -> Tensor:
     """Pairwise sums along the last dimension of a tensor, in place, until at most `width` columns are left: the first
     half plus the second, where the middle one of an odd number stays as it is."""
-    return scripts.fold(values, width)
+    return ops.fold(values, width)
 
 
 def total(sums: Iterable[float]) -> float:
@@ -81,12 +82,12 @@ class BlockSums:
             parts.append(rows.new_empty((sums, 1, _folded_width(rest)), dtype=torch.float64))
             spans.append([whole * block, elements, 0])
         at_once = on_cpu(rows) and block == BLOCK and _sums_in_order(rows.dtype)
-        self.places = scripts.Places(parts, spans, rows, at_once)
+        self.places = ops.Places(parts, spans, rows, at_once)
         self._added = 0
 
     def add(self, values: Tensor) -> None:
         """The next tensor, of the tile's elements and the work dtype; it stays as it is."""
-        scripts.add_up(values, self._added, self.places)
+        ops.add_up(values, self._added, self.places)
         self._added += 1
 
     def partial(self) -> Tensor:

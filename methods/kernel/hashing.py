@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .contract import BLOCK
 from .lazy import numpy as np
-from .lazy import random_scripts, torch
+from .lazy import torch
+from .lazy_ops import mask_ops
 
 if TYPE_CHECKING:
     import numpy
@@ -37,8 +38,8 @@ def probability(bound: int) -> float:
 
 def masks(
     key: int, position: int, element: int, size: int, bound: int, factor: float, device: torch.device
-) -> list[random_scripts.Mask]:
-    """For `random_scripts.thin`: what keeps each value with its own chance, times a factor.
+) -> list[mask_ops.Mask]:
+    """For `mask_ops.thin`: what keeps each value with its own chance, times a factor.
 
     One hash serves four neighbours: each of its bytes is compared with the bound's highest byte. What that leaves of
     the chance is made up by a bound that is one higher in some columns of each row of 2^10: evenly spread ones, as many
@@ -57,7 +58,7 @@ def masks(
     rare = bound < 0  # of a likely event the opposite is compared, so that bounds stay clear of a byte's ends
     bounds = _bounds(key, position, bound if rare else -bound, element // BLOCK, -(-size // BLOCK), device)
     return [
-        random_scripts.Mask(
+        mask_ops.Mask(
             4 * part.start,
             min(4 * part.stop, size),
             stream,
@@ -70,13 +71,13 @@ def masks(
     ]
 
 
-def scratch(size: int, workspace: Workspace) -> random_scripts.Scratch:
-    """Workspace for `random_scripts.thin` of so many values: 7/4 float32 for each."""
+def scratch(size: int, workspace: Workspace) -> mask_ops.Scratch:
+    """Workspace for `mask_ops.thin` of so many values: 7/4 float32 for each."""
     fours = (size + 3) // 4
     mark = workspace.mark()
     hashed = workspace.take(fours, torch.int32)
     workspace.release(mark)
-    return random_scripts.Scratch(
+    return mask_ops.Scratch(
         hashed,
         workspace.take(4 * fours, torch.int8),  # the same memory
         workspace.take(fours, torch.int32),
@@ -123,13 +124,13 @@ def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) 
         scratch: as large as `out`.
     """
     for part, stream in _streams(key, position, element, out.numel(), out.device):
-        random_scripts.hashed(out[part], scratch[part], stream)
+        mask_ops.hashed(out[part], scratch[part], stream)
     return out
 
 
 def _streams(
     key: int, position: int, first: int, count: int, device: torch.device
-) -> Iterator[tuple[slice, random_scripts.Stream]]:
+) -> Iterator[tuple[slice, mask_ops.Stream]]:
     """The parts of a range of indices, mostly one, that have the same high half, each with its stream of hashes."""
     done = 0
     while done < count:
@@ -139,7 +140,7 @@ def _streams(
         start, rows = low * _STEP + stream, max(1 << (size // _WIDTH).bit_length(), _WIDTH)
         yield (
             slice(done, done + size),
-            random_scripts.Stream(
+            mask_ops.Stream(
                 _steps(_WIDTH, _STEP, device),
                 _steps(rows, _WIDTH * _STEP, device),
                 _signed(start),

@@ -1,4 +1,4 @@
-"""torch, numpy, and what imports torch itself: imported when first used, so that planning and `--help` do without."""
+"""torch and numpy, imported when they are first used: planning and `--help` do without them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
-class _Lazy:
-    """A module that is imported at the first look at one of its attributes."""
+class LazyModule:
+    """A module that is imported at the first access to one of its attributes."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
         value = getattr(importlib.import_module(self._name), attribute)
-        setattr(self, attribute, value)  # the next look finds it without coming here
+        setattr(self, attribute, value)  # the next access finds it without this call
         return value
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether numpy can work on the tensor's memory. What both can do, torch does; the results are the same."""
+    """Whether numpy can work on the tensor's memory. numpy and torch give the same results."""
     return tensor.device.type == "cpu"
 
 
 if TYPE_CHECKING:
     import numpy as numpy
     import torch as torch
-
-    from . import mask_ops as random_scripts
-    from . import ops as scripts
 else:
-    numpy = _Lazy("numpy")
-    torch = _Lazy("torch")
-    scripts = _Lazy(f"{__package__}.scripts")
-    random_scripts = _Lazy(f"{__package__}.random_scripts")
+    numpy = LazyModule("numpy")
+    torch = LazyModule("torch")

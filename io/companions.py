@@ -8,7 +8,6 @@ are companions, since the licences of most open models ask that their text goes 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -16,16 +15,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
-from ...io.os_errors import explain
-from ...io.platform import create_file, make_directory, remove, rename, sync_data, sync_directory, write_at
-from ...io.sizes import format_size
+from ..errors import CheckpointError
+from .sizes import format_size
 
 LARGEST_COMPANION = 1 << 30
 """A larger file is not copied: nothing but weights is as large."""
 
 _LARGEST_TEXT = 64 << 20
-_CHUNK = 1 << 20
 
 
 class FileKind(Enum):
@@ -127,40 +123,6 @@ def companion_files(
         if is_file and nbytes <= largest:
             companions.append(CompanionFile(name, kind, source, nbytes))
     return tuple(companions)
-
-
-def copy_file(source: Path, target: Path) -> int:
-    """Copy a file's bytes, so that `target` is either whole and durable or as it was before; its size in bytes.
-
-    Raises:
-        CheckpointError: `source` can't be read.
-        DiskSpaceError: there is no room.
-        EnvironmentFailure: the disk got in the way otherwise.
-    """
-    temporary = target.with_name(f".{target.name}.partial")
-    try:
-        stream = source.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{source}: can't be read: {error.strerror}") from error
-    with stream:
-        try:
-            make_directory(target.parent)
-            descriptor = create_file(temporary)
-            try:
-                nbytes = 0
-                while data := stream.read(_CHUNK):
-                    write_at(descriptor, data, nbytes)
-                    nbytes += len(data)
-                sync_data(descriptor)
-            finally:
-                os.close(descriptor)
-            rename(temporary, target)
-            sync_directory(target.parent)
-        except OSError as error:
-            raise explain(error, target, f"copying {source}") from error
-        finally:
-            remove(temporary)
-    return nbytes
 
 
 def _names(directory: Path) -> Iterable[str]:

@@ -1,0 +1,86 @@
+"""Plans a merge: reads the recipe and the models' headers, and simulates the whole merge in bytes."""
+
+from __future__ import annotations
+
+from ...io.safetensors.checkpoint import Checkpoint
+from ...methods import merge_methods
+from ..cost.machine import (
+    OTHER_THREADS,
+    check_address_space,
+    find_devices,
+    make_budget,
+    memory_remark,
+    prepare_to_compute,
+    usable_cores,
+)
+from ..files.folders import check_folders
+from ..files.sources import FileResolver, OutputModel
+from ..graph.build import BuiltGraph
+from ..graph.graph import Kind
+from ..graph.layout import lay_out
+from ..graph.stages import build_stages
+from ..model.open import open_model
+from ..recipe.load import load_recipe
+from ..recipe.types import ModelReference
+from ..schedule.schedule import Budget, make_schedule
+from .plan import Options, Plan, RecipeLike
+
+
+def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
+    """Plan a merge: read the recipe and the models' headers, and simulate the whole merge in bytes.
+
+    Args:
+        recipe: a path, a dict, or a Recipe.
+        options: budgets, device, seed and the like.
+
+    Raises:
+        RecipeError: for a mistake in the recipe.
+        CheckpointError: for an input that is missing, damaged, or doesn't fit the others.
+        BudgetError: where the merge doesn't fit the budget.
+    """
+    options = options or Options()
+    methods = merge_methods(options.methods)
+    loaded = load_recipe(recipe, strict=options.strict, methods=methods)
+    stage = loaded.output
+    opened: dict[ModelReference, Checkpoint] = {}
+
+    def open_once(reference: ModelReference) -> Checkpoint:
+        if reference not in opened:
+            opened[reference] = open_model(reference)
+        return opened[reference]
+
+    files = FileResolver(loaded, open_once)
+    built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
+    saved = tuple(OutputModel(each.folder, each.stage, files.of_stage(each.stage), each.layers) for each in built.saved)
+    if saved:
+        check_folders(loaded, [each.stage for each in saved], files.output)
+    layout = lay_out(built.graph, options.shard_size)
+    computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
+    budget = budget_of(options, computes, built)
+    schedule = make_schedule(built.graph, budget)
+    if options.machine is None:
+        check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
+    remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
+    warnings = [*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
+    if remark := memory_remark(options.max_ram, options.machine):
+        warnings.append(remark)
+    return Plan(loaded, stage, built, files.output, layout, schedule, options, budget, tuple(warnings), saved=saved)
+
+
+def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
+    """The budget that a merge has to fit, on this machine or on the one that the options name. Measures this process.
+
+    Args:
+        options: as given to `plan`.
+        computes: whether anything is computed; else no device and no torch is needed.
+        built: what is made.
+    """
+    machine = options.machine
+    threads = options.threads or (machine.cores if machine else None) or usable_cores()
+    gpus = machine.memory_of_gpus if machine else None
+    devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
+    if computes:
+        prepare_to_compute(built.graph)
+    steps = sum(built.graph.operation(node).passes for node in built.graph)
+    total = machine.ram if machine else None
+    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=len(built.graph.outputs))

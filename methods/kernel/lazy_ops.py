@@ -1,0 +1,14 @@
+"""The modules of torch operations, imported when they are first used, because they import torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .lazy import LazyModule
+
+if TYPE_CHECKING:
+    from . import mask_ops as mask_ops
+    from . import ops as ops
+else:
+    mask_ops = LazyModule(f"{__package__}.mask_ops")
+    ops = LazyModule(f"{__package__}.ops")
