@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergeloom.engine.execute.arena import take_memory
-from mergeloom.engine.execute.devices.base import CpuDevice, Device, OutOfDeviceMemory
+from mergeloom.engine.execute.devices.base import Device, OutOfDeviceMemory
+from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import Measured
@@ -248,11 +249,11 @@ def test_a_neighbour_on_the_device_is_met_by_a_smaller_schedule() -> None:
     assert free < schedule.peak_vram
     made: list[CountingDevice] = []
 
-    def make_devices(wanted: Sequence[DeviceBudget]) -> list[Device]:
+    def open_devices(wanted: Sequence[DeviceBudget]) -> list[Device]:
         made.append(CountingDevice("test", free))
         return [made[-1]]
 
-    measured = run_graph(world.graph, schedule, make_devices, world, world)
+    measured = run_graph(world.graph, schedule, open_devices, world, world)
     world.check()
     assert measured.squeezed == {"test": int(free * SPARE)}
     assert [device.held <= free for device in made] == [False, True]
@@ -276,11 +277,11 @@ def test_a_neighbour_that_let_go_again_does_not_raise_the_budget() -> None:
                 raise OutOfDeviceMemory(self.name, slots * slot_bytes, 1 << 40)
             super().open(slots, slot_bytes, workspace, host)
 
-    def make_devices(budgets: Sequence[DeviceBudget]) -> list[Device]:
+    def open_devices(budgets: Sequence[DeviceBudget]) -> list[Device]:
         wanted.append(budgets[0].vram or 0)
         return [Crowded("test", wanted[-1])]
 
-    measured = run_graph(world.graph, schedule, make_devices, world, world)
+    measured = run_graph(world.graph, schedule, open_devices, world, world)
     world.check()
     assert wanted == [64 << 20, int((64 << 20) * SPARE)]
     assert measured.vram_peak <= wanted[-1]

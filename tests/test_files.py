@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.engine.files.companions import FileKind, companion_files, copy_file
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
+from mergeloom.io.companions import FileKind, companion_files
+from mergeloom.io.output.file_copy import copy_file
 
 
 def write(directory: Path, *names: str) -> None:

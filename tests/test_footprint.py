@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.engine.cost import footprint as module
-from mergeloom.engine.cost.footprint import Footprint, Line, allocations, footprint, measure_footprints
+from mergeloom.engine.cost import measure_memory as module
+from mergeloom.engine.cost.measure_memory import allocations, footprint, measure_footprints
 from mergeloom.engine.execute.compute import Piece, check_inputs, combine_chunk, reduce_chunk
+from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.fuse import FusedKernel, Part
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.schedule.schedule import PAGE, Budget, DeviceBudget, make_schedule

@@ -21,11 +21,11 @@ from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 import mergeloom
 from mergeloom.engine.execute.tasks import Progress
-from mergeloom.engine.files.companions import companion_files
 from mergeloom.engine.run import plan as planning
 from mergeloom.engine.run.finished import check_finished
 from mergeloom.engine.run.merge import fetch
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
+from mergeloom.io.companions import companion_files
 from mergeloom.io.hub import download as hub_download
 from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, companions, needed_files, open_hub_model

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.engine.model.inspect import inspect_model, inspection_sections
+from mergeloom.engine.model.inspect import inspect_model
 from mergeloom.errors import CheckpointError, UsageError
+from mergeloom.report.inspect import inspection_sections
 from mergeloom.report.sections import plain
 from tests import models
 from tests.conftest import MakeModel

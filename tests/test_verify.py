@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from mergeloom import __main__
-from mergeloom.engine.files.companions import is_loader_file
 from mergeloom.engine.model import open as opening
 from mergeloom.engine.run import placement as sharing
 from mergeloom.engine.run.manifest import MANIFEST, read_manifest
@@ -26,6 +25,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.verify import Verdict, Verification, verify
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
+from mergeloom.io.companions import is_loader_file
 from mergeloom.io.output import clone as copying
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.safetensors.checkpoint import open_checkpoint

@@ -14,11 +14,12 @@ import yaml
 from mergeloom import __main__
 from mergeloom.engine.cost.estimate import assumed_rates
 from mergeloom.engine.cost.machine import Machine
-from mergeloom.engine.run.alternatives import alternatives, alternatives_section
+from mergeloom.engine.run.alternatives import alternatives
 from mergeloom.engine.run.placement import place
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
+from mergeloom.report.alternatives import alternatives_section
 from tests.conftest import MakeModel
 from tests.plans import linear, stacked, task_vectors
 

@@ -229,7 +229,7 @@ def prepare_to_compute(graph: MergeGraph) -> None:
     """
     check_torch_fits()
     from ..execute.passes import import_torch
-    from .footprint import measure_footprints
+    from .measure_memory import measure_footprints
 
     platform.return_large_blocks()
     import_torch()

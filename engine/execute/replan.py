@@ -17,7 +17,7 @@ SPARE = 0.9
 def run_graph(
     graph: MergeGraph,
     schedule: Schedule,
-    make_devices: Callable[[Sequence[DeviceBudget]], list[Device]],
+    open_devices: Callable[[Sequence[DeviceBudget]], list[Device]],
     source: Source,
     sink: Sink,
     *,
@@ -30,7 +30,7 @@ def run_graph(
     Args:
         graph: what is made.
         schedule: how.
-        make_devices: the devices of a budget.
+        open_devices: the devices of a budget.
         source: where tensor bytes come from.
         sink: where they go.
         done: nodes that need not be made, as the schedule was made with.
@@ -42,7 +42,7 @@ def run_graph(
     """
     squeezed: dict[str, int] = {}
     while True:
-        devices = make_devices(schedule.budget.devices)
+        devices = open_devices(schedule.budget.devices)
         executor = Executor(graph, schedule, devices, source, sink, allow_nonfinite=allow_nonfinite)
         try:
             measured = executor.run(notify)

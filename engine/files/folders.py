@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from ...io.companions import companion_files
 from ..recipe.types import Recipe, Stage
-from .companions import companion_files
 from .sources import FileSources, directory_of
 from .write import CARD, CONFIG
 

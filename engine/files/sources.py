@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...io.companions import FileKind, companion_files, file_kind, read_json
 from ...io.safetensors.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, OutputStack
 from ..model.layers import is_embedding, is_head
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
-from .companions import FileKind, companion_files, file_kind, read_json
 from .config import merged_config
 from .config_override import adopted_config, adopted_stack
 from .vocabulary import difference, read_vocabulary, same_files

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...io.companions import FileKind, companion_files
 from ...io.output.directory import OutputDirectory, index_bytes
 from ...io.safetensors.checkpoint import INDEX, Checkpoint
 from ..graph.graph import MergeGraph
@@ -15,7 +16,6 @@ from ..model.inputs import Model
 from ..recipe.types import Recipe
 from .card import CardModel, model_card
 from .chat_templates import REPLACED, with_template
-from .companions import FileKind, companion_files
 from .sources import FileSources, OutputModel, directory_of, tokenizer_directory
 
 CARD = "README.md"

@@ -19,7 +19,7 @@ from ...methods.kernel.contract import Kernel
 if TYPE_CHECKING:
     import networkx
 
-    from ..cost.footprint import Footprint
+    from .footprint import Footprint
 
 
 class Kind(Enum):

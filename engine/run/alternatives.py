@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BudgetError
 from ...io.sizes import format_size, parse_size
-from ...io.wording import data_size, duration, memory_size
-from ...report.sections import Grid, Section
 from ..cost.estimate import Estimate, Rates, estimate
 from ..schedule.schedule import Budget, Schedule, make_schedule
 
@@ -136,24 +134,3 @@ def _alternative(plan: Plan, schedule: Schedule, rates: Rates | None, *, planned
         time,
         planned,
     )
-
-
-def alternatives_section(found: Sequence[Alternative]) -> Section:
-    """What people read of it."""
-    gpu = any(one.vram for one in found)
-    timed = any(one.time is not None for one in found)
-    header = ["RAM", *(["VRAM"] if gpu else []), "read", "read again", *(["to the GPU"] if gpu else [])]
-    header += [*(["about"] if timed else []), ""]
-    rows = []
-    for one in found:
-        row = [memory_size(one.ram, up=not one.planned), *([memory_size(one.vram, up=not one.planned)] if gpu else [])]
-        row += [data_size(one.bytes_read), data_size(one.bytes_reread) if one.bytes_reread else "nothing"]
-        row += [data_size(one.bytes_uploaded)] if gpu else []
-        row += [duration(one.time.seconds) if one.time is not None else ""] if timed else []
-        rows.append((*row, THIS if one.planned else ""))
-    grid = Grid(tuple(header), tuple(rows), frozenset(header[:-1]))
-    best = [one for one in found if not one.bytes_reread]
-    lines = []
-    if best and min(one.ram for one in best) < max(one.ram for one in found):
-        lines.append(f"More RAM than {memory_size(min(one.ram for one in best), up=True)} saves no reading.")
-    return Section("With other budgets", grid=grid, lines=lines)

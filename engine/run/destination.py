@@ -17,19 +17,12 @@ from ...io.output.directory import ShardFile, missing_space
 from ...io.output.journal import FORMAT
 from ...io.output.lock import Content, DirectoryStatus, classify, refuse_occupied
 from ...io.wording import data_size
-from ...report.sections import Section
 from .finished import check_finished
 from .manifest import differences, facts_of, model_names, other_version
 from .transfers import written_ranges
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-_USABLE = {
-    Content.NEW: "yes",
-    Content.UNFINISHED: "yes: it holds an unfinished merge, which `merge` resumes",
-    Content.FINISHED: "yes: it holds this merge, finished",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +53,6 @@ class Destination:
             "free": self.free,
             "problem": problem,
         }
-
-    def section(self) -> Section:
-        """As the dry run shows it."""
-        fields = [
-            ("path", str(self.path)),
-            ("disk", f"{data_size(self.needed)} needed, {data_size(self.free)} free"),
-            ("usable", _USABLE[self.content] if self.problem is None else "no"),
-        ]
-        return Section("Destination", fields, warns=self.problem is not None)
 
 
 def look_at(planned: Plan, out: Path) -> Destination:

@@ -17,7 +17,7 @@ from ...io.output.lock import classify, refuse_occupied
 from ...io.reading import Observe, Reader, Stamps
 from ...io.wording import data_size, plural
 from ..cost.machine import CACHED_SHARE, available_ram, process_memory
-from ..execute.devices.base import make_devices
+from ..execute.devices import open_devices
 from ..execute.replan import run_graph
 from ..execute.tasks import Measured, Progress, Sink
 from ..model.open import is_remote
@@ -218,7 +218,7 @@ def _perform(
         return run_graph(
             planned.built.graph,
             schedule,
-            make_devices,
+            open_devices,
             reader,
             sink,
             done=done,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MergeloomError
+from ...io.companions import LOADER_FOLDERS, is_loader_file
 from ...io.open_source import open_source, read_range
 from ...io.os_errors import explained
 from ...io.output.clone import BLOCK
@@ -21,7 +22,6 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.header import Header, parse_header, read_data_start
 from ...io.safetensors.tensors import TensorRef
 from ..execute.tasks import Progress
-from ..files.companions import LOADER_FOLDERS, is_loader_file
 from .manifest import MANIFEST, identity_of, read_manifest
 
 THREADS = 4

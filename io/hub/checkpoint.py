@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from xxhash import xxh3_128
 
-from ...engine.files.companions import LARGEST_COMPANION, file_kind
 from ...errors import CheckpointError
+from ..companions import LARGEST_COMPANION, file_kind
 from ..open_source import quoted
 from ..safetensors.checkpoint import (
     INDEX,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engine.files.companions import copy_file
 from ...errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
 from ..os_errors import explain, explained
 from ..platform import (
@@ -35,6 +34,7 @@ from ..reading import FilePool, Stamps, acquire_source
 from ..sizes import format_size
 from .clone import Moved, move
 from .digests import file_digest
+from .file_copy import copy_file
 from .lock import STAGE, WORK, Claim, published_names
 from .preallocate import Reservation
 

@@ -300,7 +300,8 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
 
     MODEL is a directory, a .safetensors file, or an index. Reads headers only.
     """
-    from ..engine.model.inspect import inspect_model, inspection_sections
+    from ..engine.model.inspect import inspect_model
+    from ..report.inspect import inspection_sections
     from ..report.sections import show
 
     inspection = inspect_model(model)

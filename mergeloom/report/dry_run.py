@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..engine.run.alternatives import alternatives_section
+from .alternatives import alternatives_section
+from .destination import destination_section
 from .plan import plan_sections, time_section
 from .sections import Section
 
@@ -38,7 +39,7 @@ class DryRun:
         if self.others:
             more.append(alternatives_section(self.others))
         found = plan_sections(self.plan, more)
-        return found if self.destination is None else [*found, self.destination.section()]
+        return found if self.destination is None else [*found, destination_section(self.destination)]
 
     def to_dict(self) -> dict[str, Any]:
         """As ``plan --json`` prints it."""

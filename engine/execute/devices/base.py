@@ -6,13 +6,10 @@ with copies in and out that run beside the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ....errors import EnvironmentFailure
 from ....io.sizes import format_size
-from ...schedule.schedule import DeviceBudget
-from ..arena import take_memory
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,12 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from ...engine.graph.graph import Kind
-from ...engine.run.alternatives import THIS, alternatives_section
+from ...engine.run.alternatives import THIS
 from ...engine.schedule.timeline import timeline
 from ...engine.schedule.traffic import fixed_ram, output_names, pattern_of
 from ...io.wording import data_size, duration, listed, memory_size, plural
 from ...version import __version__
+from ..alternatives import alternatives_section
 from ..plan import headline, plan_sections, time_section
 from ..sections import Grid, Section
 from .layer_map import Outside, Weave, curves, weaves
