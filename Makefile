@@ -76,7 +76,7 @@ MERGEKIT_ENV ?= .venv-mergekit
 	touch $@
 
 compat: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/ready)
-	MERGEKIT_ENV=$(MERGEKIT_ENV) $(BIN)/python -m pytest tests/test_mergekit.py
+	MERGEKIT_ENV=$(MERGEKIT_ENV) $(BIN)/python -m pytest tests/integration/test_mergekit.py
 
 bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/ready)
 	$(BIN)/python -m benchmarks.make_models $(BENCH_MODELS)
@@ -100,7 +100,7 @@ packages: $(READY)
 	rm -rf build/packages
 	$(BIN)/python -m build --no-isolation --outdir build/packages . >build.log 2>&1 || { cat build.log; exit 1; }
 	rm build.log
-	cp tests/packaged.py constraints.txt build/packages/
+	cp tests/support/scripts/packaged.py constraints.txt build/packages/
 	cd build/packages && for python in $(PYTHONS); do for package in *.whl *.tar.gz; do \
 		$$python -m venv --clear try; \
 		try/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt ./$$package; \
@@ -118,7 +118,7 @@ coverage: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt cosmic-ray
-	$(BIN)/python -m tests.mutate
+	$(BIN)/python -m tests.support.scripts.mutate
 
 clean:
 	rm -rf .venv .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ import yaml
 from mergeloom.io.sizes import parse_size
 from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.contract import Inputs
-from tests.method_cases import CASES, Case
+from tests.support.methods.cases import CASES, Case
 
 BUDGETS = ("minimum", "+16MiB", "1GiB")
 NAMES = ("a", "b", "c", "d")

@@ -16,8 +16,8 @@ from benchmarks.soak.harness import Family, child, ended, failures, say
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Plan
 from mergeloom.io import platform
-from tests.faults import Disk, Kill, Stopped, watching
-from tests.outputs import digests
+from tests.support.faults import Disk, Kill, Stopped, watching
+from tests.support.outputs import digests
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def small(family: Family) -> Iterator[tuple[Plan, dict[str, str], Path]]:
     """A small merge with many commits, in small blocks; its digests, and a directory."""
     import pytest
 
-    from tests import test_faults
+    from tests.faults import test_faults
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=family.directory) as name:
         test_faults.make_blocks_small(patch)
@@ -36,7 +36,7 @@ def small(family: Family) -> Iterator[tuple[Plan, dict[str, str], Path]]:
 
 def between_calls(family: Family, times: int, chance: random.Random) -> None:
     """A kill between any two system calls that change files: SIGKILL, and torn writes."""
-    from tests.test_faults import GROUP as SMALL_GROUP
+    from tests.faults.test_faults import GROUP as SMALL_GROUP
 
     tried = 0
     with small(family) as (planned, expected, directory):
@@ -74,7 +74,7 @@ def between_calls(family: Family, times: int, chance: random.Random) -> None:
 
 def power(family: Family, times: int, chance: random.Random) -> None:
     """Power failures: what was not synced is lost, in part or all of it, once or several times on end."""
-    from tests.test_faults import GROUP as SMALL_GROUP
+    from tests.faults.test_faults import GROUP as SMALL_GROUP
 
     tried = lost = 0
     with small(family) as (planned, expected, directory):

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.soak.harness import Family, child, ended, failures, say
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import MergeloomError
-from tests.mutations import BYTES, KINDS, fuzz
+from tests.support.mutations import BYTES, KINDS, fuzz
 
 FUZZ = {"headers": 200_000, "recipes": 6_000, "plans": 6_000, "indices": 6_000, "configs": 6_000}
 FLIPS = 1000

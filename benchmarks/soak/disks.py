@@ -13,7 +13,7 @@ from benchmarks.soak.harness import GROUP, OPTIONS, Counter, Family, Throttle, c
 from mergeloom.engine.run.merge import merge
 from mergeloom.errors import MergeloomError
 from mergeloom.io import platform
-from tests.outputs import digests
+from tests.support.outputs import digests
 
 
 def full_disks(family: Family, times: int, chance: random.Random) -> None:

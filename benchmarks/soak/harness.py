@@ -26,8 +26,8 @@ from mergeloom.engine.run.recovery.recover import durable_of
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import read_journal
-from tests.models import encoder_dir, perturbed_encoder
-from tests.outputs import digests
+from tests.support.models.write import encoder_dir, perturbed_encoder
+from tests.support.outputs import digests
 
 GROUP = 4 << 20
 RATE = 60e6

@@ -23,7 +23,7 @@ from benchmarks.soak.harness import (
     say,
 )
 from mergeloom.engine.run.plan import Options
-from tests.outputs import digests
+from tests.support.outputs import digests
 
 
 def kills(family: Family, times: int, chance: random.Random) -> None:

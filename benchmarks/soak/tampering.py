@@ -22,7 +22,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.errors import MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
-from tests.outputs import digests
+from tests.support.outputs import digests
 
 KINDS = ("shard", "journal", "input", "config")
 REFUSED = (2, 4)

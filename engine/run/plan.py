@@ -10,9 +10,7 @@ from typing import Any
 
 from ...io.hub.repository import HubFile
 from ...io.safetensors.tensors import TensorRef
-from ..cost.machine import (
-    Machine,
-)
+from ..cost.machine import Machine
 from ..cost.workload import Workload
 from ..files.sources import FileSources, OutputModel
 from ..files.write import OutputContent

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from .lazy import LazyModule
 
 if TYPE_CHECKING:
-    from . import mask_ops as mask_ops
-    from . import ops as ops
+    from . import mask_ops, ops
 else:
     mask_ops = LazyModule(f"{__package__}.mask_ops")
     ops = LazyModule(f"{__package__}.ops")

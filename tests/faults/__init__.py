@@ -1,0 +1,1 @@
+"""Kills, power failures, full disks and damaged files."""

@@ -1,0 +1,1 @@
+"""Merges from the recipe to the model directory, and the command line."""

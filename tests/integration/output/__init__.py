@@ -1,0 +1,1 @@
+"""The output directory, end to end: sharing, saved stages, verification, versions."""

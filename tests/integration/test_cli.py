@@ -1,0 +1,314 @@
+"""The command line: what it prints where, its options, its exit codes, and what it imports."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import mergeloom
+from mergeloom import __main__
+from mergeloom.cli.app import cli
+from tests.conftest import MakeModel
+from tests.support.waiting import HANG_SECONDS
+
+COMMAND = [sys.executable, "-m", "mergeloom"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run mergeloom in this process, which is quicker."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = __main__.main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def spawn(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run mergeloom in a process of its own."""
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, llamas: dict[str, Path]) -> Path:
+    """A recipe for the mean of two models."""
+    models = [{"model": str(llamas[name]), "parameters": {"weight": 0.5}} for name in "ab"]
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    return path
+
+
+@pytest.fixture
+def stack(tmp_path: Path, llamas: dict[str, Path]) -> Path:
+    """A recipe that only passes layers through."""
+    slices = [{"sources": [{"model": str(llamas["a"]), "layer_range": part}]} for part in ([0, 3], [1, 3])]
+    path = tmp_path / "stack.yml"
+    path.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+def test_help_lists_the_commands() -> None:
+    ended = spawn("--help")
+    assert ended.returncode == 0
+    assert all(command in ended.stdout for command in ("merge", "plan", "inspect", "methods"))
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = "import sys; from mergeloom.__main__ import main; main(['--help']); main(['--version']); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
+    ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
+    assert ours == {"__main__", "cli", "errors", "stacking", "verify_command"}
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(cli, ["--version"])
+    assert result.output.split()[-1] == mergeloom.__version__
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_every_command_and_option_has_help(command: str) -> None:
+    result = CliRunner().invoke(cli, [command, "-h"])
+    assert result.exit_code == 0
+    found = cli.commands[command]
+    assert found.help
+    for parameter in found.params:
+        if parameter.param_type_name == "option":
+            assert parameter.help, parameter.name  # type: ignore[attr-defined]
+
+
+def test_merge_and_plan_share_their_options() -> None:
+    shared = {"max_ram", "max_vram", "device", "seed", "shard_size", "threads", "strict", "methods", "recipe", "out"}
+    names = {command: {p.name for p in cli.commands[command].params} for command in ("merge", "plan")}
+    assert names["merge"] - names["plan"] == {"report", "fresh", "discard", "digests", "quiet"}
+    assert names["plan"] - names["merge"] == {
+        "as_json", "explain", "html", "machine", "rates", "timed", "what_if"
+    }  # fmt: skip
+    assert names["merge"] & names["plan"] == shared
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def test_plan_prints_plain_lines_where_there_is_no_terminal(recipe: Path) -> None:
+    ended = run("plan", recipe)
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    assert "\x1b" not in ended.stdout
+    assert "linear of 2 models: 4 layers" in ended.stdout
+    assert "peak RAM" in ended.stdout
+
+
+def test_plan_as_json_has_what_the_design_promises(recipe: Path) -> None:
+    found = json.loads(run("plan", recipe, "--json").stdout)
+    assert {"tensors", "parameters", "bytes", "layers", "shards"} <= found["output"].keys()
+    assert {"models", "tensors", "bytes"} <= found["inputs"].keys()
+    assert {
+        *("bytes_read", "bytes_written", "bytes_shared", "peak_ram", "peak_vram", "minimum_ram", "minimum_vram"),
+        *("max_ram", "max_vram", "device", "warnings"),
+    } <= found.keys()
+
+
+def test_plan_takes_the_options(recipe: Path) -> None:
+    options = ("--max-ram", "2GiB", "--device", "cpu", "--threads", 1, "--shard-size", "40KB", "--json")
+    found = json.loads(run("plan", recipe, *options).stdout)
+    assert found["max_ram"] == 2 << 30
+    assert (found["device"], found["threads"]) == ("cpu", 1)
+    assert found["output"]["shards"] > 1
+
+
+def test_plan_with_out_says_whether_it_can_be_written(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "model"
+    ended = run("plan", recipe, out)
+    assert ended.returncode == 0
+    assert str(out) in ended.stdout
+    assert "free" in ended.stdout
+    assert not out.parent.exists()
+    destination = json.loads(run("plan", recipe, out, "--json").stdout)["destination"]
+    assert destination["problem"] is None
+    assert destination["free"] > destination["needed"] > 0
+
+
+def test_plan_with_an_out_that_is_taken_prints_the_plan_and_fails(recipe: Path, tmp_path: Path) -> None:
+    ended = run("plan", recipe, tmp_path)
+    assert ended.returncode == 2
+    assert "peak RAM" in ended.stdout
+    assert "not empty" in ended.stderr
+
+
+def test_plan_with_a_disk_too_small(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    assert __main__.main(["plan", str(recipe), str(tmp_path / "out")]) == 3
+
+
+def test_plan_of_a_stack_needs_no_torch(stack: Path) -> None:
+    code = "import sys; from mergeloom.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, "plan", str(stack)], check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------ merge
+
+
+def test_merge_puts_the_summary_on_stdout_and_the_rest_on_stderr(recipe: Path, tmp_path: Path) -> None:
+    ended = spawn("merge", recipe, tmp_path / "out")
+    assert ended.returncode == 0, ended.stderr
+    assert f"Merged into {tmp_path / 'out'}" in ended.stdout
+    assert "as foretold" in ended.stdout
+    assert "linear of 2 models" in ended.stderr
+    assert "\x1b" not in ended.stdout + ended.stderr
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_merge_quietly(recipe: Path, tmp_path: Path) -> None:
+    ended = run("merge", recipe, tmp_path / "out", "--quiet")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_merge_reports_what_was_foretold_and_measured(recipe: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert spawn("merge", recipe, tmp_path / "out", "--quiet", "--report", report).returncode == 0
+    found = json.loads(report.read_text())
+    measured = found["measured"]
+    assert measured["bytes_read"] == found["bytes_read"]
+    assert measured["bytes_written"] == found["bytes_written"]
+    assert 0 < measured["peak_rss"] <= found["peak_ram"]
+    assert {"read", "compute", "write"} <= measured["lanes"].keys()
+
+
+@pytest.mark.parametrize("with_out", [False, True])
+def test_a_rehearsal_writes_nothing(with_out: bool, recipe: Path, tmp_path: Path) -> None:
+    out = [tmp_path / "out"] if with_out else []
+    ended = run("merge", recipe, *out, "--discard")
+    assert ended.returncode == 0, ended.stderr
+    assert "nothing was written" in ended.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+def test_merge_needs_out(recipe: Path) -> None:
+    ended = run("merge", recipe)
+    assert ended.returncode == 2
+    assert "OUT" in ended.stderr
+
+
+def test_a_report_that_cannot_be_written_is_found_out_before_the_merge(recipe: Path, tmp_path: Path) -> None:
+    ended = run("merge", recipe, tmp_path / "out", "--report", tmp_path / "nowhere" / "report.json")
+    assert ended.returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_says_when_less_memory_is_free_than_planned(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mergeloom.engine.cost import machine
+
+    monkeypatch.setattr(machine, "available_ram", lambda: 0)
+    monkeypatch.setattr(machine, "process_memory", lambda: machine.Memory(1 << 20, 1 << 20))
+    assert __main__.main(["merge", str(recipe), str(tmp_path / "out"), "--quiet"]) == 0
+    assert "1MiB are free now" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ inspect, methods
+
+
+def test_inspect(llamas: dict[str, Path]) -> None:
+    ended = run("inspect", llamas["a"])
+    assert ended.returncode == 0
+    assert "LlamaForCausalLM" in ended.stdout
+    assert "model.layers.0.mlp.up_proj.weight" not in ended.stdout
+    assert "model.layers.0.mlp.up_proj.weight" in run("inspect", llamas["a"], "--tensors").stdout
+    assert json.loads(run("inspect", llamas["a"], "--json").stdout)["layers"] == 4
+
+
+def test_inspect_shows_names_that_a_terminal_would_obey_as_text(make_model: MakeModel) -> None:
+    model = make_model("evil", {"model.\x1b[2J\x07.weight": (4, 4)})
+    ended = run("inspect", model, "--tensors")
+    assert ended.returncode == 0
+    assert "\x1b" not in ended.stdout
+    assert r"\x1b[2J\x07" in ended.stdout
+
+
+def test_methods() -> None:
+    ended = run("methods")
+    assert ended.returncode == 0
+    assert all(name in ended.stdout for name in ("linear", "passthrough"))
+    page = run("methods", "linear").stdout
+    assert "https://arxiv.org/abs/2203.05482" in page
+    assert "normalize" in page
+
+
+def test_a_method_that_is_none() -> None:
+    ended = run("methods", "liner")
+    assert ended.returncode == 2
+    assert "did you mean linear?" in ended.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the process
+
+
+def test_an_unexpected_exception_is_a_bug_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("mergeloom.engine.model.inspect.inspect_model", broken)
+    assert __main__.main(["inspect", "model"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "please report it" in said
+
+
+def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergeloom.engine.model.inspect.inspect_model", interrupted)
+    assert __main__.main(["inspect", "model"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the engine runs; the shell gives SIGINT to the process."""
+    script = (
+        "import os, signal, sys; from mergeloom import stopping; from mergeloom.engine.execute import executor as execute\n"
+        f"from mergeloom.__main__ import main; stopping.GRACE_SECONDS = {HANG_SECONDS}\n"
+        "def wait(self, ready):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "execute.Executor._wait = wait\nsys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [sys.executable, "-c", script, "merge", str(recipe), str(tmp_path / "out")]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert ended.returncode == 130
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_closed_pipe_is_no_error(llamas: dict[str, Path]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [*COMMAND, "inspect", str(llamas["a"]), "--tensors"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert ended.stderr == b""
+    assert ended.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_terminal_that_knows_only_ascii(llamas: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "modèle"
+    shutil.copytree(llamas["a"], target)
+    ended = spawn("inspect", target, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0
+    assert "mod?le" in ended.stdout

@@ -1,0 +1,169 @@
+"""Methods of the user's through the command line: from files and packages, and bound to what was made with them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mergeloom.engine.run.manifest import read_manifest
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
+from mergeloom.errors import UsageError
+from mergeloom.methods import merge_methods
+from mergeloom.methods import registry as plugins
+from mergeloom.methods.kernel import contract
+from tests.support.faults import Kill, Stopped, watching
+from tests.support.outputs import digests, read_model, same_tensors
+from tests.support.paths import ROOT
+from tests.support.waiting import HANG_SECONDS
+
+HALF = """
+from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method
+from mergeloom.methods.elementwise import weighted_sum
+
+
+@merge_method("{name}")
+def method(inputs: Inputs, *, share: float = {share}) -> Kernel:
+    \"\"\"The sum of the models, each times a share.
+
+    Args:
+        share: of each.
+    \"\"\"
+    return weighted_sum(inputs, [share] * inputs.count)
+"""
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Methods that a test adds are forgotten after it."""
+    before, loaded = set(merge_methods()), dict(plugins._loaded)
+    yield
+    for name in set(merge_methods()) - before:
+        contract.unregister(name)
+    plugins._loaded.clear()
+    plugins._loaded.update(loaded)
+
+
+def mergeloom(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command, with another directory on Python's path."""
+    start = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else "import sys; "
+    command = [sys.executable, "-c", f"{start}from mergeloom.__main__ import main; sys.exit(main())"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+    )
+
+
+def recipe(llamas: dict[str, Path], directory: Path, method: str = "half", more: str = "") -> Path:
+    """A recipe of two models."""
+    file = directory / "recipe.yml"
+    models = "".join(f"  - model: {llamas[name]}\n" for name in ("a", "b"))
+    file.write_text(f"merge_method: {method}\nmodels:\n{models}dtype: float32\n{more}")
+    return file
+
+
+def mine(directory: Path, share: float = 0.5, name: str = "half") -> Path:
+    """A file with a method."""
+    file = directory / "mine.py"
+    file.write_text(HALF.format(name=name, share=share))
+    return file
+
+
+def test_from_a_file(llamas: dict[str, Path], tmp_path: Path) -> None:
+    file, what = mine(tmp_path), recipe(llamas, tmp_path)
+    done = mergeloom("merge", what, tmp_path / "out", "--methods", file, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    linear = recipe(llamas, tmp_path, "linear", "parameters: {weight: 0.5}\n")
+    assert mergeloom("merge", linear, tmp_path / "linear", "--device", "cpu").returncode == 0
+    same_tensors(read_model(tmp_path / "out"), read_model(tmp_path / "linear"))
+    noted = read_manifest(tmp_path / "out")["methods"]
+    assert list(noted) == ["half"]
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", noted["half"])
+    assert "methods" not in read_manifest(tmp_path / "linear")
+    what = recipe(llamas, tmp_path)
+    explained = mergeloom("plan", what, "--methods", file, "--device", "cpu", "--explain", "model.norm.weight")
+    assert (explained.returncode, "half" in explained.stdout) == (0, True), explained.stderr
+    shown = mergeloom("methods", "half", "--methods", file)
+    assert shown.returncode == 0
+    assert "The sum of the models, each times a share." in shown.stdout
+    assert "  half " in mergeloom("methods", "--methods", file).stdout
+    unknown = mergeloom("plan", what)
+    assert unknown.returncode == 2
+    assert "unknown merge method" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is no such file"),
+        ("def (", "SyntaxError"),
+        ("raise SystemExit(0)", "SystemExit"),
+        ("x = 1", "registers no merge method"),
+        (HALF.format(name="linear", share=1), "registered already"),
+    ],
+)
+def test_a_file_with_a_mistake(llamas: dict[str, Path], tmp_path: Path, text: str | None, says: str) -> None:
+    file = tmp_path / "wrong.py"
+    if text is not None:
+        file.write_text(text)
+    for command in (("plan", recipe(llamas, tmp_path)), ("methods",)):
+        done = mergeloom(*command, "--methods", file)
+        assert done.returncode == 2
+        assert f"mergeloom: --methods {file}: " in done.stderr
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_from_a_package(llamas: dict[str, Path], tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    info = site / "halves-1.2.dist-info"
+    info.mkdir(parents=True)
+    mine(site).rename(site / "halves.py")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[mergeloom.methods]\nhalves = halves\n")
+    done = mergeloom("merge", recipe(llamas, tmp_path), tmp_path / "out", "--device", "cpu", path=site)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "out")["methods"] == {"half": "halves 1.2"}
+    assert "  half " in mergeloom("methods", path=site).stdout
+
+
+def test_an_unfinished_merge_is_bound_to_the_code(llamas: dict[str, Path], tmp_path: Path) -> None:
+    what = recipe(llamas, tmp_path)
+    options = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=100_000, methods=(str(mine(tmp_path)),))
+    calls = Kill()
+    with watching(calls):
+        merge(what, tmp_path / "whole", options, group_bytes=20_000)
+    out = tmp_path / "out"
+    with watching(Kill(len(calls.calls) * 2 // 3)), pytest.raises(Stopped):
+        merge(what, out, options, group_bytes=20_000)
+    mine(tmp_path, share=0.25)  # the same file, changed: seen within one process, too
+    with pytest.raises(
+        UsageError, match=r"the code of its methods that aren't mergeloom's own: it was \{'half': 'sha256:"
+    ):
+        merge(what, out, options, group_bytes=20_000)
+    mine(tmp_path)
+    merge(what, out, options, group_bytes=20_000)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_the_page_on_methods_keeps_its_word(llamas: dict[str, Path], tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "methods.md").read_text().split("# A method of your own")[1]
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"documented{number}.py"
+        file.write_text(block)
+        name = re.search(r'@merge_method\(\s*"(\w+)"', block)
+        assert name is not None
+        shown = mergeloom("methods", name[1], "--methods", file)
+        assert shown.returncode == 0, shown.stderr
+        more = f"base_model: {llamas['base']}\n" if "Base.REQUIRED" in block else "parameters: {t: 1.5}\n"
+        done = mergeloom(
+            *("merge", recipe(llamas, tmp_path, name[1], more), tmp_path / name[1], "--methods", file),
+            *("--device", "cpu"),
+        )
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""Plans and merges at the true shapes of large models."""

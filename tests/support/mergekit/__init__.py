@@ -1,0 +1,1 @@
+"""Configurations that mergekit and mergeloom both run, and the program that runs mergekit."""

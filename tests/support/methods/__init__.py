@@ -1,0 +1,1 @@
+"""Merge methods under test: cases, a tile runner, references in float64."""

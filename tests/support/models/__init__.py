@@ -1,0 +1,1 @@
+"""Models to merge: shapes, values, checkpoint files."""

@@ -1,0 +1,179 @@
+"""What `make mutants` runs: the tests, many times, against a scheduler or a selection with one small mistake in it.
+
+    python -m tests.support.scripts.mutate [--each 150] [--seed 0] [--modules engine/schedule.py ...]
+
+cosmic-ray finds the places and makes the mistakes, in a copy of the repository. Of each module a sample is drawn, and
+the mistakes in `BY_HAND` are always made. What no test notices is printed as a diff: either a test is missing, or the
+code says more than it needs to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from cosmic_ray.ast import ast_nodes, get_ast  # type: ignore[import-not-found]
+from cosmic_ray.mutating import mutate_code  # type: ignore[import-not-found]
+from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[import-not-found]
+
+from tests.support.paths import ROOT
+
+TESTS = {
+    "engine/schedule.py": ("test_schedule.py", "test_execute.py", "test_whatif.py"),
+    "engine/simulate.py": ("test_eviction.py", "test_schedule.py", "test_execute.py", "test_traffic.py"),
+    "engine/residency.py": ("test_residency.py", "test_execute.py"),
+    "methods/selection.py": ("test_methods_selection.py",),
+}
+SECONDS = 45
+"""After this long a mutant runs in circles, and is noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One mistake: the n-th that an operator can make in a module."""
+
+    module: str
+    operator: str
+    number: int
+
+    def change(self, code: str) -> str | None:
+        """Return the module's code with the mistake in it; None if there is nothing to change."""
+        changed: str | None = mutate_code(code, get_operator(self.operator)(), self.number)
+        return changed
+
+
+@dataclass(frozen=True, slots=True)
+class ByHand:
+    """A mistake that cosmic-ray does not make, as replacements in a module."""
+
+    module: str
+    operator: str
+    replacements: tuple[tuple[str, str], ...]
+    number: int = 0
+
+    def change(self, code: str) -> str:
+        """Return the module's code with the mistake in it."""
+        for before, after in self.replacements:
+            if code.count(before) != 1:
+                raise ValueError(f"{self.module} does not contain once: {before}")
+            code = code.replace(before, after)
+        return code
+
+
+BY_HAND = (
+    ByHand(
+        "engine/simulate.py",
+        "the source needed soonest is dropped",
+        (
+            ("(-next_use, -source.read, -source.chunk_length))", "(next_use, -source.read, -source.chunk_length))"),
+            ("if held.ram and current == next_use:", "if held.ram and current == -next_use:"),
+            ("return next_use, source", "return current, source"),
+        ),
+    ),
+    ByHand(
+        "engine/residency.py",
+        "chunks are dropped by read alone",
+        (
+            (
+                "list(self._residents.get(source, {}).values())",
+                "[r for s, chunks in self._residents.items() if s.read == source.read for r in chunks.values()]",
+            ),
+        ),
+    ),
+)
+
+
+def mutants(module: str) -> list[Mutant]:
+    """All that can be made in a module."""
+    tree = get_ast((ROOT / module).read_text())
+    found = []
+    for name in sorted(operator_names()):
+        operator = get_operator(name)
+        if "no_op" in name or operator.arguments():
+            continue
+        count = sum(len(list(operator().mutation_positions(node))) for node in ast_nodes(tree))
+        found += [Mutant(module, name, number) for number in range(count)]
+    return found
+
+
+def run(mutant: Mutant | ByHand, copy: Path) -> tuple[str, str]:
+    """``killed``, ``survived`` or ``same`` (nothing changed), and the diff."""
+    file = copy / "package" / "mergeloom" / mutant.module
+    before = file.read_text()
+    after = mutant.change(before)
+    if after is None or after == before:
+        return "same", ""
+    diff = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), mutant.module, n=1))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}" for name in TESTS[mutant.module]]
+    environment = {**os.environ, "PYTHONPATH": str(copy / "package"), "PYTHONDONTWRITEBYTECODE": "1"}
+    file.write_text(after)
+    try:
+        ended = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "killed", diff
+    finally:
+        file.write_text(before)
+    return "survived" if ended.returncode == 0 else "killed", diff
+
+
+def make_copy(copy: Path) -> Path:
+    """The repository, with the package as it is installed: it comes before the one in the environment."""
+    package = copy / "package" / "mergeloom"
+    targets = {"mergeloom": package} | {folder: package / folder for folder in ("engine", "io", "methods")}
+    targets |= {folder: copy / folder for folder in ("tests", "benchmarks", "docs", "recipes")}
+    for folder, target in targets.items():
+        shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "Makefile"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def main() -> None:
+    """The command line. It ends with 1 where a mutant survived."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", choices=TESTS, default=list(TESTS))
+    parser.add_argument("--each", type=int, default=150, help="mutants of each module")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    chosen: list[Mutant | ByHand] = [mistake for mistake in BY_HAND if mistake.module in arguments.modules]
+    for module in arguments.modules:
+        every = mutants(module)
+        chosen += random.Random(arguments.seed).sample(every, min(arguments.each, len(every)))
+    counts: Counter[tuple[str, str]] = Counter()
+    with tempfile.TemporaryDirectory(prefix="mergeloom-mutants-") as folder:
+        copies: Queue[Path] = Queue()
+        for number in range(arguments.threads):
+            copies.put(make_copy(Path(folder) / str(number)))
+
+        def one(mutant: Mutant | ByHand) -> None:
+            copy = copies.get()
+            try:
+                verdict, diff = run(mutant, copy)
+            finally:
+                copies.put(copy)
+            counts[mutant.module, verdict] += 1
+            if verdict == "survived":
+                print(f"{mutant.operator} {mutant.number}\n{diff}", flush=True)
+
+        with ThreadPoolExecutor(arguments.threads) as pool:
+            list(pool.map(one, chosen))
+    for (module, verdict), count in sorted(counts.items()):
+        print(f"{module:24} {verdict:9} {count}")
+    sys.exit(any(verdict == "survived" for _, verdict in counts))
+
+
+if __name__ == "__main__":
+    main()

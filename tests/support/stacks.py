@@ -1,0 +1,57 @@
+"""Stacks of layers to merge, and what holds of each of them whichever way its bytes take."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergeloom.engine.run.merge import Result, merge
+from mergeloom.engine.run.plan import Options
+from mergeloom.io import platform
+from tests.integration.test_merge import sliced
+from tests.support.models.write import tiny_llama
+from tests.support.outputs import digests
+
+ROOMY = Options(max_ram=4 << 30, device="cpu", threads=2)
+WITHOUT = ({"clone"}, {"clone", "copy_file_range"})
+MODEL = tiny_llama(layers=8, hidden=256, vocabulary=2048)
+"""12 MB in bfloat16, 1.2 MB a layer."""
+
+
+def stacked(disk: Path, **more: object) -> dict[str, object]:
+    """A recipe as of a frankenmerge: windows of two models, in which most layers are used twice."""
+    return sliced((disk / "a", 0, 5), (disk / "b", 2, 6), (disk / "a", 3, 8), **more)
+
+
+def mixed(disk: Path) -> dict[str, Any]:
+    """Layers that are passed through, layers that are computed, and layers of which some tensors are."""
+    recipe = stacked(disk)
+    slices: Any = recipe["slices"]
+    slices[1]["sources"][0]["parameters"] = {"scale": 0.5}
+    slices[2]["sources"][0]["parameters"] = {"scale": [{"filter": "down_proj", "value": 0}, {"value": 1}]}
+    return recipe
+
+
+def weights(out: Path) -> dict[str, str]:
+    """The digests of everything but the manifest, which says how each tensor is vouched for."""
+    return {name: digest for name, digest in digests(out).items() if name != "mergeloom.json"}
+
+
+def same_as_by_lanes(recipe: Any, out: Path, beside: Path, options: Options = ROOMY) -> None:
+    """Whether a merge's files are those that come out where every byte goes through the process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "DISABLED", {"clone", "copy_file_range"})
+        merge(recipe, beside / "by lanes", options)
+    assert weights(out) == weights(beside / "by lanes")
+    shutil.rmtree(beside / "by lanes")
+
+
+def as_foretold(result: Result) -> None:
+    """Whether what was measured is what was foretold."""
+    plan, measured = result.plan, result.measured
+    assert measured.bytes_read == plan.bytes_read
+    assert measured.bytes_written == plan.bytes_written
+    assert measured.bytes_shared == plan.bytes_shared

@@ -1,0 +1,217 @@
+"""What kernels allocate is measured: every method keeps within it, and a user's declaration is not trusted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from mergeloom.engine.cost import measure_memory as module
+from mergeloom.engine.cost.measure_memory import allocations, footprint, measure_footprints
+from mergeloom.engine.execute.compute import Piece, check_inputs, combine_chunk, reduce_chunk
+from mergeloom.engine.graph.footprint import Footprint, Line
+from mergeloom.engine.graph.fuse import FusedKernel, Part
+from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
+from mergeloom.engine.schedule.schedule import PAGE, Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.tiling import tile_length
+from mergeloom.errors import UsageError
+from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
+from mergeloom.methods import merge_methods
+from mergeloom.methods.elementwise import WeightedSum
+from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method, unregister
+from mergeloom.methods.kernel.tile import Tile, Workspace
+from tests.support.graphs import World
+from tests.support.methods.cases import CASES, Case
+
+MIB = 1 << 20
+
+
+def bound(case: Case, shape: tuple[int, ...]) -> Kernel:
+    """The kernel of a case for tensors of a shape."""
+    return merge_methods()[case.method].kernel(Inputs(case.models, case.base, shape), case.parameters)
+
+
+def fine_tunes(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Flat inputs, other than those that are measured with."""
+    generator = numpy.random.default_rng(7)
+    start = generator.standard_normal(shape, dtype=numpy.float32) * 0.02
+    found = []
+    for i in range(case.models):
+        step = generator.standard_normal(shape, dtype=numpy.float32) * (0.0007 if i != case.base else 0)
+        found.append(torch.from_numpy(start + step).to(dtype).view(-1))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(BF16, torch.bfloat16), (F32, torch.float32), (F64, torch.float64)], ids=["BF16", "F32", "F64"]
+)
+@pytest.mark.parametrize("case", CASES, ids=map(str, CASES))
+def test_a_tile_of_any_method_takes_what_was_planned(case: Case, dtype: DType, name: torch.dtype) -> None:
+    shape = (1024, 512)
+    kernel = bound(case, shape)
+    elements, width = 1024 * 512, 8 if dtype is F64 else 4
+    found = footprint(Operation(Kind.MERGE, case.method, kernel=kernel), (dtype,) * case.models, BF16)
+    assert found.workspace.at(elements) <= kernel.workspace(elements, width)  # the declaration holds
+    piece = Piece(kernel, fine_tunes(case, shape, name), 0, 5, tuple(range(case.models)), elements)
+    space = Workspace(torch.empty(kernel.workspace(elements, width), dtype=torch.uint8), torch.float32)
+    out = torch.empty(elements, dtype=torch.bfloat16)
+    allowed = found.allocated.at(elements) + MIB
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with allocations() as checking:
+            check_inputs(piece, space)
+        assert checking.peak <= allowed
+        state: Any = None
+        for index in range(kernel.reductions):
+            if kernel.needed(index, state):
+                with allocations() as reducing:
+                    partial = reduce_chunk(piece, index, state, space)
+                assert reducing.peak <= allowed, index
+                state = kernel.finish(index, partial, state)
+        with allocations() as combining:
+            combine_chunk(piece, state, space, out)
+        assert combining.peak <= allowed
+    finally:
+        torch.set_num_threads(threads)
+    assert space.peak <= max(found.workspace.at(elements), kernel.workspace(elements, width))
+
+
+def test_ramplus_counts_without_copies_of_the_tile() -> None:
+    """torch.sum(dtype=) converts a copy: eight bytes for each element, freed and taken again for every tile."""
+    case = next(case for case in CASES if case.method == "ramplus_tl")
+    shape, elements = (1024, 512), 1024 * 512
+    kernel = bound(case, shape)
+    piece = Piece(kernel, fine_tunes(case, shape, torch.bfloat16), 0, 5, tuple(range(case.models)), elements)
+    space = Workspace(torch.empty(kernel.workspace(elements, 4), dtype=torch.uint8), torch.float32)
+    reduce_chunk(piece, 0, None, space)
+    with allocations() as counting:
+        reduce_chunk(piece, 0, None, space)
+    assert counting.peak < elements
+
+
+def test_allocations_of_torch_and_numpy_are_counted() -> None:
+    values = torch.rand(MIB)
+    with allocations() as summing:
+        values.sum(dtype=torch.float64)  # converts a copy
+    assert 8 * MIB <= summing.peak < 9 * MIB
+    with allocations() as adding:
+        values.add_(1)
+    assert adding.peak < MIB // 16
+    array = numpy.ones(MIB, dtype=numpy.float32)
+    with allocations() as sorting:
+        numpy.sort(array)
+    assert 4 * MIB <= sorting.peak < 5 * MIB
+
+
+def test_a_line_through_two_points() -> None:
+    assert Line.through((10, 120), (20, 220)).at(100) == 1020
+    assert Line.through((10, 120), (20, 120)).at(100) == 120
+    assert Line.through((10, 120), None).at(100) == 120
+    assert Line.through((10, 50), (20, 150)).at(100) == 1000  # a constant is not below 0
+
+
+class Greedy(Kernel):
+    """A user's kernel that takes and allocates more than it says."""
+
+    buffers = 1
+
+    def combine(self, tile: Tile, state: Any) -> Tensor:
+        taken = [tile.load(i) for i in range(self.inputs.count)]
+        wide = torch.stack(taken).double()  # 12 bytes for each element of each input
+        return tile.empty().copy_(wide.median(0).values)
+
+
+@pytest.fixture
+def greedy() -> Any:
+    """A method of the user's."""
+
+    @merge_method("greedy")
+    def method(inputs: Inputs) -> Kernel:
+        """The median."""
+        return Greedy(inputs)
+
+    yield merge_methods()["greedy"]
+    unregister("greedy")
+
+
+def test_the_declaration_of_a_users_method_is_not_trusted(greedy: Any) -> None:
+    kernel = greedy.kernel(Inputs(3, None, (4096, 4096)), {})
+    found = footprint(Operation(Kind.MERGE, "greedy", kernel=kernel), (BF16,) * 3, BF16)
+    elements = 1 << 19
+    assert found.workspace.at(elements) == 4 * 4 * elements
+    assert found.allocated.at(elements) >= 12 * 3 * elements
+    assert kernel.workspace(elements, 4) < 2 * 4 * elements
+
+
+def test_a_schedule_reserves_what_was_measured(greedy: Any) -> None:
+    world = World()
+    sources = tuple(world.source(4096 * 64) for _ in range(3))
+    operation = Operation(Kind.MERGE, "greedy", kernel=greedy.kernel(Inputs(3, None, (4096 * 64,)), {}))
+    world.graph.add_output("out", world.graph.add_node(operation, sources, F32), 0)
+    budget = Budget(1 << 40, 0, (DeviceBudget("cpu", None, 2),))
+    declared = make_schedule(world.graph, budget)
+    measure_footprints(world.graph)
+    measured = make_schedule(world.graph, budget)
+    found = world.graph.footprints[0]
+    tile = min(tile_length(world.graph, 0, measured.tile_elements[0]), world.graph.elements(0))
+    assert measured.workspace[0] == -(-found.workspace.at(tile) // PAGE) * PAGE > declared.workspace[0]
+    grown = measured.workspace[0] - declared.workspace[0] + -(-found.allocated.at(tile) // PAGE) * PAGE
+    assert measured.minimum_ram - declared.minimum_ram == 2 * grown
+
+
+def test_stages_are_measured_together() -> None:
+    shape = (512, 1024)
+    pair = Inputs(2, None, shape)
+    parts = [
+        Part(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (0, 1)),
+        Part(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (~0, 2)),
+    ]
+    kernel = FusedKernel(Inputs(3, None, shape), parts)
+    assert kernel.resized((64, 1024)).parts[1].kernel.inputs.shape == (64, 1024)
+    found = footprint(Operation(Kind.MERGE, "linear of linear", kernel=kernel), (BF16,) * 3, BF16)
+    assert 0 < found.workspace.at(1 << 19) <= kernel.workspace(1 << 19, 4)
+
+
+def test_a_kernel_that_was_made_without_a_method_is_measured_on_its_own_shape() -> None:
+    kernel = WeightedSum(Inputs(2, None, (64, 1024)), [0.5, 0.5])
+    found = footprint(Operation(Kind.MERGE, "sum", kernel=kernel), (BF16, BF16), BF16)
+    assert found.workspace == Line(2 * 4 * 64 * 1024)
+    with pytest.raises(TypeError, match="made without a method"):
+        kernel.resized((1, 2))
+
+
+def test_parameters_that_change_the_work_are_measured_apart() -> None:
+    def measured(density: float) -> Footprint:
+        parameters = {"weight": (0.0, 1.0, 1.0), "density": (0.0, density, density)}
+        kernel = merge_methods()["dare_linear"].kernel(Inputs(3, 0, (4096, 4096)), parameters)
+        return footprint(Operation(Kind.MERGE, "dare_linear", kernel=kernel), (BF16,) * 3, BF16)
+
+    assert measured(0.3) is measured(0.7)
+    assert measured(0.3).workspace.at(1 << 19) > measured(1.0).workspace.at(1 << 19)
+
+
+def test_a_method_that_fails_on_test_values_is_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Kernel):
+        def combine(self, tile: Tile, state: Any) -> Tensor:
+            raise ZeroDivisionError("no")
+
+    operation = Operation(Kind.MERGE, "failing", kernel=Failing(Inputs(1, None, (8, 8))))
+    with pytest.raises(UsageError, match=r"merge method failing fails on a test tensor .*ZeroDivisionError: no"):
+        footprint(operation, (BF16,), BF16)
+
+
+def test_many_wide_inputs_are_measured_on_small_tiles() -> None:
+    kernel = merge_methods()["linear"].kernel(Inputs(64, None, (4096, 4096)), {"weight": (1.0,) * 64})
+    (small, _), (large, _) = module.small_shapes(kernel, (F32,) * 64)
+    assert small * 4096 == module._LEAST_TILE
+    assert large == 2 * small
+
+
+def test_graphs_without_arithmetic_need_nothing() -> None:
+    graph = MergeGraph(())
+    measure_footprints(graph)
+    assert graph.footprints == {}

@@ -1,0 +1,343 @@
+"""The executor over small graphs in memory: the right bytes, each written once, within the schedule's bounds."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergeloom.engine.execute.arena import take_memory
+from mergeloom.engine.execute.devices.base import Device, OutOfDeviceMemory
+from mergeloom.engine.execute.devices.cpu import CpuDevice
+from mergeloom.engine.execute.executor import Executor
+from mergeloom.engine.execute.replan import SPARE, run_graph
+from mergeloom.engine.execute.tasks import Measured
+from mergeloom.engine.graph.graph import Kind, Operation
+from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule.simulate import Held
+from mergeloom.engine.schedule.tiling import ChunkedRead
+from mergeloom.errors import EnvironmentFailure
+from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.methods.kernel.contract import Inputs
+from mergeloom.methods.kernel.tile import Tile
+from tests.support.devices import CountingDevice, FailureOnPurpose
+from tests.support.graphs import KERNELS, Sum, World
+from tests.unit.schedule.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
+
+
+def run(world: World, schedule: Schedule, devices: list[Device], *, serial: bool = False) -> Measured:
+    """Execute a schedule, and check what it wrote."""
+    executor = Executor(world.graph, schedule, devices, world, world, serial=serial)
+    measured = executor.run()
+    world.check()
+    assert measured.bytes_read == schedule.bytes_read == sum(nbytes for _, _, nbytes in world.reads)
+    assert measured.bytes_written == schedule.bytes_written
+    assert measured.ram_peak <= schedule.ram_slots * schedule.slot_bytes
+    assert executor.ledger.held("ram") == 0
+    if serial:
+        assert measured.ram_peak == schedule.serial_ram
+    return measured
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.booleans())
+def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
+    world = build(blueprint)
+    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+
+
+@st.composite
+def crowded(draw: st.DrawFn) -> Blueprint:
+    """Many nodes on few sources, in chunks of two lengths."""
+    elements = draw(st.sampled_from([4, 6, 8])) * 9999
+    chosen = st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True)
+    nodes = draw(st.lists(st.tuples(st.sampled_from(sorted(KERNELS)), chosen, st.just(1)), min_size=3, max_size=6))
+    return [(elements, "F32", 4, nodes)]
+
+
+FIVE_CHUNKS = [
+    ("sum", [3, 1], 1),
+    ("sum 9999", [2, 3], 1),
+    ("above 9999", [1, 3, 0], 1),
+    ("sum", [2, 3, 0], 1),
+    ("sum 9999", [0], 1),
+    ("sum 9999", [0, 1], 1),
+]
+SIX_CHUNKS = [
+    ("sum", [1], 1),
+    ("sum 9999", [1], 1),
+    ("above 9999", [3, 1, 2], 1),
+    ("sum", [3, 2], 1),
+    ("sum", [3], 1),
+    ("sum", [1, 3], 1),
+]
+
+
+# in the first two, a step drops chunks of one length of a read, and a later one needs those of the other length
+@example([(6 * 9999, "F32", 4, FIVE_CHUNKS)], 8, True)
+@example([(8 * 9999, "F32", 4, SIX_CHUNKS)], 10, True)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(crowded(), st.sampled_from([2, 4, 6, 8, 10, 14, 18]), st.booleans())
+def test_chunks_of_two_lengths_are_read_as_planned(blueprint: Blueprint, extra: int, serial: bool) -> None:
+    world = build(blueprint)
+    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+
+
+def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    #  a(3 chunks) ┬─ sum ── out0     F8 on a device: a stays there for out2, but the copy goes through RAM, in chunks
+    #              ├─ copy ─ out1     of the same length: it reads a again and keeps it in RAM, where out2 finds it
+    #              └─ sum ── out2
+    world = World()
+    a = world.source(3 * SLOT, "F8_E5M2")
+    for kind in ("sum", "copy", "sum"):
+        world.node(kind, [a])
+    monkeypatch.setattr("mergeloom.engine.schedule.schedule.orders", lambda graph: [list(graph)])
+    budget = DeviceBudget("test", 64 << 20, 1)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (budget,)), slot_bytes=SLOT)
+    assert [step.keep for step in schedule.steps] == [(Held(vram=3),), (Held(0, 0, 3),), (Held(),)]
+    assert [step.drop for step in schedule.steps] == [(), ((ChunkedRead(a, SLOT), Held()),), ()]
+    assert [step.bytes_read for step in schedule.steps] == [(3 * SLOT,), (3 * SLOT,), (0,)]
+    device = CountingDevice("test", 64 << 20)
+    run(world, schedule, [device])
+    assert device.uploaded == schedule.uploaded == 6 * SLOT
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.sampled_from([0, 1, 3, 20]), st.integers(1, 2), st.booleans())
+def test_devices_keep_what_the_schedule_promises(
+    blueprint: Blueprint, ram: int, vram: int, count: int, serial: bool
+) -> None:
+    world = build(blueprint)
+    large = tuple(DeviceBudget(f"test:{n}", 1 << 40, 2) for n in range(count))
+    least = make_schedule(world.graph, Budget(1 << 40, 0, large), slot_bytes=SLOT)
+    budgets = tuple(DeviceBudget(f"test:{n}", least.minimum_vram + vram * SLOT, 2) for n in range(count))
+    schedule = make_schedule(world.graph, Budget(least.minimum_ram + ram * SLOT, 0, budgets), slot_bytes=SLOT)
+    devices = [CountingDevice(budget.name, budget.vram or 0, 2) for budget in budgets]
+    measured = run(world, schedule, list(devices), serial=serial)
+    assert sum(device.uploaded for device in devices) == schedule.uploaded
+    assert measured.vram_peak <= schedule.peak_vram
+
+
+def test_two_devices_share_the_work() -> None:
+    world = World()
+    for _ in range(8):
+        world.node("sum", [world.source(2 * ELEMENTS), world.source(2 * ELEMENTS)])
+    budgets = tuple(DeviceBudget(f"test:{n}", 64 << 20, 1) for n in range(2))
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
+    devices = [CountingDevice(budget.name, 64 << 20) for budget in budgets]
+    run(world, schedule, list(devices))
+    assert devices[0].uploaded == devices[1].uploaded > 0
+
+
+@pytest.mark.parametrize("operation", [1, 2, 5])
+def test_a_failing_device_ends_the_run_with_its_error(operation: int) -> None:
+    world = World()
+    world.node("above", [world.source(4 * ELEMENTS)])
+    budgets = (DeviceBudget("test", 64 << 20, 1),)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
+    before = threading.active_count()
+    with pytest.raises(FailureOnPurpose):
+        Executor(world.graph, schedule, [CountingDevice("test", 64 << 20, fail_at=operation)], world, world).run()
+    assert threading.active_count() == before
+
+
+def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
+    class Broken(World):
+        def read(self, file: object, offset: int, buffer: memoryview) -> None:
+            raise OSError("no disk")
+
+    world = Broken()
+    world.node("copy", [world.source(4 * ELEMENTS)])
+    schedule = with_slots(world, 2)
+    with pytest.raises(OSError, match="no disk"):
+        Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
+
+    class Full(World):
+        def write(self, node: int, offset: int, data: memoryview) -> None:
+            raise OSError("no room")
+
+    world = Full()
+    world.node("sum", [world.source(4 * ELEMENTS)])
+    with pytest.raises(OSError, match="no room"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_reading_computing_and_writing_overlap(separate: bool) -> None:
+    """A chunk is written while another one is computed and a third one is read: each waits for the other two."""
+    at_once = threading.Barrier(3)
+    calls: Counter[str] = Counter()
+
+    def meet(lane: str, call: int) -> None:
+        calls[lane] += 1
+        if calls[lane] == call:
+            at_once.wait(60)  # breaks, and ends the run with an error, if the lanes take turns
+
+    class Meeting(World):
+        def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+            super().read(file, offset, buffer)
+            meet("read", 6)
+
+        def write(self, node: int, offset: int, data: memoryview) -> None:
+            super().write(node, offset, data)
+            meet("write", 2)
+
+    class MeetingSum(Sum):
+        def combine(self, tile: Tile, state: Any) -> Tensor:
+            meet("compute", 4)
+            return super().combine(tile, state)
+
+    world = Meeting()
+    source = world.source(12 * ELEMENTS)
+    kernel = MeetingSum(Inputs(1, None, (12 * ELEMENTS,)))
+    world.graph.add_output("out", world.graph.add_node(Operation(Kind.MERGE, "sum", kernel=kernel), (source,), F32), 0)
+    device = DeviceBudget("test", 64 << 20 if separate else None, 1)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (device,)), slot_bytes=SLOT)
+    executor_device = CountingDevice("test", 64 << 20) if separate else CpuDevice(1)
+    Executor(world.graph, schedule, [executor_device], world, world, readers=1).run()
+    world.check()
+    assert calls == {"read": 12, "compute": 12, "write": 12}
+    assert not at_once.broken
+
+
+def test_nonfinite_inputs_are_refused_by_name() -> None:
+    from mergeloom.errors import CheckpointError
+
+    world = World()
+    world.node("sum", [world.source(ELEMENTS)])
+    file, data = next(iter(world.files.items()))
+    world.files[file] = data[:400] + b"\x00\x00\xc0\x7f" + data[404:]
+    with pytest.raises(CheckpointError, match="tensor t0 of m holds NaN"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+
+
+@pytest.mark.parametrize("kind", ["sum", "above", "copy"])
+def test_a_begun_node_is_gone_on_with_where_it_was(kind: str) -> None:
+    whole, rest = World(), World()
+    for world in (whole, rest):
+        world.node(kind, [world.source(6 * ELEMENTS)])
+        world.node("sum", [world.source(2 * ELEMENTS)])
+        world.node("sum", [world.source(ELEMENTS)])
+    run(whole, with_slots(whole, 3), [CpuDevice(1)])
+    written = 2 * SLOT + 100  # of which two whole chunks need not be written again
+    budget = with_slots(rest, 3).budget
+    schedule = make_schedule(rest.graph, budget, slot_bytes=SLOT, done={0: written, 1: 2 * SLOT})
+    rest.written[0] = bytearray(whole.written[0][:written] + bytes(6 * SLOT - written))
+    measured = Executor(rest.graph, schedule, [CpuDevice(1)], rest, rest).run()
+    assert rest.written[0] == whole.written[0]
+    assert 1 not in rest.written
+    assert rest.written[2] == whole.written[2]
+    assert measured.bytes_written == schedule.bytes_written == 4 * SLOT + SLOT
+    passes = {"sum": 0, "copy": 0, "above": 2}[kind]
+    assert measured.bytes_read == schedule.bytes_read == 4 * SLOT + passes * 6 * SLOT + SLOT
+
+
+def test_a_neighbour_on_the_device_is_met_by_a_smaller_schedule() -> None:
+    world = World()
+    world.node("above", [world.source(40 * ELEMENTS)])
+    budgets = (DeviceBudget("test", 64 << 20, 1),)
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets))
+    free = schedule.minimum_vram * 2
+    assert free < schedule.peak_vram
+    made: list[CountingDevice] = []
+
+    def open_devices(wanted: Sequence[DeviceBudget]) -> list[Device]:
+        made.append(CountingDevice("test", free))
+        return [made[-1]]
+
+    measured = run_graph(world.graph, schedule, open_devices, world, world)
+    world.check()
+    assert measured.squeezed == {"test": int(free * SPARE)}
+    assert [device.held <= free for device in made] == [False, True]
+
+    with pytest.raises(OutOfDeviceMemory, match="another process holds the rest"):
+        run_graph(world.graph, schedule, lambda wanted: [CountingDevice("test", 1000)], world, world)
+
+
+def test_a_neighbour_that_let_go_again_does_not_raise_the_budget() -> None:
+    """The device has more free than was allowed, and had too little a moment ago."""
+    world = World()
+    world.node("above", [world.source(40 * ELEMENTS)])
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("test", 64 << 20, 1),)))
+    wanted: list[int] = []
+
+    class Crowded(CountingDevice):
+        """Others hold memory while the first one opens."""
+
+        def open(self, slots: int, slot_bytes: int, workspace: int, host: Any) -> None:
+            if len(wanted) == 1:
+                raise OutOfDeviceMemory(self.name, slots * slot_bytes, 1 << 40)
+            super().open(slots, slot_bytes, workspace, host)
+
+    def open_devices(budgets: Sequence[DeviceBudget]) -> list[Device]:
+        wanted.append(budgets[0].vram or 0)
+        return [Crowded("test", wanted[-1])]
+
+    measured = run_graph(world.graph, schedule, open_devices, world, world)
+    world.check()
+    assert wanted == [64 << 20, int((64 << 20) * SPARE)]
+    assert measured.vram_peak <= wanted[-1]
+
+
+def test_devices_that_were_opened_are_closed_whatever_happens() -> None:
+    world = World()
+    world.node("above", [world.source(4 * ELEMENTS)])
+    budgets = tuple(DeviceBudget(f"test:{number}", 64 << 20, 1) for number in range(2))
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets))
+    events: list[str] = []
+
+    class Told(CountingDevice):
+        """Says what is done to it; it can't be closed without an error."""
+
+        def open(self, slots: int, slot_bytes: int, workspace: int, host: Any) -> None:
+            events.append(f"open {self.name}")
+            super().open(slots, slot_bytes, workspace, host)
+
+        def close(self) -> None:
+            events.append(f"close {self.name}")
+            raise RuntimeError("the device is gone")
+
+    devices = [Told("test:0", 64 << 20), Told("test:1", 1000)]
+    with pytest.raises(OutOfDeviceMemory, match="test:1"):
+        Executor(world.graph, schedule, devices, world, world).run()
+    assert events == ["open test:0", "open test:1", "close test:1", "close test:0"]
+    with pytest.raises(RuntimeError, match="the device is gone"):  # where nothing else went wrong, it is said
+        Executor(world.graph, schedule, [Told(f"test:{n}", 64 << 20) for n in range(2)], world, world).run()
+
+
+def test_torch_has_its_threads_again() -> None:
+    world = World()
+    world.node("sum", [world.source(ELEMENTS), world.source(ELEMENTS)])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
+        run(world, schedule, [CpuDevice(2)])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="could not be had"):
+        take_memory(1 << 60)
+
+
+def test_a_system_without_more_threads_is_an_error_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    world = World()
+    world.node("sum", [world.source(64), world.source(64)])
+    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(EnvironmentFailure, match="no more threads can be started"):
+        Executor(world.graph, schedule, [CpuDevice(2)], world, world).run()

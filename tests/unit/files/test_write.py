@@ -1,0 +1,135 @@
+"""What lies beside the weights: config.json made true, companions taken over, a card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
+from tests.support.models.write import tiny_llama, write_checkpoint, write_tokenizer
+from tests.support.outputs import config_of, digests
+
+CPU = Options(device="cpu", threads=1)
+
+
+def passed(model: Path, **more: object) -> dict[str, object]:
+    """A recipe that passes a whole model through."""
+    return {"merge_method": "passthrough", "models": [{"model": str(model)}], **more}
+
+
+def test_what_belongs_to_a_model_goes_with_it(tmp_path: Path) -> None:
+    model = write_tokenizer(write_checkpoint(tmp_path / "model", tiny_llama(tied=True)))
+    (model / "LICENSE").write_text("Do what you like.\n")
+    (model / "notes.md").write_text("nobody's business")
+    (model / "training_args.bin").write_bytes(b"pickle")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    merge(passed(model), tmp_path / "out", CPU)
+    found, expected = digests(tmp_path / "out"), digests(model)
+    assert found.keys() == expected.keys() - {"notes.md", "training_args.bin"} | {"README.md", "mergeloom.json"}
+    changed = {"model.safetensors", "config.json"}  # another header, another order of keys
+    assert {name: found[name] for name in expected.keys() & found.keys() - changed} == {
+        name: expected[name] for name in expected.keys() & found.keys() - changed
+    }
+    assert config_of(tmp_path / "out") == config_of(model)
+
+
+def test_a_model_given_as_a_file_has_its_companions_beside_it(tmp_path: Path) -> None:
+    model = write_tokenizer(write_checkpoint(tmp_path / "model", tiny_llama()))
+    merge(passed(model / "model.safetensors"), tmp_path / "file", CPU)
+    merge(passed(model), tmp_path / "directory", CPU)
+    found, expected = digests(tmp_path / "file"), digests(tmp_path / "directory")
+    assert {name for name in expected if found.get(name) != expected[name]} == {
+        "README.md",  # which names the model
+        "mergeloom.json",
+    }
+
+
+def test_a_base_model_gives_config_and_tokenizer(tmp_path: Path) -> None:
+    a = write_tokenizer(write_checkpoint(tmp_path / "a", tiny_llama(layers=4)))
+    b = write_tokenizer(write_checkpoint(tmp_path / "b", tiny_llama(layers=3)), words=40)
+    slices = [{"sources": [{"model": str(a), "layer_range": [0, 4]}]}] * 2
+    merge({"merge_method": "passthrough", "base_model": str(b), "slices": slices}, tmp_path / "out", CPU)
+    assert digests(tmp_path / "out", "tokenizer.json") == digests(b, "tokenizer.json") != digests(a, "tokenizer.json")
+    assert config_of(tmp_path / "out") == config_of(b) | {"num_hidden_layers": 8}
+
+
+def test_lists_of_layers_follow_the_slices(tmp_path: Path) -> None:
+    base = tiny_llama(layers=4)
+    kinds = ["full_attention", "sliding_attention", "chunked_attention", "linear_attention"]
+    model = write_checkpoint(tmp_path / "model", base, config=base.config | {"layer_types": kinds})
+    slices = [{"sources": [{"model": str(model), "layer_range": part}]} for part in ([0, 3], [1, 4])]
+    merge({"merge_method": "passthrough", "slices": slices, "dtype": "float16"}, tmp_path / "out", CPU)
+    found = config_of(tmp_path / "out")
+    assert found["num_hidden_layers"] == 6
+    assert found["layer_types"] == [*kinds[:3], *kinds[1:]]
+    assert found["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("own_head", "said", "other_head", "expected"),
+    [
+        (True, False, True, False),
+        (True, True, True, False),  # a head was written, so it counts
+        (True, None, True, False),
+        (False, True, False, True),
+        (False, None, False, None),
+        (False, False, False, False),  # no language model: a classifier, an encoder
+        (False, True, True, False),
+        (True, False, False, False),
+    ],
+)
+def test_tied_heads_in_config(
+    own_head: bool, said: bool | None, other_head: bool, expected: bool | None, tmp_path: Path
+) -> None:
+    key = "tie_word_embeddings"
+    config = {name: value for name, value in tiny_llama().config.items() if name != key}
+    a = write_checkpoint(
+        tmp_path / "a", tiny_llama(tied=not own_head), config=config | ({} if said is None else {key: said})
+    )
+    b = write_checkpoint(tmp_path / "b", tiny_llama(tied=not other_head))
+    models = [{"model": str(model), "parameters": {"weight": 1}} for model in (a, b)]
+    merge({"merge_method": "linear", "models": models}, tmp_path / "out", CPU)
+    assert config_of(tmp_path / "out").get(key) is expected
+
+
+def test_a_model_without_config_gets_none(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", {"weight": (4, 4)})
+    planned = plan(passed(model), CPU)
+    assert [warning for warning in planned.warnings if "has no config.json" in warning]
+    merge(planned, tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["README.md", "mergeloom.json", "model.safetensors"]
+
+
+def test_any_text_in_config_survives(tmp_path: Path) -> None:
+    odd = {"id2label": {"0": "très 好 \ud800 \x00"}, "score": float("inf"), "deep": [[[{}]]]}
+    model = write_checkpoint(tmp_path / "model", {"weight": (4, 4)}, config=odd)
+    merge(passed(model), tmp_path / "out", CPU)
+    assert config_of(tmp_path / "out") == odd
+
+
+def test_the_card_has_what_the_hub_knows(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "tiny", tiny_llama())
+    recipe = passed(model, name="stack", dtype="bfloat16")
+    merge(recipe, tmp_path / "out", CPU)
+    card = (tmp_path / "out" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["base_model_relation"] == "merge"
+    assert metadata["base_model"] == ["tiny"]
+    assert {"mergeloom", "merge"} <= set(metadata["tags"])
+    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == recipe | {"models": [{"model": "tiny"}]}
+    assert str(tmp_path) not in card
+
+
+def test_the_plan_says_what_config_can_not(tmp_path: Path) -> None:
+    base = tiny_llama(layers=4)
+    model = write_checkpoint(tmp_path / "model", base, config=base.config | {"full_attention_interval": 4})
+    slices = [{"sources": [{"model": str(model), "layer_range": part}]} for part in ([0, 3], [1, 4])]
+    planned = plan({"merge_method": "passthrough", "slices": slices}, CPU)
+    assert [warning for warning in planned.warnings if "full_attention_interval = 4 no longer says" in warning]
+    assert json.loads(json.dumps(planned.to_dict()))["warnings"] == list(planned.warnings)

@@ -1,0 +1,300 @@
+"""One suite for every registered method: right, the same for any tiles, in its workspace, defined at the edges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergeloom.methods import merge_methods
+from mergeloom.methods.kernel.contract import Base, Inputs, MethodError, Unit
+from tests.support.methods import reference
+from tests.support.methods.cases import CASES, Case, make
+from tests.support.methods.kernels import merge, run_kernel
+from tests.support.paths import ROOT
+
+KEY = 0x1234_5678_9ABC_DEF1
+SHAPE = (331, 1021)  # more than 2^18 elements, and no power of two anywhere
+IDS = [str(case) for case in CASES]
+COMPUTED = [case for case in CASES if case.method != "passthrough" or case.parameters]
+"""Those whose kernels compute, and do not just copy."""
+
+
+def expected(case: Case, x: Sequence[Tensor], inputs: Sequence[Tensor]) -> reference.Expected:
+    """What the reference says; `x` are the inputs in float64."""
+    parameters = {("factor" if k == "lambda" else k): v for k, v in case.parameters.items()}
+    if case.method in reference.DIRECT:
+        if merge_methods()[case.method].base is not Base.NONE:
+            parameters["base"] = case.base
+        return reference.DIRECT[case.method](x, **parameters)
+    assert case.base is not None
+    density = parameters.pop("density", (1.0,) * len(x))
+    gamma = parameters.pop("gamma", (0.01,) * len(x))
+    epsilon = parameters.pop("epsilon", (0.0,) * len(x))
+    unbiased = parameters.pop("unbiased", False)
+    others = [i for i in range(len(x)) if i != case.base]
+    deltas = {i: x[i] - x[case.base] for i in others}
+    if case.method in ("ties", "task_arithmetic"):
+        kept = [reference.largest(deltas[i], density[i]) for i in others]
+    elif case.method.startswith("breadcrumbs"):
+        kept = [reference.middling(deltas[i], density[i], gamma[i]) for i in others]
+    else:
+        kept = [[mask] for mask in drawn(case, inputs)]
+        if unbiased:
+            kept = [[mask[0] / odds(deltas[i], density[i], epsilon[i])] for i, mask in zip(others, kept, strict=True)]
+    random = case.method.startswith(("dare", "della"))
+    parameters.setdefault("normalize", case.method in ("ties", "della"))
+    parameters["rescale"] = parameters.get("rescale", random) and not unbiased
+    elect = case.method in ("ties", "dare_ties", "della", "breadcrumbs_ties")
+    return reference.task_vectors(x, kept, base=case.base, elect=elect, **parameters)
+
+
+def drawn(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Which elements a random method keeps of each model: a merge of that model alone leaves the base there."""
+    masks = []
+    for i in range(len(inputs)):
+        if i == case.base:
+            continue
+        alone = {k: v for k, v in case.parameters.items() if k in ("density", "epsilon")}
+        alone = {k: (0.0, v[i]) for k, v in alone.items()} | {"weight": (0.0, 1.0), "rescale": False}
+        method = "della_linear" if case.method.startswith("della") else "dare_linear"
+        pair = [torch.zeros_like(inputs[i]), torch.ones_like(inputs[i])]
+        if method == "della_linear":
+            pair = [inputs[case.base or 0], inputs[i]]
+        out = merge(method, pair, alone, base=0, key=KEY, positions=[case.base or 0, i])
+        masks.append((out != pair[0]).double())
+    return masks
+
+
+def odds(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """The probability with which an element is kept."""
+    columns = delta.shape[-1] if delta.dim() else 1
+    if not epsilon or density in (0, 1) or columns == 1:
+        return torch.full_like(delta, round(density * 2**32) / 2**32 or 1.0)
+    rank = torch.empty_like(delta)
+    order = torch.argsort(delta.abs().float(), dim=-1, stable=True)
+    steps = torch.arange(columns, dtype=torch.float64).expand_as(delta)
+    rank.scatter_(-1, order, steps.contiguous())
+    return torch.round((density - epsilon + 2 * epsilon * rank / (columns - 1)) * 2**32) / 2**32
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(x.abs().clamp(min=info.tiny)))
+    return info.eps * torch.exp2(exponent)
+
+
+def assert_conforms(output: Tensor, wanted: reference.Expected, dtype: torch.dtype, models: int) -> None:
+    """Within one unit in the last place of the output's dtype, and the rounding of the work dtype."""
+    found = output.to(dtype).double()
+    step = 2.0**-50 if dtype is torch.float64 else 2.0**-23
+    fits = torch.zeros_like(found, dtype=torch.bool)
+    for candidate in wanted.outputs:
+        fits |= (found - candidate).abs() <= ulp(candidate, dtype) + models * step * wanted.size
+    if not fits.all():
+        place = tuple((~fits).nonzero()[0].tolist())
+        values = [float(candidate[place]) for candidate in wanted.outputs]
+        pytest.fail(f"{int((~fits).sum())} of {fits.numel()} differ; at {place}: {float(found[place])}, not {values}")
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    integers = torch.int64 if a.dtype is torch.float64 else torch.int32
+    return torch.equal(a.view(integers), b.view(integers))
+
+
+def test_every_method_has_a_case() -> None:
+    assert {case.method for case in CASES} == set(merge_methods())
+
+
+@pytest.mark.parametrize("kind", ["lattice", "float32", "mixed", "float64"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_agrees_with_the_reference(case: Case, kind: str) -> None:
+    shape = (67, 499)
+    inputs = make(kind, case.models, shape, case.base)
+    output = run_kernel(case.kernel(inputs), inputs, key=KEY).output
+    dtype = {"lattice": torch.bfloat16, "float64": torch.float64}.get(kind, torch.float32)
+    wanted = expected(case, [x.double() for x in inputs], inputs)
+    assert_conforms(output, wanted, dtype, case.models)
+    if kind == "lattice":
+        assert_conforms(output, wanted, torch.float32, case.models)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 1), (1, 4), (2, 3, 5), (40_000,), (3, 20_000)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_any_shape(case: Case, shape: tuple[int, ...]) -> None:
+    inputs = make("float32", case.models, shape, case.base)
+    output = run_kernel(case.kernel(inputs), inputs, key=KEY).output
+    wanted = expected(case, [x.double() for x in inputs], inputs)
+    assert_conforms(output, wanted, torch.float32, case.models + 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_bytes_do_not_depend_on_tiles_or_threads(case: Case) -> None:
+    for kind in ("lattice", "float32"):
+        inputs = make(kind, case.models, SHAPE, case.base)
+        kernel = case.kernel(inputs)
+        whole = run_kernel(kernel, inputs, key=KEY)
+        for tile in (1, 1 << 15, 1 << 18):
+            run = run_kernel(kernel, inputs, tile, key=KEY)
+            assert same_bytes(run.output, whole.output)
+            assert run.used <= run.declared
+            assert run.passes == whole.passes
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(4)
+            assert same_bytes(run_kernel(kernel, inputs, 1 << 18, key=KEY).output, whole.output)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_random_exactly_if_declared(case: Case) -> None:
+    inputs = make("lattice", case.models, (64, 512), case.base)
+    kernel = case.kernel(inputs)
+    outputs = [run_kernel(kernel, inputs, key=key).output for key in (KEY, KEY + 1)]
+    assert same_bytes(*outputs) != kernel.random
+    if not kernel.random:
+        places = [i + 7 for i in range(case.models)]
+        assert same_bytes(outputs[0], run_kernel(kernel, inputs, key=KEY, positions=places).output)
+
+
+def digests(*, skip: Sequence[str] = (), device: str = "cpu") -> dict[str, str]:
+    """For each case a digest of the output's bytes."""
+    found = {}
+    for case in CASES:
+        if case.method not in skip:
+            inputs = [x.to(device) for x in make("lattice", case.models, (131, 517), case.base)]
+            output = run_kernel(case.kernel(inputs), inputs, 1 << 15, key=KEY).output.cpu()
+            found[str(case)] = hashlib.sha256(output.numpy().tobytes()).hexdigest()
+    return found
+
+
+DEVICE_BOUND = ("arcee_fusion",)
+
+
+@pytest.mark.parametrize("level", ["avx2", "default"])
+def test_bytes_do_not_depend_on_the_instruction_set(level: str) -> None:
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": level,
+        "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
+    }
+    suite = "from tests import test_methods_conformance as suite"
+    program = f"import json; {suite}; print(json.dumps(suite.digests(skip={DEVICE_BOUND})))"
+    root = ROOT
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == digests(skip=DEVICE_BOUND)
+
+
+def test_paths_of_other_devices_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = digests(skip=DEVICE_BOUND)
+    for module in ("selection", "reductions", "scripts", "sparsify", "fusion"):
+        monkeypatch.setattr(f"mergeloom.methods.{module}.on_cpu", lambda tensor: False)
+    assert digests(skip=DEVICE_BOUND) == usual
+
+
+@pytest.mark.gpu
+def test_bytes_are_the_same_on_a_gpu() -> None:
+    assert digests(skip=DEVICE_BOUND, device="cuda") == digests(skip=DEVICE_BOUND)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_many_models_within_the_workspace(case: Case) -> None:
+    method = merge_methods()[case.method]
+    models = case.models if method.maximum is not None else case.models + 7
+    inputs = make("float64", models, (9, 4099), case.base)
+    parameters = {
+        k: v + v[-1:] * (models - case.models) if isinstance(v, tuple) else v for k, v in case.parameters.items()
+    }
+    kernel = Case(case.method, models, case.base, parameters).kernel(inputs)
+    for elements in (None, 1 << 15):
+        run = run_kernel(kernel, inputs, elements, key=KEY)
+        assert run.used <= run.declared
+        assert torch.isfinite(run.output).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_empty_tensor(case: Case) -> None:
+    for shape in ((0,), (0, 4), (4, 0)):
+        inputs = [torch.zeros(shape) for _ in range(case.models)]
+        assert run_kernel(case.kernel(inputs), inputs).output.shape == shape
+
+
+Make = Callable[[int, int | None], list[Tensor]]
+DEGENERATE: dict[str, Make] = {
+    "zeros": lambda models, base: [torch.zeros(6, 50)] * models,
+    "equal models": lambda models, base: make("float32", 1, (6, 50)) * models,
+    "only the base is zero": lambda models, base: [torch.full((6, 50), float(i != base)) for i in range(models)],
+    "opposite": lambda models, base: [
+        x * (0 if i == base else (-1) ** i) for i, x in enumerate(make("float32", 1, (6, 50)) * models)
+    ],
+    "tiny": lambda models, base: [x * 1e-30 for x in make("float32", models, (6, 50), base)],
+    "huge": lambda models, base: [x * 1e15 for x in make("float32", models, (6, 50), base)],
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_degenerate_inputs_give_numbers(case: Case, name: str) -> None:
+    inputs = DEGENERATE[name](case.models, case.base)
+    output = run_kernel(case.kernel(inputs), inputs, key=KEY).output
+    assert torch.isfinite(output).all()
+    partial = case.method in ("linear", "passthrough", "multislerp") and case.parameters
+    if name in ("zeros", "equal models") and not partial and case.method != "nuslerp":
+        torch.testing.assert_close(output, inputs[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("case", COMPUTED, ids=[str(case) for case in COMPUTED])
+def test_transparent_kernels_show_what_is_not_finite(case: Case, value: float) -> None:
+    for place in range(case.models):
+        inputs = make("float32", case.models, (9, 1000), case.base)
+        inputs[place][4, 567] = value
+        kernel = case.kernel(inputs)
+        assert kernel.transparent
+        assert not torch.isfinite(run_kernel(kernel, inputs, key=KEY).output).all()
+
+
+def test_only_a_copy_is_not_transparent() -> None:
+    """A copy looks at no values."""
+    kernels = [case.kernel(make("lattice", case.models, (12, 345), case.base)) for case in CASES]
+    assert {type(kernel).__name__ for kernel in kernels if not kernel.transparent} == {"Copy"}
+
+
+def test_granules_hold_whole_rows_where_that_is_the_unit() -> None:
+    of_rows = set()
+    for case in CASES:
+        kernel = case.kernel(make("lattice", case.models, (12, 345), case.base))
+        if kernel.unit is Unit.ROW:
+            assert kernel.granule % 345 == 0
+            of_rows.add(case.method)
+    assert of_rows == {"arcee_fusion", "della", "della_linear", "model_stock", "nuslerp"}
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "base", "parameters", "says"),
+    [
+        ("linear", 2, None, {"weight": (1.0, -1.0)}, "sum to 0"),
+        ("multislerp", 2, None, {"weight": (1.0, -1.0)}, "sum to 0"),
+        ("della", 2, 0, {"weight": (0.0, 1.0), "density": (0.0, 0.1)}, "between 0 and 1"),
+        ("passthrough", 2, None, {}, "takes 1 models"),
+        ("slerp", 3, 0, {"t": 0.5}, "takes 1 models besides the base"),
+        ("slerp", 2, None, {"t": 0.5}, "and there are 2"),
+        ("ties", 2, 0, {}, "needs the parameter weight"),
+        ("ties", 2, 0, {"weight": (0.0, 1.0), "wieght": 1}, "no parameter wieght"),
+        ("ties", 2, 0, {"weight": (0.0, float("nan"))}, "finite"),
+        ("model_stock", 2, 0, {}, "takes 2 or more"),
+        ("nearswap", 2, 0, {"t": 0.1, "eps": 0.0}, "above 0"),
+    ],
+)
+def test_mistakes_are_named(method: str, models: int, base: int | None, parameters: dict[str, Any], says: str) -> None:
+    with pytest.raises(MethodError, match=says):
+        merge_methods()[method].kernel(Inputs(models, base, (3, 4)), parameters)

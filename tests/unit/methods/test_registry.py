@@ -1,0 +1,161 @@
+"""Methods of the user's, from a file and from packages; registration; and that docs/methods.md knows all of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergeloom.errors import UsageError
+from mergeloom.methods import merge_methods
+from mergeloom.methods import registry as plugins
+from mergeloom.methods.elementwise import weighted_sum
+from mergeloom.methods.kernel import contract
+from mergeloom.methods.kernel.contract import Inputs, Kernel, PerInput, merge_method
+from tests.support.methods.kernels import merge
+from tests.support.paths import ROOT
+
+DOCS = (ROOT / "docs" / "methods.md").read_text()
+TASK_VECTOR_METHODS = re.findall(r"^## (\w+)$", DOCS.split("\n# Task vectors\n")[1].split("\n# ")[0], re.MULTILINE)
+
+SMALL = '''
+from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method
+from mergeloom.methods.elementwise import weighted_sum
+
+@merge_method("{name}")
+def method(inputs: Inputs, *, share: float = 1.0) -> Kernel:
+    """Sum.
+
+    Args:
+        share: of each.
+    """
+    return weighted_sum(inputs, [share] * inputs.count)
+'''
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Methods and files that a test adds are forgotten after it."""
+    before, loaded = set(merge_methods()), dict(plugins._loaded)
+    yield
+    for name in set(merge_methods()) - before:
+        contract.unregister(name)
+    plugins._loaded.clear()
+    plugins._loaded.update(loaded)
+
+
+def test_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(SMALL.format(name="mine"))
+    assert plugins.load_methods(file) == ("mine",)
+    assert plugins.load_methods(str(file)) == ("mine",)
+    assert merge_methods()["mine"].parameters[0].default == 1.0
+    assert torch.equal(merge("mine", [torch.ones(3), torch.ones(3)], {"share": 0.5}), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is no such file"),
+        ("x = 1", "registers no merge method"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def (", "SyntaxError"),
+        (SMALL.format(name="linear"), "'linear' is registered already"),
+        (SMALL.format(name="mine").replace("float", "str"), "must be a float, int or bool"),
+        (SMALL.format(name="mine").replace("share: of each.", ""), "does not describe 'share'"),
+        (SMALL.format(name="mine").replace("*, ", ""), "keyword-only"),
+        (SMALL.format(name="mine") + "1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_files_with_mistakes(tmp_path: Path, text: str | None, says: str) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=says) as caught:
+        plugins.load_methods(file)
+    assert str(file) in str(caught.value)
+    assert "mine" not in merge_methods()
+
+
+def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "methods_of_a_package.py").write_text(SMALL.format(name="packaged"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = importlib.metadata.EntryPoint("any", "methods_of_a_package", plugins.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point] if group == plugins.GROUP else [])
+    assert plugins.load_entry_points() == ("packaged",)
+    assert plugins.load_entry_points() == ("packaged",)
+    assert "packaged" in merge_methods()
+
+
+def test_examples_in_the_docs(tmp_path: Path) -> None:
+    for number, example in enumerate(re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)):
+        file = tmp_path / f"example_{number}.py"
+        file.write_text(example)
+        plugins.load_methods(file)
+    x = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([2.0, 2.0, 2.5]), torch.tensor([0.0, -3.0, 4.0])]
+    assert merge("extrapolate", x[:2]).tolist() == [2.5, 4.0, 2.25]
+    assert merge("boldest", x, base=0).tolist() == [2.0, 2.0, 4.0]
+    mean = merge("long_mean", x[:2])
+    assert float(mean.norm()) == pytest.approx(float((x[0].norm() + x[1].norm()) / 2))
+    inputs = [torch.randn(40_000) for _ in range(3)]
+    for name in ("boldest", "long_mean"):
+        assert torch.equal(merge(name, inputs, base=0), merge(name, inputs, base=0, tile_elements=1))
+
+
+def test_python_words_get_an_underscore() -> None:
+    @merge_method("worded")
+    def worded(inputs: Inputs, *, lambda_: float = 2.0, weight: PerInput[float]) -> Kernel:
+        """A sum.
+
+        Args:
+            lambda_: of all.
+            weight: of each.
+        """
+        return weighted_sum(inputs, [lambda_ * w for w in weight])
+
+    found = {p.name: p for p in merge_methods()["worded"].parameters}
+    assert found["lambda"].default == 2.0
+    assert found["lambda"].argument == "lambda_"
+    assert found["weight"].required
+    assert found["weight"].per_input
+    merged = merge("worded", [torch.ones(2), torch.ones(2)], {"lambda": 3.0, "weight": (1.0, 2.0)})
+    assert merged.tolist() == [9.0, 9.0]
+
+
+@pytest.mark.parametrize("name", sorted(merge_methods()))
+def test_method_is_documented(name: str) -> None:
+    match = re.search(rf"^## {name}$(.*?)(?=^#)", DOCS, re.MULTILINE | re.DOTALL)
+    assert match, f"docs/methods.md has no section for {name}"
+    text = match[1]
+    if name in TASK_VECTOR_METHODS:
+        text += DOCS.split("Parameters of all of them:")[1].split("\n#")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in text.splitlines() if line.startswith("| `")]
+    described = {row[0].strip("`"): row for row in rows}
+    method = merge_methods()[name]
+    for parameter in method.parameters:
+        assert parameter.name in described, f"docs/methods.md doesn't describe {name}'s {parameter.name}"
+        _, per_model, default, accepted, *_ = described[parameter.name]
+        assert accepted == parameter.values
+        assert per_model == ("per model" if parameter.per_input else "")
+        if parameter.required:
+            assert default == "required"
+        elif parameter.type is not bool:
+            assert float(default) == parameter.default
+        elif parameter.name not in ("normalize", "rescale"):  # whose defaults differ between methods of one table
+            assert default == str(parameter.default).lower()
+    if method.paper:
+        assert method.paper in DOCS
+
+
+def test_what_a_list_of_methods_imports() -> None:
+    """Names and parameters are to be had without torch, whose import takes a second."""
+    program = (
+        "import sys; from mergeloom.methods import merge_methods; merge_methods(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

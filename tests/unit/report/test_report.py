@@ -1,0 +1,248 @@
+"""The dry run and the summary as people read them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mergeloom
+from mergeloom.engine.execute.tasks import LaneTime, Measured
+from mergeloom.engine.graph.build import Unused
+from mergeloom.engine.run.merge import Result
+from mergeloom.engine.run.plan import Plan
+from mergeloom.report.plan import bottleneck, headline, plan_sections, plan_text, summary_text, unused_lines
+from mergeloom.report.sections import plain, show
+from tests.conftest import MakeModel
+from tests.support.models import write as models
+
+
+def linear(*paths: Path, **more: Any) -> dict[str, Any]:
+    """A recipe for a mean."""
+    return {"merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": 1}} for p in paths], **more}
+
+
+def stacked(path: Path, *ranges: list[int], **more: Any) -> dict[str, Any]:
+    """A recipe for a stack."""
+    slices = [{"sources": [{"model": str(path), "layer_range": part}]} for part in ranges]
+    return {"merge_method": "passthrough", "slices": slices, **more}
+
+
+def line_of(text: str, label: str) -> str:
+    """The line with this label."""
+    return next(line for line in text.splitlines() if line.strip().startswith(label))
+
+
+# ------------------------------------------------------------------------------------------------ the dry run
+
+
+def test_a_plan_prints_as_the_dry_run(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    text = str(plan)
+    said = plan.to_dict()
+    assert text == plan_text(plan)
+    assert text.startswith("linear of 2 models: 4 layers")
+    assert f"{said['output']['parameters']:,}" in line_of(text, "parameters")
+    assert "every byte once" in line_of(text, "reads")
+    assert "38 by linear" in line_of(text, "tensors")
+    assert "cpu" in line_of(text, "device")
+    for name in "ab":
+        assert str(llamas[name]) in text
+
+
+def test_the_true_shape_of_a_120b_stack(make_model: MakeModel) -> None:
+    """Llama-3-70B in seven slices of 20 layers: 140 layers, 121,892,970,496 parameters, of headers alone."""
+    model = make_model("70b", models.llama_3_70b(), shard_bytes=10**10, fill=None)
+    plan = mergeloom.plan(stacked(model, *([first, first + 20] for first in range(0, 70, 10))))
+    text = str(plan)
+    assert headline(plan) == "passthrough of 1 model: 140 layers, 122B parameters, 244GB"
+    assert "121,892,970,496 (122B)" in line_of(text, "parameters")
+    assert "141GB, every byte once" in line_of(text, "reads")
+    assert "bytes are only copied" in line_of(text, "device")
+
+
+def test_rereads_are_said_with_their_reason(make_model: MakeModel) -> None:
+    tensors = {f"model.layers.{i}.w.weight": (2048, 2048) for i in range(2)}
+    model = make_model("a", tensors, dtype="F32", fill=None)
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": str(model),
+        "models": [{"model": str(model)}, {"model": str(make_model("b", tensors, dtype="F32", fill=None))}],
+        "parameters": {"t": 0.5},
+    }
+    least = mergeloom.plan(recipe).schedule.minimum_ram
+    plan = mergeloom.plan(recipe, max_ram=least + (4 << 20))
+    assert plan.schedule.bytes_reread > 0
+    assert "again, since the budget holds no more" in line_of(str(plan), "reads")
+
+
+def test_the_base_is_marked_and_the_donor_named(llamas: dict[str, Path]) -> None:
+    text = str(mergeloom.plan(linear(llamas["a"], llamas["base"], base_model=str(llamas["base"]))))
+    assert f"{llamas['base']} (base)" in text
+    assert str(llamas["base"]) in line_of(text, "config from")
+
+
+def test_dropped_layers_are_one_line(make_model: MakeModel) -> None:
+    plan = mergeloom.plan(stacked(make_model("a", models.tiny_llama(layers=8)), [0, 2], [5, 7]))
+    assert [line.partition(": ")[2] for line in unused_lines(plan)] == ["layers 2-4, 7 (36 tensors): in no slice"]
+
+
+def test_few_unused_tensors_are_named(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    name = str(llamas["a"])
+    unused = (
+        Unused(name, "no parameter", tuple(f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(3))),
+        Unused(name, "left over", ("model.extra.weight",)),
+        Unused(name, "stale.safetensors is not named by the index", ()),
+    )
+    other = replace(plan, built=replace(plan.built, unused=unused))
+    assert unused_lines(other) == [
+        f"{name}: model.layers.{{0-2}}.self_attn.rotary_emb.inv_freq: no parameter",
+        f"{name}: model.extra.weight: left over",
+        f"{name}: stale.safetensors is not named by the index",
+    ]
+
+
+def test_warnings_come_last(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"], parameters={"normalise": True}))
+    last = plan_sections(plan)[-1]
+    assert last.title == "Warnings"
+    assert last.warns
+    assert "did you mean `normalize`?" in last.lines[0]
+
+
+def test_vram_is_shown_where_a_gpu_is_planned_for(llamas: dict[str, Path]) -> None:
+    from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    budget = Budget(1 << 30, 200 << 20, (DeviceBudget("cuda:0", 1 << 30, 2),))
+    text = str(replace(plan, schedule=make_schedule(plan.built.graph, budget)))
+    assert "of 1GiB" in line_of(text, "peak VRAM")
+    assert "iB" in line_of(text, "least VRAM")
+    assert "to the GPU" in line_of(text, "uploads")
+    assert "cuda:0" in line_of(text, "device")
+    assert "VRAM" not in str(plan)
+
+
+class Terminal(io.StringIO):
+    """A stream that somebody looks at."""
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_terminal_gets_no_line_that_is_too_wide(
+    width: int, llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    show(plan_sections(plan), stream)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    assert max(map(len, printed.splitlines())) <= width
+    squeezed = "".join(printed.split())
+    for model in llamas["a"], llamas["b"]:
+        assert model.name in squeezed
+    assert f"{plan.to_dict()['output']['parameters']:,}" in printed
+
+
+def test_a_dumb_terminal_gets_plain_lines(llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    sections = plan_sections(mergeloom.plan(linear(llamas["a"], llamas["b"])))
+    show(sections, stream)
+    assert stream.getvalue() == plain(sections) + "\n"
+
+
+def test_brackets_in_a_path_are_no_markup(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "300")
+    stream = Terminal()
+    plan = mergeloom.plan(stacked(make_model("[red]model[/red]:smile:"), [0, 2]))
+    show(plan_sections(plan), stream)
+    assert "[red]model[/red]:smile:" in stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def result_of(plan: Plan, **more: Any) -> Result:
+    """What a merge measured that went as planned."""
+    measured = Measured(
+        bytes_read=plan.schedule.bytes_read,
+        bytes_written=plan.schedule.bytes_written,
+        seconds=10.0,
+        lanes={"read": LaneTime(2, 18.0, 2.0), "compute": LaneTime(2, 4.0, 16.0), "write": LaneTime(1, 1.0, 9.0)},
+    )
+    return Result(plan=plan, out=Path("out"), measured=replace(measured, **more), peak_rss=100 << 20)
+
+
+def test_the_summary_holds_the_measured_against_the_foretold(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    text = summary_text(result_of(plan))
+    assert text.startswith("Merged into out")
+    assert "10 s" in line_of(text, "time")
+    assert "B/s" in line_of(text, "time")
+    assert line_of(text, "read").endswith("as foretold")
+    assert "100MiB; foretold" in line_of(text, "peak RAM")
+    assert "a faster disk" in line_of(text, "bottleneck")
+    assert "90%" in text
+    other = summary_text(result_of(plan, bytes_written=plan.schedule.bytes_written + 1))
+    assert f"{plan.schedule.bytes_written:,} were foretold" in line_of(other, "written")
+
+
+def test_a_crowded_gpu_is_said(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    text = summary_text(result_of(plan, squeezed={"cuda:1": 3 << 30}))
+    assert line_of(text, "made do with").endswith("3GiB of cuda:1: another process held the rest")
+
+
+def test_a_rehearsal_says_that_nothing_was_written(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    text = summary_text(replace(result_of(plan), out=None))
+    assert "nothing was written" in text
+    assert line_of(text, "discarded")
+
+
+def test_overflows_are_counted_by_tensor_the_worst_first(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    names = [output.name for output in plan.built.graph.outputs]
+    counts = dict(zip(names, itertools.count(1)))
+    text = summary_text(result_of(plan, overflowed=counts))
+    assert f"{names[-1]}: {len(names)} values beyond BF16" in text
+    assert f"in {len(names) - 10} other tensors" in text
+    assert names[0] not in text
+
+
+@pytest.mark.parametrize(
+    ("lane", "gpu", "says"),
+    [
+        ("read", False, "disk"),
+        ("compute", False, "cores"),
+        ("compute", True, "faster GPU"),
+        ("upload", True, "bus"),
+        ("download", True, "GPU"),
+        ("write", False, "disk for OUT"),
+    ],
+)
+def test_the_bottleneck_in_words(lane: str, gpu: bool, says: str) -> None:
+    lanes = {name: LaneTime(2, 2.0, 18.0) for name in ("read", "upload", "compute", "download", "write")}
+    lanes[lane] = LaneTime(2, 19.0, 1.0)
+    assert says in bottleneck(Measured(seconds=10.0, lanes=lanes), gpu=gpu)
+    assert "95%" in bottleneck(Measured(seconds=10.0, lanes=lanes), gpu=gpu)
+
+
+def test_no_bottleneck_where_there_is_none() -> None:
+    lanes = {"read": LaneTime(2, 6.0, 14.0), "write": LaneTime(1, 5.0, 5.0)}
+    assert bottleneck(Measured(seconds=10.0, lanes=lanes)).startswith("none: the busiest lane, write")
+    assert bottleneck(Measured(seconds=0.1, lanes=lanes)) == "too short to tell"
+    assert bottleneck(Measured()) == "too short to tell"

@@ -1,0 +1,273 @@
+"""The executor's sink: every byte in its places, digests as if in one piece, and a journal that never says too much."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.planning import plan
+from mergeloom.engine.run.recovery.recover import Durable, durable_of
+from mergeloom.engine.run.shard_writer import Shards, records_of
+from mergeloom.engine.run.transfers import Transfer, plan_transfers
+from mergeloom.io.output.digests import tensor_digest
+from mergeloom.io.output.directory import OutputDirectory, ShardFile
+from mergeloom.io.output.group_commit import Ended
+from mergeloom.io.output.journal import Journal, read_journal
+from tests.faults.test_faults import make_blocks_small
+from tests.support.models.write import write_checkpoint
+
+BLOCK = 16 << 10
+SIZES = {"a.weight": (50, 1000), "b.weight": (4096,), "c.weight": (3,), "d.weight": (0, 4), "e.weight": (8192,)}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_blocks_small(monkeypatch)
+
+
+class Writer:
+    """A sink over a plan, with the bytes that it ought to write."""
+
+    def __init__(self, planned: Plan, out: Path, **options: Any) -> None:
+        self.plan = planned
+        self.graph, self.layout = planned.built.graph, planned.layout
+        self.out = OutputDirectory(out)
+        shards = [ShardFile(each.name, each.header, each.nbytes, each.computed) for each in self.layout.shards]
+        self.out.begin(shards)
+        self.durable = durable_of(self.out.found, self.graph, self.layout, self.out.shard_path)
+        self.journal = Journal(self.out.journal, {"seed": 0}, records_of(self.durable))
+        self.errors: list[BaseException] = []
+        self.shards = Shards(planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options)
+        self.data = {node: random.Random(node).randbytes(self.graph.nbytes(node)) for node in self.graph}
+
+    def write(self, node: int, start: int, end: int) -> None:
+        """Write a range of a node."""
+        self.shards.write(node, start, memoryview(self.data[node])[start:end])
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.shards.stop()
+        self.shards.abandon()
+        self.journal.close()
+        self.out.close()
+
+    def places(self, node: int) -> Iterator[tuple[Path, int]]:
+        """Where a node's bytes go."""
+        for output in self.graph.destinations()[node]:
+            yield self.out.shard_path(self.layout.shard_of[output]), self.layout.offset_of[output]
+
+    def check_whole(self) -> None:
+        """Everything must be in its places, and digested."""
+        for node, data in self.data.items():
+            for file, offset in self.places(node):
+                assert file.read_bytes()[offset : offset + len(data)] == data
+            if node in self.shards.digests:
+                expected = [digest_of(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
+                assert self.shards.digests[node] == expected
+
+    def check_claims(self) -> Durable:
+        """What the journal says must be there already."""
+        found = read_journal(self.out.journal)
+        durable = durable_of(found, self.graph, self.layout, self.out.shard_path)
+        assert durable.damaged == 0
+        for node, nbytes in durable.done(self.graph, self.layout).items():
+            for file, offset in self.places(node):
+                assert file.read_bytes()[offset : offset + nbytes] == self.data[node][:nbytes]
+        return durable
+
+
+def digest_of(data: bytes) -> bytes:
+    """The digest of a block."""
+    import xxhash
+
+    return bytes(xxhash.xxh3_128_digest(data))
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Plan:
+    """A model with every tensor in two places."""
+    return make_plan(tmp_path, dtype="bfloat16")
+
+
+def make_plan(tmp_path: Path, **more: str) -> Plan:
+    """A model with every tensor in two places; its tensors are computed where they are given another dtype."""
+    shapes = {f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in SIZES.items()}
+    model = write_checkpoint(tmp_path / "model", shapes, dtype="F32", fill=1)
+    slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]}] * 2
+    options = Options(device="cpu", threads=1, max_ram=4 << 30, shard_size=300_000)
+    found = plan({"merge_method": "passthrough", "slices": slices, **more}, options)
+    assert all(len(places) == 2 for places in found.built.graph.destinations())
+    assert len(found.layout.shards) > 1
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_of_all_sizes_from_many_threads(seed: int, planned: Plan, tmp_path: Path) -> None:
+    writer = Writer(planned, tmp_path / "out", group_bytes=(8 << 10, 100 << 10, 1 << 30)[seed % 3])
+    chance = random.Random(seed)
+    pieces = []
+    for node, data in writer.data.items():
+        cuts = sorted({0, len(data), *(chance.randrange(len(data) + 1) for _ in range(chance.randrange(12)))})
+        pieces.append([(node, start, end) for start, end in pairwise(cuts)])
+    lock, queue = threading.Lock(), [piece for node in pieces for piece in node]
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not queue:
+                    return
+                piece = queue.pop(0)
+            writer.write(*piece)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        writer.check_claims()
+    for thread in threads:
+        thread.join()
+    for node in writer.data:
+        writer.shards.finished(node)
+    writer.shards.commits.close()
+    assert not writer.errors
+    writer.check_whole()
+    durable = writer.check_claims()
+    assert {node: tensor_digest(blocks) for node, blocks in durable.whole.items()} == {
+        node: tensor_digest(blocks) for node, blocks in writer.shards.digests.items() if writer.data[node]
+    }
+    assert not durable.begun
+    writer.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_going_on_needs_not_begin_where_pieces_did(seed: int, planned: Plan, tmp_path: Path) -> None:
+    """Interrupted at random, gone on with by pieces of other sizes, that begin before what is durable ends."""
+    chance = random.Random(seed)
+    for _ in range(100):
+        writer = Writer(planned, tmp_path / "out", group_bytes=64 << 10)
+        done = writer.durable.done(writer.graph, writer.layout)
+        left = [node for node, data in writer.data.items() if done.get(node, 0) < len(data)]
+        if not left:
+            break
+        for node in left:
+            length = chance.choice((1000, 7000, BLOCK, 50_000))
+            data = writer.data[node]
+            first = done.get(node, 0) // length * length
+            stop = len(data) if chance.random() < 0.5 else chance.randrange(len(data))
+            for start in range(first, stop, length):
+                writer.write(node, start, min(start + length, len(data)))
+        if chance.random() < 0.7:
+            writer.shards.commits.close()
+        writer.check_claims()
+        writer.close()
+    else:
+        pytest.fail("it never came to its end")
+    writer.check_whole()
+    assert all(writer.durable.whole[node] for node, data in writer.data.items() if data)
+    writer.close()
+
+
+def test_what_is_durable_is_not_written_again(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer(planned, tmp_path / "out", group_bytes=64 << 10)
+    node = max(writer.data, key=lambda each: len(writer.data[each]))
+    writer.write(node, 0, 40_000)
+    writer.shards.commits.close()
+    writer.close()
+    writer = Writer(planned, tmp_path / "out")
+    assert writer.durable.done(writer.graph, writer.layout)[node] == 40_000
+    written: list[tuple[int, int]] = []
+    monkeypatch.setattr(OutputDirectory, "write", lambda self, shard, offset, data: written.append((offset, len(data))))
+    writer.write(node, 0, 30_000)
+    writer.write(node, 30_000, 50_000)
+    offsets = [offset for _, offset in writer.places(node)]
+    assert sorted(written) == sorted((offset + 40_000, 10_000) for offset in offsets)
+    writer.close()
+
+
+def test_a_piece_that_fails_ends_those_that_wait_for_it(
+    planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(planned, tmp_path / "out", group_bytes=1 << 20)
+
+    def fail(self: OutputDirectory, shard: int, offset: int, data: memoryview) -> None:
+        raise OSError(os.strerror(5))
+
+    monkeypatch.setattr(OutputDirectory, "write", fail)
+    node = max(writer.data, key=lambda each: len(writer.data[each]))
+    ends: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            writer.write(node, 50_000, 60_000)  # what comes before it is never fed
+        except Ended as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    with pytest.raises(OSError, match="Input/output"):
+        writer.write(node, 0, 40_000)
+    thread.join()
+    assert [type(end) for end in ends] == [Ended]
+    assert [str(error) for error in writer.errors] == ["Input/output error"]
+    writer.close()
+
+
+def test_a_node_that_is_not_whole_is_no_digest(planned: Plan, tmp_path: Path) -> None:
+    writer = Writer(planned, tmp_path / "out")
+    node = max(writer.data, key=lambda each: len(writer.data[each]))
+    writer.write(node, 0, 40_000)
+    with pytest.raises(RuntimeError, match=r"40000 of \d+ bytes were written"):
+        writer.shards.finished(node)
+    writer.close()
+
+
+def test_copies_can_be_gone_on_with(tmp_path: Path) -> None:
+    planned = make_plan(tmp_path)
+    writer = Writer(planned, tmp_path / "out")
+    copying = [node for node, data in writer.data.items() if data]
+    whole = plan_transfers(writer.graph, writer.layout, set(copying), set())
+    target, nbytes = whole[0].target, whole[0].nbytes
+    ranges = [(target, target + 100), (target + 300, target + 400), (target + 90, target + 150)]
+    for start, end in ranges:
+        copy(writer, whole[0], start, end)
+    writer.journal.append([{"copied": [whole[0].shard, *each]} for each in ranges])
+    writer.close()
+    writer = Writer(planned, tmp_path / "out")
+    assert writer.durable.copied == {whole[0].shard: [(target, target + 150), (target + 300, target + 400)]}
+    left = writer.durable.uncopied(whole)
+    pieces = [(each.target - target, each.nbytes, each.offset - whole[0].offset) for each in left[:2]]
+    assert pieces == [(150, 150, 150), (400, nbytes - 400, 400)]
+    assert left[2:] == whole[1:]
+    assert writer.durable.done(writer.graph, writer.layout) == {}
+    for each in left:
+        copy(writer, each, each.target, each.target + each.nbytes)
+    writer.journal.append([{"copied": [each.shard, each.target, each.target + each.nbytes]} for each in left])
+    writer.close()
+    writer = Writer(planned, tmp_path / "out")
+    assert writer.durable.uncopied(whole) == []
+    assert writer.durable.differing == 0
+    assert writer.durable.checked == sum(each.nbytes for each in whole)
+    assert writer.durable.bytes_read == 2 * writer.durable.checked
+    writer.out.write(whole[0].shard, target + 700, memoryview(b"damaged"))
+    writer.close()
+    writer = Writer(planned, tmp_path / "out")
+    (left,) = writer.durable.uncopied(whole)
+    assert (left.shard, left.file) == (whole[0].shard, whole[0].file)
+    assert left.target <= target + 700 < left.target + left.nbytes
+    assert writer.durable.differing == left.nbytes
+    writer.close()
+
+
+def copy(writer: Writer, transfer: Transfer, start: int, end: int) -> None:
+    """Copy the bytes [start, end) of a shard from a transfer's source."""
+    offset = transfer.offset + start - transfer.target
+    data = transfer.file.read_bytes()[offset : offset + end - start]
+    writer.out.write(transfer.shard, start, memoryview(data))

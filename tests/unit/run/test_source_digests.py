@@ -1,0 +1,187 @@
+"""Digests of used source bytes: each byte once, whatever the order, the pieces and the number of passes."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergeloom.engine.graph.graph import MergeGraph
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
+from mergeloom.engine.run.recovery.source_digests import (
+    SourceDigests,
+    check_sources,
+    ranges_in_use,
+    source_ranges,
+    used_bytes,
+)
+from mergeloom.errors import CheckpointError, Interrupted
+from tests.support.models.write import write_checkpoint
+
+SHAPES = {f"model.layers.{layer}.w.weight": (100, 64) for layer in range(2)}
+NBYTES = 100 * 64 * 4
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of two tensors."""
+    return write_checkpoint(tmp_path / "model", SHAPES, dtype="F32", fill=1)
+
+
+def graph_of(model: Path, **more: Any) -> MergeGraph:
+    """The graph of a merge of the model."""
+    named = [{"model": str(model), "parameters": {"weight": 1}}]
+    recipe = {"merge_method": "linear", "models": named, "dtype": "bfloat16", **more}
+    return plan(recipe, Options(device="cpu", max_ram=4 << 30)).built.graph
+
+
+def read(graph: MergeGraph, digests: SourceDigests, number: int, start: int, end: int) -> None:
+    """Read a range of a tensor, as a lane does."""
+    ref = graph.reads[number]
+    data = ref.file.read_bytes()[ref.offset + start : ref.offset + end]
+    digests.add(ref.file, ref.offset + start, memoryview(data))
+
+
+def check(graph: MergeGraph, records: Sequence[Any], used: dict[int, int]) -> int:
+    """Compare what the records say with the files."""
+    files = {ref.file for ref in graph.reads}
+    ranges = ranges_in_use(source_ranges(records, graph), used)
+    return check_sources(graph, files, ranges, used, 2, lambda checked: None)
+
+
+@pytest.mark.parametrize("piece", [1000, 4096, NBYTES, NBYTES + 1])
+@pytest.mark.parametrize("order", ["in order", "backwards", "shuffled"])
+def test_pieces_of_any_size_in_any_order_are_one_range(model: Path, piece: int, order: str) -> None:
+    graph = graph_of(model)
+    digests = SourceDigests(graph)
+    pieces = [(start, min(start + piece, NBYTES)) for start in range(0, NBYTES, piece)]
+    if order == "backwards":
+        pieces.reverse()
+    elif order == "shuffled":
+        random.Random(piece).shuffle(pieces)
+    for start, end in pieces:
+        read(graph, digests, 1, start, end)
+    (record,) = records = digests.take()
+    assert record["source"] == 1
+    assert [each[:3] for each in record["ranges"]] == [[0, NBYTES, min(piece, NBYTES)]]
+    assert check(graph, records, {1: NBYTES}) == NBYTES
+    for start, end in pieces:  # a second pass
+        read(graph, digests, 1, start, end)
+    assert digests.take() == []
+
+
+def test_what_was_read_in_other_pieces_is_digested_where_it_is_new(model: Path) -> None:
+    graph = graph_of(model)
+    digests = SourceDigests(graph)
+    read(graph, digests, 0, 0, 5000)
+    read(graph, digests, 0, 10_000, 15_000)
+    read(graph, digests, 0, 11_000, 14_000)
+    first = digests.take()
+    assert [each[:3] for each in first[0]["ranges"]] == [[0, 5000, 5000], [10_000, 15_000, 5000]]
+    read(graph, digests, 0, 2000, 10_000)
+    read(graph, digests, 0, 0, 15_000)
+    second = digests.take()
+    assert [each[:3] for each in second[0]["ranges"]] == [[2000, 10_000, 8000]]
+    assert check(graph, [*first, *second], {0: 15_000}) == 18_000
+    with pytest.raises(CheckpointError, match="has no digest of tensor model.layers.0.w.weight"):
+        check(graph, [*first, *second], {0: 15_001})
+    with pytest.raises(CheckpointError, match="has no digest of tensor model.layers.0.w.weight"):
+        check(graph, first, {0: 15_000})
+
+
+def test_pieces_that_change_places_are_seen(model: Path) -> None:
+    """The sum of their digests would be the same if a piece's place did not count."""
+    graph = graph_of(model)
+    digests = SourceDigests(graph)
+    for start in range(0, NBYTES, 6400):
+        read(graph, digests, 0, start, start + 6400)
+    records = digests.take()
+    ref = graph.reads[0]
+    data = bytearray(ref.file.read_bytes())
+    a, b = slice(ref.offset, ref.offset + 6400), slice(ref.offset + 6400, ref.offset + 12_800)
+    data[a], data[b] = data[b], data[a]
+    ref.file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="tensor model.layers.0.w.weight is not what was read of it"):
+        check(graph, records, {0: 1})
+    assert check(graph, records, {}) == 0
+
+
+def test_many_threads(model: Path) -> None:
+    graph = graph_of(model)
+    digests = SourceDigests(graph)
+    pieces = [(number, start) for number in range(2) for start in range(0, NBYTES, 512)] * 2
+    random.Random(0).shuffle(pieces)
+    taken: list[Any] = []
+
+    def work(part: Sequence[tuple[int, int]]) -> None:
+        for number, start in part:
+            read(graph, digests, number, start, start + 512)
+            if start % 4096 == 0:
+                taken.extend(digests.take())
+
+    threads = [threading.Thread(target=work, args=(pieces[number::4],)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken += digests.take()
+    assert check(graph, taken, {0: NBYTES, 1: NBYTES}) == 2 * NBYTES  # each piece once
+
+
+def test_what_the_journal_has_is_not_digested_again(model: Path) -> None:
+    graph = graph_of(model)
+    digests = SourceDigests(graph)
+    read(graph, digests, 0, 0, 5000)
+    again = SourceDigests(graph, source_ranges(digests.take(), graph))
+    read(graph, again, 0, 0, 5000)
+    assert again.take() == []
+
+
+def test_how_much_of_a_source_was_used(model: Path) -> None:
+    """Of a single pass what its first bytes were made of; of several passes all of it."""
+    simple = graph_of(model)
+    assert used_bytes(simple, {}) == used_bytes(simple, {0: 0}) == {}
+    assert used_bytes(simple, {0: 2}) == {0: NBYTES}  # a chunk has at least 32768 elements
+    large = replace(simple.reads[0], shape=(1024, 64), nbytes=1024 * 64 * 4)
+    simple.reads[0] = large
+    assert used_bytes(simple, {0: 2}) == {0: 32768 * 4}
+    assert used_bytes(simple, {0: 32768 * 2 + 2}) == {0: large.nbytes}
+    base = {"base_model": str(model), "merge_method": "ties", "parameters": {"density": 0.5}}
+    other = write_checkpoint(model.with_name("other"), SHAPES, dtype="F32", fill=2)
+    passes = graph_of(other, **base)
+    passes.reads[0] = replace(passes.reads[0], shape=(1024, 64), nbytes=1024 * 64 * 4)
+    used = used_bytes(passes, {0: 2})
+    assert set(used) == set(passes.node_sources[0])
+    assert all(used[read] == passes.reads[read].nbytes for read in used)
+
+
+def test_hostile_records_are_passed_over(model: Path) -> None:
+    graph = graph_of(model)
+    good = [0, 10, 10, "0" * 32]
+    ranges: list[Any] = [None, 1, "abc", [], [0, 10, 10], [*good, 1], [-1, 10, 5, "0"], [0, NBYTES + 1, 1, "0"]]
+    ranges += [[5, 5, 1, "0"], [0, 10, 0, "0"], [0, 10, 11, "0"], [0, 10, 10, "x"], [0, 10.0, 10, "0"], [0, 10, 10, 0]]
+    records: list[dict[str, Any]] = [{"source": source, "ranges": [good]} for source in (-1, 2, None, "0", 1.5)]
+    records += [{"source": 0, "ranges": value} for value in (None, 5, "abc", {})]
+    records += [{"source": 0, "ranges": [*ranges, good]}]
+    found = source_ranges(records, graph)
+    assert [(each.start, each.end, each.piece, each.digest) for each in found[0]] == [(0, 10, 10, 0)]
+    assert found.keys() == {0}
+
+
+def test_a_comparison_can_be_interrupted(model: Path) -> None:
+    graph = graph_of(model)
+    digests = SourceDigests(graph)
+    read(graph, digests, 0, 0, NBYTES)
+    ranges = source_ranges(digests.take(), graph)
+
+    def stop(checked: object) -> None:
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        check_sources(graph, {graph.reads[0].file}, ranges, {0: NBYTES}, 2, stop)

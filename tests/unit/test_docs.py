@@ -1,0 +1,225 @@
+"""The documentation holds what there is: commands and options, snippets that run, links that lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.shell_completion import get_completion_class
+
+import mergeloom
+from mergeloom.cli.app import cli
+from mergeloom.engine.recipe.load import parse_recipe
+from mergeloom.engine.recipe.reader import STAGE_KEYS
+from mergeloom.methods import merge_methods
+from tests.support.paths import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")])
+TEXT = {page: page.read_text() for page in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GUIDE = TEXT[ROOT / "docs" / "guide.md"]
+FOR_USERS = "\n".join(text for page, text in TEXT.items() if page.name == "README.md" or page.parent.name == "docs")
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    """Every command by name."""
+    yield from sorted(cli.commands.items())
+
+
+def snippets(language: str) -> list[object]:
+    """Every fenced block of a language."""
+    found = []
+    for page, text in TEXT.items():
+        for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)):
+            found.append(pytest.param(match[1], id=f"{page.name}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_every_command_is_documented(name: str, command: click.Command) -> None:
+    assert f"mergeloom {name}" in FOR_USERS
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_every_option_is_documented(name: str, command: click.Command) -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            for option in parameter.opts:
+                assert re.search(rf"`{option}\b", page), f"{option} of mergeloom {name}"
+
+
+def test_no_option_is_documented_that_is_not_there() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    known = {option for _, command in commands() for p in command.params for option in p.opts}
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= known | {"--version", "--help"}
+
+
+def test_every_exit_code_is_documented() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    errors = [value for name in mergeloom.__all__ if isinstance(value := getattr(mergeloom, name), type)]
+    codes = {error.exit_code for error in errors if issubclass(error, mergeloom.MergeloomError)}
+    for code in {0, *codes}:
+        assert f"\n| {code} |" in page
+
+
+def test_every_key_of_a_recipe_is_documented() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for key in STAGE_KEYS:
+        assert f"`{key}`" in page, key
+
+
+def test_every_key_of_the_plan_is_documented(llamas: dict[str, Path]) -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    model = {"model": str(llamas["a"]), "parameters": {"weight": 1}}
+    for key in mergeloom.plan({"merge_method": "linear", "models": [model]}).to_dict():
+        assert f"`{key}`" in page, key
+
+
+@pytest.mark.parametrize("snippet", snippets("yaml"))
+def test_recipes_are_recipes(snippet: str) -> None:
+    assert all(yaml.safe_load_all(snippet))
+    recipe = parse_recipe(snippet, strict=True, methods=merge_methods())
+    assert recipe.warnings == ()
+
+
+@pytest.mark.parametrize("snippet", snippets("python"))
+def test_python_parses_and_uses_what_there_is(snippet: str) -> None:
+    for node in ast.walk(ast.parse(snippet)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mergeloom":
+            assert node.attr in mergeloom.__all__
+
+
+PAGES_THAT_RUN = [page for page in PAGES if re.search(r"^import mergeloom$", TEXT[page], re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
+def test_python_runs(page: Path, llamas: dict[str, Path], tmp_path: Path) -> None:
+    """With the recipes of the page, under the names that it gives them, and small models in the place of theirs."""
+    blocks = FENCE.findall(TEXT[page])
+    recipes = [text for language, text in blocks if language == "yaml"]
+    program = "".join(text for language, text in blocks if language == "python")
+    names = {name: text for text in recipes for name in re.findall(r"^# (\S+\.yml)$", text, re.MULTILINE)}
+    for name in re.findall(r'"(\S+\.yml)"', program):
+        (tmp_path / name).write_text(names.get(name, recipes[0]))
+    models = {name for text in recipes for name in re.findall(r"model: (?:\./)?([\w-]+)", text)}
+    for number, name in enumerate(sorted(models)):
+        (tmp_path / name).symlink_to(llamas["abc"[number % 3]])
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_python_is_run_here_or_as_methods() -> None:
+    """docs/methods.md is run by test_methods_plugins.py and test_user_methods.py."""
+    assert {page.name for page in PAGES if "\n```python\n" in TEXT[page]} == {
+        "methods.md",
+        *(page.name for page in PAGES_THAT_RUN),
+    }
+
+
+def commands_shown(text: str) -> Iterator[str]:
+    """Every ``mergeloom ...`` of a page: in fences, in indented blocks, after their prompts, and in the text itself."""
+    blocks = [block for language, block in FENCE.findall(text) if language != "python"]
+    prose = FENCE.sub("", text)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [line for line in prose.splitlines() if line.startswith("    ")]
+    for line in lines:
+        if match := re.match(r" *(?:\$ )?mergeloom (.+)", line):
+            yield re.split(r" {2,}| [|>] ", match[1])[0]  # what follows is said of it, or another command
+    flowing = " ".join(line.strip() for line in prose.splitlines() if not line.startswith("    "))
+    yield from re.findall(r"`mergeloom ([^`]+)`", flowing)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "mergeloom " in TEXT[page]], ids=lambda page: page.name)
+def test_commands_that_are_shown_parse(page: Path) -> None:
+    for shown in commands_shown(TEXT[page]):
+        arguments = [re.sub(r"^N$", "1", word) for word in shlex.split(shown, comments=True)]
+        name, *rest = arguments
+        try:
+            if name.startswith("-"):
+                cli.make_context("mergeloom", arguments)
+            else:
+                cli.commands[name].make_context(name, rest, help_option_names=["-h", "--help"])  # which click keeps
+        except (click.exceptions.Exit, click.MissingParameter):  # --version; or the command alone is talked about
+            pass
+        except (click.UsageError, KeyError) as error:
+            pytest.fail(f"{page.name}: mergeloom {shown}: {error}")
+
+
+def test_commands_are_found() -> None:
+    text = "a `mergeloom plan\nx.yml`\n\n    mergeloom verify OUT   reads\n\n```console\n$ mergeloom stack M > f\n```\n"
+    assert list(commands_shown(text)) == ["stack M", "verify OUT", "plan x.yml"]
+    assert len(list(commands_shown(GUIDE))) > 20
+
+
+def anchors(text: str) -> set[str]:
+    """Where links into a page can lead; a second heading of the same name gets a number."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE):
+        found.append(re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-"))
+    return {name if not (n := found[:i].count(name)) else f"{name}-{n}" for i, name in enumerate(found)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", TEXT[page])
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            file, _, anchor = target.partition("#")
+            linked = (page.parent / file).resolve() if file else page
+            assert linked.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in anchors(linked.read_text()), f"{page.name}: {target}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    """benchmarks.md is made by `make bench`, and is linked once there is something in it."""
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", TEXT[ROOT / "README.md"]))
+    assert {page.name for page in PAGES if page.parent.name == "docs"} - {"benchmarks.md"} <= linked
+
+
+def test_messages_in_the_guide_are_those_that_are_said() -> None:
+    sources = [file for folder in ("mergeloom", "engine", "io") for file in (ROOT / folder).glob("*.py")]
+    said = "".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in sources)
+    rows = re.findall(r"^\| `([^`]+)` \| (\d+)", GUIDE.partition("| the message says |")[2], re.MULTILINE)
+    assert len(rows) > 10
+    for message, _ in rows:
+        assert message in said, message
+
+
+def test_the_shell_completes() -> None:
+    shells = re.findall(r"_MERGELOOM_COMPLETE=(\w+)_source", GUIDE)
+    assert set(shells) == {"bash", "zsh", "fish"}
+    for shell in shells:
+        kind = get_completion_class(shell)
+        assert kind is not None
+        completion = kind(cli, {}, "mergeloom", "_MERGELOOM_COMPLETE")
+        for words, beginning, ends in (
+            (["plan"], "--what", ["--what-if"]),
+            (["merge", "--device"], "c", ["cpu", "cuda"]),
+            (["methods"], "dare", ["dare_linear", "dare_ties"]),
+        ):
+            assert [item.value for item in completion.get_completions(words, beginning)] == ends
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXT[ROOT / "README.md"].splitlines()) < 200
+
+
+def test_the_default_budgets_are_the_ones_that_hold() -> None:
+    from mergeloom.engine.cost.machine import RAM_SHARE, VRAM_SHARE
+
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    options = {p.name: p for p in cli.commands["plan"].params if isinstance(p, click.Option)}
+    for name, share in (("max_ram", RAM_SHARE), ("max_vram", VRAM_SHARE)):
+        assert f"{share:.0%} of" in page
+        assert f"{share:.0%}" in (options[name].help or "")
