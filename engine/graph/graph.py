@@ -10,16 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...io.safetensors.dtypes import DType
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.contract import Kernel
-
-if TYPE_CHECKING:
-    import networkx
-
-    from .footprint import Footprint
+from .footprint import Footprint
 
 
 class Kind(Enum):
@@ -178,29 +174,6 @@ class MergeGraph:
             for read in dict.fromkeys(sources):
                 found[read].append(node)
         return found
-
-    def to_networkx(self) -> networkx.DiGraph[Any]:
-        """The graph as networkx sees it: nodes ``("read", i)``, ``("merge", i)``, ``("output", i)`` with attributes."""
-        import networkx
-
-        graph: networkx.DiGraph[Any] = networkx.DiGraph()
-        for number, ref in enumerate(self.reads):
-            graph.add_node(
-                ("read", number),
-                model=self.models[self.read_models[number]],
-                name=self.read_names[number],
-                nbytes=ref.nbytes,
-            )
-        for node in self.nodes():
-            operation = self.operation(node)
-            graph.add_node(
-                ("merge", node), kind=operation.kind.value, method=operation.method, nbytes=self.nbytes(node)
-            )
-            graph.add_edges_from((("read", read), ("merge", node)) for read in self.node_sources[node])
-        for number, output in enumerate(self.outputs):
-            graph.add_node(("output", number), name=output.label)
-            graph.add_edge(("merge", output.node), ("output", number))
-        return graph
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.nodes())

@@ -1,4 +1,4 @@
-"""Imports go one way: mergeloom -> engine -> io, engine -> methods; errors is a leaf; heavy libraries load late."""
+"""Imports follow the pipeline, without cycles, and heavy libraries load late."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,42 +16,59 @@ from tests.support.paths import ROOT
 
 FOLDERS = ("mergeloom", "engine", "methods", "io")
 
-MAY_IMPORT = {
-    "mergeloom": {"mergeloom", "engine", "methods", "io", "errors"},
-    "engine": {"engine", "methods", "io", "errors"},
-    "methods": {"methods", "errors"},
-    "io": {"io", "errors"},
-    "errors": set(),
-}
-"""Which parts of mergeloom a part may import; ``mergeloom/errors.py`` is a part of its own."""
+BOTTOM = {"mergeloom.errors", "mergeloom.version"}
+"""Modules of the front end that everything may import, and that import nothing of mergeloom."""
 
-MAY_NOT_IMPORT = {
-    "mergeloom": set(),
-    "engine": {"rich", "click", "safetensors"},
+LAYERS: dict[str, set[str]] = {
+    "io": set(),
+    "methods": set(),
+    "recipe": {"methods", "io"},
+    "model": {"recipe", "methods", "io"},
+    "graph": {"model", "recipe", "methods", "io"},
+    "schedule": {"graph", "model", "recipe", "methods", "io"},
+    "execute": {"schedule", "graph", "model", "recipe", "methods", "io"},
+    "files": {"schedule", "graph", "model", "recipe", "methods", "io"},
+    "cost": {"execute", "schedule", "graph", "model", "recipe", "methods", "io"},
+    "run": {"execute", "files", "cost", "schedule", "graph", "model", "recipe", "methods", "io"},
+    "mergeloom": {"run", "execute", "files", "cost", "schedule", "graph", "model", "recipe", "methods", "io"},
+}
+"""The arrows of the design: which folders a folder may import, besides itself. ``cost`` measures what ``execute`` runs."""
+
+LIBRARIES: dict[str, set[str]] = {
+    **dict.fromkeys(LAYERS, {"rich", "click", "safetensors"}),
+    "graph": {"rich", "click", "safetensors"},
     "methods": {"rich", "click", "safetensors", "networkx", "yaml", "psutil"},
     "io": {"rich", "click", "networkx", "yaml", "torch"},
-    "errors": {"rich", "click", "safetensors", "networkx", "yaml", "psutil", "torch", "numpy"},
+    "mergeloom": set(),
 }
-"""Which libraries a part may not import, at the top or inside a function."""
+"""Which libraries a folder may not import, at the top or inside a function."""
 
 
 def sources() -> Iterator[tuple[Path, str]]:
-    """Every source file and its module's name in the installed package."""
+    """Every source file and the name of its module."""
     for folder in FOLDERS:
-        package = "mergeloom" if folder == "mergeloom" else f"mergeloom.{folder}"
         for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            yield path, ".".join([package, *(part for part in parts if part != "__init__")])
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if folder == "mergeloom" and len(parts) > 2 and parts[1] in FOLDERS:
+                continue  # a link to the folder itself
+            parts = parts if folder == "mergeloom" else ("mergeloom", *parts)
+            yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = dict((module, path) for path, module in sources())
 
 
 def part_of(module: str) -> str:
-    """The part of mergeloom that a module belongs to."""
-    second = module.split(".")[1] if "." in module else ""
-    return second if second in MAY_IMPORT else "mergeloom"
+    """The folder of the design that a module lies in."""
+    parts = module.split(".")
+    if len(parts) > 1 and parts[1] == "engine":
+        return parts[2] if len(parts) > 2 else "engine"
+    return parts[1] if len(parts) > 1 and parts[1] in ("methods", "io") else "mergeloom"
 
 
-def imports(path: Path, module: str) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything that a file imports, wherever in the file, for types only or not."""
+def imports(module: str) -> Iterator[tuple[int, str]]:
+    """Line and module of everything that a module imports, wherever in the file, for types only or not."""
+    path = SOURCES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(), path)):
         if isinstance(node, ast.Import):
@@ -58,19 +76,47 @@ def imports(path: Path, module: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield node.lineno, whole if whole in SOURCES else base
 
 
-@pytest.mark.parametrize(("path", "module"), [pytest.param(*source, id=source[1]) for source in sources()])
-def test_imports_go_one_way(path: Path, module: str) -> None:
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_follow_the_arrows_of_the_design(module: str) -> None:
     part = part_of(module)
-    for line, name in imports(path, module):
-        where = f"{path.relative_to(ROOT)}:{line}: {part} imports {name}"
+    for line, name in imports(module):
+        where = f"{SOURCES[module].relative_to(ROOT)}:{line}: {part} imports {name}"
         library = name.split(".")[0]
-        if library == "mergeloom":
-            assert name == "mergeloom.__version__" or part_of(name) in MAY_IMPORT[part], where
-        else:
-            assert library not in MAY_NOT_IMPORT[part], where
+        if library != "mergeloom":
+            assert library not in LIBRARIES.get(part, set()), where
+        elif name not in BOTTOM:
+            assert module not in BOTTOM, where
+            assert part_of(name) in {part, *LAYERS.get(part, set())}, where
+
+
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    TopologicalSorter({m: {name for _, name in imports(m) if name in SOURCES and name != m} for m in SOURCES}).prepare()
+
+
+def test_the_arrows_of_the_design_have_no_cycle() -> None:
+    TopologicalSorter(LAYERS).prepare()
+
+
+def test_the_kernel_imports_no_method() -> None:
+    for module in SOURCES:
+        if module.startswith("mergeloom.methods.kernel"):
+            for line, name in imports(module):
+                inside = name.startswith("mergeloom.methods.kernel") or name in BOTTOM
+                assert inside or not name.startswith("mergeloom"), f"{module}:{line} imports {name}"
+
+
+def test_every_module_of_the_package_is_found_without_an_installation() -> None:
+    """The package folder links to the other code folders, so editors and type checkers resolve every import."""
+    for folder in ("engine", "methods", "io"):
+        assert (ROOT / "mergeloom" / folder).resolve() == ROOT / folder
+
+
+# ------------------------------------------------------------------------------------------------ what is loaded
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -81,7 +127,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_io_loads_nothing_else() -> None:
-    modules = [module for path, module in sources() if part_of(module) == "io"]
+    modules = [module for module in SOURCES if part_of(module) == "io"]
     loaded = loaded_by("\n".join(f"import {module}" for module in modules))
     assert not loaded & {"torch", "rich", "click", "networkx", "mergeloom.engine", "mergeloom.methods"}
 
@@ -89,8 +135,8 @@ def test_io_loads_nothing_else() -> None:
 def test_mergeloom_itself_loads_lazily() -> None:
     loaded = loaded_by("import mergeloom")
     assert not loaded & {"torch", "numpy", "rich", "click", "networkx", "yaml"}
-    assert not {name for name in loaded if name.startswith("mergeloom.")}
+    assert {name for name in loaded if name.startswith("mergeloom.")} == {"mergeloom.version"}
 
 
 def test_the_command_line_loads_no_torch() -> None:
-    assert not loaded_by("import mergeloom.__main__, mergeloom.engine.schedule.schedule") & {"torch", "networkx"}
+    assert not loaded_by("import mergeloom.__main__, mergeloom.engine.run.planning") & {"torch", "networkx"}

@@ -1,0 +1,46 @@
+"""The bounds of the design on the code itself: files, functions and folders stay small, and each file says its job."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+CODE = ("mergeloom", "engine", "methods", "io", "tests", "benchmarks", "recipes")
+MOST_LINES = 400
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_FILES = 16
+
+
+def python_files() -> list[Path]:
+    """Every Python file that git knows or would add, below the code folders."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *CODE]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [ROOT / name for name in sorted(listed) if name.endswith(".py") and (ROOT / name).is_file()]
+
+
+FILES = python_files()
+IDS = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_a_file_says_its_one_job_and_is_short(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text, path)
+    assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no docstring that says its job"
+    assert text.count("\n") <= MOST_LINES
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def test_no_folder_has_more_files_than_a_reader_can_take_in() -> None:
+    folders: dict[Path, int] = {}
+    for path in FILES:
+        folders[path.parent] = folders.get(path.parent, 0) + 1
+    assert {str(folder.relative_to(ROOT)): count for folder, count in folders.items() if count > MOST_FILES} == {}
