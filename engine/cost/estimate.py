@@ -244,9 +244,9 @@ def _cores(work: Workload, rates: Rates, lanes: list[LaneEstimate], threads: int
     seconds = (moved + zeroed) / rates.memory.per_second
     origin = rates.memory.origin
     if computing is not None and threads:
-        work = computing.seconds * threads
-        origin = computing.rate.origin if work > seconds else origin
-        seconds += work
+        busy = computing.seconds * threads
+        origin = computing.rate.origin if busy > seconds else origin
+        seconds += busy
     per_second = moved * cores / seconds if seconds else rates.memory.per_second
     return LaneEstimate("cores", moved, Rate(per_second, origin), seconds / cores)
 

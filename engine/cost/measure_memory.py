@@ -7,6 +7,7 @@ allocation of torch, numpy and Python, and extrapolates to the tiles of the merg
 
 from __future__ import annotations
 
+import functools
 import gc
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -166,8 +167,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
         state: Any = None
         for index in range(kernel.reductions):
             if kernel.needed(index, state):
-                before = state
-                partial = measured(lambda space, i=index, s=before: reduce_chunk(piece, i, s, space))
+                partial = measured(functools.partial(reduce_chunk, piece, index, state))
                 state = kernel.finish(index, partial, state)
         measured(lambda space: combine_chunk(piece, state, space, result))
         measured(lambda space: (find_nonfinite(piece.inputs, elements), count_nonfinite(result, elements)))
@@ -246,8 +246,10 @@ def allocations() -> Iterator[Allocations]:
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     experimental = torch._C._profiler._ExperimentalConfig()
-    state = torch.autograd.ProfilerState.CPU
-    configuration = torch.autograd.ProfilerConfig(state, False, True, False, False, False, experimental)
+    state = torch.autograd.ProfilerState.CPU  # type: ignore[attr-defined]
+    configuration = torch.autograd.ProfilerConfig(  # type: ignore[attr-defined]
+        state, False, True, False, False, False, experimental
+    )
     torch._C._autograd._enable_profiler_legacy(configuration)
     try:
         yield found
@@ -261,7 +263,7 @@ def allocations() -> Iterator[Allocations]:
         held = peak = 0
         for events in threads:
             for event in events:
-                if event.kind() == "memory_alloc":
+                if str(event.kind()) == "memory_alloc":
                     held += event.cpu_memory_usage()
                     peak = max(peak, held)
         found.peak = peak + max(0, python)

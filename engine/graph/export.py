@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -33,9 +32,7 @@ def export_graph(graph: MergeGraph, form: Format, detail: Detail = "layer") -> s
     found = to_networkx(graph, detail)
     if form == "json":
         return json.dumps(networkx.node_link_data(found, edges="edges"), indent=1) + "\n"
-    stream = io.BytesIO()
-    networkx.write_graphml(found, stream)
-    return stream.getvalue().decode()
+    return "\n".join(networkx.generate_graphml(found)) + "\n"
 
 
 def to_networkx(graph: MergeGraph, detail: Detail = "layer") -> networkx.DiGraph[str]:

@@ -27,10 +27,6 @@ RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
 
 
-OTHER_THREADS = 16
-"""Threads of a merge that read, write, copy and show progress."""
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
     """What `plan` and `merge` can be told beside the recipe.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
 from ..cost.machine import (
-    OTHER_THREADS,
     check_address_space,
     find_devices,
     make_budget,
@@ -24,6 +23,9 @@ from ..recipe.load import load_recipe
 from ..recipe.types import ModelReference
 from ..schedule.schedule import Budget, make_schedule
 from .plan import Options, Plan, RecipeLike
+
+OTHER_THREADS = 16
+"""Threads of a merge that read, write, copy and show progress."""
 
 
 def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:

@@ -11,3 +11,5 @@ if TYPE_CHECKING:
 else:
     mask_ops = LazyModule(f"{__package__}.mask_ops")
     ops = LazyModule(f"{__package__}.ops")
+
+__all__ = ["mask_ops", "ops"]

@@ -32,10 +32,10 @@ LAYERS: dict[str, set[str]] = {
     "run": {"execute", "files", "cost", "schedule", "graph", "model", "recipe", "methods", "io"},
     "mergeloom": {"run", "execute", "files", "cost", "schedule", "graph", "model", "recipe", "methods", "io"},
 }
-"""The arrows of the design: which folders a folder may import, besides itself. ``cost`` measures what ``execute`` runs."""
+"""The arrows of the design: the folders that a folder may import, besides itself. ``cost`` measures ``execute``."""
 
 LIBRARIES: dict[str, set[str]] = {
-    **dict.fromkeys(LAYERS, {"rich", "click", "safetensors"}),
+    **{folder: {"rich", "click", "safetensors"} for folder in LAYERS},
     "graph": {"rich", "click", "safetensors"},
     "methods": {"rich", "click", "safetensors", "networkx", "yaml", "psutil"},
     "io": {"rich", "click", "networkx", "yaml", "torch"},
@@ -55,7 +55,7 @@ def sources() -> Iterator[tuple[Path, str]]:
             yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-SOURCES = dict((module, path) for path, module in sources())
+SOURCES = {module: path for path, module in sources()}
 
 
 def part_of(module: str) -> str:

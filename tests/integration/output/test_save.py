@@ -15,6 +15,7 @@ from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import RecipeError
+from mergeloom.report.plan import plan_text
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.models.write import tiny_llama, write_checkpoint, write_tokenizer
 from tests.support.outputs import digests, read_model, same_tensors
@@ -84,7 +85,7 @@ def test_both_models_are_what_they_are_alone(models: dict[str, Path], tmp_path: 
     assert planned.bytes_read == sum(ref.nbytes for ref in planned.built.graph.reads) == result.measured.bytes_read
     on_disk = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
     assert planned.disk == on_disk
-    assert "saved beside  middle/: 4 layers" in " ".join(str(planned).split("\n")).replace("   ", "  ")
+    assert "saved beside  middle/: 4 layers" in " ".join(plan_text(planned).split("\n")).replace("   ", "  ")
 
 
 def test_a_tensor_of_both_is_read_once_and_made_once(models: dict[str, Path], tmp_path: Path) -> None:

@@ -103,13 +103,13 @@ def test_machines_that_are_none(text: str, says: str) -> None:
 
 
 def test_what_is_given_stands_beside_what_is_assumed(mean: Plan) -> None:
-    rates = with_given(replace(assumed_rates(mean), cached=0.7), {"disk_read": 6e9})
+    rates = with_given(replace(assumed_rates(mean.workload), cached=0.7), {"disk_read": 6e9})
     assert rates.disk_read == Rate(6e9, GIVEN)
     assert rates.disk_write.origin == ASSUMED
     assert rates.cached == 0.0  # a disk whose rate is given is read, whatever lies in the page cache
     assert rates.option == "--rates disk_read=6GB/s"
     assert parse_rates(rates.option.removeprefix("--rates ")) == {"disk_read": 6e9}
-    assert assumed_rates(mean).option == ""
+    assert assumed_rates(mean.workload).option == ""
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -117,40 +117,42 @@ def test_what_is_given_stands_beside_what_is_assumed(mean: Plan) -> None:
 
 def test_each_lane_is_its_bytes_at_its_rate(mean: Plan) -> None:
     total = mean.schedule.bytes_written
-    found = estimate(mean, replace(FAST, disk_read=Rate(1e6, GIVEN), start=3.0))
+    found = estimate(mean.workload, replace(FAST, disk_read=Rate(1e6, GIVEN), start=3.0))
     assert lane(found, "read") == pytest.approx(2 * total / 1e6)
     assert found.bottleneck.name == "read"
     assert found.seconds == pytest.approx(3 + 2 * total / 1e6, rel=0.02)
-    assert lane(estimate(mean, replace(FAST, disk_write=Rate(1e6, GIVEN))), "write") == pytest.approx(total / 1e6)
-    assert computed_bytes(mean) == 2 * total
-    found = estimate(mean, replace(FAST, compute=Rate(1e6, GIVEN)))
+    assert lane(estimate(mean.workload, replace(FAST, disk_write=Rate(1e6, GIVEN))), "write") == pytest.approx(
+        total / 1e6
+    )
+    assert computed_bytes(mean.workload) == 2 * total
+    found = estimate(mean.workload, replace(FAST, compute=Rate(1e6, GIVEN)))
     assert lane(found, "compute") == pytest.approx(2 * total / 1e6)
     assert lane(found, "cores") == pytest.approx(2 * total / 1e6)  # two threads that compute, on two cores
-    copying = estimate(mean, replace(FAST, memory=Rate(1e6, GIVEN)))
+    copying = estimate(mean.workload, replace(FAST, memory=Rate(1e6, GIVEN)))
     assert lane(copying, "cores") == pytest.approx(2 * 3 * total / 1e6 / 2)  # memory is zeroed, and then filled
 
 
 def test_what_lies_in_the_page_cache_is_not_read_from_the_disk(mean: Plan) -> None:
     rates = replace(FAST, disk_read=Rate(1e6, GIVEN))
-    whole = lane(estimate(mean, rates), "read")
-    assert lane(estimate(mean, replace(rates, cached=0.75)), "read") == pytest.approx(whole / 4)
+    whole = lane(estimate(mean.workload, rates), "read")
+    assert lane(estimate(mean.workload, replace(rates, cached=0.75)), "read") == pytest.approx(whole / 4)
 
 
 def test_a_gpu_has_a_bus(llamas: dict[str, Path]) -> None:
     planned = plan(linear(llamas["a"], llamas["b"]), GPU)
     total = planned.schedule.bytes_written
-    found = estimate(planned, replace(FAST, h2d=Rate(1e6, GIVEN), d2h=Rate(1e6, GIVEN)))
+    found = estimate(planned.workload, replace(FAST, h2d=Rate(1e6, GIVEN), d2h=Rate(1e6, GIVEN)))
     assert [one.name for one in found.lanes] == ["read", "write", "upload", "compute", "download", "cores"]
     assert lane(found, "upload") == pytest.approx(2 * total / 1e6)
     assert lane(found, "download") == pytest.approx(total / 1e6)
     assert found.bottleneck.name == "upload"
     two = plan(linear(llamas["a"], llamas["b"]), Options(machine=Machine(ram=64 << 30, vram=1 << 30, gpus=2)))
-    assert lane(estimate(two, replace(FAST, h2d=Rate(1e6, GIVEN))), "upload") == pytest.approx(total / 1e6)
+    assert lane(estimate(two.workload, replace(FAST, h2d=Rate(1e6, GIVEN))), "upload") == pytest.approx(total / 1e6)
 
 
 def test_a_stack_computes_nothing(llamas: dict[str, Path]) -> None:
     planned = plan(stacked((llamas["a"], (0, 2)), (llamas["a"], (1, 4))))
-    found = estimate(planned, assumed_rates(planned))
+    found = estimate(planned.workload, assumed_rates(planned.workload))
     assert [one.name for one in found.lanes] == ["read", "write", "cores"]
 
 
@@ -161,11 +163,11 @@ def test_what_is_read_again_comes_from_the_page_cache_where_it_has_room(make_mod
     least = plan(slerp(a, b), there).schedule.minimum_ram + (4 << 20)
     roomy = plan(slerp(a, b), replace(there, max_ram=least))
     assert roomy.schedule.bytes_reread > 0
-    assert cached_again(roomy) == roomy.schedule.bytes_reread
+    assert cached_again(roomy.workload) == roomy.schedule.bytes_reread
     tight = plan(slerp(a, b), Options(device="cpu", max_ram=least, machine=Machine(ram=150 << 20)))  # inputs: 101 MB
-    assert cached_again(tight) == 0
+    assert cached_again(tight.workload) == 0
     slow = replace(FAST, disk_read=Rate(1e6, GIVEN))
-    assert lane(estimate(roomy, slow), "read") < lane(estimate(tight, slow), "read")
+    assert lane(estimate(roomy.workload, slow), "read") < lane(estimate(tight.workload, slow), "read")
 
 
 rates_of = st.builds(Rate, st.floats(1e6, 1e12), st.sampled_from([GIVEN, MEASURED, ASSUMED]))
@@ -174,13 +176,13 @@ rates_of = st.builds(Rate, st.floats(1e6, 1e12), st.sampled_from([GIVEN, MEASURE
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.builds(Rates, *(6 * [rates_of]), st.floats(0, 1)), st.sampled_from(sorted(WHAT)))
 def test_laws(mean: Plan, rates: Rates, name: str) -> None:
-    found = estimate(mean, rates)
+    found = estimate(mean.workload, rates)
     assert 0 < found.low <= found.seconds <= found.high
     assert found.low <= found.bottleneck.seconds <= found.seconds
     faster = replace(rates, **{name: replace(getattr(rates, name), per_second=2 * getattr(rates, name).per_second)})
-    assert estimate(mean, faster).seconds <= found.seconds * (1 + 1e-9)
+    assert estimate(mean.workload, faster).seconds <= found.seconds * (1 + 1e-9)
     known = replace(rates, **{name: replace(getattr(rates, name), origin=GIVEN) for name in WHAT})
-    assert estimate(mean, known).high - estimate(mean, known).low <= found.high - found.low + 1e-9
+    assert estimate(mean.workload, known).high - estimate(mean.workload, known).low <= found.high - found.low + 1e-9
 
 
 def test_where_all_is_shared_it_takes_no_time(llamas: dict[str, Path]) -> None:
@@ -188,10 +190,10 @@ def test_where_all_is_shared_it_takes_no_time(llamas: dict[str, Path]) -> None:
     graph = planned.built.graph
     done = {node: graph.nbytes(node) for node in graph}
     nothing = replace(planned, schedule=make_schedule(graph, planned.schedule.budget, done=done))
-    found = estimate(nothing, assumed_rates(nothing))
+    found = estimate(nothing.workload, assumed_rates(nothing.workload))
     assert (found.low, found.seconds, found.high) == (0, 0, 0)
     assert "no time" in plain([time_section(found)])
-    assert measured_rates(nothing, None, {}).disk_read.origin == ASSUMED
+    assert measured_rates(nothing.workload, None, {}).disk_read.origin == ASSUMED
     assert "What comes from where" in make_page(nothing, time=found)
 
 
@@ -200,9 +202,9 @@ def test_where_all_is_shared_it_takes_no_time(llamas: dict[str, Path]) -> None:
 
 def test_it_is_said_how_each_rate_is_known(mean: Plan) -> None:
     rates = with_given(
-        replace(assumed_rates(mean), compute=Rate(3e9, MEASURED), notes=("it was late",)), {"memory": 5e9}
+        replace(assumed_rates(mean.workload), compute=Rate(3e9, MEASURED), notes=("it was late",)), {"memory": 5e9}
     )
-    section = time_section(estimate(mean, rates))
+    section = time_section(estimate(mean.workload, rates))
     assert section.grid is not None
     known = {row[0]: row[3] for row in section.grid.rows}
     assert known == {"read": "assumed", "write": "assumed", "compute": "measured", "cores": "measured"}
@@ -212,7 +214,7 @@ def test_it_is_said_how_each_rate_is_known(mean: Plan) -> None:
 
 
 def test_as_json(mean: Plan) -> None:
-    found = estimate(mean, with_given(assumed_rates(mean), {"disk_write": 2e6})).to_dict()
+    found = estimate(mean.workload, with_given(assumed_rates(mean.workload), {"disk_write": 2e6})).to_dict()
     assert found["low"] <= found["seconds"] <= found["high"]
     assert found["bottleneck"] == "write"
     assert found["rates"]["disk_write"] == {"bytes_per_second": 2e6, "known": "given"}

@@ -64,7 +64,7 @@ def planned(path: Path) -> Plan:
 
 
 def test_places_are_spread_over_all_that_is_read(large: Path) -> None:
-    places = input_places(planned(large), 16)
+    places = input_places(planned(large).workload, 16)
     assert len(places) == 16
     size = (large / "model.safetensors").stat().st_size
     offsets = sorted(place.offset for place in places)
@@ -78,21 +78,23 @@ def test_the_page_cache_is_known_and_looking_leaves_it_as_it_is(large: Path) -> 
     if not forget(large):
         pytest.skip("this file system keeps its pages")
     for _ in range(2):
-        assert {place.cached for place in input_places(found)} == {0.0}
+        assert {place.cached for place in input_places(found.workload)} == {0.0}
     (large / "model.safetensors").read_bytes()
-    assert min(place.cached for place in input_places(found, 16)) > 0.9  # the kernel may take single pages back
+    assert (
+        min(place.cached for place in input_places(found.workload, 16)) > 0.9
+    )  # the kernel may take single pages back
 
 
 def test_a_system_that_does_not_tell_what_is_cached(large: Path) -> None:
     DISABLED.add("mincore")
     try:
-        assert {place.cached for place in input_places(planned(large), 4)} == {0.0}
+        assert {place.cached for place in input_places(planned(large).workload, 4)} == {0.0}
     finally:
         DISABLED.discard("mincore")
 
 
 def test_reading_is_timed_and_bounded(large: Path) -> None:
-    places = input_places(planned(large), 16)
+    places = input_places(planned(large).workload, 16)
     whole = measure_reading(places, 60)
     assert whole.nbytes == sum(place.nbytes for place in places)
     assert 0 < whole.core <= 2.1 * whole.seconds
@@ -102,7 +104,7 @@ def test_reading_is_timed_and_bounded(large: Path) -> None:
 
 
 def test_something_is_read_even_if_the_time_is_up(large: Path) -> None:
-    places = input_places(planned(large), 16)
+    places = input_places(planned(large).workload, 16)
     moved = measure_reading(places, 0)
     assert 0 < moved.nbytes < sum(place.nbytes for place in places)
     assert moved.rate.per_second > 0
@@ -112,11 +114,11 @@ def test_cached_inputs_are_no_measure_of_the_disk(large: Path) -> None:
     found = planned(large)
     if not forget(large):
         pytest.skip("this file system keeps its pages")
-    fresh = measured_rates(found, None, {})
+    fresh = measured_rates(found.workload, None, {})
     assert fresh.disk_read.origin == MEASURED
     assert fresh.cached == 0.0
     (large / "model.safetensors").read_bytes()
-    known = measured_rates(found, None, {})
+    known = measured_rates(found.workload, None, {})
     assert known.disk_read.origin == ASSUMED
     assert known.cached > 0.9
     assert known.memory.origin == MEASURED
@@ -126,8 +128,8 @@ def test_cached_inputs_are_no_measure_of_the_disk(large: Path) -> None:
 def test_files_that_are_not_here_are_left_out(large: Path) -> None:
     found = planned(large)
     (large / "model.safetensors").unlink()
-    assert input_places(found) == []
-    assert measured_rates(found, None, {}).disk_read.origin == ASSUMED
+    assert input_places(found.workload) == []
+    assert measured_rates(found.workload, None, {}).disk_read.origin == ASSUMED
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -162,11 +164,11 @@ def test_nothing_is_written_without_out(large: Path, tmp_path: Path, monkeypatch
         return probe.Moved(10**9, 1.0, 0.5)
 
     monkeypatch.setattr(probe, "measure_writing", note)
-    rates = measured_rates(planned(large), None, {})
+    rates = measured_rates(planned(large).workload, None, {})
     assert written == []
     assert rates.disk_write.origin == ASSUMED
     assert any("give OUT" in note for note in rates.notes)
-    rates = measured_rates(planned(large), tmp_path / "new" / "out", {})
+    rates = measured_rates(planned(large).workload, tmp_path / "new" / "out", {})
     assert written == [tmp_path]
     assert (rates.disk_write.per_second, rates.disk_write.origin) == (1e9, MEASURED)
     assert not (tmp_path / "new").exists()
@@ -180,7 +182,7 @@ def test_what_is_given_is_not_measured(large: Path, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(probe, name, never)
     monkeypatch.setattr(computing_probe, "measure_node", never)
     given = {"disk_read": 1e9, "disk_write": 1e9, "compute": 1e9}
-    rates = measured_rates(plan(linear(large, large), CPU), tmp_path, given)
+    rates = measured_rates(plan(linear(large, large), CPU).workload, tmp_path, given)
     assert {rates.disk_read.origin, rates.disk_write.origin, rates.compute.origin} == {GIVEN}
 
 
@@ -218,13 +220,13 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_every_method_can_be_measured(method: str, three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(computing_probe, "_ELEMENTS", SHAPE[0] * SHAPE[1] // 4)
     found = plan(recipe_of(method, three), CPU)
-    groups = node_groups(found)
+    groups = node_groups(found.workload)
     assert sum(group.elements for group in groups) == found.output_dict()["parameters"]
-    kernel = small_kernel(found, groups[0].node, computing_probe._ELEMENTS)
+    kernel = small_kernel(found.workload, groups[0].node, computing_probe._ELEMENTS)
     assert kernel is not None
     assert 0 < kernel.inputs.rows * kernel.inputs.columns <= computing_probe._ELEMENTS
-    assert measure_node(found, groups[0].node, "cpu", 2) > 0
-    rates = measured_rates(found, None, {})
+    assert measure_node(found.workload, groups[0].node, "cpu", 2) > 0
+    rates = measured_rates(found.workload, None, {})
     assert rates.compute.origin == MEASURED
     assert any(note.startswith(f"{method}: ") and "ns an element" in note for note in rates.notes)
 
@@ -233,7 +235,7 @@ def test_threads_of_torch_are_left_as_they_were(three: list[Path]) -> None:
     import torch
 
     before = torch.get_num_threads()
-    measured_rates(plan(linear(*three), CPU), None, {})
+    measured_rates(plan(linear(*three), CPU).workload, None, {})
     assert torch.get_num_threads() == before
 
 
@@ -241,15 +243,15 @@ def test_more_threads_than_here_are_reckoned(three: list[Path], monkeypatch: pyt
     monkeypatch.setattr(computing_probe, "measure_node", lambda plan, node, device, threads: 1e9 * threads)
     monkeypatch.setattr(computing_probe, "usable_cores", lambda: 2)
     found = plan(linear(*three), Options(device="cpu", machine=Machine(cores=16)))
-    assert measured_rates(found, None, {}).compute.per_second == pytest.approx(16e9)
+    assert measured_rates(found.workload, None, {}).compute.per_second == pytest.approx(16e9)
 
 
 def test_a_gpu_that_is_not_here_is_assumed(three: list[Path]) -> None:
     found = plan(linear(*three), Options(machine=Machine(ram=64 << 30, vram=1 << 30)))
-    rates = measured_rates(found, None, {"h2d": 25e9})
+    rates = measured_rates(found.workload, None, {"h2d": 25e9})
     assert (rates.compute.origin, rates.d2h.origin, rates.h2d.origin) == (ASSUMED, ASSUMED, GIVEN)
     assert any("d2h, compute can be given" in note for note in rates.notes)
-    all_given = measured_rates(found, None, {"h2d": 25e9, "d2h": 25e9, "compute": 1e12})
+    all_given = measured_rates(found.workload, None, {"h2d": 25e9, "d2h": 25e9, "compute": 1e12})
     assert not any("can be given" in note for note in all_given.notes)
 
 

@@ -14,6 +14,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, RecipeError
+from mergeloom.report.plan import plan_text
 from tests.support.models.write import Model, tiny_llama, write_checkpoint, write_tokenizer
 from tests.support.outputs import config_of, digests, read_model, same_tensors
 
@@ -162,7 +163,7 @@ def test_the_tokenizer_wins_over_files_from(tmp_path: Path, make: Make) -> None:
     merge(linear(a, b, tokenizer_source=str(b), files_from=str(c)), tmp_path / "out", CPU)
     assert owner(tmp_path / "out", "tokenizer_config.json") == "b"
     assert owner(tmp_path / "out", "generation_config.json") == "c"
-    sections = str(plan(linear(a, b, tokenizer_source=str(b), files_from=str(c)), CPU))
+    sections = plan_text(plan(linear(a, b, tokenizer_source=str(b), files_from=str(c)), CPU))
     assert f"config from     {c}" in sections
     assert f"tokenizer from  {b}" in sections
 

@@ -70,11 +70,11 @@ def whole(llamas: dict[str, Path], tmp_path: Path) -> str:
     """A page with all there can be on it."""
     recipe = slerp(llamas["base"], llamas["a"], [{"filter": "mlp", "value": [0.2, 0.9]}, {"value": 0.5}], normalise=1)
     planned = plan(recipe, Options(machine=Machine(ram=64 << 30, vram=1 << 30)))
-    rates = assumed_rates(planned)
+    rates = assumed_rates(planned.workload)
     return make_page(
         planned,
         destination=look_at(planned, tmp_path / "out"),
-        time=estimate(planned, rates),
+        time=estimate(planned.workload, rates),
         others=alternatives(planned, rates),
     )
 

