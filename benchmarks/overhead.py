@@ -31,7 +31,7 @@ from benchmarks.make_models import CACHE, make_models
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from mergeloom.engine.run.shard_writer import Shards
+from mergeloom.engine.run.shard_writer import ShardWriter
 from mergeloom.io.output.digests import BLOCK_BYTES
 from mergeloom.io.output.journal import Journal
 
@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Bare(Shards):
+class Bare(ShardWriter):
     """Writes tensors to their places and nothing else; what is written is synced at the end."""
 
     def write(self, node: int, offset: int, data: memoryview) -> None:

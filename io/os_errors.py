@@ -15,7 +15,7 @@ _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up
 
 
 @contextmanager
-def explained(path: Path, what: str) -> Iterator[None]:
+def translating_os_errors(path: Path, what: str) -> Iterator[None]:
     """Turn what the system raises inside the block into an error that says where it was and what to do.
 
     Args:

@@ -33,7 +33,7 @@ class WeightedSum(Kernel):
     """The sum of the inputs times fixed coefficients, added in recipe order."""
 
     buffers = 2
-    transparent = True
+    propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, coefficients: Sequence[float]) -> None:
         super().__init__(inputs)
@@ -94,7 +94,7 @@ class NearSwap(Kernel):
     """Between two inputs, element by element."""
 
     buffers = 3
-    transparent = True
+    propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, t: float, eps: float) -> None:
         super().__init__(inputs)
@@ -115,7 +115,7 @@ class NearSwap(Kernel):
     paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
     base=Base.REQUIRED,
     maximum=1,
-    absent=Absent.LONE_BASE,
+    absent=Absent.SINGLE_BASE,
 )
 def nearswap(inputs: Inputs, *, t: NonNegative, eps: Positive = 1e-6) -> Kernel:
     """The base, drawn towards the other model where the two are close.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .kernel.block_sums import fold
+from .kernel.block_sums import pairwise_fold
 from .kernel.contract import Absent, Base, Finite, Inputs, Kernel, Positive, Unit, base_of, merge_method
 from .kernel.lazy import numpy as np
 from .kernel.lazy import on_cpu, torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     paper="https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
     base=Base.REQUIRED,
     maximum=1,
-    absent=Absent.LONE,
+    absent=Absent.SINGLE,
 )
 class ArceeFusion(Kernel):
     """The base, with the elements of the other model whose importance stands out.
@@ -39,7 +39,7 @@ class ArceeFusion(Kernel):
 
     unit = Unit.ROW
     buffers = 11.25
-    transparent = True
+    propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, *, iqr_factor: Finite = 1.5, eps: Positive = 1e-8) -> None:
         super().__init__(inputs)
@@ -59,13 +59,13 @@ class ArceeFusion(Kernel):
         logarithm(self.softmax(log_q.copy_(base), work))
         self.softmax(p.copy_(other), work)
         log_p = logarithm(work.copy_(p))
-        divergence = fold(log_p.sub_(log_q).mul_(p)).clamp_(min=0)  # below 0 only by rounding
+        divergence = pairwise_fold(log_p.sub_(log_q).mul_(p)).clamp_(min=0)  # below 0 only by rounding
         yield size.mul_(divergence.to(size.dtype)).to(torch.float32).view(-1).abs_()
 
     def softmax(self, values: Tensor, work: Tensor) -> Tensor:
         """The softmax of each row, plus `eps`, in place."""
         exponential(values.sub_(values.amax(dim=-1, keepdim=True)))
-        return values.div_(fold(work.copy_(values))).add_(self.eps)
+        return values.div_(pairwise_fold(work.copy_(values))).add_(self.eps)
 
     def needed(self, index: int, state: Progress | None) -> bool:
         return state is None or self.selection.needed(index, state)

@@ -35,7 +35,7 @@ def arc(angle: float, t: float) -> tuple[float, float]:
     paper="https://dl.acm.org/doi/10.1145/325334.325242",
     base=Base.REQUIRED,
     maximum=1,
-    absent=Absent.LONE,
+    absent=Absent.SINGLE,
 )
 def slerp(inputs: Inputs, *, t: Finite, dot_threshold: Fraction = 0.9995, eps: NonNegative = 1e-8) -> Kernel:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1).
@@ -57,7 +57,7 @@ def slerp(inputs: Inputs, *, t: Finite, dot_threshold: Fraction = 0.9995, eps: N
     return Combination(inputs, None, coefficients)
 
 
-@merge_method("nuslerp", base=Base.OPTIONAL, minimum=2, maximum=2, absent=Absent.LONE)
+@merge_method("nuslerp", base=Base.OPTIONAL, minimum=2, maximum=2, absent=Absent.SINGLE)
 def nuslerp(
     inputs: Inputs,
     *,
@@ -188,7 +188,7 @@ def karcher(inputs: Inputs, *, max_iter: PositiveInt = 10, tol: Positive = 1e-5)
 
 
 @merge_method(
-    "model_stock", paper="https://arxiv.org/abs/2403.19522", base=Base.REQUIRED, minimum=2, absent=Absent.LONE_BASE
+    "model_stock", paper="https://arxiv.org/abs/2403.19522", base=Base.REQUIRED, minimum=2, absent=Absent.SINGLE_BASE
 )
 def model_stock(inputs: Inputs, *, filter_wise: bool = False, eps: NonNegative = 1e-6) -> Kernel:
     """Between the base and the mean of the fine-tuned models, as far as their angle says.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .kernel.block_sums import BlockSums, fold, total
+from .kernel.block_sums import BlockSums, pairwise_fold, total
 from .kernel.contract import BLOCK, Inputs, Kernel, Unit
 from .kernel.lazy import torch
 from .kernel.lazy_ops import ops
@@ -76,7 +76,7 @@ class Combination(Kernel):
     """
 
     reductions = 1
-    transparent = True  # a Gram matrix with a NaN or an infinity makes every coefficient NaN
+    propagates_nonfinite = True  # a Gram matrix with a NaN or an infinity makes every coefficient NaN
 
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
         super().__init__(inputs)
@@ -165,7 +165,7 @@ class RowCombination(PartCombination):
 
     def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
         mark = tile.workspace.mark()
-        sums = [fold(product)[:, 0].tolist() for product in self.wide_products(tile)]
+        sums = [pairwise_fold(product)[:, 0].tolist() for product in self.wide_products(tile)]
         tile.workspace.release(mark)
         return _tensors([self.solve(row) for row in zip(*sums, strict=True)], tile, (-1, 1))
 
@@ -181,7 +181,7 @@ class ColumnCombination(PartCombination):
         self.height = max(32, -(-slices // 128))  # at most 128 blocks, whose sums wait for the last of them
 
     @property
-    def granule(self) -> int:
+    def alignment(self) -> int:
         return self.height * self.width
 
     def shaped(self, buffer: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class ColumnCombination(PartCombination):
 
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = [
-            torch.stack([fold(block.t())[:, 0] for block in torch.split(product, self.height)])
+            torch.stack([pairwise_fold(block.t())[:, 0] for block in torch.split(product, self.height)])
             for product in self.wide_products(tile)
         ]
         return [torch.stack(sums).cpu()]

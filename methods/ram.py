@@ -29,7 +29,7 @@ class RAM(Kernel):
     """
 
     buffers = 6
-    transparent = True
+    propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, *, epsilon: NonNegative = 1e-5) -> None:
         super().__init__(inputs)

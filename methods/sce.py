@@ -10,7 +10,7 @@ from .kernel.block_sums import BlockSums, total
 from .kernel.contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
 from .kernel.lazy import torch
 from .kernel.lazy_ops import ops
-from .kernel.selection import Cut, Progress, Selection, Target
+from .kernel.selection import Progress, Selection, Target, Threshold
 from .task_vectors import deltas, elected_mean, in_float32
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Weighed:
     weights: Sequence[float] = ()
 
     @property
-    def cut(self) -> Cut | None:
+    def cut(self) -> Threshold | None:
         """Which variances are high enough; None where all are."""
         return self.progress.targets[0].cut if self.progress else None
 
@@ -52,7 +52,7 @@ class SCE(Kernel):
         int8_mask: has no effect; it saves memory in mergekit.
     """
 
-    transparent = True
+    propagates_nonfinite = True
 
     def __init__(
         self,
@@ -133,4 +133,4 @@ class SCE(Kernel):
     def combine(self, tile: Tile, state: Weighed) -> Tensor:
         vectors = self.selected(tile, state)
         elected_mean(vectors, state.weights, tile, factors=state.weights, floor=self.divisor_eps)
-        return ops.onto(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])
+        return ops.add_to_base(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])

@@ -9,7 +9,7 @@ from .kernel.contract import Inputs, MethodError, Unit, base_of
 from .kernel.hashing import hashes, masks, probability, scratch, threshold
 from .kernel.lazy import on_cpu, torch
 from .kernel.lazy_ops import mask_ops, ops
-from .kernel.selection import ALL, NONE, Cut, Progress, Selection, Target
+from .kernel.selection import ALL, NONE, Progress, Selection, Target, Threshold
 from .task_vectors import Sparsifier, deltas, in_float32, magnitudes
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .kernel.tile import Tile
 
 
-class Between(Sparsifier):
+class MagnitudeBand(Sparsifier):
     """Keeps the elements from one rank of size to another, and zeros the others.
 
     Args:
@@ -62,7 +62,7 @@ class Between(Sparsifier):
     def finish(self, index: int, merged: Any, state: Progress | None) -> Progress:
         return self.selection.finish(index, merged, state)
 
-    def _cut(self, place: int, rank: int, state: Progress | None) -> Cut:
+    def _cut(self, place: int, rank: int, state: Progress | None) -> Threshold:
         if not 0 < rank < self.size:
             return NONE if rank <= 0 else ALL
         cut = state.targets[self.targets[place, rank]].cut if state else None
@@ -81,7 +81,7 @@ class Between(Sparsifier):
             flat = delta.view(-1)
             least = (0, []) if left is ALL else left.bounds(flat, tile.element)
             largest = (0, []) if dropped is NONE else dropped.bounds(flat, tile.element)
-            ops.between(flat, tile.workspace.take(tile.elements), *least, *largest)
+            ops.hard_band(flat, tile.workspace.take(tile.elements), *least, *largest)
         else:  # whose magnitudes are compared in float32
             sizes = magnitudes(delta, tile)
             mask = tile.empty(torch.float32)
@@ -95,12 +95,12 @@ class Between(Sparsifier):
 def largest(inputs: Inputs, density: Sequence[float]) -> Sparsifier:
     """Keeps the given share of the elements of each task vector, the largest ones: at least one."""
     size = inputs.rows * inputs.columns
-    return Between(
+    return MagnitudeBand(
         inputs, [_all_or_none(density[i], size) or (0, max(1, _part(density[i], size))) for i in inputs.others]
     )
 
 
-def middling(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -> Sparsifier:
+def drop_outliers(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -> Sparsifier:
     """Drops the share gamma, the largest ones, and keeps the share density of those that follow: where there are too
     few of these, fewer are dropped."""
     size = inputs.rows * inputs.columns
@@ -109,7 +109,7 @@ def middling(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -
         left = _part(density[i], size)
         dropped = min(_part(gamma[i], size), size - left)
         ranks.append(_all_or_none(density[i], size) or (dropped, dropped + left))
-    return Between(inputs, ranks)
+    return MagnitudeBand(inputs, ranks)
 
 
 def _part(share: float, size: int) -> int:
@@ -117,7 +117,7 @@ def _part(share: float, size: int) -> int:
     return int(share * size)
 
 
-class Random(Sparsifier):
+class Bernoulli(Sparsifier):
     """Keeps each element with a given probability, independently of all others.
 
     Args:
@@ -137,7 +137,7 @@ class Random(Sparsifier):
 
     def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
         mark = tile.workspace.mark()
-        mask_ops.thin(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
+        mask_ops.apply_mask(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
         tile.workspace.release(mark)
 
     def vectors(self, tile: Tile, buffers: Sequence[Tensor], state: Any) -> Iterator[Tensor]:
@@ -146,7 +146,7 @@ class Random(Sparsifier):
             return
         mark = tile.workspace.mark()
         base = tile.load(base_of(self.inputs))
-        mask_ops.thinned(base, list(buffers), *self._all(tile))
+        mask_ops.masked_deltas(base, list(buffers), *self._all(tile))
         tile.workspace.release(mark)
         yield from buffers
 
@@ -171,7 +171,7 @@ class Random(Sparsifier):
         return masks(tile.key, position, tile.element, tile.elements, bound, factor, tile.inputs[0].device)
 
 
-class RandomByRank(Sparsifier):
+class MagPrune(Sparsifier):
     """Keeps each element with a probability that rises with the rank of its size in its row.
 
     It goes in even steps from density - epsilon, for the smallest, to density + epsilon; of equal elements the later

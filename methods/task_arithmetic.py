@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .kernel.contract import Base, Finite, Fraction, HalfWidth, Inputs, Kernel, NonNegative, PerInput, merge_method
-from .sparsify import Random, RandomByRank, largest, middling
+from .sparsify import Bernoulli, MagPrune, drop_outliers, largest
 from .task_vectors import Sparsifier, TaskVectors
 
 TASK_ARITHMETIC = "https://arxiv.org/abs/2212.04089"
@@ -118,7 +118,7 @@ def dare_linear(
     """
     return TaskVectors(
         inputs,
-        Random(inputs, density, unbiased=rescale and unbiased),
+        Bernoulli(inputs, density, unbiased=rescale and unbiased),
         weight=weight,
         elect=False,
         normalize=normalize,
@@ -157,7 +157,7 @@ def dare_ties(
     """
     return TaskVectors(
         inputs,
-        Random(inputs, density, unbiased=rescale and unbiased),
+        Bernoulli(inputs, density, unbiased=rescale and unbiased),
         weight=weight,
         elect=True,
         normalize=normalize,
@@ -199,7 +199,7 @@ def della(
     """
     return TaskVectors(
         inputs,
-        RandomByRank(inputs, density, epsilon, unbiased=rescale and unbiased),
+        MagPrune(inputs, density, epsilon, unbiased=rescale and unbiased),
         weight=weight,
         elect=True,
         normalize=normalize,
@@ -242,7 +242,7 @@ def della_linear(
     """
     return TaskVectors(
         inputs,
-        RandomByRank(inputs, density, epsilon, unbiased=rescale and unbiased),
+        MagPrune(inputs, density, epsilon, unbiased=rescale and unbiased),
         weight=weight,
         elect=False,
         normalize=normalize,
@@ -284,7 +284,7 @@ def breadcrumbs(
     """
     return TaskVectors(
         inputs,
-        middling(inputs, density, gamma),
+        drop_outliers(inputs, density, gamma),
         weight=weight,
         elect=False,
         normalize=normalize,
@@ -323,7 +323,7 @@ def breadcrumbs_ties(
     """
     return TaskVectors(
         inputs,
-        middling(inputs, density, gamma),
+        drop_outliers(inputs, density, gamma),
         weight=weight,
         elect=True,
         normalize=normalize,

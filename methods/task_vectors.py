@@ -84,7 +84,7 @@ def elected_mean(
     sign, agree, divisor = (tile.empty() for _ in range(3))
     bits = [ops.bits(term) for term in (*terms, sign)]
     weighting = list(scales or ()), list(divisors or ()), list(factors or ())
-    ops.agreeing(terms[0], list(terms), bits[:-1], *weighting, floor, sign, bits[-1], agree, divisor)
+    ops.sign_consensus_sum(terms[0], list(terms), bits[:-1], *weighting, floor, sign, bits[-1], agree, divisor)
     tile.workspace.release(mark)
     return terms[0]
 
@@ -167,7 +167,7 @@ class TaskVectors(Kernel):
         factor: what the combination is multiplied by.
     """
 
-    transparent = True  # zeros are made by multiplication
+    propagates_nonfinite = True  # zeros are made by multiplication
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class TaskVectors(Kernel):
         self.buffers = max(combining, rescaling if self.reductions else 0)
 
     @property
-    def granule(self) -> int:
+    def alignment(self) -> int:
         columns = self.inputs.columns if self.unit is Unit.ROW else 1
         return -(-BLOCK // columns) * columns if columns else BLOCK
 
@@ -214,7 +214,7 @@ class TaskVectors(Kernel):
         sparse = state.sparse if state else None
         if index < self.sparsifier.reductions:
             return self.sparsifier.reduce(index, tile, sparse)
-        sums = BlockSums(2 * len(self.weights), tile.elements, self.granule, tile.workspace)
+        sums = BlockSums(2 * len(self.weights), tile.elements, self.alignment, tile.workspace)
         self.sparsifier.add_sizes(tile, sums, sparse)
         return [sums.partial()]
 
@@ -229,7 +229,7 @@ class TaskVectors(Kernel):
             return Prepared(self.sparsifier.finish(index, merged, sparse))
         sums = [total(blocks) for blocks in torch.cat(merged, 1).tolist()] if merged else []
         pairs = zip(sums[::2], sums[1::2], strict=True)
-        return Prepared(sparse, [restored(before, after, self.rescale or 0.0) for before, after in pairs])
+        return Prepared(sparse, [l1_rescale(before, after, self.rescale or 0.0) for before, after in pairs])
 
     def combine(self, tile: Tile, state: Prepared | None) -> Tensor:
         state = state or Prepared()
@@ -238,7 +238,7 @@ class TaskVectors(Kernel):
             base = tile.load(base_of(self.inputs))
             inputs = [tile.inputs[i] for i in self.inputs.others]
             result = ops.weighted_sum(tile.empty(), tile.empty(), inputs, factors, base)
-            return ops.onto(result, self.factor, base, base)
+            return ops.add_to_base(result, self.factor, base, base)
         buffers = [tile.empty() for _ in (self.weights if self.elect else self.weights[:2])]
         buffers += buffers[1:] * (len(self.weights) - len(buffers))  # all but the first of them in turn
         for place, delta in enumerate(self.sparsifier.vectors(tile, buffers, state.sparse)):
@@ -246,9 +246,9 @@ class TaskVectors(Kernel):
                 ops.accumulate(buffers[0], delta, factors[place], place == 0)
         if self.elect:
             elected_mean(buffers, self.weights if self.normalize else None, tile, scales=factors)
-        return ops.onto(buffers[0], self.factor, tile.empty(), tile.inputs[base_of(self.inputs)])
+        return ops.add_to_base(buffers[0], self.factor, tile.empty(), tile.inputs[base_of(self.inputs)])
 
 
-def restored(before: float, after: float, least: float) -> float:
+def l1_rescale(before: float, after: float, least: float) -> float:
     """What gives a task vector its L1 norm back."""
     return before / after if not (before < least or after < least or after == 0) else 1.0

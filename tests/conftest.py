@@ -23,7 +23,7 @@ settings.register_profile("no clocks", settings.default, deadline=None, suppress
 settings.load_profile("no clocks")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.ChunkTask]) -> None:
     """Skip what needs a CUDA device or root where there is none."""
     no_gpu = _why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
@@ -98,4 +98,4 @@ def small_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.module.__name__.rpartition(".")[2] in ("test_platform", "test_whatif"):
         from mergeloom.engine.cost import machine
 
-        monkeypatch.setattr(machine, "process_memory", lambda: machine.Memory(1 << 20, 1 << 20))
+        monkeypatch.setattr(machine, "process_memory", lambda: machine.ProcessMemory(1 << 20, 1 << 20))

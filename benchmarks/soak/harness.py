@@ -22,7 +22,7 @@ from mergeloom.__main__ import main as command
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
-from mergeloom.engine.run.recovery.recover import durable_of
+from mergeloom.engine.run.recovery.recover import recover
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import read_journal
@@ -177,7 +177,7 @@ class Family:
         if found is None:
             return None
         graph, layout = self.planned.built.graph, self.planned.layout
-        durable = durable_of(found, graph, layout, lambda shard: out / WORK / "out" / layout.shards[shard].name)
+        durable = recover(found, graph, layout, lambda shard: out / WORK / "out" / layout.shards[shard].name)
         failures.expect(durable.damaged == 0, f"{out}: the journal says more than there is")
         done = durable.done(graph, layout)
         return sum(done.get(output.node, 0) for output in graph.outputs)

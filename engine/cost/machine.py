@@ -47,7 +47,7 @@ THREAD_ADDRESSES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class ProcessMemory:
     """The resident memory of this process, in bytes.
 
     Args:
@@ -101,16 +101,16 @@ def parse_machine(text: str) -> Machine:
     return Machine(**found)
 
 
-def process_memory() -> Memory:
+def process_memory() -> ProcessMemory:
     """What this process takes now and took at the most."""
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return Memory(*(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")))
+        return ProcessMemory(*(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")))
     import psutil
 
     resident = psutil.Process().memory_info().rss
-    return Memory(resident, resident)
+    return ProcessMemory(resident, resident)
 
 
 def total_ram() -> int:

@@ -136,7 +136,7 @@ def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
             inputs.append(torch.frombuffer(data, dtype=torch_dtype(ref.dtype)).to(device))
     finally:
         reader.close()
-    tile = max(1, work.schedule.tile_elements[0] // kernel.granule) * kernel.granule
+    tile = max(1, work.schedule.tile_elements[0] // kernel.alignment) * kernel.alignment
     nbytes = kernel.workspace(min(tile, elements), work_bytes(graph, node))
     if node in graph.footprints:
         nbytes = max(nbytes, graph.footprints[node].workspace.at(min(tile, elements)))
@@ -180,7 +180,7 @@ def _run(piece: Piece, workspace: Workspace, out: Tensor) -> None:
     from ..execute.compute import check_inputs, combine_chunk, reduce_chunk
 
     kernel, state = piece.kernel, None
-    if not kernel.transparent:
+    if not kernel.propagates_nonfinite:
         check_inputs(piece, workspace)
     for index in range(kernel.reductions):
         if kernel.needed(index, state):

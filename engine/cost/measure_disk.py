@@ -47,7 +47,7 @@ class Place:
 
 
 @dataclass(slots=True)
-class Moved:
+class TransferSample:
     """What was moved in how many seconds, of the clock and of a core."""
 
     nbytes: int = 0
@@ -111,7 +111,7 @@ def _with_reading(rates: Rates, work: Workload) -> tuple[Rates, float | None, li
         return rates, None, []
     cached = sum(place.cached for place in places) / len(places)
     fresh = [place for place in places if place.cached < 0.5]
-    disk = measure_reading(fresh, SECONDS) if fresh else Moved()
+    disk = measure_reading(fresh, SECONDS) if fresh else TransferSample()
     again = measure_reading(fresh or places, SECONDS / 4)  # they are in the page cache now
     notes = [f"{cached:.0%} of the inputs are in the page cache now"] if cached >= 0.005 else []
     if disk.nbytes:
@@ -157,7 +157,7 @@ def _cached_share(file: Path, offset: int, nbytes: int) -> float | None:
         os.close(descriptor)
 
 
-def measure_reading(places: Sequence[Place], seconds: float) -> Moved:
+def measure_reading(places: Sequence[Place], seconds: float) -> TransferSample:
     """Read the places, with as many threads as a merge does, for so long or until all are read."""
     start = time.perf_counter()
     deadline = start + seconds
@@ -181,20 +181,20 @@ def measure_reading(places: Sequence[Place], seconds: float) -> Moved:
                 os.close(descriptor)
         return total, time.thread_time() - begun
 
-    moved = Moved()
+    moved = TransferSample()
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
             for nbytes, core in pool.map(read, (places[number::_THREADS] for number in range(_THREADS))):
                 moved.add(nbytes, 0, core)
     except OSError:
-        return Moved()
+        return TransferSample()
     moved.seconds = time.perf_counter() - start
     return moved
 
 
-def measure_writing(directory: Path) -> Moved:
+def measure_writing(directory: Path) -> TransferSample:
     """Write more and more to an unnamed file in a directory, synced each time, until the time is up."""
-    moved = Moved()
+    moved = TransferSample()
     data = os.urandom(_BLOCK)  # a file system that compresses must not be faster for it
     try:
         stats = os.statvfs(directory)
@@ -213,5 +213,5 @@ def measure_writing(directory: Path) -> Moved:
                     break
                 size *= 2
     except OSError:
-        return Moved()  # whether OUT can be written at all, the plan says elsewhere
+        return TransferSample()  # whether OUT can be written at all, the plan says elsewhere
     return moved

@@ -162,7 +162,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
         return value
 
     with _one_thread():
-        if not kernel.transparent:
+        if not kernel.propagates_nonfinite:
             measured(lambda space: check_inputs(piece, space))
         state: Any = None
         for index in range(kernel.reductions):

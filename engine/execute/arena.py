@@ -16,7 +16,7 @@ from ...errors import BudgetError
 
 
 @dataclass(slots=True)
-class Account:
+class TensorUsage:
     """What one part of the engine may hold and holds, in bytes."""
 
     limit: int
@@ -29,14 +29,14 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, TensorUsage] = {}
 
     def open(self, name: str, limit: int) -> None:
         """Open an account that may hold `limit` bytes."""
         with self._lock:
             if name in self._accounts:
                 raise ValueError(f"account {name!r} is open already")
-            self._accounts[name] = Account(limit)
+            self._accounts[name] = TensorUsage(limit)
 
     def reserve(self, name: str, nbytes: int) -> None:
         """Reserve bytes before they are used. Raises BudgetError with what was asked, held and allowed."""
@@ -81,7 +81,7 @@ class Slots:
         ledger.open(name, count * slot_bytes)
 
     @property
-    def free(self) -> int:
+    def free_slots(self) -> int:
         """How many slots are free."""
         return len(self._free)
 
@@ -90,7 +90,7 @@ class Slots:
         self._ledger.reserve(self._name, self._slot_bytes)
         return self._free.popleft()
 
-    def give_back(self, slot: int) -> None:
+    def free(self, slot: int) -> None:
         """Make a slot free again."""
         self._ledger.release(self._name, self._slot_bytes)
         self._free.append(slot)

@@ -8,7 +8,7 @@ from ..schedule.tiling import ChunkedRead
 from .arena import Ledger, Slots
 
 
-class Resident:
+class CachedChunk:
     """One chunk of one read in a slot.
 
     Attributes:
@@ -39,7 +39,7 @@ class Resident:
     def __str__(self) -> str:
         return f"chunk {self.chunk} of read {self.source.read} in chunks of {self.source.chunk_length}"
 
-    def hold(self, *, pinned: bool) -> None:
+    def acquire(self, *, pinned: bool) -> None:
         """One more item needs it; after that item it is kept where `pinned`.
 
         Raises:
@@ -51,18 +51,18 @@ class Resident:
         self.pinned = pinned
 
 
-class Memory:
+class ChunkCache:
     """The slots of one memory, and the chunks in them. Not locked: the executor calls it under its own lock."""
 
     def __init__(self, ledger: Ledger, name: str, slots: int, slot_bytes: int) -> None:
         self._slots = Slots(ledger, name, slots, slot_bytes)
-        self._residents: dict[ChunkedRead, dict[int, Resident]] = {}
+        self._residents: dict[ChunkedRead, dict[int, CachedChunk]] = {}
         self._outputs: set[int] = set()
 
     @property
-    def free(self) -> int:
+    def free_slots(self) -> int:
         """How many slots are free."""
-        return self._slots.free
+        return self._slots.free_slots
 
     def take(self) -> int:
         """A free slot, for an output."""
@@ -70,7 +70,7 @@ class Memory:
         self._outputs.add(slot)
         return slot
 
-    def give_back(self, slot: int) -> None:
+    def free(self, slot: int) -> None:
         """An output's slot is free again.
 
         Raises:
@@ -79,14 +79,14 @@ class Memory:
         if slot not in self._outputs:
             raise ValueError(f"slot {slot} is given back, but no output has it")
         self._outputs.remove(slot)
-        self._slots.give_back(slot)
+        self._slots.free(slot)
 
-    def find(self, source: ChunkedRead, chunk: int) -> Resident | None:
+    def find(self, source: ChunkedRead, chunk: int) -> CachedChunk | None:
         """The chunk, where the schedule keeps it here; one that is merely still in use is read again, as planned."""
         resident = self._residents.get(source, {}).get(chunk)
         return resident if resident is not None and resident.pinned else None
 
-    def load(self, source: ChunkedRead, chunk: int, nbytes: int) -> Resident:
+    def load(self, source: ChunkedRead, chunk: int, nbytes: int) -> CachedChunk:
         """A slot for a chunk that is about to be read or uploaded.
 
         Raises:
@@ -94,11 +94,11 @@ class Memory:
         """
         if (kept := self.find(source, chunk)) is not None:
             raise ValueError(f"{kept} is loaded although it is kept")
-        resident = Resident(source, chunk, self._slots.take(), nbytes)
+        resident = CachedChunk(source, chunk, self._slots.take(), nbytes)
         self._residents.setdefault(source, {})[chunk] = resident
         return resident
 
-    def release(self, resident: Resident) -> None:
+    def release(self, resident: CachedChunk) -> None:
         """One item less needs it.
 
         Raises:
@@ -109,14 +109,14 @@ class Memory:
         resident.users -= 1
         self._free_if_unused(resident)
 
-    def keep_only(self, source: ChunkedRead, low: int, high: int) -> None:
+    def trim(self, source: ChunkedRead, low: int, high: int) -> None:
         """The schedule keeps only the chunks [low, high) of a read from now on."""
         for resident in list(self._residents.get(source, {}).values()):
             if not low <= resident.chunk < high and resident.pinned:
                 resident.pinned = False
                 self._free_if_unused(resident)
 
-    def _free_if_unused(self, resident: Resident) -> None:
+    def _free_if_unused(self, resident: CachedChunk) -> None:
         if resident.users or resident.pinned:
             return
         chunks = self._residents.get(resident.source, {})
@@ -125,4 +125,4 @@ class Memory:
             if not chunks:
                 del self._residents[resident.source]
         resident.freed = True
-        self._slots.give_back(resident.slot)
+        self._slots.free(resident.slot)

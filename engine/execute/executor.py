@@ -22,11 +22,11 @@ from ..schedule.schedule import Schedule
 from ..schedule.simulate import Step
 from ..schedule.tiling import ChunkedRead, output_width, source_width
 from .arena import HostArena, Ledger
-from .cache import Memory, Resident
+from .cache import CachedChunk, ChunkCache
 from .devices.base import Device, Marker
 from .lane import Lane
-from .passes import Passes
-from .tasks import Item, LaneTime, Measured, NodeState, Progress, Sink, Source
+from .passes import KernelRunner
+from .tasks import ChunkTask, LaneTime, Measured, NodeState, Progress, Sink, Source
 
 NOTIFY_SECONDS = 0.1
 """How often `Executor.run` tells how far it is."""
@@ -74,16 +74,16 @@ class Executor:
         self._in_flight = 0
         self._notified = 0.0
         self._destinations = graph.destinations()
-        self._ram = Memory(self.ledger, "ram", schedule.ram_slots, schedule.slot_bytes)
+        self._ram = ChunkCache(self.ledger, "ram", schedule.ram_slots, schedule.slot_bytes)
         self._vram = [
-            Memory(self.ledger, f"vram {number}", count, schedule.slot_bytes)
+            ChunkCache(self.ledger, f"vram {number}", count, schedule.slot_bytes)
             for number, count in enumerate(schedule.vram_slots)
         ]
         self._nodes: dict[int, NodeState] = {}
         self._threads = (readers, writers)
         self._computes = any(operation.kind is Kind.MERGE for operation in graph.operations)
-        self._passes = Passes(graph, schedule, devices, allow_nonfinite=allow_nonfinite)
-        self._pending_uploads: list[deque[tuple[Marker, Item]]] = [deque() for _ in devices]
+        self._passes = KernelRunner(graph, schedule, devices, allow_nonfinite=allow_nonfinite)
+        self._pending_uploads: list[deque[tuple[Marker, ChunkTask]]] = [deque() for _ in devices]
 
     # --- the main thread ---------------------------------------------------------------------------------------
 
@@ -119,11 +119,11 @@ class Executor:
     def _make_lanes(self) -> list[Lane[Any]]:
         """All lanes, in the order in which a chunk goes through them."""
         readers, writers = self._threads
-        self._read_lane: Lane[tuple[Resident, int, int, int]] = Lane("read", readers, self._read, self._fail)
-        self._write_lane: Lane[Item] = Lane("write", writers, self._write, self._fail)
-        self._upload_lanes: dict[int, Lane[Item]] = {}
-        self._compute_lanes: list[Lane[Item]] = []
-        self._download_lanes: dict[int, Lane[Item]] = {}
+        self._read_lane: Lane[tuple[CachedChunk, int, int, int]] = Lane("read", readers, self._read, self._fail)
+        self._write_lane: Lane[ChunkTask] = Lane("write", writers, self._write, self._fail)
+        self._upload_lanes: dict[int, Lane[ChunkTask]] = {}
+        self._compute_lanes: list[Lane[ChunkTask]] = []
+        self._download_lanes: dict[int, Lane[ChunkTask]] = {}
         for number, device in enumerate(self.devices):
             self._compute_lanes.append(Lane("compute", device.threads, self._compute, self._fail))
             if device.separate:
@@ -198,8 +198,8 @@ class Executor:
             chunks = self.schedule.chunks(self.graph, step.node)
             with self._changed:
                 for source, held in step.drop:
-                    self._ram.keep_only(source, held.low, held.high)
-                    self._vram[step.device].keep_only(source, 0, held.vram)
+                    self._ram.trim(source, held.low, held.high)
+                    self._vram[step.device].trim(source, 0, held.vram)
                 if step.index == 0:
                     self._nodes[step.node] = NodeState(chunks)
                 if step.first:
@@ -211,7 +211,7 @@ class Executor:
                 continue
             for chunk in range(step.first, chunks):
                 order += 1
-                item = Item(order, step, operation, chunk)
+                item = ChunkTask(order, step, operation, chunk)
                 if self._serial:
                     self._wait(lambda: self._in_flight == 0)
                 for task in self._take_slots(step, item):
@@ -219,7 +219,7 @@ class Executor:
 
     # --- slots -------------------------------------------------------------------------------------------------
 
-    def _take_slots(self, step: Step, item: Item) -> list[tuple[Resident, int, int, int]]:
+    def _take_slots(self, step: Step, item: ChunkTask) -> list[tuple[CachedChunk, int, int, int]]:
         """Reserve every slot that the item needs, waiting for them; what has to be read for it."""
         chunk_length = self.schedule.chunk_elements[item.node]
         separate = self.devices[item.device].separate and item.operation.kind is Kind.MERGE
@@ -231,7 +231,7 @@ class Executor:
             out = int(item.last and computes)
             uploads = [source for source in sources if separate and vram.find(source, item.chunk) is None]
             reads = [source for source in (uploads if separate else sources) if ram.find(source, item.chunk) is None]
-            return ram.free >= len(reads) + out and (not separate or vram.free >= len(uploads) + out)
+            return ram.free_slots >= len(reads) + out and (not separate or vram.free_slots >= len(uploads) + out)
 
         self._wait(ready)
         with self._changed:
@@ -245,7 +245,7 @@ class Executor:
                     if host is None:
                         host = ram.load(source, item.chunk, nbytes)
                         reads.append((host, source.read, offset, nbytes))
-                    host.hold(pinned=held.low <= item.chunk < held.high)
+                    host.acquire(pinned=held.low <= item.chunk < held.high)
                     item.await_(host)
                     item.hosts.append(host)
                     if separate:
@@ -256,7 +256,7 @@ class Executor:
                 else:
                     item.await_(on_device)
                 if on_device is not None:
-                    on_device.hold(pinned=item.chunk < held.vram)
+                    on_device.acquire(pinned=item.chunk < held.vram)
                     item.residents.append(on_device)
             if item.last:
                 _, size = self.schedule.span(self.graph, item.node, item.chunk)
@@ -269,37 +269,37 @@ class Executor:
                 self._loaded(item)
             return reads
 
-    def _extent(self, item: Item, read: int) -> tuple[int, int]:
+    def _extent(self, item: ChunkTask, read: int) -> tuple[int, int]:
         """The offset of a source's chunk in its file, and its size, in bytes."""
         width = source_width(self.graph, item.node, read)
         start, size = self.schedule.span(self.graph, item.node, item.chunk)
         return self.graph.reads[read].offset + start * width, size * width
 
-    def _release_hosts(self, item: Item) -> None:
+    def _release_hosts(self, item: ChunkTask) -> None:
         with self._changed:
             for resident in item.hosts:
                 self._ram.release(resident)
             item.hosts = []
             self._changed.notify_all()
 
-    def _release_device(self, item: Item) -> None:
+    def _release_device(self, item: ChunkTask) -> None:
         with self._changed:
             for resident in item.residents:
                 self._vram[item.device].release(resident)
             if item.out_device >= 0:
-                self._vram[item.device].give_back(item.out_device)
+                self._vram[item.device].free(item.out_device)
             self._changed.notify_all()
 
     # --- lanes -------------------------------------------------------------------------------------------------
 
-    def _read(self, thread: int, task: tuple[Resident, int, int, int]) -> None:
+    def _read(self, thread: int, task: tuple[CachedChunk, int, int, int]) -> None:
         resident, read, offset, nbytes = task
         self._source.read(self.graph.reads[read].file, offset, self._arena.view(resident.slot, nbytes))
         with self._changed:
             self.progress.bytes_read += nbytes
             self._ready(resident)
 
-    def _ready(self, resident: Resident) -> None:
+    def _ready(self, resident: CachedChunk) -> None:
         resident.ready = True
         for item in resident.waiting:
             item.missing -= 1
@@ -307,7 +307,7 @@ class Executor:
                 self._loaded(item)
         resident.waiting = []
 
-    def _loaded(self, item: Item) -> None:
+    def _loaded(self, item: ChunkTask) -> None:
         """Every source chunk of the item is in its place."""
         if item.operation.kind is Kind.COPY:
             self._computed(item)
@@ -316,7 +316,7 @@ class Executor:
         else:
             self._computable(item)
 
-    def _computable(self, item: Item) -> None:
+    def _computable(self, item: ChunkTask) -> None:
         node = self._nodes[item.node]
         with self._changed:
             if node.index == item.index:
@@ -324,7 +324,7 @@ class Executor:
             else:
                 node.waiting.append(item)
 
-    def _upload(self, thread: int, item: Item) -> None:
+    def _upload(self, thread: int, item: ChunkTask) -> None:
         device = self.devices[item.device]
         for host, on_device in item.uploads:
             device.upload(self._passes.host_bytes(host.slot, host.nbytes), on_device.slot)
@@ -345,8 +345,8 @@ class Executor:
             marker.wait()
             self._release_hosts(item)
 
-    def _compute(self, thread: int, item: Item) -> None:
-        if item.operation.kind is Kind.SAME:
+    def _compute(self, thread: int, item: ChunkTask) -> None:
+        if item.operation.kind is Kind.REQUIRE_EQUAL:
             views = [self._arena.view(resident.slot, resident.nbytes) for resident in item.residents]
             self._passes.compare(item, views, self._arena.view(item.out, item.out_nbytes))
             self._release_hosts(item)
@@ -367,7 +367,7 @@ class Executor:
             self._release_hosts(item)
             self._computed(item)
 
-    def _reduced(self, item: Item, partial: Any) -> None:
+    def _reduced(self, item: ChunkTask, partial: Any) -> None:
         """Merge a partial into its pass; with the last one, open the next pass."""
         node, kernel = self._nodes[item.node], item.operation.kernel
         assert kernel is not None
@@ -385,12 +385,12 @@ class Executor:
                     self._computable(other)
             self._changed.notify_all()
 
-    def _download(self, thread: int, item: Item) -> None:
+    def _download(self, thread: int, item: ChunkTask) -> None:
         item.marker.wait()
         self._release_device(item)
         self._computed(item)
 
-    def _computed(self, item: Item) -> None:
+    def _computed(self, item: ChunkTask) -> None:
         """Hand finished chunks to the write lane in the order of the tensor, so that they can be digested there."""
         with self._changed:
             node = self._nodes[item.node]
@@ -399,7 +399,7 @@ class Executor:
                 self._write_lane.put(following.order, following)
                 node.next_write += 1
 
-    def _write(self, thread: int, item: Item) -> None:
+    def _write(self, thread: int, item: ChunkTask) -> None:
         slot = item.residents[0].slot if item.operation.kind is Kind.COPY else item.out
         data = self._arena.view(slot, item.out_nbytes)
         offset = self.schedule.span(self.graph, item.node, item.chunk)[0] * output_width(self.graph, item.node)
@@ -408,7 +408,7 @@ class Executor:
             self._release_hosts(item)
         with self._changed:
             if item.out >= 0:
-                self._ram.give_back(item.out)
+                self._ram.free(item.out)
             self.progress.bytes_written += item.out_nbytes * len(self._destinations[item.node])
             node = self._nodes[item.node]
             node.unwritten -= 1
@@ -424,7 +424,7 @@ class Executor:
         with self._changed:
             del self._nodes[node]
 
-    def _note_overflow(self, item: Item, count: int) -> None:
+    def _note_overflow(self, item: ChunkTask, count: int) -> None:
         with self._changed:
             name = self.graph.outputs[self._destinations[item.node][0]].label
             self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + count

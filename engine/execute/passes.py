@@ -15,7 +15,7 @@ from ..graph.graph import MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.tiling import tile_length
 from .devices.base import Device
-from .tasks import Item
+from .tasks import ChunkTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .compute import Piece
 
 
-class Passes:
+class KernelRunner:
     """Computes the chunks of a schedule. Its methods are called by the devices' compute threads.
 
     Args:
@@ -60,7 +60,7 @@ class Passes:
         start = slot * self._schedule.slot_bytes
         return self._host[start : start + nbytes]
 
-    def reduce(self, thread: int, item: Item, state: Any) -> Any:
+    def reduce(self, thread: int, item: ChunkTask, state: Any) -> Any:
         """One pass's partial of a chunk, to be merged with those of the others; None where the pass isn't needed."""
         from .compute import reduce_chunk
 
@@ -69,7 +69,7 @@ class Passes:
             return reduce_chunk(piece, item.index, state, workspace)
         return None
 
-    def combine(self, thread: int, item: Item, state: Any) -> int:
+    def combine(self, thread: int, item: ChunkTask, state: Any) -> int:
         """Put a chunk of the output where the item says; how many of its values are new infinities or NaNs."""
         from .compute import combine_chunk, torch_dtype
 
@@ -84,7 +84,7 @@ class Passes:
             self._refuse_nonfinite(item, outcome.nonfinite_inputs)
         return outcome.overflowed
 
-    def compare(self, item: Item, views: Sequence[memoryview], target: memoryview) -> None:
+    def compare(self, item: ChunkTask, views: Sequence[memoryview], target: memoryview) -> None:
         """Copy integers where all inputs agree. Raises CheckpointError where they don't."""
         graph = self._graph
         reads = list(dict.fromkeys(graph.node_sources[item.node]))
@@ -97,7 +97,7 @@ class Passes:
                 )
         target[:] = views[0]
 
-    def _begin(self, thread: int, item: Item) -> tuple[Piece, Any]:
+    def _begin(self, thread: int, item: ChunkTask) -> tuple[Piece, Any]:
         """The item as a piece of its tensor, its inputs checked if they must be, and the thread's workspace."""
         from .compute import Piece, check_inputs, torch_dtype
 
@@ -119,7 +119,7 @@ class Passes:
             tile=tile_length(graph, item.node, self._schedule.tile_elements[item.device]),
         )
         workspace = self._workspace(thread, item.device)
-        if item.index == 0 and not kernel.transparent and not self._allow_nonfinite:
+        if item.index == 0 and not kernel.propagates_nonfinite and not self._allow_nonfinite:
             self._refuse_nonfinite(item, check_inputs(piece, workspace))
         return piece, workspace
 
@@ -134,7 +134,7 @@ class Passes:
             found = self._workspaces[(thread, device)] = Workspace(memory, torch.float32)
         return found
 
-    def _refuse_nonfinite(self, item: Item, inputs: Sequence[int]) -> None:
+    def _refuse_nonfinite(self, item: ChunkTask, inputs: Sequence[int]) -> None:
         if inputs:
             read = self._graph.node_sources[item.node][inputs[0]]
             raise CheckpointError(

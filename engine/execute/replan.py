@@ -40,18 +40,18 @@ def run_graph(
     Raises:
         MergeloomError: what went wrong in any lane.
     """
-    squeezed: dict[str, int] = {}
+    reduced_vram: dict[str, int] = {}
     while True:
         devices = open_devices(schedule.budget.devices)
         executor = Executor(graph, schedule, devices, source, sink, allow_nonfinite=allow_nonfinite)
         try:
             measured = executor.run(notify)
-            measured.squeezed = squeezed
+            measured.reduced_vram = reduced_vram
             return measured
         except OutOfDeviceMemory as error:
             held = next(device.vram or 0 for device in schedule.budget.devices if device.name == error.name)
-            vram = int(min(error.free, held) * SPARE)  # what is free may be more than what was allowed
+            vram = int(min(error.free_slots, held) * SPARE)  # what is free may be more than what was allowed
             if vram < schedule.minimum_vram:
                 raise
-            squeezed[error.name] = vram
+            reduced_vram[error.name] = vram
             schedule = make_schedule(graph, shrink(schedule.budget, error.name, vram), done=done)

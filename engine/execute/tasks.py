@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ...methods.kernel.contract import Kernel
 from ..graph.graph import Operation
 from ..schedule.simulate import Step
-from .cache import Resident
+from .cache import CachedChunk
 from .devices.base import Done, Marker
 
 
@@ -68,7 +68,7 @@ class LaneTime:
     levels: tuple[float, ...] = ()
 
     @property
-    def helped(self) -> int:
+    def effective_threads(self) -> int:
         """How many threads still helped: the most that were at work at once for a twentieth of the time or longer."""
         total = sum(self.levels)
         return max((n for n in range(len(self.levels)) if sum(self.levels[n:]) >= total / 20), default=0)
@@ -103,10 +103,10 @@ class Measured:
     vram_peak: int = 0
     lanes: dict[str, LaneTime] = field(default_factory=dict)
     overflowed: dict[str, int] = field(default_factory=dict)
-    squeezed: dict[str, int] = field(default_factory=dict)
+    reduced_vram: dict[str, int] = field(default_factory=dict)
 
 
-class Item:
+class ChunkTask:
     """One chunk of one step, with its slots."""
 
     __slots__ = (
@@ -123,15 +123,15 @@ class Item:
         self.last = step.index == operation.passes - 1
         self.chunk = chunk
         self.missing = 0  # chunks that are still being read or uploaded
-        self.residents: list[Resident] = []  # where the computation finds each distinct source
-        self.hosts: list[Resident] = []  # slots in RAM to give back when they were used
-        self.uploads: list[tuple[Resident, Resident]] = []
+        self.residents: list[CachedChunk] = []  # where the computation finds each distinct source
+        self.hosts: list[CachedChunk] = []  # slots in RAM to give back when they were used
+        self.uploads: list[tuple[CachedChunk, CachedChunk]] = []
         self.out = -1
         self.out_device = -1
         self.out_nbytes = 0
         self.marker: Marker = Done()
 
-    def await_(self, resident: Resident) -> None:
+    def await_(self, resident: CachedChunk) -> None:
         """Count `resident` as missing until it is ready."""
         if not resident.ready:
             resident.waiting.append(self)
@@ -149,11 +149,11 @@ class NodeState:
     def __init__(self, chunks: int) -> None:
         self.chunks = chunks
         self.next_write = 0
-        self.computed: dict[int, Item] = {}
+        self.computed: dict[int, ChunkTask] = {}
         self.unwritten = chunks
         self.index = 0
         self.state: Any = None
-        self.waiting: list[Item] = []
+        self.waiting: list[ChunkTask] = []
         self._lock = threading.Lock()
         self._partials: dict[int, Any] = {}
         self._next = 0

@@ -17,7 +17,7 @@ _WIDTHS = (
 """Keys that shapes follow from: where they differ, the tensors don't fit the config."""
 
 
-def adopted_config(
+def override_config(
     config: Mapping[str, Any], merged: Mapping[str, Any] | None, *, main: tuple[str, ...], head: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """A named model's config.json, for tensors that come from others.
@@ -60,7 +60,7 @@ def adopted_config(
     return adopted, remarks
 
 
-def adopted_stack(
+def override_stack(
     stack: OutputStack, config: Mapping[str, Any], levels: Iterable[tuple[int, tuple[int, ...]]]
 ) -> OutputStack:
     """A stack of the output as a named model's config.json counts its layers.

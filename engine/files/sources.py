@@ -20,7 +20,7 @@ from ..model.layers import is_embedding, is_head
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
 from .config import merged_config
-from .config_override import adopted_config, adopted_stack
+from .config_override import override_config, override_stack
 from .vocabulary import difference, read_vocabulary, same_files
 
 
@@ -169,12 +169,12 @@ class FileResolver:
             raise self._recipe.error(place, f"{named.text} has no config.json")
         main = built.stacks[0].donor.config_path if built.stacks else ()
         try:
-            adopted, remarks = adopted_config(config, built.donor_config, main=main, head=built.head)
+            adopted, remarks = override_config(config, built.donor_config, main=main, head=built.head)
         except ValueError as error:
             raise self._recipe.error(place, f"{named.text} {error}") from error
         self.warnings += [f"files_from {named.text}: {remark}" for remark in remarks]
         stacks = (
-            adopted_stack(stack, config, self._levels(built, number)) for number, stack in enumerate(built.stacks)
+            override_stack(stack, config, self._levels(built, number)) for number, stack in enumerate(built.stacks)
         )
         return adopted, tuple(stacks)
 

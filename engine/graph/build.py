@@ -9,14 +9,14 @@ from typing import Any
 from ...errors import CheckpointError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.contract import Method
-from ..model.inputs import Model, OpenModel, Part, open_models
+from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
 from ..model.modules import StageModules
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .graph import MergeGraph
 from .rules import TensorRules, shape_mismatch
-from .usage import Account, Unused
+from .usage import TensorUsage, Unused
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
 
@@ -126,18 +126,18 @@ class _Builder:
         self.modules = StageModules(recipe, stage, self.donor)
         method = methods[stage.merge_method]
         self.parts = [
-            [Part(recipe, stage, module, part, method, by_reference) for part in module.slices or ()]
+            [BoundSlice(recipe, stage, module, part, method, by_reference) for part in module.slices or ()]
             for module in self.modules.all
         ]
         self.outside = {
-            name: Part(
+            name: BoundSlice(
                 recipe, stage, self.modules.all[0], Slice((Source(model, None),), place=place), method, by_reference
             )
             for name, model in stage.outside.items()
             for place in ((*stage.place, "outside", name),)
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
-        self.account = Account()
+        self.account = TensorUsage()
         self.rules = TensorRules(stage, methods, self.graph, self.account, seed)
         self.layer_sources: dict[int, list[int]] = {}
         self._kinds: dict[int, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
@@ -185,7 +185,7 @@ class _Builder:
 
     # --- modules -----------------------------------------------------------------------------------------------
 
-    def _build_module(self, module: Module, parts: Sequence[Part]) -> None:
+    def _build_module(self, module: Module, parts: Sequence[BoundSlice]) -> None:
         """The tensors of one module: before the layers, the layers slice by slice, after them."""
         stacks = self.modules.stacks(module)
         outside = [name for name in self._outside_names(parts[0], parts[-1]) if self.modules.belongs(module, name)]
@@ -207,7 +207,7 @@ class _Builder:
 
     # --- outside the layers ------------------------------------------------------------------------------------
 
-    def _outside_names(self, first: Part, last: Part) -> Iterator[str]:
+    def _outside_names(self, first: BoundSlice, last: BoundSlice) -> Iterator[str]:
         """Tensors outside the layers, the donor's first, each once."""
         seen: set[str] = set()
         others = [model for part in self.outside.values() for model in part.models]
@@ -223,7 +223,7 @@ class _Builder:
             return "head"
         return "norm" if self.donor.layers.is_after(name) else "embeddings"
 
-    def _add_outside(self, part: Part, name: str) -> None:
+    def _add_outside(self, part: BoundSlice, name: str) -> None:
         chosen = self.outside.get(self._named_part(name))
         part = chosen or part
         names = [name if name in model.checkpoint.tensors else None for model in part.models]
@@ -265,7 +265,7 @@ class _Builder:
 
     # --- layers ------------------------------------------------------------------------------------------------
 
-    def _add_slice(self, part: Part, stack: int, first: int) -> int:
+    def _add_slice(self, part: BoundSlice, stack: int, first: int) -> int:
         """The layers of one slice, from output layer `first` on; the number of the layer after them."""
         ranges = part.ranges(stack)
         count = ranges[0][1] - ranges[0][0]
@@ -278,7 +278,7 @@ class _Builder:
             self.layer_sources.setdefault(stack, []).append(places[own])
         return first + count
 
-    def _add_layer(self, part: Part, stack: int, places: Sequence[int], target: int, t: float) -> None:
+    def _add_layer(self, part: BoundSlice, stack: int, places: Sequence[int], target: int, t: float) -> None:
         layers = [model.by_layer.get((stack, place), {}) for model, place in zip(part.models, places, strict=True)]
         prefix = self.donor.layers.mains[stack].prefix
         own = part.models.index(self.donor) if self.donor in part.models else 0
@@ -286,7 +286,7 @@ class _Builder:
             name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
             self.rules.add(part, name, [layer.get(rest) for layer in layers], t, self._group)
 
-    def _add_extras(self, part: Part, stack: int, count: int) -> None:
+    def _add_extras(self, part: BoundSlice, stack: int, count: int) -> None:
         """Layers beyond config.json's count (such as prediction heads) follow the stack, as they do in the model."""
         old = self.donor.layers.mains[stack].count
         for extra in self.donor.layers.mains[stack].extras:

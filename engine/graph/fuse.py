@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BoundSlice:
     """One stage's share of a fused kernel.
 
     Args:
@@ -46,13 +46,13 @@ class FusedKernel(Kernel):
         parts: in an order in which each comes after those that it needs.
     """
 
-    def __init__(self, inputs: Inputs, parts: Sequence[Part]) -> None:
+    def __init__(self, inputs: Inputs, parts: Sequence[BoundSlice]) -> None:
         super().__init__(inputs)
         self.parts = tuple(parts)
         self._passes = [(part, index) for part, found in enumerate(parts) for index in range(found.kernel.reductions)]
         self.reductions = len(self._passes)
         self.buffers = self._buffers(len(parts) - 1)
-        self.transparent = all(part.kernel.transparent for part in parts)
+        self.propagates_nonfinite = all(part.kernel.propagates_nonfinite for part in parts)
         by_row = any(part.kernel.unit is not Unit.ELEMENT for part in parts)
         self.unit = Unit.ROW if by_row else Unit.ELEMENT
         self.bound = parts[-1].kernel.bound
@@ -63,9 +63,9 @@ class FusedKernel(Kernel):
         return FusedKernel(replace(self.inputs, shape=shape), parts)
 
     @property
-    def granule(self) -> int:
+    def alignment(self) -> int:
         """Where every part's tiles can begin."""
-        return math.lcm(*(part.kernel.granule for part in self.parts))
+        return math.lcm(*(part.kernel.alignment for part in self.parts))
 
     def _buffers(self, number: int) -> float:
         """Workspace for a part: its inputs that are results of others, and the most that is needed beside them."""

@@ -22,7 +22,7 @@ class Kind(Enum):
     """How an operation's output comes about."""
 
     COPY = "copy"  # the source's bytes, unchanged
-    SAME = "same"  # the sources' bytes, which must be equal (integer tensors)
+    REQUIRE_EQUAL = "same"  # the sources' bytes, which must be equal (integer tensors)
     MERGE = "merge"  # a method's kernel
 
 

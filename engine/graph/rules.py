@@ -11,11 +11,11 @@ from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
-from ..model.inputs import Model, Part
+from ..model.inputs import BoundSlice, Model
 from ..model.layers import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
 from .graph import Kind, MergeGraph, Operation
-from .usage import Account
+from .usage import TensorUsage
 
 
 class Input(NamedTuple):
@@ -43,7 +43,7 @@ class TensorRules:
         stage: Stage,
         methods: Mapping[str, Method],
         graph: MergeGraph,
-        account: Account,
+        account: TensorUsage,
         seed: int,
     ) -> None:
         self._wanted = stage.out_dtype or stage.dtype
@@ -56,7 +56,7 @@ class TensorRules:
         self._operations: dict[Hashable, Operation] = {}
 
     def add(
-        self, part: Part, name: str, names: Sequence[str | None], t: float, group: int, *, as_it_is: bool = False
+        self, part: BoundSlice, name: str, names: Sequence[str | None], t: float, group: int, *, as_it_is: bool = False
     ) -> None:
         """The node of one output tensor.
 
@@ -90,7 +90,7 @@ class TensorRules:
     # --- kinds of tensors --------------------------------------------------------------------------------------
 
     def _add_floats(
-        self, part: Part, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
+        self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
     ) -> None:
         wanted = self._wanted or promote(found.ref.dtype for found in inputs)
         operation = self._pass(inputs[0]) if passed else self._bind(part, name, inputs, t)
@@ -110,14 +110,14 @@ class TensorRules:
         key = self._random_key(name) if kernel.random else 0
         self._add(name, operation, inputs, wanted, group, key)
 
-    def _add_buffer(self, part: Part, name: str, inputs: Sequence[Input], group: int) -> None:
+    def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """A buffer comes from the base, else from the first that has it."""
-        chosen = next((found for found in inputs if found.source == part.anchor), inputs[0])
+        chosen = next((found for found in inputs if found.source == part.base_any_method), inputs[0])
         self._leave(inputs, chosen, f"no parameter: taken from {chosen.model.name}")
         self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.ref.dtype, group)
 
     def _add_integers(
-        self, part: Part, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
+        self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
     ) -> None:
         """What holds no floating-point numbers is copied where all inputs are equal, which the merge finds out."""
         first = inputs[0]
@@ -130,10 +130,10 @@ class TensorRules:
         packed = [found for found in inputs if found.name in found.model.quantized]
         if packed and not passed and (len(inputs) > 1 or _copied(self._bind(part, name, inputs, t)) is None):
             _refuse_quantized(packed)
-        kind = Kind.COPY if len(inputs) == 1 else Kind.SAME
+        kind = Kind.COPY if len(inputs) == 1 else Kind.REQUIRE_EQUAL
         self._add(name, Operation(kind, self._method.name), inputs, first.ref.dtype, group)
 
-    def _without_some(self, part: Part, name: str, inputs: Sequence[Input]) -> bool:
+    def _without_some(self, part: BoundSlice, name: str, inputs: Sequence[Input]) -> bool:
         """What the method makes of a tensor that some sources lack: whether a lone one is passed through.
 
         Raises:
@@ -143,9 +143,9 @@ class TensorRules:
         if is_optional(name):
             alone = len(inputs) == 1
             rule = self._method.absent
-            if rule is Absent.LONE and alone:
+            if rule is Absent.SINGLE and alone:
                 return True
-            if rule is Absent.LONE_BASE and alone and have[0] == part.base:
+            if rule is Absent.SINGLE_BASE and alone and have[0] == part.base:
                 return True
             if rule is Absent.PRESENT:
                 return False
@@ -178,7 +178,7 @@ class TensorRules:
             if found is not chosen:
                 self._account.leave(found.model, found.name, reason)
 
-    def _bind(self, part: Part, name: str, inputs: Sequence[Input], t: float) -> Operation:
+    def _bind(self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float) -> Operation:
         """The recipe's method for these inputs."""
         base = next((place for place, found in enumerate(inputs) if found.source == part.base), None)
         values = part.parameters.values(name, [(found.source, found.name) for found in inputs], t)

@@ -19,7 +19,7 @@ from ...methods.kernel.contract import Inputs, Kernel, Method
 from ..model.inputs import Model, OpenModel
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
-from .fuse import FusedKernel, Part
+from .fuse import BoundSlice, FusedKernel
 from .graph import Kind, MergeGraph, Operation
 from .usage import Unused
 
@@ -105,7 +105,7 @@ def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping
 def _type_on_disk(stage: Stage, graph: MergeGraph, node: int) -> DType:
     """The type that a tensor of a stage has where the stage's output is written."""
     nominal, dtype = stage.out_dtype or stage.dtype, graph.node_dtype[node]
-    kept = graph.operation(node).kind is Kind.SAME
+    kept = graph.operation(node).kind is Kind.REQUIRE_EQUAL
     return nominal if nominal is not None and not kept and dtype.kind is nominal.kind else dtype
 
 
@@ -245,7 +245,7 @@ class _Flattener:
             made = self._cast(made, self._shape(made))
         if all(isinstance(source, _Leaf) for source in made.sources):
             leaves = [source for source in made.sources if isinstance(source, _Leaf)]
-            if made.operation.kind is Kind.SAME and len(set(leaves)) == 1:
+            if made.operation.kind is Kind.REQUIRE_EQUAL and len(set(leaves)) == 1:
                 return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, leaves[0]),), dtype)
             return graph.add_node(made.operation, tuple(self._read(graph, leaf) for leaf in leaves), dtype, made.key)
         leaves = list(dict.fromkeys(_leaves(made)))
@@ -261,7 +261,7 @@ class _Flattener:
     def _fuse(self, made: _Result, leaves: list[_Leaf]) -> Operation:
         """An expression of several operations as one; expressions alike but for their leaves share it."""
         places = {leaf: number for number, leaf in enumerate(leaves)}
-        parts: list[Part] = []
+        parts: list[BoundSlice] = []
         numbers: dict[_Result, int] = {}
         methods: list[tuple[str, Any]] = []
 
@@ -272,7 +272,7 @@ class _Flattener:
             kernel = result.operation.kernel
             assert kernel is not None
             rounding = result.round_to if result is not made else None
-            parts.append(Part(kernel, sources, result.key, result.operation.positions, rounding))
+            parts.append(BoundSlice(kernel, sources, result.key, result.operation.positions, rounding))
             methods.append((result.operation.method, result.operation.parameters))
             numbers[result] = len(parts) - 1
             return numbers[result]

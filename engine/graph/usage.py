@@ -24,7 +24,7 @@ class Unused:
     tensors: tuple[str, ...]
 
 
-class Account:
+class TensorUsage:
     """Notes which input tensors are used, and why others aren't."""
 
     def __init__(self) -> None:

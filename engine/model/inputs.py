@@ -70,7 +70,7 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel) -> 
     return tuple(models)
 
 
-class Part:
+class BoundSlice:
     """A slice of the recipe with its models opened.
 
     Attributes:
@@ -94,7 +94,7 @@ class Part:
         self.models = [models[source.model] for source in part.sources]
         self.base = base_index(stage, part, method)
         reference = part.base_model or stage.base_model
-        self.anchor = next((i for i, source in enumerate(part.sources) if source.model == reference), None)
+        self.base_any_method = next((i for i, source in enumerate(part.sources) if source.model == reference), None)
         self.parameters = SliceParameters(recipe, stage, module, part, method, self.base)
         self._recipe = recipe
 

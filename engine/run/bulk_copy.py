@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import DiskSpaceError
-from ...io.output.clone import BLOCK, Moved, SharingRefused, refuses_to_share
+from ...io.output.clone import BLOCK, CopyStats, SharingRefused, refuses_to_share
 from ...io.output.digests import BlockDigests
-from ...io.output.group_commit import Ended, GroupCommit
+from ...io.output.group_commit import Aborted, GroupCommit
 from ...io.reading import Reader, Stamps
 from ...io.sizes import format_size
 from ..execute.executor import NOTIFY_SECONDS
 from ..execute.tasks import LaneTime
 from ..graph.graph import MergeGraph
-from .transfers import BUFFER_BYTES, Mover, Transfer, source_of
+from .transfers import BUFFER_BYTES, Transfer, WorkerPool, source_of
 
 if TYPE_CHECKING:
     from ...io.output.directory import OutputDirectory
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _SMALLEST_PIECE = 64 << 10
 
 
-class Copies:
+class BulkCopier:
     """Performs transfers on threads of their own, from the moment it is made.
 
     Args:
@@ -51,7 +51,7 @@ class Copies:
         threads: int,
         failed: Callable[[BaseException], None],
     ) -> None:
-        self.moved = Moved()
+        self.moved = CopyStats()
         self._out = out
         self._commits = commits
         self._report = failed
@@ -62,7 +62,7 @@ class Copies:
         for transfer in transfers:
             if transfer.shares:
                 self._unshared[transfer.file] = self._unshared.get(transfer.file, 0) + transfer.shared
-        self._mover = Mover(transfers, threads, self._move, self._failed)
+        self._mover = WorkerPool(transfers, threads, self._move, self._failed)
 
     def wait(self, watch: Callable[[], None]) -> None:
         """Wait until all is moved, or something went wrong; meanwhile, call `watch` now and then."""
@@ -82,7 +82,7 @@ class Copies:
         return LaneTime(len(lane.worked), lane.seconds_worked, waited, tuple(lane.levels))
 
     def _failed(self, error: BaseException) -> None:
-        if not isinstance(error, Ended):  # whatever ended the commits is reported already
+        if not isinstance(error, Aborted):  # whatever ended the commits is reported already
             self._report(error)
 
     def _move(self, thread: int, transfer: Transfer) -> None:
@@ -122,7 +122,7 @@ class Copies:
         The other sources are asked, too: it is better to stop now than when the disk is full.
         """
         with self._lock:
-            self.moved.add(Moved(refused={refused.number: refused.nbytes}))
+            self.moved.add(CopyStats(refused={refused.number: refused.nbytes}))
             if file in self._refusing:
                 return
             others = self._unshared.keys() - self._refusing - {file}
@@ -189,7 +189,7 @@ def digests_of_sources(
     def place(node: int) -> tuple[Path, int]:
         return source_of(graph, node), graph.reads[graph.node_sources[node][0]].offset
 
-    mover = Mover(sorted(nodes, key=place), threads, work, broken.append)
+    mover = WorkerPool(sorted(nodes, key=place), threads, work, broken.append)
     try:
         while not mover.wait(NOTIFY_SECONDS):
             watch()

@@ -75,14 +75,14 @@ class Result:
                 "lanes": {
                     name: {
                         "threads": lane.threads,
-                        "helped": lane.helped,
+                        "helped": lane.effective_threads,
                         "worked": lane.worked,
                         "waited": lane.waited,
                     }
                     for name, lane in measured.lanes.items()
                 },
                 "overflowed": measured.overflowed,
-                "squeezed": measured.squeezed,
+                "squeezed": measured.reduced_vram,
                 "earlier": asdict(self.earlier),
             },
         }

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from ...errors import CheckpointError, Interrupted
 from ...io.os_errors import explain
 from ...io.output.digests import BLOCK_BYTES, tensor_digest
-from ...io.output.directory import OutputDirectory, call_judge
-from ...io.output.group_commit import Ended
+from ...io.output.directory import OutputDirectory, preload_validator
+from ...io.output.group_commit import Aborted
 from ...io.output.journal import Found, Journal
 from ...io.reading import Observe, Stamps, changed, stamps_of
 from ...io.wording import data_size, plural
@@ -20,15 +20,15 @@ from ..execute.tasks import Measured, Progress, Sink
 from ..files.write import write_model_files
 from ..graph.graph import Kind
 from ..schedule.schedule import Schedule, make_schedule
-from .bulk_copy import Copies, digests_of_sources
+from .bulk_copy import BulkCopier, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
 from .manifest import MANIFEST, facts_of, manifest_bytes, model_numbers, source_name
 from .placement import copy_threads, place
 from .plan import Plan
 from .recovery.checks import Checked
-from .recovery.recover import Durable, durable_of
+from .recovery.recover import RecoveredState, recover
 from .recovery.source_digests import SourceDigests, check_sources, ranges_in_use, source_ranges, used_bytes
-from .shard_writer import Shards, records_of
+from .shard_writer import ShardWriter, records_of
 from .transfers import Transfer, plan_transfers
 
 
@@ -101,7 +101,7 @@ class Run:
         self._stamps: Stamps = {}
         self._found = out.found
         self._journal: Journal | None = None
-        self._shards: Shards | None = None
+        self._shards: ShardWriter | None = None
 
     def perform(self, fresh: bool, digests: bool = False) -> Measured:
         """Begin or go on, and finish; what of it was measured.
@@ -137,7 +137,7 @@ class Run:
             if self._shards is None:
                 self._release()
             else:
-                self._shards.commits.when_over(self._release)
+                self._shards.commits.on_closed(self._release)
         return kept
 
     def how_to_go_on(self, kept: bool) -> str:
@@ -182,7 +182,7 @@ class Run:
             return None
         return found
 
-    def _recover(self, found: Found | None) -> Durable:
+    def _recover(self, found: Found | None) -> RecoveredState:
         """What earlier runs have left, checked: against the journal, and against source files that have changed.
 
         Raises:
@@ -195,9 +195,7 @@ class Run:
         def watch(checked: Checked) -> None:
             self._notify(Progress(bytes_checked=checked.nbytes, bytes_to_check=checked.total))
 
-        durable = durable_of(
-            found, graph, plan.layout, self.out.shard_path, sharing=sharing, threads=threads, watch=watch
-        )
+        durable = recover(found, graph, plan.layout, self.out.shard_path, sharing=sharing, threads=threads, watch=watch)
         if found is None:
             return durable
         used = used_bytes(graph, durable.written(graph))
@@ -248,19 +246,19 @@ class Run:
 
     # --- making ------------------------------------------------------------------------------------------------
 
-    def _make(self, journal: Journal, durable: Durable) -> tuple[Measured, Mapping[int, list[bytes]]]:
+    def _make(self, journal: Journal, durable: RecoveredState) -> tuple[Measured, Mapping[int, list[bytes]]]:
         """Compute, copy and write what is not there yet; the digests of all blocks that came through the process."""
         schedule, transfers, done = self._left(durable)
         broken: list[BaseException] = []
         begun = time.perf_counter()
         if not self.plan.computes:  # else torch imports the same
-            call_judge()
+            preload_validator()
         sources = SourceDigests(self.plan.built.graph, durable.sources)
-        shards = self._shards = Shards(
+        shards = self._shards = ShardWriter(
             self.plan, self.out, journal, durable, self._check_sources, broken.append, self._group_bytes, sources
         )
         threads = copy_threads(self.plan)
-        copies = Copies(transfers, self.out, shards.commits, threads, broken.append)
+        copies = BulkCopier(transfers, self.out, shards.commits, threads, broken.append)
 
         def watch(progress: Progress) -> None:
             if broken:
@@ -277,7 +275,7 @@ class Run:
             if not broken:
                 shards.commits.close()
                 digests |= self._digest(digests.keys(), measured, watch)
-        except Ended:
+        except Aborted:
             if not broken:
                 raise
         except BaseException:
@@ -320,7 +318,7 @@ class Run:
             lambda: watch(Progress(measured.bytes_read, measured.bytes_written)),
         )
 
-    def _left(self, durable: Durable) -> tuple[Schedule, list[Transfer], dict[int, int]]:
+    def _left(self, durable: RecoveredState) -> tuple[Schedule, list[Transfer], dict[int, int]]:
         """What is left to do: the schedule, the transfers, and for each node the bytes that need not be written."""
         plan, graph = self.plan, self.plan.built.graph
         moving = set(plan.moved)
@@ -344,7 +342,7 @@ class Run:
         self._say_what_is_there(durable, schedule.bytes_written + sum(transfer.nbytes for transfer in transfers))
         return schedule, transfers, kept
 
-    def _say_what_is_there(self, durable: Durable, left: int) -> None:
+    def _say_what_is_there(self, durable: RecoveredState, left: int) -> None:
         graph = self.plan.built.graph
         total = sum(graph.nbytes(output.node) for output in graph.outputs)
         self._say(

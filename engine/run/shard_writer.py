@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...io.output.digests import BLOCK_BYTES, BlockDigests
-from ...io.output.group_commit import GROUP_BYTES, Ended, GroupCommit, Record
+from ...io.output.group_commit import GROUP_BYTES, Aborted, GroupCommit, Record
 from ...io.output.journal import Journal
-from .recovery.recover import Durable
+from .recovery.recover import RecoveredState
 from .recovery.source_digests import SourceDigests, source_records
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Tensor:
         self.tails: dict[int, bytes] = {}  # the digest of the last, unfinished block up to where a piece ended
 
 
-class Shards:
+class ShardWriter:
     """Writes a plan's output tensors to their places.
 
     Args:
@@ -54,7 +54,7 @@ class Shards:
         plan: Plan,
         out: OutputDirectory,
         journal: Journal,
-        durable: Durable,
+        durable: RecoveredState,
         check: Callable[[], None],
         failed: Callable[[BaseException], None],
         group_bytes: int = GROUP_BYTES,
@@ -86,7 +86,7 @@ class Shards:
         try:
             self._write(node, offset, data)
         except BaseException as error:
-            if not isinstance(error, Ended):
+            if not isinstance(error, Aborted):
                 self._failed(error)
             self._stopped = True  # no piece after it will ever be in turn
             raise
@@ -107,7 +107,7 @@ class Shards:
                 for shard, place in places:
                     self._out.write(shard, place + offset + start, piece)
             with tensor.fed:
-                record = _note(node, tensor, offset + start, len(piece))
+                record = progress_record(node, tensor, offset + start, len(piece))
             self.commits.add(shards, len(piece) * len(places), [record] if record else [], len(piece) * len(places))
 
     def _tensor(self, node: int) -> _Tensor:
@@ -122,7 +122,7 @@ class Shards:
         with tensor.fed:
             while not tensor.digests.reached(offset):
                 if self._stopped:
-                    raise Ended
+                    raise Aborted
                 tensor.fed.wait(_WAIT_SECONDS)
             tensor.digests.feed(offset, piece)
             if tail := tensor.digests.tail():
@@ -144,7 +144,7 @@ class Shards:
         """Add records to the journal, those of one node as one, behind the digests of what they were made from."""
         self._check()
         used = self._sources.take() if self._sources is not None else []
-        self._journal.append([*used, *_joined(records)])
+        self._journal.append([*used, *coalesce_records(records)])
 
     def stop(self) -> None:
         """Begin no other commit, and let nobody wait any more."""
@@ -157,7 +157,7 @@ class Shards:
         return self.commits.abandon()
 
 
-def _note(node: int, tensor: _Tensor, start: int, nbytes: int) -> dict[str, Any] | None:
+def progress_record(node: int, tensor: _Tensor, start: int, nbytes: int) -> dict[str, Any] | None:
     """The record of how far a node has come now that this range is in all its places; None where no further."""
     tensor.written[start] = start + nbytes
     before = tensor.position
@@ -175,7 +175,7 @@ def _note(node: int, tensor: _Tensor, start: int, nbytes: int) -> dict[str, Any]
     return {**record, "tail": [tensor.position % BLOCK_BYTES, tail.hex()]} if tail else record
 
 
-def _joined(records: Iterable[Record]) -> list[dict[str, Any]]:
+def coalesce_records(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Records with those that go on with one another put together."""
     nodes: dict[int, dict[str, Any]] = {}
     joined: list[dict[str, Any]] = []
@@ -192,7 +192,7 @@ def _joined(records: Iterable[Record]) -> list[dict[str, Any]]:
     return joined
 
 
-def records_of(durable: Durable) -> Iterator[Mapping[str, Any]]:
+def records_of(durable: RecoveredState) -> Iterator[Mapping[str, Any]]:
     """What is durable, as the first records of a journal."""
     yield from source_records(durable.sources)
     for node, blocks in durable.whole.items():

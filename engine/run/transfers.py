@@ -129,7 +129,7 @@ def written_ranges(graph: MergeGraph, layout: Layout, transfers: Sequence[Transf
     return found
 
 
-class Mover(Generic[T]):
+class WorkerPool(Generic[T]):
     """Does many pieces of work on threads of its own, beside the executor.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import MergeloomError
 from ...io.companions import LOADER_FOLDERS, is_loader_file
 from ...io.open_source import open_source, read_range
-from ...io.os_errors import explained
+from ...io.os_errors import translating_os_errors
 from ...io.output.clone import BLOCK
 from ...io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
 from ...io.reading import Reader
@@ -335,7 +335,7 @@ def added_files(out: Path, manifest: Mapping[str, Any]) -> list[str]:
     folders = {"", *models, *(name.rpartition("/")[0] for name in known)}
     folders.update(f"{model}/{folder}".lstrip("/") for model in models for folder in LOADER_FOLDERS)
     added = []
-    with explained(out, "listing the files"):
+    with translating_os_errors(out, "listing the files"):
         for folder in folders:
             if (out / folder).is_dir():
                 names = (f"{folder}/{file.name}".lstrip("/") for file in (out / folder).iterdir() if file.is_file())

@@ -299,9 +299,9 @@ def _needs(graph: MergeGraph, aim: int, finished: Container[int]) -> _Need:
         if operation.kernel is None:
             continue
         elements = length(graph, node)
-        granule = min(operation.kernel.granule, elements) * widest(graph, node)
-        if granule > need.slot:
-            need.slot = -(-granule // PAGE) * PAGE
+        alignment = min(operation.kernel.alignment, elements) * widest(graph, node)
+        if alignment > need.slot:
+            need.slot = -(-alignment // PAGE) * PAGE
             need.slot_node = node
         tile = min(tile_length(graph, node, aim), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node))

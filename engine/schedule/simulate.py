@@ -16,7 +16,7 @@ from .tiling import ChunkedRead, chunk_count, clusters, source_width
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class CachedRange:
     """The chunks of one read that are cached: [0, vram) on its device, [low, high) in RAM."""
 
     vram: int = 0
@@ -29,7 +29,7 @@ class Held:
         return self.high - self.low
 
 
-NOTHING = Held()
+NOTHING = CachedRange()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Step:
     first: int
     device: int
     sources: tuple[int, ...]
-    keep: tuple[Held, ...]
-    drop: tuple[tuple[ChunkedRead, Held], ...]
+    keep: tuple[CachedRange, ...]
+    drop: tuple[tuple[ChunkedRead, CachedRange], ...]
     bytes_read: tuple[int, ...]
     uploaded: int
     ram: int
@@ -101,11 +101,11 @@ class ChunkCache:
     def __init__(self, devices: int) -> None:
         self.ram = 0
         self.vram = [0] * devices
-        self._entries: dict[ChunkedRead, tuple[Held, int, int]] = {}  # with device and next use
+        self._entries: dict[ChunkedRead, tuple[CachedRange, int, int]] = {}  # with device and next use
         # negated next uses and sources, so that a heap has the furthest first; entries of sources taken since are stale
         self._by_use: list[tuple[int, int, int]] = []
 
-    def put(self, source: ChunkedRead, held: Held, device: int, next_use: int) -> None:
+    def put(self, source: ChunkedRead, held: CachedRange, device: int, next_use: int) -> None:
         """Cache chunks of a source, until a step at position `next_use` takes them."""
         if held.ram or held.vram:
             self._entries[source] = held, device, next_use
@@ -114,7 +114,7 @@ class ChunkCache:
         if held.ram:
             heapq.heappush(self._by_use, (-next_use, -source.read, -source.chunk_length))
 
-    def take(self, source: ChunkedRead) -> Held:
+    def take(self, source: ChunkedRead) -> CachedRange:
         """Remove a source from the cache; return the chunks that were cached."""
         held, device, _ = self._entries.pop(source, (NOTHING, 0, 0))
         self.ram -= held.ram
@@ -132,11 +132,11 @@ class ChunkCache:
             heapq.heappop(self._by_use)
         return None
 
-    def drop(self, source: ChunkedRead, count: int) -> Held:
+    def drop(self, source: ChunkedRead, count: int) -> CachedRange:
         """Drop the last `count` chunks of a source from RAM, or all if it has fewer; return those that stay cached."""
         _, device, next_use = self._entries[source]
         held = self.take(source)
-        kept = Held(held.vram, held.low, held.high - min(count, held.ram))
+        kept = CachedRange(held.vram, held.low, held.high - min(count, held.ram))
         self.put(source, kept, device, next_use)
         return kept
 
@@ -162,7 +162,7 @@ class _Pass:
     count: int
     writes: bool
     sources: tuple[ChunkedRead, ...]
-    before: list[Held]
+    before: list[CachedRange]
     next_uses: list[int | None]
 
     def by_next_use(self) -> list[tuple[int, int]]:
@@ -222,9 +222,9 @@ class Simulation:
         first = begun if last else 0
         separate = self.vram_slots[device] > 0 and operation.kind is Kind.MERGE
         before = [self._cache.take(source) for source in sources]
-        drop: list[tuple[ChunkedRead, Held]] = []
+        drop: list[tuple[ChunkedRead, CachedRange]] = []
         if not separate:  # an operation that computes nothing can't use chunks on the device
-            in_ram = [Held(0, held.low, held.high) for held in before]
+            in_ram = [CachedRange(0, held.low, held.high) for held in before]
             drop = [(s, new) for s, old, new in zip(sources, before, in_ram, strict=True) if old.vram]
             before = in_ram
         next_uses: list[int | None]
@@ -276,7 +276,7 @@ class Simulation:
                 room -= keep[number] - before
         return keep
 
-    def _keep(self, this: _Pass, vram: list[int]) -> tuple[list[Held], list[tuple[ChunkedRead, Held]]]:
+    def _keep(self, this: _Pass, vram: list[int]) -> tuple[list[CachedRange], list[tuple[ChunkedRead, CachedRange]]]:
         """Return the chunks of each source that stay cached, and the other sources that lose chunks for them.
 
         Where not everything that is needed again fits RAM, the chunks needed last go, of this step's sources or others.
@@ -285,7 +285,7 @@ class Simulation:
             this: the step.
             vram: for each source, how many chunks stay on the device.
         """
-        evicted: list[tuple[ChunkedRead, Held]] = []
+        evicted: list[tuple[ChunkedRead, CachedRange]] = []
         candidates = this.by_next_use()
         low = [max(kept, held.vram) for kept, held in zip(vram, this.before, strict=True)]
         size = [held.ram for held in this.before]  # what is found in a slot stays there until the step has used it
@@ -308,7 +308,9 @@ class Simulation:
         keep = []
         for number, next_use in enumerate(this.next_uses):
             chunks = 0 if next_use is None else min(size[number], this.count - low[number])
-            keep.append(Held(vram[number], low[number], low[number] + chunks) if chunks else Held(vram[number]))
+            keep.append(
+                CachedRange(vram[number], low[number], low[number] + chunks) if chunks else CachedRange(vram[number])
+            )
         return keep, evicted
 
     @property
@@ -327,7 +329,7 @@ class Simulation:
             bytes_read.append(needed - _range_bytes(max(held.low, held.vram), held.high, chunk, nbytes))
         return tuple(bytes_read), uploaded
 
-    def _peaks(self, this: _Pass, keep: Sequence[Held]) -> tuple[int, int]:
+    def _peaks(self, this: _Pass, keep: Sequence[CachedRange]) -> tuple[int, int]:
         """Return the most slots held during a step: of RAM, and on the device."""
         ram_others = self._cache.ram
         vram_others = self._cache.vram[this.device] if this.separate else 0

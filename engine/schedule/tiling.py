@@ -61,21 +61,23 @@ def tile_length(graph: MergeGraph, node: int, aim: int) -> int:
     kernel = graph.operation(node).kernel
     if kernel is None:
         return aim
-    return max(1, aim // kernel.granule) * kernel.granule
+    return max(1, aim // kernel.alignment) * kernel.alignment
 
 
 def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
     """For each node the elements in a chunk; nodes that share a source share it too where they can."""
     granules = [
-        1 if (kernel := graph.operation(node).kernel) is None else min(kernel.granule, max(1, length(graph, node)))
+        1 if (kernel := graph.operation(node).kernel) is None else min(kernel.alignment, max(1, length(graph, node)))
         for node in graph
     ]
     widths = [widest(graph, node) for node in graph]
-    chunks = [max(1, slot // (width * granule)) * granule for width, granule in zip(widths, granules, strict=True)]
+    chunks = [
+        max(1, slot // (width * alignment)) * alignment for width, alignment in zip(widths, granules, strict=True)
+    ]
     for cluster in clusters(graph):
-        granule = math.lcm(*(granules[node] for node in cluster))
+        alignment = math.lcm(*(granules[node] for node in cluster))
         width = max(widths[node] for node in cluster)
-        common = slot // (width * granule) * granule
+        common = slot // (width * alignment) * alignment
         kinds = {graph.operation(node).kind is Kind.MERGE for node in cluster}
         if common and len(kinds) == 1:
             for node in cluster:

@@ -13,7 +13,7 @@ BLOCK = 4096
 
 
 @dataclass(slots=True)
-class Moved:
+class CopyStats:
     """How bytes were moved.
 
     Args:
@@ -25,21 +25,21 @@ class Moved:
 
     shared: int = 0
     copied: int = 0
-    carried: int = 0
+    user_copied: int = 0
     refused: dict[int, int] = field(default_factory=dict)
 
-    def add(self, other: Moved) -> None:
+    def add(self, other: CopyStats) -> None:
         """Count what `other` moved, too."""
         self.shared += other.shared
         self.copied += other.copied
-        self.carried += other.carried
+        self.user_copied += other.user_copied
         for number, nbytes in other.refused.items():
             self.refused[number] = self.refused.get(number, 0) + nbytes
 
     @property
     def written(self) -> int:
         """Bytes that were read and written, in whatever way."""
-        return self.copied + self.carried
+        return self.copied + self.user_copied
 
 
 class SharingRefused(Exception):
@@ -73,7 +73,7 @@ def move(
     buffer: memoryview,
     *,
     share: bool = True,
-) -> Moved:
+) -> CopyStats:
     """Make a range of one file a copy of a range of another.
 
     Args:
@@ -90,7 +90,7 @@ def move(
         OSError: where the disk can't.
         EOFError: where the source ends before.
     """
-    moved = Moved()
+    moved = CopyStats()
     first, count = shareable(source_offset, target_offset, nbytes) if share else (0, 0)
     parts = [(0, nbytes)]
     if count:
@@ -105,7 +105,7 @@ def move(
 
 
 def _copy(
-    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, buffer: memoryview, moved: Moved
+    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, buffer: memoryview, moved: CopyStats
 ) -> None:
     done = 0
     while done < nbytes:
@@ -120,7 +120,7 @@ def _copy(
         if step == 0:
             raise EOFError(source_offset + done)
         write_at(target, view[:step], target_offset + done)
-        moved.carried += step
+        moved.user_copied += step
         done += step
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
-from ..os_errors import explain, explained
+from ..os_errors import explain, translating_os_errors
 from ..platform import (
     create_file,
     data_bytes,
@@ -32,13 +32,21 @@ from ..platform import (
 )
 from ..reading import FilePool, Stamps, acquire_source
 from ..sizes import format_size
-from .clone import Moved, move
+from .clone import CopyStats, move
 from .digests import file_digest
 from .file_copy import copy_file
-from .lock import STAGE, WORK, Claim, published_names
-from .preallocate import Reservation
+from .lock import STAGE, WORK, OutputLock, published_names
+from .preallocate import Preallocator
 
-__all__ = ["WORK", "OutputDirectory", "ShardFile", "call_judge", "index_bytes", "judge", "missing_space"]
+__all__ = [
+    "WORK",
+    "OutputDirectory",
+    "ShardFile",
+    "index_bytes",
+    "missing_space",
+    "preload_validator",
+    "validate_shard",
+]
 
 _IN_MEMORY = {"tmpfs", "ramfs"}  # to reserve there is to fill with zeros
 _WRITEBACK_BYTES = 1 << 20
@@ -61,7 +69,7 @@ class ShardFile:
     computed: tuple[tuple[int, int], ...]
 
 
-class OutputDirectory(Claim):
+class OutputDirectory(OutputLock):
     """OUT, held by one process at a time. What an earlier process left unfinished in it stays, to be gone on with.
 
     Args:
@@ -75,7 +83,7 @@ class OutputDirectory(Claim):
 
     def __init__(self, path: Path, sign: str = "") -> None:
         self._files = FilePool(os.O_RDWR, 128)
-        self._reservation: Reservation | None = None
+        self._reservation: Preallocator | None = None
         self._sources = FilePool(os.O_RDONLY, 128)
         self._shards: tuple[ShardFile, ...] = ()
         super().__init__(path, sign)
@@ -84,8 +92,8 @@ class OutputDirectory(Claim):
 
     def start_over(self) -> None:
         """Forget the unfinished merge."""
-        with explained(self.path, "removing the unfinished merge"):
-            self._take_back()
+        with translating_os_errors(self.path, "removing the unfinished merge"):
+            self._unpublish()
             remove(self.journal)
             remove_tree(self.stage)
             make_directory(self.stage)
@@ -108,9 +116,9 @@ class OutputDirectory(Claim):
         """
         self._shards = tuple(shards)
         self._sources = FilePool(os.O_RDONLY, 128, stamps)
-        with explained(self.path, "making the shards"):
+        with translating_os_errors(self.path, "making the shards"):
             if self.found is not None:
-                self._take_back()
+                self._unpublish()
                 for shard in shards:
                     self._check_shard(shard)
                 for name in self._names():
@@ -122,7 +130,7 @@ class OutputDirectory(Claim):
                 self._make(shard, reserves=not in_memory)
             if in_memory and self.found is None:
                 ranges = [(self.stage / shard.name, *extent) for shard in shards for extent in shard.computed]
-                self._reservation = Reservation(ranges)
+                self._reservation = Preallocator(ranges)
             for directory in (*self._directories([shard.name for shard in shards], self.stage), self.work, self.path):
                 sync_directory(directory)
             self._sync_parents()
@@ -184,7 +192,7 @@ class OutputDirectory(Claim):
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Put `data` at `offset` of a shard. Safe to call from several threads."""
         path = self.shard_path(shard)
-        with explained(self.path, f"writing {len(data)} bytes to {path.name}"):
+        with translating_os_errors(self.path, f"writing {len(data)} bytes to {path.name}"):
             if self._reservation is not None and self._reservation.error is not None:
                 raise self._reservation.error
             descriptor = self._files.acquire(path)
@@ -205,7 +213,7 @@ class OutputDirectory(Claim):
         buffer: memoryview,
         *,
         share: bool,
-    ) -> Moved:
+    ) -> CopyStats:
         """Make a range of a shard a copy of a range of a source file, sharing blocks where that can be.
 
         Safe to call from several threads, each with a buffer of its own. For the arguments, see `copying.move`.
@@ -239,7 +247,7 @@ class OutputDirectory(Claim):
         """Make all that was written to these shards durable."""
         for number in shards:
             path = self.shard_path(number)
-            with explained(self.path, f"syncing {path.name}"):
+            with translating_os_errors(self.path, f"syncing {path.name}"):
                 descriptor = self._files.acquire(path)
                 try:
                     sync_data(descriptor)
@@ -249,7 +257,7 @@ class OutputDirectory(Claim):
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file that gets its final name once OUT is published; until then it lies beside the shards."""
         target = self.stage / name
-        with explained(self.path, f"writing {name}"):
+        with translating_os_errors(self.path, f"writing {name}"):
             make_directory(target.parent)
             descriptor = create_file(target)
             try:
@@ -265,7 +273,7 @@ class OutputDirectory(Claim):
     def small_files(self) -> dict[str, str]:
         """The digests of all files beside the shards that have been written so far, by name."""
         shards = {shard.name for shard in self._shards}
-        with explained(self.path, "reading what was written"):
+        with translating_os_errors(self.path, "reading what was written"):
             return {name: file_digest(self.stage / name) for name in self._names() if name not in shards}
 
     def _names(self) -> list[str]:
@@ -288,8 +296,8 @@ class OutputDirectory(Claim):
         self._stop_reserving()
         self._files.close()
         for shard in self._shards:
-            judge(self.stage / shard.name, shard.name)
-        with explained(self.path, "giving the files their names"):
+            validate_shard(self.stage / shard.name, shard.name)
+        with translating_os_errors(self.path, "giving the files their names"):
             names = self._names()
             taken = [name for name in names if os.path.lexists(self.path / name)]
             if taken:
@@ -311,7 +319,7 @@ class OutputDirectory(Claim):
             remove(self.journal)
             remove_tree(self.work)
 
-    def _take_back(self) -> None:
+    def _unpublish(self) -> None:
         """Put the files that an interrupted `publish` gave their names back beside those that it had not come to."""
         names = published_names(self.found) if self.found is not None else []
         published = [name for name in names if os.path.lexists(self.path / name)]
@@ -406,12 +414,12 @@ def index_bytes(weight_map: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def call_judge() -> None:
-    """Import what `judge` needs, in a thread beside other work: safetensors imports numpy, a tenth of a second."""
+def preload_validator() -> None:
+    """Import what `validate_shard` needs, in a thread beside other work: safetensors imports numpy, a tenth of a second."""
     threading.Thread(target=importlib.import_module, args=("numpy",), name="judge", daemon=True).start()
 
 
-def judge(file: Path, name: str) -> None:
+def validate_shard(file: Path, name: str) -> None:
     """Let the safetensors library open a shard, which must be whole. Raises EnvironmentFailure where it doesn't."""
     import safetensors
 

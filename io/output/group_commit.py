@@ -19,7 +19,7 @@ ABANDON_SECONDS = 1.0
 Record = Mapping[str, Any]
 
 
-class Ended(Exception):
+class Aborted(Exception):
     """Nothing more is committed: the merge is being stopped, or a commit has failed."""
 
 
@@ -112,7 +112,7 @@ class GroupCommit:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
             if self._ended:
-                raise Ended
+                raise Aborted
             self._held += nbytes
             self.peak = max(self.peak, self._held)
 
@@ -157,7 +157,7 @@ class GroupCommit:
         self._thread.join(ABANDON_SECONDS)
         return not self._thread.is_alive()
 
-    def when_over(self, then: Callable[[], None]) -> None:
+    def on_closed(self, then: Callable[[], None]) -> None:
         """Call `then` once nothing is being committed any more: now, or else from the thread at its end."""
         with self._changed:
             if not self._over:

@@ -150,7 +150,7 @@ def _lock(descriptor: int) -> None:
     return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-class Claim:
+class OutputLock:
     """OUT, held by this process until it is released or the process ends.
 
     Args:

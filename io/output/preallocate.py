@@ -16,7 +16,7 @@ from ..platform import reserve_space
 _STEP = 16 << 20  # writers to the same file wait for a step at the most
 
 
-class Reservation:
+class Preallocator:
     """Reserves ranges of files, one after the other, on a thread of its own.
 
     Args:

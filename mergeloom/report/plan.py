@@ -333,7 +333,7 @@ def summary_sections(result: Result) -> list[Section]:
     if any(device.vram is not None for device in schedule.budget.devices):
         foretold = memory_size(schedule.peak_vram, up=True)
         fields.append(("peak VRAM", f"{memory_size(measured.vram_peak, up=True)}; foretold {foretold}"))
-    for name, vram in measured.squeezed.items():
+    for name, vram in measured.reduced_vram.items():
         fields.append(("made do with", f"{memory_size(vram)} of {name}: another process held the rest"))
     fields.append(("bottleneck", bottleneck(measured, gpu=_on_gpu(plan))))
     lanes = tuple(

@@ -25,10 +25,10 @@ _JOINT = 1 << 11  # columns that are left of a block until all the sums of a til
 _MOST_ROWS = 64  # of a block that are added in the work dtype
 
 
-def fold(values: Tensor, width: int = 1) -> Tensor:
+def pairwise_fold(values: Tensor, width: int = 1) -> Tensor:
     """Pairwise sums along the last dimension of a tensor, in place, until at most `width` columns are left: the first
     half plus the second, where the middle one of an odd number stays as it is."""
-    return ops.fold(values, width)
+    return ops.pairwise_fold(values, width)
 
 
 def total(sums: Iterable[float]) -> float:
@@ -87,12 +87,12 @@ class BlockSums:
 
     def add(self, values: Tensor) -> None:
         """The next tensor, of the tile's elements and the work dtype; it stays as it is."""
-        ops.add_up(values, self._added, self.places)
+        ops.block_sums(values, self._added, self.places)
         self._added += 1
 
     def partial(self) -> Tensor:
         """The sums, in a tensor of their own on the CPU: shape (sums, blocks)."""
-        columns = [fold(sums)[..., 0] for sums in self.places.sums]
+        columns = [pairwise_fold(sums)[..., 0] for sums in self.places.sums]
         return torch.cat(columns, 1).cpu() if columns else torch.zeros(0, 0, dtype=torch.float64)
 
     @staticmethod
@@ -102,7 +102,7 @@ class BlockSums:
 
 
 def _folded_width(columns: int) -> int:
-    """How many columns `fold` leaves at `_JOINT`."""
+    """How many columns `pairwise_fold` leaves at `_JOINT`."""
     while columns > _JOINT:
         columns -= columns // 2
     return columns

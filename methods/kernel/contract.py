@@ -97,8 +97,8 @@ class Absent(Enum):
 
     PRESENT = "merges the ones that are there"
     BASE_PRESENT = "merges the ones that are there, if the base has it"
-    LONE = "passes a single one through"
-    LONE_BASE = "passes a single one through, if it is the base's"
+    SINGLE = "passes a single one through"
+    SINGLE_BASE = "passes a single one through, if it is the base's"
 
 
 class Unit(Enum):
@@ -202,7 +202,7 @@ class Kernel(ABC):
     Python numbers, small tensors on the CPU, and what holds them.
 
     A kernel's results may depend on the elements, the parameters and the random key, never on where tiles begin and
-    end: a tile begins at a multiple of `granule` elements and ends at one or at the tensor's end.
+    end: a tile begins at a multiple of `alignment` elements and ends at one or at the tensor's end.
     """
 
     unit: Unit = Unit.ELEMENT
@@ -221,7 +221,7 @@ class Kernel(ABC):
     copies: int | None = None
     """The input that the output equals, value for value: no arithmetic is needed. None for any other kernel."""
 
-    transparent: bool = False
+    propagates_nonfinite: bool = False
     """Whether a NaN or an infinity in any input always shows in the output, so that that alone need be checked."""
 
     bound: tuple[Method, Mapping[str, Any]] | None = None
@@ -242,7 +242,7 @@ class Kernel(ABC):
         return method.kernel(replace(self.inputs, shape=shape), parameters)
 
     @property
-    def granule(self) -> int:
+    def alignment(self) -> int:
         """Tiles begin at multiples of this many elements."""
         if self.unit is Unit.ELEMENT:
             return BLOCK

@@ -39,7 +39,7 @@ def probability(bound: int) -> float:
 def masks(
     key: int, position: int, element: int, size: int, bound: int, factor: float, device: torch.device
 ) -> list[mask_ops.Mask]:
-    """For `mask_ops.thin`: what keeps each value with its own chance, times a factor.
+    """For `mask_ops.apply_mask`: what keeps each value with its own chance, times a factor.
 
     One hash serves four neighbours: each of its bytes is compared with the bound's highest byte. What that leaves of
     the chance is made up by a bound that is one higher in some columns of each row of 2^10: evenly spread ones, as many
@@ -72,15 +72,15 @@ def masks(
 
 
 def scratch(size: int, workspace: Workspace) -> mask_ops.Scratch:
-    """Workspace for `mask_ops.thin` of so many values: 7/4 float32 for each."""
-    fours = (size + 3) // 4
+    """Workspace for `mask_ops.apply_mask` of so many values: 7/4 float32 for each."""
+    hash_words = (size + 3) // 4
     mark = workspace.mark()
-    hashed = workspace.take(fours, torch.int32)
+    hashed = workspace.take(hash_words, torch.int32)
     workspace.release(mark)
     return mask_ops.Scratch(
         hashed,
-        workspace.take(4 * fours, torch.int8),  # the same memory
-        workspace.take(fours, torch.int32),
+        workspace.take(4 * hash_words, torch.int8),  # the same memory
+        workspace.take(hash_words, torch.int32),
         workspace.take(size, torch.int8),
         workspace.take(size, torch.float32),
     )

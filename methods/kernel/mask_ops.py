@@ -9,7 +9,7 @@ from typing import List, NamedTuple  # noqa: UP035
 import torch
 from torch import Tensor
 
-from .ops import Places, added_up, scripted
+from .ops import Places, block_sums_impl, scripted
 
 
 class Stream(NamedTuple):
@@ -114,7 +114,7 @@ class Mask(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What `thin` computes in.
+    """What `apply_mask` computes in.
 
     Args:
         hashes: flat int32, for each four values one.
@@ -125,7 +125,7 @@ class Scratch(NamedTuple):
     """
 
     hashes: Tensor
-    octets: Tensor
+    hash_bytes: Tensor
     other: Tensor
     flags: Tensor
     kept: Tensor
@@ -135,21 +135,23 @@ def _thin(values: Tensor, masks: List[Mask], scratch: Scratch) -> Tensor:  # noq
     """The flat values that the masks keep, times their factors; 0 for the others."""
     for mask in masks:
         part = values[mask.begin : mask.end]
-        fours = (mask.begin // 4, (mask.end + 3) // 4)
-        _hashed(scratch.hashes[fours[0] : fours[1]], scratch.other[fours[0] : fours[1]], mask.stream)
-        octets = scratch.octets[4 * fours[0] : 4 * fours[1]]
+        hash_words = (mask.begin // 4, (mask.end + 3) // 4)
+        _hashed(
+            scratch.hashes[hash_words[0] : hash_words[1]], scratch.other[hash_words[0] : hash_words[1]], mask.stream
+        )
+        hash_bytes = scratch.hash_bytes[4 * hash_words[0] : 4 * hash_words[1]]
         flags, kept = scratch.flags[mask.begin : mask.end], scratch.kept[mask.begin : mask.end]
-        part.mul_(_below(kept, octets, mask.bounds, mask.opposite, mask.block, flags))
+        part.mul_(_below(kept, hash_bytes, mask.bounds, mask.opposite, mask.block, flags))
         if mask.factor != 1:
             part.mul_(mask.factor)
     return values
 
 
-thin = scripted(_thin)
+apply_mask = scripted(_thin)
 
 
 @scripted
-def thinned(
+def masked_deltas(
     base: Tensor,
     vectors: List[Tensor],  # noqa: UP006
     inputs: List[Tensor],  # noqa: UP006
@@ -175,7 +177,7 @@ def thinned_sizes(
     each. `vector` is scratch."""
     for i in range(len(inputs)):
         vector.copy_(inputs[i]).sub_(base).abs_()
-        added_up(vector, 2 * i, places)
+        block_sums_impl(vector, 2 * i, places)
         _thin(vector.view(-1), masks[i], scratch)
-        added_up(vector, 2 * i + 1, places)
+        block_sums_impl(vector, 2 * i + 1, places)
     return vector

@@ -58,7 +58,7 @@ def difference(out: Tensor, x: Tensor, base: Tensor, absolute: bool) -> Tensor:
 
 
 @scripted
-def onto(out: Tensor, factor: float, term: Tensor, base: Tensor) -> Tensor:
+def add_to_base(out: Tensor, factor: float, term: Tensor, base: Tensor) -> Tensor:
     """``base + factor out``. `term` is scratch, or `base` itself in the dtype of `out`."""
     if factor != 1:
         out.mul_(factor)
@@ -85,8 +85,8 @@ def weighted_sum(
     return out
 
 
-def folded(values: Tensor, width: int) -> Tensor:
-    """See `reductions.fold`."""
+def pairwise_fold_impl(values: Tensor, width: int) -> Tensor:
+    """See `reductions.pairwise_fold`."""
     columns = values.size(-1)
     while columns > width:
         half = columns // 2
@@ -112,7 +112,7 @@ class Places(NamedTuple):
     at_once: bool
 
 
-def added_up(values: Tensor, number: int, places: Places) -> Tensor:
+def block_sums_impl(values: Tensor, number: int, places: Places) -> Tensor:
     """The block sums of a tensor's values, which stay as they are, into the places of tensor `number`."""
     flat, rows = values.view(-1), places.rows
     for part in range(len(places.sums)):
@@ -121,7 +121,7 @@ def added_up(values: Tensor, number: int, places: Places) -> Tensor:
         blocks = into.size(0)
         within = flat[start:end].view(blocks, -1)
         if height == 0:
-            into.copy_(folded(within.clone(), into.size(1)))
+            into.copy_(pairwise_fold_impl(within.clone(), into.size(1)))
             continue
         lines = within.view(blocks, height, -1)
         if places.at_once:
@@ -135,7 +135,7 @@ def added_up(values: Tensor, number: int, places: Places) -> Tensor:
 
 
 # scripts call each other by the names of the functions themselves
-fold, add_up = scripted(folded), scripted(added_up)
+pairwise_fold, block_sums = scripted(pairwise_fold_impl), scripted(block_sums_impl)
 
 
 @scripted
@@ -163,7 +163,7 @@ def gram(
     for i in range(len(inputs)):
         for j in range(i, len(inputs)):
             torch.mul(vectors[i], vectors[j], out=product)
-            added_up(product, number, places)
+            block_sums_impl(product, number, places)
             number += 1
     return product
 
@@ -190,7 +190,7 @@ def bits(values: Tensor) -> Tensor:
 
 
 @scripted
-def agreeing(
+def sign_consensus_sum(
     out: Tensor,
     terms: List[Tensor],  # noqa: UP006
     term_bits: List[Tensor],  # noqa: UP006
@@ -255,7 +255,7 @@ def agreeing(
 
 
 @scripted
-def between(
+def hard_band(
     values: Tensor,
     scratch: Tensor,
     left: int,

@@ -36,7 +36,7 @@ _GUESSED_BINS, _CERTAIN_BINS = 1 << 12, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Threshold:
     """The elements of highest rank in a stream: those above `threshold`, and of those equal to it the first ones.
 
     Args:
@@ -82,7 +82,7 @@ class Cut:
         return max(0, min(place, values.numel()))
 
 
-ALL, NONE = Cut(-1.0), Cut(float("inf"))
+ALL, NONE = Threshold(-1.0), Threshold(float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,10 @@ class Target:
     high: int = _TOP
     above: int | None = 0
     guess: int = 0
-    cut: Cut | None = None
+    cut: Threshold | None = None
 
     @property
-    def question(self) -> tuple[object, ...]:
+    def query_key(self) -> tuple[object, ...]:
         """What a pass counts for it: the same for targets of the same question."""
         return self.stream, self.low, self.high, self.guess, self.above is None, self.rank is None
 
@@ -124,7 +124,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class Counts:
     """What a pass counts for one target.
 
     Args:
@@ -141,9 +141,9 @@ class Tally:
     above_guess: int
     equal: list[int]
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: Counts) -> Counts:
         inside = None if self.inside is None or other.inside is None else self.inside + other.inside
-        return Tally(
+        return Counts(
             self.positive + other.positive,
             self.above + other.above,
             inside,
@@ -195,12 +195,12 @@ class Selection:
             places = self._places(tile)
             sample = tile.gather(torch.from_numpy(places)) if len(places) else None
             return [[bits(x).cpu().numpy().copy()] for x in self.streams(sample)] if sample else []
-        answers: dict[tuple[object, ...], Tally] = {}
+        answers: dict[tuple[object, ...], Counts] = {}
         for stream, magnitudes in enumerate(self.streams(tile)):
             for target in state.targets:
-                if target.stream == stream and target.cut is None and target.question not in answers:
-                    answers[target.question] = count(target, bits(magnitudes), tile)
-        return [None if target.cut else answers[target.question] for target in state.targets]
+                if target.stream == stream and target.cut is None and target.query_key not in answers:
+                    answers[target.query_key] = count(target, bits(magnitudes), tile)
+        return [None if target.cut else answers[target.query_key] for target in state.targets]
 
     def merge(self, merged: list[Any] | None, partial: list[Any]) -> list[Any]:
         if not merged or not partial:
@@ -213,10 +213,10 @@ class Selection:
             return Progress(tuple(replace(target, cut=NONE) for target in state.targets))
         if self.sampled and index == 0:
             samples = tuple(np.sort(np.concatenate(parts))[::-1] for parts in merged)
-            targets = (guessed(target, samples[target.stream], self.elements) for target in state.targets)
+            targets = (initial_bracket(target, samples[target.stream], self.elements) for target in state.targets)
             return Progress(tuple(targets), samples)
         targets = (
-            target if tally is None else narrowed(target, tally, state.samples)
+            target if tally is None else narrow(target, tally, state.samples)
             for target, tally in zip(state.targets, merged, strict=True)
         )
         return replace(state, targets=tuple(targets))
@@ -236,7 +236,7 @@ def bits(magnitudes: Tensor) -> Tensor:
     return magnitudes.view(torch.int32)
 
 
-def guessed(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> Target:
+def initial_bracket(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> Target:
     """A bracket that most likely holds the target, from a sample in falling order."""
     size = len(sample)
     share = (target.rank - 0.5) / elements if target.rank else target.share * np.count_nonzero(sample) / size
@@ -252,7 +252,7 @@ def guessed(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> T
     )
 
 
-def count(target: Target, values: Tensor, tile: Tile) -> Tally:
+def count(target: Target, values: Tensor, tile: Tile) -> Counts:
     """One pass's counts in one tile, for one target."""
     mark = tile.workspace.mark()
     beyond, inside = (tile.workspace.take(values.numel(), torch.bool) for _ in range(2))
@@ -261,7 +261,7 @@ def count(target: Target, values: Tensor, tile: Tile) -> Tally:
     found_inside = above(values, target.low - 1, inside) - higher
     torch.logical_xor(inside, beyond, out=inside)  # those in the bracket
     if target.low == target.high:
-        tally = Tally(positive, higher, None, higher, in_each_block(inside))
+        tally = Counts(positive, higher, None, higher, in_each_block(inside))
     else:
         bins, blocks = (target.high - target.low >> target.shift) + 1, -(-values.numel() // BLOCK)
         histogram, above_guess, equal = torch.zeros(bins, dtype=torch.int64), higher, [0] * blocks
@@ -270,12 +270,12 @@ def count(target: Target, values: Tensor, tile: Tile) -> Tally:
             above_guess += int((found > target.guess).sum())
             at_guess = counted(places[found == target.guess] // BLOCK, blocks).tolist()
             equal = [a + b for a, b in zip(equal, at_guess, strict=True)]
-        tally = Tally(positive, higher, histogram, above_guess, equal)
+        tally = Counts(positive, higher, histogram, above_guess, equal)
     tile.workspace.release(mark)
     return tally
 
 
-def narrowed(target: Target, tally: Tally, samples: Sequence[numpy.ndarray[Any, Any]]) -> Target:
+def narrow(target: Target, tally: Counts, samples: Sequence[numpy.ndarray[Any, Any]]) -> Target:
     """What is known of a target after a pass."""
     rank = int(target.share * tally.positive) if target.rank is None else target.rank
     if rank == 0:
@@ -299,17 +299,19 @@ def narrowed(target: Target, tally: Tally, samples: Sequence[numpy.ndarray[Any, 
         above += int(bins[down]) - ties
         target = replace(target, low=low, high=high, above=above)
         if low == high and (rank == above + ties or low == 0 or not target.exact):
-            return replace(target, cut=Cut(_value(low), block=_TOP if low else 0))
+            return replace(target, cut=Threshold(_value(low), block=_TOP if low else 0))
     return replace(target, guess=_guess(target, samples))
 
 
-def cut_ties(threshold: int, ties: int, equal: Sequence[int]) -> Cut:
+def cut_ties(threshold: int, ties: int, equal: Sequence[int]) -> Threshold:
     """The cut after the first `ties` of the elements equal to the threshold, of which each block has so many."""
     block = 0
     while threshold and ties > equal[block]:
         ties -= equal[block]
         block += 1
-    return Cut(_value(threshold), block, ties) if threshold else Cut(0.0)  # of zeros it doesn't matter which
+    return (
+        Threshold(_value(threshold), block, ties) if threshold else Threshold(0.0)
+    )  # of zeros it doesn't matter which
 
 
 def above(values: Tensor, bound: int, flags: Tensor) -> int:

@@ -374,11 +374,11 @@ def test_half_published_files_are_nobody_elses(models: list[Path], tmp_path: Pat
 def test_a_file_that_was_put_in_the_way_is_not_overwritten(models: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        judge = OutputDirectory.small_files
+        validate_shard = OutputDirectory.small_files
 
         def put(self: OutputDirectory) -> dict[str, str]:
             (out / "README.md").write_text("mine")
-            return judge(self)
+            return validate_shard(self)
 
         patch.setattr(OutputDirectory, "small_files", put)
         with pytest.raises(EnvironmentFailure, match=r"README.md was put there during the merge; move it away"):

@@ -215,7 +215,7 @@ def test_merge_says_when_less_memory_is_free_than_planned(
     from mergeloom.engine.cost import machine
 
     monkeypatch.setattr(machine, "available_ram", lambda: 0)
-    monkeypatch.setattr(machine, "process_memory", lambda: machine.Memory(1 << 20, 1 << 20))
+    monkeypatch.setattr(machine, "process_memory", lambda: machine.ProcessMemory(1 << 20, 1 << 20))
     assert __main__.main(["merge", str(recipe), str(tmp_path / "out"), "--quiet"]) == 0
     assert "1MiB are free now" in capsys.readouterr().err
 

@@ -22,12 +22,12 @@ class Sum(Kernel):
     """The sum of the inputs: one pass."""
 
     buffers = 2
-    transparent = True
-    alignment = 16
+    propagates_nonfinite = True
+    unit_elements = 16
 
     @property
-    def granule(self) -> int:
-        return self.alignment
+    def alignment(self) -> int:
+        return self.unit_elements
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
         total, term = tile.load(0), tile.empty()

@@ -33,7 +33,7 @@ class OutOfDeviceMemory(EnvironmentFailure):
 
     def __init__(self, name: str, wanted: int, free: int) -> None:
         self.name = name
-        self.free = free
+        self.free_slots = free
         super().__init__(
             f"{name}: {format_size(wanted, up=True)} are needed and {format_size(free)} are free: another process "
             "holds the rest; end it, or give a smaller --max-vram"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....io.output.group_commit import Ended
+from ....io.output.group_commit import Aborted
 from ....io.reading import Reader
 from ...execute.executor import NOTIFY_SECONDS
-from ..transfers import BUFFER_BYTES, Mover
+from ..transfers import BUFFER_BYTES, WorkerPool
 
 Read = Callable[[Path, int, int], Iterator[memoryview]]
 """``read(file, offset, nbytes)`` yields the bytes of a range in parts; a part is valid until the next one is asked
@@ -72,7 +72,7 @@ class _Run:
         self._read_by = [0] * threads  # each thread counts for itself
         self._done_by = [0] * threads
         self._reader = Reader(keep_cached=False)
-        self._mover = Mover(checks, threads, self._work, self._errors.append)
+        self._mover = WorkerPool(checks, threads, self._work, self._errors.append)
 
     def wait(self, watch: Callable[[Checked], None]) -> Checked:
         try:
@@ -96,7 +96,7 @@ class _Run:
             buffer = memoryview(bytearray(min(BUFFER_BYTES, nbytes)))
             for start in range(0, nbytes, BUFFER_BYTES):
                 if self._stopped:
-                    raise Ended
+                    raise Aborted
                 part = buffer[: nbytes - start]
                 self._reader.read(file, offset + start, part)
                 self._read_by[thread] += len(part)

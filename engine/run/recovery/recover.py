@@ -27,7 +27,7 @@ Range = tuple[int, int]
 
 
 @dataclass(slots=True)
-class Durable:
+class RecoveredState:
     """What needs not be made again.
 
     Args:
@@ -87,7 +87,7 @@ def _part(transfer: Transfer, start: int, end: int) -> Transfer:
 
 
 @dataclass(slots=True)
-class _Claims:
+class _JournaledBlocks:
     """What a journal says of one node."""
 
     blocks: dict[int, bytes] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class _Claims:
         return number
 
 
-def durable_of(
+def recover(
     found: Found | None,
     graph: MergeGraph,
     layout: Layout,
@@ -111,7 +111,7 @@ def durable_of(
     sharing: Collection[Path] = (),
     threads: int = 2,
     watch: Callable[[Checked], None] = lambda checked: None,
-) -> Durable:
+) -> RecoveredState:
     """What earlier runs have left that can be built on, all of it checked.
 
     Args:
@@ -127,12 +127,12 @@ def durable_of(
         MergeloomError: a source file of a copy can't be read.
     """
     if found is None:
-        return Durable()
+        return RecoveredState()
     claims = _claims(found, graph)
     blocks = _block_checks(claims, graph, layout, shard_path)
     copies = _copy_checks(_copied(found, layout), graph, layout, shard_path, sharing)
     checked = run_checks([*blocks, *copies], threads, watch)
-    durable = Durable(checked=checked.nbytes, bytes_read=checked.bytes_read)
+    durable = RecoveredState(checked=checked.nbytes, bytes_read=checked.bytes_read)
     damaged = {(check.node, number) for check in blocks for number in check.damaged}
     tails: dict[int, BlockDigests] = {check.node: check.tail for check in blocks if check.tail is not None}
     durable.damaged = len(damaged)
@@ -219,7 +219,7 @@ class _BlockCheck(Check):
 
 
 def _block_checks(
-    claims: Mapping[int, _Claims], graph: MergeGraph, layout: Layout, shard_path: Callable[[int], Path]
+    claims: Mapping[int, _JournaledBlocks], graph: MergeGraph, layout: Layout, shard_path: Callable[[int], Path]
 ) -> list[_BlockCheck]:
     """Checks of all blocks that a journal names, in the order in which they lie in the shards."""
     checks: list[_BlockCheck] = []
@@ -313,15 +313,15 @@ def _count(nbytes: int) -> int:
     return -(-nbytes // BLOCK_BYTES)
 
 
-def _claims(found: Found, graph: MergeGraph) -> dict[int, _Claims]:
+def _claims(found: Found, graph: MergeGraph) -> dict[int, _JournaledBlocks]:
     """What a journal says of each node."""
-    claims: dict[int, _Claims] = {}
+    claims: dict[int, _JournaledBlocks] = {}
     for record in found.records:
         node, first = record.get("node"), record.get("first")
         if not (isinstance(node, int) and isinstance(first, int) and 0 <= node < len(graph.node_sources)):
             continue
         count, nbytes = _count(graph.nbytes(node)), graph.nbytes(node)
-        claim = claims.setdefault(node, _Claims())
+        claim = claims.setdefault(node, _JournaledBlocks())
         for number, digest in enumerate(_digests(record.get("blocks")), first):
             if 0 <= number < count:
                 claim.blocks[number] = digest

@@ -197,9 +197,9 @@ def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
             elif operation.kernel is None or operation.passes > 1:
                 needed = ref.nbytes  # its reductions go through all of it before the first byte is written
             else:
-                granule = operation.kernel.granule
+                alignment = operation.kernel.alignment
                 elements = -(-position * 8 // graph.node_dtype[node].bits)
-                needed = ref.dtype.nbytes(-(-elements // granule) * granule)
+                needed = ref.dtype.nbytes(-(-elements // alignment) * alignment)
             used[read] = max(used.get(read, 0), min(needed, ref.nbytes))
     return used
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
+class InputStack:
     """The layers of one stack of an input model.
 
     Args:
@@ -31,7 +31,7 @@ class Strip:
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
+class LayerRun:
     """Neighbouring layers of an input that become neighbouring layers of the output.
 
     Args:
@@ -48,7 +48,7 @@ class Band:
 
 
 @dataclass(frozen=True, slots=True)
-class Weave:
+class StackMap:
     """One stack of the output, and what its layers are made of.
 
     Args:
@@ -60,8 +60,8 @@ class Weave:
 
     prefix: str
     layers: int
-    strips: tuple[Strip, ...]
-    bands: tuple[Band, ...]
+    strips: tuple[InputStack, ...]
+    bands: tuple[LayerRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Curve:
     values: tuple[float | None, ...]
 
 
-def weaves(plan: Plan) -> tuple[list[Weave], list[Outside]]:
+def weaves(plan: Plan) -> tuple[list[StackMap], list[Outside]]:
     """The stacks of the output with their bands, and the tensors outside of them."""
     graph, models = plan.built.graph, plan.built.models
     links: dict[str, set[tuple[int, int, str, int]]] = {}
@@ -130,30 +130,30 @@ def _layer_of(model: Model, name: str) -> tuple[str, int] | None:
     return None if found is None else (found.stack, found.index)
 
 
-def _weave(prefix: str, links: set[tuple[int, int, str, int]], models: tuple[Model, ...]) -> Weave:
+def _weave(prefix: str, links: set[tuple[int, int, str, int]], models: tuple[Model, ...]) -> StackMap:
     stacks = sorted({(model, stack) for _, model, stack, _ in links})
     strips = []
     for model, stack in stacks:
         known = next((found for found in models[model].layers.mains if found.prefix == stack), None)
         most = max(layer for _, number, name, layer in links if (number, name) == (model, stack)) + 1
         count = max(most, known.count if known is not None else 0)
-        strips.append(Strip(model, models[model].name, stack, count))
+        strips.append(InputStack(model, models[model].name, stack, count))
     number_of = {stack: number for number, stack in enumerate(stacks)}
     bands = sorted(
         _runs(sorted((number_of[model, stack], layer - out, out) for out, model, stack, layer in links)),
         key=lambda band: (band.out, band.strip, band.first),
     )
-    return Weave(prefix, max(out for out, *_ in links) + 1, tuple(strips), tuple(bands))
+    return StackMap(prefix, max(out for out, *_ in links) + 1, tuple(strips), tuple(bands))
 
 
-def _runs(links: list[tuple[int, int, int]]) -> Iterator[Band]:
+def _runs(links: list[tuple[int, int, int]]) -> Iterator[LayerRun]:
     """Bands from (strip, layer of the input minus that of the output, layer of the output), sorted."""
     start = 0
     for place, (strip, shift, out) in enumerate(links):
         following = links[place + 1] if place + 1 < len(links) else None
         if following != (strip, shift, out + 1):
             first = links[start][2]
-            yield Band(strip, first + shift, first, out - first + 1)
+            yield LayerRun(strip, first + shift, first, out - first + 1)
             start = place + 1
 
 

@@ -20,7 +20,7 @@ from ...version import __version__
 from ..alternatives import alternatives_section
 from ..plan import headline, plan_sections, time_section
 from ..sections import Grid, Section
-from .layer_map import Outside, Weave, curves, weaves
+from .layer_map import Outside, StackMap, curves, weaves
 from .svg import bands_chart, curve_chart, lanes_chart, memory_chart, text_of
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _tile(label: str, value: str, note: str, share: float | None = None) -> str:
     )
 
 
-def _weave(weave: Weave, number: int, outside: Sequence[Outside]) -> str:
+def _weave(weave: StackMap, number: int, outside: Sequence[Outside]) -> str:
     lines = []
     if number == 0:
         for each in outside:

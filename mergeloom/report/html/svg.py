@@ -10,7 +10,7 @@ from html import escape
 
 from ...engine.schedule.timeline import Moment
 from ...io.wording import clean, memory_size, plural
-from .layer_map import Band, Curve, Weave
+from .layer_map import Curve, LayerRun, StackMap
 
 WIDTH = 1000
 _COLOURS = 8
@@ -50,7 +50,7 @@ def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start")
 # ------------------------------------------------------------------------------------------------ bands
 
 
-def bands_chart(weave: Weave) -> str:
+def bands_chart(weave: StackMap) -> str:
     """The layers of the inputs above, those of the output below, and a band for each run between them."""
     total = sum(strip.count for strip in weave.strips)
     room = WIDTH - _GAP * (len(weave.strips) - 1)
@@ -94,17 +94,19 @@ def bands_chart(weave: Weave) -> str:
     return svg(_BOTTOM + _BAR + 42, said, parts)
 
 
-def _alone(weave: Weave) -> bool:
+def _alone(weave: StackMap) -> bool:
     """Whether every layer of the output is made of one layer."""
     return sum(band.count for band in weave.bands) <= weave.layers
 
 
-def _colour(weave: Weave, number: int) -> int:
+def _colour(weave: StackMap, number: int) -> int:
     """The colour of a band: its model's, or its own where there is one model."""
     return (weave.bands[number].strip if len(weave.strips) > 1 else number) % _COLOURS
 
 
-def _ribbon(band: Band, weave: Weave, colour: int, above: tuple[float, float], cell: float, *, alone: bool) -> str:
+def _ribbon(
+    band: LayerRun, weave: StackMap, colour: int, above: tuple[float, float], cell: float, *, alone: bool
+) -> str:
     left, right = band.out * cell, (band.out + band.count) * cell
     middle = (_TOP + _BOTTOM) / 2
     path = (

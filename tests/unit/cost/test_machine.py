@@ -130,7 +130,7 @@ def test_a_device_that_is_not_here(gpus: dict[int, int], monkeypatch: pytest.Mon
 
 
 def test_budgets(gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = machine.Memory(now=(100 << 20) + 1, peak=(200 << 20) + 1)
+    memory = machine.ProcessMemory(now=(100 << 20) + 1, peak=(200 << 20) + 1)
     monkeypatch.setattr(machine, "process_memory", lambda: memory)
     cpu, cuda = machine.find_devices("cpu", None, 2), machine.find_devices("cuda", None, 2)
     copying = machine.make_budget(None, cpu, computes=False)
@@ -198,7 +198,7 @@ def test_a_merge_that_exceeds_its_budget_ends_with_3_and_a_complete_output(
     llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peaks = iter([GIB, 5 * GIB])
-    monkeypatch.setattr(merging, "process_memory", lambda: machine.Memory(GIB, next(peaks)))
+    monkeypatch.setattr(merging, "process_memory", lambda: machine.ProcessMemory(GIB, next(peaks)))
     recipe, report = tmp_path / "recipe.yml", tmp_path / "report.json"
     recipe.write_text(yaml.safe_dump(linear(llamas["a"], llamas["b"])))
     arguments = ["merge", recipe, tmp_path / "out", "--quiet", "--device", "cpu", "--max-ram", "4GiB"]
@@ -212,7 +212,7 @@ def test_a_merge_that_exceeds_its_budget_ends_with_3_and_a_complete_output(
 def test_a_peak_from_before_the_merge_is_not_its_own(
     llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "process_memory", lambda: machine.Memory(GIB, 5 * GIB))
+    monkeypatch.setattr(merging, "process_memory", lambda: machine.ProcessMemory(GIB, 5 * GIB))
     result = merging.merge(linear(llamas["a"], llamas["b"]), tmp_path / "out", Options(max_ram=4 * GIB, device="cpu"))
     assert (result.peak_rss, result.excess_ram) == (5 * GIB, 0)
 

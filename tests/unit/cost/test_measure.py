@@ -159,9 +159,9 @@ def test_a_nearly_full_disk_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
 def test_nothing_is_written_without_out(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
 
-    def note(directory: Path) -> probe.Moved:
+    def note(directory: Path) -> probe.TransferSample:
         written.append(directory)
-        return probe.Moved(10**9, 1.0, 0.5)
+        return probe.TransferSample(10**9, 1.0, 0.5)
 
     monkeypatch.setattr(probe, "measure_writing", note)
     rates = measured_rates(planned(large).workload, None, {})

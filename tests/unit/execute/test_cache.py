@@ -5,83 +5,85 @@ from __future__ import annotations
 import pytest
 
 from mergeloom.engine.execute.arena import Ledger
-from mergeloom.engine.execute.cache import Memory, Resident
+from mergeloom.engine.execute.cache import CachedChunk, ChunkCache
 from mergeloom.engine.schedule.tiling import ChunkedRead
 
 READ = ChunkedRead(0, 16)
 
 
 @pytest.fixture
-def memory() -> Memory:
+def memory() -> ChunkCache:
     """Four free slots."""
-    return Memory(Ledger(), "ram", 4, 4096)
+    return ChunkCache(Ledger(), "ram", 4, 4096)
 
 
-def held(memory: Memory, chunk: int, *, pinned: bool = False, source: ChunkedRead = READ) -> Resident:
+def held(memory: ChunkCache, chunk: int, *, pinned: bool = False, source: ChunkedRead = READ) -> CachedChunk:
     """A chunk that one item uses."""
     resident = memory.load(source, chunk, 100)
-    resident.hold(pinned=pinned)
+    resident.acquire(pinned=pinned)
     return resident
 
 
-def test_a_slot_is_free_once_nobody_needs_its_chunk(memory: Memory) -> None:
+def test_a_slot_is_free_once_nobody_needs_its_chunk(memory: ChunkCache) -> None:
     resident = held(memory, 0)
-    resident.hold(pinned=False)
+    resident.acquire(pinned=False)
     memory.release(resident)
-    assert memory.free == 3
+    assert memory.free_slots == 3
     memory.release(resident)
-    assert memory.free == 4
+    assert memory.free_slots == 4
 
 
-def test_only_what_the_schedule_keeps_is_found_again(memory: Memory) -> None:
+def test_only_what_the_schedule_keeps_is_found_again(memory: ChunkCache) -> None:
     kept, used = held(memory, 0, pinned=True), held(memory, 1)
     assert memory.find(READ, 0) is kept
     assert memory.find(READ, 1) is None  # in use, but read again, as planned
     memory.release(kept)
     assert memory.find(READ, 0) is kept
-    kept.hold(pinned=False)  # the last one that needs it
+    kept.acquire(pinned=False)  # the last one that needs it
     memory.release(kept)
     assert memory.find(READ, 0) is None
-    assert memory.free == 3
+    assert memory.free_slots == 3
     memory.release(used)
-    assert memory.free == 4
+    assert memory.free_slots == 4
 
 
 @pytest.mark.parametrize(("low", "high", "left"), [(0, 4, [0, 1, 2, 3]), (1, 3, [1, 2]), (2, 2, []), (3, 9, [3])])
-def test_keeping_fewer_chunks_of_a_read_frees_the_others(memory: Memory, low: int, high: int, left: list[int]) -> None:
+def test_keeping_fewer_chunks_of_a_read_frees_the_others(
+    memory: ChunkCache, low: int, high: int, left: list[int]
+) -> None:
     for chunk in range(4):
         memory.release(held(memory, chunk, pinned=True))
-    memory.keep_only(ChunkedRead(1, 16), 0, 0)  # another read
-    memory.keep_only(ChunkedRead(0, 48), 0, 0)  # the same read in other chunks
-    assert memory.free == 0
-    memory.keep_only(READ, low, high)
+    memory.trim(ChunkedRead(1, 16), 0, 0)  # another read
+    memory.trim(ChunkedRead(0, 48), 0, 0)  # the same read in other chunks
+    assert memory.free_slots == 0
+    memory.trim(READ, low, high)
     assert [chunk for chunk in range(4) if memory.find(READ, chunk) is not None] == left
-    assert memory.free == 4 - len(left)
+    assert memory.free_slots == 4 - len(left)
 
 
-def test_chunks_of_two_lengths_are_different_chunks(memory: Memory) -> None:
+def test_chunks_of_two_lengths_are_different_chunks(memory: ChunkCache) -> None:
     other = ChunkedRead(READ.read, 48)
     for source in (READ, other):
         memory.release(held(memory, 0, pinned=True, source=source))
-    assert memory.free == 2
-    memory.keep_only(READ, 0, 0)
+    assert memory.free_slots == 2
+    memory.trim(READ, 0, 0)
     assert memory.find(READ, 0) is None
     assert memory.find(other, 0) is not None
-    assert memory.free == 3
+    assert memory.free_slots == 3
 
 
-def test_a_chunk_that_is_dropped_while_it_is_used_goes_with_its_last_user(memory: Memory) -> None:
+def test_a_chunk_that_is_dropped_while_it_is_used_goes_with_its_last_user(memory: ChunkCache) -> None:
     resident = held(memory, 0, pinned=True)
-    memory.keep_only(READ, 0, 0)
-    assert memory.free == 3
+    memory.trim(READ, 0, 0)
+    assert memory.free_slots == 3
     again = held(memory, 0)  # read once more meanwhile
     memory.release(resident)
-    assert memory.free == 3
+    assert memory.free_slots == 3
     memory.release(again)
-    assert memory.free == 4
+    assert memory.free_slots == 4
 
 
-def test_a_chunk_without_users_is_not_released(memory: Memory) -> None:
+def test_a_chunk_without_users_is_not_released(memory: ChunkCache) -> None:
     kept, used = held(memory, 2, pinned=True), held(memory, 3)
     memory.release(kept)
     with pytest.raises(ValueError, match="chunk 2 of read 0 in chunks of 16 is released without a user"):
@@ -90,30 +92,30 @@ def test_a_chunk_without_users_is_not_released(memory: Memory) -> None:
     with pytest.raises(ValueError, match="chunk 3 of read 0 in chunks of 16 is released without a user"):
         memory.release(used)
     assert (kept.users, used.users) == (0, 0)
-    assert memory.free == 3  # neither slot is free twice
+    assert memory.free_slots == 3  # neither slot is free twice
     assert memory.find(READ, 2) is kept
 
 
-def test_a_chunk_whose_slot_is_free_again_is_not_held(memory: Memory) -> None:
+def test_a_chunk_whose_slot_is_free_again_is_not_held(memory: ChunkCache) -> None:
     resident = held(memory, 0)
     memory.release(resident)
     with pytest.raises(ValueError, match="chunk 0 of read 0 in chunks of 16 is held after its slot was given back"):
-        resident.hold(pinned=True)
-    assert memory.free == 4
+        resident.acquire(pinned=True)
+    assert memory.free_slots == 4
 
 
-def test_a_chunk_that_is_kept_is_not_loaded_again(memory: Memory) -> None:
+def test_a_chunk_that_is_kept_is_not_loaded_again(memory: ChunkCache) -> None:
     held(memory, 0, pinned=True)
     with pytest.raises(ValueError, match="chunk 0 of read 0 in chunks of 16 is loaded although it is kept"):
         memory.load(READ, 0, 100)
-    assert memory.free == 3
+    assert memory.free_slots == 3
 
 
-def test_only_the_slot_of_an_output_is_given_back(memory: Memory) -> None:
+def test_only_the_slot_of_an_output_is_given_back(memory: ChunkCache) -> None:
     resident, output = held(memory, 0), memory.take()
     with pytest.raises(ValueError, match=f"slot {resident.slot} is given back, but no output has it"):
-        memory.give_back(resident.slot)
-    memory.give_back(output)
+        memory.free(resident.slot)
+    memory.free(output)
     with pytest.raises(ValueError, match=f"slot {output} is given back, but no output has it"):
-        memory.give_back(output)
-    assert memory.free == 3
+        memory.free(output)
+    assert memory.free_slots == 3

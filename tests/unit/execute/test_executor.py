@@ -22,7 +22,7 @@ from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import Measured
 from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
-from mergeloom.engine.schedule.simulate import Held
+from mergeloom.engine.schedule.simulate import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
@@ -102,8 +102,8 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     monkeypatch.setattr("mergeloom.engine.schedule.schedule.orders", lambda graph: [list(graph)])
     budget = DeviceBudget("test", 64 << 20, 1)
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, (budget,)), slot_bytes=SLOT)
-    assert [step.keep for step in schedule.steps] == [(Held(vram=3),), (Held(0, 0, 3),), (Held(),)]
-    assert [step.drop for step in schedule.steps] == [(), ((ChunkedRead(a, SLOT), Held()),), ()]
+    assert [step.keep for step in schedule.steps] == [(CachedRange(vram=3),), (CachedRange(0, 0, 3),), (CachedRange(),)]
+    assert [step.drop for step in schedule.steps] == [(), ((ChunkedRead(a, SLOT), CachedRange()),), ()]
     assert [step.bytes_read for step in schedule.steps] == [(3 * SLOT,), (3 * SLOT,), (0,)]
     device = CountingDevice("test", 64 << 20)
     run(world, schedule, [device])
@@ -255,7 +255,7 @@ def test_a_neighbour_on_the_device_is_met_by_a_smaller_schedule() -> None:
 
     measured = run_graph(world.graph, schedule, open_devices, world, world)
     world.check()
-    assert measured.squeezed == {"test": int(free * SPARE)}
+    assert measured.reduced_vram == {"test": int(free * SPARE)}
     assert [device.held <= free for device in made] == [False, True]
 
     with pytest.raises(OutOfDeviceMemory, match="another process holds the rest"):

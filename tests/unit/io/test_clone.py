@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mergeloom.io import platform
 from mergeloom.io.output import clone as copying
-from mergeloom.io.output.clone import BLOCK, Moved, SharingRefused, move, refuses_to_share, shareable
+from mergeloom.io.output.clone import BLOCK, CopyStats, SharingRefused, move, refuses_to_share, shareable
 from mergeloom.io.platform import copy_range, mount_of, scratch_file, why_no_clone
 from tests.support.disks import file_system, used
 
@@ -50,7 +50,7 @@ def opened(directory: Path, size: int = SIZE) -> Iterator[tuple[int, int]]:
         os.close(target)
 
 
-def check(directory: Path, ranges: list[tuple[int, int, int]]) -> list[Moved]:
+def check(directory: Path, ranges: list[tuple[int, int, int]]) -> list[CopyStats]:
     """Move ranges, one file pair each; what is in the range is the source's, what is around it is as it was."""
     found = []
     for offset, place, nbytes in ranges:
@@ -118,7 +118,7 @@ def test_blocks_are_shared(tmp_path: Path, kind: str, block: int) -> None:
             os.ftruncate(target, 0)
             os.ftruncate(target, size)
             before = used(disk)
-            assert move(source, 0, target, 0, size, memoryview(b"")) == Moved(shared=size)
+            assert move(source, 0, target, 0, size, memoryview(b"")) == CopyStats(shared=size)
             assert used(disk) - before < size // 100
             assert mount_of(disk / "source").kind == kind
             assert not refuses_to_share(disk / "source", disk)
@@ -185,7 +185,7 @@ def test_the_kernel_may_copy_less_than_asked_and_then_nothing(tmp_path: Path, mo
 
     monkeypatch.setattr(copying, "copy_range", some)
     monkeypatch.setattr(platform, "DISABLED", {"clone"})
-    assert check(tmp_path, [(3, 5, SIZE - 3)]) == [Moved(copied=5011, carried=SIZE - 3 - 5011)]
+    assert check(tmp_path, [(3, 5, SIZE - 3)]) == [CopyStats(copied=5011, user_copied=SIZE - 3 - 5011)]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
@@ -215,7 +215,7 @@ def test_refusing_to_share_is_found_out(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_was_moved_adds_up() -> None:
-    total = Moved(1, 2, 3, {5: 6})
-    total.add(Moved(10, 20, 30, {5: 60, 7: 8}))
-    assert total == Moved(11, 22, 33, {5: 66, 7: 8})
+    total = CopyStats(1, 2, 3, {5: 6})
+    total.add(CopyStats(10, 20, 30, {5: 60, 7: 8}))
+    assert total == CopyStats(11, 22, 33, {5: 66, 7: 8})
     assert total.written == 55

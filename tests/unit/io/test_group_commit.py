@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.io.output.group_commit import Ended, GroupCommit, Record
+from mergeloom.io.output.group_commit import Aborted, GroupCommit, Record
 from tests.support.waiting import no_hang, wait_until
 
 
@@ -162,7 +162,7 @@ def test_an_error_is_told_and_ends_all_waiting(where: str) -> None:
     seen: list[int] = []
 
     def write() -> None:
-        with contextlib.suppress(Ended):
+        with contextlib.suppress(Aborted):
             for number in range(100):
                 recorder.write(40, number)
         seen.append(len(recorder.errors))
@@ -195,7 +195,7 @@ def test_abandoning_journals_nothing_more() -> None:
     recorder.write(30, 1)
 
     def wait() -> None:
-        with pytest.raises(Ended):
+        with pytest.raises(Aborted):
             recorder.write(50, 2)
 
     waiting = threading.Thread(target=wait)
@@ -203,15 +203,15 @@ def test_abandoning_journals_nothing_more() -> None:
     over: list[bool] = []
     with no_hang():
         assert not recorder.commits.abandon()  # it is being synced
-    recorder.commits.when_over(lambda: over.append(True))
+    recorder.commits.on_closed(lambda: over.append(True))
     assert not over
     recorder.gate.set()
     waiting.join()
     wait_until(lambda: over == [True])
     assert recorder.journaled() == []
     assert recorder.commits.abandon()
-    recorder.commits.when_over(lambda: over.append(True))
+    recorder.commits.on_closed(lambda: over.append(True))
     assert over == [True, True]
     assert not recorder.errors
-    with pytest.raises(Ended):
+    with pytest.raises(Aborted):
         recorder.write(1, 3)

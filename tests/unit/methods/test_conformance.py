@@ -259,14 +259,14 @@ def test_transparent_kernels_show_what_is_not_finite(case: Case, value: float) -
         inputs = make("float32", case.models, (9, 1000), case.base)
         inputs[place][4, 567] = value
         kernel = case.kernel(inputs)
-        assert kernel.transparent
+        assert kernel.propagates_nonfinite
         assert not torch.isfinite(run_kernel(kernel, inputs, key=KEY).output).all()
 
 
 def test_only_a_copy_is_not_transparent() -> None:
     """A copy looks at no values."""
     kernels = [case.kernel(make("lattice", case.models, (12, 345), case.base)) for case in CASES]
-    assert {type(kernel).__name__ for kernel in kernels if not kernel.transparent} == {"Copy"}
+    assert {type(kernel).__name__ for kernel in kernels if not kernel.propagates_nonfinite} == {"Copy"}
 
 
 def test_granules_hold_whole_rows_where_that_is_the_unit() -> None:
@@ -274,7 +274,7 @@ def test_granules_hold_whole_rows_where_that_is_the_unit() -> None:
     for case in CASES:
         kernel = case.kernel(make("lattice", case.models, (12, 345), case.base))
         if kernel.unit is Unit.ROW:
-            assert kernel.granule % 345 == 0
+            assert kernel.alignment % 345 == 0
             of_rows.add(case.method)
     assert of_rows == {"arcee_fusion", "della", "della_linear", "model_stock", "nuslerp"}
 

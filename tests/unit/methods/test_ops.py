@@ -112,17 +112,17 @@ def in_sums(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tens
 CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     "difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2), False]),
     "size of a difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2), True]),
-    "onto": (scripts.onto, lambda: [*floats(2)[:1], 0.3, *floats(2)]),
+    "onto": (scripts.add_to_base, lambda: [*floats(2)[:1], 0.3, *floats(2)]),
     "accumulate": (scripts.accumulate, lambda: [*floats(2), 0.3, False]),
     "accumulate, the first": (scripts.accumulate, lambda: [floats(1)[0], floats(1)[0], 0.3, True]),
-    "fold": (scripts.fold, lambda: [torch.stack(floats(3, torch.float64)), 1]),
+    "fold": (scripts.pairwise_fold, lambda: [torch.stack(floats(3, torch.float64)), 1]),
     "rounded": (scripts.rounded, lambda: [torch.zeros(SIZE, dtype=torch.bfloat16), floats(1)[0]]),
-    "between": (scripts.between, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
-    "between, all of the small": (scripts.between, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
-    "between, all of the large": (scripts.between, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
-    "thin": (random_scripts.thin, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
+    "between": (scripts.hard_band, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
+    "between, all of the small": (scripts.hard_band, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
+    "between, all of the large": (scripts.hard_band, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
+    "thin": (random_scripts.apply_mask, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
     "thinned": (
-        random_scripts.thinned,
+        random_scripts.masked_deltas,
         lambda: [floats(1)[0], floats(2), floats(2, torch.bfloat16), [masks(SIZE), []], scratch(SIZE)],
     ),
     "thinned sizes": (
@@ -130,17 +130,20 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
         lambda: [*floats(2), floats(2, torch.bfloat16), [[], masks(SIZE)], scratch(SIZE), places(4)],
     ),
     "gram": (scripts.gram, lambda: [floats(1)[0], floats(3), floats(3, torch.bfloat16), floats(1)[0], places(6)]),
-    "add up": (scripts.add_up, lambda: [floats(1)[0], 1, places(2)]),
+    "add up": (scripts.block_sums, lambda: [floats(1)[0], 1, places(2)]),
     "a sum": (scripts.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
     "a sum from an origin": (
         scripts.weighted_sum,
         lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], floats(4)[3]],
     ),
-    "agreeing": (scripts.agreeing, lambda: agreeing(3, torch.float32, [], [], 0.0)),
-    "agreeing, a mean": (scripts.agreeing, lambda: agreeing(3, torch.float32, [1.0, 0.5, 2.0], [], 0.0)),
-    "agreeing, factors": (scripts.agreeing, lambda: agreeing(4, torch.float32, [0.1] * 4, [1.0, 2.0, 3.0, 4.0], 1e-6)),
-    "agreeing, float64": (scripts.agreeing, lambda: agreeing(2, torch.float64, [1.0, 1.0], [], 0.0)),
-    "agreeing, one": (scripts.agreeing, lambda: agreeing(1, torch.float32, [1.0], [], 0.0)),
+    "agreeing": (scripts.sign_consensus_sum, lambda: agreeing(3, torch.float32, [], [], 0.0)),
+    "agreeing, a mean": (scripts.sign_consensus_sum, lambda: agreeing(3, torch.float32, [1.0, 0.5, 2.0], [], 0.0)),
+    "agreeing, factors": (
+        scripts.sign_consensus_sum,
+        lambda: agreeing(4, torch.float32, [0.1] * 4, [1.0, 2.0, 3.0, 4.0], 1e-6),
+    ),
+    "agreeing, float64": (scripts.sign_consensus_sum, lambda: agreeing(2, torch.float64, [1.0, 1.0], [], 0.0)),
+    "agreeing, one": (scripts.sign_consensus_sum, lambda: agreeing(1, torch.float32, [1.0], [], 0.0)),
     "hashed": (
         random_scripts.hashed,
         lambda: [
@@ -209,18 +212,18 @@ def test_between_is_what_it_says() -> None:
     """The large enough, of the first ones by another bound, not the too large; what isn't finite is not hidden."""
     inf = float("inf")
     values = [1.0, -1.0, 2.0, 1.0, -1.0, 2.0, -3.0, inf, float("nan"), 4.0, 0.0]
-    found = scripts.between(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 10, [2.5, 5.0]).tolist()
+    found = scripts.hard_band(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 10, [2.5, 5.0]).tolist()
     assert found[:7] == [1.0, -1.0, 2.0, 0.0, 0.0, 2.0, 0.0]
     assert not any(map(math.isfinite, found[7:9]))
     assert found[9:] == [0.0, 0.0]
-    kept = scripts.between(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 0, []).tolist()
+    kept = scripts.hard_band(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 0, []).tolist()
     assert kept[:8] == [1.0, -1.0, 2.0, 0.0, 0.0, 2.0, -3.0, inf]
-    nothing = scripts.between(torch.full((SIZE,), math.nan), torch.zeros(SIZE), 3, [0.5, 1.0], 10, [2.5, 5.0])
+    nothing = scripts.hard_band(torch.full((SIZE,), math.nan), torch.zeros(SIZE), 3, [0.5, 1.0], 10, [2.5, 5.0])
     assert bool(nothing.isnan().all())  # in vectors of the processor as in what is left over: once, torch's differed
 
 
 def test_thin_is_hashed_and_below() -> None:
-    kept = random_scripts.thin(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
+    kept = random_scripts.apply_mask(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
     for mask in masks(SIZE):
         size = mask.end - mask.begin
         hashes, other = (torch.zeros(-(-size // 4), dtype=torch.int32) for _ in range(2))
@@ -233,8 +236,8 @@ def test_thin_is_hashed_and_below() -> None:
 
 def test_thinned_is_what_thin_leaves_of_the_differences() -> None:
     base, inputs, vectors = floats(1)[0], floats(2, torch.bfloat16), [torch.zeros(SIZE) for _ in range(2)]
-    random_scripts.thinned(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
-    assert torch.equal(vectors[0], random_scripts.thin(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
+    random_scripts.masked_deltas(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
+    assert torch.equal(vectors[0], random_scripts.apply_mask(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
     assert torch.equal(vectors[1], inputs[1].float() - base)
 
 
@@ -243,7 +246,7 @@ def test_add_up_is_what_it_says(at_once: bool) -> None:
     """Rows of a block one after the other in the work dtype; what is no whole block as it is, in float64."""
     values = floats(1)[0]
     into = places(2, at_once=at_once)
-    scripts.add_up(values, 1, into)
+    scripts.block_sums(values, 1, into)
     blocks, rest = into.sums
     for block in range(2):
         rows = values[256 * block : 256 * block + 256].view(4, 64)
@@ -260,7 +263,7 @@ def test_gram_and_sizes_are_sums_of_products_and_of_sizes() -> None:
     def summed(values: list[Tensor]) -> Tensor:
         into = places(6)
         for number, each in enumerate(values):
-            scripts.add_up(each, number, into)
+            scripts.block_sums(each, number, into)
         return torch.cat([part.flatten() for part in into.sums])
 
     found = in_sums(scripts.gram, 6)(torch.zeros(SIZE), floats(3), inputs, base)
@@ -269,5 +272,7 @@ def test_gram_and_sizes_are_sums_of_products_and_of_sizes() -> None:
         torch.zeros(SIZE), base, inputs, [masks(SIZE), [], masks(SIZE)], scratch(SIZE)
     )
     sizes = [x.abs() for x in vectors]
-    thin = [random_scripts.thin(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)]
+    thin = [
+        random_scripts.apply_mask(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)
+    ]
     assert torch.equal(found, summed([each for pair in zip(sizes, thin, strict=True) for each in pair]))

@@ -141,7 +141,7 @@ def test_masks_beyond_32_bits_do_not_repeat() -> None:
         workspace = Workspace(torch.empty(8 * size, dtype=torch.uint8), torch.float32)
         values = torch.ones(size)
         masks = randomness.masks(7, 0, element, size, randomness.threshold(0.5), 1.0, values.device)
-        return random_scripts.thin(values, masks, randomness.scratch(size, workspace))
+        return random_scripts.apply_mask(values, masks, randomness.scratch(size, workspace))
 
     first = at(0)
     for element in (1 << 32, 1 << 33, 1 << 34):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mergeloom
-from mergeloom.report.html.layer_map import Band, curves, weaves
+from mergeloom.report.html.layer_map import LayerRun, curves, weaves
 from tests.conftest import MakeModel
 from tests.support.models import write as models
 from tests.support.plans import linear, slerp, stacked, task_vectors, windows
@@ -20,7 +20,7 @@ def test_a_self_merge_of_windows(make_model: MakeModel) -> None:
     (weave,), outside = weaves(mergeloom.plan(windows(model, 8, 4, 2)))
     assert weave.layers == 12
     assert [strip.count for strip in weave.strips] == [8]
-    assert weave.bands == (Band(0, 0, 0, 4), Band(0, 2, 4, 4), Band(0, 4, 8, 4))
+    assert weave.bands == (LayerRun(0, 0, 0, 4), LayerRun(0, 2, 4, 4), LayerRun(0, 4, 8, 4))
     assert {name for each in outside for name in each.tensors} == {
         "model.embed_tokens.weight",
         "model.norm.weight",
@@ -32,7 +32,7 @@ def test_slices_of_two_models(llamas: dict[str, Path]) -> None:
     recipe = stacked((llamas["a"], (0, 3)), (llamas["b"], (1, 4)), (llamas["a"], (3, 4)))
     (weave,), _ = weaves(mergeloom.plan(recipe))
     assert [strip.name for strip in weave.strips] == [str(llamas["a"]), str(llamas["b"])]
-    assert weave.bands == (Band(0, 0, 0, 3), Band(1, 1, 3, 3), Band(0, 3, 6, 1))
+    assert weave.bands == (LayerRun(0, 0, 0, 3), LayerRun(1, 1, 3, 3), LayerRun(0, 3, 6, 1))
 
 
 def test_layers_that_lie_on_each_other(llamas: dict[str, Path]) -> None:
@@ -45,14 +45,14 @@ def test_layers_that_lie_on_each_other(llamas: dict[str, Path]) -> None:
 
 def test_slices_that_follow_each_other_are_one_band(llamas: dict[str, Path]) -> None:
     (weave,), _ = weaves(mergeloom.plan(stacked((llamas["a"], (0, 2)), (llamas["a"], (2, 4)))))
-    assert weave.bands == (Band(0, 0, 0, 4),)
+    assert weave.bands == (LayerRun(0, 0, 0, 4),)
 
 
 def test_a_layer_made_of_two_of_one_model(llamas: dict[str, Path]) -> None:
     sources = [{"model": str(llamas["a"]), "layer_range": r, "parameters": {"weight": 1}} for r in ([0, 2], [2, 4])]
     (weave,), _ = weaves(mergeloom.plan({"merge_method": "linear", "slices": [{"sources": sources}]}))
     assert weave.layers == 2
-    assert weave.bands == (Band(0, 0, 0, 2), Band(0, 2, 0, 2))
+    assert weave.bands == (LayerRun(0, 0, 0, 2), LayerRun(0, 2, 0, 2))
 
 
 def test_two_stacks(make_model: MakeModel) -> None:

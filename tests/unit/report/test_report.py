@@ -149,9 +149,9 @@ def test_a_terminal_gets_no_line_that_is_too_wide(
     show(plan_sections(plan), stream)
     printed = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
     assert max(map(len, printed.splitlines())) <= width
-    squeezed = "".join(printed.split())
+    reduced_vram = "".join(printed.split())
     for model in llamas["a"], llamas["b"]:
-        assert model.name in squeezed
+        assert model.name in reduced_vram
     assert f"{plan.to_dict()['output']['parameters']:,}" in printed
 
 
@@ -202,7 +202,7 @@ def test_the_summary_holds_the_measured_against_the_foretold(llamas: dict[str, P
 
 def test_a_crowded_gpu_is_said(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
-    text = summary_text(result_of(plan, squeezed={"cuda:1": 3 << 30}))
+    text = summary_text(result_of(plan, reduced_vram={"cuda:1": 3 << 30}))
     assert line_of(text, "made do with").endswith("3GiB of cuda:1: another process held the rest")
 
 

@@ -14,12 +14,12 @@ import pytest
 
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
-from mergeloom.engine.run.recovery.recover import Durable, durable_of
-from mergeloom.engine.run.shard_writer import Shards, records_of
+from mergeloom.engine.run.recovery.recover import RecoveredState, recover
+from mergeloom.engine.run.shard_writer import ShardWriter, records_of
 from mergeloom.engine.run.transfers import Transfer, plan_transfers
 from mergeloom.io.output.digests import tensor_digest
 from mergeloom.io.output.directory import OutputDirectory, ShardFile
-from mergeloom.io.output.group_commit import Ended
+from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.output.journal import Journal, read_journal
 from tests.faults.test_faults import make_blocks_small
 from tests.support.models.write import write_checkpoint
@@ -42,10 +42,12 @@ class Writer:
         self.out = OutputDirectory(out)
         shards = [ShardFile(each.name, each.header, each.nbytes, each.computed) for each in self.layout.shards]
         self.out.begin(shards)
-        self.durable = durable_of(self.out.found, self.graph, self.layout, self.out.shard_path)
+        self.durable = recover(self.out.found, self.graph, self.layout, self.out.shard_path)
         self.journal = Journal(self.out.journal, {"seed": 0}, records_of(self.durable))
         self.errors: list[BaseException] = []
-        self.shards = Shards(planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options)
+        self.shards = ShardWriter(
+            planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options
+        )
         self.data = {node: random.Random(node).randbytes(self.graph.nbytes(node)) for node in self.graph}
 
     def write(self, node: int, start: int, end: int) -> None:
@@ -73,10 +75,10 @@ class Writer:
                 expected = [digest_of(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
                 assert self.shards.digests[node] == expected
 
-    def check_claims(self) -> Durable:
+    def check_claims(self) -> RecoveredState:
         """What the journal says must be there already."""
         found = read_journal(self.out.journal)
-        durable = durable_of(found, self.graph, self.layout, self.out.shard_path)
+        durable = recover(found, self.graph, self.layout, self.out.shard_path)
         assert durable.damaged == 0
         for node, nbytes in durable.done(self.graph, self.layout).items():
             for file, offset in self.places(node):
@@ -207,7 +209,7 @@ def test_a_piece_that_fails_ends_those_that_wait_for_it(
     def wait() -> None:
         try:
             writer.write(node, 50_000, 60_000)  # what comes before it is never fed
-        except Ended as error:
+        except Aborted as error:
             ends.append(error)
 
     thread = threading.Thread(target=wait)
@@ -215,7 +217,7 @@ def test_a_piece_that_fails_ends_those_that_wait_for_it(
     with pytest.raises(OSError, match="Input/output"):
         writer.write(node, 0, 40_000)
     thread.join()
-    assert [type(end) for end in ends] == [Ended]
+    assert [type(end) for end in ends] == [Aborted]
     assert [str(error) for error in writer.errors] == ["Input/output error"]
     writer.close()
 

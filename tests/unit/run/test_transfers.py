@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mergeloom.engine.graph.graph import Kind, MergeGraph
 from mergeloom.engine.graph.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.engine.run import transfers as transfer
-from mergeloom.engine.run.transfers import Mover, Transfer, plan_transfers, source_of, written_ranges
+from mergeloom.engine.run.transfers import Transfer, WorkerPool, plan_transfers, source_of, written_ranges
 from mergeloom.io.output.clone import shareable
 from mergeloom.io.safetensors.tensors import TensorRef
 from tests.unit.graph.test_layout import covered, graph_of, graphs, source
@@ -120,7 +120,7 @@ def test_what_lies_apart_is_moved_apart() -> None:
 def test_every_piece_is_done_once() -> None:
     done: list[int] = []
     failed: list[BaseException] = []
-    mover = Mover(range(500), 4, lambda thread, piece: done.append(piece), failed.append)
+    mover = WorkerPool(range(500), 4, lambda thread, piece: done.append(piece), failed.append)
     while not mover.wait(0.1):
         pass
     mover.stop()
@@ -129,7 +129,7 @@ def test_every_piece_is_done_once() -> None:
 
 
 def test_nothing_to_do_is_done_at_once() -> None:
-    mover: Mover[int] = Mover([], 4, lambda thread, piece: None, lambda error: None)
+    mover: WorkerPool[int] = WorkerPool([], 4, lambda thread, piece: None, lambda error: None)
     assert mover.wait(0)
     mover.stop()
 
@@ -143,7 +143,7 @@ def test_what_goes_wrong_ends_it() -> None:
             raise ValueError(piece)
         done.append(piece)
 
-    mover = Mover(range(100_000), 2, work, failed.append)
+    mover = WorkerPool(range(100_000), 2, work, failed.append)
     while not mover.wait(0.1):
         pass
     mover.stop()
@@ -160,7 +160,7 @@ def test_stopping_waits_for_what_is_being_done() -> None:
         go_on.wait()
         done.append(piece)
 
-    mover = Mover(range(10), 1, work, lambda error: None)
+    mover = WorkerPool(range(10), 1, work, lambda error: None)
     begun.wait()
     assert not mover.wait(0)
     threading.Timer(0.1, go_on.set).start()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule.simulate import Held, Simulation
+from mergeloom.engine.schedule.simulate import CachedRange, Simulation
 from mergeloom.engine.schedule.tiling import chunk_elements
 from tests.support.graphs import World
 
@@ -236,7 +236,7 @@ def picture(sizes: Sequence[int], nodes: Sequence[int], capacity: int) -> Iterat
         yield problem, simulation, names
 
 
-def drops(simulation: Simulation, names: Names) -> list[list[tuple[int, Held]]]:
+def drops(simulation: Simulation, names: Names) -> list[list[tuple[int, CachedRange]]]:
     """What each step drops: sources, with the chunks that stay."""
     return [[(names[source.read], held) for source, held in step.drop] for step in simulation.steps]
 
@@ -247,7 +247,7 @@ def test_furthest_use_goes_first() -> None:
     #     B       ●───────●
     #     C           ●───────●         ● needed   ─ stays   x dropped   ○ read again
     for problem, simulation, names in picture([1, 1, 1], [A, B, C, B, C, A], capacity=2):
-        assert drops(simulation, names) == [[], [], [(A, Held())], [], [], []]
+        assert drops(simulation, names) == [[], [], [(A, CachedRange())], [], [], []]
         assert chunks_read(simulation) == optimum(problem) == 4 + 6
 
 
@@ -266,7 +266,7 @@ def test_a_source_loses_only_as_many_chunks_as_must_go() -> None:
     #     A   ●───x───────○
     #     B       ●───●
     for problem, simulation, names in picture([3, 3], [A, B, B, A], capacity=4):
-        assert drops(simulation, names) == [[], [(A, Held(0, 0, 1))], [], []]
+        assert drops(simulation, names) == [[], [(A, CachedRange(0, 0, 1))], [], []]
         assert [step.bytes_read[0] // SLOT for step in simulation.steps] == [3, 3, 0, 2]
         assert chunks_read(simulation) == optimum(problem) == 8 + 12
 
@@ -277,5 +277,5 @@ def test_more_than_one_source_goes_where_one_is_not_enough() -> None:
     #     B       ●───x       ○
     #     C           ●───●
     for problem, simulation, names in picture([1, 1, 2], [A, B, C, C, B, A], capacity=2):
-        assert drops(simulation, names) == [[], [], [(A, Held()), (B, Held())], [], [], []]
+        assert drops(simulation, names) == [[], [], [(A, CachedRange()), (B, CachedRange())], [], [], []]
         assert chunks_read(simulation) == optimum(problem) == 6 + 8
