@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,9 +220,13 @@ def make_budget(
     return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices, held)
 
 
-def prepare_to_compute(graph: MergeGraph) -> None:
+def prepare_to_compute(graph: MergeGraph, modules: Sequence[str] = ()) -> None:
     """Bring the process into the state in which a merge computes: torch and the engine imported, every kind of kernel
     run once on a small tile, which also measures its memory. `plan` and `merge` both do this.
+
+    Args:
+        graph: the graph whose kernels are measured.
+        modules: modules that a merge imports later than a plan.
 
     Raises:
         BudgetError: where ``ulimit -v`` leaves too little address space for torch, which would end the process.
@@ -233,9 +238,7 @@ def prepare_to_compute(graph: MergeGraph) -> None:
 
     platform.return_large_blocks()
     import_torch()
-    import importlib
-
-    for module in ("safetensors", "numpy", f"{__package__}.merging", f"{__package__}.engine.execute"):
+    for module in ("safetensors", "numpy", *modules):
         importlib.import_module(module)
     measure_footprints(graph)
 

@@ -28,6 +28,10 @@ OTHER_THREADS = 16
 """Threads of a merge that read, write, copy and show progress."""
 
 
+_MERGE_MODULES = ("mergeloom.engine.run.merge", "mergeloom.engine.execute.executor")
+"""Imported before the process is measured, so a plan finds the memory that a merge will have."""
+
+
 def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     """Plan a merge: read the recipe and the models' headers, and simulate the whole merge in bytes.
 
@@ -82,7 +86,7 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
     gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
     if computes:
-        prepare_to_compute(built.graph)
+        prepare_to_compute(built.graph, _MERGE_MODULES)
     steps = sum(built.graph.operation(node).passes for node in built.graph)
     total = machine.ram if machine else None
     return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=len(built.graph.outputs))

@@ -415,7 +415,7 @@ def index_bytes(weight_map: Mapping[str, str], total_size: int) -> bytes:
 
 
 def preload_validator() -> None:
-    """Import what `validate_shard` needs, in a thread beside other work: safetensors imports numpy, a tenth of a second."""
+    """Import what `validate_shard` needs in a thread: safetensors imports numpy, which takes a tenth of a second."""
     threading.Thread(target=importlib.import_module, args=("numpy",), name="judge", daemon=True).start()
 
 

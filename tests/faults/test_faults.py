@@ -79,10 +79,10 @@ def small_blocks() -> Iterator[None]:
 
 def make_blocks_small(patch: pytest.MonkeyPatch) -> None:
     """Make digest blocks, and the smallest pieces, small enough for small tensors to have several."""
-    for module in ("io.digests", "performing", "resuming", "writing"):
+    for module in ("io.output.digests", "engine.run.session", "engine.run.recovery.recover", "engine.run.shard_writer"):
         patch.setattr(f"mergeloom.{module}.BLOCK_BYTES", 16 << 10)
-    for module in ("copies", "writing"):
-        patch.setattr(f"mergeloom.{module}._SMALLEST_PIECE", 4 << 10)
+    for module in ("bulk_copy", "shard_writer"):
+        patch.setattr(f"mergeloom.engine.run.{module}._SMALLEST_PIECE", 4 << 10)
 
 
 def run(planned: Plan, out: Path) -> None:

@@ -464,7 +464,8 @@ def test_the_holder_is_named(tmp_path: Path) -> None:
 BLOCKED = """
 import os, sys, threading
 from pathlib import Path
-from mergeloom import merging, stopping
+from mergeloom.cli import signals
+from mergeloom.engine.run import merge as merging
 from mergeloom.__main__ import main
 from mergeloom.engine.execute.lane import Lane
 from mergeloom.io import platform
@@ -487,8 +488,8 @@ def stop_merge(self, number, frame):
 
 platform.WATCH = watch
 stop_at_once, Lane.stop = Lane.stop, stop_lane
-raise_interrupt, stopping.StopSignals._stop = stopping.StopSignals._stop, stop_merge
-stopping.GRACE_SECONDS = {grace}
+raise_interrupt, signals.StopSignals._stop = signals.StopSignals._stop, stop_merge
+signals.GRACE_SECONDS = {grace}
 merge = merging.merge
 merging.merge = lambda *a, **k: merge(*a, **k, group_bytes=40000)
 sys.exit(main(sys.argv[1:]))

@@ -283,10 +283,10 @@ def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the engine runs; the shell gives SIGINT to the process."""
     script = (
-        "import os, signal, sys; from mergeloom import stopping; from mergeloom.engine.execute import executor as execute\n"
-        f"from mergeloom.__main__ import main; stopping.GRACE_SECONDS = {HANG_SECONDS}\n"
+        "import os, signal, sys; from mergeloom.cli import signals; from mergeloom.engine.execute import executor\n"
+        f"from mergeloom.__main__ import main; signals.GRACE_SECONDS = {HANG_SECONDS}\n"
         "def wait(self, ready):\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "execute.Executor._wait = wait\nsys.exit(main(sys.argv[1:]))"
+        "executor.Executor._wait = wait\nsys.exit(main(sys.argv[1:]))"
     )
     arguments = [sys.executable, "-c", script, "merge", str(recipe), str(tmp_path / "out")]
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False)

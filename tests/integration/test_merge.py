@@ -454,7 +454,7 @@ def test_an_interruption_at_the_very_end_can_be_gone_on_with(
 def test_a_signal_ends_the_process_with_130(tmp_path: Path, llamas: dict[str, Path]) -> None:
     code = (
         "import os, sys, threading\n"
-        "from mergeloom import stopping\n"
+        "from mergeloom.cli import signals\n"
         "from mergeloom.engine.execute.lane import Lane\n"
         "from mergeloom.io.reading import Reader\n"
         "from mergeloom.__main__ import main\n"
@@ -463,7 +463,7 @@ def test_a_signal_ends_the_process_with_130(tmp_path: Path, llamas: dict[str, Pa
         "    os.write(1, b'reading\\n'); stopped.wait(); read(self, *arguments)\n"
         "def stop_lane(lane):\n"
         "    stop(lane); stopped.set()\n"
-        f"Reader.read, Lane.stop, stopping.GRACE_SECONDS = blocked, stop_lane, {HANG_SECONDS}\n"
+        f"Reader.read, Lane.stop, signals.GRACE_SECONDS = blocked, stop_lane, {HANG_SECONDS}\n"
         "sys.exit(main(['merge', *sys.argv[1:], '--device', 'cpu', '--quiet']))\n"
     )
     recipe = tmp_path / "recipe.yml"
