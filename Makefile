@@ -45,12 +45,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-# mypy reads the installed wheel, from another folder: at the root it would take io/ for the standard library's, and so
-# the packaging is checked too. The second environment borrows the libraries of the first (but not its mergeloom, since
-# a path in a .pth file brings no other .pth file's), after the wheel is in it, so that pip sees nothing else.
+# The wheel is built and its command is run from another environment, which borrows the libraries of the first: so the
+# packaging is checked too.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict -p mergeloom
 	rm -rf build/check
 	$(BIN)/python -m build --no-isolation --outdir build/check . >build.log 2>&1 || { cat build.log; exit 1; }
 	rm build.log
@@ -60,8 +60,7 @@ check: $(READY)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 		>"$$(.venv-check/bin/python -c 'import site; print(site.getsitepackages()[0])')/libraries.pth"
 	cd build/check && ../../.venv-check/bin/mergeloom --help >help.txt
-	cd build/check && ../../$(BIN)/mypy --strict --cache-dir ../../.mypy_cache \
-		--python-executable ../../.venv-check/bin/python -p mergeloom
+	cd build/check && ../../.venv-check/bin/python -c 'import mergeloom.engine.run.merge, mergeloom.methods.registry'
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak

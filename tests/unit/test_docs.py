@@ -188,7 +188,7 @@ def test_the_readme_leads_to_every_page() -> None:
 
 
 def test_messages_in_the_guide_are_those_that_are_said() -> None:
-    sources = [file for folder in ("mergeloom", "engine", "io") for file in (ROOT / folder).glob("*.py")]
+    sources = [file for folder in ("mergeloom", "engine", "io") for file in sorted((ROOT / folder).rglob("*.py"))]
     said = "".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in sources)
     rows = re.findall(r"^\| `([^`]+)` \| (\d+)", GUIDE.partition("| the message says |")[2], re.MULTILINE)
     assert len(rows) > 10

@@ -19,7 +19,7 @@ import yaml
 from mergeloom import __main__
 from mergeloom.engine.model.open import open_model
 from mergeloom.engine.recipe.types import ModelReference
-from mergeloom.engine.run import plan as planning
+from mergeloom.engine.run import planning
 from mergeloom.engine.run.destination import look_at
 from mergeloom.engine.run.manifest import read_manifest
 from mergeloom.engine.run.merge import merge

@@ -187,7 +187,7 @@ def test_too_little_address_space_is_an_error(llamas: dict[str, Path], tmp_path:
 def test_what_only_copies_needs_no_address_space_for_torch(llamas: dict[str, Path], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": str(llamas["a"])}]}))
-    ended = limited(needed_addresses() + (64 << 20), "merge", recipe, tmp_path / "out", "--max-ram", "128MiB")
+    ended = limited(needed_addresses() + (128 << 20), "merge", recipe, tmp_path / "out", "--max-ram", "128MiB")
     assert ended.returncode == 0, ended.stderr
 
 

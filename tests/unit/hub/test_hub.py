@@ -21,7 +21,7 @@ from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 import mergeloom
 from mergeloom.engine.execute.tasks import Progress
-from mergeloom.engine.run import plan as planning
+from mergeloom.engine.run import planning
 from mergeloom.engine.run.finished import check_finished
 from mergeloom.engine.run.merge import fetch
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError

@@ -168,7 +168,7 @@ def test_failed_copy_leaves_what_was_there(
     def fail(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("mergeloom.engine.files.companions.sync_data", fail)
+    monkeypatch.setattr("mergeloom.io.output.file_copy.sync_data", fail)
     with pytest.raises(error, match="copying .*source"):
         copy_file(source, target)
     assert target.read_bytes() == b"old"

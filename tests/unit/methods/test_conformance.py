@@ -186,7 +186,7 @@ def test_bytes_do_not_depend_on_the_instruction_set(level: str) -> None:
         "ATEN_CPU_CAPABILITY": level,
         "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
     }
-    suite = "from tests import test_methods_conformance as suite"
+    suite = "from tests.unit.methods import test_conformance as suite"
     program = f"import json; {suite}; print(json.dumps(suite.digests(skip={DEVICE_BOUND})))"
     root = ROOT
     command = [sys.executable, "-W", "ignore", "-c", program]

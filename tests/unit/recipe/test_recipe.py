@@ -596,7 +596,7 @@ class TestStages:
 
 def test_reading_a_recipe_imports_neither_torch_nor_networkx() -> None:
     code = (
-        "import sys, mergeloom.engine.recipe.types as r\n"
+        "import sys, mergeloom.engine.recipe.load as r\n"
         "from mergeloom.methods.kernel.contract import Base\n"
         "try: r.parse_recipe('merge_method: x\\nmodels: [{model: a}]', methods={})\n"
         "except Exception as error: print(error)\n"
