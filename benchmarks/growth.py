@@ -35,7 +35,7 @@ def expert_names(count: int) -> list[str]:
 
 def sparse_model(directory: Path, count: int) -> Path:
     """Write a checkpoint of so many tensors: true headers, holes for data."""
-    from tests.support.models.write import write_checkpoint
+    from tests.support.models import write_checkpoint
 
     return write_checkpoint(directory, dict.fromkeys(expert_names(count), (64, 64)), fill=None, shard_bytes=1 << 22)
 

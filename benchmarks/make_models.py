@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from tests.support.models import write as models
+from tests.support import models
 
 SIZES = {
     "tiny": models.tiny_llama,

@@ -99,7 +99,7 @@ def cp_text(results: dict[str, Any]) -> str:
 
 def make_sparse(directory: Path) -> None:
     """Checkpoints of true shapes without data, in shards as public checkpoints have them."""
-    from tests.support.models import write as models
+    from tests.support import models
 
     for name, model in (("70B", models.llama_3_70b()), ("405B", models.llama_3_1_405b())):
         if not (directory / name / "config.json").exists():

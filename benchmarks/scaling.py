@@ -77,7 +77,7 @@ def start(models: Path, work: Path) -> Iterator[Point]:
 
 def planning(models: Path, work: Path) -> Iterator[Point]:
     """Plans of ever more output tensors, each of two inputs."""
-    from tests.support.models.write import write_checkpoint
+    from tests.support.models import write_checkpoint
 
     for count in PLANNED:
         shapes = {
@@ -112,7 +112,7 @@ def models(directory: Path, work: Path) -> Iterator[Point]:
 
 def tensors(directory: Path, work: Path) -> Iterator[Point]:
     """Merges of the same bytes in ever more tensors."""
-    from tests.support.models.write import write_checkpoint
+    from tests.support.models import write_checkpoint
 
     for count in SPLIT:
         shape = (SPLIT_BYTES // 2 // count // 64, 64)

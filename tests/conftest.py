@@ -13,8 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import models
 from tests.support.disks import file_system
-from tests.support.models import write as models
 
 MakeModel = Callable[..., Path]
 

@@ -26,7 +26,7 @@ from mergeloom.engine.run.recovery.recover import recover
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import read_journal
-from tests.support.models.write import encoder_dir, perturbed_encoder
+from tests.support.models import encoder_dir, perturbed_encoder
 from tests.support.outputs import digests
 
 GROUP = 4 << 20

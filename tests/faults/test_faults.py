@@ -23,7 +23,7 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.reading import Reader, Stamp, stamps_of
 from tests.support.faults import Disk, Fail, Kill, Stopped, watching
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
 from tests.support.waiting import wait_until
 

@@ -29,7 +29,7 @@ from mergeloom.io.output.journal import Journal, read_journal
 from mergeloom.report.plan import summary_sections
 from tests.faults.test_faults import make_blocks_small
 from tests.support.faults import Kill, Stopped, watching
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
 from tests.support.waiting import HANG_SECONDS, no_hang
 

@@ -25,7 +25,7 @@ from mergeloom.report.plan import summary_text
 from tests.integration.test_merge import sliced
 from tests.support.disks import used
 from tests.support.faults import Kill, Stopped, watching
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 from tests.support.stacks import ROOMY, as_foretold, mixed, same_as_by_lanes, stacked, weights
 
 REFUSALS = [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]

@@ -27,7 +27,7 @@ from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
 from mergeloom.io.output import directory as output
 from tests.conftest import MakeModel
-from tests.support.models.write import FineTune, Random, tiny_llama, write_checkpoint
+from tests.support.models import FineTune, Random, tiny_llama, write_checkpoint
 from tests.support.outputs import beyond_one_ulp, config_of, digests, read_model, same_bits, same_tensors
 from tests.support.waiting import HANG_SECONDS
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mergeloom.__main__ import main
-from tests.support.models import write as models
+from tests.support import models
 
 Prepare = Callable[[Path], object]
 """Makes a mistake in a directory with the models ``a`` and ``b``; returns the recipe, as data or as YAML."""

@@ -12,7 +12,7 @@ import yaml
 
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
-from tests.support.models.write import llama, write_checkpoint, write_tokenizer
+from tests.support.models import llama, write_checkpoint, write_tokenizer
 from tests.support.paths import ROOT
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from tests.support.methods import reference
-from tests.support.models.write import Model, encoder_dir, llama, perturbed_encoder, tiny_llama, write_checkpoint
+from tests.support.models import Model, encoder_dir, llama, perturbed_encoder, tiny_llama, write_checkpoint
 from tests.support.outputs import config_of, digests, read_model, same_bits
 from tests.support.paths import ROOT
 

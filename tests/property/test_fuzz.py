@@ -21,7 +21,7 @@ from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import read_header
 from tests.support.counting import count_lines
-from tests.support.models.write import tiny_llama, write_checkpoint
+from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.mutations import BYTES, LINES, fuzz
 from tests.support.waiting import no_hang
 

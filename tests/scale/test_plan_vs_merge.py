@@ -27,7 +27,7 @@ from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.io.wording import data_size
 from tests.conftest import MakeModel
-from tests.support.models import write as models
+from tests.support import models
 from tests.support.plans import Recipe, linear, slerp, stacked, task_vectors, windows
 from tests.support.shapes import Shapes, big_llama_681b, mixture_of_experts
 

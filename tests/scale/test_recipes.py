@@ -24,7 +24,7 @@ from mergeloom.engine.recipe.types import Recipe, Stage
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.methods import merge_methods
-from tests.support.models import write as models
+from tests.support import models
 from tests.support.models.published import PRESETS, SHAPES, Preset, llama_2_70b
 from tests.support.paths import ROOT
 

@@ -15,7 +15,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from tests.support.counting import count_bytes_read
-from tests.support.models.write import FineTune, Model, Random, llama, llama_3_2_1b, llama_3_70b, write_checkpoint
+from tests.support.models import FineTune, Model, Random, llama, llama_3_2_1b, llama_3_70b, write_checkpoint
 from tests.support.outputs import beyond_one_ulp, config_of, read_model
 
 GIB = 1 << 30

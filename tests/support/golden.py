@@ -20,10 +20,10 @@ import yaml
 
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
+from tests.support import models
 from tests.support.mergekit.configurations import CONFIGURATIONS
 from tests.support.methods.cases import CASES, make
 from tests.support.methods.kernels import run_kernel
-from tests.support.models import write as models
 from tests.support.models.published import SHAPES
 from tests.support.models.zoo import write_zoo
 from tests.support.paths import ROOT

@@ -27,7 +27,7 @@ from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import data_start, parse_header
 from mergeloom.methods import merge_methods
 from tests.support.counting import TooMuchWork, count_lines
-from tests.support.models.write import tiny_llama, write_checkpoint, write_tokenizer
+from tests.support.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.support.waiting import no_hang
 
 LINES = 5_000_000

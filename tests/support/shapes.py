@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from tests.support.models import write as models
+from tests.support import models
 
 
 @dataclass(frozen=True)

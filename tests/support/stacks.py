@@ -12,7 +12,7 @@ from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.io import platform
 from tests.integration.test_merge import sliced
-from tests.support.models.write import tiny_llama
+from tests.support.models import tiny_llama
 from tests.support.outputs import digests
 
 ROOMY = Options(max_ram=4 << 30, device="cpu", threads=2)

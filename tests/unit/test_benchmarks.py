@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from benchmarks import bars, budgets, compare, floor, gpu, passthrough, picture, scaling
-from tests.support.models import write as models
+from tests.support import models
 
 MEASURE = """
 import json, sys

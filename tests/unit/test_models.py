@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.support.models import write as models
+from tests.support import models
 
 
 @pytest.mark.parametrize(

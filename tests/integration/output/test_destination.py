@@ -35,7 +35,7 @@ from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from tests.support.faults import Stopped
 from tests.support.hub_server import HubServer
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 from tests.support.outputs import digests
 from tests.unit.hub import test_hub
 

@@ -17,7 +17,7 @@ from mergeloom.engine.run.verify import verify
 from mergeloom.errors import RecipeError
 from mergeloom.report.plan import plan_text
 from tests.support.faults import Kill, Stopped, watching
-from tests.support.models.write import tiny_llama, write_checkpoint, write_tokenizer
+from tests.support.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.support.outputs import digests, read_model, same_tensors
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=40_000)

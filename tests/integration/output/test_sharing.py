@@ -29,7 +29,7 @@ from mergeloom.io.platform import mount_of
 from mergeloom.report.plan import plan_text, summary_text
 from tests.integration.test_merge import sliced
 from tests.support.disks import file_system, used
-from tests.support.models.write import tiny_llama, write_checkpoint
+from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
 from tests.support.stacks import MODEL, ROOMY, WITHOUT, as_foretold, mixed, same_as_by_lanes, stacked, weights
 

@@ -29,7 +29,7 @@ from mergeloom.io.companions import is_loader_file
 from mergeloom.io.output import clone as copying
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 from tests.support.waiting import no_hang
 from tests.unit.io.test_companions import OTHER, TOKENIZER
 

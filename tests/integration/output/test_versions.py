@@ -22,7 +22,7 @@ from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import FORMAT, Journal, read_journal
 from mergeloom.methods import task_arithmetic
 from mergeloom.methods.kernel import contract
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.support.models import write as models
+from tests.support import models
 
 
 def llama_2_70b() -> models.Model:

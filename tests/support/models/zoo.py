@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.models import write as models
+from tests.support import models
 from tests.support.outputs import read_model
 
 TEMPLATES = {"a": "{{ 'A' }}", "b": "{{ 'B' }}", "base": "{{ 'B' }}"}

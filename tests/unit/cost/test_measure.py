@@ -207,7 +207,7 @@ def recipe_of(method: str, paths: list[Path]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A model and two like it."""
-    from tests.support.models import write as models
+    from tests.support import models
 
     root = tmp_path_factory.mktemp("three")
     base = models.Random(0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
-from tests.support.models.write import tiny_llama, write_checkpoint
+from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
 from tests.unit.execute.test_executor import run
 from tests.unit.schedule.test_schedule import SLOT, Blueprint, blueprints, build

@@ -15,7 +15,7 @@ from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, RecipeError
 from mergeloom.report.plan import plan_text
-from tests.support.models.write import Model, tiny_llama, write_checkpoint, write_tokenizer
+from tests.support.models import Model, tiny_llama, write_checkpoint, write_tokenizer
 from tests.support.outputs import config_of, digests, read_model, same_tensors
 
 CPU = Options(device="cpu", threads=1)

@@ -11,7 +11,7 @@ import yaml
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from tests.support.models.write import tiny_llama, write_checkpoint, write_tokenizer
+from tests.support.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.support.outputs import config_of, digests
 
 CPU = Options(device="cpu", threads=1)

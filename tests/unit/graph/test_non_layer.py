@@ -11,7 +11,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, RecipeError
-from tests.support.models.write import Model, tiny_llama, write_checkpoint
+from tests.support.models import Model, tiny_llama, write_checkpoint
 from tests.support.outputs import config_of, read_model, same_bits
 
 CPU = Options(device="cpu", threads=1)

@@ -36,8 +36,8 @@ from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from mergeloom.io.wording import data_size, plural
+from tests.support import models
 from tests.support.hub_server import HubServer, serving
-from tests.support.models import write as models
 from tests.support.waiting import HANG_SECONDS
 
 ID = "acme/llama"

@@ -25,7 +25,7 @@ from mergeloom.io.output.lock import DirectoryStatus
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from tests.support.faults import Fail, watching
-from tests.support.models.write import tiny_llama, write_checkpoint
+from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import open_files
 
 DATA = bytes(range(200)) * 2

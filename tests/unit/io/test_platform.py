@@ -27,7 +27,7 @@ from mergeloom.io.platform import (
     write_at,
 )
 from tests.conftest import MakeModel
-from tests.support.models.write import tiny_llama
+from tests.support.models import tiny_llama
 from tests.support.outputs import digests
 
 CALLS = ("preadv", "fallocate", "fadvise", "sync_file_range", "clone", "copy_file_range")

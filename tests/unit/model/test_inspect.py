@@ -14,7 +14,7 @@ from mergeloom.errors import CheckpointError, UsageError
 from mergeloom.report.inspect import inspection_sections
 from mergeloom.report.sections import plain
 from tests.conftest import MakeModel
-from tests.support.models import write as models
+from tests.support import models
 
 
 def text_of(path: Path, *, tensors: bool = False) -> str:

@@ -13,7 +13,7 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.tensors import TensorRef
-from tests.support.models.write import Shape, deepseek_v3, write_checkpoint
+from tests.support.models import Shape, deepseek_v3, write_checkpoint
 from tests.support.outputs import read_model, same_tensors
 
 CPU = Options(device="cpu", threads=1)

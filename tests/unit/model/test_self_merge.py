@@ -22,7 +22,7 @@ from mergeloom.io.safetensors.dtypes import BF16
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
 from tests.conftest import MakeModel
-from tests.support.models import write as models
+from tests.support import models
 
 PUBLISHED_681B = ((0, 42), (21, 63), (42, 84), (63, 105), (84, 126))
 PUBLISHED_1T = ((0, 105), (52, 157), (104, 209))

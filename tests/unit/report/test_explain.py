@@ -19,7 +19,7 @@ from mergeloom.errors import UsageError
 from mergeloom.report.explain import Explanation, explain, explanation_sections, nearest_names
 from mergeloom.report.sections import plain
 from tests.conftest import MakeModel
-from tests.support.models import write as models
+from tests.support import models
 from tests.support.outputs import read_model
 from tests.support.plans import linear, slerp, stacked, task_vectors
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import mergeloom
 from mergeloom.report.html.layer_map import LayerRun, curves, weaves
 from tests.conftest import MakeModel
-from tests.support.models import write as models
+from tests.support import models
 from tests.support.plans import linear, slerp, stacked, task_vectors, windows
 
 

@@ -25,7 +25,7 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.report.html.page import make_page
 from mergeloom.report.html.svg import shortened, text_of
 from tests.conftest import MakeModel
-from tests.support.models import write as models
+from tests.support import models
 from tests.support.plans import linear, slerp, stacked, task_vectors, windows
 from tests.support.waiting import HANG_SECONDS
 

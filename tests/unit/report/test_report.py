@@ -19,7 +19,7 @@ from mergeloom.engine.run.plan import Plan
 from mergeloom.report.plan import bottleneck, headline, plan_sections, plan_text, summary_text, unused_lines
 from mergeloom.report.sections import plain, show
 from tests.conftest import MakeModel
-from tests.support.models import write as models
+from tests.support import models
 
 
 def linear(*paths: Path, **more: Any) -> dict[str, Any]:

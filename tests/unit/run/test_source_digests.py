@@ -22,7 +22,7 @@ from mergeloom.engine.run.recovery.source_digests import (
     used_bytes,
 )
 from mergeloom.errors import CheckpointError, Interrupted
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 
 SHAPES = {f"model.layers.{layer}.w.weight": (100, 64) for layer in range(2)}
 NBYTES = 100 * 64 * 4
