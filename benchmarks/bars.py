@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.compare import DOCUMENT, RESULTS, cell, put_between_markers
+from benchmarks.compare import DOCUMENT, RESULTS
+from benchmarks.tables import cell, put_between_markers
 
 FASTER = {
     "linear": 6.0,

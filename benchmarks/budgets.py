@@ -21,7 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import CASES, DOCUMENT, RESULTS, machine, put_between_markers, run, shards
+from benchmarks.compare import CASES, DOCUMENT, RESULTS
+from benchmarks.process import machine, run, shards
+from benchmarks.tables import put_between_markers
 
 METHODS = ("linear", "slerp", "ties", "dare_ties", "breadcrumbs", "passthrough")
 BUDGETS = ("1GiB", "2GiB", "8GiB")

@@ -21,8 +21,10 @@ from typing import Any
 
 from benchmarks import compare
 from benchmarks.budgets import digest
-from benchmarks.compare import DOCUMENT, RESULTS, Bench, Case, machine, put_between_markers, run
+from benchmarks.compare import DOCUMENT, RESULTS, Bench, Case
 from benchmarks.make_models import SIZES, make_models
+from benchmarks.process import machine, run
+from benchmarks.tables import put_between_markers
 
 CASES = {
     "linear": Case("a b", "", "weight: 0.5"),

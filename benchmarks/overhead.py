@@ -26,8 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from benchmarks.compare import DOCUMENT, RESULTS, machine, put_between_markers, sync, touch_memory
+from benchmarks.compare import DOCUMENT, RESULTS
 from benchmarks.make_models import CACHE, make_models
+from benchmarks.process import machine, sync, touch_memory
+from benchmarks.tables import put_between_markers
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compare
-from benchmarks.compare import DOCUMENT, RESULTS, machine, put_between_markers, run, shards, warm
+from benchmarks.compare import DOCUMENT, RESULTS
+from benchmarks.process import machine, run, shards, warm
+from benchmarks.tables import put_between_markers
 
 SIDES = ("mergeloom", "cp")
 Slices = Sequence[tuple[int, int]]

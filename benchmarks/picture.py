@@ -24,7 +24,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks.compare import DOCUMENT, touch_memory, warm
+from benchmarks.compare import DOCUMENT
+from benchmarks.process import touch_memory, warm
 
 COLUMNS = 110
 RECIPE = """\

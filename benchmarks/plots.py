@@ -14,8 +14,9 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.compare import DOCUMENT, RESULTS, SIDES, cell, put_between_markers
+from benchmarks.compare import DOCUMENT, RESULTS, SIDES
 from benchmarks.scaling import PARTS
+from benchmarks.tables import cell, put_between_markers
 
 mpl.use("Agg")  # no display
 

@@ -21,19 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import (
-    CASES,
-    DOCUMENT,
-    RESULTS,
-    machine,
-    put_between_markers,
-    run,
-    shards,
-    size,
-    touch_memory,
-    wait_for_quiet,
-    warm,
-)
+from benchmarks.compare import CASES, DOCUMENT, RESULTS, size
+from benchmarks.process import machine, run, shards, touch_memory, wait_for_quiet, warm
+from benchmarks.tables import put_between_markers
 
 PLANNED = (1_000, 10_000, 100_000)
 SPLIT = (32, 256, 2_048, 16_384)

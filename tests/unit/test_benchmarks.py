@@ -11,19 +11,19 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from benchmarks import bars, budgets, compare, floor, gpu, passthrough, picture, scaling
+from benchmarks import bars, budgets, compare, floor, gpu, passthrough, picture, process, scaling, tables
 from tests.support import models
 
 MEASURE = """
 import json, sys
-from benchmarks import compare
-measured = compare.run([sys.executable, "-c", sys.argv[1]])
+from benchmarks import process
+measured = process.run([sys.executable, "-c", sys.argv[1]])
 print(json.dumps([measured.seconds, measured.peak_rss]))
 """
 
 
 def measure(program: str) -> tuple[float, int]:
-    """Seconds and peak RSS of a Python program, measured from a process of its own, as small as compare.py is."""
+    """Seconds and peak RSS of a Python program, measured from a process of its own, as small as process.py is."""
     command = [sys.executable, "-c", MEASURE, program]
     found = subprocess.run(command, cwd=compare.HERE.parent, capture_output=True, text=True, check=True)
     seconds, peak_rss = json.loads(found.stdout)
@@ -47,16 +47,16 @@ def test_seconds_are_those_of_the_whole_process(monkeypatch: pytest.MonkeyPatch,
         readings.append((witness.exists(), list(synced)))
         return 10.0 * len(readings)
 
-    monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=clock))
-    monkeypatch.setattr(compare, "sync", synced.append)
-    measured = compare.run([sys.executable, "-S", "-c", f"open({str(witness)!r}, 'w')"], durable=tmp_path)
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(process, "sync", synced.append)
+    measured = process.run([sys.executable, "-S", "-c", f"open({str(witness)!r}, 'w')"], durable=tmp_path)
     assert readings == [(False, []), (True, [tmp_path])]
     assert measured.seconds == 10
 
 
 def test_a_failed_process_shows_its_log() -> None:
-    with pytest.raises(compare.ProcessError, match=r"ended with 3:\n.*so it was"):
-        compare.run([sys.executable, "-c", "import sys; print('so it was'); sys.exit(3)"])
+    with pytest.raises(process.ProcessError, match=r"ended with 3:\n.*so it was"):
+        process.run([sys.executable, "-c", "import sys; print('so it was'); sys.exit(3)"])
 
 
 def test_the_floor_writes_as_many_bytes_as_it_is_told(tmp_path: Path) -> None:
@@ -86,13 +86,13 @@ def test_the_table_has_medians_and_their_ratio(tmp_path: Path) -> None:
     ]
     flags = {"mergekit_flags": "", "mergeloom_flags": "--max-ram 1GiB"}
     results = {"title": "T", "versions": {"mergekit": "0.1.5"}, **flags, "runs": runs}
-    text = compare.table(results | {"machine": compare.machine()})
+    text = tables.table(results | {"machine": process.machine()})
     row = "| `ties` | 2.00 (1.00 to 3.00) | 10.00 (9.00 to 30.00) | 1.00 (1.00 to 1.00) | 5.0 | 2.00 | 1.00 | 1.00 |"
     assert row in text
     assert "mergeloom ran with `--max-ram 1GiB`, mergekit with its default flags. In 9 of 9 runs" in text
     document = tmp_path / "docs/benchmarks.md"
     for content in ("old", text):
-        compare.put_between_markers(document, "here", content)
+        tables.put_between_markers(document, "here", content)
     assert document.read_text().count("<!-- here -->") == 1
     assert "old" not in document.read_text()
     assert text in document.read_text()
@@ -145,7 +145,7 @@ def test_budgets_of_small_models(tmp_path: Path) -> None:
     assert budgets.broken(rows) == []
     assert not (tmp_path / "out").exists()
     assert rows[0]["foretold"]["bytes_read"] > 100_000
-    text = budgets.text({"machine": compare.machine(), "rows": rows})
+    text = budgets.text({"machine": process.machine(), "rows": rows})
     assert "| `ties` | 512MiB |" in text
     assert "None is above what was foretold" in text
 
@@ -181,7 +181,7 @@ def test_a_point_of_each_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         rows.append(scaling.measure(point, 1, 0, 0, tmp_path / "out"))
         assert rows[-1]["seconds"][0] > 0
     assert not (tmp_path / "out").exists()
-    text = scaling.text({"machine": compare.machine(), "rows": rows})
+    text = scaling.text({"machine": process.machine(), "rows": rows})
     assert "| 100 | `linear of two models` | " in text
     assert "medians of 1 (smallest to largest)" in text
     assert [bar.what for bar in bars.of_scaling({"rows": rows})] == ["`mergeloom --help`"]
@@ -233,7 +233,7 @@ def test_merges_for_the_gpu_table(tmp_path: Path) -> None:
     assert row["bytes_read"] > 100_000
     assert (row["max_vram"], row["peak_vram"]) == (0, 0)
     on_gpu = row | {"options": "--max-vram 2GiB", "max_vram": 2**31, "peak_vram": 2**30, "seconds": 2.0}
-    results = {"rows": [row, on_gpu], "machine": compare.machine(), "gpu": "G", "size": "8B", "copy_rate": 5e10}
+    results = {"rows": [row, on_gpu], "machine": process.machine(), "gpu": "G", "size": "8B", "copy_rate": 5e10}
     text = gpu.text(results | {"mergekit": {"slerp": 50.0}})
     assert "No budget was exceeded" in text
     assert "| mergekit `--cuda` | 50.0 | | | | 25.0 times our time |" in text

@@ -58,7 +58,7 @@ class FineTune:
 
 @cache
 def _pool() -> Values:
-    return np.random.default_rng(20240229).standardnormal(POOL + CHUNK, dtype=np.float32)
+    return np.random.default_rng(20240229).standard_normal(POOL + CHUNK, dtype=np.float32)
 
 
 def normal(key: str, start: int, count: int) -> Values:
