@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -158,7 +159,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
         real = Workspace(torch.empty(space.peak, dtype=torch.uint8), torch.float32)
         with _one_thread(), allocations() as found:
             value = work(real)
-        most = max(most, found.peak)
+        most = max(most, found.peak if found.complete else found.peak + space.peak)
         return value
 
     with _one_thread():
@@ -228,16 +229,16 @@ class Allocations:
 
     Args:
         peak: the largest number of bytes that were allocated at once.
+        complete: whether torch's allocations are counted, too.
     """
 
     peak: int = 0
+    complete: bool = True
 
 
 @contextmanager
 def allocations() -> Iterator[Allocations]:
     """Count what this thread allocates in torch's CPU allocator, and the process in numpy and Python."""
-    import torch
-
     found = Allocations()
     collects, tracing = gc.isenabled(), tracemalloc.is_tracing()
     gc.disable()
@@ -245,25 +246,36 @@ def allocations() -> Iterator[Allocations]:
         tracemalloc.start()
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
-    experimental = torch._C._profiler._ExperimentalConfig()
-    state = torch.autograd.ProfilerState.CPU  # type: ignore[attr-defined]
-    configuration = torch.autograd.ProfilerConfig(  # type: ignore[attr-defined]
-        state, False, True, False, False, False, experimental
-    )
-    torch._C._autograd._enable_profiler_legacy(configuration)
+    stop = _record_allocations()
     try:
         yield found
     finally:
-        threads = torch._C._autograd._disable_profiler_legacy()
+        changes = stop() if stop is not None else []
         python = tracemalloc.get_traced_memory()[1] - before
         if not tracing:
             tracemalloc.stop()
         if collects:
             gc.enable()
-        held = peak = 0
-        for events in threads:
-            for event in events:
-                if str(event.kind()) == "memory_alloc":
-                    held += event.cpu_memory_usage()
-                    peak = max(peak, held)
-        found.peak = peak + max(0, python)
+        found.complete = stop is not None
+        found.peak = max(0, python) + max(itertools.accumulate(changes), default=0)
+
+
+def _record_allocations() -> Callable[[], list[int]] | None:
+    """Record this thread's allocations in torch, until the returned function is called: it returns the bytes of each,
+    below 0 where they were freed. None where this torch cannot, or a program that uses mergeloom profiles already."""
+    import torch
+
+    autograd: Any = torch.autograd
+    calls: Any = torch._C._autograd
+    try:
+        experimental = torch._C._profiler._ExperimentalConfig()
+        state = autograd.ProfilerState.CPU
+        calls._enable_profiler_legacy(autograd.ProfilerConfig(state, False, True, False, False, False, experimental))
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+
+    def stop() -> list[int]:
+        events = itertools.chain.from_iterable(calls._disable_profiler_legacy())
+        return [event.cpu_memory_usage() for event in events if event.kind() == "memory_alloc"]
+
+    return stop

@@ -378,6 +378,7 @@ def test_torch_is_imported_only_to_compute(llamas: dict[str, Path], tmp_path: Pa
     merging = "from mergeloom.engine.run.merge import merge\nprint(merge({!r}, {!r}).measured)"
     assert "torch" in imported_after(planning.format(averaged))  # the plan measures the process as the merge will be
     assert imported_after(planning.format(stacked)) == []
+    assert "torch" in imported_after(planning.format(averaged))  # whose memory is in the plan
     assert imported_after(merging.format(stacked, str(tmp_path / "stacked"))) == []
     assert "torch" in imported_after(merging.format(averaged, str(tmp_path / "averaged")))
 

@@ -28,7 +28,7 @@ from tests.support.models.published import SHAPES
 from tests.support.models.zoo import write_zoo
 from tests.support.paths import ROOT
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 RECIPES = ROOT / "recipes"
 
 KEY = 0x1234_5678_9ABC_DEF1

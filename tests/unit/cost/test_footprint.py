@@ -107,6 +107,23 @@ def test_allocations_of_torch_and_numpy_are_counted() -> None:
     assert 4 * MIB <= sorting.peak < 5 * MIB
 
 
+def test_without_torchs_counts_as_much_as_the_workspace_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = WeightedSum(Inputs(2, None, (64, 1024)), [0.5, 0.5])
+    operation = Operation(Kind.MERGE, "sum", kernel=kernel)
+    monkeypatch.setattr(torch.autograd, "ProfilerConfig", None)
+    found = footprint(operation, (BF16, BF16), BF16)
+    assert found.allocated.at(1 << 16) >= found.workspace.at(1 << 16) == 2 * 4 * 64 * 1024
+
+
+def test_a_program_that_profiles_itself_goes_on_doing_so() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with allocations() as found:
+            torch.rand(MIB).add_(1)
+        torch.rand(7).mul_(2)
+    assert not found.complete
+    assert any(event.key == "aten::mul_" for event in profile.key_averages())
+
+
 def test_a_line_through_two_points() -> None:
     assert Line.through((10, 120), (20, 220)).at(100) == 1020
     assert Line.through((10, 120), (20, 120)).at(100) == 120
