@@ -1,5 +1,7 @@
 # make demo    merge a real sentence encoder, and see what it makes of a few sentences before and after
 # make test    the tests
+# make test-all  the long tests, too
+# make golden  pin the output bytes of all golden merges again
 # make check   lint, format, packaging and types
 # make compat  the same configurations with mergekit 0.1.5 and with mergeloom: do they make the same models?
 # make soak    merges killed, starved and lied to, each gone on with until it is whole: up to an hour
@@ -15,7 +17,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compat soak bench packages coverage mutants clean
+.PHONY: help demo test test-all golden check compat soak bench packages coverage mutants clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -43,7 +45,14 @@ demo: $(READY)
 	$(BIN)/python recipes/demo_encoder.py build/demo
 
 test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+# Only for a change that is meant to alter output bytes: see tests/support/golden.py.
+golden: $(READY)
+	$(BIN)/python -m tests.support.golden
 
 # The wheel is built and its command is run from another environment, which borrows the libraries of the first: so the
 # packaging is checked too.

@@ -18,15 +18,31 @@ from tests.support.disks import file_system
 
 MakeModel = Callable[..., Path]
 
+LONG = (
+    "tests/scale/",
+    "tests/integration/test_mergekit.py",
+    "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[configuration",
+    "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[published",
+    "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",
+    "tests/faults/test_faults.py::test_killed",
+    "tests/faults/test_faults.py::test_power",
+    "tests/faults/test_tampering.py::test_killed_at_random_and_tampered_with",
+    "tests/unit/cost/test_footprint.py",
+    "tests/unit/test_benchmarks.py",
+)
+"""The tests that only `make test-all` and CI run: long ones at true shapes, and sweeps over many merges."""
+
 # Hypothesis measures seconds, too: how long an example takes, and how long it takes to draw one.
 settings.register_profile("no clocks", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clocks")
 
 
-def pytest_collection_modifyitems(items: list[pytest.ChunkTask]) -> None:
-    """Skip what needs a CUDA device or root where there is none."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the long tests, and skip what needs a CUDA device or root where there is none."""
     no_gpu = _why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
+        if item.nodeid.startswith(LONG):
+            item.add_marker(pytest.mark.slow)
         if no_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=no_gpu))
         if os.geteuid() != 0 and item.get_closest_marker("root"):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+from tests.support.paths import ROOT
+
+TESTS = ROOT / "tests"
 CLOCKS = {
     *("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"),
     *("process_time", "process_time_ns", "thread_time", "thread_time_ns"),
