@@ -27,8 +27,6 @@ LONG = (
     "tests/faults/test_faults.py::test_killed",
     "tests/faults/test_faults.py::test_power",
     "tests/faults/test_tampering.py::test_killed_at_random_and_tampered_with",
-    "tests/unit/cost/test_footprint.py",
-    "tests/unit/test_benchmarks.py",
 )
 """The tests that only `make test-all` and CI run: long ones at true shapes, and sweeps over many merges."""
 
