@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from mergeloom.engine.execute.devices.base import Device
 from mergeloom.engine.execute.executor import Executor
+from mergeloom.engine.execute.ledger import RAM
 from mergeloom.engine.execute.tasks import Measured
+from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
 from mergeloom.errors import BudgetError
 from tests.support.graphs import KERNELS, World
@@ -75,7 +77,24 @@ def execute(world: World, schedule: Schedule, devices: list[Device], *, serial: 
     assert measured.bytes_read == schedule.bytes_read == sum(nbytes for _, _, nbytes in world.reads)
     assert measured.bytes_written == schedule.bytes_written
     assert measured.ram_peak <= schedule.ram_slots * schedule.slot_bytes
-    assert executor.ledger.held("ram") == 0
+    assert executor.slots.all_free
+    check_ledger(executor, schedule, devices)
     if serial:
         assert measured.ram_peak == schedule.serial_ram
     return measured
+
+
+def check_ledger(executor: Executor, schedule: Schedule, devices: list[Device]) -> None:
+    """Check that a run reserved what the schedule counts for its buffers, and released all."""
+    ledger = executor.ledger
+    merges = any(operation.kind is Kind.MERGE for operation in executor.graph.operations)
+    host_budget = schedule.peak_ram - schedule.budget.baseline
+    assert ledger.held(RAM) == ledger.limit(RAM) == 0
+    assert ledger.peak(RAM) <= schedule.buffer_ram <= host_budget
+    if merges:
+        assert ledger.peak(RAM) == schedule.buffer_ram
+    for number, device in enumerate(devices):
+        if device.separate:
+            assert ledger.held(device.name) == ledger.limit(device.name) == 0
+            assert ledger.peak(device.name) == (schedule.buffer_vram(number) if merges else 0)
+            assert schedule.buffer_vram(number) <= schedule.peak_vram

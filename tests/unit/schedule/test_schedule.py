@@ -189,7 +189,7 @@ def test_too_small_a_budget_names_the_smallest_and_the_tensor() -> None:
     world.node("sum", [world.source(ELEMENTS), world.source(ELEMENTS)])
     least = minimum(world)
     make_schedule(world.graph, Budget(least, 0, CPU))
-    with pytest.raises(BudgetError, match=r"smallest budget that works is .* which out0 needs"):
+    with pytest.raises(BudgetError, match=r"smallest budget that works is .* required by out0"):
         make_schedule(world.graph, Budget(least - 1, 0, CPU))
 
 
