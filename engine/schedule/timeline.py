@@ -1,4 +1,4 @@
-"""The memory that a schedule holds over time, as a bounded number of moments, and a sparkline of it."""
+"""The memory that a schedule holds over time, as a bounded number of moments and as a sparkline."""
 
 from __future__ import annotations
 

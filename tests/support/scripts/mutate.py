@@ -30,9 +30,9 @@ from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[impo
 from tests.support.paths import ROOT
 
 _SCHEDULE = tuple(f"tests/unit/schedule/test_{name}.py" for name in ("eviction", "schedule", "steps", "traffic"))
-_EXECUTE = tuple(f"tests/unit/execute/test_{name}.py" for name in ("cache", "ledger", "executor"))
+_EXECUTE = tuple(f"tests/unit/execute/test_{name}.py" for name in ("ledger", "cache", "executor"))
 TESTS = {
-    "engine/schedule/schedule.py": (*_SCHEDULE, *_EXECUTE, "tests/unit/run/test_alternatives.py"),
+    "engine/schedule/schedule.py": (*_EXECUTE, *_SCHEDULE, "tests/unit/run/test_alternatives.py"),
     "engine/schedule/requirements.py": (*_SCHEDULE, *_EXECUTE),
     "engine/schedule/simulate.py": (*_SCHEDULE, *_EXECUTE),
     "engine/execute/cache.py": _EXECUTE,
@@ -41,8 +41,8 @@ TESTS = {
     "methods/kernel/selection.py": ("tests/unit/methods/test_selection.py",),
 }
 """The test files that run against each module's mutants, the quickest first."""
-SECONDS = 120
-"""Time limit of a mutant's tests; a mutant that takes longer is stuck, and counts as noticed."""
+SECONDS = 240
+"""Time limit of a mutant's tests; a mutant that exceeds it is counted as ``timeout``, and as noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def mutants(module: str) -> list[Mutant]:
 
 
 def run(mutant: Mutant | ByHand, copy: Path) -> tuple[str, str]:
-    """Return ``killed``, ``survived`` or ``same`` (nothing changed), and the diff."""
+    """Return ``killed``, ``timeout``, ``survived`` or ``same`` (nothing changed), and the diff."""
     file = copy / mutant.module
     before = file.read_text()
     after = mutant.change(before)
@@ -163,7 +163,7 @@ def run(mutant: Mutant | ByHand, copy: Path) -> tuple[str, str]:
     try:
         ended = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return "killed", diff
+        return "timeout", diff
     finally:
         file.write_text(before)
     return "survived" if ended.returncode == 0 else "killed", diff
