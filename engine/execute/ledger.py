@@ -116,9 +116,9 @@ class Ledger:
         """Return the bytes of a reservation; called by `Reservation.release`."""
         with self._lock:
             held = self._accounts[reservation.memory].held
-            held[reservation.name] -= reservation.nbytes
-            if not held[reservation.name]:
-                del held[reservation.name]
+            left = held.pop(reservation.name, 0) - reservation.nbytes
+            if left:
+                held[reservation.name] = left
 
     def limit(self, memory: str = RAM) -> int:
         """Return the bytes of a memory that may be reserved."""

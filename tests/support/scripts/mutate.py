@@ -110,7 +110,7 @@ BY_HAND = (
     ByHand(
         "engine/execute/ledger.py",
         "released bytes stay reserved",
-        (("held[reservation.name] -= reservation.nbytes", "held[reservation.name] -= 0"),),
+        (("held.pop(reservation.name, 0) - reservation.nbytes", "held.pop(reservation.name, 0)"),),
     ),
     ByHand(
         "engine/schedule/schedule.py",

@@ -31,8 +31,15 @@ def test_the_limit_is_exact_and_the_refusal_says_what_is_held() -> None:
 
 
 def test_nothing_is_reserved_without_a_figure_of_the_plan() -> None:
-    with pytest.raises(BudgetError, match="0 of 0 bytes are reserved \\(nothing\\)"):
+    with pytest.raises(BudgetError, match=r"0 of 0 bytes are reserved \(nothing\)"):
         Ledger().reserve("arena", 1)
+
+
+def test_empty_reservations_of_one_name_are_released_one_by_one() -> None:
+    ledger = Ledger()
+    with ledger.reserve("workspaces", 0), ledger.reserve("workspaces", 0):
+        assert ledger.held() == 0
+    assert ledger.held() == 0
 
 
 def test_each_memory_has_its_own_limit() -> None:
