@@ -1,7 +1,7 @@
-"""How long a merge will take: the bytes of each lane at the rates of a machine, with a range and the bottleneck.
+"""Estimates the time of a merge from the bytes of each lane and the rates of a machine, with a range.
 
-The lanes work side by side, so that the slowest one decides, and the others show only where they can't hide behind it.
-On the CPU all of them share the cores: what all threads do together, divided by the cores, is a lane of its own.
+The lanes run concurrently: the slowest one is the bottleneck, and the others add only what does not overlap with it.
+All lanes share the CPU's cores, so the work of all threads divided by the cores counts as one more lane.
 """
 
 from __future__ import annotations
@@ -20,44 +20,49 @@ from .workload import Workload
 
 GIVEN, MEASURED, ASSUMED = "given", "measured", "assumed"
 _SPREAD = {GIVEN: (0.9, 1.25), MEASURED: (0.75, 1.6), ASSUMED: (0.4, 2.5)}
-"""By how much the time of a lane may be off, by how its rate is known."""
+"""Lowest and highest factor of a lane's time, by the origin of its rate."""
 _UNHIDDEN = 0.35
-"""The share of the second slowest lane's time that may not hide behind the slowest."""
+"""Share of the second slowest lane's time that may not overlap with the slowest lane."""
 _READERS = 2
 
-WHAT = {
+RATES = {
     "disk_read": "reading from the disk of the inputs",
     "disk_write": "writing to the disk of OUT",
     "memory": "copying to and from the page cache, by one core",
     "h2d": "copying to each GPU",
     "d2h": "copying back from each GPU",
-    "compute": "inputs gone through in one pass of the arithmetic, by all threads or GPUs together",
+    "compute": "computing: input bytes of one pass, by all threads or GPUs together",
 }
-"""The rates by name, with what is counted: bytes a second."""
+"""Descriptions of the rates, by name. All are in bytes per second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Bytes a second, and how that is known: given, measured, or assumed."""
+    """A throughput.
+
+    Args:
+        per_second: bytes per second.
+        origin: `GIVEN` by the user, `MEASURED`, or `ASSUMED`.
+    """
 
     per_second: float
     origin: str = ASSUMED
 
     @property
     def text(self) -> str:
-        """``1.8GB/s``."""
+        """The rate with its unit, such as ``1.8GB/s``."""
         return f"{data_size(self.per_second)}/s"
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a machine does in a second; see `WHAT`.
+    """The rates of a machine.
 
     Args:
-        disk_read, disk_write, memory, h2d, d2h, compute: bytes a second.
-        cached: the share of the inputs that lies in the page cache already.
-        start: seconds until the libraries are loaded that compute.
-        notes: what people should know of them.
+        disk_read, disk_write, memory, h2d, d2h, compute: throughput of each kind of work; see `RATES`.
+        cached: share of the inputs that is in the page cache already.
+        start: seconds to load the libraries that compute.
+        notes: remarks for the user.
     """
 
     disk_read: Rate = Rate(2e9)
@@ -72,43 +77,47 @@ class Rates:
 
     @property
     def option(self) -> str:
-        """What gives these rates again, but for those that are only assumed; "" where all are."""
-        known = {name: getattr(self, name) for name in WHAT}
-        said = ",".join(f"{name}={rate.text}" for name, rate in known.items() if rate.origin != ASSUMED)
-        return f"--rates {said}" if said else ""
+        """The ``--rates`` option that repeats the rates that are not assumed; empty if all are."""
+        known = {name: getattr(self, name) for name in RATES}
+        pairs = ",".join(f"{name}={rate.text}" for name, rate in known.items() if rate.origin != ASSUMED)
+        return f"--rates {pairs}" if pairs else ""
 
 
 _CORE, _GPU = 2e9, 150e9
-"""Assumed bytes of inputs that a core, or a GPU, goes through in a second."""
+"""Assumed input bytes per second of a core and of a GPU."""
 _START = 1.0
-"""Assumed seconds to load torch."""
+"""Seconds to load torch, if they are not measured."""
 
 
 def assumed_rates(work: Workload) -> Rates:
-    """Rates for a machine of which nothing is known, but with the plan's devices."""
+    """Return the assumed rates of a machine with the plan's devices."""
     devices = work.schedule.budget.devices
     compute = sum(_CORE * device.threads if device.vram is None else _GPU for device in devices)
     return Rates(compute=Rate(compute), start=_START if work.computes else 0.0)
 
 
 def parse_rates(text: str) -> dict[str, float]:
-    """Bytes a second by name, from ``disk_read=6GB/s,h2d=25GB/s``. Raises UsageError."""
-    found: dict[str, float] = {}
+    """Parse the value of ``--rates``, such as ``disk_read=6GB/s,h2d=25GB/s``, into bytes per second by name.
+
+    Raises:
+        UsageError: if it is invalid.
+    """
+    rates: dict[str, float] = {}
     for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in WHAT:
-            raise UsageError(f"--rates {text}: {part.strip()!r} is no rate: give some of {', '.join(WHAT)}")
-        if name in found:
-            raise UsageError(f"--rates {text}: {name} is there twice")
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in RATES:
+            raise UsageError(f"--rates {text}: unknown rate {name!r}; use {', '.join(RATES)}, such as disk_read=6GB/s")
+        if name in rates:
+            raise UsageError(f"--rates {text}: {name} is given more than once")
         try:
-            found[name] = parse_size(value.removesuffix("/s"))
+            rates[name] = parse_size(value.removesuffix("/s"))
         except UsageError as error:
             raise UsageError(f"--rates {text}: {name}: {error}") from None
-    return found
+    return rates
 
 
 def with_given(rates: Rates, given: Mapping[str, float]) -> Rates:
-    """The rates, with those that the user gave in their place; a given disk is read, not the page cache."""
+    """Return the rates with the given ones replaced. With a given `disk_read`, no input counts as cached."""
     changed: dict[str, Any] = {name: Rate(value, GIVEN) for name, value in given.items()}
     if "disk_read" in given:
         changed["cached"] = 0.0
@@ -117,13 +126,13 @@ def with_given(rates: Rates, given: Mapping[str, float]) -> Rates:
 
 @dataclass(frozen=True, slots=True)
 class LaneEstimate:
-    """What one lane has to do.
+    """The estimate of one lane.
 
     Args:
-        name: as the merge's summary has it; ``cores`` is what all threads do on the CPU.
-        nbytes: that it moves, or goes through.
-        rate: at which.
-        seconds: that it would take alone.
+        name: name of the lane, as in the merge's summary; ``cores`` is the work of all threads on the CPU.
+        nbytes: bytes that the lane processes.
+        rate: throughput of the lane.
+        seconds: time that the lane would take alone.
     """
 
     name: str
@@ -134,14 +143,14 @@ class LaneEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """How long a merge will take.
+    """The estimated time of a merge.
 
     Args:
-        seconds: the likely time.
-        low: it won't be faster than that.
-        high: nor should it be slower than that.
-        lanes: what each lane has to do.
-        rates: on which it is based.
+        seconds: likely time in seconds.
+        low: lower bound in seconds.
+        high: upper bound in seconds.
+        lanes: estimate of each lane.
+        rates: rates that the estimate uses.
     """
 
     seconds: float
@@ -152,11 +161,11 @@ class Estimate:
 
     @property
     def bottleneck(self) -> LaneEstimate:
-        """The lane that takes longest."""
+        """The slowest lane."""
         return max(self.lanes, key=lambda lane: lane.seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``plan --json`` prints it: bytes and seconds."""
+        """Return the estimate in the form that ``plan --json`` prints."""
         return {
             "seconds": self.seconds,
             "low": self.low,
@@ -165,7 +174,7 @@ class Estimate:
             "lanes": {lane.name: {"bytes": lane.nbytes, "seconds": lane.seconds} for lane in self.lanes},
             "rates": {
                 name: {"bytes_per_second": rate.per_second, "known": rate.origin}
-                for name in WHAT
+                for name in RATES
                 if (rate := getattr(self.rates, name))
             },
             "cached": self.rates.cached,
@@ -174,7 +183,7 @@ class Estimate:
 
 
 def estimate(work: Workload, rates: Rates) -> Estimate:
-    """The time of a plan at these rates, planning itself left out."""
+    """Estimate the time of a merge, without the planning."""
     schedule = work.schedule
     devices = schedule.budget.devices
     gpus = sum(device.vram is not None for device in devices)
@@ -200,7 +209,7 @@ def estimate(work: Workload, rates: Rates) -> Estimate:
 
 
 def computed_bytes(work: Workload) -> int:
-    """Bytes of inputs that the arithmetic goes through, each pass counted."""
+    """Return the input bytes that are computed on, each pass counted."""
     graph = work.graph
     total = 0
     for node in graph:
@@ -215,7 +224,7 @@ def _lane(name: str, nbytes: int, rate: Rate, count: int = 1) -> LaneEstimate:
 
 
 def _read(work: Workload, rates: Rates) -> LaneEstimate:
-    """The read lane: what lies in the page cache, now or after an earlier pass, comes from there."""
+    """Estimate the read lane: bytes in the page cache, now or after an earlier pass, are read from there."""
     nbytes = work.bytes_read
     cached = cached_again(work) + rates.cached * (nbytes - work.schedule.bytes_reread)
     disk = nbytes - cached
@@ -227,7 +236,7 @@ def _read(work: Workload, rates: Rates) -> LaneEstimate:
 
 
 def cached_again(work: Workload) -> int:
-    """Bytes that are read again from the page cache: all or none, as the merge keeps its inputs there or not."""
+    """Return the re-read bytes that come from the page cache: all if the merge keeps its inputs there, else none."""
     graph, machine = work.graph, work.machine
     free = machine.ram if machine is not None and machine.ram is not None else available_ram()
     kept = sum(ref.nbytes for ref in graph.reads) < CACHED_SHARE * free
@@ -235,12 +244,12 @@ def cached_again(work: Workload) -> int:
 
 
 def _cores(work: Workload, rates: Rates, lanes: list[LaneEstimate], threads: int) -> LaneEstimate:
-    """What all threads do together on the machine's cores: arithmetic where the CPU does it, and copying."""
+    """Estimate the work of all threads on the machine's cores: copying, and the arithmetic of the CPU."""
     machine = work.machine
     cores = (machine and machine.cores) or usable_cores()
     computing = next((lane for lane in lanes if lane.name == "compute"), None)
     moved = work.bytes_read + work.bytes_written
-    zeroed = min(moved, work.schedule.ram_slots * work.schedule.slot_bytes)  # by the kernel, at the first use
+    zeroed = min(moved, work.schedule.ram_slots * work.schedule.slot_bytes)  # by the kernel, at the first access
     seconds = (moved + zeroed) / rates.memory.per_second
     origin = rates.memory.origin
     if computing is not None and threads:
@@ -252,7 +261,7 @@ def _cores(work: Workload, rates: Rates, lanes: list[LaneEstimate], threads: int
 
 
 def _fill(work: Workload, rates: Rates) -> float:
-    """Until the last lane has something to do: one chunk of every source comes through all lanes."""
+    """Return the seconds until the last lane starts: one chunk of every source passes through all lanes."""
     schedule, reads = work.schedule, work.graph.reads
     first = schedule.steps[0].sources if schedule.steps else ()
     nbytes = sum(min(schedule.slot_bytes, reads[read].nbytes) for read in first)

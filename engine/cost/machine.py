@@ -1,4 +1,4 @@
-"""What the machine has: memory, cores and GPUs that this process may use, and what the process itself takes."""
+"""The machine's resources that this process may use, the memory of the process, and the budget of a merge."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ CACHED_SHARE = 0.5
 VRAM_SHARE = 0.85
 """The default --max-vram, as a share of the GPU's memory."""
 CUDA_BYTES = 1200 << 20
-"""What a CUDA context adds to the process in host memory, in bytes."""
+"""RAM that a CUDA context takes in the process, in bytes."""
 SLACK_BYTES = 10 << 20
-"""For thread stacks, file buffers and the display, in bytes."""
+"""RAM for thread stacks, file buffers and the display, in bytes."""
 COPYING_SLACK_BYTES = 5 << 20
-"""The same where nothing is computed."""
-JUDGE_BYTES = 12 << 20
-"""What the safetensors library, and numpy with it, take to look at what was written; where torch is imported, it has
-imported both."""
+"""`SLACK_BYTES` of a merge that computes nothing."""
+VALIDATION_BYTES = 12 << 20
+"""RAM of the safetensors library and numpy, which validate the shards, in bytes. A merge that computes counts them in
+its measured memory."""
 STEP_BYTES = 900
-"""What the schedule takes for each step, in bytes: two schedules exist at the same time while OUT is looked at."""
+"""RAM of each step of the schedule, in bytes; two schedules exist at one time while OUT is examined."""
 OUTPUT_BYTES = 1024
-"""What digests, journal and manifest take for each output tensor, in bytes."""
+"""RAM of digests, journal and manifest for each output tensor, in bytes."""
 MEMORY_STEP = 16 << 20
-"""The measured memory of the process is rounded up to this, in bytes: it varies a little from run to run, and `plan`
-and `merge` should agree."""
+"""The measured memory of the process is rounded up to a multiple of this, in bytes: it varies from run to run, and
+`plan` and `merge` should agree."""
 COPYING_MEMORY_STEP = 4 << 20
-"""The same where nothing is computed, and the process is small."""
+"""`MEMORY_STEP` of a merge that computes nothing; its process is small."""
 HEAPS = 2
-"""Heaps that threads share where address space is limited."""
+"""Number of malloc heaps that threads share if address space is limited."""
 THREAD_ADDRESSES = 8 << 20
-"""Address space of a thread's stack, in bytes, where the system does not say."""
+"""Address space of a thread's stack in bytes if the system sets no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class ProcessMemory:
     """The resident memory of this process, in bytes.
 
     Args:
-        now: at this moment.
-        peak: the most so far (VmHWM).
+        now: current size (VmRSS).
+        peak: peak size so far (VmHWM).
     """
 
     now: int
@@ -62,13 +62,13 @@ class ProcessMemory:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A machine that a merge is planned for without being there. What isn't said is as it is here.
+    """Another machine that a merge is planned for (``--for``).
 
     Args:
-        ram: bytes of its memory, or None.
-        vram: bytes of the memory of each of its GPUs, or None where it has none.
-        gpus: how many GPUs it has.
-        cores: how many cores the process may use, or None.
+        ram: size of its RAM in bytes; that of this machine if None.
+        vram: memory of each of its GPUs in bytes; None if it has no GPU.
+        gpus: number of its GPUs.
+        cores: number of cores that the process may use; that of this machine if None.
     """
 
     ram: int | None = None
@@ -78,32 +78,36 @@ class Machine:
 
     @property
     def memory_of_gpus(self) -> dict[int, int]:
-        """The memory of each of its GPUs, in bytes."""
+        """Memory of each of its GPUs in bytes, by number."""
         return {} if self.vram is None else dict.fromkeys(range(self.gpus), self.vram)
 
 
 def parse_machine(text: str) -> Machine:
-    """A machine from ``vram=24GiB,ram=64GiB,cores=16,gpus=2``. Raises UsageError."""
-    found: dict[str, int] = {}
+    """Parse the value of ``--for``, such as ``vram=24GiB,ram=64GiB,cores=16,gpus=2``.
+
+    Raises:
+        UsageError: if it is invalid.
+    """
+    values: dict[str, int] = {}
     for part in text.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in ("ram", "vram", "gpus", "cores"):
-            raise UsageError(f"--for {text}: {part.strip()!r} is nothing of a machine: give ram, vram, gpus or cores")
-        if key in found:
-            raise UsageError(f"--for {text}: {key} is there twice")
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in ("ram", "vram", "gpus", "cores"):
+            raise UsageError(f"--for {text}: unknown key {key!r}; use ram, vram, gpus or cores, such as ram=64GiB")
+        if key in values:
+            raise UsageError(f"--for {text}: {key} is given more than once")
         if key in ("ram", "vram"):
-            found[key] = parse_size(value)
+            values[key] = parse_size(value)
         elif value.isdecimal() and int(value) > 0:
-            found[key] = int(value)
+            values[key] = int(value)
         else:
-            raise UsageError(f"--for {text}: {key} is {value!r}, and must be a whole number above 0")
-    if "gpus" in found and "vram" not in found:
-        raise UsageError(f"--for {text}: say how much memory each GPU has, such as vram=24GiB")
-    return Machine(**found)
+            raise UsageError(f"--for {text}: invalid value {value!r} for {key}: use a whole number above 0")
+    if "gpus" in values and "vram" not in values:
+        raise UsageError(f"--for {text}: gpus needs vram, the memory of each GPU: add it, such as vram=24GiB")
+    return Machine(**values)
 
 
 def process_memory() -> ProcessMemory:
-    """What this process takes now and took at the most."""
+    """Return the current and the peak memory of this process."""
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
@@ -115,7 +119,7 @@ def process_memory() -> ProcessMemory:
 
 
 def total_ram() -> int:
-    """Bytes of memory that this process may use: the machine's, or the cgroup's limit where it is lower."""
+    """Return the RAM that this process may use in bytes: the machine's, or the cgroup's limit if that is lower."""
     import psutil
 
     total = int(psutil.virtual_memory().total)
@@ -124,7 +128,7 @@ def total_ram() -> int:
 
 
 def available_ram() -> int:
-    """Bytes of memory that are free for this process now, page cache included."""
+    """Return the RAM that is free for this process now in bytes, page cache included."""
     import psutil
 
     available = int(psutil.virtual_memory().available)
@@ -133,7 +137,7 @@ def available_ram() -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the cgroup's CPU limit."""
+    """Return the number of cores that this process may use, by its affinity and the cgroup's CPU limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = cpu_limit()
     return cores if limit is None else min(cores, limit)
@@ -142,18 +146,18 @@ def usable_cores() -> int:
 def find_devices(
     wanted: str, max_vram: int | None, threads: int, gpus: Mapping[int, int] | None = None
 ) -> tuple[DeviceBudget, ...]:
-    """The devices that compute.
+    """Return the budgets of the devices that compute.
 
     Args:
-        wanted: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1``, or several of these with commas.
-        max_vram: bytes that may be held on each GPU; a share of its memory where None.
-        threads: compute threads of the CPU.
-        gpus: the memory of each GPU in bytes; those of this machine where None.
+        wanted: value of ``--device``: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1``, or several with commas.
+        max_vram: limit for each GPU in bytes; `VRAM_SHARE` of its memory if None.
+        threads: number of compute threads of the CPU.
+        gpus: memory of each GPU in bytes, by number; the GPUs of this machine if None.
 
     Raises:
-        UsageError: for a device that isn't there.
+        UsageError: if a device is unknown or does not exist.
     """
-    there = "this machine" if gpus is None else "the machine of --for"
+    owner = "this machine" if gpus is None else "the machine of --for"
     if wanted == "auto":
         wanted = "cuda" if gpus or (gpus is None and _has_gpu_driver() and _gpus()) else "cpu"
     if wanted == "cpu":
@@ -163,12 +167,12 @@ def find_devices(
     for part in wanted.split(","):
         kind, _, number = part.strip().partition(":")
         if kind != "cuda" or (number and not number.isdecimal()):
-            raise UsageError(f"{wanted!r} is no device: give auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")
+            raise UsageError(f"unknown device {wanted!r} for --device: use auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")
         numbers += [int(number)] if number else list(gpus)
     missing = [number for number in numbers if number not in gpus]
     if missing or not numbers:
-        here = ", ".join(f"cuda:{number}" for number in gpus) or "no CUDA device"
-        raise UsageError(f"--device {wanted}: {there} has {here}; use --device cpu, or one that is there")
+        existing = ", ".join(f"cuda:{number}" for number in gpus) or "no CUDA device"
+        raise UsageError(f"--device {wanted}: {owner} has {existing}; use --device cpu, or a device that exists")
     return tuple(
         DeviceBudget(f"cuda:{number}", max_vram or int(gpus[number] * VRAM_SHARE), 2)
         for number in dict.fromkeys(numbers)
@@ -176,12 +180,12 @@ def find_devices(
 
 
 def _has_gpu_driver() -> bool:
-    """Whether it is worth importing torch to look for a GPU."""
+    """Return whether there may be a GPU, without importing torch."""
     return any(Path(path).exists() for path in ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg"))
 
 
 def _gpus() -> dict[int, int]:
-    """The memory of each CUDA device, in bytes."""
+    """Return the memory of each CUDA device in bytes, by number."""
     import torch
 
     if not torch.cuda.is_available():
@@ -201,19 +205,21 @@ def make_budget(
     steps: int = 0,
     outputs: int = 0,
 ) -> Budget:
-    """The budget of a merge. Measures this process: `prepare_to_compute` comes first where anything is computed.
+    """Return the budget of a merge, with the measured memory of this process as its baseline.
+
+    Call `prepare_to_compute` first if anything is computed.
 
     Args:
-        max_ram: the bound on the process's resident memory in bytes; a share of the machine's where None.
-        devices: those that compute.
+        max_ram: limit of the process's resident memory in bytes; `RAM_SHARE` of the machine's memory if None.
+        devices: budgets of the devices that compute.
         computes: whether anything is computed.
-        total: bytes of the machine's memory, where it isn't this one.
-        steps: of the schedule that is going to be made.
-        outputs: output tensors.
+        total: RAM of the machine in bytes if it is not this one.
+        steps: number of steps of the schedule that will be made.
+        outputs: number of output tensors.
     """
     step = MEMORY_STEP if computes else COPYING_MEMORY_STEP
     baseline = -(-process_memory().now // step) * step + steps * STEP_BYTES + outputs * OUTPUT_BYTES
-    baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + JUDGE_BYTES
+    baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + VALIDATION_BYTES
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES
     held = -(-process_memory().peak // step) * step if platform.OWN_PROCESS and total is None else 0
@@ -221,16 +227,17 @@ def make_budget(
 
 
 def prepare_to_compute(graph: MergeGraph, modules: Sequence[str] = ()) -> None:
-    """Bring the process into the state in which a merge computes: torch and the engine imported, every kind of kernel
-    run once on a small tile, which also measures its memory. `plan` and `merge` both do this.
+    """Load what a merge computes with: import torch and the engine, and run every kernel on small tiles.
+
+    The runs also measure the kernels' memory. Both `plan` and `merge` do this, so they measure the same process.
 
     Args:
-        graph: the graph whose kernels are measured.
-        modules: modules that a merge imports later than a plan.
+        graph: graph whose kernels are measured.
+        modules: further modules that a merge imports.
 
     Raises:
-        BudgetError: where ``ulimit -v`` leaves too little address space for torch, which would end the process.
-        UsageError: where a user's method fails.
+        BudgetError: if ``ulimit -v`` leaves too little address space for torch.
+        UsageError: if a user's method fails.
     """
     check_torch_fits()
     from ..execute.passes import import_torch
@@ -257,9 +264,12 @@ sys.stdout.write(str(size() - before))
 
 
 def check_torch_fits() -> None:
-    """Raises BudgetError where ``ulimit -v`` leaves too little address space to import torch.
+    """Check that ``ulimit -v`` leaves enough address space to import torch.
 
-    torch, or a library of its, would end the process without a message. So another process tries it.
+    Without enough, torch or one of its libraries would end the process without a message. So a child process tries it.
+
+    Raises:
+        BudgetError: if it does not.
     """
     limit = address_space_limit()
     if limit is None or "torch" in sys.modules:
@@ -275,16 +285,19 @@ def check_torch_fits() -> None:
         needed = "" if added is None else f" ({format_size(address_space() + added, up=True)} are needed)"
         raise BudgetError(
             f"ulimit -v allows {format_size(limit)} of address space, which is too little to import torch{needed}: "
-            "raise it, as with `ulimit -v unlimited`; --max-ram limits the memory that is used"
+            "raise it, for example with `ulimit -v unlimited`; --max-ram already limits the memory that is used"
         )
 
 
 def check_address_space(schedule: Schedule, threads: int) -> None:
-    """Raises BudgetError where ``ulimit -v`` leaves too little address space for a schedule.
+    """Check that ``ulimit -v`` leaves enough address space for a schedule.
 
     Args:
-        schedule: what is going to be done.
-        threads: how many threads do it.
+        schedule: schedule to execute.
+        threads: number of threads of the merge.
+
+    Raises:
+        BudgetError: if it does not.
     """
     limit = address_space_limit()
     if limit is None:
@@ -295,16 +308,17 @@ def check_address_space(schedule: Schedule, threads: int) -> None:
     stack = THREAD_ADDRESSES if stack == resource.RLIM_INFINITY else stack
     platform.share_heaps(HEAPS)
     needed = address_space() + schedule.peak_ram - process_memory().now + threads * stack
-    needed += (HEAPS + 1) * platform.ARENA_BYTES  # one more is taken for a moment, to align it
+    needed += (HEAPS + 1) * platform.ARENA_BYTES  # malloc maps one more for a moment, to align a heap
     if needed > limit:
         raise BudgetError(
             f"ulimit -v allows {format_size(limit)} of address space, and the merge needs "
-            f"{format_size(needed, up=True)}: raise it, as with `ulimit -v unlimited`, or give a smaller --max-ram"
+            f"{format_size(needed, up=True)}: raise it, for example with `ulimit -v unlimited`, or use a smaller "
+            "--max-ram"
         )
 
 
 def address_space_limit() -> int | None:
-    """The limit of ``ulimit -v`` in bytes; None without one."""
+    """Return the limit of ``ulimit -v`` in bytes; None if there is no limit."""
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -312,7 +326,7 @@ def address_space_limit() -> int | None:
 
 
 def address_space() -> int:
-    """Bytes of address space that this process takes; 0 where the system does not say."""
+    """Return the address space of this process in bytes; 0 if the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     except OSError:
@@ -320,11 +334,11 @@ def address_space() -> int:
 
 
 def memory_remark(max_ram: int | None, machine: Machine | None) -> str | None:
-    """A warning about a budget beyond the memory of the machine; None where it has as much.
+    """Return a warning if a budget exceeds the memory of the machine, else None.
 
     Args:
-        max_ram: as given by the user.
-        machine: that the merge is planned for; this one where None.
+        max_ram: value of ``--max-ram`` in bytes, or None.
+        machine: machine that the merge is planned for; this one if None.
     """
     if max_ram is None or (machine is not None and machine.ram is None):
         return None

@@ -1,4 +1,4 @@
-"""What the real methods do in a second, on the first elements of the real tensors, and how fast a GPU is reached."""
+"""Measures the throughput of the recipe's methods, on the first elements of the input tensors, and of GPU copies."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ if TYPE_CHECKING:
     from ..execute.compute import Piece
 
 SECONDS = 0.25
-"""How long each kind of node is measured, about; as long again to warm up."""
-_GROUPS = 4  # kinds of nodes that are measured
+"""Approximate time of each measurement; the warm-up takes as long again."""
+_GROUPS = 4  # number of kinds of nodes that are measured
 _ELEMENTS, _GPU_ELEMENTS = 1 << 22, 1 << 24
 _COPY = 64 << 20
 
 
 def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> tuple[Rates, list[str]]:
-    """The rates with those of the arithmetic, and of the copies to a GPU, and remarks."""
+    """Measure the rates of computing and of copies to a GPU.
+
+    Args:
+        rates: rates so far.
+        work: work of the merge.
+        given: rates that the user gave, which are not measured.
+
+    Returns:
+        The rates with the measured ones replaced, and remarks for the user.
+    """
     devices = work.schedule.budget.devices
     gpus = [device for device in devices if device.vram is not None]
     notes: list[str] = []
@@ -39,15 +48,17 @@ def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> 
         if not missing:
             return rates, []
         if work.machine is not None or not _has_cuda():
-            return rates, [f"the GPU is not here to be measured: {', '.join(missing)} can be given with --rates"]
+            return rates, [
+                f"the GPU is not on this machine and cannot be measured: give {', '.join(missing)} with --rates"
+            ]
         if not {"h2d", "d2h"} <= given.keys():
             up, down = measure_copies(gpus[0].name)
             rates = replace(rates, h2d=Rate(up, MEASURED), d2h=Rate(down, MEASURED))
     if "torch" not in sys.modules:
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         import torch  # noqa: F401
 
-        rates = replace(rates, start=time.perf_counter() - begun)
+        rates = replace(rates, start=time.perf_counter() - begin)
     if "compute" in given:
         return rates, notes
     threads = 1 if gpus else min(devices[0].threads, usable_cores())
@@ -61,7 +72,7 @@ def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> 
             seconds += group.nbytes / per_second
             nbytes += group.nbytes
             elements = per_second / (group.nbytes / group.elements)
-            notes.append(f"{group.method}: {1e9 * threads / elements:.2g} ns an element and thread, for all passes")
+            notes.append(f"{group.method}: {1e9 * threads / elements:.2g} ns per element and thread, for all passes")
     if seconds:
         scale = len(gpus) if gpus else devices[0].threads / threads
         rates = replace(rates, compute=Rate(scale * nbytes / seconds, MEASURED))
@@ -76,13 +87,13 @@ def _has_cuda() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Nodes that do the same to the same number of inputs of the same types.
+    """Nodes with the same method, passes, and dtypes of inputs and output.
 
     Args:
-        method: its name.
-        node: the largest of them.
-        nbytes: bytes of inputs that the arithmetic goes through, each pass counted.
-        elements: of their outputs.
+        method: name of the method.
+        node: number of the largest node.
+        nbytes: input bytes that are computed on, each pass counted.
+        elements: number of elements of all outputs.
     """
 
     method: str
@@ -92,9 +103,9 @@ class Group:
 
 
 def node_groups(work: Workload) -> list[Group]:
-    """The kinds of nodes that compute, those with the most to do first."""
+    """Return the groups of nodes that compute, those with the most input bytes first."""
     graph = work.graph
-    found: dict[tuple[Any, ...], Group] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
     for node in graph:
         operation = graph.operation(node)
         if operation.kind is not Kind.MERGE or not graph.elements(node):
@@ -103,16 +114,23 @@ def node_groups(work: Workload) -> list[Group]:
         dtypes = tuple(graph.reads[read].dtype.name for read in sources)
         key = (operation.method, operation.passes, dtypes, graph.node_dtype[node].name)
         nbytes = operation.passes * sum(graph.reads[read].nbytes for read in sources)
-        known = found.get(key, Group(operation.method, node, 0, 0))
+        known = groups.get(key, Group(operation.method, node, 0, 0))
         largest = max(known.node, node, key=lambda n: graph.elements(n))
-        found[key] = Group(operation.method, largest, known.nbytes + nbytes, known.elements + graph.elements(node))
-    return sorted(found.values(), key=lambda group: -group.nbytes)
+        groups[key] = Group(operation.method, largest, known.nbytes + nbytes, known.elements + graph.elements(node))
+    return sorted(groups.values(), key=lambda group: -group.nbytes)
 
 
 def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
-    """Bytes of inputs that a node's passes go through in a second, by all threads together; 0 where it can't be told.
+    """Measure a node's throughput on the first rows of its tensors.
 
-    The node's method is bound to the first rows of its tensors, which are read from their files.
+    Args:
+        work: work of the merge.
+        node: number of the node.
+        device: name of the device.
+        threads: number of threads.
+
+    Returns:
+        Input bytes per second, each pass counted, of all threads together; 0 if it cannot be measured.
     """
     import torch
 
@@ -156,7 +174,7 @@ def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
 
 
 def small_kernel(work: Workload, node: int, elements: int) -> Kernel | None:
-    """A node's method bound to the first rows of its tensors; None where it can't be bound to fewer."""
+    """Return a node's kernel for the first rows of its tensors; None if its method does not support fewer rows."""
     from ...methods import merge_methods
     from ...methods.kernel.contract import Inputs, MethodError
 
@@ -176,7 +194,7 @@ def small_kernel(work: Workload, node: int, elements: int) -> Kernel | None:
 
 
 def _run(piece: Piece, workspace: Workspace, out: Tensor) -> None:
-    """All passes of a kernel over the piece, as the engine does them."""
+    """Run all passes of a kernel over a chunk, as the engine does."""
     from ..execute.compute import check_inputs, combine_chunk, reduce_chunk
 
     kernel, state = piece.kernel, None
@@ -189,7 +207,7 @@ def _run(piece: Piece, workspace: Workspace, out: Tensor) -> None:
 
 
 def _repeat(work: Callable[[int], None], threads: int) -> tuple[int, float]:
-    """How often the threads together do the work in about half a second, after once to warm up; and the seconds."""
+    """Repeat the work on several threads, after a warm-up; return the number of runs of all, and the seconds."""
     import torch
 
     before = torch.get_num_threads()
@@ -213,12 +231,12 @@ def _repeat(work: Callable[[int], None], threads: int) -> tuple[int, float]:
 
 
 def measure_copies(name: str) -> tuple[float, float]:
-    """Bytes a second to a GPU and back, from and to memory that is registered with it."""
+    """Measure copies to a GPU and back, from and to pinned memory, in bytes per second."""
     import torch
 
     host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(_COPY, dtype=torch.uint8, device=name)
-    found = []
+    measured = []
     for target, source in ((device, host), (host, device)):
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(name)
@@ -226,5 +244,5 @@ def measure_copies(name: str) -> tuple[float, float]:
         for _ in range(8):
             target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(name)
-        found.append(8 * _COPY / (time.perf_counter() - start))
-    return found[0], found[1]
+        measured.append(8 * _COPY / (time.perf_counter() - start))
+    return measured[0], measured[1]

@@ -1,6 +1,6 @@
-"""The memory that a kernel's passes need for one tile: measured on small tiles of made-up values, and scaled.
+"""Measures the memory of a kernel's passes on small tiles of synthetic values, and extrapolates it.
 
-What a kernel declares is not enough: a torch operation that converts its input, or a numpy function, allocates memory
+A kernel's declaration is not enough: a torch operation that converts its input, or a numpy function, allocates memory
 that no declaration mentions. The planner therefore runs every kind of kernel of a graph on two small tiles, counts each
 allocation of torch, numpy and Python, and extrapolates to the tiles of the merge.
 """
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALL_TILE = 1 << 17
-"""Elements of the smaller of the two tiles that are measured; the other one is twice as large."""
+"""Elements of the smaller of the two measured tiles; the other one is twice as large."""
 _LEAST_TILE = 1 << 15
 _INPUT_BYTES = 8 << 20
-"""Made-up inputs of the smaller tile take no more than this, unless that leaves less than a block."""
+"""Maximum size of the inputs of the smaller tile in bytes, unless that leaves less than `_LEAST_TILE`."""
 _COLUMNS = 1 << 12
 """Columns of the tiles of kernels that do not work by row."""
 _STEP = 64 << 10
 """Allocated bytes are rounded up to a multiple of this: Python's own allocations vary a little."""
 
 
-_known: dict[tuple[Any, ...], Footprint] = {}
-"""What was measured in this process."""
+_measured: dict[tuple[Any, ...], Footprint] = {}
+"""Footprints that were measured in this process."""
 
 
 def measure_footprints(graph: MergeGraph) -> None:
-    """Measure the kernels of a graph, and note the result in its `footprints`. Imports torch.
+    """Measure the kernels of a graph, and store the results in its `footprints`. Imports torch.
 
     Raises:
-        UsageError: where a method fails on the made-up values.
+        UsageError: if a method fails on the synthetic values.
     """
     for node in graph:
         operation = graph.operation(node)
@@ -58,25 +58,25 @@ def measure_footprints(graph: MergeGraph) -> None:
 
 
 def footprint(operation: Operation, dtypes: Sequence[DType], out: DType) -> Footprint:
-    """The memory of a thread that computes an operation.
+    """Return the memory of a thread that computes an operation, measured if it is not known.
 
     Args:
-        operation: has a kernel.
-        dtypes: of the kernel's inputs.
+        operation: operation with a kernel.
+        dtypes: dtypes of the kernel's inputs.
         out: dtype of the output.
     """
     kernel = operation.kernel
     assert kernel is not None
     shapes = small_shapes(kernel, dtypes)
     key = (_kind(kernel), shapes, tuple(dtype.name for dtype in dtypes), out.name)
-    found = _known.get(key)
-    if found is None:
-        found = _known[key] = _measure(operation, shapes, dtypes, out)
-    return found
+    result = _measured.get(key)
+    if result is None:
+        result = _measured[key] = _measure(operation, shapes, dtypes, out)
+    return result
 
 
 def small_shapes(kernel: Kernel, dtypes: Sequence[DType]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the tensors that a kernel is measured on: one or two, no larger than the kernel's own."""
+    """Return the shapes that a kernel is measured on: one or two, no larger than the kernel's own shape."""
     inputs, widths = kernel.inputs, sum(dtype.bits // 8 for dtype in dtypes)
     total = inputs.rows * inputs.columns
     size = SMALL_TILE
@@ -92,8 +92,10 @@ def small_shapes(kernel: Kernel, dtypes: Sequence[DType]) -> tuple[tuple[int, ..
 
 
 def _kind(kernel: Kernel) -> tuple[Any, ...]:
-    """What the memory of a kernel depends on, besides shapes and dtypes; of parameters only how they compare to 0 and
-    1, since methods choose by that what they do."""
+    """Return a key of everything that a kernel's memory depends on, except shapes and dtypes.
+
+    Of a parameter's value it has only the comparisons with 0 and 1, by which methods choose their code path.
+    """
     if isinstance(kernel, FusedKernel):
         return tuple((_kind(part.kernel), part.sources, part.round_to) for part in kernel.parts)
     if kernel.bound is None:
@@ -130,7 +132,7 @@ def _measure(operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Se
 
 
 def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DType) -> tuple[int, int, int]:
-    """A kernel's passes over one tile: its elements, the bytes of workspace, and the bytes allocated."""
+    """Run a kernel's passes over one tile; return its elements, its workspace and its allocations in bytes."""
     import torch
 
     from ..execute.compute import (
@@ -147,19 +149,19 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
     positions = operation.positions or tuple(range(len(dtypes)))
     piece = Piece(kernel, _inputs(dtypes, elements), 0, 0x9E3779B97F4A7C15, positions, elements)
     result = torch.empty(elements, dtype=torch_dtype(out))
-    most = 0
+    peak = 0
     taken = 0
 
     def measured(work: Callable[[Workspace], Any]) -> Any:
-        nonlocal most, taken
+        nonlocal peak, taken
         space = _Counting()
         for _ in range(2):  # TorchScript compiles on the first calls
             work(space)
         taken = max(taken, space.peak)
         real = Workspace(torch.empty(space.peak, dtype=torch.uint8), torch.float32)
-        with _one_thread(), allocations() as found:
+        with _one_thread(), allocations() as allocated:
             value = work(real)
-        most = max(most, found.peak if found.complete else found.peak + space.peak)
+        peak = max(peak, allocated.peak if allocated.complete else allocated.peak + space.peak)
         return value
 
     with _one_thread():
@@ -172,11 +174,11 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
                 state = kernel.finish(index, partial, state)
         measured(lambda space: combine_chunk(piece, state, space, result))
         measured(lambda space: (find_nonfinite(piece.inputs, elements), count_nonfinite(result, elements)))
-    return elements, taken, -(-most // _STEP) * _STEP
+    return elements, taken, -(-peak // _STEP) * _STEP
 
 
 def _inputs(dtypes: Sequence[DType], elements: int) -> list[Tensor]:
-    """Fine-tunes of one made-up tensor."""
+    """Return synthetic inputs: one random tensor, and small random changes like those of fine-tuning."""
     import torch
 
     from ..execute.compute import torch_dtype
@@ -190,7 +192,7 @@ def _inputs(dtypes: Sequence[DType], elements: int) -> list[Tensor]:
 
 
 class _Counting(Workspace):
-    """A workspace without a limit, which counts what is taken from it."""
+    """A workspace without a limit that counts the bytes taken."""
 
     def __init__(self) -> None:
         import torch
@@ -198,7 +200,7 @@ class _Counting(Workspace):
         super().__init__(torch.empty(0, dtype=torch.uint8), torch.float32)
 
     def take(self, elements: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer of its own."""
+        """Return a new buffer."""
         import torch
 
         dtype = dtype or self.dtype
@@ -209,7 +211,7 @@ class _Counting(Workspace):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps torch from starting threads of its own, as a merge does."""
+    """Keep torch from starting threads of its own, as a merge does."""
     import torch
 
     before = torch.get_num_threads()
@@ -225,10 +227,10 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass(slots=True)
 class Allocations:
-    """What was allocated in a block of code.
+    """The allocations in a block of code.
 
     Args:
-        peak: the largest number of bytes that were allocated at once.
+        peak: highest number of bytes allocated at one time.
         complete: whether torch's allocations are counted, too.
     """
 
@@ -238,8 +240,8 @@ class Allocations:
 
 @contextmanager
 def allocations() -> Iterator[Allocations]:
-    """Count what this thread allocates in torch's CPU allocator, and the process in numpy and Python."""
-    found = Allocations()
+    """Count the allocations of this thread in torch's CPU allocator, and of the process in numpy and Python."""
+    result = Allocations()
     collects, tracing = gc.isenabled(), tracemalloc.is_tracing()
     gc.disable()
     if not tracing:
@@ -248,7 +250,7 @@ def allocations() -> Iterator[Allocations]:
     before = tracemalloc.get_traced_memory()[0]
     stop = _record_allocations()
     try:
-        yield found
+        yield result
     finally:
         changes = stop() if stop is not None else []
         python = tracemalloc.get_traced_memory()[1] - before
@@ -256,8 +258,8 @@ def allocations() -> Iterator[Allocations]:
             tracemalloc.stop()
         if collects:
             gc.enable()
-        found.complete = stop is not None
-        found.peak = max(0, python) + max(itertools.accumulate(changes), default=0)
+        result.complete = stop is not None
+        result.peak = max(0, python) + max(itertools.accumulate(changes), default=0)
 
 
 def _record_allocations() -> Callable[[], list[int]] | None:

@@ -1,4 +1,4 @@
-"""What a merge moves and computes: the input of every time estimate and measurement."""
+"""The work of a merge: the input of every time estimate and measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One chunk of one pass: a kernel run over the tiles of a chunk, and its output rounded and checked."""
+"""Computes one chunk: runs a kernel over the tiles of a chunk, then rounds and checks the output."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Piece:
     """A chunk of a node's sources, ready to compute on.
 
     Args:
-        kernel: what to compute.
-        inputs: the chunk of each source: one-dimensional, in its stored dtype, all of one length.
-        element: the index of the chunk's first element in the tensor.
-        key: the node's random key.
-        positions: the place in the recipe of each source's model.
-        tile: elements in a tile.
+        kernel: kernel of the node.
+        inputs: chunk of each source: one-dimensional, in its stored dtype, all of one length.
+        element: index of the chunk's first element in the tensor.
+        key: random key of the node.
+        positions: position in the recipe of each source's model.
+        tile: number of elements in a tile.
     """
 
     kernel: Kernel
@@ -40,7 +40,7 @@ class Piece:
     tile: int
 
     def tiles(self, workspace: Workspace) -> Iterator[tuple[slice, Tile]]:
-        """The chunk's tiles in order, each with a workspace that is empty again."""
+        """Yield the tiles of the chunk in order; the workspace is empty at the start of each."""
         count = self.inputs[0].numel()
         columns = self.kernel.inputs.columns
         for start in range(0, count, self.tile):
@@ -54,11 +54,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was noticed while a chunk was computed.
+    """Infinities and NaNs that were found while a chunk was computed.
 
     Args:
-        nonfinite_inputs: the sources with a NaN or an infinity in the chunk.
-        overflowed: output elements that are not finite though all inputs are.
+        nonfinite_inputs: numbers of the sources with a NaN or an infinity in the chunk.
+        overflowed: number of output elements that are not finite although all inputs are.
     """
 
     nonfinite_inputs: tuple[int, ...] = ()
@@ -66,12 +66,12 @@ class Outcome:
 
 
 def work_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
-    """float64 where an input is, else float32."""
+    """Return the dtype of the arithmetic: float64 if an input is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in inputs) else torch.float32
 
 
 def reduce_chunk(piece: Piece, index: int, state: Any, workspace: Workspace) -> Any:
-    """What reduction `index` gives for the chunk."""
+    """Return the partial result of reduction `index` for the chunk."""
     workspace.dtype = work_dtype(piece.inputs)
     merged = None
     for _, tile in piece.tiles(workspace):
@@ -80,7 +80,7 @@ def reduce_chunk(piece: Piece, index: int, state: Any, workspace: Workspace) -> 
 
 
 def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -> Outcome:
-    """The chunk of the output, rounded once into `out`, which is one-dimensional and of the output's dtype."""
+    """Compute the chunk of the output into `out`, which is one-dimensional and of the output's dtype."""
     workspace.dtype = work_dtype(piece.inputs)
     overflowed = 0
     extremes: list[Tensor] = []
@@ -96,10 +96,10 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -
 
 
 def round_into(out: Tensor, values: Tensor) -> Tensor:
-    """Round values once to the output's dtype; the least and the largest of them, or NaN.
+    """Round values once to the output's dtype; return the smallest and the largest of them, or NaN.
 
-    torch takes float64 to a narrower type than float32 by way of float32, which rounds twice. Rounding to float32 by
-    the "round to odd" rule first gives the same as rounding once (Boldo and Melquiond, 2008).
+    torch converts float64 to types narrower than float32 through float32, which rounds twice. Rounding to float32 with
+    "round to odd" first gives the same result as rounding once (Boldo and Melquiond, 2008).
     """
     if values.dtype == torch.float64 and out.dtype.itemsize < 4:
         extremes = torch.stack([values.amin(), values.amax()])
@@ -114,7 +114,7 @@ def round_into(out: Tensor, values: Tensor) -> Tensor:
 
 
 def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
-    """The sources that hold a NaN or an infinity in the chunk; a quick look where there is none."""
+    """Return the sources that hold a NaN or an infinity in the chunk; quick if there are none."""
     exponents: dict[int, list[Tensor]] = {}
     extremes: dict[torch.dtype, list[Tensor]] = {}
     for _, tile in piece.tiles(workspace):
@@ -134,12 +134,12 @@ def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
 
 
 def find_nonfinite(inputs: Sequence[Tensor], tile: int) -> tuple[int, ...]:
-    """Which inputs hold a NaN or an infinity; `tile` is how many elements are checked at a time."""
+    """Return the inputs that hold a NaN or an infinity, checking `tile` elements at a time."""
     return tuple(number for number, tensor in enumerate(inputs) if count_nonfinite(tensor, tile))
 
 
 def count_nonfinite(values: Tensor, tile: int) -> int:
-    """How many values are NaN or infinite; `tile` is how many are checked at a time."""
+    """Return the number of NaN and infinite values, checking `tile` elements at a time."""
     parts = torch.split(values.view(-1), tile)
     return sum(
         part.numel() - int(torch.count_nonzero(torch.isfinite(part if part.dtype.itemsize > 1 else part.float())))
@@ -148,19 +148,23 @@ def count_nonfinite(values: Tensor, tile: int) -> int:
 
 
 def _beyond(extremes: Sequence[Tensor], limit: float) -> bool:
-    """Whether any value is a NaN or beyond +-limit, by the least and largest values of the parts: tensors of one
-    shape, so that a device is waited for once."""
+    """Return whether any value is a NaN or outside +-limit.
+
+    Args:
+        extremes: smallest and largest values of the parts, as tensors of one shape: one wait for the device is enough.
+        limit: largest value allowed.
+    """
     return not bool((torch.stack(list(extremes)).abs_() <= limit).all())
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest finite value of a floating-point dtype."""
+    """Return the largest finite value of a floating-point dtype."""
     return float(torch.finfo(dtype).max)
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """torch's type for an element type of the format."""
+    """Return torch's dtype for an element type of the safetensors format."""
     if dtype.torch_name is None:
         raise TypeError(f"torch has no type for {dtype.name}")
-    found: torch.dtype = getattr(torch, dtype.torch_name)
-    return found
+    result: torch.dtype = getattr(torch, dtype.torch_name)
+    return result

@@ -1,8 +1,11 @@
-"""Performs a schedule: lanes for reading, copying to the device, computing, copying back and writing run side by side.
+"""Executes a schedule: read, upload, compute, download and write lanes run concurrently.
 
-The main thread dispatches: it goes through the schedule's steps chunk by chunk, takes the slots that a chunk needs in
-the order of the plan, and waits where none is free. A chunk that has its slots needs nothing else to be finished, so
-that waiting always ends, and no more is held than the schedule allows.
+The main thread dispatches: it goes through the schedule's steps chunk by chunk and takes the slots of each chunk, in
+the order of the plan. It waits while too few are free. A chunk that has its slots depends on no later chunk, so the
+wait always ends, and no more is held than the schedule allows.
+
+Lock order: ``Executor._changed`` first, then the lock of a lane or of a node's state. A lane holds none of its locks
+while it calls back.
 """
 
 from __future__ import annotations
@@ -13,38 +16,42 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
+from ...io.task_group import TaskGroup
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.simulate import Step
-from ..schedule.tiling import ChunkedRead, output_width, source_width
-from .arena import HostArena, Ledger
-from .cache import CachedChunk, ChunkCache
+from ..schedule.tiling import output_width
+from .arena import HostArena
+from .cache import CachedChunk
 from .devices.base import Device, Marker
 from .lane import Lane
+from .lanes import Lanes
+from .ledger import RAM, Ledger
 from .passes import KernelRunner
-from .tasks import ChunkTask, LaneTime, Measured, NodeState, Progress, Sink, Source
+from .slots import SlotAllocator
+from .tasks import ChunkTask, Measured, NodeState, Progress, ReadTask, Sink, Source
 
 NOTIFY_SECONDS = 0.1
-"""How often `Executor.run` tells how far it is."""
+"""Seconds between two progress notifications."""
 
 
 class Executor:
-    """Performs one schedule, once.
+    """Executes one schedule, once.
 
     Args:
-        graph: what to make.
-        schedule: how.
-        devices: those of the schedule's budget, in its order.
-        source: where tensor bytes come from.
-        sink: where they go.
-        readers: threads that read.
-        writers: threads that write.
-        allow_nonfinite: whether a NaN or an infinity in an input is let through.
-        serial: take no slot ahead of time; for tests.
+        graph: graph to execute.
+        schedule: schedule of the graph.
+        devices: devices of the schedule's budget, in its order.
+        source: reader of tensor bytes.
+        sink: writer of output bytes.
+        ledger: ledger in which the buffers are reserved; one of its own if None.
+        readers: number of read threads.
+        writers: number of write threads.
+        allow_nonfinite: whether a NaN or an infinity in an input is accepted.
+        serial: whether to take no slot ahead of time; for tests.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class Executor:
         source: Source,
         sink: Sink,
         *,
+        ledger: Ledger | None = None,
         readers: int = 2,
         writers: int = 1,
         allow_nonfinite: bool = False,
@@ -65,20 +73,17 @@ class Executor:
         self.devices = devices
         self.progress = Progress()
         self.measured = Measured()
-        self.ledger = Ledger()
+        self.ledger = ledger or Ledger()
+        self.slots = SlotAllocator(graph, schedule, devices)
         self._source = source
         self._sink = sink
         self._serial = serial
+        self._started = False
         self._changed = threading.Condition()
-        self._error: BaseException | None = None
+        self._outcome = TaskGroup("executor")
         self._in_flight = 0
         self._notified = 0.0
         self._destinations = graph.destinations()
-        self._ram = ChunkCache(self.ledger, "ram", schedule.ram_slots, schedule.slot_bytes)
-        self._vram = [
-            ChunkCache(self.ledger, f"vram {number}", count, schedule.slot_bytes)
-            for number, count in enumerate(schedule.vram_slots)
-        ]
         self._nodes: dict[int, NodeState] = {}
         self._threads = (readers, writers)
         self._computes = any(operation.kind is Kind.MERGE for operation in graph.operations)
@@ -88,101 +93,96 @@ class Executor:
     # --- the main thread ---------------------------------------------------------------------------------------
 
     def run(self, notify: Callable[[Progress], None] | None = None) -> Measured:
-        """Perform the schedule.
+        """Execute the schedule.
 
         Args:
-            notify: called now and then, from this thread.
+            notify: function that receives the progress about ten times a second, in this thread.
 
         Raises:
-            MergeloomError: what went wrong in any lane.
+            MergeloomError: the first error of any lane.
+            RuntimeError: if the executor has run before.
         """
+        if self._started:
+            raise RuntimeError("this Executor has run already: its cache and counts are used up; make a new one")
+        self._started = True
         start = time.perf_counter()
         self._notify = notify or (lambda progress: None)
         with contextlib.ExitStack() as opened:
-            self._arena = HostArena(self.schedule.ram_slots, self.schedule.slot_bytes)
-            opened.callback(self._arena.close)
-            self._open_devices(opened)
-            lanes: list[Lane[Any]] = []
+            self._open_memory(opened)
+            lanes = Lanes(self._fail)
             try:
-                lanes += self._make_lanes()
+                self._start_lanes(lanes)
                 self._dispatch()
                 self._wait(lambda: self._in_flight == 0)
             finally:
                 end = time.perf_counter()
-                for lane in lanes:
-                    lane.stop()
-                for lane in lanes:
-                    lane.join()
-            self._account(lanes, start, end)
+                lanes.stop()
+            self._measure(lanes, start, end)
         return self.measured
 
-    def _make_lanes(self) -> list[Lane[Any]]:
-        """All lanes, in the order in which a chunk goes through them."""
+    def _start_lanes(self, lanes: Lanes) -> None:
+        """Start all lanes, in the order in which a chunk passes through them."""
         readers, writers = self._threads
-        self._read_lane: Lane[tuple[CachedChunk, int, int, int]] = Lane("read", readers, self._read, self._fail)
-        self._write_lane: Lane[ChunkTask] = Lane("write", writers, self._write, self._fail)
-        self._upload_lanes: dict[int, Lane[ChunkTask]] = {}
-        self._compute_lanes: list[Lane[ChunkTask]] = []
-        self._download_lanes: dict[int, Lane[ChunkTask]] = {}
-        for number, device in enumerate(self.devices):
-            self._compute_lanes.append(Lane("compute", device.threads, self._compute, self._fail))
-            if device.separate:
-                settle = functools.partial(self._settle_uploads, number, 0)
-                self._upload_lanes[number] = Lane("upload", 1, self._upload, self._fail, settle)
-                self._download_lanes[number] = Lane("download", 1, self._download, self._fail)
-        return [
-            self._read_lane,
-            *self._upload_lanes.values(),
-            *self._compute_lanes,
-            *self._download_lanes.values(),
-            self._write_lane,
+        separate = [number for number, device in enumerate(self.devices) if device.separate]
+        self._read_lane: Lane[ReadTask] = lanes.start("read", readers, self._read)
+        self._upload_lanes: dict[int, Lane[ChunkTask]] = {
+            number: lanes.start("upload", 1, self._upload, functools.partial(self._settle_uploads, number, 0))
+            for number in separate
+        }
+        self._compute_lanes: list[Lane[ChunkTask]] = [
+            lanes.start("compute", device.threads, self._compute) for device in self.devices
         ]
+        self._download_lanes: dict[int, Lane[ChunkTask]] = {
+            number: lanes.start("download", 1, self._download) for number in separate
+        }
+        self._write_lane: Lane[ChunkTask] = lanes.start("write", writers, self._write)
 
-    def _open_devices(self, opened: contextlib.ExitStack) -> None:
-        """Open the devices, to be closed with `opened`: those, too, that others were opened before in vain."""
+    def _open_memory(self, opened: contextlib.ExitStack) -> None:
+        """Reserve and allocate the arena and the devices' memory; `opened` closes and releases them."""
+        schedule, ledger = self.schedule, self.ledger
+        opened.enter_context(ledger.allow(schedule.buffer_ram))
+        opened.enter_context(ledger.reserve("arena", schedule.ram_slots * schedule.slot_bytes))
+        if schedule.partials:
+            opened.enter_context(ledger.reserve("partial results", schedule.partials))
+        self._arena = HostArena(schedule.ram_slots, schedule.slot_bytes)
+        opened.callback(self._arena.close)
         if not self._computes:
             return
         host = self._passes.open(self._arena.memory)
         opened.callback(self._passes.close)
         for number, device in enumerate(self.devices):
-            opened.push(functools.partial(_close, device))
-            device.open(
-                self.schedule.vram_slots[number],
-                self.schedule.slot_bytes,
-                self.schedule.workspace[number],
-                host,
-            )
+            memory = RAM
+            if device.separate:
+                memory = device.name
+                opened.enter_context(ledger.allow(schedule.buffer_vram(number), memory))
+                nbytes = schedule.vram_slots[number] * schedule.slot_bytes
+                opened.enter_context(ledger.reserve("arena", nbytes, memory))
+            nbytes = device.threads * schedule.workspace[number]
+            opened.enter_context(ledger.reserve("workspaces", nbytes, memory))
+            opened.push(functools.partial(_close, device))  # a device whose `open` fails is closed, too
+            device.open(schedule.vram_slots[number], schedule.slot_bytes, schedule.workspace[number], host)
 
-    def _account(self, lanes: Sequence[Lane[Any]], start: float, end: float) -> None:
+    def _measure(self, lanes: Lanes, start: float, end: float) -> None:
         measured = self.measured
         measured.bytes_read = self.progress.bytes_read
         measured.bytes_written = self.progress.bytes_written
         measured.seconds = end - start
-        measured.ram_peak = self.ledger.peak("ram")
+        measured.ram_peak = self.slots.ram.peak_bytes
         measured.vram_peak = max((device.peak() for device in self.devices), default=0)
-        for lane in lanes:
-            before = measured.lanes.get(lane.name, LaneTime(0, 0.0, 0.0))
-            measured.lanes[lane.name] = LaneTime(
-                before.threads + len(lane.worked),
-                before.worked + lane.seconds_worked,
-                before.waited + lane.seconds_waited(end),
-                tuple(a + b for a, b in zip_longest(before.levels, lane.levels, fillvalue=0.0)),
-            )
+        measured.lanes = lanes.times(end)
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
-            if self._error is None:
-                self._error = error
+            self._outcome.fail(error)
             self._changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait, in the main thread, until `ready`; raise what a lane raised. Only this thread makes it untrue again."""
+        """Wait until `ready` returns True, or raise the first error of a lane. Only the main thread calls it."""
         while True:
             with self._changed:
-                if self._error is None and not ready():
+                if self._outcome.error is None and not ready():
                     self._changed.wait(NOTIFY_SECONDS)
-                if self._error is not None:
-                    raise self._error
+                self._outcome.check()
                 done = ready()
             now = time.monotonic()
             if now - self._notified >= NOTIFY_SECONDS:
@@ -197,9 +197,7 @@ class Executor:
             operation = self.graph.operation(step.node)
             chunks = self.schedule.chunks(self.graph, step.node)
             with self._changed:
-                for source, held in step.drop:
-                    self._ram.trim(source, held.low, held.high)
-                    self._vram[step.device].trim(source, 0, held.vram)
+                self.slots.drop(step)
                 if step.index == 0:
                     self._nodes[step.node] = NodeState(chunks)
                 if step.first:
@@ -211,210 +209,156 @@ class Executor:
                 continue
             for chunk in range(step.first, chunks):
                 order += 1
-                item = ChunkTask(order, step, operation, chunk)
+                task = ChunkTask(order, step, operation, chunk)
                 if self._serial:
                     self._wait(lambda: self._in_flight == 0)
-                for task in self._take_slots(step, item):
-                    self._read_lane.put(order, task)
+                for read_task in self._take_slots(step, task):
+                    self._read_lane.put(order, read_task)
 
-    # --- slots -------------------------------------------------------------------------------------------------
-
-    def _take_slots(self, step: Step, item: ChunkTask) -> list[tuple[CachedChunk, int, int, int]]:
-        """Reserve every slot that the item needs, waiting for them; what has to be read for it."""
-        chunk_length = self.schedule.chunk_elements[item.node]
-        separate = self.devices[item.device].separate and item.operation.kind is Kind.MERGE
-        computes = item.operation.kind is not Kind.COPY
-        sources = [ChunkedRead(read, chunk_length) for read in step.sources]
-        ram, vram = self._ram, self._vram[item.device]
-
-        def ready() -> bool:
-            out = int(item.last and computes)
-            uploads = [source for source in sources if separate and vram.find(source, item.chunk) is None]
-            reads = [source for source in (uploads if separate else sources) if ram.find(source, item.chunk) is None]
-            return ram.free_slots >= len(reads) + out and (not separate or vram.free_slots >= len(uploads) + out)
-
-        self._wait(ready)
+    def _take_slots(self, step: Step, task: ChunkTask) -> list[ReadTask]:
+        """Take every slot that a task needs, waiting until they are free; return the chunks to read."""
+        self._wait(lambda: self.slots.available(step, task))
         with self._changed:
             self._in_flight += 1
-            reads = []
-            for source, held in zip(sources, step.keep, strict=True):
-                on_device = vram.find(source, item.chunk) if separate else None
-                if on_device is None:
-                    offset, nbytes = self._extent(item, source.read)
-                    host = ram.find(source, item.chunk)
-                    if host is None:
-                        host = ram.load(source, item.chunk, nbytes)
-                        reads.append((host, source.read, offset, nbytes))
-                    host.acquire(pinned=held.low <= item.chunk < held.high)
-                    item.await_(host)
-                    item.hosts.append(host)
-                    if separate:
-                        on_device = vram.load(source, item.chunk, nbytes)
-                        item.uploads.append((host, on_device))
-                    else:
-                        item.residents.append(host)
-                else:
-                    item.await_(on_device)
-                if on_device is not None:
-                    on_device.acquire(pinned=item.chunk < held.vram)
-                    item.residents.append(on_device)
-            if item.last:
-                _, size = self.schedule.span(self.graph, item.node, item.chunk)
-                item.out_nbytes = size * output_width(self.graph, item.node)
-                if computes:
-                    item.out = ram.take()
-                    if separate:
-                        item.out_device = vram.take()
-            if item.missing == 0:
-                self._loaded(item)
+            reads = self.slots.take(step, task)
+            if task.missing == 0:
+                self._loaded(task)
             return reads
 
-    def _extent(self, item: ChunkTask, read: int) -> tuple[int, int]:
-        """The offset of a source's chunk in its file, and its size, in bytes."""
-        width = source_width(self.graph, item.node, read)
-        start, size = self.schedule.span(self.graph, item.node, item.chunk)
-        return self.graph.reads[read].offset + start * width, size * width
-
-    def _release_hosts(self, item: ChunkTask) -> None:
+    def _release_hosts(self, task: ChunkTask) -> None:
         with self._changed:
-            for resident in item.hosts:
-                self._ram.release(resident)
-            item.hosts = []
+            self.slots.release_hosts(task)
             self._changed.notify_all()
 
-    def _release_device(self, item: ChunkTask) -> None:
+    def _release_device(self, task: ChunkTask) -> None:
         with self._changed:
-            for resident in item.residents:
-                self._vram[item.device].release(resident)
-            if item.out_device >= 0:
-                self._vram[item.device].free(item.out_device)
+            self.slots.release_device(task)
             self._changed.notify_all()
 
     # --- lanes -------------------------------------------------------------------------------------------------
 
-    def _read(self, thread: int, task: tuple[CachedChunk, int, int, int]) -> None:
-        resident, read, offset, nbytes = task
-        self._source.read(self.graph.reads[read].file, offset, self._arena.view(resident.slot, nbytes))
+    def _read(self, thread: int, read_task: ReadTask) -> None:
+        target, read, offset, nbytes = read_task
+        self._source.read(self.graph.reads[read].file, offset, self._arena.view(target.slot, nbytes))
         with self._changed:
             self.progress.bytes_read += nbytes
-            self._ready(resident)
+            self._ready(target)
 
-    def _ready(self, resident: CachedChunk) -> None:
-        resident.ready = True
-        for item in resident.waiting:
-            item.missing -= 1
-            if item.missing == 0:
-                self._loaded(item)
-        resident.waiting = []
+    def _ready(self, cached: CachedChunk) -> None:
+        cached.ready = True
+        for task in cached.waiting:
+            task.missing -= 1
+            if task.missing == 0:
+                self._loaded(task)
+        cached.waiting = []
 
-    def _loaded(self, item: ChunkTask) -> None:
-        """Every source chunk of the item is in its place."""
-        if item.operation.kind is Kind.COPY:
-            self._computed(item)
-        elif item.operation.kind is Kind.MERGE and self.devices[item.device].separate:
-            self._upload_lanes[item.device].put(item.order, item)
+    def _loaded(self, task: ChunkTask) -> None:
+        """Pass on a task whose source chunks have all been loaded."""
+        if task.operation.kind is Kind.COPY:
+            self._computed(task)
+        elif task.operation.kind is Kind.MERGE and self.devices[task.device].separate:
+            self._upload_lanes[task.device].put(task.order, task)
         else:
-            self._computable(item)
+            self._computable(task)
 
-    def _computable(self, item: ChunkTask) -> None:
-        node = self._nodes[item.node]
+    def _computable(self, task: ChunkTask) -> None:
+        node = self._nodes[task.node]
         with self._changed:
-            if node.index == item.index:
-                self._compute_lanes[item.device].put(item.order, item)
+            if node.index == task.index:
+                self._compute_lanes[task.device].put(task.order, task)
             else:
-                node.waiting.append(item)
+                node.waiting.append(task)
 
-    def _upload(self, thread: int, item: ChunkTask) -> None:
-        device = self.devices[item.device]
-        for host, on_device in item.uploads:
+    def _upload(self, thread: int, task: ChunkTask) -> None:
+        device = self.devices[task.device]
+        for host, on_device in task.uploads:
             device.upload(self._passes.host_bytes(host.slot, host.nbytes), on_device.slot)
-        item.marker = device.uploads_begun()
+        task.marker = device.uploads_begun()
         with self._changed:
-            for _, on_device in item.uploads:
+            for _, on_device in task.uploads:
                 self._ready(on_device)
-        pending = self._pending_uploads[item.device]
-        pending.append((item.marker, item))
-        self._computable(item)
-        self._settle_uploads(item.device, 2)
+        pending = self._pending_uploads[task.device]
+        pending.append((task.marker, task))
+        self._computable(task)
+        self._settle_uploads(task.device, 2)
 
     def _settle_uploads(self, device: int, leave: int) -> None:
-        """Give back the slots in RAM of uploads that are done, but for the last few."""
+        """Release the chunks in RAM whose upload is complete, except those of the last `leave` tasks."""
         pending = self._pending_uploads[device]
         while len(pending) > leave:
-            marker, item = pending.popleft()
+            marker, task = pending.popleft()
             marker.wait()
-            self._release_hosts(item)
+            self._release_hosts(task)
 
-    def _compute(self, thread: int, item: ChunkTask) -> None:
-        if item.operation.kind is Kind.REQUIRE_EQUAL:
-            views = [self._arena.view(resident.slot, resident.nbytes) for resident in item.residents]
-            self._passes.compare(item, views, self._arena.view(item.out, item.out_nbytes))
-            self._release_hosts(item)
-            self._computed(item)
+    def _compute(self, thread: int, task: ChunkTask) -> None:
+        if task.operation.kind is Kind.REQUIRE_EQUAL:
+            views = [self._arena.view(cached.slot, cached.nbytes) for cached in task.inputs]
+            self._passes.compare(task, views, self._arena.view(task.out, task.out_nbytes))
+            self._release_hosts(task)
+            self._computed(task)
             return
-        node, device = self._nodes[item.node], self.devices[item.device]
-        if not item.last:
-            self._reduced(item, self._passes.reduce(thread, item, node.state))
+        node, device = self._nodes[task.node], self.devices[task.device]
+        if not task.last:
+            self._reduced(task, self._passes.reduce(thread, task, node.state))
             return
-        overflowed = self._passes.combine(thread, item, node.state)
+        overflowed = self._passes.combine(thread, task, node.state)
         if overflowed:
-            self._note_overflow(item, overflowed)
+            self._note_overflow(task, overflowed)
         if device.separate:
-            target = self._passes.host_bytes(item.out, item.out_nbytes)
-            item.marker = device.download(thread, item.out_device, target)
-            self._download_lanes[item.device].put(item.order, item)
+            target = self._passes.host_bytes(task.out, task.out_nbytes)
+            task.marker = device.download(thread, task.out_device, target)
+            self._download_lanes[task.device].put(task.order, task)
         else:
-            self._release_hosts(item)
-            self._computed(item)
+            self._release_hosts(task)
+            self._computed(task)
 
-    def _reduced(self, item: ChunkTask, partial: Any) -> None:
-        """Merge a partial into its pass; with the last one, open the next pass."""
-        node, kernel = self._nodes[item.node], item.operation.kernel
+    def _reduced(self, task: ChunkTask, partial: Any) -> None:
+        """Merge a partial result into its pass; after the last one, start the next pass."""
+        node, kernel = self._nodes[task.node], task.operation.kernel
         assert kernel is not None
-        whole = node.merge(kernel, item.index, item.chunk, partial)
-        if self.devices[item.device].separate:
-            self._release_device(item)
+        complete = node.merge(kernel, task.index, task.chunk, partial)
+        if self.devices[task.device].separate:
+            self._release_device(task)
         else:
-            self._release_hosts(item)
+            self._release_hosts(task)
         with self._changed:
             self._in_flight -= 1
-            if whole:
+            if complete:
                 node.index += 1
                 waiting, node.waiting = node.waiting, []
                 for other in waiting:
                     self._computable(other)
             self._changed.notify_all()
 
-    def _download(self, thread: int, item: ChunkTask) -> None:
-        item.marker.wait()
-        self._release_device(item)
-        self._computed(item)
+    def _download(self, thread: int, task: ChunkTask) -> None:
+        task.marker.wait()
+        self._release_device(task)
+        self._computed(task)
 
-    def _computed(self, item: ChunkTask) -> None:
-        """Hand finished chunks to the write lane in the order of the tensor, so that they can be digested there."""
+    def _computed(self, task: ChunkTask) -> None:
+        """Queue finished chunks for the write lane in the order of the tensor, since digests are computed there."""
         with self._changed:
-            node = self._nodes[item.node]
-            node.computed[item.chunk] = item
+            node = self._nodes[task.node]
+            node.computed[task.chunk] = task
             while (following := node.computed.pop(node.next_write, None)) is not None:
                 self._write_lane.put(following.order, following)
                 node.next_write += 1
 
-    def _write(self, thread: int, item: ChunkTask) -> None:
-        slot = item.residents[0].slot if item.operation.kind is Kind.COPY else item.out
-        data = self._arena.view(slot, item.out_nbytes)
-        offset = self.schedule.span(self.graph, item.node, item.chunk)[0] * output_width(self.graph, item.node)
-        self._sink.write(item.node, offset, data)
-        if item.operation.kind is Kind.COPY:
-            self._release_hosts(item)
+    def _write(self, thread: int, task: ChunkTask) -> None:
+        slot = task.inputs[0].slot if task.operation.kind is Kind.COPY else task.out
+        data = self._arena.view(slot, task.out_nbytes)
+        offset = self.schedule.span(self.graph, task.node, task.chunk)[0] * output_width(self.graph, task.node)
+        self._sink.write(task.node, offset, data)
+        if task.operation.kind is Kind.COPY:
+            self._release_hosts(task)
         with self._changed:
-            if item.out >= 0:
-                self._ram.free(item.out)
-            self.progress.bytes_written += item.out_nbytes * len(self._destinations[item.node])
-            node = self._nodes[item.node]
+            self.slots.free_output(task)
+            self.progress.bytes_written += task.out_nbytes * len(self._destinations[task.node])
+            node = self._nodes[task.node]
             node.unwritten -= 1
-            whole = node.unwritten == 0
-        if whole:
-            self._finish_node(item.node)
+            complete = node.unwritten == 0
+        if complete:
+            self._finish_node(task.node)
         with self._changed:
             self._in_flight -= 1
             self._changed.notify_all()
@@ -424,16 +368,16 @@ class Executor:
         with self._changed:
             del self._nodes[node]
 
-    def _note_overflow(self, item: ChunkTask, count: int) -> None:
+    def _note_overflow(self, task: ChunkTask, count: int) -> None:
         with self._changed:
-            name = self.graph.outputs[self._destinations[item.node][0]].label
+            name = self.graph.outputs[self._destinations[task.node][0]].label
             self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + count
 
 
 def _close(
     device: Device, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """Close a device. One that has failed may fail again here: what went wrong first is what is raised."""
+    """Close a device. If it fails again after an earlier error, the earlier error is raised."""
     try:
         device.close()
     except RuntimeError:

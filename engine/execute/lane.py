@@ -1,4 +1,4 @@
-"""A lane: threads that do one kind of work, in the order of the plan, and know how long they worked and waited."""
+"""A lane: threads that do one kind of work in the order of the plan, and the time that they worked and waited."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 class Lane(Generic[T]):
-    """Threads that take tasks, the earliest of the plan first, and hand each to `work`.
+    """Threads that take tasks, the earliest of the plan first, and pass each to `work`.
 
-    Nothing bounds the queue but what its tasks hold: a task exists only with its slots reserved.
+    The queue needs no bound of its own: a task exists only once its slots are taken.
 
     Args:
-        name: for people.
-        threads: how many.
-        work: called as ``work(thread, task)``.
-        failed: called with what `work` raised; the lane goes on with the next task.
-        idle: called when a thread finds no task, for work that was put off.
+        name: name of the lane in reports.
+        threads: number of threads.
+        work: function that does a task, called as ``work(thread, task)``.
+        failed: function that receives what `work` raises; the lane continues with the next task.
+        idle: function that a thread calls when the queue is empty, for deferred work.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Lane(Generic[T]):
         self._started = self._since = time.perf_counter()
         self._busy = 0
         self.levels = [0.0] * (threads + 1)
-        """Seconds with so many of the threads at work, up to the last change."""
+        """Seconds with 0, 1, 2, ... threads at work, up to the last change."""
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
             for number in range(threads)
@@ -57,12 +57,12 @@ class Lane(Generic[T]):
                 thread.start()
         except RuntimeError as error:
             raise EnvironmentFailure(
-                f"no more threads can be started ({error}): see ulimit -u, ulimit -v and the cgroup's limit on tasks, "
-                "or give fewer --threads"
+                f"no more threads can be started ({error}): check ulimit -u, ulimit -v and the cgroup's pids.max, or "
+                "use fewer --threads"
             ) from error
 
     def put(self, order: int, task: T) -> None:
-        """Let the lane do a task; those with a smaller `order` go first."""
+        """Queue a task; tasks with a smaller `order` go first."""
         with self._changed:
             self._sequence += 1
             heapq.heappush(self._queue, (order, self._sequence, task))
@@ -94,11 +94,11 @@ class Lane(Generic[T]):
                 finally:
                     self.worked[thread] += self._count(-1) - start
                 self.tasks += 1
-            except BaseException as error:  # noqa: BLE001  whatever it is, the main thread raises it
+            except BaseException as error:  # noqa: BLE001  the main thread raises it again
                 self._failed(error)
 
     def _count(self, change: int) -> float:
-        """One thread more or less is at work; the time now."""
+        """Add `change` to the number of threads at work, and return the time."""
         with self._changed:
             now = time.perf_counter()
             self.levels[self._busy] += now - self._since
@@ -108,21 +108,21 @@ class Lane(Generic[T]):
 
     @property
     def seconds_worked(self) -> float:
-        """Seconds of work, all threads together."""
+        """Seconds of work, summed over all threads."""
         return sum(self.worked)
 
     def seconds_waited(self, until: float) -> float:
-        """Seconds that the threads waited, all together, from their start to `until` (``time.perf_counter``)."""
+        """Return the seconds that the threads waited, summed, from the start to `until` (``time.perf_counter``)."""
         return max(0.0, (until - self._started) * len(self._threads) - self.seconds_worked)
 
     def stop(self) -> None:
-        """Forget what is queued, and end the threads once they have done what they are at."""
+        """Discard the queue, and let each thread end after its current task."""
         with self._changed:
             self._queue.clear()
             self._closed = True
             self._changed.notify_all()
 
     def join(self) -> None:
-        """Wait until the threads have ended; `stop` comes first."""
+        """Wait until the threads have ended; call `stop` first."""
         for thread in self._threads:
             thread.join()

@@ -1,6 +1,6 @@
-"""What is computed of a chunk: the passes that reduce it, and the last one, which makes the output.
+"""Runs kernels on chunks: the passes that reduce a chunk, and the last pass, which makes the output.
 
-It knows torch and the methods' kernels. Which chunk is computed when, and in which slots it lies, is the executor's.
+This module knows torch and the methods' kernels. The executor decides which chunk is computed when, and in which slots.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class KernelRunner:
-    """Computes the chunks of a schedule. Its methods are called by the devices' compute threads.
+    """Computes the chunks of a schedule. The compute threads of all devices call its methods.
 
     Args:
-        graph: what is made.
-        schedule: how.
-        devices: those of the schedule's budget, in its order.
-        allow_nonfinite: whether a NaN or an infinity in an input is let through.
+        graph: graph to execute.
+        schedule: schedule of the graph.
+        devices: devices of the schedule's budget, in its order.
+        allow_nonfinite: whether a NaN or an infinity in an input is accepted.
     """
 
     def __init__(
@@ -44,83 +44,92 @@ class KernelRunner:
         self._workspaces: dict[tuple[int, int], Any] = {}
 
     def open(self, arena: memoryview) -> Tensor:
-        """Look at the arena in RAM as torch does: one-dimensional uint8."""
+        """Return the arena in RAM as a torch tensor: one-dimensional uint8."""
         torch = import_torch()
         self._host = torch.frombuffer(arena, dtype=torch.uint8)
         return self._host
 
     def close(self) -> None:
-        """Let go of what looks into the arena and the workspaces, so that they can be given back."""
+        """Drop the tensors that refer to the arena and the workspaces, which can then be freed."""
         self._workspaces.clear()
         self._host = None
 
     def host_bytes(self, slot: int, nbytes: int) -> Tensor:
-        """The first bytes of a slot in RAM."""
+        """Return the first `nbytes` bytes of a slot in RAM."""
         assert self._host is not None
         start = slot * self._schedule.slot_bytes
         return self._host[start : start + nbytes]
 
-    def reduce(self, thread: int, item: ChunkTask, state: Any) -> Any:
-        """One pass's partial of a chunk, to be merged with those of the others; None where the pass isn't needed."""
+    def reduce(self, thread: int, task: ChunkTask, state: Any) -> Any:
+        """Return the partial result of a pass over one chunk; None if the pass is not needed."""
         from .compute import reduce_chunk
 
-        piece, workspace = self._begin(thread, item)
-        if piece.kernel.needed(item.index, state):
-            return reduce_chunk(piece, item.index, state, workspace)
+        piece, workspace = self._begin(thread, task)
+        if piece.kernel.needed(task.index, state):
+            return reduce_chunk(piece, task.index, state, workspace)
         return None
 
-    def combine(self, thread: int, item: ChunkTask, state: Any) -> int:
-        """Put a chunk of the output where the item says; how many of its values are new infinities or NaNs."""
+    def combine(self, thread: int, task: ChunkTask, state: Any) -> int:
+        """Compute a chunk of the output into the task's slot; return its number of new infinities and NaNs."""
         from .compute import combine_chunk, torch_dtype
 
-        piece, workspace = self._begin(thread, item)
-        device = self._devices[item.device]
+        piece, workspace = self._begin(thread, task)
+        device = self._devices[task.device]
         if device.separate:
-            target = device.slot(item.out_device, item.out_nbytes)
+            target = device.slot(task.out_device, task.out_nbytes)
         else:
-            target = self.host_bytes(item.out, item.out_nbytes)
-        outcome = combine_chunk(piece, state, workspace, target.view(torch_dtype(self._graph.node_dtype[item.node])))
+            target = self.host_bytes(task.out, task.out_nbytes)
+        outcome = combine_chunk(piece, state, workspace, target.view(torch_dtype(self._graph.node_dtype[task.node])))
         if not self._allow_nonfinite:
-            self._refuse_nonfinite(item, outcome.nonfinite_inputs)
+            self._refuse_nonfinite(task, outcome.nonfinite_inputs)
         return outcome.overflowed
 
-    def compare(self, item: ChunkTask, views: Sequence[memoryview], target: memoryview) -> None:
-        """Copy integers where all inputs agree. Raises CheckpointError where they don't."""
+    def compare(self, task: ChunkTask, views: Sequence[memoryview], target: memoryview) -> None:
+        """Copy a chunk of integers that must be equal in all inputs.
+
+        Args:
+            task: task of the chunk.
+            views: chunk of each distinct source.
+            target: chunk of the output.
+
+        Raises:
+            CheckpointError: if they differ.
+        """
         graph = self._graph
-        reads = list(dict.fromkeys(graph.node_sources[item.node]))
+        reads = list(dict.fromkeys(graph.node_sources[task.node]))
         for read, view in zip(reads[1:], views[1:], strict=True):
             if view != views[0]:
                 raise CheckpointError(
-                    f"tensor {graph.label(item.node)}: its {graph.reads[read].dtype.name} values differ "
-                    f"between {self._model(reads[0])} and {self._model(read)}; integer tensors are only copied, where "
-                    "they are equal in all models"
+                    f"tensor {graph.label(task.node)}: its {graph.reads[read].dtype.name} values differ "
+                    f"between {self._model(reads[0])} and {self._model(read)}; integer tensors must be equal in all "
+                    "models, because they are copied and not merged"
                 )
         target[:] = views[0]
 
-    def _begin(self, thread: int, item: ChunkTask) -> tuple[Piece, Any]:
-        """The item as a piece of its tensor, its inputs checked if they must be, and the thread's workspace."""
+    def _begin(self, thread: int, task: ChunkTask) -> tuple[Piece, Any]:
+        """Return the inputs of a task, checked for NaNs if required, and the thread's workspace."""
         from .compute import Piece, check_inputs, torch_dtype
 
-        graph, device, kernel = self._graph, self._devices[item.device], item.operation.kernel
+        graph, device, kernel = self._graph, self._devices[task.device], task.operation.kernel
         assert kernel is not None
-        device.begin(thread, item.marker)
-        places = dict(zip(dict.fromkeys(graph.node_sources[item.node]), item.residents, strict=True))
+        device.begin(thread, task.marker)
+        chunks = dict(zip(dict.fromkeys(graph.node_sources[task.node]), task.inputs, strict=True))
         inputs = []
-        for read in graph.node_sources[item.node]:
-            resident = places[read]
-            raw = (device.slot if device.separate else self.host_bytes)(resident.slot, resident.nbytes)
+        for read in graph.node_sources[task.node]:
+            cached = chunks[read]
+            raw = (device.slot if device.separate else self.host_bytes)(cached.slot, cached.nbytes)
             inputs.append(raw.view(torch_dtype(graph.reads[read].dtype)))
         piece = Piece(
             kernel=kernel,
             inputs=inputs,
-            element=self._schedule.span(graph, item.node, item.chunk)[0],
-            key=graph.node_key[item.node],
-            positions=item.operation.positions,
-            tile=tile_length(graph, item.node, self._schedule.tile_elements[item.device]),
+            element=self._schedule.span(graph, task.node, task.chunk)[0],
+            key=graph.node_key[task.node],
+            positions=task.operation.positions,
+            tile=tile_length(graph, task.node, self._schedule.tile_elements[task.device]),
         )
-        workspace = self._workspace(thread, item.device)
-        if item.index == 0 and not kernel.propagates_nonfinite and not self._allow_nonfinite:
-            self._refuse_nonfinite(item, check_inputs(piece, workspace))
+        workspace = self._workspace(thread, task.device)
+        if task.index == 0 and not kernel.propagates_nonfinite and not self._allow_nonfinite:
+            self._refuse_nonfinite(task, check_inputs(piece, workspace))
         return piece, workspace
 
     def _workspace(self, thread: int, device: int) -> Any:
@@ -128,18 +137,18 @@ class KernelRunner:
 
         from ...methods.kernel.tile import Workspace
 
-        found = self._workspaces.get((thread, device))
-        if found is None:
+        workspace = self._workspaces.get((thread, device))
+        if workspace is None:
             memory = self._devices[device].workspace(thread)
-            found = self._workspaces[(thread, device)] = Workspace(memory, torch.float32)
-        return found
+            workspace = self._workspaces[(thread, device)] = Workspace(memory, torch.float32)
+        return workspace
 
-    def _refuse_nonfinite(self, item: ChunkTask, inputs: Sequence[int]) -> None:
+    def _refuse_nonfinite(self, task: ChunkTask, inputs: Sequence[int]) -> None:
         if inputs:
-            read = self._graph.node_sources[item.node][inputs[0]]
+            read = self._graph.node_sources[task.node][inputs[0]]
             raise CheckpointError(
                 f"tensor {self._graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model "
-                "is damaged, or overflowed in training; `allow_nonfinite: true` in the recipe merges it all the same"
+                "is damaged, or overflowed in training; to merge it anyway, put `allow_nonfinite: true` in the recipe"
             )
 
     def _model(self, read: int) -> str:
@@ -147,7 +156,7 @@ class KernelRunner:
 
 
 def import_torch() -> ModuleType:
-    """torch, imported without collections of garbage: hundreds of them find nothing in all that it defines."""
+    """Import torch with garbage collection off: hundreds of collections would find nothing to free."""
     collects = gc.isenabled()
     gc.disable()
     try:

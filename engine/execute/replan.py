@@ -1,4 +1,4 @@
-"""Runs a graph to its end: schedules it, and again for less memory where a GPU's neighbour has taken some."""
+"""Executes a graph, and plans it again for less VRAM if another process has taken some."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from ..graph.graph import MergeGraph
 from ..schedule.schedule import DeviceBudget, Schedule, make_schedule, shrink
 from .devices.base import Device, OutOfDeviceMemory
 from .executor import Executor
+from .ledger import Ledger
 from .tasks import Measured, Progress, Sink, Source
 
 SPARE = 0.9
-"""The share of a GPU's free memory that is tried where there is less than was planned."""
+"""Share of a GPU's free memory that is used if less is free than planned."""
 
 
 def run_graph(
@@ -24,33 +25,35 @@ def run_graph(
     done: Mapping[int, int] | None = None,
     allow_nonfinite: bool = False,
     notify: Callable[[Progress], None] | None = None,
+    ledger: Ledger | None = None,
 ) -> Measured:
-    """Perform a schedule.
+    """Execute a schedule.
 
     Args:
-        graph: what is made.
-        schedule: how.
-        open_devices: the devices of a budget.
-        source: where tensor bytes come from.
-        sink: where they go.
-        done: nodes that need not be made, as the schedule was made with.
-        allow_nonfinite: whether a NaN or an infinity in an input is let through.
-        notify: called now and then with how far it is.
+        graph: graph to execute.
+        schedule: schedule of the graph.
+        open_devices: function that returns the devices of a budget.
+        source: reader of tensor bytes.
+        sink: writer of output bytes.
+        done: bytes that an earlier run wrote, by node; the same as the schedule was made with.
+        allow_nonfinite: whether a NaN or an infinity in an input is accepted.
+        notify: function that receives the progress about ten times a second.
+        ledger: ledger in which the buffers are reserved; one of its own if None.
 
     Raises:
-        MergeloomError: what went wrong in any lane.
+        MergeloomError: the first error of any lane.
     """
     reduced_vram: dict[str, int] = {}
     while True:
         devices = open_devices(schedule.budget.devices)
-        executor = Executor(graph, schedule, devices, source, sink, allow_nonfinite=allow_nonfinite)
+        executor = Executor(graph, schedule, devices, source, sink, ledger=ledger, allow_nonfinite=allow_nonfinite)
         try:
             measured = executor.run(notify)
             measured.reduced_vram = reduced_vram
             return measured
         except OutOfDeviceMemory as error:
-            held = next(device.vram or 0 for device in schedule.budget.devices if device.name == error.name)
-            vram = int(min(error.free_slots, held) * SPARE)  # what is free may be more than what was allowed
+            limit = next(device.vram or 0 for device in schedule.budget.devices if device.name == error.name)
+            vram = int(min(error.free, limit) * SPARE)  # more may be free by now than the budget allows
             if vram < schedule.minimum_vram:
                 raise
             reduced_vram[error.name] = vram

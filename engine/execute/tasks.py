@@ -1,11 +1,11 @@
-"""What flows through the executor: pieces of work, how far they are, and what was measured."""
+"""Data types of a run: tasks, the state of nodes in progress, progress, and measurements."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ...methods.kernel.contract import Kernel
 from ..graph.graph import Operation
@@ -15,34 +15,34 @@ from .devices.base import Done, Marker
 
 
 class Source(Protocol):
-    """Where tensor bytes come from; called from several threads."""
+    """Reads tensor bytes; called from several threads."""
 
     def read(self, file: Path, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `file` from `offset` on."""
+        """Fill `buffer` with the bytes of `file` that start at `offset`."""
 
 
 class Sink(Protocol):
-    """Where output bytes go; called from several threads."""
+    """Writes output bytes; called from several threads."""
 
     def write(self, node: int, offset: int, data: memoryview) -> None:
-        """Put `data` at byte `offset` of every output tensor of a node.
+        """Write `data` at byte `offset` of every output tensor of a node.
 
-        The calls for one node begin in the order of the offsets, and may overlap.
+        The calls for one node start in the order of the offsets, and may overlap.
         """
 
     def finished(self, node: int) -> None:
-        """Every byte of a node has been written."""
+        """Note that every byte of a node has been written."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is; its fields only grow.
+    """The progress of a run; the counts only grow.
 
     Args:
         bytes_read: tensor bytes read.
         bytes_written: tensor bytes written.
-        bytes_checked: bytes of an unfinished merge that were checked, while it is being checked.
-        bytes_to_check: all bytes that are to be checked; 0 once the merge itself is at work.
+        bytes_checked: bytes of an interrupted merge that have been checked.
+        bytes_to_check: bytes of an interrupted merge to check; 0 once the merge itself is running.
     """
 
     bytes_read: int = 0
@@ -53,13 +53,13 @@ class Progress:
 
 @dataclass(slots=True)
 class LaneTime:
-    """What a lane did.
+    """The time that a lane's threads worked and waited.
 
     Args:
-        threads: how many it has.
-        worked: seconds, over all its threads.
-        waited: seconds, over all its threads.
-        levels: seconds with 0, 1, 2, ... of its threads at work.
+        threads: number of threads.
+        worked: seconds of work, summed over all threads.
+        waited: seconds of waiting, summed over all threads.
+        levels: seconds with 0, 1, 2, ... threads at work.
     """
 
     threads: int
@@ -69,28 +69,27 @@ class LaneTime:
 
     @property
     def effective_threads(self) -> int:
-        """How many threads still helped: the most that were at work at once for a twentieth of the time or longer."""
+        """Highest number of threads that were at work together for at least a twentieth of the time."""
         total = sum(self.levels)
         return max((n for n in range(len(self.levels)) if sum(self.levels[n:]) >= total / 20), default=0)
 
 
 @dataclass(slots=True)
 class Measured:
-    """What a run did.
+    """Measurements of a run.
 
     Args:
         bytes_read: tensor bytes read.
         bytes_written: tensor bytes written.
-        bytes_shared: tensor bytes whose disk blocks are the sources' own.
-        bytes_checked: bytes of an unfinished merge, and of its sources, that were read to check it before it was
-            resumed.
-        refused: tensor bytes that were to be shared and had to be copied, by the error number of the refusal.
-        seconds: from the first step to the last.
-        ram_peak: the most bytes of slots held in RAM.
-        vram_peak: the most bytes held on a device.
-        lanes: what each lane did.
-        overflowed: for each output tensor with new infinities or NaNs, how many.
-        squeezed: GPUs of which others held more than was foretold, and the bytes that were made do with.
+        bytes_shared: tensor bytes in reflinked disk blocks.
+        bytes_checked: bytes of an interrupted merge and its sources that were read to check it.
+        refused: tensor bytes that could not be reflinked and were copied, by the error number.
+        seconds: seconds from the first step to the end.
+        ram_peak: highest number of bytes in slots of RAM.
+        vram_peak: highest number of bytes held on a device.
+        lanes: time of each lane, by name.
+        overflowed: number of new infinities or NaNs, by output tensor.
+        reduced_vram: reduced VRAM limit in bytes, by GPU with less free memory than planned.
     """
 
     bytes_read: int = 0
@@ -106,12 +105,46 @@ class Measured:
     reduced_vram: dict[str, int] = field(default_factory=dict)
 
 
+class ReadTask(NamedTuple):
+    """One chunk to read from a file.
+
+    Args:
+        target: cached chunk whose slot receives the bytes.
+        read: number of the read.
+        offset: offset of the chunk in the file in bytes.
+        nbytes: size of the chunk in bytes.
+    """
+
+    target: CachedChunk
+    read: int
+    offset: int
+    nbytes: int
+
+
 class ChunkTask:
-    """One chunk of one step, with its slots."""
+    """One chunk of one step, with its slots.
+
+    Attributes:
+        order: position of the task in the plan.
+        node: number of the node.
+        index: number of the pass, from 0.
+        device: number of the device that computes.
+        operation: operation of the node.
+        last: whether this pass makes the output.
+        chunk: number of the chunk.
+        missing: number of source chunks that are still being read or uploaded.
+        inputs: chunk of each distinct source, in the memory that the computation reads.
+        hosts: chunks in RAM to release once they were used.
+        uploads: pairs of a chunk in RAM and its copy on the device.
+        out: slot in RAM for the output chunk, or -1.
+        out_device: slot on the device for the output chunk, or -1.
+        out_nbytes: size of the output chunk in bytes.
+        marker: point in the device's work to wait for.
+    """
 
     __slots__ = (
-        "chunk", "device", "hosts", "index", "last", "marker", "missing", "node", "operation", "order", "out",
-        "out_device", "out_nbytes", "residents", "uploads",
+        "chunk", "device", "hosts", "index", "inputs", "last", "marker", "missing", "node", "operation", "order",
+        "out", "out_device", "out_nbytes", "uploads",
     )  # fmt: skip
 
     def __init__(self, order: int, step: Step, operation: Operation, chunk: int) -> None:
@@ -122,24 +155,24 @@ class ChunkTask:
         self.operation = operation
         self.last = step.index == operation.passes - 1
         self.chunk = chunk
-        self.missing = 0  # chunks that are still being read or uploaded
-        self.residents: list[CachedChunk] = []  # where the computation finds each distinct source
-        self.hosts: list[CachedChunk] = []  # slots in RAM to give back when they were used
+        self.missing = 0
+        self.inputs: list[CachedChunk] = []
+        self.hosts: list[CachedChunk] = []
         self.uploads: list[tuple[CachedChunk, CachedChunk]] = []
         self.out = -1
         self.out_device = -1
         self.out_nbytes = 0
         self.marker: Marker = Done()
 
-    def await_(self, resident: CachedChunk) -> None:
-        """Count `resident` as missing until it is ready."""
-        if not resident.ready:
-            resident.waiting.append(self)
+    def wait_for(self, cached: CachedChunk) -> None:
+        """Count `cached` as missing until it is ready."""
+        if not cached.ready:
+            cached.waiting.append(self)
             self.missing += 1
 
 
 class NodeState:
-    """A node that is being made: which pass it is in, and what of it is computed and written."""
+    """The state of a node in progress: its current pass, and which chunks are computed and written."""
 
     __slots__ = (
         "_lock", "_merged", "_next", "_partials", "chunks", "computed", "index", "next_write", "state", "unwritten",
@@ -160,9 +193,9 @@ class NodeState:
         self._merged: Any = None
 
     def merge(self, kernel: Kernel, index: int, chunk: int, partial: Any) -> bool:
-        """Merge a chunk's partial of a pass, in the order of the chunks; whether that was the last one.
+        """Merge a chunk's partial result of a pass, in the order of the chunks; return whether the pass is complete.
 
-        It is safe to call from several threads. After the last one, `state` is what the pass has found.
+        Several threads may call it. Once the pass is complete, `state` holds its result.
         """
         with self._lock:
             self._partials[chunk] = partial

@@ -1,1 +1,1 @@
-"""Task graph + budget -> steps: order, chunks, cache. Pure functions without torch or file access."""
+"""Schedules a graph within a budget: order, chunks, cache. Pure functions without torch or file access."""

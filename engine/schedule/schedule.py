@@ -1,64 +1,74 @@
-"""The schedule: in which order the nodes run, in what pieces, and what stays cached until when. A simulation in bytes.
+"""The schedule: the order of the nodes, their chunks, and which chunks stay cached until when.
 
-Pure: no torch, no files, no clock. `plan` prints what `make_schedule` returns and `merge` performs it.
+Pure: no torch, no files, no clock. `plan` prints what `make_schedule` returns, and `merge` executes it.
 
-A step is one pass of one node over its sources, chunk by chunk. Slot, chunk and tile follow from the budget; the order
-of the nodes is the best of a few that are simulated.
+A step is one pass of one node over its sources, chunk by chunk. The sizes of slots, chunks and tiles follow from the
+budget. Several orders of the nodes are simulated, and the best one is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...errors import BudgetError
 from ...io.sizes import format_size
-from ..graph.graph import Kind, MergeGraph
+from ..graph.graph import MergeGraph
+from .assignment import assign_devices
+from .requirements import SMALLEST_SLOT, Requirements, requirements
 from .simulate import Simulation, Step, orders
-from .tiling import chunk_count, chunk_elements, clusters, length, output_width, tile_length, widest, work_bytes
+from .tiling import chunk_count, chunk_elements, clusters, length, output_width
 
-PAGE = 4096
 TILE_ELEMENTS = 1 << 19
 """Elements of a tile on the CPU: its workspace stays in a core's cache."""
 DEVICE_TILE_ELEMENTS = 1 << 22
 """Elements of a tile on a device with its own memory."""
 SLOT_BYTES = 4 << 20
-"""The size of a slot where the budget allows it."""
+"""Preferred size of a slot."""
 COPY_SLOT_BYTES = 1 << 20
-"""The same where nothing is computed."""
+"""Preferred size of a slot if nothing is computed."""
 DEVICE_SLOT_BYTES = 32 << 20
-"""The same for a device with its own memory, where a chunk is one copy over the bus."""
-SMALLEST_SLOT = 64 << 10
+"""Preferred size of a slot for a device with its own memory, where a chunk is one copy over the bus."""
 WORTH = 0.95
-"""Smaller slots are taken where they leave no more than this share of what is read: each piece costs time, too."""
+"""Smaller slots are chosen if they reduce the bytes read at least to this share: each chunk costs time, too."""
 PARTIAL_BYTES = 8 << 20
-"""Set aside for each compute thread, for the partial results of reductions."""
+"""RAM set aside for each compute thread, for the partial results of reductions."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceBudget:
-    """A device that computes.
+    """The budget of a device that computes.
 
     Args:
-        name: such as ``cpu`` or ``cuda:0``.
-        vram: how many bytes may be held on it, or None where it computes in host memory.
-        threads: compute threads, each with a workspace.
+        name: name of the device, such as ``cpu`` or ``cuda:0``.
+        vram: limit of the device's own memory in bytes, or None if it computes in RAM.
+        threads: number of compute threads, each with a workspace.
     """
 
     name: str
     vram: int | None
     threads: int
 
+    @property
+    def separate(self) -> bool:
+        """Whether the device has its own memory."""
+        return self.vram is not None
+
+    @property
+    def tile_elements(self) -> int:
+        """Preferred number of elements in a compute tile."""
+        return DEVICE_TILE_ELEMENTS if self.separate else TILE_ELEMENTS
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a schedule has to fit.
+    """The limits of a schedule.
 
     Args:
-        ram: the bound on the process's resident memory, in bytes.
-        baseline: what the process takes without the engine's buffers, in bytes.
-        devices: the devices that compute, at least one.
-        held: the most that the process has held so far, in bytes; 0 in a larger program, whose memory it is.
+        ram: limit of the process's resident memory in bytes.
+        baseline: bytes of RAM that the process takes without the engine's buffers.
+        devices: budgets of the devices that compute, at least one.
+        held: peak of the process's resident memory so far in bytes; 0 inside another program.
     """
 
     ram: int
@@ -69,26 +79,29 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What a merge does, step by step, and what it holds, reads and writes.
+    """The steps of a merge, and the bytes that it holds, reads and writes.
 
     Args:
-        steps: in the order in which they are dispatched.
-        chunk_elements: for each node, the elements in a chunk (bytes, where nothing is computed).
-        slot_bytes: the size of a slot, in RAM and on every device.
-        ram_slots: slots of the arena in RAM.
-        vram_slots: slots of the arena on each device.
-        workspace: bytes of workspace of each compute thread, by device.
-        tile_elements: the aim for the elements of a compute tile, by device.
-        budget: what it was made for.
+        steps: the steps, in the order in which they are dispatched.
+        chunk_elements: for each node, the elements in a chunk (bytes, if nothing is computed).
+        slot_bytes: size of a slot in bytes, in RAM and on every device.
+        ram_slots: number of slots in RAM.
+        vram_slots: number of slots on each device; 0 if it computes in RAM.
+        workspace: size of a compute thread's workspace in bytes, for each device.
+        tile_elements: preferred number of elements in a compute tile, for each device.
+        budget: the budget that the schedule fits.
         bytes_read: tensor bytes read from files, re-reads included.
-        bytes_reread: the part of them that had been read before.
+        bytes_reread: tensor bytes that are re-reads.
         bytes_written: tensor bytes written.
-        serial_ram: the most RAM that slots take when the steps run one chunk after another, in bytes.
-        fixed_ram: bytes of RAM that are held all the time: the program, and what compute threads need.
-        peak_ram: the bound on the process's resident memory, in bytes: baseline, arena and workspaces.
-        peak_vram: what is held on the devices, in bytes, the largest of them.
-        minimum_ram: the smallest RAM budget that works, in bytes, and the node that needs it.
-        minimum_vram: the smallest VRAM budget that works, in bytes; 0 where no device has its own memory.
+        uploaded: bytes copied to the devices.
+        serial_ram: peak RAM of the slots in bytes if the steps run one chunk after another.
+        partials: RAM set aside for the partial results of reductions in bytes.
+        fixed_ram: RAM held all the time in bytes: the program, and the memory of compute threads.
+        peak_ram: bound of the process's resident memory in bytes: baseline, arena and workspaces.
+        peak_vram: peak memory of the device that holds most in bytes.
+        minimum_ram: smallest RAM budget that works, in bytes.
+        minimum_ram_node: node that requires it, or None.
+        minimum_vram: smallest VRAM budget that works, in bytes; 0 if no device has its own memory.
     """
 
     steps: list[Step]
@@ -104,6 +117,7 @@ class Schedule:
     bytes_written: int
     uploaded: int
     serial_ram: int
+    partials: int
     fixed_ram: int
     peak_ram: int
     peak_vram: int
@@ -111,166 +125,220 @@ class Schedule:
     minimum_ram_node: int | None
     minimum_vram: int
 
+    @property
+    def buffer_ram(self) -> int:
+        """RAM of the engine's buffers in bytes: the arena, the workspaces and the partial results."""
+        workspaces = sum(
+            device.threads * workspace
+            for device, workspace in zip(self.budget.devices, self.workspace, strict=True)
+            if not device.separate
+        )
+        return self.ram_slots * self.slot_bytes + workspaces + self.partials
+
+    def buffer_vram(self, device: int) -> int:
+        """Return the bytes of the engine's buffers in a device's own memory: its arena and its workspaces."""
+        threads = self.budget.devices[device].threads
+        return self.vram_slots[device] * self.slot_bytes + threads * self.workspace[device]
+
     def span(self, graph: MergeGraph, node: int, chunk: int) -> tuple[int, int]:
-        """The first element of a chunk and how many it has (bytes, where nothing is computed)."""
+        """Return the first element of a chunk and the number of its elements (bytes, if nothing is computed)."""
         elements = self.chunk_elements[node]
         start = chunk * elements
         return start, min(elements, length(graph, node) - start)
 
     def chunks(self, graph: MergeGraph, node: int) -> int:
-        """How many chunks a node's tensors have; 0 for a tensor without elements."""
+        """Return the number of chunks of a node's tensors; 0 for a tensor without elements."""
         return chunk_count(graph, node, self.chunk_elements[node])
 
+    @classmethod
+    def from_candidate(cls, problem: Problem, candidate: Candidate) -> Schedule:
+        """Return the schedule of the best candidate, with no more slots than it can use."""
+        budget, needs, simulation = problem.budget, problem.needs, candidate.simulation
+        slot, window = candidate.slot, needs[0].window
+        ahead = simulation.max_step_working_set + window * (4 + 2 * sum(device.threads for device in budget.devices))
+        ram_slots = min(candidate.ram_slots, simulation.total_slot_demand, simulation.peak + ahead)
+        vram_slots = tuple(
+            min(count, simulation.total_slot_demand, peak + ahead) if device.separate else 0
+            for count, peak, device in zip(candidate.vram_slots, simulation.vram_peaks, budget.devices, strict=True)
+        )
+        schedule = cls(
+            steps=simulation.steps,
+            chunk_elements=candidate.chunks,
+            slot_bytes=slot,
+            ram_slots=ram_slots,
+            vram_slots=vram_slots,
+            workspace=tuple(need.workspace for need in needs),
+            tile_elements=tuple(device.tile_elements for device in budget.devices),
+            budget=budget,
+            bytes_read=simulation.bytes_read,
+            bytes_reread=max(0, simulation.bytes_read - candidate.unique_bytes(problem.graph)),
+            bytes_written=candidate.bytes_written(problem.graph),
+            uploaded=simulation.uploaded,
+            serial_ram=simulation.peak * slot,
+            partials=problem.partials,
+            fixed_ram=problem.fixed_ram,
+            peak_ram=max(problem.fixed_ram + ram_slots * slot, budget.held),
+            peak_vram=0,
+            minimum_ram=problem.minimum_ram,
+            minimum_ram_node=needs[0].node,
+            minimum_vram=problem.minimum_vram,
+        )
+        separate = [number for number, device in enumerate(budget.devices) if device.separate]
+        return replace(schedule, peak_vram=max((schedule.buffer_vram(number) for number in separate), default=0))
 
-@dataclass(slots=True)
-class _Need:
-    """The least that any schedule of a graph takes."""
 
-    slot: int = SMALLEST_SLOT
-    slot_node: int | None = None
-    largest: int = 0  # bytes of the widest tensor of a node
-    window: int = 1
-    workspace: int = 0
-    workspace_node: int | None = None
-    allocated: int = 0  # bytes of a compute thread besides its workspace
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A graph to schedule within a budget, and the minimum that it requires.
+
+    Args:
+        graph: graph to schedule.
+        budget: limits of the schedule.
+        done: for each node that an earlier run has started or finished, the bytes that it wrote.
+        needs: requirements of the graph on each device.
+        devices: number of the device of each node.
+    """
+
+    graph: MergeGraph
+    budget: Budget
+    done: Mapping[int, int]
+    needs: tuple[Requirements, ...]
+    devices: list[int]
+
+    @classmethod
+    def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
+        """Return the problem, with the requirements of the nodes that are left."""
+        finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
+        needs = tuple(requirements(graph, device.tile_elements, finished) for device in budget.devices)
+        return cls(graph, budget, done, needs, assign_devices(graph, len(budget.devices)))
+
+    @property
+    def partials(self) -> int:
+        """RAM for the partial results of reductions, in bytes."""
+        return sum(device.threads * PARTIAL_BYTES for device, _ in self._in_ram())
+
+    @property
+    def fixed_ram(self) -> int:
+        """RAM held all the time in bytes: the program, and the memory of compute threads."""
+        threads = sum(device.threads * (need.workspace + need.allocated) for device, need in self._in_ram())
+        return self.budget.baseline + threads + self.partials
+
+    @property
+    def minimum_ram(self) -> int:
+        """Smallest RAM budget that works, in bytes."""
+        return max(self.fixed_ram + self.needs[0].window * self.needs[0].slot, self.budget.held)
+
+    @property
+    def minimum_vram(self) -> int:
+        """Smallest VRAM budget that works on every device with its own memory, in bytes."""
+        separate = [pair for pair in zip(self.budget.devices, self.needs, strict=True) if pair[0].separate]
+        return max((need.window * need.slot + device.threads * need.workspace for device, need in separate), default=0)
+
+    def slot_memory(self) -> tuple[int, list[int | None]]:
+        """Return the bytes for slots in RAM and on each device; None for a device that computes in RAM."""
+        devices = [
+            None if device.vram is None else device.vram - device.threads * need.workspace
+            for device, need in zip(self.budget.devices, self.needs, strict=True)
+        ]
+        return self.budget.ram - self.fixed_ram, devices
+
+    def _in_ram(self) -> list[tuple[DeviceBudget, Requirements]]:
+        """Return the devices whose compute threads take RAM, with their requirements."""
+        pairs = zip(self.budget.devices, self.needs, strict=True)
+        return [(device, need) for device, need in pairs if not device.separate and need.workspace]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The best order of the nodes for one slot size.
+
+    Args:
+        slot: size of a slot in bytes.
+        chunks: for each node, the elements in a chunk.
+        ram_slots: number of slots that fit RAM.
+        vram_slots: number of slots that fit each device's own memory.
+        first: first chunk to write of each node that an earlier run has started.
+        left: nodes that still have chunks to write.
+        simulation: simulation of the order.
+    """
+
+    slot: int
+    chunks: list[int]
+    ram_slots: int
+    vram_slots: tuple[int, ...]
+    first: dict[int, int]
+    left: set[int]
+    simulation: Simulation
+
+    def unique_bytes(self, graph: MergeGraph) -> int:
+        """Return the bytes of all tensors that must be read at least once."""
+        return sum(graph.reads[read].nbytes for read in {r for node in self.left for r in graph.node_sources[node]})
+
+    def bytes_written(self, graph: MergeGraph) -> int:
+        """Return the bytes of all output tensors without those that an earlier run wrote."""
+        total = 0
+        for output in graph.outputs:
+            if output.node in self.left:
+                nbytes = graph.nbytes(output.node)
+                chunk = self.chunks[output.node] * output_width(graph, output.node)
+                total += nbytes - min(self.first.get(output.node, 0) * chunk, nbytes)
+        return total
 
 
 def make_schedule(
     graph: MergeGraph, budget: Budget, *, slot_bytes: int | None = None, done: Mapping[int, int] | None = None
 ) -> Schedule:
-    """The schedule of a graph within a budget.
+    """Schedule a graph within a budget.
 
     Args:
-        graph: what to make.
-        budget: what to fit.
-        slot_bytes: the size of a slot; found from the budget where it isn't given.
-        done: nodes that an earlier run has begun or finished, with the bytes that need not be written again.
+        graph: graph to schedule.
+        budget: limits of the schedule.
+        slot_bytes: size of a slot in bytes; chosen from the budget if None.
+        done: for each node that an earlier run has started or finished, the bytes that it wrote.
 
     Raises:
-        BudgetError: where the budget is too small, with the smallest that works and the tensor that needs it.
+        BudgetError: if the budget is too small, with the smallest one that works and the tensor that requires it.
     """
-    aims = tuple(TILE_ELEMENTS if device.vram is None else DEVICE_TILE_ELEMENTS for device in budget.devices)
-    finished = {node for node, nbytes in (done or {}).items() if nbytes >= graph.nbytes(node)}
-    needs = [_needs(graph, aim, finished) for aim in aims]
-    separate = [device.vram is not None for device in budget.devices]
-    need = needs[0]
-    host_workspace = sum(
-        device.threads * (_needs_workspace(need_) + need_.allocated + PARTIAL_BYTES)
-        for device, need_, own in zip(budget.devices, needs, separate, strict=True)
-        if not own and need_.workspace
-    )
-    fixed = budget.baseline + host_workspace
-    minimum_ram = max(fixed + need.window * need.slot, budget.held)
-    minimum_vram = max(
-        (
-            need_.window * need_.slot + device.threads * _needs_workspace(need_)
-            for device, need_, own in zip(budget.devices, needs, separate, strict=True)
-            if own
-        ),
-        default=0,
-    )
-    _refuse_too_small(graph, budget, need, minimum_ram, minimum_vram)
-    room = budget.ram - fixed
-    rooms = [
-        device.vram - device.threads * _needs_workspace(need_)
-        for device, need_ in zip(budget.devices, needs, strict=True)
-        if device.vram is not None
-    ]
-    preferred = DEVICE_SLOT_BYTES if any(separate) else SLOT_BYTES if need.workspace else COPY_SLOT_BYTES
-    devices = _assign_devices(graph, len(budget.devices))
-    slot = slot_bytes or _choose_slot(need, [room, *rooms], budget, preferred)
+    problem = Problem.of(graph, budget, done or {})
+    _refuse_too_small(problem)
+    need = problem.needs[0]
+    if any(device.separate for device in budget.devices):
+        preferred = DEVICE_SLOT_BYTES
+    else:
+        preferred = SLOT_BYTES if need.workspace else COPY_SLOT_BYTES
+    slot = slot_bytes or _choose_slot(problem, preferred)
     smallest = slot if slot_bytes else max(need.slot, min(slot, preferred // 4))
-    chosen = attempt = _Attempt(graph, slot, room, rooms, separate, devices, need.window, done or {})
-    left = attempt.left
-    unique = sum(graph.reads[read].nbytes for read in {r for node in left for r in graph.node_sources[node]})
-    # what doesn't stay is read again: smaller slots leave more room for it, since fewer bytes are on their way
-    while attempt.best.bytes_read > unique and attempt.slot // 2 >= smallest:
-        attempt = _Attempt(graph, attempt.slot // 2, room, rooms, separate, devices, need.window, done or {})
-        if attempt.best.bytes_read < WORTH * chosen.best.bytes_read:
-            chosen = attempt
-    best, slot, chunks, first = chosen.best, chosen.slot, chosen.chunks, chosen.first
-    lookahead = 4 + 2 * sum(device.threads for device in budget.devices)
-    used_slots = min(chosen.ram_slots, best.demand, best.peak + best.resident + lookahead * need.window)
-    used_vram = tuple(
-        min(count, best.demand, peak + best.resident + lookahead * need.window) if own else 0
-        for count, peak, own in zip(chosen.device_slots, best.vram_peaks, separate, strict=True)
-    )
-    vram_held = [
-        count * slot + device.threads * _needs_workspace(need_)
-        for count, device, need_, own in zip(used_vram, budget.devices, needs, separate, strict=True)
-        if own
-    ]
-    written = sum(graph.nbytes(output.node) for output in graph.outputs if output.node in left)
-    written -= sum(
-        min(first[output.node] * chunks[output.node] * output_width(graph, output.node), graph.nbytes(output.node))
-        for output in graph.outputs
-        if output.node in left and output.node in first
-    )
-    return Schedule(
-        steps=best.steps,
-        chunk_elements=chunks,
-        slot_bytes=slot,
-        ram_slots=used_slots,
-        vram_slots=used_vram,
-        workspace=tuple(_needs_workspace(need_) for need_ in needs),
-        tile_elements=aims,
-        budget=budget,
-        bytes_read=best.bytes_read,
-        bytes_reread=max(0, best.bytes_read - unique),
-        bytes_written=written,
-        uploaded=best.uploaded,
-        serial_ram=best.peak * slot,
-        fixed_ram=fixed,
-        peak_ram=max(fixed + used_slots * slot, budget.held),
-        peak_vram=max(vram_held, default=0),
-        minimum_ram=minimum_ram,
-        minimum_ram_node=need.slot_node if need.slot_node is not None else need.workspace_node,
-        minimum_vram=minimum_vram,
-    )
+    best = candidate = plan_for_slot(problem, slot)
+    unique = best.unique_bytes(graph)
+    # smaller slots keep fewer bytes in flight, which leaves more room for what would be read again
+    while candidate.simulation.bytes_read > unique and candidate.slot // 2 >= smallest:
+        candidate = plan_for_slot(problem, candidate.slot // 2)
+        if candidate.simulation.bytes_read < WORTH * best.simulation.bytes_read:
+            best = candidate
+    return Schedule.from_candidate(problem, best)
 
 
-class _Attempt:
-    """The best order for one size of slot.
-
-    Args:
-        graph: what to make.
-        slot: its bytes.
-        room: bytes for slots in RAM.
-        rooms: the same on each device with its own memory.
-        separate: which devices have one.
-        devices: of each node.
-        window: slots that a step takes at least.
-        done: as for `make_schedule`.
-    """
-
-    def __init__(
-        self,
-        graph: MergeGraph,
-        slot: int,
-        room: int,
-        rooms: Sequence[int],
-        separate: Sequence[bool],
-        devices: list[int],
-        window: int,
-        done: Mapping[int, int],
-    ) -> None:
-        self.slot = slot
-        self.chunks = chunk_elements(graph, slot)
-        self.ram_slots = room // slot
-        sizes = iter(rooms)
-        self.device_slots = tuple(next(sizes) // slot if own else 0 for own in separate)
-        self.first = _first_chunks(graph, self.chunks, done)
-        self.left = {n for n in graph if self.first.get(n, 0) < max(1, chunk_count(graph, n, self.chunks[n]))}
-        tried = []
-        for order in orders(graph):
-            simulation = Simulation(graph, self.chunks, self.ram_slots, self.device_slots, devices, window, self.first)
-            simulation.run([node for node in order if node in self.left] if done else order)
-            tried.append(simulation)
-        self.best = min(tried, key=lambda simulation: (simulation.bytes_read, simulation.peak))
+def plan_for_slot(problem: Problem, slot: int) -> Candidate:
+    """Return the best order of the nodes for a slot size, of the orders worth simulating."""
+    graph, done = problem.graph, problem.done
+    chunks = chunk_elements(graph, slot)
+    ram, devices = problem.slot_memory()
+    ram_slots = ram // slot
+    vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
+    first = _first_chunks(graph, chunks, done)
+    left = {node for node in graph if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
+    simulations = []
+    for order in orders(graph):
+        window = problem.needs[0].window
+        simulation = Simulation(graph, chunks, ram_slots, vram_slots, problem.devices, window, first)
+        simulation.run([node for node in order if node in left] if done else order)
+        simulations.append(simulation)
+    best = min(simulations, key=lambda simulation: (simulation.bytes_read, simulation.peak))
+    return Candidate(slot, chunks, ram_slots, vram_slots, first, left, best)
 
 
-def _first_chunks(graph: MergeGraph, chunks: Sequence[int], done: Mapping[int, int]) -> dict[int, int]:
-    """The first chunk that each begun node still has to write. Nodes that share sources are finished or begun anew."""
+def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int]) -> dict[int, int]:
+    """Return the first chunk to write of each started node; nodes that share sources restart unless finished."""
     shared = {node for cluster in clusters(graph) for node in cluster} if done else set()
     first = {}
     for node, nbytes in done.items():
@@ -282,86 +350,41 @@ def _first_chunks(graph: MergeGraph, chunks: Sequence[int], done: Mapping[int, i
     return {node: chunk for node, chunk in first.items() if chunk}
 
 
-def _needs_workspace(need: _Need) -> int:
-    return -(-need.workspace // PAGE) * PAGE
-
-
-def _needs(graph: MergeGraph, aim: int, finished: Container[int]) -> _Need:
-    """The smallest slot, window and workspace that every node that is left fits."""
-    need = _Need()
-    for node in graph:
-        if node in finished:
-            continue
-        operation = graph.operation(node)
-        sources = len(set(graph.node_sources[node]))
-        need.largest = max(need.largest, length(graph, node) * widest(graph, node))
-        need.window = max(need.window, sources + (operation.kind is not Kind.COPY))
-        if operation.kernel is None:
-            continue
-        elements = length(graph, node)
-        alignment = min(operation.kernel.alignment, elements) * widest(graph, node)
-        if alignment > need.slot:
-            need.slot = -(-alignment // PAGE) * PAGE
-            need.slot_node = node
-        tile = min(tile_length(graph, node, aim), elements)
-        workspace = operation.kernel.workspace(tile, work_bytes(graph, node))
-        measured = graph.footprints.get(node)
-        if measured is not None:
-            workspace = max(workspace, measured.workspace.at(tile))
-            need.allocated = max(need.allocated, -(-measured.allocated.at(tile) // PAGE) * PAGE)
-        if workspace > need.workspace:
-            need.workspace = workspace
-            need.workspace_node = node
-    return need
-
-
-def _refuse_too_small(graph: MergeGraph, budget: Budget, need: _Need, minimum_ram: int, minimum_vram: int) -> None:
-    node = need.slot_node if need.slot_node is not None else need.workspace_node
+def _refuse_too_small(problem: Problem) -> None:
+    graph, budget, node = problem.graph, problem.budget, problem.needs[0].node
     if node is None and len(graph.node_sources):
         node = max(graph, key=lambda n: len(graph.node_sources[n]))
-    reason = "" if node is None else f", which {graph.label(node)} needs"
+    reason = "" if node is None else f", required by {graph.label(node)}"
+    minimum_ram, minimum_vram = problem.minimum_ram, problem.minimum_vram
     if budget.ram < minimum_ram:
         raise BudgetError(
             f"the merge does not fit {format_size(budget.ram)} of RAM: the smallest budget that works is "
-            f"{format_size(minimum_ram, up=True)}{reason} ({format_size(budget.baseline)} of it for the program "
-            f"itself); give --max-ram {format_size(minimum_ram, up=True)} or more"
+            f"{format_size(minimum_ram, up=True)}{reason} ({format_size(budget.baseline)} for the program "
+            f"itself); use --max-ram {format_size(minimum_ram, up=True)} or more"
         )
     for device in budget.devices:
         if device.vram is not None and device.vram < minimum_vram:
             raise BudgetError(
                 f"the merge does not fit {format_size(device.vram)} on {device.name}: the smallest budget that works "
-                f"is {format_size(minimum_vram, up=True)}{reason}; give --max-vram "
+                f"is {format_size(minimum_vram, up=True)}{reason}; use --max-vram "
                 f"{format_size(minimum_vram, up=True)} or more, or --device cpu"
             )
 
 
-def _choose_slot(need: _Need, rooms: Sequence[int], budget: Budget, preferred: int) -> int:
-    """The largest slot, up to the preferred one, that leaves every thread something to work on while others read."""
-    depth = 2 + sum(device.threads for device in budget.devices)
+def _choose_slot(problem: Problem, preferred: int) -> int:
+    """Return the largest slot size, up to the preferred one, that leaves slots to read ahead for every thread."""
+    need = problem.needs[0]
+    depth = 2 + sum(device.threads for device in problem.budget.devices)
+    ram, devices = problem.slot_memory()
+    room = min([ram, *(nbytes for nbytes in devices if nbytes is not None)])
     slot = max(SMALLEST_SLOT, 1 << max(0, need.largest - 1).bit_length())
     slot = min(preferred, slot)
-    while slot > need.slot and min(rooms) // slot < need.window * depth:
+    while slot > need.slot and room // slot < need.window * depth:
         slot //= 2
     return max(slot, need.slot)
 
 
-def _assign_devices(graph: MergeGraph, count: int) -> list[int]:
-    """The device of each node, balanced by bytes; nodes that share sources go to one device."""
-    if count == 1:
-        return [0] * len(graph.node_sources)
-    together = {node: cluster[0] for cluster in clusters(graph) for node in cluster}
-    load = [0] * count
-    homes: dict[int, int] = {}
-    devices = []
-    for node in graph:
-        group = together.get(node, node)
-        home = homes.setdefault(group, load.index(min(load)))
-        load[home] += graph.nbytes(node) + sum(graph.reads[read].nbytes for read in graph.node_sources[node])
-        devices.append(home)
-    return devices
-
-
 def shrink(budget: Budget, device: str, vram: int) -> Budget:
-    """The budget with less memory on one device."""
+    """Return the budget with less memory on one device."""
     devices = tuple(replace(each, vram=vram) if each.name == device else each for each in budget.devices)
     return replace(budget, devices=devices)

@@ -1,8 +1,7 @@
-"""One order of the nodes gone through in slots: what is read, what stays cached, and what is held at the most.
+"""Simulates one order of the nodes in slots: the bytes read, the chunks kept in the cache, and the peak memory.
 
-A chunk that is needed again stays in its slot where there is room; where there isn't, the chunks needed furthest in the
-future are dropped and read again (Belady's rule). Where the device has a memory of its own, chunks stay there first,
-then in RAM.
+A chunk that is needed again stays in its slot if there is room. If there is not, the chunks whose next use is furthest
+away are dropped and read again (Belady's rule). Chunks stay in a device's own memory first, then in RAM.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class CachedRange:
 
     @property
     def ram(self) -> int:
-        """How many chunks lie in RAM."""
+        """Number of chunks in RAM."""
         return self.high - self.low
 
 
@@ -37,17 +36,17 @@ class Step:
     """One pass of one node.
 
     Args:
-        node: its number.
-        index: which pass, from 0; the last one makes the output.
-        first: the first chunk that it goes through; more than 0 where an earlier run wrote the ones before.
-        device: the number of the device that computes it.
-        sources: the distinct reads of the node.
-        keep: for each of them, the chunks that stay cached after the step.
-        drop: what loses cached chunks before the step, with the chunks that stay cached.
+        node: number of the node.
+        index: number of the pass, from 0; the last one makes the output.
+        first: number of the first chunk; more than 0 if an earlier run wrote the chunks before it.
+        device: number of the device that computes.
+        sources: distinct reads of the node.
+        keep: for each source, the chunks that stay cached after the step.
+        drop: sources that lose cached chunks before the step, with the chunks that stay cached.
         bytes_read: for each source, tensor bytes read from files during the step.
         uploaded: bytes copied to the device.
-        ram: the most slots of RAM held during the step, run serially.
-        vram: the same on the step's device.
+        ram: peak number of slots held in RAM during the step if its chunks run one after another.
+        vram: peak number of slots held on the device, likewise.
     """
 
     node: int
@@ -64,20 +63,20 @@ class Step:
 
 
 def orders(graph: MergeGraph) -> list[list[int]]:
-    """Orders of the nodes worth simulating: as sources lie on the disk, with their consumers together, as built."""
+    """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
     files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
 
-    def place(node: int) -> tuple[int, int]:
+    def position(node: int) -> tuple[int, int]:
         ref = graph.reads[graph.node_sources[node][0]]
         return files[ref.file], ref.offset
 
-    by_place = sorted(graph, key=place)
+    by_position = sorted(graph, key=position)
     if not clusters(graph):
-        return [by_place]
+        return [by_position]
     consumers = graph.consumers()
     together: list[int] = []
     seen: set[int] = set()
-    for start in by_place:
+    for start in by_position:
         stack = [start]
         while stack:
             node = stack.pop()
@@ -86,8 +85,8 @@ def orders(graph: MergeGraph) -> list[list[int]]:
             seen.add(node)
             together.append(node)
             neighbours = {other for read in graph.node_sources[node] for other in consumers[read]} - seen
-            stack.extend(sorted(neighbours, key=place, reverse=True))
-    return [by_place, together, list(graph)]
+            stack.extend(sorted(neighbours, key=position, reverse=True))
+    return [by_position, together, list(graph)]
 
 
 class ChunkCache:
@@ -102,7 +101,7 @@ class ChunkCache:
         self.ram = 0
         self.vram = [0] * devices
         self._entries: dict[ChunkedRead, tuple[CachedRange, int, int]] = {}  # with device and next use
-        # negated next uses and sources, so that a heap has the furthest first; entries of sources taken since are stale
+        # next uses and sources, negated: the heap has the furthest first; entries of sources taken since are stale
         self._by_use: list[tuple[int, int, int]] = []
 
     def put(self, source: ChunkedRead, held: CachedRange, device: int, next_use: int) -> None:
@@ -172,7 +171,17 @@ class _Pass:
 
 @dataclass(slots=True)
 class Simulation:
-    """One order, gone through in slots."""
+    """A simulation of one order of the nodes.
+
+    Args:
+        graph: graph to schedule.
+        chunk_elements: for each node, the elements in a chunk.
+        ram_slots: number of slots in RAM.
+        vram_slots: number of slots on each device.
+        devices: number of the device of each node.
+        window: number of slots that the widest node takes for one chunk.
+        first: first chunk to write of each node that an earlier run has started.
+    """
 
     graph: MergeGraph
     chunk_elements: list[int]
@@ -180,14 +189,14 @@ class Simulation:
     vram_slots: tuple[int, ...]
     devices: list[int]
     window: int
-    first: Mapping[int, int] = field(default_factory=dict)  # nodes of which the chunks before this one are written
+    first: Mapping[int, int] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     bytes_read: int = 0
     uploaded: int = 0
     peak: int = 0
     vram_peaks: list[int] = field(default_factory=list)
-    resident: int = 0  # the most slots that one step's sources take when all of them are kept
-    demand: int = 0  # slots that would be taken if none were ever given back
+    max_step_working_set: int = 0  # highest number of slots of one step's sources, cached before or after it
+    total_slot_demand: int = 0  # slots that would be taken if none were ever freed
     _cache: ChunkCache = field(init=False)
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)  # positions still to come, the next one last
 
@@ -196,7 +205,7 @@ class Simulation:
         self._cache = ChunkCache(len(self.vram_slots))
 
     def run(self, order: Sequence[int]) -> None:
-        """Go through the nodes in `order`."""
+        """Simulate the nodes in `order`."""
         for position in range(len(order) - 1, -1, -1):
             for source in self._sources(order[position]):
                 self._uses.setdefault(source, []).append(position)
@@ -204,7 +213,7 @@ class Simulation:
             sources = self._sources(node)
             for source in sources:
                 self._uses[source].pop()
-            self.demand += chunk_count(self.graph, node, self.chunk_elements[node]) * (
+            self.total_slot_demand += chunk_count(self.graph, node, self.chunk_elements[node]) * (
                 len(sources) + (self.graph.operation(node).kind is not Kind.COPY)
             )
             for index in range(self.graph.operation(node).passes):
@@ -218,18 +227,18 @@ class Simulation:
     def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...]) -> None:
         operation, device = self.graph.operation(node), self.devices[node]
         last = index == operation.passes - 1
-        begun = self.first.get(node, 0)
-        first = begun if last else 0
+        skipped = self.first.get(node, 0)
+        first = skipped if last else 0
         separate = self.vram_slots[device] > 0 and operation.kind is Kind.MERGE
         before = [self._cache.take(source) for source in sources]
         drop: list[tuple[ChunkedRead, CachedRange]] = []
-        if not separate:  # an operation that computes nothing can't use chunks on the device
+        if not separate:  # an operation that computes nothing cannot use chunks on the device
             in_ram = [CachedRange(0, held.low, held.high) for held in before]
             drop = [(s, new) for s, old, new in zip(sources, before, in_ram, strict=True) if old.vram]
             before = in_ram
         next_uses: list[int | None]
-        if begun:
-            next_uses = [None] * len(sources)  # its last pass doesn't come by every chunk that would be kept
+        if skipped:
+            next_uses = [None] * len(sources)  # its last pass skips chunks that would be kept
         elif last:
             next_uses = [uses[-1] if (uses := self._uses[source]) else None for source in sources]
         else:
@@ -240,7 +249,9 @@ class Simulation:
         keep, evicted = self._keep(this, self._keep_on_device(this))
         ram, vram = self._peaks(this, keep)
         bytes_read, uploaded = self._bytes_moved(this, first)
-        self.resident = max(self.resident, sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True)))
+        self.max_step_working_set = max(
+            self.max_step_working_set, sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True))
+        )
         for source, held, next_use in zip(sources, keep, next_uses, strict=True):
             if next_use is not None:
                 self._cache.put(source, held, device, next_use)
@@ -279,7 +290,8 @@ class Simulation:
     def _keep(self, this: _Pass, vram: list[int]) -> tuple[list[CachedRange], list[tuple[ChunkedRead, CachedRange]]]:
         """Return the chunks of each source that stay cached, and the other sources that lose chunks for them.
 
-        Where not everything that is needed again fits RAM, the chunks needed last go, of this step's sources or others.
+        If RAM cannot hold everything that is needed again, the chunks with the furthest next use go, whether they
+        belong to this step's sources or to others.
 
         Args:
             this: the step.
@@ -288,7 +300,7 @@ class Simulation:
         evicted: list[tuple[ChunkedRead, CachedRange]] = []
         candidates = this.by_next_use()
         low = [max(kept, held.vram) for kept, held in zip(vram, this.before, strict=True)]
-        size = [held.ram for held in this.before]  # what is found in a slot stays there until the step has used it
+        size = [held.ram for held in this.before]  # a cached chunk stays in its slot until the step has used it
         for _, number in candidates:
             size[number] = max(size[number], this.count - low[number])
         excess = self._cache.ram + sum(size) - (self.ram_slots - self._reserved)
@@ -315,11 +327,11 @@ class Simulation:
 
     @property
     def _reserved(self) -> int:
-        """The slots that nothing is cached in: for the chunks at work and, where RAM allows, for the ones read next."""
+        """Number of slots not used for caching: for the current chunks and, if RAM allows, for those read next."""
         return self.window * (2 if self.ram_slots >= 4 * self.window else 1)
 
     def _bytes_moved(self, this: _Pass, first: int) -> tuple[tuple[int, ...], int]:
-        """Return the bytes read of each source and the bytes uploaded, by a pass that begins with chunk `first`."""
+        """Return the bytes read of each source and the bytes uploaded, by a pass that starts with chunk `first`."""
         bytes_read, uploaded = [], 0
         for source, held in zip(this.sources, this.before, strict=True):
             nbytes = self.graph.reads[source.read].nbytes
@@ -330,7 +342,7 @@ class Simulation:
         return tuple(bytes_read), uploaded
 
     def _peaks(self, this: _Pass, keep: Sequence[CachedRange]) -> tuple[int, int]:
-        """Return the most slots held during a step: of RAM, and on the device."""
+        """Return the peak number of slots held during a step: in RAM, and on the device."""
         ram_others = self._cache.ram
         vram_others = self._cache.vram[this.device] if this.separate else 0
         if this.count == 0:

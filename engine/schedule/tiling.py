@@ -1,4 +1,4 @@
-"""How a node's tensors are cut: chunks that fill a slot, and tiles that a compute thread works on."""
+"""Divides tensors into chunks, the unit of I/O that fills a slot, and tiles, the unit of computation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..graph.graph import Kind, MergeGraph
 
 
 class ChunkedRead(NamedTuple):
-    """A read in chunks of one length: what the planner caches and drops, and where the executor finds its chunks.
+    """A read in chunks of one length: the key of the cache, in the planner and in the executor.
 
-    Nodes that share a read but not a chunk length can't use each other's chunks.
+    Nodes that share a read but not a chunk length cannot use each other's chunks.
 
     Args:
         read: number of the read.
-        chunk_length: elements of a chunk (bytes, where nothing is computed).
+        chunk_length: elements in a chunk (bytes, if nothing is computed).
     """
 
     read: int
@@ -23,18 +23,18 @@ class ChunkedRead(NamedTuple):
 
 
 def length(graph: MergeGraph, node: int) -> int:
-    """What a node's chunks divide: elements, or bytes where nothing is computed."""
+    """Return the length of a node's tensors: elements, or bytes if nothing is computed."""
     read = graph.reads[graph.node_sources[node][0]]
     return read.elements if graph.operation(node).kind is Kind.MERGE else read.nbytes
 
 
 def chunk_count(graph: MergeGraph, node: int, chunk: int) -> int:
-    """How many chunks of `chunk` elements a node's tensors have."""
+    """Return the number of chunks of `chunk` elements in a node's tensors."""
     return -(-length(graph, node) // chunk)
 
 
 def widest(graph: MergeGraph, node: int) -> int:
-    """The bytes of an element in the widest of a node's tensors, its output included; 1 where chunks count bytes."""
+    """Return the bytes per element of a node's widest tensor, its output included; 1 if nothing is computed."""
     if graph.operation(node).kind is not Kind.MERGE:
         return 1
     widths = [graph.reads[read].dtype.bits for read in graph.node_sources[node]]
@@ -42,40 +42,46 @@ def widest(graph: MergeGraph, node: int) -> int:
 
 
 def output_width(graph: MergeGraph, node: int) -> int:
-    """The bytes of an element of a node's output; 1 where chunks count bytes."""
+    """Return the bytes per element of a node's output; 1 if nothing is computed."""
     return graph.node_dtype[node].bits // 8 if graph.operation(node).kind is Kind.MERGE else 1
 
 
 def source_width(graph: MergeGraph, node: int, read: int) -> int:
-    """The bytes of an element of one of a node's sources; 1 where chunks count bytes."""
+    """Return the bytes per element of one of a node's sources; 1 if nothing is computed."""
     return graph.reads[read].dtype.bits // 8 if graph.operation(node).kind is Kind.MERGE else 1
 
 
 def work_bytes(graph: MergeGraph, node: int) -> int:
-    """The bytes of an element of a node's arithmetic: 8 where an input is float64, else 4."""
+    """Return the bytes per element of a node's arithmetic: 8 if an input is float64, else 4."""
     return 8 if any(graph.reads[read].dtype.name == "F64" for read in graph.node_sources[node]) else 4
 
 
-def tile_length(graph: MergeGraph, node: int, aim: int) -> int:
-    """The elements of a node's compute tiles: as near to `aim` as its granule allows, at least one granule."""
+def tile_length(graph: MergeGraph, node: int, preferred: int) -> int:
+    """Return the number of elements in a node's compute tiles.
+
+    Args:
+        graph: graph that has the node.
+        node: number of the node.
+        preferred: preferred number, which is rounded down to a multiple of the kernel's alignment, but not to 0.
+    """
     kernel = graph.operation(node).kernel
     if kernel is None:
-        return aim
-    return max(1, aim // kernel.alignment) * kernel.alignment
+        return preferred
+    return max(1, preferred // kernel.alignment) * kernel.alignment
 
 
 def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
-    """For each node the elements in a chunk; nodes that share a source share it too where they can."""
-    granules = [
+    """Return the elements in a chunk of each node; nodes that share a source get the same number if they can."""
+    alignments = [
         1 if (kernel := graph.operation(node).kernel) is None else min(kernel.alignment, max(1, length(graph, node)))
         for node in graph
     ]
     widths = [widest(graph, node) for node in graph]
     chunks = [
-        max(1, slot // (width * alignment)) * alignment for width, alignment in zip(widths, granules, strict=True)
+        max(1, slot // (width * alignment)) * alignment for width, alignment in zip(widths, alignments, strict=True)
     ]
     for cluster in clusters(graph):
-        alignment = math.lcm(*(granules[node] for node in cluster))
+        alignment = math.lcm(*(alignments[node] for node in cluster))
         width = max(widths[node] for node in cluster)
         common = slot // (width * alignment) * alignment
         kinds = {graph.operation(node).kind is Kind.MERGE for node in cluster}
@@ -86,12 +92,12 @@ def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
 
 
 def clusters(graph: MergeGraph) -> list[list[int]]:
-    """Groups of two and more nodes that hang together by common sources."""
+    """Return the groups of two or more nodes that are connected by common sources."""
     consumers = graph.consumers()
     if all(len(nodes) < 2 for nodes in consumers):
         return []
     seen: set[int] = set()
-    found = []
+    groups = []
     for start in graph:
         if start in seen:
             continue
@@ -106,5 +112,5 @@ def clusters(graph: MergeGraph) -> list[list[int]]:
                         seen.add(other)
                         open_nodes.append(other)
         if len(cluster) > 1:
-            found.append(sorted(cluster))
-    return found
+            groups.append(sorted(cluster))
+    return groups

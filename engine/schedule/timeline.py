@@ -1,4 +1,4 @@
-"""What a schedule holds over its steps: a curve of a bounded number of points, and a line of blocks that shows it."""
+"""The memory that a schedule holds over time, as a bounded number of moments and as a sparkline."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Some neighbouring steps, or a part of a long one.
+    """Some consecutive steps, or a part of a long step.
 
     Args:
-        first: the number of the first step in it, from 1.
-        last: that of the last.
-        node: the node of the step in it that holds the most RAM.
-        index: the pass of that step, from 0.
-        ram: bytes held then, the program included.
-        vram: the most bytes held on one GPU.
+        first: number of the first step, from 1.
+        last: number of the last step.
+        node: node of the step that holds more RAM than the others.
+        index: pass of that step, from 0.
+        ram: RAM held during that step in bytes, the program included.
+        vram: peak memory held on one GPU in bytes.
     """
 
     first: int
@@ -34,16 +34,16 @@ class Moment:
 
 
 def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]:
-    """The memory that the steps hold one after the other, as `points` moments in which equally many bytes are moved.
+    """Return the memory that the steps hold, as `points` moments that process equally many bytes.
 
-    What is read ahead of a step is held too, and not in it: `Schedule.peak_ram` counts it.
+    Chunks that are read ahead are not counted; `Schedule.peak_ram` includes them.
     """
-    weights = [_moved(graph, step.node, step.sources) for step in schedule.steps]
+    weights = [_bytes_processed(graph, step.node, step.sources) for step in schedule.steps]
     total = sum(weights)
     if not total:
         return []
     firsts, lasts = [0] * points, [0] * points
-    most = [-1] * points
+    highest = [-1] * points
     vram = [0] * points
     steps = schedule.steps
     past = 0
@@ -53,29 +53,29 @@ def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]
         begin = past * points // total
         past += weight
         end = max(begin + 1, -(-past * points // total))
-        for place in range(begin, min(end, points)):
-            firsts[place] = firsts[place] or number + 1
-            lasts[place] = number + 1
-            if most[place] < 0 or step.ram > steps[most[place]].ram:
-                most[place] = number
-            vram[place] = max(vram[place], step.vram)
+        for point in range(begin, min(end, points)):
+            firsts[point] = firsts[point] or number + 1
+            lasts[point] = number + 1
+            if highest[point] < 0 or step.ram > steps[highest[point]].ram:
+                highest[point] = number
+            vram[point] = max(vram[point], step.vram)
     fixed, slot = fixed_ram(schedule), schedule.slot_bytes
     held = max(
         (d.threads * w for d, w in zip(schedule.budget.devices, schedule.workspace, strict=True) if d.vram), default=0
     )
     return [
         Moment(first, last, steps[top].node, steps[top].index, fixed + steps[top].ram * slot, on_gpu * slot + held)
-        for first, last, top, on_gpu in zip(firsts, lasts, most, vram, strict=True)
+        for first, last, top, on_gpu in zip(firsts, lasts, highest, vram, strict=True)
     ]
 
 
-def _moved(graph: MergeGraph, node: int, sources: Sequence[int]) -> int:
-    """What a step is worth on the axis: the bytes that it goes through."""
+def _bytes_processed(graph: MergeGraph, node: int, sources: Sequence[int]) -> int:
+    """Return the bytes of a step's sources and output: its width on the time axis."""
     nbytes = sum(graph.reads[read].nbytes for read in sources)
     return nbytes + (graph.nbytes(node) if graph.operation(node).kind is not Kind.COPY else 0)
 
 
 def sparkline(values: Sequence[int], top: int) -> str:
-    """``▂▂▅█▅▂`` for values between 0 and `top`."""
+    """Return values between 0 and `top` as a line of blocks, such as ``▂▂▅█▅▂``."""
     last = len(_BLOCKS) - 1
     return "".join(_BLOCKS[min(last, max(0, round(value * last / top)))] if top else _BLOCKS[0] for value in values)

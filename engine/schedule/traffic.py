@@ -1,4 +1,4 @@
-"""Which bytes of a schedule go where: how often each input is read and why, what crosses the bus, what holds most."""
+"""Byte counts of a schedule: reads and re-reads of each input and their reasons, downloads, and the peak step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The step that holds the most of a memory.
+    """The step with the peak use of a memory.
 
     Args:
-        step: its number, from 1.
-        tensor: the output tensor that it works on.
-        index: which pass over its inputs it is, from 1.
-        passes: how many there are.
-        nbytes: of the buffers that it holds itself, kept inputs included; others are held for what is read ahead.
+        step: number of the step, from 1.
+        tensor: name of the output tensor.
+        index: number of the pass, from 1.
+        passes: number of passes.
+        nbytes: size of the buffers that the step holds in bytes, cached inputs included, read-ahead excluded.
     """
 
     step: int
@@ -37,11 +37,11 @@ class ReadAgain:
     """Input tensors of one pattern of names that are read more than once.
 
     Args:
-        pattern: the names, with * for the numbers in which they differ.
-        tensors: how many.
-        nbytes: their bytes.
-        read: bytes that are read of them.
-        reason: why, in words.
+        pattern: names of the tensors, with * for the numbers in which they differ.
+        tensors: number of tensors.
+        nbytes: total size of the tensors in bytes.
+        read: bytes that are read, re-reads included.
+        reason: reason for the re-reads, in words.
     """
 
     pattern: str
@@ -52,12 +52,12 @@ class ReadAgain:
 
     @property
     def times(self) -> float:
-        """How often they are read."""
+        """Average number of reads of each byte."""
         return self.read / self.nbytes
 
 
 def output_names(graph: MergeGraph) -> list[str]:
-    """The name of each node's first output tensor."""
+    """Return the name of each node's first output tensor."""
     names = [""] * len(graph.node_operation)
     for output in reversed(graph.outputs):
         names[output.node] = output.label
@@ -65,12 +65,12 @@ def output_names(graph: MergeGraph) -> list[str]:
 
 
 def fixed_ram(schedule: Schedule) -> int:
-    """Bytes of RAM that are held all the time: the program and the workspaces."""
+    """Return the RAM held all the time in bytes: the program and the workspaces."""
     return schedule.fixed_ram
 
 
 def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Peak | None:
-    """The first step that holds the most RAM, or VRAM; None where none holds any."""
+    """Return the first step with the peak use of RAM, or of VRAM; None if no step uses any."""
     best, held = -1, 0
     for number, step in enumerate(schedule.steps):
         slots = step.vram if vram else step.ram
@@ -85,7 +85,7 @@ def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Pea
 
 
 def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
-    """Bytes that are copied from the GPUs: of every tensor that one of them computes."""
+    """Return the bytes copied back from the GPUs: those of every tensor that a GPU computes."""
     separate = [device.vram is not None for device in schedule.budget.devices]
     total = 0
     for step in schedule.steps:
@@ -97,16 +97,16 @@ def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
 
 
 def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
-    """How many bytes are read of each input tensor that the graph reads, by its number; together `bytes_read`."""
-    found = [0] * len(graph.reads)
+    """Return the bytes read of each input tensor, by read number; their sum is `Schedule.bytes_read`."""
+    totals = [0] * len(graph.reads)
     for step in schedule.steps:
         for read, count in zip(step.sources, step.bytes_read, strict=True):
-            found[read] += count
-    return found
+            totals[read] += count
+    return totals
 
 
 def bytes_of_models(graph: MergeGraph, read: Sequence[int]) -> list[tuple[int, int]]:
-    """For each model the bytes of its tensors that are used, and the bytes that the read lane reads of them."""
+    """Return, for each model, the bytes of its tensors that are used and the bytes that the read lane reads."""
     used, total = [0] * len(graph.models), [0] * len(graph.models)
     for number, ref, nbytes in zip(graph.read_models, graph.reads, read, strict=True):
         used[number] += ref.nbytes
@@ -115,7 +115,7 @@ def bytes_of_models(graph: MergeGraph, read: Sequence[int]) -> list[tuple[int, i
 
 
 def read_again(graph: MergeGraph, schedule: Schedule, read: Sequence[int]) -> list[ReadAgain]:
-    """Input tensors that are read more than once, those with the most bytes read in vain first, with the reason."""
+    """Return the input tensors that are read more than once, with the reason; most re-read bytes first."""
     if not schedule.bytes_reread:
         return []
     passes = [0] * len(graph.reads)
@@ -141,7 +141,7 @@ def read_again(graph: MergeGraph, schedule: Schedule, read: Sequence[int]) -> li
             reason = f"each is needed by {plural(users[number], 'output tensor')}"
         pattern = pattern_of(graph.read_names[number])
         groups.setdefault((pattern, f"{reason}, and the buffers hold {room}"), []).append(number)
-    found = [
+    result = [
         ReadAgain(
             pattern,
             tensors=len(numbers),
@@ -151,9 +151,9 @@ def read_again(graph: MergeGraph, schedule: Schedule, read: Sequence[int]) -> li
         )
         for (pattern, reason), numbers in groups.items()
     ]
-    return sorted(found, key=lambda group: group.nbytes - group.read)
+    return sorted(result, key=lambda group: group.nbytes - group.read)
 
 
 def pattern_of(name: str) -> str:
-    """A tensor's name with * for the numbers in it: ``model.layers.*.mlp.up_proj.weight``."""
+    """Return a tensor's name with * for its numbers, such as ``model.layers.*.mlp.up_proj.weight``."""
     return _NUMBER.sub("*", name)

@@ -1,4 +1,4 @@
-"""A device for tests: it has its own address space, counts bytes, keeps to a budget, can be slow, can fail."""
+"""A device for tests, with its own memory and a budget: it counts bytes, and fails on request."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mergeloom.engine.execute.devices.base import Done, Marker, OutOfDeviceMemor
 
 
 class FailureOnPurpose(RuntimeError):
-    """Raised at the operation that a test asked for."""
+    """The error of the operation that a test lets fail."""
 
 
 class CountingDevice:
-    """Memory of its own in RAM, behind the seam that CUDA stands behind.
+    """A device whose own memory is simulated in RAM, with the interface of a GPU.
 
     Args:
-        name: of the device.
-        budget: bytes that may be held; more is refused.
-        threads: compute threads.
-        fail_at: the number of the operation (upload, compute, download, from 1) that fails; never where None.
+        name: name of the device.
+        budget: limit of its memory in bytes.
+        threads: number of compute threads.
+        fail_at: number of the operation (upload, compute, download, from 1) that fails; None for no failure.
     """
 
     separate = True
@@ -38,12 +38,14 @@ class CountingDevice:
         self._lock = threading.Lock()
 
     def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
-        """Take the arena and the workspaces, within the budget."""
+        """Allocate the arena and the workspaces, within the budget."""
         self.held = slots * slot_bytes + self.threads * workspace
         if self.held > self.budget:
             raise OutOfDeviceMemory(self.name, self.held, self.budget)
         self.slot_bytes = slot_bytes
-        self.arena = torch.full((slots * slot_bytes,), 0xFF, dtype=torch.uint8)  # NaNs show what was never uploaded
+        self.arena = torch.full(
+            (slots * slot_bytes,), 0xFF, dtype=torch.uint8
+        )  # NaNs reveal a read of bytes that were never uploaded
         self.workspaces = [torch.empty(workspace, dtype=torch.uint8) for _ in range(self.threads)]
         self.host = host
 
@@ -54,22 +56,22 @@ class CountingDevice:
                 raise FailureOnPurpose(f"{self.name}: operation {self.operations}")
 
     def workspace(self, thread: int) -> Tensor:
-        """The workspace of a compute thread."""
+        """Return the workspace of a compute thread."""
         return self.workspaces[thread]
 
     def slot(self, number: int, nbytes: int) -> Tensor:
-        """The first bytes of a slot."""
+        """Return the first bytes of a slot."""
         assert 0 <= nbytes <= self.slot_bytes
         return self.arena[number * self.slot_bytes : number * self.slot_bytes + nbytes]
 
     def upload(self, source: Tensor, number: int) -> None:
-        """Copy in."""
+        """Copy into a slot."""
         self._operation()
         self.slot(number, source.numel()).copy_(source)
         self.uploaded += source.numel()
 
     def uploads_begun(self) -> Marker:
-        """They are done already."""
+        """Return a marker that has been reached: uploads are synchronous."""
         return Done()
 
     def begin(self, thread: int, after: Marker) -> None:
@@ -77,15 +79,15 @@ class CountingDevice:
         self._operation()
 
     def download(self, thread: int, number: int, target: Tensor) -> Marker:
-        """Copy out."""
+        """Copy out of a slot."""
         self._operation()
         target.copy_(self.slot(number, target.numel()))
         self.downloaded += target.numel()
         return Done()
 
     def peak(self) -> int:
-        """The most bytes held."""
+        """Return the bytes held."""
         return self.held
 
     def close(self) -> None:
-        """Forget the arena."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""Small merge graphs in memory, with sources, a sink and the right answer."""
+"""Small merge graphs in memory, with sources, a sink and the expected outputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SumAboveMean(Sum):
 
 
 def aligned(kernel: type[Sum], alignment: int) -> type[Sum]:
-    """The kernel with another granule."""
+    """Return the kernel with another alignment."""
     return type(f"{kernel.__name__}{alignment}", (kernel,), {"alignment": alignment})
 
 
@@ -72,14 +72,14 @@ KERNELS: dict[str, type[Sum]] = {
 
 
 def _stored(tensor: Tensor, dtype: DType) -> bytes:
-    """The bytes of a tensor in a file."""
+    """Return the bytes of a tensor in a file."""
     assert dtype.torch_name is not None
     return tensor.to(getattr(torch, dtype.torch_name)).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(repr=False)
 class World:
-    """A graph whose source tensors hold small whole numbers, so that every order of additions gives the same."""
+    """A graph whose source tensors hold small whole numbers: every order of additions gives the same result."""
 
     graph: MergeGraph = field(default_factory=lambda: MergeGraph(("m",)))
     files: dict[Path, bytes] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class World:
         return f"World(sources={sizes}, nodes={nodes})"
 
     def source(self, elements: int, dtype: str = "F32") -> int:
-        """A new source tensor."""
+        """Add a source tensor; return its read number."""
         number = len(self.tensors)
         generator = torch.Generator().manual_seed(number)
         tensor = torch.randint(-8, 8, (elements,), generator=generator).to(torch.float32)
@@ -108,7 +108,7 @@ class World:
         return self.graph.add_read(0, f"t{number}", ref)
 
     def node(self, kind: str, sources: Sequence[int], outputs: int = 1) -> int:
-        """A node of kind ``copy`` or of one of the `KERNELS`, with some outputs."""
+        """Add a node of kind ``copy`` or of one of the `KERNELS`, with some outputs; return its number."""
         shape, dtype = self.graph.reads[sources[0]].shape, self.graph.reads[sources[0]].dtype
         if kind == "copy":
             operation = Operation(Kind.COPY, "copy")
@@ -121,7 +121,7 @@ class World:
         return node
 
     def expected(self, node: int) -> bytes:
-        """What a node must give."""
+        """Return the expected output bytes of a node."""
         operation = self.graph.operation(node)
         total = sum(self.tensors[read] for read in self.graph.node_sources[node])
         assert isinstance(total, Tensor)
@@ -140,7 +140,7 @@ class World:
             self.reads.append((file, offset, len(buffer)))
 
     def write(self, node: int, offset: int, data: memoryview) -> None:
-        """Collect, and count how often each byte was written."""
+        """Store the bytes, and count how often each one is written."""
         size = self.graph.nbytes(node)
         with self.lock:
             target = self.written.setdefault(node, bytearray(size))
@@ -149,10 +149,10 @@ class World:
             counts[offset : offset + len(data)] += 1
 
     def finished(self, node: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def check(self) -> None:
-        """Every output is right, and was written exactly once."""
+        """Check that every output is correct and was written exactly once."""
         for node in self.graph:
             if self.graph.elements(node) == 0:
                 continue

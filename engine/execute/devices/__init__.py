@@ -1,4 +1,4 @@
-"""The devices that compute, and the function that opens those of a schedule."""
+"""Devices that compute, and the function that returns those of a budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from .cpu import CpuDevice
 
 
 def open_devices(budgets: Sequence[DeviceBudget]) -> list[Device]:
-    """The devices that a schedule's budget names. Raises UsageError for one that isn't here."""
+    """Return the devices that a budget names.
+
+    Raises:
+        UsageError: if this machine lacks one of them.
+    """
     devices: list[Device] = []
     for budget in budgets:
         kind, _, number = budget.name.partition(":")

@@ -1,7 +1,7 @@
-"""The seam between the engine and what computes: the CPU, a GPU, or a test's own device.
+"""The interface between the executor and a device that computes: the CPU, a GPU, or a test's own device.
 
-A device either computes in host memory, where the chunks lie already, or has a memory of its own: an arena of slots,
-with copies in and out that run beside the arithmetic.
+A device either computes in RAM, where the chunks have been read to, or has its own memory: an arena of slots, with
+uploads and downloads that overlap the computation.
 """
 
 from __future__ import annotations
@@ -16,74 +16,77 @@ if TYPE_CHECKING:
 
 
 class Marker(Protocol):
-    """A point in a device's work."""
+    """A point in a device's work, such as a CUDA event."""
 
     def wait(self) -> None:
-        """Return once the device has come to it."""
+        """Wait until the device has reached it."""
 
 
 class OutOfDeviceMemory(EnvironmentFailure):
-    """Another process holds memory of the device that the schedule counted on.
+    """The device has less free memory than the schedule needs.
 
     Args:
-        name: the device.
-        wanted: bytes.
-        free: bytes that are.
+        name: name of the device.
+        wanted: number of bytes that the schedule needs.
+        free: number of bytes that are free.
     """
 
     def __init__(self, name: str, wanted: int, free: int) -> None:
         self.name = name
-        self.free_slots = free
+        self.free = free
         super().__init__(
-            f"{name}: {format_size(wanted, up=True)} are needed and {format_size(free)} are free: another process "
-            "holds the rest; end it, or give a smaller --max-vram"
+            f"{name}: {format_size(wanted, up=True)} of memory are needed, but only {format_size(free)} are free: "
+            "another process holds the rest; end it, or use a smaller --max-vram"
         )
 
 
 class Done:
-    """The marker of work that is done when the call returns."""
+    """A marker of work that is complete when the call returns."""
 
     def wait(self) -> None:
         """Return at once."""
 
 
 class Device(Protocol):
-    """What the executor asks of a device. One upload thread, `threads` compute threads, one download thread call it."""
+    """A device as the executor sees it.
+
+    One upload thread, `threads` compute threads and one download thread call its methods.
+    """
 
     name: str
-    separate: bool  # whether it has a memory of its own
+    separate: bool  # whether it has its own memory
     threads: int
 
     def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
-        """Take all the memory that will be used.
+        """Allocate all memory of a run.
 
         Args:
-            slots: of the arena; 0 for a device without a memory of its own.
-            slot_bytes: of each.
-            workspace: bytes for each compute thread.
-            host: the arena in RAM, one-dimensional uint8, that copies come from and go to.
+            slots: number of slots of the arena; 0 for a device without its own memory.
+            slot_bytes: size of a slot in bytes.
+            workspace: size of each compute thread's workspace in bytes.
+            host: arena in RAM, one-dimensional uint8, that uploads read and downloads write.
         """
 
     def workspace(self, thread: int) -> Tensor:
-        """The workspace of a compute thread: one-dimensional uint8."""
+        """Return the workspace of a compute thread: one-dimensional uint8."""
 
     def slot(self, number: int, nbytes: int) -> Tensor:
-        """The first `nbytes` bytes of a slot: one-dimensional uint8."""
+        """Return the first `nbytes` bytes of a slot: one-dimensional uint8."""
 
     def upload(self, source: Tensor, number: int) -> None:
-        """Begin to copy `source` (uint8, in the host arena) to the start of a slot."""
+        """Start to copy `source` (uint8, in the host arena) to the start of a slot."""
 
     def uploads_begun(self) -> Marker:
-        """A marker behind all uploads begun so far."""
+        """Return a marker that is reached once all uploads started so far are complete."""
 
     def begin(self, thread: int, after: Marker) -> None:
-        """Let what the thread computes next wait for `after`."""
+        """Make the next computation of a thread wait for `after`."""
 
     def download(self, thread: int, number: int, target: Tensor) -> Marker:
-        """Begin to copy from the start of a slot to `target` (host) once the thread's work so far is done."""
+        """Start to copy from the start of a slot to `target` (host), after the thread's work so far."""
 
     def peak(self) -> int:
-        """The most bytes that were held on the device."""
+        """Return the highest number of bytes that were allocated on the device at one time."""
 
     def close(self) -> None:
-        """Give everything back, whether or not `open` came to its end."""
+        """Free everything, even if `open` failed."""

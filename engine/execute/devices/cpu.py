@@ -1,4 +1,4 @@
-"""The CPU as a device: it computes in host memory, so it has no slots of its own and nothing to copy."""
+"""The CPU as a device: it computes in RAM, so it has no slots of its own and nothing to upload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 class CpuDevice:
-    """Compute threads in host memory: nothing is copied."""
+    """The CPU, computing in RAM.
+
+    Args:
+        threads: number of compute threads.
+    """
 
     separate = False
 
@@ -23,7 +27,7 @@ class CpuDevice:
         self._threads_before: int | None = None
 
     def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
-        """Take the workspaces, and keep torch from using threads of its own."""
+        """Allocate the workspaces, and keep torch from using threads of its own."""
         import torch
 
         self._threads_before = torch.get_num_threads()
@@ -32,34 +36,34 @@ class CpuDevice:
         self._workspaces = [torch.frombuffer(each, dtype=torch.uint8)[:workspace] for each in memory]
 
     def workspace(self, thread: int) -> Tensor:
-        """The workspace of a compute thread."""
+        """Return the workspace of a compute thread."""
         return self._workspaces[thread]
 
     def slot(self, number: int, nbytes: int) -> Tensor:
-        """There are none."""
-        raise TypeError("the CPU computes in host memory")
+        """Raise TypeError: the CPU has no memory of its own."""
+        raise TypeError("the CPU computes in RAM: it has no slots, uploads or downloads")
 
     def upload(self, source: Tensor, number: int) -> None:
-        """There are none."""
-        raise TypeError("the CPU computes in host memory")
+        """Raise TypeError: the CPU has no memory of its own."""
+        raise TypeError("the CPU computes in RAM: it has no slots, uploads or downloads")
 
     def uploads_begun(self) -> Marker:
-        """Nothing to wait for."""
+        """Return a marker that has been reached: the CPU has no uploads."""
         return Done()
 
     def begin(self, thread: int, after: Marker) -> None:
-        """Nothing to wait for."""
+        """Do nothing: the CPU has no uploads to wait for."""
 
     def download(self, thread: int, number: int, target: Tensor) -> Marker:
-        """There are none."""
-        raise TypeError("the CPU computes in host memory")
+        """Raise TypeError: the CPU has no memory of its own."""
+        raise TypeError("the CPU computes in RAM: it has no slots, uploads or downloads")
 
     def peak(self) -> int:
-        """Nothing beside the host's memory."""
+        """Return 0: the CPU has no memory of its own."""
         return 0
 
     def close(self) -> None:
-        """Give the workspaces back, and torch its threads."""
+        """Free the workspaces, and restore torch's number of threads."""
         self._workspaces = []
         if self._threads_before is not None:
             import torch

@@ -1,4 +1,4 @@
-"""A CUDA GPU as a device: one arena, one stream for copies in, one for copies out, one a compute thread."""
+"""A CUDA GPU as a device: an arena, and streams for uploads, for downloads and for each compute thread."""
 
 # torch.cuda's streams and events have no type hints.
 # mypy: allow-untyped-calls
@@ -23,12 +23,12 @@ class _Event:
         self.event = event
 
     def wait(self) -> None:
-        """Return once the GPU has come to it; other threads run meanwhile."""
+        """Wait until the GPU has reached it; other threads run meanwhile."""
         self.event.synchronize()
 
 
 class _Pinned:
-    """The host arena, registered with CUDA for fast copies: once, for all GPUs that a merge computes on."""
+    """The host arena, registered (pinned) with CUDA for fast copies: once, for all GPUs of a merge."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,24 +36,24 @@ class _Pinned:
         self._users = 0
 
     def pin(self, host: Tensor, device: torch.device) -> bool:
-        """Register the arena, if that hasn't been done; whether it is. Copies are slower where the system refuses."""
+        """Register the arena unless it is registered; return whether it is. If CUDA refuses, copies are slower."""
         with self._lock:
             if self._users == 0:
                 runtime: Any = torch.cuda.cudart()
                 code = runtime.cudaHostRegister(host.data_ptr(), host.numel(), 1)  # portable: for every GPU
                 if int(code) != 0:
-                    # CUDA remembers the failure, and would blame the next kernel for it: this one
+                    # CUDA reports the failure again at the next kernel: let it be this one
                     with contextlib.suppress(RuntimeError):
                         torch.ones(1, device=device)
                     return False
                 self._address = host.data_ptr()
             elif self._address != host.data_ptr():
-                return False  # another merge's
+                return False  # another merge has registered its own arena
             self._users += 1
             return True
 
     def unpin(self) -> None:
-        """Unregister it, for the last of those that it was registered for."""
+        """Unregister the arena once its last user has called this."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
@@ -65,12 +65,11 @@ _PINNED = _Pinned()
 
 
 class CudaDevice:
-    """One GPU.
+    """One CUDA GPU.
 
     Args:
-        index: its number.
-        threads: compute threads, each with a stream, so that one's wait for a small result hides behind another's
-            work.
+        index: number of the GPU.
+        threads: number of compute threads, each with a stream: while one waits for a small result, another computes.
     """
 
     separate = True
@@ -78,7 +77,8 @@ class CudaDevice:
     def __init__(self, index: int, threads: int = 2) -> None:
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             raise UsageError(
-                f"there is no CUDA device {index} here; use --device cpu, or one of {torch.cuda.device_count()}"
+                f"cuda:{index} does not exist: this machine has {torch.cuda.device_count()} CUDA devices; use another "
+                "one, or --device cpu"
             )
         self.name = f"cuda:{index}"
         self.threads = threads
@@ -91,10 +91,10 @@ class CudaDevice:
         self._lock = threading.Lock()
 
     def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
-        """Take the arena and the workspaces, and register the host arena for fast copies."""
+        """Allocate the arena and the workspaces, and register the host arena for fast copies."""
         self._device_before = torch.cuda.current_device()
         torch.cuda.set_device(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)  # an earlier merge's peak isn't this one's
+        torch.cuda.reset_peak_memory_stats(self.device)  # forget the peak of an earlier merge
         self._slot_bytes = slot_bytes
         try:
             self._arena = torch.empty(slots * slot_bytes, dtype=torch.uint8, device=self.device)
@@ -112,35 +112,35 @@ class CudaDevice:
         self._pinned = _PINNED.pin(host, self.device)
 
     def workspace(self, thread: int) -> Tensor:
-        """The workspace of a compute thread."""
+        """Return the workspace of a compute thread."""
         return self._workspaces[thread]
 
     def slot(self, number: int, nbytes: int) -> Tensor:
-        """The first `nbytes` bytes of a slot."""
+        """Return the first `nbytes` bytes of a slot."""
         assert self._arena is not None
         start = number * self._slot_bytes
         return self._arena[start : start + nbytes]
 
     def upload(self, source: Tensor, number: int) -> None:
-        """Begin to copy into a slot, on the stream for copies in."""
+        """Start to copy into a slot, on the upload stream."""
         with torch.cuda.stream(self._in):
             self.slot(number, source.numel()).copy_(source, non_blocking=True)
 
     def uploads_begun(self) -> Marker:
-        """An event behind all uploads begun so far."""
+        """Return an event that follows all uploads started so far."""
         event = torch.cuda.Event()
         event.record(self._in)
         return _Event(event)
 
     def begin(self, thread: int, after: Marker) -> None:
-        """Make the thread's stream current, and let it wait for `after`."""
+        """Make the thread's stream current, and make it wait for `after`."""
         stream = self._compute[thread]
         torch.cuda.set_stream(stream)
         assert isinstance(after, _Event)
         stream.wait_event(after.event)
 
     def download(self, thread: int, number: int, target: Tensor) -> Marker:
-        """Begin to copy out of a slot, on the stream for copies out."""
+        """Start to copy out of a slot, on the download stream."""
         done = torch.cuda.Event()
         done.record(self._compute[thread])
         event = torch.cuda.Event()
@@ -152,11 +152,11 @@ class CudaDevice:
         return _Event(event)
 
     def peak(self) -> int:
-        """The most bytes that torch's allocator has reserved on the GPU."""
+        """Return the highest number of bytes that torch's allocator reserved on the GPU at one time."""
         return int(torch.cuda.max_memory_reserved(self.device))
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
         if self._device_before is None:
             return
         try:

@@ -1,10 +1,10 @@
-"""What `make mutants` runs: the tests, many times, against a scheduler or a selection with one small mistake in it.
+"""Mutation testing: `make mutants` runs the tests against the scheduler, the cache, the ledger and the selection, each
+time with one small mistake in the code.
 
-    python -m tests.support.scripts.mutate [--each 150] [--seed 0] [--modules engine/schedule.py ...]
+    python -m tests.support.scripts.mutate [--each 150] [--seed 0] [--modules engine/schedule/schedule.py ...]
 
-cosmic-ray finds the places and makes the mistakes, in a copy of the repository. Of each module a sample is drawn, and
-the mistakes in `BY_HAND` are always made. What no test notices is printed as a diff: either a test is missing, or the
-code says more than it needs to.
+cosmic-ray makes the mistakes, in a copy of the repository. A sample is drawn for each module; the mistakes in `BY_HAND`
+are always made. A mutant that no test notices is printed as a diff: either a test is missing, or the code is redundant.
 """
 
 from __future__ import annotations
@@ -29,19 +29,25 @@ from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[impo
 
 from tests.support.paths import ROOT
 
+_SCHEDULE = tuple(f"tests/unit/schedule/test_{name}.py" for name in ("eviction", "schedule", "steps", "traffic"))
+_EXECUTE = tuple(f"tests/unit/execute/test_{name}.py" for name in ("ledger", "cache", "executor"))
 TESTS = {
-    "engine/schedule.py": ("test_schedule.py", "test_execute.py", "test_whatif.py"),
-    "engine/simulate.py": ("test_eviction.py", "test_schedule.py", "test_execute.py", "test_traffic.py"),
-    "engine/residency.py": ("test_residency.py", "test_execute.py"),
-    "methods/selection.py": ("test_methods_selection.py",),
+    "engine/schedule/schedule.py": (*_EXECUTE, *_SCHEDULE, "tests/unit/run/test_alternatives.py"),
+    "engine/schedule/requirements.py": (*_SCHEDULE, *_EXECUTE),
+    "engine/schedule/simulate.py": (*_SCHEDULE, *_EXECUTE),
+    "engine/execute/cache.py": _EXECUTE,
+    "engine/execute/ledger.py": _EXECUTE,
+    "engine/execute/slots.py": _EXECUTE,
+    "methods/kernel/selection.py": ("tests/unit/methods/test_selection.py",),
 }
-SECONDS = 45
-"""After this long a mutant runs in circles, and is noticed."""
+"""The test files that run against each module's mutants, the quickest first."""
+SECONDS = 240
+"""Time limit of a mutant's tests; a mutant that exceeds it is counted as ``timeout``, and as noticed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One mistake: the n-th that an operator can make in a module."""
+    """One mistake: the n-th that one of cosmic-ray's operators can make in a module."""
 
     module: str
     operator: str
@@ -73,7 +79,7 @@ class ByHand:
 
 BY_HAND = (
     ByHand(
-        "engine/simulate.py",
+        "engine/schedule/simulate.py",
         "the source needed soonest is dropped",
         (
             ("(-next_use, -source.read, -source.chunk_length))", "(next_use, -source.read, -source.chunk_length))"),
@@ -82,12 +88,47 @@ BY_HAND = (
         ),
     ),
     ByHand(
-        "engine/residency.py",
+        "engine/execute/cache.py",
         "chunks are dropped by read alone",
         (
             (
-                "list(self._residents.get(source, {}).values())",
-                "[r for s, chunks in self._residents.items() if s.read == source.read for r in chunks.values()]",
+                "list(self._chunks.get(source, {}).values())",
+                "[c for s, chunks in self._chunks.items() if s.read == source.read for c in chunks.values()]",
+            ),
+        ),
+    ),
+    ByHand(
+        "engine/execute/ledger.py",
+        "the limit is ignored",
+        (("if account.total + nbytes > account.limit:", "if False:"),),
+    ),
+    ByHand(
+        "engine/execute/ledger.py",
+        "the limit is one byte too low",
+        (("if account.total + nbytes > account.limit:", "if account.total + nbytes >= account.limit:"),),
+    ),
+    ByHand(
+        "engine/execute/ledger.py",
+        "released bytes stay reserved",
+        (("held.pop(reservation.name, 0) - reservation.nbytes", "held.pop(reservation.name, 0)"),),
+    ),
+    ByHand(
+        "engine/schedule/schedule.py",
+        "the RAM figure lacks one slot",
+        (
+            (
+                "return self.ram_slots * self.slot_bytes + workspaces",
+                "return (self.ram_slots - 1) * self.slot_bytes + workspaces",
+            ),
+        ),
+    ),
+    ByHand(
+        "engine/schedule/schedule.py",
+        "the RAM figure has one slot too many",
+        (
+            (
+                "return self.ram_slots * self.slot_bytes + workspaces",
+                "return (self.ram_slots + 1) * self.slot_bytes + workspaces",
             ),
         ),
     ),
@@ -95,7 +136,7 @@ BY_HAND = (
 
 
 def mutants(module: str) -> list[Mutant]:
-    """All that can be made in a module."""
+    """Return every mistake that cosmic-ray can make in a module."""
     tree = get_ast((ROOT / module).read_text())
     found = []
     for name in sorted(operator_names()):
@@ -108,44 +149,41 @@ def mutants(module: str) -> list[Mutant]:
 
 
 def run(mutant: Mutant | ByHand, copy: Path) -> tuple[str, str]:
-    """``killed``, ``survived`` or ``same`` (nothing changed), and the diff."""
-    file = copy / "package" / "mergeloom" / mutant.module
+    """Return ``killed``, ``timeout``, ``survived`` or ``same`` (nothing changed), and the diff."""
+    file = copy / mutant.module
     before = file.read_text()
     after = mutant.change(before)
     if after is None or after == before:
         return "same", ""
     diff = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), mutant.module, n=1))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += [f"tests/{name}" for name in TESTS[mutant.module]]
-    environment = {**os.environ, "PYTHONPATH": str(copy / "package"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command += TESTS[mutant.module]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     file.write_text(after)
     try:
         ended = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return "killed", diff
+        return "timeout", diff
     finally:
         file.write_text(before)
     return "survived" if ended.returncode == 0 else "killed", diff
 
 
 def make_copy(copy: Path) -> Path:
-    """The repository, with the package as it is installed: it comes before the one in the environment."""
-    package = copy / "package" / "mergeloom"
-    targets = {"mergeloom": package} | {folder: package / folder for folder in ("engine", "io", "methods")}
-    targets |= {folder: copy / folder for folder in ("tests", "benchmarks", "docs", "recipes")}
-    for folder, target in targets.items():
-        shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the repository. The tests import the package from the copy, and not the installed one."""
+    for folder in ("mergeloom", "engine", "io", "methods", "tests", "benchmarks", "docs", "recipes"):
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "Makefile"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
 
 def main() -> None:
-    """The command line. It ends with 1 where a mutant survived."""
+    """Run the command line; exit with 1 if a mutant survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", choices=TESTS, default=list(TESTS))
-    parser.add_argument("--each", type=int, default=150, help="mutants of each module")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--each", type=int, default=150, help="number of mutants drawn for each module")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     chosen: list[Mutant | ByHand] = [mistake for mistake in BY_HAND if mistake.module in arguments.modules]

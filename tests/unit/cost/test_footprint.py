@@ -15,7 +15,8 @@ from mergeloom.engine.execute.compute import Piece, check_inputs, combine_chunk,
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.fuse import BoundSlice, FusedKernel
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
-from mergeloom.engine.schedule.schedule import PAGE, Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.requirements import PAGE
+from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.tiling import tile_length
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType

@@ -112,11 +112,11 @@ def test_the_share_of_a_gpu(gpus: dict[int, int]) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["gpu", "", "cuda:", "cuda:x", "cuda:²", "cuda:-1", "cpu,cuda", "cuda:0;cuda:1"])
-def test_what_is_no_device(gpus: dict[int, int], wanted: str) -> None:
+def test_an_unknown_device_is_refused(gpus: dict[int, int], wanted: str) -> None:
     if wanted == "cuda:":
         assert len(machine.find_devices(wanted, None, 1)) == 2
         return
-    with pytest.raises(UsageError, match=r"is no device: give auto, cpu, cuda"):
+    with pytest.raises(UsageError, match=r"unknown device .* for --device: use auto, cpu, cuda"):
         machine.find_devices(wanted, None, 1)
 
 
@@ -135,7 +135,7 @@ def test_budgets(gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = machine.find_devices("cpu", None, 2), machine.find_devices("cuda", None, 2)
     copying = machine.make_budget(None, cpu, computes=False)
     assert copying.ram == int(machine.total_ram() * machine.RAM_SHARE)
-    assert copying.baseline == (104 << 20) + machine.COPYING_SLACK_BYTES + machine.JUDGE_BYTES
+    assert copying.baseline == (104 << 20) + machine.COPYING_SLACK_BYTES + machine.VALIDATION_BYTES
     computing = machine.make_budget(5 * GIB, cpu, computes=True)
     assert (computing.ram, computing.baseline, computing.held) == (5 * GIB, (112 << 20) + machine.SLACK_BYTES, 0)
     large = machine.make_budget(5 * GIB, cpu, computes=True, steps=1000, outputs=10)

@@ -17,7 +17,7 @@ from mergeloom.engine.cost import measure_disk as probe
 from mergeloom.engine.cost.estimate import ASSUMED, GIVEN, MEASURED
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.cost.measure_compute import measure_node, node_groups, small_kernel
-from mergeloom.engine.cost.measure_disk import input_places, measure_reading, measure_writing, measured_rates
+from mergeloom.engine.cost.measure_disk import input_ranges, measure_reading, measure_writing, measured_rates
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.io.platform import DISABLED, cached_share, forget_cached
@@ -46,7 +46,7 @@ def large(make_model: MakeModel) -> Path:
 
 
 def forget(path: Path) -> bool:
-    """Drop a model from the page cache; whether the file system lets go of it."""
+    """Drop a model from the page cache; return whether the file system did."""
     descriptor = os.open(path / "model.safetensors", os.O_RDONLY)
     try:
         forget_cached(descriptor, 0, 0)
@@ -63,14 +63,14 @@ def planned(path: Path) -> Plan:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def test_places_are_spread_over_all_that_is_read(large: Path) -> None:
-    places = input_places(planned(large).workload, 16)
-    assert len(places) == 16
+def test_ranges_are_spread_over_all_that_is_read(large: Path) -> None:
+    ranges = input_ranges(planned(large).workload, 16)
+    assert len(ranges) == 16
     size = (large / "model.safetensors").stat().st_size
-    offsets = sorted(place.offset for place in places)
+    offsets = sorted(each.offset for each in ranges)
     assert all(offset % os.sysconf("SC_PAGESIZE") == 0 for offset in offsets)
     assert max(b - a for a, b in pairwise(offsets)) < size / 8
-    assert all(place.nbytes > 0 and place.offset + place.nbytes <= size for place in places)
+    assert all(each.nbytes > 0 and each.offset + each.nbytes <= size for each in ranges)
 
 
 def test_the_page_cache_is_known_and_looking_leaves_it_as_it_is(large: Path) -> None:
@@ -78,35 +78,33 @@ def test_the_page_cache_is_known_and_looking_leaves_it_as_it_is(large: Path) -> 
     if not forget(large):
         pytest.skip("this file system keeps its pages")
     for _ in range(2):
-        assert {place.cached for place in input_places(found.workload)} == {0.0}
+        assert {each.cached for each in input_ranges(found.workload)} == {0.0}
     (large / "model.safetensors").read_bytes()
-    assert (
-        min(place.cached for place in input_places(found.workload, 16)) > 0.9
-    )  # the kernel may take single pages back
+    assert min(each.cached for each in input_ranges(found.workload, 16)) > 0.9  # the kernel may take single pages back
 
 
 def test_a_system_that_does_not_tell_what_is_cached(large: Path) -> None:
     DISABLED.add("mincore")
     try:
-        assert {place.cached for place in input_places(planned(large).workload, 4)} == {0.0}
+        assert {each.cached for each in input_ranges(planned(large).workload, 4)} == {0.0}
     finally:
         DISABLED.discard("mincore")
 
 
 def test_reading_is_timed_and_bounded(large: Path) -> None:
-    places = input_places(planned(large).workload, 16)
-    whole = measure_reading(places, 60)
-    assert whole.nbytes == sum(place.nbytes for place in places)
-    assert 0 < whole.core <= 2.1 * whole.seconds
-    assert whole.rate.per_second == whole.nbytes / whole.seconds
-    part = measure_reading(places * 1000, 0.05)
-    assert part.nbytes < whole.nbytes * 1000
+    ranges = input_ranges(planned(large).workload, 16)
+    everything = measure_reading(ranges, 60)
+    assert everything.nbytes == sum(each.nbytes for each in ranges)
+    assert 0 < everything.core <= 2.1 * everything.seconds
+    assert everything.rate.per_second == everything.nbytes / everything.seconds
+    part = measure_reading(ranges * 1000, 0.05)
+    assert part.nbytes < everything.nbytes * 1000
 
 
 def test_something_is_read_even_if_the_time_is_up(large: Path) -> None:
-    places = input_places(planned(large).workload, 16)
-    moved = measure_reading(places, 0)
-    assert 0 < moved.nbytes < sum(place.nbytes for place in places)
+    ranges = input_ranges(planned(large).workload, 16)
+    moved = measure_reading(ranges, 0)
+    assert 0 < moved.nbytes < sum(each.nbytes for each in ranges)
     assert moved.rate.per_second > 0
 
 
@@ -128,7 +126,7 @@ def test_cached_inputs_are_no_measure_of_the_disk(large: Path) -> None:
 def test_files_that_are_not_here_are_left_out(large: Path) -> None:
     found = planned(large)
     (large / "model.safetensors").unlink()
-    assert input_places(found.workload) == []
+    assert input_ranges(found.workload) == []
     assert measured_rates(found.workload, None, {}).disk_read.origin == ASSUMED
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mergeloom.engine.execute.arena import Ledger
 from mergeloom.engine.execute.cache import CachedChunk, ChunkCache
 from mergeloom.engine.schedule.tiling import ChunkedRead
+from mergeloom.errors import BudgetError
 
 READ = ChunkedRead(0, 16)
 
@@ -14,7 +14,7 @@ READ = ChunkedRead(0, 16)
 @pytest.fixture
 def memory() -> ChunkCache:
     """Four free slots."""
-    return ChunkCache(Ledger(), "ram", 4, 4096)
+    return ChunkCache("RAM", 4, 4096)
 
 
 def held(memory: ChunkCache, chunk: int, *, pinned: bool = False, source: ChunkedRead = READ) -> CachedChunk:
@@ -86,10 +86,10 @@ def test_a_chunk_that_is_dropped_while_it_is_used_goes_with_its_last_user(memory
 def test_a_chunk_without_users_is_not_released(memory: ChunkCache) -> None:
     kept, used = held(memory, 2, pinned=True), held(memory, 3)
     memory.release(kept)
-    with pytest.raises(ValueError, match="chunk 2 of read 0 in chunks of 16 is released without a user"):
+    with pytest.raises(ValueError, match=r"chunk 2 of read 0 \(chunk length 16\) is released without a user"):
         memory.release(kept)
     memory.release(used)
-    with pytest.raises(ValueError, match="chunk 3 of read 0 in chunks of 16 is released without a user"):
+    with pytest.raises(ValueError, match=r"chunk 3 of read 0 \(chunk length 16\) is released without a user"):
         memory.release(used)
     assert (kept.users, used.users) == (0, 0)
     assert memory.free_slots == 3  # neither slot is free twice
@@ -99,23 +99,31 @@ def test_a_chunk_without_users_is_not_released(memory: ChunkCache) -> None:
 def test_a_chunk_whose_slot_is_free_again_is_not_held(memory: ChunkCache) -> None:
     resident = held(memory, 0)
     memory.release(resident)
-    with pytest.raises(ValueError, match="chunk 0 of read 0 in chunks of 16 is held after its slot was given back"):
+    with pytest.raises(ValueError, match=r"chunk 0 of read 0 \(chunk length 16\) is acquired after its slot was freed"):
         resident.acquire(pinned=True)
     assert memory.free_slots == 4
 
 
 def test_a_chunk_that_is_kept_is_not_loaded_again(memory: ChunkCache) -> None:
     held(memory, 0, pinned=True)
-    with pytest.raises(ValueError, match="chunk 0 of read 0 in chunks of 16 is loaded although it is kept"):
+    with pytest.raises(ValueError, match=r"chunk 0 of read 0 \(chunk length 16\) is loaded although it is cached"):
         memory.load(READ, 0, 100)
     assert memory.free_slots == 3
 
 
 def test_only_the_slot_of_an_output_is_given_back(memory: ChunkCache) -> None:
     resident, output = held(memory, 0), memory.take()
-    with pytest.raises(ValueError, match=f"slot {resident.slot} is given back, but no output has it"):
+    with pytest.raises(ValueError, match=f"slot {resident.slot} is freed, but does not hold an output chunk"):
         memory.free(resident.slot)
     memory.free(output)
-    with pytest.raises(ValueError, match=f"slot {output} is given back, but no output has it"):
+    with pytest.raises(ValueError, match=f"slot {output} is freed, but does not hold an output chunk"):
         memory.free(output)
     assert memory.free_slots == 3
+
+
+def test_a_cache_without_a_free_slot_says_so(memory: ChunkCache) -> None:
+    for chunk in range(4):
+        held(memory, chunk)
+    with pytest.raises(BudgetError, match="cannot take a slot of 4096 bytes of RAM: all 4 slots are taken"):
+        memory.take()
+    assert memory.peak_bytes == 4 * 4096

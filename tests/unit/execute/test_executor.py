@@ -19,39 +19,24 @@ from mergeloom.engine.execute.devices.base import Device, OutOfDeviceMemory
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.replan import SPARE, run_graph
-from mergeloom.engine.execute.tasks import Measured
 from mergeloom.engine.graph.graph import Kind, Operation
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.simulate import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.methods.kernel.contract import Inputs
 from mergeloom.methods.kernel.tile import Tile
+from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
 from tests.support.graphs import KERNELS, Sum, World
-from tests.unit.schedule.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
-
-
-def run(world: World, schedule: Schedule, devices: list[Device], *, serial: bool = False) -> Measured:
-    """Execute a schedule, and check what it wrote."""
-    executor = Executor(world.graph, schedule, devices, world, world, serial=serial)
-    measured = executor.run()
-    world.check()
-    assert measured.bytes_read == schedule.bytes_read == sum(nbytes for _, _, nbytes in world.reads)
-    assert measured.bytes_written == schedule.bytes_written
-    assert measured.ram_peak <= schedule.ram_slots * schedule.slot_bytes
-    assert executor.ledger.held("ram") == 0
-    if serial:
-        assert measured.ram_peak == schedule.serial_ram
-    return measured
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.booleans())
 def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
-    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+    execute(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
 
 
 @st.composite
@@ -88,7 +73,7 @@ SIX_CHUNKS = [
 @given(crowded(), st.sampled_from([2, 4, 6, 8, 10, 14, 18]), st.booleans())
 def test_chunks_of_two_lengths_are_read_as_planned(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
-    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+    execute(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
 
 
 def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +91,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     assert [step.drop for step in schedule.steps] == [(), ((ChunkedRead(a, SLOT), CachedRange()),), ()]
     assert [step.bytes_read for step in schedule.steps] == [(3 * SLOT,), (3 * SLOT,), (0,)]
     device = CountingDevice("test", 64 << 20)
-    run(world, schedule, [device])
+    execute(world, schedule, [device])
     assert device.uploaded == schedule.uploaded == 6 * SLOT
 
 
@@ -121,7 +106,7 @@ def test_devices_keep_what_the_schedule_promises(
     budgets = tuple(DeviceBudget(f"test:{n}", least.minimum_vram + vram * SLOT, 2) for n in range(count))
     schedule = make_schedule(world.graph, Budget(least.minimum_ram + ram * SLOT, 0, budgets), slot_bytes=SLOT)
     devices = [CountingDevice(budget.name, budget.vram or 0, 2) for budget in budgets]
-    measured = run(world, schedule, list(devices), serial=serial)
+    measured = execute(world, schedule, list(devices), serial=serial)
     assert sum(device.uploaded for device in devices) == schedule.uploaded
     assert measured.vram_peak <= schedule.peak_vram
 
@@ -133,7 +118,7 @@ def test_two_devices_share_the_work() -> None:
     budgets = tuple(DeviceBudget(f"test:{n}", 64 << 20, 1) for n in range(2))
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
     devices = [CountingDevice(budget.name, 64 << 20) for budget in budgets]
-    run(world, schedule, list(devices))
+    execute(world, schedule, list(devices))
     assert devices[0].uploaded == devices[1].uploaded > 0
 
 
@@ -220,27 +205,27 @@ def test_nonfinite_inputs_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sum", "above", "copy"])
-def test_a_begun_node_is_gone_on_with_where_it_was(kind: str) -> None:
-    whole, rest = World(), World()
-    for world in (whole, rest):
+def test_a_started_node_is_resumed(kind: str) -> None:
+    complete, rest = World(), World()
+    for world in (complete, rest):
         world.node(kind, [world.source(6 * ELEMENTS)])
         world.node("sum", [world.source(2 * ELEMENTS)])
         world.node("sum", [world.source(ELEMENTS)])
-    run(whole, with_slots(whole, 3), [CpuDevice(1)])
-    written = 2 * SLOT + 100  # of which two whole chunks need not be written again
+    execute(complete, with_slots(complete, 3), [CpuDevice(1)])
+    written = 2 * SLOT + 100  # two complete chunks of them need not be written again
     budget = with_slots(rest, 3).budget
     schedule = make_schedule(rest.graph, budget, slot_bytes=SLOT, done={0: written, 1: 2 * SLOT})
-    rest.written[0] = bytearray(whole.written[0][:written] + bytes(6 * SLOT - written))
+    rest.written[0] = bytearray(complete.written[0][:written] + bytes(6 * SLOT - written))
     measured = Executor(rest.graph, schedule, [CpuDevice(1)], rest, rest).run()
-    assert rest.written[0] == whole.written[0]
+    assert rest.written[0] == complete.written[0]
     assert 1 not in rest.written
-    assert rest.written[2] == whole.written[2]
+    assert rest.written[2] == complete.written[2]
     assert measured.bytes_written == schedule.bytes_written == 4 * SLOT + SLOT
     passes = {"sum": 0, "copy": 0, "above": 2}[kind]
     assert measured.bytes_read == schedule.bytes_read == 4 * SLOT + passes * 6 * SLOT + SLOT
 
 
-def test_a_neighbour_on_the_device_is_met_by_a_smaller_schedule() -> None:
+def test_another_process_on_the_device_leads_to_a_smaller_schedule() -> None:
     world = World()
     world.node("above", [world.source(40 * ELEMENTS)])
     budgets = (DeviceBudget("test", 64 << 20, 1),)
@@ -262,7 +247,7 @@ def test_a_neighbour_on_the_device_is_met_by_a_smaller_schedule() -> None:
         run_graph(world.graph, schedule, lambda wanted: [CountingDevice("test", 1000)], world, world)
 
 
-def test_a_neighbour_that_let_go_again_does_not_raise_the_budget() -> None:
+def test_memory_freed_by_another_process_does_not_raise_the_budget() -> None:
     """The device has more free than was allowed, and had too little a moment ago."""
     world = World()
     world.node("above", [world.source(40 * ELEMENTS)])
@@ -287,15 +272,15 @@ def test_a_neighbour_that_let_go_again_does_not_raise_the_budget() -> None:
     assert measured.vram_peak <= wanted[-1]
 
 
-def test_devices_that_were_opened_are_closed_whatever_happens() -> None:
+def test_opened_devices_are_closed_after_every_error() -> None:
     world = World()
     world.node("above", [world.source(4 * ELEMENTS)])
     budgets = tuple(DeviceBudget(f"test:{number}", 64 << 20, 1) for number in range(2))
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets))
     events: list[str] = []
 
-    class Told(CountingDevice):
-        """Says what is done to it; it can't be closed without an error."""
+    class Recording(CountingDevice):
+        """A device that records its calls, and fails when it is closed."""
 
         def open(self, slots: int, slot_bytes: int, workspace: int, host: Any) -> None:
             events.append(f"open {self.name}")
@@ -305,29 +290,29 @@ def test_devices_that_were_opened_are_closed_whatever_happens() -> None:
             events.append(f"close {self.name}")
             raise RuntimeError("the device is gone")
 
-    devices = [Told("test:0", 64 << 20), Told("test:1", 1000)]
+    devices = [Recording("test:0", 64 << 20), Recording("test:1", 1000)]
     with pytest.raises(OutOfDeviceMemory, match="test:1"):
         Executor(world.graph, schedule, devices, world, world).run()
     assert events == ["open test:0", "open test:1", "close test:1", "close test:0"]
     with pytest.raises(RuntimeError, match="the device is gone"):  # where nothing else went wrong, it is said
-        Executor(world.graph, schedule, [Told(f"test:{n}", 64 << 20) for n in range(2)], world, world).run()
+        Executor(world.graph, schedule, [Recording(f"test:{n}", 64 << 20) for n in range(2)], world, world).run()
 
 
-def test_torch_has_its_threads_again() -> None:
+def test_the_threads_of_torch_are_restored() -> None:
     world = World()
     world.node("sum", [world.source(ELEMENTS), world.source(ELEMENTS)])
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
-        run(world, schedule, [CpuDevice(2)])
+        execute(world, schedule, [CpuDevice(2)])
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
 
-def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
-    with pytest.raises(MemoryError, match="could not be had"):
+def test_a_failed_allocation_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match=f"cannot allocate {1 << 60} bytes"):
         take_memory(1 << 60)
 
 

@@ -21,7 +21,7 @@ from tests.support.graphs import World
 
 SLOT = 64
 ELEMENTS = 16
-"""As many as the granule of the nodes, so that a slot holds one chunk of float32."""
+"""Elements in a slot of float32: the alignment of the nodes, so a slot holds exactly one chunk."""
 NEVER = 1 << 30
 
 Names = dict[int, int]
@@ -129,7 +129,7 @@ def furthest_first(problem: Problem) -> set[int]:
 
 @st.composite
 def one_shared_source(draw: st.DrawFn) -> Problem:
-    """Nodes of which each has one source that others need too, so that no two sources are needed at the same time."""
+    """Nodes of which each has one source that others need too: no two sources are needed at the same time."""
     shared = draw(st.lists(st.integers(1, 3), min_size=3, max_size=4))
     chunks, nodes = list(shared), []
     for _ in range(draw(st.integers(5, 7))):

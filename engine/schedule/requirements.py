@@ -1,0 +1,80 @@
+"""The memory that every schedule of a graph requires: slot size, slots for one step, and workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from ..graph.graph import Kind, MergeGraph
+from .tiling import length, tile_length, widest, work_bytes
+
+PAGE = 4096
+SMALLEST_SLOT = 64 << 10
+
+
+@dataclass(slots=True)
+class Requirements:
+    """The smallest slot, window and workspace that every node fits.
+
+    Args:
+        slot: smallest size of a slot in bytes.
+        slot_node: node that requires that slot size, or None if any node would do with the smallest one.
+        largest: size of the largest tensor in bytes.
+        window: number of slots that the node with the most sources takes for one chunk.
+        workspace: workspace of a compute thread in bytes, a multiple of the page size.
+        workspace_node: node that requires that workspace, or None if nothing is computed.
+        allocated: bytes that a compute thread allocates in addition to its workspace.
+    """
+
+    slot: int = SMALLEST_SLOT
+    slot_node: int | None = None
+    largest: int = 0
+    window: int = 1
+    workspace: int = 0
+    workspace_node: int | None = None
+    allocated: int = 0
+
+    @property
+    def node(self) -> int | None:
+        """The node that determines the minimum budget, if one does."""
+        return self.slot_node if self.slot_node is not None else self.workspace_node
+
+
+def requirements(graph: MergeGraph, tile_elements: int, finished: Container[int]) -> Requirements:
+    """Return the requirements of the nodes that are not finished.
+
+    Args:
+        graph: graph to schedule.
+        tile_elements: preferred number of elements in a compute tile.
+        finished: nodes that an earlier run has written.
+    """
+    result = Requirements()
+    for node in graph:
+        if node in finished:
+            continue
+        operation = graph.operation(node)
+        sources = len(set(graph.node_sources[node]))
+        result.largest = max(result.largest, length(graph, node) * widest(graph, node))
+        result.window = max(result.window, sources + (operation.kind is not Kind.COPY))
+        if operation.kernel is None:
+            continue
+        elements = length(graph, node)
+        alignment = min(operation.kernel.alignment, elements) * widest(graph, node)
+        if alignment > result.slot:
+            result.slot = _page_aligned(alignment)
+            result.slot_node = node
+        tile = min(tile_length(graph, node, tile_elements), elements)
+        workspace = operation.kernel.workspace(tile, work_bytes(graph, node))
+        measured = graph.footprints.get(node)
+        if measured is not None:
+            workspace = max(workspace, measured.workspace.at(tile))
+            result.allocated = max(result.allocated, _page_aligned(measured.allocated.at(tile)))
+        if workspace > result.workspace:
+            result.workspace = workspace
+            result.workspace_node = node
+    result.workspace = _page_aligned(result.workspace)
+    return result
+
+
+def _page_aligned(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
