@@ -13,8 +13,8 @@ def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:
     Raises:
         UsageError: where a file, or a package, doesn't do what it should: see `plugins`.
     """
-    from .registry import Known, load_methods
+    from .registry import MethodRegistry, load_methods
 
     for file in files:
         load_methods(file)
-    return Known()
+    return MethodRegistry()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class WeightedSum(Kernel):
     """The sum of the inputs times fixed coefficients, added in recipe order."""
 
-    buffers = 2
+    workspace_per_element = 2
     propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, coefficients: Sequence[float]) -> None:
@@ -51,7 +51,7 @@ def weighted_sum(inputs: Inputs, coefficients: Sequence[float]) -> Kernel:
 class Copy(Kernel):
     """One of the inputs as it is."""
 
-    buffers = 1
+    workspace_per_element = 1
 
     def __init__(self, inputs: Inputs, index: int) -> None:
         super().__init__(inputs)
@@ -93,7 +93,7 @@ def passthrough(inputs: Inputs, *, scale: PerInput[Finite] = (1.0,)) -> Kernel:
 class NearSwap(Kernel):
     """Between two inputs, element by element."""
 
-    buffers = 3
+    workspace_per_element = 3
     propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, t: float, eps: float) -> None:

@@ -9,7 +9,7 @@ from .kernel.block_sums import pairwise_fold
 from .kernel.contract import Absent, Base, Finite, Inputs, Kernel, Positive, Unit, base_of, merge_method
 from .kernel.lazy import numpy as np
 from .kernel.lazy import on_cpu, torch
-from .kernel.selection import Progress, Selection, Target
+from .kernel.selection import Selection, SelectionState, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class ArceeFusion(Kernel):
     """
 
     unit = Unit.ROW
-    buffers = 11.25
+    workspace_per_element = 11.25
     propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, *, iqr_factor: Finite = 1.5, eps: Positive = 1e-8) -> None:
@@ -67,20 +67,20 @@ class ArceeFusion(Kernel):
         exponential(values.sub_(values.amax(dim=-1, keepdim=True)))
         return values.div_(pairwise_fold(work.copy_(values))).add_(self.eps)
 
-    def needed(self, index: int, state: Progress | None) -> bool:
+    def needed(self, index: int, state: SelectionState | None) -> bool:
         return state is None or self.selection.needed(index, state)
 
-    def reduce(self, index: int, tile: Tile, state: Progress | None) -> Any:
+    def reduce(self, index: int, tile: Tile, state: SelectionState | None) -> Any:
         return self.selection.reduce(index, tile, state)
 
     def merge(self, index: int, merged: Any, partial: Any) -> Any:
         return self.selection.merge(merged, partial)
 
-    def finish(self, index: int, merged: Any, state: Progress | None) -> Progress:
+    def finish(self, index: int, merged: Any, state: SelectionState | None) -> SelectionState:
         return self.selection.finish(index, merged, state)
 
-    def combine(self, tile: Tile, state: Progress) -> Tensor:
-        first, median, third = (target.cut.threshold if target.cut else 0.0 for target in state.targets)
+    def combine(self, tile: Tile, state: SelectionState) -> Tensor:
+        first, median, third = (target.threshold.threshold if target.threshold else 0.0 for target in state.targets)
         bound = float(np.float32(median + self.iqr_factor * (third - first)))
         mask = tile.empty(torch.float32).view(-1)
         mark = tile.workspace.mark()

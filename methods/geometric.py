@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from .elementwise import Copy
-from .gram import ColumnCombination, Combination, RowCombination, Span, Vector, combine
+from .gram import ColumnCombination, Combination, RowCombination, Span, Vector, linear_combination
 from .kernel.contract import (
     Absent,
     Base,
@@ -106,21 +106,21 @@ def sphere_mean(span: Span, weights: Sequence[float], steps: int, tol: float, ep
     cancel.
     """
     directed = [(w, span.direction(i)) for i, w in enumerate(weights) if span.lengths[i] > eps]
-    start = combine(*directed) if directed else [0.0] * len(weights)
+    start = linear_combination(*directed) if directed else [0.0] * len(weights)
     if (length := span.length(start)) <= eps:
         return [0.0] * len(weights)
-    mean = combine((1 / length, start))
+    mean = linear_combination((1 / length, start))
     for _ in range(steps):
         tangents = []
         for w, direction in directed:
             cosine = max(-1.0, min(1.0, span.dot(direction, mean)))
             angle = math.acos(cosine)
             if math.sin(angle) > (eps if cosine > 0 else max(eps, _OPPOSITE)):
-                tangents.append((w * angle / math.sin(angle), combine((1.0, direction), (-cosine, mean))))
-        tangent = combine(*tangents) if tangents else [0.0] * len(weights)
+                tangents.append((w * angle / math.sin(angle), linear_combination((1.0, direction), (-cosine, mean))))
+        tangent = linear_combination(*tangents) if tangents else [0.0] * len(weights)
         if (length := span.length(tangent)) < tol:
             break
-        mean = combine((math.cos(length), mean), (math.sin(length) / length, tangent))
+        mean = linear_combination((math.cos(length), mean), (math.sin(length) / length, tangent))
     return mean
 
 
@@ -155,7 +155,7 @@ def multislerp(
 
     def coefficients(span: Span) -> Vector:
         length = math.fsum(w * x for w, x in zip(weights, span.lengths, strict=True))
-        return combine((length, sphere_mean(span, weights, max_iter, tol, eps)))
+        return linear_combination((length, sphere_mean(span, weights, max_iter, tol, eps)))
 
     if len(weights) == 1:
         return Copy(inputs, inputs.others[0])
@@ -180,7 +180,7 @@ def karcher(inputs: Inputs, *, max_iter: PositiveInt = 10, tol: Positive = 1e-5)
         if not any(mean):
             first = next((i for i, length in enumerate(span.lengths) if length > tol), None)
             mean = mean if first is None else span.direction(first)
-        return combine((share * math.fsum(span.lengths), mean))
+        return linear_combination((share * math.fsum(span.lengths), mean))
 
     if inputs.count == 1:
         return Copy(inputs, 0)

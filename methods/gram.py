@@ -56,7 +56,7 @@ class Span:
         return max(-1.0, min(1.0, self.gram[i][j] / product)) if product else 0.0
 
 
-def combine(*terms: tuple[float, Vector]) -> list[float]:
+def linear_combination(*terms: tuple[float, Vector]) -> list[float]:
     """The sum of vectors, each times its number."""
     factors = [factor for factor, _ in terms]
     columns = zip(*(vector for _, vector in terms), strict=True)
@@ -85,13 +85,13 @@ class Combination(Kernel):
         self.indices = [i for i in range(inputs.count) if i != origin]
         count = len(self.indices)
         self.pairs = [(i, j) for i in range(count) for j in range(i, count)]
-        self.buffers = max(4, 2 + count) + BlockSums.size(len(self.pairs))
+        self.workspace_per_element = max(4, 2 + count) + BlockSums.size(len(self.pairs))
 
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = BlockSums(len(self.pairs), tile.elements, BLOCK, tile.workspace)
         origin = None if self.origin is None else tile.load(self.origin)
         vectors = [tile.empty() for _ in self.indices]
-        ops.gram(tile.empty(), vectors, [tile.inputs[i] for i in self.indices], origin, sums.places)
+        ops.gram(tile.empty(), vectors, [tile.inputs[i] for i in self.indices], origin, sums.buffers)
         return [sums.partial()]
 
     def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Any:
@@ -161,7 +161,7 @@ class RowCombination(PartCombination):
 
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
         super().__init__(inputs, origin, coefficients)
-        self.buffers = 4 + 2 * len(self.indices)
+        self.workspace_per_element = 4 + 2 * len(self.indices)
 
     def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
         mark = tile.workspace.mark()
@@ -176,7 +176,7 @@ class ColumnCombination(PartCombination):
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
         super().__init__(inputs, origin, coefficients)
         slices = inputs.shape[0] if inputs.shape else 1
-        self.buffers = 4 + 2 * len(self.indices)
+        self.workspace_per_element = 4 + 2 * len(self.indices)
         self.width = max(1, math.prod(inputs.shape[1:]))
         self.height = max(32, -(-slices // 128))  # at most 128 blocks, whose sums wait for the last of them
 

@@ -28,7 +28,7 @@ class RAM(Kernel):
         epsilon: the size of a difference from the base that doesn't count as a change yet.
     """
 
-    buffers = 6
+    workspace_per_element = 6
     propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, *, epsilon: NonNegative = 1e-5) -> None:
@@ -61,7 +61,7 @@ class RAMPlus(RAM):
     """
 
     reductions = 1
-    buffers = 6
+    workspace_per_element = 6
 
     def __init__(
         self, inputs: Inputs, *, epsilon: NonNegative = 1e-5, r: NonNegative = 0.1, alpha: NonNegative = 0.2

@@ -79,7 +79,7 @@ def code_of(method: str) -> str | None:
     return next((identity for identity, names in _loaded.values() if method in names), None)
 
 
-class Known(Mapping[str, Method]):
+class MethodRegistry(Mapping[str, Method]):
     """Every method by name. Installed packages are asked once a name is wanted that isn't there yet."""
 
     def __getitem__(self, name: str) -> Method:

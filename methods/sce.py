@@ -10,7 +10,7 @@ from .kernel.block_sums import BlockSums, total
 from .kernel.contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
 from .kernel.lazy import torch
 from .kernel.lazy_ops import ops
-from .kernel.selection import Progress, Selection, Target, Threshold
+from .kernel.selection import Selection, SelectionState, Target, Threshold
 from .task_vectors import deltas, elected_mean, in_float32
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class SCEState:
     """What the reductions found.
 
     Args:
@@ -28,7 +28,7 @@ class Weighed:
         weights: of the models.
     """
 
-    progress: Progress | None = None
+    progress: SelectionState | None = None
     weights: Sequence[float] = ()
 
     @property
@@ -49,7 +49,6 @@ class SCE(Kernel):
         select_topk: the share of the varying elements that are selected; 1 selects all elements.
         weight_eps: all weights are equal where the sum of the mean squares is below this.
         divisor_eps: the least sum of weights that is divided by.
-        int8_mask: has no effect; it saves memory in mergekit.
     """
 
     propagates_nonfinite = True
@@ -61,7 +60,6 @@ class SCE(Kernel):
         select_topk: Fraction = 1.0,
         weight_eps: NonNegative = 1e-6,
         divisor_eps: NonNegative = 1e-6,
-        int8_mask: bool = False,
     ) -> None:
         super().__init__(inputs)
         self.count = len(inputs.others)
@@ -74,7 +72,7 @@ class SCE(Kernel):
             self.selection = Selection(self.elements, [target], self.variances)
         self.selecting = self.selection.reductions if self.selection else 0
         self.reductions = self.selecting + 1
-        self.buffers = self.count + 4.25 + BlockSums.size(self.count)
+        self.workspace_per_element = self.count + 4.25 + BlockSums.size(self.count)
 
     def variances(self, tile: Tile) -> Iterator[Tensor]:
         """The variance of each element over the models, times a number; exactly 0 where all are equal."""
@@ -89,25 +87,25 @@ class SCE(Kernel):
         yield in_float32(variance, tile)
         tile.workspace.release(mark)
 
-    def selected(self, tile: Tile, state: Weighed | None) -> list[Tensor]:
+    def selected(self, tile: Tile, state: SCEState | None) -> list[Tensor]:
         """The task vectors' selected elements, the others 0, each in a buffer of its own."""
         mask = None
-        if state and state.cut:
+        if state and state.threshold:
             mask = tile.empty(torch.float32)
             for variance in self.variances(tile):
-                state.cut.mask(variance, tile.element, out=mask)
+                state.threshold.mask(variance, tile.element, out=mask)
         vectors = [tile.empty() for _ in self.inputs.others]
         for delta in deltas(self.inputs, tile, buffers=vectors):
             if mask is not None:
                 delta.mul_(mask)
         return vectors
 
-    def needed(self, index: int, state: Weighed | None) -> bool:
+    def needed(self, index: int, state: SCEState | None) -> bool:
         if self.selection is None or state is None or state.progress is None or index == self.selecting:
             return True
         return self.selection.needed(index, state.progress)
 
-    def reduce(self, index: int, tile: Tile, state: Weighed | None) -> list[Any]:
+    def reduce(self, index: int, tile: Tile, state: SCEState | None) -> list[Any]:
         if self.selection and index < self.selecting:
             return self.selection.reduce(index, tile, state.progress if state else None)
         sums = BlockSums(self.count, tile.elements, BLOCK, tile.workspace)
@@ -120,17 +118,17 @@ class SCE(Kernel):
             return self.selection.merge(merged, partial)
         return super().merge(index, merged, partial)
 
-    def finish(self, index: int, merged: Any, state: Weighed | None) -> Weighed:
+    def finish(self, index: int, merged: Any, state: SCEState | None) -> SCEState:
         progress = state.progress if state else None
         if self.selection and index < self.selecting:
-            return Weighed(self.selection.finish(index, merged, progress))
+            return SCEState(self.selection.finish(index, merged, progress))
         squares = [total(blocks) / self.elements for blocks in torch.cat(merged, 1).tolist()] if merged else []
         whole = total(squares)
         if whole < self.weight_eps or not whole:
-            return Weighed(progress, [1 / self.count] * self.count)
-        return Weighed(progress, [square / whole for square in squares])
+            return SCEState(progress, [1 / self.count] * self.count)
+        return SCEState(progress, [square / whole for square in squares])
 
-    def combine(self, tile: Tile, state: Weighed) -> Tensor:
+    def combine(self, tile: Tile, state: SCEState) -> Tensor:
         vectors = self.selected(tile, state)
         elected_mean(vectors, state.weights, tile, factors=state.weights, floor=self.divisor_eps)
         return ops.add_to_base(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])
