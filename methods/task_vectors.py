@@ -124,7 +124,7 @@ class Sparsifier:
         raise NotImplementedError
 
     def apply(self, delta: Tensor, index: int, tile: Tile, state: Any) -> None:
-        """Sparsify the task vector of ``inputs.others[index]`` in place, within `workspace_per_element` of workspace."""
+        """Sparsify the task vector of ``inputs.others[index]`` in place, within `workspace_per_element`."""
 
     def vectors(self, tile: Tile, buffers: Sequence[Tensor], state: Any) -> Iterator[Tensor]:
         """The sparse task vectors in recipe order; those that share a buffer overwrite each other."""

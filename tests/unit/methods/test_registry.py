@@ -62,7 +62,7 @@ def test_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "there is no such file"),
+        (None, "file not found"),
         ("x = 1", "registers no merge method"),
         ("1 / 0", "ZeroDivisionError"),
         ("def (", "SyntaxError"),
