@@ -79,7 +79,7 @@ TABLE: dict[str, Row] = {
     "weight_eps": AT_LEAST_0,
     "rescale_eps": AT_LEAST_0,
     "divisor_eps": AT_LEAST_0,
-    **dict.fromkeys(("normalize", "normalize_weights", "rescale", "unbiased", "int8_mask", "filter_wise"), SWITCH),
+    **dict.fromkeys(("normalize", "normalize_weights", "rescale", "unbiased", "filter_wise"), SWITCH),
     **dict.fromkeys(("nuslerp_flatten", "nuslerp_row_wise"), SWITCH),
 }
 """What each parameter accepts: in words, values that it takes (its bounds among them), and numbers that it doesn't.
@@ -493,7 +493,7 @@ class TestMethodsOfTheUser:
         for annotation, default, says in (
             (Fraction, 2.0, r"the default of 'share' must be between 0 and 1: 2.0"),
             (PerInput[Fraction], (-1.0,), r"the default of 'share' must be between 0 and 1: -1.0"),
-            (Annotated[bool, Range(0, 1)], True, "only a number has a Range"),
+            (Annotated[bool, Range(0, 1)], True, "only numbers can have a Range"),
             (Annotated[str, Range(0, 1)], "x", "must be a float, int or bool"),
         ):
             with pytest.raises(TypeError, match=says):
