@@ -49,8 +49,8 @@ def layers(count: int, rests: Shapes | None = None, prefix: str = "model.layers"
 
 def decoder(count: int = 4, *, head: bool = True, rests: Shapes | None = None) -> dict[str, Shape]:
     """The tensors of a small language model."""
-    outside: dict[str, Shape] = {"model.embed_tokens.weight": (8, 4)}
-    return outside | layers(count, rests) | {"model.norm.weight": (4,)} | ({"lm_head.weight": (8, 4)} if head else {})
+    embeddings: dict[str, Shape] = {"model.embed_tokens.weight": (8, 4)}
+    return embeddings | layers(count, rests) | {"model.norm.weight": (4,)} | ({"lm_head.weight": (8, 4)} if head else {})
 
 
 @dataclass
@@ -152,7 +152,7 @@ def test_slices_follow_each_other_and_dropped_layers_are_named() -> None:
         "a:model.layers.4.attn.q_proj.weight",
         "a:model.layers.4.norm.weight",
     ]
-    assert unused["outside the layers, which come from the first and the last slice"] == [
+    assert unused["tensors outside the layers come from the first and the last slice"] == [
         "a:model.norm.weight",
         "a:lm_head.weight",
         "b:model.embed_tokens.weight",
@@ -244,7 +244,7 @@ def test_a_slice_can_have_its_own_base() -> None:
     [
         (stacked(("a", 0, 5)), r"layer_range: \[0, 5\] ends past the last layer: a has 4 layers"),
         (whole("linear", "a", "long"), "4 of a, 6 of long"),
-        (stacked(("flat", 0, 2)), "flat has no layers that could be sliced"),
+        (stacked(("flat", 0, 2)), "flat has no layers to slice"),
     ],
 )
 def test_layers_that_are_not_there(recipe: dict[str, object], says: str) -> None:
@@ -270,10 +270,10 @@ def test_a_model_without_layers_is_merged_whole() -> None:
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (decoder(rests={"attn.q_proj.weight": (4, 4)}), "model.layers.2.norm.weight is in a and not in b"),
+        (decoder(rests={"attn.q_proj.weight": (4, 4)}), "model.layers.2.norm.weight is in a but not in b"),
         (
             decoder(rests={"attn.q_proj.weight": (4, 4), "norm.weight": (4,), "norm.bias": (4,)}),
-            "model.layers.2.norm.bias is in b and not in a",
+            "model.layers.2.norm.bias is in b but not in a",
         ),
         (
             decoder(rests={"attn.q_proj.weight": (6, 4), "norm.weight": (4,)}),
@@ -281,11 +281,11 @@ def test_a_model_without_layers_is_merged_whole() -> None:
         ),
         (
             {name.removeprefix("model."): shape for name, shape in decoder().items()},
-            "model.norm.weight is in a and not in b",
+            "model.norm.weight is in a but not in b",
         ),
         (decoder() | {"lm_head.weight": (9, 4)}, "vocabulary of 8 rows and b one of 9"),
         (decoder() | {"model.norm.weight": (5,)}, r"model.norm.weight has shape \[4\] in a and \[5\] in b"),
-        ({n: s for n, s in decoder().items() if n != "model.norm.weight"}, "model.norm.weight is in a and not in b"),
+        ({n: s for n, s in decoder().items() if n != "model.norm.weight"}, "model.norm.weight is in a but not in b"),
     ],
 )
 def test_slices_of_models_that_do_not_fit_together(other: dict[str, Shape], says: str) -> None:
@@ -309,8 +309,8 @@ def test_a_base_that_is_no_input_gives_the_names_and_the_config() -> None:
     built = build(stacked(("b", 0, 6), base_model="a"), models)
     assert built.found.models[built.found.donor].name == "a"
     assert built.sources("lm_head.weight") == ["b:model.embed_tokens.weight"]  # b is tied, and a's config has a head
-    assert set(built.unused()) == {"the base model is no input of this recipe"}
-    assert len(built.unused()["the base model is no input of this recipe"]) == len(decoder())
+    assert set(built.unused()) == {"the base model is not an input of this recipe"}
+    assert len(built.unused()["the base model is not an input of this recipe"]) == len(decoder())
 
 
 # ------------------------------------------------------------------------------------------------ missing tensors
@@ -348,7 +348,7 @@ def test_an_optional_tensor_that_some_models_lack(
     found = {name: checkpoint(name, decoder(1, rests=BIAS if name in having else PLAIN)) for name in models}
     recipe = whole(method, *models, base=base)
     if expected is None:
-        with pytest.raises(CheckpointError, match=rf"{NAME} is in \w and not in \w: .* {method} has no rule"):
+        with pytest.raises(CheckpointError, match=rf"{NAME} is in \w but not in \w: .* {method} has no rule"):
             build(recipe, found)
         return
     built = build(recipe, found)
@@ -360,15 +360,15 @@ def test_an_optional_tensor_that_some_models_lack(
 def test_a_required_tensor_that_a_model_lacks(method: str) -> None:
     base = "a" if method in ("slerp", "nearswap", "task_arithmetic", "ties") else None
     models = pair(decoder(2), {n: s for n, s in decoder(2).items() if n != "model.layers.1.norm.weight"})
-    with pytest.raises(CheckpointError, match=r"model.layers.1.norm.weight is in a and not in b"):
+    with pytest.raises(CheckpointError, match=r"model.layers.1.norm.weight is in a but not in b"):
         build(whole(method, "a", "b", base=base), models)
-    with pytest.raises(CheckpointError, match=r"model.layers.1.norm.weight is in a and not in b"):
+    with pytest.raises(CheckpointError, match=r"model.layers.1.norm.weight is in a but not in b"):
         build(whole(method, "b", "a", base=base), models)
 
 
 def test_names_that_differ_outside_the_layers() -> None:
     renamed = {name.removeprefix("model."): shape for name, shape in decoder().items()}
-    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight is in a and not in b"):
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight is in a but not in b"):
         build(whole("linear", "a", "b"), pair(decoder(), renamed))
 
 
@@ -420,7 +420,7 @@ def test_buffers_come_from_the_base_else_from_the_first() -> None:
             assert built.sources(name) == [f"{base or 'a'}:{name}"]
             assert built.how(name) == "copy"
             assert built.dtype(name) == dtypes[name]
-        assert list(built.unused()) == [f"no parameter: taken from {base or 'a'}"]
+        assert list(built.unused()) == [f"not a parameter: copied from {base or 'a'}"]
     # a buffer that only one of them has, or that differs in shape, is in nobody's way
     other = {name: shape for name, shape in shapes.items() if "inv_freq" not in name}
     built = build(whole("linear", "a", "b"), pair(shapes, other | {"embeddings.position_ids": (1, 16)}))
@@ -509,7 +509,7 @@ def test_layers_beyond_the_count_are_kept_renumbered_and_said() -> None:
     assert built.unused() == {}
     kept = build(whole("linear", "a"), models)
     assert kept.sources("model.layers.4.norm.weight") == ["a:model.layers.4.norm.weight"]
-    with pytest.raises(CheckpointError, match=r"model.layers.4.norm.weight is in a and not in b"):
+    with pytest.raises(CheckpointError, match=r"model.layers.4.norm.weight is in a but not in b"):
         build(whole("linear", "a", "b"), models)
     dropped = build(stacked(("a", 0, 2), ("b", 2, 4)), models)
     assert "model.layers.4.norm.weight" not in dropped.names
@@ -544,11 +544,11 @@ def test_modules_of_a_vision_model() -> None:
     assert built.sources("visual.blocks.0.attn.qkv.weight") == ["b:visual.blocks.0.attn.qkv.weight"]
     alone = build({"merge_method": "passthrough", "modules": {"text_decoder": text}}, models)
     assert not any(name.startswith("visual") for name in alone.names)
-    assert len(alone.unused()["no module of the recipe is about this part of the model"]) == len(VISION)
+    assert len(alone.unused()["no module of the recipe includes this part of the model"]) == len(VISION)
     part = {"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}
     for modules, says in (
         ({"text_decoder": text, "visual": part}, "visual.blocks can't be sliced, only those of model.layers"),
-        ({"ears": text}, "no part of a is called 'ears'; its layers are in: model.layers, visual.blocks"),
+        ({"ears": text}, "a has no part named 'ears'; its stacks of layers: model.layers, visual.blocks"),
     ):
         with pytest.raises(RecipeError, match=says):
             build({"merge_method": "passthrough", "modules": modules}, models)
@@ -574,7 +574,7 @@ def test_a_vision_models_projector_is_a_module_of_its_own() -> None:
         modules["multi_modal_projector"] = {"slices": [{"sources": [{"model": "c", "layer_range": [0, 1]}]}]}
         with pytest.raises(RecipeError, match=r"multi_modal_projector can't be sliced"):
             build({"merge_method": "passthrough", "modules": modules}, models)
-    with pytest.raises(RecipeError, match="no part of a is called 'multi_modal_projector'"):
+    with pytest.raises(RecipeError, match="a has no part named 'multi_modal_projector'"):
         build(
             {"merge_method": "passthrough", "modules": {"multi_modal_projector": {"models": [{"model": "a"}]}}},
             pair(decoder(), decoder()),
@@ -599,7 +599,7 @@ def test_what_an_encoder_and_a_decoder_share_is_a_module_of_its_own() -> None:
 def test_two_modules_that_make_the_same_tensors() -> None:
     module = {"models": [{"model": "a"}]}
     recipe = {"merge_method": "passthrough", "modules": {"text_decoder": module, "model.layers": module}}
-    with pytest.raises(CheckpointError, match=r"two tensors of the output would be called model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"two tensors of the output have the name model.embed_tokens.weight"):
         build(recipe, pair(decoder(), decoder()))
 
 
@@ -621,7 +621,7 @@ def test_an_encoder_and_a_decoder() -> None:
     assert sorted(built.names) == sorted(T5)
     assert [len(stack.sources) for stack in built.found.stacks] == [3, 2]
     with pytest.raises(
-        RecipeError, match=r"two stacks of layers, encoder.block and decoder.block: say under `modules`"
+        RecipeError, match=r"two stacks of layers, encoder.block and decoder.block: use `modules`"
     ):
         build(stacked(("a", 0, 2)), models)
     modules = {
