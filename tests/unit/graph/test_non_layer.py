@@ -134,7 +134,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, three: dict[str, Pat
         plan(stacked(three["a"], three["b"], non_layer={"norm": str(wide)}), CPU)
     bare = Model({name: shape for name, shape in tiny_llama().tensors.items() if name != NORM}, tiny_llama().config)
     write_checkpoint(tmp_path / "bare", bare, fill=1)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is in .*a and not in .*bare"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is in .*a but not in .*bare"):
         plan(stacked(three["a"], three["b"], non_layer={"norm": str(tmp_path / "bare")}), CPU)
 
 
