@@ -95,7 +95,7 @@ class LayerMap:
     def module(self, key: str) -> Stack | None:
         """The stack that a recipe's ``modules:`` refers to as `key`, or None.
 
-        `key` is a stack's prefix, a dotted part of it that no other stack starts with, one of its components
+        `key` is a stack's prefix, a dotted prefix of that prefix that no other stack starts with, one of its components
         (``encoder``, ``decoder``, ``language_model``), or mergekit's ``text_decoder``, ``default``, ``vision_tower``.
         """
         for stack, beginning in self._parts:

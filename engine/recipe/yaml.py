@@ -39,9 +39,9 @@ class Node:
     """A value and its line.
 
     Args:
-        value: a scalar, a tuple of nodes (a list), or a mapping of nodes by their keys' text.
-        line: the 1-based line on which the value begins, or None for data that comes from no file.
-        key_lines: of a mapping, the line of each key.
+        value: a scalar, a tuple of nodes for a list, or a mapping of nodes by key.
+        line: the 1-based line of the value, or None for data that is not from a file.
+        key_lines: line of each key of a mapping.
     """
 
     value: str | int | float | bool | tuple[Node, ...] | Mapping[str, Node] | None

@@ -44,9 +44,7 @@ def layers(count: int, rests: Shapes | None = None, prefix: str = "model.layers"
 def decoder(count: int = 4, *, head: bool = True, rests: Shapes | None = None) -> dict[str, Shape]:
     """The tensors of a small language model."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (8, 4)}
-    return (
-        embeddings | layers(count, rests) | {"model.norm.weight": (4,)} | ({"lm_head.weight": (8, 4)} if head else {})
-    )
+    return shapes | layers(count, rests) | {"model.norm.weight": (4,)} | ({"lm_head.weight": (8, 4)} if head else {})
 
 
 @dataclass

@@ -104,7 +104,7 @@ class TestValuesThatDependOnEachOther:
         text = "merge_method: karcher\nmodels: [{model: $a}, {model: $b}]\nparameters:\n  max_iter: [1, 3]\n"
         error = refused_plan(llamas, tmp_path, text)
         assert (error.line, error.path) == (4, ("parameters", "max_iter"))
-        assert "max_iter must be a whole number, and its gradient [1, 3] is 1.66667 in one of the layers" in str(error)
+        assert "max_iter must be a whole number, but its gradient [1, 3] is 1.66667 in one of the layers" in str(error)
 
     def test_sums_of_0_with_an_eps_of_0(self) -> None:
         """An eps of 0 once divided by 0."""

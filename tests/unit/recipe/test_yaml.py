@@ -171,7 +171,7 @@ class TestFiles:
     def test_missing_and_directory(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="no such file"):
             read_yaml(tmp_path / "none.yml")
-        with pytest.raises(RecipeError, match="it is a directory"):
+        with pytest.raises(RecipeError, match="this is a directory"):
             read_yaml(tmp_path)
         with pytest.raises(RecipeError, match="can't be read"):
             read_yaml(Path("\0"))
