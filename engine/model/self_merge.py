@@ -196,8 +196,8 @@ def _parameters(checkpoint: Checkpoint, layers: LayerMap, slices: Sequence[Windo
             times[layer] += 1
     total = 0
     for name, tensor in checkpoint.tensors.items():
-        layer = layers.split(name)
-        total += tensor.elements * (1 if layer is None or layer.extra else times[layer.index])
+        parsed = layers.split(name)
+        total += tensor.elements * (1 if parsed is None or parsed.extra else times[parsed.index])
     return total
 
 
