@@ -16,7 +16,7 @@ from ...errors import CheckpointError
 from ...io.companions import FileKind, companion_files, file_kind, read_json
 from ...io.safetensors.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, OutputStack
-from ..model.layers import is_embedding, is_head
+from ..model.roles import is_embedding, is_head
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
 from .config import merged_config

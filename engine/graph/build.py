@@ -1,4 +1,4 @@
-"""Recipe + checkpoints' headers -> merge graph: the walk over modules, slices and layers."""
+"""Builds the merge graph of a stage from the headers of its models, module by module and slice by slice."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from ...errors import CheckpointError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.contract import Method
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
-from ..model.layers import Stack, is_buffer, is_embedding, is_head, tied_embedding
+from ..model.layers import Stack
 from ..model.modules import StageModules
+from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .graph import MergeGraph
@@ -26,8 +27,8 @@ class OutputStack:
     """A stack of layers of the output.
 
     Args:
-        donor: the donor's stack that it is made like.
-        sources: for each of its layers, the layer that config.json's per-layer lists follow.
+        donor: the donor's stack that it corresponds to.
+        sources: for each of its layers, the layer whose entry in config.json's per-layer lists applies.
     """
 
     donor: Stack
@@ -36,11 +37,11 @@ class OutputStack:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A stage whose output is written beside the last one's.
+    """A stage whose output is written in addition to that of the last stage.
 
     Args:
-        stage: the stage; its name is that of the folder.
-        layers: of its main stack.
+        stage: the stage, whose name is also the name of the folder.
+        layers: number of layers of the output's main stack.
     """
 
     stage: Stage
@@ -54,20 +55,20 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class BuiltGraph:
-    """A recipe turned into a graph, and what the output's other files need to know.
+    """The graph of a recipe, and the facts that determine the output's other files.
 
     Args:
-        graph: reads, nodes, outputs.
+        graph: the graph of reads, nodes and outputs.
         models: the input models in the order of the recipe.
-        donor: the number of the model that config and tokenizer come from.
-        donor_config: the config.json that the output's follows, or None: the donor's, or what a stage made of it.
+        donor: index of the model that config and tokenizer come from.
+        donor_config: the config.json that the output's is based on, or None: the donor's, as updated by earlier stages.
         stacks: the output's stacks of layers, the main one first.
-        dtype: torch's name of the type of the output, or None where it is mixed and the recipe sets none.
+        dtype: torch's name of the output's dtype; None if it is mixed and the recipe doesn't set it.
         head: whether a head (``lm_head``) is written.
         unused: input tensors that no output needs, with the reasons.
-        warnings: what the user should know.
-        saved: the stages whose output is written, too, each to a folder of OUT that bears its name.
-        intermediates: how many tensors the stages before the last make.
+        warnings: warnings for the user.
+        saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
+        intermediates: number of tensors that the stages before the last compute.
     """
 
     graph: MergeGraph
@@ -84,31 +85,31 @@ class BuiltGraph:
 
     @property
     def layers(self) -> int:
-        """Layers of the output's main stack; 0 where it has none."""
+        """Number of layers of the output's main stack; 0 if it has none."""
         return len(self.stacks[0].sources) if self.stacks else 0
 
 
 def build_graph(
     recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: OpenModel, *, seed: int = 0
 ) -> BuiltGraph:
-    """The graph of one stage of a recipe.
+    """Build the graph of one stage of a recipe.
 
     Args:
-        recipe: for where its mistakes stand.
-        stage: what to build.
-        methods: by name.
-        open_model: called with a ModelReference, returns its Checkpoint.
-        seed: of the random methods.
+        recipe: the recipe, for error messages.
+        stage: the stage to build.
+        methods: the merge methods by name.
+        open_model: function that opens the Checkpoint of a ModelReference.
+        seed: seed for methods that sample.
 
     Raises:
-        RecipeError: where the recipe asks for what the models don't have.
-        CheckpointError: where the models don't fit each other.
+        RecipeError: if the recipe refers to layers or parts that the models don't have.
+        CheckpointError: if the models are incompatible.
     """
-    return _Builder(recipe, stage, methods, open_model, seed).build()
+    return _GraphBuilder(recipe, stage, methods, open_model, seed).build()
 
 
-class _Builder:
-    """The state of building one graph."""
+class _GraphBuilder:
+    """Builds the graph of one stage."""
 
     def __init__(
         self, recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: OpenModel, seed: int
@@ -129,18 +130,18 @@ class _Builder:
             [BoundSlice(recipe, stage, module, part, method, by_reference) for part in module.slices or ()]
             for module in self.modules.all
         ]
-        self.outside = {
+        self.non_layer = {
             name: BoundSlice(
                 recipe, stage, self.modules.all[0], Slice((Source(model, None),), place=place), method, by_reference
             )
-            for name, model in stage.outside.items()
-            for place in ((*stage.place, "outside", name),)
+            for name, model in stage.non_layer.items()
+            for place in ((*stage.non_layer.place, name),)
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
-        self.account = TensorUsage()
-        self.rules = TensorRules(stage, methods, self.graph, self.account, seed)
+        self.usage = TensorUsage()
+        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed)
         self.layer_sources: dict[int, list[int]] = {}
-        self._kinds: dict[int, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
+        self._layer_kinds: dict[int, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
         self._group = 0
 
     def build(self) -> BuiltGraph:
@@ -148,7 +149,9 @@ class _Builder:
             self._build_module(module, parts)
         self._check_chosen_head()
         if not self.graph.outputs:
-            raise CheckpointError("the recipe makes no tensor at all: the models have none in common with it")
+            raise CheckpointError(
+                "the output has no tensors: no tensor of the models belongs to a module of the recipe"
+            )
         self._warn_of_filters()
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = self.stage.out_dtype or self.stage.dtype
@@ -166,12 +169,12 @@ class _Builder:
             ),
             dtype=dtype,
             head=head,
-            unused=tuple(self.account.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
+            unused=tuple(self.usage.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
             warnings=tuple(self.warnings),
         )
 
     def _warn_of_filters(self) -> None:
-        """A filter that fits no tensor is misspelt, or meant for another kind of model."""
+        """Warn about filters that match no tensor: they are misspelt, or meant for another architecture."""
         scopes = [self.stage.parameters]
         for module in self.modules.all:
             scopes.append(module.parameters)
@@ -179,21 +182,21 @@ class _Builder:
                 scopes += [part.parameters, *(source.parameters for source in part.sources)]
         settings = [setting for scope in scopes for setting in scope.values() if isinstance(setting, tuple)]
         names = {*self.graph.read_names, *(output.name for output in self.graph.outputs)} if settings else set()
-        for wanted in dict.fromkeys(condition.filter for setting in settings for condition in setting):
-            if wanted and wanted != "*" and not any(wanted in name for name in names):
-                self.warnings.append(f"filter {wanted!r} fits no tensor's name: what it sets is used for none")
+        for substring in dict.fromkeys(condition.filter for setting in settings for condition in setting):
+            if substring and substring != "*" and not any(substring in name for name in names):
+                self.warnings.append(f"filter {substring!r} matches no tensor name: its value is not used")
 
     # --- modules -----------------------------------------------------------------------------------------------
 
     def _build_module(self, module: Module, parts: Sequence[BoundSlice]) -> None:
-        """The tensors of one module: before the layers, the layers slice by slice, after them."""
+        """Add the tensors of one module: those before the layers, the layers slice by slice, those after them."""
         stacks = self.modules.stacks(module)
-        outside = [name for name in self._outside_names(parts[0], parts[-1]) if self.modules.belongs(module, name)]
-        after = {name for name in outside if self.donor.layers.is_after(name)}
+        names = [name for name in self._non_layer_names(parts[0], parts[-1]) if self.modules.belongs(module, name)]
+        after = {name for name in names if self.donor.layers.is_after(name)}
         self._group += 1
-        for name in outside:
+        for name in names:
             if name not in after:
-                self._add_outside(parts[0], name)
+                self._add_non_layer(parts[0], name)
         for number in stacks:
             count = 0
             for part in parts:
@@ -201,36 +204,36 @@ class _Builder:
                 count = self._add_slice(part, number, count)
             self._add_extras(parts[-1], number, count)
         self._group += 1
-        for name in outside:
+        for name in names:
             if name in after:
-                self._add_outside(parts[-1], name)
+                self._add_non_layer(parts[-1], name)
 
     # --- outside the layers ------------------------------------------------------------------------------------
 
-    def _outside_names(self, first: BoundSlice, last: BoundSlice) -> Iterator[str]:
-        """Tensors outside the layers, the donor's first, each once."""
+    def _non_layer_names(self, first: BoundSlice, last: BoundSlice) -> Iterator[str]:
+        """The names of all tensors outside the layers, the donor's first."""
         seen: set[str] = set()
-        others = [model for part in self.outside.values() for model in part.models]
+        others = [model for part in self.non_layer.values() for model in part.models]
         for model in (self.donor, *first.models, *last.models, *others):
-            for name in model.outside:
+            for name in model.non_layer:
                 if name not in seen:
                     seen.add(name)
                     yield name
 
-    def _named_part(self, name: str) -> str:
-        """What `outside:` calls the part of the model that a tensor outside the layers belongs to."""
+    def _non_layer_key(self, name: str) -> str:
+        """The key under `non_layer:` for a tensor outside the layers."""
         if is_head(name):
             return "head"
         return "norm" if self.donor.layers.is_after(name) else "embeddings"
 
-    def _add_outside(self, part: BoundSlice, name: str) -> None:
-        chosen = self.outside.get(self._named_part(name))
+    def _add_non_layer(self, part: BoundSlice, name: str) -> None:
+        chosen = self.non_layer.get(self._non_layer_key(name))
         part = chosen or part
         names = [name if name in model.checkpoint.tensors else None for model in part.models]
         if is_head(name):
             names = [
-                found if found is not None else tied_embedding(name, model.outside)
-                for found, model in zip(names, part.models, strict=True)
+                own_name if own_name is not None else tied_embedding(name, model.non_layer)
+                for own_name, model in zip(names, part.models, strict=True)
             ]
         own = self.donor.checkpoint.tensors.get(name)
         if not any(names):
@@ -238,16 +241,15 @@ class _Builder:
                 raise CheckpointError(_missing(name, self.donor, part.models[0]))
             return
         if own is not None and self.donor not in part.models:
-            source, found = next((i, found) for i, found in enumerate(names) if found is not None)
-            model = part.models[source]
-            shape = model.checkpoint.tensors[found].shape
+            model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
+            shape = model.checkpoint.tensors[source].shape
             if shape != own.shape and not is_buffer(name, shape):
                 raise CheckpointError(shape_mismatch(name, self.donor, own.shape, model, shape))
-        self.rules.add(part, name, names, 0.0, self._group, as_it_is=chosen is not None)
+        self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None)
 
     def _check_chosen_head(self) -> None:
-        """Without any head, the chosen model's head is its embedding, which must then be the output's."""
-        chosen = self.stage.outside.head
+        """Without any head, the chosen model's head is its embedding, so `embeddings` must choose the same model."""
+        chosen = self.stage.non_layer.head
         if chosen is None or any(is_head(output.name) for output in self.graph.outputs):
             return
         embeddings = {
@@ -258,28 +260,28 @@ class _Builder:
         }
         if embeddings != {chosen}:
             raise self.recipe.error(
-                (*self.stage.place, "outside", "head"),
-                f"none of the models has a head of its own: {chosen.text}'s is its embedding, so that it can only "
-                "come along with that: choose it for `embeddings`, too",
+                (*self.stage.non_layer.place, "head"),
+                f"none of the models has a separate head: that of {chosen.text} is tied to its embeddings; set "
+                "`embeddings` to the same model",
             )
 
     # --- layers ------------------------------------------------------------------------------------------------
 
     def _add_slice(self, part: BoundSlice, stack: int, first: int) -> int:
-        """The layers of one slice, from output layer `first` on; the number of the layer after them."""
+        """Add the layers of one slice, starting at output layer `first`; returns the number of the next layer."""
         ranges = part.ranges(stack)
         count = ranges[0][1] - ranges[0][0]
         own = part.models.index(self.donor) if self.donor in part.models else 0
         for index in range(count):
-            places = [start + index for start, _ in ranges]
+            indices = [start + index for start, _ in ranges]
             if self.donor not in part.models:
-                self._check_layer(part.models[0], stack, places[0])
-            self._add_layer(part, stack, places, first + index, layer_position(index, count))
-            self.layer_sources.setdefault(stack, []).append(places[own])
+                self._check_layer(part.models[0], stack, indices[0])
+            self._add_layer(part, stack, indices, first + index, layer_position(index, count))
+            self.layer_sources.setdefault(stack, []).append(indices[own])
         return first + count
 
-    def _add_layer(self, part: BoundSlice, stack: int, places: Sequence[int], target: int, t: float) -> None:
-        layers = [model.by_layer.get((stack, place), {}) for model, place in zip(part.models, places, strict=True)]
+    def _add_layer(self, part: BoundSlice, stack: int, indices: Sequence[int], target: int, t: float) -> None:
+        layers = [model.by_layer.get((stack, index), {}) for model, index in zip(part.models, indices, strict=True)]
         prefix = self.donor.layers.mains[stack].prefix
         own = part.models.index(self.donor) if self.donor in part.models else 0
         for rest in dict.fromkeys(rest for layer in (layers[own], *layers) for rest in layer):
@@ -287,56 +289,56 @@ class _Builder:
             self.rules.add(part, name, [layer.get(rest) for layer in layers], t, self._group)
 
     def _add_extras(self, part: BoundSlice, stack: int, count: int) -> None:
-        """Layers beyond config.json's count (such as prediction heads) follow the stack, as they do in the model."""
+        """Add layers beyond config.json's count, such as prediction heads, after the stack, as in the model."""
         old = self.donor.layers.mains[stack].count
         for extra in self.donor.layers.mains[stack].extras:
-            # a model that counts it among its layers, or has no config.json to count them, has no extra layer there
+            # a model whose count includes it, or that has no config.json, has no extra layer there
             if not any(extra in main.extras for model in part.models for main in model.layers.mains[stack : stack + 1]):
                 continue
             target = count + extra - old
             self.warnings.append(
-                f"{self.donor.name}: layer {extra} lies beyond the {old} layers that config.json counts (a prediction "
-                f"head, most likely): it is kept, as layer {target}"
+                f"{self.donor.name}: layer {extra} is beyond the {old} layers that config.json counts (probably a "
+                f"prediction head): it is kept as layer {target}"
             )
             self._group += 1
             self._add_layer(part, stack, [extra] * len(part.models), target, 0.0)
 
     # --- what the donor's config.json describes ----------------------------------------------------------------
 
-    def _check_layer(self, model: Model, stack: int, place: int) -> None:
-        """A layer that is taken from another model than the donor must look like one of the donor's.
+    def _check_layer(self, model: Model, stack: int, index: int) -> None:
+        """Check that a layer from another model than the donor has the same tensors as one of the donor's.
 
         Raises:
-            CheckpointError: where a tensor is missing, superfluous or of another shape.
+            CheckpointError: if a tensor is missing, unexpected or has another shape.
         """
-        if stack not in self._kinds:
+        if stack not in self._layer_kinds:
             layers = range(self.donor.stack(stack).count)
-            self._kinds[stack] = {frozenset(_shapes(self.donor, stack, layer).items()) for layer in layers}
-        shapes = _shapes(model, stack, place)
-        if frozenset(shapes.items()) in self._kinds[stack]:
+            self._layer_kinds[stack] = {frozenset(_shapes(self.donor, stack, layer).items()) for layer in layers}
+        shapes = _shapes(model, stack, index)
+        if frozenset(shapes.items()) in self._layer_kinds[stack]:
             return
-        layer = min(place, self.donor.stack(stack).count - 1)
+        layer = min(index, self.donor.stack(stack).count - 1)
         known = _shapes(self.donor, stack, layer)
         for rest in (*known, *shapes):
             if rest not in shapes:
                 name = self.donor.by_layer[stack, layer][rest]
                 raise CheckpointError(_missing(name, self.donor, model))
             if rest not in known:
-                raise CheckpointError(_missing(model.by_layer[stack, place][rest], model, self.donor))
+                raise CheckpointError(_missing(model.by_layer[stack, index][rest], model, self.donor))
             if shapes[rest] != known[rest]:
-                name = model.by_layer[stack, place][rest]
+                name = model.by_layer[stack, index][rest]
                 raise CheckpointError(shape_mismatch(name, self.donor, known[rest], model, shapes[rest]))
 
 
-def _shapes(model: Model, stack: int, place: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's parameters, by the rest of their names."""
+def _shapes(model: Model, stack: int, index: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's parameters, by the part of the name after the layer's number."""
     tensors = model.checkpoint.tensors
-    layer = model.by_layer.get((stack, place), {})
+    layer = model.by_layer.get((stack, index), {})
     return {rest: tensors[name].shape for rest, name in layer.items() if not is_buffer(name, tensors[name].shape)}
 
 
 def _missing(name: str, first: Model, second: Model) -> str:
     return (
-        f"tensor {name} is in {first.name} and not in {second.name}: slices of different models fit together only "
-        "where their tensors have the same names and shapes"
+        f"tensor {name} is in {first.name} but not in {second.name}: slices of different models can be combined only "
+        "if their tensors have the same names and shapes"
     )

@@ -1,6 +1,6 @@
-"""Several stages of a recipe as one kernel: intermediate tensors are made again, a tile at a time, where needed.
+"""Fuses several stages of a recipe into one kernel that recomputes intermediate tensors tile by tile.
 
-Nothing of an intermediate is stored but its reductions' results. It is float32 (float64 where a source is), unless
+Of an intermediate tensor, only the results of its reductions are kept. It is float32 (float64 if a source is), unless
 its stage's ``out_dtype`` rounds it.
 """
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class BoundSlice:
-    """One stage's share of a fused kernel.
+class FusedPart:
+    """The kernel of one stage in a fused kernel.
 
     Args:
-        kernel: what it computes.
-        sources: for each of the kernel's inputs, a leaf's number, or ``~n`` for the result of part number n.
-        key: the random key of the tensor that it makes.
-        positions: the place in the stage of each input's model.
-        round_to: the type that its result is rounded to; None where it stays in the work dtype.
+        kernel: the stage's kernel.
+        sources: for each input of the kernel, the index of a leaf, or ``~n`` for the result of part n.
+        key: random key of the tensor that the kernel computes.
+        positions: for each input, the index of its model in the stage.
+        round_to: dtype that the result is rounded to; None to keep it in the work dtype.
     """
 
     kernel: Kernel
@@ -39,17 +39,17 @@ class BoundSlice:
 
 
 class FusedKernel(Kernel):
-    """The kernels of several stages, the last part's result being the output.
+    """The kernels of several stages; the output is the result of the last part.
 
     Args:
-        inputs: the leaves: tensors that are read from files.
-        parts: in an order in which each comes after those that it needs.
+        inputs: the leaves, which are read from files.
+        parts: the kernels in topological order.
     """
 
-    def __init__(self, inputs: Inputs, parts: Sequence[BoundSlice]) -> None:
+    def __init__(self, inputs: Inputs, parts: Sequence[FusedPart]) -> None:
         super().__init__(inputs)
         self.parts = tuple(parts)
-        self._passes = [(part, index) for part, found in enumerate(parts) for index in range(found.kernel.reductions)]
+        self._passes = [(number, index) for number, part in enumerate(parts) for index in range(part.kernel.reductions)]
         self.reductions = len(self._passes)
         self.workspace_per_element = self._buffers(len(parts) - 1)
         self.propagates_nonfinite = all(part.kernel.propagates_nonfinite for part in parts)
@@ -64,28 +64,28 @@ class FusedKernel(Kernel):
 
     @property
     def alignment(self) -> int:
-        """Where every part's tiles can begin."""
+        """The alignment of tiles that suits every part."""
         return math.lcm(*(part.kernel.alignment for part in self.parts))
 
     def _buffers(self, number: int) -> float:
-        """Workspace for a part: its inputs that are results of others, and the most that is needed beside them."""
+        """Workspace for a part: its inputs from other parts, plus the maximum needed to compute one or the result."""
         part = self.parts[number]
         inner = [~source for source in dict.fromkeys(part.sources) if source < 0]
         return len(inner) + 0.01 + max([part.kernel.workspace_per_element, *(self._buffers(child) for child in inner)])
 
     def _tile(self, number: int, tile: Tile, states: Sequence[Any]) -> Tile:
-        """The tile that a part sees: its inputs made where they are results of other parts."""
+        """The tile for a part, with the inputs from other parts computed."""
         part = self.parts[number]
-        made: dict[int, Tensor] = {}
+        computed: dict[int, Tensor] = {}
         for source in part.sources:
-            if source < 0 and source not in made:
-                made[source] = self._make(~source, tile, states)
+            if source < 0 and source not in computed:
+                computed[source] = self._compute(~source, tile, states)
         shape = (-1,) if part.kernel.unit is Unit.ELEMENT else (-1, part.kernel.inputs.columns)
-        inputs = [(made[source] if source < 0 else tile.inputs[source]).view(shape) for source in part.sources]
+        inputs = [(computed[source] if source < 0 else tile.inputs[source]).view(shape) for source in part.sources]
         return Tile(inputs, tile.workspace, element=tile.element, key=part.key, positions=part.positions)
 
-    def _make(self, number: int, tile: Tile, states: Sequence[Any]) -> Tensor:
-        """A part's result for a tile, in a buffer of its own; what else it took is given back."""
+    def _compute(self, number: int, tile: Tile, states: Sequence[Any]) -> Tensor:
+        """Compute a part's result for a tile into a new buffer, and release all other workspace."""
         import torch
 
         part = self.parts[number]
@@ -100,30 +100,30 @@ class FusedKernel(Kernel):
         return [None] * len(self.parts) if state is None else list(state)
 
     def needed(self, index: int, state: Any) -> bool:
-        """Whether the part that reduction `index` belongs to needs it."""
+        """Whether the part of reduction `index` needs the reduction."""
         number, own = self._passes[index]
         return self.parts[number].kernel.needed(own, self._states(state)[number])
 
     def reduce(self, index: int, tile: Tile, state: Any) -> Any:
-        """A part's reduction."""
+        """Run a part's reduction."""
         number, own = self._passes[index]
         states = self._states(state)
         return self.parts[number].kernel.reduce(own, self._tile(number, tile, states), states[number])
 
     def merge(self, index: int, merged: Any, partial: Any) -> Any:
-        """As the part that the reduction belongs to."""
+        """Merge partial results as the reduction's part does."""
         number, own = self._passes[index]
         return self.parts[number].kernel.merge(own, merged, partial)
 
     def finish(self, index: int, merged: Any, state: Any) -> Any:
-        """The states of all parts, with that of this reduction's part brought up to date."""
+        """The states of all parts, with that of the reduction's part updated."""
         number, own = self._passes[index]
         states = self._states(state)
         states[number] = self.parts[number].kernel.finish(own, merged, states[number])
         return tuple(states)
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
-        """The last part's result."""
+        """Compute the last part's result."""
         states = self._states(state)
         last = len(self.parts) - 1
         return self.parts[last].kernel.combine(self._tile(last, tile, states), states[last])

@@ -1,8 +1,8 @@
-"""The merge graph: reads, operations on them, and the output tensors that they make.
+"""The merge graph: reads, operations on them, and output tensors.
 
-Reads and operations are numbered, with their attributes in flat lists: a 671B mixture of experts has 90,000 output
-tensors, and what the graph takes counts against the memory budget. Equal operations on equal sources are one node,
-with as many outputs as want it.
+Reads and nodes are numbered, with their attributes in flat lists to save memory: a 671B mixture of experts has 90,000
+output tensors, and the graph counts against the memory budget. Equal operations on equal sources are a single node
+with several outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .footprint import Footprint
 
 
 class Kind(Enum):
-    """How an operation's output comes about."""
+    """How an operation computes its output."""
 
     COPY = "copy"  # the source's bytes, unchanged
     REQUIRE_EQUAL = "same"  # the sources' bytes, which must be equal (integer tensors)
@@ -28,15 +28,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What a node does with its sources; shared by all nodes that do the same.
+    """An operation on the sources of a node, shared by all nodes with equal operations.
 
     Args:
-        kind: how the output comes about.
-        method: the merge method's name, for people.
-        parameters: the resolved parameters, (name, value) each; a per-input value is a tuple.
-        base: which source is the base model's, or None.
-        positions: the place in the recipe of each source's model, for random keys.
-        kernel: the method bound to these, or None where there is nothing to compute.
+        kind: how the output is computed.
+        method: name of the merge method, for display.
+        parameters: the resolved parameters as (name, value); a per-input value is a tuple.
+        base: index of the base model among the sources, or None.
+        positions: for each source, the index of its model in the recipe, for random keys.
+        kernel: the method bound to inputs and parameters; None if the source is copied.
     """
 
     kind: Kind
@@ -48,7 +48,7 @@ class Operation:
 
     @property
     def passes(self) -> int:
-        """How often the sources are gone through: the reductions, and the pass that makes the output."""
+        """Number of passes over the sources: the reductions, and the pass that computes the output."""
         return 1 if self.kernel is None else self.kernel.reductions + 1
 
 
@@ -57,10 +57,10 @@ class Output:
     """One tensor of the output model.
 
     Args:
-        name: its name.
-        node: the node that makes it.
-        group: the slice of the recipe that it belongs to; tensors of one group keep their source's order in the layout.
-        folder: the folder of OUT that the tensor's model lies in: the name of a stage that is saved, or empty.
+        name: name of the tensor.
+        node: the node that computes the tensor.
+        group: group of tensors that keep the order of their source in the layout, such as a slice of the recipe.
+        folder: folder of the tensor's model in OUT: the name of a saved stage, or empty.
     """
 
     name: str
@@ -70,24 +70,24 @@ class Output:
 
     @property
     def label(self) -> str:
-        """What tells it from all other outputs: its name, in a folder with the folder before it."""
+        """The unique name of the output: the tensor's name, with the folder as a prefix."""
         return f"{self.folder}/{self.name}" if self.folder else self.name
 
 
 class MergeGraph:
-    """Reads -> nodes -> outputs. Built once, front to back, and then only read.
+    """Reads -> nodes -> outputs. Append-only while it is built, then read-only.
 
     Attributes:
         reads: the source tensors, by read number.
-        read_models: the model (an index into `models`) of each read.
-        models: what the recipe calls the input models.
-        operations: by operation number.
-        node_operation: the operation number of each node.
-        node_sources: the read numbers of each node, in recipe order.
-        node_dtype: the element type that each node's output is rounded to.
-        node_key: the random key of each node, 0 where its operation isn't random.
+        read_models: for each read, the index of its model in `models`.
+        models: names of the input models in the recipe.
+        operations: the distinct operations, by operation number.
+        node_operation: for each node, its operation number.
+        node_sources: for each node, the read numbers of its sources, in recipe order.
+        node_dtype: for each node, the dtype of its output.
+        node_key: for each node, its random key; 0 if the operation isn't random.
         outputs: the output tensors, in the order of the model.
-        footprints: the memory of a compute thread at each node that was measured: see `footprint.measure_footprints`.
+        footprints: for each measured node, the memory of a compute thread (see `cost.measure_memory`).
     """
 
     def __init__(self, models: tuple[str, ...]) -> None:
@@ -107,7 +107,7 @@ class MergeGraph:
         self._node_numbers: dict[tuple[int, tuple[int, ...], str, int], int] = {}
 
     def add_read(self, model: int, name: str, ref: TensorRef) -> int:
-        """The number of the read of tensor `name` of model number `model`."""
+        """Add the read of tensor `name` of a model, or find it; returns the read number."""
         number = self._read_numbers.setdefault((model, name), len(self.reads))
         if number == len(self.reads):
             self.reads.append(ref)
@@ -116,7 +116,7 @@ class MergeGraph:
         return number
 
     def add_node(self, operation: Operation, sources: tuple[int, ...], dtype: DType, key: int = 0) -> int:
-        """The number of the node that does `operation` on `sources`; an equal one that is there already is reused."""
+        """Add the node that performs `operation` on `sources`, or find an equal one; returns the node number."""
         number = self._operation_numbers.setdefault(operation, len(self.operations))
         if number == len(self.operations):
             self.operations.append(operation)
@@ -129,7 +129,7 @@ class MergeGraph:
         return node
 
     def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:
-        """Let `node` make the output tensor `name`, in a folder of OUT or in OUT itself."""
+        """Add the output tensor `name` of a node, in a folder of OUT or in OUT itself."""
         self.outputs.append(Output(name, node, group, folder))
 
     def outputs_in(self, folder: str) -> list[int]:
@@ -137,43 +137,43 @@ class MergeGraph:
         return [number for number, output in enumerate(self.outputs) if output.folder == folder]
 
     def operation(self, node: int) -> Operation:
-        """What a node does."""
+        """The operation of a node."""
         return self.operations[self.node_operation[node]]
 
     def shape(self, node: int) -> tuple[int, ...]:
-        """The shape of a node's output, which all its sources have."""
+        """The shape of a node's output, which is also that of its sources."""
         return self.reads[self.node_sources[node][0]].shape
 
     def elements(self, node: int) -> int:
-        """Elements of a node's output."""
+        """Number of elements of a node's output."""
         return self.reads[self.node_sources[node][0]].elements
 
     def nbytes(self, node: int) -> int:
-        """Bytes of a node's output."""
+        """Size of a node's output in bytes."""
         return self.node_dtype[node].nbytes(self.elements(node))
 
     def nodes(self) -> range:
-        """Every node's number."""
+        """All node numbers."""
         return range(len(self.node_operation))
 
     def destinations(self) -> list[list[int]]:
-        """For each node, the numbers of the outputs that it makes."""
-        found: list[list[int]] = [[] for _ in self.nodes()]
+        """For each node, the numbers of its outputs."""
+        outputs: list[list[int]] = [[] for _ in self.nodes()]
         for number, output in enumerate(self.outputs):
-            found[output.node].append(number)
-        return found
+            outputs[output.node].append(number)
+        return outputs
 
     def label(self, node: int) -> str:
-        """What the first of a node's output tensors is called among people. Looks through all outputs."""
+        """The label of a node's first output, for display. Takes time linear in the number of outputs."""
         return next(output.label for output in self.outputs if output.node == node)
 
     def consumers(self) -> list[list[int]]:
-        """For each read, the nodes that need it."""
-        found: list[list[int]] = [[] for _ in self.reads]
+        """For each read, the nodes that use it."""
+        consumers: list[list[int]] = [[] for _ in self.reads]
         for node, sources in enumerate(self.node_sources):
             for read in dict.fromkeys(sources):
-                found[read].append(node)
-        return found
+                consumers[read].append(node)
+        return consumers
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.nodes())

@@ -1,12 +1,11 @@
-"""Where every output tensor lies: which shard, which offset. Decided before the first byte is computed.
+"""Assigns every output tensor to a shard and an offset, before the first byte is computed.
 
-A pure function of the graph (which follows from the recipe and the source headers) and the shard size; version 1.
+The layout is a pure function of the graph (which depends on the recipe and the source headers) and the shard size.
 
-Tensors that are only copied can share their disk blocks with the source where both lie at the same offset within a
-block of 4096 bytes. So a run of them that is contiguous in its source stays contiguous here and keeps its offset modulo
-4096: spaces after a shard's header set where its data begins, and what follows a run must continue at that offset. Runs
-that are too short to be worth it lie behind longer ones, or with the computed tensors, whose shards' data begins at a
-multiple of 4096.
+Copied tensors can be reflinked if source and output have the same offset within a block of 4096 bytes. Therefore, a run
+of copied tensors that is contiguous in its source stays contiguous and keeps its offset modulo 4096: spaces after a
+shard's header determine where the data starts, and a following run must continue at that offset. Short runs, which are
+not worth it, go after longer ones or among the computed tensors, in shards whose data starts at a multiple of 4096.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from ...io.safetensors.header import build_header
 from .graph import Kind, MergeGraph
 
 LAYOUT_VERSION = 1
-"""Raised with every change of which tensor lies where, or of a shard's header."""
+"""Version of the layout; increase it with every change of tensor offsets or shard headers."""
 BLOCK = 4096
 SHORTEST_RUN = 1 << 20
-"""Runs of fewer bytes are laid out like computed tensors."""
-_HEADER_SLACK = 8 + BLOCK + 64  # the length, the padding, and the metadata
+"""The minimum size of a run that keeps its source's offset modulo 4096."""
+_HEADER_SLACK = 8 + BLOCK + 64  # length field, padding and metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +33,11 @@ class Shard:
     """One file of the output.
 
     Args:
-        name: its final name in OUT, with the folder that it lies in.
-        header: its first bytes, final.
-        outputs: the numbers of the output tensors in it, as they lie.
-        nbytes: its size, the header included.
-        computed: ranges (offset, bytes) that will be computed rather than copied.
+        name: final path of the file in OUT.
+        header: the final header.
+        outputs: numbers of the output tensors in the file, by offset.
+        nbytes: size of the file in bytes, including the header.
+        computed: ranges (offset, bytes) that are computed rather than copied.
     """
 
     name: str
@@ -50,12 +49,12 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Every shard, and the place of every output.
+    """All shards, and the location of every output.
 
     Args:
-        shards: in the order of their names, those of OUT itself first, then those of each folder.
-        shard_of: for each output, the number of its shard.
-        offset_of: for each output, the offset of its first byte in the shard.
+        shards: the shards in the order of their names, first those in OUT itself, then those of each folder.
+        shard_of: for each output, the index of its shard.
+        offset_of: for each output, its offset in the shard in bytes.
     """
 
     shards: tuple[Shard, ...]
@@ -68,38 +67,38 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards, headers included."""
+        """Size of all shards in bytes, including headers."""
         return sum(shard.nbytes for shard in self.shards)
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenShard:
     """A shard that is being filled."""
 
-    residue: int  # where its data begins, modulo BLOCK
+    residue: int  # offset of the data, modulo BLOCK
     outputs: list[int] = field(default_factory=list)
     data: int = 0
     header: int = _HEADER_SLACK  # an upper bound
 
     @property
     def end(self) -> int:
-        """Where the next tensor would begin, modulo BLOCK."""
+        """Offset of the next tensor, modulo BLOCK."""
         return (self.residue + self.data) % BLOCK
 
 
 def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None = None) -> Layout:
-    """The layout of a graph's outputs.
+    """Lay out the outputs of a graph, in its order except for runs, which keep the order of their source.
 
     Args:
-        graph: the outputs are laid out in its order, but for runs, which keep the order of their source.
-        shard_size: the most bytes of a shard; a tensor that is larger has a shard to itself.
-        metadata: of every shard's header.
+        graph: the graph with the outputs.
+        shard_size: maximum size of a shard in bytes; a larger tensor gets a shard of its own.
+        metadata: metadata for the header of every shard.
 
     Raises:
-        UsageError: for a shard size that no header fits.
+        UsageError: for a shard size that is too small for a header.
     """
     if shard_size < 2 * BLOCK:
-        raise UsageError(f"--shard-size {shard_size} is too small for a shard's header: give at least 64KB")
+        raise UsageError(f"--shard-size {shard_size} is too small for a shard's header: use at least 64KB")
     sizes = [graph.nbytes(output.node) for output in graph.outputs]
     layout = Layout((), [0] * len(sizes), [0] * len(sizes))
     for folder in dict.fromkeys(output.folder for output in graph.outputs):
@@ -115,7 +114,7 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
 
 
 def _runs(graph: MergeGraph, numbers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """Outputs that are contiguous in one source file, in the source's order; and all other outputs."""
+    """Split outputs into runs that are contiguous in a source file, in the source's order, and all others."""
     files: dict[Path, int] = {}
     copies: list[tuple[int, int, int, int, int]] = []
     loose: list[int] = []
@@ -143,34 +142,34 @@ def _runs(graph: MergeGraph, numbers: Sequence[int]) -> tuple[list[list[int]], l
 
 
 class _Packer:
-    """Fills shards."""
+    """Assigns outputs to shards."""
 
     def __init__(self, graph: MergeGraph, sizes: Sequence[int], shard_size: int) -> None:
         self._graph = graph
         self._sizes = sizes
         self._limit = shard_size
-        self.shards: list[_Open] = []
-        self._by_end: dict[int, list[_Open]] = {}
+        self.shards: list[_OpenShard] = []
+        self._by_end: dict[int, list[_OpenShard]] = {}
 
-    def _add(self, shard: _Open, number: int) -> None:
+    def _add(self, shard: _OpenShard, number: int) -> None:
         shard.outputs.append(number)
         shard.data += self._sizes[number]
         shard.header += self._entry(number)
 
     def _entry(self, number: int) -> int:
-        """An upper bound on the bytes that the output's entry takes in a header."""
+        """An upper bound for the size of the output's entry in a header, in bytes."""
         output = self._graph.outputs[number]
         name = json.encoder.encode_basestring(output.name).encode()
         # keys and punctuation; two offsets; each dimension
         return len(name) + 120 + 20 * len(self._graph.shape(output.node))
 
-    def _fits(self, shard: _Open, number: int) -> bool:
+    def _fits(self, shard: _OpenShard, number: int) -> bool:
         return not shard.outputs or shard.data + self._sizes[number] + shard.header + self._entry(number) <= self._limit
 
     def place_run(self, run: Sequence[int]) -> None:
-        """Put a run where its offsets modulo BLOCK are its source's; it goes on in a new shard where one is full."""
+        """Place a run at its source's offset modulo BLOCK; it continues in another shard if one is full."""
         reads, nodes = self._graph.reads, self._graph.node_sources
-        shard: _Open | None = None
+        shard: _OpenShard | None = None
         for number in run:
             if shard is not None and self._fits(shard, number):
                 self._add(shard, number)
@@ -183,36 +182,36 @@ class _Packer:
         if shard is not None:
             self._by_end.setdefault(shard.end, []).append(shard)
 
-    def _take_open(self, residue: int, number: int) -> _Open:
-        """An open shard that goes on at `residue` and has room for the output, or a new one."""
+    def _take_open(self, residue: int, number: int) -> _OpenShard:
+        """An open shard that continues at `residue` and has room for the output, or a new one."""
         candidates = self._by_end.get(residue, [])
-        for place, shard in enumerate(candidates):
+        for index, shard in enumerate(candidates):
             if self._fits(shard, number):
-                del candidates[place]
+                del candidates[index]
                 return shard
-        shard = _Open(residue)
+        shard = _OpenShard(residue)
         self.shards.append(shard)
         return shard
 
     def place_loose(self, numbers: Sequence[int]) -> None:
-        """Fill shards with computed tensors and short copies, in the order of the model.
+        """Place computed tensors and short runs, in the order of the model.
 
-        In a shard the widest elements come first, so that every tensor begins at a multiple of its element's width.
-        Short copies go behind runs where they can, so that they don't make a shard of a few kilobytes.
+        In a shard, the widest elements come first, to align every tensor to the width of its elements. Short runs go
+        after long ones if possible, to avoid a shard of a few kilobytes.
         """
         roomy = list(self.shards)
-        loose: list[_Open] = []
-        shard: _Open | None = None
+        loose: list[_OpenShard] = []
+        shard: _OpenShard | None = None
         for number in numbers:
             if self._graph.operation(self._graph.outputs[number].node).kind is Kind.COPY:
-                roomy = [found for found in roomy if self._fits(found, number)]
+                roomy = [each for each in roomy if self._fits(each, number)]
                 width = max(8, self._graph.node_dtype[self._graph.outputs[number].node].bits) // 8
-                behind = next((found for found in roomy if found.end % width == 0), None)
-                if behind is not None:
-                    self._add(behind, number)
+                previous = next((each for each in roomy if each.end % width == 0), None)
+                if previous is not None:
+                    self._add(previous, number)
                     continue
             if shard is None or not self._fits(shard, number):
-                shard = _Open(0)
+                shard = _OpenShard(0)
                 self.shards.append(shard)
                 loose.append(shard)
             self._add(shard, number)
@@ -222,13 +221,13 @@ class _Packer:
 
 def _build(
     graph: MergeGraph,
-    shards: Sequence[_Open],
+    shards: Sequence[_OpenShard],
     sizes: Sequence[int],
     metadata: dict[str, str],
     folder: str,
     layout: Layout,
 ) -> list[Shard]:
-    """The shards of one folder, which come after those of `layout`; the places of their outputs are put into it."""
+    """Build the shards of one folder, which follow those of `layout`, and add their outputs' locations to it."""
     built = []
     for index, shard in enumerate(shards):
         entries: list[tuple[str, DType, Sequence[int]]] = [

@@ -1,4 +1,4 @@
-"""One output tensor: from the tensors of a slice's sources to a node of the graph, by the rules of mergekit.md."""
+"""Adds the node of one output tensor to the graph, by the rules in docs/mergekit.md."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
 from ..model.inputs import BoundSlice, Model
-from ..model.layers import is_buffer, is_embedding, is_head, is_optional
+from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
 from .graph import Kind, MergeGraph, Operation
 from .usage import TensorUsage
 
 
 class Input(NamedTuple):
-    """The tensor of one of a slice's sources."""
+    """The tensor of one source of a slice."""
 
     source: int
     model: Model
@@ -31,11 +31,11 @@ class TensorRules:
     """Adds output tensors to a graph.
 
     Args:
-        stage: which is built.
-        methods: by name.
-        graph: to add to.
-        account: of the input tensors.
-        seed: of the random methods.
+        stage: the stage to build.
+        methods: the merge methods by name.
+        graph: the graph that receives the tensors.
+        usage: record of the used input tensors.
+        seed: seed for methods that sample.
     """
 
     def __init__(
@@ -43,46 +43,46 @@ class TensorRules:
         stage: Stage,
         methods: Mapping[str, Method],
         graph: MergeGraph,
-        account: TensorUsage,
+        usage: TensorUsage,
         seed: int,
     ) -> None:
-        self._wanted = stage.out_dtype or stage.dtype
+        self._output_dtype = stage.out_dtype or stage.dtype
         self._methods = methods
         self._method = methods[stage.merge_method]
         self._graph = graph
-        self._account = account
+        self._usage = usage
         self._seed = seed
         self._written: set[str] = set()
         self._operations: dict[Hashable, Operation] = {}
 
     def add(
-        self, part: BoundSlice, name: str, names: Sequence[str | None], t: float, group: int, *, as_it_is: bool = False
+        self, part: BoundSlice, name: str, names: Sequence[str | None], t: float, group: int, *, copied: bool = False
     ) -> None:
-        """The node of one output tensor.
+        """Add one output tensor and its node.
 
         Args:
-            part: the slice that it is of.
-            name: the output's.
-            names: its sources' own names for it; None where a source doesn't have it. One has it.
-            t: where its layer stands in a gradient.
-            group: see `graph.Output`.
-            as_it_is: whether it is taken from its one source without the stage's method.
+            part: the slice that contains the tensor.
+            name: name of the output tensor.
+            names: for each source, its name for the tensor, or None if it lacks the tensor; at least one has it.
+            t: position of the tensor's layer in a gradient.
+            group: group of the output (see `graph.Output`).
+            copied: whether the tensor is copied from its only source instead of using the stage's method.
 
         Raises:
-            RecipeError: where the recipe asks for what the method can't do.
-            CheckpointError: where the sources don't fit each other.
+            RecipeError: if the method can't be used as the recipe requires.
+            CheckpointError: if the sources are incompatible.
         """
         inputs = [
-            Input(source, model, found, model.checkpoint.tensors[found])
-            for source, (model, found) in enumerate(zip(part.models, names, strict=True))
-            if found is not None
+            Input(source, model, own_name, model.checkpoint.tensors[own_name])
+            for source, (model, own_name) in enumerate(zip(part.models, names, strict=True))
+            if own_name is not None
         ]
         if is_buffer(name, inputs[0].ref.shape):
             self._add_buffer(part, name, inputs, group)
             return
-        passed = as_it_is or (len(inputs) < len(names) and self._without_some(part, name, inputs))
+        passed = copied or (len(inputs) < len(names) and self._without_some(part, name, inputs))
         _check_shapes(name, inputs)
-        if any(found.ref.dtype.kind is not ElementKind.FLOAT for found in inputs):
+        if any(each.ref.dtype.kind is not ElementKind.FLOAT for each in inputs):
             self._add_integers(part, name, inputs, t, group, passed=passed)
         else:
             self._add_floats(part, name, inputs, t, group, passed=passed)
@@ -92,54 +92,54 @@ class TensorRules:
     def _add_floats(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
     ) -> None:
-        wanted = self._wanted or promote(found.ref.dtype for found in inputs)
+        target = self._output_dtype or promote(each.ref.dtype for each in inputs)
         operation = self._pass(inputs[0]) if passed else self._bind(part, name, inputs, t)
         kernel = operation.kernel
         assert kernel is not None
         if kernel.copies is not None:
             chosen = inputs[kernel.copies]
-            self._leave(inputs, chosen, f"{self._method.name} takes {chosen.model.name}'s alone")
+            self._mark_unused(inputs, chosen, f"{self._method.name} only uses that of {chosen.model.name}")
             inputs = [chosen]
             dtype = chosen.ref.dtype
-            if dtype == wanted or (self._wanted is None and chosen.name in chosen.model.quantized):
+            if dtype == target or (self._output_dtype is None and chosen.name in chosen.model.quantized):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 self._add(name, copy, inputs, dtype, group)
                 return
             operation = self._pass(chosen)
         _refuse_quantized(inputs)
         key = self._random_key(name) if kernel.random else 0
-        self._add(name, operation, inputs, wanted, group, key)
+        self._add(name, operation, inputs, target, group, key)
 
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
-        """A buffer comes from the base, else from the first that has it."""
-        chosen = next((found for found in inputs if found.source == part.base_any_method), inputs[0])
-        self._leave(inputs, chosen, f"no parameter: taken from {chosen.model.name}")
+        """Add a buffer, copied from the base model or else from the first model that has it."""
+        chosen = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
+        self._mark_unused(inputs, chosen, f"not a parameter: copied from {chosen.model.name}")
         self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.ref.dtype, group)
 
     def _add_integers(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
     ) -> None:
-        """What holds no floating-point numbers is copied where all inputs are equal, which the merge finds out."""
+        """Add a tensor without floating-point numbers: it is copied, and the merge checks that all inputs are equal."""
         first = inputs[0]
         for other in inputs[1:]:
             if other.ref.dtype != first.ref.dtype:
                 raise CheckpointError(
                     f"tensor {name} is {first.ref.dtype.name} in {first.model.name} and {other.ref.dtype.name} in "
-                    f"{other.model.name}: integer tensors are only copied, where all inputs are equal"
+                    f"{other.model.name}: integer tensors can only be copied, if all inputs are equal"
                 )
-        packed = [found for found in inputs if found.name in found.model.quantized]
+        packed = [each for each in inputs if each.name in each.model.quantized]
         if packed and not passed and (len(inputs) > 1 or _copied(self._bind(part, name, inputs, t)) is None):
             _refuse_quantized(packed)
         kind = Kind.COPY if len(inputs) == 1 else Kind.REQUIRE_EQUAL
         self._add(name, Operation(kind, self._method.name), inputs, first.ref.dtype, group)
 
     def _without_some(self, part: BoundSlice, name: str, inputs: Sequence[Input]) -> bool:
-        """What the method makes of a tensor that some sources lack: whether a lone one is passed through.
+        """Whether a tensor that some sources lack is passed through from the only source that has it.
 
         Raises:
-            CheckpointError: where it has no rule for it.
+            CheckpointError: if the method has no rule for this case.
         """
-        have = [found.source for found in inputs]
+        have = [each.source for each in inputs]
         if is_optional(name):
             alone = len(inputs) == 1
             rule = self._method.absent
@@ -153,8 +153,8 @@ class TensorRules:
                 return alone
         lacking = next(model for source, model in enumerate(part.models) if source not in have)
         raise CheckpointError(
-            f"tensor {name} is in {inputs[0].model.name} and not in {lacking.name}: models of one architecture have "
-            f"the same tensors, and {self._method.name} has no rule for one that is missing"
+            f"tensor {name} is in {inputs[0].model.name} but not in {lacking.name}: models of the same architecture "
+            f"have the same tensors, and {self._method.name} has no rule for a missing one"
         )
 
     # --- nodes -------------------------------------------------------------------------------------------------
@@ -164,34 +164,34 @@ class TensorRules:
     ) -> None:
         if name in self._written:
             raise CheckpointError(
-                f"two tensors of the output would be called {name}: no two parts of the recipe may make the same one"
+                f"two tensors of the output have the name {name}: each must come from a single part of the recipe"
             )
         self._written.add(name)
         reads = []
-        for found in inputs:
-            self._account.use(found.model, found.name)
-            reads.append(self._graph.add_read(found.model.number, found.name, found.ref))
+        for each in inputs:
+            self._usage.mark_used(each.model, each.name)
+            reads.append(self._graph.add_read(each.model.number, each.name, each.ref))
         self._graph.add_output(name, self._graph.add_node(operation, tuple(reads), dtype, key), group)
 
-    def _leave(self, inputs: Iterable[Input], chosen: Input, reason: str) -> None:
-        for found in inputs:
-            if found is not chosen:
-                self._account.leave(found.model, found.name, reason)
+    def _mark_unused(self, inputs: Iterable[Input], chosen: Input, reason: str) -> None:
+        for each in inputs:
+            if each is not chosen:
+                self._usage.mark_unused(each.model, each.name, reason)
 
     def _bind(self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float) -> Operation:
-        """The recipe's method for these inputs."""
-        base = next((place for place, found in enumerate(inputs) if found.source == part.base), None)
-        values = part.parameters.values(name, [(found.source, found.name) for found in inputs], t)
-        positions = tuple(found.model.number for found in inputs)
+        """The operation of the stage's method on these inputs."""
+        base = next((index for index, each in enumerate(inputs) if each.source == part.base), None)
+        values = part.parameters.values(name, [(each.source, each.name) for each in inputs], t)
+        positions = tuple(each.model.number for each in inputs)
         try:
             return self._operation(self._method, values, base, inputs[0].ref.shape, positions)
         except MethodError as error:
-            named = [(found.source, found.name) for found in inputs]
+            named = [(each.source, each.name) for each in inputs]
             raise part.parameters.error(name, named, error) from error
 
-    def _pass(self, found: Input) -> Operation:
-        """The operation that only changes the dtype."""
-        return self._operation(self._methods["passthrough"], {"scale": (1.0,)}, None, found.ref.shape, (0,))
+    def _pass(self, source: Input) -> Operation:
+        """The operation that only converts the dtype."""
+        return self._operation(self._methods["passthrough"], {"scale": (1.0,)}, None, source.ref.shape, (0,))
 
     def _operation(
         self,
@@ -201,34 +201,34 @@ class TensorRules:
         shape: tuple[int, ...],
         positions: tuple[int, ...],
     ) -> Operation:
-        """A method bound to its inputs and parameters; equal ones are one object. Raises MethodError."""
+        """Bind a method to its inputs and parameters; equal operations are the same object. Raises MethodError."""
         if method.base is Base.NONE:
             base = None
         parameters = tuple(values.items())
         key = (method.name, parameters, base, shape, positions)
-        found = self._operations.get(key)
-        if found is not None:
-            return found
+        known = self._operations.get(key)
+        if known is not None:
+            return known
         kernel: Kernel = method.kernel(Inputs(len(positions), base, shape), dict(values))
         operation = Operation(Kind.MERGE, method.name, parameters, base, positions if kernel.random else (), kernel)
-        if not kernel.random:  # whose models the tensors are doesn't matter, only how many there are
-            alike = (method.name, parameters, base, shape, len(positions))
-            operation = self._operations.setdefault(alike, operation)
+        if not kernel.random:  # only the number of models matters, not which
+            equal = (method.name, parameters, base, shape, len(positions))
+            operation = self._operations.setdefault(equal, operation)
         self._operations[key] = operation
         return operation
 
     def _random_key(self, name: str) -> int:
-        """64 bits from the seed and the output tensor's name."""
+        """A 64-bit key derived from the seed and the output tensor's name."""
         digest = hashlib.blake2b(f"{self._seed}\0{name}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
 
 def promote(dtypes: Iterable[DType]) -> DType:
-    """The type that holds every one of `dtypes` (floating-point), as torch promotes; mixed 8-bit types give float32."""
-    found = set(dtypes)
-    if len(found) == 1:
-        return found.pop()
-    wide = {dtype for dtype in found if dtype.bits >= 16}
+    """Promote floating-point dtypes as torch does; different 8-bit dtypes give float32."""
+    distinct = set(dtypes)
+    if len(distinct) == 1:
+        return distinct.pop()
+    wide = {dtype for dtype in distinct if dtype.bits >= 16}
     for candidate in (F64, F32):
         if candidate in wide:
             return candidate
@@ -238,12 +238,12 @@ def promote(dtypes: Iterable[DType]) -> DType:
 
 
 def shape_mismatch(name: str, first: Model, first_shape: Sequence[int], second: Model, shape: Sequence[int]) -> str:
-    """The words for a tensor whose shapes differ between two models."""
+    """The error message for a tensor whose shapes differ between two models."""
     if len(shape) == len(first_shape) == 2 and shape[1] == first_shape[1] and (is_embedding(name) or is_head(name)):
         return (
             f"tensor {name}: {first.name} has a vocabulary of {first_shape[0]} rows and {second.name} one of "
-            f"{shape[0]}: models with different vocabularies can't be merged yet; resize one (transformers' "
-            "resize_token_embeddings) so that both have the same tokens in the same rows"
+            f"{shape[0]}: different vocabularies are not supported yet; resize one with transformers' "
+            "resize_token_embeddings, such that both have the same tokens in the same rows"
         )
     return (
         f"tensor {name} has shape {list(first_shape)} in {first.name} and {list(shape)} in {second.name}: only models "
@@ -263,15 +263,14 @@ def _copied(operation: Operation) -> int | None:
 
 
 def _refuse_quantized(inputs: Iterable[Input]) -> None:
-    """Refuse arithmetic on tensors whose numbers aren't their values."""
-    for found in inputs:
-        dtype = found.ref.dtype
-        reason = found.model.quantized.get(found.name)
+    """Raise CheckpointError if any of the tensors is quantized, since arithmetic needs the actual values."""
+    for each in inputs:
+        dtype = each.ref.dtype
+        reason = each.model.quantized.get(each.name)
         if reason is None and dtype.kind is ElementKind.FLOAT and dtype.bits % 8 == 0 and dtype.name != "F8_E8M0":
             continue
         reason = reason or f"it is {dtype.name}"
         raise CheckpointError(
-            f"tensor {found.name} of {found.model.name} is quantized ({reason}): arithmetic on it would need it "
-            "dequantized, which mergeloom can't do yet; use a bfloat16 version of the model. passthrough without dtype "
-            "keeps it as it is"
+            f"tensor {each.name} of {each.model.name} is quantized ({reason}): dequantization is not supported yet; "
+            "use a bfloat16 version of the model. passthrough without dtype copies the tensor unchanged"
         )

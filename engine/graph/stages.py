@@ -1,8 +1,8 @@
-"""Recipes of several stages: each stage's graph, and then one graph in which no intermediate tensor is stored.
+"""Builds the graph of a recipe with several stages, in which no intermediate tensor is stored.
 
-A stage's output is to the next one a checkpoint like any other, whose tensors are nodes instead of ranges of files.
-Once the last stage's graph is built, these are followed down to the files: a copy of a copy is a copy of the source,
-and arithmetic on a result becomes a fused kernel.
+Each stage has a graph of its own. To the next stage, its output is a checkpoint whose tensors are nodes instead of file
+ranges. The last stage's graph is then resolved down to the files: a copy of a copy becomes a copy of the source, and
+arithmetic on an intermediate result becomes a fused kernel.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ...methods.kernel.contract import Inputs, Kernel, Method
 from ..model.inputs import Model, OpenModel
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
-from .fuse import BoundSlice, FusedKernel
+from .fuse import FusedKernel, FusedPart
 from .graph import Kind, MergeGraph, Operation
 from .usage import Unused
 
 
 @dataclass(frozen=True, slots=True)
 class StageRef(TensorRef):
-    """A tensor that an earlier stage makes; its file and offset mean nothing.
+    """A tensor that an earlier stage computes; its file and offset have no meaning.
 
     Args:
-        stage: the number of the stage in the recipe.
-        node: the node of the stage's graph.
+        stage: index of the stage in the recipe.
+        node: node of the stage's graph that computes the tensor.
     """
 
     stage: int
@@ -45,18 +45,18 @@ def build_stages(
     *,
     seed: int = 0,
 ) -> BuiltGraph:
-    """The graph of a whole recipe.
+    """Build the graph of a recipe with one or more stages.
 
     Args:
-        recipe: its stages come in the order of their dependencies, the output's last.
-        methods: by name.
-        open_model: called with the reference of a model that is no stage, returns its Checkpoint.
-        config_of: the config.json of what a stage makes; called once for each, in their order.
-        seed: of the random methods.
+        recipe: the recipe, with its stages in topological order.
+        methods: the merge methods by name.
+        open_model: function that opens the Checkpoint of a ModelReference; not called for stages.
+        config_of: function that returns the config.json of a stage's output; called once for each stage, in order.
+        seed: seed for methods that sample.
 
     Raises:
-        RecipeError: where the recipe asks for what the models don't have.
-        CheckpointError: where the models don't fit each other.
+        RecipeError: if the recipe refers to layers or parts that the models don't have.
+        CheckpointError: if the models are incompatible.
     """
     if len(recipe.stages) == 1:
         single = build_graph(recipe, recipe.output, methods, open_model, seed=seed)
@@ -71,21 +71,21 @@ def build_stages(
 
     for number, stage in enumerate(recipe.stages):
         last = number == len(recipe.stages) - 1
-        # an intermediate is not rounded to its dtype, only to an explicit out_dtype
-        found = build_graph(recipe, stage if last else replace(stage, dtype=None), methods, open_any, seed=seed)
-        built.append(found)
-        config = config_of(stage, found)
+        # an intermediate result is not rounded to `dtype`, only to an explicit out_dtype
+        graph = build_graph(recipe, stage if last else replace(stage, dtype=None), methods, open_any, seed=seed)
+        built.append(graph)
+        config = config_of(stage, graph)
         if not last:
-            checkpoints[stage.name or ""] = _as_checkpoint(number, stage, found, config)
+            checkpoints[stage.name or ""] = _as_checkpoint(number, stage, graph, config)
     return _Flattener(recipe, built, methods).flatten()
 
 
 def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
-    """What a stage makes, as the next one sees it: the types are those that it would have on the disk."""
+    """A stage's output as a checkpoint for the next stage, with the dtypes that it would have on disk."""
     graph = built.graph
     tensors: dict[str, TensorRef] = {}
     for index, output in enumerate(graph.outputs):
-        dtype = _type_on_disk(stage, graph, output.node)
+        dtype = _stored_dtype(stage, graph, output.node)
         elements = graph.elements(output.node)
         tensors[output.name] = StageRef(
             Path(stage.name or "stage"),
@@ -102,8 +102,8 @@ def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping
     )
 
 
-def _type_on_disk(stage: Stage, graph: MergeGraph, node: int) -> DType:
-    """The type that a tensor of a stage has where the stage's output is written."""
+def _stored_dtype(stage: Stage, graph: MergeGraph, node: int) -> DType:
+    """The dtype of a stage's tensor if the stage's output is written."""
     nominal, dtype = stage.out_dtype or stage.dtype, graph.node_dtype[node]
     kept = graph.operation(node).kind is Kind.REQUIRE_EQUAL
     return nominal if nominal is not None and not kept and dtype.kind is nominal.kind else dtype
@@ -111,7 +111,7 @@ def _type_on_disk(stage: Stage, graph: MergeGraph, node: int) -> DType:
 
 @dataclass(frozen=True, slots=True)
 class _Leaf:
-    """A tensor of a file."""
+    """A tensor in a file."""
 
     model: int
     name: str
@@ -120,7 +120,7 @@ class _Leaf:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What an operation makes of leaves and other results."""
+    """The result of an operation on leaves and other results."""
 
     operation: Operation
     sources: tuple[_Leaf | _Result, ...]
@@ -129,7 +129,7 @@ class _Result:
 
 
 class _Flattener:
-    """Turns the graphs of all stages into the one of the last, over files only."""
+    """Combines the graphs of all stages into one graph that only reads files."""
 
     def __init__(self, recipe: Recipe, built: list[BuiltGraph], methods: Mapping[str, Method]) -> None:
         self._recipe = recipe
@@ -143,7 +143,7 @@ class _Flattener:
                     references[model.reference] = len(self._models)
                     self._models.append(replace(model, number=len(self._models)))
         self._numbers = references
-        self._made: dict[tuple[int, int], _Leaf | _Result] = {}
+        self._expressions: dict[tuple[int, int], _Leaf | _Result] = {}
         self._operations: dict[Hashable, Operation] = {}
 
     def flatten(self) -> BuiltGraph:
@@ -173,51 +173,51 @@ class _Flattener:
         )
 
     def _save(self, graph: MergeGraph, number: int) -> None:
-        """Let what a stage makes be written, too, in the types that it would have on its own."""
+        """Add the outputs of a saved stage, in the dtypes that they would have if it were the only one."""
         stage, found = self._recipe.stages[number], self._built[number].graph
         for output in found.outputs:
-            dtype = _type_on_disk(stage, found, output.node)
+            dtype = _stored_dtype(stage, found, output.node)
             node = self._add(graph, self._expression(number, output.node), dtype)
             graph.add_output(output.name, node, output.group, stage.name or "")
 
     def _unused(self, graph: MergeGraph) -> Iterator[Unused]:
-        """Every tensor of a file that the flat graph doesn't read, with the reason that some stage has."""
-        reasons: dict[tuple[int, str], str] = {}
+        """Every tensor in a file that the combined graph doesn't read, with the cause in one of the stages."""
+        causes: dict[tuple[int, str], tuple[str, int | None]] = {}
         for found in self._built:
             numbers = {model.name: self._numbers.get(model.reference) for model in found.models}
             for unused in found.unused:
                 number = numbers[unused.model]
-                if number is None:  # a stage's tensors are unused: then so may be what they are made of
-                    why = f"{unused.model}: {unused.reason}"
+                if number is None:  # tensors of a stage are unused: their sources may be, too
+                    indirect = f"{unused.model}: {unused.reason}", None
                     leaves = {leaf for name in unused.tensors for leaf in self._leaves_of(unused.model, name)}
-                    reasons = {(leaf.model, leaf.name): why for leaf in leaves} | reasons
+                    causes = {(leaf.model, leaf.name): indirect for leaf in leaves} | causes
                 elif unused.tensors:
-                    reasons |= {(number, name): unused.reason for name in unused.tensors}
+                    causes |= {(number, name): (unused.cause, unused.layer) for name in unused.tensors}
                 else:
                     yield unused
         read = set(zip(graph.read_models, graph.read_names, strict=True))
         for model in self._models:
-            names: dict[str, list[str]] = {}
+            names: dict[tuple[str, int | None], list[str]] = {}
             for name in model.checkpoint.tensors:
                 if (model.number, name) not in read:
-                    why = reasons.get((model.number, name), "no tensor of the output needs it")
-                    names.setdefault(why, []).append(name)
-            yield from (Unused(model.name, why, tuple(found)) for why, found in names.items())
+                    cause = causes.get((model.number, name), ("no tensor of the output needs it", None))
+                    names.setdefault(cause, []).append(name)
+            yield from (Unused(model.name, why, tuple(unread), layer) for (why, layer), unread in names.items())
 
     def _leaves_of(self, stage: str, name: str) -> Iterator[_Leaf]:
-        """What a tensor of a stage is made of."""
+        """The file tensors that a tensor of a stage is computed from."""
         number = next(number for number, found in enumerate(self._recipe.stages) if found.name == stage)
         nodes = (output.node for output in self._built[number].graph.outputs if output.name == name)
         return _leaves(self._expression(number, next(nodes)))
 
     def _expression(self, stage: int, node: int) -> _Leaf | _Result:
-        """What makes a node, down to the files."""
-        made = self._made.get((stage, node))
-        if made is None:
-            made = self._made[stage, node] = self._make(stage, node)
-        return made
+        """The expression of a node in terms of file tensors."""
+        expression = self._expressions.get((stage, node))
+        if expression is None:
+            expression = self._expressions[stage, node] = self._build_expression(stage, node)
+        return expression
 
-    def _make(self, stage: int, node: int) -> _Leaf | _Result:
+    def _build_expression(self, stage: int, node: int) -> _Leaf | _Result:
         built = self._built[stage]
         graph = built.graph
         operation = graph.operation(node)
@@ -235,72 +235,77 @@ class _Flattener:
             return sources[0]
         return _Result(operation, tuple(sources), graph.node_key[node], rounds)
 
-    def _add(self, graph: MergeGraph, made: _Leaf | _Result, dtype: DType) -> int:
-        """The node of the flat graph that makes an expression, rounded to `dtype`."""
-        if isinstance(made, _Leaf):
-            if made.ref.dtype == dtype:
-                return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, made),), dtype)
-            made = self._cast(made, made.ref.shape)
-        elif made.round_to is not None and made.round_to != dtype:
-            made = self._cast(made, self._shape(made))
-        if all(isinstance(source, _Leaf) for source in made.sources):
-            leaves = [source for source in made.sources if isinstance(source, _Leaf)]
-            if made.operation.kind is Kind.REQUIRE_EQUAL and len(set(leaves)) == 1:
+    def _add(self, graph: MergeGraph, expression: _Leaf | _Result, dtype: DType) -> int:
+        """Add the node that computes an expression, rounded to `dtype`, to the combined graph."""
+        if isinstance(expression, _Leaf):
+            if expression.ref.dtype == dtype:
+                return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, expression),), dtype)
+            expression = self._cast(expression, expression.ref.shape)
+        elif expression.round_to is not None and expression.round_to != dtype:
+            expression = self._cast(expression, self._shape(expression))
+        if all(isinstance(source, _Leaf) for source in expression.sources):
+            leaves = [source for source in expression.sources if isinstance(source, _Leaf)]
+            if expression.operation.kind is Kind.REQUIRE_EQUAL and len(set(leaves)) == 1:
                 return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, leaves[0]),), dtype)
-            return graph.add_node(made.operation, tuple(self._read(graph, leaf) for leaf in leaves), dtype, made.key)
-        leaves = list(dict.fromkeys(_leaves(made)))
-        operation = self._fuse(made, leaves)
+            reads = tuple(self._read(graph, leaf) for leaf in leaves)
+            return graph.add_node(expression.operation, reads, dtype, expression.key)
+        leaves = list(dict.fromkeys(_leaves(expression)))
+        operation = self._fuse(expression, leaves)
         return graph.add_node(operation, tuple(self._read(graph, leaf) for leaf in leaves), dtype)
 
-    def _cast(self, made: _Leaf | _Result, shape: tuple[int, ...]) -> _Result:
+    def _cast(self, expression: _Leaf | _Result, shape: tuple[int, ...]) -> _Result:
         kernel = self._passthrough.kernel(Inputs(1, None, shape), {})
         key = ("cast", shape)
         operation = self._operations.setdefault(key, Operation(Kind.MERGE, "passthrough", kernel=kernel))
-        return _Result(operation, (made,), 0, None)
+        return _Result(operation, (expression,), 0, None)
 
-    def _fuse(self, made: _Result, leaves: list[_Leaf]) -> Operation:
-        """An expression of several operations as one; expressions alike but for their leaves share it."""
-        places = {leaf: number for number, leaf in enumerate(leaves)}
-        parts: list[BoundSlice] = []
+    def _fuse(self, expression: _Result, leaves: list[_Leaf]) -> Operation:
+        """Fuse the operations of an expression into one, shared by expressions that differ only in their leaves."""
+        leaf_numbers = {leaf: number for number, leaf in enumerate(leaves)}
+        parts: list[FusedPart] = []
         numbers: dict[_Result, int] = {}
         methods: list[tuple[str, Any]] = []
 
         def add(result: _Result) -> int:
             if result in numbers:
                 return numbers[result]
-            sources = tuple(places[source] if isinstance(source, _Leaf) else ~add(source) for source in result.sources)
+            sources = tuple(
+                leaf_numbers[source] if isinstance(source, _Leaf) else ~add(source) for source in result.sources
+            )
             kernel = result.operation.kernel
             assert kernel is not None
-            rounding = result.round_to if result is not made else None
-            parts.append(BoundSlice(kernel, sources, result.key, result.operation.positions, rounding))
+            rounding = result.round_to if result is not expression else None
+            parts.append(FusedPart(kernel, sources, result.key, result.operation.positions, rounding))
             methods.append((result.operation.method, result.operation.parameters))
             numbers[result] = len(parts) - 1
             return numbers[result]
 
-        add(made)
+        add(expression)
         key = tuple((id(part.kernel), part.sources, part.key, part.positions, part.round_to) for part in parts)
-        found = self._operations.get(key)
-        if found is None:
-            inputs = Inputs(len(leaves), None, self._shape(made))
+        operation = self._operations.get(key)
+        if operation is None:
+            inputs = Inputs(len(leaves), None, self._shape(expression))
             kernel: Kernel = FusedKernel(inputs, parts)
             name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
-            described = tuple((f"{place}. {method}", parameters) for place, (method, parameters) in enumerate(methods))
-            found = self._operations[key] = Operation(Kind.MERGE, name, described, kernel=kernel)
-        return found
+            described = tuple(
+                (f"{number}. {method}", parameters) for number, (method, parameters) in enumerate(methods)
+            )
+            operation = self._operations[key] = Operation(Kind.MERGE, name, described, kernel=kernel)
+        return operation
 
     @staticmethod
-    def _shape(made: _Result) -> tuple[int, ...]:
-        return next(_leaves(made)).ref.shape
+    def _shape(expression: _Result) -> tuple[int, ...]:
+        return next(_leaves(expression)).ref.shape
 
     @staticmethod
     def _read(graph: MergeGraph, leaf: _Leaf) -> int:
         return graph.add_read(leaf.model, leaf.name, leaf.ref)
 
 
-def _leaves(made: _Leaf | _Result) -> Iterator[_Leaf]:
-    """Every leaf of an expression, in the order of the sources."""
-    if isinstance(made, _Leaf):
-        yield made
+def _leaves(expression: _Leaf | _Result) -> Iterator[_Leaf]:
+    """The leaves of an expression, in the order of the sources."""
+    if isinstance(expression, _Leaf):
+        yield expression
         return
-    for source in made.sources:
+    for source in expression.sources:
         yield from _leaves(source)

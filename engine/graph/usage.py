@@ -1,4 +1,4 @@
-"""What becomes of every input tensor: used by a node of the graph, or left out for a reason that people are told."""
+"""Tracks which input tensors the graph uses, and the reasons why others are unused."""
 
 from __future__ import annotations
 
@@ -6,72 +6,82 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..model.inputs import Model
-from ..model.layers import is_head
+from ..model.roles import is_head
 
 
 @dataclass(frozen=True, slots=True)
 class Unused:
-    """Input tensors that no output needs.
+    """Input tensors of one model that no output needs, for the same cause.
 
     Args:
-        model: the model that they are of.
-        reason: why.
-        tensors: their names.
+        model: name of the model in the recipe.
+        cause: why they are unused, such as ``in no slice``.
+        tensors: names of the tensors.
+        layer: the layer that contains all of them, if the cause concerns a layer; else None.
     """
 
     model: str
-    reason: str
+    cause: str
     tensors: tuple[str, ...]
+    layer: int | None = None
+
+    @property
+    def reason(self) -> str:
+        """The cause with the layer, such as ``layer 4 is in no slice``."""
+        return self.cause if self.layer is None else f"layer {self.layer} is {self.cause}"
 
 
 class TensorUsage:
-    """Notes which input tensors are used, and why others aren't."""
+    """Records which input tensors are used, and why others aren't."""
 
     def __init__(self) -> None:
         self._used: set[tuple[int, str]] = set()
         self._reasons: dict[tuple[int, str], str] = {}
 
-    def use(self, model: Model, name: str) -> None:
-        """A node reads the tensor."""
+    def mark_used(self, model: Model, name: str) -> None:
+        """Record that a node reads the tensor."""
         self._used.add((model.number, name))
 
-    def leave(self, model: Model, name: str, reason: str) -> None:
-        """No node needs the tensor, as far as this output tensor goes."""
+    def mark_unused(self, model: Model, name: str, reason: str) -> None:
+        """Record why an output tensor doesn't need the tensor; another one may still use it."""
         self._reasons[model.number, name] = reason
 
     def unused(
         self, models: Sequence[Model], sources: Sequence[Model], *, head: bool, covered: Callable[[str], bool]
     ) -> Iterator[Unused]:
-        """Every input tensor that no node reads, with the reason; files that an index doesn't name, too.
+        """Every input tensor that no node reads, with the cause, and every file that the index doesn't list.
 
         Args:
-            models: all of them.
-            sources: those that a slice takes tensors from.
+            models: all input models.
+            sources: the models that slices take tensors from.
             head: whether the output has a head.
-            covered: whether a tensor's name belongs to a part of the model that the recipe is about.
+            covered: whether a tensor name belongs to a module of the recipe.
         """
         for model in models:
-            reasons: dict[str, list[str]] = {}
+            causes: dict[tuple[str, int | None], list[str]] = {}
             for name in model.checkpoint.tensors:
                 if (model.number, name) in self._used:
                     continue
                 if model not in sources:
-                    reason = "the base model is no input of this recipe"
+                    cause: tuple[str, int | None] = "the base model is not an input of this recipe", None
                 elif not covered(name):
-                    reason = "no module of the recipe is about this part of the model"
+                    cause = "no module of the recipe includes this part of the model", None
+                elif reason := self._reasons.get((model.number, name)):
+                    cause = reason, None
                 else:
-                    reason = self._reasons.get((model.number, name)) or _reason(model, name, head)
-                reasons.setdefault(reason, []).append(name)
-            for reason, names in reasons.items():
-                yield Unused(model.name, reason, tuple(names))
+                    cause = _cause(model, name, head)
+                causes.setdefault(cause, []).append(name)
+            for (why, layer), names in causes.items():
+                yield Unused(model.name, why, tuple(names), layer)
             for file in model.checkpoint.ignored:
-                yield Unused(model.name, f"{file.name} is not named by the index", ())
+                yield Unused(model.name, f"{file.name} is not in the index", ())
 
 
-def _reason(model: Model, name: str, head: bool) -> str:
+def _cause(model: Model, name: str, head: bool) -> tuple[str, int | None]:
+    """The cause and the layer of a tensor that no rule has dropped."""
     layer = model.layers.split(name)
     if layer is not None:
-        return f"layer {layer.index} is in no slice"
+        return "in no slice", layer.index
     if is_head(name) and not head:
-        return "the output's head is tied to its embedding"
-    return "outside the layers, which come from the first and the last slice"
+        return "the output's head is tied to its embedding", None
+    return "tensors outside the layers come from the first and the last slice", None

@@ -1,4 +1,4 @@
-"""The inputs of a stage as planning sees them: models with their layers, slices with their models."""
+"""The inputs of a stage for planning: models with their layers, slices with their models."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Model:
     """An input model.
 
     Args:
-        number: its place in the recipe.
-        reference: what the recipe calls it.
-        checkpoint: its headers.
-        layers: which of its tensors are in which layer.
-        by_layer: for each main stack and layer, the tensors by the rest of their name.
-        outside: the tensors in no layer of a main stack, in file order.
-        quantized: tensors whose values need others to be understood, with the reason.
+        number: index of the model in the recipe.
+        reference: reference of the model in the recipe.
+        checkpoint: the model's checkpoint.
+        layers: the model's stacks of layers.
+        by_layer: for each main stack and layer, the tensor names by the part after the layer's number.
+        non_layer: names of the tensors outside the main stacks' layers, in file order.
+        quantized: names of the quantized tensors and their scales, each with the reason.
     """
 
     number: int
@@ -35,24 +35,24 @@ class Model:
     checkpoint: Checkpoint
     layers: LayerMap
     by_layer: dict[tuple[int, int], dict[str, str]] = field(default_factory=dict)
-    outside: list[str] = field(default_factory=list)
+    non_layer: list[str] = field(default_factory=list)
     quantized: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """What the recipe calls it."""
+        """The model's name in the recipe."""
         return self.reference.text
 
     def stack(self, number: int) -> Stack:
-        """One of its main stacks. Raises CheckpointError where it has fewer."""
+        """A main stack by its number. Raises CheckpointError if the model has fewer stacks."""
         mains = self.layers.mains
         if number >= len(mains):
-            raise CheckpointError(f"{self.name} has {len(mains)} stack(s) of layers, and the recipe needs {number + 1}")
+            raise CheckpointError(f"{self.name} has {len(mains)} stack(s) of layers, but the recipe needs {number + 1}")
         return mains[number]
 
 
 def open_models(references: Iterable[ModelReference], open_model: OpenModel) -> tuple[Model, ...]:
-    """The models of a recipe, numbered in this order. Raises CheckpointError."""
+    """Open the models of a recipe and number them in this order. Raises CheckpointError."""
     models = []
     for number, reference in enumerate(references):
         checkpoint = open_model(reference)
@@ -62,7 +62,7 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel) -> 
         for name in checkpoint.tensors:
             layer = layers.split(name)
             if layer is None:
-                model.outside.append(name)
+                model.non_layer.append(name)
             else:
                 model.by_layer.setdefault((stacks[layer.stack], layer.index), {})[layer.rest] = name
         model.quantized = quantized_tensors(checkpoint.tensors)
@@ -71,14 +71,14 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel) -> 
 
 
 class BoundSlice:
-    """A slice of the recipe with its models opened.
+    """A slice of the recipe with its opened models.
 
     Attributes:
-        slice: as the recipe has it.
-        models: those of its sources, in their order.
-        base: which of them is the base model, where the method has a place for one.
-        anchor: which of them is the base model, whatever the method does with it.
-        parameters: the method's, looked up for each tensor.
+        slice: the slice in the recipe.
+        models: models of the slice's sources, in their order.
+        base: index of the base model in `models` if the method uses one, or None.
+        base_any_method: index of the base model in `models`, whether or not the method uses one, or None.
+        parameters: lookup of the method's parameters for each tensor.
     """
 
     def __init__(
@@ -99,27 +99,27 @@ class BoundSlice:
         self._recipe = recipe
 
     def ranges(self, stack: int) -> list[tuple[int, int]]:
-        """The layers [first, end) of a main stack that each source gives.
+        """The layers [first, end) of a main stack for each source.
 
         Raises:
-            RecipeError: where they are not in the model, or not equally many.
+            RecipeError: if the model doesn't have these layers, or the numbers of layers differ.
         """
-        found = []
+        ranges = []
         for source, model in zip(self.slice.sources, self.models, strict=True):
             count = model.stack(stack).count
             first, end = source.layer_range or (0, count)
             if end > count:
                 raise self._recipe.error(
                     (*source.place, "layer_range"),
-                    f"[{first}, {end}] ends past the last layer: {model.name} has {count} layers, so that {count} is "
-                    "the largest end",
+                    f"[{first}, {end}] ends past the last layer: {model.name} has {count} layers, so the end can be at "
+                    f"most {count}",
                 )
-            found.append((first, end))
-        if len({end - first for first, end in found}) > 1:
+            ranges.append((first, end))
+        if len({end - first for first, end in ranges}) > 1:
             counts = ", ".join(
-                f"{end - first} of {model.name}" for (first, end), model in zip(found, self.models, strict=True)
+                f"{end - first} of {model.name}" for (first, end), model in zip(ranges, self.models, strict=True)
             )
             raise self._recipe.error(
-                self.slice.place, f"the sources of a slice must give equally many layers, and here they give {counts}"
+                self.slice.place, f"all sources of a slice must have the same number of layers, got {counts}"
             )
-        return found
+        return ranges

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: tensors, layers, dtypes, sizes and files, from its headers."""
+"""Inspects a checkpoint: tensors, layers, dtypes, sizes and files, from the headers alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OUTSIDE_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint, looked at.
+    """The result of inspecting a checkpoint.
 
     Args:
-        checkpoint: its headers.
-        layers: which of its tensors are in which layer; None where that can't be told.
-        remarks: what is odd about it.
+        checkpoint: the checkpoint.
+        layers: the checkpoint's stacks of layers; None if they can't be determined.
+        remarks: unusual properties of the checkpoint.
     """
 
     checkpoint: Checkpoint
@@ -36,20 +36,20 @@ class Inspection:
 
     @property
     def tensors(self) -> Sequence[TensorRef]:
-        """Where the tensors lie."""
+        """All tensors, in file order."""
         return tuple(self.checkpoint.tensors.values())
 
     def in_stack(self, stack: Stack) -> list[tuple[str, TensorRef]]:
         """The tensors in the layers of a stack, extra layers included."""
-        found = []
-        beginning = stack.prefix + "."
-        for name, ref in self.checkpoint.tensors.items():
-            if name.startswith(beginning) and name[len(beginning) :].split(".", 1)[0].isdigit():
-                found.append((name, ref))
-        return found
+        prefix = stack.prefix + "."
+        return [
+            (name, ref)
+            for name, ref in self.checkpoint.tensors.items()
+            if name.startswith(prefix) and name[len(prefix) :].split(".", 1)[0].isdigit()
+        ]
 
     def outside(self) -> list[tuple[str, TensorRef]]:
-        """The tensors in no layer of any stack."""
+        """The tensors outside all stacks of layers."""
         inside = {name for stack in self.stacks for name, _ in self.in_stack(stack)}
         return [(name, ref) for name, ref in self.checkpoint.tensors.items() if name not in inside]
 
@@ -59,10 +59,10 @@ class Inspection:
         return self.layers.stacks if self.layers is not None else ()
 
     def to_dict(self, *, tensors: bool = False) -> dict[str, Any]:
-        """All of it as plain data, as ``inspect --json`` prints it. Sizes are in bytes."""
+        """The inspection as plain data, as ``inspect --json`` prints it. Sizes are in bytes."""
         checkpoint = self.checkpoint
         config = checkpoint.config or {}
-        found: dict[str, Any] = {
+        data: dict[str, Any] = {
             "path": os.fspath(checkpoint.path),
             "architectures": config.get("architectures"),
             "model_type": config.get("model_type"),
@@ -96,7 +96,7 @@ class Inspection:
             "remarks": list(self.remarks),
         }
         if tensors:
-            found["tensor_list"] = [
+            data["tensor_list"] = [
                 {
                     "name": name,
                     "dtype": ref.dtype.name,
@@ -107,54 +107,54 @@ class Inspection:
                 }
                 for name, ref in checkpoint.tensors.items()
             ]
-        return found
+        return data
 
     def by_dtype(self) -> dict[str, list[TensorRef]]:
-        """The tensors of each element type, the type with the most bytes first."""
-        found: dict[str, list[TensorRef]] = {}
+        """The tensors of each dtype, ordered by total size, the largest first."""
+        groups: dict[str, list[TensorRef]] = {}
         for ref in self.tensors:
-            found.setdefault(ref.dtype.name, []).append(ref)
-        return dict(sorted(found.items(), key=lambda item: -total_bytes(item[1])))
+            groups.setdefault(ref.dtype.name, []).append(ref)
+        return dict(sorted(groups.items(), key=lambda item: -total_bytes(item[1])))
 
     def by_file(self) -> dict[Path, list[TensorRef]]:
-        """The tensors in each file, in the order of the files' names."""
-        found: dict[Path, list[TensorRef]] = {file: [] for file in self.checkpoint.files}
+        """The tensors in each file, in the order of the file names."""
+        files: dict[Path, list[TensorRef]] = {file: [] for file in self.checkpoint.files}
         for ref in self.tensors:
-            found[ref.file].append(ref)
-        return found
+            files[ref.file].append(ref)
+        return files
 
 
 def inspect_model(model: str | os.PathLike[str]) -> Inspection:
-    """Look at a checkpoint.
+    """Inspect a checkpoint.
 
     Args:
-        model: a directory, a .safetensors file, an index, or a repository of the Hub.
+        model: a directory, a .safetensors file, an index, or a Hub repository.
 
     Raises:
-        UsageError: where that is no name of a model.
-        CheckpointError: where it is missing or damaged.
+        UsageError: if the name is not valid.
+        CheckpointError: if the checkpoint is missing or damaged.
     """
     checkpoint = open_model(reference_of(str(model)))
     remarks = list(checkpoint.remarks)
     layers: LayerMap | None = None
     try:
         layers = find_layers(checkpoint.tensors, checkpoint.config)
-    except CheckpointError as error:  # still worth looking at: that may be how the mistake is found
+    except CheckpointError as error:  # the rest of the inspection may show the cause
         remarks.append(str(error))
     quantized = quantized_tensors(checkpoint.tensors)
     if quantized:
         name, reason = next(iter(quantized.items()))
-        remarks.append(f"{plural(len(quantized), 'tensor')} quantized, or a scale of one ({name}: {reason})")
+        remarks.append(f"{plural(len(quantized), 'tensor')} quantized or a scale of a quantized one ({name}: {reason})")
     if checkpoint.config is None:
-        remarks.append("there is no config.json beside the weights")
+        remarks.append("there is no config.json next to the weights")
     return Inspection(checkpoint, layers, tuple(remarks))
 
 
 def total_elements(refs: Iterable[TensorRef]) -> int:
-    """Number of elements of some tensors."""
+    """Number of elements of all `refs`."""
     return sum(ref.elements for ref in refs)
 
 
 def total_bytes(refs: Iterable[TensorRef]) -> int:
-    """Size of some tensors in bytes."""
+    """Size of all `refs` in bytes."""
     return sum(ref.nbytes for ref in refs)

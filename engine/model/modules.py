@@ -1,4 +1,4 @@
-"""Which part of a model each module of a recipe is about: stacks of layers, and what stands beside them."""
+"""Assigns parts of a model to the modules of a recipe: stacks of layers, and tensors outside of them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from ..recipe.types import Module, Recipe, Stage, modules_of
 from .inputs import Model
 
 SHARED = "shared"
-"""mergekit's name for what encoder and decoder have in common: T5's ``shared.weight`` and its head."""
+"""mergekit's name for the tensors that encoder and decoder share: T5's ``shared.weight`` and its head."""
 PROJECTOR = "multi_modal_projector"
-"""mergekit's name for what stands between a vision tower and the text model, whatever the model calls it."""
+"""mergekit's name for the projector between vision encoder and text model, whatever its name in the model."""
 _PROJECTOR = re.compile(r"(?<![a-z])(?:projector|connector|aligner|merger|resampler)(?![a-z])")
 
 
 class StageModules:
-    """The modules of a stage, as parts of the model that its tensors are named after.
+    """The modules of a stage, mapped to parts of the donor model.
 
     Args:
-        recipe: says where a mistake stands.
-        stage: whose modules they are. One without `modules:` has a single one, which is all of the model.
-        donor: the model.
+        recipe: the recipe, for error messages.
+        stage: the stage with the modules. Without `modules:` it has a single one, the entire model.
+        donor: the model that names the output's tensors.
     """
 
     def __init__(self, recipe: Recipe, stage: Stage, donor: Model) -> None:
@@ -30,10 +30,10 @@ class StageModules:
         self._donor = donor
         self._layers = donor.layers
         names = {module.name for module in self.all} if stage.modules is not None else set()
-        self._loose = {name for name in names if self._layers.module(name) is None and self._has_loose(name)}
+        self._layerless = {name for name in names if self._layers.module(name) is None and self._has_layerless(name)}
 
     def stacks(self, module: Module) -> list[int]:
-        """The numbers of the main stacks that a module's slices are about. Raises RecipeError."""
+        """The numbers of the main stacks that a module's slices refer to. Raises RecipeError."""
         mains, name = self._layers.mains, self._donor.name
         sliced = any(source.layer_range is not None for part in module.slices or () for source in part.sources)
         if self._stage.modules is None:
@@ -41,19 +41,19 @@ class StageModules:
                 prefixes = " and ".join(stack.prefix for stack in mains)
                 raise self._recipe.error(
                     module.place,
-                    f"{name} has two stacks of layers, {prefixes}: say under `modules` which one the slices are of",
+                    f"{name} has two stacks of layers, {prefixes}: use `modules` to choose the one for the slices",
                 )
             if sliced and not mains:
                 raise self._recipe.error(
                     (*module.place, "slices"),
-                    f"{name} has no layers that could be sliced: list whole models under `models`",
+                    f"{name} has no layers to slice: list complete models under `models`",
                 )
             return list(range(len(mains)))
         stack = self._layers.module(module.name)
-        if stack is None and module.name not in self._loose:
+        if stack is None and module.name not in self._layerless:
             known = ", ".join(stack.prefix for stack in self._layers.stacks)
             raise self._recipe.error(
-                module.place, f"no part of {name} is called {module.name!r}; its layers are in: {known}"
+                module.place, f"{name} has no part named {module.name!r}; its stacks of layers: {known}"
             )
         if stack in mains:
             return [mains.index(stack)]
@@ -61,38 +61,38 @@ class StageModules:
             part = module.name if stack is None else f"the layers of {stack.prefix}"
             raise self._recipe.error(
                 (*module.place, "slices"),
-                f"{part} can't be sliced, only those of {' and '.join(s.prefix for s in mains)}: take this part whole, "
-                "with `models`",
+                f"{part} can't be sliced, only those of {' and '.join(s.prefix for s in mains)}: use `models` to take "
+                "this part entirely",
             )
         return []
 
     def belongs(self, module: Module, name: str) -> bool:
-        """Whether a tensor outside the main stacks' layers is of this module."""
+        """Whether a tensor outside the main stacks' layers belongs to this module."""
         if self._stage.modules is None:
             return True
-        owner = next((loose for loose in self._loose if self._claims(loose, name)), None)
-        if owner is not None or module.name in self._loose:
+        owner = next((part for part in self._layerless if self._claims(part, name)), None)
+        if owner is not None or module.name in self._layerless:
             return owner == module.name
         stack = self._layers.owner(name)
         if stack is None:
-            return module is next(each for each in self.all if each.name not in self._loose)
+            return module is next(each for each in self.all if each.name not in self._layerless)
         return stack == self._layers.module(module.name)
 
     def covers(self, name: str) -> bool:
-        """Whether a tensor is of any of the modules."""
+        """Whether a tensor belongs to any of the modules."""
         if self._stage.modules is None or self._layers.owner(name) is None:
             return True
-        if any(self._claims(loose, name) for loose in self._loose):
+        if any(self._claims(part, name) for part in self._layerless):
             return True
         return any(self._layers.owner(name) == self._layers.module(module.name) for module in self.all)
 
-    def _has_loose(self, name: str) -> bool:
+    def _has_layerless(self, name: str) -> bool:
         return any(self._claims(name, tensor) for tensor in self._donor.checkpoint.tensors)
 
-    def _claims(self, loose: str, name: str) -> bool:
-        """Whether a tensor is of a part without layers."""
+    def _claims(self, part: str, name: str) -> bool:
+        """Whether a tensor belongs to a part without layers."""
         if self._layers.split(name) is not None:
             return False
-        if loose == SHARED:
+        if part == SHARED:
             return len(self._layers.mains) > 1 and self._layers.owner(name) is None
-        return loose == PROJECTOR and _PROJECTOR.search(name) is not None
+        return part == PROJECTOR and _PROJECTOR.search(name) is not None

@@ -1,4 +1,4 @@
-"""What a user names as a model: a path that is here, or a repository of the Hub."""
+"""Opens the models that users name: a local path or a Hub repository."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ..recipe.types import ModelReference
 
 
 def reference_of(text: str) -> ModelReference:
-    """The model that a text outside of a recipe names. A path that exists is taken as it is, whatever is in it.
+    """Parse a model name given outside of a recipe. A path that exists is used verbatim.
 
-    Raises UsageError for what can't be a model, with what to write instead.
+    Raises:
+        UsageError: for an invalid name.
     """
     if _exists(text):
         return ModelReference(text)
@@ -26,26 +27,26 @@ def reference_of(text: str) -> ModelReference:
 
 
 def open_model(reference: ModelReference) -> Checkpoint:
-    """The headers of an input model: a directory or file that is there, else one of the Hub. Raises MergeloomError.
+    """Open an input model: a local directory or file, or else a Hub repository. Raises MergeloomError.
 
-    The directory of an unfinished merge is refused: what has its final name there may be a part of the model.
+    The directory of an unfinished merge is rejected, since its shards may be incomplete.
     """
     if not _exists(reference.path) and is_hub_id(reference.path):
         from ...io.hub.checkpoint import open_hub_model
 
         return open_hub_model(reference.path, reference.revision)
-    path = Path(os.path.expanduser(reference.path))  # noqa: PTH111  which leaves "~nobody" as it is
-    if os.path.isdir(path / WORK):  # noqa: PTH112  no name makes it fail
-        found = classify(path)
-        if found.content in (Content.UNFINISHED, Content.IN_USE):
-            raise found.error(TO_FINISH[found.content])
+    path = Path(os.path.expanduser(reference.path))  # noqa: PTH111  expanduser of Path fails for "~nobody"
+    if os.path.isdir(path / WORK):  # noqa: PTH112  never raises
+        directory = classify(path)
+        if directory.content in (Content.UNFINISHED, Content.IN_USE):
+            raise directory.error(TO_FINISH[directory.content])
     return open_checkpoint(path)
 
 
 def is_remote(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is the Hub's, so that its files may not be here."""
+    """Whether a checkpoint is on the Hub, so its files may not be downloaded yet."""
     return hasattr(checkpoint, "repository")
 
 
 def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111  no text makes these fail
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111  these never raise

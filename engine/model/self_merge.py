@@ -1,7 +1,7 @@
-"""The recipe of a self-merge by overlapping windows, as the BigLlama models were made: pure arithmetic on headers.
+"""Generates the recipe of a self-merge by overlapping windows, as used for the BigLlama models.
 
-Windows of equal length, a step apart, are taken from a model's layers and stacked: with window 42 and step 21, 126
-layers give [0, 42], [21, 63], [42, 84], [63, 105] and [84, 126], together 210.
+Windows of equal length and distance are taken from a model's layers and stacked: with window 42 and step 21, 126 layers
+give [0, 42], [21, 63], [42, 84], [63, 105] and [84, 126], a total of 210 layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Window = tuple[int, int]
 """The first layer and the one after the last."""
 
 MAX_LAYERS = 100_000
-"""The most layers of a result: repeated stacking grows fast, and a mistake in it should not fill the memory."""
+"""The maximum number of layers of a result: repeated stacking grows fast and must not exhaust the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Round:
     """One pass of stacking.
 
     Args:
-        before: how many layers were there.
-        windows: what was taken of them, in order.
+        before: number of layers before the pass.
+        windows: the windows that the pass takes, in order.
     """
 
     before: int
@@ -39,7 +39,7 @@ class Round:
 
     @property
     def layers(self) -> int:
-        """How many layers it makes."""
+        """Number of layers after the pass."""
         return sum(end - first for first, end in self.windows)
 
     @property
@@ -50,14 +50,14 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class StackSummary:
-    """What a stack makes.
+    """The result of stacking.
 
     Args:
-        layers: of the result.
-        parameters: of the result, counted from the headers.
-        rounds: the passes that lead to it.
-        slices: the runs of the model's own layers that all passes together come to.
-        warnings: what the user should know.
+        layers: number of layers of the result.
+        parameters: number of parameters of the result.
+        rounds: the passes of stacking.
+        slices: the slices of the model's own layers that are equivalent to all passes.
+        warnings: warnings for the user.
     """
 
     layers: int
@@ -68,24 +68,24 @@ class StackSummary:
 
 
 def stack_windows(layers: int, window: int, step: int | None = None, *, exact: bool = False) -> tuple[Window, ...]:
-    """The windows of one pass: as many as fit, from layer 0 on, a step apart.
+    """The windows of one pass: as many as fit, starting at layer 0.
 
     Args:
-        layers: how many there are.
-        window: how many each takes.
-        step: from the start of one to that of the next; by default half a window.
-        exact: let the last window reach to the last layer, so that it can be longer than the others.
+        layers: number of layers before the pass.
+        window: number of layers in each window.
+        step: distance between the starts of two windows; by default half a window.
+        exact: whether the last window is extended to the last layer.
 
     Raises:
         UsageError: for a window that is larger than the model, and for a step that is larger than the window, which
-            would leave layers out.
+            would omit layers.
     """
     step = max(1, window // 2) if step is None else step
     if not 1 <= window <= layers:
-        raise UsageError(f"a window of {window} does not fit {layers} layers: choose 1 to {layers}")
+        raise UsageError(f"window {window} is invalid for {layers} layers: use 1 to {layers}")
     if not 1 <= step <= window:
         raise UsageError(
-            f"a step of {step} does not fit a window of {window}: choose 1 to {window}, or layers are lost"
+            f"step {step} is invalid for window {window}: use 1 to {window}; a larger step would omit layers"
         )
     windows = [(first, first + window) for first in range(0, layers - window + 1, step)]
     if exact:
@@ -94,7 +94,7 @@ def stack_windows(layers: int, window: int, step: int | None = None, *, exact: b
 
 
 def compose(windows: Sequence[Window], slices: Sequence[Window]) -> tuple[Window, ...]:
-    """The runs of layers that `windows` of a stack come to, if `slices` are what it was stacked from."""
+    """The slices of the model that are equivalent to `windows` of a stack of `slices`."""
     layers = [layer for first, end in slices for layer in range(first, end)]
     taken = [layer for first, end in windows for layer in layers[first:end]]
     runs = [list(run) for _, run in groupby(enumerate(taken), lambda item: item[1] - item[0])]
@@ -113,24 +113,23 @@ def stack_recipe(
 ) -> tuple[str, StackSummary]:
     """Write the recipe of a self-merge by overlapping windows.
 
-    Stacking a stack again needs no second stage: layers that are passed through twice are passed through once, so that
-    all passes come to slices of the model itself.
+    Repeated stacking needs only one stage, since all passes together are equivalent to slices of the model itself.
 
     Args:
-        model: what the recipe is to call it; a text is read as ``path`` or ``id@revision``.
-        checkpoint: its headers.
-        window: the length of the windows, in layers, of every pass or of each.
-        step: from one window to the next, of every pass or of each; by default half a window.
-        repeat: how many passes; by default as many as there are windows or steps.
-        dtype: of the output, such as ``bfloat16``; by default that of the model.
-        exact: let the last window of a pass reach to the last layer.
+        model: reference of the model in the recipe; a string is parsed as ``path`` or ``id@revision``.
+        checkpoint: the model's checkpoint.
+        window: length of the windows in layers, for all passes or for each.
+        step: distance between the starts of two windows, for all passes or for each; by default half a window.
+        repeat: number of passes; by default the number of windows or steps.
+        dtype: dtype of the output, such as ``bfloat16``; by default that of the model.
+        exact: whether the last window of a pass is extended to the last layer.
 
     Returns:
-        The recipe's text, and what it makes.
+        The recipe's text and a summary of its result.
 
     Raises:
-        UsageError: for numbers that don't fit the model or each other, and for a model without one stack of layers.
-        CheckpointError: where headers and config.json don't tell which tensors are layers.
+        UsageError: for numbers that are invalid for the model, and for a model without exactly one stack of layers.
+        CheckpointError: if headers and config.json don't show which tensors are layers.
     """
     reference = _reference(model)
     name = _printable(reference.text)
@@ -139,7 +138,7 @@ def stack_recipe(
     layers = find_layers(checkpoint.tensors, checkpoint.config)
     if len(layers.mains) != 1:
         what = f"{len(layers.mains)} stacks of layers" if layers.mains else "no layers"
-        raise UsageError(f"{name} has {what}, where one is needed: write such a recipe by hand, with `modules`")
+        raise UsageError(f"{name} has {what} instead of one: write the recipe by hand, with `modules`")
     count = layers.main.count
     rounds = _rounds(count, _passes(window, step, repeat), exact)
     slices: tuple[Window, ...] = ((0, count),)
@@ -172,12 +171,10 @@ def _passes(
     steps: list[int | None] = [step] if step is None or isinstance(step, int) else [*step] or [None]
     passes = max(len(windows), len(steps)) if repeat is None else repeat
     if not windows or passes < 1:
-        raise UsageError("a stack needs a window, and at least one pass")
-    for what, given in (("window", len(windows)), ("step", len(steps))):
-        if given not in (1, passes):
-            raise UsageError(
-                f"there are {given} {what}s for {passes} passes: give one for all of them, or one for each"
-            )
+        raise UsageError("stacking needs a window and at least one pass")
+    for what, count in (("window", len(windows)), ("step", len(steps))):
+        if count not in (1, passes):
+            raise UsageError(f"got {count} {what}s for {passes} passes: give one for all passes, or one for each")
     return [(windows[number % len(windows)], steps[number % len(steps)]) for number in range(passes)]
 
 
@@ -187,32 +184,32 @@ def _rounds(layers: int, passes: Sequence[tuple[int, int | None]], exact: bool) 
         rounds.append(Round(layers, stack_windows(layers, window, step, exact=exact)))
         layers = rounds[-1].layers
         if layers > MAX_LAYERS:
-            raise UsageError(f"pass {len(rounds)} makes {layers:,} layers: {MAX_LAYERS:,} are the most that make sense")
+            raise UsageError(f"pass {len(rounds)} makes {layers:,} layers: the maximum is {MAX_LAYERS:,}")
     return tuple(rounds)
 
 
 def _parameters(checkpoint: Checkpoint, layers: LayerMap, slices: Sequence[Window]) -> int:
-    """Elements of all tensors: each layer's as often as it is taken, the others (extra layers, too) once."""
+    """Elements of all tensors: a layer's count once per use, all others (including extra layers) once."""
     times = [0] * layers.main.count
     for first, end in slices:
         for layer in range(first, end):
             times[layer] += 1
     total = 0
     for name, tensor in checkpoint.tensors.items():
-        place = layers.split(name)
-        total += tensor.elements * (1 if place is None or place.extra else times[place.index])
+        parsed = layers.split(name)
+        total += tensor.elements * (1 if parsed is None or parsed.extra else times[parsed.index])
     return total
 
 
 def _warnings(name: str, layers: int, rounds: Sequence[Round], slices: Sequence[Window]) -> tuple[str, ...]:
-    """A word for each pass that leaves layers at the end unused, and one for what of the model is lost by that."""
+    """Warn about each pass that leaves layers at the end unused, and about layers of the model in no slice."""
     warnings = []
     for number, one in enumerate(rounds):
         if one.unused:
-            of = name if number == 0 else f"the {one.before} that pass {number} makes"
+            stack = name if number == 0 else f"the {one.before} that pass {number} makes"
             warnings.append(
-                f"{_layers(one.unused)} of {of} {'is' if len(one.unused) == 1 else 'are'} unused: the last window ends "
-                f"before {'it' if len(one.unused) == 1 else 'them'} (--exact lets it reach to the last layer)"
+                f"{_layers(one.unused)} of {stack} {'is' if len(one.unused) == 1 else 'are'} unused: the last window "
+                f"ends before {'it' if len(one.unused) == 1 else 'them'} (--exact extends it to the last layer)"
             )
     end = max(end for _, end in slices)
     if any(one.unused for one in rounds[1:]) and end < layers:
@@ -225,7 +222,7 @@ def _layers(numbers: range) -> str:
 
 
 def _printable(text: str) -> str:
-    """`text` with its line breaks and the like escaped, so that it can stand in a comment."""
+    """`text` with non-printable characters escaped, for use in a comment."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -239,7 +236,7 @@ def _text(reference: ModelReference, summary: StackSummary, dtype: str | None) -
         more = f" and {len(one.windows) - 8} more" if len(one.windows) > 8 else ""
         head.append(f"Pass {number}: {one.before} layers -> {one.layers}: {windows}{more}")
     if len(summary.rounds) > 1:
-        head.append("The slices below are what all passes together take of the model itself.")
+        head.append("The slices below are equivalent to all passes.")
     head += [f"Warning: {warning}" for warning in summary.warnings]
     content = {
         "merge_method": "passthrough",
@@ -251,7 +248,7 @@ def _text(reference: ModelReference, summary: StackSummary, dtype: str | None) -
 
 
 def _source(reference: ModelReference, part: Window) -> dict[str, object]:
-    """A slice's source; a path with a character that means something in a reference is written as a mapping."""
+    """A slice's source; a path that contains a special character of references is written as a mapping."""
     model: object = reference.text
     if "@" in reference.path or "+" in reference.path:
         revision = {} if reference.revision is None else {"revision": reference.revision}

@@ -22,24 +22,24 @@ def load_recipe(
     """Read and validate a recipe.
 
     Args:
-        recipe: the path of a YAML file, a dict that says the same, or a list of dicts for several stages. A Recipe is
-            returned as it is.
-        strict: make unknown keys and parameters, and parameters without effect, errors instead of warnings.
-        methods: the merge methods by name, for their parameters.
+        recipe: the path of a YAML file, a dict with the same content, or a list of dicts for several stages. A Recipe
+            is returned unchanged.
+        strict: whether unknown keys and parameters, and parameters without effect, are errors rather than warnings.
+        methods: the merge methods by name.
 
     Raises:
-        RecipeError: for any mistake in it, and for a file that can't be read.
+        RecipeError: if the recipe is invalid or the file can't be read.
     """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, (str, os.PathLike)):
         text = os.fsdecode(recipe)
         if "\n" in text:
-            raise RecipeError("expected the path of a file, and found a text of several lines: use parse_recipe")
+            raise RecipeError("expected the path of a file, got a string of several lines: use parse_recipe")
         path = Path(text)
         return recipe_of(read_yaml(path), path, strict=strict, methods=methods)
     if not isinstance(recipe, (Mapping, list, tuple)):
-        raise RecipeError(f"expected a path, a dict or a list of dicts, and found a {type(recipe).__name__}")
+        raise RecipeError(f"expected a path, a dict or a list of dicts, got a {type(recipe).__name__}")
     documents = tuple(node_of(item) for item in ((recipe,) if isinstance(recipe, Mapping) else recipe))
     return recipe_of(YamlSource("", documents, ()), None, strict=strict, methods=methods)
 
@@ -47,5 +47,5 @@ def load_recipe(
 def parse_recipe(
     text: str, *, source: Path | None = None, strict: bool = False, methods: Mapping[str, Method]
 ) -> Recipe:
-    """`load_recipe` of a YAML text; `source` is the file that errors name."""
+    """Validate a recipe given as YAML text, like `load_recipe`. Errors name `source` as the file."""
     return recipe_of(parse_yaml(text, source), source, strict=strict, methods=methods)

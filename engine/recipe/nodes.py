@@ -1,4 +1,4 @@
-"""Reading the single values of a recipe's nodes: each of the wrong kind is an error that says what and where."""
+"""Reads the values of a recipe's nodes. A value of the wrong type is an error with its line and key path."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.contract import Method, Parameter
 from .parameters import ParameterError, accept, coerce, describe
 from .types import Conditional, Gradient, ModelReference, Scalar, Setting, line_of
+from .warnings import RecipeWarning, WarningKind
 from .yaml import Keys, Node
 
 T = TypeVar("T")
@@ -21,24 +22,24 @@ DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
 DTYPE_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 IGNORED = frozenset(("int8_mask", "residual_weight"))
-"""Keys and parameters that mergekit takes, and that have no effect on a result: they are passed over without a word."""
+"""Keys and parameters of mergekit without effect on the result; skipped without a warning."""
 
 HINTS = {
-    "layer_range": "`models` takes whole models: use `slices` for ranges of layers",
+    "layer_range": "`models` lists complete models: use `slices` for ranges of layers",
     "pattern": "did you mean `filter`?",
-    "out_path": "give the stage a `name`, by which the others refer to it",
+    "out_path": "give the stage a `name` that other stages can refer to",
 }
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of."""
-    folded = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(folded), n=1, cutoff=0.65)
-    return folded[found[0]] if found else None
+    """The known name that `name` is most likely a misspelling of, or None."""
+    lowercase = {other.lower(): other for other in known}
+    matches = difflib.get_close_matches(name.lower().replace("-", "_"), list(lowercase), n=1, cutoff=0.65)
+    return lowercase[matches[0]] if matches else None
 
 
-def found(node: Node) -> str:
-    """What a node is, for an error message."""
+def describe_node(node: Node) -> str:
+    """Describe a node for an error message."""
     if isinstance(node.value, Mapping):
         return "a mapping"
     if isinstance(node.value, tuple):
@@ -48,13 +49,13 @@ def found(node: Node) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Setter:
-    """The part of a recipe that sets a parameter, for error messages.
+    """The entry of a recipe that sets a parameter, for error messages.
 
     Args:
         method: name of the merge method.
         parameter: the parameter that is set.
-        model: the model for which it is set; None for all of them.
-        filter: the part of tensor names that the setting is limited to, or None.
+        model: the model it is set for; None for all models.
+        filter: substring of tensor names that limits the setting, or None.
     """
 
     method: str
@@ -68,19 +69,19 @@ class _Setter:
 
 
 class NodeReader:
-    """Reads values, and collects the warnings and the mistakes in parameters.
+    """Reads values and collects warnings and invalid parameters.
 
     Args:
-        file: the recipe's, or None.
-        lines: of everything in it.
-        strict: whether what is unknown or without effect is an error.
+        file: the recipe's file, or None.
+        lines: line number of every key and value.
+        strict: whether unknown keys and settings without effect are errors.
         methods: the merge methods by name.
     """
 
     def __init__(
         self, file: Path | None, lines: Mapping[Keys, int], strict: bool, methods: Mapping[str, Method]
     ) -> None:
-        self.warnings: list[str] = []
+        self.warnings: list[RecipeWarning] = []
         self.mistakes: list[RecipeError] = []
         self.methods = methods
         self._file = file
@@ -88,53 +89,58 @@ class NodeReader:
         self._strict = strict
         self._parameter_names = {parameter.name for method in methods.values() for parameter in method.parameters}
 
-    # What is wrong
+    # Errors and warnings
 
     def error(self, message: str, path: Keys) -> RecipeError:
-        """The error for what stands at `path`."""
+        """The error for the entry at `path`."""
         return RecipeError(message, source=self._file, line=line_of(self._lines, path), path=path)
 
-    def warn(self, message: str, path: Keys) -> None:
-        """Note something odd that is no error."""
-        self.warnings.append(str(self.error(message, path)))
+    def warn(self, kind: WarningKind, problem: str, path: Keys, *, line: int | None = None) -> None:
+        """Add a warning about the entry at `path`, which strict mode reports as a warning, too."""
+        line = line_of(self._lines, path) if line is None else line
+        self.warnings.append(RecipeWarning(kind, problem, source=self._file, line=line, place=path))
 
-    def object_to(self, message: str, path: Keys) -> None:
-        """A warning, or an error where the user asked to be strict."""
+    def report(
+        self, kind: WarningKind, problem: str, path: Keys, *, advice: str = "", suggestion: str | None = None
+    ) -> None:
+        """Add a warning about the entry at `path`; in strict mode, raise it as a RecipeError."""
+        line = line_of(self._lines, path)
+        warning = RecipeWarning(kind, problem, advice, suggestion, self._file, line, path)
         if self._strict:
-            raise self.error(message.replace(", ignored;", ";"), path)
-        self.warn(message, path)
+            raise warning.as_error()
+        self.warnings.append(warning)
 
-    # Kinds of values
+    # Types of values
 
     def mapping(self, node: Node, path: Keys, what: str) -> Mapping[str, Node]:
         """The entries of a mapping."""
         if not isinstance(node.value, Mapping):
-            raise self.error(f"expected {what}, and found {found(node)}", path)
+            raise self.error(f"expected {what}, got {describe_node(node)}", path)
         return node.value
 
     def entries(self, node: Node, path: Keys, what: str) -> Sequence[Node]:
-        """The entries of a list that is not empty."""
+        """The entries of a non-empty list."""
         if not isinstance(node.value, tuple):
-            raise self.error(f"expected a list of {what}, and found {found(node)}", path)
+            raise self.error(f"expected a list of {what}, got {describe_node(node)}", path)
         if not node.value:
-            raise self.error(f"expected a list of {what}, and it is empty", path)
+            raise self.error(f"expected a list of {what}, got an empty list", path)
         return node.value
 
     def text(self, node: Node, path: Keys, what: str) -> str:
-        """A text."""
+        """A string."""
         if not isinstance(node.value, str):
             quotes = " (put it in quotes)" if isinstance(node.value, (int, float)) else ""
-            raise self.error(f"expected {what}, and found {found(node)}{quotes}", path)
+            raise self.error(f"expected {what}, got {describe_node(node)}{quotes}", path)
         return node.value
 
     def switch(self, node: Node, path: Keys) -> bool:
         """A boolean."""
         if not isinstance(node.value, bool):
-            raise self.error(f"expected true or false, and found {found(node)}", path)
+            raise self.error(f"expected true or false, got {describe_node(node)}", path)
         return node.value
 
     def dtype(self, node: Node, path: Keys) -> DType:
-        """A dtype by torch's name, with or without ``torch.``."""
+        """A dtype by its name in torch, with or without ``torch.``."""
         name = self.text(node, path, f"one of {', '.join(DTYPES)}").removeprefix("torch.")
         if name not in DTYPES:
             close = DTYPE_NICKNAMES.get(name.lower()) or nearest(name, DTYPES)
@@ -145,22 +151,22 @@ class NodeReader:
     def reference(self, node: Node, path: Keys) -> ModelReference:
         """A model: ``path``, ``id@revision``, ``{path, revision}``, or mergekit's ``{model: {path, revision}}``."""
         if not isinstance(node.value, Mapping):
-            text = self.text(node, path, "a model: a directory or an id of the Hub")
+            text = self.text(node, path, "a model: a directory or a Hub id")
             try:
                 return ModelReference.parse(text)
             except ValueError as error:
                 raise self.error(str(error), path) from error
         keys = node.value
         if "lora" in keys and keys["lora"].value is not None:
-            message = "LoRA adapters can't be merged yet: apply the adapter first, and name the result"
+            message = "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
             raise self.error(message, (*path, "lora"))
         if "model" in keys:
-            self.known(keys, path, ("model", "lora", "override_architecture"))
+            self.check_keys(keys, path, ("model", "lora", "override_architecture"))
             return self.reference(keys["model"], (*path, "model"))
         if "path" not in keys:
-            raise self.error("expected a model, and found a mapping without `path`", path)
-        self.known(keys, path, ("path", "revision", "lora"))
-        name = self.text(keys["path"], (*path, "path"), "a directory or an id of the Hub")
+            raise self.error("expected a model, got a mapping without `path`", path)
+        self.check_keys(keys, path, ("path", "revision", "lora"))
+        name = self.text(keys["path"], (*path, "path"), "a directory or a Hub id")
         revision = self.optional(keys, path, "revision", lambda n, p: self.text(n, p, "a branch, tag or commit"))
         if not name.strip() or (revision is not None and not revision.strip()):
             raise self.error("`path` and `revision` can't be empty", path)
@@ -171,24 +177,24 @@ class NodeReader:
         what = "[first layer, layer after the last]"
         children = node.value if isinstance(node.value, tuple) else ()
         if len(children) != 2 or any(isinstance(child.value, (bool, tuple, Mapping)) for child in children):
-            raise self.error(f"expected {what}, and found {found(node)}", path)
+            raise self.error(f"expected {what}, got {describe_node(node)}", path)
         first, end = (self.whole_number(child, (*path, index)) for index, child in enumerate(children))
         if first < 0:
-            raise self.error(f"[{first}, {end}] begins before layer 0: layers count from 0", path)
+            raise self.error(f"[{first}, {end}] starts before layer 0: layers are numbered from 0", path)
         if end <= first:
-            why = "is empty: the second number is the layer after the last" if end == first else "runs backwards"
+            why = "is empty: the second number is the layer after the last" if end == first else "is reversed"
             raise self.error(f"[{first}, {end}] {why}", path)
         return first, end
 
     # Entries of mappings
 
     def optional(self, keys: Mapping[str, Node], path: Keys, key: str, read: Callable[[Node, Keys], T]) -> T | None:
-        """What `read` makes of an entry; None where it is absent or null."""
+        """The result of `read` for an entry; None if the entry is absent or null."""
         child = keys.get(key)
         return None if child is None or child.value is None else read(child, (*path, key))
 
     def required(self, keys: Mapping[str, Node], path: Keys, key: str, known: Collection[str]) -> Node:
-        """An entry that must be there and not null; among the unknown keys its misspelling is looked for."""
+        """An entry that must be present and not null. Without it, the error names an unknown key that resembles it."""
         child = keys.get(key)
         if child is not None and child.value is not None:
             return child
@@ -197,31 +203,33 @@ class NodeReader:
             raise self.error(f"unknown key; did you mean `{key}`?", (*path, close))
         raise self.error(f"`{key}` is missing", path)
 
-    def known(self, keys: Mapping[str, Node], path: Keys, known: Collection[str]) -> None:
-        """Object to every key that isn't among the known ones."""
+    def check_keys(
+        self, keys: Mapping[str, Node], path: Keys, known: Collection[str], *, aliases: Collection[str] = ()
+    ) -> None:
+        """Report every key that is neither known, nor an alias of a known key."""
         for key in keys:
-            if key in known or key in IGNORED:
+            if key in known or key in aliases or key in IGNORED:
                 continue
             close = nearest(key, known)
             advice = HINTS.get(key) or (f"did you mean `{close}`?" if close else f"known: {', '.join(known)}")
             if key in self._parameter_names and "parameters" in known:
                 advice = "write it under `parameters`"
-            self.object_to(f"unknown key, ignored; {advice}", (*path, key))
+            self.report(WarningKind.UNKNOWN_KEY, "unknown key", (*path, key), advice=advice, suggestion=close)
 
     # Parameters
 
     def settings(
         self, keys: Mapping[str, Node], path: Keys, method: Method, *, model: ModelReference | None = None
     ) -> dict[str, Setting]:
-        """The ``parameters`` of a mapping, those that the method has and that have an effect there, validated.
+        """The validated ``parameters`` of a mapping: those that the method has and that have an effect there.
 
-        Mistakes in them go to `mistakes`, to be reported together.
+        Errors in them are added to `mistakes`, to be reported together.
 
         Args:
-            keys: the mapping.
-            path: its place.
-            method: declares the parameters.
-            model: the model that they are set for; None where they are set for all.
+            keys: entries of the mapping.
+            path: keys that lead to the mapping.
+            method: the merge method, which declares the parameters.
+            model: the model that they are set for; None if they are set for all models.
         """
         settings: dict[str, Setting] = {}
         child = keys.get("parameters")
@@ -234,28 +242,30 @@ class NodeReader:
             try:
                 if parameter is None:
                     if name not in IGNORED:
-                        self.object_to(self._unknown_parameter(name, method), (*path, name))
+                        self._report_unknown_parameter(name, method, (*path, name))
                 elif model is not None and not parameter.per_input:
                     message = (
                         "it has no effect on a single model: set it in the `parameters` of the slice or the recipe"
                     )
-                    self.object_to(message, (*path, name))
+                    self.report(WarningKind.NO_EFFECT, message, (*path, name))
                 else:
                     settings[name] = self._setting(value, (*path, name), _Setter(method.name, parameter, model))
             except RecipeError as error:
                 self.mistakes.append(error)
         return settings
 
-    def _unknown_parameter(self, name: str, method: Method) -> str:
+    def _report_unknown_parameter(self, name: str, method: Method, path: Keys) -> None:
         own = [parameter.name for parameter in method.parameters]
         close = nearest(name, own)
-        if close:
-            return f"{method.name} has no such parameter, ignored; did you mean `{close}`?"
         others = [m.name for m in self.methods.values() if any(p.name == name for p in m.parameters)]
-        advice = f"it has {', '.join(own)}" if own else "it has none"
-        if others:
-            advice += f" (`{name}` is one of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
-        return f"{method.name} has no such parameter, ignored; {advice}"
+        if close:
+            advice = f"did you mean `{close}`?"
+        else:
+            advice = f"its parameters: {', '.join(own)}" if own else "it has none"
+            if others:
+                advice += f" (`{name}` is a parameter of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
+        problem = f"{method.name} has no such parameter"
+        self.report(WarningKind.UNKNOWN_PARAMETER, problem, path, advice=advice, suggestion=close)
 
     def _setting(self, node: Node, path: Keys, setter: _Setter) -> Setting:
         if isinstance(node.value, Mapping):
@@ -266,10 +276,11 @@ class NodeReader:
         for index, child in enumerate(node.value):
             here = (*path, index)
             if not isinstance(child.value, Mapping):
-                message = f"conditions ({{filter, value}}) and plain values can't be mixed: found {found(child)}"
+                message = f"conditions ({{filter, value}}) and plain values can't be mixed: got {describe_node(child)}"
                 raise self.error(message, here)
             if conditions and conditions[-1].filter in (None, "", "*"):
-                self.warn("it is never reached: the condition before it fits every tensor", here)
+                message = "it is never reached: the condition before it matches every tensor"
+                self.warn(WarningKind.UNREACHABLE, message, here)
             conditions.append(self._condition(child, here, setter))
         return tuple(conditions)
 
@@ -277,9 +288,9 @@ class NodeReader:
         known = ("filter", "value")
         keys = self.mapping(node, path, "a condition")
         value = self.required(keys, path, "value", known)
-        self.known(keys, path, known)
-        part = self.optional(keys, path, "filter", lambda n, p: self.text(n, p, "a part of tensor names"))
-        return Conditional(part, self._value(value, (*path, "value"), replace(setter, filter=part)))
+        self.check_keys(keys, path, known)
+        substring = self.optional(keys, path, "filter", lambda n, p: self.text(n, p, "a substring of tensor names"))
+        return Conditional(substring, self._value(value, (*path, "value"), replace(setter, filter=substring)))
 
     def _value(self, node: Node, path: Keys, setter: _Setter) -> Scalar | Gradient:
         if not isinstance(node.value, tuple):
@@ -290,20 +301,20 @@ class NodeReader:
         return Gradient(tuple(self._number(child, (*path, i), setter) for i, child in enumerate(node.value)))
 
     def _number(self, node: Node, path: Keys, setter: _Setter) -> Scalar:
-        """One value of a parameter; a mistake is noted, and False returned in its place."""
+        """One value of a parameter. An invalid one is added to `mistakes`, and False is returned instead."""
         parameter = setter.parameter
         try:
             if node.value is None or isinstance(node.value, (tuple, Mapping)):
-                raise ParameterError(f"{parameter.name} must be {parameter.expected}, got {found(node)}")
+                raise ParameterError(f"{parameter.name} must be {parameter.expected}, got {describe_node(node)}")
             return accept(node.value, parameter)
         except ParameterError as error:
             self.mistakes.append(self.error(f"{setter}: {error}", path))
             return False
 
     def whole_number(self, node: Node, path: Keys) -> int:
-        """One value as an int."""
+        """A value as an int."""
         if node.value is None or isinstance(node.value, (tuple, Mapping)):
-            raise self.error(f"expected a value, and found {found(node)}", path)
+            raise self.error(f"expected a whole number, got {describe_node(node)}", path)
         try:
             return int(coerce(node.value, int))
         except ParameterError as error:

@@ -1,9 +1,9 @@
-"""What a recipe's parameters are worth for one tensor: scopes, filters, gradients.
+"""Resolves the parameters of a recipe for each tensor: scopes, filters, gradients.
 
-The rules are mergekit's. A per-input parameter (`weight`) is looked up in the slice's source, the slice, the module
-and the recipe; a shared one (`t`) in the slice, the module and the recipe; the method's default comes last. In a list
-of conditions the first whose filter fits the tensor's name holds, and where none fits the search goes on in the next
-scope. A list is a gradient over the layers of the slice.
+The rules are those of mergekit. A per-input parameter (`weight`) is looked up in the slice's source, the slice, the
+module and the recipe; a shared one (`t`) in the slice, the module and the recipe; the method's default comes last. In a
+list of conditions, the first whose filter matches the tensor's name applies; if none does, the search continues in the
+next scope. A list of values is a gradient over the layers of the slice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SLACK = 1e-9  # t = i / (count-1) is rounded: 1/49 x 49 is just below 1 in floa
 
 
 class ParameterError(ValueError):
-    """A value that a parameter can't take, or a parameter without one."""
+    """A parameter with an invalid value, or without one."""
 
 
 class MissingValue(ParameterError):
@@ -32,7 +32,7 @@ class MissingValue(ParameterError):
 
 
 def describe(value: object) -> str:
-    """A value for an error message: short, and as it is written in a recipe."""
+    """Format a value for an error message: shortened, and as a recipe would write it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "nothing"}[value]
     text = repr(value)
@@ -40,24 +40,24 @@ def describe(value: object) -> str:
 
 
 def coerce(value: Scalar, kind: type) -> float | int | bool:
-    """`value` as a float, int or bool.
+    """Convert `value` to a float, int or bool.
 
-    As in mergekit, numeric texts count as numbers (YAML 1.1 reads ``1e-5`` as text), and 1, 0 and words such as ``yes``
-    as booleans.
+    As in mergekit, numeric strings are numbers (YAML 1.1 reads ``1e-5`` as a string), and 1, 0 and words such as
+    ``yes`` are booleans.
 
     Raises:
-        ParameterError: for anything else: NaN, infinities, and true or false for a number.
+        ParameterError: for anything else, including NaN, infinities, and true or false for a number.
     """
-    wanted = {float: "a number", int: "a whole number", bool: "true or false"}[kind]
+    expected = {float: "a number", int: "a whole number", bool: "true or false"}[kind]
     if kind is bool:
         word = value.strip().lower() if isinstance(value, str) else value
         if word in _TRUE or word == 1:
             return True
         if word in _FALSE or word == 0:
             return False
-        raise ParameterError(f"expected {wanted}, and found {describe(value)}")
+        raise ParameterError(f"expected {expected}, got {describe(value)}")
     if isinstance(value, bool):
-        raise ParameterError(f"expected {wanted}, and found {describe(value)}")
+        raise ParameterError(f"expected {expected}, got {describe(value)}")
     try:
         if kind is int and isinstance(value, (int, str)):
             try:
@@ -66,35 +66,35 @@ def coerce(value: Scalar, kind: type) -> float | int | bool:
                 pass
         number = float(value)
     except (ValueError, OverflowError):
-        raise ParameterError(f"expected {wanted}, and found {describe(value)}") from None
+        raise ParameterError(f"expected {expected}, got {describe(value)}") from None
     if not math.isfinite(number):
-        raise ParameterError(f"expected {wanted}, and found {describe(value)}: it must be finite")
+        raise ParameterError(f"expected {expected}, got {describe(value)}: it must be finite")
     if kind is int:
         if number != math.floor(number):
-            raise ParameterError(f"expected {wanted}, and found {describe(value)}")
+            raise ParameterError(f"expected {expected}, got {describe(value)}")
         return int(number)
     return number
 
 
 def accept(value: Scalar, parameter: Parameter) -> float | int | bool:
-    """`value` as a parameter's float, int or bool, if the parameter accepts it.
+    """Convert `value` to the parameter's type and check its range.
 
     Raises:
         ParameterError: for a value of another type, or outside the parameter's range.
     """
     try:
-        found = coerce(value, parameter.type)
+        converted = coerce(value, parameter.type)
     except ParameterError:
-        found = None
-    if found is not None and parameter.accepts(found):
-        return found
+        converted = None
+    if converted is not None and parameter.accepts(converted):
+        return converted
     raise ParameterError(
         f"{parameter.name} must be {parameter.expected}, got {describe(value)}{_suggestion(value, parameter)}"
     )
 
 
 def _suggestion(value: Scalar, parameter: Parameter) -> str:
-    """The value that was probably meant by one that `parameter` doesn't accept: percent, a decimal comma, a sign."""
+    """Suggest the value that was probably meant by an invalid one: a percentage, a decimal comma, the wrong sign."""
     if parameter.type is bool:
         return ""
     text = value.strip().replace(",", ".") if isinstance(value, str) else value
@@ -103,18 +103,19 @@ def _suggestion(value: Scalar, parameter: Parameter) -> str:
         number = float(text.removesuffix("%") if isinstance(text, str) else text)
     except (ValueError, OverflowError):
         return ""
-    meant = [number / 100] if percent else [number]
+    guesses = [number / 100] if percent else [number]
     if parameter.type is float and parameter.range is not None and parameter.range.minimum >= 0:
-        meant.append(-number)
+        guesses.append(-number)
     if parameter.range == Range(0, 1) and 5 <= number <= 100:
-        meant.append(number / 100)
-    whole = parameter.type is int
-    fitting = [guess for guess in meant if parameter.accepts(guess) and not (whole and not guess.is_integer())]
-    return f": did you mean {fitting[0]:g}?" if fitting else ""
+        guesses.append(number / 100)
+    if parameter.type is int:
+        guesses = [guess for guess in guesses if guess.is_integer()]
+    valid = [guess for guess in guesses if parameter.accepts(guess)]
+    return f": did you mean {valid[0]:g}?" if valid else ""
 
 
 def layer_position(index: int, count: int) -> float:
-    """Where layer `index` of a slice of `count` layers stands in a gradient: from 0 to 1, and 1 in a slice of one."""
+    """The position of layer `index` in a gradient over `count` layers: from 0 to 1, and 1 for a single layer."""
     if not 0 <= index < count:
         raise ValueError(f"layer {index} of {count}")
     return index / (count - 1) if count > 1 else 1.0
@@ -123,8 +124,8 @@ def layer_position(index: int, count: int) -> float:
 def gradient_value(values: Sequence[float | int | bool], t: float) -> float | int | bool:
     """The value of a gradient at `t` in [0, 1].
 
-    Numbers are linear between neighbours, exact at both ends, and never outside the two neighbours (mergekit's may be,
-    by a rounding). Booleans step: entry floor(t (n-1)).
+    Numbers are interpolated linearly, exact at both ends, and never outside the range of the two neighbours (in
+    mergekit they may be, due to rounding). Booleans change in steps: entry floor(t (n-1)).
     """
     last = len(values) - 1
     position = t * last
@@ -138,11 +139,11 @@ def gradient_value(values: Sequence[float | int | bool], t: float) -> float | in
 
 
 class Resolver:
-    """One parameter in one chain of scopes, ready to be looked up for many tensors.
+    """Looks up one parameter in a chain of scopes, for any number of tensors.
 
     Args:
-        parameter: of a method.
-        scopes: the settings in which it is looked up, in order.
+        parameter: the parameter to look up.
+        scopes: the settings to search, in order.
 
     Raises:
         ParameterError: for a value that the parameter doesn't accept.
@@ -171,32 +172,32 @@ class Resolver:
         end = next((count for count, entry in enumerate(entries, 1) if entry[0] is None), len(entries))
         self._entries = tuple(entries[:end])
         self.constant = len(entries) > 0 and entries[0][0] is None and entries[0][2] is None
-        """Whether it has the same value for every tensor and layer."""
+        """Whether the value is the same for every tensor and layer."""
 
     def __call__(self, tensor: str, t: float) -> Any:
         """The value for a tensor.
 
         Args:
-            tensor: the name that filters are held against.
-            t: where the tensor's layer stands in a gradient.
+            tensor: tensor name that filters are matched against.
+            t: position of the tensor's layer in a gradient.
 
         Raises:
-            MissingValue: where the parameter is required and no scope has a value for this tensor.
-            ParameterError: where the gradient of an int has no whole value at `t`.
+            MissingValue: if the parameter is required and no scope has a value for this tensor.
+            ParameterError: if the gradient of an int is not a whole number at `t`.
         """
         for name, value, curve, _ in self._entries:
             if name is None or name in tensor:
                 return value if curve is None else curve[t]
-        filtered = ": no filter fits its name" if self._entries else ""
+        filtered = ": no filter matches its name" if self._entries else ""
         raise MissingValue(f"`{self.parameter.name}` has no value{filtered}")
 
     def scope(self, tensor: str) -> int | None:
-        """The index of the scope that sets the parameter for a tensor; None where none does."""
+        """The index of the scope that sets the parameter for a tensor; None if none does."""
         return next((scope for name, *_, scope in self._entries if name is None or name in tensor), None)
 
 
 class _Curve(dict[float, Any]):
-    """A gradient's values by t: as many as a slice has layers, and many tensors ask for each."""
+    """A gradient's values by position, cached since all tensors of a layer need the same."""
 
     def __init__(self, values: tuple[float | int | bool, ...], parameter: Parameter) -> None:
         super().__init__()
@@ -208,7 +209,7 @@ class _Curve(dict[float, Any]):
         if type(self._values[0]) is int:
             nearest = round(value)
             if abs(value - nearest) >= _SLACK:
-                message = f"{self._parameter.name} must be a whole number, and its gradient {list(self._values)} is "
+                message = f"{self._parameter.name} must be a whole number, but its gradient {list(self._values)} is "
                 raise ParameterError(f"{message}{value:g} in one of the layers")
             value = nearest
         self[t] = value
@@ -216,15 +217,15 @@ class _Curve(dict[float, Any]):
 
 
 class SliceParameters:
-    """The parameters of a method in one slice, looked up for each of its tensors.
+    """Looks up the parameters of a method for the tensors of one slice.
 
     Args:
-        recipe: says where a mistake stands.
-        stage: to which the slice belongs.
-        module: to which the slice belongs (see `recipe.modules_of`).
+        recipe: the recipe, for error messages.
+        stage: the slice's stage.
+        module: the slice's module (see `types.modules_of`).
         part: the slice.
-        method: the stage's.
-        base: which of the slice's sources is the base model's, where the method has a place for one.
+        method: the stage's merge method.
+        base: index of the base model among the slice's sources, or None.
 
     Raises:
         RecipeError: for a value that a parameter doesn't accept.
@@ -260,39 +261,39 @@ class SliceParameters:
         """The parameters of one output tensor, as `Method.kernel` takes them.
 
         Args:
-            output: its name, against which shared parameters' filters are held.
-            inputs: those that have the tensor, in the slice's order: the source's number, and its tensor's name there.
-            t: where its layer stands in the slice (`layer_position`), 0 outside the layers.
+            output: name of the output tensor, which the filters of shared parameters are matched against.
+            inputs: the index of each source that has the tensor, and the tensor's name there, in the slice's order.
+            t: position of the layer in the slice (`layer_position`), 0 outside the layers.
 
         Returns:
-            values by name, a tuple where each input has its own; the base's own is a stand-in, of which methods take
-            no notice.
+            the values by parameter name, a tuple for each per-input parameter; the base model's entry is a placeholder
+            that methods ignore.
 
         Raises:
-            RecipeError: where a required parameter has no value, naming model and tensor.
+            RecipeError: if a required parameter has no value.
         """
-        whole = len(inputs) == len(self._sources)
-        if whole and self._all is not None:
+        complete = len(inputs) == len(self._sources)
+        if complete and self._all is not None:
             return self._all
         base = self._base
         try:
-            found = {resolver.parameter.name: resolver(output, t) for resolver in self._shared}
+            values = {resolver.parameter.name: resolver(output, t) for resolver in self._shared}
             for parameter, resolvers in self._per_input:
-                stand_in = parameter.type() if parameter.required else parameter.default
-                found[parameter.name] = tuple([stand_in if i == base else resolvers[i](name, t) for i, name in inputs])
+                unused = parameter.type() if parameter.required else parameter.default
+                values[parameter.name] = tuple([unused if i == base else resolvers[i](name, t) for i, name in inputs])
         except ParameterError as error:
-            raise self._blame(output, inputs, t) from error
-        if whole and self._constant:
-            self._all = found
-        return found
+            raise self._lookup_error(output, inputs, t) from error
+        if complete and self._constant:
+            self._all = values
+        return values
 
     def error(self, output: str, inputs: Sequence[tuple[int, str]], mistake: MethodError) -> RecipeError:
-        """The error for values that the method can't work with, with the place of the one to change.
+        """The error for values that the method rejects, with the location of the one to change.
 
         Args:
-            output: as in `values`.
-            inputs: as in `values`.
-            mistake: as raised by `Method.kernel` for these inputs.
+            output: name of the output tensor.
+            inputs: the inputs as passed to `values`.
+            mistake: the error raised by `Method.kernel` for these inputs.
         """
         chosen = inputs if mistake.index is None else inputs[mistake.index : mistake.index + 1]
         places = [self._place(name, output, chosen) for name in mistake.parameters]
@@ -301,24 +302,24 @@ class SliceParameters:
         return self._recipe.error(place, f"{self._method.name}{model}, tensor {output}: {mistake}")
 
     def _place(self, parameter: str, output: str, inputs: Sequence[tuple[int, str]]) -> Keys | None:
-        """Where a tensor's value of a parameter is set; None where nothing sets it, or each input's is elsewhere."""
+        """The key path that sets a parameter for a tensor; None if nothing sets it, or the inputs' paths differ."""
         shared = [resolver for resolver in self._shared if resolver.parameter.name == parameter]
-        found = {self._scope_place(resolver, output, None) for resolver in shared}
+        places = {self._scope_place(resolver, output, None) for resolver in shared}
         for declared, resolvers in self._per_input:
             if declared.name == parameter:
-                found = {self._scope_place(resolvers[i], name, i) for i, name in inputs if i != self._base}
-        return found.pop() if len(found) == 1 else None
+                places = {self._scope_place(resolvers[i], name, i) for i, name in inputs if i != self._base}
+        return places.pop() if len(places) == 1 else None
 
     def _scope_place(self, resolver: Resolver, tensor: str, source: int | None) -> Keys | None:
-        """Where the scope that a resolver takes a tensor's value from sets it; None for a default."""
+        """The key path that sets a resolver's value for a tensor; None for a default."""
         scope = resolver.scope(tensor)
         if scope is None:
             return None
         places = self._places if source is None else (self._sources[source].place, *self._places)
         return (*places[scope], "parameters", resolver.parameter.name)
 
-    def _blame(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> RecipeError:
-        """The error for the first value that can't be had."""
+    def _lookup_error(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> RecipeError:
+        """The error for the first value that is missing or invalid."""
         lookups: list[tuple[Resolver, str, int | None]] = [(resolver, output, None) for resolver in self._shared]
         for _, resolvers in self._per_input:
             lookups += [(resolvers[i], name, i) for i, name in inputs if i != self._base]
@@ -331,10 +332,10 @@ class SliceParameters:
                 advice = "set it in the recipe's `parameters`"
                 if source is not None:
                     advice = "set it in the model's `parameters`, or for all models in the recipe's"
-                meant = f"did you mean `{resolver.parameter.name}`?"
-                misspelt = [warning for warning in self._recipe.warnings if warning.endswith(meant)]
-                if misspelt:
-                    advice = f"is it misspelt? {misspelt[0].partition(', ignored;')[0]}"
+                name = resolver.parameter.name
+                misspelt = (each for each in self._recipe.warnings if each.suggestion == name)
+                if (warning := next(misspelt, None)) is not None:
+                    advice = f"is it misspelt? {warning.located_problem}"
                 message = f"{self._method.name}{model}, tensor {tensor}: {error}; {advice}"
                 return self._recipe.error(self._stage.place if source is None else source.place, message)
             except ParameterError as error:

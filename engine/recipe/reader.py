@@ -1,4 +1,4 @@
-"""From the nodes of a YAML source to a validated Recipe: what a user can get wrong is found and named here."""
+"""Builds a validated Recipe from the nodes of a YAML source, and reports what is wrong with it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from ...methods.kernel.contract import Base, Method
 from .nodes import NodeReader, nearest
 from .order import in_order
 from .parameters import describe
-from .types import ChatTemplate, Module, Outside, Recipe, Slice, Source, Stage, TokenizerSource, base_index, modules_of
+from .types import ChatTemplate, Module, NonLayer, Recipe, Slice, Source, Stage, TokenizerSource, base_index, modules_of
+from .warnings import RecipeWarning, WarningKind
 from .yaml import Keys, Node, YamlSource
 
 CONTENTS = ("models", "slices", "modules")
 STAGE_KEYS = (
     *("merge_method", "base_model", *CONTENTS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer"),
-    *("chat_template", "name", "save", "files_from", "outside", "allow_nonfinite"),
+    *("chat_template", "name", "save", "files_from", "non_layer", "allow_nonfinite"),
 )
+NON_LAYER_ALIAS = "outside"
+"""The former name of `non_layer`, which recipes may still use."""
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 OTHER_TOOLS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genome": "mergekit-evolve"}
 
 
 def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: Mapping[str, Method]) -> Recipe:
-    """The recipe that a source's documents are. Raises RecipeError."""
+    """Validate the documents of a source as one recipe. Raises RecipeError."""
     if not source.documents:
         raise RecipeError("the recipe is empty", source=file)
     places = [_place(node, index, len(source.documents)) for index, node in enumerate(source.documents)]
@@ -36,7 +39,9 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
         lines.update(node.lines(place))
     reader = NodeReader(file, lines, strict, methods)
     for remark in source.remarks:
-        reader.warnings.append(str(RecipeError(remark.message, source=file, line=remark.line, path=remark.path)))
+        reader.warnings.append(
+            RecipeWarning(WarningKind.DUPLICATE_KEY, remark.message, source=file, line=remark.line, place=remark.path)
+        )
     try:
         stages = [_stage(reader, node, place) for node, place in zip(source.documents, places, strict=True)]
     except RecipeError as error:
@@ -50,7 +55,7 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
 
 
 def _place(node: Node, index: int, count: int) -> Keys:
-    """The prefix of the paths of one of `count` documents: its name, else its number, where there are several."""
+    """The key path of one of `count` documents: empty for a single one, else its name or number."""
     if count == 1:
         return ()
     name = node.value.get("name") if isinstance(node.value, Mapping) else None
@@ -61,10 +66,10 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
     keys = reader.mapping(node, place, "a recipe: a mapping with `merge_method` and `models` or `slices`")
     for key, tool in OTHER_TOOLS.items():
         if key in keys:
-            raise reader.error(f"this is a file for {tool}, another tool: mergeloom does not do that", (*place, key))
+            raise reader.error(f"this is a file for {tool}, which mergeloom does not support", (*place, key))
     method = _method(reader, keys, place)
     _one_content(reader, keys, place, CONTENTS, STAGE_KEYS)
-    reader.known(keys, place, STAGE_KEYS)
+    reader.check_keys(keys, place, STAGE_KEYS, aliases=(NON_LAYER_ALIAS,))
     stage = Stage(
         name=reader.optional(keys, place, "name", lambda n, p: _name(reader, n, p)),
         merge_method=method.name,
@@ -78,7 +83,7 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         tokenizer=_tokenizer(reader, keys, place),
         chat_template=reader.optional(keys, place, "chat_template", lambda n, p: _chat_template(reader, n, p)),
         files_from=reader.optional(keys, place, "files_from", reader.reference),
-        outside=reader.optional(keys, place, "outside", lambda n, p: _outside(reader, n, p)) or Outside(),
+        non_layer=_non_layer(reader, keys, place),
         allow_nonfinite=reader.optional(keys, place, "allow_nonfinite", reader.switch) or False,
         save=reader.optional(keys, place, "save", reader.switch) or False,
         place=place,
@@ -99,7 +104,7 @@ def _method(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Method:
     name = reader.text(node, path, "the name of a merge method")
     if name not in reader.methods:
         close = nearest(name, reader.methods)
-        advice = f"did you mean `{close}`?" if close else "`mergeloom methods` lists those that there are"
+        advice = f"did you mean `{close}`?" if close else "`mergeloom methods` lists all methods"
         raise reader.error(f"unknown merge method {describe(name)}; {advice}", path)
     return reader.methods[name]
 
@@ -107,70 +112,77 @@ def _method(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Method:
 def _one_content(
     reader: NodeReader, keys: Mapping[str, Node], path: Keys, contents: Collection[str], known: Collection[str]
 ) -> None:
-    """Exactly one of `models`, `slices` and `modules` must be there."""
-    there = [key for key in contents if key in keys and keys[key].value is not None]
-    if len(there) > 1:
-        both = " and ".join(f"`{key}`" for key in there)
-        raise reader.error(f"{both} exclude each other: keep one of them", (*path, there[-1]))
-    if not there:
+    """Require exactly one of `models`, `slices` and `modules`."""
+    present = [key for key in contents if key in keys and keys[key].value is not None]
+    if len(present) > 1:
+        both = " and ".join(f"`{key}`" for key in present)
+        raise reader.error(f"{both} are mutually exclusive: keep one of them", (*path, present[-1]))
+    if not present:
         for key in keys:
             close = nearest(key, contents)
             if key not in known and close is not None:
                 raise reader.error(f"unknown key; did you mean `{close}`?", (*path, key))
-        raise reader.error(f"it needs one of {', '.join(f'`{key}`' for key in contents)}", path)
+        raise reader.error(f"missing key: one of {', '.join(f'`{key}`' for key in contents)} is required", path)
 
 
 def _name(reader: NodeReader, node: Node, path: Keys) -> str:
     name = reader.text(node, path, "the stage's name")
     if not re.fullmatch(r"[\w. /-]+", name) or any(not part.strip(" .") for part in name.split("/")):
-        raise reader.error(f"{describe(name)} can't name a stage: use letters, digits, and . _ - between them", path)
+        raise reader.error(f"invalid stage name {describe(name)}: use letters, digits, and . _ - between them", path)
     return name
 
 
 def _tokenizer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> TokenizerSource | None:
-    both = [
+    sources = [
         reader.optional(keys, path, "tokenizer_source", lambda n, p: _tokenizer_source(reader, n, p)),
         reader.optional(keys, path, "tokenizer", lambda n, p: _tokenizer_mapping(reader, n, p)),
     ]
-    if None not in both:
-        message = "`tokenizer` and `tokenizer_source` exclude each other: keep one of them"
+    if None not in sources:
+        message = "`tokenizer` and `tokenizer_source` are mutually exclusive: keep one of them"
         raise reader.error(message, (*path, "tokenizer_source"))
-    return both[0] or both[1]
+    return sources[0] or sources[1]
 
 
 def _tokenizer_source(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
     if node.value == "base":
         return TokenizerSource(None)
     if node.value == "union":
-        message = "a union of vocabularies comes later: use `base`, or a model, where all vocabularies are the same"
+        message = "a union of vocabularies is not supported yet: use `base` or a model, if all vocabularies are equal"
         raise reader.error(message, path)
     if isinstance(node.value, str):
-        node = replace(node, value=node.value.removeprefix("model:"))  # as cards of older versions of mergekit write it
+        node = replace(node, value=node.value.removeprefix("model:"))  # older mergekit versions' model cards
     return TokenizerSource(reader.reference(node, path))
 
 
 def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
     keys = reader.mapping(node, path, "a mapping with `source` (or use `tokenizer_source`)")
-    reader.known(keys, path, ("source", "tokens", "pad_to_multiple_of"))
+    reader.check_keys(keys, path, ("source", "tokens", "pad_to_multiple_of"))
     for key, what in (("tokens", "choosing embeddings by token"), ("pad_to_multiple_of", "padding the vocabulary")):
         if key in keys and keys[key].value not in (None, {}):
-            raise reader.error(f"{what} comes later: leave `{key}` out", (*path, key))
+            raise reader.error(f"{what} is not supported yet; remove `{key}`", (*path, key))
     if "source" not in keys:
-        message = "without `source` it stands for a union of vocabularies, which comes later: add `source: base`"
+        message = "without `source` it means a union of vocabularies, which is not supported yet: add `source: base`"
         raise reader.error(message, path)
     return _tokenizer_source(reader, keys["source"], (*path, "source"))
 
 
-def _outside(reader: NodeReader, node: Node, path: Keys) -> Outside:
+def _non_layer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> NonLayer:
+    names = [key for key in ("non_layer", NON_LAYER_ALIAS) if key in keys and keys[key].value is not None]
+    if not names:
+        return NonLayer()
+    if len(names) > 1:
+        message = f"`non_layer` and its former name `{NON_LAYER_ALIAS}` are mutually exclusive: keep `non_layer`"
+        raise reader.error(message, (*path, NON_LAYER_ALIAS))
+    path = (*path, names[0])
     known = ("embeddings", "norm", "head")
-    keys = reader.mapping(node, path, "a mapping of embeddings, norm and head to models")
-    reader.known(keys, path, known)
-    embeddings, norm, head = (reader.optional(keys, path, key, reader.reference) for key in known)
-    return Outside(embeddings, norm, head)
+    models = reader.mapping(keys[names[0]], path, "a mapping of embeddings, norm and head to models")
+    reader.check_keys(models, path, known)
+    embeddings, norm, head = (reader.optional(models, path, key, reader.reference) for key in known)
+    return NonLayer(embeddings, norm, head, path)
 
 
 def _chat_template(reader: NodeReader, node: Node, path: Keys) -> ChatTemplate:
-    text = reader.text(node, path, f"auto, one of {', '.join(CHAT_TEMPLATES)}, or a Jinja text")
+    text = reader.text(node, path, f"auto, one of {', '.join(CHAT_TEMPLATES)}, or a Jinja template")
     if text == "auto":
         return ChatTemplate("auto", text)
     if text in CHAT_TEMPLATES:
@@ -178,14 +190,14 @@ def _chat_template(reader: NodeReader, node: Node, path: Keys) -> ChatTemplate:
     if "{{" in text or "{%" in text:
         return ChatTemplate("text", text)
     close = nearest(text, ("auto", *CHAT_TEMPLATES))
-    advice = f"did you mean `{close}`?" if close else f"use auto, {', '.join(CHAT_TEMPLATES)}, or a Jinja text"
-    raise reader.error(f"{describe(text)} is no chat template; {advice}", path)
+    advice = f"did you mean `{close}`?" if close else f"use auto, {', '.join(CHAT_TEMPLATES)}, or a Jinja template"
+    raise reader.error(f"unknown chat template {describe(text)}; {advice}", path)
 
 
 def _modules(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple[Module, ...]:
     modules = reader.mapping(node, path, "a mapping of modules by name")
     if not modules:
-        raise reader.error("expected a mapping of modules by name, and it is empty", path)
+        raise reader.error("expected a mapping of modules by name, got an empty mapping", path)
     return tuple(_module(reader, child, (*path, name), name, method) for name, child in modules.items())
 
 
@@ -193,7 +205,7 @@ def _module(reader: NodeReader, node: Node, path: Keys, name: str, method: Metho
     known = ("models", "slices", "parameters")
     keys = reader.mapping(node, path, "a module: a mapping with `models` or `slices`")
     _one_content(reader, keys, path, ("models", "slices"), known)
-    reader.known(keys, path, known)
+    reader.check_keys(keys, path, known)
     return Module(
         name,
         slices=reader.optional(keys, path, "slices", lambda n, p: _slices(reader, n, p, method)),
@@ -212,7 +224,7 @@ def _slice(reader: NodeReader, node: Node, path: Keys, method: Method) -> Slice:
     known = ("sources", "base_model", "parameters")
     keys = reader.mapping(node, path, "a slice: a mapping with `sources`")
     sources = reader.required(keys, path, "sources", known)
-    reader.known(keys, path, known)
+    reader.check_keys(keys, path, known)
     return Slice(
         _sources(reader, sources, (*path, "sources"), method, ranged=True),
         reader.optional(keys, path, "base_model", reader.reference),
@@ -226,7 +238,7 @@ def _models(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple
 
 
 def _sources(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> tuple[Source, ...]:
-    """The models of a list; one that is listed twice, with the same layers, counts once: the last entry."""
+    """The models of a list. Of several entries with the same model and layers, the last is used."""
     entries = reader.entries(node, path, "models, each with its layer_range" if ranged else "models")
     sources = [_source(reader, child, (*path, i), method, ranged=ranged) for i, child in enumerate(entries)]
     last = {(source.model, source.layer_range): index for index, source in enumerate(sources)}
@@ -236,9 +248,9 @@ def _sources(reader: NodeReader, node: Node, path: Keys, method: Method, *, rang
         if final == index:
             kept.append(source)
             continue
-        message = f"{source.model.text} is listed twice and counts once: the last entry holds, "
-        message += f"{_entry(entries[final])}, and not this one, {_entry(entries[index])}"
-        reader.warn(message, source.place)
+        message = f"{source.model.text} is listed twice: the last entry is used, {_entry(entries[final])}, "
+        message += f"instead of this one, {_entry(entries[index])}"
+        reader.warn(WarningKind.DUPLICATE_MODEL, message, source.place)
     return tuple(kept)
 
 
@@ -252,11 +264,11 @@ def _entry(node: Node) -> str:
 def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> Source:
     known = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")
     if isinstance(node.value, str) and not ranged:
-        raise reader.error(f"a model is listed as `- model: {node.value}`", path)
+        raise reader.error(f"write `- model: {node.value}` to list a model", path)
     keys = reader.mapping(node, path, f"a mapping with `model`{' and `layer_range`' if ranged else ''}")
     model = reader.required(keys, path, "model", known)
     layers = reader.required(keys, path, "layer_range", known) if ranged else None
-    reader.known(keys, path, known)
+    reader.check_keys(keys, path, known)
     reference = reader.reference(model, (*path, "model"))
     return Source(
         reference,
@@ -267,11 +279,11 @@ def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, range
 
 
 def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method) -> None:
-    """The inputs of a slice, their layers and the base model must be such that the method can work on them."""
+    """Check that the method can work with a slice's inputs, their layers and the base model."""
     ranges = [source.layer_range for source in part.sources if source.layer_range is not None]
     if len({end - first for first, end in ranges}) > 1:
         listed = ", ".join(f"{source.model.text} {list(source.layer_range or ())}" for source in part.sources)
-        raise reader.error(f"the sources of a slice must have equally many layers: {listed}", part.place)
+        raise reader.error(f"all sources of a slice must have the same number of layers, got {listed}", part.place)
     base = part.base_model or stage.base_model
     index = base_index(stage, part, method)
     if method.base is not Base.NONE and base is not None:
@@ -282,10 +294,10 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
             raise reader.error(f"the base model, {base.text}, is among the sources more than once", part.place)
     others = [source.model.text for number, source in enumerate(part.sources) if number != index]
     if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
-        most = " or more" if method.maximum is None else f" to {method.maximum}"
-        number = f"{method.minimum}{'' if method.maximum == method.minimum else most}"
+        upper = " or more" if method.maximum is None else f" to {method.maximum}"
+        number = f"{method.minimum}{'' if method.maximum == method.minimum else upper}"
         message = f"{method.name} takes {number} model{'' if number == '1' else 's'}"
-        message += f"{'' if index is None else ' besides the base'}, and there are {len(others)}"
+        message += f"{'' if index is None else ' besides the base'}, got {len(others)}"
         message += f": {', '.join(others)}" if others else ""
         if index is None and part.sources[-1].place[-1:] == ("base_model",):
             message += " (a `base_model` that isn't listed under `models` is added to them)"

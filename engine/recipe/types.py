@@ -1,6 +1,6 @@
-"""The types of a validated recipe, as the rest of the engine reads it.
+"""The types of a validated recipe.
 
-`load.load_recipe` builds one. Its meaning is that of a mergekit configuration; docs/mergekit.md lists the differences.
+`load.load_recipe` builds one. Semantics are those of a mergekit configuration; docs/mergekit.md lists the differences.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import DType
 from ...methods.kernel.contract import Base, Method
+from .warnings import RecipeWarning
 from .yaml import Keys
 
 Scalar = float | int | bool | str
@@ -20,14 +21,14 @@ Scalar = float | int | bool | str
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """Values over the layers of a slice: numbers are linear between neighbours, booleans and texts change in steps."""
+    """Values over the layers of a slice: numbers are interpolated linearly, booleans and strings change in steps."""
 
     values: tuple[Scalar, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Conditional:
-    """A value for tensors whose name contains `filter`; for all where that is ``*`` or None."""
+    """A value for tensors whose name contains `filter`; for all tensors if that is ``*`` or None."""
 
     filter: str | None
     value: Scalar | Gradient
@@ -35,10 +36,10 @@ class Conditional:
 
 Setting = Scalar | Gradient | tuple[Conditional, ...]
 Settings = Mapping[str, Setting]
-"""The settings of one scope by the parameter's name."""
+"""The settings of one scope, by parameter name."""
 
 DEFAULT_MODULE = "default"
-"""mergekit's name for the one module of a model that has no others."""
+"""mergekit's name for the module of a model that has only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ class ModelReference:
     """A model as a recipe names it: a directory, a Hub id, or the name of another stage.
 
     Args:
-        path: the directory or id.
-        revision: a branch, tag or commit of the Hub's repository, or None.
+        path: the directory, Hub id or stage name.
+        revision: a branch, tag or commit of the Hub repository, or None.
     """
 
     path: str
@@ -60,18 +61,18 @@ class ModelReference:
 
     @classmethod
     def parse(cls, text: str) -> ModelReference:
-        """The reference that ``path`` or ``path@revision`` is. Raises ValueError, with what to write instead."""
-        verbatim = "a directory whose name has such a character is written as `{path: ...}`"
+        """Parse ``path`` or ``path@revision``. Raises ValueError that says what to write instead."""
+        verbatim = "write `{path: ...}` for a directory with this character in its name"
         if "+" in text:
             raise ValueError(
-                f"{text!r} is a model with a LoRA adapter on top, which mergeloom can't merge yet: apply the adapter "
-                f"first, and name the result ({verbatim})"
+                f"{text!r} is a model with a LoRA adapter, which is not supported yet: merge the adapter into its base "
+                f"model and use the result ({verbatim})"
             )
         path, *rest = text.split("@")
         if len(rest) > 1:
             raise ValueError(f"{text!r} has more than one @: expected `id@revision` ({verbatim})")
         if not path.strip():
-            raise ValueError(f"{text!r} names no model")
+            raise ValueError(f"{text!r} does not name a model")
         if rest and not rest[0].strip():
             raise ValueError(f"{text!r} has no revision after the @")
         return cls(path, rest[0] if rest else None)
@@ -79,13 +80,13 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model, or a range of its layers, that goes into a merge.
+    """A model, or a range of its layers, as an input of a merge.
 
     Args:
-        model: which.
-        layer_range: the first layer and the one after the last; None for all of them.
+        model: reference of the model.
+        layer_range: the first layer and the one after the last; None for all layers.
         parameters: the settings for this model.
-        place: where it stands in the recipe, for `Recipe.error`.
+        place: key path of the source in the recipe, for `Recipe.error`.
     """
 
     model: ModelReference
@@ -96,13 +97,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A run of layers of the output, and what goes into it.
+    """Consecutive layers of the output, and their sources.
 
     Args:
         sources: the inputs in recipe order, all with the same number of layers.
         base_model: the slice's own base model, or None for the stage's.
         parameters: the settings for this slice.
-        place: where it stands in the recipe.
+        place: key path of the slice in the recipe.
     """
 
     sources: tuple[Source, ...]
@@ -124,34 +125,36 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """Whose tokenizer the output has: `model`'s, or that of the base model (else the first) where it is None."""
+    """The model that the tokenizer comes from; None for the base model, or without one the first model."""
 
     model: ModelReference | None
 
 
 @dataclass(frozen=True, slots=True)
-class Outside:
-    """Models from which tensors outside the layers come as they are; None for what the slices say.
+class NonLayer:
+    """The models that tensors outside the layers are copied from; None for those that the slices determine.
 
     Args:
-        embeddings: of what stands before the layers.
-        norm: of what stands after them and is no head.
-        head: of the language model's head.
+        embeddings: source of the tensors before the layers.
+        norm: source of the tensors after the layers, except the head.
+        head: source of the language model's head.
+        place: key path of the mapping in the recipe.
     """
 
     embeddings: ModelReference | None = None
     norm: ModelReference | None = None
     head: ModelReference | None = None
+    place: Keys = field(default=(), compare=False)
 
     def items(self) -> tuple[tuple[str, ModelReference], ...]:
-        """The parts that it names, each with its model."""
+        """The parts for which a model is set, each with its model."""
         pairs = (("embeddings", self.embeddings), ("norm", self.norm), ("head", self.head))
         return tuple((part, model) for part, model in pairs if model is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """The output's chat template: ``auto`` (the commonest among the models), a built-in name, or a Jinja text."""
+    """The output's chat template: ``auto`` (the most frequent of the models), a built-in name, or a Jinja template."""
 
     kind: Literal["auto", "name", "text"]
     value: str
@@ -159,25 +162,25 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One merge. Exactly one of `models`, `slices` and `modules` is set: `modules_of` is the same for all three.
+    """One merge. Exactly one of `models`, `slices` and `modules` is set; `modules_of` normalizes all three.
 
     Args:
-        name: by which other stages refer to it; None for the output (which may have one).
-        merge_method: its name in the mapping of methods.
-        base_model: or None.
-        models: whole models.
-        slices: runs of layers.
-        modules: parts of models.
-        parameters: the settings for all of it. As everywhere, only those that the method has and that have an effect.
-        dtype: of the arithmetic's inputs, and of the output where `out_dtype` is None.
-        out_dtype: of the output.
-        tokenizer: whose tokenizer the output gets, or None where the recipe doesn't say.
-        chat_template: or None.
-        files_from: the model that config, tokenizer and generation files come from, or None for the usual one.
-        outside: where the tensors outside the layers come from, if not from the slices.
-        allow_nonfinite: whether NaN and infinities may stand in the output.
-        save: whether an intermediate stage is to be written, too.
-        place: where it stands in the recipe: the prefix of its paths, empty unless there are several stages.
+        name: the name that other stages refer to; optional for the output.
+        merge_method: name of the merge method.
+        base_model: the base model, or None.
+        models: complete models to merge, or None.
+        slices: slices of the output's layers, or None.
+        modules: modules of the output, or None.
+        parameters: the settings for the entire stage; like all settings, without unknown or ineffective ones.
+        dtype: dtype of the inputs in arithmetic, and of the output if `out_dtype` is None.
+        out_dtype: dtype of the output, or None.
+        tokenizer: source of the output's tokenizer, or None if the recipe doesn't set it.
+        chat_template: the output's chat template, or None.
+        files_from: source of the config, tokenizer and generation files, or None for the default.
+        non_layer: sources of the tensors outside the layers, if not the slices.
+        allow_nonfinite: whether the output may contain NaN and infinities.
+        save: whether the result of an intermediate stage is written.
+        place: key path of the stage in the recipe; empty for a single stage.
     """
 
     name: str | None
@@ -192,21 +195,21 @@ class Stage:
     tokenizer: TokenizerSource | None = None
     chat_template: ChatTemplate | None = None
     files_from: ModelReference | None = None
-    outside: Outside = Outside()
+    non_layer: NonLayer = NonLayer()
     allow_nonfinite: bool = False
     save: bool = False
     place: Keys = field(default=(), compare=False)
 
     def references(self) -> Iterator[tuple[ModelReference, Keys]]:
-        """Every model that it names, and where: a model may come more than once."""
+        """Every reference to a model, with its key path; a model may occur more than once."""
         for key in ("base_model", "files_from"):
             reference = getattr(self, key)
             if reference is not None:
                 yield reference, (*self.place, key)
         if self.tokenizer is not None and self.tokenizer.model is not None:
             yield self.tokenizer.model, (*self.place, "tokenizer")
-        for key, model in self.outside.items():
-            yield model, (*self.place, "outside", key)
+        for key, model in self.non_layer.items():
+            yield model, (*self.non_layer.place, key)
         for module in modules_of(self):
             for part in module.slices or ():
                 if part.base_model is not None:
@@ -220,15 +223,15 @@ class Recipe:
     """A validated recipe.
 
     Args:
-        stages: in an order in which each comes after those that it uses; the output's is the last.
-        warnings: what is odd but no error, each with its place.
-        source: the file it was read from, or None.
-        text: the file's text; for a recipe given as data, that data as YAML.
-        lines: the line of every key and value.
+        stages: the stages in topological order; the output is the last.
+        warnings: problems that do not prevent the merge.
+        source: the recipe's file, or None.
+        text: text of the file; for a recipe given as data, that data as YAML.
+        lines: line number of every key and value.
     """
 
     stages: tuple[Stage, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[RecipeWarning, ...]
     source: Path | None
     text: str
     lines: Mapping[Keys, int] = field(default_factory=dict, repr=False)
@@ -239,7 +242,7 @@ class Recipe:
         return self.stages[-1]
 
     def stage(self, reference: ModelReference | str) -> Stage | None:
-        """The stage of that name, or to which a model reference refers; None where there is none."""
+        """The stage with that name, or that a model reference refers to; None if there is none."""
         if isinstance(reference, ModelReference):
             if reference.revision is not None:
                 return None
@@ -247,27 +250,27 @@ class Recipe:
         return next((stage for stage in self.stages if stage.name == reference), None)
 
     def error(self, place: Keys, message: str) -> RecipeError:
-        """A RecipeError for what stands at `place`, with its line or that of what it stands in."""
+        """A RecipeError for the entry at `place`, with its line, or else that of the enclosing entry."""
         return RecipeError(message, source=self.source, line=line_of(self.lines, place), path=place)
 
 
 def line_of(lines: Mapping[Keys, int], place: Keys) -> int | None:
-    """The line of what stands at `place`, or else of what it stands in."""
+    """The line of the entry at `place`, or else of the innermost enclosing entry with a line."""
     ends = range(len(place), -1, -1)
     return next((lines[place[:end]] for end in ends if place[:end] in lines), None)
 
 
 def modules_of(stage: Stage) -> tuple[Module, ...]:
-    """The stage in its normal form: modules of slices.
+    """Normalize a stage to modules of slices.
 
-    What `models:` lists becomes one slice of all layers (a layer_range of None), with the base model as the last source
-    if it isn't listed. A stage without `modules:` is one module of the name ``default``.
+    `models:` becomes one slice of all layers (a layer_range of None), with the base model as the last source if it
+    isn't listed. A stage without `modules:` becomes one module named ``default``.
     """
     if stage.modules is not None:
         return tuple(
             Module(
                 module.name,
-                module.slices if module.models is None else (_whole(stage, module.models, module.place),),
+                module.slices if module.models is None else (_full_slice(stage, module.models, module.place),),
                 None,
                 module.parameters,
                 module.place,
@@ -276,30 +279,30 @@ def modules_of(stage: Stage) -> tuple[Module, ...]:
         )
     slices = stage.slices
     if slices is None:
-        slices = (_whole(stage, stage.models or (), stage.place),)
+        slices = (_full_slice(stage, stage.models or (), stage.place),)
     return (Module(DEFAULT_MODULE, slices, place=stage.place),)
 
 
 def slices_of(stage: Stage) -> tuple[Slice, ...]:
-    """The slices of all modules of the stage (see `modules_of`), in order."""
+    """The slices of all modules of the stage, in order (see `modules_of`)."""
     return tuple(part for module in modules_of(stage) for part in module.slices or ())
 
 
 def stage_inputs(stage: Stage) -> tuple[ModelReference, ...]:
-    """The models whose tensors go into the stage, each once: as `slices_of` has them, then `outside`."""
+    """The models whose tensors the stage uses, each once: those of the slices, then those of `non_layer`."""
     sources = dict.fromkeys(source.model for part in slices_of(stage) for source in part.sources)
-    return tuple(sources | dict.fromkeys(model for _, model in stage.outside.items()))
+    return tuple(sources | dict.fromkeys(model for _, model in stage.non_layer.items()))
 
 
 def base_index(stage: Stage, part: Slice, method: Method) -> int | None:
-    """Which of the slice's sources is the base model's; None without one, or where the method has no place for one."""
+    """The index of the base model among the slice's sources; None if it is absent or the method doesn't use one."""
     base = part.base_model or stage.base_model
     if method.base is Base.NONE or base is None:
         return None
     return next((index for index, source in enumerate(part.sources) if source.model == base), None)
 
 
-def _whole(stage: Stage, models: tuple[Source, ...], place: Keys) -> Slice:
+def _full_slice(stage: Stage, models: tuple[Source, ...], place: Keys) -> Slice:
     base = stage.base_model
     if base is not None and all(source.model != base for source in models):
         models += (Source(base, None, place=(*stage.place, "base_model")),)

@@ -1,7 +1,7 @@
-"""YAML text, or plain Python data, into a tree of nodes that know their lines, within bounds and without surprises.
+"""Parses YAML text, or plain Python data, into a tree of nodes with line numbers and limits on size and depth.
 
-The tree is built from the parser's events rather than by PyYAML's composer, so that the bounds hold while it grows:
-what aliases and merge keys repeat is counted as it is met, and nothing here recurses as deep as the text says.
+The tree is built from the parser's events rather than by PyYAML's composer, to enforce the limits during parsing:
+aliases and merge keys count for all that they repeat, and the recursion depth does not depend on the input.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import yaml
 from ...errors import RecipeError
 
 Keys = tuple[str | int, ...]
-"""The keys that lead to a place, such as ``("slices", 0, "sources")``."""
+"""The keys that lead to an entry, such as ``("slices", 0, "sources")``."""
 
 MAX_BYTES = 16 << 20
-"""The largest file that is read."""
+"""The maximum size of a recipe file."""
 
 MAX_NODES = 200_000
-"""The most values in one file, counted as often as aliases and merge keys repeat them."""
+"""The maximum number of values in one file, with aliases and merge keys expanded."""
 
 MAX_DEPTH = 64
-"""The most lists and mappings inside each other, aliases followed."""
+"""The maximum nesting depth of lists and mappings, with aliases expanded."""
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser, if PyYAML was built with libyaml
 _CORE = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One value and where it stands.
+    """A value and its line.
 
     Args:
-        value: a scalar, a tuple of nodes (a list), or a mapping of nodes by their keys' text.
-        line: the 1-based line on which the value begins, or None for data that comes from no file.
-        key_lines: of a mapping, the line of each key.
+        value: a scalar, a tuple of nodes for a list, or a mapping of nodes by key.
+        line: the 1-based line of the value, or None for data that is not from a file.
+        key_lines: line of each key of a mapping.
     """
 
     value: str | int | float | bool | tuple[Node, ...] | Mapping[str, Node] | None
@@ -57,27 +57,27 @@ class Node:
         return self.value
 
     def lines(self, prefix: Keys = ()) -> dict[Keys, int]:
-        """The line of everything below this node: a mapping's entries by their keys' lines, a list's by their own."""
-        found: dict[Keys, int] = {} if self.line is None else {prefix: self.line}
+        """The line of every entry below this node; an entry of a mapping has the line of its key."""
+        lines: dict[Keys, int] = {} if self.line is None else {prefix: self.line}
         todo: list[tuple[Keys, Node]] = [(prefix, self)]
         while todo:
             path, node = todo.pop()
             if isinstance(node.value, tuple):
                 for index, child in enumerate(node.value):
                     if child.line is not None:
-                        found[(*path, index)] = child.line
+                        lines[(*path, index)] = child.line
                     todo.append(((*path, index), child))
             elif isinstance(node.value, Mapping):
                 for key, child in node.value.items():
                     if key in node.key_lines:
-                        found[(*path, key)] = node.key_lines[key]
+                        lines[(*path, key)] = node.key_lines[key]
                     todo.append(((*path, key), child))
-        return found
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something odd that is no error: what, and where it stands."""
+    """A problem that is not an error, with its line and key path."""
 
     message: str
     line: int | None
@@ -86,7 +86,7 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class YamlSource:
-    """The documents of one YAML text; empty ones are left out."""
+    """The documents of a YAML text, without empty ones."""
 
     text: str
     documents: tuple[Node, ...]
@@ -94,44 +94,45 @@ class YamlSource:
 
 
 def read_yaml(path: Path) -> YamlSource:
-    """The documents of a file. Raises RecipeError for one that can't be read or isn't YAML that we take."""
+    """Parse a YAML file. Raises RecipeError if it can't be read or parsed."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        raise RecipeError("there is no such file", source=path) from error
+        raise RecipeError("no such file", source=path) from error
     except IsADirectoryError as error:
-        raise RecipeError("it is a directory, not a recipe file", source=path) from error
+        raise RecipeError("this is a directory, not a recipe file", source=path) from error
     except (OSError, ValueError) as error:
-        raise RecipeError(f"it can't be read: {error}", source=path) from error
+        raise RecipeError(f"cannot read the file: {error}", source=path) from error
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"it has more than {MAX_BYTES >> 20} MiB, so it can be no recipe", source=path)
+        raise RecipeError(f"the file is larger than {MAX_BYTES >> 20} MiB, the maximum for a recipe", source=path)
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"it is not {error.encoding} text: {error.reason}", source=path, line=line) from error
+        raise RecipeError(f"this is not {error.encoding} text: {error.reason}", source=path, line=line) from error
     return parse_yaml(text, path)
 
 
 def parse_yaml(text: str, source: Path | None = None) -> YamlSource:
-    """The documents of a YAML text; `source` is the file that errors name.
+    """Parse a YAML text. Errors name `source` as the file.
 
-    YAML 1.1 as PyYAML reads it: ``on`` and ``off`` are booleans, ``<<`` merges mappings, the last of two equal keys
-    holds (with a remark). Dates stay text, keys are taken as text, and no tag makes an object.
+    The dialect is YAML 1.1 as in PyYAML: ``on`` and ``off`` are booleans, ``<<`` merges mappings, and the last of two
+    equal keys is used (with a remark). Dates and keys are strings, and tags don't construct objects.
 
     Raises:
-        RecipeError: for text that is not YAML, has other tags than YAML's own scalars, lists and mappings, or passes
-            `MAX_NODES` or `MAX_DEPTH`.
+        RecipeError: for invalid YAML, for tags other than those of YAML's scalars, lists and mappings, and for text
+            that exceeds `MAX_NODES` or `MAX_DEPTH`.
     """
     builder = _Builder(source)
     try:
         documents = tuple(builder.documents(yaml.parse(text, Loader=_LOADER)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "it can't be parsed"
-        line = min(mark.line + 1, max(1, len(text.splitlines()))) if mark is not None else None  # the end is past it
+        problem = error.problem or error.context or "cannot be parsed"
+        # the mark of an error at the end of the text is past the last line
+        line = min(mark.line + 1, max(1, len(text.splitlines()))) if mark is not None else None
         message = f"this is not valid YAML: {problem}{_advice(problem, text, mark)}"
         raise RecipeError(message, source=source, line=line) from error
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
@@ -141,19 +142,19 @@ def parse_yaml(text: str, source: Path | None = None) -> YamlSource:
 
 
 def _advice(problem: str, text: str, mark: Any) -> str:
-    """What to do about a character that YAML doesn't take where it stands."""
+    """Advice for a character that YAML doesn't allow at its position, or an empty string."""
     line = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
     character = line[0][mark.column : mark.column + 1] if line else ""
     if character == "\t":
         return "; indent with spaces, not with tabs"
     if character and "cannot start any token" in problem:
-        return f"; put text with a {character} at its start in quotes"
+        return f"; put text that starts with {character} in quotes"
     return ""
 
 
 @dataclass(slots=True)
 class _Open:
-    """A list or mapping whose end has not come yet, and what it would hold with every alias written out."""
+    """A list or mapping that is being parsed, with its size and depth after expanding aliases."""
 
     line: int
     anchor: str | None
@@ -170,15 +171,15 @@ class _Open:
 
     @property
     def place(self) -> str | int | None:
-        """The key or index that comes next, or comes now."""
+        """The current key or index."""
         return self.key if self.is_mapping else len(self.items)
 
 
-_Built = tuple[Node, int, int]  # with its size and its depth
+_Built = tuple[Node, int, int]  # the node, its size and its depth
 
 
 class _Builder:
-    """The collections that are open, the anchors met, and the odd things found, while a text is parsed."""
+    """Builds nodes from parser events; keeps the open collections, the anchors and the remarks."""
 
     def __init__(self, source: Path | None) -> None:
         self.remarks: list[Remark] = []
@@ -190,7 +191,7 @@ class _Builder:
         self._constructor: Any = yaml.constructor.SafeConstructor()
 
     def documents(self, events: Iterator[Any]) -> Iterator[Node]:
-        """A node for each document that isn't empty."""
+        """Build a node for each non-empty document."""
         for event in events:
             line = event.start_mark.line + 1
             done: _Built | None = None
@@ -224,22 +225,22 @@ class _Builder:
         return tuple(part for part in (level.place for level in self._open) if part is not None)
 
     def _too_deep(self, line: int) -> RecipeError:
-        message = f"more than {MAX_DEPTH} lists and mappings inside each other: that can be no recipe"
+        message = f"lists and mappings are nested more than {MAX_DEPTH} levels deep, the maximum for a recipe"
         return RecipeError(message, source=self._source, line=line, path=self._path()[:4])
 
     def _count(self, size: int, line: int) -> None:
-        """Count what a value, or the repetition of one by an alias, adds to the whole."""
+        """Add the size of a value, or of the value that an alias repeats, to the total."""
         self._size += size
         if self._size > MAX_NODES:
-            message = f"more than {MAX_NODES} values, with what aliases repeat: that can be no recipe"
+            message = f"more than {MAX_NODES} values with aliases expanded, the maximum for a recipe"
             raise RecipeError(message, source=self._source, line=line, path=self._path()[:4])
 
     def _alias(self, name: str, line: int) -> _Built:
         if name not in self._anchors:
-            raise self._error(f"the alias *{name} has no anchor &{name} before it", line)
+            raise self._error(f"undefined alias *{name}: there is no anchor &{name} before it", line)
         built = self._anchors[name]
         if built is None:
-            raise self._error(f"the alias *{name} stands inside what it repeats", line)
+            raise self._error(f"recursive alias *{name}: it is inside the value that it repeats", line)
         self._count(built[1], line)
         return built
 
@@ -271,7 +272,7 @@ class _Builder:
                     raise self._error(f"the tag {tag.replace(_CORE, '!!')} is not allowed in a recipe", line)
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             kind = tag.removeprefix(_CORE)
-            raise self._error(f"{event.value[:60]!r} can't be read as YAML's {kind}", line) from error
+            raise self._error(f"{event.value[:60]!r} is not a valid YAML {kind}", line) from error
         self._count(1, line)
         return Node(value, line), 1, 1
 
@@ -281,7 +282,7 @@ class _Builder:
             raise self._error(f"the tag {event.tag.replace(_CORE, '!!')} is not allowed in a recipe", line)
         level = self._open[-1] if self._open else None
         if level is not None and level.is_mapping and level.key is None and not level.merging:
-            raise self._error("a list or mapping can't be a key here", line)
+            raise self._error("a list or mapping can't be a key", line)
         if len(self._open) == MAX_DEPTH:
             raise self._too_deep(line)
         self._count(1, line)
@@ -297,11 +298,11 @@ class _Builder:
         level.key = key
         if key in level.entries:
             first = level.key_lines[key]
-            message = f"the key stands twice, on lines {first} and {line}: the last one holds"
+            message = f"duplicate key on lines {first} and {line}: the last one is used"
             self.remarks.append(Remark(message, line, self._path()))
 
     def _add(self, built: _Built, line: int) -> None:
-        """`built` into the innermost open collection."""
+        """Add a value to the innermost open collection."""
         node, size, depth = built
         level = self._open[-1]
         level.size += size
@@ -316,9 +317,9 @@ class _Builder:
                 raise self._error("the merge key << takes a mapping, or a list of mappings", line)
             level.merged.extend(parts)
             level.merging = False
-        elif level.key is None:  # an alias where a key stands
+        elif level.key is None:  # an alias as a key
             if not isinstance(node.value, str):
-                raise self._error("only text can be a key here", line)
+                raise self._error("a key must be a string", line)
             self._start_entry(level, node.value, False, line)
         else:
             level.entries[level.key] = node
@@ -330,7 +331,7 @@ class _Builder:
         value: tuple[Node, ...] | dict[str, Node] = tuple(level.items)
         if level.is_mapping:
             value = {}
-            for part in level.merged:  # the first mapping that has a key holds, and the mapping's own keys before all
+            for part in level.merged:  # own keys first, then the merged mappings in order
                 assert isinstance(part.value, Mapping)
                 for key, node in part.value.items():
                     if key not in value and key not in level.entries:
@@ -341,12 +342,12 @@ class _Builder:
 
 
 def node_of(data: object) -> Node:
-    """Plain Python data, as a recipe given as a dict, as a node without lines.
+    """Convert plain Python data, such as a recipe given as a dict, to a node without lines.
 
-    Takes mappings with text keys, lists and tuples, text, paths, numbers (numpy's too), booleans and None.
+    Accepts mappings with string keys, lists, tuples, strings, paths, numbers (including numpy's), booleans and None.
 
     Raises:
-        RecipeError: for anything else, and past `MAX_NODES` or `MAX_DEPTH`.
+        RecipeError: for anything else, and for data that exceeds `MAX_NODES` or `MAX_DEPTH`.
     """
     left = MAX_NODES
 
@@ -354,9 +355,10 @@ def node_of(data: object) -> Node:
         nonlocal left
         left -= 1
         if left < 0:
-            raise RecipeError(f"it holds more than {MAX_NODES} values", path=path[:4])
+            raise RecipeError(f"more than {MAX_NODES} values, the maximum for a recipe", path=path[:4])
         if len(path) > MAX_DEPTH:
-            raise RecipeError(f"more than {MAX_DEPTH} lists and mappings inside each other", path=path[:4])
+            message = f"lists and mappings are nested more than {MAX_DEPTH} levels deep, the maximum for a recipe"
+            raise RecipeError(message, path=path[:4])
         match item:
             case None | bool() | str() | int() | float():
                 return Node(item, None)
@@ -369,12 +371,12 @@ def node_of(data: object) -> Node:
             case Mapping():
                 for key in item:
                     if not isinstance(key, str):
-                        raise RecipeError(f"the key {key!r} is no text", path=path)
+                        raise RecipeError(f"the key {key!r} is not a string", path=path)
                 return Node({key: convert(value, (*path, key)) for key, value in item.items()}, None)
             case Sequence() if not isinstance(item, (bytes, bytearray, memoryview)):
                 return Node(tuple(convert(value, (*path, index)) for index, value in enumerate(item)), None)
         raise RecipeError(
-            f"a {type(item).__name__} can't stand in a recipe: use text, numbers, lists, dicts", path=path
+            f"a recipe can't contain a {type(item).__name__}: use strings, numbers, lists and dicts", path=path
         )
 
     return convert(data, ())

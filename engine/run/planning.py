@@ -67,7 +67,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     if options.machine is None:
         check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
     remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
-    warnings = [*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
+    warnings = [*map(str, loaded.warnings), *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
     if remark := memory_remark(options.max_ram, options.machine):
         warnings.append(remark)
     return Plan(loaded, stage, built, files.output, layout, schedule, options, budget, tuple(warnings), saved=saved)

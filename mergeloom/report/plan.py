@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -261,9 +260,8 @@ def unused_lines(plan: Plan) -> list[str]:
     models = {model.name: model for model in plan.built.models}
     names: dict[tuple[str, str], list[str]] = {}
     for unused in plan.built.unused:
-        # the layers are in the names: one line for all that are in no slice
-        reason = re.sub(r"^layer \d+ is ", "", unused.reason)
-        names.setdefault((unused.model, reason), []).extend(unused.tensors)
+        # the cause without the layer, which the names contain: one line for all layers in no slice
+        names.setdefault((unused.model, unused.cause), []).extend(unused.tensors)
     lines = []
     for (model, reason), tensors in names.items():
         which = f"{_collapsed(models[model], tensors)}: " if tensors else ""

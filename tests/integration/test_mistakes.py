@@ -295,5 +295,5 @@ def test_a_filter_that_fits_no_tensor_is_named(directory: Path, capsys: pytest.C
     write_recipe(directory, recipe)
     assert main(["plan", "recipe.yml"]) == 0
     said = capsys.readouterr().out
-    assert "filter 'mpl' fits no tensor's name: what it sets is used for none" in " ".join(said.split())
-    assert "'self_attn' fits" not in said
+    assert "filter 'mpl' matches no tensor name: its value is not used" in " ".join(said.split())
+    assert "'self_attn' matches" not in said

@@ -134,7 +134,7 @@ def test_renaming_a_class_changes_no_digest(here: Path, monkeypatch: pytest.Monk
     before = outputs_digest()
     classes = [
         contract.Inputs, contract.Kernel, contract.Method, contract.Parameter, contract.Base, contract.Unit,
-        fuse.FusedKernel, fuse.BoundSlice, graph.Kind, graph.Operation, graph.Output, graph.MergeGraph, layout.Layout,
+        fuse.FusedKernel, fuse.FusedPart, graph.Kind, graph.Operation, graph.Output, graph.MergeGraph, layout.Layout,
     ]  # fmt: skip
     classes += [value for value in vars(task_arithmetic).values() if isinstance(value, type)]
     names = {each: (each.__name__, each.__qualname__) for each in classes}

@@ -314,14 +314,14 @@ merge_method: passthrough
 """,
         "is empty",
     ),
-    "a layer_range that runs backwards": (
+    "a reversed layer_range": (
         """\
 slices:
   - sources: [{model: a, layer_range: [0, 4]}]
   - sources: [{model: b, layer_range: [3, 1]}]
 merge_method: passthrough
 """,
-        "runs backwards",
+        "is reversed",
     ),
     "a chat template that is no Jinja": (
         f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: '{{{{ messages | }}}} and no more'\n",

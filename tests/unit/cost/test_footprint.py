@@ -13,7 +13,7 @@ from mergeloom.engine.cost import measure_memory as module
 from mergeloom.engine.cost.measure_memory import allocations, footprint, measure_footprints
 from mergeloom.engine.execute.compute import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.graph.footprint import Footprint, Line
-from mergeloom.engine.graph.fuse import BoundSlice, FusedKernel
+from mergeloom.engine.graph.fuse import FusedKernel, FusedPart
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.schedule.requirements import PAGE
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
@@ -185,8 +185,8 @@ def test_stages_are_measured_together() -> None:
     shape = (512, 1024)
     pair = Inputs(2, None, shape)
     parts = [
-        BoundSlice(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (0, 1)),
-        BoundSlice(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (~0, 2)),
+        FusedPart(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (0, 1)),
+        FusedPart(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (~0, 2)),
     ]
     kernel = FusedKernel(Inputs(3, None, shape), parts)
     assert kernel.resized((64, 1024)).parts[1].kernel.inputs.shape == (64, 1024)

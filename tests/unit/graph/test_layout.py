@@ -155,7 +155,7 @@ def test_the_library_opens_every_shard(tmp_path: Path) -> None:
             stream.write(shard.header)
             stream.truncate(shard.nbytes)
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  it is no dict
+            for name in opened.keys():  # noqa: SIM118  not a dict
                 found.add(name)
                 output = int(name[1:])
                 assert tuple(opened.get_tensor(name).shape) == graph.shape(graph.outputs[output].node)

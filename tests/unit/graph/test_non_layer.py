@@ -1,4 +1,4 @@
-"""`outside:` takes embeddings, norm and head from the models that it names; without it, the slices decide."""
+"""`non_layer:` sets the models that embeddings, norm and head come from; by default, the slices determine them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stacked(first: Path, last: Path, **more: Any) -> dict[str, Any]:
 
 
 def named(models: dict[str, Path], **parts: str) -> dict[str, str]:
-    """The content of `outside`."""
+    """The mapping for `non_layer`."""
     return {part: str(models[name]) for part, name in parts.items()}
 
 
@@ -61,7 +61,7 @@ def test_by_default_the_first_and_the_last_slice_decide(three: dict[str, Path]) 
     ],
 )
 def test_each_part_comes_from_where_it_is_named(three: dict[str, Path], parts: dict[str, str], expected: str) -> None:
-    planned = plan(stacked(three["a"], three["b"], outside=named(three, **parts)), CPU)
+    planned = plan(stacked(three["a"], three["b"], non_layer=named(three, **parts)), CPU)
     assert "".join(sources(planned, name)[0][0] for name in (EMBEDDINGS, NORM, HEAD)) == expected
     assert sources(planned, "model.layers.1.input_layernorm.weight") == ["a:model.layers.1.input_layernorm.weight"]
     assert [model.name for model in planned.built.models][:2] == [str(three["a"]), str(three["b"])]
@@ -78,12 +78,12 @@ def test_what_is_named_is_not_merged(tmp_path: Path, three: dict[str, Path]) -> 
     }
     merge(recipe, tmp_path / "plain", CPU)
     chosen = named(three, embeddings="b", head="c")
-    merge(recipe | {"outside": chosen}, tmp_path / "out", CPU)
+    merge(recipe | {"non_layer": chosen}, tmp_path / "out", CPU)
     plain, out = read_model(tmp_path / "plain"), read_model(tmp_path / "out")
     assert same_bits(out[EMBEDDINGS], read_model(three["b"])[EMBEDDINGS])
     assert same_bits(out[HEAD], read_model(three["c"])[HEAD])
     assert all(same_bits(out[name], plain[name]) for name in plain if name not in (EMBEDDINGS, HEAD))
-    merge(recipe | {"outside": chosen, "out_dtype": "bfloat16"}, tmp_path / "rounded", CPU)
+    merge(recipe | {"non_layer": chosen, "out_dtype": "bfloat16"}, tmp_path / "rounded", CPU)
     assert same_bits(read_model(tmp_path / "rounded")[HEAD], out[HEAD].bfloat16())
 
 
@@ -92,7 +92,7 @@ def test_random_methods_are_not_touched(tmp_path: Path, three: dict[str, Path]) 
     recipe = {"merge_method": "dare_ties", "base_model": str(three["a"]), "models": models}
     other = write_checkpoint(tmp_path / "other", tiny_llama(), fill=9, dtype="F32")
     merge(recipe, tmp_path / "plain", CPU)
-    merge(recipe | {"outside": {"norm": str(other)}}, tmp_path / "out", CPU)
+    merge(recipe | {"non_layer": {"norm": str(other)}}, tmp_path / "out", CPU)
     plain, out = read_model(tmp_path / "plain"), read_model(tmp_path / "out")
     assert [name for name in plain if not same_bits(plain[name], out[name])] == [NORM]
 
@@ -103,7 +103,7 @@ def test_a_stage_can_be_named(tmp_path: Path, three: dict[str, Path]) -> None:
         "merge_method": "linear",
         "models": [{"model": str(three[name]), "parameters": {"weight": 1}} for name in "ab"],
     }
-    merge([mean, stacked(three["a"], three["b"], outside={"head": "mean"})], tmp_path / "out", CPU)  # type: ignore[arg-type]
+    merge([mean, stacked(three["a"], three["b"], non_layer={"head": "mean"})], tmp_path / "out", CPU)  # type: ignore[arg-type]
     merge(mean, tmp_path / "mean", CPU)
     assert same_bits(read_model(tmp_path / "out")[HEAD], read_model(tmp_path / "mean")[HEAD])
 
@@ -113,11 +113,11 @@ def test_tied_heads(tied: str, tmp_path: Path) -> None:
     models = {
         name: write_checkpoint(tmp_path / name, tiny_llama(tied=name in tied), fill=n) for n, name in enumerate("abc")
     }
-    recipe = stacked(models["a"], models["b"], outside=named(models, head="c"))
+    recipe = stacked(models["a"], models["b"], non_layer=named(models, head="c"))
     if tied == "abc":
-        with pytest.raises(RecipeError, match=r"outside\.head: none of the models has a head of its own"):
+        with pytest.raises(RecipeError, match=r"non_layer\.head: none of the models has a separate head"):
             plan(recipe, CPU)
-        recipe["outside"] = named(models, head="c", embeddings="c")
+        recipe["non_layer"] = named(models, head="c", embeddings="c")
         merge(recipe, tmp_path / "out", CPU)
         assert HEAD not in read_model(tmp_path / "out")
         assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
@@ -131,20 +131,22 @@ def test_tied_heads(tied: str, tmp_path: Path) -> None:
 def test_models_that_do_not_fit_are_refused(tmp_path: Path, three: dict[str, Path]) -> None:
     wide = write_checkpoint(tmp_path / "wide", tiny_llama(hidden=64), fill=1)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[32\] in .*a and \[64\] in .*wide"):
-        plan(stacked(three["a"], three["b"], outside={"norm": str(wide)}), CPU)
+        plan(stacked(three["a"], three["b"], non_layer={"norm": str(wide)}), CPU)
     bare = Model({name: shape for name, shape in tiny_llama().tensors.items() if name != NORM}, tiny_llama().config)
     write_checkpoint(tmp_path / "bare", bare, fill=1)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is in .*a and not in .*bare"):
-        plan(stacked(three["a"], three["b"], outside={"norm": str(tmp_path / "bare")}), CPU)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is in .*a but not in .*bare"):
+        plan(stacked(three["a"], three["b"], non_layer={"norm": str(tmp_path / "bare")}), CPU)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("outside: x", "outside: expected a mapping of embeddings, norm and head to models, and found 'x'"),
+        ("non_layer: x", "non_layer: expected a mapping of embeddings, norm and head to models, got 'x'"),
+        ("non_layer: {norms: x}", "non_layer.norms: unknown key; did you mean `norm`?"),
+        ("non_layer: {head: [x]}", "non_layer.head: expected a model"),
+        ("non_layer: {head: a+b}", "LoRA"),
         ("outside: {norms: x}", "outside.norms: unknown key; did you mean `norm`?"),
-        ("outside: {head: [x]}", "outside.head: expected a model"),
-        ("outside: {head: a+b}", "LoRA"),
+        ("non_layer: {}\noutside: {}", "outside: `non_layer` and its former name `outside` are mutually exclusive"),
     ],
 )
 def test_mistakes(text: str, message: str, tmp_path: Path, three: dict[str, Path]) -> None:

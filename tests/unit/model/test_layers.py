@@ -1,4 +1,4 @@
-"""Layers and roles, over the tensor names and configs that real architectures have."""
+"""Stacks of layers, for the tensor names and configs of real architectures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from mergeloom.engine.model.layers import (
     LayerName,
     Stack,
     find_layers,
-    is_buffer,
-    is_embedding,
-    is_head,
-    is_optional,
-    tied_embedding,
 )
+from mergeloom.engine.model.roles import is_buffer
 from mergeloom.errors import CheckpointError
 from mergeloom.io.safetensors.header import read_header
 
@@ -120,7 +116,7 @@ def test_main_stack(stacks: dict[str, int], config: dict[str, Any] | None) -> No
 
 
 @pytest.mark.parametrize("config", [{"num_hidden_layers": 4, "num_local_experts": 4}, None])
-def test_experts_are_no_layers(config: dict[str, Any] | None) -> None:
+def test_experts_are_not_layers(config: dict[str, Any] | None) -> None:
     names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight" for i in range(4) for e in range(4)]
     assert [(s.prefix, s.count) for s in find_layers(names, config).stacks] == [("model.layers", 4)]
     assert find_layers(names[:4], None).main == Stack("model.layers", 1)
@@ -137,7 +133,7 @@ def test_experts_are_no_layers(config: dict[str, Any] | None) -> None:
         ({}, (), None),
     ],
 )
-def test_where_the_count_stands(config: dict[str, Any], path: tuple[str, ...], key: str | None) -> None:
+def test_location_of_the_count(config: dict[str, Any], path: tuple[str, ...], key: str | None) -> None:
     assert find_layers(LLAMA, config).main == Stack("model.layers", 16, (), path, key)
 
 
@@ -161,7 +157,7 @@ def test_split() -> None:
         assert found.split(outside) is None
 
 
-def test_prediction_layers_of_their_own_are_outside() -> None:
+def test_separate_prediction_layers_are_outside_the_stack() -> None:
     names = [*stack("model.layers", 8), *stack("mtp.layers", 1), "mtp.fc.weight", "mtp.pre_fc_norm_embedding.weight"]
     found = find_layers(names, {"num_hidden_layers": 8})
     assert [(s.prefix, s.count) for s in found.stacks] == [("model.layers", 8), ("mtp.layers", 1)]
@@ -169,7 +165,7 @@ def test_prediction_layers_of_their_own_are_outside() -> None:
     assert all(found.is_after(name) for name in names if name.startswith("mtp."))
 
 
-def test_encoder_and_decoder_stand_side_by_side() -> None:
+def test_encoder_and_decoder_are_two_stacks() -> None:
     found = find_layers(T5, {"num_layers": 6, "num_decoder_layers": 4, "is_encoder_decoder": True})
     encoder, decoder = found.mains
     assert (encoder.prefix, encoder.count, encoder.config_key) == ("encoder.block", 6, "num_layers")
@@ -247,8 +243,8 @@ def without(names: Iterable[str], *parts: str) -> list[str]:
     [
         pytest.param(LLAMA, {"num_hidden_layers": 32}, ["num_hidden_layers = 32", "model.layers has 0-15"], id="count"),
         pytest.param(without(LLAMA, ".5."), {"num_hidden_layers": 16}, ["0-4, 6-15"], id="lost layer"),
-        pytest.param(without(LLAMA, ".5."), None, ["nothing of layers", "0-4, 6-15"], id="lost layer, no config"),
-        pytest.param(  # not the vision tower, though it has as many as are sought
+        pytest.param(without(LLAMA, ".5."), None, ["no number of layers", "0-4, 6-15"], id="lost layer, no config"),
+        pytest.param(  # not the vision encoder, although it has this number of layers
             without(QWEN2_VL, "model.layers.31"), {"num_hidden_layers": 32}, ["visual.blocks has 0-31"], id="vision"
         ),
         pytest.param(
@@ -257,7 +253,7 @@ def without(names: Iterable[str], *parts: str) -> list[str]:
         pytest.param(  # XLM has a layer's parts in several lists
             [*stack("transformer.attentions", 12), *stack("transformer.ffns", 12)],
             {"n_layers": 12},
-            ["n_layers = 12", "spread over several lists"],
+            ["n_layers = 12", "in several lists"],
             id="spread",
         ),
         pytest.param(  # ALBERT has one layer for all
@@ -274,97 +270,10 @@ def without(names: Iterable[str], *parts: str) -> list[str]:
         ),
     ],
 )
-def test_refused_with_what_was_found(names: list[str], config: dict[str, Any] | None, says: list[str]) -> None:
+def test_errors_list_the_stacks(names: list[str], config: dict[str, Any] | None, says: list[str]) -> None:
     with pytest.raises(CheckpointError) as raised:
         find_layers(names, config)
     assert all(part in str(raised.value) for part in says), raised.value
-
-
-BEFORE = """model.embed_tokens.weight transformer.wte.weight transformer.wpe.weight gpt_neox.embed_in.weight
-    shared.weight bert.embeddings.LayerNorm.weight transformer.word_embeddings_layernorm.weight
-    model.tok_embeddings.weight model.rotary_emb.inv_freq model.decoder.layernorm_embedding.weight
-    model.encoder.conv1.weight model.per_layer_projection_norm.weight model.embed_tokens_per_layer.weight
-    model.image_newline vision_tower.vision_model.post_layernorm.weight vision_tower.vision_model.head.probe
-    backbone.embeddings.weight multi_modal_projector.linear_1.weight model.mm_projector.0.weight
-    model.decoder.project_in.weight text_model.embeddings.position_embedding.weight never.heard.of.it"""
-AFTER = """model.norm.weight lm_head.weight lm_head.bias language_model.lm_head.weight transformer.ln_f.weight
-    backbone.norm_f.weight model.final_layernorm.weight model.decoder.final_layer_norm.weight
-    gpt_neox.final_layer_norm.bias embed_out.weight output.weight bert.pooler.dense.weight classifier.out_proj.weight
-    score.weight qa_outputs.bias cls.predictions.transform.LayerNorm.weight cls.seq_relationship.weight
-    final_logits_bias proj_out.weight decoder.weight pre_classifier.weight text_model.final_layer_norm.weight
-    text_projection.weight logit_scale vocab_transform.weight model.embedding_norm.weight
-    model.decoder.project_out.weight transformer.ff_out.weight mtp.norm.weight head.weight
-    model.decoder.layer_norm.weight altup_unembed_projections.0.weight"""
-
-
-def test_before_and_after() -> None:
-    found = find_layers(LLAMA, {"num_hidden_layers": 16})
-    assert [name for name in BEFORE.split() if found.is_after(name)] == []
-    assert [name for name in AFTER.split() if not found.is_after(name)] == []
-
-
-def test_heads() -> None:
-    heads = """lm_head.weight output.weight embed_out.weight language_model.lm_head.weight
-        transformer.output_layer.weight cls.predictions.decoder.weight lm_head.decoder.weight proj_out.weight
-        vocab_projector.weight 0.lm_head.weight"""
-    others = """lm_head.bias model.norm.weight encoder.layer.0.output.weight model.layers.61.shared_head.head.weight
-        talker.lm_head.weight bert.encoder.layer.3.attention.output.dense.weight vision_model.head.weight score.weight
-        model.decoder.weight"""
-    assert [name for name in heads.split() if not is_head(name)] == []
-    assert [name for name in others.split() if is_head(name)] == []
-
-
-@pytest.mark.parametrize(
-    ("head", "names", "embedding"),
-    [
-        ("lm_head.weight", LLAMA, "model.embed_tokens.weight"),
-        ("lm_head.weight", ["transformer.wpe.weight", "transformer.wte.weight"], "transformer.wte.weight"),
-        ("lm_head.weight", T5, "shared.weight"),
-        (
-            "lm_head.weight",
-            ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"],
-            "decoder.embed_tokens.weight",
-        ),
-        ("proj_out.weight", ["model.decoder.embed_tokens.weight"], "model.decoder.embed_tokens.weight"),
-        ("embed_out.weight", ["gpt_neox.embed_in.weight"], "gpt_neox.embed_in.weight"),
-        (
-            "language_model.lm_head.weight",
-            ["audio_tower.embed_tokens.weight", "language_model.model.embed_tokens.weight"],
-            "language_model.model.embed_tokens.weight",
-        ),
-        (
-            "cls.predictions.decoder.weight",
-            ["bert.embeddings.position_embeddings.weight", "bert.embeddings.word_embeddings.weight"],
-            "bert.embeddings.word_embeddings.weight",
-        ),
-        ("lm_head.weight", ["model.norm.weight"], None),
-    ],
-)
-def test_tied_embedding(head: str, names: list[str], embedding: str | None) -> None:
-    assert is_head(head)
-    assert tied_embedding(head, names) == embedding
-    assert embedding is None or is_embedding(embedding)
-
-
-def test_optional() -> None:
-    optional = """lm_head.weight model.layers.0.self_attn.q_proj.bias bias model.layers.3.mlp.experts.down_proj_bias
-        decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"""
-    required = "model.norm.weight model.embed_tokens.weight model.layers.0.mixer.dt_bias model.layers.0.mlp.gate.weight"
-    assert [name for name in optional.split() if not is_optional(name)] == []
-    assert [name for name in required.split() if is_optional(name)] == []
-
-
-def test_buffers() -> None:
-    buffers = """model.layers.0.self_attn.rotary_emb.inv_freq h.0.attn.masked_bias embeddings.position_ids inv_freq
-        vision_model.embeddings.position_ids conv.bn.num_batches_tracked rope.freqs encoder.version
-        gpt_neox.layers.0.attention.rotary_emb.inv_freq encoder.layers.0.attn.relative_position_index"""
-    assert [name for name in buffers.split() if not is_buffer(name)] == []
-    others = "model.norm.weight conv.bn.running_mean h.0.attn.c_attn.bias decoder.embed_positions.weight"
-    assert [name for name in others.split() if is_buffer(name, (1, 1, 8, 8))] == []
-    for mask in ("h.0.attn.bias", "gpt_neox.layers.0.attention.bias", "transformer.h.0.attn.attention.bias"):
-        assert is_buffer(mask, (1, 1, 1024, 1024))
-        assert not is_buffer(mask, (768,))
-        assert not is_buffer(mask)
 
 
 @given(

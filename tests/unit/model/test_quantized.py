@@ -1,4 +1,4 @@
-"""Quantized tensors are found by their names, passed through whole, and refused where arithmetic would be done."""
+"""Quantized tensors: detection by name, passthrough without changes, and the error for arithmetic."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ def test_arithmetic_is_refused_at_planning(form: str, tmp_path: Path) -> None:
     models = [{"model": model, "parameters": {"weight": 0.5}} for model in (first, second)]
     passed = {"merge_method": "passthrough", "models": [{"model": first}]}
     recipes = [{"merge_method": "linear", "models": models}, passed | {"parameters": {"scale": 2}}]
-    if form not in ("mxfp4", "packed"):  # of which everything has this dtype already, or is no number
+    if form not in ("mxfp4", "packed"):  # all their tensors have this dtype already, or are integers
         recipes.append(passed | {"dtype": "bfloat16"})
     for recipe in recipes:
-        with pytest.raises(CheckpointError, match=r"is quantized \(.*passthrough without dtype keeps it"):
+        with pytest.raises(CheckpointError, match=r"is quantized \(.*passthrough without dtype copies"):
             plan(recipe, CPU)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "f4"])
-def test_passthrough_keeps_them_to_the_bit(form: str, tmp_path: Path) -> None:
+def test_passthrough_copies_them_exactly(form: str, tmp_path: Path) -> None:
     model = write(tmp_path / "a", FORMATS[form] | NORM)
     merge({"merge_method": "passthrough", "models": [{"model": model}]}, tmp_path / "out", CPU)
     assert same_tensors(read_model(tmp_path / "out"), read_model(tmp_path / "a"))

@@ -94,13 +94,13 @@ def test_without_a_step_it_is_half_a_window(size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("layers", "window", "step", "message"),
     [
-        (32, 33, 1, "a window of 33 does not fit 32 layers"),
-        (32, 0, 1, "a window of 0 does not fit"),
-        (32, 8, 9, "a step of 9 does not fit a window of 8: choose 1 to 8, or layers are lost"),
-        (32, 8, 0, "a step of 0 does not fit"),
+        (32, 33, 1, "window 33 is invalid for 32 layers"),
+        (32, 0, 1, "window 0 is invalid"),
+        (32, 8, 9, "step 9 is invalid for window 8: use 1 to 8; a larger step would omit layers"),
+        (32, 8, 0, "step 0 is invalid"),
     ],
 )
-def test_numbers_that_do_not_fit(layers: int, window: int, step: int, message: str) -> None:
+def test_invalid_numbers(layers: int, window: int, step: int, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         stack_windows(layers, window, step)
 
@@ -180,11 +180,11 @@ def test_one_window_counts_for_all_passes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": (4, 4), "repeat": 3}, "there are 2 windows for 3 passes"),
-        ({"window": 4, "step": (2, 2, 2), "repeat": 2}, "there are 3 steps for 2 passes"),
-        ({"window": (), "step": 1}, "a stack needs a window"),
+        ({"window": (4, 4), "repeat": 3}, "got 2 windows for 3 passes"),
+        ({"window": 4, "step": (2, 2, 2), "repeat": 2}, "got 3 steps for 2 passes"),
+        ({"window": (), "step": 1}, "stacking needs a window"),
         ({"window": 4, "repeat": 0}, "at least one pass"),
-        ({"window": 4, "step": 1, "repeat": 40}, "are the most that make sense"),
+        ({"window": 4, "step": 1, "repeat": 40}, "the maximum is 100,000"),
         ({"window": 4, "dtype": "bf16"}, "unknown dtype 'bf16': use one of bfloat16"),
     ],
 )
@@ -198,7 +198,7 @@ def test_models_that_have_not_one_stack_of_layers() -> None:
         f"model.{side}.layers.{i}.fc.weight": (2, 2) for side in ("encoder", "decoder") for i in range(2)
     }
     config = {"encoder_layers": 2, "decoder_layers": 2}
-    with pytest.raises(UsageError, match="m has 2 stacks of layers, where one is needed"):
+    with pytest.raises(UsageError, match="m has 2 stacks of layers instead of one"):
         stack_recipe("m", headers(models.Model(shapes, config)), window=1)
     with pytest.raises(UsageError, match="m has no layers"):
         stack_recipe("m", headers(models.Model({"weight": (2, 2)}, {})), window=1)

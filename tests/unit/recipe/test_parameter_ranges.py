@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 import torch
 
 from mergeloom.__main__ import main
-from mergeloom.engine.recipe.load import load_recipe, parse_recipe
+from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.parameters import ParameterError, accept
-from mergeloom.engine.recipe.types import Recipe
-from mergeloom.engine.run.plan import Options
-from mergeloom.engine.run.planning import plan
 from mergeloom.errors import RecipeError
 from mergeloom.methods import catalogue, merge_methods
-from mergeloom.methods import registry as plugins
-from mergeloom.methods.elementwise import weighted_sum
-from mergeloom.methods.kernel import contract
 from mergeloom.methods.kernel.contract import (
     Base,
-    Fraction,
     Inputs,
-    Kernel,
     Method,
     MethodError,
     Parameter,
-    PerInput,
-    Range,
-    merge_method,
 )
 from tests.support.methods.kernels import merge
+from tests.unit.recipe.parsing import parse_built_in, parse_error
 
 BUILT_IN = {
     name: method
@@ -82,12 +71,13 @@ TABLE: dict[str, Row] = {
     **dict.fromkeys(("normalize", "normalize_weights", "rescale", "unbiased", "filter_wise"), SWITCH),
     **dict.fromkeys(("nuslerp_flatten", "nuslerp_row_wise"), SWITCH),
 }
-"""What each parameter accepts: in words, values that it takes (its bounds among them), and numbers that it doesn't.
-The key is its name, after the method's where methods differ."""
+"""For each parameter: its range in words, valid values including the bounds, and invalid numbers.
+
+The key is the parameter's name, prefixed with the method's name if methods differ."""
 
 NUMBERS_NEVER = (".nan", ".inf", "-.inf", "abc", "true", "off", "~", "[]", "[[0.5]]", "{value: {value: 1}}", "''")
 SWITCHES_NEVER = (".nan", "maybe", "~", "[]", "[[true]]", "{value: {value: true}}", "''")
-"""Values of a wrong type, as YAML."""
+"""Values of the wrong type, as YAML."""
 
 RECIPE = """\
 merge_method: {method}
@@ -102,21 +92,21 @@ parameters:
   int8_mask: false
   {all}
 """
-"""The values for the first model stand in line 7, those for all in line 11."""
+"""A recipe with the values for the first model in line 7 and those for all models in line 11."""
 
 
 def row(method: Method, parameter: Parameter) -> Row:
     return TABLE.get(f"{method.name} {parameter.name}") or TABLE[parameter.name]
 
 
-def never(method: Method, parameter: Parameter) -> list[str]:
-    """YAML of the values that a parameter must not take."""
+def invalid_values(method: Method, parameter: Parameter) -> list[str]:
+    """YAML of invalid values of a parameter."""
     _, _, numbers = row(method, parameter)
     return [*map(str, numbers), *(SWITCHES_NEVER if parameter.type is bool else NUMBERS_NEVER)]
 
 
-def taken(method: Method, parameter: Parameter) -> list[str]:
-    """YAML of values that a parameter takes."""
+def valid_values(method: Method, parameter: Parameter) -> list[str]:
+    """YAML of valid values of a parameter."""
     _, numbers, _ = row(method, parameter)
     if parameter.type is bool:
         return ["true", "off", "1", "0.0", "'yes'"]
@@ -124,32 +114,11 @@ def taken(method: Method, parameter: Parameter) -> list[str]:
 
 
 def text_of(method: Method, *, first: str = "", everywhere: str = "") -> str:
-    """A recipe that sets these parameters for its first model, or for all."""
+    """A recipe that sets these parameters for its first model, or for all models."""
     base = "base_model: base" if method.base is Base.REQUIRED else "# no base"
     text = RECIPE.format(method=method.name, base=base, first=first, all=everywhere)
     few = method.maximum == 1
     return text.replace("  - model: second\n", "  # one model\n") if few else text
-
-
-def read(text: str) -> Recipe:
-    return parse_recipe(text, source=Path("r.yml"), methods=merge_methods())
-
-
-def mistake(text: str) -> RecipeError:
-    with pytest.raises(RecipeError) as caught:
-        read(text)
-    return caught.value
-
-
-@pytest.fixture
-def forget() -> Iterator[None]:
-    """Methods and files that a test adds are forgotten after it."""
-    before, loaded = set(merge_methods()), dict(plugins._loaded)
-    yield
-    for name in set(merge_methods()) - before:
-        contract.unregister(name)
-    plugins._loaded.clear()
-    plugins._loaded.update(loaded)
 
 
 @pytest.mark.parametrize(("method", "parameter"), PARAMETERS, ids=IDS)
@@ -161,16 +130,16 @@ class TestEveryParameter:
 
     def test_accepts_its_bounds_in_every_form(self, method: Method, parameter: Parameter) -> None:
         name = parameter.name
-        for value in taken(method, parameter):
+        for value in valid_values(method, parameter):
             for form in (value, f"[{value}, {value}]", f"{{filter: mlp, value: {value}}}", f"[{{value: [{value}]}}]"):
-                read(text_of(method, everywhere=f"{name}: {form}"))
+                parse_built_in(text_of(method, everywhere=f"{name}: {form}"))
                 if parameter.per_input:
-                    read(text_of(method, first=f"{name}: {form}"))
+                    parse_built_in(text_of(method, first=f"{name}: {form}"))
 
     def test_rejects_other_values_in_every_form(self, method: Method, parameter: Parameter) -> None:
         name = parameter.name
-        good = taken(method, parameter)[0]
-        for value in never(method, parameter):
+        good = valid_values(method, parameter)[0]
+        for value in invalid_values(method, parameter):
             forms = {
                 value: name,
                 f"[{good}, {value}]": f"{name}[1]",
@@ -189,7 +158,7 @@ class TestEveryParameter:
                     self.check(text, 7, f"models[0].parameters.{path}", method, parameter, ", model first")
 
     def check(self, text: str, line: int, path: str, method: Method, parameter: Parameter, model: str = "") -> None:
-        error = mistake(text)
+        error = parse_error(text)
         assert error.line == line, text
         said = str(error)
         assert said.startswith(f"r.yml:{line}: {path}"), text
@@ -198,7 +167,7 @@ class TestEveryParameter:
         assert f": {method.name}{model}{condition}: {parameter.name} must be {expected}, got " in said, text
 
     def test_is_checked_in_every_scope(self, method: Method, parameter: Parameter) -> None:
-        value = f"{parameter.name}: {never(method, parameter)[0]}"
+        value = f"{parameter.name}: {invalid_values(method, parameter)[0]}"
         sources = "".join(f"          - {{model: m{i}, layer_range: [0, 2]}}\n" for i in range(method.minimum))
         if method.base is Base.REQUIRED:
             sources += "          - {model: base, layer_range: [0, 2]}\n"
@@ -213,11 +182,11 @@ class TestEveryParameter:
             f"parameters: {{{value}}}\n": "parameters",
         }
         for setting, path in scopes.items():
-            assert str(mistake(text + setting)).startswith(f"r.yml:{line}: {path}.{parameter.name}: "), setting
+            assert str(parse_error(text + setting)).startswith(f"r.yml:{line}: {path}.{parameter.name}: "), setting
         if parameter.per_input:
             source = text.replace("[0, 2]}", f"[0, 2], parameters: {{{value}}}}}", 1)
             path = f"modules.default.slices[0].sources[0].parameters.{parameter.name}"
-            assert str(mistake(source)).startswith(f"r.yml:7: {path}: ")
+            assert str(parse_error(source)).startswith(f"r.yml:7: {path}: ")
 
     def test_bounds_give_finite_results(self, method: Method, parameter: Parameter) -> None:
         """Also of equal tensors and of zeros, where lengths, differences and sums of weights are 0."""
@@ -292,7 +261,7 @@ class TestMessages:
             assert str(caught.value) == f"max_iter must be a whole number (at least 1), {text}"
 
     def test_all_mistakes_of_a_recipe_are_reported(self) -> None:
-        error = mistake("""\
+        error = parse_error("""\
 merge_method: ties
 base_model: base
 models:
@@ -321,7 +290,7 @@ dtype: float61
 
     def test_many_mistakes_are_counted(self) -> None:
         values = ", ".join(["50"] * 30)
-        lines = str(mistake(text_of(BUILT_IN["ties"], everywhere=f"density: [{values}]"))).splitlines()
+        lines = str(parse_error(text_of(BUILT_IN["ties"], everywhere=f"density: [{values}]"))).splitlines()
         assert len(lines) == 11
         assert lines[-1] == "... and 20 more mistakes"
 
@@ -333,193 +302,6 @@ dtype: float61
             load_recipe(data, methods=merge_methods())
 
 
-OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1)
-
-
-def refused_plan(llamas: dict[str, Path], directory: Path, text: str) -> RecipeError:
-    """What `plan` says of a recipe of the Llamas; `$a` stands for the path of one."""
-    file = directory / "r.yml"
-    for name, path in llamas.items():
-        text = text.replace(f"${name}", str(path))
-    file.write_text(text)
-    with pytest.raises(RecipeError) as caught:
-        plan(file, OPTIONS)
-    return caught.value
-
-
-class TestValuesThatDependOnEachOther:
-    @pytest.mark.parametrize(
-        ("settings", "line"),
-        [
-            ("{weight: 1, density: 0.5}\nparameters:\n  epsilon: 0.49\n", None),
-            ("{weight: 1, density: 0.5}\nparameters:\n  epsilon: {filter: mlp, value: 0.4999999}\n", None),
-            ("{weight: 1, density: 1}\nparameters:\n  epsilon: 0.4\n", None),
-            ("{weight: 1, density: 0}\nparameters:\n  epsilon: 0.4\n", None),
-            ("{weight: 1, density: 0.3}\nparameters:\n  epsilon: 0.4\n", 7),
-            ("{weight: 1, density: 0.3}\nparameters:\n  epsilon: 0.3\n", 7),
-            ("{weight: 1, density: 0.9}\nparameters:\n  epsilon: {filter: mlp, value: 0.4}\n", 5),
-            ("{weight: 1, density: 0.9, epsilon: 0.2}\n", 5),
-            ("{weight: 1, density: 0.9}\n", 5),
-        ],
-    )
-    def test_density_and_epsilon(
-        self, llamas: dict[str, Path], tmp_path: Path, settings: str, line: int | None
-    ) -> None:
-        """An epsilon that isn't set is 0.15: it is the density that is reported, then."""
-        text = f"merge_method: della\nbase_model: $base\nmodels:\n  - model: $a\n    parameters: {settings}"
-        if line is None:
-            for name, path in llamas.items():
-                text = text.replace(f"${name}", str(path))
-            (tmp_path / "r.yml").write_text(text)
-            plan(tmp_path / "r.yml", OPTIONS)
-            return
-        error = refused_plan(llamas, tmp_path, text)
-        assert error.line == line
-        assert error.message.startswith(f"della, model {llamas['a']}, tensor ")
-        assert "density - epsilon and density + epsilon must lie between 0 and 1, got density 0." in error.message
-        assert "at this density epsilon must be below 0." in error.message
-
-    @pytest.mark.parametrize(
-        ("method", "says"), [("linear", "set `normalize: false`"), ("multislerp", "set `normalize_weights: false`")]
-    )
-    def test_weights_that_cancel(self, llamas: dict[str, Path], tmp_path: Path, method: str, says: str) -> None:
-        text = f"merge_method: {method}\nmodels:\n"
-        text += "  - {model: $a, parameters: {weight: 1}}\n  - {model: $b, parameters: {weight: -1}}\n"
-        error = refused_plan(llamas, tmp_path, text)
-        assert (error.line, says in error.message) == (2, True)  # no single line is wrong
-        text = f"merge_method: {method}\nmodels: [{{model: $a}}, {{model: $b}}]\nparameters:\n  weight: 0\n"
-        error = refused_plan(llamas, tmp_path, text)
-        assert (error.line, error.path) == (4, ("parameters", "weight"))
-
-    def test_a_gradient_of_a_whole_number(self, llamas: dict[str, Path], tmp_path: Path) -> None:
-        text = "merge_method: karcher\nmodels: [{model: $a}, {model: $b}]\nparameters:\n  max_iter: [1, 3]\n"
-        error = refused_plan(llamas, tmp_path, text)
-        assert (error.line, error.path) == (4, ("parameters", "max_iter"))
-        assert "max_iter must be a whole number, and its gradient [1, 3] is 1.66667 in one of the layers" in str(error)
-
-    def test_sums_of_0_with_an_eps_of_0(self) -> None:
-        """An eps of 0 once divided by 0."""
-        x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
-        cancelling = {"weight": (1.0, -1.0)}
-        equal = merge("nuslerp", [x, y], {"weight": (1.0, 1.0)})
-        assert torch.equal(merge("nuslerp", [x, y], cancelling | {"eps": 0.0}), equal)
-        with pytest.raises(MethodError, match="the weights sum to 0"):
-            merge("multislerp", [x, y], cancelling | {"eps": 0.0})
-        zero = torch.zeros(2)
-        assert torch.equal(merge("model_stock", [zero, x, -x], {"eps": 0.0}, base=0), zero)
-
-
-USER_METHOD = '''
-from typing import Annotated
-
-from mergeloom.methods.kernel.contract import Fraction, Inputs, Kernel, PerInput, PositiveInt, Range, merge_method
-from mergeloom.methods.elementwise import weighted_sum
-
-
-@merge_method("mine")
-def mine(
-    inputs: Inputs,
-    *,
-    share: PerInput[Fraction] = (1.0,),
-    angle: Annotated[float, Range(-180, 180, exclusive_minimum=True)] = 0.0,
-    steps: PositiveInt = 1,
-    plain: float = 1.0,
-) -> Kernel:
-    """A weighted sum.
-
-    Args:
-        share: the weight of this model.
-        angle: in degrees.
-        steps: a number of steps.
-        plain: a number.
-    """
-    return weighted_sum(inputs, share)
-'''
-
-
-@pytest.mark.usefixtures("forget")
-class TestMethodsOfTheUser:
-    def test_have_ranges_too(self, tmp_path: Path) -> None:
-        (tmp_path / "mine.py").write_text(USER_METHOD)
-        plugins.load_methods(tmp_path / "mine.py")
-        mine = merge_methods()["mine"]
-        assert [parameter.values for parameter in mine.parameters] == [
-            "between 0 and 1",
-            "above -180 and at most 180",
-            "at least 1",
-            "any finite number",
-        ]
-        models = "merge_method: mine\nmodels: [{model: a}]\nparameters:\n"
-        read(models + "  share: [0, 1]\n  angle: 180\n  steps: 1\n  plain: -1e9\n")
-        error = mistake(models + "  share: [0, 30]\n  angle: -180\n  steps: 0\n  plain: .inf\n")
-        assert [problem.partition(": mine: ")[2] for problem in str(error).splitlines()] == [
-            "share must be between 0 and 1, got 30: did you mean 0.3?",
-            "angle must be above -180 and at most 180, got -180",
-            "steps must be a whole number (at least 1), got 0",
-            "plain must be a finite number, got inf",
-        ]
-        with pytest.raises(MethodError, match="share must be between 0 and 1, got 30") as caught:
-            mine.kernel(Inputs(2, None, (3,)), {"share": (1.0, 30.0)})
-        assert (caught.value.parameters, caught.value.index) == (("share",), 1)
-
-    def test_the_base_has_no_value_to_check(self) -> None:
-        @merge_method("based", base=Base.REQUIRED)
-        def based(inputs: Inputs, *, weight: PerInput[Annotated[float, Range(1, 2)]]) -> Kernel:
-            """A weighted sum.
-
-            Args:
-                weight: of this model.
-            """
-            return weighted_sum(inputs, weight)
-
-        kernel = merge_methods()["based"].kernel
-        kernel(Inputs(2, 0, (3,)), {"weight": (0.0, 1.0)})
-        with pytest.raises(MethodError, match="weight must be between 1 and 2, got 0"):
-            kernel(Inputs(2, 0, (3,)), {"weight": (1.0, 0.0)})
-
-    def test_declarations_are_checked(self) -> None:
-        def declare(annotation: Any, default: Any) -> None:
-            def bind(inputs: Inputs, *, share: Any = default) -> Kernel:
-                """A sum.
-
-                Args:
-                    share: of all.
-                """
-                return weighted_sum(inputs, [share] * inputs.count)
-
-            bind.__annotations__["share"] = annotation
-            merge_method("declared")(bind)
-
-        for annotation, default, says in (
-            (Fraction, 2.0, r"the default of 'share' must be between 0 and 1: 2.0"),
-            (PerInput[Fraction], (-1.0,), r"the default of 'share' must be between 0 and 1: -1.0"),
-            (Annotated[bool, Range(0, 1)], True, "only numbers can have a Range"),
-            (Annotated[str, Range(0, 1)], "x", "must be a float, int or bool"),
-        ):
-            with pytest.raises(TypeError, match=says):
-                declare(annotation, default)
-            assert "declared" not in merge_methods()
-
-    @pytest.mark.parametrize("bounds", [(1, 0), (math.nan, 1), (0, 0, True), (0, 0, False, True)])
-    def test_a_range_holds_a_number(self, bounds: tuple[Any, ...]) -> None:
-        with pytest.raises(ValueError, match="no number lies in the range"):
-            Range(*bounds)
-
-    def test_a_range_in_words(self) -> None:
-        words = {
-            Range(): "any finite number",
-            Range(0, 1): "between 0 and 1",
-            Range(0, 0.5, exclusive_maximum=True): "at least 0 and below 0.5",
-            Range(-1, 1, exclusive_minimum=True): "above -1 and at most 1",
-            Range(maximum=3): "at most 3",
-            Range(0, exclusive_minimum=True): "above 0",
-        }
-        assert {given: str(given) for given in words} == words
-        assert 10**400 in Range(1)
-        assert math.inf not in Range(1)
-        assert math.nan not in Range()
-
-
 def test_the_command_line_shows_ranges(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "della"]) == 0
     shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
@@ -527,8 +309,10 @@ def test_the_command_line_shows_ranges(capsys: pytest.CaptureFixture[str]) -> No
         assert f" {accepts} " in shown[name]
 
 
-def test_the_command_line_refuses(llamas: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The case of the issue: 50 was taken for 1, and -0.5 for 0."""
+def test_the_command_line_rejects_invalid_values(
+    llamas: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The values 50 and -0.5, which used to be clamped to 1 and 0."""
     file, out = tmp_path / "r.yml", tmp_path / "out"
     for value, meant in ((50, 0.5), (-0.5, 0.5)):
         file.write_text(

@@ -132,7 +132,7 @@ class TestGradients:
     def test_whole_numbers(self) -> None:
         assert over_layers(COUNT, Gradient((1, 5)), 5) == [1, 2, 3, 4, 5]
         assert over_layers(COUNT, Gradient((1, 4)), 4) == [1, 2, 3, 4]  # at t = 1/3 the sum is just below 2
-        says = r"count must be a whole number, and its gradient \[1, 2\] is 1.25 in one of the layers"
+        says = r"count must be a whole number, but its gradient \[1, 2\] is 1.25 in one of the layers"
         with pytest.raises(ParameterError, match=says):
             over_layers(COUNT, Gradient((1, 2)), 5)
 
@@ -220,7 +220,7 @@ class TestScopes:
     def test_missing(self) -> None:
         with pytest.raises(ParameterError, match=r"`weight` has no value$"):
             Resolver(WEIGHT, [{}])("x", 0.0)
-        with pytest.raises(ParameterError, match="no filter fits"):
+        with pytest.raises(ParameterError, match="no filter matches"):
             Resolver(WEIGHT, [{"weight": (Conditional("y", 1.0),)}])("x", 0.0)
 
     def test_constant(self) -> None:
@@ -292,7 +292,7 @@ class TestSlices:
             parameters.values("x.y", [(0, "x.y"), (1, "x.y")], 0.0)
         assert parameters.values("x.y", [(1, "x.y")], 0.0)["weight"] == (1.0,)
         with pytest.raises(
-            RecipeError, match=r"recipe:4: models\[1\]: mix, model b, tensor x: .* no filter fits its name"
+            RecipeError, match=r"recipe:4: models\[1\]: mix, model b, tensor x: .* no filter matches its name"
         ):
             parameters.values("x", [(1, "x")], 0.0)
 

@@ -1,26 +1,22 @@
-"""engine/recipe.py and what reads it: every form that a recipe takes, and every mistake with its line and path."""
+"""Recipes: every form of every key, and recipes with several stages."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mergeloom.engine.recipe.load import load_recipe, parse_recipe
+from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.types import (
     ChatTemplate,
     Conditional,
     Gradient,
     ModelReference,
     Module,
-    Outside,
-    Recipe,
+    NonLayer,
     Slice,
     Source,
     Stage,
@@ -30,55 +26,10 @@ from mergeloom.engine.recipe.types import (
     slices_of,
     stage_inputs,
 )
+from mergeloom.engine.recipe.warnings import WarningKind
 from mergeloom.errors import RecipeError
-from mergeloom.io.safetensors.dtypes import BF16, F16, F32, F64
-from mergeloom.methods.kernel.contract import REQUIRED, Absent, Base, Method, Parameter
-
-
-def method(name: str, base: Base, minimum: int, maximum: int | None, *parameters: Parameter) -> Method:
-    return Method(
-        name=name,
-        summary="",
-        description="",
-        paper=None,
-        base=base,
-        minimum=minimum,
-        maximum=maximum,
-        absent=Absent.PRESENT,
-        parameters=parameters,
-        bind=lambda inputs, **_: pytest.fail("never bound"),
-    )
-
-
-WEIGHT = Parameter("weight", float, REQUIRED, True, "")
-NORMALIZE = Parameter("normalize", bool, True, False, "")
-METHODS = {
-    m.name: m
-    for m in (
-        method("passthrough", Base.NONE, 1, 1, Parameter("scale", float, 1.0, True, "")),
-        method("linear", Base.NONE, 1, None, WEIGHT, NORMALIZE),
-        method("slerp", Base.REQUIRED, 1, 1, Parameter("t", float, REQUIRED, False, "")),
-        method("nuslerp", Base.OPTIONAL, 2, 2, WEIGHT),
-        method("ties", Base.REQUIRED, 1, None, WEIGHT, Parameter("density", float, 1.0, True, ""), NORMALIZE),
-        method("karcher", Base.NONE, 1, None, Parameter("max_iter", int, 10, False, "")),
-    )
-}
-LINEAR = "merge_method: linear\nparameters: {weight: 1}\n"
-MODELS = "models: [{model: a}, {model: b}]\n"
-
-
-def parse(text: str, strict: bool = False) -> Recipe:
-    return parse_recipe(text, source=Path("r.yml"), strict=strict, methods=METHODS)
-
-
-def refused(text: str, strict: bool = False) -> str:
-    with pytest.raises(RecipeError) as caught:
-        parse(text, strict)
-    return str(caught.value)
-
-
-def ref(text: str) -> ModelReference:
-    return ModelReference.parse(text)
+from mergeloom.io.safetensors.dtypes import BF16, F16, F64
+from tests.unit.recipe.parsing import LINEAR, METHODS, MODELS, parse, ref, refused
 
 
 class TestForms:
@@ -224,12 +175,16 @@ modules:
         stage = parse(LINEAR + MODELS + "name: x\nsave: yes\nallow_nonfinite: true\nfiles_from: z\n").output
         assert (stage.name, stage.save, stage.allow_nonfinite, stage.files_from) == ("x", True, True, ref("z"))
 
-    def test_outside(self) -> None:
-        stage = parse(LINEAR + MODELS + "outside: {head: a, embeddings: {path: b+c}, norm: null}").output
-        assert stage.outside == Outside(ModelReference("b+c"), None, ref("a"))
-        assert stage.outside.items() == (("embeddings", ModelReference("b+c")), ("head", ref("a")))
+    @pytest.mark.parametrize("key", ["non_layer", "outside"])
+    def test_non_layer_and_its_former_name(self, key: str) -> None:
+        stage = parse(LINEAR + MODELS + key + ": {head: a, embeddings: {path: b+c}, norm: null}", strict=True).output
+        assert stage.non_layer == NonLayer(ModelReference("b+c"), None, ref("a"))
+        assert stage.non_layer.items() == (("embeddings", ModelReference("b+c")), ("head", ref("a")))
+        assert stage.non_layer.place == (key,)
+        assert (ref("a"), (key, "head")) in stage.references()
         assert stage_inputs(stage) == (ref("a"), ref("b"), ModelReference("b+c"))
-        assert parse(LINEAR + MODELS).output.outside == Outside()
+        assert parse(LINEAR + MODELS).output.non_layer == NonLayer()
+        assert parse(LINEAR + MODELS + f"{key}: ~").output.non_layer == NonLayer()
 
     def test_nulls_are_absent(self) -> None:
         stage = parse(LINEAR.replace("{weight: 1}", "null") + MODELS + "slices: ~\nbase_model: ~\ndtype: ~").output
@@ -245,11 +200,11 @@ models:
 """)
         assert recipe.output.models is not None
         assert [source.parameters for source in recipe.output.models] == [{"weight": 0.5}] * 2
-        assert recipe.warnings == (
+        assert [str(warning) for warning in recipe.warnings] == [
             "r.yml:2: shared: unknown key, ignored; known: merge_method, base_model, models, slices, modules, "
             "parameters, dtype, out_dtype, tokenizer_source, tokenizer, chat_template, name, save, files_from, "
-            "outside, allow_nonfinite",
-        )
+            "non_layer, allow_nonfinite",
+        ]
 
     def test_data(self, tmp_path: Path) -> None:
         data = {"merge_method": "linear", "models": [{"model": tmp_path, "parameters": {"weight": (0, 1)}}]}
@@ -285,241 +240,6 @@ models:
         assert part.sources[2].place == ("base_model",)
 
 
-class TestMistakes:
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("", "r.yml: the recipe is empty"),
-            ("- a", "r.yml:1: expected a recipe: a mapping with `merge_method` and `models` or `slices`, and found"),
-            (MODELS, "r.yml:1: `merge_method` is missing"),
-            ("merge_methd: linear\n" + MODELS, "r.yml:1: merge_methd: unknown key; did you mean `merge_method`?"),
-            ("merge_method: tise\n" + MODELS, "merge_method: unknown merge method 'tise'; did you mean `ties`?"),
-            ("merge_method: Linear\n" + MODELS, "did you mean `linear`?"),
-            ("merge_method: xyz\n" + MODELS, "`mergeloom methods` lists those that there are"),
-            ("merge_method: 3\n" + MODELS, "expected the name of a merge method, and found 3"),
-            (LINEAR, "r.yml:1: it needs one of `models`, `slices`, `modules`"),
-            (LINEAR + "model: []", "r.yml:3: model: unknown key; did you mean `models`?"),
-            (LINEAR + "silces: []", "r.yml:3: silces: unknown key; did you mean `slices`?"),
-            (LINEAR + MODELS + "slices: [1]", "r.yml:4: slices: `models` and `slices` exclude each other"),
-            (LINEAR + "models: []", "models: expected a list of models, and it is empty"),
-            (LINEAR + "models: {a: 1}", "models: expected a list of models, and found a mapping"),
-            (LINEAR + "models: [a]", "models[0]: a model is listed as `- model: a`"),
-            (LINEAR + "models: [{modle: a}]", "models[0].modle: unknown key; did you mean `model`?"),
-            (LINEAR + "models: [{}]", "models[0]: `model` is missing"),
-            (LINEAR + "models: [{model: 3}]", "expected a model: a directory or an id of the Hub, and found 3 (put it"),
-            (LINEAR + "models: [{model: a+b}]", "'a+b' is a model with a LoRA adapter on top, which mergeloom can't"),
-            (LINEAR + "models: [{model: {model: a, lora: b}}]", "models[0].model.lora: LoRA adapters can't be merged"),
-            (LINEAR + "models: [{model: a@b@c}]", "'a@b@c' has more than one @"),
-            (LINEAR + "models: [{model: '@b'}]", "'@b' names no model"),
-            (LINEAR + "models: [{model: 'a@'}]", "'a@' has no revision"),
-            (LINEAR + "models: [{model: {path: a, revision: 1.0}}]", "expected a branch, tag or commit, and found 1.0"),
-            (LINEAR + "models: [{model: {revision: a}}]", "a mapping without `path`"),
-            (LINEAR + "models: [{model: {path: ''}}]", "`path` and `revision` can't be empty"),
-            (LINEAR + MODELS + "dtype: bf16", "r.yml:4: dtype: unknown dtype 'bf16'; did you mean `bfloat16`?"),
-            (LINEAR + MODELS + "out_dtype: int8", "out_dtype: unknown dtype 'int8'; use one of bfloat16, float16"),
-            (LINEAR + MODELS + "save: 1", "save: expected true or false, and found 1"),
-            (LINEAR + MODELS + "experts: []", "experts: this is a file for mergekit-moe, another tool"),
-            ("base_model: a\ngate_mode: hidden", "gate_mode: this is a file for mergekit-moe, another tool"),
-            (
-                LINEAR + MODELS + "parameters: [1]",
-                "parameters: expected a mapping of parameters by name, and found the",
-            ),
-            (LINEAR + MODELS + "tokenizer_source: union", "tokenizer_source: a union of vocabularies comes later"),
-            (LINEAR + MODELS + "tokenizer: {}", "tokenizer: without `source` it stands for a union"),
-            (LINEAR + MODELS + "tokenizer: base", "tokenizer: expected a mapping with `source`"),
-            (LINEAR + MODELS + "tokenizer: {source: base, tokens: {x: {}}}", "tokenizer.tokens: choosing embeddings"),
-            (
-                LINEAR + MODELS + "tokenizer: {source: base, pad_to_multiple_of: 8}",
-                "padding the vocabulary comes later",
-            ),
-            (LINEAR + MODELS + "tokenizer: {source: base}\ntokenizer_source: base", "exclude each other"),
-            (LINEAR + MODELS + "chat_template: chatlm", "'chatlm' is no chat template; did you mean `chatml`?"),
-            (LINEAR + MODELS + "chat_template: {a: b}", "chat_template: expected auto, one of alpaca"),
-            (LINEAR + "modules: {}", "modules: expected a mapping of modules by name, and it is empty"),
-            (LINEAR + "modules: {x: {}}", "modules.x: it needs one of `models`, `slices`"),
-            (LINEAR + "modules: {x: {slice: []}}", "modules.x.slice: unknown key; did you mean `slices`?"),
-            (LINEAR + "slices: [{source: []}]", "slices[0].source: unknown key; did you mean `sources`?"),
-            (LINEAR + "slices: [{sources: []}]", "slices[0].sources: expected a list of models, each with its"),
-            (LINEAR + "slices: [{sources: [{model: a}]}]", "slices[0].sources[0]: `layer_range` is missing"),
-        ],
-    )
-    def test_of_form(self, text: str, message: str) -> None:
-        assert message in refused(text)
-
-    @pytest.mark.parametrize(
-        ("value", "message"),
-        [
-            ("[2, 2]", "[2, 2] is empty"),
-            ("[3, 2]", "[3, 2] runs backwards"),
-            ("[-1, 2]", "[-1, 2] begins before layer 0"),
-            ("[1]", "expected [first layer, layer after the last], and found the list [1]"),
-            ("[1, 2, 3]", "expected [first layer, layer after the last]"),
-            ("5", "and found 5"),
-            ("[0, true]", "expected [first layer"),
-            ("[[0], 1]", "expected [first layer"),
-            ("[0, 1.5]", "expected a whole number, and found 1.5"),
-            ("[a, b]", "expected a whole number, and found 'a'"),
-            ("~", "`layer_range` is missing"),
-        ],
-    )
-    def test_of_layer_ranges(self, value: str, message: str) -> None:
-        found = refused(f"merge_method: linear\nslices:\n- sources:\n  - model: a\n    layer_range: {value}\n")
-        assert message in found
-        assert found.startswith(("r.yml:5: slices[0].sources[0].layer_range", "r.yml:4: slices[0].sources[0]: "))
-
-    @pytest.mark.parametrize(
-        ("value", "message"),
-        [
-            ("abc", "weight: linear, model a: weight must be a finite number, got 'abc'"),
-            (".nan", "weight must be a finite number, got nan"),
-            ("'inf'", "weight must be a finite number, got 'inf'"),
-            ("~", "weight must be a finite number, got nothing"),
-            ("[]", "weight must be a finite number, got an empty list"),
-            ("[1, x]", "weight[1]: linear, model a: weight must be a finite number, got 'x'"),
-            ("[[1]]", "weight[0]: linear, model a: weight must be a finite number, got the list [1]"),
-            ("{filter: x}", "weight: `value` is missing"),
-            ("{filter: 3, value: 1}", "weight.filter: expected a part of tensor names, and found 3"),
-            ("{value: {value: 1}}", "weight.value: linear, model a: weight must be a finite number, got a mapping"),
-            ("[{value: 1}, 2]", "weight[1]: conditions ({filter, value}) and plain values can't be mixed"),
-            ("[1, {value: 2}]", "weight[0]: conditions ({filter, value}) and plain values can't be mixed"),
-            ("{value: []}", "weight.value: linear, model a: weight must be a finite number, got an empty list"),
-        ],
-    )
-    def test_of_values(self, value: str, message: str) -> None:
-        found = refused(f"merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight: {value}\n")
-        assert found.startswith("r.yml:5: models[0].parameters.weight")
-        assert message in found
-
-    def test_of_types(self) -> None:
-        assert "normalize: linear: normalize must be true or false, got 0.5" in refused(
-            LINEAR.replace("weight: 1", "normalize: 0.5") + MODELS
-        )
-        karcher = "merge_method: karcher\nparameters: {max_iter: %s}\n" + MODELS
-        assert "max_iter: karcher: max_iter must be a whole number, got 1.5" in refused(karcher % 1.5)
-        assert parse(karcher % "5.0").output.parameters == {"max_iter": 5}
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("merge_method: ties\n" + MODELS, "r.yml:1: merge_method: ties needs a `base_model`"),
-            ("merge_method: ties\nbase_model: a\nmodels: [{model: a}]", "takes 1 or more models besides the base, and"),
-            (
-                "merge_method: slerp\nbase_model: q\n" + MODELS,
-                "slerp takes 1 model besides the base, and there are 2: a, b",
-            ),
-            ("merge_method: nuslerp\nmodels: [{model: a}]", "models: nuslerp takes 2 models, and there are 1: a"),
-            ("merge_method: passthrough\n" + MODELS, "models: passthrough takes 1 model, and there are 2: a, b"),
-            (
-                "merge_method: passthrough\nbase_model: q\nmodels: [{model: a}]",
-                "there are 2: a, q (a `base_model` that isn't listed under `models` is added to them)",
-            ),
-            (
-                "merge_method: slerp\nbase_model: q\nslices:\n- sources:\n  - {model: a, layer_range: [0, 1]}\n"
-                "  - {model: b, layer_range: [0, 1]}",
-                "r.yml:4: slices[0]: slerp needs the base model, q, among the slice's sources",
-            ),
-            (
-                "merge_method: nuslerp\nslices:\n- base_model: q\n  sources:\n  - {model: a, layer_range: [0, 1]}\n"
-                "  - {model: b, layer_range: [0, 1]}",
-                "r.yml:3: slices[0]: nuslerp needs the base model, q, among the slice's sources",
-            ),
-            (
-                "merge_method: ties\nbase_model: a\nslices:\n- sources:\n  - {model: a, layer_range: [0, 1]}\n"
-                "  - {model: a, layer_range: [1, 2]}",
-                "slices[0]: the base model, a, is among the sources more than once",
-            ),
-            (
-                LINEAR
-                + "slices:\n- sources:\n  - {model: a, layer_range: [0, 2]}\n  - {model: b, layer_range: [0, 3]}",
-                "r.yml:4: slices[0]: the sources of a slice must have equally many layers: a [0, 2], b [0, 3]",
-            ),
-        ],
-    )
-    def test_of_inputs(self, text: str, message: str) -> None:
-        assert message in refused(text)
-
-
-class TestWarnings:
-    @pytest.mark.parametrize(
-        ("text", "warning"),
-        [
-            (
-                LINEAR + MODELS + "chat_templat: auto",
-                "r.yml:4: chat_templat: unknown key, ignored; did you mean `chat_temp",
-            ),
-            (LINEAR + MODELS + "foo: 1", "r.yml:4: foo: unknown key, ignored; known: merge_method,"),
-            (LINEAR + MODELS + "weight: 1", "r.yml:4: weight: unknown key, ignored; write it under `parameters`"),
-            (
-                LINEAR + "models:\n- model: a\n  weight: 1",
-                "r.yml:5: models[0].weight: unknown key, ignored; write it under",
-            ),
-            (
-                LINEAR + "models:\n- model: a\n  layer_range: [0, 1]",
-                "r.yml:5: models[0].layer_range: unknown key, ignored; `models` takes whole models: use `slices`",
-            ),
-            (
-                "merge_method: linear\nparameters:\n  weigth: 1\n" + MODELS,
-                "r.yml:3: parameters.weigth: linear has no such parameter, ignored; did you mean `weight`?",
-            ),
-            (
-                "merge_method: linear\nparameters: {density: 1}\n" + MODELS,
-                "linear has no such parameter, ignored; it has weight, normalize (`density` is one of ties)",
-            ),
-            (
-                "merge_method: linear\nmodels:\n- model: a\n  parameters: {normalize: false}",
-                "r.yml:4: models[0].parameters.normalize: it has no effect on a single model: set it in",
-            ),
-            (
-                "merge_method: linear\nparameters: {weight: {pattern: x, value: 1}}\n" + MODELS,
-                "parameters.weight.pattern: unknown key, ignored; did you mean `filter`?",
-            ),
-        ],
-    )
-    def test_of_what_is_ignored_are_errors_if_strict(self, text: str, warning: str) -> None:
-        (found,) = parse(text).warnings
-        assert found.startswith(warning) or warning in found
-        assert refused(text, strict=True) == found.replace(", ignored;", ";")
-
-    def test_of_the_rest_are_none(self) -> None:
-        text = "merge_method: linear\nparameters: {weight: [{value: 1}, {value: 2}]}\n"
-        text += "models: [{model: a}]\nmodels: [{model: b}]"
-        duplicate, unreachable = parse(text, strict=True).warnings
-        assert duplicate == "r.yml:4: models: the key stands twice, on lines 3 and 4: the last one holds"
-        assert unreachable.startswith("r.yml:2: parameters.weight[1]: it is never reached")
-
-    def test_what_mergekit_takes_and_ignores(self) -> None:
-        text = "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1]}], residual_weight: 0.5}]\n"
-        assert parse(text + "parameters: {weight: 1, int8_mask: true}", strict=True).warnings == ()
-
-    def test_a_model_listed_twice_counts_once_and_the_last_holds(self) -> None:
-        recipe = parse("""
-merge_method: linear
-models:
-- model: a
-  parameters: {weight: 1}
-- model: b
-- model: a
-  parameters: {weight: 2}
-- model: a@main
-""")
-        assert recipe.output.models is not None
-        assert [(s.model.text, s.parameters) for s in recipe.output.models] == [
-            ("b", {}),
-            ("a", {"weight": 2.0}),
-            ("a@main", {}),
-        ]
-        assert recipe.warnings == (
-            "r.yml:4: models[0]: a is listed twice and counts once: the last entry holds, line 7: {'weight': 2}, and "
-            "not this one, line 4: {'weight': 1}",
-        )
-
-    def test_a_model_twice_with_other_layers_counts_twice(self) -> None:
-        text = LINEAR + "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: a, layer_range: [2, 4]}]}]"
-        recipe = parse(text)
-        assert recipe.warnings == ()
-        assert len(slices_of(recipe.output)[0].sources) == 2
-
-
 def stage(name: str | None, *models: str, more: str = "") -> str:
     head = f"name: {name}\n" if name is not None else ""
     return head + LINEAR + f"models: [{', '.join(f'{{model: {model}}}' for model in models)}]\n" + more
@@ -541,7 +261,7 @@ class TestStages:
             LINEAR + MODELS + "base_model: x",
             LINEAR + MODELS + "files_from: x",
             LINEAR + MODELS + "tokenizer_source: x",
-            LINEAR + MODELS + "outside: {norm: x}",
+            LINEAR + MODELS + "non_layer: {norm: x}",
             LINEAR + "slices: [{sources: [{model: x, layer_range: [0, 1]}]}]",
             LINEAR + "slices: [{base_model: x, sources: [{model: b, layer_range: [0, 1]}]}]",
             LINEAR + "modules: {m: {models: [{model: x}]}}",
@@ -554,7 +274,7 @@ class TestStages:
         text = "---\n".join((stage("x", "a"), stage(None, "x", "x@y@z")))
         assert refused(text).startswith("r.yml:8: [1].models[1].model: 'x@y@z' has more than one @")
         text = "---\n".join((stage("x", "a", more="foo: 1\n"), stage(None, "x")))
-        assert parse(text).warnings[0].startswith("r.yml:5: x.foo: unknown key")
+        assert str(parse(text).warnings[0]).startswith("r.yml:5: x.foo: unknown key")
         recipe = parse(text)
         assert str(recipe.error(slices_of(recipe.output)[0].sources[0].place, "m")) == "r.yml:9: [1].models[0]: m"
 
@@ -565,7 +285,8 @@ class TestStages:
 
     def test_an_unused_one(self) -> None:
         (warning,) = parse("---\n".join((stage("y", "a"), stage(None, "b")))).warnings
-        assert warning == "r.yml:1: y: no stage uses it and it isn't saved, so that it is not computed"
+        assert warning.kind is WarningKind.UNUSED_STAGE
+        assert str(warning) == "r.yml:1: y: no stage uses it and it isn't saved, so it is not computed"
         assert parse("---\n".join((stage("y", "a", more="save: true\n"), stage(None, "b")))).warnings == ()
 
     @pytest.mark.parametrize(
@@ -575,9 +296,9 @@ class TestStages:
             ((stage("x", "x"),), "r.yml:1: name: the stages use each other: x -> x"),
             ((stage(None, "a"), stage(None, "b")), "r.yml:5: [1]: a second stage without a `name`"),
             ((stage("x", "a"), stage("x", "b")), "r.yml:6: x: a second stage named 'x'"),
-            ((stage("../x", "a"),), "r.yml:1: name: '../x' can't name a stage"),
-            ((stage("a@b", "a"),), "'a@b' can't name a stage"),
-            ((stage("3", "a"),), "name: expected the stage's name, and found 3 (put it in quotes)"),
+            ((stage("../x", "a"),), "r.yml:1: name: invalid stage name '../x'"),
+            ((stage("a@b", "a"),), "invalid stage name 'a@b'"),
+            ((stage("3", "a"),), "name: expected the stage's name, got 3 (put it in quotes)"),
         ],
     )
     def test_mistakes(self, stages: tuple[str, ...], message: str) -> None:
@@ -605,102 +326,5 @@ def test_reading_a_recipe_imports_neither_torch_nor_networkx() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (
         0,
-        "recipe:1: merge_method: unknown merge method 'x'; `mergeloom methods` lists those that there are",
+        "recipe:1: merge_method: unknown merge method 'x'; `mergeloom methods` lists all methods",
     ), done.stderr
-
-
-WORDS = st.sampled_from(
-    [
-        *("merge_method", "models", "slices", "modules", "sources", "model", "layer_range", "parameters", "base_model"),
-        *("weight", "density", "t", "normalize", "filter", "value", "dtype", "tokenizer", "tokenizer_source", "source"),
-        *("name", "path", "revision", "linear", "slerp", "ties", "a", "b@c", "a+b", "bfloat16", "union", "auto", ""),
-    ]
-)
-LEAVES = WORDS | st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=6)
-TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6))
-
-
-@settings(deadline=None, max_examples=300)
-@given(TREES, st.booleans())
-def test_any_data_is_a_recipe_or_a_recipe_error(data: Any, strict: bool) -> None:
-    try:
-        recipe = load_recipe(data if isinstance(data, dict) else [data], strict=strict, methods=METHODS)
-    except RecipeError:
-        return
-    assert isinstance(recipe, Recipe)
-
-
-@st.composite
-def damaged(draw: st.DrawFn) -> str:
-    """A sound recipe with one value put in the place of another."""
-    documents = list(yaml.safe_load_all(GOOD))
-    for _ in range(draw(st.integers(1, 3))):
-        node = draw(st.sampled_from(documents))
-        while True:
-            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-            if not keys:
-                break
-            key = draw(st.sampled_from(keys))
-            if isinstance(node[key], (dict, list)) and draw(st.booleans()):
-                node = node[key]
-                continue
-            action = draw(st.sampled_from(("replace", "delete", "rename")))
-            if action == "delete":
-                del node[key]
-            elif action == "rename" and isinstance(node, dict):
-                node[draw(WORDS)] = node.pop(key)
-            else:
-                node[key] = draw(TREES)
-            break
-    return yaml.safe_dump_all(documents)
-
-
-GOOD = """
-name: first
-merge_method: ties
-base_model: a
-models:
-- {model: b, parameters: {weight: 1, density: [0, 1]}}
-- {model: {model: {path: c, revision: d}}, parameters: {weight: [{filter: x, value: 1}, {value: 2}]}}
-parameters: {normalize: true}
-tokenizer: {source: base}
----
-merge_method: slerp
-base_model: first
-slices:
-- sources: [{model: first, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
-  parameters: {t: 0.5}
-- sources: [{model: b, layer_range: [1, 3]}, {model: c, layer_range: [0, 2]}]
-  base_model: c
-parameters: {t: {filter: mlp, value: [0, 1]}}
-dtype: bfloat16
-out_dtype: float32
-"""
-
-
-def test_the_sound_recipe_is_sound() -> None:
-    recipe = parse(GOOD, strict=True)
-    assert recipe.warnings == ()
-    assert recipe.output.out_dtype is F32
-
-
-@settings(deadline=None, max_examples=300)
-@given(damaged(), st.booleans())
-def test_a_damaged_recipe_is_a_recipe_or_a_recipe_error(text: str, strict: bool) -> None:
-    try:
-        recipe = parse(text, strict)
-    except RecipeError as error:
-        assert error.line is not None or "is empty" in str(error)
-        return
-    for each in recipe.stages:
-        assert slices_of(each)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.integers(0, len(GOOD)), st.integers(0, 12), st.text(alphabet="ab:-[]{}&*<\n 1'\"|@#", max_size=8))
-def test_damaged_text_is_a_recipe_or_a_recipe_error(start: int, length: int, text: str) -> None:
-    try:
-        recipe = parse(GOOD[:start] + text + GOOD[start + length :])
-    except RecipeError:
-        return
-    assert recipe.stages
