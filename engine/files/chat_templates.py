@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...io.companions import read_json, read_small
+from ...io.small_files import read_json, read_small
 
 FILE = "chat_template.jinja"
 """Where transformers looks first. Older versions only know the key `chat_template` of tokenizer_config.json."""

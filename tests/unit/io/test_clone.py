@@ -98,7 +98,7 @@ def test_ranges_are_copied_on_any_file_system(
 ) -> None:
     monkeypatch.setattr(platform, "DISABLED", disabled)
     for moved in check(tmp_path, RANGES):
-        assert moved.copied == 0 or "copy_file_range" not in disabled
+        assert moved.kernel_copied == 0 or "copy_file_range" not in disabled
         assert moved.shared == 0 or "clone" not in disabled
 
 
@@ -185,7 +185,7 @@ def test_the_kernel_may_copy_less_than_asked_and_then_nothing(tmp_path: Path, mo
 
     monkeypatch.setattr(copying, "copy_range", some)
     monkeypatch.setattr(platform, "DISABLED", {"clone"})
-    assert check(tmp_path, [(3, 5, SIZE - 3)]) == [CopyStats(copied=5011, user_copied=SIZE - 3 - 5011)]
+    assert check(tmp_path, [(3, 5, SIZE - 3)]) == [CopyStats(kernel_copied=5011, user_copied=SIZE - 3 - 5011)]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

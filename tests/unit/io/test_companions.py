@@ -176,6 +176,6 @@ def test_failed_copy_leaves_what_was_there(
 
 
 def test_source_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="gone: can't be read"):
+    with pytest.raises(CheckpointError, match="gone: there is no such file"):
         copy_file(tmp_path / "gone", tmp_path / "target")
     assert list(tmp_path.iterdir()) == []

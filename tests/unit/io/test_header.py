@@ -136,7 +136,7 @@ REFUSED = {
     "a header of 0 bytes": (bytes(64), "0 bytes"),
     "a header past the limit": (whole("{}", length=MAX_JSON_BYTES + 1), "100,000,001 bytes"),
     "a header length of 2^64 - 1": (whole("{}", length=2**64 - 1), "limit of 100,000,000"),
-    "a header past the end of the file": (whole("{}", length=100), "its header alone takes 108: the file is cut short"),
+    "a header past the end of the file": (whole("{}", length=100), "its header alone has 108: the file is truncated"),
     "a byte order mark": (whole(f'\ufeff{{"a":{BYTE}}}', b"x"), "begins with b'\\xef'"),
     "a list": (whole("[]"), "begins with b'['"),
     "no UTF-8": (whole(f'{{"a\xff":{BYTE}}}'.encode("latin-1"), b"x"), "not UTF-8 (byte 11"),
@@ -198,7 +198,7 @@ REFUSED = {
         ),
         "tensor 'b': begins at byte 1 of the data, inside 'a'",
     ),
-    "a file that is cut short": (whole(entry(shape="[9]", offsets="[0,9]"), b"x" * 7), "2 too few; the file is cut"),
+    "a file that is cut short": (whole(entry(shape="[9]", offsets="[0,9]"), b"x" * 7), "2 too few; the file is truncated"),
     "bytes after the last tensor": (whole(entry(), b"xx"), "what follows is no tensor's"),
     "data without tensors": (whole("{}", b"x"), "what follows is no tensor's"),
     "nesting past serde_json's limit": (whole(entry(more=f',"x":{"[" * 126}{"]" * 126}'), b"x"), "more than 127 deep"),
@@ -416,7 +416,7 @@ def test_read_header_reads_a_file_without_its_tensors(tmp_path: Path) -> None:
 def test_read_header_of_a_truncated_file(tmp_path: Path) -> None:
     file = tmp_path / "short.safetensors"
     file.write_bytes(build_header([("a", F32, (4,))], {}) + bytes(15))
-    with pytest.raises(CheckpointError, match="1 too few; the file is cut short"):
+    with pytest.raises(CheckpointError, match="1 too few; the file is truncated"):
         read_header(file)
 
 
@@ -439,16 +439,16 @@ def test_read_header_of_a_directory(tmp_path: Path) -> None:
 
 def test_read_header_does_not_wait_for_a_named_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         read_header(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
     ("number", "error", "reason"),
     [
-        (errno.EACCES, CheckpointError, "may not be read"),
+        (errno.EACCES, CheckpointError, "check its owner and mode"),
         (errno.EIO, EnvironmentFailure, "check the disk"),
-        (errno.EMFILE, EnvironmentFailure, "could not be read"),
+        (errno.EMFILE, EnvironmentFailure, "can.t be read"),
     ],
 )
 def test_read_header_tells_a_forbidden_file_from_a_failing_system(

@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.io.output.journal import FORMAT, Found, Journal, read_journal
+from mergeloom.io.output.journal import FORMAT, Journal, JournalContent, read_journal
 from tests.support.faults import Fail, Kill, Stopped, watching
 
 FACTS = {"recipe": "línea: 1\n", "seed": 0}
@@ -32,7 +32,7 @@ def written(path: Path) -> bytes:
 def test_what_is_added_is_read_again(tmp_path: Path) -> None:
     written(tmp_path / "journal")
     found = read_journal(tmp_path / "journal")
-    assert found == Found({**FACTS, "format": FORMAT}, tuple(RECORDS))
+    assert found == JournalContent({**FACTS, "format": FORMAT}, tuple(RECORDS))
     assert found.readable
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]
 

@@ -19,9 +19,10 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
 from mergeloom.io import platform
-from mergeloom.io.output.directory import WORK, OutputDirectory, ShardFile, index_bytes
+from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal
-from mergeloom.io.output.lock import DirectoryStatus
+from mergeloom.io.output.lock import WORK, DirectoryStatus
+from mergeloom.io.output.shards import ShardFile, index_bytes
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from tests.support.faults import Fail, watching
@@ -55,7 +56,7 @@ def publish(out: OutputDirectory, *last: str) -> None:
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[OutputDirectory]:
     """An output directory that is held."""
-    out = OutputDirectory(tmp_path / "out")
+    out = OutputDirectory.open(tmp_path / "out")
     yield out
     out.close()
 
@@ -94,7 +95,7 @@ def test_a_damaged_shard_is_never_published(made: OutputDirectory) -> None:
     fill(made, shard())
     with (made.stage / "model.safetensors").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(EnvironmentFailure, match=r"model.safetensors: the safetensors library does not accept"):
+    with pytest.raises(EnvironmentFailure, match=r"model.safetensors: the safetensors library rejects"):
         publish(made)
     made.abandon()
     assert not made.path.exists()
@@ -115,7 +116,7 @@ def test_what_is_not_ours_is_left_alone(kind: str, tmp_path: Path) -> None:
         (out / ("notes.txt" if kind == "other" else "model.safetensors")).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=f"{out}: is .*; OUT must be a new or empty directory"):
-        OutputDirectory(out)
+        OutputDirectory.open(out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -134,7 +135,7 @@ def test_no_link_in_it_leads_out_of_it(link: str, fresh: bool, tmp_path: Path) -
         Journal(out / WORK / "journal", {}, [{"publish": ["published/file"]}]).close()
     place.symlink_to(target / "file" if link.endswith(("pid", "file")) else target)
     with pytest.raises(UsageError, match=f"holds {link}.*remove it"):
-        made = OutputDirectory(out)
+        made = OutputDirectory.open(out)
         if fresh:
             made.start_over()
     assert (target / "file").read_text() == "keep me"
@@ -149,7 +150,7 @@ def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
     out.mkdir()
     (out / "sign").write_text("")
     (out / WORK).symlink_to(target)
-    OutputDirectory(out, "sign").close()
+    OutputDirectory.open(out, "sign").close()
     assert (target / "file").read_text() == "keep me"
     assert not (out / WORK).is_symlink()
 
@@ -159,7 +160,7 @@ def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
     [
         (errno.ENOSPC, "no space left while .*make room"),
         (errno.EDQUOT, "quota is used up while .*make room"),
-        (errno.EFBIG, "no file as large: give a smaller --shard-size"),
+        (errno.EFBIG, "the file is too large .*: use a smaller --shard-size"),
     ],
 )
 def test_why_there_is_no_room_is_said(number: int, said: str, made: OutputDirectory) -> None:
@@ -171,11 +172,11 @@ def test_an_impossible_name_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
         with pytest.raises(EnvironmentFailure, match="the output directory failed"):
-            OutputDirectory(path)
+            OutputDirectory.open(path)
 
 
 def test_an_empty_directory_will_do_and_stays(tmp_path: Path) -> None:
-    out = OutputDirectory(tmp_path)
+    out = OutputDirectory.open(tmp_path)
     fill(out, shard())
     out.abandon()
     out.close()
@@ -185,18 +186,18 @@ def test_an_empty_directory_will_do_and_stays(tmp_path: Path) -> None:
 
 def test_a_second_merge_waits_its_turn(made: OutputDirectory) -> None:
     with pytest.raises(EnvironmentFailure, match="another merge is writing here") as refused:
-        OutputDirectory(made.path)
+        OutputDirectory.open(made.path)
     assert refused.value.exit_code == 5
     made.abandon()
     made.close()
-    OutputDirectory(made.path).close()
+    OutputDirectory.open(made.path).close()
 
 
 def test_a_merge_in_another_process_holds_it_too(made: OutputDirectory) -> None:
     code = (
         "import sys; from pathlib import Path; from mergeloom.io.output.directory import OutputDirectory\n"
         "from mergeloom.errors import MergeloomError\n"
-        "try: OutputDirectory(Path(sys.argv[1]))\n"
+        "try: OutputDirectory.open(Path(sys.argv[1]))\n"
         "except MergeloomError as error: sys.exit(error.exit_code)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(made.path)], check=False).returncode == 5
@@ -215,7 +216,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
         found = classify(path, *arguments, **options)
         if not calls:
             calls.append(path)
-            other = OutputDirectory(path)
+            other = OutputDirectory.open(path)
             fill(other, shard())
             publish(other)
             other.close()
@@ -223,17 +224,17 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
 
     monkeypatch.setattr(claim, "classify", classify_early)
     with pytest.raises(UsageError, match="is not empty"):
-        OutputDirectory(out)
+        OutputDirectory.open(out)
     assert (out / "model.safetensors").exists()
 
 
 def test_what_a_killed_merge_left_is_not_published(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    killed = OutputDirectory(out)
+    killed = OutputDirectory.open(out)
     fill(killed, shard("model-00001-of-00002.safetensors"), shard("model-00002-of-00002.safetensors"))
     killed.write_file("tokenizer.json", b"{}")
     killed.close()  # what the system does for a process that is killed
-    again = OutputDirectory(out)
+    again = OutputDirectory.open(out)
     fill(again, shard())
     publish(again)
     again.close()
@@ -241,13 +242,13 @@ def test_what_a_killed_merge_left_is_not_published(tmp_path: Path) -> None:
 
 
 def test_parents_that_were_made_are_removed_again(tmp_path: Path) -> None:
-    out = OutputDirectory(tmp_path / "a" / "b" / "out")
+    out = OutputDirectory.open(tmp_path / "a" / "b" / "out")
     fill(out, shard())
     out.abandon()
     out.close()
     assert not (tmp_path / "a").exists()
     (tmp_path / "a").mkdir()
-    out = OutputDirectory(tmp_path / "a" / "b" / "out")
+    out = OutputDirectory.open(tmp_path / "a" / "b" / "out")
     (tmp_path / "a" / "b" / "notes.txt").write_text("somebody else's")
     out.abandon()
     out.close()
@@ -280,17 +281,17 @@ def test_a_resumed_merge_counts_shared_bytes_once(own: int, tmp_path: Path, monk
     start = len(whole.header)
     whole = replace(whole, computed=((start, half),))
     monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
-    out = OutputDirectory(tmp_path / "out")
+    out = OutputDirectory.open(tmp_path / "out")
     out.begin([whole], half)
     out.write(0, start, memoryview(bytes(range(250)) * (own // 250)))
     out.write(0, start + half, memoryview(bytes(range(250)) * (half // 250)))  # as if it were cloned
     out.sync([0])
-    Journal(out.journal, {}).close()
+    Journal(out.lock.journal_path, {}).close()
     out.close()
     usage = shutil.disk_usage
 
     for free, fits in ((half - own - 20_000, False), (half - own + 20_000, True)):
-        with monkeypatch.context() as patch, contextlib.closing(OutputDirectory(tmp_path / "out")) as out:
+        with monkeypatch.context() as patch, contextlib.closing(OutputDirectory.open(tmp_path / "out")) as out:
             patch.setattr(
                 "mergeloom.io.output.directory.shutil.disk_usage",
                 lambda path, free=free: usage(path)._replace(free=free),
@@ -315,8 +316,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.root
 def test_an_output_larger_than_the_disk_is_refused_at_once(small_disk: Path) -> None:
-    out = OutputDirectory(small_disk / "out")
-    with pytest.raises(DiskSpaceError, match=r"the output takes 2.\dMiB and .* are free") as full:
+    out = OutputDirectory.open(small_disk / "out")
+    with pytest.raises(DiskSpaceError, match=r"the output needs 2.\dMiB, but only .* are free") as full:
         out.begin([shard(nbytes=2_200_000)])
     assert full.value.exit_code == 3
     out.abandon()
@@ -327,7 +328,7 @@ def test_an_output_larger_than_the_disk_is_refused_at_once(small_disk: Path) -> 
 @pytest.mark.parametrize("fallocate", [True, False])
 def test_a_disk_that_fills_up_is_said(small_disk: Path, monkeypatch: pytest.MonkeyPatch, fallocate: bool) -> None:
     monkeypatch.setattr(platform, "DISABLED", set() if fallocate else {"fallocate"})
-    out = OutputDirectory(small_disk / "out")
+    out = OutputDirectory.open(small_disk / "out")
     large = shard(nbytes=400_000)
     out.begin([large])
     (small_disk / "other").write_bytes(bytes(600_000 if fallocate else 1_000_000))  # all the rest
@@ -362,5 +363,5 @@ def test_a_merge_that_does_not_fit_leaves_nothing(small_disk: Path, tmp_path: Pa
 
 
 def test_a_companion_that_is_gone_is_an_error(made: OutputDirectory, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"vocab.txt: can't be read"):
+    with pytest.raises(CheckpointError, match=r"vocab.txt: there is no such file"):
         made.copy_file("vocab.txt", tmp_path / "vocab.txt")

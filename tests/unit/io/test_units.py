@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergeloom.io.sizes import parse_size
-from mergeloom.io.wording import big_number, clean, data_size, duration, listed, memory_size, plural, ranges, rate
+from mergeloom.io.units import big_number, clean, data_size, duration, listed, memory_size, plural, ranges, rate
 
 
 @pytest.mark.parametrize(
