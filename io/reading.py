@@ -47,7 +47,7 @@ def stat_fingerprints(files: Iterable[Path]) -> dict[Path, FileStamp]:
 def source_changed(file: Path) -> CheckpointError:
     """The error for a source file that has changed since the merge started."""
     return CheckpointError(
-        f"{file} was changed during the merge: the output would mix two versions of it. Put the file back and run the "
+        f"{file} was changed during the merge: the output would mix two versions. Put the file back and run the "
         "same command again, or start over with --restart; if only its attributes or its name were changed, just "
         "run the same command again"
     )

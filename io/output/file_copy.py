@@ -1,4 +1,4 @@
-"""Copies a small file so that the target is either complete and durable or unchanged."""
+"""Copies a small file atomically and durably: the target is either complete or unchanged."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class DType:
         """The size of `elements` elements in bytes. Raises ValueError if that is not an integral number."""
         bits = self.bits * elements
         if bits % 8:
-            raise ValueError(f"{elements} elements of {self.name} do not fill an integral number of bytes")
+            raise ValueError(f"{elements} elements of {self.name} are not a whole number of bytes")
         return bits // 8
 
 

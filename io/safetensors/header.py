@@ -264,7 +264,7 @@ def _tensor(name: str, entry: Any, start: int, file: Path) -> TensorRef:
         _refuse_tensor(
             file,
             name,
-            f"its {elements:,} elements of {dtype.name}, {dtype.bits} bits each, fill no integral number of bytes",
+            f"its {elements:,} elements of {dtype.name}, {dtype.bits} bits each, are not a whole number of bytes",
         )
     begin, end = offsets if type(offsets) is list and len(offsets) == 2 else (None, None)
     if type(begin) is not int or type(end) is not int or begin < 0 or end < 0:

@@ -35,10 +35,10 @@ from mergeloom.io.output.shards import ShardFile, missing_space
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from tests.support.faults import Stopped
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID
+from tests.support.hub.server import HubServer
 from tests.support.models.write import write_checkpoint
 from tests.support.outputs import digests
-from tests.support.hub import ID, contents, hub, local
 
 OPTIONS = planning.Options(max_ram=4 << 30, device="cpu", threads=1)
 SHAPES = {f"model.layers.{layer}.w.weight": (64, 50) for layer in range(2)} | {"model.norm.weight": (50,)}

@@ -18,8 +18,8 @@ from mergeloom.io.hub.checkpoint import HubCheckpoint, companions, needed_files,
 from mergeloom.io.hub.download import DownloadProgress, download
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.units import data_size, plural
-from tests.support.hub import ID, INDEX, layer_files
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID, INDEX, layer_files
+from tests.support.hub.server import HubServer
 
 
 def test_only_the_shards_of_the_layers_that_are_used(hub: HubServer, model: HubCheckpoint, local: Path) -> None:
@@ -42,7 +42,7 @@ def test_only_the_shards_of_the_layers_that_are_used(hub: HubServer, model: HubC
     assert hub.log == []
 
 
-def test_a_download_says_how_far_it_is(hub: HubServer, model: HubCheckpoint) -> None:
+def test_a_download_reports_its_progress(hub: HubServer, model: HubCheckpoint) -> None:
     files = layer_files(model, 2)
     said: list[str] = []
     told: list[Progress] = []
@@ -84,7 +84,7 @@ def test_a_local_checkpoint_needs_no_files(local: Path) -> None:
     assert companions(checkpoint) == ()
 
 
-def test_the_cache_is_the_one_of_huggingface_hub(hub: HubServer, model: HubCheckpoint) -> None:
+def test_huggingface_hub_finds_the_downloaded_files(hub: HubServer, model: HubCheckpoint) -> None:
     files = layer_files(model, 0)
     download(files)
     hub.log.clear()
@@ -102,7 +102,7 @@ def test_the_cache_is_the_one_of_huggingface_hub(hub: HubServer, model: HubCheck
     assert hub.sent(r"\.safetensors$") == 0
 
 
-def test_what_huggingface_hub_downloaded_is_used(hub: HubServer, contents: dict[str, bytes]) -> None:
+def test_files_that_huggingface_hub_downloaded_are_used(hub: HubServer, contents: dict[str, bytes]) -> None:
     hub.add(ID, contents)
     snapshot_download(ID)
     hub.log.clear()
@@ -125,7 +125,7 @@ def test_a_file_that_another_commit_brought_is_only_linked(
     assert hub.log == []
 
 
-def test_without_links_the_files_themselves_are_there(
+def test_files_are_moved_where_links_are_disabled(
     model: HubCheckpoint, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True, raising=False)  # 1.0 has none
@@ -136,7 +136,7 @@ def test_without_links_the_files_themselves_are_there(
         assert file.path.read_bytes() == (local / file.name).read_bytes()
 
 
-def test_companions_come_by_name_and_nothing_else(hub: HubServer, contents: dict[str, bytes]) -> None:
+def test_only_companions_are_downloaded(hub: HubServer, contents: dict[str, bytes]) -> None:
     files = contents | {
         "config.json": json.dumps({"auto_map": {"AutoModel": "modeling.Model"}}).encode(),
         "modeling.py": b"from .parts import x",

@@ -14,8 +14,8 @@ from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, needed_files, open_hub_model
 from mergeloom.io.hub.download import download
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
-from tests.support.hub import ID, description, layer_files, refused
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID, description, layer_files, refused
+from tests.support.hub.server import HubServer
 
 
 def test_a_gated_model(hub: HubServer, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_no_such_revision(hub: HubServer, contents: dict[str, bytes]) -> None:
             assert "not a valid git branch, tag or commit" in refused(revision=bad)
 
 
-def test_a_file_that_vanished(hub: HubServer, model: HubCheckpoint) -> None:
+def test_a_file_missing_on_the_hub(hub: HubServer, model: HubCheckpoint) -> None:
     files = layer_files(model, 0)
     hub.repos[ID].commits[model.repository.commit].files.clear()
     with pytest.raises(CheckpointError, match="no such file at this revision"):
@@ -95,7 +95,7 @@ def test_a_file_that_vanished(hub: HubServer, model: HubCheckpoint) -> None:
 @pytest.mark.parametrize(
     ("status", "headers"), [(429, {"Retry-After": "0"}), (429, {"RateLimit": '"api";r=0;t=0'}), (503, {}), (408, {})]
 )
-def test_a_busy_hub_is_asked_again(
+def test_a_busy_hub_is_retried(
     hub: HubServer, contents: dict[str, bytes], status: int, headers: dict[str, str]
 ) -> None:
     hub.add(ID, contents)
@@ -114,7 +114,7 @@ def test_too_many_requests(hub: HubServer, contents: dict[str, bytes], headers: 
     assert len(hub.log) == 1
 
 
-def test_the_wait_that_is_asked_for_is_kept(
+def test_the_requested_wait_is_respected(
     hub: HubServer, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
@@ -153,7 +153,7 @@ def test_no_network(hub: HubServer, model: HubCheckpoint) -> None:
     assert open_hub_model(ID, model.repository.commit).tensors == model.tensors
 
 
-def test_an_endpoint_that_is_none(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "hub.example")
     assert "HF_ENDPOINT" in refused(error=EnvironmentFailure)
 

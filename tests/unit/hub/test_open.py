@@ -18,8 +18,8 @@ from mergeloom.io.hub.checkpoint import HubCheckpoint, open_hub_model
 from mergeloom.io.hub.repository import is_hub_id
 from mergeloom.io.output.lock import classify
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
-from tests.support.hub import ID, INDEX, description, index_of, refused, single
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID, INDEX, description, index_of, refused, single
+from tests.support.hub.server import HubServer
 from tests.support.models import write as models
 
 
@@ -49,7 +49,7 @@ LAYOUTS: dict[str, dict[str, bytes]] = {
                               "1.safetensors": single("a")},
     "index into folders": {INDEX: index_of({"a": "./deep/1.safetensors", "b": "deep/1.safetensors"}),
                            "deep/1.safetensors": single("a", "b")},
-    "index beside a single": {INDEX: index_of({"a": "1.safetensors"}), "1.safetensors": single("a"),
+    "index and a single file": {INDEX: index_of({"a": "1.safetensors"}), "1.safetensors": single("a"),
                               "model.safetensors": single("z")},
     "copies": {INDEX: index_of({"a": "2.safetensors", "b": "1.safetensors"}), "1.safetensors": single("a", "b"),
                "2.safetensors": single("a")},
@@ -101,14 +101,14 @@ def test_a_header_longer_than_the_first_request(hub: HubServer) -> None:
     assert first.nbytes + rest.nbytes == len(single(*names)) - 8 * len(names)
 
 
-def test_a_server_that_knows_no_ranges(hub: HubServer, local: Path, contents: dict[str, bytes]) -> None:
+def test_a_server_without_range_support(hub: HubServer, local: Path, contents: dict[str, bytes]) -> None:
     hub.add(ID, contents)
     hub.ranges = False
     checkpoint = open_hub_model(ID)
     assert list(checkpoint.tensors) == list(open_checkpoint(local).tensors)
 
 
-def test_a_second_time_asks_for_the_commit_at_most(hub: HubServer, model: HubCheckpoint) -> None:
+def test_reopening_makes_at_most_one_request(hub: HubServer, model: HubCheckpoint) -> None:
     again = open_hub_model(ID, "main")
     assert [served.target.partition("?")[0] for served in hub.log] == [f"/api/models/{ID}/revision/main"]
     hub.log.clear()
@@ -117,7 +117,7 @@ def test_a_second_time_asks_for_the_commit_at_most(hub: HubServer, model: HubChe
     assert again.tensors == by_commit.tensors == model.tensors
 
 
-def test_a_new_commit_is_seen_and_asks_only_for_what_it_changed(
+def test_a_new_commit_fetches_only_changed_headers(
     hub: HubServer, model: HubCheckpoint, contents: dict[str, bytes]
 ) -> None:
     files = dict(contents)
@@ -143,7 +143,7 @@ def test_revisions(hub: HubServer, local: Path) -> None:
     assert list(open_hub_model(ID, "refs/pr/1").tensors) == ["new"]
 
 
-def test_a_damaged_cache_is_fetched_anew(hub: HubServer, model: HubCheckpoint) -> None:
+def test_a_damaged_cache_is_fetched_again(hub: HubServer, model: HubCheckpoint) -> None:
     assets = Path(constants.HF_ASSETS_CACHE)
     for kept in [path for path in assets.rglob("*") if path.is_file()]:
         kept.write_bytes(kept.read_bytes()[:-3])
@@ -158,7 +158,7 @@ def test_ids(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", ".", "./a", "../a", "/a", "~/a", "a/b/c", "a//b", "a/..", "a--b/c", "a b", "é/b", "a/"]
 )
-def test_what_is_no_id_is_never_asked_for(hub: HubServer, text: str) -> None:
+def test_invalid_ids_are_never_requested(hub: HubServer, text: str) -> None:
     assert not is_hub_id(text)
     assert "nor a valid id" in refused(text)
     assert hub.log == []

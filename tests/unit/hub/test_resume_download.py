@@ -18,12 +18,12 @@ from mergeloom.io.hub import download as hub_download
 from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, needed_files, open_hub_model
 from mergeloom.io.hub.download import DownloadProgress, download
-from tests.support.hub import ID, layer_files
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID, layer_files
+from tests.support.hub.server import HubServer
 from tests.support.waiting import HANG_SECONDS
 
 
-def test_a_dropped_connection_goes_on_by_itself(hub: HubServer, model: HubCheckpoint, local: Path) -> None:
+def test_a_dropped_connection_resumes_automatically(hub: HubServer, model: HubCheckpoint, local: Path) -> None:
     files = layer_files(model, 4)[:1]
     for cut in (100_000, 0, 1, 300_000):
         hub.fail("GET /blobs/", cut=cut)
@@ -33,7 +33,7 @@ def test_a_dropped_connection_goes_on_by_itself(hub: HubServer, model: HubCheckp
     assert hub.sent(r"\.safetensors$") == files[0].nbytes
 
 
-def test_a_large_file_comes_in_pieces(
+def test_a_large_file_takes_several_requests(
     hub: HubServer, model: HubCheckpoint, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_download, "_REQUEST_BYTES", 1_000_000)
@@ -53,7 +53,7 @@ def test_two_downloads_of_a_file_wait_for_each_other(hub: HubServer, model: HubC
     assert hub.sent(r"\.safetensors$") == sum(file.nbytes for file in files)
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(hub: HubServer, model: HubCheckpoint, local: Path) -> None:
+def test_an_interrupted_download_resumes(hub: HubServer, model: HubCheckpoint, local: Path) -> None:
     files = layer_files(model, 4)[:1]
     fault = hub.fail("GET /blobs/", cut=700_000)
     then = hub.fail("GET /blobs/", times=hub_http.RETRIES, cut=0)
@@ -81,7 +81,7 @@ download(needed_files(checkpoint, [ref for name, ref in checkpoint.tensors.items
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_goes_on_where_it_stopped(
+def test_the_download_of_a_killed_process_resumes(
     hub: HubServer, local: Path, contents: dict[str, bytes], tmp_path: Path, number: signal.Signals
 ) -> None:
     hub.add(ID, contents)
@@ -89,7 +89,7 @@ def test_a_killed_process_goes_on_where_it_stopped(
     fault = hub.fail(r"GET /blobs/", times=0, cut=1_200_000, hold=release)
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    checkpoint = open_hub_model(ID)  # so that the child's first range requests are for the data
+    checkpoint = open_hub_model(ID)  # so the child's first range requests are for the data
     files = layer_files(checkpoint, 4)
     hub.log.clear()
     fault.times = len(files)
@@ -113,7 +113,7 @@ def test_a_killed_process_goes_on_where_it_stopped(
         assert file.path.read_bytes() == (local / file.name).read_bytes()
 
 
-def test_what_a_power_failure_left_is_fetched_anew(hub: HubServer, model: HubCheckpoint, local: Path) -> None:
+def test_files_damaged_by_a_power_failure_are_fetched_again(hub: HubServer, model: HubCheckpoint, local: Path) -> None:
     (file,) = layer_files(model, 4)[:1]
     file.partial.parent.mkdir(parents=True, exist_ok=True)
     for nbytes in (5_000, file.nbytes, file.nbytes + 1):
@@ -126,7 +126,7 @@ def test_what_a_power_failure_left_is_fetched_anew(hub: HubServer, model: HubChe
         file.blob.unlink()
 
 
-def test_a_file_that_is_not_what_was_listed(hub: HubServer, model: HubCheckpoint) -> None:
+def test_a_file_with_another_hash_is_rejected(hub: HubServer, model: HubCheckpoint) -> None:
     (file,) = layer_files(model, 4)[:1]
     hub.fail("GET /blobs/", body=bytes(file.nbytes))
     with pytest.raises(CheckpointError, match="doesn't have the hash"):
@@ -137,7 +137,7 @@ def test_a_file_that_is_not_what_was_listed(hub: HubServer, model: HubCheckpoint
     assert file.present
 
 
-def test_a_full_disk_is_foreseen(hub: HubServer, model: HubCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_first(hub: HubServer, model: HubCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     files = needed_files(model, model.tensors.values())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(hub_download.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1 << 20))

@@ -10,15 +10,15 @@ import pytest
 
 from mergeloom.errors import CheckpointError, EnvironmentFailure
 from mergeloom.io.hub.checkpoint import HubCheckpoint, open_hub_model
-from tests.support.hub import ID, INDEX, index_of, refused, single
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID, INDEX, index_of, refused, single
+from tests.support.hub.server import HubServer
 
 
 @pytest.mark.parametrize(
     "listing",
     [b"", b"<html>", b"[]", b"{}", b'{"sha": "main", "siblings": []}', b'{"sha": 1, "siblings": []}', b"[" * 100_000],
 )
-def test_a_server_that_is_no_hub(hub: HubServer, listing: bytes) -> None:
+def test_a_server_that_is_not_a_hub(hub: HubServer, listing: bytes) -> None:
     hub.add(ID, {}).alter = lambda document: listing
     assert "is not a valid Hub API" in refused()
 
@@ -53,7 +53,7 @@ def test_sizes_and_hashes_are_checked(hub: HubServer, sibling: dict[str, Any]) -
         "a//b",
     ],
 )
-def test_names_never_leave_their_directory(hub: HubServer, tmp_path: Path, name: str) -> None:
+def test_names_that_lead_out_of_their_directory_are_ignored(hub: HubServer, tmp_path: Path, name: str) -> None:
     good = {"config.json": b"{}", "model.safetensors": single("a")}
     evil = [{"rfilename": name, "size": 2, "blobId": "a" * 40}, {"rfilename": 7}, 7]
     hub.add(ID, good).alter = lambda document: document | {"siblings": document["siblings"] + evil}
@@ -62,7 +62,7 @@ def test_names_never_leave_their_directory(hub: HubServer, tmp_path: Path, name:
     assert set(checkpoint.repository.files) == set(good)
 
 
-def test_another_commit_than_was_asked_for(hub: HubServer, contents: dict[str, bytes]) -> None:
+def test_an_answer_for_another_commit(hub: HubServer, contents: dict[str, bytes]) -> None:
     commit = hub.add(ID, contents)
     commit.alter = lambda document: document | {"sha": "f" * 40}
     assert f"answers with commit {'f' * 40} instead" in refused(revision=commit.sha)
@@ -83,7 +83,7 @@ def test_an_endless_listing(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> 
         {"Content-Encoding": "gzip"},
     ],
 )  # fmt: skip
-def test_other_bytes_than_were_asked_for(hub: HubServer, headers: dict[str, str]) -> None:
+def test_an_answer_for_other_bytes(hub: HubServer, headers: dict[str, str]) -> None:
     data = single("a")
     hub.add(ID, {"model.safetensors": data})
     hub.fail("GET /blobs/", headers={key: value.format(size=len(data)) for key, value in headers.items()})
@@ -91,7 +91,7 @@ def test_other_bytes_than_were_asked_for(hub: HubServer, headers: dict[str, str]
     assert re.search("the server sends something else|is compressed", refused(error=error))
 
 
-def test_redirects_without_end(hub: HubServer) -> None:
+def test_endless_redirects(hub: HubServer) -> None:
     hub.add(ID, {"model.safetensors": single("a")})
     hub.fail("GET /", times=99, status=302, headers={"Location": "/again"})
     assert "is not usable" in refused(error=EnvironmentFailure)
@@ -109,7 +109,7 @@ def test_huge_files_where_small_ones_belong(hub: HubServer, name: str) -> None:
     assert f"{ID}@main/{name}: has 1,000,000,000,000 bytes, more than the limit" in refused()
 
 
-def test_headers_that_fill_the_memory(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_total_size_of_headers_is_limited(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergeloom.io.hub import checkpoint as opening
 
     monkeypatch.setattr(opening, "MAX_HEADERS_BYTES", 100)

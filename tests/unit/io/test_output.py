@@ -1,4 +1,4 @@
-"""OUT while it is being made: one merge at a time, nothing that isn't ours, nothing half-made, and a full disk said."""
+"""The output directory during a merge: its lock, foreign files, publishing, a full disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shard(name: str = "model.safetensors", nbytes: int = 400) -> ShardFile:
 
 
 def fill(out: OutputDirectory, *shards: ShardFile) -> None:
-    """Begin, and write every byte."""
+    """Create the shards and write all their data."""
     out.begin(shards)
     for number, each in enumerate(shards):
         offset, nbytes = each.computed[0]
@@ -49,19 +49,19 @@ def fill(out: OutputDirectory, *shards: ShardFile) -> None:
 
 
 def publish(out: OutputDirectory, *last: str) -> None:
-    """Give all files their names."""
+    """Publish all files."""
     out.publish(last, lambda names: None)
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[OutputDirectory]:
-    """An output directory that is held."""
+    """A locked output directory."""
     out = OutputDirectory.open(tmp_path / "out")
     yield out
     out.close()
 
 
-def test_files_get_their_names_when_all_are_whole(made: OutputDirectory, tmp_path: Path) -> None:
+def test_publishing_renames_all_files(made: OutputDirectory, tmp_path: Path) -> None:
     source = tmp_path / "vocab.txt"
     source.write_text("a\nb\n")
     fill(made, shard("one.safetensors"), shard("two.safetensors", 800))
@@ -75,7 +75,7 @@ def test_files_get_their_names_when_all_are_whole(made: OutputDirectory, tmp_pat
     assert not made.work.exists()
 
 
-def test_what_must_be_last_is_last(made: OutputDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_keeps_the_order_of_the_last_files(made: OutputDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     rename = Path.rename
 
@@ -101,11 +101,11 @@ def test_a_damaged_shard_is_never_published(made: OutputDirectory) -> None:
     assert not made.path.exists()
 
 
-# ------------------------------------------------------------------------------------------------ whose OUT it is
+# ------------------------------------------------------------------------------------------------ the lock
 
 
 @pytest.mark.parametrize("kind", ["file", "other", "model", "broken link"])
-def test_what_is_not_ours_is_left_alone(kind: str, tmp_path: Path) -> None:
+def test_foreign_files_are_left_alone(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
@@ -142,7 +142,7 @@ def test_no_link_in_it_leads_out_of_it(link: str, fresh: bool, tmp_path: Path) -
     assert place.is_symlink()
 
 
-def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
+def test_cleaning_up_a_finished_merge_does_not_follow_links(tmp_path: Path) -> None:
     target = tmp_path / "mine"
     target.mkdir()
     (target / "file").write_text("keep me")
@@ -156,26 +156,26 @@ def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (errno.ENOSPC, "no space left while .*make room"),
         (errno.EDQUOT, "quota is used up while .*make room"),
         (errno.EFBIG, "the file is too large .*: use a smaller --shard-size"),
     ],
 )
-def test_why_there_is_no_room_is_said(number: int, said: str, made: OutputDirectory) -> None:
-    with watching(Fail(number, 0, "truncate")), pytest.raises(DiskSpaceError, match=said):
+def test_disk_space_errors_name_the_reason(number: int, message: str, made: OutputDirectory) -> None:
+    with watching(Fail(number, 0, "truncate")), pytest.raises(DiskSpaceError, match=message):
         made.begin([shard()])
 
 
-def test_an_impossible_name_is_said(tmp_path: Path) -> None:
+def test_an_invalid_name_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
         with pytest.raises(EnvironmentFailure, match="the output directory failed"):
             OutputDirectory.open(path)
 
 
-def test_an_empty_directory_will_do_and_stays(tmp_path: Path) -> None:
+def test_an_existing_empty_directory_is_used_and_kept(tmp_path: Path) -> None:
     out = OutputDirectory.open(tmp_path)
     fill(out, shard())
     out.abandon()
@@ -184,7 +184,7 @@ def test_an_empty_directory_will_do_and_stays(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_second_merge_waits_its_turn(made: OutputDirectory) -> None:
+def test_a_second_merge_is_refused_until_the_lock_is_released(made: OutputDirectory) -> None:
     with pytest.raises(EnvironmentFailure, match="another merge is writing here") as refused:
         OutputDirectory.open(made.path)
     assert refused.value.exit_code == 5
@@ -193,7 +193,17 @@ def test_a_second_merge_waits_its_turn(made: OutputDirectory) -> None:
     OutputDirectory.open(made.path).close()
 
 
-def test_a_merge_in_another_process_holds_it_too(made: OutputDirectory) -> None:
+def test_the_lock_is_a_context_manager(tmp_path: Path) -> None:
+    lock = OutputLock(tmp_path / "out")
+    assert not lock.path.exists()  # nothing happens before it is acquired
+    with lock as held, pytest.raises(EnvironmentFailure, match="another merge is writing here"):
+        assert (held.journal, held.complete, held.created) == (None, False, [tmp_path / "out"])
+        OutputDirectory.open(lock.path)
+    with OutputLock(lock.path) as again:
+        assert again.created == []
+
+
+def test_the_lock_excludes_other_processes(made: OutputDirectory) -> None:
     code = (
         "import sys; from pathlib import Path; from mergeloom.io.output.directory import OutputDirectory\n"
         "from mergeloom.errors import MergeloomError\n"
@@ -228,7 +238,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
     assert (out / "model.safetensors").exists()
 
 
-def test_what_a_killed_merge_left_is_not_published(tmp_path: Path) -> None:
+def test_remains_of_a_killed_merge_are_not_published(tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed = OutputDirectory.open(out)
     fill(killed, shard("model-00001-of-00002.safetensors"), shard("model-00002-of-00002.safetensors"))
@@ -241,7 +251,7 @@ def test_what_a_killed_merge_left_is_not_published(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
 
 
-def test_parents_that_were_made_are_removed_again(tmp_path: Path) -> None:
+def test_abandoning_removes_created_parents(tmp_path: Path) -> None:
     out = OutputDirectory.open(tmp_path / "a" / "b" / "out")
     fill(out, shard())
     out.abandon()
@@ -264,7 +274,7 @@ def test_many_shards_need_few_descriptors(made: OutputDirectory) -> None:
     assert 100 < len(open_files(made.stage)) <= 128
 
 
-def test_the_index_is_that_of_transformers() -> None:
+def test_the_index_has_the_format_of_transformers() -> None:
     content = json.loads(index_bytes({"b": "2", "a": "1"}, 12))
     assert content == {"metadata": {"total_size": 12}, "weight_map": {"a": "1", "b": "2"}}
     assert list(content["weight_map"]) == ["a", "b"]
@@ -326,7 +336,7 @@ def test_an_output_larger_than_the_disk_is_refused_at_once(small_disk: Path) -> 
 
 @pytest.mark.root
 @pytest.mark.parametrize("fallocate", [True, False])
-def test_a_disk_that_fills_up_is_said(small_disk: Path, monkeypatch: pytest.MonkeyPatch, fallocate: bool) -> None:
+def test_a_disk_that_fills_up_is_an_error(small_disk: Path, monkeypatch: pytest.MonkeyPatch, fallocate: bool) -> None:
     monkeypatch.setattr(platform, "DISABLED", set() if fallocate else {"fallocate"})
     out = OutputDirectory.open(small_disk / "out")
     large = shard(nbytes=400_000)
@@ -352,7 +362,7 @@ def test_a_merge_that_does_not_fit_leaves_nothing(small_disk: Path, tmp_path: Pa
         merge(recipe, small_disk / "out", Options(device="cpu"))
     assert full.value.exit_code == 3
     assert not list(small_disk.iterdir())
-    # the weights fit, and what lies beside them doesn't
+    # the weights fit, the tokenizer doesn't
     fits = write_checkpoint(tmp_path / "fits", tiny_llama())
     (fits / "tokenizer.json").write_bytes(b'"' + b"x" * 1_000_000 + b'"')
     with pytest.raises(DiskSpaceError):
@@ -362,6 +372,6 @@ def test_a_merge_that_does_not_fit_leaves_nothing(small_disk: Path, tmp_path: Pa
     assert [path.name for path in (small_disk / "out").iterdir()] == [WORK]
 
 
-def test_a_companion_that_is_gone_is_an_error(made: OutputDirectory, tmp_path: Path) -> None:
+def test_a_missing_companion_is_an_error(made: OutputDirectory, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vocab.txt: there is no such file"):
         made.copy_file("vocab.txt", tmp_path / "vocab.txt")

@@ -18,7 +18,7 @@ from mergeloom.io.hub.repository import HubFile
 from mergeloom.io.safetensors.checkpoint import Checkpoint
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
-from tests.support.hub_server import HubServer, serving
+from tests.support.hub.server import HubServer, serving
 from tests.support.models import write as models
 
 ID = "acme/llama"
