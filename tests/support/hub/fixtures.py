@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 36 MB in 14 shards, as its maker has it."""
+    """A local model of 36 MB in 14 shards."""
     shape = models.tiny_llama(layers=12, hidden=384, vocabulary=2048)
     directory = models.write_checkpoint(tmp_path_factory.mktemp("hub") / "llama", shape, shard_bytes=3_000_000)
     (directory / "LICENSE").write_text("Apache-2.0")
@@ -37,7 +37,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def contents(local: Path) -> dict[str, bytes]:
-    """Its files."""
+    """The content of the files of `local`, by name."""
     return {path.name: path.read_bytes() for path in local.iterdir()}
 
 
@@ -64,7 +64,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def model(hub: HubServer, contents: dict[str, bytes]) -> HubCheckpoint:
-    """The model, opened; the log is empty again."""
+    """The model on the Hub, opened, with an empty request log."""
     hub.add(ID, contents)
     checkpoint = open_hub_model(ID)
     assert isinstance(checkpoint, HubCheckpoint)
@@ -90,7 +90,7 @@ def refused(repo: str = ID, revision: str | None = None, error: type[MergeloomEr
 
 
 def description(checkpoint: Checkpoint, root: Path) -> dict[str, Any]:
-    """All that a checkpoint says, its files relative to `root`."""
+    """All fields of a checkpoint, with paths relative to `root`."""
     return {
         "tensors": [
             (name, str(ref.file.relative_to(root)), ref.offset, ref.nbytes, ref.dtype, ref.shape)

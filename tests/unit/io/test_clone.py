@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergeloom.io import platform
+from mergeloom.io.output import clone
 from mergeloom.io.output.clone import BLOCK, CopyStats, SharingRefused, move, refuses_to_share, shareable
 from mergeloom.io.platform import copy_range, mount_of, scratch_file, why_no_clone
 from tests.support.disks import file_system, used
@@ -164,7 +165,7 @@ def test_probing_for_block_sharing_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", REFUSALS)
 def test_refused_blocks_are_copied(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "clone_range", lambda *arguments: number)
+    monkeypatch.setattr(clone, "clone_range", lambda *arguments: number)
     for (offset, place, nbytes), moved in zip(RANGES, check(tmp_path, RANGES), strict=True):
         wanted = shareable(offset, place, nbytes)[1]
         assert moved.refused == ({number: wanted} if wanted else {})
@@ -182,7 +183,7 @@ def test_the_kernel_may_copy_less_than_asked_and_then_nothing(tmp_path: Path, mo
         step = min(next(steps, 0), nbytes)
         return copy_range(source, offset, target, place, step) if step else 0
 
-    monkeypatch.setattr(copying, "copy_range", some)
+    monkeypatch.setattr(clone, "copy_range", some)
     monkeypatch.setattr(platform, "DISABLED", {"clone"})
     assert check(tmp_path, [(3, 5, SIZE - 3)]) == [CopyStats(kernel_copied=5011, user_copied=SIZE - 3 - 5011)]
 
@@ -209,7 +210,7 @@ def test_refusals_to_share_are_detected(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_bytes(bytes(SIZE))
     assert refuses_to_share(tmp_path / "not there", tmp_path)
     assert refuses_to_share(tmp_path / "file", tmp_path / "not there")
-    monkeypatch.setattr(copying, "clone_range", lambda *arguments: 0)
+    monkeypatch.setattr(clone, "clone_range", lambda *arguments: 0)
     assert not refuses_to_share(tmp_path / "file", tmp_path)
 
 

@@ -21,7 +21,7 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
 from mergeloom.io import platform
 from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal
-from mergeloom.io.output.lock import WORK, DirectoryStatus
+from mergeloom.io.output.lock import WORK, DirectoryStatus, OutputLock
 from mergeloom.io.output.shards import ShardFile, index_bytes
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header

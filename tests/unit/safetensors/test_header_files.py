@@ -24,6 +24,7 @@ from tests.unit.safetensors.headers import (
     FILE,
     NAMES,
     assert_same_tensors,
+    entry,
     file_bytes,
     parse_or_error,
     tensor_lists,
