@@ -1,1 +1,1 @@
-"""Checkpoints and bytes: safetensors headers, reading, writing. Knows nothing of merging."""
+"""File formats and I/O: safetensors, the Hugging Face Hub, output directories, system calls. Not about merging."""

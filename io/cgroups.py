@@ -1,4 +1,4 @@
-"""The limits of this process's cgroups, version 1 and 2: memory, and CPU time. The lowest limit up the tree counts."""
+"""Memory and CPU limits of this process's cgroups (v1 and v2). The lowest limit on the path to the root applies."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ _PROC = Path("/proc/self")
 
 
 def memory_limit() -> int | None:
-    """Bytes of memory that the cgroups allow; None without a limit."""
+    """The memory limit of the cgroups in bytes; None if there is none."""
     limits = [limit for directory in directories("memory") if (limit := _limit(directory)) is not None]
     return min(limits, default=None)
 
 
 def memory_left() -> int | None:
-    """Bytes of memory that the cgroups allow beyond what they use, page cache not counted; None without a limit."""
+    """Bytes of memory left below the cgroups' limits, counting page cache as free; None without a limit."""
     left = []
     for directory in directories("memory"):
         limit = _limit(directory)
         used = _number(directory / "memory.current", directory / "memory.usage_in_bytes")
         if limit is not None and used is not None:
             fields = _fields(directory / "memory.stat")
-            # version 1 counts the groups below only in the fields with "total"
+            # v1 includes descendants only in the total_* fields
             left.append(limit - used + fields.get("total_inactive_file", fields.get("inactive_file", 0)))
     return min(left, default=None)
 
 
 def cpu_limit() -> int | None:
-    """How many cores' time the cgroups allow, rounded up; None without a limit."""
+    """The CPU limit of the cgroups in cores, rounded up; None if there is none."""
     cores = []
     for directory in directories("cpu"):
         try:
             quota, period = (directory / "cpu.max").read_text().split()
         except (OSError, ValueError):
-            found = (_number(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period"))  # -1: no quota
-            quota, period = (str(number or "max") for number in found)
+            numbers = (_number(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period"))  # -1: no quota
+            quota, period = (str(number or "max") for number in numbers)
         if quota.isdecimal() and period.isdecimal():
             cores.append(max(1, -(-int(quota) // int(period))))
     return min(cores, default=None)
 
 
 def directories(controller: str) -> list[Path]:
-    """The directories of the cgroups that this process is in, each followed by its parents up to the mount.
+    """List the directories of this process's cgroups, each followed by its ancestors up to the mount point.
 
     Args:
-        controller: ``memory`` or ``cpu``: which hierarchy of version 1, besides that of version 2.
+        controller: the v1 controller, ``memory`` or ``cpu``; the v2 hierarchy is always included.
     """
-    found: list[Path] = []
+    result: list[Path] = []
     for version, own in _memberships(controller):
         for point, root in _mounts(version, controller):
-            # in a container the mount's root is the container's own group, of which the path may say nothing
+            # in a container the mount's root is the container's own cgroup, which the path may not include
             relative = own[len(root) :] if own == root or own.startswith(root.rstrip("/") + "/") else ""
             directory = point / relative.lstrip("/")
             if not directory.is_dir():
                 directory = point
-            above = (parent for parent in directory.parents if parent == point or point in parent.parents)
-            found += [directory, *above]
-    return list(dict.fromkeys(found))
+            ancestors = (parent for parent in directory.parents if parent == point or point in parent.parents)
+            result += [directory, *ancestors]
+    return list(dict.fromkeys(result))
 
 
 def _memberships(controller: str) -> Iterator[tuple[int, str]]:
-    """Version and path of each cgroup of this process that limits what the controller is for."""
+    """Yield the version and path of each cgroup in which `controller` may limit this process."""
     for line in _lines(_PROC / "cgroup"):
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
@@ -72,7 +72,7 @@ def _memberships(controller: str) -> Iterator[tuple[int, str]]:
 
 
 def _mounts(version: int, controller: str) -> Iterator[tuple[Path, str]]:
-    """Where a hierarchy is mounted, and which of its cgroups is the root of the mount."""
+    """Yield each mount point of a hierarchy and the cgroup that is the root of that mount."""
     for line in _lines(_PROC / "mountinfo"):
         fields, _, rest = line.partition(" - ")
         kind, _, options = [*rest.split(" "), "", ""][:3]
@@ -93,13 +93,13 @@ def _lines(file: Path) -> list[str]:
 
 
 def _limit(directory: Path) -> int | None:
-    """The memory limit of a cgroup: "max", or without a limit in version 1 a number larger than any memory, is none."""
+    """The memory limit of a cgroup. "No limit" is "max" in v2 and a number larger than any memory in v1."""
     limit = _number(directory / "memory.max", directory / "memory.limit_in_bytes")
     return limit if limit is not None and limit < 1 << 60 else None
 
 
 def _number(*files: Path) -> int | None:
-    """The number in the first of the files that exists; None where it holds none."""
+    """The number in the first file that exists; None if it does not contain a number."""
     for file in files:
         try:
             text = file.read_text().strip()

@@ -1,31 +1,27 @@
-"""Which files beside the weights an output takes over from a model, and copying one so that it is whole or not there.
+"""Selects the companion files of a model: the files other than weights that an output copies from it.
 
-What is taken is listed by name, and everything else stays behind: weights in any format, pickles, optimizer states,
-READMEs and hidden files. config.json and the model card are no companions: a merge writes its own. Licences and notices
-are companions, since the licences of most open models ask that their text goes along with every copy.
+Companions are selected by name. Everything else is left out: weights in any format, pickles, optimizer states, READMEs
+and hidden files, and also config.json and the model card, which a merge writes itself. Licences and notices are
+companions, because the licences of most open models require every copy to include their text.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
-from ..errors import CheckpointError
-from .sizes import format_size
+from .os_errors import translating_read_errors
+from .small_files import read_json, read_small
 
 LARGEST_COMPANION = 1 << 30
-"""A larger file is not copied: nothing but weights is as large."""
-
-_LARGEST_TEXT = 64 << 20
+"""The maximum size of a companion in bytes: only weights are larger."""
 
 
 class FileKind(Enum):
-    """What a companion is for: a recipe may take the tokenizer from another model than the rest."""
+    """The purpose of a companion: a recipe can take the tokenizer from one model and the other files from another."""
 
     TOKENIZER = "tokenizer"
     GENERATION = "generation"
@@ -34,13 +30,13 @@ class FileKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CompanionFile:
-    """A file to take over.
+    """A file to copy to the output.
 
     Args:
-        path: where it goes, relative to the model's directory, with forward slashes.
-        kind: what it is for.
-        source: where it is; links are followed.
-        nbytes: its size.
+        path: the path relative to the model's directory, with forward slashes.
+        kind: the purpose.
+        source: the file to copy; links are followed.
+        nbytes: the size in bytes.
     """
 
     path: str
@@ -90,60 +86,55 @@ _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import|^\s*from\s+\.\s+impo
 def companion_files(
     directory: Path, kinds: Collection[FileKind] = tuple(FileKind), largest: int = LARGEST_COMPANION
 ) -> tuple[CompanionFile, ...]:
-    """The files beside a model's weights that belong to it, by path.
+    """List the companion files of a model, sorted by path.
 
-    Those are the tokenizer's, the generation's, processors', sentence-transformers' and licence files that are known by
-    name, and the Python files that ``auto_map`` or modules.json name, with those that they import from beside
-    themselves. Only the directory itself is looked through, templates and sentence-transformers' modules below it.
-    Links to files are followed, as the Hub's cache needs it; links to directories are not.
+    Companions are the tokenizer, generation, processor, sentence-transformers and licence files with known names, and
+    the Python files that ``auto_map`` or modules.json name, with their relative imports. Only the model's directory
+    itself, its template folders and its sentence-transformers modules are searched. Links to files are followed,
+    because the Hub's cache consists of them; links to directories are not.
 
     Args:
-        directory: a model's directory.
-        kinds: which kinds to list.
-        largest: a larger file is left out; bytes.
+        directory: the model's directory.
+        kinds: the kinds to list.
+        largest: the maximum size in bytes; larger files are left out.
 
     Raises:
-        CheckpointError: a companion can't be read, is a link to nothing, or is not the JSON that it should be.
+        CheckpointError: a companion is not readable, a broken link, or not valid JSON.
+        EnvironmentFailure: reading failed.
     """
-    found = {name: kind for name in _names(directory) if (kind := file_kind(name)) is not None}
-    for kind, names in _code(directory, found).items():
-        found |= dict.fromkeys(names, kind)
+    kind_of = {name: kind for name in _names(directory) if (kind := file_kind(name)) is not None}
+    for kind, names in _code_files(directory, kind_of).items():
+        kind_of |= dict.fromkeys(names, kind)
     companions = []
-    for name, kind in sorted(found.items()):
+    for name, kind in sorted(kind_of.items()):
         source = directory / name
         if kind not in kinds:
             continue
-        try:
+        with translating_read_errors(source):
             nbytes = source.stat().st_size
             is_file = source.is_file()
-        except OSError as error:
-            raise CheckpointError(
-                f"{source}: can't be read ({error.strerror}); if it is a link into the Hub's cache, download it again"
-            ) from error
         if is_file and nbytes <= largest:
             companions.append(CompanionFile(name, kind, source, nbytes))
     return tuple(companions)
 
 
 def _names(directory: Path) -> Iterable[str]:
-    """Names of files in a model's directory, and in the few directories below it that can hold companions."""
-    below = [*_TEMPLATES, *_module_directories(directory)]
-    for folder in ("", *below):
+    """Yield the paths of files in a model's directory and in its subdirectories that can contain companions."""
+    subdirectories = [*_TEMPLATES, *_module_directories(directory)]
+    for folder in ("", *subdirectories):
         path = directory / folder
         if folder and (path.is_symlink() or not path.is_dir()):
             continue
-        try:
+        with translating_read_errors(path):
             entries = sorted(entry.name for entry in path.iterdir())
-        except OSError as error:
-            raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
         if folder in _TEMPLATES or not folder:
             yield from (f"{folder}/{name}" if folder else name for name in entries)
-        else:  # a sentence-transformers module: its settings, never its weights
+        else:  # a sentence-transformers module: its config, never its weights
             yield from (f"{folder}/{name}" for name in entries if name == "config.json")
 
 
 def file_kind(name: str) -> FileKind | None:
-    """The kind of a file by its name; None where it isn't taken over."""
+    """The kind of a companion by its name; None if the file is not a companion."""
     if _NEVER.search(name) or name.startswith("."):
         return None
     if name.endswith("/config.json"):
@@ -152,14 +143,14 @@ def file_kind(name: str) -> FileKind | None:
 
 
 def is_loader_file(name: str) -> bool:
-    """Whether a loader would pick up a file with this name, wherever it comes from.
+    """Whether a loader would pick up a file with this name.
 
-    The loaders are transformers, tokenizers, diffusers, sentence-transformers, PEFT, vLLM and llama.cpp. They find
-    weights of any format, their indexes, Python code, chat templates, vocabularies, and JSON files by the names of
-    configurations. Texts, images, licences and hidden files are none of these.
+    The loaders are transformers, tokenizers, diffusers, sentence-transformers, PEFT, vLLM and llama.cpp. By name they
+    find weights of any format, weight indexes, Python code, chat templates, vocabularies and JSON configuration files.
+    They ignore texts, images, licences and hidden files.
 
     Args:
-        name: path relative to the model's directory; only its last component counts.
+        name: the path relative to the model's directory.
     """
     base = name.rpartition("/")[2]
     if base.startswith("."):
@@ -173,26 +164,26 @@ def _is_template(name: str) -> bool:
 
 
 def _module_directories(directory: Path) -> list[str]:
-    """The directories of sentence-transformers' modules, such as ``1_Pooling``; none that lies elsewhere."""
+    """The folders of sentence-transformers modules inside the model's directory, such as ``1_Pooling``."""
     modules = read_json(directory / "modules.json")
     paths = [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
     return sorted({path for path in paths if isinstance(path, str) and re.fullmatch(r"\w[\w-]*", path)})
 
 
-def _code(directory: Path, found: Collection[str]) -> dict[FileKind, set[str]]:
-    """The Python files that a model's own code is in; a file of the model's stays with it if the tokenizer needs it."""
+def _code_files(directory: Path, names: Collection[str]) -> dict[FileKind, set[str]]:
+    """The Python files of a model's custom code by kind; a file that model and tokenizer share is the model's."""
     tokenizer: set[str] = set()
     other: set[str] = set()
     for file in _CODE_NAMED_IN:
         content = read_json(directory / file)
         auto_map = content.get("auto_map") if isinstance(content, dict) else None
-        named = tokenizer if file == "tokenizer_config.json" else other
+        modules_named = tokenizer if file == "tokenizer_config.json" else other
         for value in auto_map.values() if isinstance(auto_map, dict) else ():
             for reference in value if isinstance(value, list) else (value,):
-                # "owner/repository--module.Class" is in another repository, where it stays
+                # "owner/repository--module.Class" refers to another repository and needs no file
                 if isinstance(reference, str) and (match := re.fullmatch(r"(\w+)\.\w+", reference)):
-                    named.add(f"{match[1]}.py")
-    modules = read_json(directory / "modules.json") if "modules.json" in found else None
+                    modules_named.add(f"{match[1]}.py")
+    modules = read_json(directory / "modules.json") if "modules.json" in names else None
     for module in modules if isinstance(modules, list) else ():
         kind = module.get("type") if isinstance(module, dict) else None
         if isinstance(kind, str) and (match := re.fullmatch(r"(\w+)\.\w+", kind)):
@@ -202,37 +193,15 @@ def _code(directory: Path, found: Collection[str]) -> dict[FileKind, set[str]]:
 
 
 def _with_imports(directory: Path, names: Iterable[str]) -> set[str]:
-    """Python files and what they import from beside themselves, as far as it is there."""
+    """The existing files among `names` and those that they import relatively, transitively."""
     seen: set[str] = set()
-    waiting = sorted(names)
-    while waiting:
-        name = waiting.pop()
+    pending = sorted(names)
+    while pending:
+        name = pending.pop()
         file = directory / name
         if name in seen or not file.is_file():
             continue
         seen.add(name)
         text = read_small(file).decode("utf-8", errors="replace")
-        waiting += [f"{first or second}.py" for first, second in _RELATIVE_IMPORT.findall(text)]
+        pending += [f"{first or second}.py" for first, second in _RELATIVE_IMPORT.findall(text)]
     return seen
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; None where it isn't there. Raises CheckpointError where it can't be read."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(read_small(file))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not valid JSON ({error}); download it again") from error
-
-
-def read_small(file: Path) -> bytes:
-    """A small file's bytes. Raises CheckpointError where it can't be read, or is too large to be one."""
-    try:
-        if file.stat().st_size > _LARGEST_TEXT:
-            raise CheckpointError(
-                f"{file}: is larger than {format_size(_LARGEST_TEXT)}, so it can't be what it is called"
-            )
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file}: can't be read: {error.strerror}") from error

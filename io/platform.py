@@ -1,7 +1,7 @@
-"""System calls: those that only some systems have, each with a fallback, and all that change an output's files.
+"""Wraps system calls: those that only some systems have, with fallbacks, and all calls that change output files.
 
-`DISABLED` names the calls to do without; tests fill it to run every fallback on any system. `WATCH` is the seam at
-which they let the power fail, the disk be full or the process be killed.
+Tests disable calls with `DISABLED` to run every fallback on any system, and use `WATCH` to inject faults: a power
+failure, a full disk, a killed process.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DISABLED: set[str] = set()
-"""Calls that are treated as missing: ``preadv``, ``fallocate``, ``fadvise``, ``sync_file_range``,
+"""The calls to treat as unavailable: ``preadv``, ``fallocate``, ``fadvise``, ``sync_file_range``,
 ``clone``, ``copy_file_range``, ``mincore``."""
 
 WATCH: Callable[..., None] | None = None
-"""Where set, it is called before each call that changes a file or a directory of an output, with the call's name and
-what it is given: ``create`` path, ``truncate`` descriptor size, ``write`` descriptor data offset, ``reserve``
+"""A function that is called before each call that changes an output file or directory, with the call's name and
+arguments: ``create`` path, ``truncate`` descriptor size, ``write`` descriptor data offset, ``reserve``
 descriptor offset size, ``clone`` and ``copy`` source offset target offset size, ``sync`` descriptor, ``sync_directory``
-path, ``rename`` path path, ``remove`` path, ``make_directory`` path, ``remove_directory`` path. What it raises, the
-call raises."""
+path, ``rename`` path path, ``remove`` path, ``make_directory`` path, ``remove_directory`` path. Its
+exceptions are raised by the call."""
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 _FALLOC_FL_KEEP_SIZE = 1
@@ -42,7 +42,7 @@ def _about_to(call: str, *arguments: object) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Bytes read into `buffer` from `offset` on: fewer than its length at the end of the file, or after a signal."""
+    """Read into `buffer` from `offset`; the number of bytes, fewer at the end of the file or after a signal."""
     if _has("preadv"):
         return os.preadv(descriptor, [buffer], offset)
     data = os.pread(descriptor, len(buffer), offset)
@@ -51,22 +51,22 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
 
 
 def write_at(descriptor: int, buffer: bytes | memoryview, offset: int) -> None:
-    """All of `buffer` written at `offset`, however many calls it takes."""
+    """Write all of `buffer` at `offset`, in as many calls as necessary."""
     view = memoryview(buffer)
     while view:
         _about_to("write", descriptor, view, offset)
         written = os.pwrite(descriptor, view, offset)
         if written == 0:
-            raise OSError(errno.EIO, "the disk takes no more bytes and does not say why")
+            raise OSError(errno.EIO, "the file system accepts no more bytes and reports no reason")
         view = view[written:]
         offset += written
 
 
 def reserve_space(descriptor: int, offset: int, nbytes: int) -> bool:
-    """Reserve disk space for a range of a file without changing its size; whether the file system can.
+    """Reserve disk space for a range of a file without changing its size; False if the file system can't.
 
-    Raises OSError (ENOSPC, EDQUOT, ...) where there isn't room. ``posix_fallocate`` is no substitute: where a file
-    system can't reserve, it writes zeros.
+    Raises OSError (ENOSPC, EDQUOT, ...) if there is not enough space. ``posix_fallocate`` can't replace this: on a file
+    system that can't reserve space, it writes zeros.
     """
     if nbytes == 0:
         return True
@@ -89,45 +89,45 @@ def reserve_space(descriptor: int, offset: int, nbytes: int) -> bool:
 
 
 def data_bytes(descriptor: int, offset: int, nbytes: int) -> int:
-    """How many bytes of a range of a file are data, not holes; all of them where the system doesn't tell."""
+    """The number of bytes in a range of a file that are not holes; all of them if the system can't tell."""
     if not _has("SEEK_DATA"):
         return nbytes
-    end, found = offset + nbytes, 0
+    end, count = offset + nbytes, 0
     while offset < end:
         try:
             start = os.lseek(descriptor, offset, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole follows
-                return found
+                return count
             if error.errno == errno.EINVAL:
-                return found + end - offset
+                return count + end - offset
             raise
         offset = min(end, os.lseek(descriptor, start, os.SEEK_HOLE))
-        found += max(0, offset - start)
-    return found
+        count += max(0, offset - start)
+    return count
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Ask the kernel to begin writing a range of dirty pages to the disk, so that a later sync finds little to do."""
+    """Ask the kernel to start writing a range of dirty pages to disk, to make a later sync faster."""
     if "sync_file_range" in DISABLED or not sys.platform.startswith("linux"):
         return
     import ctypes
 
     call = ctypes.CDLL(None, use_errno=True).sync_file_range
     call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    call(descriptor, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE; advice only, so that a failure changes nothing
+    call(descriptor, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE; only a hint, so errors are ignored
 
 
 def forget_cached(descriptor: int, offset: int, nbytes: int) -> None:
-    """Drop a range of a file from the page cache, where the system can."""
+    """Drop a range of a file from the page cache, if the system can."""
     _advise(descriptor, offset, nbytes, "POSIX_FADV_DONTNEED")
 
 
 def cached_share(descriptor: int, offset: int, nbytes: int) -> float | None:
-    """The share of a range of a file that lies in the page cache, from 0 to 1; None where the system doesn't tell.
+    """The fraction of a range of a file that is in the page cache; None if the system can't tell.
 
-    `offset` must be a multiple of the page's size, and the range must not be empty. Nothing of it is read. Of a file
-    that isn't the user's own, Linux says that all of it is cached.
+    `offset` must be a multiple of the page size, and the range must not be empty. The data is not read. For files of
+    other users, Linux reports everything as cached.
     """
     if "mincore" in DISABLED or not sys.platform.startswith("linux"):
         return None
@@ -153,32 +153,32 @@ def cached_share(descriptor: int, offset: int, nbytes: int) -> float | None:
 
 
 def expect_sequential(descriptor: int) -> None:
-    """Tell the kernel that a file will be read from front to back, so that it reads further ahead."""
+    """Tell the kernel that a file will be read sequentially, to increase its read-ahead."""
     _advise(descriptor, 0, 0, "POSIX_FADV_SEQUENTIAL")
 
 
 def _advise(descriptor: int, offset: int, nbytes: int, advice: str) -> None:
     if _has("posix_fadvise") and "fadvise" not in DISABLED:
-        with contextlib.suppress(OSError):  # it is advice: where the file system takes none, nothing is lost
+        with contextlib.suppress(OSError):  # only a hint, so errors are ignored
             os.posix_fadvise(descriptor, offset, nbytes, getattr(os, advice))
 
 
 def create_file(path: Path) -> int:
-    """A descriptor, open for reading and writing, of a new, empty file; one that is there loses its content."""
+    """Create or truncate a file and return its descriptor, open for reading and writing."""
     _about_to("create", path)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
 
 def truncate(descriptor: int, nbytes: int) -> None:
-    """Give a file a size."""
+    """Set the size of a file."""
     _about_to("truncate", descriptor, nbytes)
     os.ftruncate(descriptor, nbytes)
 
 
 def sync_data(descriptor: int) -> None:
-    """Make a file's bytes, and its size, durable."""
+    """Make the data and the size of a file durable."""
     _about_to("sync", descriptor)
-    if sys.platform == "darwin":  # whose fsync leaves the bytes in the disk's own cache
+    if sys.platform == "darwin":  # its fsync leaves the data in the disk's cache
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
@@ -193,26 +193,26 @@ def sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:  # some network file systems sync names as they are given, and refuse this
+        if error.errno not in _UNSUPPORTED:  # some network file systems sync names at once and reject this call
             raise
     finally:
         os.close(descriptor)
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file another name, on the same file system; it has the one or the other at any instant."""
+    """Rename a file atomically on the same file system."""
     _about_to("rename", path, target)
     path.rename(target)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a link; one that is not there is no error."""
+    """Remove a file or a link; a missing one is ignored."""
     _about_to("remove", path)
     path.unlink(missing_ok=True)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory, with its parents; one that is there is no error."""
+    """Create a directory and its parents; existing ones are ignored."""
     for directory in [each for each in (path, *path.parents) if not each.exists()][::-1]:
         _about_to("make_directory", directory)
         directory.mkdir(exist_ok=True)
@@ -225,7 +225,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it; links are not followed. One that is not there is no error."""
+    """Remove a directory recursively without following links; a missing one is ignored."""
     if path.is_symlink():
         remove(path)
         return
@@ -239,13 +239,13 @@ def remove_tree(path: Path) -> None:
 
 
 def clone_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
-    """Let a range of `target` share its blocks with one of `source` (see ioctl_ficlonerange(2)).
+    """Make a range of `target` share its blocks with a range of `source`; see ioctl_ficlonerange(2).
 
-    Offsets and size must be multiples of the file system's block. Where sharing is refused, what the range of `target`
-    holds is undefined.
+    Offsets and size must be multiples of the file system's block size. After an error, the content of the range of
+    `target` is undefined.
 
     Returns:
-        0, or the error number with which it was refused: copying can still work.
+        0, or the error number. Copying may work nevertheless.
     """
     try:
         _about_to("clone", source, source_offset, target, target_offset, nbytes)
@@ -271,17 +271,20 @@ def _clone(source: int, source_offset: int, target: int, target_offset: int, nby
 
 
 def why_no_clone(source: int, scratch: int) -> int:
-    """0 where a file's blocks can be shared with files beside `scratch`, else the error number of the refusal.
+    """Test whether a file can share blocks with files on the file system of `scratch`, without changing either.
 
-    Asks for a range that begins inside a block, which every file system refuses, but only after it has refused what it
-    can't do at all: the source isn't touched. What the source alone is in the way of (a swap file, say) stays unknown.
+    The request is for an unaligned range, which every file system rejects with EINVAL, but only after all checks of
+    whether it can share blocks at all. Obstacles in the source itself, such as being a swap file, are not detected.
+
+    Returns:
+        0, or the error number of the refusal.
     """
-    found = _clone(source, 1, scratch, 0, 1)
-    return 0 if found == errno.EINVAL else found
+    number = _clone(source, 1, scratch, 0, 1)
+    return 0 if number == errno.EINVAL else number
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
-    """Bytes that the kernel copied between two files; 0 where it can't between these, or the source has ended."""
+    """Let the kernel copy between two files; the number of bytes, 0 if it can't or at the end of the source."""
     if not _has("copy_file_range"):
         return 0
     while True:
@@ -297,12 +300,12 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
 
 
 def copies_in_kernel() -> bool:
-    """Whether the system has a call with which the kernel copies between files."""
+    """Whether the kernel can copy between files."""
     return _has("copy_file_range")
 
 
 def scratch_file(directory: Path) -> int | None:
-    """A descriptor of an empty file without a name in `directory`, gone once closed; None where there can be none."""
+    """Create an unnamed file in `directory` that disappears when closed; None if the file system can't."""
     if not hasattr(os, "O_TMPFILE"):
         return None
     try:
@@ -313,12 +316,12 @@ def scratch_file(directory: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Where a file system is mounted.
+    """A mounted file system.
 
     Args:
-        point: the directory.
-        device: the same for all mounts of one file system.
-        kind: its type, such as ``xfs``.
+        point: the mount point.
+        device: the device number, equal for all mounts of the file system.
+        kind: the type of the file system, such as ``xfs``.
     """
 
     point: str
@@ -327,12 +330,12 @@ class Mount:
 
 
 def mount_of(path: Path) -> Mount:
-    """The mount that holds `path`, or its nearest parent that is there; all "" where the system doesn't tell.
+    """Find the mount that contains `path` or its nearest existing parent; all fields are "" if the system can't tell.
 
-    By name, not by device number: on Btrfs, a file has another one than its file system.
+    It is found by path: on Btrfs, the device number of a file differs from that of its file system.
     """
     path = path.absolute()
-    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110  no name makes it fail
+    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110  Path.exists raises for some names
         path = path.parent
     real = os.path.realpath(path)
     try:
@@ -350,30 +353,30 @@ def mount_of(path: Path) -> Mount:
 
 
 def file_system(path: Path) -> str:
-    """The type of the file system that holds `path` (or its nearest parent), such as ``xfs``; "" where unknown."""
+    """The type of the file system that contains `path` (or its nearest parent), such as ``xfs``; "" if unknown."""
     return mount_of(path).kind
 
 
 OWN_PROCESS = False
-"""Whether this process runs the command line and nothing else: all of its memory is mergeloom's then."""
+"""Whether this process runs only the command line, so all its memory is mergeloom's."""
 MAPPED_BYTES = 256 << 10
-"""Allocations from this size on are mapped one by one, in bytes."""
+"""The size in bytes from which each allocation has its own mapping."""
 ARENA_BYTES = 64 << 20
-"""Address space of one of glibc's heaps, in bytes; threads have their own where there may be as many."""
+"""The address space of a glibc heap (arena) in bytes; each thread has its own up to a limit."""
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 
 
 def return_large_blocks() -> bool:
-    """Let the C library give each large block of memory back to the system as soon as it is freed; whether it does.
+    """Make the C library return each large block to the system when it is freed; False if it can't.
 
-    Otherwise glibc raises its own threshold to the largest block that was ever freed, and takes larger ones from heaps,
-    of which every thread has one, and which small blocks keep from shrinking.
+    By default glibc raises its mmap threshold to the largest block that was ever freed. Smaller blocks then come from
+    per-thread heaps, which can't shrink while small blocks are allocated at their ends.
     """
     return _tune_malloc(_M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def share_heaps(number: int) -> bool:
-    """Let the C library's threads share so many heaps, of which each takes address space; whether they do."""
+    """Limit the number of heaps that the C library's threads share; False if it can't."""
     return _tune_malloc(_M_ARENA_MAX, number)
 
 

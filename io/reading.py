@@ -1,78 +1,68 @@
-"""Reading tensor bytes into buffers that the caller owns, through a bounded pool of open files."""
+"""Reads tensor data into buffers of the caller through a bounded pool of open files, and detects changed files."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import CheckpointError, EnvironmentFailure
+from .os_errors import RUN_AGAIN, translating_read_errors
 from .platform import expect_sequential, forget_cached, read_at
 
-Stamp = tuple[int, int, int, int]
-"""Tells whether a file may have been replaced or written to: its inode, size, mtime and ctime, both in nanoseconds.
+FileStamp = tuple[int, int, int, int]
+"""A stat fingerprint that changes when a file is replaced or written to: (inode, size, mtime, ctime), times in ns.
 
-The ctime changes with every write and can't be set, so it also tells if a file was overwritten in place and then given
-its old mtime again."""
-Stamps = Mapping[Path, Stamp]
+The ctime changes with every write and can't be set, so a file that was overwritten in place and got its old mtime back
+is detected, too."""
+FileStamps = Mapping[Path, FileStamp]
 Observe = Callable[[Path, int, memoryview], None]
 """``observe(file, offset, data)``, called from several threads."""
 
+_PUT_BACK = f"put the file back and {RUN_AGAIN}"
 
-def stamp_of(status: os.stat_result) -> Stamp:
-    """The stamp of a file."""
+
+def stat_fingerprint(status: os.stat_result) -> FileStamp:
+    """The stamp of a file with this stat result."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
-    """The stamps of some files. Raises CheckpointError where one is gone, EnvironmentFailure where it can't be seen."""
+def stat_fingerprints(files: Iterable[Path]) -> dict[Path, FileStamp]:
+    """The stamps of source files.
+
+    Raises:
+        CheckpointError: a file is missing or not accessible.
+        EnvironmentFailure: any other error of the file system.
+    """
     stamps = {}
     for file in files:
-        with _explained(file):
-            stamps[file] = stamp_of(file.stat())
+        with translating_read_errors(file, _PUT_BACK):
+            stamps[file] = stat_fingerprint(file.stat())
     return stamps
 
 
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """What the system says where a source file of the merge can't be opened or looked at, as an error of ours."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise CheckpointError(
-            f"{file}: can't be opened any more ({error.strerror}): put the file back and run the same command again"
-        ) from error
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"{file}: can't be opened ({error.strerror}): once that is mended, run the same command again"
-        ) from error
-
-
-def changed(file: Path) -> CheckpointError:
-    """What to say of a source file that isn't any more what it was when the merge began."""
+def source_changed(file: Path) -> CheckpointError:
+    """The error for a source file that has changed since the merge started."""
     return CheckpointError(
-        f"{file} was changed during the merge: the output would mix two versions of it. Put the file back and run the "
-        "same command again, or start over with --fresh; if only its attributes or its name were changed, just run the "
-        "same command again"
+        f"{file} was changed during the merge: the output would mix two versions. Put the file back and run the "
+        "same command again, or start over with --restart; if only its attributes or its name were changed, just "
+        "run the same command again"
     )
 
 
 class FilePool:
-    """Files kept open for reading or writing, at most `limit` at a time; the one unused for longest is closed first.
-
-    Safe to use from several threads: a file in use is never closed.
+    """An LRU pool of open files. Thread-safe: a file in use is never closed.
 
     Args:
-        flags: of ``os.open``.
-        limit: the most files open at a time that aren't in use.
-        stamps: what files must be when they are opened, where it is known.
+        flags: the flags for ``os.open``.
+        limit: the maximum number of open files, unless more are in use at a time.
+        stamps: the expected stamps of files; opening a file with another stamp is an error.
     """
 
-    def __init__(self, flags: int = os.O_RDONLY, limit: int = 256, stamps: Stamps | None = None) -> None:
+    def __init__(self, flags: int = os.O_RDONLY, limit: int = 256, stamps: FileStamps | None = None) -> None:
         self._flags = flags | os.O_CLOEXEC
         self._limit = limit
         self._stamps = stamps or {}
@@ -81,14 +71,20 @@ class FilePool:
         self._users: dict[int, int] = {}
 
     def acquire(self, file: Path) -> int:
-        """A descriptor of `file`; give it back with `release`. Raises OSError; CheckpointError where it was changed."""
+        """Return a descriptor of `file`, to be returned with `release`.
+
+        Raises:
+            CheckpointError: the file's stamp is not the expected one.
+            OSError: the file can't be opened.
+        """
         with self._lock:
             descriptor = self._open.get(file)
             if descriptor is None:
                 descriptor = os.open(file, self._flags)
-                if self._stamps.get(file, stamp := stamp_of(os.fstat(descriptor))) != stamp:
+                stamp = stat_fingerprint(os.fstat(descriptor))
+                if stamp != self._stamps.get(file, stamp):
                     os.close(descriptor)
-                    raise changed(file)
+                    raise source_changed(file)
                 if self._flags & os.O_ACCMODE == os.O_RDONLY:
                     expect_sequential(descriptor)
                 self._open[file] = descriptor
@@ -98,7 +94,7 @@ class FilePool:
             return descriptor
 
     def release(self, descriptor: int) -> None:
-        """Give a descriptor back."""
+        """Return a descriptor to the pool."""
         with self._lock:
             self._users[descriptor] -= 1
             self._trim()
@@ -115,7 +111,7 @@ class FilePool:
                     return
 
     def close(self) -> None:
-        """Close every file. None may be in use."""
+        """Close all files. None may be in use."""
         with self._lock:
             for descriptor in self._open.values():
                 os.close(descriptor)
@@ -132,24 +128,24 @@ class FilePool:
 
 
 def acquire_source(files: FilePool, file: Path) -> int:
-    """A descriptor of a source file, to be given back to the pool.
+    """Return a descriptor of a source file, to be returned to the pool with `release`.
 
     Raises:
-        CheckpointError: where the file is gone, was changed, or may not be read.
-        EnvironmentFailure: where a limit of the system, or the disk, gets in the way.
+        CheckpointError: the file is missing, not readable, or has changed.
+        EnvironmentFailure: the file can't be opened for another reason, such as too many open files.
     """
-    with _explained(file):
+    with translating_read_errors(file, _PUT_BACK):
         return files.acquire(file)
 
 
 class Reader:
-    """Reads ranges of source files. Safe to use from several threads.
+    """Reads ranges of source files. Thread-safe.
 
     Args:
-        keep_cached: whether what was read stays in the page cache; False for inputs that are larger than it.
-        limit: the most source files open at a time.
-        stamps: what files must be when they are opened, where it is known.
-        observe: called with every range that was read.
+        keep_cached: whether data stays in the page cache; False for inputs that are larger than the cache.
+        limit: the maximum number of open source files.
+        stamps: the expected stamps of files; reading a file with another stamp is an error.
+        observe: a function that is called with every range after it was read.
     """
 
     def __init__(
@@ -157,7 +153,7 @@ class Reader:
         *,
         keep_cached: bool = True,
         limit: int = 256,
-        stamps: Stamps | None = None,
+        stamps: FileStamps | None = None,
         observe: Observe | None = None,
     ) -> None:
         self._files = FilePool(os.O_RDONLY, limit, stamps)
@@ -165,11 +161,11 @@ class Reader:
         self._observe = observe
 
     def read(self, file: Path, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `file` from `offset` on.
+        """Fill `buffer` with the bytes of `file` that start at `offset`.
 
         Raises:
-            CheckpointError: where the file is gone, was changed, may not be read, or ends before.
-            EnvironmentFailure: where the disk, or a limit of the system, gets in the way.
+            CheckpointError: the file is missing, not readable, has changed, or ends too early.
+            EnvironmentFailure: reading failed.
         """
         descriptor = acquire_source(self._files, file)
         try:
@@ -178,8 +174,8 @@ class Reader:
                 count = read_at(descriptor, buffer[done:], offset + done)
                 if count == 0:
                     raise CheckpointError(
-                        f"{file}: ends at byte {offset + done}, where its header promises more: it was cut short "
-                        "while it was being read; put the whole file back and run the same command again"
+                        f"{file}: ends at byte {offset + done}, before the end of a tensor: the file was truncated "
+                        f"during the merge; {_PUT_BACK}"
                     )
                 done += count
             if not self._keep_cached:
@@ -187,7 +183,7 @@ class Reader:
         except OSError as error:
             raise EnvironmentFailure(
                 f"{file}: reading {len(buffer)} bytes at {offset} failed: {error.strerror}; "
-                "check the disk (dmesg), then run the same command again"
+                f"check the disk (dmesg), then {RUN_AGAIN}"
             ) from error
         finally:
             self._files.release(descriptor)

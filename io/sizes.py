@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Parses and formats sizes in bytes, such as 32GiB."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes in ``5GB``, ``32GiB``, ``1.5TB`` or ``4096``. Raises UsageError."""
+    """Parse ``5GB``, ``32GiB``, ``1.5TB`` or ``4096`` into bytes. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get((match[2] or "B").upper()) if match else None
     if match is None or unit is None:
         raise UsageError(
-            f"{text!r} is no size: write a number and B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 32GiB"
+            f"invalid size {text!r}: use a number and B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 32GiB"
         )
     size = int(float(match[1]) * unit)
     if size <= 0:
-        raise UsageError(f"{text!r} is no size: it must be more than 0 bytes")
+        raise UsageError(f"invalid size {text!r}: it must be more than 0 bytes")
     return size
 
 
 def format_size(nbytes: float, *, up: bool = False) -> str:
-    """`nbytes` with a binary unit and two or three figures, such as ``3.2GiB``; rounded up where `up` is set."""
+    """Format a size with a binary unit and two or three digits, such as ``3.2GiB``; rounded up if `up` is set."""
     size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while abs(size) >= 1024 and len(units) > 1:
         size /= 1024

@@ -69,7 +69,7 @@ def command() -> NoReturn:
 
 def _say(message: str) -> None:
     """A message on stderr."""
-    from .io.wording import clean
+    from .io.units import clean
 
     print(f"mergeloom: {clean(message)}", file=sys.stderr, flush=True)
 

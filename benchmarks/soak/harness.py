@@ -24,8 +24,8 @@ from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.recover import recover
 from mergeloom.io import platform
-from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import read_journal
+from mergeloom.io.output.lock import WORK
 from tests.support.models import encoder_dir, perturbed_encoder
 from tests.support.outputs import digests
 

@@ -21,7 +21,7 @@ from benchmarks.soak.harness import GROUP, OPTIONS, Family, child, ended, failur
 from mergeloom.engine.run.merge import merge
 from mergeloom.errors import MergeloomError
 from mergeloom.io import platform
-from mergeloom.io.output.directory import WORK
+from mergeloom.io.output.lock import WORK
 from tests.support.outputs import digests
 
 KINDS = ("shard", "journal", "input", "config")

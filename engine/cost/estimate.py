@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...io.sizes import parse_size
-from ...io.wording import data_size
+from ...io.units import data_size
 from ..graph.graph import Kind
 from ..schedule.traffic import downloaded
 from .machine import CACHED_SHARE, available_ram, usable_cores

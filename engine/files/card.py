@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...io.wording import big_number
+from ...io.units import big_number
 from ...version import __version__
 
 _ADDRESS = "https://huggingface.co"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...io.companions import read_json, read_small
+from ...io.small_files import read_json, read_small
 
 FILE = "chat_template.jinja"
 """The file that transformers reads first. Older versions only read `chat_template` in tokenizer_config.json."""

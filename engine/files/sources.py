@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...io.companions import FileKind, companion_files, file_kind, read_json
+from ...io.companions import FileKind, companion_files, file_kind
 from ...io.safetensors.checkpoint import Checkpoint
+from ...io.small_files import read_json
 from ..graph.build import BuiltGraph, OutputStack
 from ..model.roles import is_embedding, is_head
 from ..recipe.types import ModelReference, Recipe, Stage

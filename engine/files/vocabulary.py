@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...io.companions import read_json, read_small
 from ...io.output.digests import file_digest
+from ...io.small_files import read_json, read_small
 
 _TEXTS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _OPAQUE = (".tiktoken", "tekken.json")

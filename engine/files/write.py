@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...io.companions import FileKind, companion_files
-from ...io.output.directory import OutputDirectory, index_bytes
+from ...io.output.directory import OutputDirectory
+from ...io.output.shards import index_bytes
 from ...io.safetensors.checkpoint import INDEX, Checkpoint
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout

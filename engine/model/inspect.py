@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.tensors import TensorRef
-from ...io.wording import plural
+from ...io.units import plural
 from .layers import LayerMap, Stack, find_layers
 from .open import open_model, reference_of
 from .quantized import quantized_tensors

@@ -15,7 +15,7 @@ from ...errors import DiskSpaceError
 from ...io.output.clone import BLOCK, CopyStats, SharingRefused, refuses_to_share
 from ...io.output.digests import BlockDigests
 from ...io.output.group_commit import Aborted, GroupCommit
-from ...io.reading import Reader, Stamps
+from ...io.reading import FileStamps, Reader
 from ...io.sizes import format_size
 from ..execute.executor import NOTIFY_SECONDS
 from ..execute.tasks import LaneTime
@@ -148,7 +148,7 @@ def digests_of_sources(
     graph: MergeGraph,
     nodes: Collection[int],
     threads: int,
-    stamps: Stamps,
+    stamps: FileStamps,
     count: Callable[[int], None],
     watch: Callable[[], None],
 ) -> dict[int, list[bytes]]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
-from ...io.output.directory import ShardFile, missing_space
 from ...io.output.journal import FORMAT
 from ...io.output.lock import Content, DirectoryStatus, classify, refuse_occupied
-from ...io.wording import data_size
+from ...io.output.shards import ShardFile, missing_space
+from ...io.units import data_size
 from .finished import check_finished
 from .manifest import differences, facts_of, model_names, other_version
 from .transfers import written_ranges

@@ -11,7 +11,7 @@ from ...io.companions import FileKind, file_kind
 from ...io.output.digests import bytes_digest, file_digest
 from ...io.output.lock import DirectoryStatus
 from ...io.safetensors.checkpoint import Checkpoint
-from ...io.wording import plural
+from ...io.units import plural
 from ..files.write import CARD, local_companions, model_files
 from ..model.open import is_remote
 from .manifest import differences, facts_of, model_names, other_version

@@ -14,8 +14,8 @@ from ...io.hub.repository import HubFile
 from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
-from ...io.reading import Observe, Reader, Stamps
-from ...io.wording import data_size, plural
+from ...io.reading import FileStamps, Observe, Reader
+from ...io.units import data_size, plural
 from ..cost.machine import CACHED_SHARE, available_ram, process_memory
 from ..execute.devices import open_devices
 from ..execute.replan import run_graph
@@ -143,10 +143,10 @@ def merge(
         measured = _perform(planned, planned.schedule, _Nowhere(), notify)
         return Result(planned, None, measured, process_memory().peak, peak_before=before)
     refuse_input(planned, path)
-    directory = OutputDirectory(path, MANIFEST)
-    if directory.whole:
+    directory = OutputDirectory.open(path, MANIFEST)
+    if directory.lock.complete:
         try:
-            checked = check_finished(planned, directory.status)
+            checked = check_finished(planned, directory.lock.status)
         finally:
             directory.close()
         tell(f"{directory.path} is already complete, nothing to do: {checked}")
@@ -158,7 +158,7 @@ def merge(
     def engine(
         schedule: Schedule,
         sink: Sink,
-        stamps: Stamps,
+        stamps: FileStamps,
         watch: Callable[[Progress], None],
         done: Mapping[int, int],
         observe: Observe,
@@ -207,7 +207,7 @@ def _perform(
     schedule: Schedule,
     sink: Sink,
     notify: Callable[[Progress], None] | None,
-    stamps: Stamps | None = None,
+    stamps: FileStamps | None = None,
     done: Mapping[int, int] | None = None,
     observe: Observe | None = None,
 ) -> Measured:

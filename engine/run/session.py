@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import CheckpointError, Interrupted
-from ...io.os_errors import explain
+from ...io.os_errors import translate_os_error
 from ...io.output.digests import BLOCK_BYTES, tensor_digest
-from ...io.output.directory import OutputDirectory, preload_validator
+from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import Aborted
-from ...io.output.journal import Found, Journal
-from ...io.reading import Observe, Stamps, changed, stamps_of
-from ...io.wording import data_size, plural
+from ...io.output.journal import Journal, JournalContent
+from ...io.output.shards import preload_validator
+from ...io.reading import FileStamps, Observe, source_changed, stat_fingerprints
+from ...io.units import data_size, plural
 from ..execute.tasks import Measured, Progress, Sink
 from ..files.write import write_model_files
 from ..graph.graph import Kind
@@ -39,7 +40,7 @@ class Engine(Protocol):
         self,
         schedule: Schedule,
         sink: Sink,
-        stamps: Stamps,
+        stamps: FileStamps,
         notify: Callable[[Progress], None],
         done: Mapping[int, int],
         observe: Observe,
@@ -98,8 +99,8 @@ class Run:
         self._say = say
         self._group_bytes = group_bytes
         self._facts: dict[str, Any] = {}
-        self._stamps: Stamps = {}
-        self._found = out.found
+        self._stamps: FileStamps = {}
+        self._found = out.lock.journal
         self._journal: Journal | None = None
         self._shards: ShardWriter | None = None
 
@@ -120,7 +121,7 @@ class Run:
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted(self.how_to_go_on(kept)) from error
             if isinstance(error, OSError):
-                raise explain(error, self.out.path, "the merge") from error
+                raise translate_os_error(error, self.out.path, "the merge") from error
             raise
         self._release()
         return measured
@@ -154,27 +155,28 @@ class Run:
     def _perform(self, fresh: bool, digests: bool) -> Measured:
         self._facts = facts_of(self.plan)
         if not fresh and self._found is not None:
-            refuse_other_unfinished(self.plan, self.out.status, self._facts)
+            refuse_other_unfinished(self.plan, self.out.lock.status, self._facts)
         self._fetch()
         self.plan = place(self.plan, self.out.path, digests=digests)
         graph = self.plan.built.graph
-        self._stamps = stamps_of(sorted({ref.file for ref in graph.reads}))
+        self._stamps = stat_fingerprints(sorted({ref.file for ref in graph.reads}))
         self._check_plan()
         found = self._found = self._look(fresh)
         self.out.begin(shard_files(self.plan), self.plan.bytes_shared, self._stamps)
         durable = self._recover(found)
         if found is not None:  # its records are not needed any more, and may be large
-            self._found = self.out.found = Found(found.facts, ())
-        self._journal = Journal(self.out.journal, self._facts | {"stamps": self._recorded()}, records_of(durable))
+            self._found = self.out.lock.journal = JournalContent(found.facts, ())
+        facts = self._facts | {"stamps": self._recorded()}
+        self._journal = Journal(self.out.lock.journal_path, facts, records_of(durable))
         measured = self._make(self._journal, durable)
         self._finish(self._journal, measured[1])
         return measured[0]
 
     # --- beginning ---------------------------------------------------------------------------------------------
 
-    def _look(self, fresh: bool) -> Found | None:
+    def _look(self, fresh: bool) -> JournalContent | None:
         """The journal of the unfinished merge to resume; None where there is none, or it was discarded."""
-        found = self.out.found
+        found = self.out.lock.journal
         if found is None:
             return None
         if fresh:
@@ -182,7 +184,7 @@ class Run:
             return None
         return found
 
-    def _recover(self, found: Found | None) -> RecoveredState:
+    def _recover(self, found: JournalContent | None) -> RecoveredState:
         """What earlier runs have left, checked: against the journal, and against source files that have changed.
 
         Raises:
@@ -239,10 +241,10 @@ class Run:
 
     def _check_sources(self) -> None:
         """Raises CheckpointError where a source file was replaced or written to since the run began."""
-        now = stamps_of(self._stamps)
+        now = stat_fingerprints(self._stamps)
         for file, stamp in self._stamps.items():
             if now[file] != stamp:
-                raise changed(file)
+                raise source_changed(file)
 
     # --- making ------------------------------------------------------------------------------------------------
 

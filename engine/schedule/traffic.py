@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...io.wording import memory_size, plural
+from ...io.units import memory_size, plural
 from ..graph.graph import Kind, MergeGraph
 from .schedule import Schedule
 

@@ -1,1 +1,1 @@
-"""Models on the Hugging Face Hub: metadata, byte ranges, downloads."""
+"""Models on the Hugging Face Hub: file listings, headers by range request, resumable downloads."""

@@ -1,4 +1,4 @@
-"""A model of the Hugging Face Hub as a checkpoint: opened by its headers, and which of its files a merge needs."""
+"""Opens models on the Hugging Face Hub as checkpoints from their headers, and lists the files that a merge needs."""
 
 from __future__ import annotations
 
@@ -24,75 +24,76 @@ from ..safetensors.checkpoint import (
     Checkpoint,
     describe_no_weights,
     follow_index,
+    merge_headers,
     open_checkpoint,
     read_config,
     read_weight_map,
-    unite,
 )
 from ..safetensors.header import Header, data_start, parse_header, read_header
 from ..safetensors.tensors import TensorRef
+from ..small_files import check_size
 from .download import download
-from .http import Place, in_parallel, read_file
-from .repository import NOT_HERE, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_whole
+from .http import HubLocation, in_parallel, read_file
+from .repository import NOT_CACHED, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_cache
 
 MAX_HEADERS_BYTES = 256_000_000
-"""The most bytes that the headers of one model may have: some 2,000,000 tensors."""
+"""The maximum size of all headers of a model in bytes, enough for about 2,000,000 tensors."""
 
-_THREADS = 16  # a header is a round trip or two, and little else
-_FIRST_REQUEST = 64 << 10  # bytes of a header whose length nothing foretells
+_THREADS = 16  # reading a header takes one or two round trips and little else
+_FIRST_REQUEST = 64 << 10  # bytes to request of a header of unknown length
 _LARGEST_GUESS = 1 << 20
-_ENTRY = 112  # bytes of a tensor in a header beside its name: dtype, shape, two offsets, JSON's own
+_ENTRY = 112  # bytes of a tensor's entry in a header in addition to its name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubCheckpoint(Checkpoint):
-    """A checkpoint of the Hub. The files of its tensors needn't be here yet: `needed_files` and `download` bring them.
+    """A checkpoint on the Hub. Its files need not be downloaded yet; see `needed_files` and `download`.
 
     Args:
-        repository: where it comes from, and its files.
+        repository: the repository at the checkpoint's commit.
     """
 
     repository: Repository
 
     def identity(self, file: Path) -> str:
-        """What tells whether one of its files is still the same one, as `file_identity`: by its hash, unread."""
+        """The identity of a file, like `file_identity`, from its hash on the Hub and without reading it."""
         etag = _file_at(self.repository, file).etag
         return xxh3_128(b"mergeloom hub 1" + etag.encode()).hexdigest()
 
 
 def open_hub_model(repo: str, revision: str | None = None) -> Checkpoint:
-    """Open a model of the Hub: its config and index, and of its weights the headers only.
+    """Open a model on the Hub. Downloads its config.json, its index and the headers of its weights.
 
-    The revision is resolved once, to the commit that all else is asked of. What was fetched is kept: opening the same
-    revision again makes one request, for the commit, and none where the revision is a commit. Files that are in
-    huggingface_hub's cache are read there. The rules are those of `open_checkpoint`.
+    The revision is resolved once, and all other requests use its commit. Results are cached: opening the same revision
+    again makes one request, which resolves the revision, and none if the revision is a commit. Files in
+    huggingface_hub's cache are read from there. Files are selected by the rules of `open_checkpoint`.
 
     Args:
-        repo: its id, such as ``meta-llama/Llama-3.1-8B``.
+        repo: the repository id, such as ``meta-llama/Llama-3.1-8B``.
         revision: a branch, tag or commit; None for ``main``.
 
     Returns:
-        A `HubCheckpoint`, or a plain one of the cache's directory where requests are forbidden (HF_HUB_OFFLINE) and
-        another program downloaded the model.
+        A `HubCheckpoint`; a plain `Checkpoint` of the cached snapshot if HF_HUB_OFFLINE is set and another program
+        downloaded the model.
 
     Raises:
-        CheckpointError: there is no such model, it may not be read, or is no valid checkpoint.
-        EnvironmentFailure: the Hub can't be reached, or the disk got in the way.
+        CheckpointError: the model does not exist, is not accessible, or is not a valid checkpoint.
+        EnvironmentFailure: the Hub is not reachable, or reading failed.
     """
     repository = find_repository(repo, revision)
     if repository is None:
         snapshot = cached_snapshot(repo, revision)
         if snapshot is None:
-            raise CheckpointError(f"{Place(repo, revision or 'main')}: {NOT_HERE}")
+            raise CheckpointError(f"{HubLocation(repo, revision or 'main')}: {NOT_CACHED}")
         return open_checkpoint(snapshot)
-    with _named(repository):
+    with _naming_model(repository):
         return _open(repository)
 
 
 def needed_files(checkpoint: Checkpoint, used: Iterable[TensorRef]) -> tuple[HubFile, ...]:
-    """The files of a checkpoint of the Hub that hold the tensors in `used`, by name; none of a local checkpoint.
+    """List the files of a checkpoint on the Hub that contain the tensors in `used`; empty for a local checkpoint.
 
-    Those with ``present`` are here already; ``to_fetch`` is what `download` must still transfer for one.
+    The list includes files that are downloaded already; see ``HubFile.present`` and ``HubFile.to_fetch``.
     """
     if not isinstance(checkpoint, HubCheckpoint):
         return ()
@@ -101,9 +102,10 @@ def needed_files(checkpoint: Checkpoint, used: Iterable[TensorRef]) -> tuple[Hub
 
 
 def companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
-    """The files beside the weights of a checkpoint of the Hub that an output may take over; none of a local one.
+    """List the candidate companion files of a checkpoint on the Hub; empty for a local checkpoint.
 
-    More than `companion_files` then takes: which Python files and modules belong to the model is written in these.
+    These are more files than `companion_files` selects after their download: only their content says which Python files
+    and modules belong to the model.
     """
     if not isinstance(checkpoint, HubCheckpoint):
         return ()
@@ -117,20 +119,20 @@ def _file_at(repository: Repository, path: Path) -> HubFile:
 
 
 @contextmanager
-def _named(repository: Repository) -> Iterator[None]:
-    """Let errors name the model, not the place in the cache where its file will be one day."""
+def _naming_model(repository: Repository) -> Iterator[None]:
+    """Replace the path of the snapshot in errors with the name of the model: the files may not exist yet."""
     try:
         yield
     except CheckpointError as error:
-        text = str(error).replace(f"{repository.snapshot}/", f"{repository.place}/")
-        raise CheckpointError(text.replace(str(repository.snapshot), str(repository.place))) from error
+        text = str(error).replace(f"{repository.snapshot}/", f"{repository.location}/")
+        raise CheckpointError(text.replace(str(repository.snapshot), str(repository.location))) from error
 
 
 # ------------------------------------------------------------------------------------------------ opening
 
 
 def _open(repository: Repository) -> HubCheckpoint:
-    """Choose a repository's files by the rules of `open_checkpoint`, and read their headers."""
+    """Select a repository's files by the rules of `open_checkpoint` and read their headers."""
     files, snapshot = repository.files, repository.snapshot
     names = [name for name in sorted(files) if "/" not in name and not name.startswith(".")]
     index, shards = _choose(repository, names)
@@ -138,16 +140,13 @@ def _open(repository: Repository) -> HubCheckpoint:
     if index is not None:
         small.append((files[index], MAX_INDEX_BYTES))
     for file, limit in small:
-        if file.nbytes > limit:
-            raise CheckpointError(
-                f"{file.path}: has {file.nbytes:,} bytes, where {limit:,} are the most that make sense"
-            )
+        check_size(file.path, file.nbytes, limit)
     download(file for file, _ in small)
     config = read_config(snapshot / "config.json") if "config.json" in files else None
     remarks: list[str] = []
     if index is None:
         headers = _read_headers([files[name] for name in shards], {})
-        tensors = unite([files[name].path for name in shards], headers)
+        tensors = merge_headers([files[name].path for name in shards], headers)
     else:
         weight_map = read_weight_map(snapshot / index)
         shards = sorted(set(weight_map.values()))
@@ -155,12 +154,12 @@ def _open(repository: Repository) -> HubCheckpoint:
         if absent:
             raise CheckpointError(
                 f"{snapshot / index}: {len(absent)} of the {len(shards)} files that it names aren't in the repository: "
-                f"{', '.join(map(quoted, absent[:4]))}: its upload is unfinished, or another revision has them"
+                f"{', '.join(map(quoted, absent[:4]))}: the upload is unfinished, or they are in another revision"
             )
         headers = _read_headers([files[name] for name in shards], _expected_lengths(weight_map))
         tensors, remarks = follow_index(snapshot / index, weight_map, [files[name].path for name in shards], headers)
     if not tensors:
-        raise CheckpointError(f"{snapshot}: holds no tensors (looked into {', '.join(map(quoted, shards[:4]))})")
+        raise CheckpointError(f"{snapshot}: contains no tensors (searched {', '.join(map(quoted, shards[:4]))})")
     metadata: dict[str, str] = {}
     for header in headers:
         metadata = {**header.metadata, **metadata}
@@ -178,9 +177,9 @@ def _open(repository: Repository) -> HubCheckpoint:
 
 
 def _choose(repository: Repository, names: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The index among the names of a repository's own directory, else the names of its weights.
+    """Choose the index among the names in a repository's root, or, without an index, the names of its weights.
 
-    As `checkpoint._find_weights` chooses in a directory; a test holds the two against each other.
+    The rules are those of `checkpoint._find_weights` for a directory; a test compares the two.
     """
     weights = [name for name in names if name.endswith((".safetensors", INDEX_SUFFIX))]
     weights = [name for name in weights if not name.startswith(SECONDARY)] or weights
@@ -189,8 +188,8 @@ def _choose(repository: Repository, names: Sequence[str]) -> tuple[str | None, l
         return INDEX, []
     if len(indexes) > 1:
         raise CheckpointError(
-            f"{repository.place}: has several indexes ({', '.join(map(quoted, indexes[:4]))}) and none is {INDEX}: "
-            "download it, and give the path of the one to use"
+            f"{repository.location}: has several indexes ({', '.join(map(quoted, indexes[:4]))}) and none is {INDEX}: "
+            "download the model and use the path of the right one"
         )
     if indexes:
         return indexes[0], []
@@ -205,7 +204,7 @@ def _choose(repository: Repository, names: Sequence[str]) -> tuple[str | None, l
 
 
 def _expected_lengths(weight_map: Mapping[str, str]) -> dict[str, int]:
-    """About how many bytes the header of each shard has, somewhat more rather than less."""
+    """Estimate the size in bytes of each shard's header, preferably too large."""
     lengths: dict[str, int] = {}
     for name, shard in weight_map.items():
         lengths[shard] = lengths.get(shard, 1024) + len(name) + _ENTRY
@@ -213,46 +212,46 @@ def _expected_lengths(weight_map: Mapping[str, str]) -> dict[str, int]:
 
 
 def _read_headers(files: Sequence[HubFile], expected: Mapping[str, int]) -> list[Header]:
-    """The headers of files, in their order, from wherever they are nearest."""
-    allowance = _Allowance(MAX_HEADERS_BYTES)
+    """Read the headers of files concurrently, from the disk, the cache or the Hub, in the order of the files."""
+    limit = _HeaderLimit(MAX_HEADERS_BYTES)
     return in_parallel(
-        lambda file, stop: _read_header(file, expected.get(file.name, _FIRST_REQUEST), allowance, stop),
+        lambda file, stop: _read_header(file, expected.get(file.name, _FIRST_REQUEST), limit, stop),
         files,
         min(_THREADS, len(files)),
     )
 
 
-class _Allowance:
-    """How many bytes of headers may still come: a server must not fill the memory."""
+class _HeaderLimit:
+    """Limits the total size of downloaded headers, so a malicious server can't exhaust memory."""
 
     def __init__(self, nbytes: int) -> None:
         self._lock = threading.Lock()
         self._left = nbytes
 
-    def take(self, file: HubFile, nbytes: int) -> None:
-        """Count a header. Raises CheckpointError where they are too many."""
+    def count(self, file: HubFile, nbytes: int) -> None:
+        """Count a header. Raises CheckpointError if the total exceeds the limit."""
         with self._lock:
             self._left -= nbytes
             if self._left < 0:
                 raise CheckpointError(
-                    f"{file.path}: with its header of {nbytes:,} bytes, the model's headers have more than "
-                    f"{MAX_HEADERS_BYTES:,}, which is the most that makes sense"
+                    f"{file.path}: with its header of {nbytes:,} bytes, the model's headers exceed the limit of "
+                    f"{MAX_HEADERS_BYTES:,} bytes: the model is damaged or not supported"
                 )
 
 
-def _read_header(file: HubFile, expected: int, allowance: _Allowance, stop: threading.Event) -> Header:
-    """The header of a file: of the file itself if it is here, as it was kept from last time, or by range requests."""
+def _read_header(file: HubFile, expected: int, limit: _HeaderLimit, stop: threading.Event) -> Header:
+    """Read the header of a file: from the downloaded file, from the header cache, or by range requests."""
     if file.present:
         return read_header(file.path)
-    kept = header_cache(file)
+    cached = header_cache(file)
     with suppress(OSError, CheckpointError):
-        raw = kept.read_bytes()
+        raw = cached.read_bytes()
         if len(raw) == data_start(raw[:8], file.nbytes, file=file.path):
             return parse_header(raw, file.nbytes, file=file.path)
-    raw = b"".join(read_file(file.place, file.url, 0, min(expected, file.nbytes), file.nbytes, stop))
+    raw = b"".join(read_file(file.location, file.url, 0, min(expected, file.nbytes), file.nbytes, stop))
     start = data_start(raw[:8], file.nbytes, file=file.path)
-    allowance.take(file, start)
-    raw += b"".join(read_file(file.place, file.url, len(raw), start, file.nbytes, stop))
+    limit.count(file, start)
+    raw += b"".join(read_file(file.location, file.url, len(raw), start, file.nbytes, stop))
     header = parse_header(raw, file.nbytes, file=file.path)
-    write_whole(kept, raw[:start])
+    write_cache(cached, raw[:start])
     return header

@@ -1,8 +1,8 @@
-"""The files of a Hub repository at one commit: which there are, and where huggingface_hub's cache keeps them.
+"""Resolves Hub repositories to a commit and its files, and locates the files in huggingface_hub's cache.
 
-The cache is the one that all tools of the Hub share, by its documented layout: for each repository a folder with
-``refs`` (branch -> commit), ``blobs`` (files by their hash) and ``snapshots/COMMIT`` (links to blobs by file name).
-What only mergeloom keeps (listings by commit, headers by hash) is in huggingface_hub's folder for such: assets.
+All tools of the Hub share this cache. By its documented layout, each repository has a folder with ``refs`` (branch ->
+commit), ``blobs`` (files by hash) and ``snapshots/COMMIT`` (links to blobs by file name). Data that only mergeloom uses
+(file listings by commit, headers by hash) is in huggingface_hub's assets folder.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from urllib.parse import quote
 
 from ...errors import CheckpointError
 from ..open_source import quoted
-from .http import OFFLINE, Place, describe_gated, endpoint, is_commit, is_logged_in, is_offline, read_json
+from .http import OFFLINE, HubLocation, describe_gated, endpoint, fetch_json, is_commit, is_logged_in, is_offline
 
 MAX_LISTING_BYTES = 64_000_000
-"""The largest list of a repository's files that is read, in bytes: some 200,000 files."""
+"""The maximum size of a repository's file listing in bytes, enough for about 200,000 files."""
 
-NOT_HERE = f"there is no such directory here, and as a model of the Hub it {OFFLINE}"
-"""What is said of a model that isn't here while requests are forbidden."""
+NOT_CACHED = f"there is no such directory here, and as a model of the Hub it {OFFLINE}"
+"""The error for a model that is not cached while HF_HUB_OFFLINE is set."""
 
 _LISTING_VERSION = 1
-_MAX_FILE = 1 << 50  # bytes: no file of the Hub is near it
+_MAX_FILE = 1 << 50  # bytes, far more than any file on the Hub
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository at one commit; it needn't be here yet.
+    """A file of a repository at one commit, downloaded or not.
 
     Args:
         repo: the repository's id.
         commit: the commit hash.
-        name: its name in the repository, with forward slashes.
-        nbytes: its size.
-        etag: its hash: SHA-256 of its bytes (64 hex digits) for large files, git's for small ones (40).
+        name: the path in the repository, with forward slashes.
+        nbytes: the size in bytes.
+        etag: the hash: SHA-256 (64 hex digits) for large files, the git blob hash (40 hex digits) for small ones.
         folder: the repository's folder in the cache.
     """
 
@@ -55,46 +55,46 @@ class HubFile:
 
     @property
     def path(self) -> Path:
-        """Where it is once it is here: in the snapshot of its commit."""
+        """The path in the cache, in the commit's snapshot. It exists once the file is downloaded."""
         return self.folder / "snapshots" / self.commit / self.name
 
     @property
     def blob(self) -> Path:
-        """Where the cache keeps its bytes; `path` is a link to there."""
+        """The path of the blob in the cache. `path` is a link to it."""
         return self.folder / "blobs" / self.etag
 
     @property
     def partial(self) -> Path:
-        """Where an unfinished download of it is."""
+        """The path of an unfinished download."""
         return self.folder / "blobs" / f"{self.etag}.mergeloom-partial"
 
     @property
-    def place(self) -> Place:
-        """What errors call it."""
-        return Place(self.repo, self.commit, self.name)
+    def location(self) -> HubLocation:
+        """The location on the Hub, for requests and errors."""
+        return HubLocation(self.repo, self.commit, self.name)
 
     @property
     def url(self) -> str:
-        """Where it is on the Hub."""
+        """The download URL."""
         return f"{endpoint()}/{self.repo}/resolve/{self.commit}/{quote(self.name)}"
 
     @property
     def present(self) -> bool:
-        """Whether it is here, whole."""
+        """Whether the file is downloaded completely."""
         return _size(self.path) == self.nbytes
 
     @property
     def blob_present(self) -> bool:
-        """Whether its bytes are here, by its own name or, as after another commit's download, by none yet."""
+        """Whether the blob is downloaded completely, for example with another commit."""
         return _size(self.blob) == self.nbytes
 
     @property
     def to_fetch(self) -> int:
-        """How many of its bytes a download must still transfer."""
+        """The number of bytes still to download."""
         if self.present or self.blob_present:
             return 0
-        begun = _size(self.partial) or 0
-        return self.nbytes - begun if begun <= self.nbytes else self.nbytes
+        partial = _size(self.partial) or 0
+        return self.nbytes - partial if partial <= self.nbytes else self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +102,11 @@ class Repository:
     """A repository at one commit.
 
     Args:
-        repo: its id.
-        revision: the branch, tag or commit that was asked for.
-        commit: the commit that it stands for.
-        folder: its folder in the cache.
-        files: its files by name; without those whose names no directory could hold safely.
+        repo: the repository's id.
+        revision: the requested branch, tag or commit.
+        commit: the commit hash of the revision.
+        folder: the repository's folder in the cache.
+        files: the files by name, without those whose names are unsafe as local paths.
     """
 
     repo: str
@@ -117,43 +117,44 @@ class Repository:
 
     @property
     def snapshot(self) -> Path:
-        """The directory that holds the files of the commit."""
+        """The directory of the commit in the cache."""
         return self.folder / "snapshots" / self.commit
 
     @property
-    def place(self) -> Place:
-        """What errors call it."""
-        return Place(self.repo, self.revision)
+    def location(self) -> HubLocation:
+        """The location on the Hub, for requests and errors."""
+        return HubLocation(self.repo, self.revision)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` can be a model's id, such as ``meta-llama/Llama-3.1-8B`` or ``gpt2``."""
+    """Whether `text` is a valid repository id, such as ``meta-llama/Llama-3.1-8B`` or ``gpt2``."""
     name = r"(?![-.])(?!.*(?:--|\.\.))[\w.-]{1,96}(?<![-.])"
     return re.fullmatch(rf"{name}(?:/{name})?", text, re.ASCII) is not None and not text.endswith(".git")
 
 
 def find_repository(repo: str, revision: str | None) -> Repository | None:
-    """Resolve a revision to its commit, and list the commit's files: at most one request, none for a known commit.
+    """Resolve a revision to its commit and list the commit's files, with one request or none for a known commit.
 
     Returns:
-        None where requests are forbidden and only the cache knows the commit, so that its files can't be listed.
+        The repository; None if HF_HUB_OFFLINE is set and the cache has the commit but no listing of its files.
 
     Raises:
-        CheckpointError: there is no such repository or revision, it may not be read, or requests are forbidden.
-        EnvironmentFailure: the Hub can't be reached.
+        CheckpointError: the repository or revision does not exist or is not accessible, or it is not cached and
+            HF_HUB_OFFLINE is set.
+        EnvironmentFailure: the Hub is not reachable.
     """
     revision = revision or "main"
-    place = Place(repo, revision)
+    location = HubLocation(repo, revision)
     if not is_hub_id(repo):
-        raise CheckpointError(f"{quoted(repo)}: is no directory here, and no id that a model of the Hub can have")
+        raise CheckpointError(f"{quoted(repo)}: is neither a directory here nor a valid id of a model on the Hub")
     if not _is_safe(revision):
-        raise CheckpointError(f"{place}: {quoted(revision)} is no branch, tag or commit that git could have")
+        raise CheckpointError(f"{location}: {quoted(revision)} is not a valid git branch, tag or commit")
     folder = _cache() / f"models--{repo.replace('/', '--')}"
     commit = revision if is_commit(revision) else None
     if commit is None and is_offline():
         commit = _read_ref(folder, revision)
         if commit is None:
-            raise CheckpointError(f"{place}: {NOT_HERE}")
+            raise CheckpointError(f"{location}: {NOT_CACHED}")
     if commit is not None:
         entries = _read_listing(folder, commit)
         if entries is not None:
@@ -161,17 +162,17 @@ def find_repository(repo: str, revision: str | None) -> Repository | None:
         if is_offline():
             return None
     url = f"{endpoint()}/api/models/{repo}/revision/{quote(commit or revision, safe='')}?blobs=true"
-    found, entries = _parse_listing(place, read_json(place, url, MAX_LISTING_BYTES))
-    if commit not in (None, found):
-        raise CheckpointError(f"{place}: {endpoint()} answers with commit {found} instead: check HF_ENDPOINT")
-    _write_listing(folder, found, entries)
+    resolved, entries = _parse_listing(location, fetch_json(location, url, MAX_LISTING_BYTES))
+    if commit not in (None, resolved):
+        raise CheckpointError(f"{location}: {endpoint()} answers with commit {resolved} instead: check HF_ENDPOINT")
+    _write_listing(folder, resolved, entries)
     if not is_commit(revision):
-        write_whole(folder / "refs" / revision, found.encode())
-    return _repository(repo, revision, found, folder, entries)
+        write_cache(folder / "refs" / revision, resolved.encode())
+    return _repository(repo, revision, resolved, folder, entries)
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    """The directory in the cache that other tools downloaded a revision to; None where there is none."""
+    """The snapshot of a revision that another tool downloaded to the cache; None if there is none."""
     folder = _cache() / f"models--{repo.replace('/', '--')}"
     revision = revision or "main"
     commit = revision if is_commit(revision) else _read_ref(folder, revision)
@@ -179,45 +180,45 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     return path if path is not None and path.is_dir() else None
 
 
-# ------------------------------------------------------------------------------------------------ the listing
+# ------------------------------------------------------------------------------------------------ listings
 
 _Entries = dict[str, tuple[int, str]]
 
 
-def _parse_listing(place: Place, document: Any) -> tuple[str, _Entries]:
-    """The commit, and the size and hash of each file, in what the Hub says of a model."""
+def _parse_listing(location: HubLocation, document: Any) -> tuple[str, _Entries]:
+    """Parse the Hub's description of a model: its commit, and the size and hash of each file."""
     commit = document.get("sha") if isinstance(document, dict) else None
     siblings = document.get("siblings") if isinstance(document, dict) else None
     if not isinstance(commit, str) or not is_commit(commit) or not isinstance(siblings, list):
-        raise CheckpointError(f"{place}: {endpoint()} doesn't answer as the Hub does: check HF_ENDPOINT and the proxy")
+        raise CheckpointError(f"{location}: {endpoint()} is not a valid Hub API: check HF_ENDPOINT and the proxy")
     entries: _Entries = {}
     for sibling in siblings:
         name = sibling.get("rfilename") if isinstance(sibling, dict) else None
         if not isinstance(name, str) or not _is_safe(name):
-            continue  # never to be a path here; what needs it will find it missing
+            continue  # unsafe as a local path; if it is needed, it is reported as missing
         large = sibling.get("lfs")
         large = large if isinstance(large, dict) else {}
         entry = _entry(large.get("size", sibling.get("size")), large.get("sha256", sibling.get("blobId")))
         if entry is None and document.get("gated"):
-            raise CheckpointError(describe_gated(place, is_logged_in()))
+            raise CheckpointError(describe_gated(location, is_logged_in()))
         if entry is None:
             raise CheckpointError(
-                f"{place}: {endpoint()} lists {quoted(name)} without its size and hash, which the Hub gives: if "
-                "HF_ENDPOINT is a mirror, use the Hub itself, or download the model and give its directory"
+                f"{location}: {endpoint()} lists {quoted(name)} without its size and hash: if HF_ENDPOINT is a mirror, "
+                "use the Hub itself, or download the model and use its directory"
             )
         entries[name] = entry
     return commit, entries
 
 
 def _entry(nbytes: object, etag: object) -> tuple[int, str] | None:
-    """A file's size and hash; None where they are nothing of the kind."""
+    """Validate the size and hash of a file; None if either is invalid."""
     if type(nbytes) is not int or not 0 <= nbytes <= _MAX_FILE or not isinstance(etag, str):
         return None
     return (nbytes, etag) if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) else None
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a name from elsewhere stays below the directory that it is put in, on any system."""
+    """Whether a name from the Hub is safe as a relative path on any system: it stays below its directory."""
     parts = name.split("/")
     return (
         name.isprintable()
@@ -233,16 +234,16 @@ def _repository(repo: str, revision: str, commit: str, folder: Path, entries: _E
     return Repository(repo, revision, commit, folder, MappingProxyType(files))
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------------------------ caching
 
 
 def header_cache(file: HubFile) -> Path:
-    """Where the header of a file is kept; by its hash, so that a new commit asks only for what it changed."""
+    """The cache file for the header of a file. The key is the file's hash, so commits share unchanged headers."""
     return _assets() / "headers" / file.etag
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Keep something that can be fetched again: whole, or not at all where the disk doesn't let us."""
+def write_cache(file: Path, data: bytes) -> None:
+    """Write a cache file atomically. Errors of the file system are ignored: the data can be fetched again."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".")
@@ -281,11 +282,11 @@ def _listing_file(folder: Path, commit: str) -> Path:
 
 def _write_listing(folder: Path, commit: str, entries: _Entries) -> None:
     document = {"version": _LISTING_VERSION, "files": entries}
-    write_whole(_listing_file(folder, commit), json.dumps(document).encode())
+    write_cache(_listing_file(folder, commit), json.dumps(document).encode())
 
 
 def _read_listing(folder: Path, commit: str) -> _Entries | None:
-    """What `_write_listing` kept; None where it isn't there or isn't whole."""
+    """Read a cached listing; None if it is missing or damaged."""
     try:
         document = json.loads(_listing_file(folder, commit).read_bytes())
         if document["version"] != _LISTING_VERSION:

@@ -1,1 +1,1 @@
-"""The output directory: lock, journal, group commit, digests, clones, publication."""
+"""The output directory: lock, journal, group commit, digests, block cloning, publishing."""

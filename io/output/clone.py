@@ -1,4 +1,4 @@
-"""Moving a range of bytes from one file to another by the cheapest way that both file systems allow."""
+"""Copies a range between files in the cheapest way available: shared blocks, kernel copy, or read and write."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from pathlib import Path
 from ..platform import clone_range, copy_range, read_at, scratch_file, write_at
 
 BLOCK = 4096
-"""Blocks are shared in units of this; a file system with larger ones refuses, and the bytes are copied."""
+"""The unit of block sharing in bytes. File systems with larger blocks refuse, and the bytes are copied instead."""
 
 
 @dataclass(slots=True)
 class CopyStats:
-    """How bytes were moved.
+    """The number of bytes copied in each way.
 
     Args:
-        shared: bytes whose disk blocks both files now have in common.
-        copied: bytes that the kernel copied.
-        carried: bytes that went through this process.
-        refused: bytes that were to be shared and weren't, by the error number with which that was refused.
+        shared: bytes whose disk blocks both files now share.
+        kernel_copied: bytes that the kernel copied.
+        user_copied: bytes that passed through this process.
+        refused: bytes that should have been shared but were refused, by error number.
     """
 
     shared: int = 0
-    copied: int = 0
+    kernel_copied: int = 0
     user_copied: int = 0
     refused: dict[int, int] = field(default_factory=dict)
 
     def add(self, other: CopyStats) -> None:
-        """Count what `other` moved, too."""
+        """Add the bytes of `other`."""
         self.shared += other.shared
-        self.copied += other.copied
+        self.kernel_copied += other.kernel_copied
         self.user_copied += other.user_copied
         for number, nbytes in other.refused.items():
             self.refused[number] = self.refused.get(number, 0) + nbytes
 
     @property
     def written(self) -> int:
-        """Bytes that were read and written, in whatever way."""
-        return self.copied + self.user_copied
+        """The number of bytes that were read and written."""
+        return self.kernel_copied + self.user_copied
 
 
 class SharingRefused(Exception):
-    """A file system doesn't share blocks.
+    """The file system refused to share blocks.
 
     Args:
         number: the error number.
-        nbytes: how many bytes it is about.
+        nbytes: the size of the refused range in bytes.
     """
 
     def __init__(self, number: int, nbytes: int) -> None:
@@ -57,7 +57,7 @@ class SharingRefused(Exception):
 
 
 def shareable(source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
-    """The part of a range that can be shared: its first byte, from the range's start, and how many there are."""
+    """The part of a range that can share blocks: its start relative to the range, and its size in bytes."""
     if (source_offset - target_offset) % BLOCK:
         return 0, 0
     first = -source_offset % BLOCK
@@ -74,21 +74,21 @@ def move(
     *,
     share: bool = True,
 ) -> CopyStats:
-    """Make a range of one file a copy of a range of another.
+    """Copy a range of one file to another.
 
     Args:
-        source: a descriptor, open for reading.
-        source_offset: of the range's first byte.
-        target: a descriptor, open for writing; the file is large enough already.
-        target_offset: of the range's first byte there.
-        nbytes: of the range.
-        buffer: for bytes that neither can be shared nor copied by the kernel.
-        share: whether to share blocks as far as that goes, and to copy only the rest.
+        source: the source's descriptor, open for reading.
+        source_offset: the start of the range in the source, in bytes.
+        target: the target's descriptor, open for writing; the file must be large enough.
+        target_offset: the start of the range in the target, in bytes.
+        nbytes: the size of the range in bytes.
+        buffer: the buffer for bytes that can be neither shared nor copied by the kernel.
+        share: whether to share blocks where possible and copy only the rest.
 
     Raises:
-        SharingRefused: where the file system won't; nothing was copied then.
-        OSError: where the disk can't.
-        EOFError: where the source ends before.
+        SharingRefused: the file system can't share these blocks; nothing was copied.
+        OSError: reading or writing failed.
+        EOFError: the source ends too early; its argument is the size of the source in bytes.
     """
     moved = CopyStats()
     first, count = shareable(source_offset, target_offset, nbytes) if share else (0, 0)
@@ -112,7 +112,7 @@ def _copy(
         step = copy_range(source, source_offset + done, target, target_offset + done, nbytes - done)
         if step == 0:
             break
-        moved.copied += step
+        moved.kernel_copied += step
         done += step
     while done < nbytes:
         view = buffer[: nbytes - done]
@@ -125,7 +125,7 @@ def _copy(
 
 
 def refuses_to_share(file: Path, directory: Path) -> bool:
-    """Whether a file's first block can't be shared with a new file in `directory`, which is tried."""
+    """Test whether sharing a file's first block with a new file in `directory` fails."""
     scratch = scratch_file(directory)
     if scratch is None:
         return True

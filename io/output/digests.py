@@ -1,7 +1,7 @@
-"""Digests of tensors that don't depend on how a tensor was cut while it was made.
+"""Computes digests of tensors and files that detect damage (not forgery).
 
-A tensor's digest is the XXH3-128 of the XXH3-128 digests of its blocks of 16 MiB, end to end. It finds damage, not
-forgery.
+A tensor's digest is the XXH3-128 of the concatenated XXH3-128 digests of its 16 MiB blocks, so it does not depend on
+the chunks in which the tensor was computed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 import xxhash
 
 BLOCK_BYTES = 16 << 20
-"""Bytes of a block; the last one of a tensor may be shorter."""
+"""The size of a block in bytes; the last block of a tensor may be shorter."""
 
 
 class BlockDigests:
-    """The digests of a tensor's blocks, fed with its bytes from front to back.
+    """Computes the digests of a tensor's blocks from its bytes, which are fed in order.
 
     Args:
-        nbytes: of the tensor.
-        known: the digests of its first blocks, from an earlier run; the bytes of these are passed over.
+        nbytes: the size of the tensor in bytes.
+        known: the digests of the first blocks, from an earlier run; the bytes of these blocks are skipped.
     """
 
     def __init__(self, nbytes: int, known: Sequence[bytes] = ()) -> None:
@@ -30,9 +30,9 @@ class BlockDigests:
         self._hash = xxhash.xxh3_128()
 
     def feed(self, offset: int, data: memoryview) -> None:
-        """The next bytes, from `offset` on. Bytes that were fed before are passed over; none may be left out."""
+        """Feed bytes that start at `offset`. Bytes that were fed before are skipped; a gap is a ValueError."""
         if offset > self._position:
-            raise ValueError(f"byte {self._position} was left out before {offset}")
+            raise ValueError(f"expected byte {self._position}, got {offset}")
         data = data[self._position - offset :]
         while data:
             room = BLOCK_BYTES - self._position % BLOCK_BYTES
@@ -46,43 +46,43 @@ class BlockDigests:
 
     @property
     def position(self) -> int:
-        """How many bytes were fed."""
+        """The number of bytes that were fed."""
         return self._position
 
     def tail(self) -> bytes:
-        """The digest of what was fed of the block that isn't whole yet; empty where there is nothing of it."""
-        return self._hash.digest() if self._position % BLOCK_BYTES and not self.whole else b""
+        """The digest of the fed bytes of an incomplete block; empty if there are none."""
+        return self._hash.digest() if self._position % BLOCK_BYTES and not self.complete else b""
 
     def reached(self, offset: int) -> bool:
-        """Whether all bytes before `offset` have been fed."""
+        """Whether all bytes before `offset` were fed."""
         return offset <= self._position
 
     @property
-    def whole(self) -> bool:
-        """Whether every byte was fed."""
+    def complete(self) -> bool:
+        """Whether all bytes were fed."""
         return self._position >= self.nbytes
 
     def digest(self) -> str:
-        """The tensor's digest in hexadecimal; every byte must have been fed."""
-        if not self.whole:
+        """The tensor's digest in hexadecimal. Raises ValueError unless all bytes were fed."""
+        if not self.complete:
             raise ValueError(f"{self._position} of {self.nbytes} bytes were fed")
         return tensor_digest(self.blocks)
 
 
 def tensor_digest(blocks: Iterable[bytes]) -> str:
-    """The digest of a tensor from those of its blocks, in hexadecimal."""
+    """Compute the digest of a tensor from the digests of its blocks, in hexadecimal."""
     return str(xxhash.xxh3_128_hexdigest(b"".join(blocks)))
 
 
 def bytes_digest(data: bytes | memoryview) -> str:
-    """The XXH3-128 of some bytes, in hexadecimal."""
+    """Compute the XXH3-128 of bytes, in hexadecimal."""
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
 def file_digest(file: Path) -> str:
-    """The XXH3-128 of a file, in hexadecimal."""
-    found = xxhash.xxh3_128()
+    """Compute the XXH3-128 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while data := stream.read(1 << 20):
-            found.update(data)
-    return str(found.hexdigest())
+            digest.update(data)
+    return str(digest.hexdigest())

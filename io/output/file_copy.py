@@ -1,30 +1,27 @@
-"""Copies a small file so that the target is either complete and durable or unchanged."""
+"""Copies a small file atomically and durably: the target is either complete or unchanged."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from ...errors import CheckpointError
-from ..os_errors import explain
+from ..os_errors import translate_os_error, translating_read_errors
 from ..platform import create_file, make_directory, remove, rename, sync_data, sync_directory, write_at
 
 _CHUNK = 1 << 20
 
 
 def copy_file(source: Path, target: Path) -> int:
-    """Copy a file's bytes, so that `target` is either whole and durable or as it was before; its size in bytes.
+    """Copy a file atomically and durably, and return its size in bytes.
 
     Raises:
-        CheckpointError: `source` can't be read.
-        DiskSpaceError: there is no room.
-        EnvironmentFailure: the disk got in the way otherwise.
+        CheckpointError: `source` is missing or not readable.
+        DiskSpaceError: the disk is full.
+        EnvironmentFailure: reading or writing failed otherwise.
     """
     temporary = target.with_name(f".{target.name}.partial")
-    try:
+    with translating_read_errors(source):
         stream = source.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{source}: can't be read: {error.strerror}") from error
     with stream:
         try:
             make_directory(target.parent)
@@ -40,7 +37,7 @@ def copy_file(source: Path, target: Path) -> int:
             rename(temporary, target)
             sync_directory(target.parent)
         except OSError as error:
-            raise explain(error, target, f"copying {source}") from error
+            raise translate_os_error(error, target, f"copying {source}") from error
         finally:
             remove(temporary)
     return nbytes

@@ -1,12 +1,12 @@
-"""The journal of an unfinished merge: what it makes, and which bytes of it are durable. Append-only, a line a record.
+"""The journal of an unfinished merge: an append-only log of the plan and of the durable parts of the output.
 
-A line is the XXH3-64 of its JSON in hexadecimal, a space, and the JSON. What comes after the first line that isn't
-whole was being written when the process or the machine stopped, and counts for nothing.
+Each line is a record: the XXH3-64 of its JSON in hexadecimal, a space, and the JSON. The first incomplete line was
+being written when the process or the machine stopped; it and all lines after it are ignored.
 
-A journal is never added to by another process than the one that began it: whoever goes on with a merge begins a new
-one, with what it found to be true in the old one, in the old one's place.
+A process appends only to a journal that it created. A process that resumes a merge replaces the journal atomically with
+a new one, which contains the old records that it has verified.
 
-The first line holds the facts, everything that the output's bytes follow from:
+The first line contains the facts, which determine the output's bytes:
 
     format          version of the journal's format
     mergeloom       version of mergeloom
@@ -14,25 +14,25 @@ The first line holds the facts, everything that the output's bytes follow from:
     layout          version of its layout
     recipe          text of the recipe
     outputs         digest of every output tensor's name, dtype, shape, operation and sources
-    seed            seed of the random methods
+    seed            seed for methods that sample
     shard_size      maximum size of a shard in bytes
     sources         identity of each source file: model number -> file name -> digest of its size, header and samples
     device          kind of device, where the bytes depend on it; otherwise absent
-    methods         identity of the code of the user's own methods, where there are any
+    methods         digests of the code of user-defined methods, if there are any
     stamps          state of each source file: model number -> file name -> [inode, size, mtime, ctime], in nanoseconds
 
-Each further line is a record, told by its first key. Numbers of nodes, reads and shards are those of the plan, which
+All other lines are records, distinguished by their first key. Node, read and shard numbers are those of the plan, which
 the facts determine; digests are XXH3-128 in hexadecimal.
 
-    source, ranges  ranges of a source tensor (a read number) that durable output was made from, or was about to be:
+    source, ranges  ranges of a source tensor (a read number) from which durable output was or is about to be computed:
                     [start, end, piece size, sum of the digests of the pieces], in bytes from the start of the tensor
     node, first, blocks, tail
                     digests of the durable blocks of an output (a node number), from block number `first` on; `tail` is
                     [bytes, digest] of the block behind them, where only its first bytes are durable
     copied          [shard number, start, end]: a durable range of a shard that was cloned or copied from a source
-    publish         names of all files; from here on they get their final names in OUT
+    publish         names of all files, which are renamed to their final names in OUT after this record
 
-A `source` record comes before the records of what was made from it.
+A `source` record precedes the records of output that was computed from it.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ _LONGEST_LINE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a journal says.
+class JournalContent:
+    """The content of a journal.
 
     Args:
-        facts: what the merge was begun with, and the journal's ``format``; empty where the first line is damaged.
-        records: in the order in which they became durable.
+        facts: the facts of the merge and the journal's ``format``; empty if the first line is damaged.
+        records: the records, in the order in which they became durable.
     """
 
     facts: Mapping[str, Any]
@@ -67,32 +67,32 @@ class Found:
 
     @property
     def readable(self) -> bool:
-        """Whether it is a journal as this version writes it."""
+        """Whether the journal has the format that this version writes."""
         return self.facts.get("format") == FORMAT
 
 
 class Journal:
-    """A journal that is being written. Safe to use from several threads.
+    """A journal open for appending. Thread-safe.
 
     Args:
-        path: of the file. One that is there is replaced, all at once.
-        facts: what the merge is begun with.
-        records: that are true already.
+        path: the file. An existing journal is replaced atomically.
+        facts: the facts of the merge.
+        records: records to start with.
 
     Raises:
-        OSError: where the disk can't; one that was there is still there then.
+        OSError: writing failed; an existing journal is unchanged.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]] = ()) -> None:
         self._lock = threading.Lock()
         self._end = 0
         self.records = 0
-        """Records that were added since it was begun."""
-        beside = path.with_name(f"{path.name}.new")
-        self._descriptor = create_file(beside)
+        """The number of records that were appended after those it started with."""
+        temporary = path.with_name(f"{path.name}.new")
+        self._descriptor = create_file(temporary)
         try:
             self.append([{**facts, "format": FORMAT}, *records])
-            rename(beside, path)
+            rename(temporary, path)
             sync_directory(path.parent)
         except BaseException:
             self.close()
@@ -100,15 +100,15 @@ class Journal:
         self.records = 0
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records, and make them durable.
+        """Append records and make them durable.
 
-        After a failure nothing can be added any more: nobody knows what of the file is durable then.
+        After a failure the journal rejects further records, because it is unknown which bytes of the file are durable.
 
         Raises:
-            OSError: where the disk can't.
-            ValueError: where it was closed, or has failed before.
+            OSError: writing failed.
+            ValueError: the journal is closed, or an earlier call has failed.
         """
-        lines = [_line(record) for record in records]
+        lines = [_encode(record) for record in records]
         if not lines:
             return
         data = b"".join(lines)
@@ -122,7 +122,7 @@ class Journal:
             self.records += len(lines)
 
     def close(self) -> None:
-        """Close the file; a second time does nothing."""
+        """Close the file. Calling it again has no effect."""
         with self._lock:
             self._end = -1
             if self._descriptor >= 0:
@@ -130,25 +130,26 @@ class Journal:
                 self._descriptor = -1
 
 
-def read_journal(path: Path) -> Found | None:
-    """What a journal says; None where there is none. Raises OSError where it can't be read."""
+def read_journal(path: Path) -> JournalContent | None:
+    """Read a journal up to its first damaged line; None if it does not exist. Raises OSError if reading fails."""
     records: list[Mapping[str, Any]] = []
     try:
         stream = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         return None
     with stream:
-        while (record := _record(stream.readline(_LONGEST_LINE))) is not None:
+        while (record := _decode(stream.readline(_LONGEST_LINE))) is not None:
             records.append(record)
-    return Found(records[0], tuple(records[1:])) if records else Found({}, ())
+    return JournalContent(records[0], tuple(records[1:])) if records else JournalContent({}, ())
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def _encode(record: Mapping[str, Any]) -> bytes:
     content = json.dumps(record, separators=(",", ":")).encode()
     return xxhash.xxh3_64_hexdigest(content).encode() + b" " + content + b"\n"
 
 
-def _record(line: bytes) -> Mapping[str, Any] | None:
+def _decode(line: bytes) -> Mapping[str, Any] | None:
+    """The record in a line; None if the line is incomplete or damaged."""
     digest, _, content = line[:-1].partition(b" ")
     if not line.endswith(b"\n") or digest != xxhash.xxh3_64_hexdigest(content).encode():
         return None

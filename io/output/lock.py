@@ -1,10 +1,10 @@
-"""Whose an output directory is: one merge's at a time, and never one that holds anything else.
+"""Classifies output directories and locks them: one merge at a time, and never a directory with other files.
 
-Everything unfinished lies in ``OUT/.mergeloom``, on the same file system, so that a rename publishes it:
+Unfinished work is in ``OUT/.mergeloom``, on the same file system, so a rename publishes it:
 
-    OUT/.mergeloom/pid        who is at work here
-    OUT/.mergeloom/journal    what is made, and what of it is durable
-    OUT/.mergeloom/out/       shards and other files that don't have their final names yet
+    OUT/.mergeloom/pid        the process that is writing
+    OUT/.mergeloom/journal    the plan of the merge and the parts of its output that are durable
+    OUT/.mergeloom/out/       the stage: shards and other files that are not published yet
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
+from types import TracebackType
 
 from ...errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
-from ..os_errors import explain
+from ..os_errors import translate_os_error
 from ..platform import create_file, make_directory, remove_directory, remove_tree, write_at
-from .journal import Found, read_journal
+from .journal import JournalContent, read_journal
 
 WORK = ".mergeloom"
 JOURNAL = "journal"
 HOLDER = "pid"
 STAGE = "out"
 MANIFEST = "mergeloom.json"
-"""The file that only a finished merge has: it gets its name after all others."""
+"""The completion marker: the file that is published after all others, so only a finished merge has it."""
 
 _LOCK_ATTEMPTS = 20
-_LOCK_PAUSE = 0.01  # seconds; `classify` holds a shared lock for much less
+_LOCK_PAUSE = 0.01  # seconds; `classify` holds its shared lock for much less
 
 
 class Content(Enum):
-    """What a directory holds. `merge`, `plan`, `inspect` and `verify` all tell these apart by `classify`."""
+    """The content of a directory, as `classify` determines it for all commands."""
 
     NEW = "new"
-    """Nothing, or only what a merge left that had made nothing durable."""
+    """Nothing, or only the remains of a merge that made nothing durable."""
     UNFINISHED = "unfinished"
     FINISHED = "finished"
     FOREIGN = "foreign"
-    """Anything else, such as files that mergeloom did not write, or a path that is not a directory."""
+    """Files that mergeloom did not write, or a path that is not a directory."""
     IN_USE = "in use"
-    """A merge is writing to it now."""
+    """Another merge is writing to it."""
 
 
 _ERRORS: dict[Content, type[MergeloomError]] = {
@@ -68,66 +69,66 @@ TO_FINISH = {
 
 @dataclass(frozen=True, slots=True)
 class DirectoryStatus:
-    """A classified directory. Printed, it is the sentence that every command uses for it.
+    """A classified directory. Its string is the sentence that all commands print about it.
 
     Args:
         path: the directory.
-        content: what it holds.
-        words: the same as a predicate, such as "holds an unfinished merge".
+        content: the content of the directory.
+        description: the content as a predicate, such as "holds an unfinished merge".
         journal: the journal of an unfinished merge.
     """
 
     path: Path
     content: Content
-    words: str
-    journal: Found | None = None
+    description: str
+    journal: JournalContent | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.words}"
+        return f"{self.path}: {self.description}"
 
     def error(self, advice: str) -> MergeloomError:
-        """The error for a command that cannot use the directory. Its exit code depends on the content alone."""
+        """The error for a command that cannot use the directory. Its exit code depends only on the content."""
         return _ERRORS[self.content](f"{self}; {advice}")
 
 
 def classify(path: Path, marker: str = MANIFEST, *, held: bool = False) -> DirectoryStatus:
-    """What a directory holds. Changes nothing.
+    """Determine the content of a directory, without changing anything.
 
     Args:
         path: the directory, which need not exist.
-        marker: the name of the file that only a finished merge has.
-        held: whether this process holds the lock, or is about to take it; IN_USE is not looked for then.
+        marker: the name of the completion marker; empty if no file is one.
+        held: whether this process holds the lock or is about to acquire it; the lock is not checked then.
 
     Raises:
         EnvironmentFailure: the directory can't be read.
     """
     try:
-        if is_whole(path, marker):
+        if is_complete(path, marker):
             return DirectoryStatus(path, Content.FINISHED, "holds a finished merge")
-        if words := _foreign(path):
-            return DirectoryStatus(path, Content.FOREIGN, words)
+        if description := _describe_foreign(path):
+            return DirectoryStatus(path, Content.FOREIGN, description)
         if not path.exists():
             return DirectoryStatus(path, Content.NEW, "there is no such directory")
         if not held and _is_locked(path):
             return _in_use(path)
         journal = read_journal(path / WORK / JOURNAL)
     except OSError as error:
-        raise explain(error, path, "looking at the output directory") from error
+        raise translate_os_error(error, path, "reading the output directory") from error
     if journal is None:
         return DirectoryStatus(path, Content.NEW, "is empty")
     return DirectoryStatus(path, Content.UNFINISHED, "holds an unfinished merge", journal)
 
 
-def refuse_occupied(found: DirectoryStatus) -> None:
-    """Raise the error of a directory that no merge can write to: UsageError or EnvironmentFailure."""
-    if found.content is Content.FOREIGN:
-        raise found.error("OUT must be a new or empty directory, and nothing in it is overwritten")
-    if found.content is Content.IN_USE:
-        raise found.error("wait for it, or choose another OUT")
+def refuse_occupied(status: DirectoryStatus) -> None:
+    """Raise UsageError for a foreign directory and EnvironmentFailure for one in use."""
+    if status.content is Content.FOREIGN:
+        raise status.error("OUT must be a new or empty directory, and nothing in it is overwritten")
+    if status.content is Content.IN_USE:
+        raise status.error("wait for it, or choose another OUT")
 
 
 def _in_use(path: Path) -> DirectoryStatus:
-    return DirectoryStatus(path, Content.IN_USE, f"another merge is writing here{_holder(path / WORK)}")
+    return DirectoryStatus(path, Content.IN_USE, f"another merge is writing here{_describe_holder(path / WORK)}")
 
 
 def _is_locked(path: Path) -> bool:
@@ -142,7 +143,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock a directory. Raises BlockingIOError where another merge keeps it locked."""
+    """Lock a directory exclusively. Raises BlockingIOError if another merge holds the lock."""
     for _ in range(_LOCK_ATTEMPTS):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,45 +152,66 @@ def _lock(descriptor: int) -> None:
 
 
 class OutputLock:
-    """OUT, held by this process until it is released or the process ends.
+    """The lock of an output directory: one process at a time can merge into it.
+
+        with OutputLock(path, MANIFEST) as lock:
+            if not lock.complete: ...
+
+    The system releases the lock when the process ends, however it ends.
 
     Args:
-        path: of the directory; made where it isn't there.
-        sign: the name of the file that only a finished merge has.
+        path: the output directory, created if it does not exist.
+        completion_marker: the name of the file that only a finished merge has.
 
     Attributes:
-        status: what it held when it was locked.
-        found: the journal of an unfinished merge, or None.
-        whole: whether a finished merge is there; then nothing else is looked at.
-        made: the directories that were made for it, OUT first, then its parents.
-
-    Raises:
-        UsageError: where something else is in it.
-        EnvironmentFailure: where another merge is at work in it, or the disk got in the way.
+        status: the content of the directory when it was locked.
+        journal: the journal of an unfinished merge, or None.
+        complete: whether the directory holds a finished merge.
+        created: the directories that were created: OUT first, then its parents.
     """
 
-    def __init__(self, path: Path, sign: str = "") -> None:
+    status: DirectoryStatus
+
+    def __init__(self, path: Path, completion_marker: str = "") -> None:
         self.path = path
         self.work = path / WORK
         self.stage = self.work / STAGE
-        self.journal = self.work / JOURNAL
-        self.found: Found | None = None
-        self.whole = False
-        self.made: list[Path] = []
+        self.journal_path = self.work / JOURNAL
+        self.journal: JournalContent | None = None
+        self.complete = False
+        self.created: list[Path] = []
+        self._completion_marker = completion_marker
         self._lock = -1
+
+    def __enter__(self) -> OutputLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> OutputLock:
+        """Create the directory if necessary, lock it and read its journal.
+
+        Raises:
+            UsageError: the directory contains files that mergeloom did not write.
+            EnvironmentFailure: another merge holds the lock, or the file system failed.
+        """
         try:
-            self._take(sign)
+            self._acquire()
         except OSError as error:
             self.release()
-            raise explain(error, path, "making the output directory") from error
+            raise translate_os_error(error, self.path, "creating the output directory") from error
         except BaseException:
             self.release()
             raise
+        return self
 
-    def _take(self, sign: str) -> None:
-        self.status = classify(self.path, sign, held=True)
+    def _acquire(self) -> None:
+        self.status = classify(self.path, self._completion_marker, held=True)
         refuse_occupied(self.status)
-        self.made = [directory for directory in (self.path, *self.path.parents) if not directory.exists()]
+        self.created = [directory for directory in (self.path, *self.path.parents) if not directory.exists()]
         make_directory(self.path)
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -198,16 +220,16 @@ class OutputLock:
             refuse_occupied(_in_use(self.path))
         if not self.path.exists() or not os.path.samestat(os.fstat(self._lock), self.path.stat()):
             raise EnvironmentFailure(f"{self.path}: another merge has just removed it; try again")
-        # all of it again, now that nobody else can change it
-        self.status = classify(self.path, sign, held=True)
-        self.whole = self.status.content is Content.FINISHED
-        if self.whole:
-            if self.work.exists() and os.access(self.path, os.W_OK):  # the merge was stopped before it had cleared up
+        # classify again: another merge may have changed the directory before it was locked
+        self.status = classify(self.path, self._completion_marker, held=True)
+        self.complete = self.status.content is Content.FINISHED
+        if self.complete:
+            if self.work.exists() and os.access(self.path, os.W_OK):  # the merge was killed during its cleanup
                 remove_tree(self.work)
             return
         refuse_occupied(self.status)
-        self.found = self.status.journal
-        if self.found is None:  # nothing in it was ever durable
+        self.journal = self.status.journal
+        if self.journal is None:  # it contains nothing durable
             remove_tree(self.work)
         make_directory(self.stage)
         descriptor = create_file(self.work / HOLDER)
@@ -217,36 +239,36 @@ class OutputLock:
             os.close(descriptor)
 
     def abandon(self) -> None:
-        """Remove what was begun, and OUT itself where this merge made it. Only for a merge with nothing durable."""
+        """Remove the work directory and all directories that were created. Only for a merge with nothing durable."""
         with contextlib.suppress(OSError):
             remove_tree(self.work)
-            for directory in self.made:
+            for directory in self.created:
                 remove_directory(directory)
 
     def release(self) -> None:
-        """Let others have OUT; a second time does nothing."""
+        """Release the lock. Calling it again has no effect."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
 
-def _foreign(path: Path) -> str:
-    """Why neither a merge can begin at a path, nor one is there; empty where that is not so."""
+def _describe_foreign(path: Path) -> str:
+    """Why a path is neither a merge's output nor usable for one, as a predicate; empty if it is."""
     if "\0" in str(path):
-        return "is not a valid name of a directory"
+        return "is not a valid directory name"
     if not path.exists():
         return "is a broken link" if path.is_symlink() else ""
     if not path.is_dir():
         return "is a file"
-    if special := _special(path / WORK):
-        return f"holds {special.relative_to(path)}, which no merge makes (a link, or a special file): remove it"
+    if special := _find_special(path / WORK):
+        return f"holds {special.relative_to(path)}, a link or special file that no merge creates: remove it"
     present = {entry.name for entry in path.iterdir()} - {WORK}
-    if present and (found := read_journal(path / WORK / JOURNAL)) is not None:
-        names = published_names(found)
+    if present and (journal := read_journal(path / WORK / JOURNAL)) is not None:
+        names = published_names(journal)
         for name in names:
             within = [path / name, *(path / parent for parent in PurePosixPath(name).parents)][:-1]
             if link := next((each for each in within if each.is_symlink()), None):
-                return f"holds {link.relative_to(path)}, a link, which no merge makes: remove it"
+                return f"holds {link.relative_to(path)}, a link that no merge creates: remove it"
         present -= {PurePosixPath(name).parts[0] for name in names}
     if not present:
         return ""
@@ -254,40 +276,40 @@ def _foreign(path: Path) -> str:
     return f"is not empty ({shown}), and mergeloom did not write these files"
 
 
-def _special(path: Path) -> Path | None:
-    """A link, pipe or device at or below a path: what is written or removed there might lie anywhere."""
+def _find_special(path: Path) -> Path | None:
+    """Find a link, pipe or device at or below a path. Writing or removing through a link could hit any file."""
     try:
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
-            return next((found for entry in path.iterdir() if (found := _special(entry)) is not None), None)
-    except FileNotFoundError:  # or another merge has just removed it
+            return next((special for entry in path.iterdir() if (special := _find_special(entry)) is not None), None)
+    except FileNotFoundError:  # missing, or just removed by another merge
         return None
     return None if stat.S_ISREG(mode) else path
 
 
-def is_whole(path: Path, sign: str) -> bool:
-    """Whether a finished merge is in a directory: the file that gets its name after all others has it."""
-    return bool(sign) and (path / sign).is_file()
+def is_complete(path: Path, completion_marker: str) -> bool:
+    """Whether a directory holds a finished merge: its completion marker exists."""
+    return bool(completion_marker) and (path / completion_marker).is_file()
 
 
-def published_names(found: Found) -> list[str]:
-    """The names that an unfinished merge may have given in OUT already; none that leads out of it."""
-    names: Iterable[object] = [name for record in found.records for name in _listed(record.get("publish"))]
+def published_names(journal: JournalContent) -> list[str]:
+    """The names that an unfinished merge may have published in OUT already, without any that lead out of OUT."""
+    names: Iterable[object] = [name for record in journal.records for name in _as_list(record.get("publish"))]
     return list(dict.fromkeys(name for name in names if isinstance(name, str) and is_inside(name)))
 
 
-def _listed(value: object) -> list[object]:
+def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path names something below its directory, and not what a merge keeps to itself."""
+    """Whether a relative path stays below its directory and out of the work directory."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and "\0" not in name and not {"..", WORK} & set(parts)
 
 
-def _holder(work: Path) -> str:
-    """Who holds OUT, as far as is known."""
+def _describe_holder(work: Path) -> str:
+    """The process that holds the lock, in parentheses; empty if unknown."""
     try:
         return f" (process {int((work / HOLDER).read_text())})"
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The element types of the safetensors format: names, widths in bits, torch names."""
+"""Defines the dtypes of the safetensors format: name, width in bits, torch name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Kind(Enum):
-    """What an element is."""
+    """The category of a dtype."""
 
     FLOAT = "float"
     INTEGER = "integer"
@@ -17,13 +17,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type of the format.
+    """A dtype of the safetensors format.
 
     Args:
-        name: as it stands in a header, such as ``BF16``.
-        bits: the width of one element; 4 and 6 for the packed ones, of which a tensor must fill whole bytes.
-        kind: what an element is.
-        torch_name: the attribute of ``torch`` with this type, or None where torch has none.
+        name: the name in a header, such as ``BF16``.
+        bits: the width of an element in bits; 4 or 6 for packed dtypes.
+        kind: the category, such as float.
+        torch_name: the attribute of ``torch`` for this dtype; None if torch does not have it.
     """
 
     name: str
@@ -32,10 +32,10 @@ class DType:
     torch_name: str | None
 
     def nbytes(self, elements: int) -> int:
-        """Bytes that `elements` elements take. Raises ValueError where they don't fill whole bytes."""
+        """The size of `elements` elements in bytes. Raises ValueError if that is not an integral number."""
         bits = self.bits * elements
         if bits % 8:
-            raise ValueError(f"{elements} elements of {self.name} do not fill whole bytes")
+            raise ValueError(f"{elements} elements of {self.name} are not a whole number of bytes")
         return bits // 8
 
 
@@ -65,6 +65,6 @@ _ALL = (
 )
 
 DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _ALL}
-"""Every element type of the format by its name in a header."""
+"""All dtypes of the format by their name in a header."""
 
 BF16, F16, F32, F64 = (DTYPES[name] for name in ("BF16", "F16", "F32", "F64"))

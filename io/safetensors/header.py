@@ -1,9 +1,9 @@
-"""The safetensors header: parse it with every rule of the format checked, read it from a file, build it.
+"""Reads, validates and builds safetensors headers.
 
-A file is 8 bytes (the JSON's length, little-endian), the JSON, and the tensors' bytes end to end
-(https://github.com/huggingface/safetensors#format). The safetensors library is the judge of what a valid header is:
-tests hold what is accepted and refused here against its verdict (0.8.0). Where we refuse what it accepts, a comment
-that begins with "Stricter" says why; we accept nothing that it refuses.
+A file consists of 8 bytes (the JSON's length, little-endian), the JSON, and the concatenated bytes of the tensors
+(https://github.com/huggingface/safetensors#format). The safetensors library (0.8.0) is the reference for validity:
+tests compare its result with ours. We accept nothing that it rejects. Where we reject what it accepts, a comment that
+starts with "Stricter" says why.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from .dtypes import DTYPES, DType
 from .tensors import TensorRef
 
 MAX_JSON_BYTES = 100_000_000
-"""The format's limit for the header's JSON, in bytes."""
+"""The format's limit on the size of the header's JSON in bytes."""
 
 PAGE = 4096
-"""The modulus of `build_header`'s `data_offset_modulo`, in bytes: the block of the file systems that share blocks."""
+"""The modulus of `build_header`'s `data_offset_modulo` in bytes: the block size of file systems with reflinks."""
 
 _PREFIX = 8  # bytes that hold the JSON's length
 _METADATA = "__metadata__"
 _FIELDS = ("dtype", "shape", "data_offsets")
-_MAX_DEPTH = 127  # serde_json's limit on objects and lists inside each other
-_MAX_COUNT = 1 << 64  # the library counts elements and bits of a tensor in 64 bits, unsigned
+_MAX_DEPTH = 127  # serde_json's limit on nesting
+_MAX_COUNT = 1 << 64  # the library counts a tensor's elements and bits as unsigned 64-bit integers
 _MAX_DIMENSION = 1 << 63
 
 _DAMAGED = (
-    "the header is damaged, or was written by a faulty tool: download the file again, or save it again with the "
+    "the header is damaged or was written by a faulty tool: download the file again, or save it again with the "
     "safetensors library"
 )
-_CUT_SHORT = "the file is cut short, as a broken download or copy leaves it: download it again"
+_TRUNCATED = "the file is truncated, probably by an interrupted download or copy: download it again"
 
 _FOREIGN = (
-    (b"version ", "a Git LFS pointer, which stands for the weights: run `git lfs pull`, or download the file itself"),
+    (b"version ", "a Git LFS pointer, not the weights: run `git lfs pull`, or download the file itself"),
     (
         b"PK\3\4",
-        "a pickle archive of PyTorch, which mergeloom never opens: get the safetensors file",
+        "a PyTorch pickle archive, which mergeloom never opens: download the safetensors file",
     ),
-    (b"GGUF", "a GGUF file, which mergeloom doesn't read: get the model's safetensors files"),
-    (b"\x89HDF", "an HDF5 file, which mergeloom doesn't read: get the model's safetensors files"),
-    (b"<", "a web page, as a failed download leaves it: download the file again"),
-    (b"{", "a JSON text: name the model's directory, or its .safetensors file"),
+    (b"GGUF", "a GGUF file, which mergeloom can't read: download the model's safetensors files"),
+    (b"\x89HDF", "an HDF5 file, which mergeloom can't read: download the model's safetensors files"),
+    (b"<", "a web page, probably from a failed download: download the file again"),
+    (b"{", "a JSON file: use the path of the model's directory or of its .safetensors file"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of itself.
+    """A parsed safetensors header.
 
     Args:
-        tensors: the tensors by name, in the order in which their bytes lie in the file.
-        metadata: the free text of ``__metadata__``; empty where there is none.
-        data_start: where the tensors' bytes begin, in bytes from the start of the file.
+        tensors: the tensors by name, ordered by offset.
+        metadata: the strings in ``__metadata__``; empty if there are none.
+        data_start: the offset of the tensor data in the file, in bytes.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -72,16 +72,16 @@ class Header:
 
 
 def read_data_start(descriptor: int, size: int, *, file: Path) -> int:
-    """Where the data of an open safetensors file of `size` bytes begins; see `data_start`."""
+    """Read the data offset of an open safetensors file of `size` bytes; see `data_start`."""
     return data_start(read_range(descriptor, 0, min(_PREFIX, size), file=file), size, file=file)
 
 
 def read_header(file: Path) -> Header:
-    """Read and check the header of a safetensors file; none of its tensors is read.
+    """Read and validate the header of a safetensors file, without its tensor data.
 
     Raises:
-        CheckpointError: the file is missing, may not be read, or breaks a rule of the format.
-        EnvironmentFailure: the disk got in the way.
+        CheckpointError: the file is missing, not readable, or breaks a rule of the format.
+        EnvironmentFailure: reading failed.
     """
     with open_source(file) as (descriptor, size):
         start = read_data_start(descriptor, size, file=file)
@@ -92,53 +92,52 @@ def read_header(file: Path) -> Header:
 
 
 def data_start(prefix: bytes, file_size: int, *, file: Path) -> int:
-    """Where the data begins, in bytes, from the first 8 bytes of a file: 8 + the JSON's length, within all bounds.
+    """Compute the data offset (8 + the JSON's length) in bytes from the first 8 bytes of a file.
 
     Raises:
-        CheckpointError: the file is too short, is something else, or the length is past the format's limit or the
-            file's end.
+        CheckpointError: the file is too short, is not a safetensors file, or the length exceeds a limit.
     """
     if len(prefix) < _PREFIX:
         if file_size == 0:
-            _refuse(file, "is empty, as an unfinished download leaves it: download it again")
-        _refuse(file, f"has {file_size} bytes, too few for a safetensors header: {_CUT_SHORT}")
+            _refuse(file, "is empty, probably from an interrupted download: download it again")
+        _refuse(file, f"has {file_size} bytes, too few for a safetensors header: {_TRUNCATED}")
     nbytes = int.from_bytes(prefix[:_PREFIX], "little")
     if nbytes > MAX_JSON_BYTES:
         for magic, meaning in _FOREIGN:
             if prefix.startswith(magic):
-                _refuse(file, f"is no safetensors file: it is {meaning}")
+                _refuse(file, f"is not a safetensors file but {meaning}")
         _refuse(
             file,
             f"its first 8 bytes give a header of {nbytes:,} bytes, past the format's limit of {MAX_JSON_BYTES:,}: it "
-            "is no safetensors file, or damaged: download it again",
+            "is damaged or not a safetensors file: download it again",
         )
     if nbytes == 0:
-        _refuse(file, f"gives its header 0 bytes, as an unfinished download that reserved its space does: {_DAMAGED}")
+        _refuse(file, f"its header has 0 bytes, probably because its download was interrupted: {_DAMAGED}")
     if nbytes > file_size - _PREFIX:
-        _refuse(file, f"has {file_size:,} bytes, but its header alone takes {_PREFIX + nbytes:,}: {_CUT_SHORT}")
+        _refuse(file, f"has {file_size:,} bytes, but its header alone has {_PREFIX + nbytes:,}: {_TRUNCATED}")
     return _PREFIX + nbytes
 
 
 def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
-    """Parse a header and check every rule of the format.
+    """Parse a header and check all rules of the format.
 
     Args:
-        raw: the file's bytes from its first one on: at least the 8 bytes of the length and the whole JSON.
-        file_size: the size of the whole file in bytes.
-        file: the file, for the references and for errors.
+        raw: the first bytes of the file, with at least the 8 bytes of the length and the complete JSON.
+        file_size: the size of the file in bytes.
+        file: the file, for references and errors.
 
     Raises:
-        CheckpointError: a rule is broken; says in which tensor, what was found, and what to do.
-        ValueError: `raw` ends before the JSON does although the file goes on (a mistake of the caller).
+        CheckpointError: the header breaks a rule of the format.
+        ValueError: `raw` does not contain the complete JSON (a mistake of the caller).
     """
     start = data_start(raw[:_PREFIX], file_size, file=file)
     if len(raw) < start:
-        raise ValueError(f"{len(raw)} bytes were given of a header of {start}")
+        raise ValueError(f"got {len(raw)} bytes of a header of {start}")
     document = _parse_json(raw, start, file)
     metadata = _check_metadata(document.pop(_METADATA, None), file)
     in_order, last = True, start
     for name, entry in document.items():
-        # The reference takes the entry's place at once, so that the two never stand in memory side by side.
+        # Replace each entry at once, to save memory: a header can describe millions of tensors.
         document[name] = tensor = _tensor(name, entry, start, file)
         in_order = in_order and tensor.offset >= last
         last = tensor.offset + tensor.nbytes
@@ -149,24 +148,24 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
 
 
 class _MalformedError(ValueError):
-    """JSON that the stdlib's parser takes and the format doesn't."""
+    """JSON that the standard library accepts but the format does not."""
 
 
-def _refuse(file: Path, found: str) -> NoReturn:
-    raise CheckpointError(f"{file}: {found}")
+def _refuse(file: Path, problem: str) -> NoReturn:
+    raise CheckpointError(f"{file}: {problem}")
 
 
-def _refuse_tensor(file: Path, name: str, found: str) -> NoReturn:
-    raise CheckpointError(f"{file}: tensor {quoted(name)}: {found}: {_DAMAGED}")
+def _refuse_tensor(file: Path, name: str, problem: str) -> NoReturn:
+    raise CheckpointError(f"{file}: tensor {quoted(name)}: {problem}: {_DAMAGED}")
 
 
 def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
-    """The header's object, by the JSON that serde_json reads, which is narrower than the stdlib's."""
-    # Stricter than the library, which skips white space before the brace: the format says that the header begins
-    # with it, and other readers hold to that.
+    """Parse the header's JSON with the rules of serde_json, which are stricter than the standard library's."""
+    # Stricter than the library, which skips white space before the brace: the format says that the header starts with
+    # the brace, and other readers rely on that.
     if raw[_PREFIX : _PREFIX + 1] != b"{":
         first = bytes(raw[_PREFIX : _PREFIX + 1])
-        _refuse(file, f"its header begins with {quoted(first)}, not with '{{': {_DAMAGED}")
+        _refuse(file, f"its header starts with {quoted(first)}, not with '{{': {_DAMAGED}")
     try:
         text = str(memoryview(raw)[_PREFIX:end], "utf-8")
         document: dict[str, Any] = json.loads(
@@ -176,32 +175,32 @@ def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
             parse_float=_real,
             parse_constant=_constant,
         )
-        if "\\ud" in text or "\\uD" in text:  # else no surrogate can be in it
+        if "\\ud" in text or "\\uD" in text:  # otherwise it can't contain a surrogate
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         _refuse(file, f"its header is not UTF-8 (byte {_PREFIX + error.start} of the file): {_DAMAGED}")
     except UnicodeEncodeError:
-        _refuse(file, f"its header escapes half a character (a lone surrogate): {_DAMAGED}")
+        _refuse(file, f"its header contains a lone surrogate: {_DAMAGED}")
     except RecursionError:
-        _refuse(file, f"its header nests lists or objects too deeply: {_DAMAGED}")
+        _refuse(file, f"its header is nested too deeply: {_DAMAGED}")
     except ValueError as error:
         _refuse(file, f"its header is not valid JSON ({error}): {_DAMAGED}")
     return document
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    document = dict(pairs)
+    if len(document) != len(pairs):
         # Stricter than the library, which takes the last of two tensors or metadata entries of one name: the format
-        # disallows duplicate keys, and with one the file means different things to different readers.
+        # disallows duplicate keys, and different readers would see different models.
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _MalformedError(f"the key {quoted(twice)} stands there twice")
-    return found
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _MalformedError(f"duplicate key {quoted(duplicate)}")
+    return document
 
 
 def _integer(text: str) -> int | float:
-    # As serde_json has it: what doesn't fit 64 bits, and -0, is a float. That also keeps int() from long digit strings.
+    # Like serde_json: -0 and numbers that don't fit 64 bits are floats. This also keeps long digit strings from int().
     return int(text) if len(text) <= 20 and text != "-0" else _real(text)
 
 
@@ -213,44 +212,44 @@ def _real(text: str) -> float:
 
 
 def _constant(text: str) -> NoReturn:
-    raise _MalformedError(f"{text} is no JSON")
+    raise _MalformedError(f"{text} is not valid JSON")
 
 
-def _check_metadata(found: Any, file: Path) -> dict[str, str]:
-    if found is None:
+def _check_metadata(metadata: Any, file: Path) -> dict[str, str]:
+    if metadata is None:
         return {}
-    if type(found) is not dict:
-        _refuse(file, f"its {_METADATA} is {quoted(found)}, not an object of texts: {_DAMAGED}")
-    for key, value in found.items():
+    if type(metadata) is not dict:
+        _refuse(file, f"its {_METADATA} is {quoted(metadata)}, not an object of strings: {_DAMAGED}")
+    for key, value in metadata.items():
         if type(value) is not str:
-            _refuse(file, f"its {_METADATA} has {quoted(value)}, not a text, under {quoted(key)}: {_DAMAGED}")
-    return found
+            _refuse(file, f"its {_METADATA} has {quoted(value)}, not a string, under {quoted(key)}: {_DAMAGED}")
+    return metadata
 
 
 def _tensor(name: str, entry: Any, start: int, file: Path) -> TensorRef:
-    """One tensor's entry as a reference. Its place among the others is not looked at."""
-    # Stricter than the library, whose parser also takes a list [dtype, shape, data_offsets] for the object, and
-    # {"F32": null} for a dtype: both are accidents of serde, not of the format.
+    """Validate the entry of one tensor, except its position relative to other tensors."""
+    # Stricter than the library, which also accepts a list [dtype, shape, data_offsets] as the object and {"F32": null}
+    # as a dtype: both are accidents of serde, not part of the format.
     if type(entry) is not dict:
         _refuse_tensor(file, name, f"its entry is {quoted(entry)}, not an object")
     try:
         dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except KeyError as error:
         _refuse_tensor(file, name, f"its entry has no {error.args[0]}")
-    if len(entry) > len(_FIELDS):  # the library skips fields that it doesn't know
+    if len(entry) > len(_FIELDS):  # the library ignores unknown fields
         _check_depth(name, [entry[field] for field in entry if field not in _FIELDS], file)
     dtype = DTYPES.get(dtype_name) if type(dtype_name) is str else None
     if dtype is None:
         raise CheckpointError(
-            f"{file}: tensor {quoted(name)}: its dtype is {quoted(dtype_name)}, which the format doesn't have (it has "
-            f"{', '.join(DTYPES)}): if it is newer than this mergeloom, update mergeloom; else {_DAMAGED}"
+            f"{file}: tensor {quoted(name)}: unknown dtype {quoted(dtype_name)} (known are "
+            f"{', '.join(DTYPES)}): if it is newer than this mergeloom, update mergeloom; otherwise {_DAMAGED}"
         )
     if type(shape) is not list:
         _refuse_tensor(file, name, f"its shape is {quoted(shape)}, not a list")
     elements = 1
     for dimension in shape:
-        # Stricter than the library, which takes a dimension of 2^63 or more beside a zero: no torch or numpy can hold
-        # such a shape.
+        # Stricter than the library, which accepts a dimension of 2^63 or more if another one is 0: neither torch nor
+        # numpy supports such a shape.
         if type(dimension) is not int or not 0 <= dimension < _MAX_DIMENSION:
             _refuse_tensor(
                 file, name, f"its shape {quoted(shape)} has {quoted(dimension)}, not an integer from 0 to 2^63 - 1"
@@ -263,56 +262,58 @@ def _tensor(name: str, entry: Any, start: int, file: Path) -> TensorRef:
         _refuse_tensor(file, name, f"its shape {quoted(shape)} of {dtype.name} has more bits than 64 bits can count")
     if bits % 8:
         _refuse_tensor(
-            file, name, f"its {elements:,} elements of {dtype.name}, {dtype.bits} bits each, don't fill whole bytes"
+            file,
+            name,
+            f"its {elements:,} elements of {dtype.name}, {dtype.bits} bits each, are not a whole number of bytes",
         )
     begin, end = offsets if type(offsets) is list and len(offsets) == 2 else (None, None)
     if type(begin) is not int or type(end) is not int or begin < 0 or end < 0:
         _refuse_tensor(file, name, f"its data_offsets are {quoted(offsets)}, not two non-negative integers")
     if begin > end:
-        _refuse_tensor(file, name, f"its data_offsets {offsets} end before they begin")
+        _refuse_tensor(file, name, f"its data_offsets {offsets} end before they start")
     nbytes = bits // 8
     if end - begin != nbytes:
         _refuse_tensor(
             file,
             name,
-            f"its shape {quoted(shape)} of {dtype.name} takes {nbytes:,} bytes, but its data_offsets {offsets} hold "
+            f"its shape {quoted(shape)} of {dtype.name} takes {nbytes:,} bytes, but its data_offsets {offsets} span "
             f"{end - begin:,}",
         )
     return TensorRef(file, start + begin, nbytes, dtype, tuple(shape))
 
 
 def _check_depth(name: str, level: list[Any], file: Path) -> None:
-    depth = 2  # the header's object and the tensor's
+    depth = 2  # the objects of the header and the tensor
     while level := [value for value in level if isinstance(value, (dict, list))]:
         depth += 1
         if depth > _MAX_DEPTH:
-            _refuse_tensor(file, name, f"its entry nests lists or objects more than {_MAX_DEPTH} deep")
+            _refuse_tensor(file, name, f"its entry is nested more than {_MAX_DEPTH} deep")
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
 
 
 def _check_coverage(tensors: Mapping[str, TensorRef], start: int, file_size: int, file: Path) -> None:
-    """The tensors, in the order of their bytes, must cover all that follows the header, once."""
+    """Check that the tensors, ordered by offset, cover all bytes after the header exactly once."""
     end, before = start, ""
     for name, tensor in tensors.items():
         if tensor.offset != end:
-            place = f"begins at byte {tensor.offset - start:,} of the data"
+            position = f"starts at byte {tensor.offset - start:,} of the data"
             if tensor.offset < end:
-                _refuse_tensor(file, name, f"{place}, inside {quoted(before)}, which ends at {end - start:,}")
-            after = f"{quoted(before)} before it ends" if before else "the data begins"
-            _refuse_tensor(file, name, f"{place}, but {after} at {end - start:,}: bytes that no tensor names")
+                _refuse_tensor(file, name, f"{position}, inside {quoted(before)}, which ends at {end - start:,}")
+            after = f"{quoted(before)} before it ends" if before else "the data starts"
+            _refuse_tensor(file, name, f"{position}, but {after} at {end - start:,}: the gap belongs to no tensor")
         end += tensor.nbytes
         before = name
     if end > file_size:
         _refuse(
             file,
-            f"has {file_size:,} bytes, but its header promises {end:,} (its last tensor is {quoted(before)}): "
-            f"{end - file_size:,} too few; {_CUT_SHORT}",
+            f"has {file_size:,} bytes, but its header describes {end:,} (the last tensor is {quoted(before)}): "
+            f"{end - file_size:,} too few; {_TRUNCATED}",
         )
     if end < file_size:
         _refuse(
             file,
-            f"has {file_size:,} bytes, but its header promises {end:,}: what follows is no tensor's, and the file is "
-            "damaged (two downloads into one file, or another file's header): download it again",
+            f"has {file_size:,} bytes, but its header describes {end:,}: the rest belongs to no tensor, so the file "
+            "is damaged (two downloads into one file, or another file's header): download it again",
         )
 
 
@@ -325,24 +326,24 @@ def build_header(
     *,
     data_offset_modulo: int | None = None,
 ) -> bytes:
-    """The first bytes of a safetensors file, up to where the data begins; a function of the arguments alone.
+    """Build the first bytes of a safetensors file, up to the tensor data. The result depends only on the arguments.
 
     Args:
-        tensors: names, element types and shapes, in the order in which their bytes will lie, end to end.
-        metadata: the free text for ``__metadata__``, in this order; left out where it is empty.
-        data_offset_modulo: where the data shall begin, in bytes modulo `PAGE`: any of 0 to 4095. Without it, the data
-            begins at a multiple of 8, as the library has it. Spaces after the JSON, which the format allows, fill up.
+        tensors: names, dtypes and shapes, in the order of their bytes, which are contiguous.
+        metadata: the strings for ``__metadata__``, in this order; empty metadata is left out.
+        data_offset_modulo: the data offset in bytes modulo `PAGE`, from 0 to 4095. Without it, the data offset is a
+            multiple of 8, like the library's. The JSON is padded with spaces, which the format allows.
 
     Returns:
-        The 8 bytes of the JSON's length, the JSON and the spaces; its length is the data's offset in the file.
+        The 8 bytes of the JSON's length, the JSON and its padding; the length of the result is the data offset.
 
     Raises:
-        ValueError: a name that stands twice, is ``__metadata__`` or is no Unicode text; a negative dimension; elements
-            that don't fill whole bytes; a JSON past the format's limit.
+        ValueError: a name is a duplicate, is ``__metadata__`` or is not valid Unicode; a dimension is negative; the
+            elements of a tensor don't fill an integral number of bytes; the JSON exceeds the format's limit.
     """
     if data_offset_modulo is not None and not 0 <= data_offset_modulo < PAGE:
         raise ValueError(f"data_offset_modulo is {data_offset_modulo}, not in 0 to {PAGE - 1}")
-    quote = json.encoder.encode_basestring  # as json.dumps(..., ensure_ascii=False) has a string
+    quote = json.encoder.encode_basestring  # the encoder of json.dumps(..., ensure_ascii=False)
     members = []
     if metadata:
         texts = ",".join(f"{quote(key)}:{quote(value)}" for key, value in metadata.items())
@@ -351,12 +352,12 @@ def build_header(
     begin = 0
     for name, dtype, shape in tensors:
         if name in names:
-            raise ValueError(f"two tensors have the name {quoted(name)}, or it is the metadata's")
+            raise ValueError(f"{quoted(name)} is a duplicate name, or that of the metadata")
         names.add(name)
         elements = 1
         for dimension in shape:
             if dimension < 0:
-                raise ValueError(f"tensor {quoted(name)} has the shape {quoted(tuple(shape))}")
+                raise ValueError(f"tensor {quoted(name)} has the invalid shape {quoted(tuple(shape))}")
             elements *= dimension
         end = begin + dtype.nbytes(elements)
         dimensions = ",".join(map(str, shape))
@@ -369,5 +370,5 @@ def build_header(
     padding = -size % 8 if data_offset_modulo is None else (data_offset_modulo - size) % PAGE
     nbytes = len(text) + padding
     if nbytes > MAX_JSON_BYTES:
-        raise ValueError(f"the header takes {nbytes:,} bytes, past the format's limit of {MAX_JSON_BYTES:,}")
+        raise ValueError(f"the header has {nbytes:,} bytes, more than the format's limit of {MAX_JSON_BYTES:,}")
     return b"".join((nbytes.to_bytes(_PREFIX, "little"), text, b" " * padding))

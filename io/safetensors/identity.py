@@ -1,4 +1,4 @@
-"""A source file's identity: what tells whether it is still the file that a merge began with, without reading it all."""
+"""Fingerprints source files, so a resumed merge can tell whether a file has changed without reading all its data."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .header import read_data_start
 SAMPLES = 16
 SAMPLE_BYTES = 64 << 10
 
-_CHUNK = 1 << 20  # of the header, so that a long one isn't held whole
+_CHUNK = 1 << 20  # bytes of a header to read at a time: headers can be 100 MB
 
 
 def file_identity(file: Path) -> str:
-    """32 hex digits (XXH3-128) over a safetensors file's size, its header's digest and that of samples of its data.
+    """Compute a safetensors file's identity: the XXH3-128 of its size, header and data samples, in hexadecimal.
 
-    The samples are `SAMPLES` ranges of `SAMPLE_BYTES` bytes, evenly spaced from the first byte of the data to the last;
-    data that is no longer than all of them is digested whole. Neither the file's path nor its times count: a copy has
-    the identity of its original. A change of data between the samples, with the same header and size, is not seen.
+    The samples are `SAMPLES` ranges of `SAMPLE_BYTES` bytes, evenly spaced over the data; data no longer than all
+    samples together is read completely. Path and timestamps do not count, so a copy has the identity of its original.
+    A change between the samples that keeps header and size goes unnoticed.
 
     Raises:
-        CheckpointError: the file is missing, may not be read, or is too short for its own header.
-        EnvironmentFailure: the disk got in the way.
+        CheckpointError: the file is missing, not readable, or shorter than its header says.
+        EnvironmentFailure: reading failed.
     """
     with open_source(file) as (descriptor, size):
         start = read_data_start(descriptor, size, file=file)
@@ -33,13 +33,13 @@ def file_identity(file: Path) -> str:
             header.update(read_range(descriptor, offset, min(_CHUNK, start - offset), file=file))
         for offset, nbytes in sample_ranges(start, size):
             samples.update(read_range(descriptor, offset, nbytes, file=file))
-    # The name of the scheme counts too: if it is ever changed, no identity of the old one equals one of the new.
+    # The version of the scheme is part of the hash, so identities of different versions never match.
     parts = b"mergeloom file 1", size.to_bytes(8, "little"), header.digest(), samples.digest()
     return xxh3_128(b"".join(parts)).hexdigest()
 
 
 def sample_ranges(start: int, end: int) -> list[tuple[int, int]]:
-    """(offset, length) of each sample of the bytes from `start` to `end` of a file, in bytes, in ascending order."""
+    """The samples of the bytes from `start` to `end`, in ascending order: (offset, length) of each in bytes."""
     spare = end - start - SAMPLES * SAMPLE_BYTES
     if spare <= 0:
         return [(offset, min(SAMPLE_BYTES, end - offset)) for offset in range(start, end, SAMPLE_BYTES)]

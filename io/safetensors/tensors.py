@@ -1,4 +1,4 @@
-"""Where a tensor's bytes lie: the reference that the rest of mergeloom passes around instead of tensors."""
+"""References to stored tensors, which mergeloom passes around instead of the tensors themselves."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .dtypes import DType
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor in a file: nothing of it has been read.
+    """A tensor stored in a file; its data has not been read.
 
     Args:
         file: the safetensors file.
-        offset: of its first byte, counted from the start of the file, in bytes.
-        nbytes: its size in bytes.
-        dtype: its element type.
-        shape: its shape; () for a 0-d tensor.
+        offset: the position of the tensor's first byte in the file, in bytes.
+        nbytes: the size of the data in bytes.
+        dtype: the dtype.
+        shape: the shape; () for a 0-d tensor.
     """
 
     file: Path
@@ -29,5 +29,5 @@ class TensorRef:
 
     @property
     def elements(self) -> int:
-        """How many elements it has: 1 for a 0-d tensor, 0 where a dimension is 0."""
+        """The number of elements: 1 for a 0-d tensor, 0 if a dimension is 0."""
         return prod(self.shape)

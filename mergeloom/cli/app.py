@@ -260,7 +260,7 @@ def merge(
 
 def _exceeded(result: Result) -> BudgetError:
     """The error of a merge that is complete, but held more memory than it was allowed."""
-    from ..io.wording import memory_size
+    from ..io.units import memory_size
 
     done = "the merge is complete" if result.out is not None else "the rehearsal is complete"
     limit = result.plan.schedule.budget.ram
@@ -356,7 +356,7 @@ def _options(options: Mapping[str, Any]) -> Options:
 def _memory_warnings(planned: Plan) -> list[str]:
     """What there is to say of this machine's memory before a merge begins."""
     from ..engine.cost.machine import available_ram, process_memory
-    from ..io.wording import memory_size
+    from ..io.units import memory_size
 
     needed, free = planned.schedule.peak_ram, available_ram() + process_memory().now
     if needed <= free:
@@ -373,6 +373,6 @@ def _print_json(content: Mapping[str, Any]) -> None:
 
 def _say(message: str) -> None:
     """A message for people, on stderr."""
-    from ..io.wording import clean
+    from ..io.units import clean
 
     print(clean(message), file=sys.stderr, flush=True)

@@ -52,7 +52,7 @@ def stack(
 
 
 def _report(summary: StackSummary) -> None:
-    from ..io.wording import big_number, clean, plural
+    from ..io.units import big_number, clean, plural
 
     said = [f"warning: {warning}" for warning in summary.warnings]
     said += [

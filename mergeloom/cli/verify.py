@@ -59,7 +59,7 @@ def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
 
 
 def _sections(verdict: Verdict, sources: bool) -> Iterator[Section]:
-    from ..io.wording import data_size, plural
+    from ..io.units import data_size, plural
     from ..report.sections import Section
 
     state = "OK" if verdict.whole else "not OK"
@@ -83,7 +83,7 @@ def _sections(verdict: Verdict, sources: bool) -> Iterator[Section]:
 
 def _unverified(tensors: tuple[Unverified, ...]) -> Iterator[str]:
     """One line for each source model, how its tensors came into OUT, and why they could not be compared."""
-    from ..io.wording import data_size, plural
+    from ..io.units import data_size, plural
 
     groups: dict[tuple[str, str], list[int]] = {}
     for tensor in tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..engine.run.alternatives import THIS, Alternative
-from ..io.wording import data_size, duration, memory_size
+from ..io.units import data_size, duration, memory_size
 from .sections import Grid, Section
 
 

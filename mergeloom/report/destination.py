@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..engine.run.destination import Destination
 from ..io.output.lock import Content
-from ..io.wording import data_size
+from ..io.units import data_size
 from .sections import Section
 
 _USABLE = {

@@ -14,7 +14,7 @@ from ..engine.recipe.parameters import layer_position
 from ..engine.recipe.types import modules_of
 from ..engine.schedule.tiling import tile_length
 from ..errors import UsageError
-from ..io.wording import data_size, listed, memory_size, plural
+from ..io.units import data_size, listed, memory_size, plural
 from .sections import Grid, Section
 
 if TYPE_CHECKING:

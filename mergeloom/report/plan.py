@@ -11,7 +11,7 @@ from ..engine.graph.build import Model
 from ..engine.graph.graph import Kind
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
-from ..io.wording import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
+from ..io.units import big_number, data_size, duration, listed, memory_size, plural, ranges, rate
 from .sections import Grid, Section, plain
 
 if TYPE_CHECKING:

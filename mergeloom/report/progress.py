@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from ..io.wording import data_size, duration, rate
+from ..io.units import data_size, duration, rate
 from .sections import is_terminal, make_console
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from ..io.wording import clean
+from ..io.units import clean
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

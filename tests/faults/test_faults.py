@@ -20,8 +20,8 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
-from mergeloom.io.output.directory import WORK
-from mergeloom.io.reading import Reader, Stamp, stamps_of
+from mergeloom.io.output.lock import WORK
+from mergeloom.io.reading import FileStamp, Reader, stat_fingerprints
 from tests.support.faults import Disk, Fail, Kill, Stopped, watching
 from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
@@ -334,12 +334,12 @@ def test_a_source_that_changes_and_is_put_back(what: str, tmp_path: Path, monkey
                 read(self, source, offset, buffer)
                 file.write_bytes(whole)
 
-    def look(files: Iterable[Path]) -> dict[Path, Stamp]:
+    def look(files: Iterable[Path]) -> dict[Path, FileStamp]:
         with lock:  # a commit looks at the sources too: not while the file is away
-            return stamps_of(files)
+            return stat_fingerprints(files)
 
     monkeypatch.setattr(Reader, "read", change)
-    monkeypatch.setattr(performing, "stamps_of", look)
+    monkeypatch.setattr(performing, "stat_fingerprints", look)
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match=f"{file} was changed during the merge"):
         run(plan(recipe, OPTIONS), out)

@@ -24,8 +24,9 @@ from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, MergeloomError, UsageError
-from mergeloom.io.output.directory import WORK, OutputDirectory
+from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal
+from mergeloom.io.output.lock import WORK
 from mergeloom.report.plan import summary_sections
 from tests.faults.test_faults import make_blocks_small
 from tests.support.faults import Kill, Stopped, watching
@@ -296,7 +297,7 @@ def test_a_shard_that_was_tampered_with_is_refused(how: str, models: list[Path],
         with shard.open("r+b") as stream:
             stream.write(b"\xff")
     with pytest.raises(
-        EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--fresh"
+        EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--restart"
     ):
         run(recipe(models), out)
     run(recipe(models), out, fresh=True)
@@ -330,7 +331,7 @@ def test_hostile_records_are_passed_over(models: list[Path], tmp_path: Path) -> 
 
 def publishing(models: list[Path], out: Path, renames: int) -> None:
     """Merge until so many files have got their names."""
-    from mergeloom.io.output import directory as output
+    from mergeloom.io.output import publish as output
 
     rename, left = output.rename, renames
 
@@ -433,28 +434,28 @@ def test_an_out_that_was_removed_meanwhile_is_not_shared(tmp_path: Path, monkeyp
     from mergeloom.io.output import lock as claim
 
     flock = claim.fcntl.flock
-    first = OutputDirectory(tmp_path / "out")
+    first = OutputDirectory.open(tmp_path / "out")
     third: list[OutputDirectory] = []
 
     def late(descriptor: int, operation: int) -> None:
         monkeypatch.setattr(claim.fcntl, "flock", flock)
         first.abandon()
         first.close()
-        third.append(OutputDirectory(tmp_path / "out"))
+        third.append(OutputDirectory.open(tmp_path / "out"))
         flock(descriptor, operation)
 
     monkeypatch.setattr(claim.fcntl, "flock", late)
     with pytest.raises(EnvironmentFailure, match="another merge has just removed it; try again"):
-        OutputDirectory(tmp_path / "out")
+        OutputDirectory.open(tmp_path / "out")
     third[0].close()
 
 
 def test_the_holder_is_named(tmp_path: Path) -> None:
-    held = OutputDirectory(tmp_path / "out")
+    held = OutputDirectory.open(tmp_path / "out")
     with pytest.raises(
         EnvironmentFailure, match=rf"another merge is writing here \(process {os.getpid()}\)"
     ) as refused:
-        OutputDirectory(tmp_path / "out")
+        OutputDirectory.open(tmp_path / "out")
     assert refused.value.exit_code == 5
     held.close()
 
@@ -622,7 +623,7 @@ def test_an_interrupt_while_it_is_still_looking_leaves_nothing(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("facts_of", "stamps_of", "place", "durable_of"):
+    for place in ("facts_of", "stat_fingerprints", "place", "durable_of"):
         with monkeypatch.context() as patch:
             patch.setattr(f"mergeloom.engine.run.session.{place}", stop)
             with pytest.raises(Interrupted, match="nothing is left behind"):

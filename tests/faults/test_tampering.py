@@ -20,8 +20,8 @@ from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
-from mergeloom.io.output.directory import WORK
-from mergeloom.io.output.journal import Found, Journal, read_journal
+from mergeloom.io.output.journal import Journal, JournalContent, read_journal
+from mergeloom.io.output.lock import WORK
 from tests.faults.test_faults import make_blocks_small
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.models import FineTune, Random, write_checkpoint
@@ -77,10 +77,10 @@ def run(what: Any, out: Path, **more: Any) -> Result:
     return merge(what, out, OPTIONS, group_bytes=GROUP, **more)
 
 
-def begin(what: Any, out: Path, enough: Callable[[Found], bool] | int = 4) -> None:
+def begin(what: Any, out: Path, enough: Callable[[JournalContent], bool] | int = 4) -> None:
     """Merge until the journal says enough, or has so many records of blocks and copies."""
 
-    def said(found: Found) -> bool:
+    def said(found: JournalContent) -> bool:
         if isinstance(enough, int):
             return sum("node" in record or "copied" in record for record in found.records) >= enough
         return enough(found)
@@ -106,7 +106,7 @@ def flip(file: Path, offset: int) -> None:
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def started(found: Found | None) -> dict[int, int]:
+def started(found: JournalContent | None) -> dict[int, int]:
     """The nodes of which the journal says that something is durable, and how many blocks."""
     assert found is not None
     blocks: dict[int, int] = {}
@@ -137,7 +137,7 @@ def test_an_input_of_which_used_bytes_have_changed_is_refused(
     run(what, tmp_path / "whole")
     planned = plan(what, OPTIONS)
 
-    def chosen(found: Found | None) -> int | None:
+    def chosen(found: JournalContent | None) -> int | None:
         """A node that is durable; for a method with reductions one that is only begun: they went through all of it."""
         for node, blocks in started(found).items():
             whole = blocks * BLOCK >= planned.built.graph.nbytes(node)

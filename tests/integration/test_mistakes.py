@@ -243,7 +243,7 @@ def test_an_out_that_is_an_input(directory: Path, capsys: pytest.CaptureFixture[
     ("arguments", "code", "says"),
     [
         (["--max-ram", "10MB"], 3, ("smallest budget that works", "--max-ram")),
-        (["--max-ram", "many"], 2, ("'many' is no size", "32GiB")),
+        (["--max-ram", "many"], 2, ("invalid size 'many'", "32GiB")),
         (["--shard-size", "0"], 2, ("--shard-size", "more than 0")),
         (["--shard-size", "100"], 2, ("--shard-size", "too small")),
         (["--threads", "0"], 2, ("--threads",)),

@@ -25,7 +25,7 @@ from mergeloom.engine.cost.machine import MEMORY_STEP, Machine
 from mergeloom.engine.run.placement import place
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from mergeloom.io.wording import data_size
+from mergeloom.io.units import data_size
 from tests.conftest import MakeModel
 from tests.support import models
 from tests.support.plans import Recipe, linear, slerp, stacked, task_vectors, windows

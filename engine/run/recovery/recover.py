@@ -13,7 +13,7 @@ from typing import Any
 
 from ....errors import MergeloomError
 from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
-from ....io.output.journal import Found
+from ....io.output.journal import JournalContent
 from ...graph.graph import Kind, MergeGraph
 from ...graph.layout import Layout
 from ..transfers import PART_BYTES, Transfer, source_of
@@ -103,7 +103,7 @@ class _JournaledBlocks:
 
 
 def recover(
-    found: Found | None,
+    found: JournalContent | None,
     graph: MergeGraph,
     layout: Layout,
     shard_path: Callable[[int], Path],
@@ -313,7 +313,7 @@ def _count(nbytes: int) -> int:
     return -(-nbytes // BLOCK_BYTES)
 
 
-def _claims(found: Found, graph: MergeGraph) -> dict[int, _JournaledBlocks]:
+def _claims(found: JournalContent, graph: MergeGraph) -> dict[int, _JournaledBlocks]:
     """What a journal says of each node."""
     claims: dict[int, _JournaledBlocks] = {}
     for record in found.records:
@@ -332,7 +332,7 @@ def _claims(found: Found, graph: MergeGraph) -> dict[int, _JournaledBlocks]:
     return claims
 
 
-def _copied(found: Found, layout: Layout) -> dict[int, list[Range]]:
+def _copied(found: JournalContent, layout: Layout) -> dict[int, list[Range]]:
     """The ranges of each shard that a journal says were copied, those put together that touch."""
     ranges: dict[int, list[Range]] = {}
     for record in found.records:

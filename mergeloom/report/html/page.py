@@ -15,7 +15,7 @@ from ...engine.graph.graph import Kind
 from ...engine.run.alternatives import THIS
 from ...engine.schedule.timeline import timeline
 from ...engine.schedule.traffic import fixed_ram, output_names, pattern_of
-from ...io.wording import data_size, duration, listed, memory_size, plural
+from ...io.units import data_size, duration, listed, memory_size, plural
 from ...version import __version__
 from ..alternatives import alternatives_section
 from ..plan import headline, plan_sections, time_section

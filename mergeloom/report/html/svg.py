@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ...engine.schedule.timeline import Moment
-from ...io.wording import clean, memory_size, plural
+from ...io.units import clean, memory_size, plural
 from .layer_map import Curve, LayerRun, StackMap
 
 WIDTH = 1000

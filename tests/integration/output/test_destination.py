@@ -28,19 +28,18 @@ from mergeloom.io import platform
 from mergeloom.io.hub.repository import HubFile
 from mergeloom.io.output import directory as output
 from mergeloom.io.output import lock as claim
-from mergeloom.io.output.directory import OutputDirectory, ShardFile, missing_space
+from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal
 from mergeloom.io.output.lock import MANIFEST, STAGE, WORK, Content, classify
+from mergeloom.io.output.shards import ShardFile, missing_space
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from tests.support.faults import Stopped
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID
+from tests.support.hub.server import HubServer
 from tests.support.models import write_checkpoint
 from tests.support.outputs import digests
-from tests.unit.hub import test_hub
 
-contents, hub, local = test_hub.contents, test_hub.hub, test_hub.local  # its fixtures
-ID = test_hub.ID
 OPTIONS = planning.Options(max_ram=4 << 30, device="cpu", threads=1)
 SHAPES = {f"model.layers.{layer}.w.weight": (64, 50) for layer in range(2)} | {"model.norm.weight": (50,)}
 COMMANDS = ("merge", "plan", "verify", "inspect")
@@ -84,7 +83,7 @@ def interrupted(recipe: Any, out: Path) -> None:
 @contextmanager
 def in_use(out: Path) -> Iterator[None]:
     """Another merge at work in OUT."""
-    held = OutputDirectory(out, MANIFEST)
+    held = OutputDirectory.open(out, MANIFEST)
     try:
         yield
     finally:
@@ -255,7 +254,7 @@ def test_looking_does_not_get_in_the_way_of_a_merge(recipe: Path, tmp_path: Path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claim.time, "sleep", release)
-        OutputDirectory(out).close()
+        OutputDirectory.open(out).close()
     os.close(descriptor)
     assert len(pauses) == 1
 
@@ -465,18 +464,18 @@ def test_shared_bytes_are_counted_once_when_a_merge_is_resumed(
         monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
     monkeypatch.setattr(output, "_IN_MEMORY", set())
     shard, half = half_shared(), 1 << 19
-    first = OutputDirectory(tmp_path / "out")
+    first = OutputDirectory.open(tmp_path / "out")
     first.begin([shard], half)
     first.write(0, len(shard.header), memoryview(bytes([1]) * half))  # stands for sharing
     first.sync([0])
-    Journal(first.journal, {}).close()
+    Journal(first.lock.journal_path, {}).close()
     first.close()
     needed = missing_space(tmp_path / "out", [shard], half)
     slack = 16 << 10  # blocks that are not full
     assert needed <= slack if reserves else half - slack <= needed <= half + slack
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=half // 2))
-    again = OutputDirectory(tmp_path / "out")
+    again = OutputDirectory.open(tmp_path / "out")
     if reserves:
         again.begin([shard], half)
     else:
@@ -488,7 +487,7 @@ def test_shared_bytes_are_counted_once_when_a_merge_is_resumed(
 def test_what_was_written_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
     shard, half = half_shared(), 1 << 19
-    out = OutputDirectory(tmp_path / "out")
+    out = OutputDirectory.open(tmp_path / "out")
     assert missing_space(out.path, [shard], half) == shard.nbytes - half
     out.begin([shard], half)
     out.write(0, shard.computed[0][0], memoryview(bytes([1]) * half))

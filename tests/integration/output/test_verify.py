@@ -27,7 +27,7 @@ from mergeloom.engine.run.verify import Verdict, Verification, verify
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io.companions import is_loader_file
 from mergeloom.io.output import clone as copying
-from mergeloom.io.output.directory import WORK
+from mergeloom.io.output.lock import WORK
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from tests.support.models import write_checkpoint
 from tests.support.waiting import no_hang

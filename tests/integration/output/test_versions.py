@@ -18,8 +18,8 @@ from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import UsageError
-from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import FORMAT, Journal, read_journal
+from mergeloom.io.output.lock import WORK
 from mergeloom.methods import task_arithmetic
 from mergeloom.methods.kernel import contract
 from tests.support.models import FineTune, Random, write_checkpoint

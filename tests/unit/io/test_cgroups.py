@@ -1,4 +1,4 @@
-"""The limits of cgroups, version 1 and 2, nested, and in containers whose mount shows only their own group."""
+"""Limits of cgroups: v1 and v2, nested, and in containers that mount only their own cgroup."""
 
 from __future__ import annotations
 

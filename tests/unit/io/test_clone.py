@@ -1,4 +1,4 @@
-"""Ranges of files are moved by sharing blocks, by the kernel, or through the process: the same bytes each way."""
+"""Ranges are copied by sharing blocks, by the kernel or by the process, with the same result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergeloom.io import platform
-from mergeloom.io.output import clone as copying
+from mergeloom.io.output import clone
 from mergeloom.io.output.clone import BLOCK, CopyStats, SharingRefused, move, refuses_to_share, shareable
 from mergeloom.io.platform import copy_range, mount_of, scratch_file, why_no_clone
 from tests.support.disks import file_system, used
@@ -79,11 +79,11 @@ def check(directory: Path, ranges: list[tuple[int, int, int]]) -> list[CopyStats
 @example(0, 0, BLOCK)
 @example(1, BLOCK + 1, 2 * BLOCK - 2)
 @example(1, BLOCK + 1, 2 * BLOCK - 1)
-def test_whole_blocks_can_be_shared(source: int, target: int, nbytes: int) -> None:
+def test_complete_blocks_can_be_shared(source: int, target: int, nbytes: int) -> None:
     first, count = shareable(source, target, nbytes)
     assert 0 <= first <= first + count <= max(first, nbytes)
     assert count % BLOCK == 0
-    blocks = range(-(-source // BLOCK), (source + nbytes) // BLOCK)  # those that lie in the range as a whole
+    blocks = range(-(-source // BLOCK), (source + nbytes) // BLOCK)  # those that lie completely in the range
     assert count == (len(blocks) * BLOCK if (source - target) % BLOCK == 0 else 0)
     if count:
         assert (source + first) % BLOCK == (target + first) % BLOCK == 0
@@ -98,7 +98,7 @@ def test_ranges_are_copied_on_any_file_system(
 ) -> None:
     monkeypatch.setattr(platform, "DISABLED", disabled)
     for moved in check(tmp_path, RANGES):
-        assert moved.copied == 0 or "copy_file_range" not in disabled
+        assert moved.kernel_copied == 0 or "copy_file_range" not in disabled
         assert moved.shared == 0 or "clone" not in disabled
 
 
@@ -137,7 +137,7 @@ def test_a_file_system_with_larger_blocks_copies(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_file_systems_are_asked_and_changed_nothing(tmp_path: Path) -> None:
+def test_probing_for_block_sharing_changes_nothing(tmp_path: Path) -> None:
     def answer(source: Path, directory: Path) -> int:
         descriptor, scratch = os.open(source, os.O_RDONLY), scratch_file(directory)
         assert scratch is not None
@@ -164,8 +164,8 @@ def test_file_systems_are_asked_and_changed_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", REFUSALS)
-def test_what_is_refused_is_copied(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "clone_range", lambda *arguments: number)
+def test_refused_blocks_are_copied(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clone, "clone_range", lambda *arguments: number)
     for (offset, place, nbytes), moved in zip(RANGES, check(tmp_path, RANGES), strict=True):
         wanted = shareable(offset, place, nbytes)[1]
         assert moved.refused == ({number: wanted} if wanted else {})
@@ -183,9 +183,9 @@ def test_the_kernel_may_copy_less_than_asked_and_then_nothing(tmp_path: Path, mo
         step = min(next(steps, 0), nbytes)
         return copy_range(source, offset, target, place, step) if step else 0
 
-    monkeypatch.setattr(copying, "copy_range", some)
+    monkeypatch.setattr(clone, "copy_range", some)
     monkeypatch.setattr(platform, "DISABLED", {"clone"})
-    assert check(tmp_path, [(3, 5, SIZE - 3)]) == [CopyStats(copied=5011, user_copied=SIZE - 3 - 5011)]
+    assert check(tmp_path, [(3, 5, SIZE - 3)]) == [CopyStats(kernel_copied=5011, user_copied=SIZE - 3 - 5011)]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
@@ -199,22 +199,22 @@ def test_a_full_or_broken_disk_is_an_error(number: int, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("disabled", [set(), {"clone", "copy_file_range"}])
-def test_a_source_that_ends_before(disabled: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_ends_too_early(disabled: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "DISABLED", disabled)
     with opened(tmp_path) as (source, target), pytest.raises(EOFError) as ended:
         move(source, BLOCK, target, BLOCK, SIZE, memoryview(bytearray(1000)), share=False)
     assert ended.value.args == (SIZE,)
 
 
-def test_refusing_to_share_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_to_share_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(SIZE))
     assert refuses_to_share(tmp_path / "not there", tmp_path)
     assert refuses_to_share(tmp_path / "file", tmp_path / "not there")
-    monkeypatch.setattr(copying, "clone_range", lambda *arguments: 0)
+    monkeypatch.setattr(clone, "clone_range", lambda *arguments: 0)
     assert not refuses_to_share(tmp_path / "file", tmp_path)
 
 
-def test_what_was_moved_adds_up() -> None:
+def test_copy_stats_add_up() -> None:
     total = CopyStats(1, 2, 3, {5: 6})
     total.add(CopyStats(10, 20, 30, {5: 60, 7: 8}))
     assert total == CopyStats(11, 22, 33, {5: 66, 7: 8})

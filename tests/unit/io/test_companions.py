@@ -1,4 +1,4 @@
-"""Companion files: what belongs to a model beside its weights, and copying a file whole."""
+"""Companion files are selected by name, and small files are copied atomically."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LEFT = """.gitattributes .git/config README.md config.json model.safetensors mod
     chat_templates/evil.bin"""
 
 
-def test_what_is_taken_and_what_is_left(tmp_path: Path) -> None:
+def test_companions_are_selected_by_name(tmp_path: Path) -> None:
     tokenizer, generation, other = TOKENIZER.split(), ["generation_config.json"], OTHER.split()
     write(tmp_path, *tokenizer, *generation, *other, *LEFT.split())
     assert listed(tmp_path) == sorted(tokenizer + generation + other)
@@ -108,7 +108,7 @@ def test_links_of_the_hub_cache(tmp_path: Path) -> None:
         companion_files(snapshot)
 
 
-def test_too_large_or_no_file(tmp_path: Path) -> None:
+def test_large_files_and_directories_are_left_out(tmp_path: Path) -> None:
     write(tmp_path, "vocab.json/x", "merges.txt")
     os.mkfifo(tmp_path / "tokenizer.json")
     with (tmp_path / "tokenizer.model").open("wb") as stream:
@@ -158,7 +158,7 @@ def test_copy(tmp_path: Path) -> None:
     ("number", "error"),
     [(errno.ENOSPC, DiskSpaceError), (errno.EDQUOT, DiskSpaceError), (errno.EIO, EnvironmentFailure)],
 )
-def test_failed_copy_leaves_what_was_there(
+def test_a_failed_copy_leaves_the_target_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
 ) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
@@ -175,7 +175,7 @@ def test_failed_copy_leaves_what_was_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-def test_source_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="gone: can't be read"):
+def test_copying_a_missing_source(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="gone: there is no such file"):
         copy_file(tmp_path / "gone", tmp_path / "target")
     assert list(tmp_path.iterdir()) == []

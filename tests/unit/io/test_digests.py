@@ -1,4 +1,4 @@
-"""Digests of tensors: of the bytes alone, however they came."""
+"""Digests depend only on the bytes, not on the chunks in which they are fed."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def test_the_digest_is_that_of_the_digests_of_the_blocks(nbytes: int) -> None:
     data = os.urandom(nbytes)
     blocks = [xxhash.xxh3_128_digest(data[start : start + 100]) for start in range(0, nbytes, 100)]
     digests = fed(data)
-    assert digests.whole
+    assert digests.complete
     assert digests.blocks == blocks
     assert digests.digest() == tensor_digest(blocks) == xxhash.xxh3_128_hexdigest(b"".join(blocks))
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=5))
-def test_cuts_change_nothing(data: bytes, cuts: list[int]) -> None:
+def test_chunks_do_not_change_the_digest(data: bytes, cuts: list[int]) -> None:
     digests = fed(data, *sorted(min(cut, len(data)) for cut in cuts))
     assert digests.digest() == fed(data).digest()
     assert digests.position == len(data)
 
 
 @given(st.binary(min_size=1, max_size=400), st.integers(0, 400), st.integers(0, 400))
-def test_known_blocks_are_passed_over_and_tails_gone_on_with(data: bytes, reached: int, overlap: int) -> None:
+def test_known_blocks_are_skipped_and_tails_continued(data: bytes, reached: int, overlap: int) -> None:
     whole = fed(data)
     reached = min(reached, len(data))
     blocks = reached // 100
@@ -60,11 +60,11 @@ def test_known_blocks_are_passed_over_and_tails_gone_on_with(data: bytes, reache
     assert again.blocks == whole.blocks
 
 
-def test_nothing_may_be_left_out() -> None:
+def test_a_gap_is_an_error() -> None:
     digests = BlockDigests(300)
     digests.feed(0, memoryview(bytes(50)))
     assert not digests.reached(51)
-    with pytest.raises(ValueError, match="byte 50 was left out before 51"):
+    with pytest.raises(ValueError, match="expected byte 50, got 51"):
         digests.feed(51, memoryview(bytes(10)))
     with pytest.raises(ValueError, match="50 of 300 bytes were fed"):
         digests.digest()

@@ -83,7 +83,7 @@ def test_what_waits_too_long_is_committed() -> None:
 
 
 def test_many_threads_never_hold_more_than_a_group() -> None:
-    """Sizes of all kinds at random times; the test ends, so that no wake-up was lost."""
+    """Sizes of all kinds at random times; the test ends, so no wake-up was lost."""
     recorder = Recorder(0.0005, group_bytes=1000, group_seconds=60)
     numbers = iter(range(10**6))
 

@@ -1,4 +1,4 @@
-"""The journal: what was made durable is read again, what wasn't counts for nothing, and nothing in it is trusted."""
+"""The journal: durable records are read back, damaged ones are ignored, and no content is trusted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.io.output.journal import FORMAT, Found, Journal, read_journal
+from mergeloom.io.output.journal import FORMAT, Journal, JournalContent, read_journal
 from tests.support.faults import Fail, Kill, Stopped, watching
 
 FACTS = {"recipe": "línea: 1\n", "seed": 0}
@@ -29,21 +29,21 @@ def written(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_what_is_added_is_read_again(tmp_path: Path) -> None:
+def test_appended_records_are_read_back(tmp_path: Path) -> None:
     written(tmp_path / "journal")
     found = read_journal(tmp_path / "journal")
-    assert found == Found({**FACTS, "format": FORMAT}, tuple(RECORDS))
+    assert found == JournalContent({**FACTS, "format": FORMAT}, tuple(RECORDS))
     assert found.readable
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]
 
 
-def test_there_may_be_none(tmp_path: Path) -> None:
+def test_a_missing_journal(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "journal") is None
     (tmp_path / "file").write_text("")
     assert read_journal(tmp_path / "file" / "journal") is None
 
 
-def test_a_torn_end_counts_for_nothing(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_ignored(tmp_path: Path) -> None:
     data = written(tmp_path / "whole")
     lines = data.splitlines(keepends=True)
     for size in range(len(data) + 1):
@@ -55,7 +55,7 @@ def test_a_torn_end_counts_for_nothing(tmp_path: Path) -> None:
         assert list(found.records) == RECORDS[: max(0, whole - 1)]
 
 
-def test_nothing_behind_a_damaged_line_counts(tmp_path: Path) -> None:
+def test_lines_after_a_damaged_one_are_ignored(tmp_path: Path) -> None:
     data = written(tmp_path / "whole")
     ends = [number for number, byte in enumerate(data) if byte == 10]
     for position in range(len(data)):
@@ -69,7 +69,7 @@ def test_nothing_behind_a_damaged_line_counts(tmp_path: Path) -> None:
         assert found.readable == (before > 0)
 
 
-def test_a_new_journal_takes_the_place_of_an_old_one_at_once(tmp_path: Path) -> None:
+def test_a_new_journal_replaces_an_old_one_atomically(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     written(path)
     for after in range(20):
@@ -91,7 +91,7 @@ def test_a_new_journal_takes_the_place_of_an_old_one_at_once(tmp_path: Path) -> 
     assert kill.calls == ["create", "write", "sync", "rename", "sync_directory"]  # the last one didn't get through
 
 
-def test_nothing_is_added_behind_a_failure(tmp_path: Path) -> None:
+def test_nothing_is_appended_after_a_failure(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal", FACTS)
     with watching(Fail(errno.ENOSPC, 0, "write", partly=True)), pytest.raises(OSError, match="No space"):
         journal.append(RECORDS)
@@ -111,7 +111,7 @@ def test_nothing_is_added_behind_a_failure(tmp_path: Path) -> None:
 @given(
     st.lists(st.one_of(st.binary(max_size=60), st.sampled_from([b"[]", b"1", b"{}", b'{"format": 2}', b"[" * 4000])))
 )
-def test_whatever_is_there_can_be_read(tmp_path: Path, contents: list[bytes]) -> None:
+def test_any_content_can_be_read(tmp_path: Path, contents: list[bytes]) -> None:
     """Lines with a right digest, too, whatever they hold."""
     lines = [xxhash.xxh3_64_hexdigest(content).encode() + b" " + content + b"\n" for content in contents]
     (tmp_path / "journal").write_bytes(b"".join(lines) + b"rest")

@@ -1,4 +1,4 @@
-"""OUT while it is being made: one merge at a time, nothing that isn't ours, nothing half-made, and a full disk said."""
+"""The output directory during a merge: its lock, foreign files, publishing, a full disk."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, UsageError
 from mergeloom.io import platform
-from mergeloom.io.output.directory import WORK, OutputDirectory, ShardFile, index_bytes
+from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal
-from mergeloom.io.output.lock import DirectoryStatus
+from mergeloom.io.output.lock import WORK, DirectoryStatus, OutputLock
+from mergeloom.io.output.shards import ShardFile, index_bytes
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
 from tests.support.faults import Fail, watching
@@ -38,7 +39,7 @@ def shard(name: str = "model.safetensors", nbytes: int = 400) -> ShardFile:
 
 
 def fill(out: OutputDirectory, *shards: ShardFile) -> None:
-    """Begin, and write every byte."""
+    """Create the shards and write all their data."""
     out.begin(shards)
     for number, each in enumerate(shards):
         offset, nbytes = each.computed[0]
@@ -48,19 +49,19 @@ def fill(out: OutputDirectory, *shards: ShardFile) -> None:
 
 
 def publish(out: OutputDirectory, *last: str) -> None:
-    """Give all files their names."""
+    """Publish all files."""
     out.publish(last, lambda names: None)
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[OutputDirectory]:
-    """An output directory that is held."""
-    out = OutputDirectory(tmp_path / "out")
+    """A locked output directory."""
+    out = OutputDirectory.open(tmp_path / "out")
     yield out
     out.close()
 
 
-def test_files_get_their_names_when_all_are_whole(made: OutputDirectory, tmp_path: Path) -> None:
+def test_publishing_renames_all_files(made: OutputDirectory, tmp_path: Path) -> None:
     source = tmp_path / "vocab.txt"
     source.write_text("a\nb\n")
     fill(made, shard("one.safetensors"), shard("two.safetensors", 800))
@@ -74,7 +75,7 @@ def test_files_get_their_names_when_all_are_whole(made: OutputDirectory, tmp_pat
     assert not made.work.exists()
 
 
-def test_what_must_be_last_is_last(made: OutputDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_keeps_the_order_of_the_last_files(made: OutputDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     rename = Path.rename
 
@@ -94,17 +95,17 @@ def test_a_damaged_shard_is_never_published(made: OutputDirectory) -> None:
     fill(made, shard())
     with (made.stage / "model.safetensors").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(EnvironmentFailure, match=r"model.safetensors: the safetensors library does not accept"):
+    with pytest.raises(EnvironmentFailure, match=r"model.safetensors: the safetensors library rejects"):
         publish(made)
     made.abandon()
     assert not made.path.exists()
 
 
-# ------------------------------------------------------------------------------------------------ whose OUT it is
+# ------------------------------------------------------------------------------------------------ the lock
 
 
 @pytest.mark.parametrize("kind", ["file", "other", "model", "broken link"])
-def test_what_is_not_ours_is_left_alone(kind: str, tmp_path: Path) -> None:
+def test_foreign_files_are_left_alone(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
@@ -115,7 +116,7 @@ def test_what_is_not_ours_is_left_alone(kind: str, tmp_path: Path) -> None:
         (out / ("notes.txt" if kind == "other" else "model.safetensors")).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=f"{out}: is .*; OUT must be a new or empty directory"):
-        OutputDirectory(out)
+        OutputDirectory.open(out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -134,14 +135,14 @@ def test_no_link_in_it_leads_out_of_it(link: str, fresh: bool, tmp_path: Path) -
         Journal(out / WORK / "journal", {}, [{"publish": ["published/file"]}]).close()
     place.symlink_to(target / "file" if link.endswith(("pid", "file")) else target)
     with pytest.raises(UsageError, match=f"holds {link}.*remove it"):
-        made = OutputDirectory(out)
+        made = OutputDirectory.open(out)
         if fresh:
             made.start_over()
     assert (target / "file").read_text() == "keep me"
     assert place.is_symlink()
 
 
-def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
+def test_cleaning_up_a_finished_merge_does_not_follow_links(tmp_path: Path) -> None:
     target = tmp_path / "mine"
     target.mkdir()
     (target / "file").write_text("keep me")
@@ -149,33 +150,33 @@ def test_a_whole_model_is_not_cleared_up_behind_a_link(tmp_path: Path) -> None:
     out.mkdir()
     (out / "sign").write_text("")
     (out / WORK).symlink_to(target)
-    OutputDirectory(out, "sign").close()
+    OutputDirectory.open(out, "sign").close()
     assert (target / "file").read_text() == "keep me"
     assert not (out / WORK).is_symlink()
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (errno.ENOSPC, "no space left while .*make room"),
         (errno.EDQUOT, "quota is used up while .*make room"),
-        (errno.EFBIG, "no file as large: give a smaller --shard-size"),
+        (errno.EFBIG, "the file is too large .*: use a smaller --shard-size"),
     ],
 )
-def test_why_there_is_no_room_is_said(number: int, said: str, made: OutputDirectory) -> None:
-    with watching(Fail(number, 0, "truncate")), pytest.raises(DiskSpaceError, match=said):
+def test_disk_space_errors_name_the_reason(number: int, message: str, made: OutputDirectory) -> None:
+    with watching(Fail(number, 0, "truncate")), pytest.raises(DiskSpaceError, match=message):
         made.begin([shard()])
 
 
-def test_an_impossible_name_is_said(tmp_path: Path) -> None:
+def test_an_invalid_name_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
         with pytest.raises(EnvironmentFailure, match="the output directory failed"):
-            OutputDirectory(path)
+            OutputDirectory.open(path)
 
 
-def test_an_empty_directory_will_do_and_stays(tmp_path: Path) -> None:
-    out = OutputDirectory(tmp_path)
+def test_an_existing_empty_directory_is_used_and_kept(tmp_path: Path) -> None:
+    out = OutputDirectory.open(tmp_path)
     fill(out, shard())
     out.abandon()
     out.close()
@@ -183,20 +184,30 @@ def test_an_empty_directory_will_do_and_stays(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_second_merge_waits_its_turn(made: OutputDirectory) -> None:
+def test_a_second_merge_is_refused_until_the_lock_is_released(made: OutputDirectory) -> None:
     with pytest.raises(EnvironmentFailure, match="another merge is writing here") as refused:
-        OutputDirectory(made.path)
+        OutputDirectory.open(made.path)
     assert refused.value.exit_code == 5
     made.abandon()
     made.close()
-    OutputDirectory(made.path).close()
+    OutputDirectory.open(made.path).close()
 
 
-def test_a_merge_in_another_process_holds_it_too(made: OutputDirectory) -> None:
+def test_the_lock_is_a_context_manager(tmp_path: Path) -> None:
+    lock = OutputLock(tmp_path / "out")
+    assert not lock.path.exists()  # nothing happens before it is acquired
+    with lock as held, pytest.raises(EnvironmentFailure, match="another merge is writing here"):
+        assert (held.journal, held.complete, held.created) == (None, False, [tmp_path / "out"])
+        OutputDirectory.open(lock.path)
+    with OutputLock(lock.path) as again:
+        assert again.created == []
+
+
+def test_the_lock_excludes_other_processes(made: OutputDirectory) -> None:
     code = (
         "import sys; from pathlib import Path; from mergeloom.io.output.directory import OutputDirectory\n"
         "from mergeloom.errors import MergeloomError\n"
-        "try: OutputDirectory(Path(sys.argv[1]))\n"
+        "try: OutputDirectory.open(Path(sys.argv[1]))\n"
         "except MergeloomError as error: sys.exit(error.exit_code)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(made.path)], check=False).returncode == 5
@@ -215,7 +226,7 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
         found = classify(path, *arguments, **options)
         if not calls:
             calls.append(path)
-            other = OutputDirectory(path)
+            other = OutputDirectory.open(path)
             fill(other, shard())
             publish(other)
             other.close()
@@ -223,31 +234,31 @@ def test_a_merge_that_has_just_been_finished_is_not_overwritten(
 
     monkeypatch.setattr(claim, "classify", classify_early)
     with pytest.raises(UsageError, match="is not empty"):
-        OutputDirectory(out)
+        OutputDirectory.open(out)
     assert (out / "model.safetensors").exists()
 
 
-def test_what_a_killed_merge_left_is_not_published(tmp_path: Path) -> None:
+def test_remains_of_a_killed_merge_are_not_published(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    killed = OutputDirectory(out)
+    killed = OutputDirectory.open(out)
     fill(killed, shard("model-00001-of-00002.safetensors"), shard("model-00002-of-00002.safetensors"))
     killed.write_file("tokenizer.json", b"{}")
     killed.close()  # what the system does for a process that is killed
-    again = OutputDirectory(out)
+    again = OutputDirectory.open(out)
     fill(again, shard())
     publish(again)
     again.close()
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
 
 
-def test_parents_that_were_made_are_removed_again(tmp_path: Path) -> None:
-    out = OutputDirectory(tmp_path / "a" / "b" / "out")
+def test_abandoning_removes_created_parents(tmp_path: Path) -> None:
+    out = OutputDirectory.open(tmp_path / "a" / "b" / "out")
     fill(out, shard())
     out.abandon()
     out.close()
     assert not (tmp_path / "a").exists()
     (tmp_path / "a").mkdir()
-    out = OutputDirectory(tmp_path / "a" / "b" / "out")
+    out = OutputDirectory.open(tmp_path / "a" / "b" / "out")
     (tmp_path / "a" / "b" / "notes.txt").write_text("somebody else's")
     out.abandon()
     out.close()
@@ -263,7 +274,7 @@ def test_many_shards_need_few_descriptors(made: OutputDirectory) -> None:
     assert 100 < len(open_files(made.stage)) <= 128
 
 
-def test_the_index_is_that_of_transformers() -> None:
+def test_the_index_has_the_format_of_transformers() -> None:
     content = json.loads(index_bytes({"b": "2", "a": "1"}, 12))
     assert content == {"metadata": {"total_size": 12}, "weight_map": {"a": "1", "b": "2"}}
     assert list(content["weight_map"]) == ["a", "b"]
@@ -280,17 +291,17 @@ def test_a_resumed_merge_counts_shared_bytes_once(own: int, tmp_path: Path, monk
     start = len(whole.header)
     whole = replace(whole, computed=((start, half),))
     monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
-    out = OutputDirectory(tmp_path / "out")
+    out = OutputDirectory.open(tmp_path / "out")
     out.begin([whole], half)
     out.write(0, start, memoryview(bytes(range(250)) * (own // 250)))
     out.write(0, start + half, memoryview(bytes(range(250)) * (half // 250)))  # as if it were cloned
     out.sync([0])
-    Journal(out.journal, {}).close()
+    Journal(out.lock.journal_path, {}).close()
     out.close()
     usage = shutil.disk_usage
 
     for free, fits in ((half - own - 20_000, False), (half - own + 20_000, True)):
-        with monkeypatch.context() as patch, contextlib.closing(OutputDirectory(tmp_path / "out")) as out:
+        with monkeypatch.context() as patch, contextlib.closing(OutputDirectory.open(tmp_path / "out")) as out:
             patch.setattr(
                 "mergeloom.io.output.directory.shutil.disk_usage",
                 lambda path, free=free: usage(path)._replace(free=free),
@@ -315,8 +326,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.root
 def test_an_output_larger_than_the_disk_is_refused_at_once(small_disk: Path) -> None:
-    out = OutputDirectory(small_disk / "out")
-    with pytest.raises(DiskSpaceError, match=r"the output takes 2.\dMiB and .* are free") as full:
+    out = OutputDirectory.open(small_disk / "out")
+    with pytest.raises(DiskSpaceError, match=r"the output needs 2.\dMiB, but only .* are free") as full:
         out.begin([shard(nbytes=2_200_000)])
     assert full.value.exit_code == 3
     out.abandon()
@@ -325,9 +336,9 @@ def test_an_output_larger_than_the_disk_is_refused_at_once(small_disk: Path) -> 
 
 @pytest.mark.root
 @pytest.mark.parametrize("fallocate", [True, False])
-def test_a_disk_that_fills_up_is_said(small_disk: Path, monkeypatch: pytest.MonkeyPatch, fallocate: bool) -> None:
+def test_a_disk_that_fills_up_is_an_error(small_disk: Path, monkeypatch: pytest.MonkeyPatch, fallocate: bool) -> None:
     monkeypatch.setattr(platform, "DISABLED", set() if fallocate else {"fallocate"})
-    out = OutputDirectory(small_disk / "out")
+    out = OutputDirectory.open(small_disk / "out")
     large = shard(nbytes=400_000)
     out.begin([large])
     (small_disk / "other").write_bytes(bytes(600_000 if fallocate else 1_000_000))  # all the rest
@@ -351,7 +362,7 @@ def test_a_merge_that_does_not_fit_leaves_nothing(small_disk: Path, tmp_path: Pa
         merge(recipe, small_disk / "out", Options(device="cpu"))
     assert full.value.exit_code == 3
     assert not list(small_disk.iterdir())
-    # the weights fit, and what lies beside them doesn't
+    # the weights fit, the tokenizer doesn't
     fits = write_checkpoint(tmp_path / "fits", tiny_llama())
     (fits / "tokenizer.json").write_bytes(b'"' + b"x" * 1_000_000 + b'"')
     with pytest.raises(DiskSpaceError):
@@ -361,6 +372,6 @@ def test_a_merge_that_does_not_fit_leaves_nothing(small_disk: Path, tmp_path: Pa
     assert [path.name for path in (small_disk / "out").iterdir()] == [WORK]
 
 
-def test_a_companion_that_is_gone_is_an_error(made: OutputDirectory, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"vocab.txt: can't be read"):
+def test_a_missing_companion_is_an_error(made: OutputDirectory, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"vocab.txt: there is no such file"):
         made.copy_file("vocab.txt", tmp_path / "vocab.txt")

@@ -1,4 +1,4 @@
-"""System calls that only some systems have: each fallback gives the same result."""
+"""Each fallback for a missing system call gives the same result."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_kernel_copies_where_it_can(descriptor: int, disabled: set[str], tmp
         os.close(target)
 
 
-def test_interrupted_calls_are_made_again(descriptor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_calls_are_retried(descriptor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = {"copy": 3, "clone": 2}
 
     def interrupt(call: str) -> None:
@@ -182,5 +182,5 @@ def test_a_merge_is_the_same_without(
             found.append(digests(out))
             manifests.append(found[-1].pop("mergeloom.json"))
         assert found[0] == found[1]
-        # the manifest says how each tensor is vouched for, which depends on the way that its bytes took
+        # the manifest says how each tensor is verified, which depends on the way that its bytes took
         assert manifests[0] == manifests[1] or (name == "copied" and without in ("copy_file_range", "all of them"))

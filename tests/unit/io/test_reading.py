@@ -1,7 +1,8 @@
-"""Reading into buffers of our own, through a pool of files that closes the one unused for longest."""
+"""Reading through a pool of open files, which closes the least recently used one."""
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -23,7 +24,7 @@ def files(tmp_path: Path) -> list[Path]:
     return found
 
 
-def test_the_file_unused_for_longest_is_closed_first(files: list[Path], tmp_path: Path) -> None:
+def test_the_least_recently_used_file_is_closed_first(files: list[Path], tmp_path: Path) -> None:
     with FilePool(limit=3) as pool:
         for number in (0, 1, 2, 0, 3):
             pool.release(pool.acquire(files[number]))
@@ -71,7 +72,7 @@ def test_threads_read_the_right_bytes_whatever_the_limit(files: list[Path], limi
     assert not open_files(tmp_path)
 
 
-def test_reads_that_come_in_pieces(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def few(descriptor: int, buffer: memoryview, offset: int) -> int:
         return platform.read_at(descriptor, buffer[:7], offset)
 
@@ -81,14 +82,22 @@ def test_reads_that_come_in_pieces(files: list[Path], monkeypatch: pytest.Monkey
     assert bytes(buffer) == files[3].read_bytes()
 
 
-def test_what_goes_wrong_is_said(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def raise_too_many_files(*arguments: object) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_errors_name_the_file_and_the_reason(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = Reader()
-    with pytest.raises(CheckpointError, match=r"ends at byte 1000, where its header promises more"):
+    with pytest.raises(CheckpointError, match=r"ends at byte 1000, before the end of a tensor"):
         reader.read(files[0], 900, memoryview(bytearray(200)))
-    with pytest.raises(CheckpointError, match=r"gone: can't be opened any more \(No such file"):
+    with pytest.raises(CheckpointError, match=r"gone: there is no such file \(No such file.*put the file back"):
         reader.read(tmp_path / "gone", 0, memoryview(bytearray(1)))
-    with pytest.raises(EnvironmentFailure, match="can't be opened .File name too long"):
-        reader.read(tmp_path / ("x" * 300), 0, memoryview(bytearray(1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", raise_too_many_files)
+        with pytest.raises(EnvironmentFailure, match="can't be read .Too many open files"):
+            reader.read(files[2], 0, memoryview(bytearray(1)))
 
     def fail(*arguments: object) -> int:
         raise OSError(5, "Input/output error")
@@ -99,11 +108,11 @@ def test_what_goes_wrong_is_said(files: list[Path], tmp_path: Path, monkeypatch:
     reader.close()
 
 
-def test_an_empty_read_is_none(files: list[Path]) -> None:
+def test_an_empty_read(files: list[Path]) -> None:
     Reader().read(files[0], 1000, memoryview(b""))
 
 
-def test_the_page_cache_can_be_let_go_of(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_can_be_dropped_from_the_page_cache(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     dropped = []
     monkeypatch.setattr(reading, "forget_cached", lambda descriptor, offset, nbytes: dropped.append((offset, nbytes)))
     for keep in (True, False):

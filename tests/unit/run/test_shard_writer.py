@@ -18,9 +18,10 @@ from mergeloom.engine.run.recovery.recover import RecoveredState, recover
 from mergeloom.engine.run.shard_writer import ShardWriter, records_of
 from mergeloom.engine.run.transfers import Transfer, plan_transfers
 from mergeloom.io.output.digests import tensor_digest
-from mergeloom.io.output.directory import OutputDirectory, ShardFile
+from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.output.journal import Journal, read_journal
+from mergeloom.io.output.shards import ShardFile
 from tests.faults.test_faults import make_blocks_small
 from tests.support.models import write_checkpoint
 
@@ -39,11 +40,11 @@ class Writer:
     def __init__(self, planned: Plan, out: Path, **options: Any) -> None:
         self.plan = planned
         self.graph, self.layout = planned.built.graph, planned.layout
-        self.out = OutputDirectory(out)
+        self.out = OutputDirectory.open(out)
         shards = [ShardFile(each.name, each.header, each.nbytes, each.computed) for each in self.layout.shards]
         self.out.begin(shards)
-        self.durable = recover(self.out.found, self.graph, self.layout, self.out.shard_path)
-        self.journal = Journal(self.out.journal, {"seed": 0}, records_of(self.durable))
+        self.durable = recover(self.out.lock.journal, self.graph, self.layout, self.out.shard_path)
+        self.journal = Journal(self.out.lock.journal_path, {"seed": 0}, records_of(self.durable))
         self.errors: list[BaseException] = []
         self.shards = ShardWriter(
             planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options
@@ -77,7 +78,7 @@ class Writer:
 
     def check_claims(self) -> RecoveredState:
         """What the journal says must be there already."""
-        found = read_journal(self.out.journal)
+        found = read_journal(self.out.lock.journal_path)
         durable = recover(found, self.graph, self.layout, self.out.shard_path)
         assert durable.damaged == 0
         for node, nbytes in durable.done(self.graph, self.layout).items():

@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 that speaks the Hugging Face Hub's metadata and file endpoints, with faults on demand.
+"""A server on 127.0.0.1 with the metadata and file endpoints of the Hugging Face Hub, and injected faults.
 
 Large files are redirected to a second server, on another port, as the Hub redirects to its content delivery network;
 small ones to another path of the same. Every request is logged with the bytes of its body that were sent.
@@ -26,7 +26,7 @@ LARGE = (".safetensors", ".bin", ".model")
 
 @dataclass(slots=True)
 class Served:
-    """A request and what was answered: `file` is its path in the repository, `start` the first byte that it wanted."""
+    """A request and its answer: `file` is the path in the repository, `start` the first requested byte."""
 
     method: str
     target: str
@@ -40,7 +40,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file at one commit: `sha256` is None for those that git itself holds."""
+    """A file at one commit; `sha256` is None for files that are not in LFS."""
 
     name: str
     data: bytes
@@ -54,7 +54,7 @@ class StoredFile:
 
 @dataclass(slots=True)
 class Commit:
-    """A repository at one commit; `alter` changes what its listing says."""
+    """A repository at one commit; `alter` modifies its listing."""
 
     sha: str
     files: dict[str, StoredFile]
@@ -73,7 +73,7 @@ class Repo:
 
 @dataclass(slots=True)
 class Fault:
-    """What goes wrong with the next `times` requests whose method and target match.
+    """A fault of the next `times` requests whose method and target match.
 
     Args:
         pattern: searched in ``GET /the/target``.
@@ -96,7 +96,7 @@ class Fault:
 
 
 def git_hash(data: bytes) -> str:
-    """The name that git gives to a file's content."""
+    """The git blob hash of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -121,7 +121,7 @@ class HubServer:
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
     def add(self, repo: str, source: Mapping[str, bytes], *, revision: str = "main") -> Commit:
-        """Commit files by name; `revision` then stands for them."""
+        """Commit files by name, and make `revision` refer to the commit."""
         files = {name: store(name, data) for name, data in sorted(source.items())}
         self.blobs |= {file.etag: file for file in files.values()}
         sha = hashlib.sha1("".join(name + file.etag for name, file in files.items()).encode()).hexdigest()
@@ -130,16 +130,16 @@ class HubServer:
         return stored.commits.setdefault(sha, Commit(sha, files))
 
     def fail(self, pattern: str, **what: Any) -> Fault:
-        """Let the next matching requests go wrong; see `Fault`."""
+        """Inject a fault into the next matching requests; see `Fault`."""
         self.faults.append(Fault(pattern, **what))
         return self.faults[-1]
 
     def sent(self, pattern: str = "") -> int:
-        """Bytes of the bodies that were sent for files whose names match."""
+        """The number of body bytes sent for files whose names match."""
         return sum(served.nbytes for served in self.log if re.search(pattern, served.file or served.target))
 
     def fetched(self) -> set[str]:
-        """The files of which anything was sent."""
+        """The files of which any bytes were sent."""
         return {served.file for served in self.log if served.file and served.nbytes}
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class HubServer:
             server.server_close()
 
     def take_fault(self, line: str) -> Fault | None:
-        """The fault that is to happen to a request, if any."""
+        """The fault to inject into a request, if any."""
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, line):
@@ -173,7 +173,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is nothing to print."""
+        """Ignore clients that closed the connection."""
 
 
 def _listen(hub: HubServer, cdn: bool) -> _Server:
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
     # -------------------------------------------------------------------------------------------- endpoints
 
     def _find(self, name: str, revision: str) -> tuple[Repo, Commit] | None:
-        """A repository's commit; None after a refusal was sent."""
+        """The requested commit of a repository; None after an error was sent."""
         repo = self.hub.repos.get(name)
         if repo is None or (repo.access == "private" and self.token not in repo.readers):
             self._refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")

@@ -1,4 +1,4 @@
-"""Numbers and names in words."""
+"""Formatting of sizes, counts, durations, ranges and names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergeloom.io.sizes import parse_size
-from mergeloom.io.wording import big_number, clean, data_size, duration, listed, memory_size, plural, ranges, rate
+from mergeloom.io.units import big_number, clean, data_size, duration, listed, memory_size, plural, ranges, rate
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_data_size(nbytes: int, text: str) -> None:
 
 
 @given(st.integers(1, 10**14))
-def test_sizes_can_be_given_back_as_options(nbytes: int) -> None:
+def test_memory_sizes_parse_as_options(nbytes: int) -> None:
     assert parse_size(data_size(nbytes)) == pytest.approx(nbytes, rel=0.006)
     assert parse_size(memory_size(nbytes, up=True)) >= nbytes
 
@@ -73,7 +73,7 @@ def test_listed() -> None:
 
 
 @given(st.text())
-def test_clean_text_holds_nothing_that_a_terminal_obeys(text: str) -> None:
+def test_clean_escapes_terminal_sequences(text: str) -> None:
     cleaned = clean(text)
     assert all(c.isprintable() or c == "\n" for c in cleaned)
     cleaned.encode()

@@ -34,7 +34,7 @@ def overwrite(file: Path, offset: int) -> None:
 def test_an_identity_is_32_hex_digits_and_stays_the_same(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     write(file, 100)
-    # A change of the scheme changes every identity, so that no unfinished merge can go on: not without a reason.
+    # Changing the scheme changes every identity, so no unfinished merge can be resumed: not without a reason.
     assert file_identity(file) == "83de804c562f41982b76ed3471bb82e1"
 
 
@@ -118,5 +118,5 @@ def test_samples_are_evenly_spaced_from_the_first_byte_to_the_last(start: int, n
 def test_a_file_too_short_for_its_header_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes((100).to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="truncated"):
         file_identity(file)

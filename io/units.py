@@ -1,6 +1,6 @@
-"""Numbers and names in words: sizes, counts, rates, times and layer ranges as reports and progress show them.
+"""Formats numbers and names for people: sizes, counts, rates, durations, layer ranges, short lists.
 
-Memory is in KiB to TiB, as budgets are given; files and rates are in KB to TB, as disks and the Hub count.
+Memory uses binary units (KiB to TiB), like budgets; files and rates use decimal ones (KB to TB).
 """
 
 from __future__ import annotations
@@ -11,46 +11,46 @@ from .sizes import format_size
 
 
 def memory_size(nbytes: int, *, up: bool = False) -> str:
-    """``1.5GiB``; rounded up where `up` is set, so that it can be given as a budget."""
+    """Format a memory size: ``1.5GiB``. Rounded up if `up` is set, so the result works as a budget."""
     return format_size(nbytes, up=up)
 
 
 def data_size(nbytes: float) -> str:
-    """``2.47GB``: three figures, decimal units."""
+    """Format a file size: ``2.47GB``, with three digits and decimal units."""
     return _scaled(nbytes, ("B", "KB", "MB", "GB", "TB", "PB"))
 
 
 def rate(nbytes: float, seconds: float) -> str:
-    """``1.8GB/s``; ``0B/s`` where no time has passed."""
+    """Format a throughput: ``1.8GB/s``; ``0B/s`` if no time has passed."""
     return f"{data_size(nbytes / seconds if seconds > 0 else 0)}/s"
 
 
 def big_number(number: int) -> str:
-    """``1,235,814,400 (1.24B)``; only the first where that is short."""
+    """Format a count: ``1,235,814,400 (1.24B)``; below 10,000 without the short form."""
     exact = f"{number:,}"
     return exact if number < 10_000 else f"{exact} ({_scaled(number, ('', 'K', 'M', 'B', 'T', 'Q'))})"
 
 
 def plural(number: int, noun: str, nouns: str | None = None) -> str:
-    """``1 tensor``, ``12,345 tensors``; `nouns` is the plural where an s doesn't make it."""
+    """Format a count with its noun: ``1 tensor``, ``12,345 tensors``; `nouns` is the plural if it is irregular."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
-    """``0.42 s``, ``8.3 s``, ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Format a duration: ``0.42 s``, ``8.3 s``, ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds < 9.95:
         return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min"
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """``0-3, 7`` for 0, 1, 2, 3 and 7."""
+    """Format integers as ranges: ``0-3, 7`` for 0, 1, 2, 3 and 7."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and runs[-1][1] == number - 1:
@@ -61,16 +61,16 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    found = list(names)
-    more = f" and {len(found) - most:,} more" if len(found) > most else ""
-    return ", ".join(found[:most]) + more
+    """Format the first few names and the number of the others: ``a, b, c and 4 more``."""
+    items = list(names)
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 def clean(text: str) -> str:
-    """`text` with everything that a terminal would obey, or can't show, escaped; line breaks stay.
+    """Escape control and unprintable characters except line breaks.
 
-    Names of tensors and files come from others, and may hold anything.
+    Names of tensors and files come from untrusted files and may contain terminal escape sequences.
     """
     if text.isprintable():
         return text
@@ -79,12 +79,12 @@ def clean(text: str) -> str:
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:
     size = float(number)
-    place = 0
-    while size >= 999.5 and place < len(units) - 1:
+    exponent = 0
+    while size >= 999.5 and exponent < len(units) - 1:
         size /= 1000
-        place += 1
-    if place == 0:
+        exponent += 1
+    if exponent == 0:
         return f"{size:.0f}{units[0]}"
-    figures = 2 if size < 9.995 else (1 if size < 99.95 else 0)
-    text = f"{size:.{figures}f}"
-    return (text.rstrip("0").rstrip(".") if figures else text) + units[place]
+    decimals = 2 if size < 9.995 else (1 if size < 99.95 else 0)
+    text = f"{size:.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if decimals else text) + units[exponent]
