@@ -13,39 +13,15 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from ....errors import CheckpointError
 from ...graph.graph import Kind, MergeGraph
 from .checks import Check, Checked, Read, run_checks
+from .records import JournalRecord, SourceRange, SourceRead
 
 _MODULUS = 1 << 128
-
-
-@dataclass(slots=True)
-class SourceRange:
-    """A range of a source tensor that was read.
-
-    Args:
-        start: its first byte, counted from the start of the tensor.
-        end: the byte after its last one.
-        piece: the size in bytes of the pieces that were digested; the last one may be shorter.
-        digest: the sum of the XXH3-128 of all pieces, each seeded with its own first byte, modulo 2**128. A sum does
-            not depend on the order in which the lanes read the pieces.
-    """
-
-    start: int
-    end: int
-    piece: int
-    digest: int
-
-    def joins(self, following: SourceRange) -> bool:
-        """Whether the range and the following one can be written as one range."""
-        same = following.piece == self.piece
-        last = following.end - following.start == following.piece < self.piece
-        return self.end == following.start and (self.end - self.start) % self.piece == 0 and (same or last)
 
 
 Ranges = Mapping[int, Sequence[SourceRange]]
@@ -91,8 +67,8 @@ class SourceDigests:
                 self._cover(read, start, end)
                 _insert(self._pending.setdefault(read, []), SourceRange(start, end, len(data), digest))
 
-    def take(self) -> list[dict[str, Any]]:
-        """Journal records of all that was digested since the last call."""
+    def take(self) -> list[SourceRead]:
+        """Return journal records of the ranges that were digested since the last call."""
         with self._lock:
             pending, self._pending = self._pending, {}
         return list(source_records(pending))
@@ -143,38 +119,25 @@ def _insert(ranges: list[SourceRange], added: SourceRange) -> None:
             following = ranges.pop(first + 1)
             before = ranges[first]
             digest = (before.digest + following.digest) % _MODULUS
-            ranges[first] = SourceRange(before.start, following.end, before.piece, digest)
+            ranges[first] = SourceRange(before.start, following.end, before.chunk, digest)
 
 
 # ------------------------------------------------------------------------------------------------ the journal
 
 
-def source_records(ranges: Ranges) -> Iterator[dict[str, Any]]:
-    """Ranges as records of a journal."""
-    for read, found in sorted(ranges.items()):
-        yield {"source": read, "ranges": [[each.start, each.end, each.piece, f"{each.digest:032x}"] for each in found]}
+def source_records(ranges: Ranges) -> Iterator[SourceRead]:
+    """Return ranges as journal records."""
+    for read, digested in sorted(ranges.items()):
+        yield SourceRead(read, tuple(digested))
 
 
-def source_ranges(records: Iterable[Mapping[str, Any]], graph: MergeGraph) -> dict[int, list[SourceRange]]:
-    """The ranges that the records of a journal name; what does not fit the graph is passed over."""
-    found: dict[int, list[SourceRange]] = {}
+def source_ranges(records: Iterable[JournalRecord]) -> dict[int, list[SourceRange]]:
+    """Collect the ranges that journal records name, by read number."""
+    ranges: dict[int, list[SourceRange]] = {}
     for record in records:
-        read, ranges = record.get("source"), record.get("ranges")
-        if isinstance(read, int) and 0 <= read < len(graph.reads) and isinstance(ranges, list):
-            parsed = [_parsed(entry, graph.reads[read].nbytes) for entry in ranges]
-            found.setdefault(read, []).extend(each for each in parsed if each is not None)
-    return found
-
-
-def _parsed(entry: Any, nbytes: int) -> SourceRange | None:
-    if not (isinstance(entry, list) and [type(value) for value in entry] == [int, int, int, str]):
-        return None
-    start, end, piece, text = entry
-    try:
-        digest = int(text, 16)
-    except ValueError:
-        return None
-    return SourceRange(start, end, piece, digest) if 0 <= start < end <= nbytes and 0 < piece <= end - start else None
+        if isinstance(record, SourceRead):
+            ranges.setdefault(record.read, []).extend(record.ranges)
+    return ranges
 
 
 # ------------------------------------------------------------------------------------------------ resuming
@@ -272,13 +235,13 @@ class _RangeCheck(Check):
 
     def run(self, read: Read) -> None:
         found = 0
-        for start in range(self.range.start, self.range.end, self.range.piece):
+        for start in range(self.range.start, self.range.end, self.range.chunk):
             piece = xxhash.xxh3_128(seed=start)
-            for data in read(self.file, self.offset + start, min(self.range.piece, self.range.end - start)):
+            for data in read(self.file, self.offset + start, min(self.range.chunk, self.range.end - start)):
                 piece.update(data)
             found += piece.intdigest()
         if found % _MODULUS != self.range.digest:
-            raise source_changed(self.file, f"tensor {self.name} is not what was read of it")
+            raise source_changed(self.file, f"tensor {self.name} differs from what was read before")
 
 
 def source_changed(file: Path, reason: str) -> CheckpointError:
