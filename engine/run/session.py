@@ -208,9 +208,8 @@ class MergeSession:
             compared = check_sources(graph, changed, recovered.sources, used, threads, watch)
             recovered.bytes_read += compared
             names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
-            same = f"the {data_size(compared)} read from them are unchanged" if compared else "none of their data was used"
-                f"the {data_size(compared)} read from them are unchanged" if compared else "no data from them was used"
-            )
+            unchanged = f"the {data_size(compared)} read from them are unchanged"
+            same = unchanged if compared else "none of their data was used"
             self._say(f"warning: written to or replaced since the merge began: {names}; {same}, so the merge resumes")
         return recovered
 

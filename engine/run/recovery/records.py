@@ -265,7 +265,5 @@ def _source_range(entry: Any) -> SourceRange | None:
     if not (isinstance(entry, list) and [type(value) for value in entry] == [int, int, int, str]):
         return None
     start, end, chunk, text = entry
-    try:
-        return SourceRange(start, end, chunk, int(text, 16))
-    except ValueError:
-        return None
+    digest = _digest(text)
+    return None if digest is None else SourceRange(start, end, chunk, int.from_bytes(digest))
