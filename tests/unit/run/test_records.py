@@ -103,7 +103,7 @@ def is_valid(record: JournalRecord) -> bool:
         case BlocksWritten(node, first, blocks, tail):
             end = first + len(blocks)
             left = min(BLOCK, NBYTES - end * BLOCK)
-            fits = node == 0 and 0 <= first and end <= 13 and all(len(block) == 16 for block in blocks)
+            fits = node == 0 and first >= 0 and end <= 13 and all(len(block) == 16 for block in blocks)
             return fits and (tail is None or (0 < tail.nbytes < left and len(tail.digest) == 16))
         case RangeCopied(shard, start, end):
             return shard == 0 and 0 <= start <= end
