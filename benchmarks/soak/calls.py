@@ -25,7 +25,7 @@ def small(family: Family) -> Iterator[tuple[Plan, dict[str, str], Path]]:
     """A small merge with many commits, in small blocks; its digests, and a directory."""
     import pytest
 
-    from tests.support.small_merge import GROUP, make_blocks_small, make_plan
+    from tests.support.merges.small import GROUP, make_blocks_small, make_plan
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=family.directory) as name:
         make_blocks_small(patch)
@@ -36,7 +36,7 @@ def small(family: Family) -> Iterator[tuple[Plan, dict[str, str], Path]]:
 
 def between_calls(family: Family, times: int, chance: random.Random) -> None:
     """A kill between any two system calls that change files: SIGKILL, and torn writes."""
-    from tests.support.small_merge import GROUP as SMALL_GROUP
+    from tests.support.merges.small import GROUP as SMALL_GROUP
 
     tried = 0
     with small(family) as (planned, expected, directory):
@@ -74,7 +74,7 @@ def between_calls(family: Family, times: int, chance: random.Random) -> None:
 
 def power(family: Family, times: int, chance: random.Random) -> None:
     """Power failures: what was not synced is lost, in part or all of it, once or several times on end."""
-    from tests.support.small_merge import GROUP as SMALL_GROUP
+    from tests.support.merges.small import GROUP as SMALL_GROUP
 
     tried = lost = 0
     with small(family) as (planned, expected, directory):

@@ -22,9 +22,9 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.reading import Reader, Stamp, stamps_of
 from tests.support.faults import Disk, Fail, Kill, Stopped, watching
+from tests.support.merges.small import GROUP, OPTIONS, make_blocks_small, make_plan
 from tests.support.models.write import write_checkpoint
 from tests.support.outputs import digests
-from tests.support.small_merge import GROUP, OPTIONS, make_blocks_small, make_plan
 from tests.support.waiting import wait_until
 
 

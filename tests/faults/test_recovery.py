@@ -14,9 +14,9 @@ from mergeloom.errors import EnvironmentFailure, UsageError
 from mergeloom.io.output.directory import WORK, OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal
 from tests.support.faults import Stopped
+from tests.support.merges.resumable import OPTIONS, interrupt, recipe, run, write_models
+from tests.support.merges.small import make_blocks_small
 from tests.support.outputs import digests
-from tests.support.resumable import OPTIONS, interrupt, recipe, run, write_models
-from tests.support.small_merge import make_blocks_small
 
 
 @pytest.fixture(scope="module", autouse=True)

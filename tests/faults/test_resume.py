@@ -16,10 +16,10 @@ from mergeloom.errors import CheckpointError, EnvironmentFailure, UsageError
 from mergeloom.io.output.directory import WORK, OutputDirectory
 from mergeloom.report.plan import summary_sections
 from tests.support.faults import Kill, Stopped, watching
+from tests.support.merges.resumable import OPTIONS, SHAPES, interrupt, recipe, run, write_models
+from tests.support.merges.small import make_blocks_small
 from tests.support.models.write import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
-from tests.support.resumable import OPTIONS, SHAPES, interrupt, recipe, run, write_models
-from tests.support.small_merge import make_blocks_small
 
 
 @pytest.fixture(scope="module", autouse=True)

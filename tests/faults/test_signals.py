@@ -18,9 +18,9 @@ from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.run.merge import merge
 from mergeloom.errors import EnvironmentFailure, Interrupted, MergeloomError
 from mergeloom.io.output.directory import WORK
+from tests.support.merges.resumable import OPTIONS, recipe, run, write_models
+from tests.support.merges.small import make_blocks_small
 from tests.support.outputs import digests
-from tests.support.resumable import OPTIONS, recipe, run, write_models
-from tests.support.small_merge import make_blocks_small
 from tests.support.waiting import HANG_SECONDS, no_hang
 
 

@@ -26,7 +26,8 @@ from mergeloom.io.output import directory as output
 from mergeloom.io.output import lock as claim
 from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.lock import MANIFEST, STAGE, WORK
-from tests.support.destinations import (
+from tests.support.faults import Stopped
+from tests.support.merges.destinations import (
     OPTIONS,
     SHAPES,
     in_use,
@@ -37,7 +38,6 @@ from tests.support.destinations import (
     write_models,
     write_recipe,
 )
-from tests.support.faults import Stopped
 from tests.support.models.write import write_checkpoint
 from tests.support.outputs import digests
 

@@ -15,9 +15,9 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.errors import EnvironmentFailure, UsageError
 from mergeloom.io.hub.repository import HubFile
 from mergeloom.io.output.lock import WORK, Content, classify
-from tests.support.destinations import OPTIONS, in_use, interrupted, make, write_models, write_recipe
 from tests.support.hub import ID, contents, hub, local, model
 from tests.support.hub_server import HubServer
+from tests.support.merges.destinations import OPTIONS, in_use, interrupted, make, write_models, write_recipe
 
 __all__ = ["contents", "hub", "local", "model"]  # fixtures
 

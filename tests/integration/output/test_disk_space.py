@@ -16,7 +16,7 @@ from mergeloom.io.output.directory import OutputDirectory, ShardFile, missing_sp
 from mergeloom.io.output.journal import Journal
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
-from tests.support.destinations import write_models, write_recipe
+from tests.support.merges.destinations import write_models, write_recipe
 
 
 @pytest.fixture

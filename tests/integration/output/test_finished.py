@@ -14,8 +14,8 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import CheckpointError, UsageError
 from mergeloom.io.companions import is_loader_file
-from tests.support.companion_names import OTHER, TOKENIZER
-from tests.support.verified import Merge, append_byte, flip, forge, make_merge, position_of, problems
+from tests.support.merges.verified import Merge, append_byte, flip, forge, make_merge, position_of, problems
+from tests.support.models.companions import OTHER, TOKENIZER
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
 from mergeloom.io.companions import FileKind, companion_files
 from mergeloom.io.output.file_copy import copy_file
-from tests.support.companion_names import OTHER, TOKENIZER
+from tests.support.models.companions import OTHER, TOKENIZER
 
 
 def write(directory: Path, *names: str) -> None:

@@ -25,8 +25,8 @@ from mergeloom.engine.run.recovery.records import (
     block_count,
     parse_records,
 )
+from tests.support.merges.small import make_blocks_small
 from tests.support.models.write import write_checkpoint
-from tests.support.small_merge import make_blocks_small
 
 A, B, C = bytes(range(16)), bytes(range(16, 32)), bytes(16)
 BLOCK = 16 << 10

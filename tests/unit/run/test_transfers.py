@@ -18,7 +18,7 @@ from mergeloom.io.output.clone import shareable
 from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.io.task_group import TaskGroup
-from tests.support.layouts import covered, graph_of, graphs, source
+from tests.support.merges.layouts import covered, graph_of, graphs, source
 
 
 def check(graph: MergeGraph, layout: Layout, nodes: set[int], transfers: Sequence[Transfer]) -> None:
