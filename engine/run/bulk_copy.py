@@ -171,7 +171,7 @@ def digests_of_sources(
         threads: maximum number of threads that read.
         stamps: expected stamps of the source files.
         count: function that is called with the number of bytes read, from one thread at a time.
-        watch: function that is called at intervals from this thread; an error of it stops the reading.
+        watch: function that is called at intervals from this thread; if it raises, the reading ends.
 
     Returns:
         The block digests of each node.

@@ -33,7 +33,7 @@ def run_lanes(
         plan: plan of the merge.
         schedule: the plan's schedule, or one of the part that is left to do.
         sink: sink that receives the output.
-        notify: function that is called at intervals with the progress; an error of it stops the run.
+        notify: function that is called at intervals with the progress; if it raises, the run ends.
         stamps: expected stamps of the source files; None to accept any.
         done: number of bytes of each node that need not be written, as the schedule was made with.
         observe: function that is called with every range of a source file that is read.

@@ -138,12 +138,8 @@ def merge(
     refuse_input(planned, path)
     directory = OutputDirectory(path, MANIFEST)
     if directory.whole:
-        try:
-            checked = check_finished(planned, directory.status)
-        finally:
-            directory.close()
-        tell(f"{directory.path} is already complete, nothing to do: {checked}")
-        return Result(planned, directory.path, Measured(), process_memory().peak, peak_before=before)
+        tell(f"{path} is already complete, nothing to do: {_check_complete(planned, directory)}")
+        return Result(planned, path, Measured(), process_memory().peak, peak_before=before)
     session = MergeSession(
         planned,
         directory,
@@ -153,7 +149,15 @@ def merge(
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)
-    return Result(session.plan, directory.path, measured, process_memory().peak, session.earlier, before)
+    return Result(session.plan, path, measured, process_memory().peak, session.earlier, before)
+
+
+def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
+    """Check that a complete OUT is the planned merge, and release it. Return what was checked, for the user."""
+    try:
+        return check_finished(planned, directory.status)
+    finally:
+        directory.close()
 
 
 def missing_files(planned: Plan) -> list[HubFile]:

@@ -44,7 +44,7 @@ def expected(small_blocks: None, planned: Plan, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Digest blocks of 16 KiB, and pieces of 4, so that small tensors have several."""
+    """Digest blocks of 16 KiB and chunks of 4 KiB: small tensors have several."""
     with pytest.MonkeyPatch.context() as patch:
         make_blocks_small(patch)
         yield
@@ -66,7 +66,7 @@ def stopped(planned: Plan, out: Path, watch: Callable[..., None]) -> bool:
 
 
 def points(planned: Plan, out: Path) -> int:
-    """How many calls change files during a whole merge."""
+    """Number of calls that change files during an uninterrupted merge."""
     kill = Kill()
     assert not stopped(planned, out, kill)
     return len(kill.calls)
@@ -167,7 +167,7 @@ def test_any_call_may_fail(planned: Plan, expected: dict[str, str], tmp_path: Pa
 
 
 def test_a_record_after_a_torn_one_is_not_lost(planned: Plan, expected: dict[str, str], tmp_path: Path) -> None:
-    """A journal that could not be added to must not be added to behind what was written of it."""
+    """After a failed append, nothing may be appended behind the torn record."""
     out = tmp_path / "out"
     with watching(Fail(errno.ENOSPC, 2, "write", ending="journal", partly=True)), pytest.raises(DiskSpaceError):
         run(planned, out)

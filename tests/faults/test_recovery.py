@@ -146,7 +146,7 @@ def test_half_published_files_are_nobody_elses(models: list[Path], tmp_path: Pat
     with pytest.raises(UsageError, match="this one differs from it"):
         run(other, out)
     shutil.copytree(out, tmp_path / "copy")
-    shutil.rmtree(models[0] / "chat_templates")  # so that what is published already isn't part of it any more
+    shutil.rmtree(models[0] / "chat_templates")  # a published file that the merge no longer writes
     run(recipe(models), out)
     assert digests(out) == digests(tmp_path / "whole")
     run(other, tmp_path / "copy", fresh=True)

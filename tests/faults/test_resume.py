@@ -51,7 +51,7 @@ def test_what_was_done_is_not_done_again(models: list[Path], tmp_path: Path) -> 
     assert len(said) == 1
     assert re.fullmatch(r"resuming: \d+KB of 402KB already written and checked, \S+KB left", said[0])
     merged = [progress for progress in shown if not progress.bytes_to_check]
-    assert merged[0].bytes_written >= result.earlier.bytes_written  # the display shows the whole merge
+    assert merged[0].bytes_written >= result.earlier.bytes_written  # the display shows the complete merge
     checked = [progress for progress in shown if progress.bytes_to_check]
     assert checked[-1].bytes_checked == checked[-1].bytes_to_check == result.measured.bytes_checked
     assert checked[-1].bytes_checked >= result.earlier.bytes_written

@@ -210,7 +210,7 @@ def test_a_flipped_bit_in_any_durable_range_does_not_survive(
     assert measured.bytes_shared + earlier.bytes_shared == result.plan.bytes_shared
     assert measured.bytes_written + earlier.bytes_written == result.plan.bytes_written
     assert any("of copied tensors differ from their sources" in text for text in said) == (ways == {"clone"}), said
-    if len(ways) == 2:  # all of it came through the process
+    if len(ways) == 2:  # the process read every byte
         assert any("blocks of the unfinished merge differ from the journal" in text for text in said), said
 
 
@@ -253,7 +253,7 @@ def test_a_source_that_changes_meanwhile(what: str, disk: Path, out: Path, monke
     assert not (out / "mergeloom.json").exists()
 
 
-# ------------------------------------------------------------------------------------------------ vouched for
+# ------------------------------------------------------------------------------------------------ digests and sources
 
 
 @pytest.mark.root

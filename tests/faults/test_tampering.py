@@ -138,7 +138,7 @@ def test_an_input_of_which_used_bytes_have_changed_is_refused(
     planned = plan(what, OPTIONS)
 
     def chosen(found: Found | None) -> int | None:
-        """A node that is durable; for a method with reductions one that is only begun: they went through all of it."""
+        """A durable node; for a method with reductions, an incomplete one, whose sources were read completely."""
         for node, blocks in started(found).items():
             whole = blocks * BLOCK >= planned.built.graph.nbytes(node)
             if whole if method == "linear" else blocks and not whole:

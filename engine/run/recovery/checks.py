@@ -53,7 +53,7 @@ def run_checks(checks: Sequence[Check], threads: int, watch: Callable[[Checked],
     Args:
         checks: checks in the order in which they start.
         threads: number of threads.
-        watch: function that is called at intervals from this thread; an error of it ends the checks.
+        watch: function that is called at intervals from this thread; if it raises, the checks end.
 
     Raises:
         MergeloomError: a check failed, or a file could not be read.

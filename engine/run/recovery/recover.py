@@ -120,7 +120,7 @@ def recover(
         shard_path: function that returns the path of a shard.
         sharing: source files that are reflinked; tensors of these files are reflinked again.
         threads: number of threads that read.
-        watch: function that is called at intervals; an error of it ends the checks.
+        watch: function that is called at intervals; if it raises, the checks end.
 
     Raises:
         MergeloomError: a source file of a copy can't be read.

@@ -46,7 +46,7 @@ class SourceDigests:
                 self._cover(read, known_range.start, known_range.end)
 
     def add(self, file: Path, offset: int, data: memoryview) -> None:
-        """Digest a chunk of a source file, unless all of it is digested already.
+        """Digest a chunk of a source file, unless it is already digested.
 
         Args:
             file: source file.
@@ -188,7 +188,7 @@ def check_sources(
         ranges: ranges with at least one used byte, as the journal has them.
         used: number of the first bytes of each read that were used.
         threads: number of threads that read.
-        watch: function that is called at intervals; an error of it stops the comparison.
+        watch: function that is called at intervals; if it raises, the comparison ends.
 
     Returns:
         The number of bytes that were compared.

@@ -27,7 +27,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(merged: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of the finished merge."""
     return Path(shutil.copytree(merged, tmp_path / "out"))
 
 

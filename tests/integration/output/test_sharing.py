@@ -32,7 +32,7 @@ from tests.support.models.write import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
 from tests.support.stacks import MODEL, ROOMY, WITHOUT, as_foretold, mixed, same_as_by_lanes, sliced, stacked, weights
 
-# ------------------------------------------------------------------------------------------------ placing, anywhere
+# ------------------------------------------------------------------------------------------------ on any file system
 
 
 def test_a_plan_is_placed_once(llamas: dict[str, Path], tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_where_blocks_cannot_be_shared_the_kernel_copies_what_is_used_once(
     as_foretold(result)
 
 
-@pytest.mark.skipif(mount_of(Path("/dev/shm")).kind != "tmpfs", reason="/dev/shm is no tmpfs")
+@pytest.mark.skipif(mount_of(Path("/dev/shm")).kind != "tmpfs", reason="/dev/shm is not a tmpfs")
 def test_files_that_lie_in_memory(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         model = write_checkpoint(Path(memory) / "a", MODEL, fill=4, shard_bytes=3_000_000)

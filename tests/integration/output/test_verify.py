@@ -38,7 +38,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(merged: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of the finished merge."""
     return Path(shutil.copytree(merged, tmp_path / "out"))
 
 
@@ -73,7 +73,7 @@ def test_every_flipped_bit_is_found(out: Path) -> None:
     for _ in range(FLIPS):
         file = chance.choices(files, weights)[0]
         data = bytearray(file.read_bytes())
-        # headers are short beside the data, and get a part of their own
+        # headers are short compared with the data, and get a part of their own
         place = chance.randrange(len(data) if chance.random() < 0.7 else min(len(data), 4096))
         data[place] ^= 1 << chance.randrange(8)
         before = file.read_bytes()

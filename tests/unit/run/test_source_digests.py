@@ -1,4 +1,4 @@
-"""Digests of used source bytes: each byte once, whatever the order, the pieces and the number of passes."""
+"""Digests of used source bytes: each byte once, for any order, chunk size and number of passes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def bounds(record: SourceRead) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("piece", [1000, 4096, NBYTES, NBYTES + 1])
 @pytest.mark.parametrize("order", ["in order", "backwards", "shuffled"])
-def test_pieces_of_any_size_in_any_order_are_one_range(model: Path, piece: int, order: str) -> None:
+def test_chunks_of_any_size_in_any_order_are_one_range(model: Path, piece: int, order: str) -> None:
     graph = graph_of(model)
     digests = SourceDigests(graph)
     pieces = [(start, min(start + piece, NBYTES)) for start in range(0, NBYTES, piece)]
@@ -83,7 +83,7 @@ def test_pieces_of_any_size_in_any_order_are_one_range(model: Path, piece: int, 
     assert digests.take() == []
 
 
-def test_what_was_read_in_other_pieces_is_digested_where_it_is_new(model: Path) -> None:
+def test_only_new_bytes_of_overlapping_chunks_are_digested(model: Path) -> None:
     graph = graph_of(model)
     digests = SourceDigests(graph)
     read(graph, digests, 0, 0, 5000)
@@ -102,8 +102,8 @@ def test_what_was_read_in_other_pieces_is_digested_where_it_is_new(model: Path) 
         check(graph, first, {0: 15_000})
 
 
-def test_pieces_that_change_places_are_seen(model: Path) -> None:
-    """The sum of their digests would be the same if a piece's place did not count."""
+def test_swapped_chunks_are_detected(model: Path) -> None:
+    """Without the offset as the seed, the sum of the digests would be the same."""
     graph = graph_of(model)
     digests = SourceDigests(graph)
     for start in range(0, NBYTES, 6400):
@@ -141,7 +141,7 @@ def test_many_threads(model: Path) -> None:
     assert check(graph, taken, {0: NBYTES, 1: NBYTES}) == 2 * NBYTES  # each piece once
 
 
-def test_what_the_journal_has_is_not_digested_again(model: Path) -> None:
+def test_journaled_ranges_are_not_digested_again(model: Path) -> None:
     graph = graph_of(model)
     digests = SourceDigests(graph)
     read(graph, digests, 0, 0, 5000)
@@ -150,8 +150,8 @@ def test_what_the_journal_has_is_not_digested_again(model: Path) -> None:
     assert again.take() == []
 
 
-def test_how_much_of_a_source_was_used(model: Path) -> None:
-    """Of a single pass what its first bytes were made of; of several passes all of it."""
+def test_used_bytes_of_a_source(model: Path) -> None:
+    """With one pass, the source of the first bytes; with several passes, the complete source."""
     simple = graph_of(model)
     assert used_bytes(simple, {}) == used_bytes(simple, {0: 0}) == {}
     assert used_bytes(simple, {0: 2}) == {0: NBYTES}  # a chunk has at least 32768 elements
@@ -168,7 +168,7 @@ def test_how_much_of_a_source_was_used(model: Path) -> None:
     assert all(used[read] == passes.reads[read].nbytes for read in used)
 
 
-def test_hostile_records_are_passed_over(model: Path) -> None:
+def test_malformed_records_are_ignored(model: Path) -> None:
     graph = graph_of(model)
     good = [0, 10, 10, "0" * 32]
     ranges: list[Any] = [None, 1, "abc", [], [0, 10, 10], [*good, 1], [-1, 10, 5, "0"], [0, NBYTES + 1, 1, "0"]]
