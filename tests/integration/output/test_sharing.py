@@ -139,7 +139,7 @@ def test_what_a_file_system_cannot_be_asked_its_type_tells(
     ],
 )
 def test_refusals_in_words(number: int, kind: str, same: bool, words: str) -> None:
-    assert words in sharing._words(number, kind, same)
+    assert words in sharing._reason(number, kind, same)
 
 
 def test_a_rehearsal_of_a_placed_plan_goes_through_the_lanes(llamas: dict[str, Path], tmp_path: Path) -> None:
