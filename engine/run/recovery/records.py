@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from ....io.output.digests import BLOCK_BYTES
 from ....io.output.publishing import Publishing
@@ -248,8 +248,8 @@ def block_count(graph: MergeGraph, node: int) -> int:
     return -(-graph.nbytes(node) // BLOCK_BYTES)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) is int  # and not a bool, which JSON distinguishes
+def _is_number(value: Any) -> TypeGuard[int]:
+    return type(value) is int  # a bool is an int, but not in JSON
 
 
 def _digest(text: Any) -> bytes | None:
