@@ -175,8 +175,8 @@ class OutputDirectory:
         """Write `data` at `offset` of a shard. Thread-safe."""
         path = self.shard_path(shard)
         with translating_os_errors(self.path, f"writing {len(data)} bytes to {path.name}"):
-            if self._preallocator is not None and self._preallocator.error is not None:
-                raise self._preallocator.error
+            if self._reservation is not None:
+                self._reservation.check()
             descriptor = self._files.acquire(path)
             try:
                 write_at(descriptor, data, offset)

@@ -14,7 +14,6 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -23,7 +22,8 @@ from types import TracebackType
 from ...errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
 from ..os_errors import translate_os_error
 from ..platform import create_file, make_directory, remove_directory, remove_tree, write_at
-from .journal import JournalContent, read_journal
+from .journal import Found, read_journal
+from .publishing import Publishing
 
 WORK = ".mergeloom"
 JOURNAL = "journal"
@@ -292,14 +292,10 @@ def is_complete(path: Path, completion_marker: str) -> bool:
     return bool(completion_marker) and (path / completion_marker).is_file()
 
 
-def published_names(journal: JournalContent) -> list[str]:
-    """The names that an unfinished merge may have published in OUT already, without any that lead out of OUT."""
-    names: Iterable[object] = [name for record in journal.records for name in _as_list(record.get("publish"))]
-    return list(dict.fromkeys(name for name in names if isinstance(name, str) and is_inside(name)))
-
-
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
+def published_names(found: Found) -> list[str]:
+    """The names that an unfinished merge may have given in OUT already; none that leads out of it."""
+    started = (publishing for record in found.records if (publishing := Publishing.from_json(record)) is not None)
+    return list(dict.fromkeys(name for publishing in started for name in publishing.names if is_inside(name)))
 
 
 def is_inside(name: str) -> bool:

@@ -139,9 +139,9 @@ def plan(
     load_rich()
     planned = make_plan(recipe, chosen)
     if out is not None:
-        from ..engine.run.placement import place
+        from ..engine.run.placement import with_reflinks
 
-        planned = place(planned, Path(out))
+        planned = with_reflinks(planned, Path(out))
     if explain is not None:
         _explain(planned, explain, as_json)
         return
@@ -240,9 +240,9 @@ def merge(
             refuse_occupied(classify(Path(out)))  # before planning reads headers from the Hub
         planned = make_plan(recipe, _options(options))
         if out is not None and not discard:
-            from ..engine.run.placement import place
+            from ..engine.run.placement import with_reflinks
 
-            planned = place(planned, Path(out), digests=digests == "full")
+            planned = with_reflinks(planned, Path(out), digests=digests == "full")
         for warning in (*planned.warnings, *_memory_warnings(planned)):
             _say(f"warning: {warning}")
         if not quiet:

@@ -14,7 +14,7 @@ import pytest
 
 from mergeloom.engine.run import bulk_copy as copies
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.placement import place
+from mergeloom.engine.run.placement import with_reflinks
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
@@ -22,11 +22,10 @@ from mergeloom.io import platform
 from mergeloom.io.output import clone as copying
 from mergeloom.io.platform import clone_range
 from mergeloom.report.plan import summary_text
-from tests.integration.test_merge import sliced
 from tests.support.disks import used
 from tests.support.faults import Kill, Stopped, watching
-from tests.support.models import write_checkpoint
-from tests.support.stacks import ROOMY, as_foretold, mixed, same_as_by_lanes, stacked, weights
+from tests.support.models.write import write_checkpoint
+from tests.support.stacks import ROOMY, as_foretold, mixed, same_as_by_lanes, sliced, stacked, weights
 
 REFUSALS = [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]
 
@@ -98,7 +97,7 @@ def test_a_refusal_looks_again_if_there_is_room(disk: Path, out: Path, monkeypat
 @pytest.mark.root
 def test_a_single_file_that_refuses_does_not_end_it(disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = stacked(disk)
-    file = min(place(plan(recipe, ROOMY), out).transfers, key=lambda transfer: transfer.file).file
+    file = min(with_reflinks(plan(recipe, ROOMY), out).transfers, key=lambda transfer: transfer.file).file
     inode = file.stat().st_ino
     total = file.stat().st_size * 3
 
@@ -211,7 +210,7 @@ def test_a_flipped_bit_in_any_durable_range_does_not_survive(
     assert measured.bytes_shared + earlier.bytes_shared == result.plan.bytes_shared
     assert measured.bytes_written + earlier.bytes_written == result.plan.bytes_written
     assert any("of copied tensors differ from their sources" in text for text in said) == (ways == {"clone"}), said
-    if len(ways) == 2:  # all of it came through the process
+    if len(ways) == 2:  # the process read every byte
         assert any("blocks of the unfinished merge differ from the journal" in text for text in said), said
 
 
@@ -254,7 +253,7 @@ def test_a_source_that_changes_meanwhile(what: str, disk: Path, out: Path, monke
     assert not (out / "mergeloom.json").exists()
 
 
-# ------------------------------------------------------------------------------------------------ vouched for
+# ------------------------------------------------------------------------------------------------ digests and sources
 
 
 @pytest.mark.root

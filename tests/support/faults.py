@@ -62,8 +62,8 @@ class Fail:
     """Lets one call fail as the system would, and no other.
 
     Args:
-        number: of the error.
-        at: which call of that kind fails, from 0.
+        number: number of the error.
+        at: index of the call of that kind that fails.
         call: its kind.
         ending: what the name of the file that it is made on ends with.
         partly: whether half of a write gets through.
@@ -102,7 +102,7 @@ def name_of(arguments: tuple[Any, ...]) -> str:
 
 @dataclass(eq=False)
 class _File:
-    """A file: what of it is on the disk, and the writes since."""
+    """A file: its durable content, and the writes since the last sync."""
 
     durable: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)  # (offset, data), or (size, None)

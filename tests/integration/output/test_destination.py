@@ -1,15 +1,12 @@
-"""OUT: every command classifies a directory alike, `plan` reports what `merge` would, and nothing is fetched before."""
+"""OUT in every state: all commands classify it alike, and `plan` reports what `merge` would do."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,96 +20,40 @@ from mergeloom.engine.run import planning
 from mergeloom.engine.run.destination import look_at
 from mergeloom.engine.run.manifest import read_manifest
 from mergeloom.engine.run.merge import merge
-from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
+from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io import platform
-from mergeloom.io.hub.repository import HubFile
 from mergeloom.io.output import directory as output
 from mergeloom.io.output import lock as claim
 from mergeloom.io.output.directory import OutputDirectory
-from mergeloom.io.output.journal import Journal
-from mergeloom.io.output.lock import MANIFEST, STAGE, WORK, Content, classify
-from mergeloom.io.output.shards import ShardFile, missing_space
-from mergeloom.io.safetensors.dtypes import F32
-from mergeloom.io.safetensors.header import build_header
+from mergeloom.io.output.lock import MANIFEST, STAGE, WORK
 from tests.support.faults import Stopped
-from tests.support.hub.fixtures import ID
-from tests.support.hub.server import HubServer
-from tests.support.models import write_checkpoint
+from tests.support.merges.destinations import (
+    OPTIONS,
+    SHAPES,
+    in_use,
+    interrupted,
+    make,
+    recipe_of,
+    run,
+    write_models,
+    write_recipe,
+)
+from tests.support.models.write import write_checkpoint
 from tests.support.outputs import digests
 
-OPTIONS = planning.Options(max_ram=4 << 30, device="cpu", threads=1)
-SHAPES = {f"model.layers.{layer}.w.weight": (64, 50) for layer in range(2)} | {"model.norm.weight": (50,)}
 COMMANDS = ("merge", "plan", "verify", "inspect")
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
     """Two models."""
-    return [write_checkpoint(tmp_path / name, SHAPES, dtype="F32", fill=seed) for seed, name in enumerate("ab")]
-
-
-def recipe_of(models: list[Path], weight: float = 1.0, method: str = "linear") -> dict[str, Any]:
-    named = [{"model": str(model), "parameters": {"weight": weight}} for model in models]
-    return {"merge_method": method, "models": named}
+    return write_models(tmp_path)
 
 
 @pytest.fixture
 def recipe(models: list[Path], tmp_path: Path) -> Path:
-    """A recipe for their mean."""
-    path = tmp_path / "recipe.yml"
-    path.write_text(yaml.safe_dump(recipe_of(models)))
-    return path
-
-
-def interrupted(recipe: Any, out: Path) -> None:
-    """Merge until the first group of bytes is durable."""
-    append = Journal.append
-
-    def stop(self: Journal, records: Any) -> None:
-        append(self, records)
-        if self.records > 1:
-            raise Stopped
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "append", stop)
-        with pytest.raises(Stopped):
-            merge(recipe, out, OPTIONS, group_bytes=1)
-    assert classify(out).content is Content.UNFINISHED
-
-
-@contextmanager
-def in_use(out: Path) -> Iterator[None]:
-    """Another merge at work in OUT."""
-    held = OutputDirectory.open(out, MANIFEST)
-    try:
-        yield
-    finally:
-        held.close()
-
-
-def run(command: str, recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """A command's exit code and what it says on stderr."""
-    capsys.readouterr()
-    merges = command in ("merge", "plan")
-    code = __main__.main(
-        [command, *([str(recipe)] if merges else []), str(out), *(["--quiet"] if command == "merge" else [])]
-    )
-    return code, capsys.readouterr().err
-
-
-def make(content: str, recipe: Any, out: Path) -> None:
-    """Make a directory of a kind."""
-    if content == "finished":
-        merge(recipe, out, OPTIONS)
-    elif content in ("unfinished", "in use"):
-        interrupted(recipe, out)
-    elif content == "foreign":
-        out.mkdir()
-        (out / "notes.txt").write_text("mine")
-    elif content == "a file":
-        out.write_text("mine")
-    elif content == "empty":
-        out.mkdir()
+    """A recipe for the mean of two models."""
+    return write_recipe(models, tmp_path)
 
 
 # for each kind of directory: what every command calls it, and for each command its exit code
@@ -343,179 +284,6 @@ def test_the_manifest_names_each_model_once(
     assert manifest["models"] == ["a", "b"]
     assert set(manifest["sources"]) == {"0", "1"}
     assert __main__.main(["verify", str(tmp_path / "out"), "--sources"]) == 0
-
-
-# ------------------------------------------------------------------------------------------------ the Hub
-
-
-@pytest.fixture
-def remote(hub: HubServer, contents: dict[str, bytes], tmp_path: Path) -> Path:
-    """A recipe of a model of the Hub."""
-    hub.add(ID, contents)
-    path = tmp_path / "remote.yml"
-    sources = [{"model": ID, "layer_range": [0, 2]}]
-    path.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": [{"sources": sources}]}))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["foreign", "a file", "in use"])
-def test_nothing_is_asked_of_the_hub_where_out_cannot_be_used(
-    kind: str,
-    remote: Path,
-    hub: HubServer,
-    recipe: Path,
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "out"
-    make(kind, recipe, out)
-    with in_use(out) if kind == "in use" else nullcontext():
-        for fresh in ([], ["--fresh"]):
-            assert __main__.main(["merge", str(remote), str(out), "--quiet", *fresh]) == (5 if kind == "in use" else 2)
-        with pytest.raises((UsageError, EnvironmentFailure)):
-            merge(remote, out, OPTIONS)
-    assert hub.log == []
-
-
-@pytest.mark.parametrize("kind", ["unfinished", "finished"])
-def test_no_weights_are_downloaded_where_out_holds_another_merge(
-    kind: str,
-    remote: Path,
-    hub: HubServer,
-    recipe: Path,
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "out"
-    make(kind, recipe, out)
-    planning.plan(remote, OPTIONS)  # headers, which are kept
-    hub.log.clear()
-    assert __main__.main(["merge", str(remote), str(out), "--quiet"]) == 2
-    assert hub.fetched() == set()
-
-
-def test_nothing_is_downloaded_for_a_finished_merge(
-    remote: Path,
-    hub: HubServer,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from huggingface_hub import constants
-
-    out = tmp_path / "out"
-    assert __main__.main(["merge", str(remote), str(out), "--quiet"]) == 0
-    assert hub.sent(r"\.safetensors$") > 1_000_000
-    shutil.rmtree(constants.HF_HUB_CACHE)
-    planned = planning.plan(remote, OPTIONS)
-    assert sum(file.to_fetch for file in planned.downloads) > 1_000_000
-    hub.log.clear()
-    assert __main__.main(["merge", str(remote), str(out)]) == 0
-    assert "already complete" in capsys.readouterr().err
-    assert merge(remote, out, OPTIONS).measured.bytes_written == 0
-    assert hub.fetched() == set()
-
-
-def test_out_is_locked_while_files_are_downloaded(remote: Path, hub: HubServer, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "out"
-    seen: list[tuple[Content, bool]] = []
-
-    def download(files: list[HubFile]) -> None:
-        seen.append((classify(out).content, sum(file.to_fetch for file in files) > 1_000_000))
-        raise EnvironmentFailure("no network")
-
-    with pytest.raises(EnvironmentFailure, match="no network"):
-        merge(remote, out, OPTIONS, download=download)
-    assert seen == [(Content.IN_USE, True)]
-    assert not out.parent.exists()  # nothing was durable, so nothing is left
-
-
-def test_an_unfinished_merge_is_discarded_only_once_the_new_inputs_are_there(
-    remote: Path,
-    hub: HubServer,
-    recipe: Path,
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "out"
-    interrupted(recipe, out)
-    journal = (out / WORK / "journal").read_bytes()
-
-    def download(files: list[HubFile]) -> None:
-        raise EnvironmentFailure("no network")
-
-    with pytest.raises(EnvironmentFailure, match="no network"):
-        merge(remote, out, OPTIONS, fresh=True, download=download)
-    assert (out / WORK / "journal").read_bytes() == journal
-    merge(recipe, out, OPTIONS)
-
-
-# ------------------------------------------------------------------------------------------------ disk space
-
-
-def half_shared(nbytes: int = 1 << 20) -> ShardFile:
-    """A shard of which the first half of the data shares blocks with an input."""
-    header = build_header([("x", F32, (nbytes // 4,))], {"format": "pt"})
-    return ShardFile("model.safetensors", header, len(header) + nbytes, ((len(header) + nbytes // 2, nbytes // 2),))
-
-
-@pytest.mark.parametrize("reserves", [False, True])
-def test_shared_bytes_are_counted_once_when_a_merge_is_resumed(
-    reserves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The blocks of a shared range count as the shard's own in st_blocks, as written ones do here."""
-    if not reserves:
-        monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
-    monkeypatch.setattr(output, "_IN_MEMORY", set())
-    shard, half = half_shared(), 1 << 19
-    first = OutputDirectory.open(tmp_path / "out")
-    first.begin([shard], half)
-    first.write(0, len(shard.header), memoryview(bytes([1]) * half))  # stands for sharing
-    first.sync([0])
-    Journal(first.lock.journal_path, {}).close()
-    first.close()
-    needed = missing_space(tmp_path / "out", [shard], half)
-    slack = 16 << 10  # blocks that are not full
-    assert needed <= slack if reserves else half - slack <= needed <= half + slack
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=half // 2))
-    again = OutputDirectory.open(tmp_path / "out")
-    if reserves:
-        again.begin([shard], half)
-    else:
-        with pytest.raises(DiskSpaceError, match="make room"):
-            again.begin([shard], half)
-    again.close()
-
-
-def test_what_was_written_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
-    shard, half = half_shared(), 1 << 19
-    out = OutputDirectory.open(tmp_path / "out")
-    assert missing_space(out.path, [shard], half) == shard.nbytes - half
-    out.begin([shard], half)
-    out.write(0, shard.computed[0][0], memoryview(bytes([1]) * half))
-    out.sync([0])
-    assert missing_space(out.path, [shard], half) <= 16 << 10
-    out.abandon()
-    out.close()
-
-
-def test_data_is_counted_without_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    descriptor = platform.create_file(tmp_path / "file")
-    platform.truncate(descriptor, 1 << 20)
-    platform.write_at(descriptor, bytes([1]) * 65536, 65536)
-    platform.write_at(descriptor, bytes([1]) * 65536, 1 << 19)
-    assert platform.data_bytes(descriptor, 0, 1 << 20) == 2 * 65536
-    assert platform.data_bytes(descriptor, 65536 + 4096, 1 << 16) == 65536 - 4096
-    assert platform.data_bytes(descriptor, 0, 65536) == 0
-    assert platform.data_bytes(descriptor, 1 << 20, 0) == 0
-    monkeypatch.setattr(platform, "DISABLED", {"SEEK_DATA"})
-    assert platform.data_bytes(descriptor, 0, 1 << 20) == 1 << 20
-    monkeypatch.setattr(platform, "DISABLED", set())
-
-    def refuse(*arguments: int) -> int:
-        raise OSError(errno.EINVAL, "")
-
-    monkeypatch.setattr(platform.os, "lseek", refuse)
-    assert platform.data_bytes(descriptor, 0, 1 << 20) == 1 << 20
-    os.close(descriptor)
 
 
 def test_every_error_of_a_directory_names_it(recipe: Path, tmp_path: Path) -> None:

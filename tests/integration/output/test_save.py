@@ -1,4 +1,4 @@
-"""Stages that are saved: written beside the output, each to a folder of its own, out of the same reads."""
+"""Stages that are saved: written next to the output, each to a folder of its own, out of the same reads."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure
 from mergeloom.io.companions import FileKind, companion_files
 from mergeloom.io.output.file_copy import copy_file
+from tests.support.models.companions import OTHER, TOKENIZER
 
 
 def write(directory: Path, *names: str) -> None:
@@ -24,13 +25,6 @@ def listed(directory: Path, *kinds: FileKind) -> list[str]:
     return [file.path for file in companion_files(directory, kinds or tuple(FileKind))]
 
 
-TOKENIZER = """added_tokens.json additional_chat_templates/tools.jinja bpe.codes chat_template.jinja
-    chat_template.json chat_templates/default.jinja merges.txt normalizer.json qwen.tiktoken sentencepiece.bpe.model
-    source.spm special_tokens_map.json spiece.model tekken.json tokenizer.json tokenizer.model tokenizer.model.v3
-    tokenizer_config.json vocab.json vocab.txt"""
-OTHER = """LICENSE LICENSE-MODEL LICENSE.md MODEL_LICENSE NOTICE USE_POLICY.md config_sentence_transformers.json
-    Notice.txt modules.json preprocessor_config.json processor_config.json sentence_bert_config.json
-    sentence_xlm-roberta_config.json video_preprocessor_config.json"""
 LEFT = """.gitattributes .git/config README.md config.json model.safetensors model-00001-of-00002.safetensors
     model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json training_args.bin optimizer.pt
     vocab.pkl vocab.bin tf_model.h5 onnx/model.onnx model.gguf consolidated.00.pth params.json trainer_state.json

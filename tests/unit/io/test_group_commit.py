@@ -1,4 +1,4 @@
-"""Group commits: synced before journaled, bounded, in turn; no wake-up is lost, and no error."""
+"""Group commits: data is synced before it is journaled, reservations are bounded and fair, and no error is lost."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from typing import Any
 
 import pytest
 
-from mergeloom.io.output.group_commit import Aborted, GroupCommit, Record
+from mergeloom.io.output.group_commit import Aborted, GroupCommit
+from mergeloom.io.task_group import TaskGroup
 from tests.support.waiting import no_hang, wait_until
 
 
 class Recorder:
-    """What a GroupCommit does, with a disk that takes its time."""
+    """Records the calls of a GroupCommit to a slow disk."""
 
     def __init__(self, seconds: float = 0.0, **options: Any) -> None:
         self.seconds = seconds
         self.events: list[tuple[str, Any]] = []
-        self.errors: list[BaseException] = []
+        self.group = TaskGroup("test")
         self.gate = threading.Event()
         self.gate.set()
-        self.commits = GroupCommit(self._sync, self._append, self.errors.append, **options)
+        self.commits: GroupCommit[int] = GroupCommit(self._sync, self._append, self.group, **options)
 
     def _sync(self, shards: Collection[int]) -> None:
         self.gate.wait()
         time.sleep(self.seconds)
         self.events.append(("sync", set(shards)))
 
-    def _append(self, records: Collection[Record]) -> None:
-        self.events.append(("append", [record["n"] for record in records]))
+    def _append(self, records: Collection[int]) -> None:
+        self.events.append(("append", list(records)))
 
     def write(self, nbytes: int, number: int, shard: int = 0, used: int | None = None) -> None:
-        """Write so many bytes."""
+        """Reserve bytes, write them, and add a record."""
         with self.commits.writing(nbytes):
             self.events.append(("write", number))
-        self.commits.add({shard}, nbytes, [{"n": number}], nbytes if used is None else used)
+        self.commits.add({shard}, nbytes, [number], nbytes if used is None else used)
 
     def journaled(self) -> list[int]:
-        """What the journal says."""
+        """Numbers of the records in the journal, in order."""
         return [number for kind, value in self.events if kind == "append" for number in value]
 
 
@@ -73,7 +74,7 @@ def test_nothing_is_journaled_before_it_is_synced() -> None:
     assert recorder.commits.peak <= 100
 
 
-def test_what_waits_too_long_is_committed() -> None:
+def test_old_writes_are_committed() -> None:
     recorder = Recorder(group_seconds=0.05)
     recorder.write(1, 0)
     wait_until(lambda: recorder.journaled() == [0])
@@ -82,8 +83,8 @@ def test_what_waits_too_long_is_committed() -> None:
     recorder.commits.close()
 
 
-def test_many_threads_never_hold_more_than_a_group() -> None:
-    """Sizes of all kinds at random times; the test ends, so no wake-up was lost."""
+def test_many_threads_never_reserve_more_than_a_group() -> None:
+    """Reservations of all sizes at random times. A lost wake-up would hang the test."""
     recorder = Recorder(0.0005, group_bytes=1000, group_seconds=60)
     numbers = iter(range(10**6))
 
@@ -103,10 +104,10 @@ def test_many_threads_never_hold_more_than_a_group() -> None:
     recorder.commits.close()
     assert sorted(recorder.journaled()) == list(range(480))
     assert recorder.commits.peak <= 1000
-    assert not recorder.errors
+    assert recorder.group.error is None
 
 
-def test_what_is_larger_than_a_group_goes_alone() -> None:
+def test_a_write_larger_than_a_group_is_committed_alone() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.write(60, 0)
     recorder.write(5000, 1)
@@ -115,11 +116,11 @@ def test_what_is_larger_than_a_group_goes_alone() -> None:
     assert [value for kind, value in recorder.events if kind == "append"] == [[0], [1], [2]]
 
 
-def test_writing_goes_on_while_the_disk_syncs_up_to_the_bound() -> None:
+def test_writing_continues_during_a_sync_up_to_the_limit() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.gate.clear()
-    recorder.write(50, 0)  # is being committed
-    wait_until(lambda: recorder.commits._gathered == 0)
+    recorder.write(50, 0)  # its commit is in progress
+    wait_until(lambda: recorder.commits._written == 0)
     recorder.write(50, 1)
     thread = threading.Thread(target=recorder.write, args=(1, 2))
     thread.start()
@@ -131,8 +132,8 @@ def test_writing_goes_on_while_the_disk_syncs_up_to_the_bound() -> None:
     assert recorder.journaled() == [0, 1, 2]
 
 
-def test_those_who_wait_come_in_turn() -> None:
-    """A large reservation is not overtaken for ever by small ones."""
+def test_waiting_threads_are_served_in_order() -> None:
+    """Small reservations do not overtake a large one."""
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.gate.clear()
     recorder.write(60, 0)
@@ -152,33 +153,32 @@ def test_those_who_wait_come_in_turn() -> None:
 
 
 @pytest.mark.parametrize("where", ["sync", "append"])
-def test_an_error_is_told_and_ends_all_waiting(where: str) -> None:
+def test_an_error_reaches_the_group_and_aborts_all_waiting_threads(where: str) -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
 
     def fail(what: object) -> None:
         raise OSError("no disk")
 
     setattr(recorder.commits, f"_{where}", fail)
-    seen: list[int] = []
+    seen: list[BaseException | None] = []
 
     def write() -> None:
         with contextlib.suppress(Aborted):
             for number in range(100):
                 recorder.write(40, number)
-        seen.append(len(recorder.errors))
+        seen.append(recorder.group.error)
 
     threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == [1] * 4  # whoever learns that it is over finds the reason
-    assert str(recorder.errors[0]) == "no disk"
+    assert [str(error) for error in seen] == ["no disk"] * 4  # every thread that is aborted finds the reason
     recorder.commits.close()
     assert recorder.commits.abandon()
 
 
-def test_a_write_that_fails_gives_its_bytes_back() -> None:
+def test_a_failed_write_releases_its_bytes() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     with pytest.raises(OSError, match="full"), recorder.commits.writing(100):
         raise OSError("full")
@@ -191,7 +191,7 @@ def test_abandoning_journals_nothing_more() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.gate.clear()
     recorder.write(60, 0)
-    wait_until(lambda: recorder.commits._gathered == 0)
+    wait_until(lambda: recorder.commits._written == 0)
     recorder.write(30, 1)
 
     def wait() -> None:
@@ -202,7 +202,7 @@ def test_abandoning_journals_nothing_more() -> None:
     waiting.start()
     over: list[bool] = []
     with no_hang():
-        assert not recorder.commits.abandon()  # it is being synced
+        assert not recorder.commits.abandon()  # a sync is in progress
     recorder.commits.on_closed(lambda: over.append(True))
     assert not over
     recorder.gate.set()
@@ -212,6 +212,6 @@ def test_abandoning_journals_nothing_more() -> None:
     assert recorder.commits.abandon()
     recorder.commits.on_closed(lambda: over.append(True))
     assert over == [True, True]
-    assert not recorder.errors
+    assert recorder.group.error is None
     with pytest.raises(Aborted):
         recorder.write(1, 3)

@@ -1,4 +1,4 @@
-"""The executor's sink: every byte in its places, digests as if in one piece, and a journal that never says too much."""
+"""The shard writer: every byte in all destinations, correct digests, and a journal that names durable data only."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mergeloom.io.output.digests import tensor_digest
 from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.output.journal import Journal, read_journal
-from mergeloom.io.output.shards import ShardFile
-from tests.faults.test_faults import make_blocks_small
-from tests.support.models import write_checkpoint
+from mergeloom.io.task_group import TaskGroup
+from tests.support.merges.small import make_blocks_small
+from tests.support.models.write import write_checkpoint
 
 BLOCK = 16 << 10
 SIZES = {"a.weight": (50, 1000), "b.weight": (4096,), "c.weight": (3,), "d.weight": (0, 4), "e.weight": (8192,)}
@@ -35,7 +35,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Writer:
-    """A sink over a plan, with the bytes that it ought to write."""
+    """A shard writer for a plan, with random data for each node."""
 
     def __init__(self, planned: Plan, out: Path, **options: Any) -> None:
         self.plan = planned
@@ -43,12 +43,10 @@ class Writer:
         self.out = OutputDirectory.open(out)
         shards = [ShardFile(each.name, each.header, each.nbytes, each.computed) for each in self.layout.shards]
         self.out.begin(shards)
-        self.durable = recover(self.out.lock.journal, self.graph, self.layout, self.out.shard_path)
-        self.journal = Journal(self.out.lock.journal_path, {"seed": 0}, records_of(self.durable))
-        self.errors: list[BaseException] = []
-        self.shards = ShardWriter(
-            planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options
-        )
+        self.durable = recover(self.out.found, self.graph, self.layout, self.out.shard_path)
+        self.journal = Journal(self.out.journal, {"seed": 0}, (record.to_json() for record in records_of(self.durable)))
+        self.group = TaskGroup("test")
+        self.shards = ShardWriter(planned, self.out, self.journal, self.durable, lambda: None, self.group, **options)
         self.data = {node: random.Random(node).randbytes(self.graph.nbytes(node)) for node in self.graph}
 
     def write(self, node: int, start: int, end: int) -> None:
@@ -56,33 +54,33 @@ class Writer:
         self.shards.write(node, start, memoryview(self.data[node])[start:end])
 
     def close(self) -> None:
-        """Let go of it."""
+        """Stop the writer, and release OUT."""
         self.shards.stop()
         self.shards.abandon()
         self.journal.close()
         self.out.close()
 
-    def places(self, node: int) -> Iterator[tuple[Path, int]]:
-        """Where a node's bytes go."""
+    def destinations(self, node: int) -> Iterator[tuple[Path, int]]:
+        """Shard and offset of each destination of a node."""
         for output in self.graph.destinations()[node]:
             yield self.out.shard_path(self.layout.shard_of[output]), self.layout.offset_of[output]
 
-    def check_whole(self) -> None:
-        """Everything must be in its places, and digested."""
+    def check_complete(self) -> None:
+        """All data must be in all destinations, with correct digests."""
         for node, data in self.data.items():
-            for file, offset in self.places(node):
+            for file, offset in self.destinations(node):
                 assert file.read_bytes()[offset : offset + len(data)] == data
             if node in self.shards.digests:
                 expected = [digest_of(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
                 assert self.shards.digests[node] == expected
 
-    def check_claims(self) -> RecoveredState:
-        """What the journal says must be there already."""
-        found = read_journal(self.out.lock.journal_path)
+    def check_journal(self) -> RecoveredState:
+        """Data that the journal names must be in the shards already."""
+        found = read_journal(self.out.journal)
         durable = recover(found, self.graph, self.layout, self.out.shard_path)
         assert durable.damaged == 0
         for node, nbytes in durable.done(self.graph, self.layout).items():
-            for file, offset in self.places(node):
+            for file, offset in self.destinations(node):
                 assert file.read_bytes()[offset : offset + nbytes] == self.data[node][:nbytes]
         return durable
 
@@ -96,12 +94,12 @@ def digest_of(data: bytes) -> bytes:
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Plan:
-    """A model with every tensor in two places."""
+    """A plan with every tensor in two destinations."""
     return make_plan(tmp_path, dtype="bfloat16")
 
 
 def make_plan(tmp_path: Path, **more: str) -> Plan:
-    """A model with every tensor in two places; its tensors are computed where they are given another dtype."""
+    """Plan a merge with every tensor in two destinations. With another dtype, the tensors are computed."""
     shapes = {f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in SIZES.items()}
     model = write_checkpoint(tmp_path / "model", shapes, dtype="F32", fill=1)
     slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]}] * 2
@@ -113,7 +111,7 @@ def make_plan(tmp_path: Path, **more: str) -> Plan:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_pieces_of_all_sizes_from_many_threads(seed: int, planned: Plan, tmp_path: Path) -> None:
+def test_chunks_of_all_sizes_from_many_threads(seed: int, planned: Plan, tmp_path: Path) -> None:
     writer = Writer(planned, tmp_path / "out", group_bytes=(8 << 10, 100 << 10, 1 << 30)[seed % 3])
     chance = random.Random(seed)
     pieces = []
@@ -134,25 +132,25 @@ def test_pieces_of_all_sizes_from_many_threads(seed: int, planned: Plan, tmp_pat
     for thread in threads:
         thread.start()
     for _ in range(5):
-        writer.check_claims()
+        writer.check_journal()
     for thread in threads:
         thread.join()
     for node in writer.data:
         writer.shards.finished(node)
     writer.shards.commits.close()
-    assert not writer.errors
-    writer.check_whole()
-    durable = writer.check_claims()
-    assert {node: tensor_digest(blocks) for node, blocks in durable.whole.items()} == {
+    assert writer.group.error is None
+    writer.check_complete()
+    durable = writer.check_journal()
+    assert {node: tensor_digest(blocks) for node, blocks in durable.complete.items()} == {
         node: tensor_digest(blocks) for node, blocks in writer.shards.digests.items() if writer.data[node]
     }
-    assert not durable.begun
+    assert not durable.partial
     writer.close()
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_going_on_needs_not_begin_where_pieces_did(seed: int, planned: Plan, tmp_path: Path) -> None:
-    """Interrupted at random, gone on with by pieces of other sizes, that begin before what is durable ends."""
+def test_resuming_with_chunks_of_another_size(seed: int, planned: Plan, tmp_path: Path) -> None:
+    """Interrupted at random, and resumed with chunks of other sizes that overlap the durable data."""
     chance = random.Random(seed)
     for _ in range(100):
         writer = Writer(planned, tmp_path / "out", group_bytes=64 << 10)
@@ -169,16 +167,16 @@ def test_going_on_needs_not_begin_where_pieces_did(seed: int, planned: Plan, tmp
                 writer.write(node, start, min(start + length, len(data)))
         if chance.random() < 0.7:
             writer.shards.commits.close()
-        writer.check_claims()
+        writer.check_journal()
         writer.close()
     else:
-        pytest.fail("it never came to its end")
-    writer.check_whole()
-    assert all(writer.durable.whole[node] for node, data in writer.data.items() if data)
+        pytest.fail("the merge was never completed")
+    writer.check_complete()
+    assert all(writer.durable.complete[node] for node, data in writer.data.items() if data)
     writer.close()
 
 
-def test_what_is_durable_is_not_written_again(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_durable_data_is_not_written_again(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = Writer(planned, tmp_path / "out", group_bytes=64 << 10)
     node = max(writer.data, key=lambda each: len(writer.data[each]))
     writer.write(node, 0, 40_000)
@@ -190,12 +188,12 @@ def test_what_is_durable_is_not_written_again(planned: Plan, tmp_path: Path, mon
     monkeypatch.setattr(OutputDirectory, "write", lambda self, shard, offset, data: written.append((offset, len(data))))
     writer.write(node, 0, 30_000)
     writer.write(node, 30_000, 50_000)
-    offsets = [offset for _, offset in writer.places(node)]
+    offsets = [offset for _, offset in writer.destinations(node)]
     assert sorted(written) == sorted((offset + 40_000, 10_000) for offset in offsets)
     writer.close()
 
 
-def test_a_piece_that_fails_ends_those_that_wait_for_it(
+def test_a_failed_write_aborts_the_chunks_after_it(
     planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = Writer(planned, tmp_path / "out", group_bytes=1 << 20)
@@ -209,7 +207,7 @@ def test_a_piece_that_fails_ends_those_that_wait_for_it(
 
     def wait() -> None:
         try:
-            writer.write(node, 50_000, 60_000)  # what comes before it is never fed
+            writer.write(node, 50_000, 60_000)  # the chunk before it is never digested
         except Aborted as error:
             ends.append(error)
 
@@ -219,11 +217,11 @@ def test_a_piece_that_fails_ends_those_that_wait_for_it(
         writer.write(node, 0, 40_000)
     thread.join()
     assert [type(end) for end in ends] == [Aborted]
-    assert [str(error) for error in writer.errors] == ["Input/output error"]
+    assert str(writer.group.error) == "Input/output error"
     writer.close()
 
 
-def test_a_node_that_is_not_whole_is_no_digest(planned: Plan, tmp_path: Path) -> None:
+def test_an_incomplete_node_has_no_digest(planned: Plan, tmp_path: Path) -> None:
     writer = Writer(planned, tmp_path / "out")
     node = max(writer.data, key=lambda each: len(writer.data[each]))
     writer.write(node, 0, 40_000)
@@ -232,7 +230,7 @@ def test_a_node_that_is_not_whole_is_no_digest(planned: Plan, tmp_path: Path) ->
     writer.close()
 
 
-def test_copies_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_copies_can_be_resumed(tmp_path: Path) -> None:
     planned = make_plan(tmp_path)
     writer = Writer(planned, tmp_path / "out")
     copying = [node for node, data in writer.data.items() if data]

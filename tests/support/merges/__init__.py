@@ -1,0 +1,1 @@
+"""Small merges for tests: interrupted, finished, and into OUT in every state."""
