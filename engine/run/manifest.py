@@ -20,7 +20,7 @@ from ...io.safetensors.identity import file_identity
 from ...methods.kernel.contract import ARITHMETIC_VERSION, Inputs
 from ...methods.registry import code_of
 from ...version import __version__
-from ..graph.fuse import FusedKernel, FusedPart
+from ..graph.fuse import FusedKernel
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
 

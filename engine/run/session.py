@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Interrupted
-from ...io.os_errors import explain
 from ...io.output.digests import BLOCK_BYTES, tensor_digest
 from ...io.output.directory import OutputDirectory, preload_validator
 from ...io.output.group_commit import GROUP_BYTES, Aborted

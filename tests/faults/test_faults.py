@@ -23,7 +23,7 @@ from mergeloom.io.output.lock import WORK
 from mergeloom.io.reading import FileStamp, Reader, stat_fingerprints
 from tests.support.faults import Disk, Fail, Kill, Stopped, watching
 from tests.support.merges.small import GROUP, OPTIONS, make_blocks_small, make_plan
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 from tests.support.outputs import digests
 from tests.support.waiting import wait_until
 

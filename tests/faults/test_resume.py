@@ -18,7 +18,7 @@ from mergeloom.report.plan import summary_sections
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.resumable import OPTIONS, SHAPES, interrupt, recipe, run, write_models
 from tests.support.merges.small import make_blocks_small
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
 
 

@@ -24,7 +24,7 @@ from mergeloom.io.platform import clone_range
 from mergeloom.report.plan import summary_text
 from tests.support.disks import used
 from tests.support.faults import Kill, Stopped, watching
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 from tests.support.stacks import ROOMY, as_foretold, mixed, same_as_by_lanes, sliced, stacked, weights
 
 REFUSALS = [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]

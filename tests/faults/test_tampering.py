@@ -24,7 +24,7 @@ from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import Found, Journal, read_journal
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.small import make_blocks_small
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=300_000)

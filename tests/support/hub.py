@@ -18,8 +18,8 @@ from mergeloom.io.hub.repository import HubFile
 from mergeloom.io.safetensors.checkpoint import Checkpoint
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
+from tests.support import models
 from tests.support.hub_server import HubServer, serving
-from tests.support.models import write as models
 
 ID = "acme/llama"
 INDEX = "model.safetensors.index.json"

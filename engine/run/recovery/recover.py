@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ....errors import MergeloomError
 from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
-from ....io.output.journal import JournalContent
 from ...graph.graph import Kind, MergeGraph
 from ...graph.layout import Layout
 from ..transfers import PART_BYTES, Transfer, source_of

@@ -38,7 +38,7 @@ from tests.support.merges.destinations import (
     write_models,
     write_recipe,
 )
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 from tests.support.outputs import digests
 
 COMMANDS = ("merge", "plan", "verify", "inspect")

@@ -24,7 +24,7 @@ from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io.output import clone as copying
 from mergeloom.io.output.directory import WORK
 from tests.support.merges.verified import SHAPES, Merge, append_byte, flip, forge, make_merge, position_of, problems
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 
 FLIPS = 1000  # about a quarter of them in headers and the smaller files
 

@@ -17,7 +17,7 @@ from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal
 from mergeloom.io.output.lock import MANIFEST, Content, classify
 from tests.support.faults import Stopped
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 
 OPTIONS = planning.Options(max_ram=4 << 30, device="cpu", threads=1)
 SHAPES = {f"model.layers.{layer}.w.weight": (64, 50) for layer in range(2)} | {"model.norm.weight": (50,)}

@@ -12,7 +12,7 @@ from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import Journal, read_journal
 from tests.support.faults import Stopped
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models import FineTune, Random, write_checkpoint
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=400_000)
 GROUP = 40 << 10

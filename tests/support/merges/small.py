@@ -9,7 +9,7 @@ import pytest
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models import FineTune, Random, write_checkpoint
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=150_000)
 GROUP = 16 << 10

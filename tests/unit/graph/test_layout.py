@@ -20,11 +20,6 @@ from tests.support.merges.layouts import covered, graph_of, graphs, source
 """Element type and shape of a tensor."""
 
 
-
-
-
-
-
 def check(graph: MergeGraph, layout: Layout, limit: int) -> None:
     """Every law of the layout."""
     assert sorted(n for shard in layout.shards for n in shard.outputs) == list(range(len(graph.outputs)))
@@ -56,10 +51,6 @@ def check(graph: MergeGraph, layout: Layout, limit: int) -> None:
             assert len(shard.header) % BLOCK == 0
             for ref in header.tensors.values():
                 assert ref.offset % (ref.dtype.bits // 8) == 0
-
-
-
-
 
 
 @settings(max_examples=200, deadline=None)

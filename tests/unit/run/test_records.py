@@ -26,7 +26,7 @@ from mergeloom.engine.run.recovery.records import (
     parse_records,
 )
 from tests.support.merges.small import make_blocks_small
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 
 A, B, C = bytes(range(16)), bytes(range(16, 32)), bytes(16)
 BLOCK = 16 << 10

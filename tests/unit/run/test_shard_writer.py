@@ -23,7 +23,7 @@ from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.output.journal import Journal, read_journal
 from mergeloom.io.task_group import TaskGroup
 from tests.support.merges.small import make_blocks_small
-from tests.support.models.write import write_checkpoint
+from tests.support.models import write_checkpoint
 
 BLOCK = 16 << 10
 SIZES = {"a.weight": (50, 1000), "b.weight": (4096,), "c.weight": (3,), "d.weight": (0, 4), "e.weight": (8192,)}
