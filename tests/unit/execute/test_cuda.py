@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from tests.support.blueprints import SLOT, Blueprint, blueprints, build, execute
 from tests.support.models.write import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
-from tests.unit.execute.test_executor import run
-from tests.unit.schedule.test_schedule import SLOT, Blueprint, blueprints, build
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +42,7 @@ def test_it_keeps_what_the_schedule_promises(blueprint: Blueprint, ram: int, vra
     least = make_schedule(world.graph, Budget(1 << 40, 0, large), slot_bytes=SLOT)
     budget = (DeviceBudget("cuda:0", least.minimum_vram + vram * SLOT, 2),)
     schedule = make_schedule(world.graph, Budget(least.minimum_ram + ram * SLOT, 0, budget), slot_bytes=SLOT)
-    run(world, schedule, [CudaDevice(0)])
+    execute(world, schedule, [CudaDevice(0)])
 
 
 @pytest.mark.parametrize("method", RECIPES)

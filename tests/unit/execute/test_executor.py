@@ -19,39 +19,24 @@ from mergeloom.engine.execute.devices.base import Device, OutOfDeviceMemory
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.replan import SPARE, run_graph
-from mergeloom.engine.execute.tasks import Measured
 from mergeloom.engine.graph.graph import Kind, Operation
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.simulate import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.methods.kernel.contract import Inputs
 from mergeloom.methods.kernel.tile import Tile
+from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
 from tests.support.graphs import KERNELS, Sum, World
-from tests.unit.schedule.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
-
-
-def run(world: World, schedule: Schedule, devices: list[Device], *, serial: bool = False) -> Measured:
-    """Execute a schedule, and check what it wrote."""
-    executor = Executor(world.graph, schedule, devices, world, world, serial=serial)
-    measured = executor.run()
-    world.check()
-    assert measured.bytes_read == schedule.bytes_read == sum(nbytes for _, _, nbytes in world.reads)
-    assert measured.bytes_written == schedule.bytes_written
-    assert measured.ram_peak <= schedule.ram_slots * schedule.slot_bytes
-    assert executor.ledger.held("ram") == 0
-    if serial:
-        assert measured.ram_peak == schedule.serial_ram
-    return measured
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.booleans())
 def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
-    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+    execute(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
 
 
 @st.composite
@@ -88,7 +73,7 @@ SIX_CHUNKS = [
 @given(crowded(), st.sampled_from([2, 4, 6, 8, 10, 14, 18]), st.booleans())
 def test_chunks_of_two_lengths_are_read_as_planned(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
-    run(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
+    execute(world, with_slots(world, extra), [CpuDevice(1)], serial=serial)
 
 
 def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +91,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     assert [step.drop for step in schedule.steps] == [(), ((ChunkedRead(a, SLOT), CachedRange()),), ()]
     assert [step.bytes_read for step in schedule.steps] == [(3 * SLOT,), (3 * SLOT,), (0,)]
     device = CountingDevice("test", 64 << 20)
-    run(world, schedule, [device])
+    execute(world, schedule, [device])
     assert device.uploaded == schedule.uploaded == 6 * SLOT
 
 
@@ -121,7 +106,7 @@ def test_devices_keep_what_the_schedule_promises(
     budgets = tuple(DeviceBudget(f"test:{n}", least.minimum_vram + vram * SLOT, 2) for n in range(count))
     schedule = make_schedule(world.graph, Budget(least.minimum_ram + ram * SLOT, 0, budgets), slot_bytes=SLOT)
     devices = [CountingDevice(budget.name, budget.vram or 0, 2) for budget in budgets]
-    measured = run(world, schedule, list(devices), serial=serial)
+    measured = execute(world, schedule, list(devices), serial=serial)
     assert sum(device.uploaded for device in devices) == schedule.uploaded
     assert measured.vram_peak <= schedule.peak_vram
 
@@ -133,7 +118,7 @@ def test_two_devices_share_the_work() -> None:
     budgets = tuple(DeviceBudget(f"test:{n}", 64 << 20, 1) for n in range(2))
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
     devices = [CountingDevice(budget.name, 64 << 20) for budget in budgets]
-    run(world, schedule, list(devices))
+    execute(world, schedule, list(devices))
     assert devices[0].uploaded == devices[1].uploaded > 0
 
 
@@ -226,7 +211,7 @@ def test_a_begun_node_is_gone_on_with_where_it_was(kind: str) -> None:
         world.node(kind, [world.source(6 * ELEMENTS)])
         world.node("sum", [world.source(2 * ELEMENTS)])
         world.node("sum", [world.source(ELEMENTS)])
-    run(whole, with_slots(whole, 3), [CpuDevice(1)])
+    execute(whole, with_slots(whole, 3), [CpuDevice(1)])
     written = 2 * SLOT + 100  # of which two whole chunks need not be written again
     budget = with_slots(rest, 3).budget
     schedule = make_schedule(rest.graph, budget, slot_bytes=SLOT, done={0: written, 1: 2 * SLOT})
@@ -320,7 +305,7 @@ def test_torch_has_its_threads_again() -> None:
     try:
         torch.set_num_threads(3)
         schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
-        run(world, schedule, [CpuDevice(2)])
+        execute(world, schedule, [CpuDevice(2)])
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -17,10 +17,10 @@ from mergeloom.engine.schedule.timeline import sparkline, timeline
 from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of
 from mergeloom.report.plan import plan_text, read_again_lines
 from tests.conftest import MakeModel
+from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 from tests.support.devices import CountingDevice
 from tests.support.graphs import World
 from tests.support.plans import linear, slerp
-from tests.unit.schedule.test_schedule import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 
 
 def read_by_tensor(world: World) -> list[int]:
