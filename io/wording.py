@@ -27,8 +27,12 @@ def rate(nbytes: float, seconds: float) -> str:
 
 def big_number(number: int) -> str:
     """``1,235,814,400 (1.24B)``; only the first where that is short."""
-    exact = f"{number:,}"
-    return exact if number < 10_000 else f"{exact} ({_scaled(number, ('', 'K', 'M', 'B', 'T', 'Q'))})"
+    return f"{number:,}" if number < 10_000 else f"{number:,} ({short_number(number)})"
+
+
+def short_number(number: int) -> str:
+    """``1.24B``: three figures; the exact number below 10,000."""
+    return str(number) if number < 10_000 else _scaled(number, ("", "K", "M", "B", "T", "Q"))
 
 
 def plural(number: int, noun: str, nouns: str | None = None) -> str:

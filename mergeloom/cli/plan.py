@@ -157,9 +157,7 @@ def _print_dry_run(dry_run: DryRun, page: TargetFile | None, as_json: bool) -> N
     if page is not None:
         from ..report.html.page import make_page
 
-        page.write(
-            make_page(dry_run.plan, destination=dry_run.destination, time=dry_run.time, others=dry_run.others)
-        )
+        page.write(make_page(dry_run.plan, destination=dry_run.destination, time=dry_run.time, others=dry_run.others))
     if as_json:
         print_json(dry_run.to_dict())
     else:

@@ -18,11 +18,15 @@ _TEXT_COLUMNS = ("tensor", "device")
 
 def json_lines(plan: Plan) -> Iterator[str]:
     """Yield the steps as the lines of a JSON list."""
-    before = "["
+    yield "["
+    previous = ""
     for row in step_rows(plan.built.graph, plan.schedule):
-        yield before + ("\n" if before == "[" else "") + json.dumps(asdict(row))
-        before = ","
-    yield "[]" if before == "[" else "]"
+        if previous:
+            yield f"{previous},"
+        previous = json.dumps(asdict(row))
+    if previous:
+        yield previous
+    yield "]"
 
 
 def plain_lines(plan: Plan) -> Iterator[str]:
