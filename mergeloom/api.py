@@ -68,7 +68,7 @@ def plan(
     """
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
     planned = make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
-    return Plan(**{field.name: getattr(planned, field.name) for field in fields(made)})
+    return Plan(**{field.name: getattr(planned, field.name) for field in fields(planned)})
 
 
 def merge(

@@ -21,16 +21,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While it is entered, the two signals raise KeyboardInterrupt in the main thread, and a thread sees to the rest.
+    """A context manager in which SIGINT and SIGTERM raise KeyboardInterrupt in the main thread.
 
-    The thread learns of a signal at once, even where the main thread is inside a long system call or a library. In any
-    thread but the main one, entering does nothing: signals are the main thread's.
+    A watcher thread enforces the time limit. It learns of a signal at once, even while the main thread is inside a long
+    system call or a library. In any other thread than the main one, the context manager does nothing.
     """
 
     def __init__(self) -> None:
         self._stopping = False
         self._pipe: tuple[int, int] | None = None
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
         self._wakeup = -1
 
     def __enter__(self) -> StopSignals:
@@ -38,14 +38,14 @@ class StopSignals:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+            self._handlers = {number: signal.signal(number, self._stop) for number in _SIGNALS}
             threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._pipe is None or self._stopping:
             return  # while stopping, the thread watches until the process exits
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.write(self._pipe[1], b"\0")

@@ -1,4 +1,4 @@
-"""Which layers become which: read off the graph, and held against the recipe."""
+"""The layer map: which input layers become which output layers, compared with the recipe."""
 
 from __future__ import annotations
 
