@@ -13,7 +13,7 @@ def alternatives_section(alternatives: Sequence[Alternative]) -> Section:
     """Compare budgets, one per row: bytes read, re-reads, uploads and estimated time."""
     gpu = any(one.vram for one in alternatives)
     timed = any(one.time is not None for one in alternatives)
-    header = ["RAM", *(["VRAM"] if gpu else []), "read", "re-reads", *(["uploaded"] if gpu else [])]
+    header = ["RAM", *(["VRAM"] if gpu else []), "read", "re-reads", *(["to the GPU"] if gpu else [])]
     header += [*(["time"] if timed else []), ""]
     rows = []
     for one in alternatives:
@@ -26,5 +26,5 @@ def alternatives_section(alternatives: Sequence[Alternative]) -> Section:
     enough = [one.ram for one in alternatives if not one.bytes_reread]
     lines = []
     if enough and min(enough) < max(one.ram for one in alternatives):
-        lines.append(f"More RAM than {memory_size(min(enough), up=True)} does not reduce the reads further.")
-    return Section("Other budgets", grid=grid, lines=lines)
+        lines.append(f"More RAM than {memory_size(min(enough), up=True)} saves no reading.")
+    return Section("With other budgets", grid=grid, lines=lines)

@@ -67,15 +67,15 @@ def reread_section(plan: Plan, read: Sequence[int]) -> Section | None:
     lines = reread_lines(read_again(plan.built.graph, plan.schedule, read))
     if not lines:
         return None
-    hint = "`mergeloom plan --what-if` shows how many re-reads more memory would save."
-    return Section("Re-reads", lines=[*lines, hint])
+    hint = "`mergeloom plan --what-if` shows what more memory would save."
+    return Section("Read more than once", lines=[*lines, hint])
 
 
 def reread_lines(groups: Sequence[ReadAgain]) -> list[str]:
     """Describe groups of re-read tensors: the first few one by one, the others in one line."""
     lines = [
         f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): read {group.times:.1f} "
-        f"times, because {group.reason}"
+        f"times: {group.reason}"
         for group in groups[:_REREAD_GROUPS]
     ]
     if rest := groups[_REREAD_GROUPS:]:
@@ -89,14 +89,14 @@ def output_section(plan: Plan) -> Section:
     output = plan.output_dict()
     shards = plan.layout.shards_in("")
     one_donor = plan.files.config_from == plan.files.tokenizer_from
-    largest = f", largest {data_size(max(shard.nbytes for shard in shards))}" if len(shards) > 1 else ""
+    largest = f", the largest of {data_size(max(shard.nbytes for shard in shards))}" if len(shards) > 1 else ""
     return Section(
         "Output",
         (
             ("parameters", f"{big_number(output['parameters'])} in {plural(output['tensors'], 'tensor')}"),
             ("layers", f"{output['layers']:,}"),
             ("size", f"{data_size(output['bytes'])} in {plural(len(shards), 'file')}{largest}"),
-            ("disk", f"{data_size(plan.disk)}, no temporary files"),
+            ("disk", f"{data_size(plan.disk)}; no temporary files"),
             ("dtype", ", ".join(output["dtypes"])),
             ("config from", plan.files.config_from),
             *([] if one_donor else [("tokenizer from", plan.files.tokenizer_from)]),
@@ -149,13 +149,13 @@ def _times_read(used: int, read: int) -> str:
 def reads_text(plan: Plan) -> str:
     """Format how much of the input is read more than once."""
     nbytes = plan.schedule.bytes_reread
-    return f"{data_size(nbytes)} of re-reads" if nbytes else "no re-reads"
+    return f"including {data_size(nbytes)} of re-reads (limited by the budget)" if nbytes else "no re-reads"
 
 
 def work_section(plan: Plan) -> Section:
     """Describe the I/O and the computation."""
     graph, schedule = plan.built.graph, plan.schedule
-    copied = f", {data_size(plan.bytes_copied)} by kernel copy" if plan.bytes_copied else ""
+    copied = f", including {data_size(plan.bytes_copied)} by kernel copy" if plan.bytes_copied else ""
     fields = [
         ("reads", f"{data_size(plan.bytes_read)}, {reads_text(plan)}"),
         ("writes", f"{data_size(plan.bytes_written)}{copied}"),
@@ -166,7 +166,7 @@ def work_section(plan: Plan) -> Section:
         fields.append(("downloads", f"{size} in {plural(len(missing), 'file')} before the merge"))
     if schedule.uploaded:
         fields.append(
-            ("uploads", f"{data_size(schedule.uploaded)} to the GPU, {data_size(downloaded(graph, schedule))} back")
+            ("uploads", f"{data_size(schedule.uploaded)} to the GPU, and {data_size(downloaded(graph, schedule))} back")
         )
     counts: Counter[str] = Counter()
     for output in graph.outputs:
@@ -210,13 +210,13 @@ def memory_section(plan: Plan, *, timelines: bool = True) -> Section:
     budget = schedule.budget
     curve = timeline(graph, schedule, _COLUMNS) if timelines else []
     workspaces = fixed_ram(schedule) - budget.baseline
-    process = f"{memory_size(budget.baseline)} for the process itself"
-    process += " (measured on this machine)" if plan.options.machine is not None else ""
-    process += f" and {memory_size(workspaces)} of workspaces" if workspaces else ""
+    program = f"{memory_size(budget.baseline)} program"
+    program += " (measured on this machine)" if plan.options.machine is not None else ""
+    program += f", {memory_size(workspaces)} workspaces" if workspaces else ""
     node = schedule.minimum_ram_node
     required_by = "" if node is None else f" (required by {graph.label(node)})"
     fields = [
-        ("peak RAM", f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}, including {process}"),
+        ("peak RAM", f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}: {program}, the rest buffers"),
         *_peak_fields(plan, [moment.ram for moment in curve], vram=False),
         ("minimum RAM", f"{memory_size(schedule.minimum_ram, up=True)}{required_by}"),
     ]
@@ -238,9 +238,9 @@ def _peak_fields(plan: Plan, curve: Sequence[int], *, vram: bool) -> list[tuple[
     if peak is None:
         return []
     buffers = (max(schedule.vram_slots) if vram else schedule.ram_slots) * schedule.slot_bytes
-    number = f", pass {peak.index} of {peak.passes}" if peak.passes > 1 else ""
+    number = f"pass {peak.index} of {peak.passes} of " if peak.passes > 1 else ""
     ahead = f"{memory_size(buffers - peak.nbytes)} read-ahead" if peak.nbytes < 0.98 * buffers else "no read-ahead"
-    step = f"step {peak.step:,} of {len(schedule.steps):,} ({peak.tensor}{number})"
+    step = f"step {peak.step:,} of {len(schedule.steps):,}, {number}{peak.tensor}"
     fields = [("peak at", f"{step}: {memory_size(peak.nbytes)} working set, {ahead}")]
     if curve:
         fields.append(("timeline", sparkline(curve, schedule.peak_vram if vram else schedule.peak_ram)))

@@ -24,10 +24,10 @@ REMEDIES = {
 def time_section(estimate: Estimate) -> Section:
     """Show how long the merge takes, its bottleneck, and where the rates come from."""
     if not estimate.seconds:
-        return Section("Time", [("estimate", "none: nothing to read or write")])
+        return Section("Time", [("about", "no time: nothing to read or write")])
     remedy = REMEDIES.get(estimate.bottleneck.name, "computing: faster or more GPUs would help most")
     fields = [
-        ("estimate", f"{duration(estimate.seconds)}, from {duration(estimate.low)} to {duration(estimate.high)}"),
+        ("about", f"{duration(estimate.seconds)}, between {duration(estimate.low)} and {duration(estimate.high)}"),
         ("bottleneck", remedy),
     ]
     rows = tuple(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def unused_section(plan: Plan) -> Section | None:
     """List the input tensors that no output needs; None if there are none."""
     lines = unused_lines(plan)
-    return Section("Unused tensors", lines=lines) if lines else None
+    return Section("Not used", lines=lines) if lines else None
 
 
 def unused_lines(plan: Plan) -> list[str]:

@@ -21,7 +21,7 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
 from mergeloom.io import platform
 from mergeloom.io.output import clone as copying
 from mergeloom.io.platform import clone_range
-from mergeloom.report.plan import summary_text
+from mergeloom.report.result import result_text
 from tests.integration.test_merge import sliced
 from tests.support.disks import used
 from tests.support.faults import Kill, Stopped, watching
@@ -66,9 +66,9 @@ def test_what_is_refused_half_way_is_copied(
     assert result.to_dict()["measured"]["refused"] == {errno.errorcode[number]: missed}
     assert measured.bytes_read == planned.bytes_read + missed  # what has several places is read several times
     assert measured.bytes_written == planned.bytes_written + missed
-    text = summary_text(result)
+    text = result_text(result)
     assert f"refused by the file system ({os.strerror(number)})" in text
-    assert f"{planned.bytes_shared:,} were foretold" in text
+    assert f"planned {planned.bytes_shared:,}" in text
     same_as_by_lanes(mixed(disk), out, tmp_path)
     assert intact(out)
 

@@ -85,7 +85,7 @@ def full_page(llamas: dict[str, Path], tmp_path: Path) -> str:
 def test_every_section_is_on_the_page(full_page: str) -> None:
     page = Page(full_page)
     for title in (
-        *("Layer map", "Parameters by layer", "Memory", "Time", "Other budgets", "Inputs"),
+        *("Layer map", "Parameters by layer", "Memory", "Time", "With other budgets", "Inputs"),
         *("Largest tensors", "Work", "Output", "Warnings"),
     ):
         assert title in page.text, title
@@ -203,7 +203,7 @@ def test_the_command(llamas: dict[str, Path], tmp_path: Path, capsys: pytest.Cap
     assert __main__.main(["plan", str(recipe), "--html", str(file), "--what-if", "--rates", "disk_read=1GB/s"]) == 0
     assert "peak RAM" in capsys.readouterr().out
     text = file.read_text()
-    assert "Other budgets" in text
+    assert "With other budgets" in text
     assert "at 1GB/s, given" in text
     assert __main__.main(["plan", str(recipe), "--html", str(tmp_path / "nowhere" / "plan.html")]) == 2
     assert "--html" in capsys.readouterr().err
@@ -302,5 +302,5 @@ def test_a_plan_of_three_models_of_405b(make_model: MakeModel) -> None:
     planned: Plan = plan(task_vectors("ties", base, a, b), Options(device="cpu", max_ram=8 << 30))
     text = make_page(planned)
     page = Page(text)
-    assert "Re-reads" in page.text
+    assert "Read more than once" in page.text
     assert len(text) < 200_000
