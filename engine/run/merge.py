@@ -110,7 +110,6 @@ def merge(
     digests: bool = False,
     notify: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
-    warn: Callable[[str], None] | None = None,
     download: Callable[[Sequence[HubFile]], None] | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> Result:
@@ -124,7 +123,6 @@ def merge(
         digests: whether every tensor gets a digest; what is shared, and not written, is then read for it in the end.
         notify: called now and then with how far it is.
         say: called with what the user should know before the work begins.
-        warn: called with each warning; by default `say`, with "warning: " before the text.
         download: called once with the files of the Hub that are missing, perhaps none, after `out` was checked and
             locked; `fetch` by default. It is not called where `out` holds the finished merge.
         group_bytes: the most bytes of work that a kill can cost.
@@ -167,8 +165,7 @@ def merge(
     ) -> Measured:
         return _perform(planned, schedule, sink, watch, stamps, done, observe)
 
-    warn = warn or (lambda text: tell(f"warning: {text}"))
-    run = Run(planned, directory, engine, fetch_missing, notify or (lambda progress: None), tell, warn, group_bytes)
+    run = Run(planned, directory, engine, fetch_missing, notify or (lambda progress: None), tell, group_bytes)
     measured = run.perform(fresh, digests)
     return Result(run.plan, directory.path, measured, process_memory().peak, run.earlier, before)
 

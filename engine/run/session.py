@@ -76,7 +76,6 @@ class Run:
         fetch: downloads the input files that are missing; called once OUT is known to be usable.
         notify: called now and then with how far the whole merge is.
         say: called with what the user should know before the work begins.
-        warn: called with warnings.
         group_bytes: the most bytes of work that a kill can cost.
     """
 
@@ -88,7 +87,6 @@ class Run:
         fetch: Callable[[], None],
         notify: Callable[[Progress], None],
         say: Callable[[str], None],
-        warn: Callable[[str], None],
         group_bytes: int,
     ) -> None:
         self.plan = planned
@@ -98,7 +96,6 @@ class Run:
         self._fetch = fetch
         self._notify = notify
         self._say = say
-        self._warn = warn
         self._group_bytes = group_bytes
         self._facts: dict[str, Any] = {}
         self._stamps: Stamps = {}
@@ -211,7 +208,7 @@ class Run:
             same = (
                 f"the {data_size(compared)} that were read of it are the same" if compared else "nothing of it was used"
             )
-            self._warn(f"written to or replaced since the merge began: {names}; {same}, so the merge resumes")
+            self._say(f"warning: written to or replaced since the merge began: {names}; {same}, so the merge resumes")
         return durable
 
     def _recorded(self) -> dict[str, dict[str, list[int]]]:
@@ -353,13 +350,13 @@ class Run:
             f"{data_size(left)} left"
         )
         if durable.damaged:
-            self._warn(
-                f"{plural(durable.damaged, 'block')} of the unfinished merge differ from the journal: the "
+            self._say(
+                f"warning: {plural(durable.damaged, 'block')} of the unfinished merge differ from the journal: the "
                 "disk has lost data, or the files were changed; they are made again"
             )
         if durable.differing:
-            self._warn(
-                f"{data_size(durable.differing)} of copied tensors differ from their sources: the disk has "
+            self._say(
+                f"warning: {data_size(durable.differing)} of copied tensors differ from their sources: the disk has "
                 "lost data, or a file was changed; they are copied again"
             )
 
