@@ -62,7 +62,7 @@ def bare() -> Iterator[None]:
         self.records += 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mergeloom.engine.run.session.Shards", Bare)
+        patch.setattr("mergeloom.engine.run.session.ShardWriter", Bare)
         patch.setattr(Journal, "append", append)
         yield
 

@@ -14,10 +14,10 @@ class TaskGroup:
         with TaskGroup("copy") as group:
             for part in parts:
                 group.spawn(copy, part)
-            group.check()  # raises the first error while the threads are at work
+            group.check()  # raises the first error while the threads are running
 
     Leaving the block waits for all threads and raises the first error. An error inside the block cancels the group,
-    and is raised once the threads have ended.
+    and is raised once the threads have ended. Threads that are started elsewhere can report to a group with `fail`.
 
     Args:
         name: prefix of the threads' names.
@@ -69,10 +69,14 @@ class TaskGroup:
         if self._error is not None:
             raise self._error
 
-    def join(self) -> None:
-        """Wait for all threads to end, then raise the first error, if any."""
+    def wait(self) -> None:
+        """Wait for all threads to end."""
         for thread in self._threads:
             thread.join()
+
+    def join(self) -> None:
+        """Wait for all threads to end, then raise the first error, if any."""
+        self.wait()
         self.check()
 
     def __enter__(self) -> TaskGroup:
@@ -85,5 +89,4 @@ class TaskGroup:
             self.join()
             return
         self.cancel()
-        for thread in self._threads:
-            thread.join()
+        self.wait()

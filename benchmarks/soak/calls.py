@@ -25,18 +25,18 @@ def small(family: Family) -> Iterator[tuple[Plan, dict[str, str], Path]]:
     """A small merge with many commits, in small blocks; its digests, and a directory."""
     import pytest
 
-    from tests.faults import test_faults
+    from tests.support.small_merge import GROUP, make_blocks_small, make_plan
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=family.directory) as name:
-        test_faults.make_blocks_small(patch)
-        planned = test_faults.make_plan(Path(name))
-        merge(planned, Path(name) / "whole", group_bytes=test_faults.GROUP)
+        make_blocks_small(patch)
+        planned = make_plan(Path(name))
+        merge(planned, Path(name) / "whole", group_bytes=GROUP)
         yield planned, digests(Path(name) / "whole"), Path(name)
 
 
 def between_calls(family: Family, times: int, chance: random.Random) -> None:
     """A kill between any two system calls that change files: SIGKILL, and torn writes."""
-    from tests.faults.test_faults import GROUP as SMALL_GROUP
+    from tests.support.small_merge import GROUP as SMALL_GROUP
 
     tried = 0
     with small(family) as (planned, expected, directory):
@@ -74,7 +74,7 @@ def between_calls(family: Family, times: int, chance: random.Random) -> None:
 
 def power(family: Family, times: int, chance: random.Random) -> None:
     """Power failures: what was not synced is lost, in part or all of it, once or several times on end."""
-    from tests.faults.test_faults import GROUP as SMALL_GROUP
+    from tests.support.small_merge import GROUP as SMALL_GROUP
 
     tried = lost = 0
     with small(family) as (planned, expected, directory):

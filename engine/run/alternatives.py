@@ -1,4 +1,4 @@
-"""What a merge would do within other budgets: a few sizes of RAM and VRAM, each with its own schedule."""
+"""Plans a merge for other budgets: a few sizes of RAM and VRAM, each with its own schedule."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 THIS = "this plan"
-_MOST = 8
-"""How many budgets of a kind are tried."""
+_MAX_SIZES = 8
+"""Maximum number of sizes of RAM, and of VRAM, that are tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A plan within another budget.
+    """The costs of a merge with another budget.
 
     Args:
-        ram: the budget, in bytes.
-        vram: of each GPU, in bytes; 0 without one.
-        bytes_read: from files, re-reads included.
-        bytes_reread: the part of them that had been read before.
-        bytes_uploaded: to the GPUs.
-        peak_ram: what is then held, in bytes.
-        peak_vram: the same of VRAM.
-        time: how long it takes; None where no rates are known.
-        planned: whether it is the plan's own budget.
+        ram: RAM budget in bytes.
+        vram: VRAM budget of each GPU in bytes; 0 without a GPU.
+        bytes_read: bytes read from files, re-reads included.
+        bytes_reread: bytes that are read again.
+        bytes_uploaded: bytes copied to the GPUs.
+        peak_ram: peak RAM in bytes.
+        peak_vram: peak VRAM in bytes.
+        time: time estimate; None if no rates are known.
+        planned: whether this is the plan's own budget.
     """
 
     ram: int
@@ -48,11 +48,11 @@ class Alternative:
 
     @property
     def cost(self) -> tuple[int, int]:
-        """What more memory could save: bytes read, and bytes copied to GPUs."""
+        """Costs that more memory could reduce: bytes read, and bytes copied to GPUs."""
         return self.bytes_read, self.bytes_uploaded
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``plan --json`` prints it. Sizes are in bytes."""
+        """Return the costs as plain data, as ``plan --json`` prints them. Sizes are in bytes."""
         return {
             "max_ram": self.ram,
             "max_vram": self.vram,
@@ -67,36 +67,36 @@ class Alternative:
 
 
 def alternatives(plan: Plan, rates: Rates | None = None) -> list[Alternative]:
-    """The plan's own budget among others: from the least RAM that works up to where more saves nothing, and so of VRAM.
+    """Plan other budgets: from the minimum RAM up to where more saves nothing, and the same for VRAM.
 
     Args:
-        plan: whose graph is scheduled anew.
-        rates: for the time; None for none.
+        plan: plan of the merge.
+        rates: rates for time estimates; None for no estimates.
     """
     budget = plan.schedule.budget
-    aside = plan.bypassed
-    found = {(budget.ram, _vram(budget)): _alternative(plan, plan.schedule, rates, planned=True)}
+    bypassed = plan.bypassed
+    tried = {(budget.ram, _vram(budget)): _alternative(plan, plan.schedule, rates, planned=True)}
     for ram in _sizes(plan.schedule.minimum_ram):
-        tried = _try(plan, replace(budget, ram=ram), aside, rates)
-        if tried is not None:
-            found.setdefault((tried.ram, tried.vram), tried)
-            if not tried.bytes_reread:
+        other = _try(plan, replace(budget, ram=ram), bypassed, rates)
+        if other is not None:
+            tried.setdefault((other.ram, other.vram), other)
+            if not other.bytes_reread:
                 break
     if _vram(budget):
         before: Alternative | None = None
         graph = plan.built.graph
-        least = sum(graph.reads[read].nbytes for read in {r for n in graph for r in graph.node_sources[n]})
+        minimum = sum(graph.reads[read].nbytes for read in {r for n in graph for r in graph.node_sources[n]})
         for vram in _sizes(plan.schedule.minimum_vram):
             devices = tuple(replace(d, vram=None if d.vram is None else vram) for d in budget.devices)
-            tried = _try(plan, replace(budget, devices=devices), aside, rates)
-            if tried is not None:
-                found.setdefault((tried.ram, tried.vram), tried)
-                if tried.bytes_uploaded <= least or (before is not None and before.cost == tried.cost):
+            other = _try(plan, replace(budget, devices=devices), bypassed, rates)
+            if other is not None:
+                tried.setdefault((other.ram, other.vram), other)
+                if other.bytes_uploaded <= minimum or (before is not None and before.cost == other.cost):
                     break
-                before = tried
-    own = found[budget.ram, _vram(budget)]
-    varied = [one for one in found.values() if one.vram == own.vram]
-    others = [one for one in found.values() if one.vram != own.vram]
+                before = other
+    own = tried[budget.ram, _vram(budget)]
+    varied = [one for one in tried.values() if one.vram == own.vram]
+    others = [one for one in tried.values() if one.vram != own.vram]
     return sorted(varied, key=lambda one: one.ram) + sorted(others, key=lambda one: one.vram)
 
 
@@ -104,18 +104,18 @@ def _vram(budget: Budget) -> int:
     return max((device.vram or 0 for device in budget.devices), default=0)
 
 
-def _sizes(least: int) -> Iterator[int]:
-    """The smallest budget that works, as it is printed, and then the powers of two."""
-    smallest = parse_size(format_size(least, up=True))
+def _sizes(minimum: int) -> Iterator[int]:
+    """Yield the minimum budget, rounded as it is printed, and then powers of two."""
+    smallest = parse_size(format_size(minimum, up=True))
     yield smallest
     power = max(28, math.floor(math.log2(smallest)) + 1)
-    for number in range(power, power + _MOST):
+    for number in range(power, power + _MAX_SIZES):
         yield 1 << number
 
 
-def _try(plan: Plan, budget: Budget, aside: Mapping[int, int], rates: Rates | None) -> Alternative | None:
+def _try(plan: Plan, budget: Budget, bypassed: Mapping[int, int], rates: Rates | None) -> Alternative | None:
     try:
-        return _alternative(plan, make_schedule(plan.built.graph, budget, done=aside), rates)
+        return _alternative(plan, make_schedule(plan.built.graph, budget, done=bypassed), rates)
     except BudgetError:
         return None
 

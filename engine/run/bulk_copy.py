@@ -1,4 +1,4 @@
-"""Tensors that are only copied: a plan's transfers are performed beside the lanes, and journaled once durable."""
+"""Performs bulk copies: a plan's transfers run concurrently with the lanes, and are journaled once they are durable."""
 
 from __future__ import annotations
 
@@ -14,115 +14,120 @@ from typing import TYPE_CHECKING
 from ...errors import DiskSpaceError
 from ...io.output.clone import BLOCK, CopyStats, SharingRefused, refuses_to_share
 from ...io.output.digests import BlockDigests
-from ...io.output.group_commit import Aborted, GroupCommit
+from ...io.output.group_commit import GroupCommit
 from ...io.reading import Reader, Stamps
 from ...io.sizes import format_size
+from ...io.task_group import TaskGroup
 from ..execute.executor import NOTIFY_SECONDS
 from ..execute.tasks import LaneTime
 from ..graph.graph import MergeGraph
+from .recovery.records import JournalRecord, RangeCopied
 from .transfers import BUFFER_BYTES, Transfer, WorkerPool, source_of
 
 if TYPE_CHECKING:
     from ...io.output.directory import OutputDirectory
 
 
-_SMALLEST_PIECE = 64 << 10
+_MIN_CHUNK_BYTES = 64 << 10
 
 
 class BulkCopier:
-    """Performs transfers on threads of their own, from the moment it is made.
+    """Performs transfers in threads of its own, which start at once.
 
     Args:
-        transfers: what to move.
-        out: where to.
-        commits: the group commits that journal what was moved.
-        threads: how many move.
-        failed: called with what goes wrong.
+        transfers: transfers to perform.
+        out: output directory.
+        commits: group commits that journal the transfers.
+        threads: maximum number of threads.
+        group: task group that gets the errors.
 
     Attributes:
-        moved: how, so far.
+        stats: bytes shared and written so far.
     """
 
     def __init__(
         self,
         transfers: Sequence[Transfer],
         out: OutputDirectory,
-        commits: GroupCommit,
+        commits: GroupCommit[JournalRecord],
         threads: int,
-        failed: Callable[[BaseException], None],
+        group: TaskGroup,
     ) -> None:
-        self.moved = CopyStats()
+        self.stats = CopyStats()
         self._out = out
         self._commits = commits
-        self._report = failed
         self._lock = threading.Lock()
         self._buffers = [memoryview(b"")] * threads
-        self._unshared: dict[Path, int] = {}  # source -> bytes that are still to be shared
+        self._unshared: dict[Path, int] = {}  # source -> bytes that are still to be reflinked
         self._refusing: set[Path] = set()
         for transfer in transfers:
             if transfer.shares:
                 self._unshared[transfer.file] = self._unshared.get(transfer.file, 0) + transfer.shared
-        self._mover = WorkerPool(transfers, threads, self._move, self._failed)
+        self._pool = WorkerPool(transfers, threads, self._transfer, group)
 
     def wait(self, watch: Callable[[], None]) -> None:
-        """Wait until all is moved, or something went wrong; meanwhile, call `watch` now and then."""
-        while not self._mover.wait(NOTIFY_SECONDS):
+        """Wait until all transfers are done or the group is cancelled; meanwhile, call `watch` at intervals."""
+        while not self._pool.wait(NOTIFY_SECONDS):
             watch()
 
     def stop(self) -> None:
-        """End the threads once they have done what they are at."""
-        self._mover.stop()
+        """End the threads after their current transfers."""
+        self._pool.stop()
 
     def time(self) -> LaneTime | None:
-        """What the threads did; None where there was nothing to do."""
-        lane = self._mover.lane
+        """Return how long the threads worked and waited; None if there were no transfers."""
+        lane = self._pool.lane
         if not lane.tasks:
             return None
         waited = lane.seconds_waited(time.perf_counter())
         return LaneTime(len(lane.worked), lane.seconds_worked, waited, tuple(lane.levels))
 
-    def _failed(self, error: BaseException) -> None:
-        if not isinstance(error, Aborted):  # whatever ended the commits is reported already
-            self._report(error)
-
-    def _move(self, thread: int, transfer: Transfer) -> None:
-        """Perform a transfer, and journal it. Raises Ended."""
+    def _transfer(self, thread: int, transfer: Transfer) -> None:
+        """Perform a transfer, and journal it. Raises Aborted."""
         if not self._buffers[thread]:
             self._buffers[thread] = memoryview(bytearray(BUFFER_BYTES))
         if transfer.shares:
-            apart = transfer.nbytes - transfer.shared
             try:
-                self._receive(thread, transfer, transfer.target, transfer.nbytes, apart)
+                unaligned = transfer.nbytes - transfer.shared
+                self._receive(thread, transfer, transfer.target, transfer.nbytes, unaligned)
                 return
             except SharingRefused as refused:
                 self._refused(transfer.file, refused)
-        for start, end in _pieces(transfer.target, transfer.nbytes, self._commits.piece):
+        for start, end in _chunks(transfer.target, transfer.nbytes, self._commits.max_reservation):
             self._receive(thread, replace(transfer, shares=False), start, end - start, end - start)
         if transfer.shares:
             with self._lock:
                 self._unshared[transfer.file] -= transfer.shared
 
-    def _receive(self, thread: int, transfer: Transfer, start: int, nbytes: int, most: int) -> None:
-        """Make a part of a transfer's target; at most so many bytes are written for it. Raises SharingRefused."""
+    def _receive(self, thread: int, transfer: Transfer, start: int, nbytes: int, max_written: int) -> None:
+        """Perform a part of a transfer. Raises SharingRefused.
+
+        Args:
+            thread: number of the thread, which has a buffer.
+            transfer: the transfer.
+            start: offset of the part in the shard.
+            nbytes: size of the part in bytes.
+            max_written: maximum number of bytes that are written for it rather than reflinked.
+        """
         offset = transfer.offset + start - transfer.target
-        with self._commits.writing(most):
-            moved = self._out.receive(
+        with self._commits.writing(max_written):
+            stats = self._out.receive(
                 transfer.shard, start, transfer.file, offset, nbytes, self._buffers[thread], share=transfer.shares
             )
         with self._lock:
-            self.moved.add(moved)
+            self.stats.add(stats)
             if transfer.shares:
-                self._unshared[transfer.file] -= moved.shared
-        record = {"copied": [transfer.shard, start, start + nbytes]}
-        self._commits.add({transfer.shard}, most, [record], moved.written)
+                self._unshared[transfer.file] -= stats.shared
+        record = RangeCopied(transfer.shard, start, start + nbytes)
+        self._commits.add({transfer.shard}, max_written, [record], stats.written)
 
     def _refused(self, file: Path, refused: SharingRefused) -> None:
-        """A source's blocks are not shared, against the plan. Raises DiskSpaceError where there is no room to copy.
+        """Note that a source can't be reflinked, contrary to the plan. Raises DiskSpaceError if it can't be copied.
 
-        The other sources are asked, too: it is better to stop now than when the disk is full.
+        The other sources are tried too: stopping now is better than stopping when the disk is full.
         """
         with self._lock:
-            self.moved.add(CopyStats(refused={refused.number: refused.nbytes}))
+            self.stats.add(CopyStats(refused={refused.number: refused.nbytes}))
             if file in self._refusing:
                 return
             others = self._unshared.keys() - self._refusing - {file}
@@ -131,15 +136,21 @@ class BulkCopier:
         free = shutil.disk_usage(self._out.path).free
         if free < needed:
             raise DiskSpaceError(
-                f"{self._out.path}: the file system refuses to share blocks with {file}, so that "
-                f"{format_size(needed, up=True)} have to be copied, and {format_size(free)} are free: make room and "
-                "run the same command again"
+                f"{self._out.path}: the file system refuses to share blocks with {file}, so "
+                f"{format_size(needed, up=True)} have to be copied, and only {format_size(free)} are free: make room "
+                "and run the same command again"
             )
 
 
-def _pieces(target: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
-    """A range of a shard in pieces of at most `most` bytes that begin where blocks do, so that these can be shared."""
-    step = max(_SMALLEST_PIECE, most // BLOCK * BLOCK)
+def _chunks(target: int, nbytes: int, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """Split a range of a shard into chunks of at most `max_bytes`, at block boundaries, so their blocks can be shared.
+
+    Args:
+        target: offset of the range in the shard.
+        nbytes: size of the range in bytes.
+        max_bytes: maximum size of a chunk in bytes.
+    """
+    step = max(_MIN_CHUNK_BYTES, max_bytes // BLOCK * BLOCK)
     cuts = [target, *range((target // step + 1) * step, target + nbytes, step), target + nbytes]
     return pairwise(cuts)
 
@@ -152,51 +163,53 @@ def digests_of_sources(
     count: Callable[[int], None],
     watch: Callable[[], None],
 ) -> dict[int, list[bytes]]:
-    """The digests of the blocks of copying nodes, by reading their sources: what their copies ought to hold.
+    """Digest the sources of copying nodes: their copies in OUT must have the same digests.
 
     Args:
-        graph: what is made.
-        nodes: which.
-        threads: how many read.
-        stamps: what the source files must be.
-        count: called with bytes read, from one thread at a time.
-        watch: called now and then, from this thread; what it raises ends it.
+        graph: merge graph.
+        nodes: numbers of the copying nodes.
+        threads: maximum number of threads that read.
+        stamps: expected stamps of the source files.
+        count: function that is called with the number of bytes read, from one thread at a time.
+        watch: function that is called at intervals from this thread; an error of it stops the reading.
+
+    Returns:
+        The block digests of each node.
 
     Raises:
-        MergeloomError: where a source can't be read.
+        MergeloomError: a source can't be read.
     """
-    found: dict[int, list[bytes]] = {}
-    broken: list[BaseException] = []
+    blocks: dict[int, list[bytes]] = {}
     buffers = [memoryview(bytearray(BUFFER_BYTES)) for _ in range(threads)]
     reader = Reader(keep_cached=False, stamps=stamps)
     lock = threading.Lock()
+    group = TaskGroup("digest")
 
     def work(thread: int, node: int) -> None:
         ref = graph.reads[graph.node_sources[node][0]]
         digests = BlockDigests(ref.nbytes)
-        done = 0
-        while done < ref.nbytes:
-            if broken:
+        position = 0
+        while position < ref.nbytes:
+            if group.cancelled:
                 return
-            view = buffers[thread][: ref.nbytes - done]
-            reader.read(ref.file, ref.offset + done, view)
-            digests.feed(done, view)
-            done += len(view)
+            view = buffers[thread][: ref.nbytes - position]
+            reader.read(ref.file, ref.offset + position, view)
+            digests.feed(position, view)
+            position += len(view)
             with lock:
                 count(len(view))
-        found[node] = digests.blocks
+        blocks[node] = digests.blocks
 
-    def place(node: int) -> tuple[Path, int]:
+    def file_position(node: int) -> tuple[Path, int]:
         return source_of(graph, node), graph.reads[graph.node_sources[node][0]].offset
 
-    mover = WorkerPool(sorted(nodes, key=place), threads, work, broken.append)
+    pool = WorkerPool(sorted(nodes, key=file_position), threads, work, group)
     try:
-        while not mover.wait(NOTIFY_SECONDS):
+        while not pool.wait(NOTIFY_SECONDS):
             watch()
     finally:
-        broken.append(KeyboardInterrupt())  # whoever still works stops
-        mover.stop()
+        group.cancel()
+        pool.stop()
         reader.close()
-    if len(broken) > 1:
-        raise broken[0]
-    return found
+    group.check()
+    return blocks

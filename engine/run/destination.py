@@ -1,6 +1,6 @@
-"""Whether OUT can take a merge: what it holds now, and how much room its disk has. Writes nothing.
+"""Checks whether a merge can be written to OUT: its current content, and the free space of its disk. Writes nothing.
 
-`merge` and `plan` ask the same functions, in the same order, so what `plan` reports is what `merge` would end with.
+`merge` and `plan` call the same functions in the same order, so `plan` reports the error that `merge` would raise.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """OUT as `plan` found it.
+    """The state of OUT when a merge is planned.
 
     Args:
-        path: the directory.
-        needed: bytes of disk space that the shards still need; the other files are small.
-        free: bytes that its disk has free for this user.
-        problem: what keeps a merge from being written there; None where nothing does.
-        content: what the directory holds.
+        path: output directory.
+        needed: disk space in bytes that the shards still need; the other files are small.
+        free: free disk space in bytes.
+        problem: error that `merge` would raise; None if there is none.
+        content: current content of the directory.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Destination:
     content: Content = Content.NEW
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``plan --json`` prints it. Sizes are in bytes."""
+        """Return the state as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
         problem = None if self.problem is None else str(self.problem)
         return {
             "path": str(self.path),
@@ -56,22 +56,22 @@ class Destination:
 
 
 def look_at(planned: Plan, out: Path) -> Destination:
-    """Whether a planned merge can be written to `out`.
+    """Check whether a planned merge can be written to `out`.
 
-    Reads samples of the source files where `out` holds a merge already, to compare the two.
+    If `out` already holds a merge, samples of the source files are read to compare the two.
     """
     free = shutil.disk_usage(_nearest(out)).free
     needed, content = planned.disk, Content.FOREIGN
     try:
-        found = classify(out)
-        content = found.content
-        refuse_occupied(found)
+        status = classify(out)
+        content = status.content
+        refuse_occupied(status)
         refuse_input(planned, out)
         if content is Content.FINISHED:
             needed = 0
-            check_finished(planned, found)
+            check_finished(planned, status)
         elif content is Content.UNFINISHED:
-            refuse_other_unfinished(planned, found, facts_of(planned))
+            refuse_other_unfinished(planned, status, facts_of(planned))
             needed = missing_space(out, shard_files(planned), planned.bytes_shared)
         if content is not Content.FINISHED:
             _refuse_unwritable(out, needed, free)
@@ -97,7 +97,7 @@ def refuse_input(planned: Plan, out: Path) -> None:
 
 
 def _inputs(planned: Plan) -> Iterator[tuple[str, Path]]:
-    """Name and path of every model that the merge reads."""
+    """Yield the name and path of every model that the merge reads."""
     for model in planned.built.models:
         yield model.name, model.checkpoint.path
     for made in planned.made:
@@ -105,34 +105,34 @@ def _inputs(planned: Plan) -> Iterator[tuple[str, Path]]:
         yield made.files.tokenizer_from, made.files.tokenizer.path
 
 
-def refuse_other_unfinished(planned: Plan, found: DirectoryStatus, facts: Mapping[str, Any]) -> None:
+def refuse_other_unfinished(planned: Plan, status: DirectoryStatus, facts: Mapping[str, Any]) -> None:
     """Raise UsageError if an unfinished merge is not the planned one.
 
     Args:
-        planned: the merge.
-        found: a directory with an unfinished merge.
-        facts: the facts of the planned merge.
+        planned: plan of the merge.
+        status: status of a directory with an unfinished merge.
+        facts: facts of the planned merge.
     """
-    if found.journal is None:
+    if status.journal is None:
         return
-    if not found.journal.facts:
-        raise UsageError(f"{found} with a damaged journal: choose another OUT, or give --fresh to discard it")
+    if not status.journal.facts:
+        raise UsageError(f"{status} with a damaged journal: choose another OUT, or give --fresh to discard it")
     now = {**facts, "format": FORMAT}
-    if versions := other_version(found.journal.facts, now, ("mergeloom", "arithmetic", "layout", "format")):
+    if versions := other_version(status.journal.facts, now, ("mergeloom", "arithmetic", "layout", "format")):
         raise UsageError(
-            f"{found} started by {versions}: finish it with that version, choose another OUT, or give --fresh to "
+            f"{status} started by {versions}: finish it with that version, choose another OUT, or give --fresh to "
             "discard it"
         )
-    changes = differences(found.journal.facts, facts, model_names(planned))
+    changes = differences(status.journal.facts, facts, model_names(planned))
     if changes:
         raise UsageError(
-            f"{found}, and this one differs from it: {'; '.join(changes)}. Run it as it was, choose another OUT, or "
+            f"{status}, and this one differs from it: {'; '.join(changes)}. Run it as it was, choose another OUT, or "
             "give --fresh to discard it"
         )
 
 
 def shard_files(planned: Plan) -> list[ShardFile]:
-    """The shards of the output, with the ranges that need disk space of their own."""
+    """Return the shards of the output, with the ranges that need disk space of their own."""
     layout = planned.layout
     ranges = written_ranges(planned.built.graph, layout, planned.transfers)
     return [
@@ -142,9 +142,9 @@ def shard_files(planned: Plan) -> list[ShardFile]:
 
 
 def _nearest(path: Path) -> Path:
-    """The directory itself, or the one in which it would be made."""
+    """Return the path itself if it exists, or else its nearest existing parent."""
     path = path.absolute()
-    while not os.path.exists(path):  # noqa: PTH110  no name makes it fail
+    while not os.path.exists(path):  # noqa: PTH110  accepts any name
         path = path.parent
     return path
 

@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 _ADVICE = "choose another OUT, or remove it"
 
 
-def check_finished(plan: Plan, found: DirectoryStatus) -> str:
+def check_finished(plan: Plan, status: DirectoryStatus) -> str:
     """Compare a finished OUT with its manifest, and the manifest with a plan.
 
-    Compared are the recipe and everything else that determines the tensors' bytes, the size and header of every shard,
-    and every other file: with its digest, and with what the plan would write now. The model card is compared with its
-    digest only, since it quotes the recipe's comments and the version of mergeloom.
+    The comparison covers the recipe and everything else that determines the tensors' bytes, the size and header of
+    every shard, and every other file: its digest, and the content that the plan would write now. The model card is
+    compared with its digest only, since it quotes the recipe's comments and the version of mergeloom.
 
     Args:
-        plan: the merge that was asked for.
-        found: a directory with a finished merge.
+        plan: plan of the requested merge.
+        status: status of a directory with a finished merge.
 
     Returns:
-        what was checked and what was not, for the user.
+        A text for the user: what was checked, and what was not.
 
     Raises:
         UsageError: OUT holds another merge.
         CheckpointError: OUT is damaged, was edited, or loaders would use a file that was added to it.
         MergeloomError: a source file can't be read.
     """
-    out = found.path
+    out = status.path
     try:
         check = Verification(out)
     except CheckpointError as error:
@@ -51,12 +51,12 @@ def check_finished(plan: Plan, found: DirectoryStatus) -> str:
     manifest = check.manifest
     facts = facts_of(plan)
     if versions := other_version(manifest, facts, ("arithmetic", "layout")):
-        raise UsageError(f"{found} made by {versions}; {_ADVICE}")
-    # The bytes of a finished merge are the same whatever made them, as long as all else is equal.
+        raise UsageError(f"{status} made by {versions}; {_ADVICE}")
+    # Different releases and devices make the same bytes if everything else is equal.
     facts |= {key: manifest.get(key) for key in ("mergeloom", "device")}
-    _refuse_other_merge(found, differences(manifest, facts, model_names(plan)))
+    _refuse_other_merge(status, differences(manifest, facts, model_names(plan)))
     _refuse_damaged(out, check.run_without_tensors())
-    _refuse_other_merge(found, list(_file_differences(plan, out, manifest["files"])))
+    _refuse_other_merge(status, list(_file_differences(plan, out, manifest["files"])))
     without = sum(not isinstance(digest, str) for digest in manifest["tensors"].values())
     return (
         f"recipe, inputs, size and header of {plural(len(manifest['shards']), 'shard')} and "
@@ -65,9 +65,9 @@ def check_finished(plan: Plan, found: DirectoryStatus) -> str:
     )
 
 
-def _refuse_other_merge(found: DirectoryStatus, changes: list[str]) -> None:
+def _refuse_other_merge(status: DirectoryStatus, changes: list[str]) -> None:
     if changes:
-        raise UsageError(f"{found}, and this one differs from it: {'; '.join(changes)}; {_ADVICE}")
+        raise UsageError(f"{status}, and this one differs from it: {'; '.join(changes)}; {_ADVICE}")
 
 
 def _refuse_damaged(out: Path, verdict: Verdict) -> None:
@@ -82,7 +82,7 @@ def _refuse_damaged(out: Path, verdict: Verdict) -> None:
 
 
 def describe_added(added: tuple[str, ...]) -> str:
-    """The error text for files that loaders would use and the merge did not write."""
+    """Return the error text for files that loaders would use and the merge did not write."""
     names = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
     return (
         f"loaders would use files that the merge did not write: {names}; move them out, or, if the model needs them, "
@@ -91,7 +91,7 @@ def describe_added(added: tuple[str, ...]) -> str:
 
 
 def _file_differences(plan: Plan, out: Path, recorded: Mapping[str, str]) -> Iterator[str]:
-    """How the files that the plan would write next to the shards differ from those that OUT's manifest lists."""
+    """Describe how the files that the plan would write next to the shards differ from those in OUT's manifest."""
     remote: dict[Path, HubFile] = {}
 
     def companions(checkpoint: Checkpoint, kind: FileKind) -> Iterator[tuple[str, Path]]:
@@ -99,8 +99,8 @@ def _file_differences(plan: Plan, out: Path, recorded: Mapping[str, str]) -> Ite
         if not absent:
             yield from local_companions(checkpoint, kind)
             return
-        # compared by the Hub's hashes, since nothing is downloaded for a finished merge; which Python files and
-        # modules' settings belong to the model is written in files that may be absent, so these are not compared
+        # Nothing is downloaded for a finished merge, so the Hub's hashes are compared. Python files and modules'
+        # settings are not: files that may be absent say which of them belong to the model.
         for file in _hub_companions(checkpoint):
             if file_kind(file.name) is kind and not file.name.endswith("/config.json"):
                 remote[file.path] = file

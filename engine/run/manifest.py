@@ -1,4 +1,4 @@
-"""What the bytes of an output follow from, and the manifest that stays in OUT and says so."""
+"""The manifest: everything that determines the output's bytes, and their digests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
     "source_name",
 ]
 
-_LARGEST = 128 << 20
+_MAX_BYTES = 128 << 20
 _WORDS = {
     "mergeloom": "the version of mergeloom",
     "seed": "the seed",
@@ -47,16 +47,16 @@ _WORDS = {
     "arithmetic": "the arithmetic version of mergeloom",
     "layout": "the layout version of mergeloom",
     "device": "the device, which arcee_fusion's bytes depend on",
-    "methods": "the code of its methods that aren't mergeloom's own",
+    "methods": "the code of user-defined methods",
     "sources": "the source files",
     "outputs": "the recipe",
 }
 
 
 def facts_of(plan: Plan) -> dict[str, Any]:
-    """Everything that the output's bytes are a function of, as plain data.
+    """Return everything that determines the output's bytes, as plain data.
 
-    Reads samples of every source file. Raises CheckpointError where one can't be read.
+    Reads samples of every source file. Raises CheckpointError if a file can't be read.
     """
     graph = plan.built.graph
     numbers = model_numbers(plan)
@@ -65,8 +65,8 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     with ThreadPoolExecutor(8) as pool:
         identities = list(pool.map(lambda entry: identity_of(checkpoints[entry[0]], entry[1]), used))
     sources: dict[str, dict[str, str]] = {}
-    for (model, file), found in zip(used, identities, strict=True):
-        sources.setdefault(str(numbers[model]), {})[source_name(plan, model, file)] = found
+    for (model, file), identity in zip(used, identities, strict=True):
+        sources.setdefault(str(numbers[model]), {})[source_name(plan, model, file)] = identity
     arithmetic = _arithmetic(plan)
     methods = {name: code for stage in plan.recipe.stages if (code := code_of(name := stage.merge_method))}
     return {
@@ -84,13 +84,13 @@ def facts_of(plan: Plan) -> dict[str, Any]:
 
 
 def model_numbers(plan: Plan) -> tuple[int, ...]:
-    """The number of each input model in the facts: two spellings of one path, such as `a` and `./a`, share one."""
-    found: dict[Path, int] = {}
-    return tuple(found.setdefault(model.checkpoint.path.resolve(), len(found)) for model in plan.built.models)
+    """Return the number of each input model in the facts. Spellings of one path, such as `a` and `./a`, share one."""
+    numbers: dict[Path, int] = {}
+    return tuple(numbers.setdefault(model.checkpoint.path.resolve(), len(numbers)) for model in plan.built.models)
 
 
 def model_names(plan: Plan) -> list[str]:
-    """What the recipe calls each model first, in the order of `model_numbers`."""
+    """Return the name that the recipe first uses for each model, in the order of `model_numbers`."""
     named: dict[int, str] = {}
     for number, model in zip(model_numbers(plan), plan.built.models, strict=True):
         named.setdefault(number, model.reference.text)
@@ -98,21 +98,21 @@ def model_names(plan: Plan) -> list[str]:
 
 
 def identity_of(checkpoint: Checkpoint, file: Path) -> str:
-    """The identity of a file of a checkpoint. Raises CheckpointError where it can't be read."""
+    """Return the identity of a file of a checkpoint. Raises CheckpointError if it can't be read."""
     return checkpoint.identity(file) if isinstance(checkpoint, HubCheckpoint) else file_identity(file)
 
 
 def source_name(plan: Plan, model: int, file: Path) -> str:
-    """A source file, relative to its model's directory."""
+    """Return the path of a source file relative to its model's directory."""
     root = plan.built.models[model].checkpoint.path
     return str(file.relative_to(root)) if file.is_relative_to(root) and file != root else file.name
 
 
 def _outputs_digest(plan: Plan) -> str:
-    """A digest of every output tensor: name, type, shape, what makes it from which sources.
+    """Digest every output tensor's name, dtype, shape, operation and sources.
 
-    It is built from JSON with keys and values that are chosen for it. No name of a class, enum member or attribute may
-    get into it: renaming one would turn every unfinished merge into another one.
+    The digested JSON has keys and values of its own. It must not contain the name of a class, enum member or attribute:
+    renaming one would make every unfinished merge a different merge.
     """
     graph = plan.built.graph
     numbers = model_numbers(plan)
@@ -137,7 +137,7 @@ _OPERATIONS = {Kind.COPY: "copy", Kind.REQUIRE_EQUAL: "same", Kind.MERGE: "merge
 
 
 def _operation_facts(operation: Operation) -> dict[str, Any]:
-    """What determines the values that an operation makes of its sources."""
+    """Return everything that determines the values of an operation, apart from its sources."""
     facts: dict[str, Any] = {
         "operation": _OPERATIONS[operation.kind],
         "base": operation.base,
@@ -150,7 +150,7 @@ def _operation_facts(operation: Operation) -> dict[str, Any]:
 
 
 def _stage_facts(part: BoundSlice, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """What determines the values that one stage of a fused operation makes."""
+    """Return everything that determines the values of one stage of a fused operation."""
     return {
         "parameters": dict(parameters),
         "sources": part.sources,
@@ -166,19 +166,19 @@ def _inputs_facts(inputs: Inputs) -> dict[str, Any]:
 
 
 def _arithmetic(plan: Plan) -> str:
-    """What computes, where the bytes depend on it: ``cpu``, ``cuda``, or both; else nothing."""
+    """Return the kinds of device that compute (``cpu``, ``cuda`` or both) if the bytes depend on them; otherwise ""."""
     if not any("arcee_fusion" in operation.method for operation in plan.built.graph.operations):
         return ""
     return ",".join(sorted({device.name.partition(":")[0] for device in plan.schedule.budget.devices}))
 
 
 def other_version(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Both versions of mergeloom where a merge was begun by another one; empty where it wasn't.
+    """Describe both versions of mergeloom if a merge was started by a different one; otherwise return "".
 
     Args:
-        before: the facts then.
-        now: the facts now.
-        keys: the facts that make versions different.
+        before: facts of the earlier merge.
+        now: facts of this merge.
+        keys: facts that distinguish versions.
     """
     if all(before.get(key) == now.get(key) for key in keys):
         return ""
@@ -192,35 +192,38 @@ def _version(facts: Mapping[str, Any]) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], models: Sequence[str]) -> list[str]:
-    """What of the facts has changed, in words; empty where nothing has.
+    """Describe how the facts of two merges differ.
 
     Args:
-        before: the facts then.
-        now: the facts now.
-        models: what the recipe calls the models now.
+        before: facts of the earlier merge.
+        now: facts of this merge.
+        models: names of the models in this merge's recipe.
+
+    Returns:
+        One text for each difference.
     """
-    found = []
+    changes = []
     for key, words in _WORDS.items():
         if before.get(key) == now.get(key):
             continue
         if key == "sources":
-            found += list(_source_differences(before.get(key), now.get(key), models))
+            changes += list(_source_differences(before.get(key), now.get(key), models))
         elif key != "outputs":
-            found.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
+            changes.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
         else:
-            found.append(f"{words}{_recipe_difference(before, now)}")
-    return found
+            changes.append(f"{words}{_recipe_difference(before, now)}")
+    return changes
 
 
 def _recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first lines in which the recipes differ. Paths and comments may differ without changing what comes out."""
+    """Return the first lines in which the recipes differ, which may be none if only the sources differ."""
     old, new = str(before.get("recipe", "")).splitlines(), str(now.get("recipe", "")).splitlines()
     lines = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if line[:3] not in ("---", "+++", "@@ ")]
     return ": " + " | ".join(lines[:4]) if lines else ""
 
 
 def _source_differences(before: object, now: object, models: Sequence[str]) -> Iterator[str]:
-    old, new = (_flat(found) for found in (before, now))
+    old, new = _flat(before), _flat(now)
     for model, name in sorted({*old, *new}):
         if old.get((model, name)) != new.get((model, name)):
             known = model.isdecimal() and int(model) < len(models)
@@ -228,7 +231,7 @@ def _source_differences(before: object, now: object, models: Sequence[str]) -> I
 
 
 def _flat(sources: object) -> dict[tuple[str, str], object]:
-    """The identity of each source file by its model and name."""
+    """Return the identity of each source file by model and name."""
     models = sources if isinstance(sources, dict) else {}
     return {
         (str(model), str(name)): identity
@@ -241,14 +244,14 @@ def _flat(sources: object) -> dict[tuple[str, str], object]:
 def manifest_bytes(
     plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str | Mapping[str, Any]], files: Mapping[str, str]
 ) -> bytes:
-    """``mergeloom.json``: what the output was made from, and the digest of everything in it.
+    """Return the content of ``mergeloom.json``: the facts of the merge, and a digest of everything in the output.
 
     Args:
-        plan: what was made.
-        facts: of it.
-        tensors: the digest of each output tensor by label, or its origin if the process never read its bytes: the
-            source's `model`, `file` and `offset`, and ``copied`` if the kernel copied it instead of sharing its blocks.
-        files: the digest of each file beside the shards.
+        plan: plan of the merge.
+        facts: facts of the merge, see `facts_of`.
+        tensors: digest of each output tensor by label, or its origin if the process never read its bytes: the source's
+            `model`, `file` and `offset`, and ``copied`` if the kernel copied it instead of sharing its blocks.
+        files: digest of each file other than the shards.
     """
     content = {
         **facts,
@@ -258,57 +261,57 @@ def manifest_bytes(
         "tensors": dict(tensors),
     }
     content["digest"] = _self_digest(content)
-    return _dumped(content)
+    return _to_bytes(content)
 
 
 def _self_digest(content: Mapping[str, Any]) -> str:
-    """The digest of a manifest without its own ``digest``."""
+    """Return the digest of a manifest without its own ``digest``."""
     rest = {key: value for key, value in content.items() if key != "digest"}
     return bytes_digest(json.dumps(rest, sort_keys=True).encode())
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest in a directory, which may come from anywhere.
+    """Read and validate the manifest in a directory. The directory may come from an untrusted source.
 
-    Every part of it has the type that it should have, and no name leads out of the directory.
+    All values have the expected types, and all names of files are inside the directory.
 
     Raises:
-        MergeloomError: the directory does not hold a finished merge; see `io.claim.classify`.
+        MergeloomError: the directory does not hold a finished merge; see `io.output.lock.classify`.
         CheckpointError: the manifest was changed since it was written.
-        EnvironmentFailure: where the disk got in the way.
+        EnvironmentFailure: the disk failed.
     """
-    found = classify(out)
-    if found.content is not Content.FINISHED:
-        raise found.error(TO_FINISH[found.content])
+    status = classify(out)
+    if status.content is not Content.FINISHED:
+        raise status.error(TO_FINISH[status.content])
     file = out / MANIFEST
     with open_source(file) as (descriptor, size):
-        if size > _LARGEST:
-            raise CheckpointError(f"{file}: is larger than {_LARGEST} bytes, so that it can't be a manifest")
+        if size > _MAX_BYTES:
+            raise CheckpointError(f"{file}: is larger than {_MAX_BYTES} bytes, so it can't be a manifest")
         data = read_range(descriptor, 0, size, file=file)
     try:
         content = json.loads(data)
-        whole = isinstance(content, dict) and content.get("digest") == _self_digest(content)
-        whole = whole and data == _dumped(content)
+        intact = isinstance(content, dict) and content.get("digest") == _self_digest(content)
+        intact = intact and data == _to_bytes(content)
     except (ValueError, RecursionError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise CheckpointError(
             f"{file}: was changed since it was written and cannot be used for verification: restore it, or merge into "
             "another OUT"
         )
     if not _is_manifest(content):
         raise CheckpointError(
-            f"{file}: is not as mergeloom writes it and cannot be used for verification: merge into another OUT"
+            f"{file}: has an invalid structure and cannot be used for verification: merge into another OUT"
         )
     return dict(content)
 
 
-def _dumped(content: Mapping[str, Any]) -> bytes:
+def _to_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _is_manifest(content: Mapping[str, Any]) -> bool:
-    """Whether everything that is read of a manifest has its type, and names what may be named."""
+    """Whether all values in a manifest have the expected types, and all file names are inside the directory."""
     models = content.get("models")
     texts = isinstance(models, list) and all(isinstance(model, str) for model in models)
     if not isinstance(models, list) or not texts:
@@ -324,8 +327,8 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
         if not isinstance(value, dict):
             return isinstance(value, str)
         offset = value.get("offset")
-        places = isinstance(offset, int) and 0 <= offset < 1 << 63 and isinstance(value.get("copied", False), bool)
-        return places and is_model(value.get("model")) and is_file(value.get("file"))
+        is_origin = isinstance(offset, int) and 0 <= offset < 1 << 63 and isinstance(value.get("copied", False), bool)
+        return is_origin and is_model(value.get("model")) and is_file(value.get("file"))
 
     def is_shard(value: object) -> bool:
         return isinstance(value, list) and [type(part) for part in value] == [int, str]

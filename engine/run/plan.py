@@ -1,4 +1,4 @@
-"""The plan of a merge: the schedule that the merge executes and the dry run prints, and what it will need."""
+"""The plan of a merge: the schedule that `merge` executes and `plan` prints, with its inputs and its costs."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from ..graph.graph import Kind
 from ..graph.layout import Layout
 from ..model.open import is_remote
 from ..recipe.types import Recipe, Stage
-from ..schedule.schedule import Budget, Schedule
+from ..schedule.schedule import Schedule
 from ..schedule.traffic import bytes_of_models, bytes_of_reads, downloaded, peak_of, read_again
 from .transfers import Transfer
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
-"""A recipe: the path of a YAML file, a dict that says the same, or a Recipe."""
+"""A recipe: the path of a YAML file, a dict with the same content, or a Recipe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What `plan` and `merge` can be told beside the recipe.
+    """Options of `plan` and `merge`.
 
     Args:
-        max_ram: the bound on the process's resident memory, in bytes; by default a share of the machine's.
-        max_vram: what may be held on each GPU, in bytes; by default a share of its memory.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several with commas.
-        seed: of the random methods.
-        shard_size: the most bytes of an output file.
-        threads: compute threads of the CPU; by default the cores that the process may use.
-        strict: make unknown keys and parameters in the recipe errors.
-        machine: the machine to plan for; this one where None.
-        methods: Python files with merge methods of the user's.
+        max_ram: limit on the resident memory of the process in bytes; by default a share of the machine's memory.
+        max_vram: limit on the memory used on each GPU in bytes; by default a share of its memory.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several separated by commas.
+        seed: seed for methods that sample (``dare_*``, ``della*``).
+        shard_size: maximum size of an output shard in bytes.
+        threads: number of compute threads on the CPU; by default the number of cores that the process may use.
+        strict: whether unknown keys and parameters in the recipe are errors.
+        machine: machine to plan for; None for this one.
+        methods: paths of Python files with user-defined merge methods.
     """
 
     max_ram: int | None = None
@@ -56,24 +56,24 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a merge will do: the very schedule that it performs, and what the dry run prints.
+    """The plan of a merge: the schedule that `merge` executes, and everything that `plan` prints.
 
     Args:
-        recipe: what the user wrote.
-        stage: the stage that is made.
-        built: the graph, and what the output's other files need.
-        files: where the files beside the weights come from.
-        layout: where every output tensor lies.
-        schedule: the steps, with what they hold.
-        options: what it was made with.
-        budget: of the merge before OUT is known.
-        warnings: what the user should know.
-        transfers: ranges that never pass through the lanes (see `sharing.place`).
-        moved: the nodes that are made so.
-        out: the model directory that it was placed for; None where it isn't known yet.
-        unshared: bytes that are passed through without sharing the inputs' blocks, by the reason why.
-        digests: whether every tensor gets a digest; what is shared is then read for it.
-        saved: what is made beside the output.
+        recipe: recipe as the user wrote it.
+        stage: stage that makes the output.
+        built: merge graph, with the models and their layers.
+        files: sources of the files other than the weights.
+        layout: position of every output tensor in the shards.
+        schedule: steps, with the memory that they hold.
+        options: options that the plan was made with.
+        warnings: warnings for the user.
+        transfers: bulk copies, which bypass the lanes (see `placement.with_reflinks`).
+        moved: nodes that are made by transfers.
+        out: output directory that the transfers were planned for; None if it is not known yet.
+        unshared: bytes that are copied although they could be reflinked elsewhere, by reason.
+        digests: whether every tensor gets a digest; reflinked tensors are then read to digest them.
+        saved: models of other stages that are saved too.
+        in_lanes: the plan without transfers; None if this plan has no `out`.
     """
 
     recipe: Recipe
@@ -83,7 +83,6 @@ class Plan:
     layout: Layout
     schedule: Schedule
     options: Options
-    budget: Budget
     warnings: tuple[str, ...] = field(default=())
     transfers: tuple[Transfer, ...] = ()
     moved: frozenset[int] = frozenset()
@@ -91,15 +90,16 @@ class Plan:
     unshared: tuple[tuple[str, int], ...] = ()
     digests: bool = False
     saved: tuple[OutputModel, ...] = ()
+    in_lanes: Plan | None = None
 
     @property
     def made(self) -> tuple[OutputModel, ...]:
-        """Every model that is made, the output first."""
+        """All models that the merge writes, the output first."""
         return (OutputModel("", self.stage, self.files, self.built.layers), *self.saved)
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
-        """The files of Hub models that hold what is read, with what is still to be fetched of each."""
+        """Files of Hub models that the merge reads, with the number of bytes that are still to be fetched."""
         graph = self.built.graph
         if not any(is_remote(model.checkpoint) for model in self.built.models):
             return ()
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def bytes_shared(self) -> int:
-        """Bytes of the output whose blocks are the sources' own."""
+        """Bytes of the output that share disk blocks with the sources."""
         return sum(transfer.shared for transfer in self.transfers)
 
     @property
@@ -126,65 +126,65 @@ class Plan:
 
     @property
     def bytes_computed(self) -> int:
-        """Bytes of the output that aren't an input's own."""
+        """Bytes of the output that are computed rather than copied."""
         graph = self.built.graph
         nodes = (output.node for output in graph.outputs)
         return sum(graph.nbytes(node) for node in nodes if graph.operation(node).kind is not Kind.COPY)
 
     @property
     def bytes_digested(self) -> int:
-        """Bytes that are read only for their digests."""
+        """Bytes that are read only to digest them."""
         return sum(map(self.built.graph.nbytes, self.moved)) if self.digests else 0
 
     @property
     def bytes_read(self) -> int:
-        """Tensor bytes that pass through the process or the kernel's copy on their way in, re-reads included."""
+        """Tensor bytes that the process or the kernel reads, re-reads included."""
         return self.schedule.bytes_read + self.bytes_copied + self.bytes_digested
 
     @property
     def bytes_written(self) -> int:
-        """Tensor bytes that pass through the process or the kernel's copy on their way out."""
+        """Tensor bytes that the process or the kernel writes."""
         return self.schedule.bytes_written + self.bytes_copied
 
     @property
     def disk(self) -> int:
-        """Bytes that the shards take on the disk."""
+        """Disk space of the shards in bytes."""
         return self.layout.nbytes - self.bytes_shared
 
     @property
     def computes(self) -> bool:
-        """Whether anything is computed; else bytes are only copied, and torch isn't needed."""
+        """Whether anything is computed; otherwise bytes are only copied, and torch is not needed."""
         return any(operation.kind is Kind.MERGE for operation in self.built.graph.operations)
 
     @property
     def bypassed(self) -> dict[int, int]:
-        """The nodes whose bytes never enter the lanes, with their size in bytes: what `make_schedule` takes as done."""
+        """Nodes that bypass the lanes, with their size in bytes: the argument `done` of `make_schedule`."""
         return {node: self.built.graph.nbytes(node) for node in self.moved}
 
     @property
     def content(self) -> OutputContent:
-        """What the model card and the index say about the weights."""
+        """Facts about the weights for the model card and the index."""
         built = self.built
         return OutputContent(self.recipe, built.graph, self.layout, built.models, built.dtype)
 
     @property
     def workload(self) -> Workload:
-        """What the merge moves and computes, for time estimates."""
+        """The amount of work, for time estimates."""
         machine = self.options.machine
         return Workload(self.built.graph, self.schedule, self.bytes_read, self.bytes_written, machine)
 
     def bytes_read_by_model(self, read: Sequence[int]) -> list[tuple[int, int]]:
-        """For each model the bytes of its tensors that are used, and the bytes read of them, kernel copies included."""
+        """Return for each model the bytes of its used tensors, and the bytes read from it, kernel copies included."""
         graph = self.built.graph
-        found = bytes_of_models(graph, read)
+        counts = bytes_of_models(graph, read)
         owners = {ref.file: model for model, ref in zip(graph.read_models, graph.reads, strict=True)}
         for transfer in self.transfers:
-            used, total = found[owners[transfer.file]]
-            found[owners[transfer.file]] = used, total + transfer.nbytes - transfer.shared
-        return found
+            used, total = counts[owners[transfer.file]]
+            counts[owners[transfer.file]] = used, total + transfer.nbytes - transfer.shared
+        return counts
 
     def output_dict(self, made: OutputModel | None = None) -> dict[str, Any]:
-        """One of the models that are made, by default the output, as plain data. Sizes are in bytes."""
+        """Return one of the models that are written, by default the output, as plain data. Sizes are in bytes."""
         graph, made = self.built.graph, made or self.made[0]
         nodes = [graph.outputs[number].node for number in graph.outputs_in(made.folder)]
         return {
@@ -197,7 +197,7 @@ class Plan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The dry run as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
+        """Return the plan as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
         schedule = self.schedule
         return {
             "output": self.output_dict(),
@@ -241,7 +241,7 @@ class Plan:
         }
 
     def _traffic_dict(self) -> dict[str, Any]:
-        """All of it as plain data, for ``plan --json``. Sizes are in bytes."""
+        """Return the traffic and the memory peaks as plain data, for ``plan --json``. Sizes are in bytes."""
         graph, schedule = self.built.graph, self.schedule
         read = bytes_of_reads(graph, schedule)
         peaks = peak_of(graph, schedule), peak_of(graph, schedule, vram=True)

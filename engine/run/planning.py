@@ -1,4 +1,4 @@
-"""Plans a merge: reads the recipe and the models' headers, and simulates the whole merge in bytes."""
+"""Plans a merge: reads the recipe and the models' headers, and simulates the complete merge in bytes."""
 
 from __future__ import annotations
 
@@ -25,24 +25,23 @@ from ..schedule.schedule import Budget, make_schedule
 from .plan import Options, Plan, RecipeLike
 
 OTHER_THREADS = 16
-"""Threads of a merge that read, write, copy and show progress."""
-
+"""Maximum number of threads of a merge that do not compute: they read, write, copy and show progress."""
 
 _MERGE_MODULES = ("mergeloom.engine.run.merge", "mergeloom.engine.execute.executor")
-"""Imported before the process is measured, so a plan finds the memory that a merge will have."""
+"""Modules that are imported before the process is measured, so the plan sees the memory that the merge will have."""
 
 
 def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
-    """Plan a merge: read the recipe and the models' headers, and simulate the whole merge in bytes.
+    """Plan a merge: read the recipe and the models' headers, and simulate the complete merge in bytes.
 
     Args:
-        recipe: a path, a dict, or a Recipe.
-        options: budgets, device, seed and the like.
+        recipe: path of a YAML file, a dict with the same content, or a Recipe.
+        options: budgets, device, seed and other options.
 
     Raises:
-        RecipeError: for a mistake in the recipe.
-        CheckpointError: for an input that is missing, damaged, or doesn't fit the others.
-        BudgetError: where the merge doesn't fit the budget.
+        RecipeError: the recipe has a mistake.
+        CheckpointError: an input is missing or damaged, or does not fit the others.
+        BudgetError: the merge does not fit the budget.
     """
     options = options or Options()
     methods = merge_methods(options.methods)
@@ -70,16 +69,16 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     warnings = [*loaded.warnings, *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
     if remark := memory_remark(options.max_ram, options.machine):
         warnings.append(remark)
-    return Plan(loaded, stage, built, files.output, layout, schedule, options, budget, tuple(warnings), saved=saved)
+    return Plan(loaded, stage, built, files.output, layout, schedule, options, tuple(warnings), saved=saved)
 
 
 def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
-    """The budget that a merge has to fit, on this machine or on the one that the options name. Measures this process.
+    """Return the budget for a merge, on this machine or on the one that the options name. Measures this process.
 
     Args:
-        options: as given to `plan`.
-        computes: whether anything is computed; else no device and no torch is needed.
-        built: what is made.
+        options: options as given to `plan`.
+        computes: whether anything is computed; otherwise neither a device nor torch is needed.
+        built: the graph with its models.
     """
     machine = options.machine
     threads = options.threads or (machine.cores if machine else None) or usable_cores()

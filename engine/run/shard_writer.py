@@ -1,14 +1,17 @@
-"""The executor's sink: output tensors become ranges of shards, digested on the way, and journaled once durable."""
+"""Writes output tensors to the shards: digests each chunk, syncs in groups, and journals what is durable."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ...io.output.digests import BLOCK_BYTES, BlockDigests
-from ...io.output.group_commit import GROUP_BYTES, Aborted, GroupCommit, Record
+from ...io.output.group_commit import GROUP_BYTES, Aborted, GroupCommit
 from ...io.output.journal import Journal
+from ...io.task_group import TaskGroup
+from .recovery.records import BlocksWritten, JournalRecord, RangeCopied, Tail
 from .recovery.recover import RecoveredState
 from .recovery.source_digests import SourceDigests, source_records
 
@@ -17,36 +20,36 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 _WAIT_SECONDS = 0.5
-_SMALLEST_PIECE = 64 << 10
+_MIN_CHUNK_BYTES = 64 << 10
 
 
 class _Tensor:
-    """One node's output on its way."""
+    """The state of one node's output while it is being written."""
 
-    __slots__ = ("begun", "blocks", "digests", "fed", "position", "tails", "written")
+    __slots__ = ("blocks", "digested", "digests", "position", "recovered", "tails", "written")
 
     def __init__(self, digests: BlockDigests) -> None:
         self.digests = digests
-        self.fed = threading.Condition()
-        self.begun = digests.position  # bytes that an earlier run has written
-        self.position = self.begun  # all bytes before it are in all their places
-        self.blocks = len(digests.blocks)  # that records have been made of
-        self.written: dict[int, int] = {}  # ranges beyond it that are in all their places: first byte -> end
-        self.tails: dict[int, bytes] = {}  # the digest of the last, unfinished block up to where a piece ended
+        self.digested = threading.Condition()
+        self.recovered = digests.position  # bytes that an earlier run has written
+        self.position = self.recovered  # all bytes before it are in all destinations
+        self.blocks = len(digests.blocks)  # number of blocks that have a record
+        self.written: dict[int, int] = {}  # ranges beyond `position` that are in all destinations: start -> end
+        self.tails: dict[int, bytes] = {}  # end of a chunk -> digest of the incomplete block that ends there
 
 
 class ShardWriter:
-    """Writes a plan's output tensors to their places.
+    """Writes a plan's output tensors to all their destinations. It is the executor's sink.
 
     Args:
-        plan: what is made.
-        out: where.
-        journal: to which what is durable is added.
-        durable: what is so already.
-        check: called before anything is added to the journal; raises where a source isn't what it was.
-        failed: called with what goes wrong when data is written or committed.
-        group_bytes: the most bytes that are written and not yet durable.
-        sources: digests of what was read so far, which the journal takes before the records of what was made from it.
+        plan: plan of the merge.
+        out: output directory.
+        journal: journal that receives a record of all durable data.
+        recovered: data that earlier runs have made durable.
+        check: function that is called before records are appended; it raises if a source file has changed.
+        group: task group that gets the errors of writes and commits.
+        group_bytes: maximum number of bytes that are written and not yet durable.
+        sources: digests of the source bytes read so far; the journal takes them before the records of the output.
     """
 
     def __init__(
@@ -54,9 +57,9 @@ class ShardWriter:
         plan: Plan,
         out: OutputDirectory,
         journal: Journal,
-        durable: RecoveredState,
+        recovered: RecoveredState,
         check: Callable[[], None],
-        failed: Callable[[BaseException], None],
+        group: TaskGroup,
         group_bytes: int = GROUP_BYTES,
         sources: SourceDigests | None = None,
     ) -> None:
@@ -68,69 +71,70 @@ class ShardWriter:
         self._journal = journal
         self._check = check
         self._lock = threading.Lock()
-        self._tensors = {node: _Tensor(digests) for node, digests in durable.begun.items()}
-        self._failed = failed
+        self._tensors = {node: _Tensor(digests) for node, digests in recovered.partial.items()}
+        self._group = group
         self._stopped = False
-        self.commits = GroupCommit(out.sync, self._append, failed, group_bytes=group_bytes)
-        self.digests: dict[int, list[bytes]] = dict(durable.whole)
-        """The digests of the blocks of every node that is whole and came through the process."""
+        self.commits: GroupCommit[JournalRecord] = GroupCommit(out.sync, self._append, group, group_bytes=group_bytes)
+        self.digests: dict[int, list[bytes]] = dict(recovered.complete)
+        """Block digests of every complete node that the lanes have written, in this run or an earlier one."""
 
-    # --- from the lanes ----------------------------------------------------------------------------------------
+    # --- called by the lanes -----------------------------------------------------------------------------------
 
     def write(self, node: int, offset: int, data: memoryview) -> None:
-        """Put a piece of a node's output in all its places. Pieces begin in order, and may overlap in time.
+        """Write a chunk of a node's output to all destinations. Chunks start in order, and may overlap in time.
 
         Raises:
-            Ended: where the merge is being stopped, or another piece could not be written.
+            Aborted: the merge is being stopped, or another chunk could not be written.
         """
         try:
             self._write(node, offset, data)
         except BaseException as error:
             if not isinstance(error, Aborted):
-                self._failed(error)
-            self._stopped = True  # no piece after it will ever be in turn
+                self._group.fail(error)
+            self._stopped = True  # the chunks after this one can never be digested
             raise
 
     def _write(self, node: int, offset: int, data: memoryview) -> None:
         tensor = self._tensor(node)
-        skip = min(max(0, tensor.begun - offset), len(data))
+        skip = min(max(0, tensor.recovered - offset), len(data))
         offset, data = offset + skip, data[skip:]
-        places = [
+        targets = [
             (self._layout.shard_of[output], self._layout.offset_of[output]) for output in self._destinations[node]
         ]
-        shards = {shard for shard, _ in places}
-        step = max(_SMALLEST_PIECE, self.commits.piece // len(places))
+        shards = {shard for shard, _ in targets}
+        step = max(_MIN_CHUNK_BYTES, self.commits.max_reservation // len(targets))
         for start in range(0, len(data), step):
-            piece = data[start : start + step]
-            self._feed(tensor, offset + start, piece)
-            with self.commits.writing(len(piece) * len(places)):
-                for shard, place in places:
-                    self._out.write(shard, place + offset + start, piece)
-            with tensor.fed:
-                record = progress_record(node, tensor, offset + start, len(piece))
-            self.commits.add(shards, len(piece) * len(places), [record] if record else [], len(piece) * len(places))
+            chunk = data[start : start + step]
+            nbytes = len(chunk) * len(targets)
+            self._digest(tensor, offset + start, chunk)
+            with self.commits.writing(nbytes):
+                for shard, first in targets:
+                    self._out.write(shard, first + offset + start, chunk)
+            with tensor.digested:
+                record = progress_record(node, tensor, offset + start, len(chunk))
+            self.commits.add(shards, nbytes, [record] if record else [], nbytes)
 
     def _tensor(self, node: int) -> _Tensor:
         with self._lock:
-            found = self._tensors.get(node)
-            if found is None:
-                found = self._tensors[node] = _Tensor(BlockDigests(self._graph.nbytes(node)))
-            return found
+            tensor = self._tensors.get(node)
+            if tensor is None:
+                tensor = self._tensors[node] = _Tensor(BlockDigests(self._graph.nbytes(node)))
+            return tensor
 
-    def _feed(self, tensor: _Tensor, offset: int, piece: memoryview) -> None:
-        """Digest a piece, once all before it has been."""
-        with tensor.fed:
+    def _digest(self, tensor: _Tensor, offset: int, chunk: memoryview) -> None:
+        """Digest a chunk once all bytes before it are digested."""
+        with tensor.digested:
             while not tensor.digests.reached(offset):
                 if self._stopped:
                     raise Aborted
-                tensor.fed.wait(_WAIT_SECONDS)
-            tensor.digests.feed(offset, piece)
+                tensor.digested.wait(_WAIT_SECONDS)
+            tensor.digests.feed(offset, chunk)
             if tail := tensor.digests.tail():
-                tensor.tails[offset + len(piece)] = tail
-            tensor.fed.notify_all()
+                tensor.tails[offset + len(chunk)] = tail
+            tensor.digested.notify_all()
 
     def finished(self, node: int) -> None:
-        """Keep the digests of a node that is whole."""
+        """Keep the digests of a complete node."""
         tensor = self._tensor(node)
         if tensor.position != tensor.digests.nbytes:
             raise RuntimeError(f"node {node}: {tensor.position} of {tensor.digests.nbytes} bytes were written")
@@ -140,67 +144,73 @@ class ShardWriter:
 
     # --- the journal -------------------------------------------------------------------------------------------
 
-    def _append(self, records: Collection[Record]) -> None:
-        """Add records to the journal, those of one node as one, behind the digests of what they were made from."""
+    def _append(self, records: Collection[JournalRecord]) -> None:
+        """Append records to the journal, after the digests of the source bytes that the output was made from."""
         self._check()
         used = self._sources.take() if self._sources is not None else []
-        self._journal.append([*used, *coalesce_records(records)])
+        self._journal.append(record.to_json() for record in (*used, *coalesce_records(records)))
 
     def stop(self) -> None:
-        """Begin no other commit, and let nobody wait any more."""
+        """Start no more commits, and wake all threads that wait for one."""
         self._stopped = True
         self.commits.stop()
 
     def abandon(self) -> bool:
-        """End without another commit; see `GroupCommit.abandon`."""
+        """Stop without another commit; see `GroupCommit.abandon`."""
         self.stop()
         return self.commits.abandon()
 
 
-def progress_record(node: int, tensor: _Tensor, start: int, nbytes: int) -> dict[str, Any] | None:
-    """The record of how far a node has come now that this range is in all its places; None where no further."""
+def progress_record(node: int, tensor: _Tensor, start: int, nbytes: int) -> BlocksWritten | None:
+    """Note that a range of a node is in all destinations, and return the record of the progress, if there is any.
+
+    Args:
+        node: number of the node.
+        tensor: state of the node's output.
+        start: offset of the range in the output.
+        nbytes: size of the range in bytes.
+    """
     tensor.written[start] = start + nbytes
     before = tensor.position
     while (end := tensor.written.pop(tensor.position, None)) is not None:
         tensor.position = end
     if tensor.position == before:
         return None
-    whole = tensor.position >= tensor.digests.nbytes
-    first, blocks = tensor.blocks, len(tensor.digests.blocks) if whole else tensor.position // BLOCK_BYTES
+    complete = tensor.position >= tensor.digests.nbytes
+    first, blocks = tensor.blocks, len(tensor.digests.blocks) if complete else tensor.position // BLOCK_BYTES
     tensor.blocks = blocks
     tail = tensor.tails.get(tensor.position)
     for end in [end for end in tensor.tails if end <= tensor.position]:
         del tensor.tails[end]
-    record = {"node": node, "first": first, "blocks": [block.hex() for block in tensor.digests.blocks[first:blocks]]}
-    return {**record, "tail": [tensor.position % BLOCK_BYTES, tail.hex()]} if tail else record
+    digests = tuple(tensor.digests.blocks[first:blocks])
+    return BlocksWritten(node, first, digests, Tail(tensor.position % BLOCK_BYTES, tail) if tail else None)
 
 
-def coalesce_records(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Records with those that go on with one another put together."""
-    nodes: dict[int, dict[str, Any]] = {}
-    joined: list[dict[str, Any]] = []
+def coalesce_records(records: Iterable[JournalRecord]) -> list[JournalRecord]:
+    """Merge records of consecutive blocks of a node, which keeps the journal short."""
+    newest: dict[int, int] = {}  # node -> index of its newest record
+    merged: list[JournalRecord] = []
     for record in records:
-        last = nodes.get(record.get("node", -1))
-        if last is not None and record["first"] == last["first"] + len(last["blocks"]):
-            last["blocks"] += record["blocks"]
-            last.pop("tail", None)
-            last.update({"tail": record["tail"]} if "tail" in record else {})
-            continue
-        joined.append(dict(record))
-        if "node" in record:
-            nodes[record["node"]] = joined[-1]
-    return joined
+        if isinstance(record, BlocksWritten):
+            index = newest.get(record.node)
+            before = merged[index] if index is not None else None
+            if index is not None and isinstance(before, BlocksWritten) and record.first == before.end:
+                merged[index] = replace(before, blocks=before.blocks + record.blocks, tail=record.tail)
+                continue
+            newest[record.node] = len(merged)
+        merged.append(record)
+    return merged
 
 
-def records_of(durable: RecoveredState) -> Iterator[Mapping[str, Any]]:
-    """What is durable, as the first records of a journal."""
-    yield from source_records(durable.sources)
-    for node, blocks in durable.whole.items():
-        yield {"node": node, "first": 0, "blocks": [block.hex() for block in blocks]}
-    for node, digests in durable.begun.items():
-        record = {"node": node, "first": 0, "blocks": [block.hex() for block in digests.blocks]}
+def records_of(recovered: RecoveredState) -> Iterator[JournalRecord]:
+    """Return the records of recovered data: the first records of the journal that replaces the old one."""
+    yield from source_records(recovered.sources)
+    for node, blocks in recovered.complete.items():
+        yield BlocksWritten(node, 0, tuple(blocks))
+    for node, digests in recovered.partial.items():
         tail = digests.tail()
-        yield {**record, "tail": [digests.position % BLOCK_BYTES, tail.hex()]} if tail else record
-    for shard, ranges in sorted(durable.copied.items()):
+        last = Tail(digests.position % BLOCK_BYTES, tail) if tail else None
+        yield BlocksWritten(node, 0, tuple(digests.blocks), last)
+    for shard, ranges in sorted(recovered.copied.items()):
         for start, end in ranges:
-            yield {"copied": [shard, start, end]}
+            yield RangeCopied(shard, start, end)

@@ -1,4 +1,4 @@
-"""Tensors that are only copied: ranges of source files that become ranges of shards beside the lanes."""
+"""Plans bulk copies: ranges of source files that become ranges of shards without passing through the lanes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ...io.output.clone import shareable
+from ...io.output.group_commit import Aborted
+from ...io.task_group import TaskGroup
 from ..execute.lane import Lane
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 
 PART_BYTES = 128 << 20
-"""The most bytes that are copied as one, so that several threads share a large file, and progress is seen."""
+"""Maximum size in bytes of a transfer that is copied. Several threads share a large file, and progress is visible."""
 SHARED_PART_BYTES = 1 << 30
-"""The most bytes that are shared as one, which takes as long as sharing a few."""
+"""Maximum size in bytes of a transfer that is reflinked, which takes equally long for any size."""
 BUFFER_BYTES = 1 << 20
-"""The buffer of each thread that moves bytes."""
+"""Size in bytes of the buffer of each copying thread."""
 TRANSFER_BYTES = 2 << 10
-"""What a transfer takes in the process: itself, and its record on the way to the journal."""
+"""Memory that a transfer takes in the process, in bytes: the object itself, and its record until it is journaled."""
 
 T = TypeVar("T")
 
@@ -31,12 +33,12 @@ class Transfer:
     """A contiguous range of a source file that becomes a contiguous range of a shard.
 
     Args:
-        file: the source.
-        offset: of the range's first byte there.
-        shard: the shard's number.
-        target: the offset of the range's first byte in the shard.
-        nbytes: its size.
-        shares: whether its blocks are to be shared with the source.
+        file: source file.
+        offset: offset of the range in the source file.
+        shard: number of the shard.
+        target: offset of the range in the shard.
+        nbytes: size of the range in bytes.
+        shares: whether the range is reflinked, so its blocks are shared with the source.
     """
 
     file: Path
@@ -48,25 +50,28 @@ class Transfer:
 
     @property
     def shared(self) -> int:
-        """Bytes that take no space of their own."""
+        """Number of bytes that take no disk space of their own."""
         return shareable(self.offset, self.target, self.nbytes)[1] if self.shares else 0
 
 
 def source_of(graph: MergeGraph, node: int) -> Path:
-    """The file that holds the source of a copying node."""
+    """Return the file that holds the source of a copying node."""
     return graph.reads[graph.node_sources[node][0]].file
 
 
 def plan_transfers(
     graph: MergeGraph, layout: Layout, nodes: Collection[int], sharing: Collection[Path]
 ) -> list[Transfer]:
-    """The transfers that make the outputs of some copying nodes, adjacent ones put together, as their sources lie.
+    """Plan the transfers that make the outputs of copying nodes. Adjacent tensors are one transfer.
 
     Args:
-        graph: what is made.
-        layout: where it lies.
-        nodes: which, none without bytes.
-        sharing: the source files whose blocks are to be shared.
+        graph: merge graph.
+        layout: layout of the output.
+        nodes: numbers of the copying nodes; none of them is empty.
+        sharing: source files whose tensors are reflinked.
+
+    Returns:
+        The transfers in the order of their source files and offsets.
     """
     transfers = []
     for number, shard in enumerate(layout.shards):
@@ -85,7 +90,7 @@ def plan_transfers(
 
 
 def _continues(graph: MergeGraph, layout: Layout, before: int, output: int) -> bool:
-    """Whether an output follows another in the source file as it does in the shard."""
+    """Whether two outputs are adjacent both in the shard and in the source file."""
     a, b = graph.outputs[before].node, graph.outputs[output].node
     first, second = graph.reads[graph.node_sources[a][0]], graph.reads[graph.node_sources[b][0]]
     adjacent = layout.offset_of[before] + first.nbytes == layout.offset_of[output]
@@ -95,7 +100,7 @@ def _continues(graph: MergeGraph, layout: Layout, before: int, output: int) -> b
 def _cut(
     graph: MergeGraph, layout: Layout, shard: int, run: Sequence[int], sharing: Collection[Path]
 ) -> list[Transfer]:
-    """A run of outputs as transfers of limited size, cut where blocks end in the shard."""
+    """Split a run of adjacent outputs into transfers of limited size, at multiples of that size in the shard."""
     if not run:
         return []
     source = graph.reads[graph.node_sources[graph.outputs[run[0]].node][0]]
@@ -109,56 +114,51 @@ def _cut(
 
 
 def written_ranges(graph: MergeGraph, layout: Layout, transfers: Sequence[Transfer]) -> list[list[tuple[int, int]]]:
-    """For each shard the ranges (offset, bytes) that need disk space of their own: all but what is to be shared.
+    """Return the ranges (offset, nbytes) of each shard that need disk space of their own: all that are not reflinked.
 
-    Of a range that is to be shared the partial blocks at its edges are left out too.
+    The partial blocks at the edges of a reflinked range are not included, although they take space.
     """
     shared: dict[int, list[tuple[int, int]]] = {}
     for transfer in sorted(transfers, key=lambda each: (each.shard, each.target)):
         if transfer.shares:
             shared.setdefault(transfer.shard, []).append((transfer.target, transfer.target + transfer.nbytes))
-    found = []
+    written = []
     for number, shard in enumerate(layout.shards):
         ranges = []
-        place = len(shard.header)
+        position = len(shard.header)
         for first, end in [*shared.get(number, ()), (shard.nbytes, shard.nbytes)]:
-            if first > place:
-                ranges.append((place, first - place))
-            place = end
-        found.append(ranges)
-    return found
+            if first > position:
+                ranges.append((position, first - position))
+            position = end
+        written.append(ranges)
+    return written
 
 
 class WorkerPool(Generic[T]):
-    """Does many pieces of work on threads of its own, beside the executor.
+    """Runs tasks of one kind in threads of its own, concurrently with the executor's lanes.
+
+    The first error of a task fails the group. Once the group is cancelled, by whomever, no more tasks start.
 
     Args:
-        pieces: such as transfers.
-        threads: how many at a time.
-        work: does one; called as ``work(thread, piece)``.
-        failed: called with what it raised; the pieces after it are not begun.
+        tasks: tasks, such as transfers, in the order in which they start.
+        threads: maximum number of threads.
+        work: function that performs a task; called as ``work(thread, task)``.
+        group: task group that gets the errors.
     """
 
-    def __init__(
-        self,
-        pieces: Sequence[T],
-        threads: int,
-        work: Callable[[int, T], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        self._left = len(pieces)
+    def __init__(self, tasks: Sequence[T], threads: int, work: Callable[[int, T], None], group: TaskGroup) -> None:
+        self._left = len(tasks)
         self._changed = threading.Condition()
-        self._broken = False
-        self._report = failed
+        self._group = group
         self._work = work
-        self.lane: Lane[T] = Lane("copy", max(1, min(threads, len(pieces))), self._perform, self._failed)
-        for order, piece in enumerate(pieces):
-            self.lane.put(order, piece)
+        self.lane: Lane[T] = Lane("copy", max(1, min(threads, len(tasks))), self._perform, self._failed)
+        for order, task in enumerate(tasks):
+            self.lane.put(order, task)
 
-    def _perform(self, thread: int, piece: T) -> None:
-        if self._broken:
+    def _perform(self, thread: int, task: T) -> None:
+        if self._group.cancelled:
             return
-        self._work(thread, piece)
+        self._work(thread, task)
         with self._changed:
             self._left -= 1
             if self._left == 0:
@@ -166,18 +166,20 @@ class WorkerPool(Generic[T]):
 
     def _failed(self, error: BaseException) -> None:
         with self._changed:
-            self._broken = True
-            self._report(error)
+            if isinstance(error, Aborted):  # a consequence: the cause is in the group already
+                self._group.cancel()
+            else:
+                self._group.fail(error)
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long at most; whether all is moved, or will never be."""
+        """Wait for at most this many seconds. Return whether all tasks are done or the group is cancelled."""
         with self._changed:
-            if self._left and not self._broken:
+            if self._left and not self._group.cancelled:
                 self._changed.wait(seconds)
-            return self._left == 0 or self._broken
+            return self._left == 0 or self._group.cancelled
 
     def stop(self) -> None:
-        """End the threads once they have done what they are at."""
+        """End the threads after their current tasks."""
         self.lane.stop()
         self.lane.join()

@@ -193,8 +193,8 @@ class OutputDirectory(OutputLock):
         """Put `data` at `offset` of a shard. Safe to call from several threads."""
         path = self.shard_path(shard)
         with translating_os_errors(self.path, f"writing {len(data)} bytes to {path.name}"):
-            if self._reservation is not None and self._reservation.error is not None:
-                raise self._reservation.error
+            if self._reservation is not None:
+                self._reservation.check()
             descriptor = self._files.acquire(path)
             try:
                 write_at(descriptor, data, offset)

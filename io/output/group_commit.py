@@ -1,88 +1,92 @@
-"""Group commits: data is synced in groups, and only then named in the journal."""
+"""Group commits: written data is synced in groups, and recorded in the journal only then."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Generic, TypeVar
+
+from ..task_group import TaskGroup
 
 GROUP_BYTES = 1 << 30
-"""The most bytes that are written and not yet committed."""
+"""Default maximum number of bytes that are written and not yet committed."""
 GROUP_SECONDS = 5.0
-"""How long written bytes wait for their commit, at most."""
+"""Maximum time in seconds that written bytes wait for their commit."""
 ABANDON_SECONDS = 1.0
-"""How long `abandon` waits for a commit that is under way."""
+"""Time in seconds that `abandon` waits for a commit in progress."""
 
-Record = Mapping[str, Any]
+Record = TypeVar("Record")
 
 
 class Aborted(Exception):
     """Nothing more is committed: the merge is being stopped, or a commit has failed."""
 
 
-class GroupCommit:
-    """Commits what was written, on a thread of its own.
+class GroupCommit(Generic[Record]):
+    """Commits written data in a thread.
 
-    Bytes are reserved before they are written, and held until they are committed: never more than `group_bytes`, but
-    for a single reservation that is larger. Half of them are committed at a time, so that writing goes on meanwhile.
+    Bytes are reserved before they are written, and stay reserved until they are committed. At most `group_bytes` are
+    reserved at a time, except for a single reservation that is larger. Each commit takes about half of them, so the
+    writers can fill the other half meanwhile.
 
     Args:
-        sync: makes the shards of these numbers durable.
-        append: makes records durable, after that.
-        failed: called with what either raised; nothing is committed after it.
-        group_bytes: the most bytes that a kill can cost.
-        group_seconds: how long bytes wait, at most.
+        sync: function that makes the shards with these numbers durable.
+        append: function that makes records durable; called after `sync`.
+        group: task group that gets the error of either; nothing is committed after an error.
+        group_bytes: maximum number of bytes that a kill can lose.
+        group_seconds: maximum time in seconds that written bytes wait for their commit.
     """
 
     def __init__(
         self,
         sync: Callable[[Collection[int]], None],
         append: Callable[[Collection[Record]], None],
-        failed: Callable[[BaseException], None],
+        group: TaskGroup,
         *,
         group_bytes: int = GROUP_BYTES,
         group_seconds: float = GROUP_SECONDS,
     ) -> None:
         self._sync = sync
         self._append = append
-        self._failed = failed
+        self._group = group
         self._limit = max(2, group_bytes)
         self._seconds = group_seconds
         self._changed = threading.Condition()
-        self._held = 0  # bytes reserved, gathered, or being committed
-        self._waiting: deque[object] = deque()  # those who wait to reserve, in their order
-        self._gathered = 0
+        self._reserved = 0  # bytes reserved, written, or being committed
+        self._waiting: deque[object] = deque()  # tickets of the threads that wait to reserve, first come, first served
+        self._written = 0  # bytes that the next commit takes
         self._shards: set[int] = set()
         self._records: list[Record] = []
         self._oldest = 0.0
         self._closing = False
-        self._ended = False
-        self._over = False  # the thread has ended
-        self._then: Callable[[], None] = _nothing
+        self._stopped = False
+        self._closed = False  # the thread has ended
+        self._on_closed: Callable[[], None] = _do_nothing
         self.seconds = 0.0
-        """Time that commits took."""
+        """Total duration of the commits in seconds."""
         self.commits = 0
+        """Number of commits."""
         self.peak = 0
-        """The most bytes that were held."""
+        """Maximum number of bytes that were reserved at a time."""
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
         self._thread.start()
 
     @property
-    def piece(self) -> int:
-        """The most bytes that should be reserved at a time: half of what may be held."""
+    def max_reservation(self) -> int:
+        """Maximum number of bytes that a caller should reserve at a time: half of the limit."""
         return self._limit // 2
 
     @contextmanager
     def writing(self, nbytes: int) -> Iterator[None]:
-        """Wait, in turn, until so many bytes more may be written, which is done inside; then `add` them.
+        """Reserve bytes, in turn, for the writes inside the block; `add` them afterwards.
 
-        Where that fails, they are given back, so that nobody waits for them.
+        If the block fails, the bytes are released, so no other thread waits for them.
 
         Raises:
-            Ended: nothing more is committed.
+            Aborted: nothing more is committed.
         """
         self.reserve(nbytes)
         try:
@@ -92,122 +96,122 @@ class GroupCommit:
             raise
 
     def release(self, nbytes: int) -> None:
-        """Give back bytes that were reserved and will not be written."""
+        """Release bytes that were reserved and will not be written."""
         with self._changed:
-            self._held -= nbytes
+            self._reserved -= nbytes
             self._changed.notify_all()
 
     def reserve(self, nbytes: int) -> None:
-        """Wait, in turn, until so many bytes more may be written; then `add` or `release` them. Raises Ended."""
+        """Wait, in turn, until this many more bytes may be written; then `add` or `release` them. Raises Aborted."""
         ticket = object()
         with self._changed:
             self._waiting.append(ticket)
-            self._changed.notify_all()  # whoever waits wants what is gathered to be committed now
+            self._changed.notify_all()  # a waiting thread makes a commit due
             try:
-                while not self._ended and (
-                    self._waiting[0] is not ticket or (self._held and self._held + nbytes > self._limit)
+                while not self._stopped and (
+                    self._waiting[0] is not ticket or (self._reserved and self._reserved + nbytes > self._limit)
                 ):
                     self._changed.wait()
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
-            if self._ended:
+            if self._stopped:
                 raise Aborted
-            self._held += nbytes
-            self.peak = max(self.peak, self._held)
+            self._reserved += nbytes
+            self.peak = max(self.peak, self._reserved)
 
     def add(self, shards: Collection[int], reserved: int, records: Collection[Record], written: int) -> None:
-        """Bytes that were reserved have been written to these shards, which makes the records true.
+        """Add reserved bytes that have been written to the next commit, with their records.
 
         Args:
-            shards: their numbers.
-            reserved: how many bytes were reserved for it.
-            records: what is true once the shards are durable.
-            written: how many were needed; fewer where blocks were shared instead.
+            shards: numbers of the shards that they were written to.
+            reserved: number of bytes that were reserved for them.
+            records: records that become true once the shards are durable.
+            written: number of bytes that were written; fewer than reserved if blocks were shared instead.
         """
         with self._changed:
-            self._held -= reserved - written
+            self._reserved -= reserved - written
             if not self._shards:
                 self._oldest = time.monotonic()
-            self._gathered += written
+            self._written += written
             self._shards.update(shards)
             self._records += records
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Commit what is left, and end the thread."""
+        """Commit the rest, and end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
 
     def stop(self) -> None:
-        """Begin no other commit, and let nobody wait any more."""
+        """Start no more commits, and wake all threads that wait to reserve."""
         with self._changed:
-            self._ended = True
+            self._stopped = True
             self._changed.notify_all()
 
     def abandon(self) -> bool:
-        """End without another commit, but for one whose records are being written already.
+        """Stop without another commit, except for one whose records are already being appended.
 
         Returns:
-            Whether it is over; where the disk takes its time, the thread may still be at work.
+            Whether the thread has ended; on a slow disk it may still be syncing.
         """
         self.stop()
         self._thread.join(ABANDON_SECONDS)
         return not self._thread.is_alive()
 
-    def on_closed(self, then: Callable[[], None]) -> None:
-        """Call `then` once nothing is being committed any more: now, or else from the thread at its end."""
+    def on_closed(self, callback: Callable[[], None]) -> None:
+        """Call a function once no commit is in progress: now, or from the thread when it ends."""
         with self._changed:
-            if not self._over:
-                self._then = then
+            if not self._closed:
+                self._on_closed = callback
                 return
-        then()
+        callback()
 
-    def _due(self) -> bool:
-        if self._ended or self._closing:
+    def _is_due(self) -> bool:
+        if self._stopped or self._closing:
             return True
         if not self._shards:
             return False
-        old = time.monotonic() - self._oldest >= self._seconds
-        return old or self._gathered >= self.piece or bool(self._waiting)
+        is_old = time.monotonic() - self._oldest >= self._seconds
+        return is_old or self._written >= self.max_reservation or bool(self._waiting)
 
     def _run(self) -> None:
         try:
             while self._commit():
                 pass
-        except BaseException as error:  # noqa: BLE001  the main thread raises it
-            if not self._ended:
-                self._failed(error)  # before anybody learns that it is over
+        except BaseException as error:  # noqa: BLE001  the group raises it in the main thread
+            if not self._stopped:
+                self._group.fail(error)  # before any waiting thread is woken by the end of the commits
         finally:
             with self._changed:
-                self._ended = self._over = True
+                self._stopped = self._closed = True
                 self._changed.notify_all()
-            self._then()
+            self._on_closed()
 
     def _commit(self) -> bool:
-        """Wait for a group, and commit it; whether there may be another one."""
+        """Wait until a commit is due, and commit. Return whether another one may follow."""
         with self._changed:
-            while not self._due():
+            while not self._is_due():
                 left = self._oldest + self._seconds - time.monotonic()
                 self._changed.wait(max(0.0, left) if self._shards else None)
-            if self._ended or not self._shards:
+            if self._stopped or not self._shards:
                 return False
-            shards, records, nbytes = self._shards, self._records, self._gathered
-            self._shards, self._records, self._gathered = set(), [], 0
+            shards, records, nbytes = self._shards, self._records, self._written
+            self._shards, self._records, self._written = set(), [], 0
         start = time.perf_counter()
         self._sync(shards)
-        if self._ended:
+        if self._stopped:
             return False
         self._append(records)
         self.seconds += time.perf_counter() - start
         self.commits += 1
         with self._changed:
-            self._held -= nbytes
+            self._reserved -= nbytes
             self._changed.notify_all()
         return True
 
 
-def _nothing() -> None:
-    """What is to be done where there is nothing to do."""
+def _do_nothing() -> None:
+    """Do nothing when the commits end; the default of `GroupCommit.on_closed`."""

@@ -14,7 +14,6 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,7 @@ from ...errors import CheckpointError, EnvironmentFailure, MergeloomError, Usage
 from ..os_errors import explain
 from ..platform import create_file, make_directory, remove_directory, remove_tree, write_at
 from .journal import Found, read_journal
+from .publishing import Publishing
 
 WORK = ".mergeloom"
 JOURNAL = "journal"
@@ -272,12 +272,8 @@ def is_whole(path: Path, sign: str) -> bool:
 
 def published_names(found: Found) -> list[str]:
     """The names that an unfinished merge may have given in OUT already; none that leads out of it."""
-    names: Iterable[object] = [name for record in found.records for name in _listed(record.get("publish"))]
-    return list(dict.fromkeys(name for name in names if isinstance(name, str) and is_inside(name)))
-
-
-def _listed(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
+    started = (publishing for record in found.records if (publishing := Publishing.from_json(record)) is not None)
+    return list(dict.fromkeys(name for publishing in started for name in publishing.names if is_inside(name)))
 
 
 def is_inside(name: str) -> bool:

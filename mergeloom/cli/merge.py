@@ -90,9 +90,9 @@ def _make_plan(recipe: str, out: str | None, options: Options, *, full: bool) ->
     if out is None:
         return make_plan(recipe, options)
     refuse_occupied(classify(Path(out)))  # before planning reads headers from the Hub
-    from ..engine.run.placement import place
+    from ..engine.run.placement import with_reflinks
 
-    return place(make_plan(recipe, options), Path(out), digests=full)
+    return with_reflinks(make_plan(recipe, options), Path(out), digests=full)
 
 
 def _merge(plan: Plan, out: str | None, *, restart: bool, quiet: bool) -> Result:

@@ -102,9 +102,9 @@ def _make_plan(recipe: str, out: str | None, machine: str | None, options: Mappi
     planned = make_plan(recipe, chosen)
     if out is None:
         return planned
-    from ..engine.run.placement import place
+    from ..engine.run.placement import with_reflinks
 
-    return place(planned, Path(out))
+    return with_reflinks(planned, Path(out))
 
 
 def _print_explanation(planned: Plan, tensor: str, as_json: bool) -> None:

@@ -14,51 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.engine.graph.graph import Kind
-from mergeloom.engine.run import session as performing
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options, Plan
+from mergeloom.engine.run.plan import Plan
 from mergeloom.engine.run.planning import plan
+from mergeloom.engine.run.recovery import source_files
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.reading import Reader, Stamp, stamps_of
 from tests.support.faults import Disk, Fail, Kill, Stopped, watching
-from tests.support.models.write import FineTune, Random, write_checkpoint
+from tests.support.models.write import write_checkpoint
 from tests.support.outputs import digests
+from tests.support.small_merge import GROUP, OPTIONS, make_blocks_small, make_plan
 from tests.support.waiting import wait_until
-
-OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=150_000)
-GROUP = 16 << 10
-SHAPES = {
-    "model.embed_tokens.weight": (100, 64),
-    **{f"model.layers.{layer}.w.weight": (96, 64) for layer in range(4)},
-    "model.norm.weight": (64,),
-}
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A merge with computed and copied tensors, several shards, and tensors of several pieces and blocks."""
     return make_plan(tmp_path_factory.mktemp("faults"))
-
-
-def make_plan(directory: Path) -> Plan:
-    """A merge of models that are made in a directory."""
-    models = [
-        write_checkpoint(directory / name, SHAPES, dtype="F32", fill=FineTune(Random(0), seed))
-        for seed, name in enumerate("ab")
-    ]
-    (models[0] / "tokenizer.json").write_text('{"version": "1.0"}')
-    (models[0] / "chat_templates").mkdir()
-    (models[0] / "chat_templates" / "tool.jinja").write_text("{{ messages }}")
-    slices = [
-        {"sources": [{"model": str(model), "layer_range": [0, 3]} for model in models]},
-        {"sources": [{"model": str(models[0]), "layer_range": [1, 4]}]},
-    ]
-    found = plan({"merge_method": "linear", "slices": slices, "parameters": {"weight": 1}}, OPTIONS)
-    assert {operation.kind for operation in found.built.graph.operations} == {Kind.COPY, Kind.MERGE}
-    assert found.layout.shards[1:]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +48,6 @@ def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         make_blocks_small(patch)
         yield
-
-
-def make_blocks_small(patch: pytest.MonkeyPatch) -> None:
-    """Make digest blocks, and the smallest pieces, small enough for small tensors to have several."""
-    for module in ("io.output.digests", "engine.run.session", "engine.run.recovery.recover", "engine.run.shard_writer"):
-        patch.setattr(f"mergeloom.{module}.BLOCK_BYTES", 16 << 10)
-    for module in ("bulk_copy", "shard_writer"):
-        patch.setattr(f"mergeloom.engine.run.{module}._SMALLEST_PIECE", 4 << 10)
 
 
 def run(planned: Plan, out: Path) -> None:
@@ -226,7 +191,7 @@ def test_reads_that_fail_or_are_short(
         return read_at(descriptor, buffer[: max(1, len(buffer) // 3)], offset)
 
     monkeypatch.setattr(reading, "read_at", fail)
-    monkeypatch.setattr("mergeloom.engine.run.session.place", lambda planned, *arguments, **options: planned)
+    monkeypatch.setattr("mergeloom.engine.run.session.with_reflinks", lambda planned, *arguments, **options: planned)
     with pytest.raises(EnvironmentFailure, match=r"reading \d+ bytes at \d+ failed: Input/output error.*again"):
         run(planned, tmp_path / "out")
     run(planned, tmp_path / "out")
@@ -339,7 +304,7 @@ def test_a_source_that_changes_and_is_put_back(what: str, tmp_path: Path, monkey
             return stamps_of(files)
 
     monkeypatch.setattr(Reader, "read", change)
-    monkeypatch.setattr(performing, "stamps_of", look)
+    monkeypatch.setattr(source_files, "stamps_of", look)
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match=f"{file} was changed during the merge"):
         run(plan(recipe, OPTIONS), out)

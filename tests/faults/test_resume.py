@@ -27,10 +27,10 @@ from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted, M
 from mergeloom.io.output.directory import WORK, OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal
 from mergeloom.report.result import result_sections
-from tests.faults.test_faults import make_blocks_small
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.models.write import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
+from tests.support.small_merge import make_blocks_small
 from tests.support.waiting import HANG_SECONDS, no_hang
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=400_000)
@@ -228,8 +228,8 @@ def test_a_source_that_was_touched_is_told(models: list[Path], tmp_path: Path) -
     said: list[str] = []
     run(recipe(models), out, say=said.append)
     assert re.fullmatch(
-        r"warning: written to or replaced since the merge began: model\.safetensors; the \d+KB that were read of it "
-        r"are the same, so the merge resumes",
+        r"warning: written to or replaced since the merge began: model\.safetensors; the \d+KB read from them "
+        r"are unchanged, so the merge resumes",
         said[0],
     )
 
@@ -537,7 +537,7 @@ def test_a_signal_ends_it_in_good_order_and_it_goes_on(
     process.send_signal(number)
     _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130, errors
-    assert f"what is finished is kept in {out}; run the same command again to go on" in errors
+    assert f"finished work is kept in {out}; run the same command again to resume" in errors
     assert "Traceback" not in errors
     file = tmp_path / "recipe.yml"
     said: list[str] = []
@@ -588,7 +588,7 @@ def test_from_python_too_an_interrupt_can_be_gone_on_from(models: list[Path], tm
         patch.setattr("mergeloom.engine.execute.executor.NOTIFY_SECONDS", 0.001)
         patch.setattr("mergeloom.io.platform.WATCH", watch)
         patch.setattr(Lane, "stop", stop_lane)
-        with pytest.raises(Interrupted, match="run the same command again to go on"):
+        with pytest.raises(Interrupted, match="run the same command again to resume"):
             run(recipe(models), tmp_path / "out", notify=stop)
     run(recipe(models), tmp_path / "out")
     run(recipe(models), tmp_path / "whole")
@@ -610,7 +610,7 @@ def test_device_errors_end_with_what_happened(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("mergeloom.engine.run.merge.run_graph", fail)
+            patch.setattr("mergeloom.engine.run.lanes.run_graph", fail)
             with pytest.raises(EnvironmentFailure, match=f"{said}.*run the same command again"):
                 run(recipe(models), tmp_path / "out")
     run(recipe(models), tmp_path / "out")
@@ -622,9 +622,9 @@ def test_an_interrupt_while_it_is_still_looking_leaves_nothing(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("facts_of", "stamps_of", "place", "durable_of"):
+    for function in ("facts_of", "SourceFiles", "with_reflinks", "recover"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"mergeloom.engine.run.session.{place}", stop)
+            patch.setattr(f"mergeloom.engine.run.session.{function}", stop)
             with pytest.raises(Interrupted, match="nothing is left behind"):
                 run(recipe(models), tmp_path / "deep" / "out")
         assert not (tmp_path / "deep").exists()

@@ -14,7 +14,7 @@ import pytest
 
 from mergeloom.engine.run import bulk_copy as copies
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.placement import place
+from mergeloom.engine.run.placement import with_reflinks
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
@@ -98,7 +98,7 @@ def test_a_refusal_looks_again_if_there_is_room(disk: Path, out: Path, monkeypat
 @pytest.mark.root
 def test_a_single_file_that_refuses_does_not_end_it(disk: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = stacked(disk)
-    file = min(place(plan(recipe, ROOMY), out).transfers, key=lambda transfer: transfer.file).file
+    file = min(with_reflinks(plan(recipe, ROOMY), out).transfers, key=lambda transfer: transfer.file).file
     inode = file.stat().st_ino
     total = file.stat().st_size * 3
 

@@ -22,10 +22,10 @@ from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import Found, Journal, read_journal
-from tests.faults.test_faults import make_blocks_small
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.models.write import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
+from tests.support.small_merge import make_blocks_small
 
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=300_000)
 GROUP = BLOCK = 16 << 10

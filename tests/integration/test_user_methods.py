@@ -142,7 +142,7 @@ def test_an_unfinished_merge_is_bound_to_the_code(llamas: dict[str, Path], tmp_p
         merge(what, out, options, group_bytes=20_000)
     mine(tmp_path, share=0.25)  # the same file, changed: seen within one process, too
     with pytest.raises(
-        UsageError, match=r"the code of its methods that aren't mergeloom's own: it was \{'half': 'sha256:"
+        UsageError, match=r"the code of user-defined methods: it was \{'half': 'sha256:"
     ):
         merge(what, out, options, group_bytes=20_000)
     mine(tmp_path)

@@ -22,7 +22,7 @@ import yaml
 
 import mergeloom
 from mergeloom.engine.cost.machine import MEMORY_STEP, Machine
-from mergeloom.engine.run.placement import place
+from mergeloom.engine.run.placement import with_reflinks
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.io.wording import data_size
@@ -185,7 +185,7 @@ def test_bytes_of_small_models(method: str, budget: str, llamas: dict[str, Path]
     recipe = recipes(llamas["base"], llamas["a"], llamas["b"], layers=4)[method]
     least = mergeloom.plan(recipe, device="cpu").schedule.minimum_ram
     extra = {"least": 1 << 20, "middle": 32 << 20, "roomy": GIB}[budget]
-    foretold = place(mergeloom.plan(recipe, device="cpu", max_ram=least + extra), tmp_path / "out")
+    foretold = with_reflinks(mergeloom.plan(recipe, device="cpu", max_ram=least + extra), tmp_path / "out")
     result = mergeloom.merge(foretold, tmp_path / "out")
     said, measured = foretold.to_dict(), result.to_dict()["measured"]
     for key in ("bytes_read", "bytes_written", "bytes_shared"):

@@ -1,4 +1,4 @@
-"""Reading again what earlier runs have used and written, on several threads and through small buffers."""
+"""Reads what earlier runs have used and written and compares it, in several threads and with small buffers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ....io.output.group_commit import Aborted
 from ....io.reading import Reader
+from ....io.task_group import TaskGroup
 from ...execute.executor import NOTIFY_SECONDS
 from ..transfers import BUFFER_BYTES, WorkerPool
 
 Read = Callable[[Path, int, int], Iterator[memoryview]]
-"""``read(file, offset, nbytes)`` yields the bytes of a range in parts; a part is valid until the next one is asked
-for."""
+"""``read(file, offset, nbytes)`` yields the bytes of a range in chunks; the next chunk overwrites the last."""
 
 
 @dataclass(slots=True)
@@ -22,9 +22,9 @@ class Checked:
     """The progress of some checks.
 
     Args:
-        total: size in bytes of all that is to be checked.
-        nbytes: how many of them were checked.
-        bytes_read: bytes read for it; a comparison of two files reads both.
+        total: number of bytes to check.
+        nbytes: number of bytes checked so far.
+        bytes_read: number of bytes read so far; a comparison of two files reads both.
     """
 
     total: int
@@ -33,7 +33,7 @@ class Checked:
 
 
 class Check(ABC):
-    """A range of bytes that can be checked independently of all others."""
+    """A check of one range of bytes, independent of all other checks."""
 
     __slots__ = ()
 
@@ -44,46 +44,44 @@ class Check(ABC):
 
     @abstractmethod
     def run(self, read: Read) -> None:
-        """Check it, from any thread. What it raises ends all checks."""
+        """Check the range, from any thread. An error ends all checks."""
 
 
 def run_checks(checks: Sequence[Check], threads: int, watch: Callable[[Checked], None]) -> Checked:
     """Run checks on several threads, each with two buffers of `BUFFER_BYTES`.
 
     Args:
-        checks: in the order in which they begin.
+        checks: checks in the order in which they start.
         threads: number of threads.
-        watch: called now and then from this thread; what it raises ends the checks.
+        watch: function that is called at intervals from this thread; an error of it ends the checks.
 
     Raises:
-        MergeloomError: what a check, or reading a file for it, raised.
+        MergeloomError: a check failed, or a file could not be read.
     """
     checked = Checked(sum(check.nbytes for check in checks))
     if not checks:
         return checked
-    return _Run(checks, threads, checked).wait(watch)
+    return _Checker(checks, threads, checked).wait(watch)
 
 
-class _Run:
+class _Checker:
     def __init__(self, checks: Sequence[Check], threads: int, checked: Checked) -> None:
         self._checked = checked
-        self._errors: list[BaseException] = []
-        self._stopped = False
+        self._group = TaskGroup("check")
         self._read_by = [0] * threads  # each thread counts for itself
         self._done_by = [0] * threads
         self._reader = Reader(keep_cached=False)
-        self._mover = WorkerPool(checks, threads, self._work, self._errors.append)
+        self._pool = WorkerPool(checks, threads, self._work, self._group)
 
     def wait(self, watch: Callable[[Checked], None]) -> Checked:
         try:
-            while not self._mover.wait(NOTIFY_SECONDS):
+            while not self._pool.wait(NOTIFY_SECONDS):
                 watch(self._count())
         finally:
-            self._stopped = True
-            self._mover.stop()
+            self._group.cancel()
+            self._pool.stop()
             self._reader.close()
-        if self._errors:
-            raise self._errors[0]
+        self._group.check()
         watch(self._count())
         return self._checked
 
@@ -95,12 +93,12 @@ class _Run:
         def read(file: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
             buffer = memoryview(bytearray(min(BUFFER_BYTES, nbytes)))
             for start in range(0, nbytes, BUFFER_BYTES):
-                if self._stopped:
+                if self._group.cancelled:
                     raise Aborted
-                part = buffer[: nbytes - start]
-                self._reader.read(file, offset + start, part)
-                self._read_by[thread] += len(part)
-                yield part
+                chunk = buffer[: nbytes - start]
+                self._reader.read(file, offset + start, chunk)
+                self._read_by[thread] += len(chunk)
+                yield chunk
 
         check.run(read)
         self._done_by[thread] += check.nbytes

@@ -1,15 +1,14 @@
-"""Recovers an unfinished merge: checks what its journal says against the shards on the disk.
+"""Recovers an interrupted merge: checks the journal against the shards on disk.
 
 Every byte that is kept is checked: blocks against their digests in the journal, copies against their sources. Ranges
-whose disk blocks are to be shared with a source are shared again instead, which takes no time.
+that the plan reflinks are reflinked again instead, which takes no time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ....errors import MergeloomError
 from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
@@ -18,31 +17,31 @@ from ...graph.graph import Kind, MergeGraph
 from ...graph.layout import Layout
 from ..transfers import PART_BYTES, Transfer, source_of
 from .checks import Check, Checked, Read, run_checks
-from .source_digests import SourceRange
+from .records import BlocksWritten, JournalRecord, RangeCopied, SourceRange, block_count, parse_records
+from .source_digests import ranges_in_use, source_ranges, used_bytes
 
-_BLOCKS_OF_A_CHECK = 8
-_DIGEST_BYTES = 16
+_BLOCKS_PER_CHECK = 8
 
 Range = tuple[int, int]
 
 
 @dataclass(slots=True)
 class RecoveredState:
-    """What needs not be made again.
+    """Data of earlier runs that need not be made again.
 
     Args:
-        whole: the digests of the blocks of each node that is whole and came through the process.
-        begun: nodes of which the first bytes are written, with these digested.
-        copied: ranges of shards that were copied beside the lanes, by shard, in ascending order and apart.
-        sources: the ranges of source tensors that it was made from, by read number, with their digests.
-        checked: bytes of the shards that were checked.
-        bytes_read: bytes that were read for it, of shards and sources.
+        complete: block digests of each complete node that the lanes have written.
+        partial: digests of the first bytes of each node of which only these are written.
+        copied: ranges of each shard that were bulk-copied, in ascending order and disjoint.
+        sources: source ranges that the data was made from, with their digests, by read number.
+        checked: number of bytes of the shards that were checked.
+        bytes_read: number of bytes that were read to check them, from shards and sources.
         damaged: number of blocks that differ from their digests.
-        differing: bytes of copies that differ from their sources.
+        differing: number of copied bytes that differ from their sources.
     """
 
-    whole: dict[int, list[bytes]] = field(default_factory=dict)
-    begun: dict[int, BlockDigests] = field(default_factory=dict)
+    complete: dict[int, list[bytes]] = field(default_factory=dict)
+    partial: dict[int, BlockDigests] = field(default_factory=dict)
     copied: dict[int, list[Range]] = field(default_factory=dict)
     sources: dict[int, list[SourceRange]] = field(default_factory=dict)
     checked: int = 0
@@ -51,18 +50,18 @@ class RecoveredState:
     differing: int = 0
 
     def written(self, graph: MergeGraph) -> dict[int, int]:
-        """For each node that the lanes have written or begun the number of its bytes that are durable."""
-        begun = {node: digests.position for node, digests in self.begun.items()}
-        return begun | {node: graph.nbytes(node) for node in self.whole}
+        """Return the number of durable bytes of each node that the lanes have written completely or in part."""
+        partial = {node: digests.position for node, digests in self.partial.items()}
+        return partial | {node: graph.nbytes(node) for node in self.complete}
 
     def done(self, graph: MergeGraph, layout: Layout) -> dict[int, int]:
-        """For each node that is whole or begun, how many of its bytes are durable."""
+        """Return the number of durable bytes of each node that is written or copied, completely or in part."""
         done = self.written(graph)
         destinations = graph.destinations() if self.copied else []
-        for node, places in enumerate(destinations):
-            if node not in self.whole and graph.operation(node).kind is Kind.COPY and graph.nbytes(node):
-                ranges = ((layout.shard_of[output], layout.offset_of[output]) for output in places)
-                if all(self._has_copy(shard, start, start + graph.nbytes(node)) for shard, start in ranges):
+        for node, outputs in enumerate(destinations):
+            if node not in self.complete and graph.operation(node).kind is Kind.COPY and graph.nbytes(node):
+                starts = ((layout.shard_of[output], layout.offset_of[output]) for output in outputs)
+                if all(self._has_copy(shard, start, start + graph.nbytes(node)) for shard, start in starts):
                     done[node] = graph.nbytes(node)
         return done
 
@@ -70,7 +69,7 @@ class RecoveredState:
         return any(low <= start and end <= high for low, high in self.copied.get(shard, ()))
 
     def uncopied(self, transfers: Iterable[Transfer]) -> list[Transfer]:
-        """What is left of these transfers."""
+        """Return the parts of transfers that are not copied yet."""
         left = []
         for transfer in transfers:
             position, end = transfer.target, transfer.target + transfer.nbytes
@@ -88,14 +87,14 @@ def _part(transfer: Transfer, start: int, end: int) -> Transfer:
 
 @dataclass(slots=True)
 class _JournaledBlocks:
-    """What a journal says of one node."""
+    """The blocks of one node that the journal names as durable."""
 
     blocks: dict[int, bytes] = field(default_factory=dict)
-    tail: tuple[int, int, bytes] = (0, 0, b"")  # the block's number, bytes of it, their digest
+    tail: tuple[int, int, bytes] = (0, 0, b"")  # number of the incomplete block, its durable bytes, their digest
 
     @property
     def contiguous(self) -> int:
-        """How many of the node's first blocks the journal has without a gap."""
+        """Number of the node's first blocks that the journal has without a gap."""
         number = 0
         while number in self.blocks:
             number += 1
@@ -103,7 +102,7 @@ class _JournaledBlocks:
 
 
 def recover(
-    found: Found | None,
+    journal: Found | None,
     graph: MergeGraph,
     layout: Layout,
     shard_path: Callable[[int], Path],
@@ -112,45 +111,47 @@ def recover(
     threads: int = 2,
     watch: Callable[[Checked], None] = lambda checked: None,
 ) -> RecoveredState:
-    """What earlier runs have left that can be built on, all of it checked.
+    """Check all data that a journal names as durable, and return what is intact.
 
     Args:
-        found: the journal; None for a new merge.
-        graph: what is made: the same as then.
-        layout: where it lies.
-        shard_path: where each shard is.
-        sharing: source files whose disk blocks are to be shared: copies of these are made again.
+        journal: content of the journal; None for a new merge.
+        graph: merge graph, the same as in the earlier runs.
+        layout: layout of the output.
+        shard_path: function that returns the path of a shard.
+        sharing: source files that are reflinked; tensors of these files are reflinked again.
         threads: number of threads that read.
-        watch: called now and then; what it raises ends it.
+        watch: function that is called at intervals; an error of it ends the checks.
 
     Raises:
         MergeloomError: a source file of a copy can't be read.
     """
-    if found is None:
+    if journal is None:
         return RecoveredState()
-    claims = _claims(found, graph)
-    blocks = _block_checks(claims, graph, layout, shard_path)
-    copies = _copy_checks(_copied(found, layout), graph, layout, shard_path, sharing)
+    records = parse_records(journal.records, graph, layout)
+    journaled = _journaled_blocks(records)
+    blocks = _block_checks(journaled, graph, layout, shard_path)
+    copies = _copy_checks(_copied_ranges(records), graph, layout, shard_path, sharing)
     checked = run_checks([*blocks, *copies], threads, watch)
-    durable = RecoveredState(checked=checked.nbytes, bytes_read=checked.bytes_read)
+    state = RecoveredState(checked=checked.nbytes, bytes_read=checked.bytes_read)
     damaged = {(check.node, number) for check in blocks for number in check.damaged}
     tails: dict[int, BlockDigests] = {check.node: check.tail for check in blocks if check.tail is not None}
-    durable.damaged = len(damaged)
-    for node, claim in claims.items():
-        intact = next((number for number in range(claim.contiguous) if (node, number) in damaged), claim.contiguous)
-        known = [claim.blocks[number] for number in range(intact)]
-        if intact == _count(graph.nbytes(node)):
-            durable.whole[node] = known
-        elif node in tails and (node, claim.tail[0]) not in damaged and claim.tail[0] == intact:
-            durable.begun[node] = tails[node]
+    state.damaged = len(damaged)
+    for node, entry in journaled.items():
+        intact = next((number for number in range(entry.contiguous) if (node, number) in damaged), entry.contiguous)
+        known = [entry.blocks[number] for number in range(intact)]
+        if intact == block_count(graph, node):
+            state.complete[node] = known
+        elif node in tails and (node, entry.tail[0]) not in damaged and entry.tail[0] == intact:
+            state.partial[node] = tails[node]
         elif known:
-            durable.begun[node] = BlockDigests(graph.nbytes(node), known)
+            state.partial[node] = BlockDigests(graph.nbytes(node), known)
     ranges: dict[int, list[Range]] = {}
     for copy in copies:
         ranges.setdefault(copy.shard, []).extend(copy.equal)
-        durable.differing += copy.nbytes - sum(end - start for start, end in copy.equal)
-    durable.copied = {shard: merged for shard, equal in ranges.items() if (merged := _united(equal))}
-    return durable
+        state.differing += copy.nbytes - sum(end - start for start, end in copy.equal)
+    state.copied = {shard: merged for shard, equal in ranges.items() if (merged := _merge_ranges(equal))}
+    state.sources = ranges_in_use(source_ranges(records), used_bytes(graph, state.written(graph)))
+    return state
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -158,20 +159,22 @@ def recover(
 
 @dataclass(slots=True, eq=False)
 class _BlockCheck(Check):
-    """Compares some blocks of a node, in one of its places, with their digests.
+    """Compares some blocks of a node, in one of its destinations, with their digests.
+
+    A check of an incomplete block has no `digests`, but `known`, `tail_bytes` and `tail_digest`.
 
     Args:
-        node: the node's number.
-        file: the shard.
-        offset: offset of the node's first byte in the shard.
-        size: bytes of the node.
+        node: number of the node.
+        file: shard.
+        offset: offset of the node's output in the shard.
+        size: size of the node's output in bytes.
         first: number of the first block.
-        digests: of the blocks.
-        known: for a check of the block that an earlier run had begun: the digests of all blocks before it.
-        tail_bytes: how many bytes of it are durable.
-        tail_digest: the digest of these.
-        damaged: numbers of the blocks that differ.
-        tail: the digests of the node up to the end of its durable bytes.
+        digests: expected digests of the blocks.
+        known: digests of all blocks before the incomplete one.
+        tail_bytes: number of durable bytes of the incomplete block.
+        tail_digest: expected digest of these bytes.
+        damaged: result: numbers of the blocks that differ.
+        tail: result: digests of the node up to its last durable byte, if the incomplete block is intact.
     """
 
     node: int
@@ -208,7 +211,7 @@ class _BlockCheck(Check):
                 self.damaged.append(number)
 
     def _feed(self, read: Read, digests: BlockDigests, start: int, nbytes: int, position: int) -> bool:
-        """Digest a range of the node; whether it could be read."""
+        """Digest a range of the node's output. Return whether it could be read."""
         try:
             for data in read(self.file, self.offset + start, nbytes):
                 digests.feed(position, data)
@@ -219,19 +222,19 @@ class _BlockCheck(Check):
 
 
 def _block_checks(
-    claims: Mapping[int, _JournaledBlocks], graph: MergeGraph, layout: Layout, shard_path: Callable[[int], Path]
+    journaled: Mapping[int, _JournaledBlocks], graph: MergeGraph, layout: Layout, shard_path: Callable[[int], Path]
 ) -> list[_BlockCheck]:
-    """Checks of all blocks that a journal names, in the order in which they lie in the shards."""
+    """Create the checks of all blocks that the journal names, in the order of shards and offsets."""
     checks: list[_BlockCheck] = []
     destinations = graph.destinations()
-    for node, claim in claims.items():
-        known = [claim.blocks[number] for number in range(claim.contiguous)]
-        number, nbytes, digest = claim.tail
+    for node, entry in journaled.items():
+        known = [entry.blocks[number] for number in range(entry.contiguous)]
+        number, nbytes, digest = entry.tail
         size = graph.nbytes(node)
         for output in destinations[node]:
             file, offset = shard_path(layout.shard_of[output]), layout.offset_of[output]
-            for first in range(0, len(known), _BLOCKS_OF_A_CHECK):
-                part = known[first : first + _BLOCKS_OF_A_CHECK]
+            for first in range(0, len(known), _BLOCKS_PER_CHECK):
+                part = known[first : first + _BLOCKS_PER_CHECK]
                 checks.append(_BlockCheck(node, file, offset, size, first, part))
             if nbytes and number == len(known):
                 checks.append(_BlockCheck(node, file, offset, size, number, [], known, nbytes, digest))
@@ -246,13 +249,13 @@ class _CopyCheck(Check):
     """Compares a range of a shard with the range of the source file that it is a copy of.
 
     Args:
-        source: the source file.
-        offset: offset of the range in it.
-        shard: the shard's number.
-        file: the shard.
-        target: offset of the range in it.
+        source: source file.
+        offset: offset of the range in the source file.
+        shard: number of the shard.
+        file: shard.
+        target: offset of the range in the shard.
         length: size of the range in bytes.
-        equal: parts of the range that are equal, as offsets in the shard.
+        equal: result: parts of the range that are equal, as offsets in the shard.
     """
 
     source: Path
@@ -269,17 +272,17 @@ class _CopyCheck(Check):
 
     def run(self, read: Read) -> None:
         position = self.target
-        wanted = read(self.source, self.offset, self.length)
-        for expected, data in zip(wanted, _or_empty(read(self.file, self.target, self.length)), strict=False):
+        source = read(self.source, self.offset, self.length)
+        for expected, data in zip(source, _until_error(read(self.file, self.target, self.length)), strict=False):
             if bytes_digest(data) == bytes_digest(expected):  # faster than comparing memoryviews, and without the GIL
                 self.equal.append((position, position + len(expected)))
             position += len(expected)
 
 
-def _or_empty(parts: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The parts of a range; nothing more from the first one on that can't be read."""
+def _until_error(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Yield the chunks of a range up to the first one that can't be read."""
     try:
-        yield from parts
+        yield from chunks
     except MergeloomError:
         return
 
@@ -291,7 +294,7 @@ def _copy_checks(
     shard_path: Callable[[int], Path],
     sharing: Collection[Path],
 ) -> list[_CopyCheck]:
-    """Checks of all ranges that a journal says were copied, but for those that are to be shared again."""
+    """Create the checks of all copied ranges, except for those that are reflinked again."""
     checks = []
     for shard, ranges in copied.items():
         for output in layout.shards[shard].outputs:
@@ -308,74 +311,33 @@ def _copy_checks(
     return sorted(checks, key=lambda check: (check.source, check.offset))
 
 
-def _count(nbytes: int) -> int:
-    """How many blocks a tensor has."""
-    return -(-nbytes // BLOCK_BYTES)
+def _journaled_blocks(records: Sequence[JournalRecord]) -> dict[int, _JournaledBlocks]:
+    """Collect the blocks that records name, by node."""
+    journaled: dict[int, _JournaledBlocks] = {}
+    for record in records:
+        if isinstance(record, BlocksWritten):
+            entry = journaled.setdefault(record.node, _JournaledBlocks())
+            entry.blocks.update(enumerate(record.blocks, record.first))
+            if record.tail is not None:
+                entry.tail = max(entry.tail, (record.end, record.tail.nbytes, record.tail.digest))
+    return journaled
 
 
-def _claims(found: Found, graph: MergeGraph) -> dict[int, _JournaledBlocks]:
-    """What a journal says of each node."""
-    claims: dict[int, _JournaledBlocks] = {}
-    for record in found.records:
-        node, first = record.get("node"), record.get("first")
-        if not (isinstance(node, int) and isinstance(first, int) and 0 <= node < len(graph.node_sources)):
-            continue
-        count, nbytes = _count(graph.nbytes(node)), graph.nbytes(node)
-        claim = claims.setdefault(node, _JournaledBlocks())
-        for number, digest in enumerate(_digests(record.get("blocks")), first):
-            if 0 <= number < count:
-                claim.blocks[number] = digest
-        number = first + len(_listed(record.get("blocks")))
-        size, digest = _tail(record.get("tail"))
-        if 0 < size < min(BLOCK_BYTES, nbytes - number * BLOCK_BYTES):
-            claim.tail = max(claim.tail, (number, size, digest))
-    return claims
-
-
-def _copied(found: Found, layout: Layout) -> dict[int, list[Range]]:
-    """The ranges of each shard that a journal says were copied, those put together that touch."""
+def _copied_ranges(records: Sequence[JournalRecord]) -> dict[int, list[Range]]:
+    """Collect the copied ranges that records name, by shard. Ranges that touch are merged."""
     ranges: dict[int, list[Range]] = {}
-    for record in found.records:
-        given = _listed(record.get("copied"))
-        if len(given) == 3 and all(isinstance(value, int) for value in given) and 0 <= given[0] < len(layout.shards):
-            ranges.setdefault(given[0], []).append((given[1], given[2]))
-    return {shard: _united(unsorted) for shard, unsorted in ranges.items()}
+    for record in records:
+        if isinstance(record, RangeCopied):
+            ranges.setdefault(record.shard, []).append((record.start, record.end))
+    return {shard: _merge_ranges(unsorted) for shard, unsorted in ranges.items()}
 
 
-def _united(ranges: Iterable[Range]) -> list[Range]:
-    """Ranges in ascending order, those joined that touch."""
-    united: list[Range] = []
+def _merge_ranges(ranges: Iterable[Range]) -> list[Range]:
+    """Sort ranges, and merge those that touch."""
+    merged: list[Range] = []
     for low, high in sorted(ranges):
-        if united and low <= united[-1][1]:
-            united[-1] = (united[-1][0], max(united[-1][1], high))
+        if merged and low <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
         else:
-            united.append((low, high))
-    return united
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _digests(value: Any) -> Iterator[bytes]:
-    """Digests in hexadecimal, up to one that is none."""
-    for text in _listed(value):
-        digest = _digest(text)
-        if digest is None:
-            return
-        yield digest
-
-
-def _digest(text: Any) -> bytes | None:
-    try:
-        digest = bytes.fromhex(text)
-    except (TypeError, ValueError):
-        return None
-    return digest if len(digest) == _DIGEST_BYTES else None
-
-
-def _tail(value: Any) -> tuple[int, bytes]:
-    """Bytes of a block and their digest; 0 where there are none."""
-    given = _listed(value)
-    digest = _digest(given[1]) if len(given) == 2 else None
-    return (given[0], digest) if digest is not None and isinstance(given[0], int) else (0, b"")
+            merged.append((low, high))
+    return merged

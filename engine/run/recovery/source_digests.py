@@ -1,8 +1,8 @@
-"""Digests of the source bytes that a merge has used: they tell whether a source file changed between two runs.
+"""Digests the source bytes that a merge uses, to find out whether a source file has changed between two runs.
 
-While the lanes read, each piece that they read is digested once. The journal takes the digests before it names any
-output that was made from these bytes. If a file's stamp has changed when the merge is resumed, the same pieces are read
-again and compared; bytes that nothing durable was made from may differ.
+Each chunk that the lanes read is digested once. The journal takes the digests before it names any output that was made
+from these bytes. If a file's stamp has changed when the merge is resumed, the same chunks are read again and compared.
+Bytes that no durable output was made from may differ.
 """
 
 from __future__ import annotations
@@ -13,70 +13,45 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from ....errors import CheckpointError
 from ...graph.graph import Kind, MergeGraph
 from .checks import Check, Checked, Read, run_checks
+from .records import JournalRecord, SourceRange, SourceRead
 
 _MODULUS = 1 << 128
 
-
-@dataclass(slots=True)
-class SourceRange:
-    """A range of a source tensor that was read.
-
-    Args:
-        start: its first byte, counted from the start of the tensor.
-        end: the byte after its last one.
-        piece: the size in bytes of the pieces that were digested; the last one may be shorter.
-        digest: the sum of the XXH3-128 of all pieces, each seeded with its own first byte, modulo 2**128. A sum does
-            not depend on the order in which the lanes read the pieces.
-    """
-
-    start: int
-    end: int
-    piece: int
-    digest: int
-
-    def joins(self, following: SourceRange) -> bool:
-        """Whether the range and the following one can be written as one range."""
-        same = following.piece == self.piece
-        last = following.end - following.start == following.piece < self.piece
-        return self.end == following.start and (self.end - self.start) % self.piece == 0 and (same or last)
-
-
 Ranges = Mapping[int, Sequence[SourceRange]]
-"""The ranges that were read, by read number."""
+"""Digested ranges by read number."""
 
 
 class SourceDigests:
-    """Collects digests of what the lanes read. Safe to use from several threads.
+    """Collects digests of the bytes that the lanes read. Thread-safe.
 
     Args:
-        graph: the merge graph.
-        known: ranges that the journal has already; they are not digested again.
+        graph: merge graph.
+        known: ranges that the journal already has; they are not digested again.
     """
 
     def __init__(self, graph: MergeGraph, known: Ranges | None = None) -> None:
         self._lock = threading.Lock()
         self._reads = _Reads(graph)
         self._pending: dict[int, list[SourceRange]] = {}
-        self._prefix = array("q", bytes(8 * len(graph.reads)))  # of each read: all bytes before it are digested
-        self._islands: dict[int, list[tuple[int, int]]] = {}  # of a few reads: digested ranges beyond the prefix
+        self._prefix = array("q", bytes(8 * len(graph.reads)))  # by read: all bytes before this offset are digested
+        self._islands: dict[int, list[tuple[int, int]]] = {}  # by read: digested ranges beyond the prefix
         for read, ranges in (known or {}).items():
-            for found in ranges:
-                self._cover(read, found.start, found.end)
+            for known_range in ranges:
+                self._cover(read, known_range.start, known_range.end)
 
     def add(self, file: Path, offset: int, data: memoryview) -> None:
-        """Digest what was read of a source file, unless that was done before.
+        """Digest a chunk of a source file, unless all of it is digested already.
 
         Args:
-            file: the source file.
-            offset: offset of the first byte in the file.
-            data: the bytes, all of one tensor.
+            file: source file.
+            offset: offset of the chunk in the file.
+            data: bytes of the chunk, which belong to one tensor.
         """
         if not data:
             return
@@ -91,8 +66,8 @@ class SourceDigests:
                 self._cover(read, start, end)
                 _insert(self._pending.setdefault(read, []), SourceRange(start, end, len(data), digest))
 
-    def take(self) -> list[dict[str, Any]]:
-        """Journal records of all that was digested since the last call."""
+    def take(self) -> list[SourceRead]:
+        """Return journal records of the ranges that were digested since the last call."""
         with self._lock:
             pending, self._pending = self._pending, {}
         return list(source_records(pending))
@@ -112,7 +87,7 @@ class SourceDigests:
 
 
 class _Reads:
-    """Finds the read that a place in a source file belongs to."""
+    """An index of the reads by file and offset."""
 
     def __init__(self, graph: MergeGraph) -> None:
         reads = graph.reads
@@ -122,70 +97,57 @@ class _Reads:
                 by_file.setdefault(ref.file, array("q")).append(number)
         self._numbers: dict[Path, array[int]] = {}
         self._offsets: dict[Path, array[int]] = {}
-        for file, found in by_file.items():
-            numbers = sorted(found, key=lambda number: reads[number].offset)
+        for file, unsorted in by_file.items():
+            numbers = sorted(unsorted, key=lambda number: reads[number].offset)
             self._numbers[file] = array("q", numbers)
             self._offsets[file] = array("q", (reads[number].offset for number in numbers))
 
     def at(self, file: Path, offset: int) -> tuple[int, int]:
-        """A read's number, and the offset in its tensor. The first of several reads of the same tensor counts."""
+        """Return the read at a position of a file, and the offset in its tensor. Equal reads share the first."""
         offsets = self._offsets[file]
         start = offsets[bisect_right(offsets, offset) - 1]
         return self._numbers[file][bisect_left(offsets, start)], offset - start
 
 
 def _insert(ranges: list[SourceRange], added: SourceRange) -> None:
-    """Insert a range into a sorted list, and join it with its neighbours where that is possible."""
-    place = bisect_right(ranges, added.start, key=lambda found: found.start)
-    ranges.insert(place, added)
-    for first in (place, place - 1):
+    """Insert a range into a sorted list, and join it with its neighbors if possible."""
+    index = bisect_right(ranges, added.start, key=lambda each: each.start)
+    ranges.insert(index, added)
+    for first in (index, index - 1):
         if 0 <= first < len(ranges) - 1 and ranges[first].joins(ranges[first + 1]):
             following = ranges.pop(first + 1)
             before = ranges[first]
             digest = (before.digest + following.digest) % _MODULUS
-            ranges[first] = SourceRange(before.start, following.end, before.piece, digest)
+            ranges[first] = SourceRange(before.start, following.end, before.chunk, digest)
 
 
 # ------------------------------------------------------------------------------------------------ the journal
 
 
-def source_records(ranges: Ranges) -> Iterator[dict[str, Any]]:
-    """Ranges as records of a journal."""
-    for read, found in sorted(ranges.items()):
-        yield {"source": read, "ranges": [[each.start, each.end, each.piece, f"{each.digest:032x}"] for each in found]}
+def source_records(ranges: Ranges) -> Iterator[SourceRead]:
+    """Return ranges as journal records."""
+    for read, digested in sorted(ranges.items()):
+        yield SourceRead(read, tuple(digested))
 
 
-def source_ranges(records: Iterable[Mapping[str, Any]], graph: MergeGraph) -> dict[int, list[SourceRange]]:
-    """The ranges that the records of a journal name; what does not fit the graph is passed over."""
-    found: dict[int, list[SourceRange]] = {}
+def source_ranges(records: Iterable[JournalRecord]) -> dict[int, list[SourceRange]]:
+    """Collect the ranges that journal records name, by read number."""
+    ranges: dict[int, list[SourceRange]] = {}
     for record in records:
-        read, ranges = record.get("source"), record.get("ranges")
-        if isinstance(read, int) and 0 <= read < len(graph.reads) and isinstance(ranges, list):
-            parsed = [_parsed(entry, graph.reads[read].nbytes) for entry in ranges]
-            found.setdefault(read, []).extend(each for each in parsed if each is not None)
-    return found
-
-
-def _parsed(entry: Any, nbytes: int) -> SourceRange | None:
-    if not (isinstance(entry, list) and [type(value) for value in entry] == [int, int, int, str]):
-        return None
-    start, end, piece, text = entry
-    try:
-        digest = int(text, 16)
-    except ValueError:
-        return None
-    return SourceRange(start, end, piece, digest) if 0 <= start < end <= nbytes and 0 < piece <= end - start else None
+        if isinstance(record, SourceRead):
+            ranges.setdefault(record.read, []).extend(record.ranges)
+    return ranges
 
 
 # ------------------------------------------------------------------------------------------------ resuming
 
 
 def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
-    """For each read how many of its first bytes the durable output was made from.
+    """Return for each read the number of its first bytes that durable output was made from.
 
     Args:
-        graph: the merge graph.
-        done: for each node that the lanes have written or begun the number of its bytes that are durable.
+        graph: merge graph.
+        done: number of durable bytes of each node that the lanes have written, completely or in part.
     """
     used: dict[int, int] = {}
     for node, position in done.items():
@@ -195,7 +157,7 @@ def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
             if operation.kind is not Kind.MERGE:
                 needed = position
             elif operation.kernel is None or operation.passes > 1:
-                needed = ref.nbytes  # its reductions go through all of it before the first byte is written
+                needed = ref.nbytes  # reductions read the complete tensor before the first byte is written
             else:
                 alignment = operation.kernel.alignment
                 elements = -(-position * 8 // graph.node_dtype[node].bits)
@@ -205,9 +167,9 @@ def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
 
 
 def ranges_in_use(ranges: Ranges, used: Mapping[int, int]) -> dict[int, list[SourceRange]]:
-    """The ranges of which some byte was used."""
-    kept = {read: [found for found in ranges.get(read, ()) if found.start < end] for read, end in used.items()}
-    return {read: found for read, found in kept.items() if found}
+    """Return the ranges with at least one used byte."""
+    kept = {read: [each for each in ranges.get(read, ()) if each.start < end] for read, end in used.items()}
+    return {read: in_use for read, in_use in kept.items() if in_use}
 
 
 def check_sources(
@@ -221,12 +183,12 @@ def check_sources(
     """Compare the used bytes of source files with their digests.
 
     Args:
-        graph: the merge graph.
-        files: the source files that have changed.
-        ranges: the ranges of which some byte was used, as the journal has them.
-        used: for each read the number of its first bytes that were used.
+        graph: merge graph.
+        files: source files whose stamps have changed.
+        ranges: ranges with at least one used byte, as the journal has them.
+        used: number of the first bytes of each read that were used.
         threads: number of threads that read.
-        watch: called now and then; what it raises ends the comparison.
+        watch: function that is called at intervals; an error of it stops the comparison.
 
     Returns:
         The number of bytes that were compared.
@@ -235,15 +197,15 @@ def check_sources(
         CheckpointError: a file's used bytes have changed, or the journal has no digest of them.
     """
     checks: list[_RangeCheck] = []
-    places: dict[Path, list[tuple[int, int]]] = {}
-    for read, found in ranges.items():
+    known: dict[Path, list[tuple[int, int]]] = {}
+    for read, digested in ranges.items():
         ref = graph.reads[read]
         if ref.file in files:
-            checks += [_RangeCheck(ref.file, ref.offset, graph.read_names[read], each) for each in found]
-            places.setdefault(ref.file, []).extend((ref.offset + each.start, ref.offset + each.end) for each in found)
+            checks += [_RangeCheck(ref.file, ref.offset, graph.read_names[read], each) for each in digested]
+            known.setdefault(ref.file, []).extend((ref.offset + each.start, ref.offset + each.end) for each in digested)
     for read, end in used.items():
         ref = graph.reads[read]
-        if ref.file in files and not _all_within(ref.offset, ref.offset + end, places.get(ref.file, [])):
+        if ref.file in files and not _all_within(ref.offset, ref.offset + end, known.get(ref.file, [])):
             raise source_changed(ref.file, f"the journal has no digest of tensor {graph.read_names[read]}")
     checks.sort(key=lambda check: (check.file, check.offset, check.range.start))
     return run_checks(checks, threads, watch).nbytes
@@ -262,7 +224,7 @@ class _RangeCheck(Check):
     """Compares a range of a source tensor with its digest."""
 
     file: Path
-    offset: int  # of the tensor
+    offset: int  # offset of the tensor in the file
     name: str
     range: SourceRange
 
@@ -271,18 +233,18 @@ class _RangeCheck(Check):
         return self.range.end - self.range.start
 
     def run(self, read: Read) -> None:
-        found = 0
-        for start in range(self.range.start, self.range.end, self.range.piece):
-            piece = xxhash.xxh3_128(seed=start)
-            for data in read(self.file, self.offset + start, min(self.range.piece, self.range.end - start)):
-                piece.update(data)
-            found += piece.intdigest()
-        if found % _MODULUS != self.range.digest:
-            raise source_changed(self.file, f"tensor {self.name} is not what was read of it")
+        digest = 0
+        for start in range(self.range.start, self.range.end, self.range.chunk):
+            chunk = xxhash.xxh3_128(seed=start)
+            for data in read(self.file, self.offset + start, min(self.range.chunk, self.range.end - start)):
+                chunk.update(data)
+            digest += chunk.intdigest()
+        if digest % _MODULUS != self.range.digest:
+            raise source_changed(self.file, f"tensor {self.name} differs from what was read before")
 
 
 def source_changed(file: Path, reason: str) -> CheckpointError:
-    """The error for a source file whose used bytes have changed since the merge began."""
+    """Return the error for a source file whose used bytes have changed since the merge began."""
     return CheckpointError(
         f"{file} was changed since the merge began: {reason}, and the output would mix two versions of the file. Put "
         "the file back and run the same command again, or start over with --fresh"

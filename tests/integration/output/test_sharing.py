@@ -21,32 +21,30 @@ from hypothesis import strategies as st
 from mergeloom.cli.app import cli
 from mergeloom.engine.run import placement as sharing
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.placement import EDGES, copy_threads, place, unplaced, why_not_shared
+from mergeloom.engine.run.placement import EDGES, copy_threads, why_not_shared, with_reflinks
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.io import platform
 from mergeloom.io.platform import mount_of
 from mergeloom.report.plan import plan_text
 from mergeloom.report.result import result_text
-from tests.integration.test_merge import sliced
 from tests.support.disks import file_system, used
 from tests.support.models.write import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
-from tests.support.stacks import MODEL, ROOMY, WITHOUT, as_foretold, mixed, same_as_by_lanes, stacked, weights
+from tests.support.stacks import MODEL, ROOMY, WITHOUT, as_foretold, mixed, same_as_by_lanes, sliced, stacked, weights
 
 # ------------------------------------------------------------------------------------------------ placing, anywhere
 
 
 def test_a_plan_is_placed_once(llamas: dict[str, Path], tmp_path: Path) -> None:
     first = plan(sliced((llamas["a"], 0, 3), (llamas["b"], 1, 4)), ROOMY)
-    assert unplaced(first) is first
-    placed = place(first, tmp_path / "out")
-    assert place(placed, tmp_path / "out") is placed
-    again = place(placed, tmp_path / "another")
+    assert first.in_lanes is None
+    placed = with_reflinks(first, tmp_path / "out")
+    assert with_reflinks(placed, tmp_path / "out") is placed
+    again = with_reflinks(placed, tmp_path / "another")
     assert (again.transfers, again.moved, again.unshared) == (placed.transfers, placed.moved, placed.unshared)
-    back = unplaced(placed)
-    assert (back.out, back.transfers, back.moved, back.unshared) == (None, (), frozenset(), ())
-    assert back.schedule.bytes_read == first.schedule.bytes_read
+    assert again.in_lanes is placed.in_lanes is first
+    assert (first.out, first.transfers, first.moved, first.unshared) == (None, (), frozenset(), ())
     assert not (tmp_path / "out").exists()
 
 
@@ -56,7 +54,7 @@ def test_where_blocks_cannot_be_shared_the_kernel_copies_what_is_used_once(
 ) -> None:
     recipe = sliced((llamas["a"], 0, 3), (llamas["a"], 1, 4))
     first = plan(recipe, ROOMY)
-    placed = place(first, tmp_path)
+    placed = with_reflinks(first, tmp_path)
     graph = first.built.graph
     used = [len(outputs) for outputs in graph.destinations()]
     assert placed.moved == {node for node in graph if used[node] == 1}
@@ -69,12 +67,12 @@ def test_where_blocks_cannot_be_shared_the_kernel_copies_what_is_used_once(
     ((reason, nbytes),) = placed.unshared
     assert "doesn't share blocks" in reason
     assert nbytes == placed.bytes_written
-    assert not place(first, tmp_path, digests=True).moved  # the lanes digest on the way
+    assert not with_reflinks(first, tmp_path, digests=True).moved  # the lanes digest on the way
     monkeypatch.setattr(platform, "DISABLED", {"copy_file_range"})
-    assert not place(first, tmp_path / "other").moved
+    assert not with_reflinks(first, tmp_path / "other").moved
     monkeypatch.setattr(platform, "DISABLED", set())
     monkeypatch.setattr(sharing, "mount_of", lambda path: mount_of(path if path == tmp_path else Path("/proc")))
-    assert not place(first, tmp_path).moved  # from another file system everything goes through the lanes
+    assert not with_reflinks(first, tmp_path).moved  # from another file system everything goes through the lanes
     result = merge(recipe, tmp_path / "out", ROOMY)
     as_foretold(result)
 
@@ -100,7 +98,7 @@ def test_a_budget_without_room_for_more_threads_keeps_to_the_lanes(llamas: dict[
     least = plan(recipe, ROOMY).schedule.minimum_ram
     tight = plan(recipe, replace(ROOMY, max_ram=least + (1 << 20)))
     assert copy_threads(tight) * (4 << 20) > 1 << 20
-    placed = place(tight, tmp_path)
+    placed = with_reflinks(tight, tmp_path)
     assert not placed.moved
     assert placed.schedule == tight.schedule
     as_foretold(merge(tight, tmp_path / "out"))
@@ -108,7 +106,7 @@ def test_a_budget_without_room_for_more_threads_keeps_to_the_lanes(llamas: dict[
 
 def test_nothing_that_is_computed_is_moved(llamas: dict[str, Path], tmp_path: Path) -> None:
     first = plan(sliced((llamas["a"], 0, 4), dtype="float16"), ROOMY)
-    placed = place(first, tmp_path)
+    placed = with_reflinks(first, tmp_path)
     assert not placed.moved
     assert not placed.unshared
     assert (
@@ -146,7 +144,7 @@ def test_refusals_in_words(number: int, kind: str, same: bool, words: str) -> No
 
 
 def test_a_rehearsal_of_a_placed_plan_goes_through_the_lanes(llamas: dict[str, Path], tmp_path: Path) -> None:
-    placed = place(plan(sliced((llamas["a"], 0, 4)), ROOMY), tmp_path)
+    placed = with_reflinks(plan(sliced((llamas["a"], 0, 4)), ROOMY), tmp_path)
     result = merge(placed, None)
     as_foretold(result)
     assert result.measured.bytes_read == sum(map(placed.built.graph.nbytes, placed.built.graph))
@@ -284,7 +282,7 @@ def test_other_mounts_of_the_same_file_system(disk: Path, out: Path, tmp_path: P
         else:
             assert "across mounts" in result.plan.unshared[0][0]
         same_as_by_lanes(recipe, out, tmp_path)
-        guessed = place(plan(stacked(disk), ROOMY), here / "out")  # where nothing can be written, types must do
+        guessed = with_reflinks(plan(stacked(disk), ROOMY), here / "out")  # where nothing can be written, types must do
         assert guessed.bytes_shared == result.plan.bytes_shared
     finally:
         subprocess.run(["umount", "-l", str(here)], check=True)
@@ -348,7 +346,7 @@ def test_the_plan_says_what_will_be_shared(disk: Path, out: Path, capsys: pytest
     for key in ("bytes_read", "bytes_written", "bytes_shared"):
         assert found[key] == planned[key] == found["measured"][key]
     assert text.count("as planned") == 3
-    shown = plan_text(place(plan(mixed(disk), ROOMY), out))
+    shown = plan_text(with_reflinks(plan(mixed(disk), ROOMY), out))
     for line in ("reflinked", "not reflinked", "disk"):
         assert f"\n  {line}" in shown
 
@@ -356,5 +354,5 @@ def test_the_plan_says_what_will_be_shared(disk: Path, out: Path, capsys: pytest
 def test_a_plan_without_out_says_what_could_be_shared(llamas: dict[str, Path]) -> None:
     found = plan(sliced((llamas["a"], 0, 4)), ROOMY)
     assert found.out is None
-    assert "give OUT to see" in plan_text(found)
-    assert "give OUT to see" not in plan_text(plan(sliced((llamas["a"], 0, 4), dtype="float32"), ROOMY))
+    assert "pass OUT to check" in plan_text(found)
+    assert "pass OUT to check" not in plan_text(plan(sliced((llamas["a"], 0, 4), dtype="float32"), ROOMY))

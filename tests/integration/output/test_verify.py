@@ -19,7 +19,7 @@ from mergeloom import __main__
 from mergeloom.engine.model import open as opening
 from mergeloom.engine.run import placement as sharing
 from mergeloom.engine.run.manifest import MANIFEST, read_manifest
-from mergeloom.engine.run.manifest import _dumped as dumped
+from mergeloom.engine.run.manifest import _to_bytes as to_bytes
 from mergeloom.engine.run.manifest import _self_digest as self_digest
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
@@ -462,7 +462,7 @@ def forged(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((out / MANIFEST).read_text())
     change(content)
     content["digest"] = self_digest(content)
-    (out / MANIFEST).write_bytes(dumped(content))
+    (out / MANIFEST).write_bytes(to_bytes(content))
 
 
 def set_path(*keys: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -502,7 +502,7 @@ SOURCES = [("99", {}), ("x", {}), ("-1", {}), ("0", []), ("9" * 5000, {}), ("0",
 )
 def test_a_manifest_that_is_not_as_ours_is_refused(change: Callable[[dict[str, Any]], None], out: Path) -> None:
     forged(out, change)
-    with pytest.raises(CheckpointError, match="is not as mergeloom writes it"):
+    with pytest.raises(CheckpointError, match="has an invalid structure"):
         read_manifest(out)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mergeloom.io.output.group_commit import Aborted, GroupCommit, Record
+from mergeloom.io.output.group_commit import Aborted, GroupCommit
+from mergeloom.io.task_group import TaskGroup
 from tests.support.waiting import no_hang, wait_until
 
 
@@ -21,24 +22,24 @@ class Recorder:
     def __init__(self, seconds: float = 0.0, **options: Any) -> None:
         self.seconds = seconds
         self.events: list[tuple[str, Any]] = []
-        self.errors: list[BaseException] = []
+        self.group = TaskGroup("test")
         self.gate = threading.Event()
         self.gate.set()
-        self.commits = GroupCommit(self._sync, self._append, self.errors.append, **options)
+        self.commits: GroupCommit[int] = GroupCommit(self._sync, self._append, self.group, **options)
 
     def _sync(self, shards: Collection[int]) -> None:
         self.gate.wait()
         time.sleep(self.seconds)
         self.events.append(("sync", set(shards)))
 
-    def _append(self, records: Collection[Record]) -> None:
-        self.events.append(("append", [record["n"] for record in records]))
+    def _append(self, records: Collection[int]) -> None:
+        self.events.append(("append", list(records)))
 
     def write(self, nbytes: int, number: int, shard: int = 0, used: int | None = None) -> None:
         """Write so many bytes."""
         with self.commits.writing(nbytes):
             self.events.append(("write", number))
-        self.commits.add({shard}, nbytes, [{"n": number}], nbytes if used is None else used)
+        self.commits.add({shard}, nbytes, [number], nbytes if used is None else used)
 
     def journaled(self) -> list[int]:
         """What the journal says."""
@@ -103,7 +104,7 @@ def test_many_threads_never_hold_more_than_a_group() -> None:
     recorder.commits.close()
     assert sorted(recorder.journaled()) == list(range(480))
     assert recorder.commits.peak <= 1000
-    assert not recorder.errors
+    assert recorder.group.error is None
 
 
 def test_what_is_larger_than_a_group_goes_alone() -> None:
@@ -119,7 +120,7 @@ def test_writing_goes_on_while_the_disk_syncs_up_to_the_bound() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.gate.clear()
     recorder.write(50, 0)  # is being committed
-    wait_until(lambda: recorder.commits._gathered == 0)
+    wait_until(lambda: recorder.commits._written == 0)
     recorder.write(50, 1)
     thread = threading.Thread(target=recorder.write, args=(1, 2))
     thread.start()
@@ -159,21 +160,20 @@ def test_an_error_is_told_and_ends_all_waiting(where: str) -> None:
         raise OSError("no disk")
 
     setattr(recorder.commits, f"_{where}", fail)
-    seen: list[int] = []
+    seen: list[BaseException | None] = []
 
     def write() -> None:
         with contextlib.suppress(Aborted):
             for number in range(100):
                 recorder.write(40, number)
-        seen.append(len(recorder.errors))
+        seen.append(recorder.group.error)
 
     threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == [1] * 4  # whoever learns that it is over finds the reason
-    assert str(recorder.errors[0]) == "no disk"
+    assert [str(error) for error in seen] == ["no disk"] * 4  # every thread that is aborted finds the reason
     recorder.commits.close()
     assert recorder.commits.abandon()
 
@@ -191,7 +191,7 @@ def test_abandoning_journals_nothing_more() -> None:
     recorder = Recorder(group_bytes=100, group_seconds=60)
     recorder.gate.clear()
     recorder.write(60, 0)
-    wait_until(lambda: recorder.commits._gathered == 0)
+    wait_until(lambda: recorder.commits._written == 0)
     recorder.write(30, 1)
 
     def wait() -> None:
@@ -212,6 +212,6 @@ def test_abandoning_journals_nothing_more() -> None:
     assert recorder.commits.abandon()
     recorder.commits.on_closed(lambda: over.append(True))
     assert over == [True, True]
-    assert not recorder.errors
+    assert recorder.group.error is None
     with pytest.raises(Aborted):
         recorder.write(1, 3)

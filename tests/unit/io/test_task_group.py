@@ -36,7 +36,7 @@ def test_the_first_error_cancels_the_others_and_is_raised() -> None:
         run()
 
 
-def test_check_raises_while_other_tasks_are_at_work() -> None:
+def test_check_raises_while_other_tasks_are_running() -> None:
     released = threading.Event()
     group = TaskGroup("check")
     group.spawn(released.wait)
@@ -48,7 +48,7 @@ def test_check_raises_while_other_tasks_are_at_work() -> None:
         group.join()
 
 
-def test_an_error_in_the_block_cancels_and_outranks_those_of_the_tasks() -> None:
+def test_an_error_in_the_block_cancels_the_group_and_takes_precedence() -> None:
     def stop_when_cancelled(group: TaskGroup) -> None:
         wait_until(lambda: group.cancelled)
         raise OSError("interrupted")
@@ -70,3 +70,11 @@ def test_cancelling_is_not_an_error() -> None:
         group.spawn(wait_until, lambda: group.cancelled)
         group.cancel()
     assert group.error is None
+
+
+def test_waiting_does_not_raise() -> None:
+    group = TaskGroup("wait")
+    group.spawn(int, "three")
+    group.wait()
+    with pytest.raises(ValueError, match="three"):
+        group.check()

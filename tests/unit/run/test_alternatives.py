@@ -15,7 +15,7 @@ from mergeloom import __main__
 from mergeloom.engine.cost.estimate import assumed_rates
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.run.alternatives import alternatives
-from mergeloom.engine.run.placement import place
+from mergeloom.engine.run.placement import with_reflinks
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
@@ -93,7 +93,7 @@ def test_vram_beside_ram(ties: dict[str, object]) -> None:
 
 
 def test_what_is_moved_aside_stays_aside(llamas: dict[str, Path], tmp_path: Path) -> None:
-    planned = place(plan(stacked((llamas["a"], (0, 2)), (llamas["b"], (1, 4)))), tmp_path / "out")
+    planned = with_reflinks(plan(stacked((llamas["a"], (0, 2)), (llamas["b"], (1, 4)))), tmp_path / "out")
     for one in alternatives(planned):
         assert one.bytes_read == planned.bytes_read
 

@@ -21,8 +21,9 @@ from mergeloom.io.output.digests import tensor_digest
 from mergeloom.io.output.directory import OutputDirectory, ShardFile
 from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.output.journal import Journal, read_journal
-from tests.faults.test_faults import make_blocks_small
+from mergeloom.io.task_group import TaskGroup
 from tests.support.models.write import write_checkpoint
+from tests.support.small_merge import make_blocks_small
 
 BLOCK = 16 << 10
 SIZES = {"a.weight": (50, 1000), "b.weight": (4096,), "c.weight": (3,), "d.weight": (0, 4), "e.weight": (8192,)}
@@ -43,11 +44,9 @@ class Writer:
         shards = [ShardFile(each.name, each.header, each.nbytes, each.computed) for each in self.layout.shards]
         self.out.begin(shards)
         self.durable = recover(self.out.found, self.graph, self.layout, self.out.shard_path)
-        self.journal = Journal(self.out.journal, {"seed": 0}, records_of(self.durable))
-        self.errors: list[BaseException] = []
-        self.shards = ShardWriter(
-            planned, self.out, self.journal, self.durable, lambda: None, self.errors.append, **options
-        )
+        self.journal = Journal(self.out.journal, {"seed": 0}, (record.to_json() for record in records_of(self.durable)))
+        self.group = TaskGroup("test")
+        self.shards = ShardWriter(planned, self.out, self.journal, self.durable, lambda: None, self.group, **options)
         self.data = {node: random.Random(node).randbytes(self.graph.nbytes(node)) for node in self.graph}
 
     def write(self, node: int, start: int, end: int) -> None:
@@ -139,13 +138,13 @@ def test_pieces_of_all_sizes_from_many_threads(seed: int, planned: Plan, tmp_pat
     for node in writer.data:
         writer.shards.finished(node)
     writer.shards.commits.close()
-    assert not writer.errors
+    assert writer.group.error is None
     writer.check_whole()
     durable = writer.check_claims()
-    assert {node: tensor_digest(blocks) for node, blocks in durable.whole.items()} == {
+    assert {node: tensor_digest(blocks) for node, blocks in durable.complete.items()} == {
         node: tensor_digest(blocks) for node, blocks in writer.shards.digests.items() if writer.data[node]
     }
-    assert not durable.begun
+    assert not durable.partial
     writer.close()
 
 
@@ -173,7 +172,7 @@ def test_going_on_needs_not_begin_where_pieces_did(seed: int, planned: Plan, tmp
     else:
         pytest.fail("it never came to its end")
     writer.check_whole()
-    assert all(writer.durable.whole[node] for node, data in writer.data.items() if data)
+    assert all(writer.durable.complete[node] for node, data in writer.data.items() if data)
     writer.close()
 
 
@@ -218,7 +217,7 @@ def test_a_piece_that_fails_ends_those_that_wait_for_it(
         writer.write(node, 0, 40_000)
     thread.join()
     assert [type(end) for end in ends] == [Aborted]
-    assert [str(error) for error in writer.errors] == ["Input/output error"]
+    assert str(writer.group.error) == "Input/output error"
     writer.close()
 
 

@@ -15,7 +15,9 @@ from mergeloom.engine.graph.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.engine.run import transfers as transfer
 from mergeloom.engine.run.transfers import Transfer, WorkerPool, plan_transfers, source_of, written_ranges
 from mergeloom.io.output.clone import shareable
+from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.task_group import TaskGroup
 from tests.unit.graph.test_layout import covered, graph_of, graphs, source
 
 
@@ -117,52 +119,67 @@ def test_what_lies_apart_is_moved_apart() -> None:
 # ------------------------------------------------------------------------------------------------ the threads
 
 
-def test_every_piece_is_done_once() -> None:
+def test_every_task_runs_once() -> None:
     done: list[int] = []
-    failed: list[BaseException] = []
-    mover = WorkerPool(range(500), 4, lambda thread, piece: done.append(piece), failed.append)
-    while not mover.wait(0.1):
+    group = TaskGroup("test")
+    pool = WorkerPool(range(500), 4, lambda thread, task: done.append(task), group)
+    while not pool.wait(0.1):
         pass
-    mover.stop()
+    pool.stop()
     assert sorted(done) == list(range(500))
-    assert not failed
+    assert not group.cancelled
 
 
-def test_nothing_to_do_is_done_at_once() -> None:
-    mover: WorkerPool[int] = WorkerPool([], 4, lambda thread, piece: None, lambda error: None)
-    assert mover.wait(0)
-    mover.stop()
+def test_a_pool_without_tasks_is_done_at_once() -> None:
+    pool: WorkerPool[int] = WorkerPool([], 4, lambda thread, task: None, TaskGroup("test"))
+    assert pool.wait(0)
+    pool.stop()
 
 
-def test_what_goes_wrong_ends_it() -> None:
+def test_an_error_stops_the_pool() -> None:
     done: list[int] = []
-    failed: list[BaseException] = []
+    group = TaskGroup("test")
 
-    def work(thread: int, piece: int) -> None:
-        if piece == 10:
-            raise ValueError(piece)
-        done.append(piece)
+    def work(thread: int, task: int) -> None:
+        if task == 10:
+            raise ValueError(task)
+        done.append(task)
 
-    mover = WorkerPool(range(100_000), 2, work, failed.append)
-    while not mover.wait(0.1):
+    pool = WorkerPool(range(100_000), 2, work, group)
+    while not pool.wait(0.1):
         pass
-    mover.stop()
-    assert [error.args for error in failed] == [(10,)]
+    pool.stop()
+    with pytest.raises(ValueError, match="10"):
+        group.check()
     assert len(done) < 100_000
 
 
-def test_stopping_waits_for_what_is_being_done() -> None:
-    begun, go_on = threading.Event(), threading.Event()
+def test_an_aborted_task_is_not_an_error() -> None:
+    group = TaskGroup("test")
+
+    def work(thread: int, task: int) -> None:
+        raise Aborted
+
+    pool = WorkerPool(range(10), 2, work, group)
+    while not pool.wait(0.1):
+        pass
+    pool.stop()
+    assert group.cancelled
+    assert group.error is None
+
+
+def test_stopping_waits_for_the_current_task() -> None:
+    started, released = threading.Event(), threading.Event()
     done: list[int] = []
 
-    def work(thread: int, piece: int) -> None:
-        begun.set()
-        go_on.wait()
-        done.append(piece)
+    def work(thread: int, task: int) -> None:
+        started.set()
+        released.wait()
+        done.append(task)
 
-    mover = WorkerPool(range(10), 1, work, lambda error: None)
-    begun.wait()
-    assert not mover.wait(0)
-    threading.Timer(0.1, go_on.set).start()
-    mover.stop()
+    pool = WorkerPool(range(10), 1, work, TaskGroup("test"))
+    started.wait()
+    assert not pool.wait(0)
+    threading.Timer(0.1, released.set).start()
+    pool.stop()
     assert done == [0]

@@ -1,0 +1,67 @@
+"""The source files of a merge and their stamps: a file that changes while it is used would mix two versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ....errors import CheckpointError
+from ....io.reading import Stamps, changed, stamps_of
+from ..manifest import source_name
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+class SourceFiles:
+    """The source files of a plan. Creating it takes their stamps.
+
+    Args:
+        plan: plan of the merge.
+
+    Attributes:
+        stamps: stamp of each file when the run started.
+
+    Raises:
+        CheckpointError: a file is missing, or its header has changed since it was planned with.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        graph = plan.built.graph
+        self._plan = plan
+        self._files = sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
+        self.stamps: Stamps = stamps_of(sorted({file for _, file in self._files}))
+        for model in plan.built.models:
+            for file, stamp in model.checkpoint.stamps.items():
+                if self.stamps.get(file, stamp) != stamp:
+                    raise CheckpointError(
+                        f"{file} was changed since the merge was planned: run the same command again, or plan anew"
+                    )
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file was replaced or written to since the run started."""
+        now = stamps_of(self.stamps)
+        for file, stamp in self.stamps.items():
+            if now[file] != stamp:
+                raise changed(file)
+
+    def to_json(self) -> dict[str, dict[str, list[int]]]:
+        """Return the stamps by model number and file name, as the journal stores them."""
+        stamps: dict[str, dict[str, list[int]]] = {}
+        for model, file in self._files:
+            stamps.setdefault(str(model), {})[source_name(self._plan, model, file)] = list(self.stamps[file])
+        return stamps
+
+    def changed_since(self, recorded: object) -> list[Path]:
+        """Return the files whose stamps differ from those in the journal.
+
+        Args:
+            recorded: stamps as the journal has them, which may be malformed.
+        """
+        now, before = self.to_json(), recorded if isinstance(recorded, dict) else {}
+        files = []
+        for model, file in self._files:
+            stamps, name = before.get(str(model)), source_name(self._plan, model, file)
+            if not isinstance(stamps, dict) or stamps.get(name) != now[str(model)][name]:
+                files.append(file)
+        return list(dict.fromkeys(files))
