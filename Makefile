@@ -1,16 +1,16 @@
-# make demo    merge a real sentence encoder, and see what it makes of a few sentences before and after
-# make test    the tests
-# make check   lint, format, packaging and types
-# make compat  the same configurations with mergekit 0.1.5 and with mergeloom: do they make the same models?
-# make soak    merges killed, starved and lied to, each gone on with until it is whole: up to an hour
-# make bench   mergeloom beside mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
-# make packages  the wheel and the sdist, installed and tried with each of PYTHONS
-# make coverage  the tests, and which branches of the code they go through: above 90% for engine, methods and io
-# make mutants   small mistakes in the scheduler and the selection: do the tests notice?
-# make clean   remove everything that make has made here, but the benchmarks' models
+# make demo      merge a real sentence encoder, and compare sentence embeddings before and after
+# make test      run the tests
+# make check     lint, format, packaging and types
+# make compat    run the same configurations with mergekit 0.1.5 and with mergeloom, and compare the models
+# make soak      merges with kills, full disks and damaged files, each resumed until it completes: up to an hour
+# make bench     mergeloom compared with mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
+# make packages  install and try the wheel and the sdist with each of PYTHONS
+# make coverage  run the tests and measure branch coverage: above 90% for engine, methods and io
+# make mutants   mutation tests of the scheduler and the selection
+# make clean     remove everything that make has created here, except the benchmarks' models
 #
-# Each makes what it needs. PYTHON chooses the interpreter (3.11 or newer), and pip's own settings where packages come
-# from: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the small torch, without CUDA.
+# Each target creates the environment that it needs. PYTHON chooses the interpreter (3.11 or newer). pip's own settings
+# choose the package index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the CPU build of torch.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -32,7 +32,7 @@ help:
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mergeloom needs Python 3.11 or newer, with venv: make PYTHON=/path/to/python3.11"; exit 2; }
-	@echo "Setting up .venv with $(PYTHON): once, a minute or more."
+	@echo "Creating .venv with $(PYTHON): once, takes a minute or more."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation \
@@ -45,8 +45,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-# The wheel is built and its command is run from another environment, which borrows the libraries of the first: so the
-# packaging is checked too.
+# Installs the wheel in a second environment that borrows the first one's libraries, to check the packaging.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,10 +64,10 @@ check: $(READY)
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak
 
-# MERGEKIT_ENV names an environment that has mergekit already.
+# Set MERGEKIT_ENV to use an existing environment with mergekit.
 MERGEKIT_ENV ?= .venv-mergekit
 .venv-mergekit/ready: constraints.txt
-	@echo "Setting up .venv-mergekit with $(PYTHON): once, a minute or more."
+	@echo "Creating .venv-mergekit with $(PYTHON): once, takes a minute or more."
 	$(PYTHON) -m venv .venv-mergekit
 	.venv-mergekit/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		torch==2.13.0 mergekit==0.1.5
