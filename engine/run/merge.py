@@ -102,6 +102,7 @@ def merge(
     digests: bool = False,
     notify: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
     download: Callable[[Sequence[HubFile]], None] | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> Result:
@@ -115,6 +116,7 @@ def merge(
         digests: whether every tensor gets a digest; reflinked tensors are then read at the end.
         notify: function that is called at intervals with the progress.
         say: function that is called with messages for the user.
+        warn: function that is called with warnings; by default `say`, with "warning: " before the text.
         download: function that is called once with the missing files of the Hub, perhaps none, after `out` was checked
             and locked; `fetch` by default. It is not called if `out` holds the finished merge.
         group_bytes: maximum number of bytes of work that a kill can lose.
@@ -150,6 +152,7 @@ def merge(
         fetch=lambda: fetch_files(missing_files(planned)),
         notify=notify or (lambda progress: None),
         say=tell,
+        warn=warn or (lambda text: tell(f"warning: {text}")),
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)

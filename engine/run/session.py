@@ -81,6 +81,7 @@ class MergeSession:
         fetch: function that downloads missing input files; called once OUT is known to be usable.
         notify: function that is called at intervals with the progress of the complete merge.
         say: function that is called with messages for the user.
+        warn: function that is called with warnings.
         group_bytes: maximum number of bytes of work that a kill can lose.
 
     Attributes:
@@ -96,6 +97,7 @@ class MergeSession:
         fetch: Callable[[], None] = lambda: None,
         notify: Callable[[Progress], None] = lambda progress: None,
         say: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = lambda text: None,
         group_bytes: int = GROUP_BYTES,
     ) -> None:
         self.plan = plan
@@ -104,6 +106,7 @@ class MergeSession:
         self._fetch = fetch
         self._notify = notify
         self._say = say
+        self._warn = warn
         self._group_bytes = group_bytes
         self._unfinished = out.found  # journal of the merge to resume
         self._journal: Journal | None = None
@@ -210,7 +213,7 @@ class MergeSession:
             names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
             unchanged = f"the {data_size(compared)} read from them are unchanged"
             same = unchanged if compared else "none of their data was used"
-            self._say(f"warning: written to or replaced since the merge began: {names}; {same}, so the merge resumes")
+            self._warn(f"written to or replaced since the merge began: {names}; {same}, so the merge resumes")
         return recovered
 
     def _remaining(self, recovered: RecoveredState) -> tuple[Schedule, list[Transfer], dict[int, int]]:
@@ -245,13 +248,13 @@ class MergeSession:
             f"{data_size(left)} left"
         )
         if recovered.damaged:
-            self._say(
-                f"warning: {plural(recovered.damaged, 'block')} of the unfinished merge differ from the journal: the "
+            self._warn(
+                f"{plural(recovered.damaged, 'block')} of the unfinished merge differ from the journal: the "
                 "disk has lost data, or the files were changed; they are made again"
             )
         if recovered.differing:
-            self._say(
-                f"warning: {data_size(recovered.differing)} of copied tensors differ from their sources: the disk has "
+            self._warn(
+                f"{data_size(recovered.differing)} of copied tensors differ from their sources: the disk has "
                 "lost data, or a file was changed; they are copied again"
             )
 

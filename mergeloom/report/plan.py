@@ -216,7 +216,10 @@ def memory_section(plan: Plan, *, timelines: bool = True) -> Section:
     node = schedule.minimum_ram_node
     required_by = "" if node is None else f" (required by {graph.label(node)})"
     fields = [
-        ("peak RAM", f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}: {program}, the rest buffers"),
+        (
+            "peak RAM",
+            f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(budget.ram)}: {program}, the rest buffers",
+        ),
         *_peak_fields(plan, [moment.ram for moment in curve], vram=False),
         ("minimum RAM", f"{memory_size(schedule.minimum_ram, up=True)}{required_by}"),
     ]

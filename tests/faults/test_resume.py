@@ -196,7 +196,7 @@ def test_what_changes_bytes_is_refused_with_the_difference(
         write_checkpoint(models[1], SHAPES, dtype="F32", fill=FineTune(Random(0), 1), metadata={"a": "b"})
     with pytest.raises(UsageError, match=f"this one differs from it: .*{said}") as refused:
         run(what, out, options)
-    assert "--fresh" in str(refused.value)
+    assert "--restart" in str(refused.value)
     assert digests(out) == {**before, f"{WORK}/pid": digests(out)[f"{WORK}/pid"]}  # nothing was touched
     run(what, out, options, fresh=True)
     run(what, tmp_path / "whole", options)
@@ -240,7 +240,7 @@ def test_a_damaged_journal_is_refused_and_kept(models: list[Path], tmp_path: Pat
     journal = out / WORK / "journal"
     for content in (b"", b"damaged\n" + journal.read_bytes(), journal.read_bytes()[5:]):
         journal.write_bytes(content)
-        with pytest.raises(UsageError, match=r"an unfinished merge with a damaged journal: .*--fresh"):
+        with pytest.raises(UsageError, match=r"an unfinished merge with a damaged journal: .*--restart"):
             run(recipe(models), out)
         assert journal.read_bytes() == content
     run(recipe(models), out, fresh=True)
@@ -296,7 +296,7 @@ def test_a_shard_that_was_tampered_with_is_refused(how: str, models: list[Path],
         with shard.open("r+b") as stream:
             stream.write(b"\xff")
     with pytest.raises(
-        EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--fresh"
+        EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--restart"
     ):
         run(recipe(models), out)
     run(recipe(models), out, fresh=True)

@@ -94,7 +94,10 @@ def test_every_command_and_option_has_help(command: str) -> None:
 def test_merge_and_plan_share_their_options() -> None:
     shared = {"max_ram", "max_vram", "device", "seed", "shard_size", "threads", "strict", "methods", "recipe", "out"}
     names = {command: {p.name for p in cli.commands[command].params} for command in ("merge", "plan")}
-    assert names["merge"] - names["plan"] == {*("report", "restart", "no_output", "fresh", "discard"), *("digests", "quiet")}
+    assert names["merge"] - names["plan"] == {
+        *("report", "restart", "no_output", "fresh", "discard"),
+        *("digests", "quiet"),
+    }
     assert names["plan"] - names["merge"] == {
         *("as_json", "explain", "graph", "graph_detail", "html", "machine", "rates", "steps", "timed", "what_if")
     }

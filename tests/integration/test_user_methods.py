@@ -141,9 +141,7 @@ def test_an_unfinished_merge_is_bound_to_the_code(llamas: dict[str, Path], tmp_p
     with watching(Kill(len(calls.calls) * 2 // 3)), pytest.raises(Stopped):
         merge(what, out, options, group_bytes=20_000)
     mine(tmp_path, share=0.25)  # the same file, changed: seen within one process, too
-    with pytest.raises(
-        UsageError, match=r"the code of user-defined methods: it was \{'half': 'sha256:"
-    ):
+    with pytest.raises(UsageError, match=r"the code of user-defined methods: it was \{'half': 'sha256:"):
         merge(what, out, options, group_bytes=20_000)
     mine(tmp_path)
     merge(what, out, options, group_bytes=20_000)

@@ -288,7 +288,7 @@ def test_out_is_apart_from_the_inputs(
 
 
 def test_an_input_inside_an_unfinished_merge_is_not_discarded(models: list[Path], recipe: Path, tmp_path: Path) -> None:
-    """`--fresh` removes everything that an unfinished merge holds."""
+    """`--restart` removes everything that an unfinished merge holds."""
     out = tmp_path / "out"
     interrupted(recipe, out)
     before = digests(out)
@@ -370,7 +370,7 @@ def test_nothing_is_asked_of_the_hub_where_out_cannot_be_used(
     out = tmp_path / "out"
     make(kind, recipe, out)
     with in_use(out) if kind == "in use" else nullcontext():
-        for fresh in ([], ["--fresh"]):
+        for fresh in ([], ["--restart"]):
             assert __main__.main(["merge", str(remote), str(out), "--quiet", *fresh]) == (5 if kind == "in use" else 2)
         with pytest.raises((UsageError, EnvironmentFailure)):
             merge(remote, out, OPTIONS)

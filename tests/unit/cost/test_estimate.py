@@ -31,8 +31,8 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import UsageError
 from mergeloom.report.html.page import make_page
-from mergeloom.report.time import time_section
 from mergeloom.report.sections import plain
+from mergeloom.report.time import time_section
 from tests.conftest import MakeModel
 from tests.support.plans import linear, slerp, stacked
 

@@ -104,9 +104,7 @@ def test_each_source_has_its_own_parameters(llamas: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(("layer", "number", "source", "position"), [(0, 1, 0, 0.0), (2, 1, 2, 1.0), (4, 2, 2, 0.5)])
-def test_the_slice_of_a_layer(
-    layer: int, number: int, source: int, position: float, llamas: dict[str, Path]
-) -> None:
+def test_the_slice_of_a_layer(layer: int, number: int, source: int, position: float, llamas: dict[str, Path]) -> None:
     found = explained(stacked((llamas["a"], (0, 3)), (llamas["b"], (1, 4))), UP.format(layer)).slice
     assert found is not None
     assert (found.number, found.slices, found.layer) == (number, 2, layer)
@@ -228,7 +226,10 @@ def test_two_stacks(make_model: MakeModel) -> None:
     path = make_model("t5", models.Model({"shared.weight": (8, 4), **shapes}, config))
     part = [{"sources": [{"model": str(path), "layer_range": [1, 3]}]}]
     models_key = [{"model": str(path)}]
-    recipe = {"merge_method": "passthrough", "modules": {"encoder": {"slices": part}, "decoder": {"models": models_key}}}
+    recipe = {
+        "merge_method": "passthrough",
+        "modules": {"encoder": {"slices": part}, "decoder": {"models": models_key}},
+    }
     found = explained(recipe, "encoder.block.1.layer.0.w.weight").slice
     assert found is not None
     assert (found.module, found.layers, found.ranges) == ("encoder", (2,), ((str(path), 1, 3),))

@@ -38,8 +38,8 @@ def test_slices_of_two_models(llamas: dict[str, Path]) -> None:
 def test_layers_that_lie_on_each_other(llamas: dict[str, Path]) -> None:
     recipe = task_vectors("ties", llamas["base"], llamas["a"], llamas["b"])
     (stack,), outside = stack_maps(mergeloom.plan(recipe))
-    assert {run.input for band in stack.runs} == {0, 1, 2}
-    assert all((run.first, run.out, run.count) == (0, 0, 4) for band in stack.runs)
+    assert {run.input for run in stack.runs} == {0, 1, 2}
+    assert all((run.first, run.out, run.count) == (0, 0, 4) for run in stack.runs)
     assert set(outside[0].models) == {str(llamas[name]) for name in ("base", "a", "b")}
 
 
