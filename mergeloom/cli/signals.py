@@ -1,7 +1,7 @@
 """Handles Ctrl-C and SIGTERM during a merge: the first signal stops it within two seconds, the second exits at once.
 
-A merge can be killed at any moment and resumed (see `io.output.journal`), so the process exits if a clean stop takes too
-long.
+A merge can be killed at any moment and resumed (see `io.output.journal`), so the process exits if a clean stop takes
+too long.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ _SHOWN = 20
 def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
     """Compare a merged model with its manifest. Needs neither the source models nor a network.
 
-    OUT is the output directory of a merge; its mergeloom.json has the digests. Everything with a digest is read. Tensors
-    that were reflinked or copied by the kernel have none, unless the model was merged with --digests full, and are
-    listed as unverified. The exit code is 4 if anything is damaged, or if a file was added that loaders would use.
+    OUT is the output directory of a merge; its mergeloom.json has the digests. Everything with a digest is read.
+    Tensors that were reflinked or copied by the kernel have none, unless the model was merged with --digests full, and
+    are listed as unverified. The exit code is 4 if anything is damaged, or if a file was added that loaders would use.
     """
     from ..engine.run.finished import describe_added
     from ..engine.run.verify import Verification

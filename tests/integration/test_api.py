@@ -80,6 +80,16 @@ def test_a_rehearsal(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("keyword", ["restart", "fresh"])
+def test_restart_and_its_former_name(
+    keyword: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: dict[str, Any] = {}
+    monkeypatch.setattr("mergeloom.engine.run.merge.merge", lambda *arguments, **options: received.update(options))
+    mergeloom.merge(recipe, tmp_path / "out", **{keyword: True})
+    assert received["fresh"] is True
+
+
 @pytest.mark.parametrize("wrong", [{"max_ram": 0}, {"max_ram": "lots"}, {"shard_size": -1}, {"threads": 0}])
 def test_invalid_options(wrong: dict[str, Any], recipe: dict[str, Any]) -> None:
     with pytest.raises(mergeloom.UsageError):

@@ -163,6 +163,62 @@ def test_plan_of_a_stack_needs_no_torch(stack: Path) -> None:
     subprocess.run([sys.executable, "-c", code, "plan", str(stack)], check=True, capture_output=True)
 
 
+def test_plan_steps_prints_the_schedule(recipe: Path) -> None:
+    plan = mergeloom.plan(recipe)
+    lines = run("plan", recipe, "--steps").stdout.splitlines()
+    assert lines[0].split() == ["step", "tensor", "pass", "device", "read", "kept", "dropped", "RAM"]
+    assert len(lines) == 1 + len(plan.schedule.steps)
+    assert lines[1].split()[:2] == ["1", plan.built.graph.label(plan.schedule.steps[0].node)]
+
+
+def test_plan_steps_as_json(recipe: Path) -> None:
+    schedule = mergeloom.plan(recipe).schedule
+    rows = json.loads(run("plan", recipe, "--steps", "--json").stdout)
+    assert [row["step"] for row in rows] == list(range(1, len(schedule.steps) + 1))
+    assert sum(source["nbytes"] for row in rows for source in row["read"]) == schedule.bytes_read
+    assert rows[0].keys() == {
+        *("step", "tensor", "index", "passes", "device", "read", "uploaded", "kept", "dropped", "ram", "vram")
+    }
+
+
+def test_plan_steps_shows_vram_for_a_gpu(recipe: Path) -> None:
+    lines = run("plan", recipe, "--steps", "--for", "ram=16GiB,vram=4GiB").stdout.splitlines()
+    assert all(column in lines[0] for column in ("uploaded", "kept in VRAM", "dropped from VRAM"))
+    assert "cuda:0" in lines[1]
+
+
+def test_plan_steps_and_explain_exclude_each_other(recipe: Path) -> None:
+    ended = run("plan", recipe, "--steps", "--explain", "lm_head.weight")
+    assert ended.returncode == 2
+    assert "mutually exclusive" in ended.stderr
+
+
+@pytest.mark.parametrize("detail", ["layer", "tensor"])
+def test_plan_graph_writes_the_task_graph(detail: str, recipe: Path, tmp_path: Path) -> None:
+    import networkx
+
+    plan = mergeloom.plan(recipe)
+    for _ in range(2):  # an exported graph is replaced
+        for name in ("graph.graphml", "graph.json"):
+            ended = run("plan", recipe, "--graph", tmp_path / name, "--graph-detail", detail)
+            assert ended.returncode == 0, ended.stderr
+            assert "peak RAM" in ended.stdout
+    graph = networkx.read_graphml(tmp_path / "graph.graphml")
+    other = networkx.node_link_graph(json.loads((tmp_path / "graph.json").read_text()), edges="edges")
+    assert dict(graph.nodes(data=True)) == dict(other.nodes(data=True))
+    outputs = sum(data["tensors"] for _, data in graph.nodes(data=True) if data["kind"] == "output")
+    assert outputs == len(plan.built.graph.outputs)
+    assert (len(graph) < outputs) == (detail == "layer")
+
+
+@pytest.mark.parametrize("name", ["graph.dot", "graph"])
+def test_plan_graph_refuses_an_unknown_suffix(name: str, recipe: Path, tmp_path: Path) -> None:
+    ended = run("plan", recipe, "--graph", tmp_path / name)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "use .graphml or .json" in ended.stderr
+    assert not (tmp_path / name).exists()
+
+
 # ------------------------------------------------------------------------------------------------ merge
 
 
@@ -200,6 +256,21 @@ def test_a_rehearsal_writes_nothing(with_out: bool, option: str, recipe: Path, t
     assert ended.returncode == 0, ended.stderr
     assert "nothing was written" in ended.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+@pytest.mark.parametrize("option", ["--restart", "--fresh"])
+def test_restart_discards_an_unfinished_merge(
+    option: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = {}
+
+    def record(*arguments: object, **options: object) -> None:
+        received.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergeloom.engine.run.merge.merge", record)
+    assert run("merge", recipe, tmp_path / "out", option).returncode == 130
+    assert received["fresh"] is True
 
 
 def test_merge_needs_out(recipe: Path) -> None:

@@ -225,10 +225,9 @@ def test_two_stacks(make_model: MakeModel) -> None:
     config = {"model_type": "t5", "num_layers": 3, "num_decoder_layers": 3}
     path = make_model("t5", models.Model({"shared.weight": (8, 4), **shapes}, config))
     part = [{"sources": [{"model": str(path), "layer_range": [1, 3]}]}]
-    models_key = [{"model": str(path)}]
     recipe = {
         "merge_method": "passthrough",
-        "modules": {"encoder": {"slices": part}, "decoder": {"models": models_key}},
+        "modules": {"encoder": {"slices": part}, "decoder": {"models": [{"model": str(path)}]}},
     }
     found = explained(recipe, "encoder.block.1.layer.0.w.weight").slice
     assert found is not None

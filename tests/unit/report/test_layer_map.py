@@ -19,7 +19,7 @@ def test_a_self_merge_of_windows(make_model: MakeModel) -> None:
     model = make_model("a", models.tiny_llama(layers=8), fill=None)
     (stack,), outside = stack_maps(mergeloom.plan(windows(model, 8, 4, 2)))
     assert stack.layers == 12
-    assert [strip.count for strip in stack.inputs] == [8]
+    assert [source.count for source in stack.inputs] == [8]
     assert stack.runs == (LayerRun(0, 0, 0, 4), LayerRun(0, 2, 4, 4), LayerRun(0, 4, 8, 4))
     assert {name for each in outside for name in each.tensors} == {
         "model.embed_tokens.weight",
@@ -31,7 +31,7 @@ def test_a_self_merge_of_windows(make_model: MakeModel) -> None:
 def test_slices_of_two_models(llamas: dict[str, Path]) -> None:
     recipe = stacked((llamas["a"], (0, 3)), (llamas["b"], (1, 4)), (llamas["a"], (3, 4)))
     (stack,), _ = stack_maps(mergeloom.plan(recipe))
-    assert [strip.name for strip in stack.inputs] == [str(llamas["a"]), str(llamas["b"])]
+    assert [source.name for source in stack.inputs] == [str(llamas["a"]), str(llamas["b"])]
     assert stack.runs == (LayerRun(0, 0, 0, 3), LayerRun(1, 1, 3, 3), LayerRun(0, 3, 6, 1))
 
 
@@ -43,7 +43,7 @@ def test_layers_that_lie_on_each_other(llamas: dict[str, Path]) -> None:
     assert set(outside[0].models) == {str(llamas[name]) for name in ("base", "a", "b")}
 
 
-def test_slices_that_follow_each_other_are_one_band(llamas: dict[str, Path]) -> None:
+def test_adjacent_slices_are_one_run(llamas: dict[str, Path]) -> None:
     (stack,), _ = stack_maps(mergeloom.plan(stacked((llamas["a"], (0, 2)), (llamas["a"], (2, 4)))))
     assert stack.runs == (LayerRun(0, 0, 0, 4),)
 
