@@ -213,7 +213,7 @@ def memory_section(plan: Plan, *, timelines: bool = True) -> Section:
     program = f"{memory_size(budget.baseline)} program"
     program += " (measured on this machine)" if plan.options.machine is not None else ""
     program += f", {memory_size(workspaces)} workspaces" if workspaces else ""
-    peak, node = memory_size(schedule.peak_ram, up=True), schedule.minimum_ram_node
+    node = schedule.minimum_ram_node
     required_by = "" if node is None else f" (required by {graph.label(node)})"
     fields = [
         (

@@ -1,4 +1,4 @@
-"""What users get wrong: each mistake ends with its exit code, one clear message, and no half-made model."""
+"""User mistakes: each ends with its exit code, one clear message, and no partial model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def stacked(*layer_range: object) -> dict[str, object]:
 
 
 def header_of(shard: Path) -> tuple[dict[str, dict[str, object]], bytes]:
-    """A shard's header, and the rest of it."""
+    """Return the header of a shard, and its data."""
     data = shard.read_bytes()
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
@@ -243,7 +243,7 @@ def test_an_out_that_is_an_input(directory: Path, capsys: pytest.CaptureFixture[
     ("arguments", "code", "says"),
     [
         (["--max-ram", "10MB"], 3, ("smallest budget that works", "--max-ram")),
-        (["--max-ram", "many"], 2, ("'many' is no size", "32GiB")),
+        (["--max-ram", "many"], 2, ("'many'", "32GiB")),
         (["--shard-size", "0"], 2, ("--shard-size", "more than 0")),
         (["--shard-size", "100"], 2, ("--shard-size", "too small")),
         (["--threads", "0"], 2, ("--threads",)),
