@@ -128,7 +128,7 @@ def test_many_kinds_are_summed_up() -> None:
     groups = [ReadAgain(f"w{i}", 2, 100, 300, "it has to be") for i in range(7)]
     lines = reread_lines(groups)
     assert len(lines) == 5
-    assert lines[0] == "w0 (2 tensors, 100B): 3.0 times, since it has to be"
+    assert lines[0] == "w0 (2 tensors, 100B): read 3.0 times: it has to be"
     assert lines[-1] == "and 6 other tensors, with 600B of re-reads"
 
 
