@@ -53,11 +53,11 @@ def of_comparison(results: dict[str, Any]) -> Iterator[Bar]:
         ours, theirs, floor = (cell(runs, method, side) for side in ("mergeloom", "mergekit", "floor"))
         if ours and theirs and method in FASTER:
             ratio = theirs.median / ours.median
-            yield Bar(f"`{method}` beside mergekit", f"{FASTER[method]:g}x", f"{ratio:.1f}x", ratio >= FASTER[method])
+            yield Bar(f"`{method}` vs. mergekit", f"{FASTER[method]:g}x", f"{ratio:.1f}x", ratio >= FASTER[method])
         if ours and floor and method in FLOOR:
             ratio = ours.median / floor.median
             met = ratio <= FLOOR[method]
-            yield Bar(f"`{method}` beside reading and writing", f"at most {FLOOR[method]:g}x", f"{ratio:.2f}x", met)
+            yield Bar(f"`{method}` vs. reading and writing", f"at most {FLOOR[method]:g}x", f"{ratio:.2f}x", met)
     ours = [run for run in runs if run["side"] == "mergeloom"]
     if ours:
         worst = max(ours, key=lambda run: run["peak_rss"])

@@ -85,7 +85,7 @@ def text(results: dict[str, Any]) -> str:
     """The results as a table, and what it shows in words."""
     rows, about = results["rows"], results["machine"]
     lines = [
-        "| method | `--max-ram` | peak foretold, MiB | VmHWM, MiB | of that | read again, GB | seconds |",
+        "| method | `--max-ram` | planned peak, MiB | VmHWM, MiB | VmHWM / planned | re-reads, GB | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -95,12 +95,12 @@ def text(results: dict[str, Any]) -> str:
             f"| {row['bytes_reread'] / 1e9:.2f} | {row['seconds']:.1f} |"
         )
     wrong = broken(rows)
-    verdict = "; ".join(wrong) if wrong else "None is above what was foretold"
+    verdict = "; ".join(wrong) if wrong else "No process exceeds its planned peak"
     lines += [
         "",
-        f"{verdict}; bytes read, written and shared are compared with the plan's, the outputs of a method with each "
-        f"other. One run each on {about['cpu']}, {about['cores']} cores; {about['date']}. The seconds are those of "
-        "runs that nothing was prepared for: they are no comparison.",
+        f"{verdict}. Bytes read, written and shared are compared with the plan, and the outputs of a method with each "
+        f"other. One run each on {about['cpu']}, {about['cores']} cores; {about['date']}. The seconds come from "
+        "unprepared runs and don't allow comparisons.",
     ]
     return "\n".join(lines)
 

@@ -144,8 +144,8 @@ def in_words(result: dict[str, Any]) -> str:
     """The result as a sentence."""
     seconds, about = result["seconds"], result["machine"]
     return (
-        f"A {result['method']} merge that writes {result['bytes_written'] / 1e9:.2f} GB, without the program's start "
-        f"and until all is durable, takes {seconds['with']:.2f} s with digests and journal, and "
+        f"A {result['method']} merge that writes {result['bytes_written'] / 1e9:.2f} GB, excluding start-up "
+        f"and including the sync, takes {seconds['with']:.2f} s with digests and journal, and "
         f"{seconds['without']:.2f} s without: {result['overhead']:.1%} more. {about['cpu']}, "
         f"{about['cores']} cores; {about['date']}."
     )

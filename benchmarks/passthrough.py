@@ -88,10 +88,10 @@ def cp_text(results: dict[str, Any]) -> str:
     spread = {side: f"{min(found):.2f} to {max(found):.2f}" for side, found in results["seconds"].items()}
     about = results["machine"]
     return (
-        f"Passing {results['bytes'] / 1e9:.2f} GB of a 2.5 GB model's layers through, on a file system that shares no "
-        f"blocks, until durable: {seconds['mergeloom']:.2f} s ({spread['mergeloom']}), start-up included; `cp` of as "
-        f"many bytes {seconds['cp']:.2f} s ({spread['cp']}): {seconds['mergeloom'] / seconds['cp']:.2f} times. Medians "
-        f"of {len(results['seconds']['cp'])}, alternating, inputs in the page cache. {about['cpu']}, {about['cores']} "
+        f"Passing through {results['bytes'] / 1e9:.2f} GB of layers of a 2.5 GB model, on a file system without shared "
+        f"blocks, including the sync: {seconds['mergeloom']:.2f} s ({spread['mergeloom']}), including start-up; `cp` "
+        f"of as many bytes {seconds['cp']:.2f} s ({spread['cp']}): {seconds['mergeloom'] / seconds['cp']:.2f} times. "
+        f"Medians of {len(results['seconds']['cp'])}, alternating, inputs in the page cache. {about['cpu']}, {about['cores']} "
         f"cores; {about['date']}."
     )
 
@@ -137,7 +137,7 @@ def sparse(directory: Path, work: Path) -> list[dict[str, Any]]:
 
 def sparse_text(rows: Sequence[dict[str, Any]]) -> str:
     """The result as a table."""
-    lines = ["| merge | size | seconds, start-up included | disk taken | peak RSS |", "|---|---|---|---|---|"]
+    lines = ["| merge | size | seconds, including start-up | disk taken | peak RSS |", "|---|---|---|---|---|"]
     for row in rows:
         size, disk, peak = row["bytes"] / 1e9, row["disk"] / 1e6, row["peak_rss"] / 2**20
         lines.append(f"| {row['merge']} | {size:,.0f} GB | {row['seconds']:.1f} | {disk:.0f} MB | {peak:.0f} MiB |")

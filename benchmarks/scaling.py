@@ -162,7 +162,7 @@ def text(results: dict[str, Any]) -> str:
     about = results["machine"]
     count = max(len(row["seconds"]) for row in results["rows"])
     blocks.append(
-        f"Whole processes, OUT on tmpfs, warm inputs; medians of {count} (smallest to largest). {about['cpu']}, "
+        f"Complete processes, OUT on tmpfs, warm inputs; medians of {count} (smallest to largest). {about['cpu']}, "
         f"{about['cores']} cores; {about['date']}."
     )
     return "\n\n".join(blocks)

@@ -31,6 +31,11 @@ def big_number(number: int) -> str:
     return exact if number < 10_000 else f"{exact} ({_scaled(number, ('', 'K', 'M', 'B', 'T', 'Q'))})"
 
 
+def short_number(number: int) -> str:
+    """``1.24B``: three figures; the exact number below 10,000."""
+    return str(number) if number < 10_000 else _scaled(number, ("", "K", "M", "B", "T", "Q"))
+
+
 def plural(number: int, noun: str, nouns: str | None = None) -> str:
     """Format a count with its noun: ``1 tensor``, ``12,345 tensors``; `nouns` is the plural if it is irregular."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

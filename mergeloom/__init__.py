@@ -1,4 +1,4 @@
-"""mergeloom: merge model checkpoints as a task graph, within a memory budget.
+"""Merge model checkpoints as a task graph within a memory budget.
 
     import mergeloom
 
@@ -6,7 +6,7 @@
     print(plan)
     mergeloom.merge(plan, "merged")
 
-Names are loaded when they are first used, so that importing mergeloom, or a part of it, loads nothing else.
+Public names are imported on first use, so `import mergeloom` is fast.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
+_MODULES = {
     "merge": "api",
     "plan": "api",
     "Options": "engine.run.plan",
@@ -65,7 +65,7 @@ _HOMES = {
     "Verdict": "engine.run.verify",
     "verify": "engine.run.verify",
 }
-"""The module that defines each name; every other name in `__all__` is an error of `errors`."""
+"""The module that defines each public name; the others are in `errors`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -73,7 +73,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    value = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The process: runs the command line, and turns what it raises into a message and an exit code."""
+"""Runs the command line, and turns exceptions into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from typing import NoReturn
 
 from .errors import MergeloomError
 
-BUG = 1
-WRONG_USAGE = 2
+INTERNAL_ERROR = 1
+USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, by default the process's own, and return its exit code (see `mergeloom.errors`)."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies no matrices here, and its threads would spin
+    """Run a command, by default that of `sys.argv`, and return its exit code (see `mergeloom.errors`)."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # unused here, and idle threads would spin
 
     import click
 
     from .cli.app import PIPE_CLOSED, cli
 
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to fail
+        if hasattr(stream, "reconfigure"):  # replace characters that the terminal can't encode
             stream.reconfigure(errors="replace")
     try:
         code = cli.main(arguments, prog_name="mergeloom", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except MergeloomError as error:
-        _say(str(error))
+        _print_error(str(error))
         return error.exit_code
     except click.ClickException as error:
         error.show()
-        return WRONG_USAGE
+        return USAGE_ERROR
     except (click.Abort, KeyboardInterrupt):
-        _say("stopped")
+        _print_error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # what is still in the buffer would fail again when the interpreter flushes it
+        # or the interpreter would fail again when it flushes the buffer at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception:  # noqa: BLE001
         traceback.print_exc()
-        _say("this is a bug of ours: please report it, with what stands above and the recipe")
-        return BUG
+        _print_error("internal error: please report this with the traceback above and the recipe")
+        return INTERNAL_ERROR
 
 
 def command() -> NoReturn:
-    """The process's own command: ends the process.
+    """Run the command of `sys.argv` and exit.
 
-    Taking torch down, module by module, takes a third of a second, and nothing is left in it that would be missed.
+    If torch is loaded, skip the interpreter's teardown of its modules, which takes a third of a second.
     """
     from .io import platform
 
@@ -67,8 +67,8 @@ def command() -> NoReturn:
     sys.exit(code)
 
 
-def _say(message: str) -> None:
-    """A message on stderr."""
+def _print_error(message: str) -> None:
+    """Print an error message on stderr."""
     from .io.units import clean
 
     print(f"mergeloom: {clean(message)}", file=sys.stderr, flush=True)

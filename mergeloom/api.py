@@ -1,4 +1,4 @@
-"""The public functions: keywords as people write them become Options."""
+"""The public functions: convert keyword arguments to Options, and plan or merge."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from .engine.run.merge import Result
 
 Size = int | str
-"""Bytes, or a text such as ``32GiB``."""
+"""A number of bytes, or a string such as ``32GiB``."""
 
 
 class Plan(engine_plan.Plan):
-    """A plan whose text is the dry run: ``print(plan)`` shows what ``mergeloom plan`` shows."""
+    """A plan that prints as the dry run: ``print(plan)`` shows what ``mergeloom plan`` shows."""
 
     __slots__ = ()
 
@@ -46,29 +46,29 @@ def plan(
     machine: str | None = None,
     methods: Iterable[str | os.PathLike[str]] = (),
 ) -> Plan:
-    """Plan a merge: what it will read, write and hold, from the models' headers alone. Printed, it is the dry run.
+    """Plan a merge: what it reads, writes and holds in memory. Reads only the recipe and the models' headers.
 
     Args:
-        recipe: the path of a YAML file, a dict that says the same, or a Recipe.
-        max_ram: the bound on the process's resident memory; by default a share of the machine's.
-        max_vram: what may be held on each GPU; by default a share of its memory.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several with commas.
-        seed: of the random methods.
-        shard_size: the most bytes of an output file.
-        threads: compute threads of the CPU; by default the cores that the process may use.
-        strict: make unknown keys and parameters in the recipe errors.
-        machine: another machine to plan for, such as ``"ram=64GiB,vram=24GiB,cores=16"``.
-        methods: Python files with merge methods of your own.
+        recipe: path of a YAML file, a dict with the same content, or a Recipe.
+        max_ram: limit of the process's resident memory; by default a share of the machine's RAM.
+        max_vram: limit of the memory used on each GPU; by default a share of its VRAM.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several separated by commas.
+        seed: seed for methods that sample.
+        shard_size: maximum size of an output shard.
+        threads: number of CPU compute threads; by default the cores available to the process.
+        strict: whether unknown keys and parameters in the recipe are errors.
+        machine: description of another machine to plan for, such as ``"ram=64GiB,vram=24GiB,cores=16"``.
+        methods: paths of Python files with additional merge methods.
 
     Raises:
-        RecipeError: for a mistake in the recipe.
-        CheckpointError: for an input that is missing, damaged, or doesn't fit the others.
-        BudgetError: where the merge doesn't fit the budget.
-        UsageError: for an argument that is none.
+        RecipeError: the recipe is invalid.
+        CheckpointError: an input is missing, damaged or inconsistent with the others.
+        BudgetError: the merge exceeds the budget.
+        UsageError: an argument is invalid.
     """
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
-    made = make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
-    return Plan(**{field.name: getattr(made, field.name) for field in fields(made)})
+    planned = make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
+    return Plan(**{field.name: getattr(planned, field.name) for field in fields(planned)})
 
 
 def merge(
@@ -84,33 +84,47 @@ def merge(
     strict: bool = False,
     methods: Iterable[str | os.PathLike[str]] = (),
     digests: str = "written",
-    fresh: bool = False,
+    restart: bool = False,
     notify: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+    fresh: bool = False,
 ) -> Result:
-    """Merge models into a new model directory, or go on with a merge that was interrupted there.
+    """Merge models into a new model directory, or resume an interrupted merge there.
 
     Args:
-        recipe: as `plan` takes it, or a Plan, which is performed as it is: the options were given to `plan` then.
-        out: the directory to make, new or empty, or with an unfinished merge of the same recipe; None for a rehearsal
-            that does all of it and writes nothing.
-        max_ram, max_vram, device, seed, shard_size, threads, strict, methods: as for `plan`.
-        digests: ``written``, or ``full``: note the digests of those tensors, too, that are only shared or copied.
-        fresh: discard an unfinished merge in `out`, and begin anew.
-        notify: called now and then, from this thread, with how far it is.
-        say: called with what is worth knowing before the work begins, such as what of it is there already.
+        recipe: recipe as for `plan`, or a Plan, which is executed with the options that were passed to `plan`.
+        out: output directory: new, empty, or with an unfinished merge of the same recipe; None for a rehearsal that
+            runs the complete merge without writing.
+        max_ram, max_vram, device, seed, shard_size, threads, strict, methods: options as for `plan`.
+        digests: ``written``, or ``full`` to also read tensors that are only reflinked or copied, and record their
+            digests.
+        restart: whether to discard an unfinished merge in `out` and start over.
+        notify: callback for progress, called regularly on this thread.
+        say: callback for messages before the work starts, such as how much of the output is already written.
+        warn: callback for warnings about an unfinished merge; by default `say`, with ``warning:`` before the text.
+        fresh: former name of `restart`.
 
     Raises:
-        MergeloomError: whatever stops it; `out` then holds nothing that looks like a model, and the same call goes on.
+        MergeloomError: the merge failed. `out` then holds no files that look like a model; the same call resumes.
     """
-    from .engine.run.merge import merge as perform
+    from .engine.run.merge import merge as run_merge
 
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
     if isinstance(recipe, engine_plan.Plan) and options not in (Options(), recipe.options):
-        raise UsageError("a Plan is performed with the options that it was made with: give these to `plan` instead")
+        raise UsageError("a Plan is executed with the options that were passed to `plan`: pass these to `plan` instead")
     if digests not in ("written", "full"):
-        raise UsageError(f"digests is {digests!r}: give 'written' or 'full'")
-    return perform(recipe, out, options, fresh=fresh, digests=digests == "full", notify=notify, say=say)
+        raise UsageError(f"invalid digests {digests!r}: use 'written' or 'full'")
+    return run_merge(
+        recipe,
+        out,
+        options,
+        fresh=restart or fresh,
+        digests=digests == "full",
+        notify=notify,
+        say=say,
+        warn=warn,
+    )
 
 
 def _options(
@@ -123,8 +137,9 @@ def _options(
     strict: bool,
     methods: Iterable[str | os.PathLike[str]],
 ) -> Options:
+    """Convert the keyword arguments that `plan` and `merge` share."""
     if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}: give 1 or more")
+        raise UsageError(f"invalid threads {threads}: use 1 or more")
     return Options(
         max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
         max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
@@ -138,8 +153,9 @@ def _options(
 
 
 def _bytes(name: str, size: Size) -> int:
+    """Convert the size that was passed as `name` to bytes."""
     if isinstance(size, str):
         return parse_size(size)
     if size <= 0:
-        raise UsageError(f"{name} is {size}: give a number of bytes above 0, or a text such as '32GiB'")
+        raise UsageError(f"invalid {name} {size}: use a positive number of bytes, or a string such as '32GiB'")
     return size

@@ -1,15 +1,15 @@
-"""Everything that mergeloom raises on purpose.
+"""The exceptions that mergeloom raises.
 
 MergeloomError
-├── RecipeError        the recipe is wrong                                   exit code 2
-├── UsageError         the command line, or a call of the API, is wrong      exit code 2
-├── BudgetError        the merge does not fit the memory budget              exit code 3
-├── DiskSpaceError     the merge does not fit the disk                       exit code 3
-├── CheckpointError    an input is missing, damaged, forbidden, inconsistent exit code 4
-├── EnvironmentFailure the device, the disk or another process got in the way exit code 5
-└── Interrupted        the user stopped the merge; it can go on              exit code 130
+├── RecipeError        the recipe is invalid                                 exit code 2
+├── UsageError         the command line or an API argument is invalid        exit code 2
+├── BudgetError        the merge exceeds the memory budget                   exit code 3
+├── DiskSpaceError     the output exceeds the free disk space                exit code 3
+├── CheckpointError    an input is missing, damaged or inconsistent          exit code 4
+├── EnvironmentFailure the device, the disk or another process failed        exit code 5
+└── Interrupted        the user stopped the merge; it can be resumed         exit code 130
 
-Any other exception is a bug of ours, and ends the process with exit code 1.
+Any other exception is an internal error, with exit code 1.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import ClassVar
 
 _SHOWN = 9
-"""How many mistakes a RecipeError shows after the first."""
+"""The number of mistakes that a RecipeError shows after the first."""
 
 
 class MergeloomError(Exception):
-    """The root. Its text says what was found, where, and what to do about it."""
+    """The base class. The message says what is wrong, where, and what to do about it."""
 
     exit_code: ClassVar[int] = 1
 
 
 class RecipeError(MergeloomError):
-    """A mistake in the recipe, with the place where it stands.
+    """A mistake in the recipe, with its location.
 
     Args:
-        message: what was found and what to do.
-        source: the recipe's file, or None for a recipe given as a dict.
-        line: the 1-based line, where known.
-        path: the keys that lead to the place, such as ``("slices", 0, "sources", 1, "layer_range")``.
+        message: what is wrong and what to do.
+        source: file of the recipe; None for a recipe given as a dict.
+        line: 1-based line number; None if unknown.
+        path: key path of the mistake, such as ``("slices", 0, "sources", 1, "layer_range")``.
         more: other mistakes in the same recipe.
     """
 
@@ -55,18 +55,18 @@ class RecipeError(MergeloomError):
         self.line = line
         self.path = path
         self.more = tuple(more)
-        place = str(source) if source is not None else "recipe"
+        location = str(source) if source is not None else "recipe"
         if line is not None:
-            place += f":{line}"
+            location += f":{line}"
         keys = format_key_path(path)
-        texts = [f"{place}: {keys}: {message}" if keys else f"{place}: {message}", *map(str, self.more[:_SHOWN])]
+        texts = [f"{location}: {keys}: {message}" if keys else f"{location}: {message}", *map(str, self.more[:_SHOWN])]
         if len(self.more) > _SHOWN:
             texts.append(f"... and {len(self.more) - _SHOWN} more mistakes")
         super().__init__("\n".join(texts))
 
     @classmethod
     def together(cls, mistakes: Sequence[RecipeError]) -> RecipeError:
-        """One error for all of a recipe's mistakes, in the order of their lines; the first gives it line and path."""
+        """Combine all mistakes in a recipe, in line order, into one error with the line and path of the first."""
         first, *others = sorted(mistakes, key=lambda mistake: mistake.line or 0)
         if not others:
             return first
@@ -74,43 +74,43 @@ class RecipeError(MergeloomError):
 
 
 class UsageError(MergeloomError):
-    """A mistake on the command line or in a call of the API."""
+    """An invalid command line or API argument."""
 
     exit_code = 2
 
 
 class BudgetError(MergeloomError):
-    """The merge does not fit the RAM or VRAM budget; the text names the smallest budget that works."""
+    """The merge exceeds the RAM or VRAM budget; the message names the smallest budget that works."""
 
     exit_code = 3
 
 
 class DiskSpaceError(MergeloomError):
-    """The output does not fit the disk; the text says what is needed and what is free."""
+    """The output exceeds the free disk space; the message says how much is needed and how much is free."""
 
     exit_code = 3
 
 
 class CheckpointError(MergeloomError):
-    """An input is missing, damaged, forbidden or inconsistent with another."""
+    """An input is missing, damaged, inaccessible or inconsistent with another."""
 
     exit_code = 4
 
 
 class EnvironmentFailure(MergeloomError):
-    """The device, the disk or another process got in the way; trying again can help."""
+    """The device, the disk or another process failed; trying again can help."""
 
     exit_code = 5
 
 
 class Interrupted(MergeloomError):
-    """The user stopped the merge; the same command goes on with it."""
+    """The user stopped the merge; the same command resumes it."""
 
     exit_code = 130
 
 
 def format_key_path(path: tuple[str | int, ...]) -> str:
-    """``("slices", 0, "sources")`` as ``slices[0].sources``."""
+    """Format a key path: ``("slices", 0, "sources")`` as ``slices[0].sources``."""
     text = ""
     for key in path:
         text += f"[{key}]" if isinstance(key, int) else (f".{key}" if text else key)

@@ -1,3 +1,3 @@
-"""The version of mergeloom. Every module may import it."""
+"""The version of mergeloom; every module may import it."""
 
 __version__ = "0.2.0.dev1"

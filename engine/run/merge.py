@@ -13,7 +13,7 @@ from ...io.hub.repository import HubFile
 from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
-from ...io.wording import data_size, plural
+from ...io.units import data_size, plural
 from ..cost.machine import process_memory
 from ..execute.tasks import Measured, Progress
 from ..model.open import is_remote
@@ -102,6 +102,7 @@ def merge(
     digests: bool = False,
     notify: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
     download: Callable[[Sequence[HubFile]], None] | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> Result:
@@ -115,6 +116,7 @@ def merge(
         digests: whether every tensor gets a digest; reflinked tensors are then read at the end.
         notify: function that is called at intervals with the progress.
         say: function that is called with messages for the user.
+        warn: function that is called with warnings; by default `say`, with "warning: " before the text.
         download: function that is called once with the missing files of the Hub, perhaps none, after `out` was checked
             and locked; `fetch` by default. It is not called if `out` holds the finished merge.
         group_bytes: maximum number of bytes of work that a kill can lose.
@@ -136,8 +138,8 @@ def merge(
         measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
         return Result(planned, None, measured, process_memory().peak, peak_before=before)
     refuse_input(planned, path)
-    directory = OutputDirectory(path, MANIFEST)
-    if directory.whole:
+    directory = OutputDirectory.open(path, MANIFEST)
+    if directory.lock.complete:
         tell(f"{path} is already complete, nothing to do: {_check_complete(planned, directory)}")
         return Result(planned, path, Measured(), process_memory().peak, peak_before=before)
     session = MergeSession(
@@ -146,6 +148,7 @@ def merge(
         fetch=lambda: fetch_files(missing_files(planned)),
         notify=notify or (lambda progress: None),
         say=tell,
+        warn=warn or (lambda text: tell(f"warning: {text}")),
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)
@@ -155,7 +158,7 @@ def merge(
 def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
     """Check that a complete OUT is the planned merge, and release it. Return what was checked, for the user."""
     try:
-        return check_finished(planned, directory.status)
+        return check_finished(planned, directory.lock.status)
     finally:
         directory.close()
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Interrupted
+from ...io.os_errors import translate_os_error
 from ...io.output.digests import BLOCK_BYTES, tensor_digest
-from ...io.output.directory import OutputDirectory, preload_validator
+from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES, Aborted
-from ...io.output.journal import Found, Journal
+from ...io.output.journal import Journal, JournalContent
+from ...io.output.shards import preload_validator
 from ...io.task_group import TaskGroup
-from ...io.wording import data_size, plural
+from ...io.units import data_size, plural
 from ..execute.tasks import Measured, Progress
 from ..files.write import write_model_files
 from ..graph.graph import Kind
@@ -80,6 +82,7 @@ class MergeSession:
         fetch: function that downloads missing input files; called once OUT is known to be usable.
         notify: function that is called at intervals with the progress of the complete merge.
         say: function that is called with messages for the user.
+        warn: function that is called with warnings.
         group_bytes: maximum number of bytes of work that a kill can lose.
 
     Attributes:
@@ -95,6 +98,7 @@ class MergeSession:
         fetch: Callable[[], None] = lambda: None,
         notify: Callable[[Progress], None] = lambda progress: None,
         say: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = lambda text: None,
         group_bytes: int = GROUP_BYTES,
     ) -> None:
         self.plan = plan
@@ -103,8 +107,9 @@ class MergeSession:
         self._fetch = fetch
         self._notify = notify
         self._say = say
+        self._warn = warn
         self._group_bytes = group_bytes
-        self._unfinished = out.found  # journal of the merge to resume
+        self._unfinished = out.lock.journal  # journal of the merge to resume
         self._journal: Journal | None = None
         self._writer: ShardWriter | None = None
 
@@ -169,7 +174,7 @@ class MergeSession:
         """
         facts = facts_of(self.plan)
         if not fresh and self._unfinished is not None:
-            refuse_other_unfinished(self.plan, self.out.status, facts)
+            refuse_other_unfinished(self.plan, self.out.lock.status, facts)
         self._fetch()
         self.plan = with_reflinks(self.plan, self.out.path, digests=digests)
         sources = SourceFiles(self.plan)
@@ -179,9 +184,9 @@ class MergeSession:
         self.out.begin(shard_files(self.plan), self.plan.bytes_shared, sources.stamps)
         recovered = self._recover(sources)
         if self._unfinished is not None:  # its records are recovered, and may be large
-            self._unfinished = self.out.found = Found(self._unfinished.facts, ())
+            self._unfinished = self.out.lock.journal = JournalContent(self._unfinished.facts, ())
         records = (record.to_json() for record in records_of(recovered))
-        self._journal = Journal(self.out.journal, facts | {"stamps": sources.to_json()}, records)
+        self._journal = Journal(self.out.lock.journal_path, facts | {"stamps": sources.to_json()}, records)
         schedule, transfers, done = self._remaining(recovered)
         return _Prepared(facts, sources, self._journal, recovered, schedule, transfers, done)
 
@@ -209,7 +214,7 @@ class MergeSession:
             names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
             unchanged = f"the {data_size(compared)} read from them are unchanged"
             same = unchanged if compared else "none of their data was used"
-            self._say(f"warning: written to or replaced since the merge began: {names}; {same}, so the merge resumes")
+            self._warn(f"written to or replaced since the merge began: {names}; {same}, so the merge resumes")
         return recovered
 
     def _remaining(self, recovered: RecoveredState) -> tuple[Schedule, list[Transfer], dict[int, int]]:
@@ -244,13 +249,13 @@ class MergeSession:
             f"{data_size(left)} left"
         )
         if recovered.damaged:
-            self._say(
-                f"warning: {plural(recovered.damaged, 'block')} of the unfinished merge differ from the journal: the "
+            self._warn(
+                f"{plural(recovered.damaged, 'block')} of the unfinished merge differ from the journal: the "
                 "disk has lost data, or the files were changed; they are made again"
             )
         if recovered.differing:
-            self._say(
-                f"warning: {data_size(recovered.differing)} of copied tensors differ from their sources: the disk has "
+            self._warn(
+                f"{data_size(recovered.differing)} of copied tensors differ from their sources: the disk has "
                 "lost data, or a file was changed; they are copied again"
             )
 

@@ -175,8 +175,8 @@ class OutputDirectory:
         """Write `data` at `offset` of a shard. Thread-safe."""
         path = self.shard_path(shard)
         with translating_os_errors(self.path, f"writing {len(data)} bytes to {path.name}"):
-            if self._reservation is not None:
-                self._reservation.check()
+            if self._preallocator is not None:
+                self._preallocator.check()
             descriptor = self._files.acquire(path)
             try:
                 write_at(descriptor, data, offset)

@@ -22,7 +22,7 @@ from types import TracebackType
 from ...errors import CheckpointError, EnvironmentFailure, MergeloomError, UsageError
 from ..os_errors import translate_os_error
 from ..platform import create_file, make_directory, remove_directory, remove_tree, write_at
-from .journal import Found, read_journal
+from .journal import JournalContent, read_journal
 from .publishing import Publishing
 
 WORK = ".mergeloom"
@@ -292,7 +292,7 @@ def is_complete(path: Path, completion_marker: str) -> bool:
     return bool(completion_marker) and (path / completion_marker).is_file()
 
 
-def published_names(found: Found) -> list[str]:
+def published_names(found: JournalContent) -> list[str]:
     """The names that an unfinished merge may have given in OUT already; none that leads out of it."""
     started = (publishing for record in found.records if (publishing := Publishing.from_json(record)) is not None)
     return list(dict.fromkeys(name for publishing in started for name in publishing.names if is_inside(name)))

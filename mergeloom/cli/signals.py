@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM during a merge: the first one stops it, within two seconds; a second one ends the process at once.
+"""Handles Ctrl-C and SIGTERM during a merge: the first signal stops it within two seconds, the second exits at once.
 
-Nothing that a merge does may be cut off at a wrong moment: there is none (see `io.journal`). So the process is simply
-ended where stopping in good order takes too long.
+A merge can be killed at any moment and resumed (see `io.output.journal`), so the process exits if a clean stop takes
+too long.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from types import FrameType
 from typing import Any
 
 GRACE_SECONDS = 1.5
-"""How long stopping in good order may take."""
+"""The time limit for a clean stop."""
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While it is entered, the two signals raise KeyboardInterrupt in the main thread, and a thread sees to the rest.
+    """A context manager in which SIGINT and SIGTERM raise KeyboardInterrupt in the main thread.
 
-    The thread learns of a signal at once, even where the main thread is inside a long system call or a library. In any
-    thread but the main one, entering does nothing: signals are the main thread's.
+    A watcher thread enforces the time limit. It learns of a signal at once, even while the main thread is inside a long
+    system call or a library. In any other thread than the main one, the context manager does nothing.
     """
 
     def __init__(self) -> None:
         self._stopping = False
         self._pipe: tuple[int, int] | None = None
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
         self._wakeup = -1
 
     def __enter__(self) -> StopSignals:
@@ -38,14 +38,14 @@ class StopSignals:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+            self._handlers = {number: signal.signal(number, self._stop) for number in _SIGNALS}
             threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._pipe is None or self._stopping:
-            return  # once it is stopping, the thread watches until the process has ended
-        for number, handler in self._before.items():
+            return  # while stopping, the thread watches until the process exits
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.write(self._pipe[1], b"\0")
@@ -69,13 +69,13 @@ class StopSignals:
                 continue
             if seconds is not None:
                 if not ready:
-                    _tell("mergeloom: stopped at once; run the same command again to go on\n")
+                    _print("mergeloom: killed; run the same command to resume\n")
                 os._exit(INTERRUPTED)
             seconds = GRACE_SECONDS
 
 
-def _tell(message: str) -> None:
-    """A message on stderr, of which nobody knows what state the main thread has left it in."""
+def _print(message: str) -> None:
+    """Write to stderr directly: the main thread may hold the lock of sys.stderr."""
     try:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, message.encode())
     except (OSError, ValueError):

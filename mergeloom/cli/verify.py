@@ -1,8 +1,7 @@
-"""`mergeloom verify`: compares OUT with its manifest. Only click is imported at the top."""
+"""`mergeloom verify`: compares the output of a merge with its manifest. Only click is imported at the top."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import CheckpointError
+from .output import print_json
 
 if TYPE_CHECKING:
     from ..engine.run.verify import Unverified, Verdict
@@ -30,10 +30,9 @@ _SHOWN = 20
 def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
     """Compare a merged model with its manifest. Needs neither the source models nor a network.
 
-    OUT is a directory that mergeloom has made; mergeloom.json in it has the digests. Everything that has a digest is
-    read. Tensors that were reflinked or copied by the kernel have none, unless the model was merged with --digests
-    full, and are listed as unverified. The exit code is 4 if anything is damaged, or if a file was added that loaders
-    would use.
+    OUT is the output directory of a merge; its mergeloom.json has the digests. Everything with a digest is read.
+    Tensors that were reflinked or copied by the kernel have none, unless the model was merged with --digests full, and
+    are listed as unverified. The exit code is 4 if anything is damaged, or if a file was added that loaders would use.
     """
     from ..engine.run.finished import describe_added
     from ..engine.run.verify import Verification
@@ -44,7 +43,7 @@ def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
     with Display(check.bytes_to_read, 0, quiet=quiet or as_json) as display:
         verdict = check.run(notify=display)
     if as_json:
-        click.echo(json.dumps(verdict.to_dict(), indent=2))
+        print_json(verdict.to_dict())
     elif not quiet or not verdict.whole or verdict.changed_sources:
         show(list(_sections(verdict, sources)))
     if verdict.damaged:
@@ -82,7 +81,7 @@ def _sections(verdict: Verdict, sources: bool) -> Iterator[Section]:
 
 
 def _unverified(tensors: tuple[Unverified, ...]) -> Iterator[str]:
-    """One line for each source model, how its tensors came into OUT, and why they could not be compared."""
+    """Yield a line for each source model: how its tensors were copied, and why they could not be compared."""
     from ..io.units import data_size, plural
 
     groups: dict[tuple[str, str], list[int]] = {}

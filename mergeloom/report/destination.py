@@ -1,4 +1,4 @@
-"""What `plan` says about OUT."""
+"""The output directory in the dry run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _USABLE = {
 }
 
 
-def destination_section(found: Destination) -> Section:
-    """As the dry run shows it."""
+def destination_section(destination: Destination) -> Section:
+    """Describe OUT: its path, its disk space, and whether it can be used."""
     fields = [
-        ("path", str(found.path)),
-        ("disk", f"{data_size(found.needed)} needed, {data_size(found.free)} free"),
-        ("usable", _USABLE[found.content] if found.problem is None else "no"),
+        ("path", str(destination.path)),
+        ("disk", f"{data_size(destination.needed)} needed, {data_size(destination.free)} free"),
+        ("usable", _USABLE[destination.content] if destination.problem is None else "no"),
     ]
-    return Section("Destination", fields, warns=found.problem is not None)
+    return Section("Destination", fields, warns=destination.problem is not None)

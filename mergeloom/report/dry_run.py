@@ -1,4 +1,4 @@
-"""All that `mergeloom plan` was asked for, put together: the plan, OUT, the time, other budgets."""
+"""The complete dry run: the plan, the output directory, the estimated time and other budgets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from .alternatives import alternatives_section
 from .destination import destination_section
-from .plan import plan_sections, time_section
+from .plan import plan_sections
 from .sections import Section
+from .time import time_section
 
 if TYPE_CHECKING:
     from ..engine.cost.estimate import Estimate
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What `plan` found out.
+    """The results of `mergeloom plan`.
 
     Args:
-        plan: what a merge will do.
-        destination: OUT, looked at; None without one.
-        time: how long it takes; None where that wasn't asked for.
-        others: what it would do within other budgets.
+        plan: plan of the merge.
+        destination: state of OUT; None without OUT.
+        time: estimated time; None unless it was asked for.
+        others: the same merge within other budgets.
     """
 
     plan: Plan
@@ -34,20 +35,20 @@ class DryRun:
     others: tuple[Alternative, ...] = ()
 
     def sections(self) -> list[Section]:
-        """As people read it."""
+        """Return the sections that people read."""
         more = [time_section(self.time)] if self.time is not None else []
         if self.others:
             more.append(alternatives_section(self.others))
-        found = plan_sections(self.plan, more)
-        return found if self.destination is None else [*found, destination_section(self.destination)]
+        sections = plan_sections(self.plan, more)
+        return sections if self.destination is None else [*sections, destination_section(self.destination)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``plan --json`` prints it."""
-        found = self.plan.to_dict()
+        """Return the content of ``plan --json``."""
+        content = self.plan.to_dict()
         if self.time is not None:
-            found["time"] = self.time.to_dict()
+            content["time"] = self.time.to_dict()
         if self.others:
-            found["alternatives"] = [other.to_dict() for other in self.others]
+            content["alternatives"] = [other.to_dict() for other in self.others]
         if self.destination is not None:
-            found["destination"] = self.destination.to_dict()
-        return found
+            content["destination"] = self.destination.to_dict()
+        return content

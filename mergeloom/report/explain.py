@@ -1,4 +1,4 @@
-"""How one output tensor is made: of which bytes of which files, by which arithmetic, in what pieces, to which place."""
+"""Explains one output tensor: its sources, parameters, chunks and steps, and where it is written."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True, slots=True)
 class SliceOf:
-    """The slice of the recipe that a layer of the output is of.
+    """The slice of the recipe that an output layer belongs to.
 
     Args:
-        number: of the slice in its module, from 1.
-        slices: how many the module has.
-        module: its name.
-        layer: the layer of the output.
-        ranges: of each source the model and the layers [first, end).
-        layers: the layer of each source that this one is made of.
-        position: where it stands in a gradient, from 0 to 1.
+        number: number of the slice in its module, from 1.
+        slices: number of slices in the module.
+        module: name of the module.
+        layer: layer of the output.
+        ranges: model and layer range [first, end) of each source.
+        layers: layer of each source that the output layer is made of.
+        position: position of the layer in a gradient, from 0 to 1.
     """
 
     number: int
@@ -53,15 +53,15 @@ class Source:
     """One input tensor.
 
     Args:
-        model: as the recipe has it.
-        name: of the tensor.
-        file: in which it lies.
-        offset: of its first byte there.
-        nbytes: its size.
-        dtype: as it is stored.
-        shape: of it.
-        base: whether it is the base model's.
-        bytes_read: of it, re-reads included, for all output tensors that need it.
+        model: name of the model in the recipe.
+        name: name of the tensor.
+        file: path of the file.
+        offset: offset of the tensor's first byte in the file.
+        nbytes: size in bytes.
+        dtype: stored dtype.
+        shape: shape of the tensor.
+        base: whether it belongs to the base model.
+        bytes_read: bytes read of the tensor for all outputs that need it, re-reads included.
     """
 
     model: str
@@ -77,7 +77,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A place of the output: file, offset of the first byte in it, and the name of the tensor there."""
+    """A location in the output.
+
+    Args:
+        name: name of the tensor.
+        file: name of the shard.
+        offset: offset of the tensor's first byte in the shard.
+    """
 
     name: str
     file: str
@@ -89,21 +95,22 @@ class Explanation:
     """How one output tensor is made.
 
     Args:
-        name: of it.
-        shape: of it.
-        dtype: to which it is rounded.
-        nbytes: its size.
-        how: ``copy``, ``same`` or ``merge``.
-        method: the merge method.
-        parameters: the values that hold for this tensor, after gradients and filters; a tuple has one for each source.
-        slice: where it stands in the recipe; None outside the layers.
-        sources: in recipe order.
-        passes: how often it goes through them.
-        chunks: how many pieces are read, and the elements (bytes, where nothing is computed) of each.
-        tile: the elements that are computed on at once; 0 where nothing is computed.
-        device: that computes it.
-        steps: the numbers of its steps in the schedule, from 1.
-        destinations: of the tensor itself, and of others that are equal and made with it.
+        name: name of the tensor.
+        shape: shape of the tensor.
+        dtype: dtype of the output.
+        nbytes: size in bytes.
+        how: kind of the operation: ``copy``, ``same`` or ``merge``.
+        method: name of the merge method.
+        parameters: values for this tensor after gradients and filters; a tuple has one value for each source.
+        slice: slice of the recipe; None outside the layers.
+        sources: input tensors in recipe order.
+        passes: number of passes over the sources.
+        chunks: number of chunks.
+        chunk: elements in a chunk (bytes, if nothing is computed).
+        tile: elements that are computed at once; 0 if nothing is computed.
+        device: name of the device that computes.
+        steps: numbers of the tensor's steps in the schedule, from 1.
+        destinations: locations of the tensor, then of identical tensors that are made with it.
     """
 
     name: str
@@ -124,23 +131,23 @@ class Explanation:
     destinations: tuple[Destination, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``plan --explain --json`` prints it."""
+        """Return the content of ``plan --explain --json``."""
         from dataclasses import asdict
 
         return asdict(self)
 
 
 def explain(plan: Plan, name: str) -> Explanation:
-    """How the output tensor `name` is made. Raises UsageError where there is none, with the nearest names."""
+    """Explain the output tensor `name`. Raises UsageError with the closest names if there is none."""
     graph, layout, schedule = plan.built.graph, plan.layout, plan.schedule
     number = next((number for number, output in enumerate(graph.outputs) if output.label == name), None)
     if number is None:
-        raise UsageError(_no_such_tensor(plan, name))
+        raise UsageError(_missing_tensor(plan, name))
     node = graph.outputs[number].node
     operation = graph.operation(node)
     same = [number, *(other for other, output in enumerate(graph.outputs) if output.node == node and other != number)]
     chunk = schedule.chunk_elements[node]
-    steps = [(place, step) for place, step in enumerate(schedule.steps, 1) if step.node == node]
+    steps = [(position, step) for position, step in enumerate(schedule.steps, 1) if step.node == node]
     device = steps[0][1].device if steps else 0
     merged = operation.kind is Kind.MERGE
     return Explanation(
@@ -160,7 +167,7 @@ def explain(plan: Plan, name: str) -> Explanation:
         if merged
         else 0,
         device=schedule.budget.devices[device].name if merged else "",
-        steps=tuple(place for place, _ in steps),
+        steps=tuple(position for position, _ in steps),
         destinations=tuple(
             Destination(graph.outputs[n].label, layout.shards[layout.shard_of[n]].name, layout.offset_of[n])
             for n in same
@@ -190,12 +197,12 @@ def _sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, ...]:
 
 
 def slice_of(plan: Plan, name: str) -> SliceOf | None:
-    """The slice that an output tensor is of; None for one outside the layers, and for layers beyond the slices."""
+    """Return the slice of an output tensor; None outside the layers, and for layers beyond the slices."""
     donor = plan.built.models[plan.built.donor]
-    found = donor.layers.split(name)
-    if found is None:
+    layer = donor.layers.split(name)
+    if layer is None:
         return None
-    stack = next(number for number, stack in enumerate(donor.layers.mains) if stack.prefix == found.stack)
+    stack = next(number for number, stack in enumerate(donor.layers.mains) if stack.prefix == layer.stack)
     for module in modules_of(plan.stage):
         if plan.stage.modules is not None and donor.layers.module(module.name) != donor.layers.mains[stack]:
             continue
@@ -204,51 +211,49 @@ def slice_of(plan: Plan, name: str) -> SliceOf | None:
         for number, part in enumerate(slices, 1):
             ranges = _ranges(plan, part, stack)
             count = ranges[0][2] - ranges[0][1]
-            if found.index < first + count:
-                inside = found.index - first
+            if layer.index < first + count:
+                index = layer.index - first
                 return SliceOf(
                     number,
                     len(slices),
                     module.name,
-                    found.index,
+                    layer.index,
                     ranges,
-                    tuple(start + inside for _, start, _ in ranges),
-                    layer_position(inside, count),
+                    tuple(start + index for _, start, _ in ranges),
+                    layer_position(index, count),
                 )
             first += count
     return None
 
 
 def _ranges(plan: Plan, part: Slice, stack: int) -> tuple[tuple[str, int, int], ...]:
-    """The layers of each source of a slice."""
+    """Return the model and the layer range of each source of a slice."""
     models = {model.reference: model for model in plan.built.models}
-    whole = plan.built.stacks[stack].sources if stack < len(plan.built.stacks) else ()
-    found = []
+    stage_layers = plan.built.stacks[stack].sources if stack < len(plan.built.stacks) else ()
+    ranges = []
     for source in part.sources:
         model = models.get(source.model)
-        count = model.layers.mains[stack].count if model is not None else len(whole)
+        count = model.layers.mains[stack].count if model is not None else len(stage_layers)
         first, end = source.layer_range or (0, count)
-        found.append((source.model.text, first, end))
-    return tuple(found)
+        ranges.append((source.model.text, first, end))
+    return tuple(ranges)
 
 
-def _no_such_tensor(plan: Plan, name: str) -> str:
-    """What there is instead: the nearest names, or the reason why an input tensor of that name is not in the output."""
+def _missing_tensor(plan: Plan, name: str) -> str:
+    """Return the error for an unknown tensor: the closest names, or the reason why an input tensor is not used."""
     for unused in plan.built.unused:
         if name in unused.tensors:
-            return f"--explain {name}: {unused.model} has it, but no output tensor is made of it: {unused.reason}"
+            return f"--explain {name}: this tensor of {unused.model} is not used by the output: {unused.reason}"
     near = nearest_names(name, [output.label for output in plan.built.graph.outputs])
     if not near:
-        return (
-            f"--explain {name}: the output has no tensor of that name; `mergeloom inspect MODEL --tensors` lists names"
-        )
-    return f"--explain {name}: the output has no tensor of that name; did you mean {' or '.join(near)}?"
+        return f"--explain {name}: no such output tensor; `mergeloom inspect MODEL --tensors` lists names"
+    return f"--explain {name}: no such output tensor; did you mean {' or '.join(near)}?"
 
 
 def nearest_names(name: str, names: Sequence[str]) -> list[str]:
-    """Up to three of the names: those that end with what was asked for or hold it, else those that look like it.
+    """Return up to three names that end with `name` or contain it, or else resemble it.
 
-    Names that differ only in their numbers are compared once: there may be 90,000 of them.
+    Names that differ only in their numbers are compared once: there can be 90,000.
     """
     near = [other for other in names if other.endswith(name)] or [other for other in names if name in other]
     if near:
@@ -258,51 +263,57 @@ def nearest_names(name: str, names: Sequence[str]) -> list[str]:
         patterns.setdefault(_NUMBER.sub("*", other), []).append(other)
     numbers = _NUMBER.findall(name)
 
-    def strangeness(other: str) -> int:
+    def differing_numbers(other: str) -> int:
         return sum(a != b for a, b in zip_longest(numbers, _NUMBER.findall(other)))
 
     close = get_close_matches(_NUMBER.sub("*", name), patterns, n=_NAMES, cutoff=0.5)
-    return [min(patterns[pattern], key=strangeness) for pattern in close]
+    return [min(patterns[pattern], key=differing_numbers) for pattern in close]
 
 
-# ------------------------------------------------------------------------------------------------ for people
+# ------------------------------------------------------------------------------------------------ report
 
 
-def explanation_sections(found: Explanation) -> list[Section]:
-    """What people read of it."""
-    shape = " x ".join(f"{size:,}" for size in found.shape) or "scalar"
-    sections = [
-        Section(found.name, [("is", f"{found.dtype}, {shape}: {data_size(found.nbytes)}"), ("made", _how(found))])
+def explanation_sections(explanation: Explanation) -> list[Section]:
+    """Return the sections that describe an explanation."""
+    shape = " x ".join(f"{size:,}" for size in explanation.shape) or "scalar"
+    fields = [
+        ("tensor", f"{explanation.dtype}, {shape}, {data_size(explanation.nbytes)}"),
+        ("method", _method(explanation)),
     ]
-    if found.slice is not None:
-        sections.append(_slice(found.slice))
-    sections.append(_sources_section(found))
-    if found.parameters:
-        sections.append(_parameters(found))
-    sections += [_work(found), _places(found)]
+    sections = [Section(explanation.name, fields)]
+    if explanation.slice is not None:
+        sections.append(_slice(explanation.slice))
+    sections.append(_sources_section(explanation))
+    if explanation.parameters:
+        sections.append(_parameters(explanation))
+    sections += [_work(explanation), _destinations(explanation)]
     return sections
 
 
-def _how(found: Explanation) -> str:
-    if found.how == "copy":
-        return f"by {found.method}: the bytes of its source, unchanged"
-    if found.how == "same":
-        return "by copying, where all sources have the same bytes; the merge finds out"
-    return f"by {found.method}, of {plural(len(found.sources), 'tensor')}"
+def _method(explanation: Explanation) -> str:
+    if explanation.how == "copy":
+        return f"{explanation.method}: a copy of the source's bytes"
+    if explanation.how == "same":
+        return "copy; the merge fails if the sources differ"
+    return f"{explanation.method} of {plural(len(explanation.sources), 'tensor')}"
 
 
-def _slice(found: SliceOf) -> Section:
-    where = f"{found.number} of {found.slices}" + (f" of {found.module}" if found.module != "default" else "")
+def _slice(part: SliceOf) -> Section:
+    number = f"{part.number} of {part.slices}" + (f" in module {part.module}" if part.module != "default" else "")
     layers = [
-        f"layer {layer} of {model}" + (f", of [{first}, {end})" if found.slices > 1 else "")
-        for (model, first, end), layer in zip(found.ranges, found.layers, strict=True)
+        f"layer {layer} of {model}" + (f" [{first}, {end})" if part.slices > 1 else "")
+        for (model, first, end), layer in zip(part.ranges, part.layers, strict=True)
     ]
-    fields = [("slice", where), ("layer", f"{found.layer} of the output"), ("made of", listed(layers, 8))]
-    fields.append(("gradients", f"taken at {found.position:.4g}, where 0 is the slice's first layer and 1 its last"))
-    return Section("Place", fields)
+    fields = [
+        ("slice", number),
+        ("output layer", str(part.layer)),
+        ("input layers", listed(layers, 8)),
+        ("gradients", f"position {part.position:.4g}, from 0 (first layer of the slice) to 1 (last layer)"),
+    ]
+    return Section("Slice", fields)
 
 
-def _sources_section(found: Explanation) -> Section:
+def _sources_section(explanation: Explanation) -> Section:
     rows = tuple(
         (
             source.model + (" (base)" if source.base else ""),
@@ -314,54 +325,57 @@ def _sources_section(found: Explanation) -> Section:
             source.file.rpartition("/")[2],
             f"{source.bytes_read / source.nbytes:.3g}x" if source.nbytes else "",
         )
-        for source in found.sources
+        for source in explanation.sources
     )
     header = ("model", "tensor", "dtype", "shape", "size", "offset", "file", "read")
     return Section("Sources", grid=Grid(header, rows, frozenset(("size", "offset", "read"))))
 
 
-def _parameters(found: Explanation) -> Section:
-    shared = {name: value for name, value in found.parameters.items() if not isinstance(value, tuple)}
-    each = {name: value for name, value in found.parameters.items() if isinstance(value, tuple)}
+def _parameters(explanation: Explanation) -> Section:
+    shared = {name: value for name, value in explanation.parameters.items() if not isinstance(value, tuple)}
+    per_source = {name: value for name, value in explanation.parameters.items() if isinstance(value, tuple)}
     grid = None
-    if each:
+    if per_source:
         rows = tuple(
-            (source.model, *("base" if source.base else _shown(value[place]) for value in each.values()))
-            for place, source in enumerate(found.sources)
-            if all(place < len(value) for value in each.values())
+            (source.model, *("base" if source.base else _format(value[index]) for value in per_source.values()))
+            for index, source in enumerate(explanation.sources)
+            if all(index < len(value) for value in per_source.values())
         )
-        grid = Grid(("model", *each), rows, frozenset(each))
-    return Section("Parameters", [(name, _shown(value)) for name, value in shared.items()], grid)
+        grid = Grid(("model", *per_source), rows, frozenset(per_source))
+    return Section("Parameters", [(name, _format(value)) for name, value in shared.items()], grid)
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
+    """Format a parameter's value as in a recipe."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _work(found: Explanation) -> Section:
+def _work(explanation: Explanation) -> Section:
     fields = []
-    if found.passes > 1:
-        looks = plural(found.passes - 1, "reduction")
-        fields.append(("passes", f"{found.passes}: {looks}, and the one that makes the output"))
-    if found.how == "merge":
-        size = f"of up to {found.chunk:,} elements" if found.chunks > 1 else "that holds all of it"
-        fields.append(("pieces", f"{plural(found.chunks, 'chunk')} {size}, computed in tiles of {found.tile:,}"))
-        fields.append(("device", found.device))
+    if explanation.passes > 1:
+        reductions = plural(explanation.passes - 1, "reduction")
+        fields.append(("passes", f"{explanation.passes}: {reductions} and the output"))
+    chunks = plural(explanation.chunks, "chunk")
+    if explanation.how == "merge":
+        size = f"{chunks} of up to {explanation.chunk:,} elements" if explanation.chunks > 1 else "1 chunk"
+        fields.append(("chunks", f"{size}, tile {explanation.tile:,} elements"))
+        fields.append(("device", explanation.device))
     else:
-        fields.append(("pieces", f"{plural(found.chunks, 'chunk')} of up to {memory_size(found.chunk)}"))
-    if found.steps:
-        fields.append(("steps", f"{_span(found.steps)} of the schedule"))
+        fields.append(("chunks", f"{chunks} of up to {memory_size(explanation.chunk)}"))
+    if explanation.steps:
+        fields.append(("steps", _span(explanation.steps)))
     return Section("Work", fields)
 
 
 def _span(steps: Sequence[int]) -> str:
-    whole = len(steps) > 1 and steps[-1] - steps[0] == len(steps) - 1
-    return f"{steps[0]:,} to {steps[-1]:,}" if whole else ", ".join(f"{step:,}" for step in steps)
+    """Format step numbers: ``86``, ``3 to 8``, ``3, 12``."""
+    consecutive = len(steps) > 1 and steps[-1] - steps[0] == len(steps) - 1
+    return f"{steps[0]:,} to {steps[-1]:,}" if consecutive else ", ".join(f"{step:,}" for step in steps)
 
 
-def _places(found: Explanation) -> Section:
-    rows = tuple((place.name, place.file, f"{place.offset:,}") for place in found.destinations)
-    lines = ("They are equal: read and made once, and written to each place.",) if len(rows) > 1 else ()
+def _destinations(explanation: Explanation) -> Section:
+    rows = tuple((place.name, place.file, f"{place.offset:,}") for place in explanation.destinations)
+    lines = ("Identical tensors: computed once, written to each location.",) if len(rows) > 1 else ()
     return Section("Destination", grid=Grid(("tensor", "file", "offset"), rows, frozenset(("offset",))), lines=lines)

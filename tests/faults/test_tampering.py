@@ -21,7 +21,7 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
 from mergeloom.io.output.directory import WORK
-from mergeloom.io.output.journal import Found, Journal, read_journal
+from mergeloom.io.output.journal import Found, Journal, JournalContent, read_journal
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.small import make_blocks_small
 from tests.support.models import FineTune, Random, write_checkpoint

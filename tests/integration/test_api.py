@@ -17,12 +17,12 @@ from mergeloom.engine.run.plan import Options
 
 @pytest.fixture
 def recipe(llamas: dict[str, Path]) -> dict[str, Any]:
-    """A mean of two models."""
+    """Make a recipe for the mean of two models."""
     models = [{"model": str(llamas[name]), "parameters": {"weight": 0.5}} for name in "ab"]
     return {"merge_method": "linear", "models": models}
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     for name in mergeloom.__all__:
         assert getattr(mergeloom, name) is not None
         assert name in dir(mergeloom)
@@ -38,11 +38,11 @@ def test_plan_takes_sizes_as_numbers_or_text(recipe: dict[str, Any]) -> None:
     assert len(as_text.layout.shards) > 1
 
 
-def test_the_defaults_are_the_options_own() -> None:
+def test_the_defaults_match_the_options() -> None:
     plan = inspect.signature(mergeloom.plan).parameters
     merge = inspect.signature(mergeloom.merge).parameters
     for name in Options.__dataclass_fields__:
-        assert name == "machine" or plan[name].default == merge[name].default  # a merge is done here
+        assert name == "machine" or plan[name].default == merge[name].default  # only plans are made for other machines
         default = 5 * 10**9 if plan[name].default == "5GB" else plan[name].default
         assert default == getattr(Options(), name)
 
@@ -68,7 +68,7 @@ def test_merge_a_plan(recipe: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_plan_keeps_its_options(recipe: dict[str, Any], tmp_path: Path) -> None:
     plan = mergeloom.plan(recipe, seed=1)
-    with pytest.raises(mergeloom.UsageError, match="give these to `plan`"):
+    with pytest.raises(mergeloom.UsageError, match="pass these to `plan`"):
         mergeloom.merge(plan, tmp_path / "out", seed=2)
     assert not (tmp_path / "out").exists()
 
@@ -80,7 +80,17 @@ def test_a_rehearsal(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("keyword", ["restart", "fresh"])
+def test_restart_and_its_former_name(
+    keyword: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: dict[str, Any] = {}
+    monkeypatch.setattr("mergeloom.engine.run.merge.merge", lambda *arguments, **options: received.update(options))
+    mergeloom.merge(recipe, tmp_path / "out", **{keyword: True})
+    assert received["fresh"] is True
+
+
 @pytest.mark.parametrize("wrong", [{"max_ram": 0}, {"max_ram": "lots"}, {"shard_size": -1}, {"threads": 0}])
-def test_what_is_no_option(wrong: dict[str, Any], recipe: dict[str, Any]) -> None:
+def test_invalid_options(wrong: dict[str, Any], recipe: dict[str, Any]) -> None:
     with pytest.raises(mergeloom.UsageError):
         mergeloom.plan(recipe, **wrong)

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its options, its exit codes, and what it imports."""
+"""The command line: its output, options, exit codes and imports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMAND = [sys.executable, "-m", "mergeloom"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run mergeloom in this process, which is quicker."""
+    """Run mergeloom in this process, which is faster."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = __main__.main([*map(str, arguments)])
@@ -35,13 +35,13 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def spawn(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run mergeloom in a process of its own."""
+    """Run mergeloom in a separate process."""
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, llamas: dict[str, Path]) -> Path:
-    """A recipe for the mean of two models."""
+    """Write a recipe for the mean of two models."""
     models = [{"model": str(llamas[name]), "parameters": {"weight": 0.5}} for name in "ab"]
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
@@ -50,7 +50,7 @@ def recipe(tmp_path: Path, llamas: dict[str, Path]) -> Path:
 
 @pytest.fixture
 def stack(tmp_path: Path, llamas: dict[str, Path]) -> Path:
-    """A recipe that only passes layers through."""
+    """Write a recipe that only copies layers."""
     slices = [{"sources": [{"model": str(llamas["a"]), "layer_range": part}]} for part in ([0, 3], [1, 3])]
     path = tmp_path / "stack.yml"
     path.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
@@ -71,7 +71,8 @@ def test_help_and_version_import_nothing_heavy() -> None:
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
     ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
-    assert ours == {"__main__", "cli", "errors", "stacking", "verify_command"}
+    commands = ("app", "inspect", "merge", "methods", "options", "output", "plan", "stack", "verify")
+    assert ours == {"__main__", "cli", "errors", "version", *(f"cli.{name}" for name in commands)}
 
 
 def test_version() -> None:
@@ -93,10 +94,13 @@ def test_every_command_and_option_has_help(command: str) -> None:
 def test_merge_and_plan_share_their_options() -> None:
     shared = {"max_ram", "max_vram", "device", "seed", "shard_size", "threads", "strict", "methods", "recipe", "out"}
     names = {command: {p.name for p in cli.commands[command].params} for command in ("merge", "plan")}
-    assert names["merge"] - names["plan"] == {"report", "fresh", "discard", "digests", "quiet"}
+    assert names["merge"] - names["plan"] == {
+        *("report", "restart", "no_output", "fresh", "discard"),
+        *("digests", "quiet"),
+    }
     assert names["plan"] - names["merge"] == {
-        "as_json", "explain", "html", "machine", "rates", "timed", "what_if"
-    }  # fmt: skip
+        *("as_json", "explain", "graph", "graph_detail", "html", "machine", "rates", "steps", "timed", "what_if")
+    }
     assert names["merge"] & names["plan"] == shared
 
 
@@ -112,7 +116,7 @@ def test_plan_prints_plain_lines_where_there_is_no_terminal(recipe: Path) -> Non
     assert "peak RAM" in ended.stdout
 
 
-def test_plan_as_json_has_what_the_design_promises(recipe: Path) -> None:
+def test_plan_as_json_has_its_keys(recipe: Path) -> None:
     found = json.loads(run("plan", recipe, "--json").stdout)
     assert {"tensors", "parameters", "bytes", "layers", "shards"} <= found["output"].keys()
     assert {"models", "tensors", "bytes"} <= found["inputs"].keys()
@@ -142,7 +146,7 @@ def test_plan_with_out_says_whether_it_can_be_written(recipe: Path, tmp_path: Pa
     assert destination["free"] > destination["needed"] > 0
 
 
-def test_plan_with_an_out_that_is_taken_prints_the_plan_and_fails(recipe: Path, tmp_path: Path) -> None:
+def test_plan_with_an_occupied_out_prints_the_plan_and_fails(recipe: Path, tmp_path: Path) -> None:
     ended = run("plan", recipe, tmp_path)
     assert ended.returncode == 2
     assert "peak RAM" in ended.stdout
@@ -159,14 +163,70 @@ def test_plan_of_a_stack_needs_no_torch(stack: Path) -> None:
     subprocess.run([sys.executable, "-c", code, "plan", str(stack)], check=True, capture_output=True)
 
 
+def test_plan_steps_prints_the_schedule(recipe: Path) -> None:
+    plan = mergeloom.plan(recipe)
+    lines = run("plan", recipe, "--steps").stdout.splitlines()
+    assert lines[0].split() == ["step", "tensor", "pass", "device", "read", "kept", "dropped", "RAM"]
+    assert len(lines) == 1 + len(plan.schedule.steps)
+    assert lines[1].split()[:2] == ["1", plan.built.graph.label(plan.schedule.steps[0].node)]
+
+
+def test_plan_steps_as_json(recipe: Path) -> None:
+    schedule = mergeloom.plan(recipe).schedule
+    rows = json.loads(run("plan", recipe, "--steps", "--json").stdout)
+    assert [row["step"] for row in rows] == list(range(1, len(schedule.steps) + 1))
+    assert sum(source["nbytes"] for row in rows for source in row["read"]) == schedule.bytes_read
+    assert rows[0].keys() == {
+        *("step", "tensor", "index", "passes", "device", "read", "uploaded", "kept", "dropped", "ram", "vram")
+    }
+
+
+def test_plan_steps_shows_vram_for_a_gpu(recipe: Path) -> None:
+    lines = run("plan", recipe, "--steps", "--for", "ram=16GiB,vram=4GiB").stdout.splitlines()
+    assert all(column in lines[0] for column in ("uploaded", "kept in VRAM", "dropped from VRAM"))
+    assert "cuda:0" in lines[1]
+
+
+def test_plan_steps_and_explain_exclude_each_other(recipe: Path) -> None:
+    ended = run("plan", recipe, "--steps", "--explain", "lm_head.weight")
+    assert ended.returncode == 2
+    assert "mutually exclusive" in ended.stderr
+
+
+@pytest.mark.parametrize("detail", ["layer", "tensor"])
+def test_plan_graph_writes_the_task_graph(detail: str, recipe: Path, tmp_path: Path) -> None:
+    import networkx
+
+    plan = mergeloom.plan(recipe)
+    for _ in range(2):  # an exported graph is replaced
+        for name in ("graph.graphml", "graph.json"):
+            ended = run("plan", recipe, "--graph", tmp_path / name, "--graph-detail", detail)
+            assert ended.returncode == 0, ended.stderr
+            assert "peak RAM" in ended.stdout
+    graph = networkx.read_graphml(tmp_path / "graph.graphml")
+    other = networkx.node_link_graph(json.loads((tmp_path / "graph.json").read_text()), edges="edges")
+    assert dict(graph.nodes(data=True)) == dict(other.nodes(data=True))
+    outputs = sum(data["tensors"] for _, data in graph.nodes(data=True) if data["kind"] == "output")
+    assert outputs == len(plan.built.graph.outputs)
+    assert (len(graph) < outputs) == (detail == "layer")
+
+
+@pytest.mark.parametrize("name", ["graph.dot", "graph"])
+def test_plan_graph_refuses_an_unknown_suffix(name: str, recipe: Path, tmp_path: Path) -> None:
+    ended = run("plan", recipe, "--graph", tmp_path / name)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "use .graphml or .json" in ended.stderr
+    assert not (tmp_path / name).exists()
+
+
 # ------------------------------------------------------------------------------------------------ merge
 
 
-def test_merge_puts_the_summary_on_stdout_and_the_rest_on_stderr(recipe: Path, tmp_path: Path) -> None:
+def test_merge_prints_the_summary_on_stdout_and_messages_on_stderr(recipe: Path, tmp_path: Path) -> None:
     ended = spawn("merge", recipe, tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     assert f"Merged into {tmp_path / 'out'}" in ended.stdout
-    assert "as foretold" in ended.stdout
+    assert "as planned" in ended.stdout
     assert "linear of 2 models" in ended.stderr
     assert "\x1b" not in ended.stdout + ended.stderr
     assert (tmp_path / "out" / "config.json").exists()
@@ -177,7 +237,7 @@ def test_merge_quietly(recipe: Path, tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
-def test_merge_reports_what_was_foretold_and_measured(recipe: Path, tmp_path: Path) -> None:
+def test_merge_reports_planned_and_measured_values(recipe: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     assert spawn("merge", recipe, tmp_path / "out", "--quiet", "--report", report).returncode == 0
     found = json.loads(report.read_text())
@@ -188,13 +248,29 @@ def test_merge_reports_what_was_foretold_and_measured(recipe: Path, tmp_path: Pa
     assert {"read", "compute", "write"} <= measured["lanes"].keys()
 
 
+@pytest.mark.parametrize("option", ["--no-output", "--discard"])
 @pytest.mark.parametrize("with_out", [False, True])
-def test_a_rehearsal_writes_nothing(with_out: bool, recipe: Path, tmp_path: Path) -> None:
+def test_a_rehearsal_writes_nothing(with_out: bool, option: str, recipe: Path, tmp_path: Path) -> None:
     out = [tmp_path / "out"] if with_out else []
-    ended = run("merge", recipe, *out, "--discard")
+    ended = run("merge", recipe, *out, option)
     assert ended.returncode == 0, ended.stderr
     assert "nothing was written" in ended.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+@pytest.mark.parametrize("option", ["--restart", "--fresh"])
+def test_restart_discards_an_unfinished_merge(
+    option: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = {}
+
+    def record(*arguments: object, **options: object) -> None:
+        received.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergeloom.engine.run.merge.merge", record)
+    assert run("merge", recipe, tmp_path / "out", option).returncode == 130
+    assert received["fresh"] is True
 
 
 def test_merge_needs_out(recipe: Path) -> None:
@@ -203,13 +279,13 @@ def test_merge_needs_out(recipe: Path) -> None:
     assert "OUT" in ended.stderr
 
 
-def test_a_report_that_cannot_be_written_is_found_out_before_the_merge(recipe: Path, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_refused_before_the_merge(recipe: Path, tmp_path: Path) -> None:
     ended = run("merge", recipe, tmp_path / "out", "--report", tmp_path / "nowhere" / "report.json")
     assert ended.returncode == 2
     assert not (tmp_path / "out").exists()
 
 
-def test_merge_says_when_less_memory_is_free_than_planned(
+def test_merge_warns_if_less_memory_is_available_than_planned(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mergeloom.engine.cost import machine
@@ -217,7 +293,7 @@ def test_merge_says_when_less_memory_is_free_than_planned(
     monkeypatch.setattr(machine, "available_ram", lambda: 0)
     monkeypatch.setattr(machine, "process_memory", lambda: machine.ProcessMemory(1 << 20, 1 << 20))
     assert __main__.main(["merge", str(recipe), str(tmp_path / "out"), "--quiet"]) == 0
-    assert "1MiB are free now" in capsys.readouterr().err
+    assert "1MiB are available" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ inspect, methods
@@ -232,7 +308,7 @@ def test_inspect(llamas: dict[str, Path]) -> None:
     assert json.loads(run("inspect", llamas["a"], "--json").stdout)["layers"] == 4
 
 
-def test_inspect_shows_names_that_a_terminal_would_obey_as_text(make_model: MakeModel) -> None:
+def test_inspect_escapes_control_characters_in_names(make_model: MakeModel) -> None:
     model = make_model("evil", {"model.\x1b[2J\x07.weight": (4, 4)})
     ended = run("inspect", model, "--tensors")
     assert ended.returncode == 0
@@ -249,7 +325,7 @@ def test_methods() -> None:
     assert "normalize" in page
 
 
-def test_a_method_that_is_none() -> None:
+def test_an_unknown_method() -> None:
     ended = run("methods", "liner")
     assert ended.returncode == 2
     assert "did you mean linear?" in ended.stderr
@@ -258,7 +334,7 @@ def test_a_method_that_is_none() -> None:
 # ------------------------------------------------------------------------------------------------ the process
 
 
-def test_an_unexpected_exception_is_a_bug_of_ours(
+def test_an_unexpected_exception_is_an_internal_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*arguments: object, **options: object) -> None:
@@ -266,9 +342,9 @@ def test_an_unexpected_exception_is_a_bug_of_ours(
 
     monkeypatch.setattr("mergeloom.engine.model.inspect.inspect_model", broken)
     assert __main__.main(["inspect", "model"]) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" in said
-    assert "please report it" in said
+    message = capsys.readouterr().err
+    assert "Traceback" in message
+    assert "please report this" in message
 
 
 def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +371,7 @@ def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_a_closed_pipe_is_no_error(llamas: dict[str, Path]) -> None:
+def test_a_closed_pipe_is_not_an_error(llamas: dict[str, Path]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     ended = subprocess.run(
@@ -306,7 +382,7 @@ def test_a_closed_pipe_is_no_error(llamas: dict[str, Path]) -> None:
     assert ended.returncode == 128 + signal.SIGPIPE
 
 
-def test_a_terminal_that_knows_only_ascii(llamas: dict[str, Path], tmp_path: Path) -> None:
+def test_an_ascii_terminal(llamas: dict[str, Path], tmp_path: Path) -> None:
     target = tmp_path / "modèle"
     shutil.copytree(llamas["a"], target)
     ended = spawn("inspect", target, env={**os.environ, "PYTHONIOENCODING": "ascii"})

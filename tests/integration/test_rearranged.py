@@ -31,7 +31,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(directory: Path) -> Any:
-    """A model as transformers loads it: nothing missing, nothing left over; in float32, so that nothing is hidden."""
+    """Load a model with transformers in float32, and check that no tensors are missing or unexpected."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         directory, output_loading_info=True, dtype=torch.float32
     )

@@ -32,7 +32,7 @@ def method(inputs: Inputs, *, share: float = {share}) -> Kernel:
     \"\"\"The sum of the models, each times a share.
 
     Args:
-        share: of each.
+        share: share of each model.
     \"\"\"
     return weighted_sum(inputs, [share] * inputs.count)
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ....errors import MergeloomError
 from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
+from ....io.output.journal import JournalContent
 from ...graph.graph import Kind, MergeGraph
 from ...graph.layout import Layout
 from ..transfers import PART_BYTES, Transfer, source_of
@@ -101,7 +102,7 @@ class _JournaledBlocks:
 
 
 def recover(
-    journal: Found | None,
+    journal: JournalContent | None,
     graph: MergeGraph,
     layout: Layout,
     shard_path: Callable[[int], Path],

@@ -247,5 +247,5 @@ def source_changed(file: Path, reason: str) -> CheckpointError:
     """Return the error for a source file whose used bytes have changed since the merge began."""
     return CheckpointError(
         f"{file} was changed since the merge began: {reason}, and the output would mix two versions of the file. Put "
-        "the file back and run the same command again, or start over with --fresh"
+        "the file back and run the same command again, or start over with --restart"
     )

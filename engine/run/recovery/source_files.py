@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....errors import CheckpointError
-from ....io.reading import Stamps, changed, stamps_of
+from ....io.reading import FileStamps, source_changed, stat_fingerprints
 from ..manifest import source_name
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SourceFiles:
         graph = plan.built.graph
         self._plan = plan
         self._files = sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
-        self.stamps: Stamps = stamps_of(sorted({file for _, file in self._files}))
+        self.stamps: FileStamps = stat_fingerprints(sorted({file for _, file in self._files}))
         for model in plan.built.models:
             for file, stamp in model.checkpoint.stamps.items():
                 if self.stamps.get(file, stamp) != stamp:
@@ -40,10 +40,10 @@ class SourceFiles:
 
     def check(self) -> None:
         """Raise CheckpointError if a file was replaced or written to since the run started."""
-        now = stamps_of(self.stamps)
+        now = stat_fingerprints(self.stamps)
         for file, stamp in self.stamps.items():
             if now[file] != stamp:
-                raise changed(file)
+                raise source_changed(file)
 
     def to_json(self) -> dict[str, dict[str, list[int]]]:
         """Return the stamps by model number and file name, as the journal stores them."""

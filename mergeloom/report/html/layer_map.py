@@ -1,4 +1,4 @@
-"""What comes from where, layer by layer: runs of input layers that become runs of output layers, read off the graph."""
+"""The layer map: which layers of the inputs become which layers of the output, read from the graph."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class InputStack:
     """The layers of one stack of an input model.
 
     Args:
-        model: its number in the recipe.
-        name: of the model.
-        prefix: of the stack.
-        count: how many layers it has, those beyond config.json's count included.
+        model: number of the model in the recipe.
+        name: name of the model.
+        prefix: common prefix of the layers' tensor names.
+        count: number of layers, including those beyond config.json's count.
     """
 
     model: int
@@ -32,16 +32,16 @@ class InputStack:
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
-    """Neighbouring layers of an input that become neighbouring layers of the output.
+    """Consecutive layers of an input that become consecutive layers of the output.
 
     Args:
-        strip: the number of the strip that they are of.
-        first: the first of them.
-        out: the layer of the output that it becomes, alone or with others.
-        count: how many layers.
+        input: index of the input stack in the map's inputs.
+        first: first layer of the input.
+        out: layer of the output that the first layer becomes, alone or merged with others.
+        count: number of layers.
     """
 
-    strip: int
+    input: int
     first: int
     out: int
     count: int
@@ -49,29 +49,29 @@ class LayerRun:
 
 @dataclass(frozen=True, slots=True)
 class StackMap:
-    """One stack of the output, and what its layers are made of.
+    """One stack of the output, with the sources of its layers.
 
     Args:
-        prefix: of the stack.
-        layers: how many it has.
-        strips: the stacks of the inputs that it takes layers from.
-        bands: which layers become which.
+        prefix: common prefix of the layers' tensor names.
+        layers: number of layers.
+        inputs: stacks of the inputs that contribute layers.
+        runs: runs of input layers, with the output layers that they become.
     """
 
     prefix: str
     layers: int
-    strips: tuple[InputStack, ...]
-    bands: tuple[LayerRun, ...]
+    inputs: tuple[InputStack, ...]
+    runs: tuple[LayerRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Outside:
-    """Output tensors in no layer, of the same input models.
+class NonLayerTensors:
+    """Output tensors outside the layers that come from the same input models.
 
     Args:
-        tensors: their names.
-        models: the inputs that they are made of.
-        nbytes: of them together.
+        tensors: names of the tensors.
+        models: names of the input models.
+        nbytes: total size of the tensors in bytes.
     """
 
     tensors: tuple[str, ...]
@@ -81,13 +81,13 @@ class Outside:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A parameter over the layers of the output.
+    """The values of a parameter by output layer.
 
     Args:
-        parameter: its name.
-        model: whose it is; "" where all inputs share it.
-        tensors: the tensors of a layer for which it has these values.
-        values: of each layer; None where it has none.
+        parameter: name of the parameter.
+        model: name of the model that the values belong to; "" if all inputs share them.
+        tensors: names within a layer of the tensors that have these values.
+        values: value at each layer; None where the layer has none.
     """
 
     parameter: str
@@ -96,96 +96,117 @@ class Curve:
     values: tuple[float | None, ...]
 
 
-def weaves(plan: Plan) -> tuple[list[StackMap], list[Outside]]:
-    """The stacks of the output with their bands, and the tensors outside of them."""
+def stack_maps(plan: Plan) -> tuple[list[StackMap], list[NonLayerTensors]]:
+    """Return the map of each stack of the output, and the tensors outside the layers."""
     graph, models = plan.built.graph, plan.built.models
     links: dict[str, set[tuple[int, int, str, int]]] = {}
-    outside: dict[tuple[int, ...], list[int]] = {}
+    others: dict[tuple[int, ...], list[int]] = {}
     for number in graph.outputs_in(""):
         output = graph.outputs[number]
-        place = _layer_of(models[plan.built.donor], output.name)
+        layer = _layer_of(models[plan.built.donor], output.name)
         sources = graph.node_sources[output.node]
-        if place is None:
-            outside.setdefault(tuple(dict.fromkeys(graph.read_models[read] for read in sources)), []).append(number)
+        if layer is None:
+            others.setdefault(tuple(dict.fromkeys(graph.read_models[read] for read in sources)), []).append(number)
             continue
-        found = links.setdefault(place[0], set())
+        stack_links = links.setdefault(layer[0], set())
         for read in sources:
             model = models[graph.read_models[read]]
             source = _layer_of(model, graph.read_names[read])
             if source is not None:
-                found.add((place[1], model.number, *source))
-    loose = [
-        Outside(
+                stack_links.add((layer[1], model.number, *source))
+    non_layer_tensors = [
+        NonLayerTensors(
             tuple(graph.outputs[number].name for number in numbers),
             tuple(models[model].name for model in owners),
             sum(graph.nbytes(graph.outputs[number].node) for number in numbers),
         )
-        for owners, numbers in outside.items()
+        for owners, numbers in others.items()
     ]
-    return [_weave(prefix, found, models) for prefix, found in links.items()], loose
+    return [_stack_map(prefix, stack_links, models) for prefix, stack_links in links.items()], non_layer_tensors
 
 
 def _layer_of(model: Model, name: str) -> tuple[str, int] | None:
-    found = model.layers.split(name)
-    return None if found is None else (found.stack, found.index)
+    """Return the stack and the index of the layer that a tensor belongs to; None outside the layers."""
+    layer = model.layers.split(name)
+    return None if layer is None else (layer.stack, layer.index)
 
 
-def _weave(prefix: str, links: set[tuple[int, int, str, int]], models: tuple[Model, ...]) -> StackMap:
+def _stack_map(prefix: str, links: set[tuple[int, int, str, int]], models: tuple[Model, ...]) -> StackMap:
+    """Map one stack.
+
+    Args:
+        prefix: common prefix of the layers' tensor names.
+        links: (layer of the output, model, stack of the model, layer of the model) for each pair that are connected.
+        models: input models.
+    """
     stacks = sorted({(model, stack) for _, model, stack, _ in links})
-    strips = []
+    inputs = []
     for model, stack in stacks:
-        known = next((found for found in models[model].layers.mains if found.prefix == stack), None)
-        most = max(layer for _, number, name, layer in links if (number, name) == (model, stack)) + 1
-        count = max(most, known.count if known is not None else 0)
-        strips.append(InputStack(model, models[model].name, stack, count))
+        known = next((other for other in models[model].layers.mains if other.prefix == stack), None)
+        used = max(layer for _, number, name, layer in links if (number, name) == (model, stack)) + 1
+        count = max(used, known.count if known is not None else 0)
+        inputs.append(InputStack(model, models[model].name, stack, count))
     number_of = {stack: number for number, stack in enumerate(stacks)}
-    bands = sorted(
+    runs = sorted(
         _runs(sorted((number_of[model, stack], layer - out, out) for out, model, stack, layer in links)),
-        key=lambda band: (band.out, band.strip, band.first),
+        key=lambda run: (run.out, run.input, run.first),
     )
-    return StackMap(prefix, max(out for out, *_ in links) + 1, tuple(strips), tuple(bands))
+    return StackMap(prefix, max(out for out, *_ in links) + 1, tuple(inputs), tuple(runs))
 
 
 def _runs(links: list[tuple[int, int, int]]) -> Iterator[LayerRun]:
-    """Bands from (strip, layer of the input minus that of the output, layer of the output), sorted."""
+    """Join links into runs.
+
+    Args:
+        links: (input stack, input layer minus output layer, output layer), sorted.
+    """
     start = 0
-    for place, (strip, shift, out) in enumerate(links):
-        following = links[place + 1] if place + 1 < len(links) else None
-        if following != (strip, shift, out + 1):
+    for index, (stack, shift, out) in enumerate(links):
+        following = links[index + 1] if index + 1 < len(links) else None
+        if following != (stack, shift, out + 1):
             first = links[start][2]
-            yield LayerRun(strip, first + shift, first, out - first + 1)
-            start = place + 1
+            yield LayerRun(stack, first + shift, first, out - first + 1)
+            start = index + 1
 
 
-def curves(plan: Plan, most: int = 12) -> list[Curve]:
-    """Parameters that aren't the same for all tensors in the layers of the main stack, as they change over them."""
-    graph, donor = plan.built.graph, plan.built.models[plan.built.donor]
-    values: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
-    names: dict[tuple[str, int], str] = {}
+_Key = tuple[str, int]
+"""A parameter and the source that its values belong to; -1 if all sources share them."""
+
+
+def curves(plan: Plan, limit: int = 12) -> list[Curve]:
+    """Return up to `limit` curves: the parameters of the main stack that vary between tensors or layers."""
+    values, names = _layer_values(plan)
     layers = plan.built.layers
+    found: list[Curve] = []
+    for key, by_tensor in values.items():
+        same_values: dict[tuple[float | None, ...], list[str]] = {}
+        for rest, by_layer in by_tensor.items():
+            same_values.setdefault(tuple(by_layer.get(layer) for layer in range(layers)), []).append(rest)
+        if len({value for curve in same_values for value in curve if value is not None}) < 2:
+            continue
+        found += [Curve(key[0], names.get(key, ""), tuple(rests), curve) for curve, rests in same_values.items()]
+    return found[:limit]
+
+
+def _layer_values(plan: Plan) -> tuple[dict[_Key, dict[str, dict[int, float]]], dict[_Key, str]]:
+    """Collect the numeric parameters of the main stack, by tensor within a layer and by layer, and their models."""
+    graph, donor = plan.built.graph, plan.built.models[plan.built.donor]
+    values: dict[_Key, dict[str, dict[int, float]]] = {}
+    names: dict[_Key, str] = {}
     for output in (graph.outputs[number] for number in graph.outputs_in("")):
         operation = graph.operation(output.node)
         layer = donor.layers.split(output.name)
         if operation.kind is not Kind.MERGE or layer is None or layer.stack != donor.layers.main.prefix:
             continue
+        if layer.index >= plan.built.layers:
+            continue
         sources = graph.node_sources[output.node]
         for parameter, value in operation.parameters:
-            each = value if isinstance(value, tuple) else (value,)
-            for place, one in enumerate(each):
-                if isinstance(value, tuple) and place == operation.base:
+            for place, one in enumerate(value) if isinstance(value, tuple) else ((-1, value),):
+                if (place >= 0 and place == operation.base) or not isinstance(one, (int, float)):
                     continue
-                if not isinstance(one, (int, float)) or layer.index >= layers:
-                    continue
-                key = (parameter, place if isinstance(value, tuple) else -1)
-                if key[1] >= 0 and place < len(sources):
+                key = (parameter, place)
+                if 0 <= place < len(sources):
                     names.setdefault(key, graph.models[graph.read_models[sources[place]]])
                 values.setdefault(key, {}).setdefault(layer.rest, {})[layer.index] = float(one)
-    found: list[Curve] = []
-    for key, by_tensor in values.items():
-        alike: dict[tuple[float | None, ...], list[str]] = {}
-        for rest, by_layer in by_tensor.items():
-            alike.setdefault(tuple(by_layer.get(layer) for layer in range(layers)), []).append(rest)
-        if len({value for curve in alike for value in curve if value is not None}) < 2:
-            continue
-        found += [Curve(key[0], names.get(key, ""), tuple(rests), curve) for curve, rests in alike.items()]
-    return found[:most]
+    return values, names

@@ -1,12 +1,13 @@
-"""The dry run as one HTML page that needs nothing else: no network, no script, nothing outside the file.
+"""The dry run as a self-contained HTML page: no network, no script, no other files.
 
-What is drawn is bounded: a plan of 100,000 tensors gives a page no larger than one of 1,000. Everything that comes from
-recipes and files is escaped, and the page's own policy forbids scripts and requests besides.
+The page's size is bounded: a plan of 100,000 tensors makes a page no larger than one of 1,000. All text from recipes
+and files is escaped, and the page's content security policy also forbids scripts and requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
@@ -14,14 +15,25 @@ from typing import TYPE_CHECKING
 from ...engine.graph.graph import Kind
 from ...engine.run.alternatives import THIS
 from ...engine.schedule.timeline import timeline
-from ...engine.schedule.traffic import fixed_ram, output_names, pattern_of
+from ...engine.schedule.traffic import bytes_of_reads, fixed_ram, output_names, pattern_of
 from ...io.units import data_size, duration, listed, memory_size, plural
 from ...version import __version__
 from ..alternatives import alternatives_section
-from ..plan import headline, plan_sections, time_section
+from ..plan import (
+    headline,
+    inputs_section,
+    memory_section,
+    output_section,
+    reads_text,
+    reread_section,
+    warnings_section,
+    work_section,
+)
 from ..sections import Grid, Section
-from .layer_map import Outside, StackMap, curves, weaves
-from .svg import bands_chart, curve_chart, lanes_chart, memory_chart, text_of
+from ..time import time_section
+from ..unused import unused_section
+from .layer_map import NonLayerTensors, StackMap, curves, stack_maps
+from .svg import MemoryCurve, curve_chart, lanes_chart, layer_chart, memory_chart, text_of
 
 if TYPE_CHECKING:
     from ...engine.cost.estimate import Estimate
@@ -29,11 +41,11 @@ if TYPE_CHECKING:
     from ...engine.run.destination import Destination
     from ...engine.run.plan import Plan
 
-_MOMENTS = 240
-_LARGEST = 12
-_LINES = 60
-_LETTERS = 600  # of a cell or a line
-_RECIPE = 8000
+_MOMENTS = 240  # points of a memory chart
+_LARGEST = 12  # rows of the table of largest tensors
+_MAX_LINES = 60  # rows of a table, or lines of a section
+_MAX_TEXT = 600  # characters of a cell or a line
+_MAX_RECIPE = 8000  # characters
 
 
 def make_page(
@@ -43,45 +55,62 @@ def make_page(
     time: Estimate | None = None,
     others: Sequence[Alternative] = (),
 ) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
-        plan: what is shown.
-        destination: OUT, looked at.
-        time: how long it takes.
-        others: what it would do within other budgets.
+        plan: plan of the merge.
+        destination: state of OUT.
+        time: estimated time.
+        others: the same merge within other budgets.
     """
     title = headline(plan)
-    sections = {section.title: section for section in plan_sections(plan) if section.title != title}
-    parts = [_header(plan, title), _tiles(plan, destination, time)]
-    parts += [section_html(sections.pop(name)) for name, section in list(sections.items()) if section.warns]
-    if destination is not None and destination.problem is not None:
-        parts.append(section_html(Section("Destination", lines=[str(destination.problem)], warns=True)))
-    woven, outside = weaves(plan)
-    parts += [_weave(weave, number, outside) for number, weave in enumerate(woven)]
-    parts.append(_parameters(plan))
-    parts.append(_memory(plan, sections.pop("Memory")))
-    if time is not None:
-        parts.append(_time(time))
-    if others:
-        parts.append(section_html(alternatives_section(others)))
-    first = [name for name in ("Read more than once", "Inputs") if name in sections]
-    parts += [section_html(sections.pop(name)) for name in first]
-    parts.append(section_html(_largest(plan)))
-    parts += [section_html(section) for section in sections.values()]
-    parts.append(_recipe(plan))
-    parts.append(f"<footer>Foretold by mergeloom {text_of(__version__)} from headers alone.</footer>")
+    body = "\n".join(filter(None, _parts(plan, title, destination, time, others)))
     template = Template((files(__package__) / "page.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=text_of(title), generator=text_of(f"mergeloom {__version__}"), body="\n".join(filter(None, parts))
-    )
+    return template.substitute(title=text_of(title), generator=text_of(f"mergeloom {__version__}"), body=body)
+
+
+def _parts(
+    plan: Plan,
+    title: str,
+    destination: Destination | None,
+    time: Estimate | None,
+    others: Sequence[Alternative],
+) -> Iterator[str]:
+    """Yield the parts of the page from top to bottom; parts without content are empty."""
+    read = bytes_of_reads(plan.built.graph, plan.schedule)
+    yield _header(plan, title)
+    yield _tiles(plan, destination, time)
+    yield _optional(warnings_section(plan))
+    if destination is not None and destination.problem is not None:
+        yield section_html(Section("Destination", lines=[str(destination.problem)], warns=True))
+    stacks, non_layer_tensors = stack_maps(plan)
+    for number, stack in enumerate(stacks):
+        yield _layer_map(stack, non_layer_tensors if number == 0 else ())
+    yield _parameters(plan)
+    yield _memory(plan)
+    if time is not None:
+        yield _time(time)
+    if others:
+        yield section_html(alternatives_section(others))
+    yield _optional(reread_section(plan, read))
+    yield section_html(inputs_section(plan, read))
+    yield section_html(_largest(plan))
+    yield section_html(output_section(plan))
+    yield section_html(work_section(plan))
+    yield _optional(unused_section(plan))
+    yield _recipe(plan)
+    yield f"<footer>Planned by mergeloom {text_of(__version__)} from headers only.</footer>"
+
+
+def _optional(section: Section | None) -> str:
+    return section_html(section) if section is not None else ""
 
 
 # ------------------------------------------------------------------------------------------------ parts
 
 
 def section_html(section: Section, before: str = "") -> str:
-    """A section as it stands in the terminal's report, with a drawing before its words."""
+    """Return a section of the terminal report as HTML, with a drawing above its text."""
     parts = [f"<h2>{text_of(section.title)}</h2>", before]
     if section.fields:
         rows = "".join(f"<dt>{text_of(label)}</dt><dd>{_cut(value)}</dd>" for label, value in section.fields)
@@ -89,62 +118,65 @@ def section_html(section: Section, before: str = "") -> str:
     if section.grid is not None:
         parts.append(_table(section.grid))
     if section.lines:
-        shown = "".join(f"<p>{_cut(line)}</p>" for line in section.lines[:_LINES])
-        left = len(section.lines) - _LINES
-        more = f"<p>and {left:,} more, which <code>mergeloom plan</code> lists</p>" if left > 0 else ""
+        shown = "".join(f"<p>{_cut(line)}</p>" for line in section.lines[:_MAX_LINES])
+        left = len(section.lines) - _MAX_LINES
+        more = f"<p>and {left:,} more; <code>mergeloom plan</code> lists all</p>" if left > 0 else ""
         parts.append(f'<div class="lines">{shown}{more}</div>')
     kind = ' class="warns"' if section.warns else ""
     return f"<section{kind}>{''.join(parts)}</section>"
 
 
-def _cut(words: str) -> str:
-    return text_of(words if len(words) <= _LETTERS else f"{words[:_LETTERS]}…")
+def _cut(text: str) -> str:
+    return text_of(text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…")
 
 
 def _table(grid: Grid) -> str:
-    def cell(tag: str, name: str, words: str) -> str:
-        return f"<{tag}{' class=n' if name in grid.numbers else ''}>{_cut(words)}</{tag}>"
+    def cell(tag: str, name: str, text: str) -> str:
+        return f"<{tag}{' class=n' if name in grid.numbers else ''}>{_cut(text)}</{tag}>"
 
     header = "".join(cell("th", name, name) for name in grid.header)
     rows = "".join(
         f"<tr{' class=this' if row[-1] == THIS else ''}>"
-        f"{''.join(cell('td', name, words) for name, words in zip(grid.header, row, strict=True))}</tr>"
-        for row in grid.rows[:_LINES]
+        f"{''.join(cell('td', name, text) for name, text in zip(grid.header, row, strict=True))}</tr>"
+        for row in grid.rows[:_MAX_LINES]
     )
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _header(plan: Plan, title: str) -> str:
     source = plan.recipe.source
-    where = f"The plan of {text_of(source)}." if source is not None else "A plan."
+    where = f"Plan of {text_of(source)}." if source is not None else "Plan."
     return f"<header><h1>{text_of(title)}</h1><p>{where} Nothing has been merged yet.</p></header>"
 
 
 def _tiles(plan: Plan, destination: Destination | None, time: Estimate | None) -> str:
-    schedule, said = plan.schedule, plan.output_dict()
-    budget = schedule.budget
-    again = f"{data_size(schedule.bytes_reread)} of it again" if schedule.bytes_reread else "every byte once"
+    schedule, output = plan.schedule, plan.output_dict()
+    budget, dtypes = schedule.budget, ", ".join(output["dtypes"])
     tiles = [
-        _tile("output", data_size(said["bytes"]), f"{plural(said['tensors'], 'tensor')}, {', '.join(said['dtypes'])}"),
-        _tile("reads", data_size(plan.bytes_read), again),
-        _tile("writes", data_size(plan.bytes_written), plural(said["shards"], "file")),
+        _tile(
+            "output",
+            data_size(output["bytes"]),
+            f"{plural(output['tensors'], 'tensor')}, {dtypes}",
+        ),
+        _tile("reads", data_size(plan.bytes_read), reads_text(plan)),
+        _tile("writes", data_size(plan.bytes_written), plural(output["shards"], "file")),
         _tile(
             "peak RAM",
             memory_size(schedule.peak_ram, up=True),
-            f"of {memory_size(budget.ram)}; at least {memory_size(schedule.minimum_ram, up=True)} are needed",
+            f"of {memory_size(budget.ram)}; minimum {memory_size(schedule.minimum_ram, up=True)}",
             schedule.peak_ram / budget.ram,
         ),
     ]
     if plan.bytes_shared:
-        tiles.insert(3, _tile("shares", data_size(plan.bytes_shared), "with the inputs: no disk taken"))
+        tiles.insert(3, _tile("reflinked", data_size(plan.bytes_shared), "no disk space"))
     if vram := max((device.vram or 0 for device in budget.devices), default=0):
         peak = memory_size(schedule.peak_vram, up=True)
         tiles.append(_tile("peak VRAM", peak, f"of {memory_size(vram)}", schedule.peak_vram / vram))
     if time is not None:
-        span = f"between {duration(time.low)} and {duration(time.high)}"
-        tiles.append(_tile("time, about", duration(time.seconds), span))
+        span = f"{duration(time.low)} to {duration(time.high)}"
+        tiles.append(_tile("estimated time", duration(time.seconds), span))
     if destination is not None:
-        free = f"of {data_size(destination.free)} that are free"
+        free = f"of {data_size(destination.free)} free"
         share = destination.needed / destination.free if destination.free else 1.0
         tiles.append(_tile("disk", data_size(destination.needed), free, share))
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -160,25 +192,25 @@ def _tile(label: str, value: str, note: str, share: float | None = None) -> str:
     )
 
 
-def _weave(weave: StackMap, number: int, outside: Sequence[Outside]) -> str:
+def _layer_map(stack: StackMap, non_layer_tensors: Sequence[NonLayerTensors]) -> str:
     lines = []
-    if number == 0:
-        for each in outside:
-            what = f"{listed(each.tensors)} ({data_size(each.nbytes)})"
-            lines.append(f"Outside the layers: {what}, from {' and '.join(each.models)}.")
+    for group in non_layer_tensors:
+        tensors = f"{listed(group.tensors)} ({data_size(group.nbytes)})"
+        lines.append(f"Outside the layers: {tensors}, from {' and '.join(group.models)}.")
     rows = tuple(
         (
-            weave.strips[band.strip].name,
-            f"[{band.first}, {band.first + band.count})",
-            f"[{band.out}, {band.out + band.count})",
+            stack.inputs[run.input].name,
+            f"[{run.first}, {run.first + run.count})",
+            f"[{run.out}, {run.out + run.count})",
         )
-        for band in weave.bands
+        for run in stack.runs
     )
-    drawing = bands_chart(weave)
+    drawing = layer_chart(stack)
     if len(rows) > 1:
-        table = _table(Grid(("layers of", "from", "become"), rows, frozenset(("from", "become"))))
-        drawing += f"<details><summary>The {len(rows):,} bands as a table</summary>{table}</details>"
-    return section_html(Section("What comes from where", lines=lines), drawing)
+        header = ("model", "input layers", "output layers")
+        table = _table(Grid(header, rows, frozenset(header[1:])))
+        drawing += f"<details><summary>Table of {len(rows):,} layer ranges</summary>{table}</details>"
+    return section_html(Section("Layer map", lines=lines), drawing)
 
 
 def _parameters(plan: Plan) -> str:
@@ -190,46 +222,43 @@ def _parameters(plan: Plan) -> str:
         of = f" of {curve.model}" if curve.model else ""
         known = [value for value in curve.values if value is not None]
         span = f"{min(known):.4g} to {max(known):.4g}" if min(known) < max(known) else f"{known[0]:.4g}"
-        said = f"<span>{text_of(span)}, for {_cut(listed(curve.tensors, 6))}</span>"
-        parts.append(f"<h3>{text_of(f'{curve.parameter}{of}')} {said}</h3>{curve_chart(curve)}")
-    words = '<p class="lead">What gradients and filters come to, from the first layer of the output to the last.</p>'
-    return f"<section><h2>Parameters over the layers</h2>{words}{''.join(parts)}</section>"
+        detail = f"<span>{text_of(span)}, for {_cut(listed(curve.tensors, 6))}</span>"
+        parts.append(f"<h3>{text_of(f'{curve.parameter}{of}')} {detail}</h3>{curve_chart(curve)}")
+    lead = '<p class="lead">Values after gradients and filters, from the first output layer to the last.</p>'
+    return f"<section><h2>Parameters by layer</h2>{lead}{''.join(parts)}</section>"
 
 
-def _memory(plan: Plan, section: Section) -> str:
+def _memory(plan: Plan) -> str:
+    section = memory_section(plan, timelines=False)
     graph, schedule = plan.built.graph, plan.schedule
     moments = timeline(graph, schedule, _MOMENTS)
     if not moments:
         return section_html(section)
     names = output_names(graph)
     labels = [names[moment.node] for moment in moments]
-    steps = len(schedule.steps)
-    drawings = [
-        "<h3>RAM</h3>",
-        memory_chart(
-            moments,
-            labels,
-            vram=False,
-            own=fixed_ram(schedule),
-            peak=schedule.peak_ram,
-            budget=schedule.budget.ram,
-            steps=steps,
-        ),
-    ]
     vram = max((device.vram or 0 for device in schedule.budget.devices), default=0)
-    if vram:
-        own = schedule.peak_vram - max(schedule.vram_slots) * schedule.slot_bytes
-        drawings += [
-            "<h3>VRAM</h3>",
-            memory_chart(moments, labels, vram=True, own=own, peak=schedule.peak_vram, budget=vram, steps=steps),
-        ]
-    key = (
-        '<div class="key"><span><i class="own-key"></i>the program and its workspaces</span>'
-        '<span><i class="held-key"></i>inputs and outputs that the step holds</span>'
-        '<span><i class="ahead-key"></i>what is read ahead of it, at the most</span></div>'
+    ram = MemoryCurve(
+        "RAM",
+        moments,
+        labels,
+        [moment.ram for moment in moments],
+        fixed=fixed_ram(schedule),
+        peak=schedule.peak_ram,
+        budget=schedule.budget.ram,
+        steps=len(schedule.steps),
     )
-    fields = [field for field in section.fields if field[0] != "over time"]
-    return section_html(Section(section.title, fields), f"{''.join(drawings)}{key}")
+    charts = ["<h3>RAM</h3>", memory_chart(ram)]
+    if vram:
+        fixed = schedule.peak_vram - max(schedule.vram_slots) * schedule.slot_bytes
+        held = [moment.vram for moment in moments]
+        curve = replace(ram, kind="VRAM", held=held, fixed=fixed, peak=schedule.peak_vram, budget=vram)
+        charts += ["<h3>VRAM</h3>", memory_chart(curve)]
+    key = (
+        '<div class="key"><span><i class="own-key"></i>process and workspaces</span>'
+        '<span><i class="held-key"></i>working set of the step</span>'
+        '<span><i class="ahead-key"></i>read-ahead (maximum)</span></div>'
+    )
+    return section_html(section, f"{''.join(charts)}{key}")
 
 
 def _time(time: Estimate) -> str:
@@ -249,12 +278,12 @@ def _recipe(plan: Plan) -> str:
     text = plan.recipe.text.strip()
     if not text:
         return ""
-    shown = text if len(text) <= _RECIPE else f"{text[:_RECIPE]}\n..."
-    return f"<section><h2>The recipe</h2><pre>{text_of(shown)}</pre></section>"
+    shown = text if len(text) <= _MAX_RECIPE else f"{text[:_MAX_RECIPE]}\n..."
+    return f"<section><h2>Recipe</h2><pre>{text_of(shown)}</pre></section>"
 
 
 def _largest(plan: Plan) -> Section:
-    """The largest output tensors; those whose names differ only in their numbers are one line."""
+    """List the largest output tensors; tensors whose names differ only in their numbers share a row."""
     graph = plan.built.graph
     groups: dict[tuple[str, int, str, str], list[int]] = {}
     shapes: dict[tuple[str, int, str, str], Iterable[int]] = {}
@@ -280,7 +309,7 @@ def _largest(plan: Plan) -> Section:
         )
         for key in order[:_LARGEST]
     )
-    header = ("tensor", "how many", "shape", "dtype", "each", "together", "made by", "passes")
-    numbers = frozenset(("how many", "shape", "each", "together", "passes"))
+    header = ("tensor", "count", "shape", "dtype", "size", "total", "method", "passes")
+    numbers = frozenset(("count", "shape", "size", "total", "passes"))
     left = len(order) - len(rows)
-    return Section("Largest tensors", grid=Grid(header, rows, numbers), lines=[f"and {left:,} kinds more"] * (left > 0))
+    return Section("Largest tensors", grid=Grid(header, rows, numbers), lines=[f"and {left:,} more"] * (left > 0))

@@ -1,11 +1,12 @@
-"""Drawings of a plan as SVG: bands of layers, memory over the steps, parameters over the layers. Text in, text out.
+"""Drawings of a plan as SVG text: the layer map, memory over the steps, parameters by layer, and lanes.
 
-Colours come from the page's style sheet by class, so that light and dark fit. Everything that is shown is escaped here.
+Colors come from the page's style sheet by class, for light and dark mode. All text is escaped here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from ...engine.schedule.timeline import Moment
@@ -13,142 +14,150 @@ from ...io.units import clean, memory_size, plural
 from .layer_map import Curve, LayerRun, StackMap
 
 WIDTH = 1000
-_COLOURS = 8
+_COLORS = 8
 _GAP = 36.0
 _BAR = 16.0
 _TOP, _BOTTOM = 42.0, 236.0
-_CELLS = 240  # layers up to which each is drawn apart
-_MOST_BANDS = 1500
-_LABEL = 6.2  # the width of a letter, about
+_MAX_CELLS = 240  # layers of a bar that are separated by lines
+_MAX_RUNS = 1500  # layer runs that are drawn
+_LETTER = 6.2  # approximate width of a letter
 _PLOT_LEFT, _PLOT_TOP, _PLOT_HEIGHT = 72.0, 20.0, 170.0
 
 
-def text_of(words: object) -> str:
-    """Anything as text of HTML: what a terminal would obey is escaped too, since names come from others."""
-    return escape(clean(str(words)))
+def text_of(value: object) -> str:
+    """Return a value as HTML text, with markup and control characters escaped: names come from untrusted files."""
+    return escape(clean(str(value)))
 
 
 def svg(height: float, label: str, parts: Iterable[str]) -> str:
-    """A drawing of the page's width, with what it shows in words."""
+    """Return a drawing of the page's width, with a label for screen readers."""
     return (
         f'<div class="figure"><svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{text_of(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg></div>'
     )
 
 
-def shortened(name: str, room: float) -> str:
-    """A model's name for so much room: its last part, cut in the middle where that is too long."""
+def shortened(name: str, width: float) -> str:
+    """Return the last component of a model's name, with its middle elided where it is wider than `width`."""
     last = name.rstrip("/").rpartition("/")[2] or name
-    letters = max(4, int(room / _LABEL))
+    letters = max(4, int(width / _LETTER))
     return last if len(last) <= letters else f"{last[: letters // 2]}…{last[-(letters - letters // 2 - 1) :]}"
 
 
-def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{text_of(words)}</text>'
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{text_of(text)}</text>'
 
 
-# ------------------------------------------------------------------------------------------------ bands
+# ------------------------------------------------------------------------------------------------ layer map
 
 
-def bands_chart(weave: StackMap) -> str:
-    """The layers of the inputs above, those of the output below, and a band for each run between them."""
-    total = sum(strip.count for strip in weave.strips)
-    room = WIDTH - _GAP * (len(weave.strips) - 1)
+def layer_chart(stack: StackMap) -> str:
+    """Draw the layers of the inputs on top, those of the output below, and a ribbon for each run between them."""
+    total = sum(source.count for source in stack.inputs)
+    width = WIDTH - _GAP * (len(stack.inputs) - 1)
     starts, widths = [], []
     x = 0.0
-    for strip in weave.strips:
+    for source in stack.inputs:
         starts.append(x)
-        widths.append(room * strip.count / total)
+        widths.append(width * source.count / total)
         x += widths[-1] + _GAP
-    cell = WIDTH / weave.layers
-    alone = _alone(weave)
+    cell = WIDTH / stack.layers
+    disjoint = _disjoint(stack)
     parts: list[str] = []
-    used = [[False] * strip.count for strip in weave.strips]
-    for number, band in enumerate(weave.bands):
-        used[band.strip][band.first : band.first + band.count] = [True] * band.count
-        if number < _MOST_BANDS:
-            inside = widths[band.strip] / weave.strips[band.strip].count
-            left = starts[band.strip] + band.first * inside
-            above = left, left + band.count * inside
-            parts.append(_ribbon(band, weave, _colour(weave, number), above, cell, alone=alone))
-    for number, strip in enumerate(weave.strips):
-        kind = f"c{number % _COLOURS}" if len(weave.strips) > 1 else "whole"
-        parts += _strip(starts[number], _TOP - _BAR, widths[number], used[number], kind)
-        name = shortened(strip.name, widths[number] - 70 if widths[number] > 160 else widths[number])
-        parts.append(f"<g><title>{text_of(strip.name)}</title>{_text(starts[number], 14, name, 'name')}</g>")
+    used = [[False] * source.count for source in stack.inputs]
+    for number, run in enumerate(stack.runs):
+        used[run.input][run.first : run.first + run.count] = [True] * run.count
+        if number < _MAX_RUNS:
+            input_cell = widths[run.input] / stack.inputs[run.input].count
+            left = starts[run.input] + run.first * input_cell
+            top = left, left + run.count * input_cell
+            parts.append(_ribbon(run, stack, _color(stack, number), top, cell, disjoint=disjoint))
+    for number, source in enumerate(stack.inputs):
+        kind = f"c{number % _COLORS}" if len(stack.inputs) > 1 else "whole"
+        parts += _bar(starts[number], _TOP - _BAR, widths[number], used[number], kind)
+        name = shortened(source.name, widths[number] - 70 if widths[number] > 160 else widths[number])
+        parts.append(f"<g><title>{text_of(source.name)}</title>{_text(starts[number], 14, name, 'name')}</g>")
         if widths[number] > 160:
-            label = plural(strip.count, "layer")
+            label = plural(source.count, "layer")
             parts.append(_text(starts[number] + widths[number], 14, label, "soft", "end"))
-    parts += _strip(0, _BOTTOM, WIDTH, [True] * weave.layers, "whole")
-    for number, band in enumerate(weave.bands[:_MOST_BANDS] if alone else ()):
-        size = f'width="{band.count * cell:.1f}" height="{_BAR:g}"'
+    parts += _output_bar(stack, cell, disjoint=disjoint)
+    label = f"layers of {plural(len(stack.inputs), 'input')} become {plural(stack.layers, 'layer')}"
+    return svg(_BOTTOM + _BAR + 42, label, parts)
+
+
+def _output_bar(stack: StackMap, cell: float, *, disjoint: bool) -> list[str]:
+    """Draw the layers of the output, in the colors of their sources where each has one source."""
+    parts = _bar(0, _BOTTOM, WIDTH, [True] * stack.layers, "whole")
+    for number, run in enumerate(stack.runs[:_MAX_RUNS] if disjoint else ()):
+        size = f'width="{run.count * cell:.1f}" height="{_BAR:g}"'
         parts.append(
-            f'<rect x="{band.out * cell:.1f}" y="{_BOTTOM:g}" {size} class="bar over c{_colour(weave, number)}"/>'
+            f'<rect x="{run.out * cell:.1f}" y="{_BOTTOM:g}" {size} class="bar over c{_color(stack, number)}"/>'
         )
-    step = _nice(weave.layers / 10)
-    for layer in range(0, weave.layers, step):
+    step = _nice_number(stack.layers / 10)
+    for layer in range(0, stack.layers, step):
         parts.append(_text((layer + 0.5) * cell, _BOTTOM + _BAR + 14, str(layer), "tick", "middle"))
-    parts.append(_text(0, _BOTTOM + _BAR + 36, f"the output: {weave.prefix}", "name"))
-    parts.append(_text(WIDTH, _BOTTOM + _BAR + 36, plural(weave.layers, "layer"), "soft", "end"))
-    said = f"layers of {plural(len(weave.strips), 'input')} become {plural(weave.layers, 'layer')}"
-    return svg(_BOTTOM + _BAR + 42, said, parts)
+    parts.append(_text(0, _BOTTOM + _BAR + 36, f"output: {stack.prefix}", "name"))
+    parts.append(_text(WIDTH, _BOTTOM + _BAR + 36, plural(stack.layers, "layer"), "soft", "end"))
+    return parts
 
 
-def _alone(weave: StackMap) -> bool:
-    """Whether every layer of the output is made of one layer."""
-    return sum(band.count for band in weave.bands) <= weave.layers
+def _disjoint(stack: StackMap) -> bool:
+    """Whether every layer of the output has a single source."""
+    return sum(run.count for run in stack.runs) <= stack.layers
 
 
-def _colour(weave: StackMap, number: int) -> int:
-    """The colour of a band: its model's, or its own where there is one model."""
-    return (weave.bands[number].strip if len(weave.strips) > 1 else number) % _COLOURS
+def _color(stack: StackMap, number: int) -> int:
+    """The color of a run: its input's, or its own if there is one input."""
+    return (stack.runs[number].input if len(stack.inputs) > 1 else number) % _COLORS
 
 
 def _ribbon(
-    band: LayerRun, weave: StackMap, colour: int, above: tuple[float, float], cell: float, *, alone: bool
+    run: LayerRun, stack: StackMap, color: int, top: tuple[float, float], cell: float, *, disjoint: bool
 ) -> str:
-    left, right = band.out * cell, (band.out + band.count) * cell
+    """Draw a run as a curved band from the input's layers to the output's."""
+    left, right = run.out * cell, (run.out + run.count) * cell
     middle = (_TOP + _BOTTOM) / 2
     path = (
-        f"M{above[0]:.1f} {_TOP:g}C{above[0]:.1f} {middle:g} {left:.1f} {middle:g} {left:.1f} {_BOTTOM:g}"
-        f"H{right:.1f}C{right:.1f} {middle:g} {above[1]:.1f} {middle:g} {above[1]:.1f} {_TOP:g}Z"
+        f"M{top[0]:.1f} {_TOP:g}C{top[0]:.1f} {middle:g} {left:.1f} {middle:g} {left:.1f} {_BOTTOM:g}"
+        f"H{right:.1f}C{right:.1f} {middle:g} {top[1]:.1f} {middle:g} {top[1]:.1f} {_TOP:g}Z"
     )
-    strip = weave.strips[band.strip]
-    words = f"{strip.name}: {_layers(band.first, band.count)} become {_layers(band.out, band.count)} of the output"
-    if band.count == 1:
-        words = f"{strip.name}: layer {band.first} becomes layer {band.out} of the output"
-    return f'<path d="{path}" class="band{"" if alone else " many"} c{colour}"><title>{text_of(words)}</title></path>'
+    name = stack.inputs[run.input].name
+    title = f"{name}: {_layers(run.first, run.count)} become {_layers(run.out, run.count)} of the output"
+    if run.count == 1:
+        title = f"{name}: layer {run.first} becomes layer {run.out} of the output"
+    kind = f"band{'' if disjoint else ' many'} c{color}"
+    return f'<path d="{path}" class="{kind}"><title>{text_of(title)}</title></path>'
 
 
 def _layers(first: int, count: int) -> str:
     return f"layer {first}" if count == 1 else f"layers {first}-{first + count - 1}"
 
 
-def _strip(x: float, y: float, width: float, used: Sequence[bool], kind: str) -> list[str]:
-    """A bar of layers: those that are used filled, the others hollow, with a line between two where there is room."""
+def _bar(x: float, y: float, width: float, used: Sequence[bool], kind: str) -> list[str]:
+    """Draw a bar of layers: used ones filled, the others hollow, separated by lines where they are wide enough."""
     cell = width / len(used)
     parts = [f'<rect x="{x:.1f}" y="{y:g}" width="{width:.1f}" height="{_BAR:g}" rx="3" class="hollow"/>']
     start = 0
-    for place in range(len(used) + 1):
-        if place == len(used) or used[place] != used[start]:
+    for layer in range(len(used) + 1):
+        if layer == len(used) or used[layer] != used[start]:
             if used[start]:
-                left, size = x + start * cell, (place - start) * cell
+                left, size = x + start * cell, (layer - start) * cell
                 parts.append(
                     f'<rect x="{left:.1f}" y="{y:g}" width="{size:.1f}" height="{_BAR:g}" rx="3" class="bar {kind}"/>'
                 )
-            start = place
-    if len(used) <= _CELLS and cell >= 3:
-        lines = "".join(f"M{x + place * cell:.1f} {y:g}v{_BAR:g}" for place in range(1, len(used)))
+            start = layer
+    if len(used) <= _MAX_CELLS and cell >= 3:
+        lines = "".join(f"M{x + layer * cell:.1f} {y:g}v{_BAR:g}" for layer in range(1, len(used)))
         parts.append(f'<path d="{lines}" class="cells"/>')
     return parts
 
 
-def _nice(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... that is no smaller."""
+def _nice_number(minimum: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least `minimum`."""
     size = 1
     while True:
         for factor in (1, 2, 5):
-            if size * factor >= least:
+            if size * factor >= minimum:
                 return size * factor
         size *= 10
 
@@ -156,68 +165,84 @@ def _nice(least: float) -> int:
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def memory_chart(
-    moments: Sequence[Moment], names: Sequence[str], *, vram: bool, own: int, peak: int, budget: int, steps: int
-) -> str:
-    """What is held over the steps, below the peak that the plan promises and the budget.
+@dataclass(frozen=True, slots=True)
+class MemoryCurve:
+    """Memory over the steps of a schedule.
 
     Args:
-        moments: in which equally many bytes are moved.
-        names: of the tensor that each moment works on.
-        vram: whether it is about VRAM, else RAM.
-        own: bytes that are held all the time.
-        peak: what the plan says is held at the most, what is read ahead included.
-        budget: what may be held.
-        steps: how many there are.
+        kind: ``RAM`` or ``VRAM``.
+        moments: columns of the chart, with equal bytes moved in each.
+        names: output tensor that each column works on.
+        held: bytes held at each column.
+        fixed: bytes held throughout.
+        peak: planned peak in bytes, read-ahead included.
+        budget: limit in bytes.
+        steps: number of steps.
     """
-    held = [moment.vram if vram else moment.ram for moment in moments]
-    near = budget <= 1.6 * peak
-    top = budget if near else peak
-    left, right, height = _PLOT_LEFT, float(WIDTH), _PLOT_HEIGHT
-    bottom = _PLOT_TOP + height
 
-    def across(place: float) -> float:
-        return left + (right - left) * place / max(1, len(moments))
+    kind: str
+    moments: Sequence[Moment]
+    names: Sequence[str]
+    held: Sequence[int]
+    fixed: int
+    peak: int
+    budget: int
+    steps: int
 
-    def up(nbytes: float) -> float:
-        return bottom - height * min(1.0, nbytes / top)
+
+def memory_chart(curve: MemoryCurve) -> str:
+    """Draw memory over the steps, below the planned peak and the budget."""
+    near = curve.budget <= 1.6 * curve.peak  # a much larger budget would flatten the curve
+    top = curve.budget if near else curve.peak
+    left, right = _PLOT_LEFT, float(WIDTH)
+    bottom = _PLOT_TOP + _PLOT_HEIGHT
+    column = (right - left) / max(1, len(curve.moments))
+
+    def y_of(nbytes: float) -> float:
+        return bottom - _PLOT_HEIGHT * min(1.0, nbytes / top)
 
     parts = []
-    step = _nice_bytes(top / 4)
+    step = _next_power_of_two(top / 4)
     for number in range(int(top // step) + 1):
-        y = up(number * step)
+        y = y_of(number * step)
         parts.append(f'<path d="M{left - 4:g} {y:.1f}H{right:g}" class="grid"/>')
         parts.append(_text(left - 8, y + 4, memory_size(number * step) if number else "0", "tick", "end"))
-    curve = "".join(f"V{up(nbytes):.1f}H{across(place + 1):.1f}" for place, nbytes in enumerate(held))
-    parts.append(f'<path d="M{left:g} {bottom:g}V{up(peak):.1f}H{right:g}V{bottom:g}Z" class="ahead"/>')
-    parts.append(f'<path d="M{left:g} {bottom:g}{curve}V{bottom:g}Z" class="held"/>')
-    parts.append(f'<path d="M{left:g} {bottom:g}V{up(own):.1f}H{right:g}V{bottom:g}Z" class="own"/>')
-    parts.append(f'<path d="M{left:g} {up(peak):.1f}H{right:g}" class="peak"/>')
+    line = "".join(f"V{y_of(held):.1f}H{left + column * (place + 1):.1f}" for place, held in enumerate(curve.held))
+    peak, budget = y_of(curve.peak), y_of(curve.budget)
+    parts.append(f'<path d="M{left:g} {bottom:g}V{peak:.1f}H{right:g}V{bottom:g}Z" class="ahead"/>')
+    parts.append(f'<path d="M{left:g} {bottom:g}{line}V{bottom:g}Z" class="held"/>')
+    parts.append(f'<path d="M{left:g} {bottom:g}V{y_of(curve.fixed):.1f}H{right:g}V{bottom:g}Z" class="own"/>')
+    parts.append(f'<path d="M{left:g} {peak:.1f}H{right:g}" class="peak"/>')
     if near:
-        parts.append(f'<path d="M{left:g} {up(budget):.1f}H{right:g}" class="budget"/>')
-    parts.append(_text(left + 6, up(peak) - 6, f"at the most {memory_size(peak, up=True)}", "peak-label"))
-    said = f"budget {memory_size(budget)}{'' if near else ' ↑'}"
-    parts.append(_text(right, up(budget if near else peak) - 6, said, "budget-label", "end"))
+        parts.append(f'<path d="M{left:g} {budget:.1f}H{right:g}" class="budget"/>')
+    parts.append(_text(left + 6, peak - 6, f"peak {memory_size(curve.peak, up=True)}", "peak-label"))
+    label = f"budget {memory_size(curve.budget)}{'' if near else ' ↑'}"
+    parts.append(_text(right, (budget if near else peak) - 6, label, "budget-label", "end"))
+    parts += _columns(curve, column)
+    title = f"{curve.kind} over the steps, peak {memory_size(curve.peak)} of {memory_size(curve.budget)}"
+    return svg(bottom + 26, title, parts)
+
+
+def _columns(curve: MemoryCurve, column: float) -> Iterator[str]:
+    """Draw the tooltip of each column, and the step numbers below."""
+    moments = curve.moments
     for place, moment in enumerate(moments):
-        words = (
-            f"steps {moment.first:,} to {moment.last:,}: {memory_size(held[place])}\n{names[place]}, pass "
-            f"{moment.index + 1}"
-        )
-        box = f'x="{across(place):.1f}" y="{_PLOT_TOP:g}" width="{across(1) - left:.2f}" height="{height:g}"'
-        parts.append(f'<rect {box} class="hit"><title>{text_of(words)}</title></rect>')
+        steps = f"steps {moment.first:,} to {moment.last:,}: {memory_size(curve.held[place])}"
+        title = f"{steps}\n{curve.names[place]}, pass {moment.index + 1}"
+        left = _PLOT_LEFT + column * place
+        box = f'x="{left:.1f}" y="{_PLOT_TOP:g}" width="{column:.2f}" height="{_PLOT_HEIGHT:g}"'
+        yield f'<rect {box} class="hit"><title>{text_of(title)}</title></rect>'
     for quarter in range(5):
         place = min(len(moments) - 1, quarter * len(moments) // 4)
-        number = steps if quarter == 4 else moments[place].first if moments else 0
+        number = curve.steps if quarter == 4 else moments[place].first if moments else 0
         anchor = "start" if quarter == 0 else "end" if quarter == 4 else "middle"
-        parts.append(_text(across(quarter * len(moments) / 4), bottom + 18, f"step {number:,}", "tick", anchor))
-    name = "VRAM" if vram else "RAM"
-    return svg(bottom + 26, f"{name} over the steps, at the most {memory_size(peak)} of {memory_size(budget)}", parts)
+        x = _PLOT_LEFT + column * quarter * len(moments) / 4
+        yield _text(x, _PLOT_TOP + _PLOT_HEIGHT + 18, f"step {number:,}", "tick", anchor)
 
 
-def _nice_bytes(least: float) -> int:
-    """The smallest power of two that is no smaller."""
+def _next_power_of_two(minimum: float) -> int:
     size = 1
-    while size < least:
+    while size < minimum:
         size *= 2
     return size
 
@@ -226,7 +251,7 @@ def _nice_bytes(least: float) -> int:
 
 
 def curve_chart(curve: Curve) -> str:
-    """A parameter over the layers: a step for each, between the least and the largest of its values."""
+    """Draw a parameter by layer as a line of steps."""
     known = [value for value in curve.values if value is not None]
     low, high = min(0.0, *known), max(1.0 if max(known) <= 1 else max(known), *known)
     height, top = 38.0, 6.0
@@ -240,19 +265,23 @@ def curve_chart(curve: Curve) -> str:
         path += f"{pen}{layer * cell:.1f} {y:.1f}h{cell:.1f}"
         pen = "L"
     base = f'<path d="M0 {top + height:g}H{WIDTH}" class="grid"/>'
-    said = f"{curve.parameter} from {known[0]:.4g} to {known[-1]:.4g}"
-    return svg(top + height + 4, said, [base, f'<path d="{path}" class="curve"/>'])
+    label = f"{curve.parameter} from {known[0]:.4g} to {known[-1]:.4g}"
+    return svg(top + height + 4, label, [base, f'<path d="{path}" class="curve"/>'])
 
 
 def lanes_chart(lanes: Sequence[tuple[str, float, str]]) -> str:
-    """The seconds of each lane side by side: (name, seconds, what is said of it)."""
+    """Draw the time of each lane as a bar.
+
+    Args:
+        lanes: (name, seconds, label) of each lane.
+    """
     longest = max((seconds for _, seconds, _ in lanes), default=0.0) or 1.0
     parts = []
-    for number, (name, seconds, said) in enumerate(lanes):
+    for number, (name, seconds, label) in enumerate(lanes):
         y = 6 + 30 * number
         width = max(2.0, 600 * seconds / longest)
         kind = "lane slowest" if seconds == longest else "lane"
         parts.append(_text(78, y + 15, name, "name", "end"))
         parts.append(f'<rect x="90" y="{y:g}" width="{width:.1f}" height="20" rx="3" class="{kind}"/>')
-        parts.append(_text(98 + width, y + 15, said, "soft"))
-    return svg(12 + 30 * len(lanes), "the time that each lane would take alone", parts)
+        parts.append(_text(98 + width, y + 15, label, "soft"))
+    return svg(12 + 30 * len(lanes), "time of each lane if it ran alone", parts)

@@ -26,7 +26,8 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
 from mergeloom.io import platform
 from mergeloom.io.platform import mount_of
-from mergeloom.report.plan import plan_text, summary_text
+from mergeloom.report.plan import plan_text
+from mergeloom.report.result import result_text
 from tests.support.disks import file_system, used
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
@@ -301,7 +302,7 @@ def test_an_xfs_that_does_not_share(options: list[str], words: str, tmp_path: Pa
         assert result.plan.bytes_copied > 0
         ((reason, _),) = result.plan.unshared
         assert words in reason
-        assert words in summary_text(result)
+        assert words in result_text(result)
         same_as_by_lanes(recipe, disk / "out", tmp_path)
 
 
@@ -344,14 +345,14 @@ def test_the_plan_says_what_will_be_shared(disk: Path, out: Path, capsys: pytest
     found = json.loads(report.read_text())
     for key in ("bytes_read", "bytes_written", "bytes_shared"):
         assert found[key] == planned[key] == found["measured"][key]
-    assert text.count("as foretold") == 3
+    assert text.count("as planned") == 3
     shown = plan_text(with_reflinks(plan(mixed(disk), ROOMY), out))
-    for line in ("shares", "not shared", "disk"):
+    for line in ("reflinked", "not reflinked", "disk"):
         assert f"\n  {line}" in shown
 
 
 def test_a_plan_without_out_says_what_could_be_shared(llamas: dict[str, Path]) -> None:
     found = plan(sliced((llamas["a"], 0, 4)), ROOMY)
     assert found.out is None
-    assert "give OUT to see" in plan_text(found)
-    assert "give OUT to see" not in plan_text(plan(sliced((llamas["a"], 0, 4), dtype="float32"), ROOMY))
+    assert "pass OUT to check" in plan_text(found)
+    assert "pass OUT to check" not in plan_text(plan(sliced((llamas["a"], 0, 4), dtype="float32"), ROOMY))

@@ -31,8 +31,8 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import UsageError
 from mergeloom.report.html.page import make_page
-from mergeloom.report.plan import time_section
 from mergeloom.report.sections import plain
+from mergeloom.report.time import time_section
 from tests.conftest import MakeModel
 from tests.support.plans import linear, slerp, stacked
 
@@ -194,7 +194,7 @@ def test_where_all_is_shared_it_takes_no_time(llamas: dict[str, Path]) -> None:
     assert (found.low, found.seconds, found.high) == (0, 0, 0)
     assert "no time" in plain([time_section(found)])
     assert measured_rates(nothing.workload, None, {}).disk_read.origin == ASSUMED
-    assert "What comes from where" in make_page(nothing, time=found)
+    assert "Layer map" in make_page(nothing, time=found)
 
 
 # ------------------------------------------------------------------------------------------------ in words

@@ -272,7 +272,7 @@ def test_the_command_writes_the_recipe_to_stdout_and_says_what_it_makes(make_mod
     )
     assert text == expected[0]
     assert "7 layers -> 9, in 3 windows" in said
-    assert f"makes 12 layers, {expected[1].parameters:,}" in said
+    assert f"output: 12 layers, {expected[1].parameters:,}" in said
     assert "warning: " not in said
 
 

@@ -1,4 +1,4 @@
-"""How one output tensor is made: held against the recipe, the files, and what a merge then writes."""
+"""The explanation of an output tensor, compared with the recipe, the files, and what a merge writes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ UP = "model.layers.{}.mlp.up_proj.weight"
 
 
 def explained(recipe: dict[str, Any], name: str, **options: Any) -> Explanation:
-    """How a recipe's output tensor is made."""
+    """Explain an output tensor of a recipe."""
     return explain(mergeloom.plan(recipe, device="cpu", **options), name)
 
 
 def header_of(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's data begins, and its header."""
+    """Return the offset of a safetensors file's data, and its header."""
     with file.open("rb") as stream:
         (size,) = struct.unpack("<Q", stream.read(8))
         return 8 + size, json.loads(stream.read(size))
 
 
-# ------------------------------------------------------------------------------------------------ what is told
+# ------------------------------------------------------------------------------------------------ content
 
 
 def test_sources_are_where_their_headers_say(llamas: dict[str, Path]) -> None:
@@ -71,7 +71,7 @@ def test_the_destination_is_where_the_merge_writes_it(name: str, llamas: dict[st
 def test_a_layer_that_is_used_twice_has_two_places(llamas: dict[str, Path]) -> None:
     found = explained(stacked((llamas["a"], (0, 3)), (llamas["a"], (1, 4))), UP.format(4))
     assert [place.name for place in found.destinations] == [UP.format(4), UP.format(2)]
-    assert "read and made once" in plain(explanation_sections(found))
+    assert "computed once" in plain(explanation_sections(found))
 
 
 def test_parameters_are_those_of_the_layer_and_the_filter(llamas: dict[str, Path]) -> None:
@@ -100,13 +100,11 @@ def test_each_source_has_its_own_parameters(llamas: dict[str, Path]) -> None:
     text = plain(explanation_sections(found))
     assert f"{llamas['base']} (base)" in text
     assert "base     base" in text
-    assert f"{found.passes - 1} reductions, and the one that makes the output" in text
+    assert f"{found.passes}: {found.passes - 1} reductions and the output" in text
 
 
 @pytest.mark.parametrize(("layer", "number", "source", "position"), [(0, 1, 0, 0.0), (2, 1, 2, 1.0), (4, 2, 2, 0.5)])
-def test_the_slice_that_it_is_of(
-    layer: int, number: int, source: int, position: float, llamas: dict[str, Path]
-) -> None:
+def test_the_slice_of_a_layer(layer: int, number: int, source: int, position: float, llamas: dict[str, Path]) -> None:
     found = explained(stacked((llamas["a"], (0, 3)), (llamas["b"], (1, 4))), UP.format(layer)).slice
     assert found is not None
     assert (found.number, found.slices, found.layer) == (number, 2, layer)
@@ -114,7 +112,7 @@ def test_the_slice_that_it_is_of(
     assert found.position == position
 
 
-def test_steps_chunks_and_tiles_are_the_schedule_s(make_model: MakeModel) -> None:
+def test_steps_chunks_and_tiles_match_the_schedule(make_model: MakeModel) -> None:
     tensors = {"model.layers.0.w.weight": (2048, 2048), "model.layers.1.w.weight": (2048, 2048)}
     base, a, b = (make_model(name, tensors, dtype="F32", fill=None) for name in ("base", "a", "b"))
     recipe = task_vectors("ties", base, a, b)
@@ -128,15 +126,15 @@ def test_steps_chunks_and_tiles_are_the_schedule_s(make_model: MakeModel) -> Non
     assert (found.chunks - 1) * found.chunk < 2048 * 2048 <= found.chunks * found.chunk
     assert 0 < found.tile <= found.chunk
     assert any(source.bytes_read > source.nbytes for source in found.sources)
-    assert f"{found.steps[0]:,} to {found.steps[-1]:,} of the schedule" in plain(explanation_sections(found))
+    assert f"{found.steps[0]:,} to {found.steps[-1]:,}" in plain(explanation_sections(found))
 
 
-def test_what_is_only_copied(llamas: dict[str, Path]) -> None:
+def test_a_copied_tensor(llamas: dict[str, Path]) -> None:
     found = explained(stacked((llamas["a"], (0, 4))), UP.format(1))
     assert (found.how, found.tile, found.device) == ("copy", 0, "")
     text = plain(explanation_sections(found))
-    assert "the bytes of its source, unchanged" in text
-    assert "computed" not in text
+    assert "a copy of the source's bytes" in text
+    assert "tile" not in text
 
 
 def test_integers_are_copied_where_they_are_equal(make_model: MakeModel) -> None:
@@ -145,7 +143,7 @@ def test_integers_are_copied_where_they_are_equal(make_model: MakeModel) -> None
     a, b = (make_model(name, tensors, dtype=dtypes) for name in "ab")
     found = explained(linear(a, b), "model.steps.weight")
     assert found.how == "same"
-    assert "the merge finds out" in plain(explanation_sections(found))
+    assert "the merge fails if the sources differ" in plain(explanation_sections(found))
 
 
 # ------------------------------------------------------------------------------------------------ no such tensor
@@ -222,13 +220,15 @@ def test_the_real_encoder(encoder: Path, tmp_path: Path) -> None:
 
 
 def test_two_stacks(make_model: MakeModel) -> None:
-    """An encoder and a decoder, sliced each on its own."""
+    """An encoder and a decoder, sliced separately."""
     shapes = {f"{side}.block.{i}.layer.0.w.weight": (4, 4) for side in ("encoder", "decoder") for i in range(3)}
     config = {"model_type": "t5", "num_layers": 3, "num_decoder_layers": 3}
     path = make_model("t5", models.Model({"shared.weight": (8, 4), **shapes}, config))
     part = [{"sources": [{"model": str(path), "layer_range": [1, 3]}]}]
-    whole = [{"model": str(path)}]
-    recipe = {"merge_method": "passthrough", "modules": {"encoder": {"slices": part}, "decoder": {"models": whole}}}
+    recipe = {
+        "merge_method": "passthrough",
+        "modules": {"encoder": {"slices": part}, "decoder": {"models": [{"model": str(path)}]}},
+    }
     found = explained(recipe, "encoder.block.1.layer.0.w.weight").slice
     assert found is not None
     assert (found.module, found.layers, found.ranges) == ("encoder", (2,), ((str(path), 1, 3),))

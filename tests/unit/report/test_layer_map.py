@@ -1,11 +1,11 @@
-"""Which layers become which: read off the graph, and held against the recipe."""
+"""The layer map: which input layers become which output layers, compared with the recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import mergeloom
-from mergeloom.report.html.layer_map import LayerRun, curves, weaves
+from mergeloom.report.html.layer_map import LayerRun, curves, stack_maps
 from tests.conftest import MakeModel
 from tests.support import models
 from tests.support.plans import linear, slerp, stacked, task_vectors, windows
@@ -17,10 +17,10 @@ def test_a_self_merge_of_windows(make_model: MakeModel) -> None:
     #      └─────┘             three windows of four layers, two apart
     #          └─────┘
     model = make_model("a", models.tiny_llama(layers=8), fill=None)
-    (weave,), outside = weaves(mergeloom.plan(windows(model, 8, 4, 2)))
-    assert weave.layers == 12
-    assert [strip.count for strip in weave.strips] == [8]
-    assert weave.bands == (LayerRun(0, 0, 0, 4), LayerRun(0, 2, 4, 4), LayerRun(0, 4, 8, 4))
+    (stack,), outside = stack_maps(mergeloom.plan(windows(model, 8, 4, 2)))
+    assert stack.layers == 12
+    assert [source.count for source in stack.inputs] == [8]
+    assert stack.runs == (LayerRun(0, 0, 0, 4), LayerRun(0, 2, 4, 4), LayerRun(0, 4, 8, 4))
     assert {name for each in outside for name in each.tensors} == {
         "model.embed_tokens.weight",
         "model.norm.weight",
@@ -30,37 +30,37 @@ def test_a_self_merge_of_windows(make_model: MakeModel) -> None:
 
 def test_slices_of_two_models(llamas: dict[str, Path]) -> None:
     recipe = stacked((llamas["a"], (0, 3)), (llamas["b"], (1, 4)), (llamas["a"], (3, 4)))
-    (weave,), _ = weaves(mergeloom.plan(recipe))
-    assert [strip.name for strip in weave.strips] == [str(llamas["a"]), str(llamas["b"])]
-    assert weave.bands == (LayerRun(0, 0, 0, 3), LayerRun(1, 1, 3, 3), LayerRun(0, 3, 6, 1))
+    (stack,), _ = stack_maps(mergeloom.plan(recipe))
+    assert [source.name for source in stack.inputs] == [str(llamas["a"]), str(llamas["b"])]
+    assert stack.runs == (LayerRun(0, 0, 0, 3), LayerRun(1, 1, 3, 3), LayerRun(0, 3, 6, 1))
 
 
 def test_layers_that_lie_on_each_other(llamas: dict[str, Path]) -> None:
     recipe = task_vectors("ties", llamas["base"], llamas["a"], llamas["b"])
-    (weave,), outside = weaves(mergeloom.plan(recipe))
-    assert {band.strip for band in weave.bands} == {0, 1, 2}
-    assert all((band.first, band.out, band.count) == (0, 0, 4) for band in weave.bands)
+    (stack,), outside = stack_maps(mergeloom.plan(recipe))
+    assert {run.input for run in stack.runs} == {0, 1, 2}
+    assert all((run.first, run.out, run.count) == (0, 0, 4) for run in stack.runs)
     assert set(outside[0].models) == {str(llamas[name]) for name in ("base", "a", "b")}
 
 
-def test_slices_that_follow_each_other_are_one_band(llamas: dict[str, Path]) -> None:
-    (weave,), _ = weaves(mergeloom.plan(stacked((llamas["a"], (0, 2)), (llamas["a"], (2, 4)))))
-    assert weave.bands == (LayerRun(0, 0, 0, 4),)
+def test_adjacent_slices_are_one_run(llamas: dict[str, Path]) -> None:
+    (stack,), _ = stack_maps(mergeloom.plan(stacked((llamas["a"], (0, 2)), (llamas["a"], (2, 4)))))
+    assert stack.runs == (LayerRun(0, 0, 0, 4),)
 
 
 def test_a_layer_made_of_two_of_one_model(llamas: dict[str, Path]) -> None:
     sources = [{"model": str(llamas["a"]), "layer_range": r, "parameters": {"weight": 1}} for r in ([0, 2], [2, 4])]
-    (weave,), _ = weaves(mergeloom.plan({"merge_method": "linear", "slices": [{"sources": sources}]}))
-    assert weave.layers == 2
-    assert weave.bands == (LayerRun(0, 0, 0, 2), LayerRun(0, 2, 0, 2))
+    (stack,), _ = stack_maps(mergeloom.plan({"merge_method": "linear", "slices": [{"sources": sources}]}))
+    assert stack.layers == 2
+    assert stack.runs == (LayerRun(0, 0, 0, 2), LayerRun(0, 2, 0, 2))
 
 
 def test_two_stacks(make_model: MakeModel) -> None:
     shapes = {f"{side}.block.{i}.layer.0.w.weight": (4, 4) for side in ("encoder", "decoder") for i in range(3)}
     config = {"model_type": "t5", "num_layers": 3, "num_decoder_layers": 3}
     path = make_model("t5", models.Model({"shared.weight": (8, 4), **shapes}, config))
-    found, _ = weaves(mergeloom.plan({"merge_method": "passthrough", "models": [{"model": str(path)}]}))
-    assert [weave.prefix for weave in found] == ["encoder.block", "decoder.block"]
+    found, _ = stack_maps(mergeloom.plan({"merge_method": "passthrough", "models": [{"model": str(path)}]}))
+    assert [stack.prefix for stack in found] == ["encoder.block", "decoder.block"]
 
 
 def test_parameters_over_the_layers(llamas: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""The page: whole in itself, escaped, bounded, and opened in a real browser without an error or a request."""
+"""The HTML page: self-contained, escaped, bounded in size, and free of errors and requests in a real browser."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVIL = "model.<script>alert(1)</script>\"'&\x1b[31m\u202e.weight"
 
 
 class Page(HTMLParser):
-    """What is in a page; its elements must be closed in order."""
+    """The content of a page, whose elements must be closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class Page(HTMLParser):
         self.text += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
-        """The attributes of every element of a kind."""
+        """Return the attributes of every element with this tag."""
         return [attrs for name, attrs in self.tags if name == tag]
 
 
 @pytest.fixture
-def whole(llamas: dict[str, Path], tmp_path: Path) -> str:
-    """A page with all there can be on it."""
+def full_page(llamas: dict[str, Path], tmp_path: Path) -> str:
+    """Make a page with every section."""
     recipe = slerp(llamas["base"], llamas["a"], [{"filter": "mlp", "value": [0.2, 0.9]}, {"value": 0.5}], normalise=1)
     planned = plan(recipe, Options(machine=Machine(ram=64 << 30, vram=1 << 30)))
     rates = assumed_rates(planned.workload)
@@ -79,13 +79,13 @@ def whole(llamas: dict[str, Path], tmp_path: Path) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ what it is
+# ------------------------------------------------------------------------------------------------ content
 
 
-def test_all_that_was_asked_for_is_on_it(whole: str) -> None:
-    page = Page(whole)
+def test_every_section_is_on_the_page(full_page: str) -> None:
+    page = Page(full_page)
     for title in (
-        *("What comes from where", "Parameters over the layers", "Memory", "Time", "With other budgets", "Inputs"),
+        *("Layer map", "Parameters by layer", "Memory", "Time", "With other budgets", "Inputs"),
         *("Largest tensors", "Work", "Output", "Warnings"),
     ):
         assert title in page.text, title
@@ -96,8 +96,8 @@ def test_all_that_was_asked_for_is_on_it(whole: str) -> None:
     assert "normalise" in page.text
 
 
-def test_nothing_on_it_lies_elsewhere(whole: str) -> None:
-    page = Page(whole)
+def test_nothing_is_loaded_from_elsewhere(full_page: str) -> None:
+    page = Page(full_page)
     assert not page.all("script")
     assert not page.all("img")
     assert not page.all("iframe")
@@ -105,15 +105,15 @@ def test_nothing_on_it_lies_elsewhere(whole: str) -> None:
     for tag, attrs in page.tags:
         assert not any(name.startswith("on") for name in attrs), (tag, attrs)
         assert not {"src", "srcset", "action"} & attrs.keys()
-    addresses = set(re.findall(r"(?:https?:)?//[\w./-]+", re.sub(r"<!--.*?-->", "", whole)))
+    addresses = set(re.findall(r"(?:https?:)?//[\w./-]+", re.sub(r"<!--.*?-->", "", full_page)))
     assert addresses <= {"http://www.w3.org/2000/svg"}
-    assert "@import" not in whole
-    assert "url(" not in whole
+    assert "@import" not in full_page
+    assert "url(" not in full_page
     policy = next(attrs["content"] or "" for attrs in page.all("meta") if "http-equiv" in attrs)
     assert policy.startswith("default-src 'none'")
 
 
-def test_names_from_files_are_text(make_model: MakeModel) -> None:
+def test_names_from_files_are_escaped(make_model: MakeModel) -> None:
     tensors = {EVIL: (64, 64), **{f"model.layers.{i}.<b>{i}</b>.weight": (8, 8) for i in range(3)}}
     model = make_model("<img src=x onerror=alert(1)>", tensors)
     text = make_page(mergeloom.plan(stacked((model, (0, 2)))))
@@ -127,7 +127,7 @@ def test_names_from_files_are_text(make_model: MakeModel) -> None:
     assert "<img src=x onerror=alert(1)>" in page.text
 
 
-def test_the_recipe_is_text(llamas: dict[str, Path], tmp_path: Path) -> None:
+def test_the_recipe_is_escaped(llamas: dict[str, Path], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yml"
     comment = "# </pre><script>alert('$title ${body}')</script>\n"
     recipe.write_text(comment + yaml.safe_dump(linear(llamas["a"], llamas["b"])))
@@ -144,13 +144,13 @@ def test_text_of(words: str) -> None:
     assert "è" in text_of("modèle")
 
 
-def test_names_that_are_too_long() -> None:
+def test_long_names_are_shortened() -> None:
     assert shortened("org/model", 200) == "model"
     assert shortened("a/" + "x" * 100, 62) == "xxxxx…xxxx"
     assert len(shortened("x" * 100, 1)) <= 4
 
 
-# ------------------------------------------------------------------------------------------------ how large it is
+# ------------------------------------------------------------------------------------------------ size
 
 
 def test_the_bands_of_a_frankenmerge(make_model: MakeModel) -> None:
@@ -164,7 +164,7 @@ def test_the_bands_of_a_frankenmerge(make_model: MakeModel) -> None:
 
 
 def test_many_tensors_make_no_large_page(make_model: MakeModel) -> None:
-    """Mixtures of experts, sparse, with the scales of their FP8 weights: twice the experts add hardly a character."""
+    """Mixtures of experts with FP8 scales: twice the experts hardly change the size."""
     sizes = []
     for experts in (16, 32):
         model = models.deepseek_v3(experts=experts)
@@ -190,7 +190,7 @@ def test_nothing_to_show(make_model: MakeModel) -> None:
     """One tensor without elements, and no layers."""
     model = make_model("empty", {"model.weight": (0, 4)})
     page = Page(make_page(mergeloom.plan({"merge_method": "passthrough", "models": [{"model": str(model)}]})))
-    assert "What comes from where" not in page.text
+    assert "Layer map" not in page.text
     assert "1 tensor" in page.text
 
 
@@ -209,7 +209,7 @@ def test_the_command(llamas: dict[str, Path], tmp_path: Path, capsys: pytest.Cap
     assert "--html" in capsys.readouterr().err
 
 
-def test_an_out_that_cannot_be_used_is_on_the_page(
+def test_an_unusable_out_is_on_the_page(
     llamas: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, file = tmp_path / "recipe.yml", tmp_path / "plan.html"
@@ -222,7 +222,7 @@ def test_an_out_that_cannot_be_used_is_on_the_page(
 
 
 def browse(page: Path, directory: Path, *options: str) -> tuple[list[str], list[str], Path]:
-    """Open a page in headless Chromium: what its console said, the requests that it made, and a screenshot."""
+    """Open a page in headless Chromium, and return its console messages, its requests and a screenshot."""
     assert CHROMIUM is not None
     directory.mkdir()
     log, image = directory / "net.json", directory / "page.png"
@@ -231,7 +231,7 @@ def browse(page: Path, directory: Path, *options: str) -> tuple[list[str], list[
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
             *("--disable-dev-shm-usage", "--enable-logging=stderr", "--window-size=1180,1400"),
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # what Chromium itself asks for must not leave the machine
+            "--host-resolver-rules=MAP * ~NOTFOUND",  # no requests of Chromium itself leave the machine
             *(f"--user-data-dir={directory / 'profile'}", f"--log-net-log={log}", f"--screenshot={image}"),
             *(*options, page.as_uri()),
         ],
@@ -241,25 +241,25 @@ def browse(page: Path, directory: Path, *options: str) -> tuple[list[str], list[
         check=True,
         env={**os.environ, "HOME": str(directory)},
     )
-    said = [line for line in ended.stderr.splitlines() if ":CONSOLE" in line]
+    messages = [line for line in ended.stderr.splitlines() if ":CONSOLE" in line]
     found = []
     for event in json.loads(log.read_text())["events"]:
         parameters = event.get("params") or {}
         if "url" in parameters and parameters.get("initiator", "not an origin") != "not an origin":
             found.append(parameters["url"])
-    return said, found, image
+    return messages, found, image
 
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium isn't installed")
 
 
 @needs_chromium
-@pytest.mark.parametrize("kind", ["whole", "evil", "stack"])
+@pytest.mark.parametrize("kind", ["full", "evil", "stack"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_shows_it_without_an_error_or_a_request(
-    kind: str, dark: bool, whole: str, make_model: MakeModel, llamas: dict[str, Path], tmp_path: Path
+    kind: str, dark: bool, full_page: str, make_model: MakeModel, llamas: dict[str, Path], tmp_path: Path
 ) -> None:
-    text = whole
+    text = full_page
     if kind == "evil":
         model = make_model("<img src=x onerror=alert(1)>", {EVIL: (64, 64), "model.layers.0.<svg onload=a()>": (8, 8)})
         text = make_page(mergeloom.plan({"merge_method": "passthrough", "models": [{"model": str(model)}]}))
@@ -268,26 +268,26 @@ def test_a_browser_shows_it_without_an_error_or_a_request(
     page = tmp_path / "plan.html"
     page.write_text(text)
     options = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    said, requests, image = browse(page, tmp_path / "browser", *options)
-    assert said == []
+    messages, requests, image = browse(page, tmp_path / "browser", *options)
+    assert messages == []
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert image.stat().st_size > 20_000  # something is drawn
     assert (sum(_background(image)) < 200) == dark
 
 
 @needs_chromium
-def test_errors_and_requests_would_be_seen(tmp_path: Path) -> None:
+def test_errors_and_requests_are_detected(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('oh')</script>")
-    said, requests, _ = browse(page, tmp_path / "browser")
-    assert len(said) == 1
+    messages, requests, _ = browse(page, tmp_path / "browser")
+    assert len(messages) == 1
     assert "http://127.0.0.1:9/x.png" in requests
 
 
 def _background(image: Path) -> tuple[int, ...]:
-    """The colour in the upper left corner of a PNG: no filter changes the first pixel of the first line."""
+    """Return the color of a PNG's first pixel, which no filter changes."""
     data = image.read_bytes()
-    assert data[24] == 8  # bits a channel
+    assert data[24] == 8  # bits per channel
     body, place = b"", 8
     while place < len(data):
         size = int.from_bytes(data[place : place + 4], "big")

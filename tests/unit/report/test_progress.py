@@ -1,4 +1,4 @@
-"""Progress: rates and time left from the engine's counters, drawn on a terminal or printed now and then."""
+"""Progress: rates and time left from the engine's counters, redrawn on a terminal or printed as lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from mergeloom.engine.execute.tasks import Progress
-from mergeloom.report.progress import WINDOW_SECONDS, Display, Meter, State, drawing
+from mergeloom.report.progress import WINDOW_SECONDS, Display, Meter, State, draw_line
 from tests.support.waiting import no_hang, wait_until
 
 GB = 10**9
@@ -37,7 +37,7 @@ def test_rate_and_time_left() -> None:
     assert not state.done
 
 
-def test_the_rate_is_of_late() -> None:
+def test_the_rate_is_a_recent_average() -> None:
     clock, progress = Clock(), Progress()
     meter = Meter(1000 * GB, 0, clock)
     for second in range(120):
@@ -48,7 +48,7 @@ def test_the_rate_is_of_late() -> None:
     assert len(meter._samples) <= WINDOW_SECONDS + 2
 
 
-def test_a_stalled_merge_knows_no_time_left() -> None:
+def test_a_stalled_merge_has_no_time_left() -> None:
     clock, progress = Clock(), Progress(bytes_read=GB)
     meter = Meter(8 * GB, 4 * GB, clock)
     for _ in range(100):
@@ -67,12 +67,12 @@ def test_nothing_to_move() -> None:
 @pytest.mark.parametrize("width", range(20, 120, 7))
 def test_what_does_not_fit_is_left_out_from_the_right(width: int) -> None:
     state = State(3 * GB, 1 * GB, 8 * GB, 4 * GB, 1.5 * GB, 5.4)
-    whole = " 33%  5 s left  1.5GB/s  read 3GB of 8GB  written 1GB of 4GB"
-    assert state.line() == whole
-    assert whole.startswith(state.line(width))
+    line = " 33%  5 s left  1.5GB/s  read 3GB of 8GB  written 1GB of 4GB"
+    assert state.line() == line
+    assert line.startswith(state.line(width))
     assert len(state.line(width)) <= width
-    assert drawing(state, width).cell_len <= width
-    assert state.line(width) in drawing(state, width).plain
+    assert draw_line(state, width).cell_len <= width
+    assert state.line(width) in draw_line(state, width).plain
 
 
 def test_before_the_first_byte_it_starts() -> None:
@@ -84,23 +84,23 @@ def test_an_unfinished_merge_is_checked_before_it_is_resumed() -> None:
     state = Meter(8 * GB, 4 * GB, Clock()).state(progress)
     assert state.line() == " 37%  checking the unfinished merge  3GB of 8GB"
     assert state.line(20) == " 37%"
-    assert drawing(state, 100).plain.count("━") == round(24 * 3 / 8)
+    assert draw_line(state, 100).plain.count("━") == round(24 * 3 / 8)
 
 
-def test_when_all_is_moved_it_waits_for_the_disk() -> None:
-    assert "waiting for the disk" in State(8, 4, 8, 4, 1, 0.0).line()
+def test_after_the_last_byte_it_syncs() -> None:
+    assert "syncing" in State(8, 4, 8, 4, 1, 0.0).line()
 
 
 class Terminal(io.StringIO):
-    """A stream that somebody looks at."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
-        """It is one."""
+        """Report a terminal."""
         return True
 
 
 def shown(stream: io.StringIO, *, quiet: bool = False) -> str:
-    """What a merge shows that ends once the display has been drawn three times, or never where it is quiet."""
+    """Return what a merge shows that ends after three updates of the display."""
     progress = Progress()
     drawn = 0
 
@@ -131,7 +131,7 @@ def test_one_line_that_is_redrawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch)
     text = shown(Terminal())
     assert "\n" not in text
     assert text.count("\r") > 2
-    assert text.endswith("\r\x1b[K")  # nothing of it stays
+    assert text.endswith("\r\x1b[K")  # the line is erased
 
 
 def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_a_short_merge_prints_no_line() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_paused_terminal_does_not_hold_the_merge_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paused_terminal_does_not_block_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     resumed = threading.Event()
 
@@ -182,7 +182,7 @@ def test_a_stream_that_is_closed_ends_the_display_and_nothing_else() -> None:
         display._thread.join()
 
 
-def test_what_only_reads_says_so() -> None:
+def test_a_download_shows_no_written_bytes() -> None:
     state = State(3 * GB, 0, 8 * GB, 0, 1.5 * GB, 5.4, "downloaded")
     assert state.line() == " 37%  5 s left  1.5GB/s  downloaded 3GB of 8GB"
-    assert State(8, 0, 8, 0, 1, 0.0).line() == "100%  waiting for the disk  read 8B"
+    assert State(8, 0, 8, 0, 1, 0.0).line() == "100%  syncing  read 8B"

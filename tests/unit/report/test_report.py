@@ -1,4 +1,4 @@
-"""The dry run and the summary as people read them."""
+"""The text of the dry run before a merge, and of the summary after it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from mergeloom.engine.execute.tasks import LaneTime, Measured
 from mergeloom.engine.graph.build import Unused
 from mergeloom.engine.run.merge import Result
 from mergeloom.engine.run.plan import Plan
-from mergeloom.report.plan import bottleneck, headline, plan_sections, plan_text, summary_text, unused_lines
+from mergeloom.report.plan import headline, plan_sections, plan_text
+from mergeloom.report.result import bottleneck, result_text
 from mergeloom.report.sections import plain, show
+from mergeloom.report.unused import unused_lines
 from tests.conftest import MakeModel
 from tests.support import models
 
 
 def linear(*paths: Path, **more: Any) -> dict[str, Any]:
-    """A recipe for a mean."""
+    """Make a recipe for a mean."""
     return {"merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": 1}} for p in paths], **more}
 
 
 def stacked(path: Path, *ranges: list[int], **more: Any) -> dict[str, Any]:
-    """A recipe for a stack."""
+    """Make a recipe for a stack of layers."""
     slices = [{"sources": [{"model": str(path), "layer_range": part}]} for part in ranges]
     return {"merge_method": "passthrough", "slices": slices, **more}
 
 
 def line_of(text: str, label: str) -> str:
-    """The line with this label."""
+    """Return the line with this label."""
     return next(line for line in text.splitlines() if line.strip().startswith(label))
 
 
@@ -44,11 +46,11 @@ def line_of(text: str, label: str) -> str:
 def test_a_plan_prints_as_the_dry_run(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
     text = plan_text(plan)
-    said = plan.to_dict()
+    content = plan.to_dict()
     assert text == plan_text(plan)
     assert text.startswith("linear of 2 models: 4 layers")
-    assert f"{said['output']['parameters']:,}" in line_of(text, "parameters")
-    assert "every byte once" in line_of(text, "reads")
+    assert f"{content['output']['parameters']:,}" in line_of(text, "parameters")
+    assert "no re-reads" in line_of(text, "reads")
     assert "38 by linear" in line_of(text, "tensors")
     assert "cpu" in line_of(text, "device")
     for name in "ab":
@@ -62,11 +64,11 @@ def test_the_true_shape_of_a_120b_stack(make_model: MakeModel) -> None:
     text = plan_text(plan)
     assert headline(plan) == "passthrough of 1 model: 140 layers, 122B parameters, 244GB"
     assert "121,892,970,496 (122B)" in line_of(text, "parameters")
-    assert "141GB, every byte once" in line_of(text, "reads")
-    assert "bytes are only copied" in line_of(text, "device")
+    assert "141GB, no re-reads" in line_of(text, "reads")
+    assert "tensors are only copied" in line_of(text, "device")
 
 
-def test_rereads_are_said_with_their_reason(make_model: MakeModel) -> None:
+def test_rereads_are_reported(make_model: MakeModel) -> None:
     tensors = {f"model.layers.{i}.w.weight": (2048, 2048) for i in range(2)}
     model = make_model("a", tensors, dtype="F32", fill=None)
     recipe = {
@@ -78,7 +80,7 @@ def test_rereads_are_said_with_their_reason(make_model: MakeModel) -> None:
     least = mergeloom.plan(recipe).schedule.minimum_ram
     plan = mergeloom.plan(recipe, max_ram=least + (4 << 20))
     assert plan.schedule.bytes_reread > 0
-    assert "again, since the budget holds no more" in line_of(plan_text(plan), "reads")
+    assert "of re-reads" in line_of(plan_text(plan), "reads")
 
 
 def test_the_base_is_marked_and_the_donor_named(llamas: dict[str, Path]) -> None:
@@ -123,22 +125,22 @@ def test_vram_is_shown_where_a_gpu_is_planned_for(llamas: dict[str, Path]) -> No
     budget = Budget(1 << 30, 200 << 20, (DeviceBudget("cuda:0", 1 << 30, 2),))
     text = str(replace(plan, schedule=make_schedule(plan.built.graph, budget)))
     assert "of 1GiB" in line_of(text, "peak VRAM")
-    assert "iB" in line_of(text, "least VRAM")
+    assert "iB" in line_of(text, "minimum VRAM")
     assert "to the GPU" in line_of(text, "uploads")
     assert "cuda:0" in line_of(text, "device")
     assert "VRAM" not in plan_text(plan)
 
 
 class Terminal(io.StringIO):
-    """A stream that somebody looks at."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
-        """It is one."""
+        """Report a terminal."""
         return True
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_a_terminal_gets_no_line_that_is_too_wide(
+def test_no_line_is_wider_than_the_terminal(
     width: int, llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -149,9 +151,9 @@ def test_a_terminal_gets_no_line_that_is_too_wide(
     show(plan_sections(plan), stream)
     printed = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
     assert max(map(len, printed.splitlines())) <= width
-    reduced_vram = "".join(printed.split())
+    unwrapped = "".join(printed.split())
     for model in llamas["a"], llamas["b"]:
-        assert model.name in reduced_vram
+        assert model.name in unwrapped
     assert f"{plan.to_dict()['output']['parameters']:,}" in printed
 
 
@@ -176,7 +178,7 @@ def test_brackets_in_a_path_are_no_markup(make_model: MakeModel, monkeypatch: py
 
 
 def result_of(plan: Plan, **more: Any) -> Result:
-    """What a merge measured that went as planned."""
+    """Make the result of a merge that went as planned."""
     measured = Measured(
         bytes_read=plan.schedule.bytes_read,
         bytes_written=plan.schedule.bytes_written,
@@ -186,39 +188,39 @@ def result_of(plan: Plan, **more: Any) -> Result:
     return Result(plan=plan, out=Path("out"), measured=replace(measured, **more), peak_rss=100 << 20)
 
 
-def test_the_summary_holds_the_measured_against_the_foretold(llamas: dict[str, Path]) -> None:
+def test_the_summary_compares_measured_with_planned_values(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
-    text = summary_text(result_of(plan))
+    text = result_text(result_of(plan))
     assert text.startswith("Merged into out")
     assert "10 s" in line_of(text, "time")
-    assert "B/s" in line_of(text, "time")
-    assert line_of(text, "read").endswith("as foretold")
-    assert "100MiB; foretold" in line_of(text, "peak RAM")
+    assert "B/s" in line_of(text, "throughput")
+    assert line_of(text, "read").endswith("as planned")
+    assert "100MiB; planned" in line_of(text, "peak RAM")
     assert "a faster disk" in line_of(text, "bottleneck")
     assert "90%" in text
-    other = summary_text(result_of(plan, bytes_written=plan.schedule.bytes_written + 1))
-    assert f"{plan.schedule.bytes_written:,} were foretold" in line_of(other, "written")
+    other = result_text(result_of(plan, bytes_written=plan.schedule.bytes_written + 1))
+    assert f"; planned {plan.schedule.bytes_written:,}" in line_of(other, "written")
 
 
-def test_a_crowded_gpu_is_said(llamas: dict[str, Path]) -> None:
+def test_reduced_vram_is_reported(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
-    text = summary_text(result_of(plan, reduced_vram={"cuda:1": 3 << 30}))
-    assert line_of(text, "made do with").endswith("3GiB of cuda:1: another process held the rest")
+    text = result_text(result_of(plan, reduced_vram={"cuda:1": 3 << 30}))
+    assert line_of(text, "VRAM reduced to").endswith("3GiB on cuda:1: another process used the rest")
 
 
 def test_a_rehearsal_says_that_nothing_was_written(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
-    text = summary_text(replace(result_of(plan), out=None))
+    text = result_text(replace(result_of(plan), out=None))
     assert "nothing was written" in text
     assert line_of(text, "discarded")
 
 
-def test_overflows_are_counted_by_tensor_the_worst_first(llamas: dict[str, Path]) -> None:
+def test_overflows_are_counted_by_tensor_worst_first(llamas: dict[str, Path]) -> None:
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
     names = [output.name for output in plan.built.graph.outputs]
     counts = dict(zip(names, itertools.count(1)))
-    text = summary_text(result_of(plan, overflowed=counts))
-    assert f"{names[-1]}: {len(names)} values beyond BF16" in text
+    text = result_text(result_of(plan, overflowed=counts))
+    assert f"{names[-1]}: {len(names)} values too large for BF16" in text
     assert f"in {len(names) - 10} other tensors" in text
     assert names[0] not in text
 
@@ -234,15 +236,15 @@ def test_overflows_are_counted_by_tensor_the_worst_first(llamas: dict[str, Path]
         ("write", False, "disk for OUT"),
     ],
 )
-def test_the_bottleneck_in_words(lane: str, gpu: bool, says: str) -> None:
+def test_the_bottleneck_has_a_remedy(lane: str, gpu: bool, says: str) -> None:
     lanes = {name: LaneTime(2, 2.0, 18.0) for name in ("read", "upload", "compute", "download", "write")}
     lanes[lane] = LaneTime(2, 19.0, 1.0)
     assert says in bottleneck(Measured(seconds=10.0, lanes=lanes), gpu=gpu)
     assert "95%" in bottleneck(Measured(seconds=10.0, lanes=lanes), gpu=gpu)
 
 
-def test_no_bottleneck_where_there_is_none() -> None:
+def test_no_bottleneck() -> None:
     lanes = {"read": LaneTime(2, 6.0, 14.0), "write": LaneTime(1, 5.0, 5.0)}
     assert bottleneck(Measured(seconds=10.0, lanes=lanes)).startswith("none: the busiest lane, write")
-    assert bottleneck(Measured(seconds=0.1, lanes=lanes)) == "too short to tell"
-    assert bottleneck(Measured()) == "too short to tell"
+    assert bottleneck(Measured(seconds=0.1, lanes=lanes)) == "unknown: the merge was too short to measure"
+    assert bottleneck(Measured()) == "unknown: the merge was too short to measure"

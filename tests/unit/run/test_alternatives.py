@@ -88,7 +88,7 @@ def test_vram_beside_ram(ties: dict[str, object]) -> None:
     assert all(one.peak_vram <= one.vram for one in found)
     section = alternatives_section(found)
     assert section.grid is not None
-    assert section.grid.header == ("RAM", "VRAM", "read", "read again", "to the GPU", "about", "")
+    assert section.grid.header == ("RAM", "VRAM", "read", "re-reads", "to the GPU", "time", "")
     assert [row[-1] for row in section.grid.rows].count("this plan") == 1
 
 
@@ -114,7 +114,7 @@ def test_the_command(ties: dict[str, object], tmp_path: Path) -> None:
     with contextlib.redirect_stdout(out):
         assert __main__.main(arguments) == 0
     assert "With other budgets" in out.getvalue()
-    assert "about" not in out.getvalue().partition("With other budgets")[2]
+    assert "time" not in out.getvalue().partition("With other budgets")[2]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert __main__.main([*arguments, "--rates", "disk_read=1GB/s", "--json"]) == 0

@@ -18,7 +18,7 @@ from mergeloom.engine.run.recovery.recover import RecoveredState, recover
 from mergeloom.engine.run.shard_writer import ShardWriter, records_of
 from mergeloom.engine.run.transfers import Transfer, plan_transfers
 from mergeloom.io.output.digests import tensor_digest
-from mergeloom.io.output.directory import OutputDirectory
+from mergeloom.io.output.directory import OutputDirectory, ShardFile
 from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.output.journal import Journal, read_journal
 from mergeloom.io.task_group import TaskGroup

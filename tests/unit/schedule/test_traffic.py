@@ -15,7 +15,7 @@ from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.timeline import sparkline, timeline
 from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of
-from mergeloom.report.plan import plan_text, read_again_lines
+from mergeloom.report.plan import plan_text, reread_lines
 from tests.conftest import MakeModel
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 from tests.support.devices import CountingDevice
@@ -126,10 +126,10 @@ def test_many_kinds_are_summed_up() -> None:
     from mergeloom.engine.schedule.traffic import ReadAgain
 
     groups = [ReadAgain(f"w{i}", 2, 100, 300, "it has to be") for i in range(7)]
-    lines = read_again_lines(groups)
+    lines = reread_lines(groups)
     assert len(lines) == 5
-    assert lines[0] == "w0 (2 tensors, 100B): 3.0 times, since it has to be"
-    assert lines[-1] == "and 6 other tensors, of which 600B are read again"
+    assert lines[0] == "w0 (2 tensors, 100B): read 3.0 times: it has to be"
+    assert lines[-1] == "and 6 other tensors, with 600B of re-reads"
 
 
 @pytest.mark.parametrize("budget", ["ram=64GiB,vram=1GiB", "ram=64GiB,vram=24GiB,gpus=2"])

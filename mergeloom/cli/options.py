@@ -1,0 +1,75 @@
+"""Options that several commands share, and the conversion of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..engine.run.plan import Options
+
+METHODS_HELP = "Python file with additional merge methods; repeatable."
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def size(text: str) -> int:
+    """Convert the value of a size option, such as 32GiB, to bytes."""
+    from ..io.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def complete_device(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the value of --device for the shell."""
+    return [name for name in ("auto", "cpu", "cuda") if name.startswith(incomplete)]
+
+
+def planning_options(command: F) -> F:
+    """Add the options that `plan` and `merge` share."""
+    for option in reversed(
+        (
+            click.option("--max-ram", type=size, help="RAM limit for the process, such as 32GiB.  [default: 70%]"),
+            click.option("--max-vram", type=size, help="VRAM limit for each GPU.  [default: 85%]"),
+            click.option(
+                "--device",
+                default="auto",
+                show_default=True,
+                shell_complete=complete_device,
+                help="Compute device: auto, cpu, cuda (all GPUs), cuda:1, or cuda:0,cuda:1.",
+            ),
+            click.option(
+                "--seed",
+                type=int,
+                default=0,
+                show_default=True,
+                help="Seed for methods that sample (dare_*, della*).",
+            ),
+            click.option(
+                "--shard-size",
+                type=size,
+                default="5GB",
+                show_default=True,
+                help="Maximum size of an output shard.",
+            ),
+            click.option("--threads", type=click.IntRange(1), help="CPU compute threads.  [default: all cores]"),
+            click.option("--strict", is_flag=True, help="Treat unknown keys and parameters in the recipe as errors."),
+            click.option("--methods", multiple=True, type=click.Path(), metavar="FILE", help=METHODS_HELP),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def make_options(values: Mapping[str, Any]) -> Options:
+    """Convert the values of the planning options to Options."""
+    from ..engine.run.plan import Options
+
+    return Options(**{**values, "methods": tuple(values["methods"])})

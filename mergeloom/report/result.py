@@ -1,0 +1,133 @@
+"""The summary after a merge: measured values next to the planned ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..io.units import data_size, duration, memory_size, plural, rate
+from .sections import Grid, Section, plain
+from .time import REMEDIES
+
+if TYPE_CHECKING:
+    from ..engine.execute.tasks import LaneTime, Measured
+    from ..engine.run.merge import Result
+    from ..engine.run.plan import Plan
+
+_BUSY = 0.6
+"""The share of a lane's time above which it is called the bottleneck."""
+_MIN_SECONDS = 2.0
+"""The duration below which a merge is too short to find its bottleneck."""
+_OVERFLOWS_SHOWN = 10
+
+
+def result_text(result: Result) -> str:
+    """Return the summary of a merge as plain lines."""
+    return plain(result_sections(result))
+
+
+def result_sections(result: Result) -> list[Section]:
+    """Return the sections of the summary; none if the merge was already complete."""
+    plan, measured, earlier = result.plan, result.measured, result.earlier
+    if result.out is not None and not measured.seconds:
+        return []
+    rehearsal = result.out is None
+    fields = [
+        ("time", duration(measured.seconds)),
+        ("throughput", f"{rate(measured.bytes_read + measured.bytes_written, measured.seconds)} read and written"),
+        ("read", _compare(measured.bytes_read + earlier.bytes_read, plan.bytes_read)),
+        (
+            "discarded" if rehearsal else "written",
+            _compare(measured.bytes_written + earlier.bytes_written, plan.bytes_written),
+        ),
+        *_reflink_fields(result),
+        *_memory_fields(result),
+        ("bottleneck", bottleneck(measured, gpu=_uses_gpu(plan))),
+    ]
+    lanes = tuple(
+        (name, str(lane.threads), f"{lane.worked:.1f} s", f"{lane.waited:.1f} s", f"{_busy(lane, measured):.0%}")
+        for name, lane in measured.lanes.items()
+        if name != "compute" or plan.computes
+    )
+    header = ("lane", "threads", "worked", "waited", "busy")
+    title = "Rehearsal complete: nothing was written" if rehearsal else f"Merged into {result.out}"
+    sections = [Section(title, fields, Grid(header, lanes, frozenset(header[1:])) if lanes else None)]
+    if measured.overflowed:
+        sections.append(overflow_section(result))
+    return sections
+
+
+def _reflink_fields(result: Result) -> Iterator[tuple[str, str]]:
+    """Describe what was reflinked, and why the other copied tensors were not."""
+    plan, measured = result.plan, result.measured
+    if plan.bytes_shared:
+        yield "reflinked", _compare(measured.bytes_shared + result.earlier.bytes_shared, plan.bytes_shared)
+    for reason, nbytes in plan.unshared:
+        yield "not reflinked", f"{data_size(nbytes)}: {reason}"
+    for number, nbytes in measured.refused.items():
+        reason = f"refused by the file system ({os.strerror(number)}), copied instead"
+        yield "not reflinked", f"{data_size(nbytes)}: {reason}"
+
+
+def _memory_fields(result: Result) -> Iterator[tuple[str, str]]:
+    """Compare peak RAM and VRAM with the plan."""
+    schedule, measured = result.plan.schedule, result.measured
+    planned, limit = memory_size(schedule.peak_ram, up=True), memory_size(schedule.budget.ram)
+    yield "peak RAM", f"{memory_size(result.peak_rss, up=True)}; planned {planned}, limit {limit}"
+    if _uses_gpu(result.plan):
+        planned = memory_size(schedule.peak_vram, up=True)
+        yield "peak VRAM", f"{memory_size(measured.vram_peak, up=True)}; planned {planned}"
+    for name, vram in measured.reduced_vram.items():
+        yield "VRAM reduced to", f"{memory_size(vram)} on {name}: another process used the rest"
+
+
+def _compare(measured: int, planned: int) -> str:
+    """Format measured bytes, with the planned bytes where they differ."""
+    if measured == planned:
+        return f"{data_size(measured)}, as planned"
+    return f"{measured:,} bytes; planned {planned:,}"
+
+
+def bottleneck(measured: Measured, *, gpu: bool = False) -> str:
+    """Name the busiest lane, and what would make the merge faster.
+
+    Args:
+        measured: measurements of the merge.
+        gpu: whether a GPU computed.
+    """
+    if measured.seconds < _MIN_SECONDS or not measured.lanes:
+        return "unknown: the merge was too short to measure"
+    name, lane = max(measured.lanes.items(), key=lambda item: _busy(item[1], measured))
+    share = _busy(lane, measured)
+    if share < _BUSY:
+        return f"none: the busiest lane, {name}, was busy {share:.0%} of the time"
+    computing = "computing: more or faster cores, or a GPU, would help most"
+    if gpu:
+        computing = "computing: a faster GPU, or a second one, would help most"
+    return f"{REMEDIES.get(name, computing)} ({share:.0%} busy)"
+
+
+def _uses_gpu(plan: Plan) -> bool:
+    return any(device.vram is not None for device in plan.schedule.budget.devices)
+
+
+def _busy(lane: LaneTime, measured: Measured) -> float:
+    """The share of the merge's time that a lane's threads worked."""
+    return lane.worked / (lane.threads * measured.seconds) if lane.threads and measured.seconds else 0.0
+
+
+def overflow_section(result: Result) -> Section:
+    """List the tensors in which finite inputs gave values too large for the output's dtype."""
+    graph, overflowed = result.plan.built.graph, result.measured.overflowed
+    dtypes = {output.label: graph.node_dtype[output.node].name for output in graph.outputs}
+    worst = sorted(overflowed.items(), key=lambda item: (-item[1], item[0]))
+    lines = [
+        f"{name}: {plural(count, 'value')} too large for {dtypes.get(name, 'its dtype')}"
+        for name, count in worst[:_OVERFLOWS_SHOWN]
+    ]
+    if rest := worst[_OVERFLOWS_SHOWN:]:
+        count = sum(count for _, count in rest)
+        lines.append(f"and {plural(count, 'value')} in {plural(len(rest), 'other tensor')}")
+    lines.append("They are infinite or NaN in the output. Use a wider out_dtype or smaller weights.")
+    return Section("Overflow", lines=lines, warns=True)
