@@ -1,18 +1,18 @@
-# make demo    merge a real sentence encoder, and see what it makes of a few sentences before and after
-# make test    the tests
-# make test-all  the long tests, too
+# make demo      merge a real sentence encoder, and compare sentence embeddings before and after
+# make test      run the tests
+# make test-all  the long tests as well
 # make golden  pin the output bytes of all golden merges again
-# make check   lint, format, packaging and types
-# make compat  the same configurations with mergekit 0.1.5 and with mergeloom: do they make the same models?
-# make soak    merges killed, starved and lied to, each gone on with until it is whole: up to an hour
-# make bench   mergeloom beside mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
-# make packages  the wheel and the sdist, installed and tried with each of PYTHONS
-# make coverage  the tests, and which branches of the code they go through: above 90% for engine, methods and io
-# make mutants   small mistakes in the scheduler and the selection: do the tests notice?
-# make clean   remove everything that make has made here, but the benchmarks' models
+# make check     lint, format, packaging and types
+# make compat    run the same configurations with mergekit 0.1.5 and with mergeloom, and compare the models
+# make soak      merges with kills, full disks and damaged files, each resumed until it completes: up to an hour
+# make bench     mergeloom compared with mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
+# make packages  install and try the wheel and the sdist with each of PYTHONS
+# make coverage  run the tests and measure branch coverage: above 90% for engine, methods and io
+# make mutants   mutation tests of the scheduler and the selection
+# make clean     remove everything that make has created here, except the benchmarks' models
 #
-# Each makes what it needs. PYTHON chooses the interpreter (3.11 or newer), and pip's own settings where packages come
-# from: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the small torch, without CUDA.
+# Each target creates the environment that it needs. PYTHON chooses the interpreter (3.11 or newer). pip's own settings
+# choose the package index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the CPU build of torch.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c

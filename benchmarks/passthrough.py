@@ -91,8 +91,8 @@ def cp_text(results: dict[str, Any]) -> str:
         f"Passing through {results['bytes'] / 1e9:.2f} GB of layers of a 2.5 GB model, on a file system without shared "
         f"blocks, including the sync: {seconds['mergeloom']:.2f} s ({spread['mergeloom']}), including start-up; `cp` "
         f"of as many bytes {seconds['cp']:.2f} s ({spread['cp']}): {seconds['mergeloom'] / seconds['cp']:.2f} times. "
-        f"Medians of {len(results['seconds']['cp'])}, alternating, inputs in the page cache. {about['cpu']}, {about['cores']} "
-        f"cores; {about['date']}."
+        f"Medians of {len(results['seconds']['cp'])}, alternating, inputs in the page cache. {about['cpu']}, "
+        f"{about['cores']} cores; {about['date']}."
     )
 
 

@@ -147,7 +147,7 @@ def test_budgets_of_small_models(tmp_path: Path) -> None:
     assert rows[0]["foretold"]["bytes_read"] > 100_000
     text = budgets.text({"machine": process.machine(), "rows": rows})
     assert "| `ties` | 512MiB |" in text
-    assert "None is above what was foretold" in text
+    assert "No process exceeds its planned peak" in text
 
 
 def test_broken_budgets_are_said() -> None:
@@ -195,9 +195,9 @@ def test_bars_are_met_or_missed() -> None:
     runs += [run("ties", "mergeloom", 10.0, 2**30 + 1), run("ties", "mergekit", 299.0)]
     found = {bar.what: bar.met for bar in bars.of_comparison({"runs": runs})}
     assert found == {
-        "`linear` beside mergekit": True,
-        "`linear` beside reading and writing": False,
-        "`ties` beside mergekit": False,
+        "`linear` vs. mergekit": True,
+        "`linear` vs. reading and writing": False,
+        "`ties` vs. mergekit": False,
         "peak RSS of every method": False,
     }
     (bar,) = bars.of_scaling({"rows": [{"part": "start", "label": "mergeloom plan", "seconds": [2.0, 1.0, 1.2]}]})

@@ -1,4 +1,4 @@
-"""The documentation holds what there is: commands and options, snippets that run, links that lead somewhere."""
+"""Compares the documentation with the program: commands, options, keys, messages, snippets and links."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ FOR_USERS = "\n".join(text for page, text in TEXT.items() if page.name == "READM
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command by name."""
+    """Yields every command with its name."""
     yield from sorted(cli.commands.items())
 
 
 def snippets(language: str) -> list[object]:
-    """Every fenced block of a language."""
-    found = []
+    """Returns every fenced block of a language."""
+    blocks = []
     for page, text in TEXT.items():
         for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)):
-            found.append(pytest.param(match[1], id=f"{page.name}-{number}"))
-    return found
+            blocks.append(pytest.param(match[1], id=f"{page.name}-{number}"))
+    return blocks
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands()))
@@ -57,7 +57,7 @@ def test_every_option_is_documented(name: str, command: click.Command) -> None:
                 assert re.search(rf"`{option}\b", page), f"{option} of mergeloom {name}"
 
 
-def test_no_option_is_documented_that_is_not_there() -> None:
+def test_every_documented_option_exists() -> None:
     page = (ROOT / "docs" / "command-line.md").read_text()
     known = {option for _, command in commands() for p in command.params for option in p.opts}
     assert set(re.findall(r"`(--[a-z-]+)", page)) <= known | {"--version", "--help"}
@@ -71,13 +71,13 @@ def test_every_exit_code_is_documented() -> None:
         assert f"\n| {code} |" in page
 
 
-def test_every_key_of_a_recipe_is_documented() -> None:
+def test_every_recipe_key_is_documented() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text()
     for key in STAGE_KEYS:
         assert f"`{key}`" in page, key
 
 
-def test_every_key_of_the_plan_is_documented(llamas: dict[str, Path]) -> None:
+def test_every_plan_key_is_documented(llamas: dict[str, Path]) -> None:
     page = (ROOT / "docs" / "command-line.md").read_text()
     model = {"model": str(llamas["a"]), "parameters": {"weight": 1}}
     for key in mergeloom.plan({"merge_method": "linear", "models": [model]}).to_dict():
@@ -85,14 +85,14 @@ def test_every_key_of_the_plan_is_documented(llamas: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("snippet", snippets("yaml"))
-def test_recipes_are_recipes(snippet: str) -> None:
+def test_recipes_parse_without_warnings(snippet: str) -> None:
     assert all(yaml.safe_load_all(snippet))
     recipe = parse_recipe(snippet, strict=True, methods=merge_methods())
     assert recipe.warnings == ()
 
 
 @pytest.mark.parametrize("snippet", snippets("python"))
-def test_python_parses_and_uses_what_there_is(snippet: str) -> None:
+def test_python_parses_and_uses_the_public_api(snippet: str) -> None:
     for node in ast.walk(ast.parse(snippet)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mergeloom":
             assert node.attr in mergeloom.__all__
@@ -103,7 +103,7 @@ PAGES_THAT_RUN = [page for page in PAGES if re.search(r"^import mergeloom$", TEX
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
 def test_python_runs(page: Path, llamas: dict[str, Path], tmp_path: Path) -> None:
-    """With the recipes of the page, under the names that it gives them, and small models in the place of theirs."""
+    """Runs the page's Python with the page's recipes, under their names, and with small models."""
     blocks = FENCE.findall(TEXT[page])
     recipes = [text for language, text in blocks if language == "yaml"]
     program = "".join(text for language, text in blocks if language == "python")
@@ -113,13 +113,13 @@ def test_python_runs(page: Path, llamas: dict[str, Path], tmp_path: Path) -> Non
     models = {name for text in recipes for name in re.findall(r"model: (?:\./)?([\w-]+)", text)}
     for number, name in enumerate(sorted(models)):
         (tmp_path / name).symlink_to(llamas["abc"[number % 3]])
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout
 
 
-def test_python_is_run_here_or_as_methods() -> None:
-    """docs/methods.md is run by test_methods_plugins.py and test_user_methods.py."""
+def test_every_page_with_python_is_run() -> None:
+    """test_registry.py and test_user_methods.py run docs/methods.md."""
     assert {page.name for page in PAGES if "\n```python\n" in TEXT[page]} == {
         "methods.md",
         *(page.name for page in PAGES_THAT_RUN),
@@ -127,20 +127,20 @@ def test_python_is_run_here_or_as_methods() -> None:
 
 
 def commands_shown(text: str) -> Iterator[str]:
-    """Every ``mergeloom ...`` of a page: in fences, in indented blocks, after their prompts, and in the text itself."""
+    """Yields every ``mergeloom ...`` command of a page: in fences, indented blocks, and inline code."""
     blocks = [block for language, block in FENCE.findall(text) if language != "python"]
     prose = FENCE.sub("", text)
     lines = [line for block in blocks for line in block.splitlines()]
     lines += [line for line in prose.splitlines() if line.startswith("    ")]
     for line in lines:
         if match := re.match(r" *(?:\$ )?mergeloom (.+)", line):
-            yield re.split(r" {2,}| [|>] ", match[1])[0]  # what follows is said of it, or another command
+            yield re.split(r" {2,}| [|>] ", match[1])[0]  # a comment or another command follows
     flowing = " ".join(line.strip() for line in prose.splitlines() if not line.startswith("    "))
     yield from re.findall(r"`mergeloom ([^`]+)`", flowing)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "mergeloom " in TEXT[page]], ids=lambda page: page.name)
-def test_commands_that_are_shown_parse(page: Path) -> None:
+def test_shown_commands_parse(page: Path) -> None:
     for shown in commands_shown(TEXT[page]):
         arguments = [re.sub(r"^N$", "1", word) for word in shlex.split(shown, comments=True)]
         name, *rest = arguments
@@ -148,29 +148,29 @@ def test_commands_that_are_shown_parse(page: Path) -> None:
             if name.startswith("-"):
                 cli.make_context("mergeloom", arguments)
             else:
-                cli.commands[name].make_context(name, rest, help_option_names=["-h", "--help"])  # which click keeps
-        except (click.exceptions.Exit, click.MissingParameter):  # --version; or the command alone is talked about
+                cli.commands[name].make_context(name, rest, help_option_names=["-h", "--help"])  # click edits the list
+        except (click.exceptions.Exit, click.MissingParameter):  # --version, or a command without arguments
             pass
         except (click.UsageError, KeyError) as error:
             pytest.fail(f"{page.name}: mergeloom {shown}: {error}")
 
 
-def test_commands_are_found() -> None:
+def test_commands_shown_finds_every_form() -> None:
     text = "a `mergeloom plan\nx.yml`\n\n    mergeloom verify OUT   reads\n\n```console\n$ mergeloom stack M > f\n```\n"
     assert list(commands_shown(text)) == ["stack M", "verify OUT", "plan x.yml"]
     assert len(list(commands_shown(GUIDE))) > 20
 
 
 def anchors(text: str) -> set[str]:
-    """Where links into a page can lead; a second heading of the same name gets a number."""
-    found: list[str] = []
+    """Returns the anchors of a page's headings; a repeated heading gets a number."""
+    names: list[str] = []
     for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE):
-        found.append(re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-"))
-    return {name if not (n := found[:i].count(name)) else f"{name}-{n}" for i, name in enumerate(found)}
+        names.append(re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-"))
+    return {name if not (n := names[:i].count(name)) else f"{name}-{n}" for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_link_targets_exist(page: Path) -> None:
     text = FENCE.sub("", TEXT[page])
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:", target):
@@ -181,19 +181,19 @@ def test_links_lead_somewhere(page: Path) -> None:
                 assert anchor in anchors(linked.read_text()), f"{page.name}: {target}"
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    """benchmarks.md is made by `make bench`, and is linked once there is something in it."""
+def test_the_readme_links_to_every_page() -> None:
+    """`make bench` writes benchmarks.md, so its link is optional."""
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", TEXT[ROOT / "README.md"]))
     assert {page.name for page in PAGES if page.parent.name == "docs"} - {"benchmarks.md"} <= linked
 
 
-def test_messages_in_the_guide_are_those_that_are_said() -> None:
+def test_messages_in_the_guide_exist_in_the_code() -> None:
     sources = [file for folder in ("mergeloom", "engine", "io") for file in sorted((ROOT / folder).rglob("*.py"))]
-    said = "".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in sources)
+    code = "".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in sources)
     rows = re.findall(r"^\| `([^`]+)` \| (\d+)", GUIDE.partition("| the message says |")[2], re.MULTILINE)
     assert len(rows) > 10
     for message, _ in rows:
-        assert message in said, message
+        assert message in code, message
 
 
 def test_the_shell_completes() -> None:
@@ -215,7 +215,7 @@ def test_the_readme_is_short() -> None:
     assert len(TEXT[ROOT / "README.md"].splitlines()) < 200
 
 
-def test_the_default_budgets_are_the_ones_that_hold() -> None:
+def test_the_documented_default_budgets_are_the_real_ones() -> None:
     from mergeloom.engine.cost.machine import RAM_SHARE, VRAM_SHARE
 
     page = (ROOT / "docs" / "command-line.md").read_text()
