@@ -1,4 +1,4 @@
-"""Merge methods as pure tensor maths: torch in, torch out. No files, devices, names or budgets."""
+"""Merge methods as pure tensor functions, independent of files, devices, tensor names and budgets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from .kernel.contract import Method
 
 
 def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:
-    """Every merge method by name: the built-in ones, those of the given Python files, and of installed packages.
+    """All merge methods by name: built-in ones, those in the given Python files, and those of installed packages.
 
     Raises:
-        UsageError: where a file, or a package, doesn't do what it should: see `plugins`.
+        UsageError: a file or package is invalid; see `registry.load_methods`.
     """
-    from .registry import Known, load_methods
+    from .registry import MethodRegistry, load_methods
 
     for file in files:
         load_methods(file)
-    return Known()
+    return MethodRegistry()

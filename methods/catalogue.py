@@ -1,4 +1,4 @@
-"""Importing this module registers the built-in merge methods."""
+"""Imports the built-in merge methods, which registers them."""
 
 from __future__ import annotations
 

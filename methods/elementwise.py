@@ -1,4 +1,4 @@
-"""Methods that look at one element at a time and need to know nothing of the rest of the tensor."""
+"""Methods whose output elements depend only on the same elements of the inputs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class WeightedSum(Kernel):
-    """The sum of the inputs times fixed coefficients, added in recipe order."""
+    """The sum of the inputs multiplied by fixed coefficients, added in recipe order."""
 
-    buffers = 2
+    workspace_per_element = 2
     propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, coefficients: Sequence[float]) -> None:
@@ -44,14 +44,14 @@ class WeightedSum(Kernel):
 
 
 def weighted_sum(inputs: Inputs, coefficients: Sequence[float]) -> Kernel:
-    """The kernel of a sum with fixed coefficients."""
+    """The kernel of a weighted sum; a plain copy if the only coefficient is 1."""
     return Copy(inputs, 0) if list(coefficients) == [1.0] else WeightedSum(inputs, coefficients)
 
 
 class Copy(Kernel):
-    """One of the inputs as it is."""
+    """A copy of one input."""
 
-    buffers = 1
+    workspace_per_element = 1
 
     def __init__(self, inputs: Inputs, index: int) -> None:
         super().__init__(inputs)
@@ -65,35 +65,35 @@ class Copy(Kernel):
 def linear(inputs: Inputs, *, weight: PerInput[Finite], normalize: bool = True) -> Kernel:
     """The weighted mean of the models' weights ("model soup").
 
-    out = sum_i w_i x_i / sum_i w_i, or without the division where `normalize` is false.
+    out = sum_i w_i x_i / sum_i w_i, without the division if `normalize` is false.
 
     Args:
-        weight: the weight of this model.
+        weight: weight of this model.
         normalize: divide the weights by their sum.
     """
     total = math.fsum(weight) if normalize else 1.0
     if abs(total) <= 1e-12 * math.fsum(map(abs, weight)):
-        message = "the weights sum to 0, so they can't be normalized: change them, or set `normalize: false`"
+        message = "the weights sum to 0 and cannot be normalized: change them, or set `normalize: false`"
         raise MethodError(message, parameters=["weight"])
     return weighted_sum(inputs, [w / total for w in weight])
 
 
 @merge_method("passthrough", maximum=1)
 def passthrough(inputs: Inputs, *, scale: PerInput[Finite] = (1.0,)) -> Kernel:
-    """The one input as it is, or times a number.
+    """A copy of the input, optionally scaled.
 
     out = scale x
 
     Args:
-        scale: what every element is multiplied by.
+        scale: factor of every element.
     """
     return weighted_sum(inputs, [only(scale, "input")])
 
 
 class NearSwap(Kernel):
-    """Between two inputs, element by element."""
+    """Interpolation between two inputs with a weight per element."""
 
-    buffers = 3
+    workspace_per_element = 3
     propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, t: float, eps: float) -> None:
@@ -118,12 +118,12 @@ class NearSwap(Kernel):
     absent=Absent.SINGLE_BASE,
 )
 def nearswap(inputs: Inputs, *, t: NonNegative, eps: Positive = 1e-6) -> Kernel:
-    """The base, drawn towards the other model where the two are close.
+    """Interpolation from the base to the other model, strongest for elements where the two are close.
 
-    out = (1-w) base + w x with w = t / |x - base|, no less than 0 and no more than 1.
+    out = (1-w) base + w x with w = t / |x - base|, clamped to the range from 0 to 1.
 
     Args:
-        t: the distance up to which the other model is taken as it is.
-        eps: the least distance that is divided by.
+        t: distance up to which the other model's value is used.
+        eps: minimum distance to divide by.
     """
     return NearSwap(inputs, t, eps)

@@ -1,4 +1,4 @@
-"""Methods that go along arcs: slerp and its kin, means on the sphere, model stock."""
+"""Methods based on angles between tensors: slerp and its variants, means on the sphere, model stock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from .elementwise import Copy
-from .gram import ColumnCombination, Combination, RowCombination, Span, Vector, combine
+from .gram import ColumnCombination, Combination, RowCombination, Span, Vector, linear_combination
 from .kernel.contract import (
     Absent,
     Base,
@@ -25,7 +25,7 @@ from .kernel.contract import (
 
 
 def arc(angle: float, t: float) -> tuple[float, float]:
-    """The factors of two unit vectors `angle` apart at the place `t` of the arc between them."""
+    """The coefficients of two unit vectors `angle` apart for the point at fraction `t` of the arc between them."""
     sine = math.sin(angle)
     return (math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine) if sine else (1 - t, t)
 
@@ -40,13 +40,13 @@ def arc(angle: float, t: float) -> tuple[float, float]:
 def slerp(inputs: Inputs, *, t: Finite, dot_threshold: Fraction = 0.9995, eps: NonNegative = 1e-8) -> Kernel:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1).
 
-    out = sin((1-t) a) / sin(a) x_0 + sin(t a) / sin(a) x_1, where a is the angle between the two tensors; the straight
-    line (1-t) x_0 + t x_1 where they are nearly parallel or opposite. A tensor of zeros is at a right angle to all.
+    out = sin((1-t) a) / sin(a) x_0 + sin(t a) / sin(a) x_1, where a is the angle between the two tensors. Nearly
+    parallel or opposite tensors are interpolated linearly: (1-t) x_0 + t x_1. A zero tensor is orthogonal to any other.
 
     Args:
-        t: the place between the two; below 0 or above 1 it lies beyond them.
-        dot_threshold: the size of the cosine above which the line is taken.
-        eps: a tensor no longer than this counts as zero.
+        t: position between the two models; values below 0 or above 1 extrapolate.
+        dot_threshold: absolute value of the cosine above which interpolation is linear.
+        eps: norm up to which a tensor counts as zero.
     """
 
     def coefficients(span: Span) -> Vector:
@@ -67,18 +67,18 @@ def nuslerp(
     dot_threshold: Fraction = 0.999999,
     eps: NonNegative = 1e-8,
 ) -> Kernel:
-    """Spherical interpolation between two models, or their task vectors where there is a base.
+    """Spherical interpolation between two models, or between their task vectors if there is a base.
 
     out = sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2 with t = w_2 / (w_1 + w_2), where a is the angle between
-    the two tensors, or each two rows or columns; a straight line where they are parallel or opposite. With a base: the
-    same of x_i - base, and base added.
+    the two tensors, rows or columns. Interpolation is linear if these are parallel or opposite. With a base, x_i is
+    replaced by x_i - base, and base is added to the result.
 
     Args:
-        weight: of this model; two weights that sum to 0 count as equal.
-        nuslerp_flatten: one angle for the whole tensor, or else one for each row.
-        nuslerp_row_wise: unless flattened, one angle for each place along the first dimension.
-        dot_threshold: the size of the cosine above which the line is taken.
-        eps: weights count as summing to 0 below this.
+        weight: weight of this model; two weights that sum to 0 count as equal.
+        nuslerp_flatten: use one angle for the tensor instead of one per row.
+        nuslerp_row_wise: with `nuslerp_flatten: false`, use one angle per column instead of one per row.
+        dot_threshold: absolute value of the cosine above which interpolation is linear.
+        eps: sum of weights below which the weights count as equal.
     """
     first, second = (weight[i] for i in inputs.others)
     total = first + second
@@ -94,33 +94,32 @@ def nuslerp(
 
 
 _OPPOSITE = 2.0**-10
-"""The sine below which directions are opposite: products rounded to float32 tell angles near pi no better."""
+"""Sine below which two directions count as opposite; float32 products do not resolve smaller angles near pi."""
 
 
 def sphere_mean(span: Span, weights: Sequence[float], steps: int, tol: float, eps: float) -> list[float]:
-    """The weighted mean of the directions of the span's vectors, on the unit sphere.
+    """The weighted mean on the unit sphere of the directions of the span's vectors.
 
-    Begins with the direction of the weighted mean of the unit vectors, and takes at most `steps` steps of the Karcher
-    mean: to the tangent space, the mean there, and back to the sphere; until a step is shorter than `tol`. Vectors
-    no longer than `eps` have no direction, and one opposite to the mean has no tangent. Zero where all the directions
-    cancel.
+    Starts with the direction of the weighted mean of the unit vectors and takes up to `steps` Karcher steps (to the
+    tangent space, the mean there, and back to the sphere) until a step is shorter than `tol`. Vectors with a norm up to
+    `eps` have no direction, and one opposite to the mean has no tangent. Returns zero if the directions cancel out.
     """
     directed = [(w, span.direction(i)) for i, w in enumerate(weights) if span.lengths[i] > eps]
-    start = combine(*directed) if directed else [0.0] * len(weights)
+    start = linear_combination(*directed) if directed else [0.0] * len(weights)
     if (length := span.length(start)) <= eps:
         return [0.0] * len(weights)
-    mean = combine((1 / length, start))
+    mean = linear_combination((1 / length, start))
     for _ in range(steps):
         tangents = []
         for w, direction in directed:
             cosine = max(-1.0, min(1.0, span.dot(direction, mean)))
             angle = math.acos(cosine)
             if math.sin(angle) > (eps if cosine > 0 else max(eps, _OPPOSITE)):
-                tangents.append((w * angle / math.sin(angle), combine((1.0, direction), (-cosine, mean))))
-        tangent = combine(*tangents) if tangents else [0.0] * len(weights)
+                tangents.append((w * angle / math.sin(angle), linear_combination((1.0, direction), (-cosine, mean))))
+        tangent = linear_combination(*tangents) if tangents else [0.0] * len(weights)
         if (length := span.length(tangent)) < tol:
             break
-        mean = combine((math.cos(length), mean), (math.sin(length) / length, tangent))
+        mean = linear_combination((math.cos(length), mean), (math.sin(length) / length, tangent))
     return mean
 
 
@@ -134,17 +133,17 @@ def multislerp(
     tol: Positive = 1e-5,
     eps: NonNegative = 1e-8,
 ) -> Kernel:
-    """The weighted mean of the models' directions, at the weighted mean of their lengths.
+    """The weighted mean of the models' directions, scaled to the weighted mean of their norms.
 
-    out = sum_i w_i |x_i| m, where m is the direction of sum_i w_i x_i / |x_i|. With a base: the same of x_i - base, and
-    base added. Directions that cancel give zero. A single model is returned as it is.
+    out = sum_i w_i |x_i| m, where m is the direction of sum_i w_i x_i / |x_i|. With a base, x_i is replaced by
+    x_i - base, and base is added to the result. Directions that cancel out give zero. A single model is copied.
 
     Args:
-        weight: of this model.
+        weight: weight of this model.
         normalize_weights: divide the weights by their sum.
-        max_iter: how many steps from there towards the weighted Karcher mean.
-        tol: a step shorter than this is the last.
-        eps: a tensor, or a sum of directions, no longer than this is zero.
+        max_iter: maximum number of steps from m towards the weighted Karcher mean.
+        tol: step length below which the iteration stops.
+        eps: norm up to which a tensor or a sum of directions counts as zero.
     """
     weights = [weight[i] for i in inputs.others]
     total = math.fsum(weights) if normalize_weights else 1.0
@@ -155,7 +154,7 @@ def multislerp(
 
     def coefficients(span: Span) -> Vector:
         length = math.fsum(w * x for w, x in zip(weights, span.lengths, strict=True))
-        return combine((length, sphere_mean(span, weights, max_iter, tol, eps)))
+        return linear_combination((length, sphere_mean(span, weights, max_iter, tol, eps)))
 
     if len(weights) == 1:
         return Copy(inputs, inputs.others[0])
@@ -164,14 +163,15 @@ def multislerp(
 
 @merge_method("karcher", paper="https://doi.org/10.1002/cpa.3160300502")
 def karcher(inputs: Inputs, *, max_iter: PositiveInt = 10, tol: Positive = 1e-5) -> Kernel:
-    """The Karcher (Riemannian) mean of the models' directions, at the mean of their lengths.
+    """The Karcher (Riemannian) mean of the models' directions, scaled to the mean of their norms.
 
-    m is where the tangents to all directions, log_m(x_i / |x_i|), sum to zero: from their mean on, each step goes to
-    exp_m of the mean tangent. out = mean_i |x_i| m. Directions that cancel give the first one.
+    out = mean_i |x_i| m, where m is the point on the sphere at which the tangents log_m(x_i / |x_i|) to all directions
+    sum to zero. The iteration starts at the mean direction, and each step goes to exp_m of the mean tangent. If the
+    directions cancel out, m is the first one.
 
     Args:
-        max_iter: how many steps at most.
-        tol: a step shorter than this is the last; a tensor no longer than this has no direction.
+        max_iter: maximum number of steps.
+        tol: step length below which the iteration stops, and norm up to which a tensor has no direction.
     """
     share = 1 / inputs.count
 
@@ -180,7 +180,7 @@ def karcher(inputs: Inputs, *, max_iter: PositiveInt = 10, tol: Positive = 1e-5)
         if not any(mean):
             first = next((i for i, length in enumerate(span.lengths) if length > tol), None)
             mean = mean if first is None else span.direction(first)
-        return combine((share * math.fsum(span.lengths), mean))
+        return linear_combination((share * math.fsum(span.lengths), mean))
 
     if inputs.count == 1:
         return Copy(inputs, 0)
@@ -191,14 +191,14 @@ def karcher(inputs: Inputs, *, max_iter: PositiveInt = 10, tol: Positive = 1e-5)
     "model_stock", paper="https://arxiv.org/abs/2403.19522", base=Base.REQUIRED, minimum=2, absent=Absent.SINGLE_BASE
 )
 def model_stock(inputs: Inputs, *, filter_wise: bool = False, eps: NonNegative = 1e-6) -> Kernel:
-    """Between the base and the mean of the fine-tuned models, as far as their angle says.
+    """Interpolation between the base and the mean of the fine-tuned models, by the angle between these.
 
-    out = t mean_i(x_i) + (1-t) base with t = N c / (1 + (N-1) c), where c is the mean cosine of the angles between each
-    two of the N task vectors x_i - base.
+    out = t mean_i(x_i) + (1-t) base with t = N c / (1 + (N-1) c), where c is the mean cosine of the angles between all
+    pairs of the N task vectors x_i - base.
 
     Args:
-        filter_wise: an angle for each row, rather than one for the whole tensor.
-        eps: the least product of lengths in a cosine, and the denominator below which the base is taken.
+        filter_wise: use one angle per row instead of one for the tensor.
+        eps: minimum product of norms in a cosine, and denominator below which the output is the base.
     """
     n = len(inputs.others)
     pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]

@@ -1,8 +1,8 @@
-"""The pieces of the geometric methods: weighted sums of the inputs, with weights that follow from their inner products.
+"""The building blocks of geometric methods: weighted sums of the inputs with weights computed from the Gram matrix.
 
-Slerp, means on the sphere and model stock never leave the span of their inputs, so all they need to know of the
-tensors is the Gram matrix: n x n numbers. One pass makes it, a little geometry on Python numbers turns it into
-coefficients, and one pass makes the weighted sum. The geometry is written for vectors given by their coefficients.
+The results of slerp, means on the sphere and model stock are in the span of their inputs, so they depend on the tensors
+only through the Gram matrix. One pass computes this n x n matrix, Python code converts it to coefficients, and a second
+pass computes the weighted sum. The Python code represents vectors by their coefficients.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from .kernel.tile import Tile
 
 Vector = Sequence[float]
-"""A vector in the span of the inputs: its coefficients."""
+"""The coefficients of a vector in the span of the inputs."""
 
 
 class Span:
-    """The space that some vectors span, known by the inner product of each two of them.
+    """The span of several vectors, given by their inner products.
 
     Args:
-        gram: the inner products, a square matrix.
+        gram: Gram matrix, which contains the inner product of each pair of vectors.
     """
 
     def __init__(self, gram: Sequence[Sequence[float]]) -> None:
@@ -43,21 +43,21 @@ class Span:
         )
 
     def length(self, a: Vector) -> float:
-        """The length of a vector."""
+        """The norm of a vector."""
         return math.sqrt(max(0.0, self.dot(a, a)))
 
     def direction(self, index: int) -> list[float]:
-        """The unit vector along the vector `index`, whose length isn't 0."""
+        """The unit vector in the direction of vector `index`, whose norm must not be 0."""
         return [1.0 / self.lengths[index] if i == index else 0.0 for i in range(len(self.gram))]
 
     def cosine(self, i: int, j: int, floor: float) -> float:
-        """The cosine between two of the spanning vectors; the product of their lengths counts as at least `floor`."""
+        """The cosine of the angle between vectors `i` and `j`, with `floor` as the minimum product of their norms."""
         product = max(self.lengths[i] * self.lengths[j], floor)
         return max(-1.0, min(1.0, self.gram[i][j] / product)) if product else 0.0
 
 
-def combine(*terms: tuple[float, Vector]) -> list[float]:
-    """The sum of vectors, each times its number."""
+def linear_combination(*terms: tuple[float, Vector]) -> list[float]:
+    """The sum of vectors multiplied by factors, given as (factor, vector) pairs."""
     factors = [factor for factor, _ in terms]
     columns = zip(*(vector for _, vector in terms), strict=True)
     return [math.fsum(f * x for f, x in zip(factors, column, strict=True)) for column in columns]
@@ -67,16 +67,16 @@ Coefficients = Callable[[Span], Vector]
 
 
 class Combination(Kernel):
-    """The sum of the inputs times coefficients that follow from their Gram matrix.
+    """The sum of the inputs multiplied by coefficients that are computed from their Gram matrix.
 
     Args:
-        inputs: of the tensor.
-        origin: an input that the others are taken relative to, and that the sum is added to; or None.
-        coefficients: from the span of the vectors, in recipe order, to their coefficients.
+        inputs: inputs of the output tensor.
+        origin: index of the input that is subtracted from the others and added to the result, or None.
+        coefficients: computes the coefficient of each vector, in recipe order, from their span.
     """
 
     reductions = 1
-    propagates_nonfinite = True  # a Gram matrix with a NaN or an infinity makes every coefficient NaN
+    propagates_nonfinite = True  # if the Gram matrix is not finite, all coefficients are NaN
 
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
         super().__init__(inputs)
@@ -85,13 +85,13 @@ class Combination(Kernel):
         self.indices = [i for i in range(inputs.count) if i != origin]
         count = len(self.indices)
         self.pairs = [(i, j) for i in range(count) for j in range(i, count)]
-        self.buffers = max(4, 2 + count) + BlockSums.size(len(self.pairs))
+        self.workspace_per_element = max(4, 2 + count) + BlockSums.size(len(self.pairs))
 
     def reduce(self, index: int, tile: Tile, state: Any) -> list[Tensor]:
         sums = BlockSums(len(self.pairs), tile.elements, BLOCK, tile.workspace)
         origin = None if self.origin is None else tile.load(self.origin)
         vectors = [tile.empty() for _ in self.indices]
-        ops.gram(tile.empty(), vectors, [tile.inputs[i] for i in self.indices], origin, sums.places)
+        ops.gram(tile.empty(), vectors, [tile.inputs[i] for i in self.indices], origin, sums.buffers)
         return [sums.partial()]
 
     def finish(self, index: int, merged: list[Tensor] | None, state: Any) -> Any:
@@ -105,7 +105,7 @@ class Combination(Kernel):
         return result if origin is None else result.add_(origin)
 
     def solve(self, sums: Sequence[float]) -> Vector:
-        """The coefficients for the sums of the products of the pairs."""
+        """Compute the coefficients from the inner product of each pair of vectors."""
         count = len(self.indices)
         if not all(map(math.isfinite, sums)):
             return [math.nan] * count
@@ -115,15 +115,15 @@ class Combination(Kernel):
         return self.coefficients(Span(gram))
 
 
-class PartCombination(Combination):
-    """The same for each of many parts of the tensor on its own: each has coefficients of its own."""
+class SliceCombination(Combination):
+    """A combination with separate coefficients for each slice of the tensor."""
 
     def shaped(self, buffer: Tensor) -> Tensor:
-        """A buffer of the tile's shape, seen in the shape that the factors fit."""
+        """View a buffer of the tile's shape in a shape to which the factors broadcast."""
         return buffer
 
     def vectors(self, tile: Tile) -> Iterator[Tensor]:
-        """The vectors in the work dtype, one after the other in the same buffer."""
+        """Yield the vectors in the work dtype, in the same buffer."""
         origin = None if self.origin is None else tile.load(self.origin)
         buffer = tile.empty()
         for i in self.indices:
@@ -131,37 +131,37 @@ class PartCombination(Combination):
             yield vector if origin is None else vector.sub_(origin)
 
     def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
-        """What each vector of the tile is multiplied by."""
+        """The factors of each vector of the tile."""
         raise NotImplementedError
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
         factors = self.factors(tile, state)
         result = self.shaped(tile.empty())
-        for place, vector in enumerate(self.vectors(tile)):
-            if place == 0:
+        for index, vector in enumerate(self.vectors(tile)):
+            if index == 0:
                 torch.mul(self.shaped(vector), factors[0], out=result)
             else:
-                result.add_(self.shaped(vector).mul_(factors[place]))
+                result.add_(self.shaped(vector).mul_(factors[index]))
         result = result.view(tile.shape)
         return result if self.origin is None else result.add_(tile.load(self.origin))
 
     def wide_products(self, tile: Tile) -> Iterator[Tensor]:
-        """The elementwise product of each pair in float64, one after the other in the same buffer."""
+        """Yield the elementwise product of each pair of vectors in float64, in the same buffer."""
         product = self.shaped(tile.empty(torch.float64))
         vectors = [self.shaped(tile.empty(torch.float64).copy_(vector)) for vector in self.vectors(tile)]
         for i, j in self.pairs:
             yield torch.mul(vectors[i], vectors[j], out=product)
 
 
-class RowCombination(PartCombination):
-    """The same for each row of the tensor on its own."""
+class RowCombination(SliceCombination):
+    """A combination with separate coefficients for each row."""
 
     unit = Unit.ROW
     reductions = 0
 
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
         super().__init__(inputs, origin, coefficients)
-        self.buffers = 4 + 2 * len(self.indices)
+        self.workspace_per_element = 4 + 2 * len(self.indices)
 
     def factors(self, tile: Tile, state: Any) -> Sequence[Tensor]:
         mark = tile.workspace.mark()
@@ -170,15 +170,15 @@ class RowCombination(PartCombination):
         return _tensors([self.solve(row) for row in zip(*sums, strict=True)], tile, (-1, 1))
 
 
-class ColumnCombination(PartCombination):
-    """The same for each place in the slices along the first dimension, of which a fixed number makes a block."""
+class ColumnCombination(SliceCombination):
+    """A combination with separate coefficients for each column, where a row is a slice along the first dimension."""
 
     def __init__(self, inputs: Inputs, origin: int | None, coefficients: Coefficients) -> None:
         super().__init__(inputs, origin, coefficients)
         slices = inputs.shape[0] if inputs.shape else 1
-        self.buffers = 4 + 2 * len(self.indices)
+        self.workspace_per_element = 4 + 2 * len(self.indices)
         self.width = max(1, math.prod(inputs.shape[1:]))
-        self.height = max(32, -(-slices // 128))  # at most 128 blocks, whose sums wait for the last of them
+        self.height = max(32, -(-slices // 128))  # at most 128 blocks, which bounds the partial sums
 
     @property
     def alignment(self) -> int:
@@ -205,6 +205,6 @@ class ColumnCombination(PartCombination):
 
 
 def _tensors(coefficients: Sequence[Vector], tile: Tile, shape: tuple[int, int]) -> Sequence[Tensor]:
-    """For each vector its coefficients for all rows or columns, in the work dtype, on the tile's device."""
+    """Convert coefficients to one tensor per vector, in the work dtype and on the tile's device."""
     table = torch.tensor(coefficients, dtype=torch.float64).to(tile.workspace.dtype).to(tile.inputs[0].device)
     return [column.view(shape) for column in table.unbind(1)]

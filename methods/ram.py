@@ -1,4 +1,4 @@
-"""RAM, reinforced agent merging: what only one model changed is added whole, what several changed is averaged."""
+"""RAM (reinforced agent merging): adds changes of a single model in full and averages changes of several models."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PAPER = "https://arxiv.org/abs/2601.13572"
 
 @merge_method("ram", paper=PAPER, base=Base.REQUIRED)
 class RAM(Kernel):
-    """The base plus what the models changed: the mean change over those that changed the element.
+    """The base plus, for each element, the mean change over the models that changed it.
 
-    An element of x_i - base counts as changed where its size is above epsilon, and as 0 elsewhere. What one model alone
-    changed is added as it is; what several changed, as the mean of their changes.
+    A model changed an element if |x_i - base| is above epsilon; smaller differences count as 0. A change by a single
+    model is added in full, changes by several models are averaged.
 
     Args:
-        epsilon: the size of a difference from the base that doesn't count as a change yet.
+        epsilon: largest absolute difference from the base that does not count as a change.
     """
 
-    buffers = 6
+    workspace_per_element = 6
     propagates_nonfinite = True
 
     def __init__(self, inputs: Inputs, *, epsilon: NonNegative = 1e-5) -> None:
@@ -36,7 +36,7 @@ class RAM(Kernel):
         self.epsilon = epsilon
 
     def changed(self, delta: Tensor, out: Tensor) -> Tensor:
-        """1 where a task vector counts as changed, 0 elsewhere."""
+        """Set `out` to 1 for changed elements of a task vector, else to 0."""
         return torch.gt(torch.abs(delta, out=out), self.epsilon, out=out)
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
@@ -49,19 +49,19 @@ class RAM(Kernel):
 
 @merge_method("ramplus_tl", paper=PAPER, base=Base.REQUIRED)
 class RAMPlus(RAM):
-    """RAM, where what a model alone changed is strengthened, the more it shares of its other changes.
+    """RAM with amplified changes of single models, by the ratio of the model's shared to its unshared changes.
 
-    As ram, but what model i alone changed is multiplied by 1 + r min(s_i / u_i, alpha), where u_i elements of the
-    tensor are changed by it alone and s_i by it and others. (In the paper these are counts over the whole model.)
+    As ram, but changes by model i alone are multiplied by 1 + r min(s_i / u_i, alpha), where model i alone changed u_i
+    elements of the tensor, and model i and others changed s_i. (The paper counts the elements of all tensors.)
 
     Args:
-        epsilon: the size of a difference from the base that doesn't count as a change yet.
-        r: how much is added at a ratio of 1.
-        alpha: the highest ratio that counts.
+        epsilon: largest absolute difference from the base that does not count as a change.
+        r: amplification for a ratio of 1.
+        alpha: maximum ratio.
     """
 
     reductions = 1
-    buffers = 6
+    workspace_per_element = 6
 
     def __init__(
         self, inputs: Inputs, *, epsilon: NonNegative = 1e-5, r: NonNegative = 0.1, alpha: NonNegative = 0.2
@@ -71,7 +71,7 @@ class RAMPlus(RAM):
         self.alpha = alpha
 
     def number(self, tile: Tile) -> Tensor:
-        """How many models changed each element."""
+        """The number of models that changed each element."""
         number = tile.empty().zero_()
         mark = tile.workspace.mark()
         mask = tile.empty()

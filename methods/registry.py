@@ -1,4 +1,4 @@
-"""Merge methods of the user's: from a Python file, and from installed packages."""
+"""Loads merge methods from Python files and from installed packages."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import UsageError
-from . import catalogue  # noqa: F401  whose names are taken
+from . import catalogue  # noqa: F401  registers the built-in methods
 from .kernel.contract import Method, registered, unregister
 
 GROUP = "mergeloom.methods"
-"""The group of entry points; each names a module whose import registers methods."""
+"""The entry point group; each entry point names a module that registers methods on import."""
 
-_loaded: dict[str, tuple[str, tuple[str, ...]]] = {}  # what was loaded -> the identity of its code, its methods
+_loaded: dict[
+    str, tuple[str, tuple[str, ...]]
+] = {}  # file or entry point -> (identity of its code, names of its methods)
 
 
 def load_methods(path: str | Path) -> tuple[str, ...]:
-    """Run a Python file that registers merge methods; once, and again where it has changed since.
+    """Run a Python file that registers merge methods, unless it has been run before and has not changed.
 
     Returns:
-        The names of the methods that it registered.
+        Names of the methods that the file registers.
 
     Raises:
-        UsageError: where there is no such file, or it fails, registers nothing, or takes a name that is taken.
+        UsageError: the file does not exist, raises an exception, registers no method, or uses an existing name.
     """
     file = Path(path).resolve()
     if not file.is_file():
-        raise UsageError(f"--methods {path}: there is no such file")
+        raise UsageError(f"--methods {path}: file not found")
     try:
         code = file.read_bytes()
     except OSError as error:
-        raise UsageError(f"--methods {path}: can't be read: {error.strerror}") from error
+        raise UsageError(f"--methods {path}: cannot read the file: {error.strerror}") from error
     identity = f"sha256:{hashlib.sha256(code).hexdigest()}"
     before, names = _loaded.get(str(file), ("", ()))
     if identity != before:
@@ -48,21 +50,21 @@ def load_methods(path: str | Path) -> tuple[str, ...]:
         )
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # where type hints are looked up
-        # what is run is what was read: no stale bytecode
+        sys.modules[module_name] = module  # typing.get_type_hints looks names up here
+        # run the bytes that were hashed, not cached bytecode
         names = _register(lambda: exec(compile(code, str(file), "exec"), module.__dict__), f"--methods {path}")
         _loaded[str(file)] = identity, names
     return names
 
 
 def load_entry_points() -> tuple[str, ...]:
-    """Import what installed packages name in the entry point group "mergeloom.methods"; only once in a process.
+    """Import the modules that installed packages list in the entry point group "mergeloom.methods", once per process.
 
     Returns:
-        The names of the methods that they registered.
+        Names of the methods that they register.
 
     Raises:
-        UsageError: as `load_methods`.
+        UsageError: see `load_methods`.
     """
     names: list[str] = []
     for point in importlib.metadata.entry_points(group=GROUP):
@@ -75,12 +77,12 @@ def load_entry_points() -> tuple[str, ...]:
 
 
 def code_of(method: str) -> str | None:
-    """What tells the code of a user's method from other versions of it; None for one of mergeloom's own."""
+    """The identity of a user-defined method's code (a hash or package version); None for a built-in method."""
     return next((identity for identity, names in _loaded.values() if method in names), None)
 
 
-class Known(Mapping[str, Method]):
-    """Every method by name. Installed packages are asked once a name is wanted that isn't there yet."""
+class MethodRegistry(Mapping[str, Method]):
+    """All methods by name. The first lookup of an unknown name loads the methods of installed packages."""
 
     def __getitem__(self, name: str) -> Method:
         if name not in registered():
@@ -109,5 +111,5 @@ def _register(run: Callable[[], object], origin: str) -> tuple[str, ...]:
         raise UsageError(f"{origin}: {type(error).__name__}: {error}") from error
     names = tuple(name for name in registered() if name not in before)
     if not names:
-        raise UsageError(f"{origin}: it registers no merge method; decorate one with @merge_method(NAME)")
+        raise UsageError(f"{origin}: registers no merge method; decorate one with @merge_method(NAME)")
     return names

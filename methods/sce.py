@@ -1,4 +1,4 @@
-"""SCE: select by variance, calculate weights, erase what disagrees."""
+"""SCE: select elements by variance, calculate model weights, erase elements with the minority sign."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .kernel.block_sums import BlockSums, total
 from .kernel.contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
 from .kernel.lazy import torch
 from .kernel.lazy_ops import ops
-from .kernel.selection import Progress, Selection, Target, Threshold
+from .kernel.selection import Selection, SelectionState, Target, Threshold
 from .task_vectors import deltas, elected_mean, in_float32
 
 if TYPE_CHECKING:
@@ -20,36 +20,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
-    """What the reductions found.
+class SCEState:
+    """The results of the reductions.
 
     Args:
-        progress: of the selection.
-        weights: of the models.
+        selection: state of the selection.
+        weights: weight of each model.
     """
 
-    progress: Progress | None = None
+    selection: SelectionState | None = None
     weights: Sequence[float] = ()
 
     @property
-    def cut(self) -> Threshold | None:
-        """Which variances are high enough; None where all are."""
-        return self.progress.targets[0].cut if self.progress else None
+    def threshold(self) -> Threshold | None:
+        """The threshold of selected variances; None to select all elements."""
+        return self.selection.targets[0].threshold if self.selection else None
 
 
 @merge_method("sce", paper="https://arxiv.org/abs/2408.07990", base=Base.REQUIRED)
 class SCE(Kernel):
-    """Select the elements that vary most between models, weigh the models by their squares, and erase the minority.
+    """Select the elements with the highest variance, weight the models, and erase elements with the minority sign.
 
-    d_i = x_i - base where the variance over the models is among the select_topk highest that aren't 0, else 0;
-    w_i = mean(d_i^2) / sum_j mean(d_j^2); the sign of each element is that of sum_i d_i, plus where that is 0;
-    out = base + (sum of the w_i d_i with that sign) / (sum of their w_i).
+    d_i = x_i - base for the fraction select_topk of the nonzero variances over the models that are highest, else 0.
+    w_i = mean(d_i^2) / sum_j mean(d_j^2). The elected sign of an element is that of sum_i d_i, or plus if the sum is 0.
+    out = base + (sum of the w_i d_i with that sign) / (sum of their w_i)
 
     Args:
-        select_topk: the share of the varying elements that are selected; 1 selects all elements.
-        weight_eps: all weights are equal where the sum of the mean squares is below this.
-        divisor_eps: the least sum of weights that is divided by.
-        int8_mask: has no effect; it saves memory in mergekit.
+        select_topk: fraction of the elements with nonzero variance that is selected; 1 selects all elements.
+        weight_eps: sum of the mean squares below which all models have equal weights.
+        divisor_eps: minimum sum of weights to divide by.
     """
 
     propagates_nonfinite = True
@@ -61,7 +60,6 @@ class SCE(Kernel):
         select_topk: Fraction = 1.0,
         weight_eps: NonNegative = 1e-6,
         divisor_eps: NonNegative = 1e-6,
-        int8_mask: bool = False,
     ) -> None:
         super().__init__(inputs)
         self.count = len(inputs.others)
@@ -74,42 +72,42 @@ class SCE(Kernel):
             self.selection = Selection(self.elements, [target], self.variances)
         self.selecting = self.selection.reductions if self.selection else 0
         self.reductions = self.selecting + 1
-        self.buffers = self.count + 4.25 + BlockSums.size(self.count)
+        self.workspace_per_element = self.count + 4.25 + BlockSums.size(self.count)
 
     def variances(self, tile: Tile) -> Iterator[Tensor]:
-        """The variance of each element over the models, times a number; exactly 0 where all are equal."""
+        """Yield the variance of each element over the models, up to a constant factor; exactly 0 if all are equal."""
         mark = tile.workspace.mark()
         first, *others = (tile.load(i) for i in self.inputs.others)
         sums = tile.empty().zero_()
         for other in others:
             sums.add_(other.sub_(first))
         variance = torch.mul(sums, sums, out=first)
-        for other in others:  # count times its distance from the mean: of what has few bits, exact
+        for other in others:  # count * (distance from the mean), exact for values of few bits
             variance.add_(other.mul_(self.count).sub_(sums).square_())
         yield in_float32(variance, tile)
         tile.workspace.release(mark)
 
-    def selected(self, tile: Tile, state: Weighed | None) -> list[Tensor]:
-        """The task vectors' selected elements, the others 0, each in a buffer of its own."""
+    def selected(self, tile: Tile, state: SCEState | None) -> list[Tensor]:
+        """The task vectors with unselected elements set to 0, each in its own buffer."""
         mask = None
-        if state and state.cut:
+        if state and state.threshold:
             mask = tile.empty(torch.float32)
             for variance in self.variances(tile):
-                state.cut.mask(variance, tile.element, out=mask)
+                state.threshold.mask(variance, tile.element, out=mask)
         vectors = [tile.empty() for _ in self.inputs.others]
         for delta in deltas(self.inputs, tile, buffers=vectors):
             if mask is not None:
                 delta.mul_(mask)
         return vectors
 
-    def needed(self, index: int, state: Weighed | None) -> bool:
-        if self.selection is None or state is None or state.progress is None or index == self.selecting:
+    def needed(self, index: int, state: SCEState | None) -> bool:
+        if self.selection is None or state is None or state.selection is None or index == self.selecting:
             return True
-        return self.selection.needed(index, state.progress)
+        return self.selection.needed(index, state.selection)
 
-    def reduce(self, index: int, tile: Tile, state: Weighed | None) -> list[Any]:
+    def reduce(self, index: int, tile: Tile, state: SCEState | None) -> list[Any]:
         if self.selection and index < self.selecting:
-            return self.selection.reduce(index, tile, state.progress if state else None)
+            return self.selection.reduce(index, tile, state.selection if state else None)
         sums = BlockSums(self.count, tile.elements, BLOCK, tile.workspace)
         for vector in self.selected(tile, state):
             sums.add(vector.square_())
@@ -120,17 +118,17 @@ class SCE(Kernel):
             return self.selection.merge(merged, partial)
         return super().merge(index, merged, partial)
 
-    def finish(self, index: int, merged: Any, state: Weighed | None) -> Weighed:
-        progress = state.progress if state else None
+    def finish(self, index: int, merged: Any, state: SCEState | None) -> SCEState:
+        selection_state = state.selection if state else None
         if self.selection and index < self.selecting:
-            return Weighed(self.selection.finish(index, merged, progress))
+            return SCEState(self.selection.finish(index, merged, selection_state))
         squares = [total(blocks) / self.elements for blocks in torch.cat(merged, 1).tolist()] if merged else []
-        whole = total(squares)
-        if whole < self.weight_eps or not whole:
-            return Weighed(progress, [1 / self.count] * self.count)
-        return Weighed(progress, [square / whole for square in squares])
+        square_sum = total(squares)
+        if square_sum < self.weight_eps or not square_sum:
+            return SCEState(selection_state, [1 / self.count] * self.count)
+        return SCEState(selection_state, [square / square_sum for square in squares])
 
-    def combine(self, tile: Tile, state: Weighed) -> Tensor:
+    def combine(self, tile: Tile, state: SCEState) -> Tensor:
         vectors = self.selected(tile, state)
         elected_mean(vectors, state.weights, tile, factors=state.weights, floor=self.divisor_eps)
         return ops.add_to_base(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])

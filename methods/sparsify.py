@@ -1,4 +1,4 @@
-"""The ways to make a task vector sparse: by size, within sizes, at random, at random by rank."""
+"""Sparsifiers of task vectors: by magnitude, without outliers, at random, and at random by rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .kernel.contract import Inputs, MethodError, Unit, base_of
 from .kernel.hashing import hashes, masks, probability, scratch, threshold
 from .kernel.lazy import on_cpu, torch
 from .kernel.lazy_ops import mask_ops, ops
-from .kernel.selection import ALL, NONE, Progress, Selection, Target, Threshold
+from .kernel.selection import ALL, NONE, Selection, SelectionState, Target, Threshold
 from .task_vectors import Sparsifier, deltas, in_float32, magnitudes
 
 if TYPE_CHECKING:
@@ -20,113 +20,110 @@ if TYPE_CHECKING:
 
 
 class MagnitudeBand(Sparsifier):
-    """Keeps the elements from one rank of size to another, and zeros the others.
+    """Keeps the elements whose rank by magnitude is in a range, and zeros the others.
 
     Args:
-        inputs: of the tensor.
-        ranks: for each task vector, how many of the largest are dropped, and how many are left, these included, when
-            the smallest are dropped.
+        inputs: inputs of the output tensor.
+        ranks: range of each task vector as (start, end): the `start` largest elements are dropped, and the following
+            ones up to rank `end` are kept.
     """
 
-    buffers = 2.0
+    workspace_per_element = 2.0
 
     def __init__(self, inputs: Inputs, ranks: Sequence[tuple[int, int]]) -> None:
         super().__init__(inputs)
         size = inputs.rows * inputs.columns
         self.ranks = list(ranks)
         self.drops = any(pair != (0, size) for pair in self.ranks)
-        bounds = {(place, rank) for place, pair in enumerate(self.ranks) for rank in pair if 0 < rank < size}
+        bounds = {(index, rank) for index, pair in enumerate(self.ranks) for rank in pair if 0 < rank < size}
         self.targets = {bound: number for number, bound in enumerate(sorted(bounds))}
-        self.places = sorted({place for place, _ in bounds})
-        targets = [Target(self.places.index(place), rank) for place, rank in self.targets]
+        self.searched = sorted({index for index, _ in bounds})
+        targets = [Target(self.searched.index(index), rank) for index, rank in self.targets]
         self.selection = Selection(size, targets, self._streams)
         self.reductions = self.selection.reductions if targets else 0
         self.size = size
 
     def _streams(self, tile: Tile) -> Iterator[Tensor]:
-        indices = [self.inputs.others[place] for place in self.places]
+        indices = [self.inputs.others[index] for index in self.searched]
         for delta in deltas(self.inputs, tile, indices=indices, absolute=True):
             mark = tile.workspace.mark()
             yield in_float32(delta, tile)
             tile.workspace.release(mark)
 
-    def needed(self, index: int, state: Progress | None) -> bool:
+    def needed(self, index: int, state: SelectionState | None) -> bool:
         return state is None or self.selection.needed(index, state)
 
-    def reduce(self, index: int, tile: Tile, state: Progress | None) -> Any:
+    def reduce(self, index: int, tile: Tile, state: SelectionState | None) -> Any:
         return self.selection.reduce(index, tile, state)
 
     def merge(self, index: int, merged: Any, partial: Any) -> Any:
         return self.selection.merge(merged, partial)
 
-    def finish(self, index: int, merged: Any, state: Progress | None) -> Progress:
+    def finish(self, index: int, merged: Any, state: SelectionState | None) -> SelectionState:
         return self.selection.finish(index, merged, state)
 
-    def _cut(self, place: int, rank: int, state: Progress | None) -> Threshold:
+    def _threshold(self, index: int, rank: int, state: SelectionState | None) -> Threshold:
         if not 0 < rank < self.size:
             return NONE if rank <= 0 else ALL
-        cut = state.targets[self.targets[place, rank]].cut if state else None
-        assert cut is not None
-        return cut
+        threshold = state.targets[self.targets[index, rank]].threshold if state else None
+        assert threshold is not None
+        return threshold
 
-    def apply(self, delta: Tensor, place: int, tile: Tile, state: Progress | None) -> None:
-        dropped, left = (self._cut(place, rank, state) for rank in self.ranks[place])
-        if left is ALL and dropped is NONE:
+    def apply(self, delta: Tensor, index: int, tile: Tile, state: SelectionState | None) -> None:
+        dropped, kept = (self._threshold(index, rank, state) for rank in self.ranks[index])
+        if kept is ALL and dropped is NONE:
             return
-        if left is NONE:
+        if kept is NONE:
             delta.mul_(0)
             return
         mark = tile.workspace.mark()
         if delta.dtype is torch.float32:
             flat = delta.view(-1)
-            least = (0, []) if left is ALL else left.bounds(flat, tile.element)
-            largest = (0, []) if dropped is NONE else dropped.bounds(flat, tile.element)
-            ops.hard_band(flat, tile.workspace.take(tile.elements), *least, *largest)
-        else:  # whose magnitudes are compared in float32
-            sizes = magnitudes(delta, tile)
+            minimum = (0, []) if kept is ALL else kept.bounds(flat, tile.element)
+            maximum = (0, []) if dropped is NONE else dropped.bounds(flat, tile.element)
+            ops.hard_band(flat, tile.workspace.take(tile.elements), *minimum, *maximum)
+        else:  # magnitudes are always compared in float32
+            absolute = magnitudes(delta, tile)
             mask = tile.empty(torch.float32)
-            left.mask(sizes, tile.element, out=mask)
+            kept.mask(absolute, tile.element, out=mask)
             if dropped is not NONE:
-                mask.sub_(dropped.mask(sizes, tile.element, out=sizes))
+                mask.sub_(dropped.mask(absolute, tile.element, out=absolute))
             delta.mul_(mask)
         tile.workspace.release(mark)
 
 
-def largest(inputs: Inputs, density: Sequence[float]) -> Sparsifier:
-    """Keeps the given share of the elements of each task vector, the largest ones: at least one."""
+def top_k(inputs: Inputs, density: Sequence[float]) -> Sparsifier:
+    """Keep the largest elements of each task vector: the given fraction, but at least one."""
     size = inputs.rows * inputs.columns
     return MagnitudeBand(
-        inputs, [_all_or_none(density[i], size) or (0, max(1, _part(density[i], size))) for i in inputs.others]
+        inputs, [_all_or_none(density[i], size) or (0, max(1, int(density[i] * size))) for i in inputs.others]
     )
 
 
 def drop_outliers(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -> Sparsifier:
-    """Drops the share gamma, the largest ones, and keeps the share density of those that follow: where there are too
-    few of these, fewer are dropped."""
+    """Drop the fraction gamma of the largest elements, and keep the fraction density of those that follow.
+
+    If fewer elements than that would follow, fewer of the largest are dropped.
+    """
     size = inputs.rows * inputs.columns
     ranks = []
     for i in inputs.others:
-        left = _part(density[i], size)
-        dropped = min(_part(gamma[i], size), size - left)
-        ranks.append(_all_or_none(density[i], size) or (dropped, dropped + left))
+        kept = int(density[i] * size)
+        dropped = min(int(gamma[i] * size), size - kept)
+        ranks.append(_all_or_none(density[i], size) or (dropped, dropped + kept))
     return MagnitudeBand(inputs, ranks)
 
 
-def _part(share: float, size: int) -> int:
-    """The number of elements that is this share of `size`, rounded down."""
-    return int(share * size)
-
-
 class Bernoulli(Sparsifier):
-    """Keeps each element with a given probability, independently of all others.
+    """Keeps each element independently with the same probability.
 
     Args:
-        inputs: of the tensor.
-        density: of each input, the probability.
-        unbiased: whether what is kept is divided by the probability.
+        inputs: inputs of the output tensor.
+        density: probability of each input.
+        unbiased: whether kept elements are divided by the probability.
     """
 
-    buffers = 1.75
+    workspace_per_element = 1.75
     random = True
 
     def __init__(self, inputs: Inputs, density: Sequence[float], *, unbiased: bool) -> None:
@@ -135,60 +132,60 @@ class Bernoulli(Sparsifier):
         self.drops = any(bound is not None for bound in self.thresholds)
         self.unbiased = unbiased
 
-    def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
+    def apply(self, delta: Tensor, index: int, tile: Tile, state: Any) -> None:
         mark = tile.workspace.mark()
-        mask_ops.apply_mask(delta.view(-1), self._masks(place, tile), scratch(tile.elements, tile.workspace))
+        mask_ops.apply_mask(delta.view(-1), self._masks(index, tile), scratch(tile.elements, tile.workspace))
         tile.workspace.release(mark)
 
     def vectors(self, tile: Tile, buffers: Sequence[Tensor], state: Any) -> Iterator[Tensor]:
-        if len(set(map(id, buffers))) < len(buffers):  # one after the other, then
+        if len(set(map(id, buffers))) < len(buffers):  # a shared buffer holds one vector at a time
             yield from super().vectors(tile, buffers, state)
             return
         mark = tile.workspace.mark()
         base = tile.load(base_of(self.inputs))
-        mask_ops.masked_deltas(base, list(buffers), *self._all(tile))
+        mask_ops.masked_deltas(base, list(buffers), *self._inputs_and_masks(tile))
         tile.workspace.release(mark)
         yield from buffers
 
-    def add_sizes(self, tile: Tile, sums: BlockSums, state: Any) -> None:
+    def add_l1_sums(self, tile: Tile, sums: BlockSums, state: Any) -> None:
         mark = tile.workspace.mark()
         base = tile.load(base_of(self.inputs))
-        mask_ops.thinned_sizes(tile.empty(), base, *self._all(tile), sums.places)
+        mask_ops.masked_l1_sums(tile.empty(), base, *self._inputs_and_masks(tile), sums.buffers)
         tile.workspace.release(mark)
 
-    def _all(self, tile: Tile) -> tuple[list[Tensor], list[list[mask_ops.Mask]], mask_ops.Scratch]:
-        """All inputs but the base, their masks, and what these need."""
+    def _inputs_and_masks(self, tile: Tile) -> tuple[list[Tensor], list[list[mask_ops.Mask]], mask_ops.Scratch]:
+        """The inputs other than the base, their masks, and scratch buffers."""
         others = self.inputs.others
-        kept = [self._masks(place, tile) for place in range(len(others))]
-        return [tile.inputs[i] for i in others], kept, scratch(tile.elements, tile.workspace)
+        all_masks = [self._masks(index, tile) for index in range(len(others))]
+        return [tile.inputs[i] for i in others], all_masks, scratch(tile.elements, tile.workspace)
 
-    def _masks(self, place: int, tile: Tile) -> list[mask_ops.Mask]:
-        bound = self.thresholds[place]
+    def _masks(self, index: int, tile: Tile) -> list[mask_ops.Mask]:
+        bound = self.thresholds[index]
         if bound is None:
             return []
         factor = 1 / (probability(bound) or 1.0) if self.unbiased else 1.0
-        position = tile.positions[self.inputs.others[place]]
+        position = tile.positions[self.inputs.others[index]]
         return masks(tile.key, position, tile.element, tile.elements, bound, factor, tile.inputs[0].device)
 
 
 class MagPrune(Sparsifier):
-    """Keeps each element with a probability that rises with the rank of its size in its row.
+    """Keeps each element with a probability that rises with the rank of its magnitude in its row.
 
-    It goes in even steps from density - epsilon, for the smallest, to density + epsilon; of equal elements the later
-    ones rank higher. The only element of a row is kept with probability density.
+    The probability rises linearly from density - epsilon for the smallest element to density + epsilon for the largest.
+    Among equal elements, later ones rank higher. The element of a one-column row is kept with probability density.
 
     Args:
-        inputs: of the tensor.
-        density: of each input.
-        epsilon: of each input.
-        unbiased: whether what is kept is divided by its probability.
+        inputs: inputs of the output tensor.
+        density: density of each input.
+        epsilon: epsilon of each input.
+        unbiased: whether kept elements are divided by their probability.
 
     Raises:
-        MethodError: where a probability would not lie between 0 and 1.
+        MethodError: a probability is not between 0 and 1.
     """
 
     unit = Unit.ROW
-    buffers = 6.0
+    workspace_per_element = 6.0
     random = True
 
     def __init__(self, inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], *, unbiased: bool) -> None:
@@ -200,18 +197,18 @@ class MagPrune(Sparsifier):
         self.drops = any(mean < 1 for mean, _ in self.ranges)
         self.unbiased = unbiased
 
-    def apply(self, delta: Tensor, place: int, tile: Tile, state: Any) -> None:
-        mean, _ = self.ranges[place]
+    def apply(self, delta: Tensor, index: int, tile: Tile, state: Any) -> None:
+        mean, _ = self.ranges[index]
         if mean >= 1:
             return
         if mean <= 0:
             delta.mul_(0)
             return
         mark = tile.workspace.mark()
-        bounds, shares = self._table(place)
-        order = _rising(delta, tile)
+        bounds, shares = self._table(index)
+        order = _ascending(delta, tile)
         numbers, scratch = (tile.workspace.take(tile.elements, torch.int32) for _ in range(2))
-        hashes(tile.key, tile.positions[self.inputs.others[place]], tile.element, numbers, scratch)
+        hashes(tile.key, tile.positions[self.inputs.others[index]], tile.element, numbers, scratch)
         scratch.view(delta.shape).scatter_(1, order, bounds.to(delta.device).expand_as(delta))
         mask = torch.lt(numbers, scratch, out=numbers)
         delta.view(-1).mul_(scratch.view(torch.float32).copy_(mask))
@@ -219,19 +216,19 @@ class MagPrune(Sparsifier):
             delta.mul_(tile.empty().scatter_(1, order, shares.to(delta.device, delta.dtype).expand_as(delta)))
         tile.workspace.release(mark)
 
-    def _table(self, place: int) -> tuple[Tensor, Tensor]:
-        """For each rank, what the hash must lie below, and the reciprocal of the probability of that."""
-        if place not in self._tables:
-            mean, half = self.ranges[place]
+    def _table(self, index: int) -> tuple[Tensor, Tensor]:
+        """The bound of the hash and the reciprocal of the probability for each rank."""
+        if index not in self._tables:
+            mean, half = self.ranges[index]
             last = self.inputs.columns - 1
             bounds = [threshold(mean + (2 * half * rank / last - half if last else 0.0)) for rank in range(last + 1)]
             shares = [1 / probability(bound) for bound in bounds]
-            self._tables[place] = torch.tensor(bounds, dtype=torch.int32), torch.tensor(shares, dtype=torch.float64)
-        return self._tables[place]
+            self._tables[index] = torch.tensor(bounds, dtype=torch.int32), torch.tensor(shares, dtype=torch.float64)
+        return self._tables[index]
 
 
 def _check_probabilities(density: float, epsilon: float, index: int) -> None:
-    """Raise MethodError where the probabilities of an input's elements would leave the interval from 0 to 1."""
+    """Raise MethodError if the probabilities of an input are not between 0 and 1."""
     if density in (0, 1) or 0 < density - epsilon <= density + epsilon < 1:
         return
     widest = min(density, 1 - density)
@@ -243,13 +240,13 @@ def _check_probabilities(density: float, epsilon: float, index: int) -> None:
     )
 
 
-def _rising(delta: Tensor, tile: Tile) -> Tensor:
-    """The columns of each row's elements in rising order of size, equal ones in their order; shape (rows, columns)."""
+def _ascending(delta: Tensor, tile: Tile) -> Tensor:
+    """The column indices of each row in ascending order of magnitude, stable for ties; shape (rows, columns)."""
     columns = torch.arange(delta.shape[1], dtype=torch.int64, device=delta.device)
     keys = tile.empty(torch.int64).copy_(magnitudes(delta, tile).view(torch.int32))
-    keys.bitwise_left_shift_(32).bitwise_or_(columns)  # no two are equal, so any sort is stable
+    keys.bitwise_left_shift_(32).bitwise_or_(columns)  # keys are unique, so any sort is stable
     if on_cpu(keys):
-        keys.numpy().sort(axis=1)  # in place, and several times faster than torch's
+        keys.numpy().sort(axis=1)  # several times faster than torch.sort
     else:
         keys.copy_(torch.sort(keys, dim=1).values)
     return keys.bitwise_and_((1 << 32) - 1)

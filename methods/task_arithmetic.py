@@ -1,9 +1,11 @@
-"""The task-vector methods: task arithmetic, TIES, DARE, DELLA, breadcrumbs."""
+"""The task-vector methods: task arithmetic, TIES, DARE, DELLA and Model Breadcrumbs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .kernel.contract import Base, Finite, Fraction, HalfWidth, Inputs, Kernel, NonNegative, PerInput, merge_method
-from .sparsify import Bernoulli, MagPrune, drop_outliers, largest
+from .sparsify import Bernoulli, MagPrune, drop_outliers, top_k
 from .task_vectors import Sparsifier, TaskVectors
 
 TASK_ARITHMETIC = "https://arxiv.org/abs/2212.04089"
@@ -11,6 +13,60 @@ TIES = "https://arxiv.org/abs/2306.01708"
 DARE = "https://arxiv.org/abs/2311.03099"
 DELLA = "https://arxiv.org/abs/2406.11617"
 BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
+
+
+def weighted_deltas(
+    inputs: Inputs,
+    sparsifier: Sparsifier,
+    *,
+    weight: Sequence[float],
+    lambda_: float,
+    rescale_eps: float | None,
+    divisor_eps: float | None,
+) -> Kernel:
+    """The base plus lambda times the weighted sum of the sparse task vectors.
+
+    Args:
+        inputs: inputs of the output tensor.
+        sparsifier: makes each task vector sparse.
+        weight: weight of each input.
+        lambda_: factor of the sum.
+        rescale_eps: smallest L1 norm that is restored; None to restore none.
+        divisor_eps: smallest sum of weights to divide by; None to skip the division.
+    """
+    normalize = divisor_eps is not None
+    return TaskVectors(
+        inputs,
+        sparsifier,
+        weight=weight,
+        elect=False,
+        normalize=normalize,
+        rescale_eps=rescale_eps,
+        divisor_eps=divisor_eps or 0.0,
+        factor=lambda_,
+    )
+
+
+def elected_deltas(
+    inputs: Inputs,
+    sparsifier: Sparsifier,
+    *,
+    weight: Sequence[float],
+    lambda_: float,
+    rescale_eps: float | None,
+    normalize: bool,
+) -> Kernel:
+    """As `weighted_deltas`, but each element sums only the task vectors that have the elected sign there."""
+    return TaskVectors(
+        inputs,
+        sparsifier,
+        weight=weight,
+        elect=True,
+        normalize=normalize,
+        rescale_eps=rescale_eps,
+        divisor_eps=0.0,
+        factor=lambda_,
+    )
 
 
 @merge_method("task_arithmetic", paper=TASK_ARITHMETIC, base=Base.REQUIRED)
@@ -22,29 +78,21 @@ def task_arithmetic(
     rescale: bool = False,
     divisor_eps: NonNegative = 1e-8,
     lambda_: Finite = 1.0,
-    int8_mask: bool = False,
 ) -> Kernel:
     """The base plus the weighted sum of the task vectors.
 
     out = base + lambda sum_i w_i (x_i - base)
 
     Args:
-        weight: the weight of this model's task vector.
-        normalize: divide by the sum of the weights of all models, unless it is below `divisor_eps`.
-        rescale: has no effect: nothing is dropped.
-        divisor_eps: weights whose sum is below this in size are not divided by.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
+        weight: weight of this model's task vector.
+        normalize: divide by the sum of all weights, unless its absolute value is below `divisor_eps`.
+        rescale: has no effect, because this method drops no elements.
+        divisor_eps: smallest sum of weights (absolute value) to divide by.
+        lambda_: factor of the sum before it is added to the base.
     """
-    return TaskVectors(
-        inputs,
-        Sparsifier(inputs),
-        weight=weight,
-        elect=False,
-        normalize=normalize,
-        rescale=None,
-        divisor_eps=divisor_eps,
-        factor=lambda_,
+    divisor = divisor_eps if normalize else None
+    return weighted_deltas(
+        inputs, Sparsifier(inputs), weight=weight, lambda_=lambda_, rescale_eps=None, divisor_eps=divisor
     )
 
 
@@ -58,32 +106,23 @@ def ties(
     rescale: bool = False,
     rescale_eps: NonNegative = 1e-7,
     lambda_: Finite = 1.0,
-    int8_mask: bool = False,
 ) -> Kernel:
-    """Trim the task vectors, elect a sign for each element, and average what agrees with it.
+    """Trim the task vectors, elect a sign for each element, and average the values that agree with it.
 
-    d_i = w_i times the largest elements of x_i - base, the others set to 0. For each element, s is the sign of
-    sum_i d_i, plus where that is 0; out = base + lambda (sum of the d_i with that sign) / (sum of their w_i).
+    d_i = w_i times the largest elements of x_i - base, with the others set to 0. The elected sign of an element is the
+    sign of sum_i d_i, or plus if the sum is 0. out = base + lambda (sum of the d_i with that sign) / (sum of their w_i)
 
     Args:
-        weight: the weight of this model's task vector.
-        density: the share of the elements of this model's task vector that are kept.
-        normalize: divide by the sum of the weights of those that agree.
-        rescale: give each task vector back the L1 norm that it had before elements were dropped.
-        rescale_eps: a task vector whose norm is below this, before or after, is not rescaled.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
+        weight: weight of this model's task vector.
+        density: fraction of this model's task vector that is kept.
+        normalize: divide each element by the sum of the weights of the models that agree.
+        rescale: scale each sparse task vector back to its original L1 norm.
+        rescale_eps: smallest L1 norm, before and after dropping, that is rescaled.
+        lambda_: factor of the sum before it is added to the base.
     """
-    return TaskVectors(
-        inputs,
-        largest(inputs, density),
-        weight=weight,
-        elect=True,
-        normalize=normalize,
-        rescale=rescale_eps if rescale else None,
-        divisor_eps=0.0,
-        factor=lambda_,
-    )
+    sparsifier = top_k(inputs, density)
+    eps = rescale_eps if rescale else None
+    return elected_deltas(inputs, sparsifier, weight=weight, lambda_=lambda_, rescale_eps=eps, normalize=normalize)
 
 
 @merge_method("dare_linear", paper=DARE, base=Base.REQUIRED)
@@ -98,34 +137,26 @@ def dare_linear(
     rescale_eps: NonNegative = 1e-7,
     divisor_eps: NonNegative = 1e-8,
     lambda_: Finite = 1.0,
-    int8_mask: bool = False,
 ) -> Kernel:
-    """Drop elements of the task vectors at random, rescale what is left, and add them up.
+    """Drop random elements of the task vectors, rescale the rest, and add them to the base.
 
-    d_i = w_i times the elements of x_i - base that are kept, each with probability density, rescaled to the L1 norm of
-    x_i - base; out = base + lambda sum_i d_i
+    d_i = w_i times x_i - base, of which each element is kept with probability density, rescaled to the L1 norm of
+    x_i - base. out = base + lambda sum_i d_i
 
     Args:
-        weight: the weight of this model's task vector.
-        density: the share of the elements of this model's task vector that are kept.
-        unbiased: the paper's rescaling instead: divide what is kept by the probability of keeping it.
-        normalize: divide by the sum of the weights of all models, unless it is below `divisor_eps`.
-        rescale: give each task vector back the L1 norm that it had before elements were dropped.
-        rescale_eps: a task vector whose norm is below this, before or after, is not rescaled.
-        divisor_eps: weights whose sum is below this in size are not divided by.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
+        weight: weight of this model's task vector.
+        density: fraction of this model's task vector that is kept.
+        unbiased: rescale as in the paper: divide each kept element by its probability.
+        normalize: divide by the sum of all weights, unless its absolute value is below `divisor_eps`.
+        rescale: scale each sparse task vector back to its original L1 norm.
+        rescale_eps: smallest L1 norm, before and after dropping, that is rescaled.
+        divisor_eps: smallest sum of weights (absolute value) to divide by.
+        lambda_: factor of the sum before it is added to the base.
     """
-    return TaskVectors(
-        inputs,
-        Bernoulli(inputs, density, unbiased=rescale and unbiased),
-        weight=weight,
-        elect=False,
-        normalize=normalize,
-        rescale=rescale_eps if rescale and not unbiased else None,
-        divisor_eps=divisor_eps,
-        factor=lambda_,
-    )
+    sparsifier = Bernoulli(inputs, density, unbiased=rescale and unbiased)
+    eps = rescale_eps if rescale and not unbiased else None
+    divisor = divisor_eps if normalize else None
+    return weighted_deltas(inputs, sparsifier, weight=weight, lambda_=lambda_, rescale_eps=eps, divisor_eps=divisor)
 
 
 @merge_method("dare_ties", paper=DARE, base=Base.REQUIRED)
@@ -139,74 +170,23 @@ def dare_ties(
     rescale: bool = True,
     rescale_eps: NonNegative = 1e-7,
     lambda_: Finite = 1.0,
-    int8_mask: bool = False,
 ) -> Kernel:
-    """Drop elements of the task vectors at random, rescale what is left, and add up what agrees with the elected sign.
+    """Drop random elements of the task vectors, rescale the rest, and add the values that agree with the elected sign.
 
-    d_i as in dare_linear; the sign as in ties; out = base + lambda (sum of the d_i with that sign)
+    d_i as in dare_linear, the elected sign as in ties. out = base + lambda (sum of the d_i with that sign)
 
     Args:
-        weight: the weight of this model's task vector.
-        density: the share of the elements of this model's task vector that are kept.
-        unbiased: the paper's rescaling instead: divide what is kept by the probability of keeping it.
-        normalize: divide by the sum of the weights of those that agree.
-        rescale: give each task vector back the L1 norm that it had before elements were dropped.
-        rescale_eps: a task vector whose norm is below this, before or after, is not rescaled.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
+        weight: weight of this model's task vector.
+        density: fraction of this model's task vector that is kept.
+        unbiased: rescale as in the paper: divide each kept element by its probability.
+        normalize: divide each element by the sum of the weights of the models that agree.
+        rescale: scale each sparse task vector back to its original L1 norm.
+        rescale_eps: smallest L1 norm, before and after dropping, that is rescaled.
+        lambda_: factor of the sum before it is added to the base.
     """
-    return TaskVectors(
-        inputs,
-        Bernoulli(inputs, density, unbiased=rescale and unbiased),
-        weight=weight,
-        elect=True,
-        normalize=normalize,
-        rescale=rescale_eps if rescale and not unbiased else None,
-        divisor_eps=0.0,
-        factor=lambda_,
-    )
-
-
-@merge_method("della", paper=DELLA, base=Base.REQUIRED)
-def della(
-    inputs: Inputs,
-    *,
-    weight: PerInput[Finite],
-    density: PerInput[Fraction] = (1.0,),
-    epsilon: PerInput[HalfWidth] = (0.15,),
-    unbiased: bool = False,
-    normalize: bool = True,
-    rescale: bool = True,
-    rescale_eps: NonNegative = 1e-7,
-    lambda_: Finite = 1.0,
-    int8_mask: bool = False,
-) -> Kernel:
-    """Drop elements of the task vectors at random, small ones rather than large, rescale, and average what agrees.
-
-    As dare_ties, but an element is kept with a probability that rises, by the rank of its size in its row, from
-    density - epsilon to density + epsilon, and the sum is divided by the weights.
-
-    Args:
-        weight: the weight of this model's task vector.
-        density: the share of the elements of this model's task vector that are kept.
-        epsilon: how far the probabilities lie above and below the density.
-        unbiased: the paper's rescaling instead: divide what is kept by the probability of keeping it.
-        normalize: divide by the sum of the weights of those that agree.
-        rescale: give each task vector back the L1 norm that it had before elements were dropped.
-        rescale_eps: a task vector whose norm is below this, before or after, is not rescaled.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
-    """
-    return TaskVectors(
-        inputs,
-        MagPrune(inputs, density, epsilon, unbiased=rescale and unbiased),
-        weight=weight,
-        elect=True,
-        normalize=normalize,
-        rescale=rescale_eps if rescale and not unbiased else None,
-        divisor_eps=0.0,
-        factor=lambda_,
-    )
+    sparsifier = Bernoulli(inputs, density, unbiased=rescale and unbiased)
+    eps = rescale_eps if rescale and not unbiased else None
+    return elected_deltas(inputs, sparsifier, weight=weight, lambda_=lambda_, rescale_eps=eps, normalize=normalize)
 
 
 @merge_method("della_linear", paper=DELLA, base=Base.REQUIRED)
@@ -222,34 +202,59 @@ def della_linear(
     rescale_eps: NonNegative = 1e-7,
     divisor_eps: NonNegative = 1e-8,
     lambda_: Finite = 1.0,
-    int8_mask: bool = False,
 ) -> Kernel:
-    """Drop elements of the task vectors at random, small ones rather than large, rescale, and add up.
+    """Drop random elements of the task vectors, preferably small ones, rescale, and add them to the base.
 
     As dare_linear, with the probabilities of della.
 
     Args:
-        weight: the weight of this model's task vector.
-        density: the share of the elements of this model's task vector that are kept.
-        epsilon: how far the probabilities lie above and below the density.
-        unbiased: the paper's rescaling instead: divide what is kept by the probability of keeping it.
-        normalize: divide by the sum of the weights of all models, unless it is below `divisor_eps`.
-        rescale: give each task vector back the L1 norm that it had before elements were dropped.
-        rescale_eps: a task vector whose norm is below this, before or after, is not rescaled.
-        divisor_eps: weights whose sum is below this in size are not divided by.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
+        weight: weight of this model's task vector.
+        density: fraction of this model's task vector that is kept.
+        epsilon: half the width of the range of probabilities, centered at the density.
+        unbiased: rescale as in the paper: divide each kept element by its probability.
+        normalize: divide by the sum of all weights, unless its absolute value is below `divisor_eps`.
+        rescale: scale each sparse task vector back to its original L1 norm.
+        rescale_eps: smallest L1 norm, before and after dropping, that is rescaled.
+        divisor_eps: smallest sum of weights (absolute value) to divide by.
+        lambda_: factor of the sum before it is added to the base.
     """
-    return TaskVectors(
-        inputs,
-        MagPrune(inputs, density, epsilon, unbiased=rescale and unbiased),
-        weight=weight,
-        elect=False,
-        normalize=normalize,
-        rescale=rescale_eps if rescale and not unbiased else None,
-        divisor_eps=divisor_eps,
-        factor=lambda_,
-    )
+    sparsifier = MagPrune(inputs, density, epsilon, unbiased=rescale and unbiased)
+    eps = rescale_eps if rescale and not unbiased else None
+    divisor = divisor_eps if normalize else None
+    return weighted_deltas(inputs, sparsifier, weight=weight, lambda_=lambda_, rescale_eps=eps, divisor_eps=divisor)
+
+
+@merge_method("della", paper=DELLA, base=Base.REQUIRED)
+def della(
+    inputs: Inputs,
+    *,
+    weight: PerInput[Finite],
+    density: PerInput[Fraction] = (1.0,),
+    epsilon: PerInput[HalfWidth] = (0.15,),
+    unbiased: bool = False,
+    normalize: bool = True,
+    rescale: bool = True,
+    rescale_eps: NonNegative = 1e-7,
+    lambda_: Finite = 1.0,
+) -> Kernel:
+    """Drop random elements of the task vectors, preferably small ones, rescale, and average the values that agree.
+
+    As dare_ties, but the probability of keeping an element rises from density - epsilon to density + epsilon with the
+    rank of its absolute value in its row, and the sum is divided by the weights.
+
+    Args:
+        weight: weight of this model's task vector.
+        density: fraction of this model's task vector that is kept.
+        epsilon: half the width of the range of probabilities, centered at the density.
+        unbiased: rescale as in the paper: divide each kept element by its probability.
+        normalize: divide each element by the sum of the weights of the models that agree.
+        rescale: scale each sparse task vector back to its original L1 norm.
+        rescale_eps: smallest L1 norm, before and after dropping, that is rescaled.
+        lambda_: factor of the sum before it is added to the base.
+    """
+    sparsifier = MagPrune(inputs, density, epsilon, unbiased=rescale and unbiased)
+    eps = rescale_eps if rescale and not unbiased else None
+    return elected_deltas(inputs, sparsifier, weight=weight, lambda_=lambda_, rescale_eps=eps, normalize=normalize)
 
 
 @merge_method("breadcrumbs", paper=BREADCRUMBS, base=Base.REQUIRED)
@@ -264,34 +269,26 @@ def breadcrumbs(
     rescale_eps: NonNegative = 1e-7,
     divisor_eps: NonNegative = 1e-8,
     lambda_: Finite = 1.0,
-    int8_mask: bool = False,
 ) -> Kernel:
-    """Drop the largest and the smallest elements of the task vectors, and add up the rest.
+    """Drop the largest and the smallest elements of the task vectors, and add the rest to the base.
 
-    d_i = w_i times the elements of x_i - base without the gamma n largest, and without the smallest, so that density n
-    are left; out = base + lambda sum_i d_i
+    d_i = w_i times x_i - base without its gamma n largest elements, and without the smallest, which leaves density n
+    of n. out = base + lambda sum_i d_i
 
     Args:
-        weight: the weight of this model's task vector.
-        density: the share of the elements of this model's task vector that are kept.
-        gamma: the share of the elements, the largest ones, that are dropped; the paper's beta.
-        normalize: divide by the sum of the weights of all models, unless it is below `divisor_eps`.
-        rescale: give each task vector back the L1 norm that it had before elements were dropped.
-        rescale_eps: a task vector whose norm is below this, before or after, is not rescaled.
-        divisor_eps: weights whose sum is below this in size are not divided by.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
+        weight: weight of this model's task vector.
+        density: fraction of this model's task vector that is kept.
+        gamma: fraction of the elements, the largest ones, that is dropped (beta in the paper).
+        normalize: divide by the sum of all weights, unless its absolute value is below `divisor_eps`.
+        rescale: scale each sparse task vector back to its original L1 norm.
+        rescale_eps: smallest L1 norm, before and after dropping, that is rescaled.
+        divisor_eps: smallest sum of weights (absolute value) to divide by.
+        lambda_: factor of the sum before it is added to the base.
     """
-    return TaskVectors(
-        inputs,
-        drop_outliers(inputs, density, gamma),
-        weight=weight,
-        elect=False,
-        normalize=normalize,
-        rescale=rescale_eps if rescale else None,
-        divisor_eps=divisor_eps,
-        factor=lambda_,
-    )
+    sparsifier = drop_outliers(inputs, density, gamma)
+    eps = rescale_eps if rescale else None
+    divisor = divisor_eps if normalize else None
+    return weighted_deltas(inputs, sparsifier, weight=weight, lambda_=lambda_, rescale_eps=eps, divisor_eps=divisor)
 
 
 @merge_method("breadcrumbs_ties", paper=BREADCRUMBS, base=Base.REQUIRED)
@@ -305,29 +302,20 @@ def breadcrumbs_ties(
     rescale: bool = False,
     rescale_eps: NonNegative = 1e-7,
     lambda_: Finite = 1.0,
-    int8_mask: bool = False,
 ) -> Kernel:
-    """Drop the largest and the smallest elements of the task vectors, and add up what agrees with the elected sign.
+    """Drop the largest and smallest elements of the task vectors, and add the values that agree with the elected sign.
 
-    d_i as in breadcrumbs; the sign as in ties; out = base + lambda (sum of the d_i with that sign)
+    d_i as in breadcrumbs, the elected sign as in ties. out = base + lambda (sum of the d_i with that sign)
 
     Args:
-        weight: the weight of this model's task vector.
-        density: the share of the elements of this model's task vector that are kept.
-        gamma: the share of the elements, the largest ones, that are dropped; the paper's beta.
-        normalize: divide by the sum of the weights of those that agree.
-        rescale: give each task vector back the L1 norm that it had before elements were dropped.
-        rescale_eps: a task vector whose norm is below this, before or after, is not rescaled.
-        lambda_: what the sum is multiplied by before it is added to the base.
-        int8_mask: has no effect; it saves memory in mergekit.
+        weight: weight of this model's task vector.
+        density: fraction of this model's task vector that is kept.
+        gamma: fraction of the elements, the largest ones, that is dropped (beta in the paper).
+        normalize: divide each element by the sum of the weights of the models that agree.
+        rescale: scale each sparse task vector back to its original L1 norm.
+        rescale_eps: smallest L1 norm, before and after dropping, that is rescaled.
+        lambda_: factor of the sum before it is added to the base.
     """
-    return TaskVectors(
-        inputs,
-        drop_outliers(inputs, density, gamma),
-        weight=weight,
-        elect=True,
-        normalize=normalize,
-        rescale=rescale_eps if rescale else None,
-        divisor_eps=0.0,
-        factor=lambda_,
-    )
+    sparsifier = drop_outliers(inputs, density, gamma)
+    eps = rescale_eps if rescale else None
+    return elected_deltas(inputs, sparsifier, weight=weight, lambda_=lambda_, rescale_eps=eps, normalize=normalize)

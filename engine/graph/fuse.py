@@ -51,7 +51,7 @@ class FusedKernel(Kernel):
         self.parts = tuple(parts)
         self._passes = [(part, index) for part, found in enumerate(parts) for index in range(found.kernel.reductions)]
         self.reductions = len(self._passes)
-        self.buffers = self._buffers(len(parts) - 1)
+        self.workspace_per_element = self._buffers(len(parts) - 1)
         self.propagates_nonfinite = all(part.kernel.propagates_nonfinite for part in parts)
         by_row = any(part.kernel.unit is not Unit.ELEMENT for part in parts)
         self.unit = Unit.ROW if by_row else Unit.ELEMENT
@@ -71,7 +71,7 @@ class FusedKernel(Kernel):
         """Workspace for a part: its inputs that are results of others, and the most that is needed beside them."""
         part = self.parts[number]
         inner = [~source for source in dict.fromkeys(part.sources) if source < 0]
-        return len(inner) + 0.01 + max([part.kernel.buffers, *(self._buffers(child) for child in inner)])
+        return len(inner) + 0.01 + max([part.kernel.workspace_per_element, *(self._buffers(child) for child in inner)])
 
     def _tile(self, number: int, tile: Tile, states: Sequence[Any]) -> Tile:
         """The tile that a part sees: its inputs made where they are results of other parts."""

@@ -1,1 +1,1 @@
-"""Everything that is printed or drawn."""
+"""The reports: everything that is printed or drawn."""

@@ -1,4 +1,4 @@
-"""A checkpoint's inspection as people read it."""
+"""The report of `mergeloom inspect`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..io.wording import big_number, data_size, listed, plural, ranges
 from .sections import Grid, Section
 
 _FILES_SHOWN = 8
-_OUTSIDE_SHOWN = 12
+_NON_LAYER_SHOWN = 12
 
 
 def inspection_sections(inspection: Inspection, *, tensors: bool = False) -> list[Section]:
-    """What people read of a checkpoint.
+    """Return the sections that describe a checkpoint.
 
     Args:
-        inspection: of it.
-        tensors: whether every tensor is listed, too.
+        inspection: inspection of the checkpoint.
+        tensors: whether to list every tensor.
     """
     checkpoint = inspection.checkpoint
     sections = [Section(os.fspath(checkpoint.path), _facts(inspection)), _layers(inspection), _dtypes(inspection)]
     if outside := inspection.outside():
-        sections.append(_outside(outside))
+        sections.append(_non_layer_tensors(outside))
     sections.append(_files(inspection))
     if inspection.remarks:
         sections.append(Section("Remarks", lines=inspection.remarks, warns=True))
@@ -42,11 +42,11 @@ def inspection_sections(inspection: Inspection, *, tensors: bool = False) -> lis
 
 def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     config = inspection.checkpoint.config or {}
-    names = config.get("architectures")
+    architectures = config.get("architectures")
     tensors = inspection.tensors
     fields = []
-    if isinstance(names, list) and names:
-        fields.append(("architecture", ", ".join(map(str, names))))
+    if isinstance(architectures, list) and architectures:
+        fields.append(("architecture", ", ".join(map(str, architectures))))
     fields += [
         ("parameters", f"{big_number(total_elements(tensors))} in {plural(len(tensors), 'tensor')}"),
         ("size", data_size(total_bytes(tensors))),
@@ -62,7 +62,7 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config, or one inside it, says that the head is the embedding."""
+    """Whether a config, or one nested in it, ties the head to the embedding."""
     if config.get("tie_word_embeddings") is True:
         return True
     return any(_is_tied(value) for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))
@@ -70,23 +70,23 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
 
 def _layers(inspection: Inspection) -> Section:
     if not inspection.stacks:
-        return Section("Layers", lines=("none were found",))
+        return Section("Layers", lines=("none found",))
     rows = []
     mains = inspection.layers.mains if inspection.layers is not None else ()
     for stack in inspection.stacks:
         inside = inspection.in_stack(stack)
         extra = f" + extra {ranges(stack.extras)}" if stack.extras else ""
-        key = ".".join((*stack.config_path, stack.config_key)) if stack.config_key else "its names"
+        key = ".".join((*stack.config_path, stack.config_key)) if stack.config_key else "tensor names"
         rows.append(
             (
                 stack.prefix,
                 f"{stack.count}{extra}",
                 f"{len(inside):,}",
                 data_size(total_bytes(ref for _, ref in inside)),
-                key if stack in mains else "its names; recipes don't slice it",
+                key if stack in mains else "tensor names; recipes can't slice it",
             )
         )
-    header = ("stack", "layers", "tensors", "size", "known from")
+    header = ("stack", "layers", "tensors", "size", "count from")
     return Section("Layers", grid=Grid(header, tuple(rows), frozenset(("layers", "tensors", "size"))))
 
 
@@ -99,11 +99,11 @@ def _dtypes(inspection: Inspection) -> Section:
     return Section("Dtypes", grid=Grid(header, rows, frozenset(header[1:])))
 
 
-def _outside(outside: Sequence[tuple[str, TensorRef]]) -> Section:
+def _non_layer_tensors(outside: Sequence[tuple[str, TensorRef]]) -> Section:
     rows = tuple(
-        (name, ref.dtype.name, str(list(ref.shape)), data_size(ref.nbytes)) for name, ref in outside[:_OUTSIDE_SHOWN]
+        (name, ref.dtype.name, str(list(ref.shape)), data_size(ref.nbytes)) for name, ref in outside[:_NON_LAYER_SHOWN]
     )
-    more = (f"and {len(outside) - _OUTSIDE_SHOWN:,} more (--tensors lists all)",) if len(outside) > len(rows) else ()
+    more = (f"and {len(outside) - _NON_LAYER_SHOWN:,} more (--tensors lists all)",) if len(outside) > len(rows) else ()
     grid = Grid(("tensor", "dtype", "shape", "size"), rows, frozenset(("size",)))
     return Section("Outside the layers", grid=grid, lines=more)
 
@@ -113,9 +113,9 @@ def _files(inspection: Inspection) -> Section:
     shown = files if len(files) <= _FILES_SHOWN else [*files[: _FILES_SHOWN // 2], *files[-_FILES_SHOWN // 2 :]]
     rows = [(file.name, f"{len(refs):,}", data_size(total_bytes(refs))) for file, refs in shown]
     if len(shown) < len(files):
-        left = [refs for _, refs in files[_FILES_SHOWN // 2 : -_FILES_SHOWN // 2]]
-        size = data_size(sum(map(total_bytes, left)))
-        rows.insert(_FILES_SHOWN // 2, (f"... {len(left):,} more", f"{sum(map(len, left)):,}", size))
+        omitted = [refs for _, refs in files[_FILES_SHOWN // 2 : -_FILES_SHOWN // 2]]
+        size = data_size(sum(map(total_bytes, omitted)))
+        rows.insert(_FILES_SHOWN // 2, (f"... {len(omitted):,} more", f"{sum(map(len, omitted)):,}", size))
     ignored = inspection.checkpoint.ignored
     lines = (f"ignored: {listed((file.name for file in ignored), 5)}",) if ignored else ()
     title = "Files" if len(files) == 1 else f"Files: {len(files):,}"

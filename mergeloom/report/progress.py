@@ -1,7 +1,7 @@
-"""How far a merge is, while it runs: a line that is redrawn on a terminal, a line now and then anywhere else.
+"""Shows the progress of a merge: a redrawn line on a terminal, a line every few seconds anywhere else.
 
-The engine calls back with its counters, and a thread of its own draws them: whoever pauses a terminal pauses the
-display, not the merge.
+The engine calls back with its counters, and a separate thread draws them, so pausing the terminal pauses the display but
+not the merge.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from ..engine.execute.tasks import Progress
 
 FRAME_SECONDS = 0.2
-"""How often the line on a terminal is drawn."""
+"""The interval at which the line on a terminal is redrawn."""
 LINE_SECONDS = 10.0
-"""How often a line is printed where there is no terminal."""
+"""The interval at which lines are printed without a terminal."""
 WINDOW_SECONDS = 20.0
-"""Over how long the rate is taken."""
-_SHORTEST_BAR, _LONGEST_BAR = 8, 24
+"""The window over which the rate is averaged."""
+_MIN_BAR, _MAX_BAR = 8, 24
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is shown.
+    """The progress at one moment.
 
     Args:
-        read: bytes so far.
-        written: bytes so far.
-        to_read: bytes in all.
-        to_write: bytes in all.
-        per_second: bytes read and written a second, of late.
-        left: seconds until the end at this rate; None where nothing tells.
-        verb: what is done with what is read.
-        checked: bytes of an unfinished merge that were checked.
-        to_check: bytes of it in all, while it is being checked; else 0.
+        read: bytes read so far.
+        written: bytes written so far.
+        to_read: total bytes to read.
+        to_write: total bytes to write.
+        per_second: recent rate in bytes read and written per second.
+        left: estimated seconds left; None if unknown.
+        verb: word for reading, such as ``downloaded``.
+        checked: bytes of an unfinished merge checked so far.
+        to_check: total bytes to check; 0 if no unfinished merge is being checked.
     """
 
     read: int
@@ -60,7 +60,7 @@ class State:
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """The completed share, from 0 to 1."""
         if self.to_check:
             return self.checked / self.to_check
         total = self.to_read + self.to_write
@@ -68,11 +68,11 @@ class State:
 
     @property
     def done(self) -> bool:
-        """Whether all bytes were moved."""
+        """Whether all bytes are read and written."""
         return self.read + self.written >= self.to_read + self.to_write
 
     def parts(self) -> list[str]:
-        """The line in parts, the most important first."""
+        """Return the parts of the line, most important first."""
         if self.to_check:
             share = f"{int(100 * self.share):3d}%"
             return [share, "checking the unfinished merge", f"{data_size(self.checked)} of {data_size(self.to_check)}"]
@@ -80,8 +80,8 @@ class State:
             return ["  0%", "starting"]
         writes = self.to_write > 0
         if self.done:
-            moved = [f"{self.verb} {data_size(self.read)}", *([f"written {data_size(self.written)}"] if writes else [])]
-            return ["100%", "waiting for the disk", *moved]
+            totals = [f"{self.verb} {data_size(self.read)}", *([f"written {data_size(self.written)}"] if writes else [])]
+            return ["100%", "syncing", *totals]
         return [
             f"{int(100 * self.share):3d}%",
             "time left unknown" if self.left is None else f"{_rounded(self.left)} left",
@@ -91,7 +91,7 @@ class State:
         ]
 
     def line(self, width: int | None = None) -> str:
-        """As much of it as fits `width` characters; all of it where that is None."""
+        """Return the parts that fit in `width` characters; all parts if it is None."""
         parts = self.parts()
         while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
             parts.pop()
@@ -99,17 +99,18 @@ class State:
 
 
 def _rounded(seconds: float) -> str:
+    """Format the time left, in full seconds."""
     return duration(seconds) if seconds >= 59.5 else f"{max(1, round(seconds))} s"
 
 
 class Meter:
-    """Turns the engine's counters into what is shown.
+    """Computes rates and the time left from the engine's counters.
 
     Args:
-        to_read: bytes in all.
-        to_write: bytes in all.
-        clock: in seconds.
-        verb: what is done with what is read.
+        to_read: total bytes to read.
+        to_write: total bytes to write.
+        clock: clock in seconds.
+        verb: word for reading, such as ``downloaded``.
     """
 
     def __init__(
@@ -121,32 +122,31 @@ class Meter:
         self._samples: deque[tuple[float, int]] = deque([(clock(), 0)])
 
     def state(self, progress: Progress | None) -> State:
-        """How far it is now."""
+        """Return the progress now."""
         now = self._clock()
         read, written = (progress.bytes_read, progress.bytes_written) if progress is not None else (0, 0)
         if read + written == 0:
-            self._samples.clear()  # the rate begins with the first byte, not while libraries are loaded
+            self._samples.clear()  # start the clock at the first byte, not while libraries load
         self._samples.append((now, read + written))
         while len(self._samples) > 2 and self._samples[1][0] <= now - WINDOW_SECONDS:
             self._samples.popleft()
-        then, before = self._samples[0]
-        per_second = (read + written - before) / (now - then) if now > then else 0.0
-        missing = max(0, sum(self._totals) - read - written)
-        left = missing / per_second if per_second else None
+        start, done = self._samples[0]
+        per_second = (read + written - done) / (now - start) if now > start else 0.0
+        left = max(0, sum(self._totals) - read - written) / per_second if per_second else None
         checked, to_check = (progress.bytes_checked, progress.bytes_to_check) if progress is not None else (0, 0)
         return State(read, written, *self._totals, per_second, left, self._verb, checked, to_check)
 
 
 class Display:
-    """Shows the progress of one merge, or download, from entering it to leaving it; give it to `merge` as `notify`.
+    """A context manager that shows the progress of a merge or a download; pass it to `merge` as `notify`.
 
     Args:
-        to_read: bytes in all.
-        to_write: bytes in all.
-        quiet: show nothing.
-        stream: stderr by default.
-        seconds: between two drawings; by default as fits the stream.
-        verb: what is done with what is read.
+        to_read: total bytes to read.
+        to_write: total bytes to write.
+        quiet: whether to show nothing.
+        stream: output stream; stderr by default.
+        seconds: interval between updates; by default FRAME_SECONDS on a terminal, else LINE_SECONDS.
+        verb: word for reading, such as ``downloaded``.
     """
 
     def __init__(
@@ -165,40 +165,40 @@ class Display:
         self._seconds = seconds or (FRAME_SECONDS if self._terminal else LINE_SECONDS)
         self._meter = Meter(to_read, to_write, verb=verb)
         self._progress: Progress | None = None
-        self._left = threading.Event()
-        self._thread = None if quiet else threading.Thread(target=self._draw_on, name="progress", daemon=True)
+        self._closed = threading.Event()
+        self._thread = None if quiet else threading.Thread(target=self._draw_loop, name="progress", daemon=True)
 
     def __call__(self, progress: Progress) -> None:
-        """Take note of the engine's counters: an object that it goes on counting in."""
+        """Store the engine's counters, which it keeps updating."""
         self._progress = progress
 
     def __enter__(self) -> Display:
         if self._thread is not None:
             if self._terminal:
-                self._console = make_console(self._stream)  # rich is imported here, before the merge takes memory
+                self._console = make_console(self._stream)  # imports rich before the merge allocates memory
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._left.set()
+        self._closed.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)  # a paused terminal must not keep the merge from ending
+            self._thread.join(timeout=5)  # a paused terminal must not block the end of the merge
 
-    def _draw_on(self) -> None:
+    def _draw_loop(self) -> None:
         try:
-            while not self._left.wait(self._seconds):
+            while not self._closed.wait(self._seconds):
                 self._draw(self._meter.state(self._progress))
             if self._console is not None:
                 self._clear_line()
         except OSError:
-            return  # nobody is there any more who would look
+            return  # the stream is closed
 
     def _draw(self, state: State) -> None:
         if self._console is None:
             self._stream.write(f"mergeloom: {state.line()}\n")
         else:
             with self._console.capture() as capture:
-                self._console.print(drawing(state, self._console.width - 1), end="", no_wrap=True)
+                self._console.print(draw_line(state, self._console.width - 1), end="", no_wrap=True)
             self._stream.write(f"\r{capture.get()}\x1b[K")
         self._stream.flush()
 
@@ -207,13 +207,13 @@ class Display:
         self._stream.flush()
 
 
-def drawing(state: State, width: int) -> Text:
-    """The line with a bar before it where there is room for one."""
+def draw_line(state: State, width: int) -> Text:
+    """Return the line, with a progress bar on its left if there is room."""
     from rich.text import Text
 
     line = state.line(width)
-    bar = min(_LONGEST_BAR, width - len(line) - 2)
-    if bar < _SHORTEST_BAR:
+    bar = min(_MAX_BAR, width - len(line) - 2)
+    if bar < _MIN_BAR:
         return Text(line)
     full = round(bar * state.share)
     return Text.assemble(("━" * full, "cyan"), ("─" * (bar - full), "bright_black"), "  ", line)

@@ -1,4 +1,4 @@
-"""Sections of labelled lines and tables, on a terminal with rich, and as plain lines anywhere else."""
+"""Sections of labeled values and tables: laid out with rich on a terminal, as plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table. Columns named in `numbers` are aligned to the right."""
+    """A table.
+
+    Args:
+        header: names of the columns.
+        rows: cells of each row.
+        numbers: names of the columns that are aligned to the right.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -27,11 +33,11 @@ class Section:
     """A part of a report.
 
     Args:
-        title: its heading.
-        fields: (label, value) each.
-        grid: a table below them.
-        lines: texts below that.
-        warns: whether it is about something to worry about.
+        title: heading.
+        fields: (label, value) pairs.
+        grid: table below the fields.
+        lines: lines of text below the table.
+        warns: whether the section is a warning.
     """
 
     title: str
@@ -42,7 +48,7 @@ class Section:
 
 
 def plain(sections: Sequence[Section]) -> str:
-    """The sections as lines of text, without the last line's end. Nothing is coloured, wrapped or cut."""
+    """Return the sections as plain text, without colors and line wrapping, and without a final newline."""
     width = max((len(label) for section in sections for label, _ in section.fields), default=0)
     blocks = []
     for section in sections:
@@ -55,6 +61,7 @@ def plain(sections: Sequence[Section]) -> str:
 
 
 def _aligned(grid: Grid) -> list[str]:
+    """Return the lines of a table with aligned columns."""
     cells = [grid.header, *([clean(cell) for cell in row] for row in grid.rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(grid.header))]
     right = [name in grid.numbers for name in grid.header]
@@ -68,7 +75,7 @@ def _aligned(grid: Grid) -> list[str]:
 
 
 def show(sections: Sequence[Section], stream: TextIO | None = None) -> None:
-    """Print the sections: laid out for the width of a terminal, else as plain lines."""
+    """Print the sections: laid out for the width of a terminal, or as plain lines without one."""
     stream = stream or sys.stdout
     if not is_terminal(stream):
         stream.write(plain(sections) + "\n")
@@ -84,40 +91,41 @@ def show(sections: Sequence[Section], stream: TextIO | None = None) -> None:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether somebody looks at it, on something that can do more than print lines."""
+    """Whether a stream is a terminal that supports cursor movement."""
     import os
 
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def load_rich() -> None:
-    """Import what terminals need, so that it is part of the process before a plan takes its measure."""
+    """Import rich now, so the memory baseline that planning measures includes it."""
     import rich.console
     import rich.padding
     import rich.table  # noqa: F401
 
 
 def make_console(stream: TextIO) -> Console:
-    """A rich console that takes texts as they are: brackets in a path are no markup."""
+    """Return a rich console that prints text literally: brackets in a path are not markup."""
     from rich.console import Console
 
     return Console(file=stream, markup=False, highlight=False, emoji=False)
 
 
 def _renderables(section: Section, width: int) -> list[RenderableType]:
+    """Return a section as rich renderables, with labels of the given width."""
     from rich import box
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    found: list[RenderableType] = [Text(clean(section.title), style="bold yellow" if section.warns else "bold")]
+    parts: list[RenderableType] = [Text(clean(section.title), style="bold yellow" if section.warns else "bold")]
     if section.fields:
         fields = Table.grid(padding=(0, 2))
         fields.add_column(style="cyan", no_wrap=True, width=width)
         fields.add_column(overflow="fold")
         for label, value in section.fields:
             fields.add_row(Text(clean(label)), Text(clean(value)))
-        found.append(Padding(fields, (0, 0, 0, 2)))
+        parts.append(Padding(fields, (0, 0, 0, 2)))
     if section.grid:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="cyan", pad_edge=False, show_edge=False)
         for name in section.grid.header:
@@ -125,6 +133,6 @@ def _renderables(section: Section, width: int) -> list[RenderableType]:
             table.add_column(name, justify="right" if to_right else "left", no_wrap=to_right, overflow="fold")
         for row in section.grid.rows:
             table.add_row(*(Text(clean(cell)) for cell in row))
-        found.append(Padding(table, (0, 0, 0, 2)))
-    found += [Padding(Text(clean(line)), (0, 0, 0, 2)) for line in section.lines]
-    return found
+        parts.append(Padding(table, (0, 0, 0, 2)))
+    parts += [Padding(Text(clean(line)), (0, 0, 0, 2)) for line in section.lines]
+    return parts

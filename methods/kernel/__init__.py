@@ -1,1 +1,1 @@
-"""What merge methods are built from: the kernel contract, tiles, sums, selection, hashing."""
+"""The building blocks of merge methods: kernel interface, tiles, block sums, selection, random masks."""

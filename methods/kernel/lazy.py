@@ -1,4 +1,4 @@
-"""torch and numpy, imported when they are first used: planning and `--help` do without them."""
+"""Lazy imports of torch and numpy, which planning and `--help` do not need."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 
 class LazyModule:
-    """A module that is imported at the first access to one of its attributes."""
+    """A module that is imported on first access to an attribute."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
         value = getattr(importlib.import_module(self._name), attribute)
-        setattr(self, attribute, value)  # the next access finds it without this call
+        setattr(self, attribute, value)  # cached: __getattr__ is not called again
         return value
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether numpy can work on the tensor's memory. numpy and torch give the same results."""
+    """Whether a tensor is in CPU memory, where numpy can access it. numpy and torch give the same results."""
     return tensor.device.type == "cpu"
 
 

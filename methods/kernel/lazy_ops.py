@@ -1,4 +1,4 @@
-"""The modules of torch operations, imported when they are first used, because they import torch."""
+"""Lazy imports of the modules `ops` and `mask_ops`, which import torch."""
 
 from __future__ import annotations
 

@@ -1,28 +1,28 @@
-"""The scripts of random masks: hashes, what of them lies below a bound, and vectors that are thinned by that.
+"""The inner loops of random masks: hashing, comparing hash bytes with bounds, and masking vectors.
 
-As in `scripts`; others reach it by `lazy.random_scripts`.
+See `ops` for how the functions are compiled and named.
 """
 
-# no `from __future__ import annotations` here: TorchScript reads the annotations as they are
+# Without `from __future__ import annotations`, because TorchScript evaluates the annotations.
 from typing import List, NamedTuple  # noqa: UP035
 
 import torch
 from torch import Tensor
 
-from .ops import Places, block_sums_impl, scripted
+from .ops import BlockSumBuffers, block_sums_impl, scripted
 
 
-class Stream(NamedTuple):
-    """Which hashes: see `hashed`. All numbers are below 2^31 in size.
+class HashStream(NamedTuple):
+    """The parameters of a range of hashes; see `hash_indices`. All numbers fit in an int32.
 
     Args:
-        columns: int32.
-        rows: int32, at least as many as there are whole rows.
-        start: is added to all.
-        tail: is added in the last row instead, where that isn't whole.
+        columns: offset of each column, int32.
+        rows: offset of each complete row, int32.
+        start: number that is added to all complete rows.
+        tail: number that is added to the incomplete last row.
         first: multiplier of the first round.
-        between: is added after it.
-        second: multiplier of the second.
+        between: number that is added after the first round.
+        second: multiplier of the second round.
     """
 
     columns: Tensor
@@ -34,26 +34,26 @@ class Stream(NamedTuple):
     second: int
 
 
-def _hashed(out: Tensor, scratch: Tensor, stream: Stream) -> Tensor:
-    """Hashes of a range of indices: rounds of C. Wellons' lowbias32, with a number added in between.
+def hash_indices_impl(out: Tensor, scratch: Tensor, stream: HashStream) -> Tensor:
+    """Hash a range of indices with the rounds of C. Wellons' lowbias32, with a number added between them.
 
-    The number that is hashed at place ``r * len(columns) + c`` is ``rows[r] + columns[c] + start``, modulo 2^32; after
-    the last whole row it is ``columns[c] + tail``.
+    Element ``r * len(columns) + c`` is the hash of ``rows[r] + columns[c] + start`` modulo 2^32. In the incomplete last
+    row it is the hash of ``columns[c] + tail``.
 
     Args:
-        out: flat int32.
-        scratch: as large.
-        stream: the numbers.
+        out: hashes, flat int32.
+        scratch: scratch buffer of the same size.
+        stream: parameters of the hashes.
     """
     width = stream.columns.numel()
-    whole = out.numel() // width
-    if whole > 0:
+    complete = out.numel() // width
+    if complete > 0:
         steps = stream.columns + stream.start
-        torch.add(stream.rows[:whole].unsqueeze(1), steps, out=out[: whole * width].view(-1, width))
-    rest = out.numel() - whole * width
+        torch.add(stream.rows[:complete].unsqueeze(1), steps, out=out[: complete * width].view(-1, width))
+    rest = out.numel() - complete * width
     if rest > 0:
-        torch.add(stream.columns[:rest], stream.tail, out=out[whole * width :])
-    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)  # zeros come in from the left
+        torch.add(stream.columns[:rest], stream.tail, out=out[complete * width :])
+    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)  # as a logical shift
     out.bitwise_xor_(scratch).mul_(stream.first).add_(stream.between)
     torch.bitwise_right_shift(out, 15, out=scratch).bitwise_and_(0x1FFFF)
     out.bitwise_xor_(scratch).mul_(stream.second)
@@ -61,19 +61,19 @@ def _hashed(out: Tensor, scratch: Tensor, stream: Stream) -> Tensor:
     return out.bitwise_xor_(scratch)
 
 
-def _below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: int, flags: Tensor) -> Tensor:
-    """1 where a value is less than the bound of its block and column, else 0; or the other way round.
+def below_bounds_impl(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: int, flags: Tensor) -> Tensor:
+    """Set `out` to 1 where a value is below the bound of its block and column, else to 0.
 
     Args:
-        out: flat.
-        values: int8, as many.
-        bounds: int8, shape (blocks, columns).
-        opposite: whether 1 stands for the others.
-        block: elements of a block, a multiple of the columns.
-        flags: scratch: int8, as many as there are values.
+        out: mask, flat.
+        values: values of the same size, int8.
+        bounds: bounds, int8, shape (blocks, columns).
+        opposite: whether to swap 1 and 0.
+        block: number of elements in a block, a multiple of the number of columns.
+        flags: scratch buffer of the same size, int8.
     """
     columns, size = bounds.size(1), out.numel()
-    for part in range(3):  # the whole blocks, then the whole rows of the last one, then what is left
+    for part in range(3):  # complete blocks, complete rows of the last block, the incomplete row
         width = columns if part < 2 else size % columns
         start = 0 if part == 0 else size // block * block if part == 1 else size // columns * columns
         end = size // block * block if part == 0 else size // columns * columns if part == 1 else size
@@ -88,25 +88,25 @@ def _below(out: Tensor, values: Tensor, bounds: Tensor, opposite: bool, block: i
     return out.copy_(flags[:size])
 
 
-hashed, below = scripted(_hashed), scripted(_below)
+hash_indices, below_bounds = scripted(hash_indices_impl), scripted(below_bounds_impl)
 
 
 class Mask(NamedTuple):
-    """Which of a range of values are kept, at random: those of which the octet of a hash is below its bound.
+    """A random mask of a range of values, which keeps a value if its hash byte is below a bound.
 
     Args:
-        begin: of the range, a multiple of four: each hash serves as many values.
-        end: of it.
-        stream: of the hashes.
-        bounds: of `below`.
-        opposite: of `below`.
-        block: of `below`.
-        factor: what is kept is multiplied by it.
+        begin: start of the range, a multiple of four, because a hash has four bytes.
+        end: end of the range.
+        stream: parameters of the hashes.
+        bounds: argument of `below_bounds`.
+        opposite: argument of `below_bounds`.
+        block: argument of `below_bounds`.
+        factor: factor of the kept values.
     """
 
     begin: int
     end: int
-    stream: Stream
+    stream: HashStream
     bounds: Tensor
     opposite: bool
     block: int
@@ -114,14 +114,14 @@ class Mask(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What `apply_mask` computes in.
+    """The scratch buffers of `apply_mask`.
 
     Args:
-        hashes: flat int32, for each four values one.
-        octets: the same memory, int8.
-        other: as large as `hashes`.
-        flags: int8, as many as there are values.
-        kept: float32, as many.
+        hashes: one hash per four values, flat int32.
+        hash_bytes: view of `hashes` as int8.
+        other: buffer of the size of `hashes`.
+        flags: one int8 per value.
+        kept: one float32 per value.
     """
 
     hashes: Tensor
@@ -131,23 +131,21 @@ class Scratch(NamedTuple):
     kept: Tensor
 
 
-def _thin(values: Tensor, masks: List[Mask], scratch: Scratch) -> Tensor:  # noqa: UP006
-    """The flat values that the masks keep, times their factors; 0 for the others."""
+def apply_mask_impl(values: Tensor, masks: List[Mask], scratch: Scratch) -> Tensor:  # noqa: UP006
+    """Multiply flat values by the masks and their factors: values that are not kept become 0."""
     for mask in masks:
         part = values[mask.begin : mask.end]
-        hash_words = (mask.begin // 4, (mask.end + 3) // 4)
-        _hashed(
-            scratch.hashes[hash_words[0] : hash_words[1]], scratch.other[hash_words[0] : hash_words[1]], mask.stream
-        )
-        hash_bytes = scratch.hash_bytes[4 * hash_words[0] : 4 * hash_words[1]]
+        first, end = mask.begin // 4, (mask.end + 3) // 4
+        hash_indices_impl(scratch.hashes[first:end], scratch.other[first:end], mask.stream)
+        hash_bytes = scratch.hash_bytes[4 * first : 4 * end]
         flags, kept = scratch.flags[mask.begin : mask.end], scratch.kept[mask.begin : mask.end]
-        part.mul_(_below(kept, hash_bytes, mask.bounds, mask.opposite, mask.block, flags))
+        part.mul_(below_bounds_impl(kept, hash_bytes, mask.bounds, mask.opposite, mask.block, flags))
         if mask.factor != 1:
             part.mul_(mask.factor)
     return values
 
 
-apply_mask = scripted(_thin)
+apply_mask = scripted(apply_mask_impl)
 
 
 @scripted
@@ -158,26 +156,28 @@ def masked_deltas(
     masks: List[List[Mask]],  # noqa: UP006
     scratch: Scratch,
 ) -> Tensor:
-    """Makes ``vectors[i]`` what ``masks[i]`` keep of ``inputs[i] - base``."""
+    """``vectors[i] = masks[i] * (inputs[i] - base)``."""
     for i in range(len(inputs)):
-        _thin(vectors[i].copy_(inputs[i]).sub_(base).view(-1), masks[i], scratch)
+        apply_mask_impl(vectors[i].copy_(inputs[i]).sub_(base).view(-1), masks[i], scratch)
     return base
 
 
 @scripted
-def thinned_sizes(
+def masked_l1_sums(
     vector: Tensor,
     base: Tensor,
     inputs: List[Tensor],  # noqa: UP006
     masks: List[List[Mask]],  # noqa: UP006
     scratch: Scratch,
-    places: Places,
+    buffers: BlockSumBuffers,
 ) -> Tensor:
-    """Adds up the sizes of the elements of each ``inputs[i] - base``, and of what ``masks[i]`` keep of it: two sums for
-    each. `vector` is scratch."""
+    """Sum ``abs(inputs[i] - base)`` as tensor 2i, and the part that ``masks[i]`` keep as tensor 2i + 1.
+
+    `vector` is a scratch buffer.
+    """
     for i in range(len(inputs)):
         vector.copy_(inputs[i]).sub_(base).abs_()
-        block_sums_impl(vector, 2 * i, places)
-        _thin(vector.view(-1), masks[i], scratch)
-        block_sums_impl(vector, 2 * i + 1, places)
+        block_sums_impl(vector, 2 * i, buffers)
+        apply_mask_impl(vector.view(-1), masks[i], scratch)
+        block_sums_impl(vector, 2 * i + 1, buffers)
     return vector

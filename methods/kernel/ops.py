@@ -1,16 +1,16 @@
-"""Runs of torch operations without Python between them: the inner loops of the methods.
+"""The inner loops of the methods: sequences of torch operations, compiled with TorchScript on the CPU.
 
-Each torch operation lets go of the interpreter's lock and takes it again, some hundred times a tile. Where threads
-compute side by side, each of these may end in a sleep that lasts longer than the operation: with two threads a third of
-the time went there, and with more it only gets worse. TorchScript runs a whole function with the lock let go, and does
-the same operations in the same order, so the bytes are those of the function itself. That is what runs on a device that
-takes its work from a queue, and where this torch or this Python has no TorchScript.
+In eager mode each torch operation releases and reacquires the GIL, about a hundred times per tile. With several compute
+threads each reacquisition can sleep for longer than the operation takes: a third of the time with two threads, and more
+with more threads. A TorchScript function runs without the GIL. It executes the same operations in the same order, so it
+computes the same bytes as the Python function, which runs on other devices and where TorchScript is not available.
 
-Functions here take buffers and numbers, and allocate nothing. This module imports torch: others reach it by
-`lazy.scripts`.
+The functions take buffers and numbers and allocate no memory. ``x_impl`` is a Python function that other functions in
+this module or `mask_ops` call; ``x`` is its compiled version. Other modules import this one through `lazy_ops`, because
+it imports torch.
 """
 
-# no `from __future__ import annotations` here: TorchScript reads the annotations as they are
+# Without `from __future__ import annotations`, because TorchScript evaluates the annotations.
 import functools
 import threading
 import warnings
@@ -27,7 +27,7 @@ _compiling = threading.Lock()
 
 
 def scripted(function: _F) -> _F:
-    """The function, run by TorchScript on the CPU. Its first argument is a buffer, which tells the device."""
+    """Compile a function with TorchScript for tensors on the CPU. Its first argument determines the device."""
     compiled: list[Callable[..., Tensor]] = []
 
     @functools.wraps(function)
@@ -44,7 +44,7 @@ def scripted(function: _F) -> _F:
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # newer releases of torch announce that it will go one day
+            warnings.simplefilter("ignore")  # torch.jit is deprecated in newer releases
             return torch.jit.script(function)  # type: ignore[no-any-return]
     except (AttributeError, RuntimeError):
         return function
@@ -52,14 +52,14 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @scripted
 def difference(out: Tensor, x: Tensor, base: Tensor, absolute: bool) -> Tensor:
-    """``x - base``, in the dtype of `out` and `base`; or the size of that."""
+    """``x - base`` in the dtype of `out` and `base`, or its absolute value."""
     out.copy_(x).sub_(base)
     return out.abs_() if absolute else out
 
 
 @scripted
 def add_to_base(out: Tensor, factor: float, term: Tensor, base: Tensor) -> Tensor:
-    """``base + factor out``. `term` is scratch, or `base` itself in the dtype of `out`."""
+    """``base + factor * out``. `term` is a scratch buffer, or `base` itself if it has the dtype of `out`."""
     if factor != 1:
         out.mul_(factor)
     return out.add_(term.copy_(base))
@@ -73,7 +73,7 @@ def weighted_sum(
     factors: List[float],  # noqa: UP006
     origin: Optional[Tensor],  # noqa: UP045
 ) -> Tensor:
-    """``sum_i factors[i] (inputs[i] - origin)``, added in order; no origin counts as 0. `term` is scratch."""
+    """``sum_i factors[i] * (inputs[i] - origin)``, added in order; None means an origin of 0. `term` is scratch."""
     for i in range(len(inputs)):
         vector = (out if i == 0 else term).copy_(inputs[i])
         if origin is not None:
@@ -86,7 +86,7 @@ def weighted_sum(
 
 
 def pairwise_fold_impl(values: Tensor, width: int) -> Tensor:
-    """See `reductions.pairwise_fold`."""
+    """See `block_sums.pairwise_fold`."""
     columns = values.size(-1)
     while columns > width:
         half = columns // 2
@@ -95,15 +95,15 @@ def pairwise_fold_impl(values: Tensor, width: int) -> Tensor:
     return values.narrow(-1, 0, columns)
 
 
-class Places(NamedTuple):
-    """Where the block sums of a tile's tensors go, see `reductions.BlockSums`.
+class BlockSumBuffers(NamedTuple):
+    """The buffers for the block sums of a tile's tensors; see `block_sums.BlockSums`.
 
     Args:
-        sums: of each part of a tile, float64, shape (tensors, blocks, columns).
-        spans: of each part where it begins and ends in the tile, and how many rows are added up in the work dtype; 0
-            where half is added to half, in a copy, until as many columns as there are in `sums` are left.
-        rows: scratch in the work dtype, shape (blocks, columns) of a part whose rows are added.
-        at_once: whether `torch.sum` adds these rows in their order.
+        sums: partial sums of each part of the tile, float64, shape (tensors, blocks, columns).
+        spans: start, end and height of each part of the tile. Height is the number of rows of a block that are added in
+            the work dtype; 0 means that halves are added pairwise until the number of columns in `sums` is reached.
+        rows: scratch in the work dtype, shape (blocks, columns), for the part with rows.
+        at_once: whether `torch.sum` adds the rows in order.
     """
 
     sums: List[Tensor]  # noqa: UP006
@@ -112,19 +112,19 @@ class Places(NamedTuple):
     at_once: bool
 
 
-def block_sums_impl(values: Tensor, number: int, places: Places) -> Tensor:
-    """The block sums of a tensor's values, which stay as they are, into the places of tensor `number`."""
-    flat, rows = values.view(-1), places.rows
-    for part in range(len(places.sums)):
-        into = places.sums[part][number]
-        start, end, height = places.spans[part]
+def block_sums_impl(values: Tensor, index: int, buffers: BlockSumBuffers) -> Tensor:
+    """Store the block sums of a tensor as those of tensor `index`; `values` is not modified."""
+    flat, rows = values.view(-1), buffers.rows
+    for part in range(len(buffers.sums)):
+        into = buffers.sums[part][index]
+        start, end, height = buffers.spans[part]
         blocks = into.size(0)
         within = flat[start:end].view(blocks, -1)
         if height == 0:
             into.copy_(pairwise_fold_impl(within.clone(), into.size(1)))
             continue
         lines = within.view(blocks, height, -1)
-        if places.at_once:
+        if buffers.at_once:
             torch.sum(lines, [1], out=rows)
         else:
             torch.add(lines[:, 0], lines[:, 1], out=rows)
@@ -134,7 +134,7 @@ def block_sums_impl(values: Tensor, number: int, places: Places) -> Tensor:
     return values
 
 
-# scripts call each other by the names of the functions themselves
+# TorchScript functions call each other through the Python functions.
 pairwise_fold, block_sums = scripted(pairwise_fold_impl), scripted(block_sums_impl)
 
 
@@ -144,33 +144,33 @@ def gram(
     vectors: List[Tensor],  # noqa: UP006
     inputs: List[Tensor],  # noqa: UP006
     origin: Optional[Tensor],  # noqa: UP045
-    places: Places,
+    buffers: BlockSumBuffers,
 ) -> Tensor:
-    """Adds up the products of each two of ``inputs[i] - origin``; no origin counts as 0.
+    """Sum the products of each pair of vectors ``inputs[i] - origin``; None means an origin of 0.
 
     Args:
-        product: scratch.
-        vectors: scratch: one buffer for each input.
-        inputs: of a tile.
-        origin: in the dtype of the vectors.
-        places: of the sums, pair by pair.
+        product: scratch buffer.
+        vectors: scratch buffers, one per input.
+        inputs: inputs of the tile.
+        origin: origin in the dtype of the vectors, or None.
+        buffers: buffers of the sums, one tensor per pair.
     """
     for i in range(len(inputs)):
         vectors[i].copy_(inputs[i])
         if origin is not None:
             vectors[i].sub_(origin)
-    number = 0
+    pair = 0
     for i in range(len(inputs)):
         for j in range(i, len(inputs)):
             torch.mul(vectors[i], vectors[j], out=product)
-            block_sums_impl(product, number, places)
-            number += 1
+            block_sums_impl(product, pair, buffers)
+            pair += 1
     return product
 
 
 @scripted
 def rounded(out: Tensor, values: Tensor) -> Tensor:
-    """Rounds the values into `out`; the least and the largest of them, or NaN."""
+    """Round the values to the dtype of `out`, and return the minimum and the maximum, or NaN."""
     extremes = torch.stack([values.amin(), values.amax()])
     out.copy_(values)
     return extremes
@@ -178,15 +178,26 @@ def rounded(out: Tensor, values: Tensor) -> Tensor:
 
 @scripted
 def accumulate(out: Tensor, term: Tensor, factor: float, first: bool) -> Tensor:
-    """``out + factor term``; or ``factor term``, where `term` is `out`, the first of a sum. `term` is used up."""
+    """``out + factor * term``, or ``factor * term`` if `term` is `out`, the first of a sum. Overwrites `term`."""
     if factor != 1:
         term.mul_(factor)
     return term if first else out.add_(term)
 
 
 def bits(values: Tensor) -> Tensor:
-    """Floats as the integers of their bits, of which the highest is the sign. A view; TorchScript can't make it."""
+    """View floats as integers with the same bits; the highest one is the sign. TorchScript can't create such a view."""
     return values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+
+
+def add_terms_impl(out: Tensor, terms: List[Tensor]) -> Tensor:  # noqa: UP006
+    """Set `out` to the sum of the terms, added in order."""
+    if len(terms) > 1:
+        torch.add(terms[0], terms[1], out=out)
+    else:
+        out.copy_(terms[0])
+    for i in range(2, len(terms)):
+        out.add_(terms[i])
+    return out
 
 
 @scripted
@@ -203,30 +214,25 @@ def sign_consensus_sum(
     agree: Tensor,
     divisor: Tensor,
 ) -> Tensor:
-    """The sum of the terms that have the sign of the sum of all, element by element; see `task_vectors.elected_mean`.
+    """For each element, sum the terms that have the sign of the sum of all terms; see `task_vectors.elected_mean`.
 
     Args:
-        out: the first of the terms.
-        terms: are used up.
-        term_bits: the `bits` of each term.
-        scales: what each term is multiplied by before the election, or none.
-        divisors: of each term, or none.
-        factors: what each term is multiplied by after it, or none.
-        floor: the least divisor; 0 stands for 1 where the divisor is exactly 0.
-        sign: scratch, as the others are.
-        sign_bits: its `bits`.
-        agree: scratch.
-        divisor: scratch.
+        out: first of the terms.
+        terms: terms of the sum, which are overwritten.
+        term_bits: `bits` of each term.
+        scales: factor of each term before the election, or none.
+        divisors: divisor of each term, or none.
+        factors: factor of each term after the election, or none.
+        floor: minimum divisor; with 0 an exact zero counts as 1.
+        sign: scratch buffer.
+        sign_bits: `bits` of `sign`.
+        agree: scratch buffer.
+        divisor: scratch buffer.
     """
     for i in range(len(scales)):
         if scales[i] != 1:
             terms[i].mul_(scales[i])
-    if len(terms) > 1:
-        torch.add(terms[0], terms[1], out=sign)
-    else:
-        sign.copy_(terms[0])
-    for i in range(2, len(terms)):
-        sign.add_(terms[i])
+    add_terms_impl(sign, terms)
     flip = sign_bits.bitwise_and_(-0x7FFFFFFFFFFFFFFF - 1 if sign.dtype == torch.float64 else -0x80000000)
     for i in range(len(terms)):
         term = terms[i]
@@ -258,29 +264,29 @@ def sign_consensus_sum(
 def hard_band(
     values: Tensor,
     scratch: Tensor,
-    left: int,
-    least: List[float],  # noqa: UP006
+    kept: int,
+    minimum: List[float],  # noqa: UP006
     dropped: int,
-    largest: List[float],  # noqa: UP006
+    maximum: List[float],  # noqa: UP006
 ) -> Tensor:
-    """The values that are large enough, and not too large; 0 for the others.
+    """Set the values whose magnitude is outside a band to 0.
 
-    A value is large enough where its size is above the first of `least`, or from the `left`-th value on the second;
-    without any, all are. It is too large where that is so with `largest` and `dropped`. NaN stays, and an infinity that
-    is too large leaves NaN.
+    A value passes a bound if its magnitude is above the bound's first number, or above the second number from the
+    element `kept` (`dropped` for `maximum`) onwards. The values that pass `minimum` and not `maximum` are kept. NaN is
+    kept, and an infinity that passes `maximum` becomes NaN.
 
     Args:
-        values: flat.
-        scratch: as large.
-        left: how many.
-        least: two numbers, or none.
-        dropped: how many.
-        largest: two numbers, or none.
+        values: values, flat.
+        scratch: scratch buffer of the same size.
+        kept: number of values that the first number of `minimum` applies to.
+        minimum: the two numbers of the lower bound, or none.
+        dropped: number of values that the first number of `maximum` applies to.
+        maximum: the two numbers of the upper bound, or none.
     """
-    if len(largest) > 0:
-        torch.ops.aten.hardshrink(values[:dropped], largest[0], out=scratch[:dropped])
-        torch.ops.aten.hardshrink(values[dropped:], largest[1], out=scratch[dropped:])
-    if len(least) > 0:
-        torch.ops.aten.hardshrink(values[:left], least[0], out=values[:left])
-        torch.ops.aten.hardshrink(values[left:], least[1], out=values[left:])
-    return values.sub_(scratch) if len(largest) > 0 else values
+    if len(maximum) > 0:
+        torch.ops.aten.hardshrink(values[:dropped], maximum[0], out=scratch[:dropped])
+        torch.ops.aten.hardshrink(values[dropped:], maximum[1], out=scratch[dropped:])
+    if len(minimum) > 0:
+        torch.ops.aten.hardshrink(values[:kept], minimum[0], out=values[:kept])
+        torch.ops.aten.hardshrink(values[kept:], minimum[1], out=values[kept:])
+    return values.sub_(scratch) if len(maximum) > 0 else values

@@ -1,4 +1,4 @@
-"""Ranges of parameter values: declared once in a method's signature, used for validation, help texts and docs."""
+"""Ranges of parameter values, declared in a method's signature and used for validation, help texts and docs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Finite = Annotated[float, Range()]
 """Any finite number: a weight, a factor, a position on a line."""
 
 Fraction = Annotated[float, Range(0, 1)]
-"""A share of a total, or the absolute value of a cosine."""
+"""A fraction of a total, or the absolute value of a cosine."""
 
 NonNegative = Annotated[float, Range(0)]
 """A distance, a tolerance or a threshold; 0 turns it off."""

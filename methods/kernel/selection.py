@@ -1,11 +1,11 @@
-"""The k-th largest of a tensor's magnitudes, exactly, in a few passes and bounded memory, ties broken by position.
+"""Exact selection of a tensor's k largest magnitudes in a few passes and bounded memory, with ties broken by position.
 
-Magnitudes are compared as the int32 bits of their float32 values, whose order is the same. A small sample tells where
-the k-th largest must about be; then each pass counts, exactly, what lies above that bracket of values and, in
-a histogram, what lies inside, which leaves a bracket 2^14 times narrower. Each pass also tries a guess: it counts the
-elements equal to it in each block. The weights of models have few bits, so a value is shared by many elements, and the
-guess is mostly right: then the first pass after the sample is the last. Whatever the sample says, the result is exact;
-it decides only how soon it is found.
+Magnitudes are compared as the int32 bits of their float32 values, which have the same order. A small sample gives an
+initial bracket for the k-th largest value. Each pass then counts the elements above the bracket and computes a
+histogram of those inside, which narrows the bracket by a factor of 2^14. Each pass also tests a guess: it counts the
+elements equal to it in each block. Model weights have few distinct values, so many elements are equal and the guess is
+usually right. In that case a single pass follows the sample. The result is exact for any sample; a bad sample costs
+more passes.
 """
 
 from __future__ import annotations
@@ -26,60 +26,59 @@ if TYPE_CHECKING:
     from .tile import Tile
 
 Streams = Callable[["Tile"], Iterator["Tensor"]]
-"""From a tile to the float32 magnitudes of each stream, flat, one after the other in the same buffer."""
+"""Yields the float32 magnitudes of each stream for a tile, flat, in the same buffer."""
 
-_TOP = (1 << 31) - 1  # the bits of the largest magnitude, a NaN's
-_RUN = 16  # neighbouring elements that are sampled together: half a cache line
-_RUNS = 1 << 12
-_FEW = 1 << 3  # a tile is gathered from whole where this part of it is wanted at the most, else by as many parts
+_TOP = (1 << 31) - 1  # bits of the largest magnitude, which is a NaN
+_RUN = 16  # adjacent elements that are sampled together: half a cache line
+_RUNS = 1 << 12  # strata of the tensor, each with one sampled run
+_GATHER_PARTS = 1 << 3  # a tile is gathered in parts if more than this fraction (1/8) of its elements is selected
 _GUESSED_BINS, _CERTAIN_BINS = 1 << 12, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The elements of highest rank in a stream: those above `threshold`, and of those equal to it the first ones.
+    """Selects the largest elements of a stream: those above a value, and the first ones of those equal to it.
 
     Args:
-        threshold: a magnitude.
-        block: equal elements are in if they lie in a block before this one.
-        ties: how many of those in this block are in too.
+        value: magnitude of the smallest selected element.
+        block: block before which all elements equal to `value` are selected.
+        ties: number of equal elements in this block that are selected as well.
     """
 
-    threshold: float
+    value: float
     block: int = 0
     ties: int = 0
 
     def mask(self, magnitudes: Tensor, element: int, out: Tensor) -> Tensor:
-        """1 where a tile's element is in, 0 where it isn't or is NaN; into `out`, which may be `magnitudes`.
+        """Set `out` to 1 for selected elements of a tile, and to 0 for others and NaN.
 
         Args:
-            magnitudes: flat, float32.
-            element: the index of the first of them, a multiple of `BLOCK`.
-            out: float32.
+            magnitudes: magnitudes of the tile, flat float32.
+            element: index of the first element, a multiple of `BLOCK`.
+            out: mask, flat float32; can be `magnitudes`.
         """
-        place = self._place(magnitudes, element)
-        torch.ge(magnitudes[:place], self.threshold, out=out[:place])
-        torch.gt(magnitudes[place:], self.threshold, out=out[place:])
+        end = self._end_of_ties(magnitudes, element)
+        torch.ge(magnitudes[:end], self.value, out=out[:end])
+        torch.gt(magnitudes[end:], self.value, out=out[end:])
         return out
 
     def bounds(self, values: Tensor, element: int) -> tuple[int, list[float]]:
-        """For `scripts.between`: of so many of a tile's first values the sizes must be above the first number, of the
-        others above the second.
+        """A bound for `ops.hard_band`: an index, and the minimum magnitudes of selected values before and after it.
 
         Args:
-            values: flat, float32.
-            element: the index of the first of them, a multiple of `BLOCK`.
+            values: values of the tile, flat float32.
+            element: index of the first value, a multiple of `BLOCK`.
         """
-        below = float(np.nextafter(np.float32(self.threshold), np.float32(0)))
-        return self._place(values, element), [below, self.threshold]
+        below = float(np.nextafter(np.float32(self.value), np.float32(0)))
+        return self._end_of_ties(values, element), [below, self.value]
 
-    def _place(self, values: Tensor, element: int) -> int:
-        """From which of a tile's elements on those equal to the threshold are out."""
-        place = self.block * BLOCK - element
-        if 0 <= place < values.numel() and self.ties:
-            block = values[place : place + BLOCK].abs()
-            place += int((block == self.threshold).nonzero()[self.ties - 1]) + 1
-        return max(0, min(place, values.numel()))
+    def _end_of_ties(self, values: Tensor, element: int) -> int:
+        """The index in a tile from which elements equal to `value` are not selected."""
+        end = self.block * BLOCK - element
+        if 0 <= end < values.numel() and self.ties:
+            block = values[end : end + BLOCK].abs()
+            end += int((block == self.value).nonzero()[self.ties - 1]) + 1
+        return max(0, min(end, values.numel()))
 
 
 ALL, NONE = Threshold(-1.0), Threshold(float("inf"))
@@ -87,18 +86,18 @@ ALL, NONE = Threshold(-1.0), Threshold(float("inf"))
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is known of the k-th largest of one stream.
+    """The state of the search for the k largest magnitudes of a stream.
 
     Args:
-        stream: which one.
-        rank: k, from 1 on; None where it is a share of the magnitudes above 0, which are still to be counted.
-        share: that share.
-        exact: whether the elements of rank k and above are sought, and not only the magnitude of rank k.
-        low: the least bits that it can have.
-        high: the largest bits that it can have.
-        above: how many elements are larger than `high`; None where the bracket is only a guess.
-        guess: bits in the bracket, to be tried.
-        cut: the elements of rank k and above, once they are known.
+        stream: index of the stream.
+        rank: k, starting at 1; None if k is a fraction of the nonzero magnitudes, which are not counted yet.
+        share: fraction of the nonzero magnitudes.
+        exact: whether to select exactly k elements; False to find only the k-th largest magnitude.
+        low: lower end of the bracket, as bits.
+        high: upper end of the bracket, as bits.
+        above: number of elements above the bracket; None while the bracket is an estimate.
+        guess: value in the bracket to test in the next pass, as bits.
+        threshold: result, or None while the search continues.
     """
 
     stream: int
@@ -109,30 +108,30 @@ class Target:
     high: int = _TOP
     above: int | None = 0
     guess: int = 0
-    cut: Threshold | None = None
+    threshold: Threshold | None = None
 
     @property
     def query_key(self) -> tuple[object, ...]:
-        """What a pass counts for it: the same for targets of the same question."""
+        """Identifies what a pass counts for the target; targets with the same key share their counts."""
         return self.stream, self.low, self.high, self.guess, self.above is None, self.rank is None
 
     @property
     def shift(self) -> int:
-        """The bits that one bin of the bracket's histogram doesn't tell apart."""
+        """The number of low bits that a bin of the histogram ignores."""
         bins = _GUESSED_BINS if self.above is None else _CERTAIN_BINS
         return max(0, (self.high - self.low).bit_length() - (bins.bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a pass counts for one target.
+    """The counts of a pass for one target.
 
     Args:
-        positive: elements above 0, where the rank depends on them.
-        above: elements above the bracket.
-        inside: the histogram of those in the bracket; None where that is a single value.
-        above_guess: elements above the guess.
-        equal: elements equal to the guess, in each block.
+        positive: number of elements above 0, if the rank depends on it.
+        above: number of elements above the bracket.
+        inside: histogram of the elements in the bracket; None for a bracket of a single value.
+        above_guess: number of elements above the guess.
+        equal: number of elements equal to the guess in each block.
     """
 
     positive: int
@@ -153,12 +152,12 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """The state between two passes.
+class SelectionState:
+    """The state of a selection between two passes.
 
     Args:
-        targets: what is known of each.
-        samples: of each stream, the sorted bits of some elements.
+        targets: state of each target.
+        samples: bits of the sampled elements of each stream, in descending order.
     """
 
     targets: tuple[Target, ...]
@@ -166,83 +165,81 @@ class Progress:
 
 
 class Selection:
-    """Finds elements of given ranks in streams of magnitudes.
+    """Finds the largest elements in streams of magnitudes, as the reductions of a kernel.
 
     Args:
-        elements: of the tensor.
-        targets: what is sought.
-        streams: the magnitudes of a tile, as many streams as the targets name.
-        sampled: whether a sample comes first; not where magnitudes are not to be had for single elements.
+        elements: number of elements in the tensor.
+        targets: targets of the search.
+        streams: computes the magnitudes of a tile, one stream after the other.
+        sampled: whether to start with a sample; False if magnitudes can't be computed for single elements.
     """
-
-    buffers = 1.25  # two flags, and what is gathered: 24 bytes for each of these
 
     def __init__(self, elements: int, targets: Sequence[Target], streams: Streams, *, sampled: bool = True) -> None:
         self.elements = elements
-        self.start = Progress(tuple(targets))
+        self.start = SelectionState(tuple(targets))
         self.streams = streams
         self.sampled = sampled
-        # two histograms tell all bits; and a sample, and a bracket that was guessed wrong; and the blocks of the ties
+        # two histograms; the sample and a pass for a wrong bracket; the blocks of the ties
         self.reductions = 2 + 2 * sampled + any(target.exact for target in targets)
-        self.stratum = -(-elements // (_RUNS * _RUN)) * _RUN  # of which one run is sampled
+        self.stratum = -(-elements // (_RUNS * _RUN)) * _RUN  # one run per stratum is sampled
 
-    def needed(self, index: int, state: Progress) -> bool:
-        return index == 0 or any(target.cut is None for target in state.targets)
+    def needed(self, index: int, state: SelectionState) -> bool:
+        return index == 0 or any(target.threshold is None for target in state.targets)
 
-    def reduce(self, index: int, tile: Tile, state: Progress | None) -> list[Any]:
+    def reduce(self, index: int, tile: Tile, state: SelectionState | None) -> list[Any]:
         state = state or self.start
         if self.sampled and index == 0:
-            places = self._places(tile)
-            sample = tile.gather(torch.from_numpy(places)) if len(places) else None
+            indices = self._sample_indices(tile)
+            sample = tile.gather(torch.from_numpy(indices)) if len(indices) else None
             return [[bits(x).cpu().numpy().copy()] for x in self.streams(sample)] if sample else []
-        answers: dict[tuple[object, ...], Counts] = {}
+        counted_by_key: dict[tuple[object, ...], Counts] = {}
         for stream, magnitudes in enumerate(self.streams(tile)):
             for target in state.targets:
-                if target.stream == stream and target.cut is None and target.query_key not in answers:
-                    answers[target.query_key] = count(target, bits(magnitudes), tile)
-        return [None if target.cut else answers[target.query_key] for target in state.targets]
+                if target.stream == stream and target.threshold is None and target.query_key not in counted_by_key:
+                    counted_by_key[target.query_key] = count_target(target, bits(magnitudes), tile)
+        return [None if target.threshold else counted_by_key[target.query_key] for target in state.targets]
 
     def merge(self, merged: list[Any] | None, partial: list[Any]) -> list[Any]:
         if not merged or not partial:
             return merged or partial
         return [a if b is None else b if a is None else a + b for a, b in zip(merged, partial, strict=True)]
 
-    def finish(self, index: int, merged: list[Any] | None, state: Progress | None) -> Progress:
+    def finish(self, index: int, merged: list[Any] | None, state: SelectionState | None) -> SelectionState:
         state = state or self.start
         if not merged:
-            return Progress(tuple(replace(target, cut=NONE) for target in state.targets))
+            return SelectionState(tuple(replace(target, threshold=NONE) for target in state.targets))
         if self.sampled and index == 0:
             samples = tuple(np.sort(np.concatenate(parts))[::-1] for parts in merged)
             targets = (initial_bracket(target, samples[target.stream], self.elements) for target in state.targets)
-            return Progress(tuple(targets), samples)
+            return SelectionState(tuple(targets), samples)
         targets = (
-            target if tally is None else narrow(target, tally, state.samples)
-            for target, tally in zip(state.targets, merged, strict=True)
+            target if counts is None else narrow(target, counts, state.samples)
+            for target, counts in zip(state.targets, merged, strict=True)
         )
         return replace(state, targets=tuple(targets))
 
-    def _places(self, tile: Tile) -> numpy.ndarray[Any, Any]:
-        """The places in the tile of the sampled elements: a run of neighbours somewhere in each stratum."""
+    def _sample_indices(self, tile: Tile) -> numpy.ndarray[Any, Any]:
+        """The indices in the tile of the sampled elements: one run at a pseudo-random position in each stratum."""
         strata = np.arange(tile.element // self.stratum, (tile.element + tile.elements - 1) // self.stratum + 1)
         runs = self.stratum // _RUN
         spread = (strata.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)).astype(np.int64)
         starts = strata * self.stratum + spread % runs * _RUN
-        places = (starts[:, None] + np.arange(_RUN)).reshape(-1) - tile.element
-        return places[(places >= 0) & (places < tile.elements)]
+        indices = (starts[:, None] + np.arange(_RUN)).reshape(-1) - tile.element
+        return indices[(indices >= 0) & (indices < tile.elements)]
 
 
 def bits(magnitudes: Tensor) -> Tensor:
-    """float32 magnitudes as integers of the same order."""
+    """View float32 magnitudes as integers, which have the same order."""
     return magnitudes.view(torch.int32)
 
 
 def initial_bracket(target: Target, sample: numpy.ndarray[Any, Any], elements: int) -> Target:
-    """A bracket that most likely holds the target, from a sample in falling order."""
+    """Estimate a bracket that very likely contains the target from a sample in descending order."""
     size = len(sample)
     share = (target.rank - 0.5) / elements if target.rank else target.share * np.count_nonzero(sample) / size
-    place = share * size
+    center = share * size
     margin = 8 + 2 * (size * share * (1 - share)) ** 0.5 if size < elements else 1
-    first, middle, last = int(place - margin), min(int(place), size - 1), int(place + margin)
+    first, middle, last = int(center - margin), min(int(center), size - 1), int(center + margin)
     return replace(
         target,
         low=int(sample[last]) if last < size else 0,
@@ -252,132 +249,135 @@ def initial_bracket(target: Target, sample: numpy.ndarray[Any, Any], elements: i
     )
 
 
-def count(target: Target, values: Tensor, tile: Tile) -> Counts:
-    """One pass's counts in one tile, for one target."""
+def count_target(target: Target, values: Tensor, tile: Tile) -> Counts:
+    """The counts of one target in one tile."""
     mark = tile.workspace.mark()
-    beyond, inside = (tile.workspace.take(values.numel(), torch.bool) for _ in range(2))
-    positive = above(values, 0, inside) if target.rank is None else 0
-    higher = above(values, target.high, beyond)
-    found_inside = above(values, target.low - 1, inside) - higher
-    torch.logical_xor(inside, beyond, out=inside)  # those in the bracket
+    over, inside = (tile.workspace.take(values.numel(), torch.bool) for _ in range(2))
+    positive = count_above(values, 0, inside) if target.rank is None else 0
+    higher = count_above(values, target.high, over)
+    number_inside = count_above(values, target.low - 1, inside) - higher
+    torch.logical_xor(inside, over, out=inside)  # the elements in the bracket
     if target.low == target.high:
-        tally = Counts(positive, higher, None, higher, in_each_block(inside))
+        counts = Counts(positive, higher, None, higher, count_per_block(inside))
     else:
         bins, blocks = (target.high - target.low >> target.shift) + 1, -(-values.numel() // BLOCK)
         histogram, above_guess, equal = torch.zeros(bins, dtype=torch.int64), higher, [0] * blocks
-        for places, found in gathered(values, inside, found_inside):
-            histogram.add_(counted(found - target.low >> target.shift, bins))
-            above_guess += int((found > target.guess).sum())
-            at_guess = counted(places[found == target.guess] // BLOCK, blocks).tolist()
+        for indices, selected in gather_flagged(values, inside, number_inside):
+            histogram.add_(bin_counts(selected - target.low >> target.shift, bins))
+            above_guess += int((selected > target.guess).sum())
+            at_guess = bin_counts(indices[selected == target.guess] // BLOCK, blocks).tolist()
             equal = [a + b for a, b in zip(equal, at_guess, strict=True)]
-        tally = Counts(positive, higher, histogram, above_guess, equal)
+        counts = Counts(positive, higher, histogram, above_guess, equal)
     tile.workspace.release(mark)
-    return tally
+    return counts
 
 
-def narrow(target: Target, tally: Counts, samples: Sequence[numpy.ndarray[Any, Any]]) -> Target:
-    """What is known of a target after a pass."""
-    rank = int(target.share * tally.positive) if target.rank is None else target.rank
+def narrow(target: Target, counts: Counts, samples: Sequence[numpy.ndarray[Any, Any]]) -> Target:
+    """Update a target with the counts of a pass."""
+    rank = int(target.share * counts.positive) if target.rank is None else target.rank
     if rank == 0:
-        return replace(target, rank=rank, cut=NONE)
+        return replace(target, rank=rank, threshold=NONE)
     target = replace(target, rank=rank)
-    if tally.above_guess < rank <= tally.above_guess + sum(tally.equal):
-        return replace(target, cut=cut_ties(target.guess, rank - tally.above_guess, tally.equal))
-    above = tally.above if target.above is None else target.above
+    if counts.above_guess < rank <= counts.above_guess + sum(counts.equal):
+        return replace(target, threshold=threshold_among_ties(target.guess, rank - counts.above_guess, counts.equal))
+    above = counts.above if target.above is None else target.above
     if rank <= above:
         target = replace(target, low=target.high + 1, high=_TOP, above=0)
-    elif tally.inside is None or rank > above + int(tally.inside.sum()):
-        inside = sum(tally.equal) if tally.inside is None else int(tally.inside.sum())
+    elif counts.inside is None or rank > above + int(counts.inside.sum()):
+        inside = sum(counts.equal) if counts.inside is None else int(counts.inside.sum())
         target = replace(target, low=0, high=target.low - 1, above=above + inside)
     else:
-        bins = tally.inside.flip(0).cumsum(0)  # elements in the highest bin, the highest two, ...
+        bins = counts.inside.flip(0).cumsum(0)  # cumulative, from the highest bin down
         down = int(torch.searchsorted(bins, rank - above))
-        place = len(bins) - 1 - down
-        low = target.low + (place << target.shift)
+        index = len(bins) - 1 - down
+        low = target.low + (index << target.shift)
         high = min(low + (1 << target.shift) - 1, target.high)
-        ties = int(tally.inside[place])
+        ties = int(counts.inside[index])
         above += int(bins[down]) - ties
         target = replace(target, low=low, high=high, above=above)
         if low == high and (rank == above + ties or low == 0 or not target.exact):
-            return replace(target, cut=Threshold(_value(low), block=_TOP if low else 0))
+            return replace(target, threshold=Threshold(_value(low), block=_TOP if low else 0))
     return replace(target, guess=_guess(target, samples))
 
 
-def cut_ties(threshold: int, ties: int, equal: Sequence[int]) -> Threshold:
-    """The cut after the first `ties` of the elements equal to the threshold, of which each block has so many."""
+def threshold_among_ties(threshold: int, ties: int, equal: Sequence[int]) -> Threshold:
+    """The threshold that selects the first `ties` elements equal to it, given their number in each block."""
     block = 0
     while threshold and ties > equal[block]:
         ties -= equal[block]
         block += 1
-    return (
-        Threshold(_value(threshold), block, ties) if threshold else Threshold(0.0)
-    )  # of zeros it doesn't matter which
+    # which of the zeros are selected does not matter
+    return Threshold(_value(threshold), block, ties) if threshold else Threshold(0.0)
 
 
-def above(values: Tensor, bound: int, flags: Tensor) -> int:
-    """How many are above the bound; `flags` says which."""
+def count_above(values: Tensor, bound: int, flags: Tensor) -> int:
+    """Count the values above the bound, and set their flags."""
     if on_cpu(values):
         return int(np.count_nonzero(np.greater(values.numpy(), bound, out=flags.numpy())))
     return int(torch.gt(values, bound, out=flags).sum())
 
 
-def in_each_block(flags: Tensor) -> list[int]:
-    """How many of the flags are set, in each block."""
-    whole = flags.numel() // BLOCK * BLOCK
-    rest = [int(torch.count_nonzero(flags[whole:]))] if whole < flags.numel() else []
+def count_per_block(flags: Tensor) -> list[int]:
+    """Count the flags that are set in each block."""
+    complete = flags.numel() // BLOCK * BLOCK
+    rest = [int(torch.count_nonzero(flags[complete:]))] if complete < flags.numel() else []
     if not on_cpu(flags):
-        return [*flags[:whole].view(-1, BLOCK).sum(1).tolist(), *rest]
-    # eight flags are added at once, in a byte each, which holds the sum of 2^7
+        return [*flags[:complete].view(-1, BLOCK).sum(1).tolist(), *rest]
+    # adds eight flags at once as int64; each byte can hold a sum of 2^7 flags
     rows = math.gcd(BLOCK // 8, 1 << 7)
-    sums = flags.numpy()[:whole].view(np.int64).reshape(-1, rows, BLOCK // 8 // rows).sum(1).view(np.uint8)
+    sums = flags.numpy()[:complete].view(np.int64).reshape(-1, rows, BLOCK // 8 // rows).sum(1).view(np.uint8)
     return [*sums.sum(1).tolist(), *rest]
 
 
-def gathered(values: Tensor, flags: Tensor, number: int) -> Iterator[tuple[Any, Any]]:
-    """The places of the `number` values whose flag is set, and these: arrays of numpy on the CPU, else tensors. In
-    parts where there are many, so that they take little memory."""
+def gather_flagged(values: Tensor, flags: Tensor, number: int) -> Iterator[tuple[Any, Any]]:
+    """The indices and the values of the `number` flagged elements: numpy arrays on the CPU, else tensors.
+
+    Many elements are gathered in several parts to bound the memory.
+    """
     size = values.numel()
-    step = -(-size // _FEW) if number > size // _FEW else size
+    step = -(-size // _GATHER_PARTS) if number > size // _GATHER_PARTS else size
     for start in range(0, size, step):
         part = slice(start, start + step)
         if on_cpu(values):
-            places = set_places(flags[part].numpy())
-            yield places + start, values[part].numpy().take(places)
+            indices = flagged_indices(flags[part].numpy())
+            yield indices + start, values[part].numpy().take(indices)
         else:
-            found = flags[part].nonzero()[:, 0]
-            yield found + start, values[part][found]
+            flagged = flags[part].nonzero()[:, 0]
+            yield flagged + start, values[part][flagged]
 
 
-def set_places(flags: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
-    """The places of the flags that are set, of which there are few: eight are looked at in one."""
-    whole = len(flags) // 8 * 8
-    words = flags[:whole].view(np.int64)
+def flagged_indices(flags: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    """The indices of the flags that are set, fast if they are few: eight flags are tested at once."""
+    complete = len(flags) // 8 * 8
+    words = flags[:complete].view(np.int64)
     eights = (words != 0).nonzero()[0]
-    found = words.take(eights).view(np.bool_).nonzero()[0]
-    places = eights.take(found >> 3)
-    places <<= 3
-    found &= 7
-    places += found
-    return places if whole == len(flags) else np.concatenate([places, np.flatnonzero(flags[whole:]) + whole])
+    within = words.take(eights).view(np.bool_).nonzero()[0]
+    indices = eights.take(within >> 3)
+    indices <<= 3
+    within &= 7
+    indices += within
+    if complete == len(flags):
+        return indices
+    return np.concatenate([indices, np.flatnonzero(flags[complete:]) + complete])
 
 
-def counted(numbers: Any, bins: int) -> Tensor:
-    """How often each number below `bins` occurs; on the CPU."""
+def bin_counts(numbers: Any, bins: int) -> Tensor:
+    """Count each number below `bins`, as a CPU tensor."""
     if isinstance(numbers, torch.Tensor):
         return torch.bincount(numbers, minlength=bins).cpu()
     return torch.from_numpy(np.bincount(numbers, minlength=bins))
 
 
 def _guess(target: Target, samples: Sequence[numpy.ndarray[Any, Any]]) -> int:
-    """The middle one of the sampled values in the bracket, or of the bracket."""
+    """The median of the sampled values in the bracket, or the middle of the bracket."""
     if samples:
-        rising = samples[target.stream][::-1]
-        first, last = np.searchsorted(rising, target.low), np.searchsorted(rising, target.high, side="right")
+        ascending = samples[target.stream][::-1]
+        first, last = np.searchsorted(ascending, target.low), np.searchsorted(ascending, target.high, side="right")
         if first < last:
-            return int(rising[(first + last) // 2])
+            return int(ascending[(first + last) // 2])
     return target.low + (target.high - target.low) // 2
 
 
 def _value(bits: int) -> float:
-    """The float32 with these bits."""
+    """The float32 with the given bits."""
     return float(np.int32(bits).view(np.float32))

@@ -21,7 +21,7 @@ from mergeloom.methods.kernel.tile import Tile
 class Sum(Kernel):
     """The sum of the inputs: one pass."""
 
-    buffers = 2
+    workspace_per_element = 2
     propagates_nonfinite = True
     unit_elements = 16
 

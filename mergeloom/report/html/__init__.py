@@ -1,1 +1,1 @@
-"""The dry run as one HTML page."""
+"""The dry run as an HTML page."""

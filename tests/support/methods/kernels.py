@@ -45,8 +45,6 @@ def run_kernel(
     size = flat[0].numel()
     dtype = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
     step = size if tile_elements is None else max(1, tile_elements // kernel.alignment) * kernel.alignment
-    if kernel.unit is Unit.TENSOR:
-        step = size
     declared = kernel.workspace(min(step, size), dtype.itemsize)
     workspace = Workspace(torch.empty(declared, dtype=torch.uint8), dtype)
 

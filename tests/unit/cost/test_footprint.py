@@ -117,7 +117,7 @@ def test_a_line_through_two_points() -> None:
 class Greedy(Kernel):
     """A user's kernel that takes and allocates more than it says."""
 
-    buffers = 1
+    workspace_per_element = 1
 
     def combine(self, tile: Tile, state: Any) -> Tensor:
         taken = [tile.load(i) for i in range(self.inputs.count)]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods.kernel import mask_ops as random_scripts
-from mergeloom.methods.kernel import ops as scripts
+from mergeloom.methods.kernel import mask_ops
+from mergeloom.methods.kernel import ops
 
 SIZE = 3001
 
@@ -34,10 +34,10 @@ def integers(dtype: torch.dtype, size: int = SIZE) -> Tensor:
 
 
 def agreeing(models: int, dtype: torch.dtype, divisors: list[float], factors: list[float], floor: float) -> list[Any]:
-    """Arguments of `scripts.agreeing`."""
+    """Arguments of `ops.agreeing`."""
     terms = floats(models, dtype)
     sign, agree, divisor = (torch.zeros(SIZE, dtype=dtype) for _ in range(3))
-    bits = [scripts.bits(term) for term in terms]
+    bits = [ops.bits(term) for term in terms]
     return [
         terms[0],
         terms,
@@ -47,14 +47,14 @@ def agreeing(models: int, dtype: torch.dtype, divisors: list[float], factors: li
         factors,
         floor,
         sign,
-        scripts.bits(sign),
+        ops.bits(sign),
         agree,
         divisor,
     ]
 
 
 def below(size: int, opposite: bool) -> list[Any]:
-    """Arguments of `random_scripts.below`, for blocks of 512 elements and 64 columns."""
+    """Arguments of `mask_ops.below_bounds`, for blocks of 512 elements and 64 columns."""
     bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
     return [
         torch.zeros(size),
@@ -66,36 +66,36 @@ def below(size: int, opposite: bool) -> list[Any]:
     ]
 
 
-def stream(size: int) -> random_scripts.Stream:
+def stream(size: int) -> mask_ops.HashStream:
     """A stream of so many hashes, in columns of 64."""
-    return random_scripts.Stream(
+    return mask_ops.HashStream(
         integers(torch.int32, 64), integers(torch.int32, size), -5, 77, 0x7FEB352D, -(1 << 31), 77
     )
 
 
-def masks(size: int) -> list[random_scripts.Mask]:
+def masks(size: int) -> list[mask_ops.Mask]:
     """Two masks, for blocks of 512 elements and 64 columns."""
     bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
     middle = size // 3 // 4 * 4
     return [
-        random_scripts.Mask(0, middle, stream(size), bounds, True, 512, 1.5),
-        random_scripts.Mask(middle, size, stream(size), bounds, False, 512, 1.0),
+        mask_ops.Mask(0, middle, stream(size), bounds, True, 512, 1.5),
+        mask_ops.Mask(middle, size, stream(size), bounds, False, 512, 1.0),
     ]
 
 
-def scratch(size: int) -> random_scripts.Scratch:
+def scratch(size: int) -> mask_ops.Scratch:
     """What masks of so many values need."""
     hashes, other = (torch.zeros(-(-size // 4), dtype=torch.int32) for _ in range(2))
-    return random_scripts.Scratch(
+    return mask_ops.Scratch(
         hashes, hashes.view(torch.int8), other, torch.zeros(size, dtype=torch.int8), torch.zeros(size)
     )
 
 
-def places(tensors: int, *, at_once: bool = False) -> scripts.Places:
-    """Where `scripts.add_up` puts its sums: two blocks of four rows of 64 elements, and what is left of `SIZE`."""
+def places(tensors: int, *, at_once: bool = False) -> ops.BlockSumBuffers:
+    """Where `ops.add_up` puts its sums: two blocks of four rows of 64 elements, and what is left of `SIZE`."""
     rest = SIZE - 512
     sums = [torch.zeros(tensors, 2, 64, dtype=torch.float64), torch.zeros(tensors, 1, rest, dtype=torch.float64)]
-    return scripts.Places(sums, [[0, 512, 4], [512, SIZE, 0]], torch.zeros(2, 64), at_once)
+    return ops.BlockSumBuffers(sums, [[0, 512, 4], [512, SIZE, 0]], torch.zeros(2, 64), at_once)
 
 
 def in_sums(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tensor]:
@@ -110,42 +110,42 @@ def in_sums(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tens
 
 
 CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
-    "difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2), False]),
-    "size of a difference": (scripts.difference, lambda: [torch.zeros(SIZE), *floats(2), True]),
-    "onto": (scripts.add_to_base, lambda: [*floats(2)[:1], 0.3, *floats(2)]),
-    "accumulate": (scripts.accumulate, lambda: [*floats(2), 0.3, False]),
-    "accumulate, the first": (scripts.accumulate, lambda: [floats(1)[0], floats(1)[0], 0.3, True]),
-    "fold": (scripts.pairwise_fold, lambda: [torch.stack(floats(3, torch.float64)), 1]),
-    "rounded": (scripts.rounded, lambda: [torch.zeros(SIZE, dtype=torch.bfloat16), floats(1)[0]]),
-    "between": (scripts.hard_band, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
-    "between, all of the small": (scripts.hard_band, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
-    "between, all of the large": (scripts.hard_band, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
-    "thin": (random_scripts.apply_mask, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
+    "difference": (ops.difference, lambda: [torch.zeros(SIZE), *floats(2), False]),
+    "size of a difference": (ops.difference, lambda: [torch.zeros(SIZE), *floats(2), True]),
+    "onto": (ops.add_to_base, lambda: [*floats(2)[:1], 0.3, *floats(2)]),
+    "accumulate": (ops.accumulate, lambda: [*floats(2), 0.3, False]),
+    "accumulate, the first": (ops.accumulate, lambda: [floats(1)[0], floats(1)[0], 0.3, True]),
+    "fold": (ops.pairwise_fold, lambda: [torch.stack(floats(3, torch.float64)), 1]),
+    "rounded": (ops.rounded, lambda: [torch.zeros(SIZE, dtype=torch.bfloat16), floats(1)[0]]),
+    "between": (ops.hard_band, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
+    "between, all of the small": (ops.hard_band, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
+    "between, all of the large": (ops.hard_band, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
+    "thin": (mask_ops.apply_mask, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
     "thinned": (
-        random_scripts.masked_deltas,
+        mask_ops.masked_deltas,
         lambda: [floats(1)[0], floats(2), floats(2, torch.bfloat16), [masks(SIZE), []], scratch(SIZE)],
     ),
     "thinned sizes": (
-        random_scripts.thinned_sizes,
+        mask_ops.masked_l1_sums,
         lambda: [*floats(2), floats(2, torch.bfloat16), [[], masks(SIZE)], scratch(SIZE), places(4)],
     ),
-    "gram": (scripts.gram, lambda: [floats(1)[0], floats(3), floats(3, torch.bfloat16), floats(1)[0], places(6)]),
-    "add up": (scripts.block_sums, lambda: [floats(1)[0], 1, places(2)]),
-    "a sum": (scripts.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
+    "gram": (ops.gram, lambda: [floats(1)[0], floats(3), floats(3, torch.bfloat16), floats(1)[0], places(6)]),
+    "add up": (ops.block_sums, lambda: [floats(1)[0], 1, places(2)]),
+    "a sum": (ops.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
     "a sum from an origin": (
-        scripts.weighted_sum,
+        ops.weighted_sum,
         lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], floats(4)[3]],
     ),
-    "agreeing": (scripts.sign_consensus_sum, lambda: agreeing(3, torch.float32, [], [], 0.0)),
-    "agreeing, a mean": (scripts.sign_consensus_sum, lambda: agreeing(3, torch.float32, [1.0, 0.5, 2.0], [], 0.0)),
+    "agreeing": (ops.sign_consensus_sum, lambda: agreeing(3, torch.float32, [], [], 0.0)),
+    "agreeing, a mean": (ops.sign_consensus_sum, lambda: agreeing(3, torch.float32, [1.0, 0.5, 2.0], [], 0.0)),
     "agreeing, factors": (
-        scripts.sign_consensus_sum,
+        ops.sign_consensus_sum,
         lambda: agreeing(4, torch.float32, [0.1] * 4, [1.0, 2.0, 3.0, 4.0], 1e-6),
     ),
-    "agreeing, float64": (scripts.sign_consensus_sum, lambda: agreeing(2, torch.float64, [1.0, 1.0], [], 0.0)),
-    "agreeing, one": (scripts.sign_consensus_sum, lambda: agreeing(1, torch.float32, [1.0], [], 0.0)),
+    "agreeing, float64": (ops.sign_consensus_sum, lambda: agreeing(2, torch.float64, [1.0, 1.0], [], 0.0)),
+    "agreeing, one": (ops.sign_consensus_sum, lambda: agreeing(1, torch.float32, [1.0], [], 0.0)),
     "hashed": (
-        random_scripts.hashed,
+        mask_ops.hash_indices,
         lambda: [
             torch.zeros(SIZE, dtype=torch.int32),
             torch.zeros(SIZE, dtype=torch.int32),
@@ -154,7 +154,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     ),
     **{
         f"below, {size}{', opposite' * opposite}": (
-            random_scripts.below,
+            mask_ops.below_bounds,
             lambda size=size, opposite=opposite: below(size, opposite),
         )
         for size in (1, 63, 64, 511, 512, 1024, 1500, 1537)
@@ -187,7 +187,7 @@ def test_the_same_bytes_as_the_function(call: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_it_is_compiled(call: str) -> None:
     function, _ = CALLS[call]
-    assert isinstance(scripts._compiled(function.__wrapped__), torch.jit.ScriptFunction)  # type: ignore[attr-defined]
+    assert isinstance(ops._compiled(function.__wrapped__), torch.jit.ScriptFunction)  # type: ignore[attr-defined]
 
 
 def test_without_torchscript_it_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,14 +195,14 @@ def test_without_torchscript_it_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("torch.jit.script is not supported")
 
     monkeypatch.setattr(torch.jit, "script", none)
-    run = scripts.scripted(lambda out, x: out.add_(x))
+    run = ops.scripted(lambda out, x: out.add_(x))
     assert float(run(torch.ones(1), torch.ones(1))) == 2
 
 
 @pytest.mark.parametrize(("size", "opposite"), [(1500, False), (1537, True), (63, False)])
 def test_below_is_what_it_says(size: int, opposite: bool) -> None:
     out, values, bounds, _, block, flags = below(size, opposite)
-    random_scripts.below(out, values, bounds, opposite, block, flags)
+    mask_ops.below_bounds(out, values, bounds, opposite, block, flags)
     for place in range(size):
         less = int(values[place]) < int(bounds[place // block, place % 64])
         assert out[place] == (less != opposite)
@@ -212,32 +212,32 @@ def test_between_is_what_it_says() -> None:
     """The large enough, of the first ones by another bound, not the too large; what isn't finite is not hidden."""
     inf = float("inf")
     values = [1.0, -1.0, 2.0, 1.0, -1.0, 2.0, -3.0, inf, float("nan"), 4.0, 0.0]
-    found = scripts.hard_band(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 10, [2.5, 5.0]).tolist()
+    found = ops.hard_band(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 10, [2.5, 5.0]).tolist()
     assert found[:7] == [1.0, -1.0, 2.0, 0.0, 0.0, 2.0, 0.0]
     assert not any(map(math.isfinite, found[7:9]))
     assert found[9:] == [0.0, 0.0]
-    kept = scripts.hard_band(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 0, []).tolist()
+    kept = ops.hard_band(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 0, []).tolist()
     assert kept[:8] == [1.0, -1.0, 2.0, 0.0, 0.0, 2.0, -3.0, inf]
-    nothing = scripts.hard_band(torch.full((SIZE,), math.nan), torch.zeros(SIZE), 3, [0.5, 1.0], 10, [2.5, 5.0])
+    nothing = ops.hard_band(torch.full((SIZE,), math.nan), torch.zeros(SIZE), 3, [0.5, 1.0], 10, [2.5, 5.0])
     assert bool(nothing.isnan().all())  # in vectors of the processor as in what is left over: once, torch's differed
 
 
 def test_thin_is_hashed_and_below() -> None:
-    kept = random_scripts.apply_mask(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
+    kept = mask_ops.apply_mask(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
     for mask in masks(SIZE):
         size = mask.end - mask.begin
         hashes, other = (torch.zeros(-(-size // 4), dtype=torch.int32) for _ in range(2))
-        octets = random_scripts.hashed(hashes, other, mask.stream).view(torch.int8)
+        octets = mask_ops.hash_indices(hashes, other, mask.stream).view(torch.int8)
         flags = torch.zeros(size, dtype=torch.int8)
-        wanted = random_scripts.below(torch.zeros(size), octets, mask.bounds, mask.opposite, mask.block, flags)
+        wanted = mask_ops.below_bounds(torch.zeros(size), octets, mask.bounds, mask.opposite, mask.block, flags)
         assert 0 < wanted.mean() < 1
         assert torch.equal(kept[mask.begin : mask.end], wanted * mask.factor)
 
 
 def test_thinned_is_what_thin_leaves_of_the_differences() -> None:
     base, inputs, vectors = floats(1)[0], floats(2, torch.bfloat16), [torch.zeros(SIZE) for _ in range(2)]
-    random_scripts.masked_deltas(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
-    assert torch.equal(vectors[0], random_scripts.apply_mask(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
+    mask_ops.masked_deltas(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
+    assert torch.equal(vectors[0], mask_ops.apply_mask(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
     assert torch.equal(vectors[1], inputs[1].float() - base)
 
 
@@ -246,7 +246,7 @@ def test_add_up_is_what_it_says(at_once: bool) -> None:
     """Rows of a block one after the other in the work dtype; what is no whole block as it is, in float64."""
     values = floats(1)[0]
     into = places(2, at_once=at_once)
-    scripts.block_sums(values, 1, into)
+    ops.block_sums(values, 1, into)
     blocks, rest = into.sums
     for block in range(2):
         rows = values[256 * block : 256 * block + 256].view(4, 64)
@@ -263,16 +263,16 @@ def test_gram_and_sizes_are_sums_of_products_and_of_sizes() -> None:
     def summed(values: list[Tensor]) -> Tensor:
         into = places(6)
         for number, each in enumerate(values):
-            scripts.block_sums(each, number, into)
+            ops.block_sums(each, number, into)
         return torch.cat([part.flatten() for part in into.sums])
 
-    found = in_sums(scripts.gram, 6)(torch.zeros(SIZE), floats(3), inputs, base)
+    found = in_sums(ops.gram, 6)(torch.zeros(SIZE), floats(3), inputs, base)
     assert torch.equal(found, summed([vectors[i] * vectors[j] for i in range(3) for j in range(i, 3)]))
-    found = in_sums(random_scripts.thinned_sizes, 6)(
+    found = in_sums(mask_ops.masked_l1_sums, 6)(
         torch.zeros(SIZE), base, inputs, [masks(SIZE), [], masks(SIZE)], scratch(SIZE)
     )
     sizes = [x.abs() for x in vectors]
     thin = [
-        random_scripts.apply_mask(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)
+        mask_ops.apply_mask(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)
     ]
     assert torch.equal(found, summed([each for pair in zip(sizes, thin, strict=True) for each in pair]))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods.kernel import hashing as randomness
-from mergeloom.methods.kernel import mask_ops as random_scripts
+from mergeloom.methods.kernel import hashing
+from mergeloom.methods.kernel import mask_ops
 from mergeloom.methods.kernel.contract import BLOCK
 from mergeloom.methods.kernel.tile import Workspace
 from tests.support.methods.kernels import merge
@@ -119,13 +119,13 @@ def test_della_keeps_by_rank() -> None:
 def test_hash_beyond_32_bits(element: int) -> None:
     """Against the same arithmetic on Python's numbers, one element at a time."""
     size = 3001
-    found = randomness.hashes(
+    found = hashing.hashes(
         99, 3, element, torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
     )
     limit = 1 << 32
     for i in (0, 1, 4, 5, 6, 999, 1000, 1001, 1023, 1024, 3000):
         period, low = divmod(element + i, limit)
-        stream = randomness.mix(randomness.mix(randomness.mix(99) + 3) + period)
+        stream = hashing.mix(hashing.mix(hashing.mix(99) + 3) + period)
         x = (low * 0x9E3779B1 + stream) % limit
         x = (x ^ x >> 16) * 0x7FEB352D + (stream >> 32)
         x = (x % limit ^ x % limit >> 15) * 0x846CA68B % limit
@@ -139,8 +139,8 @@ def test_masks_beyond_32_bits_do_not_repeat() -> None:
     def at(element: int) -> Tensor:
         workspace = Workspace(torch.empty(8 * size, dtype=torch.uint8), torch.float32)
         values = torch.ones(size)
-        masks = randomness.masks(7, 0, element, size, randomness.threshold(0.5), 1.0, values.device)
-        return random_scripts.apply_mask(values, masks, randomness.scratch(size, workspace))
+        masks = hashing.masks(7, 0, element, size, hashing.threshold(0.5), 1.0, values.device)
+        return mask_ops.apply_mask(values, masks, hashing.scratch(size, workspace))
 
     first = at(0)
     for element in (1 << 32, 1 << 33, 1 << 34):

@@ -14,7 +14,7 @@ import torch
 
 from mergeloom.errors import UsageError
 from mergeloom.methods import merge_methods
-from mergeloom.methods import registry as plugins
+from mergeloom.methods import registry
 from mergeloom.methods.elementwise import weighted_sum
 from mergeloom.methods.kernel import contract
 from mergeloom.methods.kernel.contract import Inputs, Kernel, PerInput, merge_method
@@ -42,19 +42,19 @@ def method(inputs: Inputs, *, share: float = 1.0) -> Kernel:
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Methods and files that a test adds are forgotten after it."""
-    before, loaded = set(merge_methods()), dict(plugins._loaded)
+    before, loaded = set(merge_methods()), dict(registry._loaded)
     yield
     for name in set(merge_methods()) - before:
         contract.unregister(name)
-    plugins._loaded.clear()
-    plugins._loaded.update(loaded)
+    registry._loaded.clear()
+    registry._loaded.update(loaded)
 
 
 def test_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(SMALL.format(name="mine"))
-    assert plugins.load_methods(file) == ("mine",)
-    assert plugins.load_methods(str(file)) == ("mine",)
+    assert registry.load_methods(file) == ("mine",)
+    assert registry.load_methods(str(file)) == ("mine",)
     assert merge_methods()["mine"].parameters[0].default == 1.0
     assert torch.equal(merge("mine", [torch.ones(3), torch.ones(3)], {"share": 0.5}), torch.ones(3))
 
@@ -62,11 +62,11 @@ def test_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "there is no such file"),
+        (None, "file not found"),
         ("x = 1", "registers no merge method"),
         ("1 / 0", "ZeroDivisionError"),
         ("def (", "SyntaxError"),
-        (SMALL.format(name="linear"), "'linear' is registered already"),
+        (SMALL.format(name="linear"), "'linear' is already registered"),
         (SMALL.format(name="mine").replace("float", "str"), "must be a float, int or bool"),
         (SMALL.format(name="mine").replace("share: of each.", ""), "does not describe 'share'"),
         (SMALL.format(name="mine").replace("*, ", ""), "keyword-only"),
@@ -78,7 +78,7 @@ def test_files_with_mistakes(tmp_path: Path, text: str | None, says: str) -> Non
     if text is not None:
         file.write_text(text)
     with pytest.raises(UsageError, match=says) as caught:
-        plugins.load_methods(file)
+        registry.load_methods(file)
     assert str(file) in str(caught.value)
     assert "mine" not in merge_methods()
 
@@ -86,10 +86,10 @@ def test_files_with_mistakes(tmp_path: Path, text: str | None, says: str) -> Non
 def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "methods_of_a_package.py").write_text(SMALL.format(name="packaged"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    point = importlib.metadata.EntryPoint("any", "methods_of_a_package", plugins.GROUP)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point] if group == plugins.GROUP else [])
-    assert plugins.load_entry_points() == ("packaged",)
-    assert plugins.load_entry_points() == ("packaged",)
+    point = importlib.metadata.EntryPoint("any", "methods_of_a_package", registry.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point] if group == registry.GROUP else [])
+    assert registry.load_entry_points() == ("packaged",)
+    assert registry.load_entry_points() == ("packaged",)
     assert "packaged" in merge_methods()
 
 
@@ -97,7 +97,7 @@ def test_examples_in_the_docs(tmp_path: Path) -> None:
     for number, example in enumerate(re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)):
         file = tmp_path / f"example_{number}.py"
         file.write_text(example)
-        plugins.load_methods(file)
+        registry.load_methods(file)
     x = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([2.0, 2.0, 2.5]), torch.tensor([0.0, -3.0, 4.0])]
     assert merge("extrapolate", x[:2]).tolist() == [2.5, 4.0, 2.25]
     assert merge("boldest", x, base=0).tolist() == [2.0, 2.0, 4.0]

@@ -44,8 +44,8 @@ def select(values: Tensor, targets: list[Target], tile: int, *, sampled: bool = 
         state = search.finish(index, merged, state)
     masks = []
     for target in state.targets:
-        assert target.cut is not None
-        parts = [target.cut.mask(part.inputs[0], part.element, torch.empty(part.elements)) for part in tiles()]
+        assert target.threshold is not None
+        parts = [target.threshold.mask(part.inputs[0], part.element, torch.empty(part.elements)) for part in tiles()]
         masks.append(torch.cat(parts))
     return masks, passes
 
