@@ -1,4 +1,4 @@
-"""The model card: README.md of the output, with the metadata that the Hub knows and the recipe."""
+"""The model card: the output's README.md, with metadata for the Hub and the recipe."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ...io.wording import big_number
 from ...version import __version__
 
 _ADDRESS = "https://huggingface.co"
-# An absolute path with at least one directory in it; not what follows a URL's colon or a closing tag's bracket.
+# Matches an absolute path with at least one directory, but not the rest of a URL or a closing tag.
 _ABSOLUTE = re.compile(r"(?<![\w:/<.~$%-])~?/(?:[\w.@+-]+/)+([\w.@+-]*)")
 
 
 @dataclass(frozen=True, slots=True)
 class CardModel:
-    """A model that went into the merge.
+    """An input model of the merge.
 
     Args:
-        path: a Hub id or a directory, as the recipe has it.
-        local: whether it is a directory. Only its last component is shown.
-        revision: a branch, tag or commit of the Hub's repository, or None.
+        path: Hub id or directory, as written in the recipe.
+        local: whether `path` is a directory, of which only the last component is shown.
+        revision: branch, tag or commit of the Hub repository, or None.
     """
 
     path: str
@@ -30,7 +30,7 @@ class CardModel:
 
     @property
     def name(self) -> str:
-        """What is shown: the id, or the directory's name."""
+        """The displayed name: the Hub id, or the last component of the directory."""
         if not self.local:
             return self.path
         return _last_component(self.path) or "model"
@@ -49,19 +49,19 @@ def model_card(
     license_name: str | None = None,
     library_name: str = "transformers",
 ) -> str:
-    """The text of a README.md. The same arguments give the same text: no date, and no path of this machine.
+    """The text of README.md. It depends only on the arguments and contains no dates and no local paths.
 
     Args:
-        name: the title, such as the output directory's name.
-        methods: the merge methods, in the order of the stages.
-        models: the models that went in, each once, in the recipe's order.
-        recipe: the recipe as the user wrote it; local paths in it are cut to their last component.
-        layers: how many layers the output has; 0 where it has none, and then none are shown.
-        parameters: how many elements its tensors have.
-        dtype: torch's name of its dtype, or several with commas.
-        base_model: the base model, or None.
-        license_name: the Hub's identifier of the licence; None where it isn't known that all models have it.
-        library_name: the library that loads the output.
+        name: title, such as the name of the output directory.
+        methods: merge methods in the order of the stages.
+        models: input models in recipe order, without duplicates.
+        recipe: recipe as written by the user; local paths in it are shortened to their last component.
+        layers: number of layers in the output; 0 to omit the row.
+        parameters: number of elements in all output tensors.
+        dtype: torch name of the output dtype, or several names separated by commas.
+        base_model: base model, or None.
+        license_name: Hub identifier of the license that all models have, or None if it is not known.
+        library_name: library that loads the output.
     """
     import yaml
 
@@ -93,7 +93,7 @@ def model_card(
 
 
 def _link(model: CardModel) -> str:
-    """A model in Markdown: a link to the Hub, or a directory's name."""
+    """A model in Markdown: a link to the Hub or the name of a directory."""
     if model.local:
         return f"`{model.name}`"
     at = f" at `{model.revision}`" if model.revision else ""
@@ -101,7 +101,7 @@ def _link(model: CardModel) -> str:
 
 
 def _without_paths(recipe: str, models: Sequence[CardModel]) -> str:
-    """The recipe with every local directory, and any other absolute path, cut to its last component."""
+    """Shorten each local directory and any other absolute path in the recipe to its last component."""
     for model in sorted({m for m in models if m.local and m.path.strip("/")}, key=lambda m: (-len(m.path), m.path)):
         pattern = rf"(?<![\w./~-]){re.escape(model.path.rstrip('/'))}/?(?![\w./-])"
         recipe = re.sub(pattern, model.name.replace("\\", r"\\"), recipe)

@@ -1,7 +1,7 @@
-"""Chat templates: the built-in ones, which one a model has, and putting one into a tokenizer's files.
+"""Chat templates: the built-in ones, finding the template of a model, and inserting one into tokenizer files.
 
-A template is a Jinja text that turns a list of messages into a prompt, as transformers renders it: with ``messages``,
-``add_generation_prompt`` and the special tokens (``bos_token``, ``eos_token``) at hand.
+A chat template is a Jinja template that transformers renders to a prompt, with the variables ``messages``,
+``add_generation_prompt`` and the special tokens (``bos_token``, ``eos_token``).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from ...io.companions import read_json, read_small
 
 FILE = "chat_template.jinja"
-"""Where transformers looks first. Older versions only know the key `chat_template` of tokenizer_config.json."""
+"""The file that transformers reads first. Older versions only read `chat_template` in tokenizer_config.json."""
 CONFIG = "tokenizer_config.json"
 REPLACED = re.compile(r"chat_template\.(?:jinja|json)|(?:additional_)?chat_templates/.*")
-"""The files of a tokenizer that another template takes the place of."""
+"""The tokenizer files that another template replaces."""
 
 _ALPACA = """\
 {%- set preamble = 'Below is an instruction that describes a task. Write a response that appropriately completes the \
@@ -82,42 +82,42 @@ BUILT_IN: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "llama3": (_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "mistral": (_MISTRAL, ()),
 }
-"""The templates that a recipe can name, and the tokens that each needs in the vocabulary.
+"""The templates that a recipe can name, and the tokens that each requires in the vocabulary.
 
-Written from the formats' own descriptions: Stanford Alpaca's README, OpenAI's ChatML, the model cards of EXAONE 3 and
-Llama 3, and Mistral's page on tokenizers (V1: the system prompt goes before the next instruction)."""
+They follow the descriptions of the formats: Stanford Alpaca's README, OpenAI's ChatML, the model cards of EXAONE 3 and
+Llama 3, and Mistral's documentation of tokenizers (V1: the system prompt precedes the next instruction)."""
 
 
 def find_template(directory: Path) -> str | None:
-    """The chat template of the tokenizer in a model's directory; of several the default one. None where it has none.
+    """The chat template of the tokenizer in a model directory, the default one if there are several, or None.
 
     Raises:
-        CheckpointError: where a file that may hold it can't be read.
+        CheckpointError: a tokenizer file cannot be read.
     """
     file = directory / FILE
     if file.is_file():
         return read_small(file).decode(errors="replace")
     for name in (CONFIG, "chat_template.json"):
         content = read_json(directory / name)
-        found = _default(content.get("chat_template")) if isinstance(content, dict) else None
-        if found is not None:
-            return found
+        template = _default(content.get("chat_template")) if isinstance(content, dict) else None
+        if template is not None:
+            return template
     return None
 
 
-def _default(found: Any) -> str | None:
-    """The template among what a tokenizer_config.json has: a text, or several by name or as a list with names."""
-    if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-    if isinstance(found, dict):
-        found = found.get("default")
-    return found if isinstance(found, str) and found.strip() else None
+def _default(value: Any) -> str | None:
+    """The default template in `chat_template`, which is a string, a mapping of names or a list of named templates."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def with_template(directory: Path, template: str) -> dict[str, bytes]:
-    """The files of a tokenizer that another template changes, by name: chat_template.jinja, and the configuration.
+    """The changed tokenizer files by name: chat_template.jinja and tokenizer_config.json.
 
-    The template stands in both: versions of transformers differ in which they read.
+    The template is written to both, because transformers versions read one or the other.
     """
     files = {FILE: template.encode()}
     config = read_json(directory / CONFIG)
@@ -128,7 +128,7 @@ def with_template(directory: Path, template: str) -> dict[str, bytes]:
 
 
 def syntax_error(template: str) -> str | None:
-    """What is wrong with a Jinja text, and in which line; None where nothing is, or there is no Jinja to ask."""
+    """The syntax error of a Jinja template with its line; None if it is valid or if jinja2 is not installed."""
     try:
         import jinja2
         from jinja2.ext import Extension
@@ -138,9 +138,9 @@ def syntax_error(template: str) -> str | None:
         return None
 
     class Generation(Extension):
-        """transformers' own ``{% generation %}``, which marks what the assistant says."""
+        """The ``{% generation %}`` tag of transformers, which marks the assistant's messages."""
 
-        tags = {"generation"}  # noqa: RUF012  # as Jinja's own extensions have it
+        tags = {"generation"}  # noqa: RUF012  # as in Jinja's own extensions
 
         def parse(self, parser: Parser) -> Node | list[Node]:
             next(parser.stream)

@@ -1,8 +1,8 @@
-"""The config.json of the output: the donor's, with what speaks of layers, dtype and tied heads made true again.
+"""Updates the donor's config.json for the merged layers, dtype and tied head.
 
-Layers that come from a slice keep the attention type, window or width that they had in the donor. Where config.json
-lists those a layer at a time, the lists follow the slices. Where it gives a rule over the layer's number ("every fourth
-layer has full attention"), the rule must still give each layer what it had, else a warning says so.
+Each layer of the output keeps the attention type, window and width that it has in the donor. Lists in config.json with
+one entry per layer are rearranged like the layers. A rule over layer indices ("every fourth layer has full attention")
+must still hold for each layer in its new position; otherwise a warning is issued.
 """
 
 from __future__ import annotations
@@ -14,74 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.layers import COUNT_KEYS, LENGTH_KEYS
-
-# Lists with one entry a layer, which may go on with entries for prediction heads beyond the last layer.
-_PER_LAYER = frozenset(
-    """layer_types layers_block_type mlp_layer_types attention_layers attn_layers block_configs no_rope_layers
-    num_key_value_heads num_attention_heads num_key_value_heads_per_layer num_attention_heads_per_layer num_kv_heads
-    num_query_heads ffn_multipliers intermediate_size moe_intermediate_size moe_topk num_experts num_shared_expert
-    indexer_types layer_rope_theta swiglu_limits swiglu_limits_shared activation_sparsity_pattern attn_type_list
-    hybrid_layer_pattern moe_layer_freq sliding_window sliding_window_size compress_ratios hybrid_override_pattern
-    index_topk_pattern attention_window""".split()  # noqa: SIM905
+from .layer_keys import (
+    FAMILIES,
+    LAYER_INDICES,
+    LAYER_INDICES_FROM_1,
+    LEADING,
+    NOT_PER_LAYER,
+    PER_LAYER,
+    PERIODS,
+    SIDES,
 )
-# Lists whose entries are numbers of layers, from 0; and those that count from 1.
-_NUMBERS = frozenset(
-    """attn_layer_indices attention_layer_indices cross_attention_layers mlp_only_layers moe_layers moe_layers_enum
-    full_attn_idxs full_attention_layers global_attention_layers global_attn_layers hybrid_layer_ids local_layer_ids
-    rope_scaling_layers slstm_at dense_layers""".split()  # noqa: SIM905
-)
-_NUMBERS_FROM_1 = frozenset({"full_attn_layers", "kda_layers", "ple_layer_ids"})
-# Lists that are not about layers, whatever their length.
-_NOT_PER_LAYER = re.compile(
-    r"token|architectures|words|_ids?$|id2|label|langu?ages|image_|patch_|video_|conv_|tdnn_|mrope|scaling|multipliers"
-    r"|out_features|out_indices|stage|depths|hidden_sizes|num_heads|grid|limit$|strides?$|ratios?$|dims?$|vision_|pruned"
-)
-# A rule over the layer's number: what it was for a layer it still is if the layer moved by a multiple of the number.
-# Each with the list that, where it is there, says it instead.
-_PERIODS: dict[str, str | None] = {
-    "attn_layer_period": "layers_block_type",
-    "expert_layer_period": None,
-    "full_attention_interval": "layer_types",
-    "sliding_window_pattern": "layer_types",
-    "global_attn_every_n_layers": "layer_types",
-    "layer_group_size": "layer_types",
-    "no_rope_layer_interval": "no_rope_layers",
-    "interleave_moe_layer_step": "moe_layers",
-    "moe_layer_freq": "mlp_layer_types",
-    "moe_layer_interval": "mlp_layer_types",
-    "decoder_sparse_step": "mlp_layer_types",
-    "index_topk_freq": "indexer_types",
-}
-# How many of the first layers are different, with the list that says it instead.
-_LEADING = {
-    "first_k_dense_replace": "mlp_layer_types",
-    "num_dense_layers": "mlp_layer_types",
-    "moe_layer_start_index": "mlp_layer_types",
-    "num_hash_layers": "mlp_layer_types",
-    "max_window_layers": "layer_types",
-}
-# Families whose layers differ by their number even where config.json doesn't say so: the list that can say it, the key
-# of the period, the period without that key, what every layer of that period is, and what the others are.
-_SLIDING = ("layer_types", "sliding_window_pattern", "full_attention", "sliding_attention")
-_NO_ROPE = ("no_rope_layers", "no_rope_layer_interval", 0, 1)
-_FAMILIES: dict[str, tuple[int, tuple[str, str, Any, Any]]] = {
-    "gemma2": (2, _SLIDING),
-    "gemma3_text": (6, _SLIDING),
-    "gemma3n_text": (5, _SLIDING),
-    "vaultgemma": (2, _SLIDING),
-    "cohere2": (4, _SLIDING),
-    "olmo3": (4, _SLIDING),
-    "gpt_oss": (2, _SLIDING),
-    "qwen3_next": (4, ("layer_types", "full_attention_interval", "full_attention", "linear_attention")),
-    "llama4_text": (4, _NO_ROPE),
-    "smollm3": (4, _NO_ROPE),
-}
-_SIDES = re.compile(r"encoder|decoder")
 
 
 @dataclass(frozen=True, slots=True)
 class MergedConfig:
-    """The output's config.json, and what a user should know about it."""
+    """The output's config.json and warnings about it."""
 
     config: dict[str, Any]
     warnings: tuple[str, ...]
@@ -98,27 +45,27 @@ def merged_config(
     key: str | None = None,
     donor_layers: int | None = None,
 ) -> MergedConfig:
-    """The donor's config.json for a model with other layers.
+    """Update the donor's config.json for a model with different layers.
 
-    Keys keep their order, and values that need no change keep theirs. An encoder-decoder model takes one call a stack,
-    the second on the first one's result.
+    Keys keep their order, and unaffected values are not modified. For an encoder-decoder model, call the function once
+    per stack, the second time with the result of the first.
 
     Args:
-        donor: its config.json. It is not changed.
-        layers: how many layers the output has.
-        source_layers: for each of them the donor's layer that it was; of a layer of another model the same number, and
-            the donor's last layer where it has none of that number.
-        tied: whether the head is tied to the embedding, that is, not written; None where a model has neither.
-        dtype: torch's name of the output's dtype, such as ``bfloat16``; None leaves it.
-        main: the keys that lead to the config that holds the number of layers: `Stack.config_path`.
-        key: the key of that number: `Stack.config_key`.
-        donor_layers: the donor's number of layers: `Stack.count`. Needed where config.json doesn't say it.
+        donor: config.json of the donor, which is not modified.
+        layers: number of layers in the output.
+        source_layers: index in the donor of each output layer. A layer of another model keeps its index there, but at
+            most the donor's last index.
+        tied: whether the head is tied to the embedding and not written; None for a model with neither.
+        dtype: torch name of the output dtype, such as ``bfloat16``; None to keep the donor's.
+        main: path of the section that states the number of layers: `Stack.config_path`.
+        key: key of that number: `Stack.config_key`.
+        donor_layers: number of layers in the donor: `Stack.count`. Required if config.json does not state it.
 
     Raises:
-        ValueError: `source_layers` has not `layers` entries.
+        ValueError: `source_layers` does not have `layers` entries.
     """
     if len(source_layers) != layers:
-        raise ValueError(f"{layers} layers from {len(source_layers)} source layers")
+        raise ValueError(f"got {len(source_layers)} source layers for {layers} layers")
     config = copy.deepcopy(dict(donor))
     warnings: list[str] = []
     sections = [config]
@@ -127,16 +74,16 @@ def merged_config(
     before = donor_layers or stated_layers(sections[-1], key)
     if list(source_layers) != list(range(before or 0)):
         before = before or max(source_layers) + 1
-        work = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings)
-        if work.source != list(source_layers):
-            warnings.append(f"layers beyond the donor's {before} are described in config.json as its last one")
-        # Qwen2-VL's config.json states its language model's layers at the top and in text_config.
+        rearranged = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings)
+        if rearranged.source != list(source_layers):
+            warnings.append(f"config.json describes layers beyond the donor's {before} like its last layer")
+        # Qwen2-VL states the layers of its language model both at the top level and in text_config.
         for section in sections[:-1]:
             if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
-                work.follow(section, None)
-        work.follow(sections[-1], key)
+                rearranged.update(section, None)
+        rearranged.update(sections[-1], key)
         if "quantization_config" in config:
-            warnings.append("quantization_config is kept as it is: it may name layers that have moved")
+            warnings.append("quantization_config is not updated: it may name layers that have moved")
     if tied is not None:
         _set_tied(sections, tied)
     if dtype is not None:
@@ -145,7 +92,7 @@ def merged_config(
 
 
 def stated_layers(section: Mapping[str, Any], key: str | None) -> int | None:
-    """The number of layers in a config: under `key`, else under the first known key, else a list's length."""
+    """The number of layers in a section: the value of `key`, else of the first known key, else a list's length."""
     for name in (key,) if key else COUNT_KEYS:
         if isinstance(section.get(name), int):
             return int(section[name])
@@ -154,17 +101,23 @@ def stated_layers(section: Mapping[str, Any], key: str | None) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """A change of layers: their number in the donor, and the donor's layer of each new one."""
+    """A rearrangement of layers.
+
+    Args:
+        before: number of layers in the donor.
+        source: index in the donor of each output layer.
+        warnings: list to which warnings are appended.
+    """
 
     before: int
     source: list[int]
     warnings: list[str]
 
-    def follow(self, section: dict[str, Any], key: str | None) -> None:
-        """Make everything in a config that speaks of layers speak of the new ones."""
-        is_shared = bool(section.get("is_encoder_decoder")) or (key is not None and bool(_SIDES.search(key)))
+    def update(self, section: dict[str, Any], key: str | None) -> None:
+        """Update all keys of a config section that describe layers."""
+        is_shared = bool(section.get("is_encoder_decoder")) or (key is not None and bool(SIDES.search(key)))
         self._set_count(section, key, is_shared)
-        if is_shared:  # lists could speak of either stack; the only known one is Longformer's, about the encoder
+        if is_shared:  # lists can describe either stack; the only known one is Longformer's, for the encoder
             if key is None or "decoder" not in key:
                 section |= {k: self._mapped(k, v) for k, v in section.items() if k == "attention_window"}
             return
@@ -176,15 +129,15 @@ class _Layers:
                 section[name] = self._by_number(value)
             else:
                 section[name] = self._mapped(name, value)
-        for name in _LEADING:
+        for name in LEADING:
             self._set_leading(section, name)
         self._set_ends(section)
         if section.get("hidden_size_per_layer_input"):
             self.warnings.append(
-                "hidden_size_per_layer_input: every layer's own embeddings are in one matrix, which mergeloom does not "
-                "slice; it won't fit other layers"
+                "hidden_size_per_layer_input: the per-layer embeddings are stored in one matrix, which mergeloom does "
+                "not slice; it does not match the merged layers"
             )
-        self._explain(section, old)
+        self._check_rules(section, old)
 
     def _set_count(self, section: dict[str, Any], key: str | None, is_shared: bool) -> None:
         names = [name for name in COUNT_KEYS if section.get(name) == self.before]
@@ -192,52 +145,54 @@ class _Layers:
             alias = "num_hidden_layers" if key in ("encoder_layers", "num_layers", "num_encoder_layers") else None
             names = [name for name in names if name in (key, alias)]
         else:
-            names = [name for name in names if not _SIDES.search(name) or name == key]
+            names = [name for name in names if not SIDES.search(name) or name == key]
         for name in names:
             section[name] = len(self.source)
         has_list = any(isinstance(section.get(name), (list, str)) for name in LENGTH_KEYS)
         if not names and not has_list:
             section["num_hidden_layers"] = len(self.source)
             self.warnings.append(
-                f"config.json stated no number of layers; num_hidden_layers = {len(self.source)} added"
+                f"config.json did not state the number of layers; added num_hidden_layers = {len(self.source)}"
             )
 
     def _mapped(self, name: str, value: Any) -> Any:
-        """The value of one key, following the layers where it is a list of them."""
-        if name in _NUMBERS:
-            return self._numbers(value, 0)
-        if name in _NUMBERS_FROM_1:
-            return self._numbers(value, 1)
+        """The value of a key, rearranged if it is a list of layers."""
+        if name in LAYER_INDICES:
+            return self._indices(value, 0)
+        if name in LAYER_INDICES_FROM_1:
+            return self._indices(value, 1)
         if name == "kv_source_layers" and isinstance(value, list) and len(value) >= self.before:
             return self._shared_sources(value)
         if name == "attention_types":
-            types = _spelt_out(value)
-            return [[self._each(types), 1]] if len(types) == self.before else value
-        if name in _PER_LAYER:
+            types = _expanded(value)
+            return [[self._rearranged(types), 1]] if len(types) == self.before else value
+        if name in PER_LAYER:
             if isinstance(value, str) and len(value) >= self.before:
-                return "".join(self._each(list(value)))
-            return self._each(value) if isinstance(value, list) and len(value) >= self.before else value
+                return "".join(self._rearranged(list(value)))
+            return self._rearranged(value) if isinstance(value, list) and len(value) >= self.before else value
         is_list = isinstance(value, list) and len(value) == self.before > 1
-        if not is_list or _NOT_PER_LAYER.search(name):
+        if not is_list or NOT_PER_LAYER.search(name):
             return value
-        self.warnings.append(f"{name} has as many entries as there were layers, and was taken to be one a layer")
-        return self._each(value)
+        self.warnings.append(
+            f"{name} has as many entries as the donor has layers, and was treated as one entry per layer"
+        )
+        return self._rearranged(value)
 
-    def _each(self, entries: list[Any]) -> list[Any]:
-        """One entry a layer; what the list has beyond the last layer stays at its end."""
+    def _rearranged(self, entries: list[Any]) -> list[Any]:
+        """Rearrange a list with one entry per layer; entries beyond the last layer stay at the end."""
         return [copy.deepcopy(entries[i]) for i in self.source] + entries[self.before :]
 
-    def _numbers(self, value: Any, first: int) -> Any:
-        """Numbers of layers, as a list or as step3's "4,5,6"."""
+    def _indices(self, value: Any, first: int) -> Any:
+        """Translate layer indices, given as a list or as Step3's "4,5,6"."""
         if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*", value):
-            return ",".join(str(i) for i in self._numbers([int(i) for i in value.split(",")], first))
+            return ",".join(str(i) for i in self._indices([int(i) for i in value.split(",")], first))
         if not isinstance(value, list) or not all(isinstance(i, int) for i in value):
             return value
         beyond = [i - self.before + len(self.source) for i in value if i - first >= self.before]
         return [new + first for new, old in enumerate(self.source) if old + first in value] + beyond
 
     def _by_number(self, value: dict[str, Any]) -> dict[str, Any]:
-        """A dict with a layer's number for each key; one keyed by a layer's type stays."""
+        """Translate a dict with layer indices as keys; one with layer types as keys is not changed."""
         if not all(name.isdecimal() for name in value):
             return value
         by_number = {int(name): entry for name, entry in value.items()}
@@ -245,20 +200,20 @@ class _Layers:
         return {str(new).zfill(width): by_number[old] for new, old in enumerate(self.source) if old in by_number}
 
     def _shared_sources(self, value: list[int]) -> list[int]:
-        """For each layer the layer whose keys and values it uses: the nearest copy of it that comes before."""
+        """Translate the layer whose keys and values each layer uses to its nearest preceding copy."""
         result: list[int] = []
         for new, old in enumerate(self.source):
             wanted = value[old]
             copies = [i for i in range(new + 1) if self.source[i] == wanted]
             if not copies:
                 self.warnings.append(
-                    f"kv_source_layers: layer {new} uses the keys of layer {wanted}, which is left out"
+                    f"kv_source_layers: layer {new} uses the keys of layer {wanted}, which is not part of the output"
                 )
             result.append(copies[-1] if copies else new)
         return result
 
     def _set_leading(self, section: dict[str, Any], name: str) -> None:
-        """A count of first layers that are different from the others."""
+        """Update a count of leading layers that differ from the others."""
         count = section.get(name)
         if not isinstance(count, int) or isinstance(count, bool):
             return
@@ -268,55 +223,55 @@ class _Layers:
         inside = [old < count for old in self.source]
         section[name] = inside.index(False) if False in inside else len(inside)
         is_used = name != "max_window_layers" or section.get("use_sliding_window") is True
-        if any(inside[section[name] :]) and is_used and _LEADING[name] not in section:
-            self._warn_of_rule(name, count)
+        if any(inside[section[name] :]) and is_used and LEADING[name].replaced_by not in section:
+            self._warn_about_rule(name, count)
 
     def _set_ends(self, section: dict[str, Any]) -> None:
-        """A count of last layers that are different, and Ernie's number of the last layer with experts."""
+        """Update a count of trailing layers that differ, and Ernie's index of the last layer with experts."""
         count = section.get("num_kv_shared_layers")
         if isinstance(count, int) and count > 0:
             inside = [old >= self.before - count for old in reversed(self.source)]
             section["num_kv_shared_layers"] = inside.index(False) if False in inside else len(inside)
             if any(inside[section["num_kv_shared_layers"] :]):
-                self._warn_of_rule("num_kv_shared_layers", count)
+                self._warn_about_rule("num_kv_shared_layers", count)
         last = section.get("moe_layer_end_index")
         if isinstance(last, int) and last >= 0:
             inside = [old <= last for old in self.source]
             section["moe_layer_end_index"] = max((i for i, is_in in enumerate(inside) if is_in), default=-1)
 
-    def _explain(self, section: dict[str, Any], old: Mapping[str, Any]) -> None:
-        """Check the rules over a layer's number; where one fails that a list can replace, write the list."""
-        family = str(section.get("model_type"))
-        rules = {name: section[name] for name in _PERIODS if isinstance(section.get(name), int)}
-        if family in _FAMILIES:
-            default, (list_name, period_name, special, other) = _FAMILIES[family]
-            period = rules.pop(period_name, 0) or default
-            if not section.get(list_name) and not self._keeps(period):
-                kinds = [special if (i + 1) % period == 0 else other for i in range(self.before)]
-                section[list_name] = self._each(kinds)
+    def _check_rules(self, section: dict[str, Any], old: Mapping[str, Any]) -> None:
+        """Check the rules over layer indices. Where one fails and a list can replace it, add the list."""
+        model_type = str(section.get("model_type"))
+        family = FAMILIES.get(model_type)
+        rules = {name: section[name] for name in PERIODS if isinstance(section.get(name), int)}
+        if family is not None:
+            period = rules.pop(family.period_key, 0) or family.period
+            if not section.get(family.list_key) and not self._keeps(period):
+                kinds = [family.last if (i + 1) % period == 0 else family.others for i in range(self.before)]
+                section[family.list_key] = self._rearranged(kinds)
                 self.warnings.append(
-                    f"{list_name} was added: {family} tells every layer's attention from its number, and these layers "
-                    "have moved; transformers before 4.53 may not read it"
+                    f"added {family.list_key}: {model_type} derives the attention of a layer from its index, and these "
+                    "layers have moved; transformers before 4.53 may ignore it"
                 )
         for name, period in rules.items():
-            if period > 1 and _PERIODS[name] not in section and not self._keeps(period):
-                self._warn_of_rule(name, period)
+            if period > 1 and PERIODS[name].replaced_by not in section and not self._keeps(period):
+                self._warn_about_rule(name, period)
         repeated = old.get("block_types")  # RecurrentGemma's
         if isinstance(repeated, list) and repeated and not self._keeps(len(repeated)):
-            self._warn_of_rule("block_types", repeated)
+            self._warn_about_rule("block_types", repeated)
 
     def _keeps(self, period: int) -> bool:
         return all((new - old) % period == 0 for new, old in enumerate(self.source))
 
-    def _warn_of_rule(self, name: str, value: object) -> None:
+    def _warn_about_rule(self, name: str, value: object) -> None:
         self.warnings.append(
-            f"{name} = {value} no longer says of every layer what it said in the donor: a slice moved layers by a "
-            "number that does not fit; the model will load, but some layers may be taken for others"
+            f"{name} = {value} no longer describes every layer as in the donor: a slice moves layers by a number that "
+            "is not a multiple of it; the model will load, but some layers may be run as the wrong kind"
         )
 
 
-def _spelt_out(types: Any) -> list[Any]:
-    """GPT-Neo's ``[[["global", "local"], 12]]`` as 24 entries; [] where it is something else."""
+def _expanded(types: Any) -> list[Any]:
+    """Expand GPT-Neo's ``[[["global", "local"], 12]]`` to 24 entries; [] for any other value."""
     entries: list[Any] = []
     for item in types if isinstance(types, list) else []:
         if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and isinstance(item[1], int)):
@@ -326,15 +281,15 @@ def _spelt_out(types: Any) -> list[Any]:
 
 
 def _set_tied(sections: Sequence[dict[str, Any]], tied: bool) -> None:
-    """`tie_word_embeddings`, at the top and where the layers are: which one counts differs between transformers."""
-    said = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in section]
-    if not said or any(value is not tied for value in said):
+    """Set `tie_word_embeddings` at the top level and next to the layers; transformers versions read either one."""
+    values = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in section]
+    if not values or any(value is not tied for value in values):
         for section in sections:
             section["tie_word_embeddings"] = tied
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """`torch_dtype` or `dtype`, whichever is there, nested ones too. Where there is none, no key means float32."""
+    """Set `torch_dtype` or `dtype`, whichever is present, also in nested sections. A missing key means float32."""
     if "torch_dtype" not in config and "dtype" not in config and dtype != "float32":
         config["torch_dtype"] = dtype
     for name in ("torch_dtype", "dtype"):
@@ -343,7 +298,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
     def descend(section: dict[str, Any]) -> None:
         for name, value in section.items():
-            if not isinstance(value, dict) or not (name.endswith("_config") or _SIDES.search(name)):
+            if not isinstance(value, dict) or not (name.endswith("_config") or SIDES.search(name)):
                 continue
             if name in ("quantization_config", "compression_config"):
                 continue

@@ -1,4 +1,4 @@
-"""The folders of OUT that saved stages go to: which names they may have."""
+"""Validates the names of saved stages, which become folders of OUT."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ _OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|mergeloom\.json", re.I
 
 
 def check_folders(recipe: Recipe, saved: Sequence[Stage], files: FileSources) -> None:
-    """Refuse names of saved stages that can be no folder's, or that something else in OUT has.
+    """Check that the name of each saved stage is a valid folder name that nothing else in OUT uses.
 
-    Names that differ only in case count as the same, as some file systems have it.
+    Names are compared without case, because some file systems ignore it.
 
     Args:
-        recipe: for where its mistakes stand.
-        saved: the stages that are written beside the output.
-        files: of the output.
+        recipe: recipe of the stages, for error locations.
+        saved: stages that are written in addition to the output.
+        files: file sources of the output.
 
     Raises:
-        RecipeError: with the place of the name.
+        RecipeError: a name is not valid.
     """
-    beside = [directory for found in (files.others, files.tokenizer) if (directory := directory_of(found)).is_dir()]
-    companions = [PurePosixPath(file.path).parts[0] for directory in beside for file in companion_files(directory)]
+    directories = [directory_of(checkpoint) for checkpoint in (files.others, files.tokenizer)]
+    companions = [
+        PurePosixPath(file.path).parts[0]
+        for directory in directories
+        if directory.is_dir()
+        for file in companion_files(directory)
+    ]
     taken = {name.casefold() for name in (CARD, CONFIG, *companions)}
     for stage in saved:
         name = stage.name or ""
         if not _PLAIN.fullmatch(name) or name.endswith("."):
-            message = f"a stage that is saved gets a folder of its name, which {name!r} can't be: use letters, digits, "
-            raise recipe.error((*stage.place, "name"), f"{message}and . _ - between them")
+            message = f"invalid name {name!r} of a saved stage, which becomes a folder: use letters and digits, with "
+            raise recipe.error((*stage.place, "name"), f"{message}. _ - between them")
         if name.casefold() in taken or _OURS.fullmatch(name):
-            message = f"a stage that is saved gets a folder of its name, and {name!r} is already the name of something "
-            raise recipe.error((*stage.place, "name"), f"{message}else in OUT")
+            message = f"the name {name!r} of a saved stage, which becomes a folder, is already used in OUT: rename it"
+            raise recipe.error((*stage.place, "name"), message)
         taken.add(name.casefold())

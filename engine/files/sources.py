@@ -1,7 +1,7 @@
-"""Where the files beside the weights come from: config, tokenizer, chat template, and all others, stage by stage.
+"""Resolves the sources of the non-weight files of each stage: config, tokenizer, chat template and others.
 
-What a stage makes is to the next one a model like any other, with files of its own: only these are never written. So
-they are followed down to files that exist, and what was changed on the way (config.json, a chat template) is kept.
+The output of a stage is an ordinary model for the next stage, but its files are never written. They are resolved to
+files that exist, together with the changes that stages make to them (config.json, chat template).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .vocabulary import difference, read_vocabulary, same_files
 
 @dataclass(frozen=True, slots=True)
 class FileSources:
-    """Where the files beside a model's weights come from.
+    """The sources of a model's non-weight files.
 
     Args:
-        config: what its config.json says; None for no file.
-        others: the checkpoint that the generation config, processors and licences stand beside.
-        tokenizer: the checkpoint that the tokenizer stands beside.
-        template: the chat template that takes the place of the tokenizer's, or None.
-        config_from: what the recipe calls the model that config.json is made after.
-        tokenizer_from: what it calls the tokenizer's.
+        config: content of config.json, or None for no file.
+        others: checkpoint that provides the generation config, processors and licenses.
+        tokenizer: checkpoint that provides the tokenizer.
+        template: chat template that replaces the tokenizer's, or None.
+        config_from: name in the recipe of the model that config.json is derived from.
+        tokenizer_from: name in the recipe of the tokenizer's model.
     """
 
     config: Mapping[str, Any] | None
@@ -47,13 +47,13 @@ class FileSources:
 
 @dataclass(frozen=True, slots=True)
 class OutputModel:
-    """A model that a merge makes: the output, or a stage's that is saved.
+    """A model that a merge writes: the output or a saved stage.
 
     Args:
-        folder: where in OUT; empty for OUT itself.
-        stage: the stage that makes it.
-        files: where the files beside the weights come from.
-        layers: of its main stack.
+        folder: folder in OUT, empty for OUT itself.
+        stage: stage that produces the model.
+        files: sources of its non-weight files.
+        layers: number of layers in its main stack.
     """
 
     folder: str
@@ -63,16 +63,16 @@ class OutputModel:
 
 
 def directory_of(checkpoint: Checkpoint) -> Path:
-    """The directory that a checkpoint's other files are in."""
+    """The directory of a checkpoint, which contains its non-weight files."""
     return checkpoint.path.parent if checkpoint.path.is_file() else checkpoint.path
 
 
 class FileResolver:
-    """The files of every stage of a recipe, added in the order of the stages.
+    """Resolves the file sources of each stage of a recipe. Stages are added in order.
 
     Args:
-        recipe: whose stages are added.
-        open_model: called with the reference of a model that is no stage, returns its Checkpoint.
+        recipe: recipe that contains the stages.
+        open_model: opens the checkpoint of a model reference that does not name a stage.
     """
 
     def __init__(self, recipe: Recipe, open_model: Callable[[ModelReference], Checkpoint]) -> None:
@@ -85,19 +85,19 @@ class FileResolver:
 
     @property
     def output(self) -> FileSources:
-        """Those of the output."""
+        """The file sources of the output."""
         return self.of_stage(self._recipe.output)
 
     def of_stage(self, stage: Stage) -> FileSources:
-        """Those of a stage that was added."""
+        """The file sources of a stage that has been added."""
         return self._stages[stage.name]
 
     def add(self, stage: Stage, built: BuiltGraph) -> Mapping[str, Any] | None:
-        """The config.json of what a stage makes; its other files are noted.
+        """Resolve the files of a stage, and return its config.json.
 
         Raises:
-            RecipeError: where the recipe asks for what the models don't have.
-            CheckpointError: for files that can't be read, and for vocabularies that differ where they must not.
+            RecipeError: the recipe names a file that the models do not have.
+            CheckpointError: a file cannot be read, or vocabularies differ that must be equal.
         """
         donor = built.models[built.donor].reference
         files = self.of(stage.files_from or donor)
@@ -109,21 +109,21 @@ class FileResolver:
         elif stage.files_from is not None:
             self._compare_vocabularies(self.of(donor), tokenizer)
         template = self._template(stage, built, tokenizer)
-        made = FileSources(
+        sources = FileSources(
             config, files.others, tokenizer.tokenizer, template, files.config_from, tokenizer.tokenizer_from
         )
-        self._stages[stage.name] = made
+        self._stages[stage.name] = sources
         self._built[stage.name] = built
         return config
 
     def of(self, reference: ModelReference) -> FileSources:
-        """The files of a model, or of a stage that was added before. Raises CheckpointError."""
+        """The file sources of a model or of a stage that has been added. Raises CheckpointError."""
         stage = self._recipe.stage(reference)
         if stage is not None:
             return self._stages[stage.name]
         if reference not in self._models:
             path = Path(reference.path).expanduser()
-            if path.is_dir():  # its weights don't matter, and needn't be there
+            if path.is_dir():  # works for directories without weights
                 config = read_json(path / "config.json")
                 checkpoint = Checkpoint(path, {}, config if isinstance(config, dict) else None, {}, (), ())
             else:
@@ -138,11 +138,11 @@ class FileResolver:
         config: Mapping[str, Any] | None = built.donor_config
         stacks = built.stacks
         if stage.files_from is not None:
-            config, stacks = self._adopted(stage, stage.files_from, built, files.config)
+            config, stacks = self._overridden(stage, stage.files_from, built, files.config)
         if config is None:
-            self.warnings.append(f"{files.config_from} has no config.json, so that none is written")
+            self.warnings.append(f"{files.config_from} has no config.json: no config.json is written")
             return None
-        # without a head the donor has none either: it is tied already, or it is no language model
+        # without a head, the donor's is already tied or it is not a language model
         tied = False if built.head else None
         wanted = stage.out_dtype or stage.dtype
         for stack in stacks:
@@ -160,29 +160,29 @@ class FileResolver:
             self.warnings += merged.warnings
         return dict(config)
 
-    def _adopted(
+    def _overridden(
         self, stage: Stage, named: ModelReference, built: BuiltGraph, config: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], tuple[OutputStack, ...]]:
-        """The config.json of the model that `files_from` names, and the output's stacks as it counts layers."""
+        """The config.json of the model that `files_from` names, and the output stacks with its layer indices."""
         place = (*stage.place, "files_from")
         if config is None:
             raise self._recipe.error(place, f"{named.text} has no config.json")
         main = built.stacks[0].donor.config_path if built.stacks else ()
         try:
-            adopted, remarks = override_config(config, built.donor_config, main=main, head=built.head)
+            config_json, remarks = override_config(config, built.donor_config, main=main, head=built.head)
         except ValueError as error:
             raise self._recipe.error(place, f"{named.text} {error}") from error
         self.warnings += [f"files_from {named.text}: {remark}" for remark in remarks]
         stacks = (
             override_stack(stack, config, self._levels(built, number)) for number, stack in enumerate(built.stacks)
         )
-        return adopted, tuple(stacks)
+        return config_json, tuple(stacks)
 
     def _levels(self, built: BuiltGraph, number: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """What the layers of a stack were in its donor, and, where that is a stage, in the donor's donor, and so on.
+        """Trace the layers of a stack to its donor and, if that is a stage, to the donor's donor, and so on.
 
         Yields:
-            for each, how many layers it has, and which of them each layer of the stack is.
+            Number of layers in the donor, and index there of each layer of the stack.
         """
         sources = built.stacks[number].sources
         while True:
@@ -197,7 +197,7 @@ class FileResolver:
     # --- the tokenizer -----------------------------------------------------------------------------------------
 
     def _check_vocabularies(self, built: BuiltGraph, tokenizer: FileSources) -> None:
-        """All models whose embeddings go into a stage must have the vocabulary of its tokenizer."""
+        """Raise CheckpointError if a model whose embeddings are merged has another vocabulary than the tokenizer."""
         graph = built.graph
         used = dict.fromkeys(
             model
@@ -206,26 +206,26 @@ class FileResolver:
         )
         for number in used:
             other = self.of(built.models[number].reference)
-            found = self._difference(tokenizer, other)
-            if found is not None:
+            difference_text = self._difference(tokenizer, other)
+            if difference_text is not None:
                 raise CheckpointError(
-                    f"the vocabularies of {tokenizer.tokenizer_from} and {other.tokenizer_from} differ: {found}. "
-                    "Embeddings can't be merged by token yet: use models of one vocabulary, or leave the tokenizer out "
-                    "of the recipe where their rows mean the same all the same"
+                    f"the vocabularies of {tokenizer.tokenizer_from} and {other.tokenizer_from} differ: "
+                    f"{difference_text}. Embeddings cannot be merged by token yet: use models with the same vocabulary, "
+                    "or remove the tokenizer from the recipe if the rows of the embeddings match anyway"
                 )
 
     def _compare_vocabularies(self, donor: FileSources, tokenizer: FileSources) -> None:
-        """A tokenizer that comes along with `files_from` should be that of the merged models."""
+        """Warn if the tokenizer of `files_from` has another vocabulary than the merged models."""
         if _has_tokenizer(donor) and _has_tokenizer(tokenizer):
-            found = self._difference(tokenizer, donor)
-            if found is not None:
+            difference_text = self._difference(tokenizer, donor)
+            if difference_text is not None:
                 self.warnings.append(
-                    f"the tokenizer of {tokenizer.tokenizer_from} is not that of {donor.tokenizer_from}, whose "
-                    f"embeddings are merged: {found}"
+                    f"the tokenizer of {tokenizer.tokenizer_from} differs from that of {donor.tokenizer_from}, whose "
+                    f"embeddings are merged: {difference_text}"
                 )
 
     def _difference(self, first: FileSources, second: FileSources) -> str | None:
-        """How the vocabularies of two models differ; None where they don't."""
+        """Describe how the vocabularies of two models differ; None if they are equal."""
         directories = [tokenizer_directory(files) for files in (first, second)]
         if directories[0] == directories[1] or same_files(*directories):
             return None
@@ -234,46 +234,44 @@ class FileResolver:
         ours, theirs = vocabularies
         if ours is None or theirs is None:
             without = names[vocabularies.index(None)]
-            return f"{without} has no tokenizer files, so that its vocabulary isn't known"
+            return f"{without} has no tokenizer files, so its vocabulary is unknown"
         return difference(ours, theirs, names)
 
     # --- the chat template -------------------------------------------------------------------------------------
 
     def _template(self, stage: Stage, built: BuiltGraph, tokenizer: FileSources) -> str | None:
-        """The chat template that takes the place of the tokenizer's; None where its own stays."""
+        """The chat template that replaces the tokenizer's; None to keep it."""
         wanted = stage.chat_template
         if wanted is None:
             return tokenizer.template
         if not _has_tokenizer(tokenizer):
-            self.warnings.append(
-                f"{tokenizer.tokenizer_from} has no tokenizer files, so that no chat template is written"
-            )
+            self.warnings.append(f"{tokenizer.tokenizer_from} has no tokenizer files: no chat template is written")
             return None
         if wanted.kind == "auto":
-            return self._commonest(built, tokenizer)
+            return self._most_common(built, tokenizer)
         if wanted.kind == "text":
             problem = syntax_error(wanted.value)
             if problem is not None:
-                raise self._recipe.error((*stage.place, "chat_template"), f"this is no valid Jinja text: {problem}")
+                raise self._recipe.error((*stage.place, "chat_template"), f"invalid Jinja template: {problem}")
             return wanted.value
         text, tokens = BUILT_IN[wanted.value]
         vocabulary = read_vocabulary(tokenizer_directory(tokenizer)) if tokens else None
         missing = [token for token in tokens if vocabulary is not None and token not in vocabulary.rows]
         if missing:
             self.warnings.append(
-                f"chat_template {wanted.value} needs the tokens {', '.join(missing)}, which the vocabulary of "
-                f"{tokenizer.tokenizer_from} hasn't: the model will see them as ordinary text"
+                f"chat_template {wanted.value} needs the tokens {', '.join(missing)}, which are not in the vocabulary "
+                f"of {tokenizer.tokenizer_from}: the model will see them as ordinary text"
             )
         return text
 
-    def _commonest(self, built: BuiltGraph, tokenizer: FileSources) -> str | None:
-        """The template that most of a stage's models have; of equally common ones that of the first model."""
-        found = [template for model in built.models if (template := _own_template(self.of(model.reference)))]
-        if not found:
+    def _most_common(self, built: BuiltGraph, tokenizer: FileSources) -> str | None:
+        """The most common template of a stage's models; that of the first model if several are equally common."""
+        templates = [template for model in built.models if (template := _own_template(self.of(model.reference)))]
+        if not templates:
             self.warnings.append("chat_template auto: none of the models has a chat template")
             return tokenizer.template
-        counts = Counter(template.strip() for template in found)
-        chosen = max(found, key=lambda template: counts[template.strip()])
+        counts = Counter(template.strip() for template in templates)
+        chosen = max(templates, key=lambda template: counts[template.strip()])
         return tokenizer.template if chosen == _own_template(tokenizer) else chosen
 
 
@@ -288,10 +286,10 @@ def _has_tokenizer(files: FileSources) -> bool:
 
 
 def tokenizer_directory(files: FileSources) -> Path:
-    """Where the tokenizer's files are; those of a model of the Hub are brought there first."""
+    """The directory of the tokenizer files, which are downloaded first for a model on the Hub."""
     checkpoint = files.tokenizer
     if hasattr(checkpoint, "repository"):
-        from ...io.hub.checkpoint import companions  # local models do without the network's libraries
+        from ...io.hub.checkpoint import companions  # local models do not need the network libraries
         from ...io.hub.download import download
 
         download(file for file in companions(checkpoint) if file_kind(file.name) is FileKind.TOKENIZER)

@@ -1,4 +1,4 @@
-"""The files of a model next to its weights: config.json, tokenizer and other companions, the model card."""
+"""Writes the non-weight files of a model: config.json, tokenizer, other companion files and the model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = "config.json"
 
 
 CompanionLister = Callable[[Checkpoint, FileKind], Iterable[tuple[str, Path]]]
-"""Lists the companion files of one kind of a model: the path of each relative to the model, and its file."""
+"""Lists a model's companion files of one kind: path relative to the model, and source file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class ModelFile:
 
     Args:
         name: path relative to OUT.
-        content: its bytes, or the file to copy.
-        last: whether it gets its final name only after the shards, so that no loader sees half a model.
+        content: bytes to write, or file to copy.
+        last: whether the file is renamed to its final name after the shards, so loaders never see a partial model.
     """
 
     name: str
@@ -43,14 +43,14 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class OutputContent:
-    """What the other files say about the weights.
+    """The information about the weights that the other files contain.
 
     Args:
-        recipe: the recipe.
-        graph: the output tensors and their sources.
-        layout: the shard and offset of each output tensor.
-        inputs: the models that are read.
-        dtype: the output's torch dtype name as config.json gives it, or None.
+        recipe: recipe of the merge.
+        graph: output tensors and their sources.
+        layout: shard and offset of each output tensor.
+        inputs: models that are read.
+        dtype: torch dtype name of the output in config.json, or None.
     """
 
     recipe: Recipe
@@ -61,7 +61,7 @@ class OutputContent:
 
 
 def write_model_files(models: Sequence[OutputModel], content: OutputContent, out: OutputDirectory) -> list[str]:
-    """Write everything but the weights into OUT; the names of what must appear last, every config.json among them."""
+    """Write all files except the weights to OUT, and return the names of those to publish last."""
     last = []
     for file in model_files(models, content):
         if isinstance(file.content, Path):
@@ -74,7 +74,7 @@ def write_model_files(models: Sequence[OutputModel], content: OutputContent, out
 
 
 def local_companions(checkpoint: Checkpoint, kind: FileKind) -> Iterator[tuple[str, Path]]:
-    """The companion files in a model's directory."""
+    """List the companion files in a model directory."""
     for file in companion_files(directory_of(checkpoint), (kind,)):
         yield file.path, file.source
 
@@ -82,38 +82,38 @@ def local_companions(checkpoint: Checkpoint, kind: FileKind) -> Iterator[tuple[s
 def model_files(
     models: Sequence[OutputModel], content: OutputContent, companions: CompanionLister = local_companions
 ) -> Iterator[ModelFile]:
-    """All files that a merge writes next to the shards, except the manifest.
+    """Yield all files that a merge writes next to the shards, except the manifest.
 
     Args:
-        models: the models that the merge writes, the output first.
-        content: what the files say about the weights.
+        models: models that the merge writes, the output first.
+        content: information about the weights.
         companions: lists the companion files of a model.
 
     Raises:
-        MergeloomError: a source can't be read.
+        MergeloomError: a source cannot be read.
     """
-    for made in reversed(models):
-        within = f"{made.folder}/" if made.folder else ""
-        for name, data in _companions(made.files, companions):
+    for output in reversed(models):
+        within = f"{output.folder}/" if output.folder else ""
+        for name, data in _companions(output.files, companions):
             yield ModelFile(f"{within}{name}", data)
-        yield ModelFile(f"{within}{CARD}", _card(content, made).encode())
-        if made.files.config is not None:
-            config = (json.dumps(made.files.config, indent=2) + "\n").encode()
+        yield ModelFile(f"{within}{CARD}", _card(content, output).encode())
+        if output.files.config is not None:
+            config = (json.dumps(output.files.config, indent=2) + "\n").encode()
             yield ModelFile(f"{within}{CONFIG}", config, last=True)
-        if len(content.layout.shards_in(made.folder)) > 1:
-            yield ModelFile(f"{within}{INDEX}", _index(content, made), last=True)
+        if len(content.layout.shards_in(output.folder)) > 1:
+            yield ModelFile(f"{within}{INDEX}", _index(content, output), last=True)
 
 
-def _index(content: OutputContent, made: OutputModel) -> bytes:
-    """The index of a model's shards."""
+def _index(content: OutputContent, output: OutputModel) -> bytes:
+    """The content of a model's shard index."""
     graph, layout = content.graph, content.layout
-    numbers = graph.outputs_in(made.folder)
+    numbers = graph.outputs_in(output.folder)
     names = {graph.outputs[n].name: layout.shards[layout.shard_of[n]].name.rpartition("/")[2] for n in numbers}
     return index_bytes(names, sum(graph.nbytes(graph.outputs[number].node) for number in numbers))
 
 
 def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[str, bytes | Path]]:
-    """The tokenizer's files of one model, with the chat template put into them, and the others of another."""
+    """The tokenizer files with the chat template inserted, and the other companion files."""
     for kind in (FileKind.GENERATION, FileKind.OTHER):
         yield from listed(files.others, kind)
     changed = {} if files.template is None else with_template(tokenizer_directory(files), files.template)
@@ -123,9 +123,9 @@ def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[s
     yield from changed.items()
 
 
-def _card(content: OutputContent, made: OutputModel) -> str:
+def _card(content: OutputContent, output: OutputModel) -> str:
     graph = content.graph
-    nodes = [graph.outputs[number].node for number in graph.outputs_in(made.folder)]
+    nodes = [graph.outputs[number].node for number in graph.outputs_in(output.folder)]
     used = {graph.read_models[read] for node in nodes for read in graph.node_sources[node]}
     cards = {
         model.number: CardModel(
@@ -134,20 +134,20 @@ def _card(content: OutputContent, made: OutputModel) -> str:
             local=Path(model.reference.path).expanduser().exists(),
         )
         for model in content.inputs
-        if not made.folder or model.number in used
+        if not output.folder or model.number in used
     }
     base = next(
-        (cards[m.number] for m in content.inputs if m.reference == made.stage.base_model and m.number in cards), None
+        (cards[m.number] for m in content.inputs if m.reference == output.stage.base_model and m.number in cards), None
     )
     dtypes = sorted({graph.node_dtype[node].torch_name or "packed" for node in nodes})
-    methods = [made.stage.merge_method] if made.folder else [stage.merge_method for stage in content.recipe.stages]
+    methods = [output.stage.merge_method] if output.folder else [stage.merge_method for stage in content.recipe.stages]
     return model_card(
-        name=made.stage.name or "Merged model",
+        name=output.stage.name or "Merged model",
         methods=list(dict.fromkeys(methods)),
         models=list(cards.values()),
         recipe=content.recipe.text,
-        layers=made.layers,
+        layers=output.layers,
         parameters=sum(map(graph.elements, nodes)),
-        dtype=(None if made.folder else content.dtype) or ", ".join(dtypes),
+        dtype=(None if output.folder else content.dtype) or ", ".join(dtypes),
         base_model=base,
     )

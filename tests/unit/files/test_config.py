@@ -32,7 +32,7 @@ ODD_KEYS = """kv_source_layers attention_types block_types per_layer_config line
 
 
 def stacked(config: dict[str, Any], source: list[int] = STACKED, **options: Any) -> MergedConfig:
-    """The config of other layers of a model of six; the donor's is left as it was."""
+    """The merged config of a donor with six layers; checks that the donor's config is not modified."""
     before = copy.deepcopy(config)
     merged = merged_config(config, layers=len(source), source_layers=source, **options)
     assert config == before
@@ -40,7 +40,7 @@ def stacked(config: dict[str, Any], source: list[int] = STACKED, **options: Any)
 
 
 def section(source: list[int] = STACKED, **keys: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """`keys` after a merge, beside num_hidden_layers, and the warnings."""
+    """The other keys of a config with `keys` after a merge, and the warnings."""
     merged = stacked({"num_hidden_layers": 6, **keys}, source)
     assert merged.config.pop("num_hidden_layers") == len(source)
     return merged.config, merged.warnings
@@ -77,7 +77,7 @@ def test_other_names_of_the_count(key: str) -> None:
 def test_count_that_is_not_stated() -> None:
     merged = stacked({"model_type": "llama"}, donor_layers=6)
     assert merged.config == {"model_type": "llama", "num_hidden_layers": 8}
-    assert "num_hidden_layers = 8 added" in merged.warnings[0]
+    assert "added num_hidden_layers = 8" in merged.warnings[0]
     types = list("abcdef")
     by_list = stacked({"layers_block_type": types}, [5, 0])
     assert (by_list.config, by_list.warnings) == ({"layers_block_type": ["f", "a"]}, ())
@@ -148,7 +148,7 @@ def test_numbers_of_layers_are_translated(key: str, old: Any, new: Any) -> None:
 def test_shared_keys_whose_layer_is_left_out() -> None:
     config, warnings = section([0, 3], kv_source_layers=[0, 1, 2, 2, 4, 4])
     assert config == {"kv_source_layers": [0, 1]}
-    assert "layer 1 uses the keys of layer 2, which is left out" in warnings[0]
+    assert "layer 1 uses the keys of layer 2, which is not part of the output" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_families_that_alternate_without_saying_so(keys: dict[str, Any], name: s
     words = {"s": "sliding_attention", "l": "linear_attention", "f": "full_attention", "0": 0, "1": 1}
     config, warnings = section(ODD, **keys)
     assert config == keys | {name: [words[kinds[i]] for i in ODD]}
-    assert f"{name} was added" in warnings[0]
+    assert f"added {name}" in warnings[0]
     assert section([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], **keys) == (keys, ())
 
 
@@ -315,5 +315,5 @@ def test_odd_values_are_kept(key: str, value: Any) -> None:
 
 
 def test_layers_must_agree() -> None:
-    with pytest.raises(ValueError, match="3 layers from 2 source layers"):
+    with pytest.raises(ValueError, match="got 2 source layers for 3 layers"):
         merged_config(LLAMA, layers=3, source_layers=[0, 1])

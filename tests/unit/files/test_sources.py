@@ -89,7 +89,7 @@ def test_what_follows_the_tensors_all_the_same(tmp_path: Path, make: Make) -> No
     base = make("base", tiny_llama(tied=True), layer_types=kinds)
     named = make("named", tiny_llama(tied=False), vocab_size=96, layer_types=kinds[::-1])
     planned = plan(stack(base, (0, 3), (1, 4), files_from=str(named)), CPU)
-    assert [w for w in planned.warnings if "vocab_size follows the merged models: 64, not 96" in w]
+    assert [w for w in planned.warnings if "vocab_size is 64 as in the merged models, not 96" in w]
     merge(planned, tmp_path / "out")
     found = config_of(tmp_path / "out")
     assert found["vocab_size"] == 64
@@ -107,8 +107,8 @@ def test_a_config_that_has_the_outputs_layers_already(tmp_path: Path, make: Make
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hidden_size": 64}, "has hidden_size 64 in its config.json, and the merged models have 32"),
-        ({"num_key_value_heads": 4}, "has num_key_value_heads 4 in its config.json, and the merged models have 2"),
+        ({"hidden_size": 64}, "has hidden_size 64 in its config.json, but the merged models have 32"),
+        ({"num_key_value_heads": 4}, "has num_key_value_heads 4 in its config.json, but the merged models have 2"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(config: dict[str, Any], message: str, make: Make) -> None:
@@ -129,7 +129,7 @@ def test_a_named_model_without_config_is_refused(make: Make) -> None:
 def test_what_is_odd_about_it_is_said(make: Make) -> None:
     base, named = make("base"), make("named", words=40, model_type="mistral")
     warnings = " ".join(plan(stack(base, (0, 4), files_from=str(named)), CPU).warnings)
-    assert "its model_type is mistral, and that of the merge llama" in warnings
+    assert "its model_type is mistral, but the merged models have llama" in warnings
     assert "the tokenizer of" in warnings
     assert "token 'word32' has row 32 in" in warnings
     assert not plan(stack(base, (0, 4), files_from=str(make("same"))), CPU).warnings
@@ -262,12 +262,12 @@ def test_what_is_odd_about_a_template_is_said(make: Make) -> None:
     model = make("model")
     (warning,) = plan(linear(model, chat_template="chatml"), CPU).warnings
     assert "needs the tokens <|im_start|>, <|im_end|>, which the vocabulary of" in warning
-    with pytest.raises(RecipeError, match="chat_template: this is no valid Jinja text: line 1"):
+    with pytest.raises(RecipeError, match="chat_template: invalid Jinja template: line 1"):
         plan(linear(model, chat_template="{{ messages"), CPU)
     for file in model.glob("*token*.json"):
         file.unlink()
     (warning,) = plan(linear(model, chat_template="chatml"), CPU).warnings
-    assert "has no tokenizer files, so that no chat template is written" in warning
+    assert "has no tokenizer files: no chat template is written" in warning
 
 
 # ------------------------------------------------------------------------------------------------ stages
