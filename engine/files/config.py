@@ -266,7 +266,7 @@ class _Layers:
     def _warn_about_rule(self, name: str, value: object) -> None:
         self.warnings.append(
             f"{name} = {value} no longer describes every layer as in the donor: a slice moves layers by a number that "
-            "is not a multiple of it; the model will load, but some layers may be run as the wrong kind"
+            "does not fit; the model will load, but some layers may be run as the wrong kind"
         )
 
 

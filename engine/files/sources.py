@@ -210,8 +210,8 @@ class FileResolver:
             if difference_text is not None:
                 raise CheckpointError(
                     f"the vocabularies of {tokenizer.tokenizer_from} and {other.tokenizer_from} differ: "
-                    f"{difference_text}. Embeddings cannot be merged by token yet: use models with the same vocabulary, "
-                    "or remove the tokenizer from the recipe if the rows of the embeddings match anyway"
+                    f"{difference_text}. Embeddings cannot be merged by token yet: use models with the same "
+                    "vocabulary, or remove the tokenizer from the recipe if the rows of the embeddings match anyway"
                 )
 
     def _compare_vocabularies(self, donor: FileSources, tokenizer: FileSources) -> None:

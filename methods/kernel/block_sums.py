@@ -62,7 +62,7 @@ class BlockSums:
     Args:
         sums: number of tensors.
         elements: number of elements in the tile.
-        block: number of elements in a block; the tile starts at a multiple of it.
+        block: number of elements in a block; tiles start at a block boundary.
         workspace: memory for the partial sums of complete blocks; see `size`.
 
     Attributes:

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 BLOCK = 1 << 15
-"""Elements in one block of a reduction. Blocks begin at multiples of it, regardless of the tiles."""
+"""Elements in one block of a reduction. Block boundaries do not depend on the tiles."""
 
 ARITHMETIC_VERSION = 1
 """Incremented by every change that alters the bytes of any output: a method, the blocks of a sum, rounding, random

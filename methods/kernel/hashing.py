@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PERIOD = 1 << 32  # the range of the low half of an index
 _GOLDEN = 0x9E3779B97F4A7C15
-_STEP = 0x9E3779B1  # odd: multiples of it modulo 2^32 cover all 32-bit numbers
+_STEP = 0x9E3779B1  # odd, so its multiples modulo 2^32 cover all 32-bit numbers
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B  # multipliers of C. Wellons' lowbias32
 _WIDTH = 1 << 10
 

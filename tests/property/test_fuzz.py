@@ -88,7 +88,7 @@ def test_weights_that_are_no_file_hang_nothing(kind: str, tmp_path: Path) -> Non
 
 
 def test_sizes_are_bounded_before_anything_is_allocated(tmp_path: Path) -> None:
-    """A sparse file of terabytes whose header gives its own length as nearly all of it; a config of gigabytes."""
+    """A sparse file of terabytes whose header gives its own length as nearly all of the file; a config of gigabytes."""
     file = tmp_path / "model.safetensors"
     with file.open("wb") as stream:
         stream.write((4 << 40).to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""What holds for every input: ends, identities, symmetries."""
+"""Laws of the merge methods: end points, identities and symmetries."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def tensors(
     least_scale: int = -20,
     steps: tuple[float, ...] = (1.0, 0.05, 0.0),
 ) -> list[Tensor]:
-    """Some tensors of one shape; bfloat16 values unless told, so that differences are exact.
+    """Tensors of one shape, by default in bfloat16, whose differences are exact.
 
     Args:
-        draw: from Hypothesis.
-        models: how many.
-        dtype: of the tensors.
-        elements: the fewest of a tensor.
-        least_scale: the smallest power of two of their scale.
-        steps: sizes of the differences between them, as shares of the scale.
+        draw: draw function of Hypothesis.
+        models: number of tensors.
+        dtype: dtype of the tensors.
+        elements: minimum number of elements.
+        least_scale: exponent of the smallest scale, a power of two.
+        steps: sizes of the differences between the tensors, as fractions of the scale.
     """
     shapes: list[tuple[int, ...]] = [(), (1,), (17,), (3, 5), (2, 3, 4), (40, 33)]
     shape = draw(st.sampled_from([shape for shape in shapes if prod(shape) >= elements]))
@@ -79,9 +79,9 @@ def test_slerp_of_directions_keeps_their_length(x: list[Tensor], t: float) -> No
 
 
 @laws
-@given(x=tensors(2), w=weights, lambda_=st.just(1.0))
-def test_ties_with_one_whole_model_is_the_model(x: list[Tensor], w: float, lambda_: float) -> None:
-    merged = merge("ties", x, {"weight": (0.0, w), "density": (0.0, 1.0), "lambda": lambda_}, base=0)
+@given(x=tensors(2), w=weights)
+def test_ties_with_one_dense_model_is_the_model(x: list[Tensor], w: float) -> None:
+    merged = merge("ties", x, {"weight": (0.0, w), "density": (0.0, 1.0)}, base=0)
     assert torch.equal(merged.to(torch.bfloat16), x[1] + 0.0)
 
 
@@ -155,17 +155,19 @@ def test_a_sum_of_zero_elects_plus(x: list[Tensor]) -> None:
 
 
 @laws
-@given(x=tensors(4), share=st.floats(0, 1))
+@given(x=tensors(4, least_scale=-2), share=st.floats(0, 1))
 def test_the_order_of_models_does_not_matter_to_exact_sums(x: list[Tensor], share: float) -> None:
     small = [torch.round(v.float() * 8) for v in x]
+    assume(all(v.any() for v in small))
     parameters = {"weight": (0.0, 1.0, 1.0, 1.0), "density": (0.0, share, share, share), "normalize": False}
     forth = merge("ties", small, parameters, base=0)
     assert torch.equal(forth, merge("ties", [small[0], small[3], small[1], small[2]], parameters, base=0))
 
 
 @laws
-@given(x=tensors(2), t=st.floats(0, 10))
-def test_nearswap_stays_between_the_two(x: list[Tensor], t: float) -> None:
+@given(x=tensors(2, steps=(1.0, 0.05)), share=st.floats(0, 1))
+def test_nearswap_stays_between_the_two(x: list[Tensor], share: float) -> None:
+    t = share * float((x[0].float() - x[1].float()).abs().max())  # below the largest distance: not all are swapped
     merged = merge("nearswap", x, {"t": t}, base=0)
     low, high = torch.minimum(x[0], x[1]).float(), torch.maximum(x[0], x[1]).float()
     slack = 2.0**-22 * (x[0].abs() + x[1].abs()).float()

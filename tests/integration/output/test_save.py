@@ -148,7 +148,7 @@ def test_verify_looks_into_the_folder(models: dict[str, Path], tmp_path: Path) -
     "name", ["Config.json", "readme.md", "TOKENIZER.json", "model-00001-of-00002.safetensors", "mergeloom.json"]
 )
 def test_names_that_something_else_in_out_has(models: dict[str, Path], tmp_path: Path, name: str) -> None:
-    with pytest.raises(RecipeError, match=r"saved\.yml:1: .*\.name: a stage that is saved gets a folder of its name"):
+    with pytest.raises(RecipeError, match=r"saved\.yml:1: .*\.name: .*of a saved stage, which becomes a folder"):
         plan(both(models, tmp_path, name=name), OPTIONS)
     plan(both(models, tmp_path, name=name, save=False), OPTIONS)  # it doesn't matter where nothing is written
 

@@ -325,7 +325,7 @@ merge_method: passthrough
     ),
     "a chat template that is no Jinja": (
         f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: '{{{{ messages | }}}} and no more'\n",
-        "no valid Jinja text",
+        "invalid Jinja template",
     ),
     "a value that isn't finite": (
         "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: .inf}\n",

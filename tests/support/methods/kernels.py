@@ -1,4 +1,4 @@
-"""Runs a merge kernel over tiles of any size, as the engine does, without an engine."""
+"""Runs a merge kernel over tiles of any size without the engine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mergeloom.methods.kernel.tile import Tile, Workspace
 
 @dataclass
 class Run:
-    """What came of a kernel's passes.
+    """The result of running a kernel.
 
     Args:
-        output: the merged tensor, in the work dtype.
-        passes: how often the tiles were gone over.
-        declared: bytes of workspace of the largest tile.
-        used: the most that was taken of it.
+        output: merged tensor in the work dtype.
+        passes: number of passes over the tiles.
+        declared: declared workspace of the largest tile in bytes.
+        used: peak use of the workspace in bytes.
     """
 
     output: Tensor
@@ -39,7 +39,7 @@ def run_kernel(
     key: int = 0,
     positions: Sequence[int] | None = None,
 ) -> Run:
-    """The kernel's passes over tiles of about `tile_elements` elements, or over the whole tensors."""
+    """Run a kernel over tiles of about `tile_elements` elements, or over one tile if None."""
     shape = inputs[0].shape
     flat = [x.reshape(-1) for x in inputs]
     size = flat[0].numel()
@@ -85,7 +85,7 @@ def merge(
     key: int = 0,
     positions: Sequence[int] | None = None,
 ) -> Tensor:
-    """One tensor merged by a method of this name."""
+    """Merge one tensor with the named method."""
     bound = Inputs(len(inputs), base, tuple(inputs[0].shape))
     kernel = merge_methods()[method].kernel(bound, parameters or {})
     return run_kernel(kernel, inputs, tile_elements, key=key, positions=positions).output

@@ -1,10 +1,10 @@
-"""The merge methods once more, on whole tensors in float64, written from the papers and mergekit's documentation.
+"""Reference implementations of the merge methods in float64, written from the papers and mergekit's documentation.
 
-Nothing here is shared with what it judges. A reference returns what the output may be: one tensor, or several where a
-decision (an election, a rank, a threshold) is within rounding of falling the other way; an output must agree, element
-by element, with one of them. With it comes the sum of the sizes of the terms, by which rounding is measured.
+They share no code with the methods under test. A reference returns the valid outputs: one tensor, or several if a
+decision (an election, a rank, a threshold) is so close that rounding can change it. Each element of an output must agree
+with one of them. The sum of the absolute values of the terms scales the tolerance.
 
-Random masks are no part of this: a reference is told which elements are kept.
+References do not compute random masks: the kept elements are an argument.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 CLOSE = 2.0**-20
-"""Relative distance within which a decision may fall either way."""
+"""Relative distance within which a decision can go either way."""
 
 
 @dataclass
 class Expected:
-    """What an output may be.
+    """The valid outputs of a method.
 
     Args:
-        outputs: the alternatives; the first is the float64 result.
-        size: the sum of the sizes of the terms that make each element.
+        outputs: alternatives, the first of which is the float64 result.
+        size: sum of the absolute values of the terms of each element.
     """
 
     outputs: list[Tensor]
@@ -205,17 +205,17 @@ def task_vectors(
     rescale: bool,
     factor: float = 1.0,
 ) -> Expected:
-    """What all task-vector methods have in common.
+    """The common part of all task-vector methods.
 
     Args:
-        x: the inputs.
-        kept: for each model but the base, the alternative masks of what its sparsifier keeps (the first one is right).
-        base: which input is the base.
-        weight: of each input.
+        x: inputs.
+        kept: alternative masks of the kept elements of each task vector; the first one is exact.
+        base: index of the base.
+        weight: weight of each input.
         elect: whether signs are elected.
-        normalize: whether the weights are divided by.
-        rescale: whether the L1 norm is restored.
-        factor: lambda.
+        normalize: whether to divide by the weights.
+        rescale: whether to restore the L1 norm.
+        factor: value of lambda.
     """
     others = [i for i in range(len(x)) if i != base]
     outputs, size = [], torch.zeros_like(x[0])
@@ -244,8 +244,8 @@ def task_vectors(
     return Expected(outputs, size)
 
 
-def largest(delta: Tensor, density: float) -> list[Tensor]:
-    """The masks of the max(1, int(density n)) largest elements."""
+def top_k(delta: Tensor, density: float) -> list[Tensor]:
+    """The alternative masks of the max(1, int(density n)) largest elements."""
     if density >= 1:
         return [torch.ones_like(delta)]
     if density <= 0:
@@ -253,8 +253,8 @@ def largest(delta: Tensor, density: float) -> list[Tensor]:
     return _top(delta.abs(), max(1, int(density * delta.numel())))
 
 
-def middling(delta: Tensor, density: float, gamma: float) -> list[Tensor]:
-    """The masks of the int(density n) largest elements after the int(gamma n) largest, or fewer, are dropped."""
+def drop_outliers(delta: Tensor, density: float, gamma: float) -> list[Tensor]:
+    """The alternative masks of the int(density n) elements that follow the int(gamma n) largest, or fewer."""
     if density >= 1:
         return [torch.ones_like(delta)]
     if density <= 0:
@@ -267,12 +267,12 @@ def middling(delta: Tensor, density: float, gamma: float) -> list[Tensor]:
 
 
 def _top(values: Tensor, number: int, *, ties: bool = False) -> list[Tensor]:
-    """The mask of the highest values, the first of equal ones; and those where near ones are in, or out, as well.
+    """The mask of the largest values, and alternatives in which all values near the smallest one are in or out.
 
     Args:
-        values: not negative.
-        number: how many.
-        ties: whether equal ones are only near, because rounding made them equal.
+        values: nonnegative values.
+        number: number of values to select.
+        ties: whether equal values count as near, because rounding can make them equal.
     """
     flat = values.reshape(-1)
     order = torch.argsort(flat, descending=True, stable=True)
@@ -288,7 +288,7 @@ def _top(values: Tensor, number: int, *, ties: bool = False) -> list[Tensor]:
 
 
 def _elections(terms: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The terms that agree with the elected sign, the others 0; and as the election goes where it is nearly tied."""
+    """The terms with the elected sign, with the others 0, and an alternative with the other outcome of close elections."""
     total = sum(terms, torch.zeros_like(terms[0]))
     size = sum((t.abs() for t in terms), torch.zeros_like(terms[0]))
     sign = torch.where(total >= 0, 1.0, -1.0)

@@ -73,7 +73,7 @@ def test_built_in_templates(name: str) -> None:
     assert all(token in template or token in rendered(template, CHAT) for token in tokens)
     whole = rendered(template, CHAT, add_generation_prompt=False)
     assert prompt.format(told).startswith(whole)
-    assert rendered(template, [])  # an empty chat is no error
+    assert rendered(template, [])  # an empty chat is valid
 
 
 def test_templates_are_found_where_they_stand(tmp_path: Path) -> None:

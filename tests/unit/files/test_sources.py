@@ -172,7 +172,7 @@ def test_vocabularies_that_differ_are_refused(make: Make) -> None:
     a, b, c = make("a"), make("b"), make("c", words=33)
     with pytest.raises(CheckpointError, match=r"token 'word32' has no row in .*a and row 32 in .*c") as caught:
         plan(linear(a, b, c, tokenizer_source="base"), CPU)
-    assert "leave the tokenizer out of the recipe" in str(caught.value)
+    assert "remove the tokenizer from the recipe" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"has row 32 in .*c and no row in .*a"):
         plan(linear(a, b, tokenizer_source=str(c)), CPU)
     assert not plan(linear(a, b, c), CPU).warnings
@@ -261,7 +261,7 @@ def test_the_commonest_template_is_taken(tmp_path: Path, make: Make) -> None:
 def test_what_is_odd_about_a_template_is_said(make: Make) -> None:
     model = make("model")
     (warning,) = plan(linear(model, chat_template="chatml"), CPU).warnings
-    assert "needs the tokens <|im_start|>, <|im_end|>, which the vocabulary of" in warning
+    assert "needs the tokens <|im_start|>, <|im_end|>, which are not in the vocabulary of" in warning
     with pytest.raises(RecipeError, match="chat_template: invalid Jinja template: line 1"):
         plan(linear(model, chat_template="{{ messages"), CPU)
     for file in model.glob("*token*.json"):

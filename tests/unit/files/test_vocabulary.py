@@ -18,7 +18,7 @@ ROWS = {"<unk>": 0, "a": 1, "b": 2, "ab": 3}
 
 
 def write(directory: Path, **files: Any) -> Path:
-    """A directory with these files; ``__`` stands for a dot, and what is no bytes or text becomes JSON."""
+    """A directory with these files; ``__`` stands for a dot, and other values are written as JSON."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         data = content if isinstance(content, (bytes, str)) else json.dumps(content)
@@ -185,6 +185,6 @@ def test_the_first_difference_is_named(first: Any, second: Any, words: str, tmp_
 def test_tokens_that_are_bytes(tmp_path: Path) -> None:
     one, other = {"qwen__tiktoken": "YQ== 0"}, {"qwen__tiktoken": "Yg== 0"}
     assert compared(tmp_path / "a", one, other)[1] == "qwen.tiktoken differs between A and B"
-    assert "can't be compared" in str(compared(tmp_path / "b", one, {"tokenizer__json": tokenizer()})[1])
+    assert "cannot be compared" in str(compared(tmp_path / "b", one, {"tokenizer__json": tokenizer()})[1])
     added = one | {"tokenizer_config__json": {"added_tokens_decoder": {"7": {"content": "<|end|>"}}}}
     assert compared(tmp_path / "c", one, added) == (False, "token '<|end|>' has no row in A and row 7 in B")

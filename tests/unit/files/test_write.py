@@ -1,4 +1,4 @@
-"""What lies beside the weights: config.json made true, companions taken over, a card."""
+"""Non-weight files: config.json made true, companions taken over, a card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = Options(device="cpu", threads=1)
 
 
 def passed(model: Path, **more: object) -> dict[str, object]:
-    """A recipe that passes a whole model through."""
+    """A recipe that passes a model through."""
     return {"merge_method": "passthrough", "models": [{"model": str(model)}], **more}
 
 
@@ -131,5 +131,5 @@ def test_the_plan_says_what_config_can_not(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", base, config=base.config | {"full_attention_interval": 4})
     slices = [{"sources": [{"model": str(model), "layer_range": part}]} for part in ([0, 3], [1, 4])]
     planned = plan({"merge_method": "passthrough", "slices": slices}, CPU)
-    assert [warning for warning in planned.warnings if "full_attention_interval = 4 no longer says" in warning]
+    assert [warning for warning in planned.warnings if "full_attention_interval = 4 no longer describes" in warning]
     assert json.loads(json.dumps(planned.to_dict()))["warnings"] == list(planned.warnings)

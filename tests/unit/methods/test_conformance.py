@@ -1,4 +1,4 @@
-"""One suite for every registered method: right, the same for any tiles, in its workspace, defined at the edges."""
+"""Conformance of every registered method: correct, independent of tiles, within its workspace, defined for edge cases."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ KEY = 0x1234_5678_9ABC_DEF1
 SHAPE = (331, 1021)  # more than 2^18 elements, and no power of two anywhere
 IDS = [str(case) for case in CASES]
 COMPUTED = [case for case in CASES if case.method != "passthrough" or case.parameters]
-"""Those whose kernels compute, and do not just copy."""
+"""The cases whose kernels do arithmetic instead of copying."""
 
 
 def expected(case: Case, x: Sequence[Tensor], inputs: Sequence[Tensor]) -> reference.Expected:
-    """What the reference says; `x` are the inputs in float64."""
+    """The outputs of the reference; `x` are the inputs in float64."""
     parameters = {("factor" if k == "lambda" else k): v for k, v in case.parameters.items()}
     if case.method in reference.DIRECT:
         if merge_methods()[case.method].base is not Base.NONE:
@@ -43,9 +43,9 @@ def expected(case: Case, x: Sequence[Tensor], inputs: Sequence[Tensor]) -> refer
     others = [i for i in range(len(x)) if i != case.base]
     deltas = {i: x[i] - x[case.base] for i in others}
     if case.method in ("ties", "task_arithmetic"):
-        kept = [reference.largest(deltas[i], density[i]) for i in others]
+        kept = [reference.top_k(deltas[i], density[i]) for i in others]
     elif case.method.startswith("breadcrumbs"):
-        kept = [reference.middling(deltas[i], density[i], gamma[i]) for i in others]
+        kept = [reference.drop_outliers(deltas[i], density[i], gamma[i]) for i in others]
     else:
         kept = [[mask] for mask in drawn(case, inputs)]
         if unbiased:
@@ -254,7 +254,7 @@ def test_degenerate_inputs_give_numbers(case: Case, name: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("case", COMPUTED, ids=[str(case) for case in COMPUTED])
-def test_transparent_kernels_show_what_is_not_finite(case: Case, value: float) -> None:
+def test_kernels_propagate_nonfinite_values(case: Case, value: float) -> None:
     for place in range(case.models):
         inputs = make("float32", case.models, (9, 1000), case.base)
         inputs[place][4, 567] = value
@@ -263,13 +263,13 @@ def test_transparent_kernels_show_what_is_not_finite(case: Case, value: float) -
         assert not torch.isfinite(run_kernel(kernel, inputs, key=KEY).output).all()
 
 
-def test_only_a_copy_is_not_transparent() -> None:
-    """A copy looks at no values."""
+def test_only_copies_do_not_propagate_nonfinite_values() -> None:
+    """A copy does not examine values."""
     kernels = [case.kernel(make("lattice", case.models, (12, 345), case.base)) for case in CASES]
     assert {type(kernel).__name__ for kernel in kernels if not kernel.propagates_nonfinite} == {"Copy"}
 
 
-def test_granules_hold_whole_rows_where_that_is_the_unit() -> None:
+def test_alignment_is_a_multiple_of_rows_for_row_kernels() -> None:
     of_rows = set()
     for case in CASES:
         kernel = case.kernel(make("lattice", case.models, (12, 345), case.base))

@@ -1,4 +1,4 @@
-"""The inner loops: compiled where TorchScript is, and the same bytes as the functions that they are made from."""
+"""The inner loops: compiled if TorchScript is available, with the same results as the Python functions."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ def floats(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def integers(dtype: torch.dtype, size: int = SIZE) -> Tensor:
-    """Integers of the whole range."""
+    """Integers over the full range of a dtype."""
     info = torch.iinfo(dtype)
     return torch.randint(info.min, info.max, (size,), dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def agreeing(models: int, dtype: torch.dtype, divisors: list[float], factors: list[float], floor: float) -> list[Any]:
-    """Arguments of `ops.agreeing`."""
+def consensus_arguments(
+    models: int, dtype: torch.dtype, divisors: list[float], factors: list[float], floor: float
+) -> list[Any]:
+    """Arguments of `ops.sign_consensus_sum`."""
     terms = floats(models, dtype)
     sign, agree, divisor = (torch.zeros(SIZE, dtype=dtype) for _ in range(3))
     bits = [ops.bits(term) for term in terms]
@@ -53,7 +55,7 @@ def agreeing(models: int, dtype: torch.dtype, divisors: list[float], factors: li
     ]
 
 
-def below(size: int, opposite: bool) -> list[Any]:
+def bounds_arguments(size: int, opposite: bool) -> list[Any]:
     """Arguments of `mask_ops.below_bounds`, for blocks of 512 elements and 64 columns."""
     bounds = integers(torch.int8, 64 * -(-size // 512)).view(-1, 64)
     return [
@@ -92,7 +94,7 @@ def scratch(size: int) -> mask_ops.Scratch:
 
 
 def places(tensors: int, *, at_once: bool = False) -> ops.BlockSumBuffers:
-    """Where `ops.add_up` puts its sums: two blocks of four rows of 64 elements, and what is left of `SIZE`."""
+    """Where `ops.block_sums` puts its sums: two blocks of four rows of 64 elements, and what is left of `SIZE`."""
     rest = SIZE - 512
     sums = [torch.zeros(tensors, 2, 64, dtype=torch.float64), torch.zeros(tensors, 1, rest, dtype=torch.float64)]
     return ops.BlockSumBuffers(sums, [[0, 512, 4], [512, SIZE, 0]], torch.zeros(2, 64), at_once)
@@ -111,40 +113,46 @@ def in_sums(function: Callable[..., Tensor], tensors: int) -> Callable[..., Tens
 
 CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     "difference": (ops.difference, lambda: [torch.zeros(SIZE), *floats(2), False]),
-    "size of a difference": (ops.difference, lambda: [torch.zeros(SIZE), *floats(2), True]),
-    "onto": (ops.add_to_base, lambda: [*floats(2)[:1], 0.3, *floats(2)]),
+    "absolute difference": (ops.difference, lambda: [torch.zeros(SIZE), *floats(2), True]),
+    "add_to_base": (ops.add_to_base, lambda: [*floats(2)[:1], 0.3, *floats(2)]),
     "accumulate": (ops.accumulate, lambda: [*floats(2), 0.3, False]),
     "accumulate, the first": (ops.accumulate, lambda: [floats(1)[0], floats(1)[0], 0.3, True]),
-    "fold": (ops.pairwise_fold, lambda: [torch.stack(floats(3, torch.float64)), 1]),
+    "pairwise_fold": (ops.pairwise_fold, lambda: [torch.stack(floats(3, torch.float64)), 1]),
     "rounded": (ops.rounded, lambda: [torch.zeros(SIZE, dtype=torch.bfloat16), floats(1)[0]]),
-    "between": (ops.hard_band, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
-    "between, all of the small": (ops.hard_band, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
-    "between, all of the large": (ops.hard_band, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
-    "thin": (mask_ops.apply_mask, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
-    "thinned": (
+    "hard_band": (ops.hard_band, lambda: [*floats(2), 100, [0.5, 0.6], 2000, [1.5, 1.6]]),
+    "hard_band, all of the small": (ops.hard_band, lambda: [*floats(2), 0, [], 5, [1.5, 1.6]]),
+    "hard_band, all of the large": (ops.hard_band, lambda: [*floats(2), SIZE, [0.5, 0.6], 0, []]),
+    "apply_mask": (mask_ops.apply_mask, lambda: [floats(1)[0], masks(SIZE), scratch(SIZE)]),
+    "masked_deltas": (
         mask_ops.masked_deltas,
         lambda: [floats(1)[0], floats(2), floats(2, torch.bfloat16), [masks(SIZE), []], scratch(SIZE)],
     ),
-    "thinned sizes": (
+    "masked_l1_sums": (
         mask_ops.masked_l1_sums,
         lambda: [*floats(2), floats(2, torch.bfloat16), [[], masks(SIZE)], scratch(SIZE), places(4)],
     ),
     "gram": (ops.gram, lambda: [floats(1)[0], floats(3), floats(3, torch.bfloat16), floats(1)[0], places(6)]),
-    "add up": (ops.block_sums, lambda: [floats(1)[0], 1, places(2)]),
-    "a sum": (ops.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
-    "a sum from an origin": (
+    "block_sums": (ops.block_sums, lambda: [floats(1)[0], 1, places(2)]),
+    "weighted_sum": (ops.weighted_sum, lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], None]),
+    "weighted_sum from an origin": (
         ops.weighted_sum,
         lambda: [*floats(2), floats(3, torch.bfloat16), [0.5, 1.0, -2.0], floats(4)[3]],
     ),
-    "agreeing": (ops.sign_consensus_sum, lambda: agreeing(3, torch.float32, [], [], 0.0)),
-    "agreeing, a mean": (ops.sign_consensus_sum, lambda: agreeing(3, torch.float32, [1.0, 0.5, 2.0], [], 0.0)),
-    "agreeing, factors": (
+    "sign_consensus_sum": (ops.sign_consensus_sum, lambda: consensus_arguments(3, torch.float32, [], [], 0.0)),
+    "sign_consensus_sum, a mean": (
         ops.sign_consensus_sum,
-        lambda: agreeing(4, torch.float32, [0.1] * 4, [1.0, 2.0, 3.0, 4.0], 1e-6),
+        lambda: consensus_arguments(3, torch.float32, [1.0, 0.5, 2.0], [], 0.0),
     ),
-    "agreeing, float64": (ops.sign_consensus_sum, lambda: agreeing(2, torch.float64, [1.0, 1.0], [], 0.0)),
-    "agreeing, one": (ops.sign_consensus_sum, lambda: agreeing(1, torch.float32, [1.0], [], 0.0)),
-    "hashed": (
+    "sign_consensus_sum, factors": (
+        ops.sign_consensus_sum,
+        lambda: consensus_arguments(4, torch.float32, [0.1] * 4, [1.0, 2.0, 3.0, 4.0], 1e-6),
+    ),
+    "sign_consensus_sum, float64": (
+        ops.sign_consensus_sum,
+        lambda: consensus_arguments(2, torch.float64, [1.0, 1.0], [], 0.0),
+    ),
+    "sign_consensus_sum, one": (ops.sign_consensus_sum, lambda: consensus_arguments(1, torch.float32, [1.0], [], 0.0)),
+    "hash_indices": (
         mask_ops.hash_indices,
         lambda: [
             torch.zeros(SIZE, dtype=torch.int32),
@@ -153,9 +161,9 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
         ],
     ),
     **{
-        f"below, {size}{', opposite' * opposite}": (
+        f"below_bounds, {size}{', opposite' * opposite}": (
             mask_ops.below_bounds,
-            lambda size=size, opposite=opposite: below(size, opposite),
+            lambda size=size, opposite=opposite: bounds_arguments(size, opposite),
         )
         for size in (1, 63, 64, 511, 512, 1024, 1500, 1537)
         for opposite in (False, True)
@@ -174,7 +182,7 @@ def tensors(values: object) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_the_same_bytes_as_the_function(call: str) -> None:
-    """In what it gives back and in all that it was given."""
+    """The return value and all arguments, which are modified in place."""
     function, arguments = CALLS[call]
     compiled, plain = arguments(), arguments()
     compiled.append(function(*compiled))
@@ -200,16 +208,16 @@ def test_without_torchscript_it_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("size", "opposite"), [(1500, False), (1537, True), (63, False)])
-def test_below_is_what_it_says(size: int, opposite: bool) -> None:
-    out, values, bounds, _, block, flags = below(size, opposite)
+def test_below_bounds_compares_with_the_bound_of_the_block(size: int, opposite: bool) -> None:
+    out, values, bounds, _, block, flags = bounds_arguments(size, opposite)
     mask_ops.below_bounds(out, values, bounds, opposite, block, flags)
     for place in range(size):
         less = int(values[place]) < int(bounds[place // block, place % 64])
         assert out[place] == (less != opposite)
 
 
-def test_between_is_what_it_says() -> None:
-    """The large enough, of the first ones by another bound, not the too large; what isn't finite is not hidden."""
+def test_hard_band_keeps_the_values_in_the_band() -> None:
+    """Bounds change at their index, and values that are not finite stay visible."""
     inf = float("inf")
     values = [1.0, -1.0, 2.0, 1.0, -1.0, 2.0, -3.0, inf, float("nan"), 4.0, 0.0]
     found = ops.hard_band(torch.tensor(values), torch.zeros(11), 3, [0.5, 1.0], 10, [2.5, 5.0]).tolist()
@@ -222,7 +230,7 @@ def test_between_is_what_it_says() -> None:
     assert bool(nothing.isnan().all())  # in vectors of the processor as in what is left over: once, torch's differed
 
 
-def test_thin_is_hashed_and_below() -> None:
+def test_apply_mask_hashes_and_compares() -> None:
     kept = mask_ops.apply_mask(torch.ones(SIZE), masks(SIZE), scratch(SIZE))
     for mask in masks(SIZE):
         size = mask.end - mask.begin
@@ -234,7 +242,7 @@ def test_thin_is_hashed_and_below() -> None:
         assert torch.equal(kept[mask.begin : mask.end], wanted * mask.factor)
 
 
-def test_thinned_is_what_thin_leaves_of_the_differences() -> None:
+def test_masked_deltas_applies_the_masks_to_differences() -> None:
     base, inputs, vectors = floats(1)[0], floats(2, torch.bfloat16), [torch.zeros(SIZE) for _ in range(2)]
     mask_ops.masked_deltas(base, vectors, inputs, [masks(SIZE), []], scratch(SIZE))
     assert torch.equal(vectors[0], mask_ops.apply_mask(inputs[0].float() - base, masks(SIZE), scratch(SIZE)))
@@ -242,8 +250,8 @@ def test_thinned_is_what_thin_leaves_of_the_differences() -> None:
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_add_up_is_what_it_says(at_once: bool) -> None:
-    """Rows of a block one after the other in the work dtype; what is no whole block as it is, in float64."""
+def test_block_sums_add_rows_in_order(at_once: bool) -> None:
+    """Complete blocks add their rows in order in the work dtype; the rest is copied in float64."""
     values = floats(1)[0]
     into = places(2, at_once=at_once)
     ops.block_sums(values, 1, into)
@@ -272,7 +280,5 @@ def test_gram_and_sizes_are_sums_of_products_and_of_sizes() -> None:
         torch.zeros(SIZE), base, inputs, [masks(SIZE), [], masks(SIZE)], scratch(SIZE)
     )
     sizes = [x.abs() for x in vectors]
-    thin = [
-        mask_ops.apply_mask(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)
-    ]
+    thin = [mask_ops.apply_mask(x.clone(), [] if i == 1 else masks(SIZE), scratch(SIZE)) for i, x in enumerate(sizes)]
     assert torch.equal(found, summed([each for pair in zip(sizes, thin, strict=True) for each in pair]))

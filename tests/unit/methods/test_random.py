@@ -74,7 +74,7 @@ def test_extremes() -> None:
 
 
 def test_small_densities_hold_on_average() -> None:
-    """The last bits of a bound are drawn for whole blocks: the mean over many is exact."""
+    """The last bits of a bound are drawn per block: the mean over many blocks is exact."""
     size, density = 64 * BLOCK, 3e-6
     found = sum(float(mask(density, key=key, size=size).sum()) for key in range(40))
     expected = 40 * size * density
@@ -119,9 +119,7 @@ def test_della_keeps_by_rank() -> None:
 def test_hash_beyond_32_bits(element: int) -> None:
     """Against the same arithmetic on Python's numbers, one element at a time."""
     size = 3001
-    found = hashing.hashes(
-        99, 3, element, torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
-    )
+    found = hashing.hashes(99, 3, element, torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32))
     limit = 1 << 32
     for i in (0, 1, 4, 5, 6, 999, 1000, 1001, 1023, 1024, 3000):
         period, low = divmod(element + i, limit)
@@ -145,6 +143,6 @@ def test_masks_beyond_32_bits_do_not_repeat() -> None:
     first = at(0)
     for element in (1 << 32, 1 << 33, 1 << 34):
         assert_share(float((first * at(element)).sum()), size, 0.25)
-    for element in (1 << 33, 1 << 34):  # four elements share a hash, so that 2^32 of these end at 2^34
+    for element in (1 << 33, 1 << 34):  # four elements share a hash: 2^32 hashes end at element 2^34
         crossing = at(element - BLOCK)
         assert torch.equal(crossing[BLOCK:], at(element)[: size - BLOCK])

@@ -1,4 +1,4 @@
-"""Methods of the user's, from a file and from packages; registration; and that docs/methods.md knows all of them."""
+"""User-defined methods from files and packages, registration, and the completeness of docs/methods.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def method(inputs: Inputs, *, share: float = 1.0) -> Kernel:
     """Sum.
 
     Args:
-        share: of each.
+        share: weight of each model.
     """
     return weighted_sum(inputs, [share] * inputs.count)
 '''
@@ -68,7 +68,7 @@ def test_file(tmp_path: Path) -> None:
         ("def (", "SyntaxError"),
         (SMALL.format(name="linear"), "'linear' is already registered"),
         (SMALL.format(name="mine").replace("float", "str"), "must be a float, int or bool"),
-        (SMALL.format(name="mine").replace("share: of each.", ""), "does not describe 'share'"),
+        (SMALL.format(name="mine").replace("share: weight of each model.", ""), "does not describe 'share'"),
         (SMALL.format(name="mine").replace("*, ", ""), "keyword-only"),
         (SMALL.format(name="mine") + "1 / 0", "ZeroDivisionError"),
     ],
@@ -114,8 +114,8 @@ def test_python_words_get_an_underscore() -> None:
         """A sum.
 
         Args:
-            lambda_: of all.
-            weight: of each.
+            lambda_: factor of the sum.
+            weight: weight of each model.
         """
         return weighted_sum(inputs, [lambda_ * w for w in weight])
 

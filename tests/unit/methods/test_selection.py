@@ -1,4 +1,4 @@
-"""The k-th largest: exact whatever the sample says, in the declared passes, ties by position."""
+"""Selection of the k largest: exact for any sample, within the declared passes, ties broken by position."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def highest(values: Tensor, rank: int) -> Tensor:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small blocks, so that a few hundred elements have many of them."""
+    """Use small blocks, of which a few hundred elements have many."""
     monkeypatch.setattr(selection, "BLOCK", BLOCK)
 
 

@@ -79,7 +79,7 @@ TABLE: dict[str, Row] = {
     "weight_eps": AT_LEAST_0,
     "rescale_eps": AT_LEAST_0,
     "divisor_eps": AT_LEAST_0,
-    **dict.fromkeys(("normalize", "normalize_weights", "rescale", "unbiased", "int8_mask", "filter_wise"), SWITCH),
+    **dict.fromkeys(("normalize", "normalize_weights", "rescale", "unbiased", "filter_wise"), SWITCH),
     **dict.fromkeys(("nuslerp_flatten", "nuslerp_row_wise"), SWITCH),
 }
 """What each parameter accepts: in words, values that it takes (its bounds among them), and numbers that it doesn't.
