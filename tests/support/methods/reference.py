@@ -1,8 +1,8 @@
 """Reference implementations of the merge methods in float64, written from the papers and mergekit's documentation.
 
 They share no code with the methods under test. A reference returns the valid outputs: one tensor, or several if a
-decision (an election, a rank, a threshold) is so close that rounding can change it. Each element of an output must agree
-with one of them. The sum of the absolute values of the terms scales the tolerance.
+decision (an election, a rank, a threshold) is so close that rounding can change it. Each element of an output must
+agree with one of them. The sum of the absolute values of the terms scales the tolerance.
 
 References do not compute random masks: the kept elements are an argument.
 """
@@ -288,7 +288,7 @@ def _top(values: Tensor, number: int, *, ties: bool = False) -> list[Tensor]:
 
 
 def _elections(terms: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The terms with the elected sign, with the others 0, and an alternative with the other outcome of close elections."""
+    """The terms with the elected sign, the others 0, and an alternative with reversed close elections."""
     total = sum(terms, torch.zeros_like(terms[0]))
     size = sum((t.abs() for t in terms), torch.zeros_like(terms[0]))
     sign = torch.where(total >= 0, 1.0, -1.0)

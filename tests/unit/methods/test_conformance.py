@@ -1,4 +1,4 @@
-"""Conformance of every registered method: correct, independent of tiles, within its workspace, defined for edge cases."""
+"""Conformance of every method: correct, independent of tiles, within its workspace, defined for edge cases."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods.kernel import mask_ops
-from mergeloom.methods.kernel import ops
+from mergeloom.methods.kernel import mask_ops, ops
 
 SIZE = 3001
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods.kernel import hashing
-from mergeloom.methods.kernel import mask_ops
+from mergeloom.methods.kernel import hashing, mask_ops
 from mergeloom.methods.kernel.contract import BLOCK
 from mergeloom.methods.kernel.tile import Workspace
 from tests.support.methods.kernels import merge

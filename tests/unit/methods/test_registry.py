@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from mergeloom.errors import UsageError
-from mergeloom.methods import merge_methods
-from mergeloom.methods import registry
+from mergeloom.methods import merge_methods, registry
 from mergeloom.methods.elementwise import weighted_sum
 from mergeloom.methods.kernel import contract
 from mergeloom.methods.kernel.contract import Inputs, Kernel, PerInput, merge_method
