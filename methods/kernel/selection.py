@@ -352,7 +352,7 @@ def flagged_indices(flags: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
     words = flags[:complete].view(np.int64)
     eights = (words != 0).nonzero()[0]
     within = words.take(eights).view(np.bool_).nonzero()[0]
-    indices = eights.take(within >> 3)
+    indices: numpy.ndarray[Any, Any] = eights.take(within >> 3)
     indices <<= 3
     within &= 7
     indices += within
