@@ -1,7 +1,7 @@
 """Shows the progress of a merge: a redrawn line on a terminal, a line every few seconds anywhere else.
 
-The engine calls back with its counters, and a separate thread draws them, so pausing the terminal pauses the display
-but not the merge.
+The engine calls back with its counters, and a separate thread draws them, so pausing the terminal pauses the display but
+not the merge.
 """
 
 from __future__ import annotations
@@ -80,10 +80,7 @@ class State:
             return ["  0%", "starting"]
         writes = self.to_write > 0
         if self.done:
-            totals = [
-                f"{self.verb} {data_size(self.read)}",
-                *([f"written {data_size(self.written)}"] if writes else []),
-            ]
+            totals = [f"{self.verb} {data_size(self.read)}", *([f"written {data_size(self.written)}"] if writes else [])]
             return ["100%", "syncing", *totals]
         return [
             f"{int(100 * self.share):3d}%",
@@ -102,7 +99,6 @@ class State:
 
 
 def _rounded(seconds: float) -> str:
-    """Format the time left, in full seconds."""
     """Format the time left, in full seconds."""
     return duration(seconds) if seconds >= 59.5 else f"{max(1, round(seconds))} s"
 

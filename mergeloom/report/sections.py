@@ -62,7 +62,6 @@ def plain(sections: Sequence[Section]) -> str:
 
 def _aligned(grid: Grid) -> list[str]:
     """Return the lines of a table with aligned columns."""
-    """Return the lines of a table with aligned columns."""
     cells = [grid.header, *([clean(cell) for cell in row] for row in grid.rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(grid.header))]
     right = [name in grid.numbers for name in grid.header]
