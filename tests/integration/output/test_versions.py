@@ -24,8 +24,9 @@ from mergeloom.methods import task_arithmetic
 from mergeloom.methods.kernel import contract
 from tests.support.models.write import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
+from tests.support.paths import ROOT
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 """For each version a finished OUT of a recipe, and an unfinished one; what reads them must not change them."""
 VERSIONS = ["0.1.0"]
 OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1)
