@@ -25,7 +25,8 @@ from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
-from mergeloom.io.output import directory as output
+from mergeloom.io.output import directory as output_directory
+from mergeloom.io.output import publish as output
 from tests.conftest import MakeModel
 from tests.support.models.write import FineTune, Random, tiny_llama, write_checkpoint
 from tests.support.outputs import beyond_one_ulp, config_of, digests, read_model, same_bits, same_tensors
@@ -418,7 +419,7 @@ def test_an_interrupted_merge_leaves_nothing(llamas: dict[str, Path], tmp_path: 
     merge(weighted(llamas), tmp_path / "a" / "b" / "out", ROOMY)  # and nothing is in the way of the next
 
 
-@pytest.mark.parametrize("when", ["write_model_files", "judge", "rename", "sync_directory", "remove_tree"])
+@pytest.mark.parametrize("when", ["write_model_files", "validate_shard", "rename", "sync_directory", "remove_tree"])
 def test_an_interruption_at_the_very_end_can_be_gone_on_with(
     llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -435,7 +436,7 @@ def test_an_interruption_at_the_very_end_can_be_gone_on_with(
 
     homes: dict[str, Any] = {
         "write_model_files": performing,
-        "judge": output,
+        "validate_shard": output_directory,
         "rename": output,
         "sync_directory": output,
         "remove_tree": output,
