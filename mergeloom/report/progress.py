@@ -1,6 +1,6 @@
 """Shows the progress of a merge: a redrawn line on a terminal, a line every few seconds anywhere else.
 
-The engine calls back with its counters, and a separate thread draws them, so pausing the terminal pauses the display but
+The engine calls back with its counters, and a separate thread draws them: pausing the terminal pauses the display but
 not the merge.
 """
 
@@ -80,7 +80,10 @@ class State:
             return ["  0%", "starting"]
         writes = self.to_write > 0
         if self.done:
-            totals = [f"{self.verb} {data_size(self.read)}", *([f"written {data_size(self.written)}"] if writes else [])]
+            totals = [
+                f"{self.verb} {data_size(self.read)}",
+                *([f"written {data_size(self.written)}"] if writes else []),
+            ]
             return ["100%", "syncing", *totals]
         return [
             f"{int(100 * self.share):3d}%",

@@ -202,7 +202,7 @@ class TestUserMethods:
         for annotation, default, says in (
             (Fraction, 2.0, r"the default of 'share' must be between 0 and 1: 2.0"),
             (PerInput[Fraction], (-1.0,), r"the default of 'share' must be between 0 and 1: -1.0"),
-            (Annotated[bool, Range(0, 1)], True, "only a number has a Range"),
+            (Annotated[bool, Range(0, 1)], True, "only numbers can have a Range"),
             (Annotated[str, Range(0, 1)], "x", "must be a float, int or bool"),
         ):
             with pytest.raises(TypeError, match=says):
