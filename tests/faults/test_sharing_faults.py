@@ -25,7 +25,8 @@ from mergeloom.report.plan import summary_text
 from tests.support.disks import used
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.models import write_checkpoint
-from tests.support.stacks import ROOMY, as_foretold, mixed, same_as_by_lanes, sliced, stacked, weights
+from tests.support.plans import ROOMY, sliced
+from tests.support.stacks import as_foretold, mixed, same_as_by_lanes, stacked, weights
 
 REFUSALS = [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]
 

@@ -18,23 +18,11 @@ from mergeloom.errors import CheckpointError
 from tests.conftest import MakeModel
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import beyond_one_ulp, config_of, digests, read_model, same_bits, same_tensors
+from tests.support.plans import ROOMY, sliced, weighted_mean, weighted_slices
 
 SENTENCES = ["A man is playing a guitar on stage.", "The stock market fell sharply today."]
-ROOMY = Options(max_ram=4 << 30, device="cpu", threads=2)
 
 transformers = pytest.importorskip("transformers")
-
-
-def sliced(*parts: tuple[Path, int, int], **more: object) -> dict[str, object]:
-    """A recipe that stacks layers of models."""
-    slices = [{"sources": [{"model": str(model), "layer_range": [first, end]}]} for model, first, end in parts]
-    return {"merge_method": "passthrough", "slices": slices, **more}
-
-
-def linear(weights: dict[Path, float], **more: object) -> dict[str, object]:
-    """A recipe for a weighted mean."""
-    models = [{"model": str(model), "parameters": {"weight": weight}} for model, weight in weights.items()]
-    return {"merge_method": "linear", "models": models, **more}
 
 
 def loaded(directory: Path, kind: str = "AutoModel") -> Any:
@@ -118,7 +106,7 @@ def test_scaled_tensors(llamas: dict[str, Path], tmp_path: Path) -> None:
 def test_linear_of_three_llamas_is_float64s_result(llamas: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     weights = {llamas["a"]: 0.7, llamas["b"]: 0.9, llamas["c"]: -0.3}
-    merge(linear(weights, dtype="bfloat16"), out, replace(ROOMY, shard_size=60_000))
+    merge(weighted_mean(weights, dtype="bfloat16"), out, replace(ROOMY, shard_size=60_000))
     assert len(list(out.glob("*.safetensors"))) > 1
     found, inputs = read_model(out), [read_model(model) for model in weights]
     assert found.keys() == inputs[0].keys()
@@ -135,7 +123,7 @@ def test_linear_of_three_llamas_is_float64s_result(llamas: dict[str, Path], tmp_
 
 def test_without_normalisation_weights_are_taken_as_they_are(llamas: dict[str, Path], tmp_path: Path) -> None:
     weights = {llamas["a"]: 1.0, llamas["b"]: -1.0}
-    merge(linear(weights, parameters={"normalize": False}), tmp_path / "out", ROOMY)
+    merge(weighted_mean(weights, parameters={"normalize": False}), tmp_path / "out", ROOMY)
     a, b = (read_model(llamas[name]) for name in "ab")
     for name, tensor in read_model(tmp_path / "out").items():
         assert same_bits(tensor, (a[name].float() - b[name].float()).to(torch.bfloat16)), name
@@ -163,7 +151,7 @@ def test_mixed_dtypes_give_what_torch_promotes_to(tmp_path: Path) -> None:
     shapes = {f"w{number}.weight": (3, 5) for number in range(len(dtypes))}
     first = write_checkpoint(tmp_path / "a", shapes, dtype="F16", fill=1)
     second = write_checkpoint(tmp_path / "b", shapes, dtype=dict(zip(shapes, dtypes, strict=True)), fill=2)
-    merge(linear({first: 0.5, second: 0.5}), tmp_path / "out", ROOMY)
+    merge(weighted_mean({first: 0.5, second: 0.5}), tmp_path / "out", ROOMY)
     a, b = read_model(first), read_model(second)
     for name, tensor in read_model(tmp_path / "out").items():
         wide = torch.promote_types(a[name].dtype, b[name].dtype)
@@ -197,7 +185,7 @@ def test_a_lone_model_of_multislerp_beside_its_base_is_cast(llamas: dict[str, Pa
 def test_a_model_without_a_head_gives_its_embedding(tmp_path: Path) -> None:
     tied = write_checkpoint(tmp_path / "tied", tiny_llama(tied=True), fill=1)
     untied = write_checkpoint(tmp_path / "untied", tiny_llama(), fill=2)
-    merge(linear({tied: 0.5, untied: 0.5}), tmp_path / "mean", ROOMY)
+    merge(weighted_mean({tied: 0.5, untied: 0.5}), tmp_path / "mean", ROOMY)
     merge(sliced((untied, 0, 2), (tied, 2, 4)), tmp_path / "stack", ROOMY)
     embedding, head = read_model(tied)["model.embed_tokens.weight"], read_model(untied)["lm_head.weight"]
     mean = (embedding.float() * 0.5 + head.float() * 0.5).to(torch.bfloat16)
@@ -212,11 +200,11 @@ def test_integers_are_copied_where_all_agree(tmp_path: Path) -> None:
     dtypes = {"model.layers.0.w.weight": "BF16", "model.layers.0.table": "I64"}
     same = [write_checkpoint(tmp_path / name, shapes, dtype=dtypes, fill=7) for name in "ab"]
     other = write_checkpoint(tmp_path / "c", shapes, dtype=dtypes, fill=8)
-    merge(linear(dict.fromkeys(same, 0.5)), tmp_path / "out", ROOMY)
+    merge(weighted_mean(dict.fromkeys(same, 0.5)), tmp_path / "out", ROOMY)
     name = "model.layers.0.table"
     assert same_bits(read_model(tmp_path / "out")[name], read_model(same[0])[name])
     with pytest.raises(CheckpointError, match=rf"{name}.*I64.*{same[0]}.*{other}"):
-        merge(linear({same[0]: 0.5, other: 0.5}), tmp_path / "bad", ROOMY)
+        merge(weighted_mean({same[0]: 0.5, other: 0.5}), tmp_path / "bad", ROOMY)
     assert not (tmp_path / "bad").exists()
 
 
@@ -233,7 +221,7 @@ def test_tensors_of_every_size_and_name(tmp_path: Path) -> None:
         "one": (1, 1, 1, 1),
     }
     models = [write_checkpoint(tmp_path / name, shapes, dtype="F16", fill=seed) for seed, name in enumerate("ab")]
-    merge(linear(dict.fromkeys(models, 0.5)), tmp_path / "mean", ROOMY)
+    merge(weighted_mean(dict.fromkeys(models, 0.5)), tmp_path / "mean", ROOMY)
     merge({"merge_method": "passthrough", "models": [{"model": str(models[0])}]}, tmp_path / "copy", ROOMY)
     a, b = map(read_model, models)
     mean = {name: (a[name].float() * 0.5 + b[name].float() * 0.5).half() for name in a}
@@ -244,7 +232,7 @@ def test_tensors_of_every_size_and_name(tmp_path: Path) -> None:
 
 def test_a_model_of_a_single_empty_tensor(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "a", {"nothing": (0,)})
-    merge(linear({model: 1}), tmp_path / "out", ROOMY)
+    merge(weighted_mean({model: 1}), tmp_path / "out", ROOMY)
     assert read_model(tmp_path / "out")["nothing"].shape == (0,)
 
 
@@ -262,21 +250,6 @@ def test_bytes_that_are_no_numbers_are_passed_through(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ one answer
-
-
-def weighted(llamas: dict[str, Path]) -> dict[str, object]:
-    """A recipe with copies, casts and sums, and a layer that is used thrice."""
-    a, b = str(llamas["a"]), str(llamas["b"])
-    parts = ([0, 3], [1, 4], [1, 2])
-    slices = [
-        {
-            "sources": [
-                {"model": m, "layer_range": part, "parameters": {"weight": w}} for m, w in ((a, [0.2, 1]), (b, 0.3))
-            ]
-        }
-        for part in parts
-    ]
-    return {"merge_method": "linear", "slices": slices}
 
 
 METHODS: dict[str, dict[str, object]] = {
@@ -322,10 +295,10 @@ def test_nothing_depends_on_where_things_are(tmp_path: Path, monkeypatch: pytest
         directory = tmp_path / place
         for seed, name in enumerate(("z-first", "a-second")):
             write_checkpoint(directory / name, tiny_llama(), shard_bytes=40_000, fill=seed)
-        merge(linear({directory / "z-first": 0.5, directory / "a-second": 0.5}), tmp_path / out, ROOMY)
+        merge(weighted_mean({directory / "z-first": 0.5, directory / "a-second": 0.5}), tmp_path / out, ROOMY)
         found.append(digests(tmp_path / out))
         monkeypatch.chdir(directory)
-        merge(linear({Path("z-first"): 0.5, Path("a-second"): 0.5}), tmp_path / out / "more", ROOMY)
+        merge(weighted_mean({Path("z-first"): 0.5, Path("a-second"): 0.5}), tmp_path / out / "more", ROOMY)
         found.append(digests(tmp_path / out / "more"))
     for each in found:
         del each["mergeloom.json"]  # it has the recipe as it was written, with its paths
@@ -334,7 +307,7 @@ def test_nothing_depends_on_where_things_are(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_shard_size_moves_tensors_and_changes_none(llamas: dict[str, Path], tmp_path: Path) -> None:
-    recipe = weighted(llamas)
+    recipe = weighted_slices(llamas)
     models = []
     for size in (30_000, 200_000, 10**9):
         out = tmp_path / str(size)

@@ -17,14 +17,14 @@ import pytest
 
 from mergeloom.engine.cost.machine import process_memory
 from mergeloom.engine.execute.tasks import Progress
-from mergeloom.engine.run import session as performing
+from mergeloom.engine.run import session
 from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, EnvironmentFailure, Interrupted
-from mergeloom.io.output import directory as output
-from tests.integration.test_merge import ROOMY, linear, sliced, weighted
+from mergeloom.io.output import directory, publish
 from tests.support.models import FineTune, Random, tiny_llama, write_checkpoint
 from tests.support.outputs import digests
+from tests.support.plans import ROOMY, sliced, weighted_mean, weighted_slices
 from tests.support.waiting import HANG_SECONDS
 
 # ------------------------------------------------------------------------------------------------ the process
@@ -41,7 +41,10 @@ def imported_after(code: str) -> list[str]:
 
 
 def test_torch_is_imported_only_to_compute(llamas: dict[str, Path], tmp_path: Path) -> None:
-    averaged, stacked = linear({llamas["a"]: 1, llamas["b"]: 1}), sliced((llamas["a"], 0, 3), (llamas["b"], 1, 4))
+    averaged, stacked = (
+        weighted_mean({llamas["a"]: 1, llamas["b"]: 1}),
+        sliced((llamas["a"], 0, 3), (llamas["b"], 1, 4)),
+    )
     planning = "from mergeloom import plan\nprint(plan({!r}, device='cpu'))"
     merging = "from mergeloom.engine.run.merge import merge\nprint(merge({!r}, {!r}).measured)"
     assert "torch" in imported_after(planning.format(averaged))  # the plan measures the process as the merge will be
@@ -52,7 +55,7 @@ def test_torch_is_imported_only_to_compute(llamas: dict[str, Path], tmp_path: Pa
 
 def test_the_report_has_the_peak_of_the_whole_process(llamas: dict[str, Path], tmp_path: Path) -> None:
     before = process_memory().peak
-    result = merge(linear({llamas["a"]: 1, llamas["b"]: 1}), tmp_path / "out", ROOMY)
+    result = merge(weighted_mean({llamas["a"]: 1, llamas["b"]: 1}), tmp_path / "out", ROOMY)
     measured = result.to_dict()["measured"]
     assert before <= measured["peak_rss"] <= process_memory().peak
     assert measured["bytes_read"] == result.plan.to_dict()["bytes_read"]
@@ -66,7 +69,7 @@ def test_a_rehearsal_does_everything_and_writes_nothing(
     llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = merge(weighted(llamas), None, ROOMY)
+    result = merge(weighted_slices(llamas), None, ROOMY)
     assert result.out is None
     assert result.measured.bytes_written == result.plan.schedule.bytes_written
     assert not list(tmp_path.iterdir())
@@ -80,14 +83,14 @@ def test_an_interrupted_merge_leaves_nothing(llamas: dict[str, Path], tmp_path: 
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as stopped:
-        merge(weighted(llamas), tmp_path / "a" / "b" / "out", ROOMY, notify=stop)
+        merge(weighted_slices(llamas), tmp_path / "a" / "b" / "out", ROOMY, notify=stop)
     assert stopped.value.exit_code == 130
     assert not (tmp_path / "a").exists()
-    merge(weighted(llamas), tmp_path / "a" / "b" / "out", ROOMY)  # and nothing is in the way of the next
+    merge(weighted_slices(llamas), tmp_path / "a" / "b" / "out", ROOMY)  # and nothing is in the way of the next
 
 
-@pytest.mark.parametrize("when", ["write_model_files", "judge", "rename", "sync_directory", "remove_tree"])
-def test_an_interruption_at_the_very_end_can_be_gone_on_with(
+@pytest.mark.parametrize("when", ["write_model_files", "validate_shard", "rename", "sync_directory", "remove_tree"])
+def test_a_merge_interrupted_while_it_publishes_is_resumed(
     llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     out = tmp_path / "out"
@@ -102,20 +105,20 @@ def test_an_interruption_at_the_very_end_can_be_gone_on_with(
         return original(*arguments, **options)
 
     homes: dict[str, Any] = {
-        "write_model_files": performing,
-        "judge": output,
-        "rename": output,
-        "sync_directory": output,
-        "remove_tree": output,
+        "write_model_files": session,
+        "validate_shard": directory,
+        "rename": publish,
+        "sync_directory": publish,
+        "remove_tree": publish,
     }
     original = getattr(homes[when], when)
     with monkeypatch.context() as patch:
         patch.setattr(homes[when], when, stop)
         with pytest.raises(Interrupted):
-            merge(weighted(llamas), out, replace(ROOMY, shard_size=60_000))
+            merge(weighted_slices(llamas), out, replace(ROOMY, shard_size=60_000))
     assert when == "remove_tree" or not (out / "model.safetensors.index.json").exists()
-    merge(weighted(llamas), out, replace(ROOMY, shard_size=60_000))
-    merge(weighted(llamas), tmp_path / "at once", replace(ROOMY, shard_size=60_000))
+    merge(weighted_slices(llamas), out, replace(ROOMY, shard_size=60_000))
+    merge(weighted_slices(llamas), tmp_path / "at once", replace(ROOMY, shard_size=60_000))
     assert digests(out) == digests(tmp_path / "at once")
 
 
@@ -135,7 +138,7 @@ def test_a_signal_ends_the_process_with_130(tmp_path: Path, llamas: dict[str, Pa
         "sys.exit(main(['merge', *sys.argv[1:], '--device', 'cpu', '--quiet']))\n"
     )
     recipe = tmp_path / "recipe.yml"
-    recipe.write_text(json.dumps(weighted(llamas)))
+    recipe.write_text(json.dumps(weighted_slices(llamas)))
     command = [sys.executable, "-c", code, str(recipe), str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -156,7 +159,7 @@ def test_a_failure_in_a_lane_leaves_nothing(
 
     monkeypatch.setattr("mergeloom.io.reading.read_at", fail)
     with pytest.raises(EnvironmentFailure, match="Input/output error"):
-        merge(weighted(llamas), tmp_path / "out", ROOMY)
+        merge(weighted_slices(llamas), tmp_path / "out", ROOMY)
     assert not (tmp_path / "out").exists()
 
 
@@ -166,7 +169,7 @@ def test_a_source_that_changes_after_planning_is_an_error(what: str, tmp_path: P
     models = [
         write_checkpoint(tmp_path / name, tiny_llama(), fill=fill) for name, fill in zip("ab", fills, strict=True)
     ]
-    planned = plan(linear(dict.fromkeys(models, 1.0)), ROOMY)
+    planned = plan(weighted_mean(dict.fromkeys(models, 1.0)), ROOMY)
     file = models[1] / "model.safetensors"
     if what == "shrinks":
         file.write_bytes(file.read_bytes()[:-1000])

@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks.passthrough import WINDOWS, make_sparse
 from mergeloom.engine.run.merge import merge
-from tests.integration.test_merge import sliced
 from tests.support.disks import file_system, used
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import read_model, same_tensors
+from tests.support.plans import sliced
 from tests.support.stacks import ROOMY, as_foretold
 from tests.support.waiting import HANG_SECONDS
 

@@ -11,11 +11,10 @@ import pytest
 from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.io import platform
-from tests.integration.test_merge import sliced
 from tests.support.models import tiny_llama
 from tests.support.outputs import digests
+from tests.support.plans import ROOMY, sliced
 
-ROOMY = Options(max_ram=4 << 30, device="cpu", threads=2)
 WITHOUT = ({"clone"}, {"clone", "copy_file_range"})
 MODEL = tiny_llama(layers=8, hidden=256, vocabulary=2048)
 """12 MB in bfloat16, 1.2 MB a layer."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, python_files
 
 FOLDERS = ("mergeloom", "engine", "methods", "io")
 
@@ -140,3 +140,14 @@ def test_mergeloom_itself_loads_lazily() -> None:
 
 def test_the_command_line_loads_no_torch() -> None:
     assert not loaded_by("import mergeloom.__main__, mergeloom.engine.run.planning") & {"torch", "networkx"}
+
+
+# ------------------------------------------------------------------------------------------------ tests
+
+
+@pytest.mark.parametrize("path", [p for p in python_files() if p.parts[len(ROOT.parts)] in ("tests", "benchmarks")])
+def test_nothing_imports_from_a_test_module(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names if node.module == "tests")]
+            assert not any(name.startswith("test_") for name in names), f"{path.relative_to(ROOT)}:{node.lineno}"

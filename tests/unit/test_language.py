@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
-from tests.unit.test_structure import FILES
+from tests.support.paths import ROOT, python_files
 
 BANNED = {
     r"foretold|foretells?|foretelling": "planned, estimated",
@@ -65,7 +64,7 @@ def around(text: str, match: re.Match[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.name != "test_language.py"], ids=lambda path: path.name
+    "path", [path for path in python_files() if path.name != "test_language.py"], ids=lambda path: path.name
 )
 def test_code_uses_the_words_of_the_field(path: Path) -> None:
     found = [

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, python_files
 
-CODE = ("mergeloom", "engine", "methods", "io", "tests", "benchmarks", "recipes")
 MOST_LINES = 400
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_FILES = 16
-
-
-def python_files() -> list[Path]:
-    """Every Python file that git knows or would add, below the code folders."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *CODE]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [ROOT / name for name in sorted(listed) if name.endswith(".py") and (ROOT / name).is_file()]
 
 
 FILES = python_files()

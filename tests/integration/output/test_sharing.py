@@ -31,7 +31,8 @@ from mergeloom.report.result import result_text
 from tests.support.disks import file_system, used
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
-from tests.support.stacks import MODEL, ROOMY, WITHOUT, as_foretold, mixed, same_as_by_lanes, sliced, stacked, weights
+from tests.support.plans import ROOMY, sliced
+from tests.support.stacks import MODEL, WITHOUT, as_foretold, mixed, same_as_by_lanes, stacked, weights
 
 # ------------------------------------------------------------------------------------------------ on any file system
 

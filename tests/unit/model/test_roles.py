@@ -19,7 +19,7 @@ from mergeloom.engine.model.roles import (
     is_vision,
     tied_embedding,
 )
-from tests.unit.model.test_layers import LLAMA, T5
+from tests.unit.model.tensor_names import LLAMA, T5
 
 TABLES = {name: table for name, table in vars(name_tables).items() if name.isupper()}
 ENTRIES = [pytest.param(name, entry, id=f"{name}-{entry.example}") for name, table in TABLES.items() for entry in table]
