@@ -30,10 +30,10 @@ FASTER = {
 }
 """How many times faster than mergekit, on two cores, with models of Llama-3.2-1B's shapes and OUT on tmpfs."""
 FLOOR = {"linear": 1.3, "passthrough": 1.3}
-"""How many times as long as reading the inputs and writing the output, at the most."""
+"""Maximum time, as a multiple of the time that reading the inputs and writing the output takes."""
 PEAK_GIB = 1.0
 START = {"mergeloom --help": 0.3, "mergeloom plan": 1.5}
-"""Seconds, at the most."""
+"""Maximum seconds of each command."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""Measure whether merges keep their budget, and what was foretold of them: --max-ram against the kernel's peak RSS.
+"""Measure whether merges stay within their budget and their plan: compares --max-ram with the kernel's peak RSS.
 
     python -m benchmarks.budgets [--models DIRECTORY] [--out DIRECTORY] [--budgets 1GiB 8GiB] [--methods linear ...]
 
-Each method is planned and then merged, as processes, once for each budget. Bytes read, written and shared must equal
-the plan's, the kernel's VmHWM at the process's end must not exceed what was foretold, nor that the budget, and every
-budget must give the same output files. It ends with 1 where one of these doesn't hold.
+Each method is planned and then merged, in separate processes, once per budget. The bytes read, written and shared must
+equal the plan's, the kernel's VmHWM at the end of the process must not exceed the planned peak, the planned peak must
+not exceed the budget, and every budget must give the same output files. Exits with 1 if one of these checks fails.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ COUNTED = ("bytes_read", "bytes_written", "bytes_shared")
 
 def digest(directory: Path) -> str:
     """One digest of all shards of a model."""
-    whole = hashlib.sha256()
+    combined = hashlib.sha256()
     for path in shards(directory):
         with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+            combined.update(hashlib.file_digest(file, "sha256").digest())
+    return combined.hexdigest()
 
 
 def measure(method: str, budget: str, models: Path, out: Path, work: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def measure(method: str, budget: str, models: Path, out: Path, work: Path) -> di
     shutil.rmtree(out, ignore_errors=True)
     try:
         command = [mergeloom, "plan", str(recipe), str(out), "--json", *options]
-        foretold = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        planned = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         timed = run([mergeloom, "merge", str(recipe), str(out), "--quiet", "--report", str(report), *options])
         said = json.loads(report.read_text())
         return {
@@ -56,7 +56,7 @@ def measure(method: str, budget: str, models: Path, out: Path, work: Path) -> di
             "max_ram": said["max_ram"],
             "peak_ram": said["peak_ram"],
             "peak_rss": said["measured"]["peak_rss"],
-            "foretold": {key: foretold[key] for key in COUNTED},
+            "foretold": {key: planned[key] for key in COUNTED},
             "measured": {key: said["measured"][key] for key in COUNTED},
             "bytes_reread": said["bytes_reread"],
             "seconds": round(timed.seconds, 2),
@@ -67,12 +67,12 @@ def measure(method: str, budget: str, models: Path, out: Path, work: Path) -> di
 
 
 def broken(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What doesn't hold."""
+    """List the checks that failed."""
     found = []
     for row in rows:
         name = f"{row['method']} at {row['budget']}"
         if row["measured"] != row["foretold"]:
-            found.append(f"{name}: {row['measured']}, where {row['foretold']} was foretold")
+            found.append(f"{name}: {row['measured']}, planned {row['foretold']}")
         if not row["peak_rss"] <= row["peak_ram"] <= row["max_ram"]:
             found.append(f"{name}: {row['peak_rss']:,} of {row['peak_ram']:,} of {row['max_ram']:,} bytes")
     for method in dict.fromkeys(row["method"] for row in rows):

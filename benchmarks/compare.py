@@ -1,4 +1,4 @@
-"""Measures mergeloom, mergekit and the floor alternately, as whole processes, in one run.
+"""Measures mergeloom, mergekit and the floor alternately, as separate processes, in one run.
 
     python -m benchmarks.compare --models DIRECTORY [--methods linear ties ...] [--sides mergeloom mergekit floor]
 

@@ -1,10 +1,10 @@
-"""Measure merges on a CUDA GPU against the rate of a plain pinned copy to it, and beside mergekit --cuda.
+"""Measure merges on a CUDA GPU; compares them with a plain pinned copy to the GPU and with mergekit --cuda.
 
     python -m benchmarks.gpu [--models DIRECTORY] [--size 8b] [--mergekit ENVIRONMENT] [--budgets 2GiB 8GiB]
 
-The models and OUT lie in memory (tmpfs), so that no disk is measured: at 8B shapes three models and an output take
-64 GB of it. Without a GPU it says so, and changes nothing. It ends with 1 where --max-vram wasn't kept, or the GPU's
-bytes aren't the CPU's.
+The models and OUT are in memory (tmpfs), to keep the disk out of the measurement: at 8B shapes three models and an
+output take 64 GB of RAM. Without a GPU it prints a message and changes nothing. Exits with 1 if --max-vram was exceeded
+or the GPU's output differs from the CPU's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def gpu_name() -> str | None:
 
 
 def measure(bench: Bench, method: str, options: list[str]) -> dict[str, Any]:
-    """One merge by mergeloom, as a process: what its report says, its whole time, and the output's digest."""
+    """One merge by mergeloom, as a process: figures from its report, its total time, and the output's digest."""
     report = bench.work / "report.json"
     shutil.rmtree(bench.out, ignore_errors=True)
     try:
@@ -119,7 +119,7 @@ def text(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{results['size']} shapes in memory; a pinned copy to the GPU runs at {rate / 1e9:.1f} GB/s. Wanted: "
-        f"{WANTED_RATE} of it for linear and ties, and slerp {WANTED_RATIO} times faster than mergekit. "
+        f"{WANTED_RATE} of that rate for linear and ties, and slerp {WANTED_RATIO} times faster than mergekit. "
         f"{'; '.join(wrong) if wrong else 'No budget was exceeded, and the bytes are those of the CPU'}. "
         f"{results['gpu']}; {about['cpu']}, {about['cores']} cores; {about['date']}.",
     ]

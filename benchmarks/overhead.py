@@ -82,7 +82,7 @@ def main() -> int:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=CACHE / "1b", help="made where they aren't there: 10 GB")
-    parser.add_argument("--out", type=Path, help="a directory on the disk to write to; by default beside the models")
+    parser.add_argument("--out", type=Path, help="a directory on the disk to write to; default: next to the models")
     parser.add_argument("--method", choices=RECIPES, default="linear")
     parser.add_argument("--pairs", type=int, default=9)
     arguments = parser.parse_args()
@@ -103,7 +103,7 @@ def main() -> int:
 
     def clear() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        os.sync()  # what is left of it must not be paid for by the next one
+        os.sync()  # keeps this run's pending writes out of the next run's time
         for file in {ref.file for ref in planned.built.graph.reads}:
             with file.open("rb", buffering=0) as stream:
                 while stream.read(1 << 24):

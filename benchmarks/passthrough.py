@@ -1,4 +1,4 @@
-"""Measure a merge that only passes layers through beside ``cp`` of as many bytes, or at the scale of a trillion.
+"""Compare a passthrough merge with ``cp`` of as many bytes, or measure merges of up to a trillion parameters.
 
     python -m benchmarks.passthrough [--models DIRECTORY] [--disk DIRECTORY] [--runs 5]
     python -m benchmarks.passthrough --sparse DIRECTORY
@@ -51,10 +51,10 @@ def mergeloom(recipe: Path, out: Path) -> list[str]:
     return [str(Path(sys.executable).with_name("mergeloom")), "merge", str(recipe), str(out), "--quiet"]
 
 
-# ---------------------------------------------------------------------------------------------- beside cp
+# ------------------------------------------------------------------------------------------ compared with cp
 
 
-def beside_cp(model: Path, disk: Path, work: Path, runs: int, quiet: float) -> dict[str, Any]:
+def compare_with_cp(model: Path, disk: Path, work: Path, runs: int, quiet: float) -> dict[str, Any]:
     """Alternating runs of the merge and of cp; seconds by side."""
     recipe = work / "stack.yml"
     recipe.write_text(stage(model, STACK))
@@ -148,7 +148,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("~/.cache/mergeloom-bench/1b").expanduser())
-    parser.add_argument("--disk", type=Path, help="where OUT is; default: beside the models")
+    parser.add_argument("--disk", type=Path, help="directory for OUT; default: next to the models")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--quiet", type=float, default=120, help="seconds to wait for other processes to be quiet")
     parser.add_argument("--sparse", type=Path, help="a directory on XFS or Btrfs")
@@ -163,7 +163,7 @@ def main() -> None:
         else:
             model = (arguments.models / "base").absolute()
             disk = (arguments.disk or arguments.models).absolute()
-            name, found = "passthrough", beside_cp(model, disk, Path(work), arguments.runs, arguments.quiet)
+            name, found = "passthrough", compare_with_cp(model, disk, Path(work), arguments.runs, arguments.quiet)
             text, results = cp_text(found), [found]
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     put_between_markers(arguments.document, name, text)

@@ -46,7 +46,7 @@ def draw_comparison(results: dict[str, Any], file: Path) -> None:
             ratio = f"{theirs.median / ours.median:.1f}x"
             axes.annotate(ratio, (number, max(theirs.seconds)), (0, 4), textcoords="offset points", ha="center")
     axes.set_yscale("log")
-    axes.set_ylabel("seconds, whole process")
+    axes.set_ylabel("seconds, start to end of the process")
     axes.set_xticks(range(len(methods)), methods, rotation=20)
     axes.set_title(results["title"], fontsize=10)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Runs and measures whole processes: seconds, CPU seconds, peak RSS, with inputs warm or cold.
+"""Runs processes and measures them from start to end: seconds, CPU seconds, peak RSS, with inputs warm or cold.
 
 Imports nothing but the standard library: the kernel counts what the parent holds at the moment of spawning as the
 child's.
@@ -20,13 +20,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one process took.
+    """The time and memory that one process used.
 
     Args:
-        seconds: from its start to its end.
-        cpu_seconds: of all cores together.
-        others_cpu_seconds: what all other processes, and the kernel's own threads, took meanwhile.
-        peak_rss: the most bytes that it held resident.
+        seconds: time from the start of the process to its end.
+        cpu_seconds: CPU time, summed over all cores.
+        others_cpu_seconds: CPU time of all other processes and of the kernel's threads during the run.
+        peak_rss: peak resident set size in bytes.
     """
 
     seconds: float
@@ -91,7 +91,7 @@ def tensor_bytes(directory: Path) -> int:
 
 
 def warm(files: Iterable[Path]) -> None:
-    """Read files once, so that they are in the page cache."""
+    """Read files once to bring them into the page cache."""
     buffer = bytearray(1 << 20)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -107,7 +107,7 @@ def cool(files: Iterable[Path]) -> None:
 
 
 def touch_memory(size: int) -> None:
-    """Use `size` bytes of memory and free them, so that the next process finds its memory backed by the host."""
+    """Use and free `size` bytes of memory, to have the host back that memory before the next process starts."""
     path = Path(f"/dev/shm/mergeloom-bench-{os.getpid()}")
     piece = bytes(1 << 20)
     try:

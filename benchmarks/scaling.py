@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--models DIRECTORY] [--parts start planning threads models tensors] [--runs 3]
 
-Every figure is the time of a whole process, OUT on tmpfs; medians with the smallest and the largest. `planning` and
+Every figure is the time of a process from start to end, with OUT on tmpfs: median, minimum and maximum. `planning` and
 `tensors` make checkpoints of their own: headers with sparse data for the first, half a gigabyte in ever more tensors
 for the second.
 """
@@ -35,12 +35,12 @@ class Point:
     """One thing to measure.
 
     Args:
-        part: of which series it is.
-        label: what the series is of.
-        x: its place in the series.
-        arguments: mergeloom's, without the recipe's output.
-        inputs: files that are read once before.
-        merges: whether it makes a model.
+        part: name of the series that the point belongs to.
+        label: label of the series.
+        x: position in the series.
+        arguments: mergeloom's arguments, without the output directory.
+        inputs: files to read once before the run.
+        merges: whether the command writes a model.
     """
 
     part: str

@@ -101,7 +101,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def out(disk: Path) -> Iterator[Path]:
-    """An OUT on it; what was made beside it is removed in the end, too."""
+    """An OUT on the disk; the directory around it is removed after the test."""
     yield disk / "outs" / "out"
     shutil.rmtree(disk / "outs", ignore_errors=True)
 

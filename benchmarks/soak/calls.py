@@ -73,7 +73,7 @@ def between_calls(family: Family, times: int, chance: random.Random) -> None:
 
 
 def power(family: Family, times: int, chance: random.Random) -> None:
-    """Power failures: what was not synced is lost, in part or all of it, once or several times on end."""
+    """Simulate power failures: lose some or all of the data that was not synced, once or several times in a row."""
     from tests.support.merges.small import GROUP as SMALL_GROUP
 
     tried = lost = 0

@@ -149,14 +149,14 @@ def by_command(recipe: Path, out: Path, counter: Counter, threads: int, ram: str
 
 @dataclass(frozen=True)
 class Family:
-    """What is merged.
+    """A merge to disturb, and its expected output.
 
     Args:
-        directory: for all files.
-        recipe: of the merge.
-        planned: the merge.
-        expected: the digests of its files when nothing goes wrong.
-        window: when the first and the last commit of a throttled merge end, in seconds from its start.
+        directory: directory for all files.
+        recipe: recipe of the merge.
+        planned: plan of the merge.
+        expected: digests of the output files of an undisturbed merge.
+        window: seconds from the start of a throttled merge to the end of its first and of its last commit.
     """
 
     directory: Path

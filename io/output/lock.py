@@ -293,7 +293,7 @@ def is_complete(path: Path, completion_marker: str) -> bool:
 
 
 def published_names(found: JournalContent) -> list[str]:
-    """The names that an unfinished merge may have given in OUT already; none that leads out of it."""
+    """The names that an unfinished merge may have published in OUT already, without those that point outside OUT."""
     started = (publishing for record in found.records if (publishing := Publishing.from_json(record)) is not None)
     return list(dict.fromkeys(name for publishing in started for name in publishing.names if is_inside(name)))
 

@@ -304,7 +304,7 @@ def test_a_source_that_changes_and_is_put_back(what: str, tmp_path: Path, monkey
             return stat_fingerprints(files)
 
     monkeypatch.setattr(Reader, "read", change)
-    monkeypatch.setattr(source_files, "stamps_of", look)
+    monkeypatch.setattr(source_files, "stat_fingerprints", look)
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match=f"{file} was changed during the merge"):
         run(plan(recipe, OPTIONS), out)

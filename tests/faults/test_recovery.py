@@ -11,8 +11,9 @@ import pytest
 
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import EnvironmentFailure, UsageError
-from mergeloom.io.output.directory import WORK, OutputDirectory
+from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal, read_journal
+from mergeloom.io.output.lock import WORK
 from tests.support.faults import Stopped
 from tests.support.merges.resumable import OPTIONS, interrupt, recipe, run, write_models
 from tests.support.merges.small import make_blocks_small
@@ -82,7 +83,7 @@ def test_a_shard_that_was_tampered_with_is_refused(how: str, models: list[Path],
         with shard.open("r+b") as stream:
             stream.write(b"\xff")
     with pytest.raises(
-        EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--fresh"
+        EnvironmentFailure, match=f"{shard.name} of the unfinished merge was removed or changed.*--restart"
     ):
         run(recipe(models), out)
     run(recipe(models), out, fresh=True)
@@ -116,9 +117,9 @@ def test_hostile_records_are_passed_over(models: list[Path], tmp_path: Path) -> 
 
 def publishing(models: list[Path], out: Path, renames: int) -> None:
     """Merge until so many files have got their names."""
-    from mergeloom.io.output import directory as output
+    from mergeloom.io.output import publish
 
-    rename, left = output.rename, renames
+    rename, left = publish.rename, renames
 
     def stop(path: Path, target: Path) -> None:
         nonlocal left
@@ -128,7 +129,7 @@ def publishing(models: list[Path], out: Path, renames: int) -> None:
         rename(path, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "rename", stop)
+        patch.setattr(publish, "rename", stop)
         with pytest.raises(Stopped):
             run(recipe(models), out)
 

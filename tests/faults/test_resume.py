@@ -13,8 +13,9 @@ import pytest
 from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.run.manifest import MANIFEST
 from mergeloom.errors import CheckpointError, EnvironmentFailure, UsageError
-from mergeloom.io.output.directory import WORK, OutputDirectory
-from mergeloom.report.plan import summary_sections
+from mergeloom.io.output.directory import OutputDirectory
+from mergeloom.io.output.lock import WORK
+from mergeloom.report.result import result_sections
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.resumable import OPTIONS, SHAPES, interrupt, recipe, run, write_models
 from tests.support.merges.small import make_blocks_small
@@ -135,7 +136,7 @@ def test_what_changes_bytes_is_refused_with_the_difference(
         write_checkpoint(models[1], SHAPES, dtype="F32", fill=FineTune(Random(0), 1), metadata={"a": "b"})
     with pytest.raises(UsageError, match=f"this one differs from it: .*{said}") as refused:
         run(what, out, options)
-    assert "--fresh" in str(refused.value)
+    assert "--restart" in str(refused.value)
     assert digests(out) == {**before, f"{WORK}/pid": digests(out)[f"{WORK}/pid"]}  # nothing was touched
     run(what, out, options, fresh=True)
     run(what, tmp_path / "whole", options)
@@ -179,7 +180,7 @@ def test_a_damaged_journal_is_refused_and_kept(models: list[Path], tmp_path: Pat
     journal = out / WORK / "journal"
     for content in (b"", b"damaged\n" + journal.read_bytes(), journal.read_bytes()[5:]):
         journal.write_bytes(content)
-        with pytest.raises(UsageError, match=r"an unfinished merge with a damaged journal: .*--fresh"):
+        with pytest.raises(UsageError, match=r"an unfinished merge with a damaged journal: .*--restart"):
             run(recipe(models), out)
         assert journal.read_bytes() == content
     run(recipe(models), out, fresh=True)
@@ -196,7 +197,7 @@ def test_a_finished_merge_is_left_as_it_is(models: list[Path], tmp_path: Path) -
     result = run(recipe(models), out, say=said.append)
     assert [text.partition(": ")[0] for text in said] == [f"{out} is already complete, nothing to do"]
     assert result.measured.bytes_written == 0
-    assert summary_sections(result) == []
+    assert result_sections(result) == []
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     (out / WORK).mkdir()  # what is left where it was killed in the very last moment
     (out / WORK / "pid").write_text("1\n")

@@ -21,12 +21,12 @@ from mergeloom.errors import CheckpointError, DiskSpaceError, Interrupted
 from mergeloom.io import platform
 from mergeloom.io.output import clone as copying
 from mergeloom.io.platform import clone_range
-from mergeloom.report.plan import summary_text
+from mergeloom.report.result import result_text
 from tests.support.disks import used
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.models import write_checkpoint
 from tests.support.plans import ROOMY, sliced
-from tests.support.stacks import as_foretold, mixed, same_as_by_lanes, stacked, weights
+from tests.support.stacks import as_planned, mixed, same_as_by_lanes, stacked, weights
 
 REFUSALS = [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]
 
@@ -66,9 +66,9 @@ def test_what_is_refused_half_way_is_copied(
     assert result.to_dict()["measured"]["refused"] == {errno.errorcode[number]: missed}
     assert measured.bytes_read == planned.bytes_read + missed  # what has several places is read several times
     assert measured.bytes_written == planned.bytes_written + missed
-    text = summary_text(result)
+    text = result_text(result)
     assert f"refused by the file system ({os.strerror(number)})" in text
-    assert f"{planned.bytes_shared:,} were foretold" in text
+    assert f"; planned {planned.bytes_shared:,}" in text
     same_as_by_lanes(mixed(disk), out, tmp_path)
     assert intact(out)
 
@@ -264,7 +264,7 @@ def test_full_digests_verify_without_the_sources(disk: Path, out: Path) -> None:
     for full in (True, False):
         target = out.with_name(f"out{full}")
         result = merge(recipe, target, ROOMY, digests=full)
-        as_foretold(result)
+        as_planned(result)
         assert result.plan.bytes_shared > 0
         assert (result.plan.bytes_digested > 0) == full
     assert weights(out.with_name("outTrue")) == weights(out.with_name("outFalse"))
@@ -291,7 +291,7 @@ def test_full_digests_where_nothing_is_shared(llamas: dict[str, Path], tmp_path:
     source = tmp_path / "mine"
     shutil.copytree(llamas["a"], source)
     result = merge(sliced((source, 0, 3), (source, 1, 4)), tmp_path / "out", ROOMY, digests=True)
-    as_foretold(result)
+    as_planned(result)
     shutil.rmtree(source)
     verdict = verify(tmp_path / "out")
     assert verdict.whole

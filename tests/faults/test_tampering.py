@@ -20,8 +20,8 @@ from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io import platform
-from mergeloom.io.output.directory import WORK
-from mergeloom.io.output.journal import Found, Journal, JournalContent, read_journal
+from mergeloom.io.output.journal import Journal, JournalContent, read_journal
+from mergeloom.io.output.lock import WORK
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.small import make_blocks_small
 from tests.support.models import FineTune, Random, write_checkpoint
@@ -137,7 +137,7 @@ def test_an_input_of_which_used_bytes_have_changed_is_refused(
     run(what, tmp_path / "whole")
     planned = plan(what, OPTIONS)
 
-    def chosen(found: Found | None) -> int | None:
+    def chosen(found: JournalContent | None) -> int | None:
         """A durable node; for a method with reductions, an incomplete one, whose sources were read completely."""
         for node, blocks in started(found).items():
             whole = blocks * BLOCK >= planned.built.graph.nbytes(node)

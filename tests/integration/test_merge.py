@@ -179,7 +179,7 @@ def test_a_lone_model_of_multislerp_beside_its_base_is_cast(llamas: dict[str, Pa
     result = merge(recipe, tmp_path / "out", ROOMY)
     expected = {name: tensor.float() for name, tensor in read_model(llamas["a"]).items()}
     assert same_tensors(read_model(tmp_path / "out"), expected)
-    assert [unused.reason for unused in result.plan.built.unused] == [f"multislerp takes {llamas['a']}'s alone"]
+    assert [unused.reason for unused in result.plan.built.unused] == [f"multislerp only uses that of {llamas['a']}"]
 
 
 def test_a_model_without_a_head_gives_its_embedding(tmp_path: Path) -> None:

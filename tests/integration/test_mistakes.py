@@ -150,7 +150,9 @@ MISTAKES = {
     "vocabularies that differ": Mistake(4, ("vocabular", "64", "72"), other_vocabulary),
     "a truncated shard": Mistake(4, ("model-00002-of-00002.safetensors",), truncated_shard),
     "a header that lies about offsets": Mistake(4, ("model-00001-of-00002.safetensors",), lying_header),
-    "an index that names ../x": Mistake(4, ("model.safetensors.index.json", "../b", "leaves"), leaving_index),
+    "an index that names ../x": Mistake(
+        4, ("model.safetensors.index.json", "../b", "leads out of the model's directory"), leaving_index
+    ),
     "a model of pickles only": Mistake(4, ("pytorch_model.bin", "save_pretrained"), only_pickles),
     "a YAML alias bomb": Mistake(2, ("recipe.yml", "aliases"), alias_bomb),
     "an empty recipe": Mistake(2, ("recipe.yml", "empty"), lambda d: ""),
@@ -295,5 +297,5 @@ def test_a_filter_that_fits_no_tensor_is_named(directory: Path, capsys: pytest.C
     write_recipe(directory, recipe)
     assert main(["plan", "recipe.yml"]) == 0
     said = capsys.readouterr().out
-    assert "filter 'mpl' fits no tensor's name: what it sets is used for none" in " ".join(said.split())
+    assert "filter 'mpl' matches no tensor name: its value is not used" in " ".join(said.split())
     assert "'self_attn' fits" not in said

@@ -132,7 +132,7 @@ dtype: {out}
 def by_definition(a: Tensor, b: Tensor, c: Tensor, t: float) -> Tensor:
     """What the three stages make of three float64 tensors; none of mergeloom's code has a part in it."""
     (ball, *_) = reference.slerp([a, b], base=0, t=t).outputs
-    kept = [reference.largest(b - a, 0.6), reference.largest(c - a, 0.4)]
+    kept = [reference.top_k(b - a, 0.6), reference.top_k(c - a, 0.4)]
     kept = [kept[0], kept[0], kept[1]]  # the base's own is not looked at
     vote = reference.task_vectors(
         [a, b, c], kept[1:], base=0, weight=[0, 0.7, 0.5], elect=True, normalize=True, rescale=False

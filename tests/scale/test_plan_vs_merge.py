@@ -1,7 +1,7 @@
-"""What `plan` says is what `merge` then does, and at the largest true shapes it is what the shapes alone say.
+"""Plans match the merges that follow them and, at the largest real shapes, the sizes that the shapes give.
 
-Sizes are counted here from tables of shapes, by arithmetic of this file's own. Bytes are held against the merge's
-counters, these against the system calls that strace sees, and memory against the kernel's own VmHWM.
+Expected sizes are computed here from tables of shapes, without the product's code. Planned bytes are compared with the
+merge's counters, the counters with the system calls that strace records, and memory with the kernel's VmHWM.
 """
 
 from __future__ import annotations
@@ -185,14 +185,14 @@ def test_bytes_of_small_models(method: str, budget: str, llamas: dict[str, Path]
     recipe = recipes(llamas["base"], llamas["a"], llamas["b"], layers=4)[method]
     least = mergeloom.plan(recipe, device="cpu").schedule.minimum_ram
     extra = {"least": 1 << 20, "middle": 32 << 20, "roomy": GIB}[budget]
-    foretold = with_reflinks(mergeloom.plan(recipe, device="cpu", max_ram=least + extra), tmp_path / "out")
-    result = mergeloom.merge(foretold, tmp_path / "out")
-    said, measured = foretold.to_dict(), result.to_dict()["measured"]
+    planned = with_reflinks(mergeloom.plan(recipe, device="cpu", max_ram=least + extra), tmp_path / "out")
+    result = mergeloom.merge(planned, tmp_path / "out")
+    said, measured = planned.to_dict(), result.to_dict()["measured"]
     for key in ("bytes_read", "bytes_written", "bytes_shared"):
         assert measured[key] == said[key], key
-    assert result.measured.ram_peak <= foretold.schedule.ram_slots * foretold.schedule.slot_bytes
+    assert result.measured.ram_peak <= planned.schedule.ram_slots * planned.schedule.slot_bytes
     files = list((tmp_path / "out").glob("*.safetensors"))
-    assert sum(file.stat().st_size for file in files) == foretold.layout.nbytes
+    assert sum(file.stat().st_size for file in files) == planned.layout.nbytes
 
 
 @pytest.mark.parametrize("budget", ["least", "middle", "roomy"])
@@ -205,18 +205,18 @@ def test_bytes_and_memory_of_the_real_encoder(
     least = json.loads(command("plan", recipe, tmp_path / "out", "--json", *options).stdout)["minimum_ram"]
     ram = least + {"least": 4 << 20, "middle": 48 << 20, "roomy": GIB}[budget]
     options += ["--max-ram", f"{ram}B"]
-    foretold = json.loads(command("plan", recipe, tmp_path / "out", "--json", *options).stdout)
+    planned = json.loads(command("plan", recipe, tmp_path / "out", "--json", *options).stdout)
     ended = command("merge", recipe, tmp_path / "out", "--quiet", "--report", tmp_path / "report.json", *options)
     assert ended.returncode == 0, ended.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     measured = report["measured"]
     for key in ("bytes_read", "bytes_written", "bytes_shared"):
-        assert measured[key] == report[key] == foretold[key], key
+        assert measured[key] == report[key] == planned[key], key
     assert report["peak_ram"] <= ram
     assert measured["peak_rss"] <= report["peak_ram"]
     assert measured["excess_ram"] == 0
     assert measured["peak_rss"] >= 0.75 * report["peak_ram"] - (32 << 20)  # what is set aside, and not read ahead
-    assert abs(foretold["peak_ram"] - report["peak_ram"]) <= MEMORY_STEP  # the process's own size varies a little
+    assert abs(planned["peak_ram"] - report["peak_ram"]) <= MEMORY_STEP  # the process's own size varies a little
 
 
 # ------------------------------------------------------------------------------------------------ system calls
@@ -283,9 +283,9 @@ def test_the_counters_are_what_the_kernel_sees(method: str, llamas: dict[str, Pa
     assert read + copied == report["measured"]["bytes_read"] == report["bytes_read"]
     assert data + copied == report["measured"]["bytes_written"] == report["bytes_written"]
     assert not any(call.call in ("write", "sendfile") for call in seen)
-    beside = sum(call.nbytes for call in seen if call.call in ("pread64", "read") and out not in call.path.parents)
+    identifying = sum(call.nbytes for call in seen if call.call in ("pread64", "read") and out not in call.path.parents)
     sizes = sum(file.stat().st_size for path in sources.values() for file in path.glob("*.safetensors"))
-    assert beside < 4 * sizes + (1 << 20)  # small files are identified by all of their bytes
+    assert identifying < 4 * sizes + (1 << 20)  # small files are identified by all of their bytes
 
 
 def data_start(file: Path) -> int:

@@ -16,7 +16,7 @@ from tests.support.disks import file_system, used
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import read_model, same_tensors
 from tests.support.plans import sliced
-from tests.support.stacks import ROOMY, as_foretold
+from tests.support.stacks import ROOMY, as_planned
 from tests.support.waiting import HANG_SECONDS
 
 
@@ -129,7 +129,7 @@ def kill_half_way(arguments: list[str], out: Path) -> None:
 
 
 def digests_of_some(disk: Path) -> list[tuple[str, int, int, bytes]]:
-    """Sizes, times and first bytes of the source files, which are too large to be read as a whole."""
+    """Sizes, times and first bytes of the source files, which are too large to be read completely."""
     files = sorted(file for name in ("70B", "405B") for file in (disk / name).iterdir())
     found = []
     for file in files:
@@ -148,7 +148,7 @@ def test_a_larger_model_full_of_data(tmp_path: Path) -> None:
         recipe = sliced((model, 0, 8), (model, 4, 12))
         before = used(disk)
         result = merge(recipe, disk / "out", ROOMY)
-        as_foretold(result)
+        as_planned(result)
         assert used(disk) - before < result.plan.layout.nbytes // 100
         source, found = read_model(model), read_model(disk / "out")
         expected = {name: tensor for name, tensor in source.items() if ".layers." not in name}

@@ -1,4 +1,4 @@
-"""Models of true shape: what is foretold of a 122B self-merge, and what is made of the real 1B."""
+"""Models of real shapes: the plan of a 122B self-merge, and the merges of the real 1B."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seven_slices(model: Path) -> dict[str, object]:
 
 
 def three_models(directory: Path, model: Model, shard_bytes: int | None = None) -> list[Path]:
-    """A base and two fine-tunes of it."""
+    """Write a base model and two fine-tunes."""
     base = Random(0)
     fills = (base, FineTune(base, 1), FineTune(base, 2))
     return [

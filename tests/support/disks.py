@@ -17,10 +17,10 @@ def file_system(directory: Path, kind: str, *options: str, nbytes: int = 400 << 
     """A new file system of a kind such as ``xfs``, mounted below `directory`; the test is skipped where that can't be.
 
     Args:
-        directory: holds the image, which takes no more space than what is written to it.
-        kind: as ``mkfs.KIND`` and mount know it.
-        options: of mkfs.
-        nbytes: of the image.
+        directory: directory of the image, a sparse file.
+        kind: type of the file system, as in ``mkfs.KIND``.
+        options: options for mkfs.
+        nbytes: size of the image in bytes.
     """
     made, mounted = shutil.which(f"mkfs.{kind}"), shutil.which("mount")
     if os.geteuid() != 0 or made is None or mounted is None:

@@ -268,7 +268,7 @@ def _indices(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, 
 
 
 def _configs(chance: random.Random, directory: Path) -> Callable[[], tuple[Any, Callable[[], object]]]:
-    """The files beside the weights: config.json, the tokenizer's, what modules there are; a merge is planned."""
+    """Mutate the files next to the weights (config.json, the tokenizer's files, modules.json), and plan a merge."""
     model = write_tokenizer(write_checkpoint(directory / "configs", tiny_llama(layers=2)))
     other = write_tokenizer(write_checkpoint(directory / "other", tiny_llama(layers=2), fill=1))
     (model / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "1_Pooling", "type": "a.B"}]')

@@ -18,12 +18,12 @@ EXACT_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
 
 def read_model(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a model directory, by the safetensors library; its index must name exactly what is there."""
+    """Read every tensor of a model directory with the safetensors library; the index must name exactly these."""
     found: dict[str, Tensor] = {}
     homes: dict[str, str] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  it is no dict
+            for name in shard.keys():  # noqa: SIM118  safe_open is not a dict
                 assert name not in found
                 found[name], homes[name] = shard.get_tensor(name), file.name
     index = directory / "model.safetensors.index.json"

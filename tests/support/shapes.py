@@ -50,7 +50,7 @@ def big_llama_681b() -> models.Model:
 
 
 def mixture_of_experts() -> models.Model:
-    """DeepSeek-V3's 61 layers of 256 experts in bfloat16, with a second small tensor beside every weight."""
+    """DeepSeek-V3's 61 layers of 256 experts in bfloat16, with a second, small tensor for every weight."""
     model = models.deepseek_v3(mtp=False)
     tensors = {name.replace("weight_scale_inv", "bias"): shape for name, shape in model.tensors.items()}
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}

@@ -1,4 +1,4 @@
-"""Stacks of layers to merge, and what holds of each of them whichever way its bytes take."""
+"""Stacks of layers to merge, and checks that hold whether their bytes are reflinked, copied or computed."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def mixed(disk: Path) -> dict[str, Any]:
 
 
 def weights(out: Path) -> dict[str, str]:
-    """The digests of everything but the manifest, which says how each tensor is vouched for."""
+    """The digests of every file but the manifest, which records how each tensor can be verified."""
     return {name: digest for name, digest in digests(out).items() if name != "mergeloom.json"}
 
 
-def same_as_by_lanes(recipe: Any, out: Path, beside: Path, options: Options = ROOMY) -> None:
-    """Whether a merge's files are those that come out where every byte goes through the process."""
+def same_as_by_lanes(recipe: Any, out: Path, work: Path, options: Options = ROOMY) -> None:
+    """Assert that a merge's files equal those of a merge whose bytes all go through the process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "DISABLED", {"clone", "copy_file_range"})
-        merge(recipe, beside / "by lanes", options)
-    assert weights(out) == weights(beside / "by lanes")
-    shutil.rmtree(beside / "by lanes")
+        merge(recipe, work / "by lanes", options)
+    assert weights(out) == weights(work / "by lanes")
+    shutil.rmtree(work / "by lanes")
 
 
-def as_foretold(result: Result) -> None:
-    """Whether what was measured is what was foretold."""
+def as_planned(result: Result) -> None:
+    """Assert that the measured bytes equal the planned bytes."""
     plan, measured = result.plan, result.measured
     assert measured.bytes_read == plan.bytes_read
     assert measured.bytes_written == plan.bytes_written

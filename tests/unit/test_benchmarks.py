@@ -123,7 +123,7 @@ def test_the_stacks_are_the_published_ones() -> None:
 def test_the_merge_and_cp_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.write_checkpoint(tmp_path / "base", models.tiny_llama(), fill=1)
     monkeypatch.setattr(passthrough, "STACK", [(0, 3), (1, 4)])
-    found = passthrough.beside_cp(model, tmp_path, tmp_path, 1, 0)
+    found = passthrough.compare_with_cp(model, tmp_path, tmp_path, 1, 0)
     assert found["bytes"] > 100_000
     assert all(len(seconds) == 1 for seconds in found["seconds"].values())
     assert "times. Medians of 1, alternating" in passthrough.cp_text(found)
@@ -159,7 +159,7 @@ def test_broken_budgets_are_said() -> None:
         ({"peak_rss": 21}, "21 of 20 of 30 bytes"),
         ({"peak_ram": 31}, "10 of 31 of 30 bytes"),
         ({"digest": "y"}, "other budgets give other bytes"),
-        ({"measured": counted | {"bytes_read": 2}}, "was foretold"),
+        ({"measured": counted | {"bytes_read": 2}}, "planned {"),
     ):
         (found,) = budgets.broken([row, row | change])
         assert said in found

@@ -18,7 +18,7 @@ CLOCKS = {
 }
 """Functions and attributes that give a time."""
 COUNTERS = {"ru_maxrss"}
-"""What of a reading of ``getrusage`` is no time."""
+"""Fields of ``getrusage`` that are not times."""
 
 
 def reads_clock(node: ast.AST, clocks: set[str]) -> bool:

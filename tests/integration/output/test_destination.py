@@ -22,8 +22,8 @@ from mergeloom.engine.run.manifest import read_manifest
 from mergeloom.engine.run.merge import merge
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io import platform
-from mergeloom.io.output import directory as output
 from mergeloom.io.output import lock as claim
+from mergeloom.io.output import publish
 from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.lock import MANIFEST, STAGE, WORK
 from tests.support.faults import Stopped
@@ -170,7 +170,7 @@ def test_a_merge_that_is_being_published_is_not_taken_for_a_model(recipe: Path, 
         rename(path, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "rename", stop)
+        patch.setattr(publish, "rename", stop)
         with pytest.raises(Stopped):
             merge(recipe, out, planning.Options(max_ram=4 << 30, device="cpu", shard_size=15_000))
     assert (out / "model-00001-of-00003.safetensors").exists()
@@ -228,7 +228,7 @@ def test_out_is_apart_from_the_inputs(
 
 
 def test_an_input_inside_an_unfinished_merge_is_not_discarded(models: list[Path], recipe: Path, tmp_path: Path) -> None:
-    """`--fresh` removes everything that an unfinished merge holds."""
+    """`--restart` removes everything that an unfinished merge holds."""
     out = tmp_path / "out"
     interrupted(recipe, out)
     before = digests(out)

@@ -15,8 +15,8 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.errors import EnvironmentFailure, UsageError
 from mergeloom.io.hub.repository import HubFile
 from mergeloom.io.output.lock import WORK, Content, classify
-from tests.support.hub import ID, contents, hub, local, model
-from tests.support.hub_server import HubServer
+from tests.support.hub.fixtures import ID, contents, hub, local, model
+from tests.support.hub.server import HubServer
 from tests.support.merges.destinations import OPTIONS, in_use, interrupted, make, write_models, write_recipe
 
 __all__ = ["contents", "hub", "local", "model"]  # fixtures
@@ -58,7 +58,7 @@ def test_nothing_is_asked_of_the_hub_where_out_cannot_be_used(
     out = tmp_path / "out"
     make(kind, recipe, out)
     with in_use(out) if kind == "in use" else nullcontext():
-        for fresh in ([], ["--fresh"]):
+        for fresh in ([], ["--restart"]):
             assert __main__.main(["merge", str(remote), str(out), "--quiet", *fresh]) == (5 if kind == "in use" else 2)
         with pytest.raises((UsageError, EnvironmentFailure)):
             merge(remote, out, OPTIONS)

@@ -46,18 +46,18 @@ def test_shared_bytes_are_counted_once_when_a_merge_is_resumed(
         monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
     monkeypatch.setattr(output, "_IN_MEMORY", set())
     shard, half = half_shared(), 1 << 19
-    first = OutputDirectory(tmp_path / "out")
+    first = OutputDirectory.open(tmp_path / "out")
     first.begin([shard], half)
     first.write(0, len(shard.header), memoryview(bytes([1]) * half))  # stands for sharing
     first.sync([0])
-    Journal(first.journal, {}).close()
+    Journal(first.lock.journal_path, {}).close()
     first.close()
     needed = missing_space(tmp_path / "out", [shard], half)
     slack = 16 << 10  # blocks that are not full
     assert needed <= slack if reserves else half - slack <= needed <= half + slack
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=half // 2))
-    again = OutputDirectory(tmp_path / "out")
+    again = OutputDirectory.open(tmp_path / "out")
     if reserves:
         again.begin([shard], half)
     else:
@@ -69,7 +69,7 @@ def test_shared_bytes_are_counted_once_when_a_merge_is_resumed(
 def test_what_was_written_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "DISABLED", {"fallocate"})
     shard, half = half_shared(), 1 << 19
-    out = OutputDirectory(tmp_path / "out")
+    out = OutputDirectory.open(tmp_path / "out")
     assert missing_space(out.path, [shard], half) == shard.nbytes - half
     out.begin([shard], half)
     out.write(0, shard.computed[0][0], memoryview(bytes([1]) * half))

@@ -32,7 +32,7 @@ from tests.support.disks import file_system, used
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import digests
 from tests.support.plans import ROOMY, sliced
-from tests.support.stacks import MODEL, WITHOUT, as_foretold, mixed, same_as_by_lanes, stacked, weights
+from tests.support.stacks import MODEL, WITHOUT, as_planned, mixed, same_as_by_lanes, stacked, weights
 
 # ------------------------------------------------------------------------------------------------ on any file system
 
@@ -75,7 +75,7 @@ def test_where_blocks_cannot_be_shared_the_kernel_copies_what_is_used_once(
     monkeypatch.setattr(sharing, "mount_of", lambda path: mount_of(path if path == tmp_path else Path("/proc")))
     assert not with_reflinks(first, tmp_path).moved  # from another file system everything goes through the lanes
     result = merge(recipe, tmp_path / "out", ROOMY)
-    as_foretold(result)
+    as_planned(result)
 
 
 @pytest.mark.skipif(mount_of(Path("/dev/shm")).kind != "tmpfs", reason="/dev/shm is not a tmpfs")
@@ -85,7 +85,7 @@ def test_files_that_lie_in_memory(tmp_path: Path) -> None:
         recipe = sliced((model, 0, 5), (model, 3, 8))
         for out, by_kernel in ((Path(memory) / "out", True), (tmp_path / "out", False)):
             result = merge(recipe, out, ROOMY)
-            as_foretold(result)
+            as_planned(result)
             assert bool(result.plan.bytes_copied) == by_kernel
             ((reason, _),) = result.plan.unshared
             assert reason == (
@@ -102,7 +102,7 @@ def test_a_budget_without_room_for_more_threads_keeps_to_the_lanes(llamas: dict[
     placed = with_reflinks(tight, tmp_path)
     assert not placed.moved
     assert placed.schedule == tight.schedule
-    as_foretold(merge(tight, tmp_path / "out"))
+    as_planned(merge(tight, tmp_path / "out"))
 
 
 def test_nothing_that_is_computed_is_moved(llamas: dict[str, Path], tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_refusals_in_words(number: int, kind: str, same: bool, words: str) -> No
 def test_a_rehearsal_of_a_placed_plan_goes_through_the_lanes(llamas: dict[str, Path], tmp_path: Path) -> None:
     placed = with_reflinks(plan(sliced((llamas["a"], 0, 4)), ROOMY), tmp_path)
     result = merge(placed, None)
-    as_foretold(result)
+    as_planned(result)
     assert result.measured.bytes_read == sum(map(placed.built.graph.nbytes, placed.built.graph))
 
 
@@ -160,7 +160,7 @@ def test_a_stack_takes_no_disk(recipe: Callable[[Path], Any], disk: Path, out: P
     sources = digests(disk)
     before = used(disk)
     result = merge(recipe(disk), out, ROOMY)
-    as_foretold(result)
+    as_planned(result)
     planned = result.plan
     total = planned.layout.nbytes
     assert planned.bytes_shared + planned.bytes_copied + planned.schedule.bytes_written == sum(
@@ -192,7 +192,7 @@ def test_the_bytes_are_the_same_everywhere(disk: Path, out: Path, tmp_path: Path
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(platform, "DISABLED", disabled)
                     result = merge(mixed(disk), directory, options)
-                as_foretold(result)
+                as_planned(result)
                 assert (result.measured.bytes_shared > 0) == (directory == out and not disabled)
                 assert bool(result.plan.bytes_copied) == (directory == out and disabled != WITHOUT[1])
                 found.append(weights(directory))
@@ -224,7 +224,7 @@ def test_sizes_that_are_no_multiples_of_a_block(
         recipe = sliced((model, 0, 3), (model, 1, 4))
         options = replace(ROOMY, shard_size=shard_size)
         result = merge(recipe, work / "out", options)
-        as_foretold(result)
+        as_planned(result)
         same_as_by_lanes(recipe, work / "out", tmp_path, options)
         assert result.measured.bytes_read + result.measured.bytes_shared >= sum(
             result.plan.built.graph.nbytes(node) for node in result.plan.built.graph
@@ -243,7 +243,7 @@ def test_a_model_that_is_used_twice_under_two_names_and_a_tied_head(disk: Path, 
         (disk / "outs" / "link" / file.name).symlink_to(file)
     recipe = sliced((tied, 0, 3), (disk / "outs" / "link", 1, 4))
     result = merge(recipe, out, ROOMY)
-    as_foretold(result)
+    as_planned(result)
     assert result.plan.bytes_shared > 0.9 * result.plan.layout.nbytes
     same_as_by_lanes(recipe, out, tmp_path)
 
@@ -277,7 +277,7 @@ def test_other_mounts_of_the_same_file_system(disk: Path, out: Path, tmp_path: P
         subprocess.run(["mount", "-o", "remount,bind,ro", str(here)], check=True)
         recipe = stacked(here)
         result = merge(recipe, out, ROOMY)
-        as_foretold(result)
+        as_planned(result)
         if result.plan.bytes_shared:  # since Linux 5.18
             assert result.plan.bytes_shared > 0.98 * result.plan.layout.nbytes
         else:
@@ -298,7 +298,7 @@ def test_an_xfs_that_does_not_share(options: list[str], words: str, tmp_path: Pa
         model = write_checkpoint(disk / "a", MODEL, fill=1, shard_bytes=3_000_000)
         recipe = sliced((model, 0, 5), (model, 3, 8))
         result = merge(recipe, disk / "out", ROOMY)
-        as_foretold(result)
+        as_planned(result)
         assert result.plan.bytes_shared == 0
         assert result.plan.bytes_copied > 0
         ((reason, _),) = result.plan.unshared
@@ -314,7 +314,7 @@ def test_btrfs_shares_between_subvolumes(tmp_path: Path) -> None:
         model = write_checkpoint(disk / "sub" / "a", MODEL, fill=1, shard_bytes=3_000_000)
         recipe = sliced((model, 0, 5), (model, 3, 8))
         result = merge(recipe, disk / "out", ROOMY)
-        as_foretold(result)
+        as_planned(result)
         assert result.plan.bytes_shared > 0.98 * result.plan.layout.nbytes
         same_as_by_lanes(recipe, disk / "out", tmp_path)
 

@@ -13,7 +13,7 @@ import pytest
 from mergeloom.engine.run.manifest import MANIFEST, read_manifest
 from mergeloom.engine.run.verify import verify
 from mergeloom.errors import CheckpointError, UsageError
-from mergeloom.io.output.directory import WORK
+from mergeloom.io.output.lock import WORK
 from tests.support.merges.verified import Merge, forge, make_merge
 from tests.support.waiting import no_hang
 

@@ -22,7 +22,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.verify import Verification, verify
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io.output import clone as copying
-from mergeloom.io.output.directory import WORK
+from mergeloom.io.output.lock import WORK
 from tests.support.merges.verified import SHAPES, Merge, append_byte, flip, forge, make_merge, position_of, problems
 from tests.support.models import write_checkpoint
 

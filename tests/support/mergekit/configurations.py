@@ -323,7 +323,7 @@ merge_method: passthrough
 """,
         "is reversed",
     ),
-    "a chat template that is no Jinja": (
+    "a chat template that is not valid Jinja": (
         f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: '{{{{ messages | }}}} and no more'\n",
         "invalid Jinja template",
     ),

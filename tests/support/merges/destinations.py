@@ -59,7 +59,7 @@ def interrupted(recipe: Any, out: Path) -> None:
 @contextmanager
 def in_use(out: Path) -> Iterator[None]:
     """Another merge at work in OUT."""
-    held = OutputDirectory(out, MANIFEST)
+    held = OutputDirectory.open(out, MANIFEST)
     try:
         yield
     finally:

@@ -9,8 +9,8 @@ import pytest
 
 from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.plan import Options, Plan
-from mergeloom.io.output.directory import WORK
 from mergeloom.io.output.journal import Journal, read_journal
+from mergeloom.io.output.lock import WORK
 from tests.support.faults import Stopped
 from tests.support.models import FineTune, Random, write_checkpoint
 

@@ -184,16 +184,28 @@ def deepseek_v3(
     tensors["lm_head.weight"] = (vocabulary, hidden)
     if mtp:
         extra = f"model.layers.{layers}"
-        tensors[f"{extra}.embed_tokens.weight"] = (vocabulary, hidden)
-        tensors[f"{extra}.enorm.weight"] = (hidden,)
-        tensors[f"{extra}.hnorm.weight"] = (hidden,)
-        tensors[f"{extra}.eh_proj.weight"] = (hidden, 2 * hidden)
+        before, after = _mtp_tensors(extra, hidden, vocabulary)
+        tensors |= before
         block(extra, is_dense=False)
-        tensors[f"{extra}.shared_head.norm.weight"] = (hidden,)
-        tensors[f"{extra}.shared_head.head.weight"] = (vocabulary, hidden)
+        tensors |= after
 
     config = _deepseek_config(layers=layers, experts=experts, hidden=hidden, mtp=mtp, fp8=fp8)
     return Model(tensors, config, dtypes)
+
+
+def _mtp_tensors(layer: str, hidden: int, vocabulary: int) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """The tensors of DeepSeek-V3's MTP layer before and after its transformer block, in the published order."""
+    before: dict[str, Shape] = {
+        f"{layer}.embed_tokens.weight": (vocabulary, hidden),
+        f"{layer}.enorm.weight": (hidden,),
+        f"{layer}.hnorm.weight": (hidden,),
+        f"{layer}.eh_proj.weight": (hidden, 2 * hidden),
+    }
+    after: dict[str, Shape] = {
+        f"{layer}.shared_head.norm.weight": (hidden,),
+        f"{layer}.shared_head.head.weight": (vocabulary, hidden),
+    }
+    return before, after
 
 
 def _deepseek_config(*, layers: int, experts: int, hidden: int, mtp: bool, fp8: bool) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def qwen() -> models.Model:
 
 
 def sees() -> models.Model:
-    """What of a Qwen2-VL matters here: a text model as Qwen2's, with a vision tower beside it."""
+    """A reduced Qwen2-VL: Qwen2's text model and a vision tower."""
     text = qwen()
     tower = {f"visual.blocks.{layer}.attn.qkv.weight": (96, 32) for layer in range(2)}
     config = text.config | {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"}

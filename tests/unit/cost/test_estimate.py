@@ -209,7 +209,7 @@ def test_it_is_said_how_each_rate_is_known(mean: Plan) -> None:
     known = {row[0]: row[3] for row in section.grid.rows}
     assert known == {"read": "assumed", "write": "assumed", "compute": "measured", "cores": "measured"}
     assert "It was late." in section.lines
-    assert "To plan with these rates again: --rates memory=5GB/s,compute=3GB/s" in section.lines
+    assert "To reuse these rates: --rates memory=5GB/s,compute=3GB/s" in section.lines
     assert dict(section.fields)["about"].count("s") >= 3
 
 

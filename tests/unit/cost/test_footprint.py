@@ -198,7 +198,7 @@ def test_a_kernel_that_was_made_without_a_method_is_measured_on_its_own_shape() 
     kernel = WeightedSum(Inputs(2, None, (64, 1024)), [0.5, 0.5])
     found = footprint(Operation(Kind.MERGE, "sum", kernel=kernel), (BF16, BF16), BF16)
     assert found.workspace == Line(2 * 4 * 64 * 1024)
-    with pytest.raises(TypeError, match="made without a method"):
+    with pytest.raises(TypeError, match="created without a method"):
         kernel.resized((1, 2))
 
 

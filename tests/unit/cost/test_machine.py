@@ -204,7 +204,7 @@ def test_a_merge_that_exceeds_its_budget_ends_with_3_and_a_complete_output(
     arguments = ["merge", recipe, tmp_path / "out", "--quiet", "--device", "cpu", "--max-ram", "4GiB"]
     assert main([*map(str, arguments), "--report", str(report)]) == 3
     said = capsys.readouterr().err
-    assert "the merge is complete, but the process held 5GiB of memory, more than the budget of 4GiB" in said
+    assert "the merge is complete, but the process used 5GiB of RAM, more than the budget of 4GiB" in said
     assert json.loads(report.read_text())["measured"]["excess_ram"] == GIB
     assert (tmp_path / "out" / "model.safetensors").exists()
 

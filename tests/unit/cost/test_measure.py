@@ -165,7 +165,7 @@ def test_nothing_is_written_without_out(large: Path, tmp_path: Path, monkeypatch
     rates = measured_rates(planned(large).workload, None, {})
     assert written == []
     assert rates.disk_write.origin == ASSUMED
-    assert any("give OUT" in note for note in rates.notes)
+    assert any("pass OUT" in note for note in rates.notes)
     rates = measured_rates(planned(large).workload, tmp_path / "new" / "out", {})
     assert written == [tmp_path]
     assert (rates.disk_write.per_second, rates.disk_write.origin) == (1e9, MEASURED)
@@ -226,7 +226,7 @@ def test_every_method_can_be_measured(method: str, three: list[Path], monkeypatc
     assert measure_node(found.workload, groups[0].node, "cpu", 2) > 0
     rates = measured_rates(found.workload, None, {})
     assert rates.compute.origin == MEASURED
-    assert any(note.startswith(f"{method}: ") and "ns an element" in note for note in rates.notes)
+    assert any(note.startswith(f"{method}: ") and "ns per element" in note for note in rates.notes)
 
 
 def test_threads_of_torch_are_left_as_they_were(three: list[Path]) -> None:
@@ -248,9 +248,9 @@ def test_a_gpu_that_is_not_here_is_assumed(three: list[Path]) -> None:
     found = plan(linear(*three), Options(machine=Machine(ram=64 << 30, vram=1 << 30)))
     rates = measured_rates(found.workload, None, {"h2d": 25e9})
     assert (rates.compute.origin, rates.d2h.origin, rates.h2d.origin) == (ASSUMED, ASSUMED, GIVEN)
-    assert any("d2h, compute can be given" in note for note in rates.notes)
+    assert any("give h2d, d2h, compute with --rates" in note for note in rates.notes)
     all_given = measured_rates(found.workload, None, {"h2d": 25e9, "d2h": 25e9, "compute": 1e12})
-    assert not any("can be given" in note for note in all_given.notes)
+    assert not any("with --rates" in note for note in all_given.notes)
 
 
 def test_measuring_a_stack_needs_no_torch(large: Path, tmp_path: Path) -> None:

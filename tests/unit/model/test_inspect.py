@@ -82,7 +82,7 @@ def test_what_is_odd_is_said_and_the_rest_is_shown(make_model: MakeModel) -> Non
     (model / "model-old.safetensors").write_bytes(b"stale")
     text = text_of(model)
     assert "num_hidden_layers = 9" in text
-    assert "none were found" in text
+    assert "none found" in text
     assert "model-old.safetensors" in text
     assert "model.embed_tokens.weight" in text
 

@@ -43,8 +43,10 @@ class Writer:
         self.out = OutputDirectory.open(out)
         shards = [ShardFile(each.name, each.header, each.nbytes, each.computed) for each in self.layout.shards]
         self.out.begin(shards)
-        self.durable = recover(self.out.found, self.graph, self.layout, self.out.shard_path)
-        self.journal = Journal(self.out.journal, {"seed": 0}, (record.to_json() for record in records_of(self.durable)))
+        self.durable = recover(self.out.lock.journal, self.graph, self.layout, self.out.shard_path)
+        self.journal = Journal(
+            self.out.lock.journal_path, {"seed": 0}, (record.to_json() for record in records_of(self.durable))
+        )
         self.group = TaskGroup("test")
         self.shards = ShardWriter(planned, self.out, self.journal, self.durable, lambda: None, self.group, **options)
         self.data = {node: random.Random(node).randbytes(self.graph.nbytes(node)) for node in self.graph}
@@ -76,7 +78,7 @@ class Writer:
 
     def check_journal(self) -> RecoveredState:
         """Data that the journal names must be in the shards already."""
-        found = read_journal(self.out.journal)
+        found = read_journal(self.out.lock.journal_path)
         durable = recover(found, self.graph, self.layout, self.out.shard_path)
         assert durable.damaged == 0
         for node, nbytes in durable.done(self.graph, self.layout).items():
