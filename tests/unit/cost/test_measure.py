@@ -248,7 +248,7 @@ def test_a_gpu_that_is_not_here_is_assumed(three: list[Path]) -> None:
     found = plan(linear(*three), Options(machine=Machine(ram=64 << 30, vram=1 << 30)))
     rates = measured_rates(found.workload, None, {"h2d": 25e9})
     assert (rates.compute.origin, rates.d2h.origin, rates.h2d.origin) == (ASSUMED, ASSUMED, GIVEN)
-    assert any("give h2d, d2h, compute with --rates" in note for note in rates.notes)
+    assert any("give d2h, compute with --rates" in note for note in rates.notes)
     all_given = measured_rates(found.workload, None, {"h2d": 25e9, "d2h": 25e9, "compute": 1e12})
     assert not any("with --rates" in note for note in all_given.notes)
 
