@@ -59,7 +59,8 @@ def check_finished(plan: Plan, status: DirectoryStatus) -> str:
     _refuse_other_merge(status, list(_file_differences(plan, out, manifest["files"])))
     without = sum(not isinstance(digest, str) for digest in manifest["tensors"].values())
     return (
-        f"recipe, inputs (by size, header and samples), size and header of {plural(len(manifest['shards']), 'shard')} and "
+        "recipe, inputs (by size, header and samples), size and header of "
+        f"{plural(len(manifest['shards']), 'shard')} and "
         f"{plural(len(manifest['files']), 'other file')} match; tensor data was not read: `mergeloom verify {out}` "
         "checks it" + (f", except {plural(without, 'tensor')} without a digest" if without else "")
     )

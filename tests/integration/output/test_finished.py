@@ -112,7 +112,8 @@ def test_a_finished_merge_says_what_was_checked(finished: Merge, tmp_path: Path)
     manifest = read_manifest(out)
     shards, files = len(manifest["shards"]), len(manifest["files"])
     assert again(finished, out) == [
-        f"{out} is already complete, nothing to do: recipe, inputs (by size, header and samples), size and header of {shards} shards and {files} "
+        f"{out} is already complete, nothing to do: recipe, inputs (by size, header and samples), size and header of "
+        f"{shards} shards and {files} "
         f"other files match; tensor data was not read: `mergeloom verify {out}` checks it, except 3 tensors without a "
         "digest"
     ]
