@@ -65,7 +65,8 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PLANNING = """
 import json, sys
 from mergeloom.engine.cost.machine import process_memory
-from mergeloom.engine.run.plan import Options, plan
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.report.plan import plan_text
 recipe = json.loads(sys.argv[1])
 found = plan(recipe, Options(device="cpu", threads=2, max_ram=int(sys.argv[2])))
@@ -203,7 +204,8 @@ def test_bytes_and_memory_of_the_real_encoder(
     recipe = written(tmp_path / "recipe.yml", encoders[method])
     options = ["--device", "cpu", "--threads", 2]
     least = json.loads(command("plan", recipe, tmp_path / "out", "--json", *options).stdout)["minimum_ram"]
-    ram = least + {"least": 4 << 20, "middle": 48 << 20, "roomy": GIB}[budget]
+    # two processes can lie on different sides of a step of 16 MiB, to which the measured program is rounded up
+    ram = least + {"least": 20 << 20, "middle": 48 << 20, "roomy": GIB}[budget]
     options += ["--max-ram", f"{ram}B"]
     planned = json.loads(command("plan", recipe, tmp_path / "out", "--json", *options).stdout)
     ended = command("merge", recipe, tmp_path / "out", "--quiet", "--report", tmp_path / "report.json", *options)
@@ -263,7 +265,7 @@ def test_the_counters_are_what_the_kernel_sees(method: str, llamas: dict[str, Pa
         [
             *("strace", "-ff", "-y", "-qq", "-s", "0", "-e", calls, "-o", str(logs / "log"), *PYTHON, "merge"),
             *(str(recipe), str(out), "--quiet", "--report", str(tmp_path / "report.json"), "--device", "cpu"),
-            *("--max-ram", f"{least + (2 << 20)}B"),
+            *("--max-ram", f"{least + (18 << 20)}B"),
         ],
         capture_output=True,
         text=True,
@@ -303,7 +305,7 @@ def test_a_budget_too_small_is_refused_with_one_that_works(llamas: dict[str, Pat
         ended = command(*arguments, "--device", "cpu", "--max-ram", "20MiB")
         assert ended.returncode == 3
         assert not (tmp_path / "out").exists()
-        match = re.search(r"give --max-ram (\S+) or more", ended.stderr)
+        match = re.search(r"use --max-ram (\S+) or more", ended.stderr)
         assert match is not None
         assert command(*arguments, "--device", "cpu", "--max-ram", match[1]).returncode == 0
 
@@ -313,7 +315,7 @@ def test_vram_too_small_is_refused_with_some_that_works(llamas: dict[str, Path],
     machine = ["--for", "ram=16GiB,vram=100KiB"]
     ended = command("plan", recipe, *machine)
     assert ended.returncode == 3
-    match = re.search(r"give --max-vram (\S+) or more, or --device cpu", ended.stderr)
+    match = re.search(r"use --max-vram (\S+) or more, or --device cpu", ended.stderr)
     assert match is not None
     assert command("plan", recipe, *machine, "--max-vram", match[1]).returncode == 0
     assert command("plan", recipe, *machine, "--device", "cpu").returncode == 0
@@ -353,7 +355,7 @@ def test_a_plan_for_another_machine_is_not_merged_here(llamas: dict[str, Path], 
     if torch.cuda.is_available():
         pytest.skip("here it could be")
     found = plan(linear(llamas["a"], llamas["b"]), Options(machine=Machine(ram=16 * GIB, vram=GIB)))
-    with pytest.raises(mergeloom.UsageError, match="no CUDA device"):
+    with pytest.raises(mergeloom.UsageError, match="0 CUDA devices"):
         mergeloom.merge(found, tmp_path / "out")
 
 
