@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeloomError, UsageError
-from ...io.safetensors.dtypes import F32, DType
+from ...io.safetensors.dtypes import DType
 from ...methods.kernel.contract import Kernel, Unit
 from ...methods.kernel.tile import Workspace
 from ..graph.footprint import Footprint, Line
@@ -122,8 +122,6 @@ def _measure(operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Se
         except (MergeloomError, MemoryError):
             raise
         except Exception as error:
-            if isinstance(kernel, FusedKernel):
-                return _declared(kernel, max(dtype.bits // 8 for dtype in (*dtypes, F32)))
             raise UsageError(
                 f"merge method {operation.method} fails on a test tensor of shape {shape}: "
                 f"{type(error).__name__}: {error}"
@@ -131,15 +129,6 @@ def _measure(operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Se
     second = points[1] if len(points) > 1 else None
     lines = [Line.through((points[0][0], points[0][part]), second and (second[0], second[part])) for part in (1, 2)]
     return Footprint(*lines)
-
-
-def _declared(kernel: Kernel, itemsize: int) -> Footprint:
-    """Return the declared workspace of a kernel, and as much again for its allocations.
-
-    For a fused kernel whose passes fail on synthetic inputs, which its stages need not accept.
-    """
-    line = Line.through(*((elements, kernel.workspace(elements, itemsize)) for elements in (_LEAST_TILE, SMALL_TILE)))
-    return Footprint(line, line)
 
 
 def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DType) -> tuple[int, int, int]:
@@ -203,21 +192,29 @@ def _inputs(dtypes: Sequence[DType], elements: int) -> list[Tensor]:
 
 
 class _Counting(Workspace):
-    """A workspace without a limit that counts the bytes taken."""
+    """A workspace without a limit that counts the bytes taken.
+
+    Buffers at one offset share memory, as in a real workspace: kernels alias a buffer by releasing and taking it again.
+    """
 
     def __init__(self) -> None:
         import torch
 
         super().__init__(torch.empty(0, dtype=torch.uint8), torch.float32)
+        self._memory_at: dict[int, Tensor] = {}
 
     def take(self, elements: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a new buffer."""
+        """Return a buffer at the top of the stack."""
         import torch
 
         dtype = dtype or self.dtype
-        self._used += -(-elements * dtype.itemsize // 64) * 64
+        nbytes = elements * dtype.itemsize
+        memory = self._memory_at.get(self._used)
+        if memory is None or memory.numel() < nbytes:
+            memory = self._memory_at[self._used] = torch.empty(nbytes, dtype=torch.uint8)
+        self._used += -(-nbytes // 64) * 64
         self.peak = max(self.peak, self._used)
-        return torch.empty(elements, dtype=dtype)
+        return memory[:nbytes].view(dtype)
 
 
 @contextmanager

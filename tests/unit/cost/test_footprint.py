@@ -233,3 +233,13 @@ def test_graphs_without_arithmetic_need_nothing() -> None:
     graph = MergeGraph(())
     measure_footprints(graph)
     assert graph.footprints == {}
+
+
+def test_buffers_at_one_offset_of_the_counting_workspace_share_memory() -> None:
+    """Random masks read as bytes what they have written as words: other memory would give them arbitrary values."""
+    workspace = module._Counting()
+    mark = workspace.mark()
+    words = workspace.take(4, torch.int32)
+    workspace.release(mark)
+    assert workspace.take(16, torch.int8).data_ptr() == words.data_ptr()
+    assert workspace.peak == 64
