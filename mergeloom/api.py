@@ -56,7 +56,7 @@ def plan(
         seed: seed for methods that sample.
         shard_size: maximum size of an output shard.
         threads: number of CPU compute threads; by default the cores available to the process.
-        strict: whether unknown keys and parameters in the recipe are errors.
+        strict: whether warnings are errors.
         machine: description of another machine to plan for, such as ``"ram=64GiB,vram=24GiB,cores=16"``.
         methods: paths of Python files with additional merge methods.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.layers import COUNT_KEYS, LENGTH_KEYS
+from ..model.warnings import ModelWarning, ModelWarningKind
 from .layer_keys import (
     FAMILIES,
     LAYER_INDICES,
@@ -31,7 +32,7 @@ class MergedConfig:
     """The output's config.json and warnings about it."""
 
     config: dict[str, Any]
-    warnings: tuple[str, ...]
+    warnings: tuple[ModelWarning, ...]
 
 
 def merged_config(
@@ -67,7 +68,7 @@ def merged_config(
     if len(source_layers) != layers:
         raise ValueError(f"got {len(source_layers)} source layers for {layers} layers")
     config = copy.deepcopy(dict(donor))
-    warnings: list[str] = []
+    warnings: list[ModelWarning] = []
     sections = [config]
     for name in main:
         sections.append(sections[-1][name])
@@ -76,14 +77,19 @@ def merged_config(
         before = before or max(source_layers) + 1
         rearranged = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings)
         if rearranged.source != list(source_layers):
-            warnings.append(f"config.json describes layers beyond the donor's {before} like its last layer")
+            rearranged.warn(
+                ModelWarningKind.LAYER_RULE,
+                f"config.json describes layers beyond the donor's {before} like its last layer",
+            )
         # Qwen2-VL states the layers of its language model both at the top level and in text_config.
         for section in sections[:-1]:
             if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
                 rearranged.update(section, None)
         rearranged.update(sections[-1], key)
         if "quantization_config" in config:
-            warnings.append("quantization_config is not updated: it may name layers that have moved")
+            rearranged.warn(
+                ModelWarningKind.QUANTIZATION, "quantization_config is not updated: it may name layers that have moved"
+            )
     if tied is not None:
         _set_tied(sections, tied)
     if dtype is not None:
@@ -111,7 +117,11 @@ class _Layers:
 
     before: int
     source: list[int]
-    warnings: list[str]
+    warnings: list[ModelWarning]
+
+    def warn(self, kind: ModelWarningKind, problem: str, *names: str) -> None:
+        """Add a warning about the keys `names`."""
+        self.warnings.append(ModelWarning(kind, problem, names=names))
 
     def update(self, section: dict[str, Any], key: str | None) -> None:
         """Update all keys of a config section that describe layers."""
@@ -133,9 +143,11 @@ class _Layers:
             self._set_leading(section, name)
         self._set_ends(section)
         if section.get("hidden_size_per_layer_input"):
-            self.warnings.append(
+            self.warn(
+                ModelWarningKind.LAYER_RULE,
                 "hidden_size_per_layer_input: the per-layer embeddings are stored in one matrix, which mergeloom does "
-                "not slice; it does not match the merged layers"
+                "not slice; it does not match the merged layers",
+                "hidden_size_per_layer_input",
             )
         self._check_rules(section, old)
 
@@ -151,8 +163,10 @@ class _Layers:
         has_list = any(isinstance(section.get(name), (list, str)) for name in LENGTH_KEYS)
         if not names and not has_list:
             section["num_hidden_layers"] = len(self.source)
-            self.warnings.append(
-                f"config.json did not state the number of layers; added num_hidden_layers = {len(self.source)}"
+            self.warn(
+                ModelWarningKind.CONFIG_CHANGED,
+                f"config.json did not state the number of layers; added num_hidden_layers = {len(self.source)}",
+                "num_hidden_layers",
             )
 
     def _mapped(self, name: str, value: Any) -> Any:
@@ -173,8 +187,10 @@ class _Layers:
         is_list = isinstance(value, list) and len(value) == self.before > 1
         if not is_list or NOT_PER_LAYER.search(name):
             return value
-        self.warnings.append(
-            f"{name} has as many entries as the donor has layers, and was treated as one entry per layer"
+        self.warn(
+            ModelWarningKind.LAYER_RULE,
+            f"{name} has as many entries as the donor has layers, and was treated as one entry per layer",
+            name,
         )
         return self._rearranged(value)
 
@@ -206,8 +222,10 @@ class _Layers:
             wanted = value[old]
             copies = [i for i in range(new + 1) if self.source[i] == wanted]
             if not copies:
-                self.warnings.append(
-                    f"kv_source_layers: layer {new} uses the keys of layer {wanted}, which is not part of the output"
+                self.warn(
+                    ModelWarningKind.LAYER_RULE,
+                    f"kv_source_layers: layer {new} uses the keys of layer {wanted}, which is not part of the output",
+                    "kv_source_layers",
                 )
             result.append(copies[-1] if copies else new)
         return result
@@ -249,9 +267,11 @@ class _Layers:
             if not section.get(family.list_key) and not self._keeps(period):
                 kinds = [family.last if (i + 1) % period == 0 else family.others for i in range(self.before)]
                 section[family.list_key] = self._rearranged(kinds)
-                self.warnings.append(
+                self.warn(
+                    ModelWarningKind.CONFIG_CHANGED,
                     f"added {family.list_key}: {model_type} derives the attention of a layer from its index, and these "
-                    "layers have moved; transformers before 4.53 may ignore it"
+                    "layers have moved; transformers before 4.53 may ignore it",
+                    family.list_key,
                 )
         for name, period in rules.items():
             if period > 1 and PERIODS[name].replaced_by not in section and not self._keeps(period):
@@ -264,9 +284,11 @@ class _Layers:
         return all((new - old) % period == 0 for new, old in enumerate(self.source))
 
     def _warn_about_rule(self, name: str, value: object) -> None:
-        self.warnings.append(
+        self.warn(
+            ModelWarningKind.LAYER_RULE,
             f"{name} = {value} no longer describes every layer as in the donor: a slice moves layers by a number that "
-            "does not fit; the model will load, but some layers may be run as the wrong kind"
+            "does not fit; the model will load, but some layers may be run as the wrong kind",
+            name,
         )
 
 

@@ -7,7 +7,7 @@ files that exist, together with the changes that stages make to them (config.jso
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..graph.build import BuiltGraph, OutputStack
 from ..model.roles import is_embedding, is_head
+from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
 from .config import merged_config
@@ -77,12 +78,15 @@ class FileResolver:
     """
 
     def __init__(self, recipe: Recipe, open_model: Callable[[ModelReference], Checkpoint]) -> None:
-        self.warnings: list[str] = []
+        self.warnings: list[ModelWarning] = []
         self._recipe = recipe
         self._open = open_model
         self._stages: dict[str | None, FileSources] = {}
         self._built: dict[str | None, BuiltGraph] = {}
         self._models: dict[ModelReference, FileSources] = {}
+
+    def _warn(self, kind: ModelWarningKind, problem: str, advice: str = "", names: Iterable[str] = ()) -> None:
+        self.warnings.append(ModelWarning(kind, problem, advice, tuple(names)))
 
     @property
     def output(self) -> FileSources:
@@ -141,7 +145,7 @@ class FileResolver:
         if stage.files_from is not None:
             config, stacks = self._overridden(stage, stage.files_from, built, files.config)
         if config is None:
-            self.warnings.append(f"{files.config_from} has no config.json: no config.json is written")
+            self._warn(ModelWarningKind.FILES, f"{files.config_from} has no config.json: no config.json is written")
             return None
         # without a head, the donor's is already tied or it is not a language model
         tied = False if built.head else None
@@ -173,7 +177,8 @@ class FileResolver:
             config_json, remarks = override_config(config, built.donor_config, main=main, head=built.head)
         except ValueError as error:
             raise self._recipe.error(place, f"{named.text} {error}") from error
-        self.warnings += [f"files_from {named.text}: {remark}" for remark in remarks]
+        for remark in remarks:
+            self._warn(ModelWarningKind.CONFIG_DIFFERS, f"files_from {named.text}: {remark}")
         stacks = (
             override_stack(stack, config, self._levels(built, number)) for number, stack in enumerate(built.stacks)
         )
@@ -220,9 +225,10 @@ class FileResolver:
         if _has_tokenizer(donor) and _has_tokenizer(tokenizer):
             difference_text = self._difference(tokenizer, donor)
             if difference_text is not None:
-                self.warnings.append(
+                self._warn(
+                    ModelWarningKind.VOCABULARY,
                     f"the tokenizer of {tokenizer.tokenizer_from} differs from that of {donor.tokenizer_from}, whose "
-                    f"embeddings are merged: {difference_text}"
+                    f"embeddings are merged: {difference_text}",
                 )
 
     def _difference(self, first: FileSources, second: FileSources) -> str | None:
@@ -246,7 +252,10 @@ class FileResolver:
         if wanted is None:
             return tokenizer.template
         if not _has_tokenizer(tokenizer):
-            self.warnings.append(f"{tokenizer.tokenizer_from} has no tokenizer files: no chat template is written")
+            self._warn(
+                ModelWarningKind.TEMPLATE,
+                f"{tokenizer.tokenizer_from} has no tokenizer files: no chat template is written",
+            )
             return None
         if wanted.kind == "auto":
             return self._most_common(built, tokenizer)
@@ -259,9 +268,10 @@ class FileResolver:
         vocabulary = read_vocabulary(tokenizer_directory(tokenizer)) if tokens else None
         missing = [token for token in tokens if vocabulary is not None and token not in vocabulary.rows]
         if missing:
-            self.warnings.append(
+            self._warn(
+                ModelWarningKind.TEMPLATE,
                 f"chat_template {wanted.value} needs the tokens {', '.join(missing)}, which are not in the vocabulary "
-                f"of {tokenizer.tokenizer_from}: the model will see them as ordinary text"
+                f"of {tokenizer.tokenizer_from}: the model will see them as ordinary text",
             )
         return text
 
@@ -269,7 +279,7 @@ class FileResolver:
         """The most common template of a stage's models; that of the first model if several are equally common."""
         templates = [template for model in built.models if (template := _own_template(self.of(model.reference)))]
         if not templates:
-            self.warnings.append("chat_template auto: none of the models has a chat template")
+            self._warn(ModelWarningKind.TEMPLATE, "chat_template auto: none of the models has a chat template")
             return tokenizer.template
         counts = Counter(template.strip() for template in templates)
         chosen = max(templates, key=lambda template: counts[template.strip()])

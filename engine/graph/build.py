@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
+from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .graph import MergeGraph
@@ -66,7 +67,7 @@ class BuiltGraph:
         dtype: torch's name of the output's dtype; None if it is mixed and the recipe doesn't set it.
         head: whether a head (``lm_head``) is written.
         unused: input tensors that no output needs, with the reasons.
-        warnings: warnings for the user.
+        warnings: warnings about the models and the recipe's filters.
         saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
         intermediates: number of tensors that the stages before the last compute.
     """
@@ -79,7 +80,7 @@ class BuiltGraph:
     dtype: str | None
     head: bool
     unused: tuple[Unused, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[ModelWarning, ...]
     saved: tuple[Saved, ...] = ()
     intermediates: int = 0
 
@@ -116,7 +117,7 @@ class _GraphBuilder:
     ) -> None:
         self.recipe = recipe
         self.stage = stage
-        self.warnings: list[str] = []
+        self.warnings: list[ModelWarning] = []
         sources = dict.fromkeys(stage_inputs(stage))
         base = stage.base_model
         references = dict.fromkeys((*sources, *(() if base is None else (base,))))
@@ -173,6 +174,9 @@ class _GraphBuilder:
             warnings=tuple(self.warnings),
         )
 
+    def _warn(self, kind: ModelWarningKind, problem: str, advice: str = "", names: Iterable[str] = ()) -> None:
+        self.warnings.append(ModelWarning(kind, problem, advice, tuple(names)))
+
     def _warn_of_filters(self) -> None:
         """Warn about filters that match no tensor: they are misspelt, or meant for another architecture."""
         scopes = [self.stage.parameters]
@@ -184,7 +188,9 @@ class _GraphBuilder:
         names = {*self.graph.read_names, *(output.name for output in self.graph.outputs)} if settings else set()
         for substring in dict.fromkeys(condition.filter for setting in settings for condition in setting):
             if substring and substring != "*" and not any(substring in name for name in names):
-                self.warnings.append(f"filter {substring!r} matches no tensor name: its value is not used")
+                self._warn(
+                    ModelWarningKind.FILTER, f"filter {substring!r} matches no tensor name: its value is not used"
+                )
 
     # --- modules -----------------------------------------------------------------------------------------------
 
@@ -296,9 +302,10 @@ class _GraphBuilder:
             if not any(extra in main.extras for model in part.models for main in model.layers.mains[stack : stack + 1]):
                 continue
             target = count + extra - old
-            self.warnings.append(
+            self._warn(
+                ModelWarningKind.PREDICTION_LAYERS,
                 f"{self.donor.name}: layer {extra} is beyond the {old} layers that config.json counts (probably a "
-                f"prediction head): it is kept as layer {target}"
+                f"prediction head): it is kept as layer {target}",
             )
             self._group += 1
             self._add_layer(part, stack, [extra] * len(part.models), target, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ..graph.build import BuiltGraph
 from ..graph.graph import Kind
 from ..graph.layout import Layout
 from ..model.open import is_remote
+from ..model.warnings import ModelWarning
 from ..recipe.types import Recipe, Stage
+from ..recipe.warnings import RecipeWarning
 from ..schedule.schedule import Schedule
 from ..schedule.traffic import bytes_of_models, bytes_of_reads, downloaded, peak_of, read_again
 from .transfers import Transfer
@@ -38,7 +40,7 @@ class Options:
         seed: seed for methods that sample (``dare_*``, ``della*``).
         shard_size: maximum size of an output shard in bytes.
         threads: number of compute threads on the CPU; by default the number of cores that the process may use.
-        strict: whether unknown keys and parameters in the recipe are errors.
+        strict: whether warnings are errors.
         machine: machine to plan for; None for this one.
         methods: paths of Python files with user-defined merge methods.
     """
@@ -66,7 +68,7 @@ class Plan:
         layout: position of every output tensor in the shards.
         schedule: steps, with the memory that they hold.
         options: options that the plan was made with.
-        warnings: warnings for the user.
+        findings: warnings about the recipe, the models and the machine.
         transfers: bulk copies, which bypass the lanes (see `placement.with_reflinks`).
         moved: nodes that are made by transfers.
         out: output directory that the transfers were planned for; None if it is not known yet.
@@ -83,7 +85,7 @@ class Plan:
     layout: Layout
     schedule: Schedule
     options: Options
-    warnings: tuple[str, ...] = field(default=())
+    findings: tuple[RecipeWarning | ModelWarning, ...] = ()
     transfers: tuple[Transfer, ...] = ()
     moved: frozenset[int] = frozenset()
     out: Path | None = None
@@ -91,6 +93,11 @@ class Plan:
     digests: bool = False
     saved: tuple[OutputModel, ...] = ()
     in_lanes: Plan | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The text of each finding."""
+        return tuple(map(str, self.findings))
 
     @property
     def made(self) -> tuple[OutputModel, ...]:

@@ -19,8 +19,10 @@ from ..graph.graph import Kind
 from ..graph.layout import lay_out
 from ..graph.stages import build_stages
 from ..model.open import open_model
+from ..model.warnings import ModelWarning, ModelWarningKind, strict_error
 from ..recipe.load import load_recipe
 from ..recipe.types import ModelReference
+from ..recipe.warnings import RecipeWarning
 from ..schedule.schedule import Budget, make_schedule
 from .plan import Options, Plan, RecipeLike
 
@@ -65,11 +67,18 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     schedule = make_schedule(built.graph, budget)
     if options.machine is None:
         check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
-    remarks = tuple(f"{model.name}: {remark}" for model in built.models for remark in model.checkpoint.remarks)
-    warnings = [*map(str, loaded.warnings), *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
+    remarks = [
+        ModelWarning(ModelWarningKind.FILES, f"{model.name}: {remark}")
+        for model in built.models
+        for remark in model.checkpoint.remarks
+    ]
+    found = [*remarks, *built.warnings, *dict.fromkeys(files.warnings)]
     if remark := memory_remark(options.max_ram, options.machine):
-        warnings.append(remark)
-    return Plan(loaded, stage, built, files.output, layout, schedule, options, tuple(warnings), saved=saved)
+        found.append(ModelWarning(ModelWarningKind.MACHINE, remark))
+    if options.strict and found:
+        raise strict_error(found)
+    findings: tuple[RecipeWarning | ModelWarning, ...] = (*loaded.warnings, *found)
+    return Plan(loaded, stage, built, files.output, layout, schedule, options, findings, saved=saved)
 
 
 def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:

@@ -60,7 +60,7 @@ def planning_options(command: F) -> F:
                 help="Maximum size of an output shard.",
             ),
             click.option("--threads", type=click.IntRange(1), help="CPU compute threads.  [default: all cores]"),
-            click.option("--strict", is_flag=True, help="Treat unknown keys and parameters in the recipe as errors."),
+            click.option("--strict", is_flag=True, help="Treat every warning as an error."),
             click.option("--methods", multiple=True, type=click.Path(), metavar="FILE", help=METHODS_HELP),
         )
     ):

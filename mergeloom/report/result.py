@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..io.units import data_size, duration, memory_size, plural, rate
 from .sections import Grid, Section, plain
 from .time import REMEDIES
+from .unused import unused_section
 
 if TYPE_CHECKING:
     from ..engine.execute.tasks import LaneTime, Measured
@@ -55,6 +56,8 @@ def result_sections(result: Result) -> list[Section]:
     sections = [Section(title, fields, Grid(header, lanes, frozenset(header[1:])) if lanes else None)]
     if measured.overflowed:
         sections.append(overflow_section(result))
+    if unused := unused_section(plan):
+        sections.append(unused)
     return sections
 
 

@@ -15,7 +15,7 @@ def test_layers_beyond_the_count_are_kept_and_renumbered_with_a_warning() -> Non
     built = build(stacked(("a", 0, 4), ("a", 2, 4)), models)
     assert built.found.layers == 6
     assert built.sources("model.layers.6.eh_proj.weight") == ["a:model.layers.4.eh_proj.weight"]
-    assert [warning for warning in built.found.warnings if "layer 4" in warning and "as layer 6" in warning]
+    assert [text for text in map(str, built.found.warnings) if "layer 4" in text and "as layer 6" in text]
     assert built.unused() == {}
     kept = build(complete("linear", "a"), models)
     assert kept.sources("model.layers.4.norm.weight") == ["a:model.layers.4.norm.weight"]
