@@ -1,7 +1,7 @@
 """Makes `plan` and `merge` agree on the size of their processes, so both make the same schedule.
 
 Two processes that do the same differ by a few hundred KiB of resident memory. Rounding alone cannot hide that: sizes
-near a multiple of the step fall on both sides of it. So the first process rounds up with a margin and stores the result
+near a multiple of the step fall on both of its sides. So the first process rounds up with a margin and stores the result
 in the user's cache directory. Later processes for the same recipe and versions take over the stored size if it fits.
 """
 
@@ -46,7 +46,7 @@ def agreed_sizes(measured: Sequence[int], step: int, key: str) -> tuple[int, ...
 
     Args:
         measured: measured sizes in bytes.
-        step: the sizes are rounded up to a multiple of this, in bytes, with a quarter of it as a margin.
+        step: the sizes are rounded up to a multiple of this, in bytes, with a quarter step as a margin.
         key: see `size_key`.
     """
     stored = _read()
