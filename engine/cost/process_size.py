@@ -1,8 +1,9 @@
 """Makes `plan` and `merge` agree on the size of their processes, so both make the same schedule.
 
 Two processes that do the same differ by a few hundred KiB of resident memory. Rounding alone cannot hide that: sizes
-near a multiple of the step fall on both of its sides. So the first process rounds up with a margin and stores the result
-in the user's cache directory. Later processes for the same recipe and versions take over the stored size if it fits.
+near a multiple of the step fall on both of its sides. So the first process rounds up with a margin and stores the
+result in the user's cache directory. Later processes for the same recipe and versions take over the stored size if it
+fits.
 """
 
 from __future__ import annotations
