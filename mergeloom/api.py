@@ -88,6 +88,7 @@ def merge(
     notify: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
     warn: Callable[[str], None] | None = None,
+    keep_paths: bool = False,
     fresh: bool = False,
 ) -> Result:
     """Merge models into a new model directory, or resume an interrupted merge there.
@@ -103,6 +104,7 @@ def merge(
         notify: callback for progress, called regularly on this thread.
         say: callback for messages before the work starts, such as how much of the output is already written.
         warn: callback for warnings about an unfinished merge; by default `say`, with ``warning:`` before the text.
+        keep_paths: whether local paths stay in the model card, in mergekit_config.yml and in the manifest.
         fresh: former name of `restart`.
 
     Raises:
@@ -111,8 +113,13 @@ def merge(
     from .engine.run.merge import merge as run_merge
 
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
-    if isinstance(recipe, engine_plan.Plan) and options not in (Options(), recipe.options):
-        raise UsageError("a Plan is executed with the options that were passed to `plan`: pass these to `plan` instead")
+    if isinstance(recipe, engine_plan.Plan):
+        if options not in (Options(), recipe.options):
+            raise UsageError(
+                "a Plan is executed with the options that were passed to `plan`: pass these to `plan` instead"
+            )
+        recipe = replace(recipe, options=replace(recipe.options, keep_paths=keep_paths))
+    options = replace(options, keep_paths=keep_paths)
     if digests not in ("written", "full"):
         raise UsageError(f"invalid digests {digests!r}: use 'written' or 'full'")
     return run_merge(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from ...io.units import big_number
-from ...version import __version__
+from .published import published_name
 
 _ADDRESS = "https://huggingface.co"
-# Matches an absolute path with at least one directory, but not the rest of a URL or a closing tag.
-_ABSOLUTE = re.compile(r"(?<![\w:/<.~$%-])~?/(?:[\w.@+-]+/)+([\w.@+-]*)")
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)")
+"""Characters with a meaning in Markdown; an underscore within a word has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,92 +23,140 @@ class CardModel:
         path: Hub id or directory, as written in the recipe.
         local: whether `path` is a directory, of which only the last component is shown.
         revision: branch, tag or commit of the Hub repository, or None.
+        license_name: Hub identifier of its license, or None if it is not known.
     """
 
     path: str
     local: bool = False
     revision: str | None = None
+    license_name: str | None = None
 
     @property
     def name(self) -> str:
         """The displayed name: the Hub id, or the last component of the directory."""
-        if not self.local:
-            return self.path
-        return _last_component(self.path) or "model"
+        return published_name(self.path) if self.local else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class CardMethod:
+    """A merge method of the recipe.
+
+    Args:
+        name: name in the recipe.
+        paper: URL of the publication, or None.
+    """
+
+    name: str
+    paper: str | None = None
 
 
 def model_card(
     *,
     name: str,
-    methods: Sequence[str],
+    methods: Sequence[CardMethod],
     models: Sequence[CardModel],
     recipe: str,
+    command: str,
+    versions: Mapping[str, str],
     layers: int,
     parameters: int,
     dtype: str,
     base_model: CardModel | None = None,
-    license_name: str | None = None,
     library_name: str = "transformers",
 ) -> str:
-    """The text of README.md. It depends only on the arguments and contains no dates and no local paths.
+    """The text of README.md. It depends only on the arguments and contains no dates.
 
     Args:
         name: title, such as the name of the output directory.
         methods: merge methods in the order of the stages.
         models: input models in recipe order, without duplicates.
-        recipe: recipe as written by the user; local paths in it are shortened to their last component.
+        recipe: recipe in the form to show.
+        command: command that repeats the merge with the recipe in ``mergekit_config.yml``.
+        versions: version of each program by its name, mergeloom's first.
         layers: number of layers in the output; 0 to omit the row.
         parameters: number of elements in all output tensors.
         dtype: torch name of the output dtype, or several names separated by commas.
         base_model: base model, or None.
-        license_name: Hub identifier of the license that all models have, or None if it is not known.
         library_name: library that loads the output.
     """
     import yaml
 
-    shown = list(dict.fromkeys(model.name for model in (*([base_model] if base_model else []), *models)))
-    metadata: dict[str, object] = {"base_model": shown} if shown else {}
-    metadata |= {"base_model_relation": "merge", "library_name": library_name, "tags": ["mergeloom", "merge"]}
-    if license_name is not None:
-        metadata["license"] = license_name
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
-    plural = "method" if len(set(methods)) == 1 else "methods"
-    method_names = " and ".join(f"`{method}`" for method in dict.fromkeys(methods))
+    inputs = list(dict.fromkeys((*([base_model] if base_model else []), *models)))
+    front = yaml.safe_dump(_metadata(inputs, library_name), sort_keys=False, allow_unicode=True, width=1000)
+    distinct = list(dict.fromkeys(methods))
+    plural = "method" if len(distinct) == 1 else "methods"
     base = f", with {_link(base_model)} as the base model" if base_model else ""
     rows = [("Layers", f"{layers:,}")] if layers else []
-    rows += [("Parameters", big_number(parameters)), ("dtype", dtype)]
-    text = _without_paths(recipe, [*models, *([base_model] if base_model else [])]).strip("\n")
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`{3,}", text)), 0)
+    rows += [("Parameters", big_number(parameters)), ("dtype", dtype), ("License", _licenses(inputs))]
+    rows += [(program, version) for program, version in versions.items()]
     parts = [
         f"---\n{front}---",
-        f"# {' '.join(name.split())}",
-        f"A merge of pretrained models, made with mergeloom {__version__} by the merge {plural} {method_names}{base}.",
+        f"# {_escaped(name)}",
+        "A merge of pretrained models, made with [mergeloom](https://pypi.org/project/mergeloom/) "
+        f"{next(iter(versions.values()))} by the merge {plural} {' and '.join(map(_method, distinct))}{base}.",
         "## Models merged",
         "\n".join(f"- {_link(model)}" for model in dict.fromkeys(models)),
-        "## Numbers",
-        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]),
+        "## Details",
+        "\n".join(["| | |", "|---|---|", *(f"| {_escaped(key)} | {_escaped(value)} |" for key, value in rows)]),
         "## Recipe",
-        f"{fence}yaml\n{text}\n{fence}",
+        _fenced(recipe.strip("\n"), "yaml"),
+        "To repeat the merge, with this recipe in `mergekit_config.yml`:",
+        _fenced(command, "bash"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(inputs: Sequence[CardModel], library_name: str) -> dict[str, object]:
+    """The front matter that the Hub reads. Only Hub ids are base models there."""
+    parents = list(dict.fromkeys(model.path for model in inputs if not model.local))
+    metadata: dict[str, object] = {"base_model": parents, "base_model_relation": "merge"} if parents else {}
+    metadata |= {"library_name": library_name, "tags": ["merge", "mergeloom"]}
+    known = {model.license_name for model in inputs if model.license_name}
+    if len(known) == 1 and all(model.license_name for model in inputs):
+        metadata["license"] = known.pop()
+    elif known:
+        metadata["license"] = "other"
+    return metadata
+
+
+def _licenses(inputs: Sequence[CardModel]) -> str:
+    """The license that all models share, or else the list of their licenses."""
+    names = {model.license_name for model in inputs}
+    if len(names) == 1:
+        return names.pop() or "not stated by the models"
+    return ", ".join(f"{model.name}: {model.license_name or 'not stated'}" for model in inputs)
+
+
+def _method(method: CardMethod) -> str:
+    return f"{_code(method.name)} ([paper]({method.paper}))" if method.paper else _code(method.name)
 
 
 def _link(model: CardModel) -> str:
     """A model in Markdown: a link to the Hub or the name of a directory."""
     if model.local:
-        return f"`{model.name}`"
-    at = f" at `{model.revision}`" if model.revision else ""
-    return f"[{model.path}]({_ADDRESS}/{model.path}){at}"
+        return _code(model.name)
+    at = f" at {_code(model.revision)}" if model.revision else ""
+    return f"[{_escaped(model.path)}]({_ADDRESS}/{quote(model.path)}){at}"
 
 
-def _without_paths(recipe: str, models: Sequence[CardModel]) -> str:
-    """Shorten each local directory and any other absolute path in the recipe to its last component."""
-    for model in sorted({m for m in models if m.local and m.path.strip("/")}, key=lambda m: (-len(m.path), m.path)):
-        pattern = rf"(?<![\w./~-]){re.escape(model.path.rstrip('/'))}/?(?![\w./-])"
-        recipe = re.sub(pattern, model.name.replace("\\", r"\\"), recipe)
-    return _ABSOLUTE.sub(lambda match: match[1] or _last_component(match[0]), recipe)
+def _one_line(text: str) -> str:
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-def _last_component(path: str) -> str:
-    components = [part for part in path.split("/") if part not in ("", ".", "..", "~")]
-    return components[-1] if components else ""
+def _escaped(text: str) -> str:
+    """Text from a name, in one line, without a meaning in Markdown or HTML."""
+    return _SPECIAL.sub(lambda match: f"\\{match[0]}", _one_line(text))
+
+
+def _code(text: str) -> str:
+    """A code span, delimited by more backticks than the text has in a row."""
+    text = _one_line(text)
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block, delimited by more backticks than the text has in a row."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`{3,}", text)), 0)
+    return f"{fence}{language}\n{text}\n{fence}"

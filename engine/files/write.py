@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...io.companions import FileKind, companion_files
 from ...io.output.directory import OutputDirectory
 from ...io.output.shards import index_bytes
 from ...io.safetensors.checkpoint import INDEX, Checkpoint
+from ...version import __version__
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 from ..model.inputs import Model
 from ..recipe.types import Recipe
-from .card import CardModel, model_card
+from .card import CardMethod, CardModel, model_card
 from .chat_templates import REPLACED, with_template
+from .licenses import license_of
+from .published import published_recipe
 from .sources import FileSources, OutputModel, directory_of, tokenizer_directory
 
 CARD = "README.md"
+RECIPE = "mergekit_config.yml"
+"""The recipe in the output, under the name that mergekit and the Hub use."""
+DESCRIPTIONS = (CARD, RECIPE)
+"""Files that describe the merge in words of its time and place; their content may differ when it is repeated."""
 CONFIG = "config.json"
 
 
@@ -52,6 +60,10 @@ class OutputContent:
         layout: shard and offset of each output tensor.
         inputs: models that are read.
         dtype: torch dtype name of the output in config.json, or None.
+        papers: URL of the publication of each merge method that has one.
+        command: command that repeats the merge.
+        versions: version of each program by its name.
+        keep_paths: whether local paths stay in the recipe that is published.
     """
 
     recipe: Recipe
@@ -59,6 +71,21 @@ class OutputContent:
     layout: Layout
     inputs: Sequence[Model]
     dtype: str | None
+    papers: Mapping[str, str] = field(default_factory=dict)
+    command: str = "mergeloom merge mergekit_config.yml merged"
+    versions: Mapping[str, str] = field(default_factory=lambda: {"mergeloom": __version__})
+    keep_paths: bool = False
+
+    @property
+    def published(self) -> str:
+        """The recipe in the form that the output's files contain."""
+        local = [model.reference.path for model in self.inputs if is_local(model.reference.path)]
+        return self.recipe.text if self.keep_paths else published_recipe(self.recipe.text, local)
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's path is a local directory or file rather than a Hub id."""
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111  these never raise
 
 
 def write_model_files(models: Sequence[OutputModel], content: OutputContent, out: OutputDirectory) -> list[str]:
@@ -98,6 +125,8 @@ def model_files(
         for name, data in _companions(output.files, companions):
             yield ModelFile(f"{within}{name}", data)
         yield ModelFile(f"{within}{CARD}", _card(content, output).encode())
+        if content.published.strip():
+            yield ModelFile(f"{within}{RECIPE}", content.published.encode())
         if output.files.config is not None:
             config = (json.dumps(output.files.config, indent=2) + "\n").encode()
             yield ModelFile(f"{within}{CONFIG}", config, last=True)
@@ -132,7 +161,8 @@ def _card(content: OutputContent, output: OutputModel) -> str:
         model.number: CardModel(
             model.reference.path,
             revision=model.reference.revision,
-            local=Path(model.reference.path).expanduser().exists(),
+            local=is_local(model.reference.path),
+            license_name=license_of(directory_of(model.checkpoint)),
         )
         for model in content.inputs
         if not output.folder or model.number in used
@@ -144,9 +174,11 @@ def _card(content: OutputContent, output: OutputModel) -> str:
     methods = [output.stage.merge_method] if output.folder else [stage.merge_method for stage in content.recipe.stages]
     return model_card(
         name=output.stage.name or "Merged model",
-        methods=list(dict.fromkeys(methods)),
+        methods=[CardMethod(method, content.papers.get(method)) for method in dict.fromkeys(methods)],
         models=list(cards.values()),
-        recipe=content.recipe.text,
+        recipe=content.published,
+        command=content.command,
+        versions=content.versions,
         layers=output.layers,
         parameters=sum(map(graph.elements, nodes)),
         dtype=(None if output.folder else content.dtype) or ", ".join(dtypes),

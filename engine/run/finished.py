@@ -12,7 +12,7 @@ from ...io.output.digests import bytes_digest, file_digest
 from ...io.output.lock import DirectoryStatus
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.units import plural
-from ..files.write import CARD, local_companions, model_files
+from ..files.write import DESCRIPTIONS, local_companions, model_files
 from ..model.open import is_remote
 from .manifest import differences, facts_of, model_names, other_version
 from .verify import Verdict, Verification
@@ -28,8 +28,8 @@ def check_finished(plan: Plan, status: DirectoryStatus) -> str:
     """Compare a finished OUT with its manifest, and the manifest with a plan.
 
     The comparison covers the recipe and everything else that determines the tensors' bytes, the size and header of
-    every shard, and every other file: its digest, and the content that the plan would write now. The model card is
-    compared with its digest only, since it quotes the recipe's comments and the version of mergeloom.
+    every shard, and every other file: its digest, and the content that the plan would write now. The model card and
+    the published recipe are compared with their digests only, since they have comments, versions and names of paths.
 
     Args:
         plan: plan of the requested merge.
@@ -110,7 +110,7 @@ def _file_differences(plan: Plan, out: Path, recorded: Mapping[str, str]) -> Ite
     expected = set()
     for file in model_files(plan.made, plan.content, companions):
         expected.add(file.name)
-        if file.name.rpartition("/")[2] == CARD:
+        if file.name.rpartition("/")[2] in DESCRIPTIONS:
             continue
         if file.name not in recorded:
             yield f"{file.name} is not in it and would be written now"

@@ -20,6 +20,8 @@ from ...io.safetensors.identity import file_identity
 from ...methods.kernel.contract import ARITHMETIC_VERSION, Inputs
 from ...methods.registry import code_of
 from ...version import __version__
+from ..files.published import published_names
+from ..files.write import is_local
 from ..graph.fuse import FusedKernel, FusedPart
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
@@ -254,9 +256,11 @@ def manifest_bytes(
             `model`, `file` and `offset`, and ``copied`` if the kernel copied it instead of sharing its blocks.
         files: digest of each file other than the shards.
     """
+    names = model_names(plan)
     content = {
         **facts,
-        "models": model_names(plan),
+        "recipe": plan.content.published,
+        "models": names if plan.options.keep_paths else published_names(names, is_local),
         "files": dict(files),
         "shards": {shard.name: [shard.nbytes, bytes_digest(shard.header)] for shard in plan.layout.shards},
         "tensors": dict(tensors),

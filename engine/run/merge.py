@@ -164,13 +164,15 @@ def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
 
 
 def missing_files(planned: Plan) -> list[HubFile]:
-    """Return the files of Hub models that a merge needs and the cache does not have: weights, configs, tokenizers."""
+    """Return the files of Hub models that a merge needs and the cache does not have: weights, tokenizers, cards, ..."""
     needed = list(planned.downloads)
+    remote = [model.checkpoint for model in planned.built.models if is_remote(model.checkpoint)]
     donors = [donor for donor in (planned.files.others, planned.files.tokenizer) if is_remote(donor)]
-    if donors:
-        from ...io.hub.checkpoint import companions
+    if donors or remote:
+        from ...io.hub.checkpoint import card_of, companions
 
         needed += [file for donor in donors for file in companions(donor)]
+        needed += [card for model in remote if (card := card_of(model)) is not None]  # which states the license
     return [file for file in {file.path: file for file in needed}.values() if not file.present]
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...io.hub.repository import HubFile
 from ...io.safetensors.tensors import TensorRef
+from ...methods import merge_methods
+from ...version import __version__
 from ..cost.machine import Machine
 from ..cost.workload import Workload
 from ..files.sources import FileSources, OutputModel
@@ -43,6 +48,7 @@ class Options:
         strict: whether warnings are errors.
         machine: machine to plan for; None for this one.
         methods: paths of Python files with user-defined merge methods.
+        keep_paths: whether local paths stay in the model card, in mergekit_config.yml and in the manifest.
     """
 
     max_ram: int | None = None
@@ -54,6 +60,7 @@ class Options:
     strict: bool = False
     machine: Machine | None = None
     methods: tuple[str, ...] = ()
+    keep_paths: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +179,20 @@ class Plan:
     def content(self) -> OutputContent:
         """Facts about the weights for the model card and the index."""
         built = self.built
-        return OutputContent(self.recipe, built.graph, self.layout, built.models, built.dtype)
+        options = self.options
+        methods = merge_methods(options.methods)
+        papers = {name: method.paper for name, method in methods.items() if method.paper}
+        return OutputContent(
+            self.recipe,
+            built.graph,
+            self.layout,
+            built.models,
+            built.dtype,
+            papers,
+            _command(options),
+            _versions(computes=self.computes),
+            options.keep_paths,
+        )
 
     @property
     def workload(self) -> Workload:
@@ -264,3 +284,18 @@ class Plan:
             ],
             "read_again": [asdict(group) for group in read_again(graph, schedule, read)],
         }
+
+
+def _command(options: Options) -> str:
+    """Return the command that repeats a merge, with the options that determine the output's bytes."""
+    parts = ["mergeloom merge mergekit_config.yml merged"]
+    parts += [f"--seed {options.seed}"] if options.seed else []
+    parts += [f"--shard-size {options.shard_size}B"] if options.shard_size != Options().shard_size else []
+    parts += [f"--methods {shlex.quote(Path(file).name)}" for file in options.methods]
+    return " ".join(parts)
+
+
+def _versions(*, computes: bool) -> dict[str, str]:
+    """Return the versions of mergeloom, Python and the libraries that make the output."""
+    libraries = ("torch", "safetensors") if computes else ("safetensors",)
+    return {"mergeloom": __version__, "Python": platform.python_version()} | {name: version(name) for name in libraries}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import MergeloomError
+from ...errors import MergeloomError, UsageError
 from ...io.companions import LOADER_FOLDERS, is_loader_file
 from ...io.open_source import open_source, read_range
 from ...io.os_errors import translating_os_errors
@@ -102,7 +102,12 @@ class Verdict:
 
 
 def verify(
-    out: str | os.PathLike[str], *, sources: bool = False, threads: int = THREADS, notify: Notify | None = None
+    out: str | os.PathLike[str],
+    *,
+    sources: bool = False,
+    models: Mapping[str, str] | None = None,
+    threads: int = THREADS,
+    notify: Notify | None = None,
 ) -> Verdict:
     """Compare everything in OUT that has a digest with its manifest. Needs no source files and no network.
 
@@ -110,13 +115,16 @@ def verify(
         out: directory of the merged model.
         sources: also compare the tensors without a digest with their source files, and check that all source files
             are unchanged. Source files that are not available are reported, and are not an error.
+        models: with ``sources=True``, directory of a source model by its name in the manifest. Others are looked for
+            under that name: in the current directory, or on the Hub.
         threads: number of tensors that are read at a time.
         notify: called with the bytes read so far, from any thread.
 
     Raises:
         CheckpointError: the manifest is missing or was modified.
+        UsageError: the manifest has no model of a name in `models`.
     """
-    return Verification(Path(out), sources=sources).run(threads, notify)
+    return Verification(Path(out), sources=sources, models=models).run(threads, notify)
 
 
 class Verification:
@@ -125,6 +133,7 @@ class Verification:
     Args:
         out: directory of the merged model.
         sources: as for `verify`.
+        models: as for `verify`.
 
     Attributes:
         manifest: content of the manifest.
@@ -134,9 +143,13 @@ class Verification:
         CheckpointError: the manifest is missing or was modified.
     """
 
-    def __init__(self, out: Path, *, sources: bool = False) -> None:
+    def __init__(self, out: Path, *, sources: bool = False, models: Mapping[str, str] | None = None) -> None:
         self.out = out
         self.manifest = read_manifest(out)
+        self._paths = dict(models or {})
+        if unknown := self._paths.keys() - set(self.manifest["models"]):
+            known = ", ".join(self.manifest["models"])
+            raise UsageError(f"{out} was not made from a model named {min(unknown)}: its manifest names {known}")
         self._compares = sources
         self._damaged: list[str] = []
         self._files = 0
@@ -311,10 +324,11 @@ class Verification:
 
         with self._lock:
             if number not in self._models:
+                name = self.manifest["models"][number]
                 try:
-                    self._models[number] = open_model(reference_of(self.manifest["models"][number]))
+                    self._models[number] = open_model(reference_of(self._paths.get(name, name)))
                 except MergeloomError as error:
-                    self._models[number] = str(error)
+                    self._models[number] = f"{error}; --model {name}=PATH says where it is"
             found = self._models[number]
         if isinstance(found, str):
             raise MergeloomError(found)

@@ -114,6 +114,11 @@ def companions(checkpoint: Checkpoint) -> tuple[HubFile, ...]:
     return tuple(files[name] for name in names if name.count("/") < 2 and files[name].nbytes <= LARGEST_COMPANION)
 
 
+def card_of(checkpoint: Checkpoint) -> HubFile | None:
+    """The model card of a checkpoint on the Hub; None if it has none, and for a local checkpoint."""
+    return checkpoint.repository.files.get("README.md") if isinstance(checkpoint, HubCheckpoint) else None
+
+
 def _file_at(repository: Repository, path: Path) -> HubFile:
     return repository.files[path.relative_to(repository.snapshot).as_posix()]
 

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Which tensors get a digest in the manifest; `full` also reads those that are only reflinked or copied.",
 )
+@click.option(
+    "--keep-paths",
+    is_flag=True,
+    help="Keep local paths in the model card, mergekit_config.yml and the manifest, instead of their last component.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary, only warnings and errors.")
 def merge(
     recipe: str,

@@ -25,9 +25,16 @@ _SHOWN = 20
     is_flag=True,
     help="Also compare tensors without a digest with their source files, and check that all of these are unchanged.",
 )
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="With --sources: where a source model is, by its name in the manifest; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every unverified tensor.")
 @click.option("--quiet", is_flag=True, help="Show no progress, and no summary unless something is wrong.")
-def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
+def verify(out: str, sources: bool, models: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Compare a merged model with its manifest. Needs neither the source models nor a network.
 
     OUT is the output directory of a merge; its mergeloom.json has the digests. Everything with a digest is read.
@@ -39,7 +46,11 @@ def verify(out: str, sources: bool, as_json: bool, quiet: bool) -> None:
     from ..report.progress import Display
     from ..report.sections import show
 
-    check = Verification(Path(out), sources=sources)
+    for text in models:
+        if "=" not in text or not sources:
+            raise click.BadParameter(f"{text}: use it with --sources, as --model NAME=PATH", param_hint="--model")
+    named = dict(text.split("=", 1) for text in models)
+    check = Verification(Path(out), sources=sources, models=named)
     with Display(check.bytes_to_read, 0, quiet=quiet or as_json) as display:
         verdict = check.run(notify=display)
     if as_json:

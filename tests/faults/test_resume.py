@@ -100,7 +100,11 @@ def test_models_may_have_moved(models: list[Path], tmp_path: Path) -> None:
     said: list[str] = []
     run(recipe(moved), out, say=said.append)
     found, expected = digests(out), digests(tmp_path / "whole")
-    assert {name for name in expected if found[name] != expected[name]} <= {MANIFEST, "README.md"}
+    assert {name for name in expected if found[name] != expected[name]} <= {
+        MANIFEST,
+        "README.md",
+        "mergekit_config.yml",
+    }
     assert not any("warning" in text for text in said)
 
 

@@ -14,7 +14,7 @@ from mergeloom.io.output.lock import WORK
 from tests.support.faults import Stopped
 from tests.support.models import FineTune, Random, write_checkpoint
 
-OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=400_000)
+OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=400_000, keep_paths=True)
 GROUP = 40 << 10
 SHAPES = {
     "model.embed_tokens.weight": (400, 128),

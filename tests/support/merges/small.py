@@ -11,7 +11,7 @@ from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from tests.support.models import FineTune, Random, write_checkpoint
 
-OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=150_000)
+OPTIONS = Options(max_ram=4 << 30, device="cpu", threads=1, shard_size=150_000, keep_paths=True)
 GROUP = 16 << 10
 SHAPES = {
     "model.embed_tokens.weight": (100, 64),

@@ -29,7 +29,7 @@ class Merge:
 
     def run(self, out: Path, *, digests: bool = False, say: Callable[[str], None] | None = None) -> Path:
         """Merge into OUT, in two shards."""
-        options = Options(device="cpu", threads=1, max_ram=4 << 30, shard_size=30_000)
+        options = Options(device="cpu", threads=1, max_ram=4 << 30, shard_size=30_000, keep_paths=True)
         merge(self.recipe, out, options, digests=digests, say=say)
         return out
 

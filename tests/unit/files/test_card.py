@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mergeloom import __version__
-from mergeloom.engine.files.card import CardModel, model_card
+from mergeloom.engine.files.card import CardMethod, CardModel, model_card
+from mergeloom.engine.files.licenses import license_of
+from mergeloom.engine.files.published import published_recipe
 
 RECIPE = """\
 models:
@@ -29,13 +31,15 @@ BASE = CardModel("org/base")
 def card(**changes: Any) -> str:
     arguments: dict[str, Any] = {
         "name": "merged",
-        "methods": ["linear"],
+        "methods": [CardMethod("linear", "https://arxiv.org/abs/2203.05482")],
         "models": [TUNE, OTHER],
         "recipe": RECIPE,
         "layers": 16,
         "parameters": 1_235_814_400,
         "dtype": "bfloat16",
         "base_model": BASE,
+        "command": "mergeloom merge mergekit_config.yml merged --seed 3",
+        "versions": {"mergeloom": "1.2.3", "torch": "2.13.0+cpu"},
     }
     return model_card(**arguments | changes)
 
@@ -48,32 +52,90 @@ def metadata(text: str) -> dict[str, Any]:
     return found
 
 
-def recipe_in(text: str) -> str:
-    return text.split("yaml\n")[-1].rsplit("\n`", 1)[0].rstrip("`").rstrip("\n")
-
-
 def test_metadata() -> None:
     assert metadata(card()) == {
-        "base_model": ["org/base", "my-tune", "org/other"],
+        "base_model": ["org/base", "org/other"],  # the Hub knows no directory
         "base_model_relation": "merge",
         "library_name": "transformers",
-        "tags": ["mergeloom", "merge"],
+        "tags": ["merge", "mergeloom"],
     }
-    assert metadata(card(license_name="apache-2.0"))["license"] == "apache-2.0"
     assert metadata(card(models=[BASE], base_model=BASE))["base_model"] == ["org/base"]
     assert metadata(card(models=[CardModel("1e5"), CardModel("yes")], base_model=None))["base_model"] == ["1e5", "yes"]
+    assert metadata(card(models=[TUNE], base_model=None)).keys() == {"library_name", "tags"}
+
+
+@pytest.mark.parametrize(
+    ("licenses", "front", "row"),
+    [
+        (("apache-2.0", "apache-2.0"), "apache-2.0", "apache-2.0"),
+        (("apache-2.0", "mit"), "other", "org/a: apache-2.0, org/b: mit"),
+        (("mit", None), "other", "org/a: mit, org/b: not stated"),
+        ((None, None), None, "not stated by the models"),
+    ],
+)
+def test_the_license_is_that_of_the_parents_if_they_agree(
+    licenses: tuple[str | None, str | None], front: str | None, row: str
+) -> None:
+    models = [CardModel(f"org/{name}", license_name=own) for name, own in zip("ab", licenses, strict=True)]
+    text = card(models=models, base_model=None)
+    assert metadata(text).get("license") == front
+    assert f"| License | {row} |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("---\nlicense: mit\n---\n# A", "mit"),
+        ("---\nlicense: other\nlicense_name: gemma\n---\n", "gemma"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\nlicense: {\n---\n", None),
+        ("---\nlicense: mit\n", None),
+        ("# A\nlicense: mit\n", None),
+        ("", None),
+    ],
+)
+def test_the_license_is_read_from_the_card_of_a_model(tmp_path: Path, content: str, found: str | None) -> None:
+    (tmp_path / "README.md").write_text(content)
+    assert license_of(tmp_path) == found
+    assert license_of(tmp_path / "missing") is None
 
 
 def test_text() -> None:
     text = card()
     assert "\n# merged\n" in text
-    assert f"made with mergeloom {__version__} by the merge method `linear`, with" in text
+    assert "1.2.3 by the merge method `linear` ([paper](https://arxiv.org/abs/2203.05482)), with" in text
     assert "- [org/other](https://huggingface.co/org/other) at `main`\n" in text
     assert "- `my-tune`\n" in text
     assert "| Layers | 16 |\n| Parameters | 1,235,814,400 (1.24B) |\n| dtype | bfloat16 |\n" in text
-    assert text.endswith("```\n")
+    assert "| torch | 2.13.0+cpu |\n" in text
+    assert text.endswith("```bash\nmergeloom merge mergekit_config.yml merged --seed 3\n```\n")
     assert "Layers" not in card(layers=0)
-    assert "methods `slerp` and `linear`" in card(methods=["slerp", "linear", "slerp"])
+    several = [CardMethod("slerp"), CardMethod("linear"), CardMethod("slerp")]
+    assert "methods `slerp` and `linear`" in card(methods=several)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a`b", "[x](http://evil)", "<script>alert(1)</script>", "a|b", "line\nbreak", "*bold*", "_under_", "# head", "--"],
+)
+def test_names_have_no_meaning_in_markdown(name: str) -> None:
+    from markdown_it import MarkdownIt
+
+    text = card(name=name, models=[CardModel(f"/data/{name}", local=True), CardModel(f"org/{name}")], base_model=None)
+    body = text.split("---\n", 2)[2]
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not [
+        token for token in (*tokens, *inline) if token.type in ("html_block", "html_inline", "em_open", "strong_open")
+    ]
+    links = [str(token.attrs["href"]) for token in inline if token.type == "link_open"]
+    assert all(
+        link.startswith(("https://huggingface.co/org/", "https://pypi.org/", "https://arxiv.org/")) for link in links
+    )
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert len(headings) == 4
+    assert metadata(text)["base_model"] == [f"org/{name}"]
 
 
 def test_same_arguments_same_text() -> None:
@@ -81,7 +143,7 @@ def test_same_arguments_same_text() -> None:
 
 
 def test_recipe_stays_a_recipe() -> None:
-    shown = yaml.safe_load(recipe_in(card()))
+    shown = yaml.safe_load(published_recipe(RECIPE, [TUNE.path]))
     original = yaml.safe_load(RECIPE)
     original["models"][0]["model"] = "my-tune"
     assert shown == original
@@ -104,10 +166,7 @@ def test_recipe_stays_a_recipe() -> None:
     ],
 )
 def test_no_path_of_this_machine(line: str, local: list[str], shown: str) -> None:
-    text = card(recipe=line, models=[CardModel(path, local=True) for path in local], base_model=None)
-    assert recipe_in(text) == shown
-    assert "/home/me" not in text
-    assert "/data" not in text
+    assert published_recipe(line, local) == shown
 
 
 def test_fences_in_the_recipe() -> None:

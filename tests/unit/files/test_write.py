@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
+import mergeloom
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
@@ -15,6 +17,8 @@ from tests.support.models import tiny_llama, write_checkpoint, write_tokenizer
 from tests.support.outputs import config_of, digests
 
 CPU = Options(device="cpu", threads=1)
+WRITTEN = {"README.md", "mergekit_config.yml", "mergeloom.json"}
+"""Files that describe the merge."""
 
 
 def passed(model: Path, **more: object) -> dict[str, object]:
@@ -30,7 +34,7 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ messages }}")
     merge(passed(model), tmp_path / "out", CPU)
     found, expected = digests(tmp_path / "out"), digests(model)
-    assert found.keys() == expected.keys() - {"notes.md", "training_args.bin"} | {"README.md", "mergeloom.json"}
+    assert found.keys() == expected.keys() - {"notes.md", "training_args.bin"} | WRITTEN
     changed = {"model.safetensors", "config.json"}  # another header, another order of keys
     assert {name: found[name] for name in expected.keys() & found.keys() - changed} == {
         name: expected[name] for name in expected.keys() & found.keys() - changed
@@ -44,8 +48,7 @@ def test_a_model_given_as_a_file_has_its_companions_beside_it(tmp_path: Path) ->
     merge(passed(model), tmp_path / "directory", CPU)
     found, expected = digests(tmp_path / "file"), digests(tmp_path / "directory")
     assert {name for name in expected if found.get(name) != expected[name]} == {
-        "README.md",  # which names the model
-        "mergeloom.json",
+        *WRITTEN,  # which name the model
     }
 
 
@@ -103,7 +106,7 @@ def test_a_model_without_config_gets_none(tmp_path: Path) -> None:
     assert [warning for warning in planned.warnings if "has no config.json" in warning]
     merge(planned, tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["README.md", "mergeloom.json", "model.safetensors"]
+    assert names == ["README.md", "mergekit_config.yml", "mergeloom.json", "model.safetensors"]
 
 
 def test_any_text_in_config_survives(tmp_path: Path) -> None:
@@ -113,17 +116,41 @@ def test_any_text_in_config_survives(tmp_path: Path) -> None:
     assert config_of(tmp_path / "out") == odd
 
 
-def test_the_card_has_what_the_hub_knows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_paths", [False, True])
+def test_card_recipe_and_manifest_have_the_published_form(tmp_path: Path, keep_paths: bool) -> None:
     model = write_checkpoint(tmp_path / "tiny", tiny_llama())
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    out = tmp_path / "out"
     recipe = passed(model, name="stack", dtype="bfloat16")
-    merge(recipe, tmp_path / "out", CPU)
-    card = (tmp_path / "out" / "README.md").read_text()
-    metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["base_model_relation"] == "merge"
-    assert metadata["base_model"] == ["tiny"]
-    assert {"mergeloom", "merge"} <= set(metadata["tags"])
-    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == recipe | {"models": [{"model": "tiny"}]}
-    assert str(tmp_path) not in card
+    mergeloom.merge(recipe, out, device="cpu", seed=7, keep_paths=keep_paths)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.license == "mit"
+    assert {"mergeloom", "merge"} <= set(card.data.tags)
+    assert card.data.base_model is None  # the Hub does not know a directory
+    assert "mergeloom merge mergekit_config.yml merged --seed 7\n" in card.text
+    shown = recipe | {"models": [{"model": str(model) if keep_paths else "tiny"}]}
+    manifest = json.loads((out / "mergeloom.json").read_text())
+    for text in (
+        (out / "mergekit_config.yml").read_text(),
+        card.text.split("```yaml\n")[1].split("```")[0],
+        manifest["recipe"],
+    ):
+        assert yaml.safe_load(text) == shown
+    assert manifest["models"] == [str(model) if keep_paths else "tiny"]
+    everything = b"".join((out / name).read_bytes() for name in ("README.md", "mergekit_config.yml", "mergeloom.json"))
+    assert (str(tmp_path).encode() in everything) is keep_paths
+    said: list[str] = []
+    mergeloom.merge(recipe, out, device="cpu", seed=7, keep_paths=not keep_paths, say=said.append)
+    assert "already complete" in said[0]
+
+
+def test_the_published_recipe_makes_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_checkpoint(tmp_path / "tiny", tiny_llama())
+    mergeloom.merge(passed(model, dtype="bfloat16"), tmp_path / "out", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    mergeloom.merge("out/mergekit_config.yml", "again", device="cpu")
+    for name in ("model.safetensors", "config.json", "mergekit_config.yml"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_the_plan_says_what_config_can_not(tmp_path: Path) -> None:
