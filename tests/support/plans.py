@@ -10,7 +10,7 @@ from mergeloom.engine.run.plan import Options
 
 Recipe = dict[str, Any]
 
-ROOMY = Options(max_ram=4 << 30, device="cpu", threads=2)
+ROOMY = Options(max_ram=4 << 30, device="cpu", threads=2, keep_paths=True)
 """Options with more memory than any small merge needs."""
 
 
