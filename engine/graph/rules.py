@@ -279,6 +279,6 @@ def _refuse_quantized(inputs: Iterable[Input]) -> None:
         label = format_name(checkpoint, each.model.quantized or (each.name,))
         raise CheckpointError(
             f"tensor {each.name} of {each.model.name} is quantized ({label}; {reason}): dequantization is not "
-            f"supported yet; {unquantized(each.model.reference.text, checkpoint)}. passthrough without dtype copies the tensor "
-            "unchanged"
+            f"supported yet; {unquantized(each.model.reference.text, checkpoint)}. passthrough without dtype copies "
+            "the tensor unchanged"
         )

@@ -30,7 +30,7 @@ _PACKED_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
 """Integer dtypes of codes. Those of 64 bits hold indices and shapes."""
 _PARAMETER = re.compile(r"(?:\w*proj_)?(?:weight|bias)|(?:weight|bias)_[ih]h_l\d\w*|\w*_bias|bias_[kv]")
 """Last components of the names of parameters; all others next to codes may be their scales."""
-_OF_CODES = re.compile(r"scale|absmax|zero|quant", re.IGNORECASE)
+_OF_CODES = re.compile(r"scale|absmax|zero|quant|format", re.IGNORECASE)
 """Words in the names of the tensors that belong to codes."""
 
 
@@ -114,9 +114,9 @@ def _owners(
         owner = tensors[code]
         if code == name:
             continue
-        if owner.dtype.kind is not ElementKind.FLOAT:
-            belongs = named or ref.dtype.kind is ElementKind.FLOAT
-        else:  # a model that was cast to FP8 has other parameters, too, but they are FP8 or not small
-            belongs = named or (ref.dtype != owner.dtype and 4 * ref.elements <= owner.elements)
-        if belongs:
+        belongs = ref.dtype.kind is ElementKind.FLOAT
+        if owner.dtype.kind is ElementKind.FLOAT:
+            # a model that was cast to FP8 has other parameters, too, but they are FP8 or not small
+            belongs = belongs and ref.dtype != owner.dtype and 4 * ref.elements <= owner.elements
+        if belongs or named:
             yield code
