@@ -38,11 +38,20 @@ def check_quantized_outputs(graph: MergeGraph, models: Sequence[Model], donor: M
         CheckpointError: a model has another format than the donor, so its tensors would be read as something else.
     """
     copied: dict[int, str] = {}
+    values: dict[int, str] = {}
     if any(model.quantized for model in models):
-        for model, name in zip(graph.read_models, graph.read_names, strict=True):
-            if name in models[model].quantized:
-                copied.setdefault(model, name)
+        for number, name in zip(graph.read_models, graph.read_names, strict=True):
+            if name in models[number].quantized:
+                copied.setdefault(number, name)
+            elif name in donor.quantized:
+                values.setdefault(number, name)
     label = format_name(donor.checkpoint, donor.quantized) if donor.quantized else None
+    for number, name in values.items() if copied else ():
+        raise CheckpointError(
+            f"tensor {name} of {models[number].name} is not quantized, but config.json comes from {donor.name}, where "
+            f"it is quantized ({label}; {donor.quantized[name]}): loaders would read it as codes; "
+            f"{unquantized(donor.reference.text, donor.checkpoint)}"
+        )
     for number, name in copied.items():
         model = models[number]
         own = format_name(model.checkpoint, model.quantized)

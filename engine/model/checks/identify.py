@@ -15,7 +15,7 @@ from ....io.safetensors.file_sets import ADAPTER, shard_number
 from ....io.small_files import read_json
 from ....io.units import listed, plural
 from ..roles import is_buffer
-from .names import rename_script
+from .names import directory_of, rename_script
 
 _ADAPTER_PARTS = frozenset(
     [
@@ -147,13 +147,12 @@ def _adapter_evidence(checkpoint: Checkpoint, parts: Collection[str]) -> str | N
 def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
     config = _adapter_config(checkpoint)
     base = config.get("base_model_name_or_path")
-    kind = config.get("peft_type")
-    what = (
-        f"a {kind} adapter" if isinstance(kind, str) and kind != "LORA" else "a LoRA adapter" if kind else "an adapter"
-    )
+    kind = str(config["peft_type"]) if "peft_type" in config else None
+    what = {"LORA": "a LoRA adapter", None: "an adapter"}.get(kind, f"an adapter ({kind})")
     named = isinstance(base, str) and bool(base)
     of_base = f" of {base}" if named else ""
-    source = str(_directory(checkpoint))
+    source = directory_of(checkpoint)
+    target = source + "-merged" if not hasattr(checkpoint, "repository") else source.rpartition("/")[2] + "-merged"
     return (
         f"is {what}{of_base}, not a model ({evidence}): the mean of two adapters' matrices is not the mean of their "
         "changes. Adapters are not supported yet: merge it into its base model first, and use the new directory:\n\n"
@@ -162,8 +161,8 @@ def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
         f"    base, adapter = {base if named else 'BASE MODEL'!r}, {source!r}\n"
         '    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype="auto")\n'
         "    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()\n"
-        f"    model.save_pretrained({source + '-merged'!r})\n"
-        f"    AutoTokenizer.from_pretrained(base).save_pretrained({source + '-merged'!r})"
+        f"    model.save_pretrained({target!r})\n"
+        f"    AutoTokenizer.from_pretrained(base).save_pretrained({target!r})"
     )
 
 
@@ -175,12 +174,11 @@ def _adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
         assert isinstance(checkpoint, HubCheckpoint)
         download(file for file in checkpoint.repository.files.values() if file.name == "adapter_config.json")
-    config = read_json(_directory(checkpoint) / "adapter_config.json")
+        directory = checkpoint.path
+    else:
+        directory = Path(directory_of(checkpoint))
+    config = read_json(directory / "adapter_config.json")
     return config if isinstance(config, dict) else {}
-
-
-def _directory(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path.parent if checkpoint.path.suffix in (".safetensors", ".json") else checkpoint.path
 
 
 # ------------------------------------------------------------------------------------------------ parts of models
@@ -241,5 +239,5 @@ def _describe_wrapper(checkpoint: Checkpoint, prefix: str, code: str, count: int
         f"has names with {prefix!r}, which a wrapper such as DDP, FSDP, torch.compile or PEFT adds during training: "
         f"{count} of its {plural(len(checkpoint.tensors), 'tensor')}, such as {quoted(example)}. No program would find "
         "them by these names in the output. Rename them in a copy of the model, and use that:\n\n"
-        + rename_script(_directory(checkpoint), code)
+        + rename_script(checkpoint, code)
     )

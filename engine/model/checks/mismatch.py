@@ -41,12 +41,11 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
     # removing a prefix is simpler than adding one
     model, other, renaming = min(found, key=lambda item: (-item[2].matches, len(item[2].added), len(item[2].prefix)))
     equal = sum(name in other.checkpoint.tensors for name in model.checkpoint.tensors)
-    path = model.checkpoint.path
     return CheckpointError(
         f"{model.name} and {other.name} have different names for the same tensors: only {equal} of the "
         f"{plural(renaming.total, 'tensor')} of {model.name} {'is' if equal == 1 else 'are'} in {other.name}, but "
         f"{renaming}, {renaming.matches} would be. Rename them in a copy of {model.name}, and use that:\n\n"
-        + rename_script(path.parent if path.suffix in (".safetensors", ".json") else path, renaming.expression)
+        + rename_script(model.checkpoint, renaming.expression)
         + f"\n\nThe first difference: {error}"
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+
+from ....io.safetensors.checkpoint import Checkpoint
 
 _SPELLINGS = ((".gamma", ".weight"), (".beta", ".bias"))
 """Endings of TensorFlow's layer norms, and PyTorch's."""
@@ -105,15 +106,27 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return ["", *sorted(large, key=lambda prefix: (len(prefix), prefix))[:_CANDIDATES]]
 
 
-def rename_script(model: Path, expression: str) -> str:
+def directory_of(checkpoint: Checkpoint) -> str:
+    """The directory of a checkpoint, or its repository on the Hub."""
+    if hasattr(checkpoint, "repository"):
+        return str(checkpoint.repository.repo)
+    path = checkpoint.path
+    return str(path.parent if path.suffix in (".safetensors", ".json") else path)
+
+
+def rename_script(checkpoint: Checkpoint, expression: str) -> str:
     """Python code that copies a model with other tensor names.
 
     Args:
-        model: directory of the model.
+        checkpoint: the model.
         expression: Python code that computes the new name from `name`.
     """
-    source = str(model)
+    source, download = directory_of(checkpoint), ""
+    if hasattr(checkpoint, "repository"):
+        folder = source.rpartition("/")[2]
+        source, download = folder, f"    # first: hf download {source} --local-dir {folder}\n"
     return (
+        f"{download}"
         "    import json, re, shutil\n"
         "    from pathlib import Path\n"
         "    from safetensors.torch import load_file, save_file\n"

@@ -235,10 +235,11 @@ def test_a_later_stage_refuses_what_an_earlier_one_copied(tmp_path: Path) -> Non
         "merge_method": "linear",
         "models": [{"model": f"copy-{name}", "parameters": {"weight": 0.5}} for name in "ab"],
     }
+    recipe: Any = [*stages, last]
     with pytest.raises(
         CheckpointError, match=r"p\.multiplier of copy-a is quantized \(scaled FP8; it belongs to p\.weight"
     ):
-        plan([*stages, last], CPU)  # type: ignore[arg-type]
+        plan(recipe, CPU)
 
 
 @pytest.mark.parametrize(
