@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         layers = find_layers(checkpoint.tensors, checkpoint.config)
     except CheckpointError as error:  # the rest of the inspection may show the cause
         remarks.append(str(error))
-    remarks += [problem.partition("\n")[0] for problem in not_a_model(checkpoint)]
+    remarks += [problem.partition("\n")[0].rstrip(":") for problem in islice(not_a_model(checkpoint), 1)]
     quantized = quantized_tensors(checkpoint)
     if quantized:
         name, reason = next(iter(quantized.items()))
