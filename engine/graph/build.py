@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.contract import Method
+from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
 from ..model.modules import StageModules
@@ -17,6 +18,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .graph import MergeGraph
+from .quantized_outputs import check_quantized_outputs
 from .rules import TensorRules, shape_mismatch
 from .usage import TensorUsage, Unused
 
@@ -106,7 +108,11 @@ def build_graph(
         RecipeError: if the recipe refers to layers or parts that the models don't have.
         CheckpointError: if the models are incompatible.
     """
-    return _GraphBuilder(recipe, stage, methods, open_model, seed).build()
+    builder = _GraphBuilder(recipe, stage, methods, open_model, seed)
+    try:
+        return builder.build()
+    except TensorMismatch as error:
+        raise explain_mismatch(error) from error
 
 
 class _GraphBuilder:
@@ -154,6 +160,8 @@ class _GraphBuilder:
                 "the output has no tensors: no tensor of the models belongs to a module of the recipe"
             )
         self._warn_of_filters()
+        if self.stage.files_from is None:
+            self.warnings += check_quantized_outputs(self.graph, self.models, self.donor)
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = self.stage.out_dtype or self.stage.dtype
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
@@ -244,13 +252,13 @@ class _GraphBuilder:
         own = self.donor.checkpoint.tensors.get(name)
         if not any(names):
             if own is not None and not is_buffer(name, own.shape):
-                raise CheckpointError(_missing(name, self.donor, part.models[0]))
+                raise _missing(name, self.donor, part.models[0])
             return
         if own is not None and self.donor not in part.models:
             model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
             shape = model.checkpoint.tensors[source].shape
             if shape != own.shape and not is_buffer(name, shape):
-                raise CheckpointError(shape_mismatch(name, self.donor, own.shape, model, shape))
+                raise TensorMismatch(shape_mismatch(name, self.donor, own.shape, model, shape), self.donor, model)
         self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None)
 
     def _check_chosen_head(self) -> None:
@@ -329,12 +337,13 @@ class _GraphBuilder:
         for rest in (*known, *shapes):
             if rest not in shapes:
                 name = self.donor.by_layer[stack, layer][rest]
-                raise CheckpointError(_missing(name, self.donor, model))
+                raise _missing(name, self.donor, model)
             if rest not in known:
-                raise CheckpointError(_missing(model.by_layer[stack, index][rest], model, self.donor))
+                raise _missing(model.by_layer[stack, index][rest], model, self.donor)
             if shapes[rest] != known[rest]:
                 name = model.by_layer[stack, index][rest]
-                raise CheckpointError(shape_mismatch(name, self.donor, known[rest], model, shapes[rest]))
+                message = shape_mismatch(name, self.donor, known[rest], model, shapes[rest])
+                raise TensorMismatch(message, self.donor, model)
 
 
 def _shapes(model: Model, stack: int, index: int) -> dict[str, tuple[int, ...]]:
@@ -344,8 +353,9 @@ def _shapes(model: Model, stack: int, index: int) -> dict[str, tuple[int, ...]]:
     return {rest: tensors[name].shape for rest, name in layer.items() if not is_buffer(name, tensors[name].shape)}
 
 
-def _missing(name: str, first: Model, second: Model) -> str:
-    return (
+def _missing(name: str, first: Model, second: Model) -> TensorMismatch:
+    message = (
         f"tensor {name} is in {first.name} but not in {second.name}: slices of different models can be combined only "
         "if their tensors have the same names and shapes"
     )
+    return TensorMismatch(message, first, second)

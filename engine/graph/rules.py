@@ -11,6 +11,8 @@ from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
+from ..model.checks.formats import format_name, unquantized
+from ..model.checks.mismatch import TensorMismatch
 from ..model.inputs import BoundSlice, Model
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
@@ -123,10 +125,11 @@ class TensorRules:
         first = inputs[0]
         for other in inputs[1:]:
             if other.ref.dtype != first.ref.dtype:
-                raise CheckpointError(
+                message = (
                     f"tensor {name} is {first.ref.dtype.name} in {first.model.name} and {other.ref.dtype.name} in "
                     f"{other.model.name}: integer tensors can only be copied, if all inputs are equal"
                 )
+                raise TensorMismatch(message, first.model, other.model)
         packed = [each for each in inputs if each.name in each.model.quantized]
         if packed and not passed and (len(inputs) > 1 or _copied(self._bind(part, name, inputs, t)) is None):
             _refuse_quantized(packed)
@@ -152,10 +155,11 @@ class TensorRules:
             if rule is Absent.BASE_PRESENT and part.base in have:
                 return alone
         lacking = next(model for source, model in enumerate(part.models) if source not in have)
-        raise CheckpointError(
+        message = (
             f"tensor {name} is in {inputs[0].model.name} but not in {lacking.name}: models of the same architecture "
             f"have the same tensors, and {self._method.name} has no rule for a missing one"
         )
+        raise TensorMismatch(message, inputs[0].model, lacking)
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
@@ -255,7 +259,8 @@ def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
     first = inputs[0]
     for other in inputs[1:]:
         if other.ref.shape != first.ref.shape:
-            raise CheckpointError(shape_mismatch(name, first.model, first.ref.shape, other.model, other.ref.shape))
+            message = shape_mismatch(name, first.model, first.ref.shape, other.model, other.ref.shape)
+            raise TensorMismatch(message, first.model, other.model)
 
 
 def _copied(operation: Operation) -> int | None:
@@ -270,7 +275,10 @@ def _refuse_quantized(inputs: Iterable[Input]) -> None:
         if reason is None and dtype.kind is ElementKind.FLOAT and dtype.bits % 8 == 0 and dtype.name != "F8_E8M0":
             continue
         reason = reason or f"it is {dtype.name}"
+        checkpoint = each.model.checkpoint
+        label = format_name(checkpoint, each.model.quantized or (each.name,))
         raise CheckpointError(
-            f"tensor {each.name} of {each.model.name} is quantized ({reason}): dequantization is not supported yet; "
-            "use a bfloat16 version of the model. passthrough without dtype copies the tensor unchanged"
+            f"tensor {each.name} of {each.model.name} is quantized ({label}; {reason}): dequantization is not "
+            f"supported yet; {unquantized(each.model.reference.text, checkpoint)}. passthrough without dtype copies "
+            "the tensor unchanged"
         )

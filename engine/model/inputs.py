@@ -10,6 +10,7 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...methods.kernel.contract import Method
 from ..recipe.parameters import SliceParameters
 from ..recipe.types import ModelReference, Module, Recipe, Slice, Stage, base_index
+from .checks.identify import check_is_model
 from .layers import LayerMap, Stack, find_layers
 from .quantized import quantized_tensors
 
@@ -56,6 +57,8 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel) -> 
     models = []
     for number, reference in enumerate(references):
         checkpoint = open_model(reference)
+        if checkpoint.files:  # the output of a stage has none
+            check_is_model(reference.text, checkpoint)
         layers = find_layers(checkpoint.tensors, checkpoint.config)
         model = Model(number, reference, checkpoint, layers)
         stacks = {stack.prefix: index for index, stack in enumerate(layers.mains)}
@@ -65,7 +68,7 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel) -> 
                 model.non_layer.append(name)
             else:
                 model.by_layer.setdefault((stacks[layer.stack], layer.index), {})[layer.rest] = name
-        model.quantized = quantized_tensors(checkpoint.tensors)
+        model.quantized = quantized_tensors(checkpoint)
         models.append(model)
     return tuple(models)
 
