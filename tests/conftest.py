@@ -24,6 +24,7 @@ LONG = (
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[configuration",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[published",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",
+    "tests/integration/test_published_recipes.py::test_a_long_recipe",
     "tests/faults/test_faults.py::test_killed",
     "tests/faults/test_faults.py::test_power",
     "tests/faults/test_tampering.py::test_killed_at_random_and_tampered_with",

@@ -71,5 +71,7 @@ def _compare_values(name: str, tensor: Tensor, reference: Expected, result: Diff
         distance = (values - candidate).abs()
         fits |= distance <= unit + 16 * STEP * reference.size
         best = torch.minimum(best, distance / unit)
-    assert bool(fits.all()), f"{name}: {int((~fits).sum())} of {fits.numel()} values differ, by up to {float(best.max())} ulp"
+    assert bool(fits.all()), (
+        f"{name}: {int((~fits).sum())} of {fits.numel()} values differ, by up to {float(best.max())} ulp"
+    )
     result.ulp = max(result.ulp, float(best.max()))

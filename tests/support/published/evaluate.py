@@ -37,7 +37,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dare_linear": {"weight": None, "density": 1.0, "normalize": False, "rescale": True, "lambda": 1.0},
     "dare_ties": {"weight": None, "density": 1.0, "normalize": False, "rescale": True, "lambda": 1.0},
     "della": {"weight": None, "density": 1.0, "epsilon": 0.15, "normalize": True, "rescale": True, "lambda": 1.0},
-    "della_linear": {"weight": None, "density": 1.0, "epsilon": 0.15, "normalize": False, "rescale": True, "lambda": 1.0},
+    "della_linear": {
+        "weight": None,
+        "density": 1.0,
+        "epsilon": 0.15,
+        "normalize": False,
+        "rescale": True,
+        "lambda": 1.0,
+    },
     "breadcrumbs": {"weight": None, "density": 1.0, "gamma": 0.01, "normalize": False, "lambda": 1.0},
     "breadcrumbs_ties": {"weight": None, "density": 1.0, "gamma": 0.01, "normalize": False, "lambda": 1.0},
 }
@@ -138,7 +145,9 @@ class _Stage:
         outer = document.get("parameters") or {}
         content = document["modules"]["default"] if "modules" in document else document
         if "slices" in content:
-            self.parts = [self._part(entry["sources"], [entry.get("parameters") or {}, outer]) for entry in content["slices"]]
+            self.parts = [
+                self._part(entry["sources"], [entry.get("parameters") or {}, outer]) for entry in content["slices"]
+            ]
         else:
             models = list(content["models"])
             if self.base is not None and all(entry["model"] != self.base for entry in models):
@@ -155,7 +164,13 @@ class _Stage:
 
     def evaluate(self) -> Evaluated:
         stored = self.load(self.parts[0].names[0])
-        dtypes = [x.dtype for part in self.parts for name in part.names for x in self.load(name).values() if isinstance(x, Tensor)]
+        dtypes = [
+            x.dtype
+            for part in self.parts
+            for name in part.names
+            for x in self.load(name).values()
+            if isinstance(x, Tensor)
+        ]
         dtype = DTYPES[self.dtype] if self.dtype else max(set(dtypes) & {*DTYPES.values()}, key=dtypes.count)
         result = Evaluated({}, dtype)
         for part, after in ((self.parts[0], False), (self.parts[-1], True)):
@@ -209,7 +224,9 @@ class _Stage:
             base = part.names.index(self.base) if self.base in part.names else None
 
         def drawn() -> list[list[Tensor]]:
-            return [[self._mask(name, part.names[i], x[i] - x[base or 0], i, values)] for i in range(len(x)) if i != base]
+            return [
+                [self._mask(name, part.names[i], x[i] - x[base or 0], i, values)] for i in range(len(x)) if i != base
+            ]
 
         wanted = expected(self.method, x, base=base, parameters=values, drawn=drawn)
         for source in sources:  # the rounding of intermediate stages

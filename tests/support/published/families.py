@@ -1,4 +1,4 @@
-"""Model families that published recipes name: the real tensor names, numbers of layers and config.json, small widths."""
+"""Model families of published recipes: real tensor names, numbers of layers and keys of config.json, small widths."""
 
 from __future__ import annotations
 
@@ -57,11 +57,8 @@ class Family:
         if "num_decoder_layers" in config:
             config["num_decoder_layers"] = count
         section = config | facts if not self.section else config[self.section] | facts
-        section |= {
-            f"{role}_id": self.vocabulary.id_of(role)
-            for role in ("bos_token", "eos_token")
-            if role in self.vocabulary.special
-        }
+        ids = {f"{role}_id": self.vocabulary.id_of(role) for role in ("bos_token", "eos_token")}
+        section |= {key: row for key, row in ids.items() if row is not None}
         for key in ("layer_types", "max_window_layers"):  # as long as the model is deep
             if key in section:
                 section[key] = section[key][:count] if key == "layer_types" else count
@@ -188,12 +185,21 @@ _LLAMA_2 = _LLAMA | {"max_position_embeddings": 4096, "num_key_value_heads": HEA
 _LLAMA_3 = _LLAMA | {"attention_bias": False, "attention_dropout": 0.0, "max_position_embeddings": 8192}
 _LLAMA_3 |= {"rope_theta": 500000.0}
 _ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
-_LLAMA_3_1 = _LLAMA_3 | {"max_position_embeddings": 131072, "mlp_bias": False, "rope_scaling": _ROPE | {"rope_type": "llama3"}}
+_LLAMA_3_1 = _LLAMA_3 | {
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "rope_scaling": _ROPE | {"rope_type": "llama3"},
+}
 _MISTRAL = _config("MistralForCausalLM", "mistral", max_position_embeddings=32768, rms_norm_eps=1e-05)
 _MISTRAL |= {"rope_theta": 10000.0, "sliding_window": 4096}
 _QWEN = {"attention_dropout": 0.0, "max_position_embeddings": 32768, "max_window_layers": 48, "rms_norm_eps": 1e-06}
 _QWEN |= {"rope_theta": 1000000.0, "sliding_window": 131072, "use_sliding_window": False}
-_GEMMA = {"attention_bias": False, "head_dim": HEAD_DIM, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-06}
+_GEMMA = {
+    "attention_bias": False,
+    "head_dim": HEAD_DIM,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-06,
+}
 _GEMMA |= {"query_pre_attn_scalar": 256, "sliding_window": 4096, "rope_theta": 10000.0, "pad_token_id": 0}
 
 

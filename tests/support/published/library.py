@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +12,9 @@ from torch import Tensor
 from tests.support.outputs import read_model
 from tests.support.published.other_families import FAMILIES
 from tests.support.published.table import Case
-from tests.support.published.variants import write_model
+from tests.support.published.variants import stored_dtype, write_model
+
+FILE = "/model.safetensors"
 
 
 class Library:
@@ -33,17 +37,16 @@ class Library:
     def link(self, case: Case, directory: Path) -> dict[str, Path]:
         """Link the models of a recipe into a directory. Returns the directory of each by its name in the recipe."""
         found: dict[str, Path] = {}
-        counts: dict[str, int] = {}
+        tunes: dict[str, Iterator[int]] = {}
         for name in case.models():
             if name in case.same:
                 continue
             family = case.others.get(name, case.family)
-            tune = counts.setdefault(family, 0)
-            counts[family] += 1
-            found[name] = self.model(family, tune)
+            equal = (n for n in count() if case.sets_dtype or stored_dtype(n) == stored_dtype(0))
+            found[name] = self.model(family, next(tunes.setdefault(family, equal)))
         found |= {alias: found[name] for alias, name in case.same.items()}
         for name, path in found.items():
-            (directory / name).symlink_to(path)
+            (directory / name.removesuffix(FILE)).symlink_to(path)
         return found
 
 

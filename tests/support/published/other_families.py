@@ -74,6 +74,20 @@ def _t5(layers: int, rows: int) -> Tensors:
     return tensors
 
 
+def _bitsandbytes(layers: int, rows: int) -> Tensors:
+    """A tied Llama whose linear layers are stored as NF4 with double quantization."""
+    tensors: Tensors = {}
+    for name, shape in FAMILIES["Llama-3.2-3B"].tensors(layers, rows).items():
+        tensors[name] = shape
+        if name.endswith("_proj.weight"):
+            elements = shape[0] * shape[1]
+            tensors[name] = (elements // 2, 1)
+            tensors |= {f"{name}.absmax": (elements // 64,), f"{name}.quant_map": (16,)}
+            tensors |= {f"{name}.nested_absmax": (1,), f"{name}.nested_quant_map": (256,)}
+            tensors[f"{name}.quant_state.bitsandbytes__nf4"] = (94,)
+    return tensors
+
+
 VISION = 16
 
 
@@ -233,7 +247,19 @@ _QWEN3_5: dict[str, Any] = {
 _T5 = {key: value for key, value in t5().config.items() if key not in ("eos_token_id", "vocab_size", "num_layers")}
 _T5_KEYS = {"layer_norm_epsilon": 1e-06, "relative_attention_num_buckets": 32, "use_cache": True}
 
+_BITSANDBYTES = FAMILIES["Llama-3.2-3B"].config | {
+    "quantization_config": {
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "load_in_4bit": True,
+        "quant_method": "bitsandbytes",
+    }
+}
+
 FAMILIES |= {
+    "Llama-3.2-3B-bnb-4bit": Family(28, _bitsandbytes, _BITSANDBYTES, "llama 3"),
     "BERT-base": Family(12, _bert, _BERT, "bert", stack="encoder.layer"),
     "BERT-base-chinese": Family(12, _bert, _BERT, "chinese bert", stack="encoder.layer"),
     "Pythia-1.4B": Family(24, _neox, _NEOX, "neox", padding=14, stack="gpt_neox.layers"),

@@ -1,7 +1,7 @@
 """What is expected of every published recipe: its models' family, and its warnings or its rejection.
 
-A recipe that needs what isn't supported yet (unions of vocabularies, adapters) has a second case, in which it is edited:
-the tokenizer is one of the equal ones, or the adapters are applied already.
+A recipe that needs what isn't supported yet (a union of vocabularies, adapters) has a second case, in which it is
+edited: the tokenizer is one of the equal ones, or the adapters are applied already.
 """
 
 from __future__ import annotations
@@ -61,6 +61,12 @@ class Case:
             assert count, f"{self.file.name} does not contain {pattern}"
         return text
 
+    @property
+    def sets_dtype(self) -> bool:
+        """Whether the output's dtype is set; otherwise all models have the same."""
+        *_, output = yaml.safe_load_all(self.text)
+        return not output.keys().isdisjoint(("dtype", "out_dtype"))
+
     def models(self) -> list[str]:
         """The models that the recipe names and that no stage makes: the base model first."""
         documents = list(yaml.safe_load_all(self.text))
@@ -83,23 +89,40 @@ def _models(node: Any) -> Iterator[str]:
 
 UNION = ("a union of vocabularies", "not supported yet")
 ADAPTER = ("LoRA adapter", "not supported yet")
-BASES_TOKENIZER = ("^(tokenizer_source: |  source: )\"?union\"?$", r"\1base")
+BASES_TOKENIZER = ('^(tokenizer_source: |  source: )"?union"?$', r"\1base")
 APPLIED = (r"(?<=\w)\+(?=\w)", "-with-")
 NO_WEIGHT = "has no such parameter"
 
 CASES = [
     Case("001", rejected=("union of vocabularies", "source: base")),
-    Case("001", "Mistral-Nemo", edits=((r"^tokenizer: {}", "tokenizer: {source: base}"),), variant="with the base's tokenizer"),
+    Case(
+        "001",
+        "Mistral-Nemo",
+        edits=((r"^tokenizer: {}", "tokenizer: {source: base}"),),
+        variant="with the base's tokenizer",
+    ),
     Case("002", rejected=UNION),
     Case("002", "Mistral-Nemo", edits=(BASES_TOKENIZER,), variant="with the base's tokenizer"),
     Case("004", rejected=UNION),
-    Case("004", "Mistral-Nemo", edits=(BASES_TOKENIZER,), variant="with the base's tokenizer", warnings=(("nemo-12b-a", "base", "weight"),)),
+    Case(
+        "004",
+        "Mistral-Nemo",
+        edits=(BASES_TOKENIZER,),
+        variant="with the base's tokenizer",
+        warnings=(("nemo-12b-a", "weight"),),
+    ),
     Case("005", "Mistral-Nemo"),
     Case("007", rejected=ADAPTER),
     Case("007", "Mistral-Nemo", edits=(APPLIED,), variant="with adapters applied", warnings=(("normalize", "sce"),)),
     Case("008", "Llama-3.1-70B", warnings=(("select_topk", "parameters"), ("dype", "dtype"))),
     Case("010", rejected=UNION),
-    Case("010", "Mistral-Nemo", edits=(BASES_TOKENIZER,), variant="with the base's tokenizer", warnings=(("model-12b-j", "twice"),)),
+    Case(
+        "010",
+        "Mistral-Nemo",
+        edits=(BASES_TOKENIZER,),
+        variant="with the base's tokenizer",
+        warnings=(("model-12b-j", "twice"),),
+    ),
     Case("011", "Mistral-Nemo"),
     Case("013", "Llama-3.1-8B"),
     Case("014", rejected=("dtype", "bfloat16`", "did you mean `bfloat16`")),
@@ -152,7 +175,7 @@ CASES = [
         "Llama-3.1-8B",
         edits=(BASES_TOKENIZER,),
         variant="with the base's tokenizer",
-        rejected=("llama-8b-a", "qwen-7b-a"),
+        rejected=("vocabular", "qwen-7b-a"),
         others={"qwen-7b-a": "Qwen2.5-7B"},
     ),
     Case("076", rejected=("not valid YAML", "---")),
@@ -165,7 +188,12 @@ CASES = [
     Case("089", rejected=("`merge_method` is missing",)),
     Case("091", rejected=("unknown dtype 'bfloat'",)),
     Case("092", "Qwen2.5-14B"),
-    Case("094", "Llama-3.2-3B", rejected=("llama-3.2-3b-a", "bitsandbytes"), others={"llama-3.2-3b-a": "bitsandbytes"}),
+    Case(
+        "094",
+        "Llama-3.2-3B",
+        rejected=("llama-3.2-3b-a", "bitsandbytes"),
+        others={"llama-3.2-3b-a": "Llama-3.2-3B-bnb-4bit"},
+    ),
     Case("095", rejected=ADAPTER),
     Case("095", "StableLM-3B", edits=(APPLIED,), variant="with adapters applied"),
     Case("097", rejected=ADAPTER),
@@ -179,11 +207,15 @@ CASES = [
     Case("104", "Mistral-Nemo", edits=(BASES_TOKENIZER,), variant="with the base's tokenizer"),
     Case("106", rejected=ADAPTER),
     Case("106", "Mistral-7B", edits=(APPLIED,), variant="with adapters applied"),
-    Case("107", "Yi-34B", warnings=(("model-34b-a", "base", "weight", "density"), ("<|im_start|>", "320"))),
-    Case("109", "Llama-2-7B", warnings=(("model-7b-a", "base", "weight"),)),
+    Case("107", "Yi-34B", warnings=(("model-34b-a", "weight"), ("<|im_start|>",))),
+    Case("109", "Llama-2-7B", warnings=(("model-7b-a", "weight"),)),
     Case("110", "Mistral-7B"),
+    Case("110", "Mistral-7B", edits=((r"(model-\w)$", r"\1/model.safetensors"),), variant="with files"),
     Case("112", rejected=("[0, -1]",)),
     Case("115", "Llama-3.1-70B"),
     Case("116", "Llama-160M"),
 ]
 """Every recipe at least once."""
+
+LONG = frozenset(("005", "007", "010", "023", "025", "071", "097"))
+"""Recipes that take long to merge or to evaluate: many models, experts, or a method with many passes."""

@@ -11,6 +11,8 @@ from tests.support.published.families import Family
 
 VERSIONS = ("4.31.0", "4.37.2", "4.40.0.dev0", "4.44.2", "4.51.3")
 SCALES = (0.002, 0.004, 0.001)
+PACKED = {".absmax": "U8", ".quant_map": "F32", ".nested_absmax": "F32", ".nested_quant_map": "F32", "_nf4": "U8"}
+"""The dtypes of the tensors that bitsandbytes adds, by the ends of their names."""
 
 
 def stored_dtype(tune: int) -> str:
@@ -36,6 +38,8 @@ def varied_config(config: dict[str, Any], family: Family, tune: int) -> dict[str
 
 
 def _generation_config(family: Family, tune: int) -> dict[str, Any]:
+    if "eos_token" not in family.vocabulary.special:
+        return {}
     ends = family.vocabulary.ends
     content: dict[str, Any] = {"eos_token_id": ends if tune % 2 and ends[1:] else ends[0]}
     if (begin := family.vocabulary.id_of("bos_token")) is not None:
@@ -54,7 +58,8 @@ def write_model(family: Family, directory: Path, tune: int, *, buffers: bool = T
     """
     model = family.model()
     tensors: dict[str, Shape] = dict(model.tensors)
-    dtypes: dict[str, str] = {}
+    dtypes = {name: dtype for name in tensors for ending, dtype in PACKED.items() if name.endswith(ending)}
+    dtypes |= {name: "U8" for name in tensors if f"{name}.absmax" in tensors}
     if buffers and tune % 4 == 1 and "embeddings.position_embeddings.weight" in tensors:
         tensors["embeddings.position_ids"] = (1, 512)
         dtypes["embeddings.position_ids"] = "I64"
@@ -78,8 +83,7 @@ def write_model(family: Family, directory: Path, tune: int, *, buffers: bool = T
     config = varied_config(model.config, family, tune)
     varied = Model(tensors, config, dtypes)
     write_checkpoint(directory, varied, dtype=stored_dtype(tune), fill=values, shard_bytes=1_000_000)
-    if "BERT" not in json.dumps(model.config["architectures"]).upper():
-        content = _generation_config(family, tune)
+    if content := _generation_config(family, tune):
         (directory / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n")
     family.vocabulary.write(directory, chat=tune % 3 != 0, newer=tune % 2 == 1)
     return directory

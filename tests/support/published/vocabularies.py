@@ -19,7 +19,9 @@ TEXT = [
 ]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 LLAMA_2_CHAT = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
-LLAMA_3_CHAT = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+LLAMA_3_CHAT = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Vocabulary:
         also_end: end tokens of chats, in addition to ``eos_token``.
         template: chat template of the fine-tunes.
         settings: other entries of tokenizer_config.json.
+        first: first token by config.json of a model whose tokenizer adds none, such as Qwen's.
     """
 
     tokenizer: str
@@ -39,6 +42,7 @@ class Vocabulary:
     also_end: tuple[str, ...] = ()
     template: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    first: str = ""
 
     @property
     def size(self) -> int:
@@ -51,8 +55,9 @@ class Vocabulary:
         return dict(Tokenizer.from_str(self.tokenizer).get_vocab())
 
     def id_of(self, role: str) -> int | None:
-        """The row of a special token, or None."""
-        return self.ids[self.special[role]] if role in self.special else None
+        """The row of a special token by config.json, or None."""
+        token = self.special.get(role) or (self.first if role == "bos_token" else None)
+        return self.ids[token] if token else None
 
     @property
     def ends(self) -> list[int]:
@@ -92,12 +97,14 @@ def _byte_level(special: list[str], size: int = 300) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return str(tokenizer.to_str())
 
 
-def _byte_fallback(special: list[str], size: int = 60) -> str:
+def _byte_fallback(special: list[str], size: int = 100) -> str:
     """A BPE with byte fallback, as converted from SentencePiece in Llama 2, Mistral and Gemma: special tokens first."""
     tokenizer = Tokenizer(kinds.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -107,6 +114,8 @@ def _byte_fallback(special: list[str], size: int = 60) -> str:
     content["model"] |= {"vocab": {piece: row for row, piece in enumerate(pieces)}, "byte_fallback": True}
     content["model"] |= {"unk_token": "<unk>", "fuse_unk": True}
     tokenizer = Tokenizer.from_str(json.dumps(content))
+    spaces = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return str(tokenizer.to_str())
 
@@ -116,7 +125,9 @@ def _word_piece(size: int) -> str:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXT, trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    )
     return str(tokenizer.to_str())
 
 
@@ -129,7 +140,13 @@ def _unigram() -> str:
     return str(tokenizer.to_str())
 
 
-_MASKS = {"cls_token": "[CLS]", "mask_token": "[MASK]", "pad_token": "[PAD]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+_MASKS = {
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+    "pad_token": "[PAD]",
+    "sep_token": "[SEP]",
+    "unk_token": "[UNK]",
+}
 _SENTENCE_PIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
@@ -138,7 +155,9 @@ _CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 def vocabulary(kind: str) -> Vocabulary:
     """The tokenizer of a kind of models."""
     if kind == "llama 2":
-        return Vocabulary(_byte_fallback(["<unk>", "<s>", "</s>"]), _SENTENCE_PIECE, (), LLAMA_2_CHAT, {"legacy": False})
+        return Vocabulary(
+            _byte_fallback(["<unk>", "<s>", "</s>"]), _SENTENCE_PIECE, (), LLAMA_2_CHAT, {"legacy": False}
+        )
     if kind == "phi 3":
         special = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"}
         return Vocabulary(_byte_fallback(["<unk>", "<s>", "</s>", "<|endoftext|>", "<|end|>"]), special, ("<|end|>",))
@@ -163,10 +182,10 @@ def vocabulary(kind: str) -> Vocabulary:
         special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
         vision = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
         tokens = ["<|endoftext|>", *_CHATML_TOKENS, *vision]
-        return Vocabulary(_byte_level(tokens), special, ("<|endoftext|>",), CHATML)
+        return Vocabulary(_byte_level(tokens), special, ("<|endoftext|>",), CHATML, first="<|endoftext|>")
     if kind == "neox":
         tokens = ["<|endoftext|>", "<|padding|>"]
-        special = {role: tokens[0] for role in ("bos_token", "eos_token", "unk_token")}
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokens[0])
         return Vocabulary(_byte_level(tokens), special)
     if kind == "t5":
         return Vocabulary(_unigram(), {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
