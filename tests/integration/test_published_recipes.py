@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
@@ -63,6 +64,22 @@ def check(case: Case, library: Library, recipe: Path) -> None:
     result = merge(recipe, out, OPTIONS)
     compare(read_model(out), evaluate(case.text, lambda name: stored(paths[name]), FAMILIES[case.family].stack))
     assert unexpected(result.plan.warnings, case.warnings) == []
+
+
+def test_a_single_wrong_value_is_found(library: Library, recipe: Path) -> None:
+    (case,) = (case for case in CASES if case.recipe == "109")
+    paths = library.link(case, Path())
+    recipe.write_text(case.text)
+    merge(recipe, recipe.parent / "out", OPTIONS)
+    found = read_model(recipe.parent / "out")
+    wanted = evaluate(case.text, lambda name: stored(paths[name]), FAMILIES[case.family].stack)
+    other_seed = evaluate(case.text, lambda name: stored(paths[name]), FAMILIES[case.family].stack, seed=1)
+    assert compare(found, wanted).ulp < 1
+    with pytest.raises(AssertionError, match="values differ"):
+        compare(found, other_seed)
+    found["model.layers.31.mlp.up_proj.weight"].view(-1).view(torch.int16)[-1] += 2
+    with pytest.raises(AssertionError, match=r"model.layers.31.mlp.up_proj.weight: 1 of 2048 values differ"):
+        compare(found, wanted)
 
 
 MERGED = [case for case in CASES if not case.rejected]

@@ -20,6 +20,8 @@ from tests.support.published.families import (
     separate,
 )
 
+__all__ = ["FAMILIES"]
+
 
 def _linear(name: str, out: int, into: int) -> Tensors:
     return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
