@@ -121,7 +121,7 @@ class _GraphBuilder:
         sources = dict.fromkeys(stage_inputs(stage))
         base = stage.base_model
         references = dict.fromkeys((*sources, *(() if base is None else (base,))))
-        self.models = open_models(references, open_model)
+        self.models = open_models(references, open_model, stage)
         self.sources = self.models[: len(sources)]
         by_reference = {model.reference: model for model in self.models}
         self.donor = by_reference[base] if base is not None else self.models[0]
