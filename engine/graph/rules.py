@@ -12,6 +12,7 @@ from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
 from ..model.inputs import BoundSlice, Model
+from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
 from .graph import Kind, MergeGraph, Operation
@@ -47,6 +48,7 @@ class TensorRules:
         seed: int,
     ) -> None:
         self._output_dtype = stage.out_dtype or stage.dtype
+        self._advise_modules = stage.modules is None
         self._methods = methods
         self._method = methods[stage.merge_method]
         self._graph = graph
@@ -155,6 +157,7 @@ class TensorRules:
         raise CheckpointError(
             f"tensor {name} is in {inputs[0].model.name} but not in {lacking.name}: models of the same architecture "
             f"have the same tensors, and {self._method.name} has no rule for a missing one"
+            f"{absent_part(inputs[0].model, lacking) if self._advise_modules else ''}"
         )
 
     # --- nodes -------------------------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ class LayerMap:
         """The main stack; the encoder's in an encoder-decoder model, and an empty one for a model without layers."""
         return self.mains[0] if self.mains else Stack("", 0)
 
+    @property
+    def parts(self) -> tuple[tuple[Stack, str], ...]:
+        """The stacks that `module` finds, each with the shortest prefix that no other stack has."""
+        return self._parts
+
     def split(self, name: str) -> LayerName | None:
         """Parse a tensor name; None for a tensor outside the main stacks. Extra layers are inside."""
         for stack in self.mains:
@@ -194,7 +199,7 @@ def find_layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -
 def _shares_layers(config: Mapping[str, Any], found: Mapping[str, set[int]]) -> bool:
     """Whether each stored layer is used several times, as in ALBERT, whose config.json states the number of groups."""
     groups = config.get("num_hidden_groups")
-    return _is_count(groups) and any(numbers == set(range(groups)) for numbers in found.values())
+    return isinstance(groups, int) and any(numbers == set(range(groups)) for numbers in found.values())
 
 
 def _scan(names: Iterable[str], depth: int) -> dict[str, set[int]]:
