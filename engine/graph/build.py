@@ -91,6 +91,11 @@ class BuiltGraph:
         """Number of layers of the output's main stack; 0 if it has none."""
         return len(self.stacks[0].sources) if self.stacks else 0
 
+    @property
+    def matched_by_name(self) -> bool:
+        """Whether the layers of a model were not identified, so tensors are matched by their complete names."""
+        return not all(model.identified for model in self.models)
+
 
 def build_graph(
     recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: OpenModel, *, seed: int = 0

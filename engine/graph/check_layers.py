@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import CheckpointError
-from ...io.units import listed, plural, ranges
+from ...io.units import listed, ranges
 from ..model.inputs import BoundSlice, Model
 from ..model.layer_kinds import LayerKind, LayerKinds
 from ..model.modules import absent_part
@@ -15,7 +15,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 from .rules import shape_mismatch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class OutputLayer:
     """A layer of the output.
 
@@ -186,9 +186,12 @@ class LayerChecks:
             if len(inputs) < len(sources):
                 continue  # it is copied from one of the sources, or a method's rule decides
             for parameter, values in part.parameters.gradients(name, inputs, layer.t).items():
+                only = f"layer {ranges(stored)} of {count} stores"
+                if len(stored) > 1:
+                    only = f"layers {ranges(stored)} of {count} store"
                 problem = (
-                    f"only {plural(len(stored), 'layer')} of {count} ({ranges(stored)}) store it, so others probably "
-                    f"share it, and the gradient of `{parameter}` has one value for all of them: {values}"
+                    f"only {only} it, so others probably share it, and the gradient of `{parameter}` has one value for "
+                    f"all of them: {values}"
                 )
                 self._gradients.setdefault(problem, []).append(name)
 

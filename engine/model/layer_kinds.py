@@ -54,13 +54,15 @@ class LayerKind:
     def lone(self) -> Iterator[tuple[int, str]]:
         """Each layer that alone lacks a tensor of all other layers, and that tensor.
 
-        In some architectures, the first or the last layer lacks a norm, but no projection.
+        In some architectures, the first or the last layer lacks a norm, but no projection. A last layer that lacks one
+        may use those of the layers before it; it is suspicious only if there are more of them than Zamba2's two.
         """
         for rest, layers in self.stored.items():
             lacking = set(self.layers) - layers
             if len(lacking) == 1 and len(self.layers) > 2:
                 layer = lacking.pop()
-                if self.layers[0] < layer < self.layers[-1] or _PROJECTION.search(rest):
+                is_inner = self.layers[0] < layer < self.layers[-1]
+                if is_inner or (_PROJECTION.search(rest) and (layer == self.layers[0] or len(self.layers) > 3)):
                     yield layer, rest
 
 

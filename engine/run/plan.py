@@ -213,6 +213,7 @@ class Plan:
                 "models": [model.name for model in self.built.models],
                 "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
                 "bytes": sum(ref.nbytes for model in self.built.models for ref in model.checkpoint.tensors.values()),
+                "layers_identified": not self.built.matched_by_name,
                 "unused": [
                     {"model": unused.model, "reason": unused.reason, "tensors": list(unused.tensors)}
                     for unused in self.built.unused
