@@ -16,6 +16,7 @@ from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
+from .buffers import BufferCheck
 from .check_layers import LayerChecks, OutputLayer, missing_tensor
 from .duplicates import explained, find_duplicates
 from .graph import MergeGraph
@@ -72,6 +73,7 @@ class BuiltGraph:
         warnings: warnings about the models and the recipe's filters.
         saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
         intermediates: number of tensors that the stages before the last compute.
+        buffers: the buffers that are compared between the models before the merge.
     """
 
     graph: MergeGraph
@@ -85,6 +87,7 @@ class BuiltGraph:
     warnings: tuple[ModelWarning, ...]
     saved: tuple[Saved, ...] = ()
     intermediates: int = 0
+    buffers: tuple[BufferCheck, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -160,7 +163,7 @@ class _GraphBuilder:
                 self._build_module(module, parts)
         except RecipeError as error:
             raise explained(error, duplicates) from error
-        self.warnings += self.checks.warnings()
+        self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
         self._check_chosen_head()
         if not self.graph.outputs:
             raise CheckpointError(
@@ -185,6 +188,7 @@ class _GraphBuilder:
             head=head,
             unused=tuple(self.usage.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
             warnings=tuple(self.warnings),
+            buffers=tuple(self.rules.buffers.checks),
         )
 
     def _warn(self, kind: ModelWarningKind, problem: str, advice: str = "", names: Iterable[str] = ()) -> None:

@@ -15,6 +15,7 @@ from ..model.inputs import BoundSlice, Model
 from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
+from .buffers import BufferChecks, StoredBuffer
 from .graph import Kind, MergeGraph, Operation
 from .usage import TensorUsage
 
@@ -37,6 +38,9 @@ class TensorRules:
         graph: the graph that receives the tensors.
         usage: record of the used input tensors.
         seed: seed for methods that sample.
+
+    Attributes:
+        buffers: the buffers among the tensors, which are compared between the models.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class TensorRules:
         self._graph = graph
         self._usage = usage
         self._seed = seed
+        self.buffers = BufferChecks(graph.models)
         self._written: set[str] = set()
         self._operations: dict[Hashable, Operation] = {}
 
@@ -115,6 +120,8 @@ class TensorRules:
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """Add a buffer, copied from the base model or else from the first model that has it."""
         chosen = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
+        stored = [StoredBuffer(each.model.number, each.name, each.ref) for each in (chosen, *inputs)]
+        self.buffers.add(name, stored[0], stored[1:])
         self._mark_unused(inputs, chosen, f"not a parameter: copied from {chosen.model.name}")
         self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.ref.dtype, group)
 

@@ -15,8 +15,10 @@ from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
 from ...io.units import data_size, plural
 from ..cost.machine import process_memory
+from ..execute.check_buffers import check_buffers
 from ..execute.tasks import Measured, Progress
 from ..model.open import is_remote
+from ..model.warnings import strict_error
 from .destination import refuse_input
 from .finished import check_finished
 from .lanes import run_lanes
@@ -132,10 +134,19 @@ def merge(
         refuse_occupied(classify(path))  # before planning reads headers from the Hub
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
     before = process_memory().peak
-    if path is None:
+    report = warn or (lambda text: tell(f"warning: {text}"))
+    checked = 0
+
+    def prepare_inputs() -> None:
+        nonlocal checked
         fetch_files(missing_files(planned))
+        checked = _check_data(planned, report)
+
+    if path is None:
+        prepare_inputs()
         planned = planned.in_lanes or planned
         measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
+        measured.bytes_checked = checked
         return Result(planned, None, measured, process_memory().peak, peak_before=before)
     refuse_input(planned, path)
     directory = OutputDirectory.open(path, MANIFEST)
@@ -145,14 +156,29 @@ def merge(
     session = MergeSession(
         planned,
         directory,
-        fetch=lambda: fetch_files(missing_files(planned)),
+        fetch=prepare_inputs,
         notify=notify or (lambda progress: None),
         say=tell,
-        warn=warn or (lambda text: tell(f"warning: {text}")),
+        warn=report,
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)
+    measured.bytes_checked += checked
     return Result(session.plan, path, measured, process_memory().peak, session.earlier, before)
+
+
+def _check_data(planned: Plan, warn: Callable[[str], None]) -> int:
+    """Check the inputs' data as far as the plan could not, and report what is suspicious. Return the bytes read.
+
+    Raises:
+        CheckpointError: in strict mode, if anything is suspicious.
+    """
+    found = check_buffers(planned.built.buffers, [model.name for model in planned.built.models])
+    if planned.options.strict and found.warnings:
+        raise strict_error(found.warnings)
+    for warning in found.warnings:
+        warn(str(warning))
+    return found.bytes_read
 
 
 def _check_complete(planned: Plan, directory: OutputDirectory) -> str:

@@ -181,6 +181,8 @@ def work_section(plan: Plan) -> Section:
     for output in graph.outputs:
         operation = graph.operation(output.node)
         counts[f"by {operation.method}" if operation.kind is Kind.MERGE else "copied"] += 1
+    if buffers := plan.built.buffers:
+        fields.append(("data checks", f"{plural(len(buffers), 'buffer')}, before the merge starts"))
     tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
     fields.append(("tensors", f"{tensors}, in {plural(len(schedule.steps), 'step')}"))
     if not plan.computes:
