@@ -95,6 +95,37 @@ class _NullSink:
         """Do nothing."""
 
 
+@dataclass(slots=True)
+class _Inputs:
+    """The inputs of a merge, before it reads them.
+
+    Args:
+        plan: plan of the merge.
+        fetch: function that downloads missing files.
+        warn: function that is called with warnings.
+        bytes_checked: number of bytes that `prepare` has read.
+    """
+
+    plan: Plan
+    fetch: Callable[[Sequence[HubFile]], None]
+    warn: Callable[[str], None]
+    bytes_checked: int = 0
+
+    def prepare(self) -> None:
+        """Download what is missing, check the data as far as the plan could not, and report what is suspicious.
+
+        Raises:
+            CheckpointError: in strict mode, if anything is suspicious.
+        """
+        self.fetch(missing_files(self.plan))
+        found = check_buffers(self.plan.built.buffers, [model.name for model in self.plan.built.models])
+        if self.plan.options.strict and found.warnings:
+            raise strict_error(found.warnings)
+        for warning in found.warnings:
+            self.warn(str(warning))
+        self.bytes_checked = found.bytes_read
+
+
 def merge(
     recipe: RecipeLike | Plan,
     out: str | os.PathLike[str] | None,
@@ -135,18 +166,12 @@ def merge(
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
     before = process_memory().peak
     report = warn or (lambda text: tell(f"warning: {text}"))
-    checked = 0
-
-    def prepare_inputs() -> None:
-        nonlocal checked
-        fetch_files(missing_files(planned))
-        checked = _check_data(planned, report)
-
+    inputs = _Inputs(planned, fetch_files, report)
     if path is None:
-        prepare_inputs()
+        inputs.prepare()
         planned = planned.in_lanes or planned
         measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
-        measured.bytes_checked = checked
+        measured.bytes_checked = inputs.bytes_checked
         return Result(planned, None, measured, process_memory().peak, peak_before=before)
     refuse_input(planned, path)
     directory = OutputDirectory.open(path, MANIFEST)
@@ -156,29 +181,15 @@ def merge(
     session = MergeSession(
         planned,
         directory,
-        fetch=prepare_inputs,
+        fetch=inputs.prepare,
         notify=notify or (lambda progress: None),
         say=tell,
         warn=report,
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)
-    measured.bytes_checked += checked
+    measured.bytes_checked += inputs.bytes_checked
     return Result(session.plan, path, measured, process_memory().peak, session.earlier, before)
-
-
-def _check_data(planned: Plan, warn: Callable[[str], None]) -> int:
-    """Check the inputs' data as far as the plan could not, and report what is suspicious. Return the bytes read.
-
-    Raises:
-        CheckpointError: in strict mode, if anything is suspicious.
-    """
-    found = check_buffers(planned.built.buffers, [model.name for model in planned.built.models])
-    if planned.options.strict and found.warnings:
-        raise strict_error(found.warnings)
-    for warning in found.warnings:
-        warn(str(warning))
-    return found.bytes_read
 
 
 def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
