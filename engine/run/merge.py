@@ -168,11 +168,7 @@ def merge(
     report = warn or (lambda text: tell(f"warning: {text}"))
     inputs = _Inputs(planned, fetch_files, report)
     if path is None:
-        inputs.prepare()
-        planned = planned.in_lanes or planned
-        measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
-        measured.bytes_checked = inputs.bytes_checked
-        return Result(planned, None, measured, process_memory().peak, peak_before=before)
+        return _rehearse(inputs, notify, before)
     refuse_input(planned, path)
     directory = OutputDirectory.open(path, MANIFEST)
     if directory.lock.complete:
@@ -190,6 +186,15 @@ def merge(
     measured = session.run(fresh=fresh, digests=digests)
     measured.bytes_checked += inputs.bytes_checked
     return Result(session.plan, path, measured, process_memory().peak, session.earlier, before)
+
+
+def _rehearse(inputs: _Inputs, notify: Callable[[Progress], None] | None, before: int) -> Result:
+    """Do everything except writing."""
+    inputs.prepare()
+    planned = inputs.plan.in_lanes or inputs.plan
+    measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
+    measured.bytes_checked = inputs.bytes_checked
+    return Result(planned, None, measured, process_memory().peak, peak_before=before)
 
 
 def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
