@@ -28,10 +28,12 @@ class LayerKind:
         layers: numbers of the layers, in order.
         stored: for each tensor that only some of them store, by the part of the name after the layer's number, the
             numbers of the layers that store it.
+        matrices: those of these tensors that have two dimensions or more.
     """
 
     layers: tuple[int, ...]
     stored: Mapping[str, frozenset[int]]
+    matrices: frozenset[str]
 
     def expected(self, rest: str, ordinal: int) -> bool | None:
         """Whether the layer of this kind with that ordinal number stores a tensor; None if the model doesn't show it.
@@ -48,8 +50,12 @@ class LayerKind:
         return None if 2 * sum(storing) == len(storing) else 2 * sum(storing) > len(storing)
 
     def shared(self) -> dict[str, frozenset[int]]:
-        """The tensors that at most half of the layers store, so the others probably use them, too."""
-        return {rest: layers for rest, layers in self.stored.items() if 2 * len(layers) <= len(self.layers)}
+        """The tensors that at most half of the layers store, so the others probably use them, too.
+
+        Layers that store a norm, but no matrix that others lack, keep it for themselves: RWKV's first layer does.
+        """
+        sharing = {self.stored[rest] for rest in self.matrices if 2 * len(self.stored[rest]) <= len(self.layers)}
+        return {rest: layers for rest, layers in self.stored.items() if layers in sharing}
 
     def lone(self) -> Iterator[tuple[int, str]]:
         """Each layer that alone lacks a tensor of all other layers, and that tensor.
@@ -92,7 +98,10 @@ class LayerKinds:
             layers = tuple(layer for layer, tensors in enumerate(sets) if tensors in group)
             partial = sorted(rest for rest, count in counts.items() if count < len(layers) and not is_buffer(rest))
             stored = {rest: frozenset(layer for layer in layers if rest in sets[layer]) for rest in partial}
-            kind = LayerKind(layers, stored)
+            tensors_of = model.checkpoint.tensors
+            shapes = {rest: tensors_of[model.by_layer[stack, min(own)][rest]].shape for rest, own in stored.items()}
+            matrices = frozenset(rest for rest, shape in shapes.items() if len(shape) > 1)
+            kind = LayerKind(layers, stored, matrices)
             self._by_tensors |= dict.fromkeys(group, kind)
             if stored:
                 self.kinds.append(kind)

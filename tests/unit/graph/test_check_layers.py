@@ -35,10 +35,10 @@ SHARED: dict[str, Shape] = {"shared_transformer.self_attn.q_proj.weight": (4, 4)
 TYPES = ["mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"]
 
 
-def zamba2() -> Checkpoint:
+def zamba2(name: str = "a") -> Checkpoint:
     """A model with four hybrid layers, of which the first two store the shared blocks."""
     layers = [MAMBA, HYBRID | SHARED, MAMBA, HYBRID | SHARED, MAMBA, HYBRID, MAMBA, HYBRID]
-    return model(*layers, layers_block_type=TYPES)
+    return model(*layers, name=name, layers_block_type=TYPES)
 
 
 def warnings(recipe: dict[str, object], models: dict[str, Checkpoint]) -> tuple[ModelWarning, ...]:
@@ -164,6 +164,17 @@ def test_a_gradient_of_a_shared_parameter() -> None:
     recipe["parameters"] = {"t": [0.25, 0.75]}
     (warning,) = warnings(recipe, {name: t5(name=name) for name in "ab"})
     assert "the gradient of `t` has one value for all of them: 0.25" in str(warning)
+
+
+def test_a_gradient_over_shared_blocks_and_over_a_norm_of_the_first_layer() -> None:
+    recipe: dict[str, Any] = complete("linear", "a", "b")
+    recipe["parameters"] = {"weight": [0.25, 0.75]}
+    (first, second) = warnings(recipe, {name: zamba2(name) for name in "ab"})
+    assert [warning.names for warning in (first, second)] == [
+        (f"model.layers.{layer}.{next(iter(SHARED))}",) for layer in (1, 3)
+    ]
+    rwkv = [PLAIN | {"pre_ln.weight": (4,), "pre_ln.bias": (4,)}, *[PLAIN] * 3]
+    assert warnings(recipe, {name: model(*rwkv, name=name) for name in "ab"}) == ()
 
 
 def test_ordinary_layers_cause_no_warning() -> None:
