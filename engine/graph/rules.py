@@ -14,8 +14,10 @@ from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, Met
 from ..model.checks.formats import format_name, unquantized
 from ..model.checks.mismatch import TensorMismatch
 from ..model.inputs import BoundSlice, Model
+from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
+from .buffers import BufferChecks, StoredBuffer
 from .graph import Kind, MergeGraph, Operation
 from .usage import TensorUsage
 
@@ -38,6 +40,9 @@ class TensorRules:
         graph: the graph that receives the tensors.
         usage: record of the used input tensors.
         seed: seed for methods that sample.
+
+    Attributes:
+        buffers: the buffers among the tensors, which are compared between the models.
     """
 
     def __init__(
@@ -49,11 +54,13 @@ class TensorRules:
         seed: int,
     ) -> None:
         self._output_dtype = stage.out_dtype or stage.dtype
+        self._advise_modules = stage.modules is None
         self._methods = methods
         self._method = methods[stage.merge_method]
         self._graph = graph
         self._usage = usage
         self._seed = seed
+        self.buffers = BufferChecks(graph.models)
         self._written: set[str] = set()
         self._operations: dict[Hashable, Operation] = {}
 
@@ -115,6 +122,8 @@ class TensorRules:
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """Add a buffer, copied from the base model or else from the first model that has it."""
         chosen = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
+        stored = [StoredBuffer(each.model.number, each.name, each.ref) for each in (chosen, *inputs)]
+        self.buffers.add(name, stored[0], stored[1:])
         self._mark_unused(inputs, chosen, f"not a parameter: copied from {chosen.model.name}")
         self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.ref.dtype, group)
 
@@ -158,6 +167,7 @@ class TensorRules:
         message = (
             f"tensor {name} is in {inputs[0].model.name} but not in {lacking.name}: models of the same architecture "
             f"have the same tensors, and {self._method.name} has no rule for a missing one"
+            f"{absent_part(inputs[0].model, lacking) if self._advise_modules else ''}"
         )
         raise TensorMismatch(message, inputs[0].model, lacking)
 

@@ -272,7 +272,7 @@ def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, range
     reference = reader.reference(model, (*path, "model"))
     return Source(
         reference,
-        None if layers is None else reader.layer_range(layers, (*path, "layer_range")),
+        None if layers is None else reader.layer_range(layers, (*path, "layer_range"), reference),
         reader.settings(keys, path, method, model=reference),
         path,
     )
@@ -292,6 +292,8 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
             raise reader.error(message, part.place)
         if sum(source.model == base for source in part.sources) > 1:
             raise reader.error(f"the base model, {base.text}, is among the sources more than once", part.place)
+        if index is not None:
+            _report_base_parameters(reader, part.sources[index], method)
     others = [source.model.text for number, source in enumerate(part.sources) if number != index]
     if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
         upper = " or more" if method.maximum is None else f" to {method.maximum}"
@@ -302,3 +304,13 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         if index is None and part.sources[-1].place[-1:] == ("base_model",):
             message += " (a `base_model` that isn't listed under `models` is added to them)"
         raise reader.error(message, part.place)
+
+
+def _report_base_parameters(reader: NodeReader, base: Source, method: Method) -> None:
+    """Report the parameters of a base model that is listed among the models: methods use only those of the others."""
+    names = [f"`{name}`" for name in base.parameters]
+    if names:
+        problem = f"{' and '.join(names)} of the base model, {base.model.text}, "
+        problem += f"{'has' if len(names) == 1 else 'have'} no effect: {method.name} merges the other models into it"
+        advice = "remove it, or use another `base_model` if this model should be merged, too"
+        reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), advice=advice)

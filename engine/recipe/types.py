@@ -178,7 +178,7 @@ class Stage:
         chat_template: the output's chat template, or None.
         files_from: source of the config, tokenizer and generation files, or None for the default.
         non_layer: sources of the tensors outside the layers, if not the slices.
-        allow_nonfinite: whether the output may contain NaN and infinities.
+        allow_nonfinite: whether computed tensors may contain NaN and infinities; copied ones are never checked.
         save: whether the result of an intermediate stage is written.
         place: key path of the stage in the recipe; empty for a single stage.
     """
