@@ -21,8 +21,8 @@ from ..model.roles import is_embedding, is_head
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
-from .config import merged_config
 from .config_override import override_config, override_stack
+from .output_config import output_config
 from .vocabulary import difference, read_vocabulary, same_files
 
 
@@ -147,23 +147,10 @@ class FileResolver:
         if config is None:
             self._warn(ModelWarningKind.FILES, f"{files.config_from} has no config.json: no config.json is written")
             return None
-        # without a head, the donor's is already tied or it is not a language model
-        tied = False if built.head else None
-        wanted = stage.out_dtype or stage.dtype
-        for stack in stacks:
-            merged = merged_config(
-                config,
-                layers=len(stack.sources),
-                source_layers=stack.sources,
-                tied=tied,
-                dtype=wanted.torch_name if wanted is not None else built.dtype,
-                main=stack.donor.config_path,
-                key=stack.donor.config_key,
-                donor_layers=stack.donor.count,
-            )
-            config = merged.config
-            self.warnings += merged.warnings
-        return dict(config)
+        is_written = stage.save or stage is self._recipe.output
+        derived = output_config(config, stage, built, stacks, files.config_from, is_written=is_written)
+        self.warnings += derived.warnings
+        return derived.config
 
     def _overridden(
         self, stage: Stage, named: ModelReference, built: BuiltGraph, config: Mapping[str, Any] | None

@@ -15,6 +15,7 @@ from ..model.inputs import BoundSlice, Model
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
 from .graph import Kind, MergeGraph, Operation
+from .partial import PartialTensor
 from .usage import TensorUsage
 
 
@@ -46,6 +47,7 @@ class TensorRules:
         usage: TensorUsage,
         seed: int,
     ) -> None:
+        self.partial: list[PartialTensor] = []
         self._output_dtype = stage.out_dtype or stage.dtype
         self._methods = methods
         self._method = methods[stage.merge_method]
@@ -81,6 +83,8 @@ class TensorRules:
             self._add_buffer(part, name, inputs, group)
             return
         passed = copied or (len(inputs) < len(names) and self._without_some(part, name, inputs))
+        if len(inputs) < len(names):
+            self.partial.append(PartialTensor.of(name, part.models, names))
         _check_shapes(name, inputs)
         if any(each.ref.dtype.kind is not ElementKind.FLOAT for each in inputs):
             self._add_integers(part, name, inputs, t, group, passed=passed)
