@@ -15,6 +15,7 @@ from typing import Any
 
 from ..model.layers import COUNT_KEYS, LENGTH_KEYS
 from ..model.warnings import ModelWarning, ModelWarningKind
+from .configs.unknown_rules import unknown_rules
 from .layer_keys import (
     FAMILIES,
     LAYER_INDICES,
@@ -25,7 +26,6 @@ from .layer_keys import (
     PERIODS,
     SIDES,
 )
-from .unknown_rules import unknown_rules
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
 from .config_override import override_config, override_stack
-from .output_config import output_config
+from .configs.output import output_config
 from .vocabulary import difference, read_vocabulary, same_files
 
 

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..graph.build import BuiltGraph, OutputStack
-from ..model.warnings import ModelWarning
-from ..recipe.types import Stage
-from .adapt_config import adapt_config, drop_quantization
-from .compare_configs import NamedConfig, compare_configs, compare_layers
-from .config import MergedConfig, merged_config
+from ...graph.build import BuiltGraph, OutputStack
+from ...model.warnings import ModelWarning
+from ...recipe.types import Stage
+from ..config import MergedConfig, merged_config
+from .adapt import adapt_config, drop_quantization
+from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
 from .mixed_dtypes import mixed_dtypes
 
 
@@ -68,8 +68,11 @@ def _compare(config: Mapping[str, Any], built: BuiltGraph, used: str, *, chosen:
     """Compare the config that is used with those of all models that tensors are read from."""
     named = {number: model for number in sorted(set(built.graph.read_models)) if (model := _named(built, number))}
     main = built.stacks[0].donor.config_path if built.stacks else ()
-    donor = used if chosen else built.models[built.donor].name
-    warnings = compare_configs(NamedConfig(donor, config, main), list(named.values()), chosen=chosen)
+    reference = NamedConfig(used if chosen else built.models[built.donor].name, config, main)
+    warnings = compare_configs(reference, list(named.values()), chosen=chosen)
+    graph = built.graph
+    shapes = [(output.name, graph.shape(output.node)) for output in graph.outputs] if len(named) > 1 else []
+    check_layouts({model.name: model for model in (reference, *named.values())}, shapes)
     for stack in built.stacks[:1]:
         warnings += compare_layers(named, stack.inputs)
     return warnings

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.dtypes import Kind as ElementKind
-from ..graph.build import BuiltGraph
-from ..graph.stages import StageRef
-from ..model.warnings import ModelWarning, ModelWarningKind
+from ....io.safetensors.checkpoint import Checkpoint
+from ....io.safetensors.dtypes import Kind as ElementKind
+from ...graph.build import BuiltGraph
+from ...graph.stages import StageRef
+from ...model.warnings import ModelWarning, ModelWarningKind
 
 _SHARE = 0.1
 """A dtype of at least this share of a model's bytes is one of its main dtypes; norms or biases in float32 are not."""

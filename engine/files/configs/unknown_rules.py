@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..model.layers import COUNT_KEYS
-from .layer_keys import FAMILIES, LAYER_INDICES, LAYER_INDICES_FROM_1, LEADING, NOT_PER_LAYER, PER_LAYER, PERIODS
+from ...model.layers import COUNT_KEYS
+from ..layer_keys import FAMILIES, LAYER_INDICES, LAYER_INDICES_FROM_1, LEADING, NOT_PER_LAYER, PER_LAYER, PERIODS
 
 _PERIOD = re.compile(
     r"(?:^|_)(?:every|period|periodicity|interval|freq|frequency|steps?|cycle|pattern|share_factor|sharing"
@@ -21,7 +21,7 @@ _INDICES = re.compile(r"layer|block|idxs?$|indexes$|indices$")
 _OTHER = re.compile(
     r"time_step|^num_(?:train|inference)|train|warmup|logging|save_|eval_|vision|image|patch|conv|fps|temporal|audio|hop"
     r"|nextn|mtp|model_type|position_embedding|dtype|attn_type$|attention_type$|^ffn_type$|rope|hidden|act_fn"
-    r"|token_interval|feature_layer|spatial|sampling"
+    r"|^out_|token_interval|feature_layer|spatial|sampling"
 )
 """Names that have one of these words for another reason."""
 

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import CheckpointError
-from ..model.layers import COUNT_KEYS
-from ..model.warnings import ModelWarning, ModelWarningKind
-from .layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, PER_LAYER
+from ....errors import CheckpointError
+from ...model.layers import COUNT_KEYS
+from ...model.warnings import ModelWarning, ModelWarningKind
+from ..config import stated_layers
+from ..layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, NOT_PER_LAYER, PER_LAYER
+from .architectures import TRANSPOSED_EXPERTS, TRANSPOSED_WEIGHTS
 
 _HARMLESS = re.compile(
     r"^_|transformers_version|dtype|architectures|auto_map|token_?ids?$|use_cache|cache_impl|dropout|pdrop|layerdrop"
@@ -132,6 +134,8 @@ def _comparable(model: NamedConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     _flatten(model.config, "", model.path, flat)
     _flatten(model.section, "", (), flat)
+    for key in [key for key in flat if _is_per_layer(key, model)]:
+        del flat[key]
     _normalize_rope(flat)
     if flat.get("use_sliding_window") is False:
         flat.pop("sliding_window", None)
@@ -228,7 +232,7 @@ def _describe(key: str, given: Mapping[str, Any], used: str) -> str:
     models: dict[str, list[str]] = {}
     for name, value in given.items():
         models.setdefault(_short(value), []).append(f"{name} (used)" if name == used else name)
-    return f"{key} is " + " and ".join(f"{value} in {', '.join(names)}" for value, names in models.items())
+    return f"{key} is " + " and ".join(f"{value} in {' and '.join(names)}" for value, names in models.items())
 
 
 def _short(value: Any) -> str:
@@ -236,6 +240,30 @@ def _short(value: Any) -> str:
         return "not stated"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_layouts(models: Mapping[str, NamedConfig], tensors: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Check that models store their matrices in the same order of dimensions, where the shapes don't show it.
+
+    Args:
+        models: the models by name, and the model whose config.json is used.
+        tensors: names and shapes of the output's tensors.
+
+    Raises:
+        CheckpointError: a square matrix is stored transposed in one of the models.
+    """
+    for table, what in ((TRANSPOSED_EXPERTS, "experts"), (TRANSPOSED_WEIGHTS, "")):
+        transposed = [name for name, model in models.items() if model.types & table]
+        others = [name for name, model in models.items() if model.types and not model.types & table]
+        if not transposed or not others:
+            continue
+        for name, shape in tensors:
+            if len(shape) == (3 if what else 2) and shape[-1] == shape[-2] and what in name:
+                raise CheckpointError(
+                    f"tensor {name} is stored transposed in {transposed[0]} ({_one(models[transposed[0]])}) compared "
+                    f"with {others[0]} ({_one(models[others[0]])}), which its shape {list(shape)} does not show: "
+                    "convert one of the models to the other's architecture"
+                )
 
 
 # --- the layers that are combined ------------------------------------------------------------------------------
@@ -250,7 +278,7 @@ def compare_layers(
         models: the models by number.
         inputs: for each layer of the output, the models and the layers in them that are combined.
     """
-    for key in sorted({key for model in models.values() for key in model.section if _is_per_layer(key)}):
+    for key in sorted({key for model in models.values() for key in model.section if _is_per_layer(key, model)}):
         combined = ((layer, list(_entries(key, models, sources))) for layer, sources in enumerate(inputs))
         found = [(layer, parts) for layer, parts in combined if len({kind for kind, _ in parts}) > 1]
         if found:
@@ -265,8 +293,14 @@ def compare_layers(
             )
 
 
-def _is_per_layer(key: str) -> bool:
-    return key in PER_LAYER or key in LAYER_INDICES or key in LAYER_INDICES_FROM_1
+def _is_per_layer(key: str, model: NamedConfig) -> bool:
+    """Whether a key lists layers, or has a list of an unknown name with as many entries as the model has layers."""
+    if key in PER_LAYER or key in LAYER_INDICES or key in LAYER_INDICES_FROM_1:
+        return isinstance(model.section.get(key), (list, str))
+    value = model.section.get(key)
+    return (
+        isinstance(value, list) and len(value) == stated_layers(model.section, None) and not NOT_PER_LAYER.search(key)
+    )
 
 
 def _entries(
@@ -279,8 +313,8 @@ def _entries(
         if model is None or not isinstance(value, (list, str)):
             continue
         where = f"layer {index} of {model.name}"
-        if key in PER_LAYER:
-            if index < len(value):
-                yield _short(value[index]), where
-        elif isinstance(value, list):
-            yield ("listed" if index + (key in LAYER_INDICES_FROM_1) in value else "not listed"), where
+        if key in LAYER_INDICES or key in LAYER_INDICES_FROM_1:
+            if isinstance(value, list):
+                yield ("listed" if index + (key in LAYER_INDICES_FROM_1) in value else "not listed"), where
+        elif index < len(value):
+            yield _short(value[index]), where
