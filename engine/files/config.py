@@ -77,29 +77,40 @@ def merged_config(
     for name in main:
         sections.append(sections[-1][name])
     before = donor_layers or stated_layers(sections[-1], key)
-    others = others or {}
     if list(source_layers) != list(range(before or 0)) or others:
         before = before or max(source_layers) + 1
-        rearranged = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings, others)
-        if any(layer >= before for new, layer in enumerate(source_layers) if new not in others):
-            rearranged.warn(
-                ModelWarningKind.LAYER_RULE,
-                f"config.json describes layers beyond the donor's {before} like its last layer",
-            )
-        # Qwen2-VL states the layers of its language model both at the top level and in text_config.
-        for section in sections[:-1]:
-            if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
-                rearranged.update(section, None)
-        rearranged.update(sections[-1], key)
-        if "quantization_config" in config:
-            rearranged.warn(
-                ModelWarningKind.QUANTIZATION, "quantization_config is not updated: it may name layers that have moved"
-            )
+        _rearrange(sections, key, before, source_layers, others or {}, warnings)
     if tied is not None:
         _set_tied(sections, tied)
     if dtype is not None:
         set_dtype(config, dtype)
     return MergedConfig(config, tuple(dict.fromkeys(warnings)))
+
+
+def _rearrange(
+    sections: Sequence[dict[str, Any]],
+    key: str | None,
+    before: int,
+    source_layers: Sequence[int],
+    others: Mapping[int, tuple[Mapping[str, Any], int]],
+    warnings: list[ModelWarning],
+) -> None:
+    """Update what a config says about layers. `sections` lead to the main one; `before` is the donor's layer count."""
+    rearranged = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings, others)
+    if any(layer >= before for new, layer in enumerate(source_layers) if new not in others):
+        rearranged.warn(
+            ModelWarningKind.LAYER_RULE,
+            f"config.json describes layers beyond the donor's {before} like its last layer",
+        )
+    # Qwen2-VL states the layers of its language model both at the top level and in text_config.
+    for section in sections[:-1]:
+        if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
+            rearranged.update(section, None)
+    rearranged.update(sections[-1], key)
+    if "quantization_config" in sections[0] and list(source_layers) != list(range(before)):
+        rearranged.warn(
+            ModelWarningKind.QUANTIZATION, "quantization_config is not updated: it may name layers that have moved"
+        )
 
 
 def stated_layers(section: Mapping[str, Any], key: str | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mergeloom.engine.model.warnings import ModelWarning, ModelWarningKind
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
-from tests.support.models import Model, deepseek_v3, tiny_llama, write_checkpoint
+from tests.support.models import Model, deepseek_v3, perturbed_encoder, tiny_llama, write_checkpoint
 from tests.support.plans import linear, sliced
 
 CPU = Options(device="cpu", threads=1)
@@ -66,6 +67,13 @@ def test_fine_tunes_as_they_are_published_give_no_warning(make: Make) -> None:
     a = make("a", transformers_version="4.40.0", use_cache=False, torch_dtype="float16", eos_token_id=[1, 2])
     b = make("b", _name_or_path="x", eos_token_id=2)
     assert result(linear(a, b))[1] == []
+
+
+def test_the_real_encoder_and_a_fine_tune_give_no_warning(encoder: Path, tmp_path: Path) -> None:
+    tuned = perturbed_encoder(tmp_path / "tuned", 1)
+    config, warnings, _ = result(linear(encoder, tuned))
+    assert warnings == []
+    assert config == json.loads((encoder / "config.json").read_text())
 
 
 def test_the_base_gives_the_config_and_is_compared(make: Make) -> None:
