@@ -20,7 +20,8 @@ _T5 = frozenset({"longt5", "mt5", "switch_transformers", "t5", "umt5"})
 
 _DESCRIBES_INPUTS = ("quantization_config", "compression_config")
 _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
-_SCALE = re.compile(r"(?:_scale|_scale_inv|_scales|\.scales|_zero_point|\.qzeros|\.g_idx|\.absmax|\.SCB)$")
+_SCALES = ("_scale", "_scale_inv", "_scales", ".scales", "_zero_point", ".qzeros", ".g_idx", ".absmax", ".SCB")
+"""Ends of names of tensors that belong to quantized ones."""
 
 _PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 _PREDICTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:mtp|nextn)(?:_\w+)?(?:\.|$)")
@@ -75,7 +76,7 @@ def _quantized(built: BuiltGraph) -> Iterator[str]:
     for output in graph.outputs:
         dtype = graph.node_dtype[output.node]
         is_narrow = dtype.kind is ElementKind.FLOAT and dtype.bits < 16
-        if is_narrow or (dtype.name in _PACKED and not is_buffer(output.name)) or _SCALE.search(output.name):
+        if is_narrow or (dtype.name in _PACKED and not is_buffer(output.name)) or output.name.endswith(_SCALES):
             yield output.name
         elif has_quantized:
             for read in graph.node_sources[output.node]:
