@@ -17,13 +17,12 @@ from ...io.companions import FileKind, companion_files, file_kind
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..graph.build import BuiltGraph, OutputStack
-from ..model.layers import Stack
 from ..model.roles import is_embedding, is_head
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
-from .config import merged_config, stated_layers
 from .config_override import override_config, override_stack
+from .configs.output import output_config
 from .vocabulary import difference, read_vocabulary, same_files
 
 
@@ -148,29 +147,10 @@ class FileResolver:
         if config is None:
             self._warn(ModelWarningKind.FILES, f"{files.config_from} has no config.json: no config.json is written")
             return None
-        # without a head, the donor's is already tied or it is not a language model
-        tied = False if built.head else None
-        wanted = stage.out_dtype or stage.dtype
-        dtype = wanted.torch_name if wanted is not None else built.dtype
-        if not stacks:  # config.json describes the layers already, but perhaps not the dtype and the head
-            count = stated_layers(config, None) or 0
-            stacks = (OutputStack(Stack("", count), tuple(range(count))),)
-            if "torch_dtype" not in config and "dtype" not in config:
-                dtype = None  # in config.json of diffusers, it is not a known key
-        for stack in stacks:
-            merged = merged_config(
-                config,
-                layers=len(stack.sources),
-                source_layers=stack.sources,
-                tied=tied,
-                dtype=dtype,
-                main=stack.donor.config_path,
-                key=stack.donor.config_key,
-                donor_layers=stack.donor.count,
-            )
-            config = merged.config
-            self.warnings += merged.warnings
-        return dict(config)
+        is_written = stage.save or stage is self._recipe.output
+        derived = output_config(config, stage, built, stacks, files.config_from, is_written=is_written)
+        self.warnings += derived.warnings
+        return derived.config
 
     def _overridden(
         self, stage: Stage, named: ModelReference, built: BuiltGraph, config: Mapping[str, Any] | None

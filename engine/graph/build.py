@@ -21,6 +21,7 @@ from .buffers import BufferCheck
 from .check_layers import LayerChecks, OutputLayer, missing_tensor
 from .duplicates import explained, find_duplicates
 from .graph import MergeGraph
+from .partial import PartialTensor, partial_warnings
 from .quantized_outputs import check_quantized_outputs
 from .rules import TensorRules, shape_mismatch
 from .usage import TensorUsage, Unused
@@ -35,10 +36,13 @@ class OutputStack:
     Args:
         donor: the donor's stack that it corresponds to.
         sources: for each of its layers, the layer whose entry in config.json's per-layer lists applies.
+        inputs: for each of its layers, the number of each model that it is merged from, and the layer there. The first
+            one is the layer in `sources`: the donor's, or else that of the slice's first model.
     """
 
     donor: Stack
     sources: tuple[int, ...]
+    inputs: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ class BuiltGraph:
         head: whether a head (``lm_head``) is written.
         unused: input tensors that no output needs, with the reasons.
         warnings: warnings about the models and the recipe's filters.
+        partial: tensors that only some of the models have that they are merged from.
         saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
         intermediates: number of tensors that the stages before the last compute.
         buffers: the buffers that are compared between the models before the merge.
@@ -87,6 +92,7 @@ class BuiltGraph:
     head: bool
     unused: tuple[Unused, ...]
     warnings: tuple[ModelWarning, ...]
+    partial: tuple[PartialTensor, ...] = ()
     saved: tuple[Saved, ...] = ()
     intermediates: int = 0
     buffers: tuple[BufferCheck, ...] = ()
@@ -159,6 +165,7 @@ class _GraphBuilder:
         self.rules = TensorRules(stage, methods, self.graph, self.usage, seed)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
+        self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
         self._group = 0
 
     def build(self) -> BuiltGraph:
@@ -188,14 +195,15 @@ class _GraphBuilder:
             donor=self.donor.number,
             donor_config=self.donor.checkpoint.config,
             stacks=tuple(
-                OutputStack(stack, tuple(self.layer_sources[number]))
+                OutputStack(stack, tuple(self.layer_sources[number]), tuple(self.layer_inputs[number]))
                 for number, stack in enumerate(self.donor.layers.mains)
                 if number in self.layer_sources
             ),
             dtype=dtype,
             head=head,
             unused=tuple(self.usage.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *partial_warnings(self.rules.partial, self.models, self.stage.merge_method)),
+            partial=tuple(self.rules.partial),
             buffers=tuple(self.rules.buffers.checks),
         )
 
@@ -312,6 +320,8 @@ class _GraphBuilder:
             layer = OutputLayer(first + index, part.models[own].name, indices[own], t, rests)
             self.checks.add(part, stack, indices, layer)
             self.layer_sources.setdefault(stack, []).append(indices[own])
+            inputs = [(model.number, at) for model, at in zip(part.models, indices, strict=True)]
+            self.layer_inputs.setdefault(stack, []).append((inputs[own], *inputs[:own], *inputs[own + 1 :]))
         return first + count
 
     def _add_layer(

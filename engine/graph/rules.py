@@ -19,6 +19,7 @@ from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
 from .buffers import BufferChecks, StoredBuffer
 from .graph import Kind, MergeGraph, Operation
+from .partial import PartialTensor
 from .usage import TensorUsage
 
 
@@ -53,6 +54,7 @@ class TensorRules:
         usage: TensorUsage,
         seed: int,
     ) -> None:
+        self.partial: list[PartialTensor] = []
         self._output_dtype = stage.out_dtype or stage.dtype
         self._advise_modules = stage.modules is None
         self._methods = methods
@@ -90,6 +92,8 @@ class TensorRules:
             self._add_buffer(part, name, inputs, group)
             return
         passed = copied or (len(inputs) < len(names) and self._without_some(part, name, inputs))
+        if len(inputs) < len(names):
+            self.partial.append(PartialTensor.of(name, part.models, names))
         _check_shapes(name, inputs)
         if any(each.ref.dtype.kind is not ElementKind.FLOAT for each in inputs):
             self._add_integers(part, name, inputs, t, group, passed=passed)
