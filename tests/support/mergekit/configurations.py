@@ -210,6 +210,8 @@ modules:
     "tokenizer_source a model": f"merge_method: linear\n{WEIGHTED}tokenizer_source: b\n",
     "tokenizer base": f"merge_method: ties\n{TASKS}tokenizer: {{source: base}}\n",
     "tokenizer a model": f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: b}}\n",
+    "tokenizer_source union": f"merge_method: linear\n{WEIGHTED}tokenizer_source: union\n",
+    "tokenizer union by default": f"merge_method: linear\n{WEIGHTED}tokenizer: {{tokens: {{}}}}\n",
     "chat_template auto": f"merge_method: ties\n{TASKS}tokenizer_source: a\nchat_template: auto\n",
     "chat_template alpaca": f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: alpaca\n",
     "chat_template chatml": f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: chatml\n",
@@ -291,8 +293,10 @@ WARNED = {
 """Those that mergeloom warns about, and what it says."""
 
 REFUSED_HERE: dict[str, tuple[str, str]] = {
-    "a union of vocabularies": (f"merge_method: linear\n{WEIGHTED}tokenizer_source: union\n", "union of vocabularies"),
-    "a union by default": (f"merge_method: linear\n{WEIGHTED}tokenizer: {{tokens: {{}}}}\n", "union of vocabularies"),
+    "a union of different vocabularies": (
+        f"merge_method: linear\n{WEIGHTED.replace('model: b', 'model: words')}tokenizer_source: union\n",
+        "A union of different vocabularies is not supported yet",
+    ),
     "embeddings of a token": (
         f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: a, tokens: {{word3: {{source: b}}}}}}\n",
         "choosing embeddings by token",
