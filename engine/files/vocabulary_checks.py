@@ -93,7 +93,7 @@ def check_vocabularies(
     """
     if rule.allowed:
         return
-    compared = list({each.checkpoint.path: each for each in (*reversed(models), tokenizer)}.values())[::-1]
+    compared = list({each.checkpoint.path: each for each in (tokenizer, *models)}.values())
     known = [each for each in compared if main_file(each.checkpoint) is not None]
     unknown = [each.name for each in compared if each not in known]
     if unknown and rule.required and len(compared) > 1:
