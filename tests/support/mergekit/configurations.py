@@ -210,8 +210,6 @@ modules:
     "tokenizer_source a model": f"merge_method: linear\n{WEIGHTED}tokenizer_source: b\n",
     "tokenizer base": f"merge_method: ties\n{TASKS}tokenizer: {{source: base}}\n",
     "tokenizer a model": f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: b}}\n",
-    "tokenizer_source union": f"merge_method: linear\n{WEIGHTED}tokenizer_source: union\n",
-    "tokenizer union by default": f"merge_method: linear\n{WEIGHTED}tokenizer: {{tokens: {{}}}}\n",
     "chat_template auto": f"merge_method: ties\n{TASKS}tokenizer_source: a\nchat_template: auto\n",
     "chat_template alpaca": f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: alpaca\n",
     "chat_template chatml": f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: chatml\n",

@@ -11,11 +11,13 @@ import pytest
 from mergeloom.engine.files import vocabulary_checks
 from mergeloom.engine.files.vocabulary import Difference
 from mergeloom.engine.model.warnings import ModelWarning, ModelWarningKind
+from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, RecipeError
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.models.tokenizers import write_vocabulary
+from tests.support.outputs import digests
 
 CPU = Options(device="cpu", threads=1)
 STRICT = Options(device="cpu", threads=1, strict=True)
@@ -210,6 +212,17 @@ def test_a_union_of_equal_vocabularies_is_that_vocabulary(union: dict[str, Any],
     assert plan(linear(a, b, base_model=str(b), **union), STRICT).files.tokenizer_from == str(b)
     assert plan(linear(a, b, **union), STRICT).files.tokenizer_from == str(a)
     assert plan(linear(make("lone", None), **union), STRICT).warnings == ()
+
+
+@pytest.mark.parametrize("union", UNIONS, ids=str)
+def test_a_union_of_equal_vocabularies_costs_nothing(union: dict[str, Any], tmp_path: Path, make: Make) -> None:
+    a, b = make("a"), make("b")
+    planned, plain = (plan(linear(a, b, **more), CPU) for more in (union, {}))
+    assert (planned.bytes_read, planned.bytes_written) == (plain.bytes_read, plain.bytes_written)
+    for each, out in ((planned, "union"), (plain, "plain")):
+        merge(each, tmp_path / out)
+    assert digests(tmp_path / "union", "*.safetensors") == digests(tmp_path / "plain", "*.safetensors") != {}
+    assert digests(tmp_path / "union", "*token*") == digests(a, "*token*") != {}
 
 
 @pytest.mark.parametrize("union", UNIONS, ids=str)
