@@ -22,6 +22,7 @@ CONTENTS = ("models", "slices", "modules")
 STAGE_KEYS = (
     *("merge_method", "base_model", *CONTENTS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer"),
     *("chat_template", "name", "save", "files_from", "non_layer", "allow_nonfinite"),
+    "allow_vocabulary_mismatch",
 )
 NON_LAYER_ALIAS = "outside"
 """The former name of `non_layer`, which recipes may still use."""
@@ -85,6 +86,7 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         files_from=reader.optional(keys, place, "files_from", reader.reference),
         non_layer=_non_layer(reader, keys, place),
         allow_nonfinite=reader.optional(keys, place, "allow_nonfinite", reader.switch) or False,
+        allow_vocabulary_mismatch=reader.optional(keys, place, "allow_vocabulary_mismatch", reader.switch) or False,
         save=reader.optional(keys, place, "save", reader.switch) or False,
         place=place,
     )
@@ -145,13 +147,12 @@ def _tokenizer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Toke
 
 def _tokenizer_source(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
     if node.value == "base":
-        return TokenizerSource(None)
+        return TokenizerSource(None, place=path)
     if node.value == "union":
-        message = "a union of vocabularies is not supported yet: use `base` or a model, if all vocabularies are equal"
-        raise reader.error(message, path)
+        return TokenizerSource(None, union=True, place=path)
     if isinstance(node.value, str):
         node = replace(node, value=node.value.removeprefix("model:"))  # older mergekit versions' model cards
-    return TokenizerSource(reader.reference(node, path))
+    return TokenizerSource(reader.reference(node, path), place=path)
 
 
 def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
@@ -160,9 +161,8 @@ def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerS
     for key, what in (("tokens", "choosing embeddings by token"), ("pad_to_multiple_of", "padding the vocabulary")):
         if key in keys and keys[key].value not in (None, {}):
             raise reader.error(f"{what} is not supported yet; remove `{key}`", (*path, key))
-    if "source" not in keys:
-        message = "without `source` it means a union of vocabularies, which is not supported yet: add `source: base`"
-        raise reader.error(message, path)
+    if "source" not in keys or keys["source"].value is None:
+        return TokenizerSource(None, union=True, place=path)
     return _tokenizer_source(reader, keys["source"], (*path, "source"))
 
 

@@ -208,8 +208,9 @@ def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
 def missing_files(planned: Plan) -> list[HubFile]:
     """Return the files of Hub models that a merge needs and the cache does not have: weights, configs, tokenizers."""
     needed = list(planned.downloads)
-    donors = [donor for donor in (planned.files.others, planned.files.tokenizer) if is_remote(donor)]
-    if donors:
+    sources = [made.files for made in planned.made]
+    donors = [donor for files in sources for donor in (files.others, files.generation, files.tokenizer)]
+    if any(map(is_remote, donors)):
         from ...io.hub.checkpoint import companions
 
         needed += [file for donor in donors for file in companions(donor)]
