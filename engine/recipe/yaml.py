@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ...errors import RecipeError
+from .yaml_errors import describe_yaml_error
 
 Keys = tuple[str | int, ...]
 """The keys that lead to an entry, such as ``("slices", 0, "sources")``."""
@@ -129,27 +130,12 @@ def parse_yaml(text: str, source: Path | None = None) -> YamlSource:
     try:
         documents = tuple(builder.documents(yaml.parse(text, Loader=_LOADER)))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "cannot be parsed"
-        # the mark of an error at the end of the text is past the last line
-        line = min(mark.line + 1, max(1, len(text.splitlines()))) if mark is not None else None
-        message = f"this is not valid YAML: {problem}{_advice(problem, text, mark)}"
+        message, line = describe_yaml_error(error, text)
         raise RecipeError(message, source=source, line=line) from error
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         reason = getattr(error, "reason", None) or error
         raise RecipeError(f"this is not valid YAML: {reason}", source=source) from error
     return YamlSource(text, documents, tuple(builder.remarks))
-
-
-def _advice(problem: str, text: str, mark: Any) -> str:
-    """Advice for a character that YAML doesn't allow at its position, or an empty string."""
-    line = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
-    character = line[0][mark.column : mark.column + 1] if line else ""
-    if character == "\t":
-        return "; indent with spaces, not with tabs"
-    if character and "cannot start any token" in problem:
-        return f"; put text that starts with {character} in quotes"
-    return ""
 
 
 @dataclass(slots=True)
