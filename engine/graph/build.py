@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, MergeloomError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.contract import Method
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
@@ -106,7 +106,12 @@ def build_graph(
         RecipeError: if the recipe refers to layers or parts that the models don't have.
         CheckpointError: if the models are incompatible.
     """
-    return _GraphBuilder(recipe, stage, methods, open_model, seed).build()
+    builder = _GraphBuilder(recipe, stage, methods, open_model, seed)
+    try:
+        return builder.build()
+    except MergeloomError as error:
+        error.add_warnings(builder.warnings)
+        raise
 
 
 class _GraphBuilder:

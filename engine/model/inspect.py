@@ -13,7 +13,7 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.tensors import TensorRef
 from ...io.units import plural
 from .layers import LayerMap, Stack, find_layers
-from .open import open_model, reference_of
+from .open import open_named
 from .quantized import quantized_tensors
 
 _FILES_SHOWN = 8
@@ -134,7 +134,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         UsageError: if the name is not valid.
         CheckpointError: if the checkpoint is missing or damaged.
     """
-    checkpoint = open_model(reference_of(str(model)))
+    _, checkpoint = open_named(str(model))
     remarks = list(checkpoint.remarks)
     layers: LayerMap | None = None
     try:

@@ -335,7 +335,8 @@ class SliceParameters:
                 name = resolver.parameter.name
                 misspelt = (each for each in self._recipe.warnings if each.suggestion == name)
                 if (warning := next(misspelt, None)) is not None:
-                    advice = f"is it misspelt? {warning.located_problem}"
+                    mistake = "in the wrong place" if warning.place[-1:] == (name,) else "misspelt"
+                    advice = f"is it {mistake}? {warning.located_problem}"
                 message = f"{self._method.name}{model}, tensor {tensor}: {error}; {advice}"
                 return self._recipe.error(self._stage.place if source is None else source.place, message)
             except ParameterError as error:

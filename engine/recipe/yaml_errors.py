@@ -124,7 +124,9 @@ def _causes(lines: list[_Line], error: yaml.MarkedYAMLError, mark: Any) -> Itera
         yield f"is the quote on line {context.line + 1} closed?", context.line + 1
     if "',' or" in problem or "node content" in problem:
         bracket = "{" if "}" in problem else "["
-        opened = (each.number for each in reversed(lines) if each.text.count(bracket) > each.text.count(_CLOSED[bracket]))
+        opened = (
+            each.number for each in reversed(lines) if each.text.count(bracket) > each.text.count(_CLOSED[bracket])
+        )
         if (number := next(opened, None)) is not None:
             yield f"is the {bracket} on line {number} closed?", number
     if mark.line + 1 == line.number and mark.column > line.indent and line.text and (quote := _open_quote(lines)):
