@@ -1,4 +1,4 @@
-"""Says where an unknown key belongs: many are known elsewhere in a recipe."""
+"""Says where an unknown key belongs, since many are known elsewhere in a recipe, and what to write for a missing one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ STAGE_KEYS = (
     *("tokenizer_source", "tokenizer", "chat_template", "name", "save", "files_from", "non_layer", "allow_nonfinite"),
 )
 """The keys at the top level of a stage."""
+
+MISSING = {
+    "layer_range": ": write `layer_range: [first layer, layer after the last]`, or list complete models under `models` "
+    "instead of `slices`",
+    "model": ": write `model:` and a directory or a Hub id (in quotes, if its name is null)",
+    "sources": ": list the models of the slice below it: `sources: [{model: ..., layer_range: [0, 8]}]`",
+}
+"""What to write for a missing entry."""
 
 _TOKENIZER_KEYS = {
     "pad_to_multiple_of": "`tokenizer: {source: base, pad_to_multiple_of: ...}`",

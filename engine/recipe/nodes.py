@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
-from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, Parameter
+from ...methods.kernel.contract import Method, Parameter
 from .local import is_local, local_layers
-from .misplaced import key_advice, names_adapter, nearest, parameter_advice
+from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
 from .parameters import ParameterError, accept, coerce, describe
+from .placeholder import UNKNOWN_METHOD
 from .types import Conditional, Gradient, ModelReference, Scalar, Setting, line_of
 from .warnings import RecipeWarning, WarningKind
 from .yaml import Keys, Node
@@ -26,31 +27,7 @@ IGNORED = frozenset(("int8_mask", "residual_weight"))
 """Keys and parameters of mergekit without effect on the result; skipped without a warning."""
 
 
-def _unbound(inputs: Inputs, **parameters: object) -> Kernel:
-    raise AssertionError("a recipe with an unknown method is an error")
-
-
-UNKNOWN_METHOD = Method(
-    name="",
-    summary="",
-    description="",
-    paper=None,
-    base=Base.OPTIONAL,
-    minimum=0,
-    maximum=None,
-    absent=Absent.PRESENT,
-    parameters=(),
-    bind=_unbound,
-)
-"""Stands for a method that the recipe misnames, so the rest of the recipe can be read."""
-
-_MISSING = {
-    "layer_range": ": write `layer_range: [first layer, layer after the last]`, or list complete models under `models` "
-    "instead of `slices`",
-    "model": ": write `model:` and a directory or a Hub id (in quotes, if its name is null)",
-    "sources": ": list the models of the slice below it: `sources: [{model: ..., layer_range: [0, 8]}]`",
-}
-"""What to write for a missing entry."""
+_NO_ADAPTERS = "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
 
 
 def describe_node(node: Node) -> str:
@@ -91,6 +68,11 @@ class NodeReader:
         lines: line number of every key and value.
         strict: whether unknown keys and settings without effect are errors.
         methods: the merge methods by name.
+
+    Attributes:
+        warnings: the warnings.
+        mistakes: the errors, to be reported together.
+        repeated: key paths of entries that hold an anchor for use elsewhere, which are no mistakes.
     """
 
     def __init__(
@@ -98,7 +80,7 @@ class NodeReader:
     ) -> None:
         self.warnings: list[RecipeWarning] = []
         self.mistakes: list[RecipeError] = []
-        self.repeated: Collection[Keys] = ()
+        self.repeated: set[Keys] = set()
         self.methods = methods
         self._file = file
         self._lines = lines
@@ -204,8 +186,7 @@ class NodeReader:
                 raise self.error(str(error), path, unsupported="+" in text) from error
         keys = node.value
         if "lora" in keys and keys["lora"].value is not None:
-            message = "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
-            raise self.error(message, (*path, "lora"), unsupported=True)
+            raise self.error(_NO_ADAPTERS, (*path, "lora"), unsupported=True)
         if "model" in keys:
             self.check_keys(keys, path, ("model", "lora", "override_architecture"))
             return self.reference(keys["model"], (*path, "model"))
@@ -257,8 +238,8 @@ class NodeReader:
             self._named.add((*path, close))
             raise self.error(f"unknown key; did you mean `{key}`?", (*path, close))
         if child is not None:
-            raise self.error(f"`{key}` is empty (null){_MISSING.get(key, '')}", (*path, key))
-        raise self.error(f"`{key}` is missing{_MISSING.get(key, '')}", path)
+            raise self.error(f"`{key}` is empty (null){MISSING.get(key, '')}", (*path, key))
+        raise self.error(f"`{key}` is missing{MISSING.get(key, '')}", path)
 
     def check_keys(
         self, keys: Mapping[str, Node], path: Keys, known: Collection[str], *, aliases: Collection[str] = ()
@@ -269,10 +250,7 @@ class NodeReader:
             if key in known or key in aliases or key in IGNORED or here in self._named or here in self.repeated:
                 continue
             if ("model" in known or "merge_method" in known) and names_adapter(key, keys[key]):
-                message = (
-                    "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
-                )
-                self.fail(message, here, unsupported=True)
+                self.fail(_NO_ADAPTERS, here, unsupported=True)
                 continue
             close = nearest(key, known)
             advice = key_advice(key, keys, known) or (

@@ -14,9 +14,10 @@ from ...errors import RecipeError
 from ...methods.kernel.contract import Base, Method
 from .input_advice import STACK, check_density, count_advice, similar_source
 from .misplaced import STAGE_KEYS, nearest
-from .nodes import UNKNOWN_METHOD, NodeReader
+from .nodes import NodeReader
 from .order import in_order
 from .parameters import describe
+from .placeholder import UNKNOWN_METHOD
 from .types import (
     ChatTemplate,
     ModelReference,
@@ -49,6 +50,8 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     for node, place in zip(source.documents, places, strict=True):
         lines.update(node.lines(place))
     reader = NodeReader(file, lines, strict, methods)
+    for keys, place in zip(source.repeated, places, strict=False):
+        reader.repeated.update((*place, *path) for path in keys)
     for remark in source.remarks:
         reader.warnings.append(
             RecipeWarning(WarningKind.DUPLICATE_KEY, remark.message, source=file, line=remark.line, place=remark.path)

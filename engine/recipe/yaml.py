@@ -87,11 +87,19 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class YamlSource:
-    """The documents of a YAML text, without empty ones."""
+    """The documents of a YAML text, without empty ones.
+
+    Args:
+        text: the text.
+        documents: the documents.
+        remarks: problems that are not errors.
+        repeated: for each document, the key paths of entries with an anchor that an alias outside of them repeats.
+    """
 
     text: str
     documents: tuple[Node, ...]
     remarks: tuple[Remark, ...]
+    repeated: tuple[frozenset[Keys], ...] = ()
 
 
 def read_yaml(path: Path) -> YamlSource:
@@ -135,7 +143,7 @@ def parse_yaml(text: str, source: Path | None = None) -> YamlSource:
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         reason = getattr(error, "reason", None) or error
         raise RecipeError(f"this is not valid YAML: {reason}", source=source) from error
-    return YamlSource(text, documents, tuple(builder.remarks))
+    return YamlSource(text, documents, tuple(builder.remarks), tuple(builder.repeated))
 
 
 @dataclass(slots=True)
@@ -169,10 +177,13 @@ class _Builder:
 
     def __init__(self, source: Path | None) -> None:
         self.remarks: list[Remark] = []
+        self.repeated: list[frozenset[Keys]] = []
         self._source = source
         self._size = 0
         self._open: list[_Open] = []
         self._anchors: dict[str, _Built | None] = {}
+        self._anchor_paths: dict[str, Keys] = {}
+        self._repeated: set[Keys] = set()
         self._resolver: Any = yaml.resolver.Resolver()
         self._constructor: Any = yaml.constructor.SafeConstructor()
 
@@ -184,7 +195,7 @@ class _Builder:
             anchor: str | None = None
             match event:
                 case yaml.DocumentStartEvent():
-                    self._anchors = {}
+                    self._anchors, self._anchor_paths, self._repeated = {}, {}, set()
                 case yaml.AliasEvent():
                     done = self._alias(event.anchor or "", line)
                 case yaml.ScalarEvent():
@@ -199,9 +210,11 @@ class _Builder:
                 continue
             if anchor is not None:
                 self._anchors[anchor] = done
+                self._anchor_paths[anchor] = self._path()
             if self._open:
                 self._add(done, line)
             elif done[0].value is not None:
+                self.repeated.append(frozenset(self._repeated))
                 yield done[0]
 
     def _error(self, message: str, line: int) -> RecipeError:
@@ -228,6 +241,9 @@ class _Builder:
         if built is None:
             raise self._error(f"recursive alias *{name}: it is inside the value that it repeats", line)
         self._count(built[1], line)
+        anchor, alias = self._anchor_paths.get(name, ()), self._path()
+        common = next((i for i, (a, b) in enumerate(zip(anchor, alias, strict=False)) if a != b), 0)
+        self._repeated.update(anchor[:end] for end in range(common + 1, len(anchor) + 1))
         return built
 
     def _scalar(self, event: Any, line: int) -> _Built | None:

@@ -1,7 +1,7 @@
 """Explains errors of the YAML parser: the lines concerned and the likely cause.
 
-The parser reports where it can't continue, which is often after the mistake. The causes are found in the text, since the
-C parser and the pure Python parser word their errors differently.
+The parser reports where it can't continue, which is often after the mistake. The causes are found in the text, since
+the C parser and the pure Python parser word their errors differently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ _LONGEST = 100
 """The number of characters of a line that an error shows."""
 _KEY = re.compile(r"(?P<dash>(?:- +)*)(?P<key>[\w.$-]+|'[^']*'|\"[^\"]*\") *:(?P<value> .*)?$")
 _NO_SPACE = re.compile(r"(?:- +)*(?P<text>[\w-]+:[^\s/\\:]\S*)$")
-_CLOSED = {"[": "]", "{": "}"}
 _FENCE_NAMES = ("yaml", "yml")
 
 
@@ -123,12 +122,10 @@ def _causes(lines: list[_Line], error: yaml.MarkedYAMLError, mark: Any) -> Itera
     if context is not None and "quoted scalar" in str(error.context):
         yield f"is the quote on line {context.line + 1} closed?", context.line + 1
     if "',' or" in problem or "node content" in problem:
-        bracket = "{" if "}" in problem else "["
-        opened = (
-            each.number for each in reversed(lines) if each.text.count(bracket) > each.text.count(_CLOSED[bracket])
-        )
+        opening, closing = "{}" if "}" in problem else "[]"
+        opened = (each.number for each in reversed(lines) if each.text.count(opening) > each.text.count(closing))
         if (number := next(opened, None)) is not None:
-            yield f"is the {bracket} on line {number} closed?", number
+            yield f"is the {opening} on line {number} closed?", number
     if mark.line + 1 == line.number and mark.column > line.indent and line.text and (quote := _open_quote(lines)):
         yield quote
     if "could not find expected ':'" in problem and line.text:
