@@ -62,6 +62,7 @@ def places_of(recipe: Recipe) -> dict[ModelReference, Keys]:
     for stage in recipe.stages:
         for reference, place in stage.references():
             if recipe.stage(reference) is None:
-                below = (*place, "model")
-                places.setdefault(reference, below if below in recipe.lines else place)
+                candidates = (*place, "model"), (*place[:-1], "tokenizer_source"), place
+                known = candidates if place not in recipe.lines else candidates[::2]
+                places.setdefault(reference, next((each for each in known if each in recipe.lines), place))
     return places

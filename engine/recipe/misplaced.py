@@ -1,4 +1,4 @@
-"""Says where an unknown key belongs, since many are known elsewhere in a recipe, and what to write for a missing one."""
+"""Says where an unknown key belongs, since many are known elsewhere, and what to write for a missing one."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ...errors import RecipeError
+from .local import similar_path
 from .yaml_errors import describe_yaml_error
 
 Keys = tuple[str | int, ...]
@@ -108,7 +109,8 @@ def read_yaml(path: Path) -> YamlSource:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        raise RecipeError("no such file", source=path) from error
+        near = similar_path(str(path))
+        raise RecipeError(f"no such file{f'; did you mean `{near}`?' if near else ''}", source=path) from error
     except IsADirectoryError as error:
         raise RecipeError("this is a directory, not a recipe file", source=path) from error
     except (OSError, ValueError) as error:

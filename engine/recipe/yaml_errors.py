@@ -16,6 +16,7 @@ import yaml
 _LONGEST = 100
 """The number of characters of a line that an error shows."""
 _KEY = re.compile(r"(?P<dash>(?:- +)*)(?P<key>[\w.$-]+|'[^']*'|\"[^\"]*\") *:(?P<value> .*)?$")
+_INNER_KEY = re.compile(r"(?:^| )(?P<key>[\w-]+): ")
 _NO_SPACE = re.compile(r"(?:- +)*(?P<text>[\w-]+:[^\s/\\:]\S*)$")
 _FENCE_NAMES = ("yaml", "yml")
 
@@ -168,7 +169,7 @@ def _list_item(line: _Line, before: list[_Line]) -> Iterator[_Cause]:
 
 def _key(line: _Line, before: list[_Line]) -> Iterator[_Cause]:
     """The causes of an error at a key."""
-    if (inner := _KEY.match(line.value)) is not None and inner["key"] and inner["value"]:
+    if (inner := _INNER_KEY.search(line.value)) is not None:
         yield f"put a value that contains a colon in quotes, or write `{inner['key']}` on a line of its own", None
     if before and before[0].text.startswith("-") and before[0].indent == line.key_column:
         number = before[0].number
