@@ -72,7 +72,7 @@ class NodeReader:
     Attributes:
         warnings: the warnings.
         mistakes: the errors, to be reported together.
-        repeated: key paths of entries that hold an anchor for use elsewhere, which are no mistakes.
+        repeated: key paths of entries that hold an anchor for use elsewhere, which are not reported.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ WRONG = {
         ("slices[0].merge_method: unknown key, ignored; only a stage has a method: write a separate stage with",),
         0,
     ),
-    "layers of a whole model": Wrong(
+    "layers of a complete model": Wrong(
         "merge_method: linear\nmodels:\n- {model: models/a, layers: [0, 2], parameters: {weight: 1}}\n",
         ("r.yml:3: models[0].layers: unknown key, ignored; `models` lists complete models: use `slices` for ranges",),
         0,
