@@ -38,7 +38,7 @@ def count_advice(part: Slice, method: Method, base: int | None) -> str:
         return ""
     if listed and (advice := similar_source(sources[-1].model, part)):
         return advice
-    if listed:
+    if listed and base is None:
         return " (a `base_model` that isn't listed under `models` is added to them)"
     return STACK if len({source.layer_range for source in sources}) > 1 else ""
 

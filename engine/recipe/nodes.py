@@ -298,16 +298,24 @@ class NodeReader:
                 self.mistakes.append(error)
         return settings
 
+    def _roles(self, name: str) -> set[tuple[type, bool]]:
+        """The types of a parameter in all methods, and whether it is set per model."""
+        all_parameters = (parameter for method in self.methods.values() for parameter in method.parameters)
+        return {(each.type, each.per_input) for each in all_parameters if each.name == name}
+
     def _parameters(self, node: Node, path: Keys) -> Mapping[str, Node]:
         return self.mapping(node, path, "a mapping of parameters by name")
 
     def _report_unknown_parameter(self, name: str, method: Method, path: Keys) -> None:
         """Report a parameter that the method doesn't have.
 
-        A parameter of another method is more likely meant than one of this method with a similar name.
+        A parameter of another method is more likely meant than one of this method with a similar name but another role.
         """
         own = [parameter.name for parameter in method.parameters]
         close = nearest(name, (*own, *sorted(self._parameter_names.difference(own))))
+        similar = nearest(name, own)
+        if similar is not None and close is not None and self._roles(close) & self._roles(similar):
+            close = similar
         others = [m.name for m in self.methods.values() if any(p.name == close for p in m.parameters)]
         advice = f"its parameters: {', '.join(own)}" if own else "it has none"
         if elsewhere := parameter_advice(name):

@@ -293,6 +293,8 @@ def _sources(reader: NodeReader, node: Node, path: Keys, method: Method, *, rang
         for i, child in enumerate(entries)
     ]
     sources = [(index, source) for index, source in enumerate(found) if source is not None]
+    if reader.incomplete(path):  # sources whose layers can't be read are not duplicates
+        return tuple(source for _, source in sources)
     last = {(source.model, source.layer_range): index for index, source in sources}
     kept = []
     for index, source in sources:

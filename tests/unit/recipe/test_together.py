@@ -58,6 +58,11 @@ class TestTogether:
         found = lines_of(LINEAR + MODELS + "foo: 1\nbar: 2\ndtype: x\n", strict=True)
         assert [line.split(" ")[1] for line in found] == ["foo:", "bar:", "dtype:"]
 
+    def test_sources_with_unreadable_layers_are_not_duplicates(self) -> None:
+        sources = "  - {model: a, layer_range: [0, 0]}\n  - {model: a, layer_range: [3, 3]}\n"
+        error = parse_error(f"merge_method: linear\nslices:\n- sources:\n{sources}")
+        assert (error.line, len(error.more), error.warnings) == (4, 1, ())
+
 
 class TestWarningsOfErrors:
     def test_an_error_has_the_warnings_before_it(self) -> None:
@@ -96,6 +101,35 @@ class TestAnchors:
         text = f"name: one\nfoo: &w 1\nbar: *w\n{stage}---\nfoo: 1\nmerge_method: linear\nmodels: [{{model: one}}]\n"
         places = [warning.place for warning in parse(text + "parameters: {weight: 1}\n").warnings]
         assert places == [("one", "bar"), (1, "foo")]
+
+
+class TestUnknownParameters:
+    @pytest.mark.parametrize(
+        ("method", "parameter", "advice"),
+        [
+            (
+                "sce",
+                "weight",
+                "its parameters: select_topk, weight_eps, divisor_eps (`weight` is a parameter of linear",
+            ),
+            (
+                "sce",
+                "weigth",
+                "`weight` is a parameter of linear, nuslerp, multislerp, ...; its parameters: sel",
+            ),
+            ("multislerp", "normalize", "did you mean `normalize_weights`?"),
+            ("ties", "densty", "did you mean `density`?"),
+            (
+                "linear",
+                "epsilon",
+                "its parameters: weight, normalize (`epsilon` is a parameter of della, della_linear)",
+            ),
+        ],
+    )
+    def test_a_parameter_of_the_same_role_is_suggested(self, method: str, parameter: str, advice: str) -> None:
+        text = f"merge_method: {method}\nbase_model: a\nparameters: {{{parameter}: 1}}\nmodels: [{{model: b}}]\n"
+        (warning,) = parse_built_in(text).warnings
+        assert warning.advice.startswith(advice)
 
 
 class TestWhatHasNoEffect:
