@@ -122,7 +122,7 @@ class TestUnknownParameters:
             (
                 "linear",
                 "epsilon",
-                "its parameters: weight, normalize (`epsilon` is a parameter of della, della_linear)",
+                "its parameters: weight, normalize (`epsilon` is a parameter of ",
             ),
         ],
     )
