@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import CheckpointError, RecipeError
+from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.contract import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
@@ -15,6 +15,7 @@ from ..model.layers import Stack
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
+from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .buffers import BufferCheck
@@ -81,6 +82,7 @@ class BuiltGraph:
         saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
         intermediates: number of tensors that the stages before the last compute.
         buffers: the buffers that are compared between the models before the merge.
+        parameters: parameters with filters or gradients, and how many tensors use each value.
     """
 
     graph: MergeGraph
@@ -96,6 +98,7 @@ class BuiltGraph:
     saved: tuple[Saved, ...] = ()
     intermediates: int = 0
     buffers: tuple[BufferCheck, ...] = ()
+    parameters: tuple[ParameterUse, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -128,7 +131,12 @@ def build_graph(
     try:
         return builder.build()
     except TensorMismatch as error:
-        raise explain_mismatch(error) from error
+        cause = explain_mismatch(error)
+        cause.add_warnings(builder.warnings)
+        raise cause from error
+    except MergeloomError as error:
+        error.add_warnings(builder.warnings)
+        raise
 
 
 class _GraphBuilder:
@@ -205,6 +213,7 @@ class _GraphBuilder:
             warnings=(*self.warnings, *partial_warnings(self.rules.partial, self.models, self.stage.merge_method)),
             partial=tuple(self.rules.partial),
             buffers=tuple(self.rules.buffers.checks),
+            parameters=summarize_uses(use for parts in self.parts for part in parts for use in part.parameters.uses()),
         )
 
     def _warn(self, kind: ModelWarningKind, problem: str, advice: str = "", names: Iterable[str] = ()) -> None:

@@ -169,6 +169,7 @@ class _Flattener:
             donor_config=final.models[final.donor].checkpoint.config,
             unused=tuple(dict.fromkeys(self._unused(graph))),
             warnings=tuple(warning for found in self._built for warning in found.warnings),
+            parameters=tuple(use for found in self._built for use in found.parameters),
             saved=tuple(Saved(self._recipe.stages[number], self._built[number].layers) for number in saved),
             intermediates=sum(len(found.graph.outputs) for found in self._built[:-1]),
             buffers=tuple(dict.fromkeys(self._buffers())),

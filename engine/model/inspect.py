@@ -16,7 +16,7 @@ from ...io.units import plural
 from .checks.formats import format_name
 from .checks.identify import not_a_model
 from .layers import LayerMap, Stack, find_layers
-from .open import open_model, reference_of
+from .open import open_named
 from .quantized import quantized_tensors
 
 _FILES_SHOWN = 8
@@ -137,7 +137,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         UsageError: if the name is not valid.
         CheckpointError: if the checkpoint is missing or damaged.
     """
-    checkpoint = open_model(reference_of(str(model)))
+    _, checkpoint = open_named(str(model))
     remarks = list(checkpoint.remarks)
     layers: LayerMap | None = None
     try:

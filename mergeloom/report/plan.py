@@ -10,6 +10,7 @@ from ..engine.graph.graph import Kind
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
 from ..io.units import big_number, data_size, memory_size, plural, short_number
+from .parameters import parameters_section
 from .sections import Grid, Section, plain
 from .unused import unused_section
 
@@ -43,6 +44,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         output_section(plan),
         inputs_section(plan, read),
         work_section(plan),
+        parameters_section(plan),
         reread_section(plan, read),
         memory_section(plan),
         *more,

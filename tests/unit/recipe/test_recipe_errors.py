@@ -89,7 +89,7 @@ class TestMistakes:
             ("[[0], 1]", "expected [first layer"),
             ("[0, 1.5]", "expected a whole number, got 1.5"),
             ("[a, b]", "expected a whole number, got 'a'"),
-            ("~", "`layer_range` is missing"),
+            ("~", "`layer_range` is empty (null): write `layer_range: [first layer, layer after the last]`"),
         ],
     )
     def test_of_layer_ranges(self, value: str, message: str) -> None:
