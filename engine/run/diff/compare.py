@@ -235,8 +235,8 @@ class Comparison:
         if found:
             count = sum(nonfinite for _, nonfinite in found)
             yield (
-                f"{plural(count, 'element')} of {plural(len(found), 'tensor')} are NaN or infinite in A or B, "
-                f"and left out of distances and cosines; the first tensor is {found[0][0]}"
+                f"NaN or infinite in A or B, and left out of distances and cosines: {plural(count, 'element')} of "
+                f"{plural(len(found), 'tensor')}, first in {found[0][0]}"
             )
 
 
