@@ -19,8 +19,8 @@ from mergeloom.cli.app import cli
 from mergeloom.errors import CheckpointError
 from tests.conftest import MakeModel
 from tests.support.models import tiny_llama, write_checkpoint
-from tests.support.pages import Page
 from tests.support.plans import linear
+from tests.unit.report.pages import Page
 
 COMMAND = [sys.executable, "-m", "mergeloom", "diff"]
 

@@ -65,6 +65,8 @@ class Similarity:
         """Cosine of the angle between A and B, from -1 to 1. None if A or B is 0, or without finite sums."""
         if self.a_squares == 0 or self.b_squares == 0:
             return None
+        if self.difference_squares == 0:
+            return 1.0
         cosine = _finite(self.products / (math.sqrt(self.a_squares) * math.sqrt(self.b_squares)))
         return None if cosine is None else max(-1.0, min(1.0, cosine))
 

@@ -14,8 +14,8 @@ from mergeloom.engine.run.diff import units
 from mergeloom.engine.run.diff.compare import Comparison
 from mergeloom.engine.run.diff.result import Similarity
 from mergeloom.methods.kernel.contract import BLOCK
-from tests.support.diffs import compare, is_close, reference
 from tests.support.models import write_checkpoint
+from tests.unit.diff.references import compare, is_close, reference
 
 FLOATS = {
     "BF16": torch.bfloat16,
@@ -164,7 +164,7 @@ def test_equal_models_are_equal_whatever_their_dtypes(tmp_path: Path) -> None:
     assert found.equal
     assert found.tensors[0].dtypes == ("BF16", "F32")
     assert found.total.relative_distance == 0.0
-    assert found.total.cosine == pytest.approx(1.0, abs=1e-15)
+    assert found.total.cosine == 1.0
 
 
 def test_the_public_function(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from mergeloom.engine.run.diff.compare import Comparison
 from mergeloom.engine.run.diff.result import NotCompared
 from mergeloom.errors import CheckpointError, UsageError
-from tests.support.diffs import compare, is_close, reference
 from tests.support.models import write_checkpoint
+from tests.unit.diff.references import compare, is_close, reference
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -7,7 +7,7 @@ import pytest
 from mergeloom.engine.run.diff.result import NotCompared, Similarity
 from mergeloom.report.diff import diff_sections, measures
 from mergeloom.report.sections import plain
-from tests.support.diffs import made_diff, made_tensor
+from tests.unit.diff.references import made_diff, made_tensor
 
 
 def layer(number: int, distance: float = 0.1, name: str = "up.weight") -> list[object]:

@@ -9,8 +9,8 @@ import pytest
 from mergeloom.engine.run.diff.result import Diff, NotCompared, Similarity
 from mergeloom.report.html.diff_page import make_diff_page
 from mergeloom.report.html.heat_map import Scale, heat_key, heat_maps
-from tests.support.diffs import made_diff, made_tensor
-from tests.support.pages import Page, check_self_contained
+from tests.unit.diff.references import made_diff, made_tensor
+from tests.unit.report.pages import Page, check_self_contained
 
 EVIL = "model.<script>alert(1)</script>\"'&\x1b[31m\u202e.weight"
 

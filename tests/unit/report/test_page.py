@@ -24,9 +24,9 @@ from mergeloom.report.html.page import make_page
 from mergeloom.report.html.svg import shortened, text_of
 from tests.conftest import MakeModel
 from tests.support import models
-from tests.support.pages import Page, check_self_contained
 from tests.support.plans import linear, slerp, stacked, task_vectors, windows
 from tests.support.waiting import HANG_SECONDS
+from tests.unit.report.pages import Page, check_self_contained
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "model.<script>alert(1)</script>\"'&\x1b[31m\u202e.weight"
