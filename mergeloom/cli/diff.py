@@ -42,13 +42,15 @@ def diff(
     from .target_files import TargetFile
 
     target = TargetFile("--html", html) if html is not None else None
-    from ..engine.run.diff.compare import Comparison
+    from ..engine.run.diff.compare import JSON_BYTES, RESULT_BYTES, Comparison
     from ..report.diff import diff_sections
     from ..report.html.diff_page import make_diff_page
     from ..report.sections import load_rich, show
 
     load_rich()
-    result = _run(Comparison(a, b, max_ram=max_ram, threads=threads), quiet=quiet or as_json)
+    result_bytes = JSON_BYTES if as_json else RESULT_BYTES
+    comparison = Comparison(a, b, max_ram=max_ram, threads=threads, result_bytes=result_bytes)
+    result = _run(comparison, quiet=quiet or as_json)
     for warning in result.warnings:
         print_warning(warning)
     if target is not None:
@@ -74,12 +76,14 @@ def _run(comparison: Comparison, *, quiet: bool) -> Diff:
 
 def _check_memory(result: Diff) -> None:
     """Raise the error for a comparison that is complete but used more memory than its budget."""
+    from ..engine.cost.machine import process_memory
     from ..errors import BudgetError
     from ..io import platform
     from ..io.units import memory_size
 
-    if platform.OWN_PROCESS and result.peak_rss > result.max_ram:
+    peak = process_memory().peak
+    if platform.OWN_PROCESS and peak > result.max_ram:
         raise BudgetError(
-            f"the comparison is complete, but the process used {memory_size(result.peak_rss, up=True)} of RAM, more "
+            f"the comparison is complete, but the process used {memory_size(peak, up=True)} of RAM, more "
             f"than the budget of {memory_size(result.max_ram)}: please report this with the version of numpy"
         )

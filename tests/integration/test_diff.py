@@ -142,7 +142,7 @@ def test_mistakes(arguments: tuple[str, ...], code: int, message: str, make_mode
 def test_the_smallest_budget_that_a_message_names_works(tmp_path: Path) -> None:
     model = tiny_llama(hidden=512, vocabulary=8192)
     paths = [write_checkpoint(tmp_path / name, model, fill=seed) for seed, name in enumerate("ab")]
-    refused = spawn(*paths, "--max-ram", "1MiB")
+    refused = spawn(*paths, "--json", "--max-ram", "1MiB")
     assert refused.returncode == 3
     match = re.search(r"use --max-ram ([\d.]+MiB) or more", refused.stderr)
     assert match is not None, refused.stderr

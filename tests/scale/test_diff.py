@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,16 @@ def test_each_tensor_of_405b_shapes_is_read_once(tmp_path: Path) -> None:
     units = make_units(pair_tensors(a, b).pairs)
     assert sum(unit.nbytes for unit in units) == 2 * 2 * llama_3_1_405b().parameters
     assert max(unit.sums_bytes for unit in units) < 3 * MIB
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json", "--tensors"])
+def test_the_results_of_many_tensors_are_within_the_smallest_budget(option: str, tmp_path: Path) -> None:
+    names = [f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in range(100) for e in range(200)]
+    models = [write_checkpoint(tmp_path / name, dict.fromkeys(names, (8, 8)), fill=s) for s, name in enumerate("ab")]
+    command = [sys.executable, "-m", "mergeloom", "diff", *map(str, models), option, "--max-ram"]
+    refused = subprocess.run([*command, "1MiB"], capture_output=True, text=True, check=False)
+    smallest = re.search(r"use --max-ram (\S+) or more", refused.stderr)
+    assert smallest is not None, refused.stderr
+    ended = subprocess.run([*command, smallest[1]], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr  # the command itself fails if it exceeds its budget
+    assert "model.layers.*.mlp.experts.*.up_proj.weight" in ended.stdout

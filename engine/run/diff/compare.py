@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,11 @@ from .result import Diff, Similarity, TensorDiff
 from .sums import SUMS, WORKSPACE_BYTES, BlockSummer
 from .units import Unit, divide_memory, make_units
 from .values import Floats
+
+RESULT_BYTES = 1024
+"""RAM of the result for each tensor, and of the report about it, in bytes."""
+JSON_BYTES = 4096
+"""`RESULT_BYTES` if the result is printed as JSON."""
 
 Notify = Callable[[Progress], None]
 
@@ -61,6 +66,7 @@ class Comparison:
         b: second model.
         max_ram: limit of the process's resident memory in bytes; by default a share of the machine's memory.
         threads: maximum number of threads; by default the cores that the process may use.
+        result_bytes: RAM of the result for each tensor in bytes.
 
     Attributes:
         bytes_to_read: size of the tensors to read, in bytes.
@@ -79,6 +85,7 @@ class Comparison:
         *,
         max_ram: int | None = None,
         threads: int | None = None,
+        result_bytes: int = RESULT_BYTES,
     ) -> None:
         references = [reference_of(os.fspath(model)) for model in (a, b)]
         self._a, self._b = (Opened(reference.text, open_model(reference)) for reference in references)
@@ -88,7 +95,8 @@ class Comparison:
         self.bytes_to_read = sum(unit.nbytes for unit in self._units)
         self.downloads = tuple(file for file in self._needed_files() if not file.present)
         key = size_key("diff", self._a.name, self._b.name)
-        budget = make_budget(max_ram, (), False, outputs=len(pairs), key=key)
+        budget = make_budget(max_ram, (), False, key=key)
+        budget = replace(budget, baseline=budget.baseline + len(pairs) * result_bytes)
         self._memory = divide_memory(self._units, budget, threads or usable_cores())
         self._max_ram = budget.ram
         self._remark = memory_remark(max_ram, None)

@@ -15,7 +15,7 @@ from ....io.safetensors.tensors import TensorRef
 from ....io.units import plural
 from ...model.layers import LayerMap, find_layers
 from ...model.quantized import quantized_tensors
-from ...model.roles import is_buffer, is_head, tied_embedding
+from ...model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from .result import NotCompared
 from .values import can_decode
 
@@ -115,9 +115,12 @@ def _obstacle(a: TensorRef, b: TensorRef) -> str:
 
 def _tied_heads(tensors: Iterable[str], other: Checkpoint) -> Iterator[tuple[str, str]]:
     """Yield each head that another model lacks because it is tied to an embedding there, with that embedding."""
+    if _is_untied(other.config or {}):
+        return
+    embeddings = [name for name in other.tensors if is_embedding(name)]
     for name in tensors:
-        if is_head(name) and name not in other.tensors and not _is_untied(other.config or {}):
-            embedding = tied_embedding(name, other.tensors)
+        if is_head(name) and name not in other.tensors:
+            embedding = tied_embedding(name, embeddings)
             if embedding is not None:
                 yield name, embedding
 

@@ -78,10 +78,13 @@ def make_units(pairs: Sequence[Pair]) -> tuple[Unit, ...]:
     for number, pair in enumerate(pairs):
         if pair.a.elements == 0:
             continue
-        one, other = members.get(pair.a, []), members.get(pair.b, [])
-        joined = [*one, *(other if other is not one else ()), number]
-        for member in joined:
-            members[pairs[member].a] = members[pairs[member].b] = joined
+        group, other = members.get(pair.a, []), members.get(pair.b, [])
+        if other is not group:
+            group, other = sorted((group, other), key=len, reverse=True)
+            group.extend(other)
+            members |= {ref: group for member in other for ref in (pairs[member].a, pairs[member].b)}
+        group.append(number)
+        members[pair.a] = members[pair.b] = group
     units = []
     for numbers in {id(group): group for group in members.values()}.values():
         refs = tuple(dict.fromkeys(ref for n in numbers for ref in (pairs[n].a, pairs[n].b)))

@@ -23,8 +23,10 @@ from mergeloom.errors import BudgetError, CheckpointError
 from mergeloom.io.reading import Reader
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.task_group import TaskGroup
 from mergeloom.methods.kernel.contract import BLOCK
 from tests.support.models import FineTune, Random, tiny_llama, write_checkpoint
+from tests.support.waiting import HANG_SECONDS
 
 MIB = 1 << 20
 
@@ -134,6 +136,31 @@ def test_a_file_that_is_truncated_is_an_error_of_the_input(models: tuple[Path, P
     os.truncate(models[1] / "model.safetensors", 100_000)
     with pytest.raises(CheckpointError, match="truncated"):
         comparison.run()
+
+
+def test_an_interrupt_ends_the_threads(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    started, resumed = threading.Event(), threading.Event()
+
+    class Interrupted(TaskGroup):
+        def join(self) -> None:
+            assert started.wait(HANG_SECONDS)
+            raise KeyboardInterrupt
+
+        def cancel(self) -> None:
+            super().cancel()
+            resumed.set()
+
+    def notify(progress: object) -> None:
+        started.set()
+        assert resumed.wait(HANG_SECONDS)
+
+    monkeypatch.setattr(module, "TaskGroup", Interrupted)
+    monkeypatch.setattr(units, "BUFFER_BYTES", 1)
+    comparison = Comparison(*models, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.run(notify)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("diff")]
+    assert comparison._progress.bytes_read < comparison.bytes_to_read
 
 
 # ------------------------------------------------------------------------------------------------ memory
