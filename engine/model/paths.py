@@ -7,6 +7,7 @@ from ...io.hub.repository import cached_snapshot, is_hub_id
 from ..recipe.local import is_local, siblings, similar_path
 from ..recipe.types import ModelReference, Recipe
 from ..recipe.yaml import Keys
+from .warnings import ModelWarning, ModelWarningKind
 
 _PLACEHOLDERS = frozenset(("none", "null", "nil", "nan", "undefined", "~"))
 _SHOWN = 6
@@ -20,9 +21,7 @@ def path_problem(reference: ModelReference) -> str | None:
     """
     path, revision = reference.path, reference.revision
     if is_local(path):
-        if revision is None:
-            return None
-        return f"{path} is a directory here, which has no revisions: remove @{revision}, or rename the directory"
+        return None
     if path.lower() in _PLACEHOLDERS:
         return f"{path!r} does not name a model: write a directory or a Hub id"
     text = reference.text
@@ -44,6 +43,20 @@ def check_paths(recipe: Recipe) -> None:
     ]
     if mistakes:
         raise RecipeError.together(mistakes)
+
+
+def ignored_revisions(recipe: Recipe) -> list[ModelWarning]:
+    """Warn about revisions of local directories, which have none. ``main`` is taken for what was downloaded."""
+    named = (each for each in places_of(recipe) if each.revision not in (None, "main"))
+    return [
+        ModelWarning(
+            ModelWarningKind.FILES,
+            f"{each.path} is a directory here and has no revisions: @{each.revision} is ignored",
+            "remove it, or rename the directory to use the Hub's model",
+        )
+        for each in named
+        if is_local(each.path)
+    ]
 
 
 def siblings_note(path: str) -> str:

@@ -53,6 +53,8 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     for keys, place in zip(source.repeated, places, strict=False):
         reader.repeated.update((*place, *path) for path in keys)
     for remark in source.remarks:
+        if any(remark.path in keys for keys in source.repeated):
+            continue  # each of the entries holds an anchor of its own
         reader.warnings.append(
             RecipeWarning(WarningKind.DUPLICATE_KEY, remark.message, source=file, line=remark.line, place=remark.path)
         )

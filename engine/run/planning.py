@@ -24,7 +24,7 @@ from ..graph.graph import Kind
 from ..graph.layout import lay_out
 from ..graph.stages import build_stages
 from ..model.open import open_input
-from ..model.paths import check_paths
+from ..model.paths import check_paths, ignored_revisions
 from ..model.warnings import ModelWarning, ModelWarningKind, strict_error
 from ..recipe.load import load_recipe
 from ..recipe.types import ModelReference, Recipe
@@ -92,7 +92,7 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
         for model in built.models
         for remark in model.checkpoint.remarks
     ]
-    found = [*remarks, *built.warnings, *dict.fromkeys(files.warnings)]
+    found = [*ignored_revisions(loaded), *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
     if remark := memory_remark(options.max_ram, options.machine):
         found.append(ModelWarning(ModelWarningKind.MACHINE, remark))
     if options.strict and found:

@@ -10,18 +10,16 @@ from typing import Any
 from ....errors import CheckpointError
 from ....io.open_source import quoted
 from ....io.safetensors.checkpoint import Checkpoint
-from ....io.safetensors.dtypes import Kind
 from ....io.safetensors.tensors import TensorRef
 from ....io.units import plural
+from ...model.checks.identify import check_is_model
 from ...model.layers import LayerMap, find_layers
 from ...model.quantized import quantized_tensors
-from ...model.roles import is_buffer, is_embedding, is_head, tied_embedding
+from ...model.roles import is_embedding, is_head, tied_embedding
 from .result import NotCompared
 from .values import can_decode
 
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.|$)")
-_ADAPTER = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?=\.|$)")
-_UNQUANTIZED_BITS = 16  # floats of this width or more are not quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ def pair_tensors(a: Opened, b: Opened) -> Pairing:
         CheckpointError: a model is quantized or an adapter, or the models have no tensor name in common.
     """
     for model in (a, b):
-        _refuse_adapter(model)
+        check_is_model(model.name, model.checkpoint)
         _refuse_quantized(model)
     ours, theirs = a.checkpoint.tensors, b.checkpoint.tensors
     found = [(name, ours[name], theirs[name], "") for name in ours if name in theirs]
@@ -153,34 +151,11 @@ class _Layers:
         return "", None
 
 
-def _refuse_adapter(model: Opened) -> None:
-    files = [file.name for file in model.checkpoint.files if file.name.startswith("adapter_model")]
-    tensors = (name for name in model.checkpoint.tensors if _ADAPTER.search(name))
-    found = files[0] if files else next(tensors, None)
-    if found is not None:
-        raise CheckpointError(
-            f"{model.name} is an adapter ({quoted(found)}), which is not supported yet: merge the adapter into its "
-            "base model, and compare the result"
-        )
-
-
 def _refuse_quantized(model: Opened) -> None:
-    tensors = model.checkpoint.tensors
-    quantized = dict(quantized_tensors(tensors))
-    if (model.checkpoint.config or {}).get("quantization_config"):
-        for name, ref in tensors.items():
-            if _may_be_packed(name, ref):
-                quantized.setdefault(name, f"it is {ref.dtype.name}, and config.json has a quantization_config")
+    quantized = quantized_tensors(model.checkpoint)
     if quantized:
         name, reason = next(iter(quantized.items()))
         raise CheckpointError(
             f"{model.name} is quantized: {plural(len(quantized), 'tensor')} ({quoted(name)}: {reason}); comparing "
             "quantized models is not supported yet: use a bfloat16 version of the model"
         )
-
-
-def _may_be_packed(name: str, ref: TensorRef) -> bool:
-    """Whether a tensor of a quantized model may hold codes instead of values."""
-    if ref.dtype.kind is Kind.FLOAT:
-        return ref.dtype.bits < _UNQUANTIZED_BITS
-    return ref.dtype.kind is Kind.INTEGER and len(ref.shape) > 1 and not is_buffer(name, ref.shape)

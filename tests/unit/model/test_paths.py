@@ -8,9 +8,11 @@ import pytest
 
 import mergeloom
 from mergeloom.engine.model.open import open_named
-from mergeloom.engine.model.paths import path_problem
+from mergeloom.engine.model.paths import ignored_revisions, path_problem
+from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.types import ModelReference
 from mergeloom.errors import CheckpointError, RecipeError, UsageError
+from mergeloom.methods import merge_methods
 from tests.support import models
 
 
@@ -68,8 +70,13 @@ class TestMisspelt:
         assert path_problem(ModelReference(text)) == (f"{text!r} does not name a model: write a directory or a Hub id")
 
     def test_a_directory_has_no_revisions(self) -> None:
-        problem = path_problem(ModelReference("models/base", "v2"))
-        assert problem == "models/base is a directory here, which has no revisions: remove @v2, or rename the directory"
+        assert path_problem(ModelReference("models/base", "v2")) is None
+        models = [{"model": "models/base@v2"}, {"model": "models/base@main"}, {"model": "models/base"}]
+        recipe = load_recipe({"merge_method": "linear", "models": models}, methods=merge_methods())
+        (warning,) = ignored_revisions(recipe)
+        assert str(warning).startswith(
+            "models/base is a directory here and has no revisions: @v2 is ignored; remove it"
+        )
 
     def test_on_the_command_line(self) -> None:
         with pytest.raises(UsageError, match="did you mean `models/base`"):

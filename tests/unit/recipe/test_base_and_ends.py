@@ -44,6 +44,7 @@ def test_every_method_with_weights_and_a_base(name: str) -> None:
     models = ["base", "a", "b"][: 3 if METHODS[name].maximum != 1 else 2]
     listed = ", ".join(f"{{model: {model}, parameters: {{weight: 0.5}}}}" for model in models)
     text = f"merge_method: {name}\nbase_model: base\nmodels: [{listed}]\n"
+    text += "parameters: {density: 0.5}\n" if name.startswith(("dare", "della")) else ""
     (warning,) = parse_recipe(text, methods=METHODS).warnings
     assert warning.kind is WarningKind.NO_EFFECT
     assert "`weight` of the base model, base, has no effect" in str(warning)
