@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import Plan, merge, plan
+    from .api import Plan, diff, merge, plan
     from .engine.recipe.types import Recipe
+    from .engine.run.diff.result import Diff, NotCompared, Similarity, TensorDiff
     from .engine.run.merge import Result
     from .engine.run.plan import Options
     from .engine.run.verify import Unverified, Verdict, verify
@@ -36,25 +37,35 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "Diff",
     "DiskSpaceError",
     "EnvironmentFailure",
     "Interrupted",
     "MergeloomError",
+    "NotCompared",
     "Options",
     "Plan",
     "Recipe",
     "RecipeError",
     "Result",
+    "Similarity",
+    "TensorDiff",
     "Unverified",
     "UsageError",
     "Verdict",
     "__version__",
+    "diff",
     "merge",
     "plan",
     "verify",
 ]
 
 _MODULES = {
+    "Diff": "engine.run.diff.result",
+    "NotCompared": "engine.run.diff.result",
+    "Similarity": "engine.run.diff.result",
+    "TensorDiff": "engine.run.diff.result",
+    "diff": "api",
     "merge": "api",
     "plan": "api",
     "Options": "engine.run.plan",

@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except MergeloomError as error:
+        from .cli.output import print_warning
+
+        for warning in error.warnings:
+            print_warning(warning)
         _print_error(str(error))
         return error.exit_code
     except click.ClickException as error:

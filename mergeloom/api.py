@@ -1,4 +1,4 @@
-"""The public functions: convert keyword arguments to Options, and plan or merge."""
+"""The public functions: convert keyword arguments, and plan, merge or compare."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .io.sizes import parse_size
 
 if TYPE_CHECKING:
     from .engine.execute.tasks import Progress
+    from .engine.run.diff.result import Diff
     from .engine.run.merge import Result
 
 Size = int | str
@@ -115,23 +116,55 @@ def merge(
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
     if isinstance(recipe, engine_plan.Plan):
         if options not in (Options(), recipe.options):
-            raise UsageError(
-                "a Plan is executed with the options that were passed to `plan`: pass these to `plan` instead"
-            )
+            raise UsageError("a Plan is executed with the options of `plan`: pass these to `plan` instead")
         recipe = replace(recipe, options=replace(recipe.options, keep_paths=keep_paths))
-    options = replace(options, keep_paths=keep_paths)
     if digests not in ("written", "full"):
         raise UsageError(f"invalid digests {digests!r}: use 'written' or 'full'")
     return run_merge(
         recipe,
         out,
-        options,
+        replace(options, keep_paths=keep_paths),
         fresh=restart or fresh,
         digests=digests == "full",
         notify=notify,
         say=say,
         warn=warn,
     )
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    max_ram: Size | None = None,
+    threads: int | None = None,
+    notify: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Diff:
+    """Compare the values of two models, tensor by tensor. Reads every byte once.
+
+    Args:
+        a: first model: a directory, a .safetensors file, an index, or a Hub id, whose missing files are downloaded.
+        b: second model.
+        max_ram: limit of the process's resident memory; by default a share of the machine's RAM.
+        threads: maximum number of threads; by default the cores available to the process.
+        notify: callback for progress, called with the bytes read so far, from any thread.
+        say: callback for messages, such as how much is downloaded.
+
+    Raises:
+        CheckpointError: a model is missing, damaged, quantized or an adapter, or they have no tensor name in common.
+        BudgetError: the comparison exceeds the budget.
+        EnvironmentFailure: reading or downloading failed.
+        UsageError: an argument is invalid.
+    """
+    from .engine.run.diff.compare import Comparison
+    from .engine.run.merge import fetch
+
+    comparison = Comparison(
+        a, b, max_ram=None if max_ram is None else _bytes("max_ram", max_ram), threads=_checked_threads(threads)
+    )
+    fetch(comparison.downloads, say or (lambda text: None))
+    return comparison.run(notify)
 
 
 def _options(
@@ -145,18 +178,23 @@ def _options(
     methods: Iterable[str | os.PathLike[str]],
 ) -> Options:
     """Convert the keyword arguments that `plan` and `merge` share."""
-    if threads is not None and threads < 1:
-        raise UsageError(f"invalid threads {threads}: use 1 or more")
     return Options(
         max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
         max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
         device=device,
         seed=seed,
         shard_size=_bytes("shard_size", shard_size),
-        threads=threads,
+        threads=_checked_threads(threads),
         strict=strict,
         methods=tuple(os.fspath(file) for file in methods),
     )
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    """Return a number of threads. Raises UsageError if it is less than 1."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"invalid threads {threads}: use 1 or more")
+    return threads
 
 
 def _bytes(name: str, size: Size) -> int:

@@ -14,7 +14,7 @@ Any other exception is an internal error, with exit code 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,9 +23,18 @@ _SHOWN = 9
 
 
 class MergeloomError(Exception):
-    """The base class. The message says what is wrong, where, and what to do about it."""
+    """The base class. The message says what is wrong, where, and what to do about it.
+
+    Attributes:
+        warnings: warnings that were found before the error and may explain it; commands print them first.
+    """
 
     exit_code: ClassVar[int] = 1
+    warnings: tuple[str, ...] = ()
+
+    def add_warnings(self, warnings: Iterable[object]) -> None:
+        """Add the text of each warning in front of `warnings`, without repeating one."""
+        self.warnings = tuple(dict.fromkeys((*map(str, warnings), *self.warnings)))
 
 
 class RecipeError(MergeloomError):
@@ -37,6 +46,7 @@ class RecipeError(MergeloomError):
         line: 1-based line number; None if unknown.
         path: key path of the mistake, such as ``("slices", 0, "sources", 1, "layer_range")``.
         more: other mistakes in the same recipe.
+        unsupported: whether the recipe asks for something that mergeloom doesn't support yet.
     """
 
     exit_code = 2
@@ -49,12 +59,14 @@ class RecipeError(MergeloomError):
         line: int | None = None,
         path: tuple[str | int, ...] = (),
         more: Sequence[RecipeError] = (),
+        unsupported: bool = False,
     ) -> None:
         self.message = message
         self.source = source
         self.line = line
         self.path = path
         self.more = tuple(more)
+        self.unsupported = unsupported
         location = str(source) if source is not None else "recipe"
         if line is not None:
             location += f":{line}"
@@ -66,8 +78,11 @@ class RecipeError(MergeloomError):
 
     @classmethod
     def together(cls, mistakes: Sequence[RecipeError]) -> RecipeError:
-        """Combine all mistakes in a recipe, in line order, into one error with the line and path of the first."""
-        first, *others = sorted(mistakes, key=lambda mistake: mistake.line or 0)
+        """Combine all mistakes in a recipe into one error with the line and path of the first.
+
+        They are in line order, but what is not supported comes last: no change of the recipe makes it work.
+        """
+        first, *others = sorted(mistakes, key=lambda mistake: (mistake.unsupported, mistake.line or 0))
         if not others:
             return first
         return cls(first.message, source=first.source, line=first.line, path=first.path, more=others)

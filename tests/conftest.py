@@ -30,6 +30,7 @@ LONG = (
     "tests/unit/cost/test_footprint.py::test_a_tile_of_any_method_takes_what_was_planned[F64",
     "tests/unit/test_benchmarks.py::test_budgets_of_small_models",
     "tests/unit/test_benchmarks.py::test_a_point_of_each_series",
+    "tests/integration/published/test_recipes.py::test_a_long_recipe",
     "tests/faults/test_faults.py::test_killed",
     "tests/faults/test_faults.py::test_power",
     "tests/faults/test_tampering.py::test_killed_at_random_and_tampered_with",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,14 @@ from ...version import __version__
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 from ..model.inputs import Model
+from ..recipe.local import is_local
 from ..recipe.types import Recipe
 from .card import CardMethod, CardModel, model_card
 from .chat_templates import REPLACED, with_template
 from .licenses import license_of
 from .published import published_recipe
-from .sources import FileSources, OutputModel, directory_of, tokenizer_directory
+from .sources import FileSources, OutputModel
+from .tokenizer_files import directory_of, tokenizer_directory
 
 CARD = "README.md"
 RECIPE = "mergekit_config.yml"
@@ -83,11 +84,6 @@ class OutputContent:
         return self.recipe.text if self.keep_paths else published_recipe(self.recipe.text, local)
 
 
-def is_local(path: str) -> bool:
-    """Whether a model's path is a local directory or file rather than a Hub id."""
-    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111  these never raise
-
-
 def write_model_files(models: Sequence[OutputModel], content: OutputContent, out: OutputDirectory) -> list[str]:
     """Write all files except the weights to OUT, and return the names of those to publish last."""
     last = []
@@ -144,9 +140,9 @@ def _index(content: OutputContent, output: OutputModel) -> bytes:
 
 def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[str, bytes | Path]]:
     """The tokenizer files with the chat template inserted, and the other companion files."""
-    for kind in (FileKind.GENERATION, FileKind.OTHER):
-        yield from listed(files.others, kind)
-    changed = {} if files.template is None else with_template(tokenizer_directory(files), files.template)
+    yield from listed(files.generation, FileKind.GENERATION)
+    yield from listed(files.others, FileKind.OTHER)
+    changed = {} if files.template is None else with_template(tokenizer_directory(files.tokenizer), files.template)
     for name, source in listed(files.tokenizer, FileKind.TOKENIZER):
         if name not in changed and not (changed and REPLACED.fullmatch(name)):
             yield name, source

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...errors import UsageError
+from ...errors import CheckpointError, EnvironmentFailure, UsageError
+from ...io.hub.http import NO_DIRECTORY
 from ...io.hub.repository import is_hub_id
 from ...io.output.lock import TO_FINISH, WORK, Content, classify
 from ...io.safetensors.checkpoint import Checkpoint, open_checkpoint
-from ..recipe.types import ModelReference
+from ..recipe.local import is_local, similar_path
+from ..recipe.types import ModelReference, Recipe
+from .paths import path_problem, places_of, siblings_note
 
 
 def reference_of(text: str) -> ModelReference:
@@ -18,7 +21,7 @@ def reference_of(text: str) -> ModelReference:
     Raises:
         UsageError: for an invalid name.
     """
-    if _exists(text):
+    if is_local(text):
         return ModelReference(text)
     try:
         return ModelReference.parse(text)
@@ -26,12 +29,39 @@ def reference_of(text: str) -> ModelReference:
         raise UsageError(str(error)) from error
 
 
+def open_named(text: str) -> tuple[ModelReference, Checkpoint]:
+    """Open a model that a command line names. Raises UsageError for an invalid or misspelt name, and MergeloomError."""
+    reference = reference_of(text)
+    if (problem := path_problem(reference)) is not None:
+        raise UsageError(problem)
+    return reference, open_model(reference)
+
+
+def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
+    """Open a model of a recipe.
+
+    Raises:
+        RecipeError: the model is neither here nor on the Hub, and a directory has a similar name.
+        MergeloomError: as `open_model`; if the model is missing, the message begins with its line in the recipe.
+    """
+    try:
+        return open_model(reference)
+    except (CheckpointError, EnvironmentFailure) as error:
+        place = places_of(recipe).get(reference)
+        if place is None or is_local(reference.path) or NO_DIRECTORY not in str(error):
+            raise
+        near = similar_path(reference.path)
+        if near is not None and reference.revision is None:
+            raise recipe.error(place, f"{error}; did you mean the directory `{near}`?") from error
+        raise type(error)(str(recipe.error(place, f"{error}{siblings_note(reference.path)}"))) from error
+
+
 def open_model(reference: ModelReference) -> Checkpoint:
     """Open an input model: a local directory or file, or else a Hub repository. Raises MergeloomError.
 
     The directory of an unfinished merge is rejected, since its shards may be incomplete.
     """
-    if not _exists(reference.path) and is_hub_id(reference.path):
+    if not is_local(reference.path) and is_hub_id(reference.path):
         from ...io.hub.checkpoint import open_hub_model
 
         return open_hub_model(reference.path, reference.revision)
@@ -46,7 +76,3 @@ def open_model(reference: ModelReference) -> Checkpoint:
 def is_remote(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is on the Hub, so its files may not be downloaded yet."""
     return hasattr(checkpoint, "repository")
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111  these never raise

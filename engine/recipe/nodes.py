@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +10,10 @@ from typing import TypeVar
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.contract import Method, Parameter
+from .local import is_local, local_layers
+from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
 from .parameters import ParameterError, accept, coerce, describe
+from .placeholder import UNKNOWN_METHOD
 from .types import Conditional, Gradient, ModelReference, Scalar, Setting, line_of
 from .warnings import RecipeWarning, WarningKind
 from .yaml import Keys, Node
@@ -24,18 +26,8 @@ DTYPE_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp
 IGNORED = frozenset(("int8_mask", "residual_weight"))
 """Keys and parameters of mergekit without effect on the result; skipped without a warning."""
 
-HINTS = {
-    "layer_range": "`models` lists complete models: use `slices` for ranges of layers",
-    "pattern": "did you mean `filter`?",
-    "out_path": "give the stage a `name` that other stages can refer to",
-}
 
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of, or None."""
-    lowercase = {other.lower(): other for other in known}
-    matches = difflib.get_close_matches(name.lower().replace("-", "_"), list(lowercase), n=1, cutoff=0.65)
-    return lowercase[matches[0]] if matches else None
+_NO_ADAPTERS = "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
 
 
 def describe_node(node: Node) -> str:
@@ -76,6 +68,11 @@ class NodeReader:
         lines: line number of every key and value.
         strict: whether unknown keys and settings without effect are errors.
         methods: the merge methods by name.
+
+    Attributes:
+        warnings: the warnings.
+        mistakes: the errors, to be reported together.
+        repeated: key paths of entries that hold an anchor for use elsewhere, which are not reported.
     """
 
     def __init__(
@@ -83,17 +80,45 @@ class NodeReader:
     ) -> None:
         self.warnings: list[RecipeWarning] = []
         self.mistakes: list[RecipeError] = []
+        self.repeated: set[Keys] = set()
         self.methods = methods
         self._file = file
         self._lines = lines
         self._strict = strict
+        self._named: set[Keys] = set()
+        self._failed: set[Keys] = set()
         self._parameter_names = {parameter.name for method in methods.values() for parameter in method.parameters}
 
     # Errors and warnings
 
-    def error(self, message: str, path: Keys) -> RecipeError:
+    def error(self, message: str, path: Keys, *, unsupported: bool = False) -> RecipeError:
         """The error for the entry at `path`."""
-        return RecipeError(message, source=self._file, line=line_of(self._lines, path), path=path)
+        line = line_of(self._lines, path)
+        return RecipeError(message, source=self._file, line=line, path=path, unsupported=unsupported)
+
+    def fail(self, message: str, path: Keys, *, unsupported: bool = False, named: bool = False) -> None:
+        """Add the error for the entry at `path` to `mistakes`; if it is `named`, `check_keys` won't report it again."""
+        if named:
+            self._named.add(path)
+        self.mistakes.append(self.error(message, path, unsupported=unsupported))
+
+    def attempt(self, read: Callable[[], T], path: Keys) -> T | None:
+        """The result of `read`; None if it raises a RecipeError, which is added to `mistakes`.
+
+        Args:
+            read: reads the entry at `path`.
+            path: key path of the entry, for `incomplete`.
+        """
+        try:
+            return read()
+        except RecipeError as error:
+            self.mistakes.append(error)
+            self._failed.update(path[:end] for end in range(len(path) + 1))
+            return None
+
+    def incomplete(self, path: Keys) -> bool:
+        """Whether an entry at `path` or below it could not be read, so what depends on it can't be checked."""
+        return path in self._failed
 
     def warn(self, kind: WarningKind, problem: str, path: Keys, *, line: int | None = None) -> None:
         """Add a warning about the entry at `path`, which strict mode reports as a warning, too."""
@@ -103,12 +128,13 @@ class NodeReader:
     def report(
         self, kind: WarningKind, problem: str, path: Keys, *, advice: str = "", suggestion: str | None = None
     ) -> None:
-        """Add a warning about the entry at `path`; in strict mode, raise it as a RecipeError."""
+        """Add a warning about the entry at `path`; in strict mode, add it to `mistakes`."""
         line = line_of(self._lines, path)
         warning = RecipeWarning(kind, problem, advice, suggestion, self._file, line, path)
         if self._strict:
-            raise warning.as_error()
-        self.warnings.append(warning)
+            self.mistakes.append(warning.as_error())
+        else:
+            self.warnings.append(warning)
 
     # Types of values
 
@@ -129,7 +155,7 @@ class NodeReader:
     def text(self, node: Node, path: Keys, what: str) -> str:
         """A string."""
         if not isinstance(node.value, str):
-            quotes = " (put it in quotes)" if isinstance(node.value, (int, float)) else ""
+            quotes = " (put it in quotes)" if isinstance(node.value, (bool, int, float)) else ""
             raise self.error(f"expected {what}, got {describe_node(node)}{quotes}", path)
         return node.value
 
@@ -152,14 +178,15 @@ class NodeReader:
         """A model: ``path``, ``id@revision``, ``{path, revision}``, or mergekit's ``{model: {path, revision}}``."""
         if not isinstance(node.value, Mapping):
             text = self.text(node, path, "a model: a directory or a Hub id")
+            if ("@" in text or "+" in text) and is_local(text):
+                return ModelReference(text)
             try:
                 return ModelReference.parse(text)
             except ValueError as error:
-                raise self.error(str(error), path) from error
+                raise self.error(str(error), path, unsupported="+" in text) from error
         keys = node.value
         if "lora" in keys and keys["lora"].value is not None:
-            message = "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
-            raise self.error(message, (*path, "lora"))
+            raise self.error(_NO_ADAPTERS, (*path, "lora"), unsupported=True)
         if "model" in keys:
             self.check_keys(keys, path, ("model", "lora", "override_architecture"))
             return self.reference(keys["model"], (*path, "model"))
@@ -172,8 +199,8 @@ class NodeReader:
             raise self.error("`path` and `revision` can't be empty", path)
         return ModelReference(name, revision)
 
-    def layer_range(self, node: Node, path: Keys) -> tuple[int, int]:
-        """The first layer and the one after the last."""
+    def layer_range(self, node: Node, path: Keys, model: str | None = None) -> tuple[int, int]:
+        """The first layer of a model, and the one after the last, of the model with this path."""
         what = "[first layer, layer after the last]"
         children = node.value if isinstance(node.value, tuple) else ()
         if len(children) != 2 or any(isinstance(child.value, (bool, tuple, Mapping)) for child in children):
@@ -181,17 +208,29 @@ class NodeReader:
         first, end = (self.whole_number(child, (*path, index)) for index, child in enumerate(children))
         if first < 0:
             raise self.error(f"[{first}, {end}] starts before layer 0: layers are numbered from 0", path)
+        if end < 0:
+            layers = None if model is None else local_layers(model)
+            all_layers = f"all {layers} layers of {model}: [0, {layers}]" if layers else "32 layers: [0, 32]"
+            what = f"the second number is the layer after the last, such as for {all_layers}"
+            raise self.error(f"[{first}, {end}] ends before layer 0: {what}", path)
         if end <= first:
-            why = "is empty: the second number is the layer after the last" if end == first else "is reversed"
+            why = "is reversed"
+            if end == first:
+                why = "is empty: the second number is the layer after the last. To take only tensors outside the "
+                why += f"layers from this model, remove the slice and set `non_layer: {{head: {model or 'MODEL'}}}`; "
+                why += "other keys there are `norm` and `embeddings`"
             raise self.error(f"[{first}, {end}] {why}", path)
         return first, end
 
     # Entries of mappings
 
     def optional(self, keys: Mapping[str, Node], path: Keys, key: str, read: Callable[[Node, Keys], T]) -> T | None:
-        """The result of `read` for an entry; None if the entry is absent or null."""
+        """The result of `read` for an entry; None if the entry is absent or null, or after an error (see `attempt`)."""
         child = keys.get(key)
-        return None if child is None or child.value is None else read(child, (*path, key))
+        if child is None or child.value is None:
+            return None
+        path = (*path, key)
+        return self.attempt(lambda: read(child, path), path)
 
     def required(self, keys: Mapping[str, Node], path: Keys, key: str, known: Collection[str]) -> Node:
         """An entry that must be present and not null. Without it, the error names an unknown key that resembles it."""
@@ -200,20 +239,29 @@ class NodeReader:
             return child
         close = next((other for other in keys if other not in known and nearest(other, (key,))), None)
         if close is not None:
+            self._named.add((*path, close))
             raise self.error(f"unknown key; did you mean `{key}`?", (*path, close))
-        raise self.error(f"`{key}` is missing", path)
+        if child is not None:
+            raise self.error(f"`{key}` is empty (null){MISSING.get(key, '')}", (*path, key))
+        raise self.error(f"`{key}` is missing{MISSING.get(key, '')}", path)
 
     def check_keys(
         self, keys: Mapping[str, Node], path: Keys, known: Collection[str], *, aliases: Collection[str] = ()
     ) -> None:
         """Report every key that is neither known, nor an alias of a known key."""
         for key in keys:
-            if key in known or key in aliases or key in IGNORED:
+            here = (*path, key)
+            if key in known or key in aliases or key in IGNORED or here in self._named or here in self.repeated:
+                continue
+            if ("model" in known or "merge_method" in known) and names_adapter(key, keys[key]):
+                self.fail(_NO_ADAPTERS, here, unsupported=True)
                 continue
             close = nearest(key, known)
-            advice = HINTS.get(key) or (f"did you mean `{close}`?" if close else f"known: {', '.join(known)}")
+            advice = key_advice(key, keys, known) or (
+                f"did you mean `{close}`?" if close else f"known: {', '.join(known)}"
+            )
             if key in self._parameter_names and "parameters" in known:
-                advice = "write it under `parameters`"
+                advice, close = "write it under `parameters`", key
             self.report(WarningKind.UNKNOWN_KEY, "unknown key", (*path, key), advice=advice, suggestion=close)
 
     # Parameters
@@ -232,16 +280,16 @@ class NodeReader:
             model: the model that they are set for; None if they are set for all models.
         """
         settings: dict[str, Setting] = {}
-        child = keys.get("parameters")
-        if child is None or child.value is None:
+        entries = self.optional(keys, path, "parameters", self._parameters)
+        if entries is None or method is UNKNOWN_METHOD:
             return settings
         path = (*path, "parameters")
         known = {parameter.name: parameter for parameter in method.parameters}
-        for name, value in self.mapping(child, path, "a mapping of parameters by name").items():
+        for name, value in entries.items():
             parameter = known.get(name)
             try:
                 if parameter is None:
-                    if name not in IGNORED:
+                    if name not in IGNORED and (*path, name) not in self.repeated:
                         self._report_unknown_parameter(name, method, (*path, name))
                 elif model is not None and not parameter.per_input:
                     message = (
@@ -254,16 +302,34 @@ class NodeReader:
                 self.mistakes.append(error)
         return settings
 
+    def _roles(self, name: str) -> set[tuple[type, bool]]:
+        """The types of a parameter in all methods, and whether it is set per model."""
+        all_parameters = (parameter for method in self.methods.values() for parameter in method.parameters)
+        return {(each.type, each.per_input) for each in all_parameters if each.name == name}
+
+    def _parameters(self, node: Node, path: Keys) -> Mapping[str, Node]:
+        return self.mapping(node, path, "a mapping of parameters by name")
+
     def _report_unknown_parameter(self, name: str, method: Method, path: Keys) -> None:
+        """Report a parameter that the method doesn't have.
+
+        A parameter of another method is more likely meant than one of this method with a similar name but another role.
+        """
         own = [parameter.name for parameter in method.parameters]
-        close = nearest(name, own)
-        others = [m.name for m in self.methods.values() if any(p.name == name for p in m.parameters)]
-        if close:
+        close = nearest(name, (*own, *sorted(self._parameter_names.difference(own))))
+        similar = nearest(name, own)
+        if similar is not None and close is not None and self._roles(close) & self._roles(similar):
+            close = similar
+        others = [m.name for m in self.methods.values() if any(p.name == close for p in m.parameters)]
+        advice = f"its parameters: {', '.join(own)}" if own else "it has none"
+        if elsewhere := parameter_advice(name):
+            advice, close = elsewhere, None
+        elif close in own:
             advice = f"did you mean `{close}`?"
-        else:
-            advice = f"its parameters: {', '.join(own)}" if own else "it has none"
-            if others:
-                advice += f" (`{name}` is a parameter of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
+        elif close is not None:
+            users = f"`{close}` is a parameter of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+            advice = f"{advice} ({users})" if close == name else f"{users}; {advice}"
+            close = None
         problem = f"{method.name} has no such parameter"
         self.report(WarningKind.UNKNOWN_PARAMETER, problem, path, advice=advice, suggestion=close)
 

@@ -9,11 +9,12 @@ next scope. A list of values is a gradient over the layers of the slice.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import RecipeError
 from ...methods.kernel.contract import Base, Method, MethodError, Parameter, Range
+from .parameter_uses import ParameterUse, Use
 from .types import Conditional, Gradient, Module, Recipe, Scalar, Settings, Slice, Stage
 from .yaml import Keys
 
@@ -149,7 +150,7 @@ class Resolver:
         ParameterError: for a value that the parameter doesn't accept.
     """
 
-    __slots__ = ("_entries", "constant", "parameter")
+    __slots__ = ("_at_start", "_counts", "_entries", "constant", "parameter")
 
     def __init__(self, parameter: Parameter, scopes: Sequence[Settings]) -> None:
         self.parameter = parameter
@@ -171,6 +172,8 @@ class Resolver:
             entries.append((None, parameter.default, None, None))
         end = next((count for count, entry in enumerate(entries, 1) if entry[0] is None), len(entries))
         self._entries = tuple(entries[:end])
+        self._counts = [0] * end
+        self._at_start: list[dict[str, None]] = [{} for _ in range(end)]
         self.constant = len(entries) > 0 and entries[0][0] is None and entries[0][2] is None
         """Whether the value is the same for every tensor and layer."""
 
@@ -185,15 +188,35 @@ class Resolver:
             MissingValue: if the parameter is required and no scope has a value for this tensor.
             ParameterError: if the gradient of an int is not a whole number at `t`.
         """
-        for name, value, curve, _ in self._entries:
+        for number, (name, value, curve, _) in enumerate(self._entries):
             if name is None or name in tensor:
-                return value if curve is None else curve[t]
+                self._counts[number] += 1
+                if curve is None:
+                    return value
+                if t == 0:
+                    self._at_start[number][tensor] = None
+                return curve[t]
         filtered = ": no filter matches its name" if self._entries else ""
         raise MissingValue(f"`{self.parameter.name}` has no value{filtered}")
+
+    def has_gradient(self, tensor: str) -> bool:
+        """Whether the value for a tensor is a gradient over the layers."""
+        return next((curve is not None for name, _, curve, _ in self._entries if name is None or name in tensor), False)
 
     def scope(self, tensor: str) -> int | None:
         """The index of the scope that sets the parameter for a tensor; None if none does."""
         return next((scope for name, *_, scope in self._entries if name is None or name in tensor), None)
+
+    def uses(self) -> tuple[Use, ...]:
+        """The values with the tensors that were looked up so far; empty without filters and gradients."""
+        if self.constant or not self._entries:
+            return ()
+        return tuple(
+            Use(name, (value,) if curve is None else curve.values_by_layer, scope is None, count, tuple(names))
+            for (name, value, curve, scope), count, names in zip(
+                self._entries, self._counts, self._at_start, strict=True
+            )
+        )
 
 
 class _Curve(dict[float, Any]):
@@ -201,7 +224,7 @@ class _Curve(dict[float, Any]):
 
     def __init__(self, values: tuple[float | int | bool, ...], parameter: Parameter) -> None:
         super().__init__()
-        self._values = values
+        self.values_by_layer = self._values = values
         self._parameter = parameter
 
     def __missing__(self, t: float) -> Any:
@@ -287,6 +310,22 @@ class SliceParameters:
             self._all = values
         return values
 
+    def gradients(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> Mapping[str, str]:
+        """The parameters of a tensor that have a gradient over the layers, each with its value at `t` as text.
+
+        Args:
+            output: name of the output tensor.
+            inputs: the inputs as passed to `values`.
+            t: position of the layer in the slice.
+        """
+        found = {r.parameter.name: f"{r(output, t):g}" for r in self._shared if r.has_gradient(output)}
+        for parameter, resolvers in self._per_input:
+            others = [(i, name) for i, name in inputs if i != self._base]
+            if any(resolvers[i].has_gradient(name) for i, name in others):
+                texts = (f"{resolvers[i](name, t):g} for {self._sources[i].model.text}" for i, name in others)
+                found[parameter.name] = ", ".join(texts)
+        return found
+
     def error(self, output: str, inputs: Sequence[tuple[int, str]], mistake: MethodError) -> RecipeError:
         """The error for values that the method rejects, with the location of the one to change.
 
@@ -300,6 +339,19 @@ class SliceParameters:
         place = next((place for place in places if place is not None), self._part.place)
         model = "" if mistake.index is None else f", model {self._sources[chosen[0][0]].model.text}"
         return self._recipe.error(place, f"{self._method.name}{model}, tensor {output}: {mistake}")
+
+    def uses(self) -> Iterator[ParameterUse]:
+        """The parameters with filters or gradients, with the tensors that were looked up so far."""
+        found: list[tuple[str | None, Resolver]] = [(None, resolver) for resolver in self._shared]
+        found += [
+            (self._sources[index].model.text, resolver)
+            for _, resolvers in self._per_input
+            for index, resolver in enumerate(resolvers)
+            if index != self._base
+        ]
+        for model, resolver in found:
+            if uses := resolver.uses():
+                yield ParameterUse(self._stage.name, resolver.parameter.name, model, uses)
 
     def _place(self, parameter: str, output: str, inputs: Sequence[tuple[int, str]]) -> Keys | None:
         """The key path that sets a parameter for a tensor; None if nothing sets it, or the inputs' paths differ."""
@@ -335,7 +387,8 @@ class SliceParameters:
                 name = resolver.parameter.name
                 misspelt = (each for each in self._recipe.warnings if each.suggestion == name)
                 if (warning := next(misspelt, None)) is not None:
-                    advice = f"is it misspelt? {warning.located_problem}"
+                    mistake = "in the wrong place" if warning.place[-1:] == (name,) else "misspelt"
+                    advice = f"is it {mistake}? {warning.located_problem}"
                 message = f"{self._method.name}{model}, tensor {tensor}: {error}; {advice}"
                 return self._recipe.error(self._stage.place if source is None else source.place, message)
             except ParameterError as error:

@@ -5,24 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from ...errors import RecipeError
 from ...methods.kernel.contract import Base, Method
-from .nodes import NodeReader, nearest
+from .input_advice import STACK, check_density, count_advice, similar_source
+from .misplaced import STAGE_KEYS, nearest
+from .nodes import NodeReader
 from .order import in_order
 from .parameters import describe
-from .types import ChatTemplate, Module, NonLayer, Recipe, Slice, Source, Stage, TokenizerSource, base_index, modules_of
+from .placeholder import UNKNOWN_METHOD
+from .types import (
+    ChatTemplate,
+    ModelReference,
+    Module,
+    NonLayer,
+    Recipe,
+    Slice,
+    Source,
+    Stage,
+    TokenizerSource,
+    base_index,
+    slices_of,
+)
 from .warnings import RecipeWarning, WarningKind
 from .yaml import Keys, Node, YamlSource
 
 CONTENTS = ("models", "slices", "modules")
-STAGE_KEYS = (
-    *("merge_method", "base_model", *CONTENTS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer"),
-    *("chat_template", "name", "save", "files_from", "non_layer", "allow_nonfinite"),
-)
 NON_LAYER_ALIAS = "outside"
 """The former name of `non_layer`, which recipes may still use."""
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
@@ -38,20 +50,30 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     for node, place in zip(source.documents, places, strict=True):
         lines.update(node.lines(place))
     reader = NodeReader(file, lines, strict, methods)
+    for keys, place in zip(source.repeated, places, strict=False):
+        reader.repeated.update((*place, *path) for path in keys)
     for remark in source.remarks:
+        if any(remark.path in keys for keys in source.repeated):
+            continue  # each of the entries holds an anchor of its own
         reader.warnings.append(
             RecipeWarning(WarningKind.DUPLICATE_KEY, remark.message, source=file, line=remark.line, place=remark.path)
         )
-    try:
-        stages = [_stage(reader, node, place) for node, place in zip(source.documents, places, strict=True)]
-    except RecipeError as error:
-        raise RecipeError.together([*reader.mistakes, error]) from error
-    if reader.mistakes:
-        raise RecipeError.together(reader.mistakes)
+    stages = [
+        stage
+        for node, place in zip(source.documents, places, strict=True)
+        if (stage := reader.attempt(partial(_stage, reader, node, place), place)) is not None
+    ]
+    ordered: tuple[Stage, ...] | None = ()
+    if not reader.incomplete(()):
+        ordered = reader.attempt(lambda: in_order(stages, reader.error, reader.warn), ())
+    if reader.mistakes or ordered is None:
+        error = RecipeError.together(reader.mistakes)
+        error.add_warnings(reader.warnings)
+        raise error
     text = source.text or yaml.safe_dump_all(
         [node.plain() for node in source.documents], sort_keys=False, allow_unicode=True, width=10**9
     )
-    return Recipe(in_order(stages, reader.error, reader.warn), tuple(reader.warnings), file, text, lines)
+    return Recipe(ordered, tuple(reader.warnings), file, text, lines)
 
 
 def _place(node: Node, index: int, count: int) -> Keys:
@@ -66,8 +88,9 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
     keys = reader.mapping(node, place, "a recipe: a mapping with `merge_method` and `models` or `slices`")
     for key, tool in OTHER_TOOLS.items():
         if key in keys:
-            raise reader.error(f"this is a file for {tool}, which mergeloom does not support", (*place, key))
-    method = _method(reader, keys, place)
+            message = f"this is a file for {tool}, which mergeloom does not support"
+            raise reader.error(message, (*place, key), unsupported=True)
+    method = reader.attempt(lambda: _method(reader, keys, place), (*place, "merge_method")) or UNKNOWN_METHOD
     _one_content(reader, keys, place, CONTENTS, STAGE_KEYS)
     reader.check_keys(keys, place, STAGE_KEYS, aliases=(NON_LAYER_ALIAS,))
     stage = Stage(
@@ -80,22 +103,36 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         parameters=reader.settings(keys, place, method),
         dtype=reader.optional(keys, place, "dtype", reader.dtype),
         out_dtype=reader.optional(keys, place, "out_dtype", reader.dtype),
-        tokenizer=_tokenizer(reader, keys, place),
+        tokenizer=reader.attempt(lambda: _tokenizer(reader, keys, place), (*place, "tokenizer")),
         chat_template=reader.optional(keys, place, "chat_template", lambda n, p: _chat_template(reader, n, p)),
         files_from=reader.optional(keys, place, "files_from", reader.reference),
-        non_layer=_non_layer(reader, keys, place),
+        non_layer=reader.attempt(lambda: _non_layer(reader, keys, place), (*place, "non_layer")) or NonLayer(),
         allow_nonfinite=reader.optional(keys, place, "allow_nonfinite", reader.switch) or False,
+        allow_vocabulary_mismatch=reader.optional(keys, place, "allow_vocabulary_mismatch", reader.switch) or False,
         save=reader.optional(keys, place, "save", reader.switch) or False,
         place=place,
     )
-    if method.base is Base.REQUIRED and stage.base_model is None:
-        parts = [part for module in modules_of(stage) for part in module.slices or ()]
-        if any(part.base_model is None for part in parts):
-            raise reader.error(f"{method.name} needs a `base_model`", (*place, "merge_method"))
-    for module in modules_of(stage):
-        for part in module.slices or ():
-            _check_inputs(reader, stage, part, method)
+    _check_stage(reader, stage, method)
     return stage
+
+
+def _check_stage(reader: NodeReader, stage: Stage, method: Method) -> None:
+    """Check that the method can work with the stage's models, as far as they could be read."""
+    if reader.incomplete((*stage.place, "base_model")) or reader.incomplete((*stage.place, "merge_method")):
+        return
+    if method.base is Base.REQUIRED and stage.base_model is None:
+        parts = slices_of(stage)
+        if any(part.base_model is None for part in parts):
+            first = next((source.model.text for part in parts for source in part.sources), None)
+            such_as = f", such as `base_model: {first}`" if first else ""
+            reader.fail(f"{method.name} needs a `base_model`{such_as}", (*stage.place, "merge_method"))
+            return
+    if stage.models is None and stage.slices is None and stage.modules is None:
+        return
+    for part in slices_of(stage):
+        if part.sources and not reader.incomplete(part.place):
+            reader.attempt(partial(_check_inputs, reader, stage, part, method), part.place)
+    check_density(reader, stage, method)
 
 
 def _method(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Method:
@@ -112,17 +149,23 @@ def _method(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Method:
 def _one_content(
     reader: NodeReader, keys: Mapping[str, Node], path: Keys, contents: Collection[str], known: Collection[str]
 ) -> None:
-    """Require exactly one of `models`, `slices` and `modules`."""
+    """Require exactly one of `models`, `slices` and `modules`; otherwise, add the error to the reader's mistakes."""
     present = [key for key in contents if key in keys and keys[key].value is not None]
     if len(present) > 1:
         both = " and ".join(f"`{key}`" for key in present)
-        raise reader.error(f"{both} are mutually exclusive: keep one of them", (*path, present[-1]))
-    if not present:
-        for key in keys:
-            close = nearest(key, contents)
-            if key not in known and close is not None:
-                raise reader.error(f"unknown key; did you mean `{close}`?", (*path, key))
-        raise reader.error(f"missing key: one of {', '.join(f'`{key}`' for key in contents)} is required", path)
+        reader.fail(f"{both} are mutually exclusive: keep one of them", (*path, present[-1]))
+    if present:
+        return
+    for key in keys:
+        if key in contents:
+            what = "the models below it: `- model: ...`" if key == "models" else f"the {key} below it"
+            reader.fail(f"`{key}` is empty: list {what}", (*path, key))
+            return
+        close = nearest(key, contents)
+        if key not in known and close is not None:
+            reader.fail(f"unknown key; did you mean `{close}`?", (*path, key), named=True)
+            return
+    reader.fail(f"missing key: one of {', '.join(f'`{key}`' for key in contents)} is required", path)
 
 
 def _name(reader: NodeReader, node: Node, path: Keys) -> str:
@@ -145,13 +188,12 @@ def _tokenizer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Toke
 
 def _tokenizer_source(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
     if node.value == "base":
-        return TokenizerSource(None)
+        return TokenizerSource(None, place=path)
     if node.value == "union":
-        message = "a union of vocabularies is not supported yet: use `base` or a model, if all vocabularies are equal"
-        raise reader.error(message, path)
+        return TokenizerSource(None, union=True, place=path)
     if isinstance(node.value, str):
         node = replace(node, value=node.value.removeprefix("model:"))  # older mergekit versions' model cards
-    return TokenizerSource(reader.reference(node, path))
+    return TokenizerSource(reader.reference(node, path), place=path)
 
 
 def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
@@ -159,10 +201,9 @@ def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerS
     reader.check_keys(keys, path, ("source", "tokens", "pad_to_multiple_of"))
     for key, what in (("tokens", "choosing embeddings by token"), ("pad_to_multiple_of", "padding the vocabulary")):
         if key in keys and keys[key].value not in (None, {}):
-            raise reader.error(f"{what} is not supported yet; remove `{key}`", (*path, key))
-    if "source" not in keys:
-        message = "without `source` it means a union of vocabularies, which is not supported yet: add `source: base`"
-        raise reader.error(message, path)
+            reader.fail(f"{what} is not supported yet; remove `{key}`", (*path, key), unsupported=True)
+    if "source" not in keys or keys["source"].value is None:
+        return TokenizerSource(None, union=True, place=path)
     return _tokenizer_source(reader, keys["source"], (*path, "source"))
 
 
@@ -198,7 +239,11 @@ def _modules(reader: NodeReader, node: Node, path: Keys, method: Method) -> tupl
     modules = reader.mapping(node, path, "a mapping of modules by name")
     if not modules:
         raise reader.error("expected a mapping of modules by name, got an empty mapping", path)
-    return tuple(_module(reader, child, (*path, name), name, method) for name, child in modules.items())
+    found = [
+        reader.attempt(partial(_module, reader, child, (*path, name), name, method), (*path, name))
+        for name, child in modules.items()
+    ]
+    return tuple(module for module in found if module is not None)
 
 
 def _module(reader: NodeReader, node: Node, path: Keys, name: str, method: Method) -> Module:
@@ -217,16 +262,20 @@ def _module(reader: NodeReader, node: Node, path: Keys, name: str, method: Metho
 
 def _slices(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple[Slice, ...]:
     entries = reader.entries(node, path, "slices")
-    return tuple(_slice(reader, child, (*path, index), method) for index, child in enumerate(entries))
+    found = [
+        reader.attempt(partial(_slice, reader, child, (*path, index), method), (*path, index))
+        for index, child in enumerate(entries)
+    ]
+    return tuple(part for part in found if part is not None)
 
 
 def _slice(reader: NodeReader, node: Node, path: Keys, method: Method) -> Slice:
     known = ("sources", "base_model", "parameters")
     keys = reader.mapping(node, path, "a slice: a mapping with `sources`")
-    sources = reader.required(keys, path, "sources", known)
+    reader.attempt(lambda: reader.required(keys, path, "sources", known), (*path, "sources"))
     reader.check_keys(keys, path, known)
     return Slice(
-        _sources(reader, sources, (*path, "sources"), method, ranged=True),
+        reader.optional(keys, path, "sources", lambda n, p: _sources(reader, n, p, method, ranged=True)) or (),
         reader.optional(keys, path, "base_model", reader.reference),
         reader.settings(keys, path, method),
         path,
@@ -240,10 +289,16 @@ def _models(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple
 def _sources(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> tuple[Source, ...]:
     """The models of a list. Of several entries with the same model and layers, the last is used."""
     entries = reader.entries(node, path, "models, each with its layer_range" if ranged else "models")
-    sources = [_source(reader, child, (*path, i), method, ranged=ranged) for i, child in enumerate(entries)]
-    last = {(source.model, source.layer_range): index for index, source in enumerate(sources)}
+    found = [
+        reader.attempt(partial(_source, reader, child, (*path, i), method, ranged=ranged), (*path, i))
+        for i, child in enumerate(entries)
+    ]
+    sources = [(index, source) for index, source in enumerate(found) if source is not None]
+    if reader.incomplete(path):  # sources whose layers can't be read are not duplicates
+        return tuple(source for _, source in sources)
+    last = {(source.model, source.layer_range): index for index, source in sources}
     kept = []
-    for index, source in enumerate(sources):
+    for index, source in sources:
         final = last[source.model, source.layer_range]
         if final == index:
             kept.append(source)
@@ -261,21 +316,19 @@ def _entry(node: Node) -> str:
     return f"{line}{describe(parameters) if parameters else 'no parameters'}"
 
 
-def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> Source:
+def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> Source | None:
     known = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")
     if isinstance(node.value, str) and not ranged:
         raise reader.error(f"write `- model: {node.value}` to list a model", path)
     keys = reader.mapping(node, path, f"a mapping with `model`{' and `layer_range`' if ranged else ''}")
-    model = reader.required(keys, path, "model", known)
-    layers = reader.required(keys, path, "layer_range", known) if ranged else None
+    for key in known[:-1]:
+        reader.attempt(partial(reader.required, keys, path, key, known), (*path, key))
     reader.check_keys(keys, path, known)
-    reference = reader.reference(model, (*path, "model"))
-    return Source(
-        reference,
-        None if layers is None else reader.layer_range(layers, (*path, "layer_range")),
-        reader.settings(keys, path, method, model=reference),
-        path,
-    )
+    reference = reader.optional(keys, path, "model", reader.reference)
+    name = None if reference is None else reference.path
+    layers = reader.optional(keys, path, "layer_range", lambda n, p: reader.layer_range(n, p, name)) if ranged else None
+    settings = reader.settings(keys, path, method, model=reference or ModelReference("?"))
+    return None if reference is None else Source(reference, layers, settings, path)
 
 
 def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method) -> None:
@@ -283,15 +336,18 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
     ranges = [source.layer_range for source in part.sources if source.layer_range is not None]
     if len({end - first for first, end in ranges}) > 1:
         listed = ", ".join(f"{source.model.text} {list(source.layer_range or ())}" for source in part.sources)
-        raise reader.error(f"all sources of a slice must have the same number of layers, got {listed}", part.place)
+        message = f"all sources of a slice must have the same number of layers, got {listed}{STACK}"
+        raise reader.error(message, part.place)
     base = part.base_model or stage.base_model
     index = base_index(stage, part, method)
     if method.base is not Base.NONE and base is not None:
         if index is None:
             message = f"{method.name} needs the base model, {base.text}, among the slice's sources"
-            raise reader.error(message, part.place)
+            raise reader.error(f"{message}{similar_source(base, part)}", part.place)
         if sum(source.model == base for source in part.sources) > 1:
             raise reader.error(f"the base model, {base.text}, is among the sources more than once", part.place)
+        if index is not None:
+            _report_base_parameters(reader, part.sources[index], method)
     others = [source.model.text for number, source in enumerate(part.sources) if number != index]
     if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
         upper = " or more" if method.maximum is None else f" to {method.maximum}"
@@ -299,6 +355,14 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         message = f"{method.name} takes {number} model{'' if number == '1' else 's'}"
         message += f"{'' if index is None else ' besides the base'}, got {len(others)}"
         message += f": {', '.join(others)}" if others else ""
-        if index is None and part.sources[-1].place[-1:] == ("base_model",):
-            message += " (a `base_model` that isn't listed under `models` is added to them)"
-        raise reader.error(message, part.place)
+        reader.fail(f"{message}{count_advice(part, method, index)}", part.place)
+
+
+def _report_base_parameters(reader: NodeReader, base: Source, method: Method) -> None:
+    """Report the parameters of a base model that is listed among the models: methods use only those of the others."""
+    names = [f"`{name}`" for name in base.parameters]
+    if names:
+        problem = f"{' and '.join(names)} of the base model, {base.model.text}, "
+        problem += f"{'has' if len(names) == 1 else 'have'} no effect: {method.name} merges the other models into it"
+        advice = "remove it, or use another `base_model` if this model should be merged, too"
+        reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), advice=advice)

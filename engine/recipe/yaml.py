@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from ...errors import RecipeError
+from .local import similar_path
+from .yaml_errors import describe_yaml_error
 
 Keys = tuple[str | int, ...]
 """The keys that lead to an entry, such as ``("slices", 0, "sources")``."""
@@ -86,11 +88,19 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class YamlSource:
-    """The documents of a YAML text, without empty ones."""
+    """The documents of a YAML text, without empty ones.
+
+    Args:
+        text: the text.
+        documents: the documents.
+        remarks: problems that are not errors.
+        repeated: for each document, the key paths of entries with an anchor that an alias outside of them repeats.
+    """
 
     text: str
     documents: tuple[Node, ...]
     remarks: tuple[Remark, ...]
+    repeated: tuple[frozenset[Keys], ...] = ()
 
 
 def read_yaml(path: Path) -> YamlSource:
@@ -99,7 +109,8 @@ def read_yaml(path: Path) -> YamlSource:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        raise RecipeError("no such file", source=path) from error
+        near = similar_path(str(path))
+        raise RecipeError(f"no such file{f'; did you mean `{near}`?' if near else ''}", source=path) from error
     except IsADirectoryError as error:
         raise RecipeError("this is a directory, not a recipe file", source=path) from error
     except (OSError, ValueError) as error:
@@ -129,27 +140,12 @@ def parse_yaml(text: str, source: Path | None = None) -> YamlSource:
     try:
         documents = tuple(builder.documents(yaml.parse(text, Loader=_LOADER)))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "cannot be parsed"
-        # the mark of an error at the end of the text is past the last line
-        line = min(mark.line + 1, max(1, len(text.splitlines()))) if mark is not None else None
-        message = f"this is not valid YAML: {problem}{_advice(problem, text, mark)}"
+        message, line = describe_yaml_error(error, text)
         raise RecipeError(message, source=source, line=line) from error
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         reason = getattr(error, "reason", None) or error
         raise RecipeError(f"this is not valid YAML: {reason}", source=source) from error
-    return YamlSource(text, documents, tuple(builder.remarks))
-
-
-def _advice(problem: str, text: str, mark: Any) -> str:
-    """Advice for a character that YAML doesn't allow at its position, or an empty string."""
-    line = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
-    character = line[0][mark.column : mark.column + 1] if line else ""
-    if character == "\t":
-        return "; indent with spaces, not with tabs"
-    if character and "cannot start any token" in problem:
-        return f"; put text that starts with {character} in quotes"
-    return ""
+    return YamlSource(text, documents, tuple(builder.remarks), tuple(builder.repeated))
 
 
 @dataclass(slots=True)
@@ -183,10 +179,13 @@ class _Builder:
 
     def __init__(self, source: Path | None) -> None:
         self.remarks: list[Remark] = []
+        self.repeated: list[frozenset[Keys]] = []
         self._source = source
         self._size = 0
         self._open: list[_Open] = []
         self._anchors: dict[str, _Built | None] = {}
+        self._anchor_paths: dict[str, Keys] = {}
+        self._repeated: set[Keys] = set()
         self._resolver: Any = yaml.resolver.Resolver()
         self._constructor: Any = yaml.constructor.SafeConstructor()
 
@@ -198,7 +197,7 @@ class _Builder:
             anchor: str | None = None
             match event:
                 case yaml.DocumentStartEvent():
-                    self._anchors = {}
+                    self._anchors, self._anchor_paths, self._repeated = {}, {}, set()
                 case yaml.AliasEvent():
                     done = self._alias(event.anchor or "", line)
                 case yaml.ScalarEvent():
@@ -213,9 +212,11 @@ class _Builder:
                 continue
             if anchor is not None:
                 self._anchors[anchor] = done
+                self._anchor_paths[anchor] = self._path()
             if self._open:
                 self._add(done, line)
             elif done[0].value is not None:
+                self.repeated.append(frozenset(self._repeated))
                 yield done[0]
 
     def _error(self, message: str, line: int) -> RecipeError:
@@ -242,6 +243,9 @@ class _Builder:
         if built is None:
             raise self._error(f"recursive alias *{name}: it is inside the value that it repeats", line)
         self._count(built[1], line)
+        anchor, alias = self._anchor_paths.get(name, ()), self._path()
+        common = next((i for i, (a, b) in enumerate(zip(anchor, alias, strict=False)) if a != b), 0)
+        self._repeated.update(anchor[:end] for end in range(common + 1, len(anchor) + 1))
         return built
 
     def _scalar(self, event: Any, line: int) -> _Built | None:

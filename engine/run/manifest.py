@@ -21,10 +21,10 @@ from ...methods.kernel.contract import ARITHMETIC_VERSION, Inputs
 from ...methods.registry import code_of
 from ...version import __version__
 from ..files.published import published_names
-from ..files.write import is_local
 from ..graph.fuse import FusedKernel, FusedPart
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
+from ..recipe.local import is_local
 
 if TYPE_CHECKING:
     from .plan import Plan

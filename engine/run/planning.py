@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from ...errors import MergeloomError
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
+from ...methods.kernel.contract import Method
 from ..cost.machine import (
     check_address_space,
     find_devices,
@@ -19,7 +23,8 @@ from ..graph.build import BuiltGraph
 from ..graph.graph import Kind
 from ..graph.layout import lay_out
 from ..graph.stages import build_stages
-from ..model.open import open_model
+from ..model.open import open_input
+from ..model.paths import check_paths, ignored_revisions
 from ..model.warnings import ModelWarning, ModelWarningKind, strict_error
 from ..recipe.load import load_recipe
 from ..recipe.types import ModelReference, Recipe
@@ -49,16 +54,30 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     options = options or Options()
     methods = merge_methods(options.methods)
     loaded = load_recipe(recipe, strict=options.strict, methods=methods)
+    try:
+        return _plan(loaded, options, methods)
+    except MergeloomError as error:
+        error.add_warnings(loaded.warnings)
+        raise
+
+
+def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Plan:
+    """Plan the merge of a recipe; an error has the warnings about the models that were found before it."""
+    check_paths(loaded)
     stage = loaded.output
     opened: dict[ModelReference, Checkpoint] = {}
 
     def open_once(reference: ModelReference) -> Checkpoint:
         if reference not in opened:
-            opened[reference] = open_model(reference)
+            opened[reference] = open_input(loaded, reference)
         return opened[reference]
 
     files = FileResolver(loaded, open_once)
-    built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
+    try:
+        built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
+    except MergeloomError as error:
+        error.add_warnings(files.warnings)
+        raise
     saved = tuple(OutputModel(each.folder, each.stage, files.of_stage(each.stage), each.layers) for each in built.saved)
     if saved:
         check_folders(loaded, [each.stage for each in saved], files.output)
@@ -73,7 +92,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
         for model in built.models
         for remark in model.checkpoint.remarks
     ]
-    found = [*remarks, *built.warnings, *dict.fromkeys(files.warnings)]
+    found = [*ignored_revisions(loaded), *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
     if remark := memory_remark(options.max_ram, options.machine):
         found.append(ModelWarning(ModelWarningKind.MACHINE, remark))
     if options.strict and found:

@@ -164,7 +164,7 @@ class _Retry:
             if self._location.file:
                 problem = f"download from {endpoint()} failed: {error}: run the same command again {when} to resume"
             else:  # it may have been meant as a path
-                problem = "there is no such directory here: check the path. If it is a model on "
+                problem = f"{NO_DIRECTORY} here: check the path. If it is a model on "
                 problem += f"{endpoint()}: {error}: run the same command again {when}"
             raise EnvironmentFailure(f"{self._location}: {problem}")
         if self._stop.wait(max(error.seconds, FIRST_WAIT * 2**self._retries)):
@@ -220,6 +220,9 @@ def _request(location: HubLocation, url: str, span: tuple[int, int, int] | None 
     except OfflineModeIsEnabled:
         raise CheckpointError(f"{location}: {OFFLINE}") from None
 
+
+NO_DIRECTORY = "there is no such directory"
+"""Part of the errors about a model that is neither a directory nor on the Hub."""
 
 OFFLINE = "isn't in the cache, and HF_HUB_OFFLINE forbids downloads: unset it and run the same command again"
 """The error for something that is not cached while HF_HUB_OFFLINE is set."""
@@ -300,7 +303,7 @@ def _refuse(location: HubLocation, status: int, headers: Any, logged_in: bool) -
     if status in (401, 404) and (code == "RepoNotFound" or not location.file):
         private = "or your token has no access" if logged_in else f"or it is private: {_LOG_IN}"
         raise CheckpointError(
-            f"{location}: there is no such directory here, and no such model at {endpoint()}: check its name; {private}"
+            f"{location}: {NO_DIRECTORY} here, and no such model at {endpoint()}: check its name; {private}"
         )
     if status in (401, 403):
         raise CheckpointError(f"{location}: the Hub refuses access (status {status}){detail}: {_LOG_IN}")

@@ -21,12 +21,22 @@ from urllib.parse import quote
 
 from ...errors import CheckpointError
 from ..open_source import quoted
-from .http import OFFLINE, HubLocation, describe_gated, endpoint, fetch_json, is_commit, is_logged_in, is_offline
+from .http import (
+    NO_DIRECTORY,
+    OFFLINE,
+    HubLocation,
+    describe_gated,
+    endpoint,
+    fetch_json,
+    is_commit,
+    is_logged_in,
+    is_offline,
+)
 
 MAX_LISTING_BYTES = 64_000_000
 """The maximum size of a repository's file listing in bytes, enough for about 200,000 files."""
 
-NOT_CACHED = f"there is no such directory here, and as a model of the Hub it {OFFLINE}"
+NOT_CACHED = f"{NO_DIRECTORY} here, and as a model of the Hub it {OFFLINE}"
 """The error for a model that is not cached while HF_HUB_OFFLINE is set."""
 
 _LISTING_VERSION = 1

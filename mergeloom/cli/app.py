@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..version import __version__
+from .diff import diff
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -45,5 +46,5 @@ def cli() -> None:
     """
 
 
-for _command in (inspect, merge, methods, plan, stack, verify):
+for _command in (diff, inspect, merge, methods, plan, stack, verify):
     cli.add_command(_command)

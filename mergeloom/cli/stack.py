@@ -42,13 +42,13 @@ def stack(
     The merge stacks windows of MODEL's layers, --step layers apart. The recipe goes to stdout, a summary of its output
     to stderr. Reads headers only. With several passes, give --window and --step once for all of them, or once for each.
     """
-    from ..engine.model.open import open_model, reference_of
+    from ..engine.model.open import open_named
     from ..engine.model.self_merge import stack_recipe
 
-    reference = reference_of(model)
+    reference, checkpoint = open_named(model)
     text, summary = stack_recipe(
         reference,
-        open_model(reference),
+        checkpoint,
         window=window,
         step=step or None,
         repeat=repeat,

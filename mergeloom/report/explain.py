@@ -15,6 +15,7 @@ from ..engine.recipe.types import modules_of
 from ..engine.schedule.tiling import tile_length
 from ..errors import UsageError
 from ..io.units import data_size, listed, memory_size, plural
+from .parameters import format_value
 from .sections import Grid, Section
 
 if TYPE_CHECKING:
@@ -337,19 +338,12 @@ def _parameters(explanation: Explanation) -> Section:
     grid = None
     if per_source:
         rows = tuple(
-            (source.model, *("base" if source.base else _format(value[index]) for value in per_source.values()))
+            (source.model, *("base" if source.base else format_value(value[index]) for value in per_source.values()))
             for index, source in enumerate(explanation.sources)
             if all(index < len(value) for value in per_source.values())
         )
         grid = Grid(("model", *per_source), rows, frozenset(per_source))
-    return Section("Parameters", [(name, _format(value)) for name, value in shared.items()], grid)
-
-
-def _format(value: object) -> str:
-    """Format a parameter's value as in a recipe."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return Section("Parameters", [(name, format_value(value)) for name, value in shared.items()], grid)
 
 
 def _work(explanation: Explanation) -> Section:

@@ -10,6 +10,7 @@ from ..engine.graph.graph import Kind
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
 from ..io.units import big_number, data_size, memory_size, plural, short_number
+from .parameters import parameters_section
 from .sections import Grid, Section, plain
 from .unused import unused_section
 
@@ -43,6 +44,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         output_section(plan),
         inputs_section(plan, read),
         work_section(plan),
+        parameters_section(plan),
         reread_section(plan, read),
         memory_section(plan),
         *more,
@@ -94,7 +96,7 @@ def output_section(plan: Plan) -> Section:
         "Output",
         (
             ("parameters", f"{big_number(output['parameters'])} in {plural(output['tensors'], 'tensor')}"),
-            ("layers", f"{output['layers']:,}"),
+            ("layers", layers_text(plan)),
             ("size", f"{data_size(output['bytes'])} in {plural(len(shards), 'file')}{largest}"),
             ("disk", f"{data_size(plan.disk)}; no temporary files"),
             ("dtype", ", ".join(output["dtypes"])),
@@ -103,6 +105,13 @@ def output_section(plan: Plan) -> Section:
             *(("also saved", _saved_stage(stage.folder, plan.output_dict(stage))) for stage in plan.saved),
         ),
     )
+
+
+def layers_text(plan: Plan) -> str:
+    """Format the number of layers of the output, or say that tensors were matched without layers."""
+    if plan.built.matched_by_name:
+        return "none identified: tensors are matched by their complete names"
+    return f"{plan.built.layers:,}"
 
 
 def _saved_stage(folder: str, output: Mapping[str, Any]) -> str:
@@ -125,7 +134,9 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
     rows = []
     for model in plan.built.models:
         refs = model.checkpoint.tensors.values()
-        layers = " + ".join(str(stack.count) for stack in model.layers.mains) or "0"
+        layers = " + ".join(str(stack.count) for stack in model.layers.mains) or (
+            "0" if model.identified else "unknown"
+        )
         rows.append(
             (
                 model.name + (" (base)" if model.reference == base else ""),
@@ -172,6 +183,8 @@ def work_section(plan: Plan) -> Section:
     for output in graph.outputs:
         operation = graph.operation(output.node)
         counts[f"by {operation.method}" if operation.kind is Kind.MERGE else "copied"] += 1
+    if buffers := plan.built.buffers:
+        fields.append(("data checks", f"{plural(len(buffers), 'buffer')}, before the merge starts"))
     tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
     fields.append(("tensors", f"{tensors}, in {plural(len(schedule.steps), 'step')}"))
     if not plan.computes:

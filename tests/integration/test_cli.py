@@ -63,7 +63,7 @@ def stack(tmp_path: Path, llamas: dict[str, Path]) -> Path:
 def test_help_lists_the_commands() -> None:
     ended = spawn("--help")
     assert ended.returncode == 0
-    assert all(command in ended.stdout for command in ("merge", "plan", "inspect", "methods"))
+    assert all(command in ended.stdout for command in ("merge", "plan", "inspect", "diff", "methods"))
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
@@ -71,7 +71,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
     ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
-    commands = ("app", "inspect", "merge", "methods", "options", "output", "plan", "stack", "verify")
+    commands = ("app", "diff", "inspect", "merge", "methods", "options", "output", "plan", "stack", "verify")
     assert ours == {"__main__", "cli", "errors", "version", *(f"cli.{name}" for name in commands)}
 
 
@@ -96,7 +96,7 @@ def test_merge_and_plan_share_their_options() -> None:
     names = {command: {p.name for p in cli.commands[command].params} for command in ("merge", "plan")}
     assert names["merge"] - names["plan"] == {
         *("report", "restart", "no_output", "fresh", "discard"),
-        *("digests", "quiet"),
+        *("digests", "quiet", "keep_paths"),
     }
     assert names["plan"] - names["merge"] == {
         *("as_json", "explain", "graph", "graph_detail", "html", "machine", "rates", "steps", "timed", "what_if")

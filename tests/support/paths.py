@@ -16,4 +16,4 @@ def python_files() -> list[Path]:
     """Every Python file that git knows or would add, below the code folders."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *CODE]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [ROOT / name for name in sorted(listed) if name.endswith(".py") and (ROOT / name).is_file()]
+    return [ROOT / name for name in sorted(set(listed)) if name.endswith(".py") and (ROOT / name).is_file()]

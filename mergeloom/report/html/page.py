@@ -65,6 +65,11 @@ def make_page(
     """
     title = headline(plan)
     body = "\n".join(filter(None, _parts(plan, title, destination, time, others)))
+    return fill_template(title, body)
+
+
+def fill_template(title: str, body: str) -> str:
+    """Return a complete page with a title and a body of HTML."""
     template = Template((files(__package__) / "page.html").read_text(encoding="utf-8"))
     return template.substitute(title=text_of(title), generator=text_of(f"mergeloom {__version__}"), body=body)
 
@@ -153,14 +158,14 @@ def _tiles(plan: Plan, destination: Destination | None, time: Estimate | None) -
     schedule, output = plan.schedule, plan.output_dict()
     budget, dtypes = schedule.budget, ", ".join(output["dtypes"])
     tiles = [
-        _tile(
+        tile(
             "output",
             data_size(output["bytes"]),
             f"{plural(output['tensors'], 'tensor')}, {dtypes}",
         ),
-        _tile("reads", data_size(plan.bytes_read), reads_text(plan)),
-        _tile("writes", data_size(plan.bytes_written), plural(output["shards"], "file")),
-        _tile(
+        tile("reads", data_size(plan.bytes_read), reads_text(plan)),
+        tile("writes", data_size(plan.bytes_written), plural(output["shards"], "file")),
+        tile(
             "peak RAM",
             memory_size(schedule.peak_ram, up=True),
             f"of {memory_size(budget.ram)}; minimum {memory_size(schedule.minimum_ram, up=True)}",
@@ -168,21 +173,22 @@ def _tiles(plan: Plan, destination: Destination | None, time: Estimate | None) -
         ),
     ]
     if plan.bytes_shared:
-        tiles.insert(3, _tile("reflinked", data_size(plan.bytes_shared), "no disk space"))
+        tiles.insert(3, tile("reflinked", data_size(plan.bytes_shared), "no disk space"))
     if vram := max((device.vram or 0 for device in budget.devices), default=0):
         peak = memory_size(schedule.peak_vram, up=True)
-        tiles.append(_tile("peak VRAM", peak, f"of {memory_size(vram)}", schedule.peak_vram / vram))
+        tiles.append(tile("peak VRAM", peak, f"of {memory_size(vram)}", schedule.peak_vram / vram))
     if time is not None:
         span = f"{duration(time.low)} to {duration(time.high)}"
-        tiles.append(_tile("estimated time", duration(time.seconds), span))
+        tiles.append(tile("estimated time", duration(time.seconds), span))
     if destination is not None:
         free = f"of {data_size(destination.free)} free"
         share = destination.needed / destination.free if destination.free else 1.0
-        tiles.append(_tile("disk", data_size(destination.needed), free, share))
+        tiles.append(tile("disk", data_size(destination.needed), free, share))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _tile(label: str, value: str, note: str, share: float | None = None) -> str:
+def tile(label: str, value: str, note: str, share: float | None = None) -> str:
+    """Return a large value with a label and a note, and a meter of its `share` of a limit."""
     meter = ""
     if share is not None:
         meter = f'<div class="meter"><i style="width:{100 * max(0.0, min(1.0, share)):.1f}%"></i></div>'

@@ -44,7 +44,8 @@ def shortened(name: str, width: float) -> str:
     return last if len(last) <= letters else f"{last[: letters // 2]}…{last[-(letters - letters // 2 - 1) :]}"
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+def text_at(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    """Return a text at a position, with a class of the style sheet."""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{text_of(text)}</text>'
 
 
@@ -76,10 +77,10 @@ def layer_chart(stack: StackMap) -> str:
         kind = f"c{number % _COLORS}" if len(stack.inputs) > 1 else "whole"
         parts += _bar(starts[number], _TOP - _BAR, widths[number], used[number], kind)
         name = shortened(source.name, widths[number] - 70 if widths[number] > 160 else widths[number])
-        parts.append(f"<g><title>{text_of(source.name)}</title>{_text(starts[number], 14, name, 'name')}</g>")
+        parts.append(f"<g><title>{text_of(source.name)}</title>{text_at(starts[number], 14, name, 'name')}</g>")
         if widths[number] > 160:
             label = plural(source.count, "layer")
-            parts.append(_text(starts[number] + widths[number], 14, label, "soft", "end"))
+            parts.append(text_at(starts[number] + widths[number], 14, label, "soft", "end"))
     parts += _output_bar(stack, cell, disjoint=disjoint)
     label = f"layers of {plural(len(stack.inputs), 'input')} become {plural(stack.layers, 'layer')}"
     return svg(_BOTTOM + _BAR + 42, label, parts)
@@ -93,11 +94,11 @@ def _output_bar(stack: StackMap, cell: float, *, disjoint: bool) -> list[str]:
         parts.append(
             f'<rect x="{run.out * cell:.1f}" y="{_BOTTOM:g}" {size} class="bar over c{_color(stack, number)}"/>'
         )
-    step = _nice_number(stack.layers / 10)
+    step = nice_number(stack.layers / 10)
     for layer in range(0, stack.layers, step):
-        parts.append(_text((layer + 0.5) * cell, _BOTTOM + _BAR + 14, str(layer), "tick", "middle"))
-    parts.append(_text(0, _BOTTOM + _BAR + 36, f"output: {stack.prefix}", "name"))
-    parts.append(_text(WIDTH, _BOTTOM + _BAR + 36, plural(stack.layers, "layer"), "soft", "end"))
+        parts.append(text_at((layer + 0.5) * cell, _BOTTOM + _BAR + 14, str(layer), "tick", "middle"))
+    parts.append(text_at(0, _BOTTOM + _BAR + 36, f"output: {stack.prefix}", "name"))
+    parts.append(text_at(WIDTH, _BOTTOM + _BAR + 36, plural(stack.layers, "layer"), "soft", "end"))
     return parts
 
 
@@ -152,8 +153,8 @@ def _bar(x: float, y: float, width: float, used: Sequence[bool], kind: str) -> l
     return parts
 
 
-def _nice_number(minimum: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least `minimum`."""
+def nice_number(minimum: float) -> int:
+    """Return the smallest of 1, 2, 5, 10, 20, 50, ... that is at least `minimum`."""
     size = 1
     while True:
         for factor in (1, 2, 5):
@@ -206,7 +207,7 @@ def memory_chart(curve: MemoryCurve) -> str:
     for number in range(int(top // step) + 1):
         y = y_of(number * step)
         parts.append(f'<path d="M{left - 4:g} {y:.1f}H{right:g}" class="grid"/>')
-        parts.append(_text(left - 8, y + 4, memory_size(number * step) if number else "0", "tick", "end"))
+        parts.append(text_at(left - 8, y + 4, memory_size(number * step) if number else "0", "tick", "end"))
     line = "".join(f"V{y_of(held):.1f}H{left + column * (place + 1):.1f}" for place, held in enumerate(curve.held))
     peak, budget = y_of(curve.peak), y_of(curve.budget)
     parts.append(f'<path d="M{left:g} {bottom:g}V{peak:.1f}H{right:g}V{bottom:g}Z" class="ahead"/>')
@@ -215,9 +216,9 @@ def memory_chart(curve: MemoryCurve) -> str:
     parts.append(f'<path d="M{left:g} {peak:.1f}H{right:g}" class="peak"/>')
     if near:
         parts.append(f'<path d="M{left:g} {budget:.1f}H{right:g}" class="budget"/>')
-    parts.append(_text(left + 6, peak - 6, f"peak {memory_size(curve.peak, up=True)}", "peak-label"))
+    parts.append(text_at(left + 6, peak - 6, f"peak {memory_size(curve.peak, up=True)}", "peak-label"))
     label = f"budget {memory_size(curve.budget)}{'' if near else ' ↑'}"
-    parts.append(_text(right, (budget if near else peak) - 6, label, "budget-label", "end"))
+    parts.append(text_at(right, (budget if near else peak) - 6, label, "budget-label", "end"))
     parts += _columns(curve, column)
     title = f"{curve.kind} over the steps, peak {memory_size(curve.peak)} of {memory_size(curve.budget)}"
     return svg(bottom + 26, title, parts)
@@ -237,7 +238,7 @@ def _columns(curve: MemoryCurve, column: float) -> Iterator[str]:
         number = curve.steps if quarter == 4 else moments[place].first if moments else 0
         anchor = "start" if quarter == 0 else "end" if quarter == 4 else "middle"
         x = _PLOT_LEFT + column * quarter * len(moments) / 4
-        yield _text(x, _PLOT_TOP + _PLOT_HEIGHT + 18, f"step {number:,}", "tick", anchor)
+        yield text_at(x, _PLOT_TOP + _PLOT_HEIGHT + 18, f"step {number:,}", "tick", anchor)
 
 
 def _next_power_of_two(minimum: float) -> int:
@@ -281,7 +282,7 @@ def lanes_chart(lanes: Sequence[tuple[str, float, str]]) -> str:
         y = 6 + 30 * number
         width = max(2.0, 600 * seconds / longest)
         kind = "lane slowest" if seconds == longest else "lane"
-        parts.append(_text(78, y + 15, name, "name", "end"))
+        parts.append(text_at(78, y + 15, name, "name", "end"))
         parts.append(f'<rect x="90" y="{y:g}" width="{width:.1f}" height="20" rx="3" class="{kind}"/>')
-        parts.append(_text(98 + width, y + 15, label, "soft"))
+        parts.append(text_at(98 + width, y + 15, label, "soft"))
     return svg(12 + 30 * len(lanes), "time of each lane if it ran alone", parts)

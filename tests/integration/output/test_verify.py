@@ -235,8 +235,8 @@ def test_shared_tensors_are_listed_with_their_source(tmp_path: Path, monkeypatch
     assert verdict.whole
     assert verdict.tensors == 0
     assert {(found.tensor, found.origin) for found in verdict.unverified} == {
-        ("model.layers.0.w.weight", f"shared with {model}"),
-        ("model.norm.weight", f"shared with {model}"),
+        ("model.layers.0.w.weight", "shared with a"),
+        ("model.norm.weight", "shared with a"),
     }
     flip(*position_of(tmp_path / "out", "model.norm.weight"))
     assert verify(tmp_path / "out").whole  # nothing tells, which is what "unverified" means
@@ -298,3 +298,29 @@ def test_the_command_lists_what_is_unverified(
     shutil.rmtree(source)
     assert __main__.main(["verify", str(out), "--sources"]) == 0
     assert "Sources that could not be checked\n  model.safetensors of" in capsys.readouterr().out
+
+
+def test_sources_are_found_by_name_or_where_the_user_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest has only the last component of a local path."""
+    here = tmp_path / "models" / "a"
+    other = tmp_path / "others" / "a"
+    for number, model in enumerate((here, other)):
+        write_checkpoint(model, SHAPES, fill=number)
+    out = tmp_path / "out"
+    slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]} for model in (here, other)]
+    merge({"merge_method": "passthrough", "slices": slices}, out)
+    assert json.loads((out / MANIFEST).read_text())["models"] == ["a", "a#2"]
+    missing = verify(out, sources=True)
+    assert len(missing.missing_sources) == 2
+    assert "--model a=PATH says where it is" in missing.missing_sources[0]
+    found = verify(out, sources=True, models={"a": str(here), "a#2": str(other)})
+    assert (found.missing_sources, found.unverified, found.damaged) == ((), (), ())
+    assert __main__.main(["verify", str(out), "--sources", "--model", f"a={here}", "--model", f"a#2={other}"]) == 0
+    assert "could not be checked" not in capsys.readouterr().out
+    monkeypatch.chdir(here.parent)
+    assert len(verify(out, sources=True).missing_sources) == 1
+    for arguments in (["--model", f"a={here}"], ["--sources", "--model", "a"], ["--sources", "--model", "b=x"]):
+        assert __main__.main(["verify", str(out), *arguments]) == 2
+    assert "was not made from a model named b: its manifest names a, a#2" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_a_download_reports_its_progress(hub: HubServer, model: HubCheckpoint) -
 def test_a_merge_of_two_layers_downloads_the_shards_that_hold_them(
     hub: HubServer, local: Path, contents: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "open_model", lambda reference: open_hub_model(reference.path, reference.revision))
+    monkeypatch.setattr(planning, "open_input", lambda _, reference: open_hub_model(reference.path, reference.revision))
     hub.add(ID, contents)
     sources = [{"model": ID, "layer_range": [2, 4]}]
     plan = mergeloom.plan({"merge_method": "passthrough", "slices": [{"sources": sources}]})

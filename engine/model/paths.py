@@ -1,0 +1,81 @@
+"""Distinguishes misspelt paths from Hub ids, before any model is opened."""
+
+from __future__ import annotations
+
+from ...errors import RecipeError
+from ...io.hub.repository import cached_snapshot, is_hub_id
+from ..recipe.local import is_local, siblings, similar_path
+from ..recipe.types import ModelReference, Recipe
+from ..recipe.yaml import Keys
+from .warnings import ModelWarning, ModelWarningKind
+
+_PLACEHOLDERS = frozenset(("none", "null", "nil", "nan", "undefined", "~"))
+_SHOWN = 6
+
+
+def path_problem(reference: ModelReference) -> str | None:
+    """What is wrong with a reference, by the local file system only; None if it may name a model.
+
+    A name that could be a Hub id counts as a misspelt path if a directory differs from it only by a typo, unless it has
+    a revision or is in the Hub's cache.
+    """
+    path, revision = reference.path, reference.revision
+    if is_local(path):
+        return None
+    if path.lower() in _PLACEHOLDERS:
+        return f"{path!r} does not name a model: write a directory or a Hub id"
+    text = reference.text
+    if not is_hub_id(path):
+        near = similar_path(text) or similar_path(path)
+        return f"there is no directory {text} here; did you mean `{near}`?" if near else None
+    near = similar_path(text, typo=True)
+    if near is None or revision is not None or cached_snapshot(path, None) is not None:
+        return None
+    return f"there is no directory {text} here; did you mean `{near}`? (for a model of the Hub, write `{path}@main`)"
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Check the paths of all models of a recipe, before any is opened. Raises RecipeError for all misspelt ones."""
+    mistakes = [
+        recipe.error(place, problem)
+        for reference, place in places_of(recipe).items()
+        if (problem := path_problem(reference)) is not None
+    ]
+    if mistakes:
+        raise RecipeError.together(mistakes)
+
+
+def ignored_revisions(recipe: Recipe) -> list[ModelWarning]:
+    """Warn about revisions of local directories, which have none. ``main`` is taken for what was downloaded."""
+    named = (each for each in places_of(recipe) if each.revision not in (None, "main"))
+    return [
+        ModelWarning(
+            ModelWarningKind.FILES,
+            f"{each.path} is a directory here and has no revisions: @{each.revision} is ignored",
+            "remove it, or rename the directory to use the Hub's model",
+        )
+        for each in named
+        if is_local(each.path)
+    ]
+
+
+def siblings_note(path: str) -> str:
+    """The directories next to a missing one, for a message; empty if there are none."""
+    found = siblings(path)
+    if found is None:
+        return ""
+    parent, names = found
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"; {parent} contains {', '.join(names[:_SHOWN])}{more}"
+
+
+def places_of(recipe: Recipe) -> dict[ModelReference, Keys]:
+    """The first place of each model in the recipe that isn't a stage."""
+    places: dict[ModelReference, Keys] = {}
+    for stage in recipe.stages:
+        for reference, place in stage.references():
+            if recipe.stage(reference) is None:
+                candidates = (*place, "model"), (*place[:-1], "tokenizer_source"), place
+                known = candidates if place not in recipe.lines else candidates[::2]
+                places.setdefault(reference, next((each for each in known if each in recipe.lines), place))
+    return places

@@ -1,0 +1,1 @@
+"""Compares the values of two models, tensor by tensor."""

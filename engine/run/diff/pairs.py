@@ -1,0 +1,161 @@
+"""Pairs the tensors of two models by name, and rejects models whose stored values have no meaning by themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ....errors import CheckpointError
+from ....io.open_source import quoted
+from ....io.safetensors.checkpoint import Checkpoint
+from ....io.safetensors.tensors import TensorRef
+from ....io.units import plural
+from ...model.checks.identify import check_is_model
+from ...model.layers import LayerMap, find_layers
+from ...model.quantized import quantized_tensors
+from ...model.roles import is_embedding, is_head, tied_embedding
+from .result import NotCompared
+from .values import can_decode
+
+_NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model to compare.
+
+    Args:
+        name: name as the user gave it.
+        checkpoint: the model's checkpoint.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor that both models have.
+
+    Args:
+        name: name of the tensor.
+        stack: prefix of the layers that contain the tensor; empty outside of layers.
+        layer: number of the layer; None outside of layers.
+        a: stored tensor of A.
+        b: stored tensor of B.
+        tied_to: for a head that one model lacks, name of the embedding that it is tied to there; otherwise empty.
+    """
+
+    name: str
+    stack: str
+    layer: int | None
+    a: TensorRef
+    b: TensorRef
+    tied_to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """The tensors of two models: pairs to compare, and all others."""
+
+    pairs: tuple[Pair, ...]
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    not_compared: tuple[NotCompared, ...]
+
+
+def pair_tensors(a: Opened, b: Opened) -> Pairing:
+    """Pair the tensors of two models by name. A head that one model ties to its embedding is paired with that.
+
+    Raises:
+        CheckpointError: a model is quantized or an adapter, or the models have no tensor name in common.
+    """
+    for model in (a, b):
+        check_is_model(model.name, model.checkpoint)
+        _refuse_quantized(model)
+    ours, theirs = a.checkpoint.tensors, b.checkpoint.tensors
+    found = [(name, ours[name], theirs[name], "") for name in ours if name in theirs]
+    if not found:
+        raise CheckpointError(
+            f"{a.name} and {b.name} have no tensor name in common ({a.name} has {quoted(next(iter(ours)))}, {b.name} "
+            f"has {quoted(next(iter(theirs)))}): choose two models of the same architecture"
+        )
+    for head, embedding in _tied_heads(ours, b.checkpoint):
+        found.append((head, ours[head], theirs[embedding], embedding))
+    for head, embedding in _tied_heads(theirs, a.checkpoint):
+        found.append((head, ours[embedding], theirs[head], embedding))
+    locate = _Layers(a)
+    pairs, not_compared = [], []
+    for name, one, other, tied_to in found:
+        if reason := _obstacle(one, other):
+            not_compared.append(NotCompared(name, reason))
+        else:
+            pairs.append(Pair(name, *locate(name), one, other, tied_to))
+    names = {name for name, *_ in found}
+    return Pairing(
+        tuple(pairs),
+        tuple(name for name in ours if name not in names),
+        tuple(name for name in theirs if name not in names),
+        tuple(not_compared),
+    )
+
+
+def _obstacle(a: TensorRef, b: TensorRef) -> str:
+    """Return why two tensors can't be compared; empty if they can."""
+    if a.shape != b.shape:
+        return f"shape {list(a.shape)} in A, {list(b.shape)} in B"
+    if not can_decode(a.dtype) or not can_decode(b.dtype):
+        return f"dtype {a.dtype.name} in A, {b.dtype.name} in B"
+    return ""
+
+
+def _tied_heads(tensors: Iterable[str], other: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Yield each head that another model lacks because it is tied to an embedding there, with that embedding."""
+    if _is_untied(other.config or {}):
+        return
+    embeddings = [name for name in other.tensors if is_embedding(name)]
+    for name in tensors:
+        if is_head(name) and name not in other.tensors:
+            embedding = tied_embedding(name, embeddings)
+            if embedding is not None:
+                yield name, embedding
+
+
+def _is_untied(config: Mapping[str, Any]) -> bool:
+    """Whether a config, or one nested in it, says that the head is not tied to the embedding."""
+    if config.get("tie_word_embeddings") is False:
+        return True
+    return any(
+        _is_untied(value) for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)
+    )
+
+
+class _Layers:
+    """Finds the layer of a tensor by its name, in any stack of layers of a model."""
+
+    def __init__(self, model: Opened) -> None:
+        try:
+            layers = find_layers(model.checkpoint.tensors, model.checkpoint.config)
+        except CheckpointError:  # the values can be compared without
+            layers = LayerMap((), ())
+        self._stacks = {stack.prefix for stack in layers.stacks if stack in layers.mains or stack.count > 1}
+
+    def __call__(self, name: str) -> tuple[str, int | None]:
+        """The prefix of the stack and the number of the layer; ("", None) outside of layers."""
+        for match in _NUMBER.finditer(name):
+            prefix = name[: match.start()]
+            if prefix in self._stacks:
+                return prefix, int(match[1])
+        return "", None
+
+
+def _refuse_quantized(model: Opened) -> None:
+    quantized = quantized_tensors(model.checkpoint)
+    if quantized:
+        name, reason = next(iter(quantized.items()))
+        raise CheckpointError(
+            f"{model.name} is quantized: {plural(len(quantized), 'tensor')} ({quoted(name)}: {reason}); comparing "
+            "quantized models is not supported yet: use a bfloat16 version of the model"
+        )

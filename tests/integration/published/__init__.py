@@ -1,0 +1,1 @@
+"""Published configurations and recipes, and pairs of models that must not cause an alarm."""

@@ -1,0 +1,134 @@
+"""Misspelt paths are distinguished from Hub ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mergeloom
+from mergeloom.engine.model.open import open_named
+from mergeloom.engine.model.paths import ignored_revisions, path_problem
+from mergeloom.engine.recipe.load import load_recipe
+from mergeloom.engine.recipe.types import ModelReference
+from mergeloom.errors import CheckpointError, RecipeError, UsageError
+from mergeloom.methods import merge_methods
+from tests.support import models
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with empty directories of models."""
+    for name in ("models/llama-3-8b", "models/base", "models/v@2", "Qwen/Qwen2.5-7B", "org/expert-a", "my_model"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("directory")
+class TestMisspelt:
+    @pytest.mark.parametrize(
+        ("text", "near"),
+        [
+            ("modles/base", "models/base"),
+            ("models/bsae", "models/base"),
+            ("model/base", "models/base"),
+            ("Models/Base", "models/base"),
+            ("models/lama-3-8b", "models/llama-3-8b"),
+            ("my-model", "my_model"),
+            ("./modles/base", "./models/base"),
+            ("models/bass/", "models/base"),
+            ("../{}/models/bas", "../{}/models/base"),
+            ("./models/vv@2", "./models/v@2"),
+        ],
+    )
+    def test_the_nearest_name_is_suggested(self, directory: Path, text: str, near: str) -> None:
+        problem = path_problem(ModelReference.parse(text.format(directory.name)))
+        assert problem is not None
+        assert f"did you mean `{near.format(directory.name)}`?" in problem
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "models/base",
+            "models/llama-3-70b",
+            "models/llama-3-8b-instruct",
+            "Qwen/Qwen2.5-14B",
+            "Qwen/Qwen3-7B",
+            "org/expert-b",
+            "org/llama",
+            "meta-llama/Llama-3.1-8B",
+            "modles/base@main",
+            "gpt2",
+        ],
+    )
+    def test_other_names_may_be_hub_ids(self, text: str) -> None:
+        assert path_problem(ModelReference.parse(text)) is None
+
+    @pytest.mark.parametrize("text", ["None", "null", "undefined"])
+    def test_placeholders_do_not_name_models(self, text: str) -> None:
+        assert path_problem(ModelReference(text)) == (f"{text!r} does not name a model: write a directory or a Hub id")
+
+    def test_a_directory_has_no_revisions(self) -> None:
+        assert path_problem(ModelReference("models/base", "v2")) is None
+        models = [{"model": "models/base@v2"}, {"model": "models/base@main"}, {"model": "models/base"}]
+        recipe = load_recipe({"merge_method": "linear", "models": models}, methods=merge_methods())
+        (warning,) = ignored_revisions(recipe)
+        assert str(warning).startswith(
+            "models/base is a directory here and has no revisions: @v2 is ignored; remove it"
+        )
+
+    def test_on_the_command_line(self) -> None:
+        with pytest.raises(UsageError, match="did you mean `models/base`"):
+            open_named("modles/base")
+
+
+def test_a_model_in_the_hub_cache_is_not_misspelt(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(directory / "cache"))
+    assert path_problem(ModelReference("modles/base")) is not None
+    folder = directory / "cache" / "models--modles--base"
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    assert path_problem(ModelReference("modles/base")) is None
+
+
+class TestRecipes:
+    @pytest.fixture(autouse=True)
+    def offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    @staticmethod
+    def recipe(directory: Path, *names: str) -> Path:
+        lines = [f"- {{model: {name}, parameters: {{weight: 1}}}}\n" for name in names]
+        (directory / "r.yml").write_text("merge_method: linear\nmodels:\n" + "".join(lines))
+        return directory / "r.yml"
+
+    def test_all_misspelt_paths_are_reported_before_any_model_is_opened(self, directory: Path) -> None:
+        with pytest.raises(RecipeError) as caught:
+            mergeloom.plan(self.recipe(directory, "modles/base", "models/base", "models/bsae"))
+        assert [mistake.line for mistake in (caught.value, *caught.value.more)] == [3, 5]
+        assert caught.value.path == ("models", 0, "model")
+
+    def test_a_similar_name_is_suggested_if_the_hub_has_no_such_model(self, directory: Path) -> None:
+        with pytest.raises(RecipeError, match="did you mean the directory `org/expert-a`") as caught:
+            mergeloom.plan(self.recipe(directory, "org/expert-b"))
+        assert caught.value.line == 3
+
+    def test_a_missing_model_has_its_line_and_its_siblings(self, directory: Path) -> None:
+        with pytest.raises(CheckpointError) as caught:
+            mergeloom.plan(self.recipe(directory, "models/zzzzz"))
+        assert str(caught.value).startswith(
+            f"{directory}/r.yml:3: models[0].model: models/zzzzz@main: there is no such"
+        )
+        assert str(caught.value).endswith("; models contains base, llama-3-8b, v@2")
+
+    @pytest.mark.parametrize("name", ["models/v@2", "models/one+two"])
+    def test_a_directory_with_an_at_sign_or_plus_in_its_name_is_a_path(self, directory: Path, name: str) -> None:
+        models.write_checkpoint(directory / name, models.tiny_llama())
+        plan = mergeloom.plan(self.recipe(directory, name))
+        assert [model.name for model in plan.built.models] == [name]
