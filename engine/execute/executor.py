@@ -27,11 +27,10 @@ from ..schedule.tiling import output_width
 from .arena import HostArena
 from .cache import CachedChunk
 from .devices.base import Device, Marker
-from .lane import Lane
-from .lanes import Lanes
+from .lanes import Lane, Lanes
 from .ledger import RAM, Ledger
 from .passes import KernelRunner
-from .slots import SlotAllocator
+from .slot_allocator import SlotAllocator
 from .tasks import ChunkTask, Measured, NodeState, Progress, ReadTask, Sink, Source
 
 NOTIFY_SECONDS = 0.1

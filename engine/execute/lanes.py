@@ -1,15 +1,133 @@
-"""All lanes of a run: started one by one, stopped together, and their times."""
+"""Lanes: threads that do one kind of work in the order of the plan, and the time that they worked and waited."""
 
 from __future__ import annotations
 
+import heapq
+import threading
+import time
 from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from .lane import Lane
+from ...errors import EnvironmentFailure
 from .tasks import LaneTime
 
 T = TypeVar("T")
+
+
+class Lane(Generic[T]):
+    """Threads that take tasks, the earliest of the plan first, and pass each to `work`.
+
+    The queue needs no bound of its own: a task exists only once its slots are taken.
+
+    Args:
+        name: name of the lane in reports.
+        threads: number of threads.
+        work: function that does a task, called as ``work(thread, task)``.
+        failed: function that receives what `work` raises; the lane continues with the next task.
+        idle: function that a thread calls when the queue is empty, for deferred work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        work: Callable[[int, T], None],
+        failed: Callable[[BaseException], None],
+        idle: Callable[[], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.worked = [0.0] * threads
+        self.tasks = 0
+        self._work = work
+        self._failed = failed
+        self._idle = idle
+        self._queue: list[tuple[int, int, T]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._sequence = 0
+        self._started = self._since = time.perf_counter()
+        self._busy = 0
+        self.levels = [0.0] * (threads + 1)
+        """Seconds with 0, 1, 2, ... threads at work, up to the last change."""
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            raise EnvironmentFailure(
+                f"no more threads can be started ({error}): check ulimit -u, ulimit -v and the cgroup's pids.max, or "
+                "use fewer --threads"
+            ) from error
+
+    def put(self, order: int, task: T) -> None:
+        """Queue a task; tasks with a smaller `order` go first."""
+        with self._changed:
+            self._sequence += 1
+            heapq.heappush(self._queue, (order, self._sequence, task))
+            self._changed.notify()
+
+    def _take(self) -> T | None:
+        with self._changed:
+            if not self._queue and self._idle is not None and not self._closed:
+                self._changed.release()
+                try:
+                    self._idle()
+                finally:
+                    self._changed.acquire()
+            while not self._queue:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            return heapq.heappop(self._queue)[2]
+
+    def _run(self, thread: int) -> None:
+        while True:
+            try:
+                task = self._take()
+                if task is None:
+                    return
+                start = self._count(1)
+                try:
+                    self._work(thread, task)
+                finally:
+                    self.worked[thread] += self._count(-1) - start
+                self.tasks += 1
+            except BaseException as error:  # noqa: BLE001  the main thread raises it again
+                self._failed(error)
+
+    def _count(self, change: int) -> float:
+        """Add `change` to the number of threads at work, and return the time."""
+        with self._changed:
+            now = time.perf_counter()
+            self.levels[self._busy] += now - self._since
+            self._since = now
+            self._busy += change
+            return now
+
+    @property
+    def seconds_worked(self) -> float:
+        """Seconds of work, summed over all threads."""
+        return sum(self.worked)
+
+    def seconds_waited(self, until: float) -> float:
+        """Return the seconds that the threads waited, summed, from the start to `until` (``time.perf_counter``)."""
+        return max(0.0, (until - self._started) * len(self._threads) - self.seconds_worked)
+
+    def stop(self) -> None:
+        """Discard the queue, and let each thread end after its current task."""
+        with self._changed:
+            self._queue.clear()
+            self._closed = True
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Wait until the threads have ended; call `stop` first."""
+        for thread in self._threads:
+            thread.join()
 
 
 class Lanes:

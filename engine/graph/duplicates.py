@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ...errors import RecipeError
 from ..model.inputs import BoundSlice
 from ..model.warnings import ModelWarning, ModelWarningKind
-from ..recipe.yaml import Keys
+from ..recipe.nodes import Keys
 
 
 class Duplicate(NamedTuple):

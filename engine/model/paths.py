@@ -5,8 +5,8 @@ from __future__ import annotations
 from ...errors import RecipeError
 from ...io.hub.repository import cached_snapshot, is_hub_id
 from ..recipe.local import is_local, siblings, similar_path
+from ..recipe.nodes import Keys
 from ..recipe.types import ModelReference, Recipe
-from ..recipe.yaml import Keys
 from .warnings import ModelWarning, ModelWarningKind
 
 _PLACEHOLDERS = frozenset(("none", "null", "nil", "nan", "undefined", "~"))

@@ -14,7 +14,7 @@ import yaml
 
 from ...errors import UsageError
 from ...io.safetensors.checkpoint import Checkpoint
-from ..recipe.nodes import DTYPES
+from ..recipe.node_reader import DTYPES
 from ..recipe.types import ModelReference
 from .layers import LayerMap, find_layers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...methods.kernel.contract import Method
-from .nodes import NodeReader
+from .node_reader import NodeReader
 from .types import ModelReference, Slice, Stage, modules_of, slices_of
 from .warnings import WarningKind
 

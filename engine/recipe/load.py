@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ...errors import RecipeError
 from ...methods.kernel.contract import Method
+from .nodes import node_of
 from .reader import recipe_of
 from .types import Recipe
-from .yaml import YamlSource, node_of, parse_yaml, read_yaml
+from .yaml import YamlSource, parse_yaml, read_yaml
 
 
 def load_recipe(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from ...errors import RecipeError
+from .nodes import Keys
 from .types import Stage
 from .warnings import WarningKind
-from .yaml import Keys
 
 
 def in_order(

@@ -14,9 +14,9 @@ from typing import Any
 
 from ...errors import RecipeError
 from ...methods.kernel.contract import Base, Method, MethodError, Parameter, Range
+from .nodes import Keys
 from .parameter_uses import ParameterUse, Use
 from .types import Conditional, Gradient, Module, Recipe, Scalar, Settings, Slice, Stage
-from .yaml import Keys
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))

@@ -14,7 +14,8 @@ from ...errors import RecipeError
 from ...methods.kernel.contract import Base, Method
 from .input_advice import STACK, check_density, count_advice, similar_source
 from .misplaced import STAGE_KEYS, nearest
-from .nodes import NodeReader
+from .node_reader import NodeReader
+from .nodes import Keys, Node
 from .order import in_order
 from .parameters import describe
 from .placeholder import UNKNOWN_METHOD
@@ -32,7 +33,7 @@ from .types import (
     slices_of,
 )
 from .warnings import RecipeWarning, WarningKind
-from .yaml import Keys, Node, YamlSource
+from .yaml import YamlSource
 
 CONTENTS = ("models", "slices", "modules")
 NON_LAYER_ALIAS = "outside"

@@ -13,8 +13,8 @@ from typing import Literal
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import DType
 from ...methods.kernel.contract import Base, Method
+from .nodes import Keys
 from .warnings import RecipeWarning
-from .yaml import Keys
 
 Scalar = float | int | bool | str
 

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from ...errors import RecipeError
-from .yaml import Keys
+from .nodes import Keys
 
 
 class WarningKind(Enum):

@@ -1,4 +1,4 @@
-"""Parses YAML text, or plain Python data, into a tree of nodes with line numbers and limits on size and depth.
+"""Parses YAML text, into a tree of nodes with line numbers and limits on size and depth.
 
 The tree is built from the parser's events rather than by PyYAML's composer, to enforce the limits during parsing:
 aliases and merge keys count for all that they repeat, and the recursion depth does not depend on the input.
@@ -7,9 +7,7 @@ aliases and merge keys count for all that they repeat, and the recursion depth d
 from __future__ import annotations
 
 import codecs
-import numbers
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,63 +16,14 @@ import yaml
 
 from ...errors import RecipeError
 from .local import similar_path
+from .nodes import MAX_DEPTH, MAX_NODES, Keys, Node
 from .yaml_errors import describe_yaml_error
-
-Keys = tuple[str | int, ...]
-"""The keys that lead to an entry, such as ``("slices", 0, "sources")``."""
 
 MAX_BYTES = 16 << 20
 """The maximum size of a recipe file."""
 
-MAX_NODES = 200_000
-"""The maximum number of values in one file, with aliases and merge keys expanded."""
-
-MAX_DEPTH = 64
-"""The maximum nesting depth of lists and mappings, with aliases expanded."""
-
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser, if PyYAML was built with libyaml
 _CORE = "tag:yaml.org,2002:"
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A value and its line.
-
-    Args:
-        value: a scalar, a tuple of nodes for a list, or a mapping of nodes by key.
-        line: the 1-based line of the value, or None for data that is not from a file.
-        key_lines: line of each key of a mapping.
-    """
-
-    value: str | int | float | bool | tuple[Node, ...] | Mapping[str, Node] | None
-    line: int | None
-    key_lines: Mapping[str, int] = field(default_factory=dict)
-
-    def plain(self) -> Any:
-        """The value as plain lists and dicts."""
-        if isinstance(self.value, tuple):
-            return [node.plain() for node in self.value]
-        if isinstance(self.value, Mapping):
-            return {key: node.plain() for key, node in self.value.items()}
-        return self.value
-
-    def lines(self, prefix: Keys = ()) -> dict[Keys, int]:
-        """The line of every entry below this node; an entry of a mapping has the line of its key."""
-        lines: dict[Keys, int] = {} if self.line is None else {prefix: self.line}
-        todo: list[tuple[Keys, Node]] = [(prefix, self)]
-        while todo:
-            path, node = todo.pop()
-            if isinstance(node.value, tuple):
-                for index, child in enumerate(node.value):
-                    if child.line is not None:
-                        lines[(*path, index)] = child.line
-                    todo.append(((*path, index), child))
-            elif isinstance(node.value, Mapping):
-                for key, child in node.value.items():
-                    if key in node.key_lines:
-                        lines[(*path, key)] = node.key_lines[key]
-                    todo.append(((*path, key), child))
-        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,44 +292,3 @@ class _Builder:
                         level.key_lines[key] = part.key_lines[key]
             value.update(level.entries)
         return Node(value, level.line, level.key_lines), level.size, level.depth
-
-
-def node_of(data: object) -> Node:
-    """Convert plain Python data, such as a recipe given as a dict, to a node without lines.
-
-    Accepts mappings with string keys, lists, tuples, strings, paths, numbers (including numpy's), booleans and None.
-
-    Raises:
-        RecipeError: for anything else, and for data that exceeds `MAX_NODES` or `MAX_DEPTH`.
-    """
-    left = MAX_NODES
-
-    def convert(item: object, path: Keys) -> Node:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise RecipeError(f"more than {MAX_NODES} values, the maximum for a recipe", path=path[:4])
-        if len(path) > MAX_DEPTH:
-            message = f"lists and mappings are nested more than {MAX_DEPTH} levels deep, the maximum for a recipe"
-            raise RecipeError(message, path=path[:4])
-        match item:
-            case None | bool() | str() | int() | float():
-                return Node(item, None)
-            case os.PathLike():
-                return Node(os.fsdecode(item), None)
-            case numbers.Integral():
-                return Node(int(item), None)
-            case numbers.Real():
-                return Node(float(item), None)
-            case Mapping():
-                for key in item:
-                    if not isinstance(key, str):
-                        raise RecipeError(f"the key {key!r} is not a string", path=path)
-                return Node({key: convert(value, (*path, key)) for key, value in item.items()}, None)
-            case Sequence() if not isinstance(item, (bytes, bytearray, memoryview)):
-                return Node(tuple(convert(value, (*path, index)) for index, value in enumerate(item)), None)
-        raise RecipeError(
-            f"a recipe can't contain a {type(item).__name__}: use strings, numbers, lists and dicts", path=path
-        )
-
-    return convert(data, ())

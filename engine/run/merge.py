@@ -21,10 +21,10 @@ from ..model.open import is_remote
 from ..model.warnings import strict_error
 from .destination import refuse_input
 from .finished import check_finished
-from .lanes import run_lanes
 from .manifest import MANIFEST
 from .plan import Options, Plan, RecipeLike
 from .planning import plan
+from .run_lanes import run_lanes
 from .session import Earlier, MergeSession
 
 

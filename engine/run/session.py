@@ -28,7 +28,6 @@ from ..schedule.schedule import Schedule, make_schedule
 from .buffers import ThreadBuffers, buffers_within
 from .bulk_copy import BulkCopier, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
-from .lanes import run_lanes
 from .manifest import MANIFEST, facts_of, manifest_bytes, tensor_entries
 from .placement import copy_buffer_bytes, copy_threads, with_reflinks
 from .plan import Plan
@@ -37,6 +36,7 @@ from .recovery.records import Publishing
 from .recovery.recover import RecoveredState, recover
 from .recovery.source_digests import SourceDigests, check_sources, used_bytes
 from .recovery.source_files import SourceFiles
+from .run_lanes import run_lanes
 from .shard_writer import ShardWriter, records_of
 from .transfers import Transfer, plan_transfers
 

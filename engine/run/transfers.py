@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from ...io.output.clone import shareable
 from ...io.output.group_commit import Aborted
 from ...io.task_group import TaskGroup
-from ..execute.lane import Lane
+from ..execute.lanes import Lane
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 

@@ -89,7 +89,7 @@ def orders(graph: MergeGraph) -> list[list[int]]:
     return [by_position, together, list(graph)]
 
 
-class ChunkCache:
+class SimulatedCache:
     """The chunks that are cached between steps, and the slots that they take.
 
     Attributes:
@@ -197,12 +197,12 @@ class Simulation:
     vram_peaks: list[int] = field(default_factory=list)
     max_step_working_set: int = 0  # highest number of slots of one step's sources, cached before or after it
     total_slot_demand: int = 0  # slots that would be taken if none were ever freed
-    _cache: ChunkCache = field(init=False)
+    _cache: SimulatedCache = field(init=False)
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)  # positions still to come, the next one last
 
     def __post_init__(self) -> None:
         self.vram_peaks = [0] * len(self.vram_slots)
-        self._cache = ChunkCache(len(self.vram_slots))
+        self._cache = SimulatedCache(len(self.vram_slots))
 
     def run(self, order: Sequence[int]) -> None:
         """Simulate the nodes in `order`."""

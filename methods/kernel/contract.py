@@ -1,4 +1,4 @@
-"""The interface of a merge method: its declaration, its kernel, and the registry of methods.
+"""The interface of a merge method: its declaration, its kernel, and the methods that are registered.
 
 A method declares the names, types and defaults of its parameters. Binding it to the inputs and the parameter values of
 one output tensor gives a `Kernel`: zero or more reductions over the tiles of the inputs, then one `combine` pass that

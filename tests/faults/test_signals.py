@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mergeloom.cli.signals import GRACE_SECONDS
-from mergeloom.engine.execute.lane import Lane
+from mergeloom.engine.execute.lanes import Lane
 from mergeloom.engine.execute.tasks import Progress
 from mergeloom.engine.run.merge import merge
 from mergeloom.errors import EnvironmentFailure, Interrupted, MergeloomError
@@ -45,7 +45,7 @@ from pathlib import Path
 from mergeloom.cli import signals
 from mergeloom.engine.run import merge as merging
 from mergeloom.__main__ import main
-from mergeloom.engine.execute.lane import Lane
+from mergeloom.engine.execute.lanes import Lane
 from mergeloom.io import platform
 
 journal, released = Path(sys.argv[3]) / {work!r} / "journal", threading.Event()
@@ -188,7 +188,7 @@ def test_device_errors_end_with_what_happened(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("mergeloom.engine.run.lanes.run_graph", fail)
+            patch.setattr("mergeloom.engine.run.run_lanes.run_graph", fail)
             with pytest.raises(EnvironmentFailure, match=f"{said}.*run the same command again"):
                 run(recipe(models), tmp_path / "out")
     run(recipe(models), tmp_path / "out")

@@ -126,7 +126,7 @@ def test_a_signal_ends_the_process_with_130(tmp_path: Path, llamas: dict[str, Pa
     code = (
         "import os, sys, threading\n"
         "from mergeloom.cli import signals\n"
-        "from mergeloom.engine.execute.lane import Lane\n"
+        "from mergeloom.engine.execute.lanes import Lane\n"
         "from mergeloom.io.reading import Reader\n"
         "from mergeloom.__main__ import main\n"
         "stop, read, stopped = Lane.stop, Reader.read, threading.Event()\n"

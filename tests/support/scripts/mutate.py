@@ -37,7 +37,7 @@ TESTS = {
     "engine/schedule/simulate.py": (*_SCHEDULE, *_EXECUTE),
     "engine/execute/cache.py": _EXECUTE,
     "engine/execute/ledger.py": _EXECUTE,
-    "engine/execute/slots.py": _EXECUTE,
+    "engine/execute/slot_allocator.py": _EXECUTE,
     "engine/run/buffers.py": ("tests/unit/run/test_buffers.py",),
     "engine/run/recovery/records.py": ("tests/unit/run/test_records.py", "tests/unit/run/test_shard_writer.py"),
     "methods/kernel/selection.py": ("tests/unit/methods/test_selection.py",),

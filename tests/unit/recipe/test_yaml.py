@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeloom.engine.recipe import yaml as yaml_source
-from mergeloom.engine.recipe.yaml import MAX_DEPTH, MAX_NODES, Node, node_of, parse_yaml, read_yaml
+from mergeloom.engine.recipe.nodes import MAX_DEPTH, MAX_NODES, Node, node_of
+from mergeloom.engine.recipe.yaml import parse_yaml, read_yaml
 from mergeloom.errors import RecipeError
 from tests.support.counting import count_lines
 

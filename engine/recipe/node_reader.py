@@ -1,0 +1,387 @@
+"""Reads the values of a recipe's nodes. A value of the wrong type is an error with its line and key path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from ...errors import RecipeError
+from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
+from ...methods.kernel.contract import Method, Parameter
+from .local import is_local, local_layers
+from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
+from .nodes import Keys, Node
+from .parameters import ParameterError, accept, coerce, describe
+from .placeholder import UNKNOWN_METHOD
+from .types import Conditional, Gradient, ModelReference, Scalar, Setting, line_of
+from .warnings import RecipeWarning, WarningKind
+
+T = TypeVar("T")
+
+DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
+DTYPE_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+IGNORED = frozenset(("int8_mask", "residual_weight"))
+"""Keys and parameters of mergekit without effect on the result; skipped without a warning."""
+
+
+_NO_ADAPTERS = "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
+
+
+def describe_node(node: Node) -> str:
+    """Describe a node for an error message."""
+    if isinstance(node.value, Mapping):
+        return "a mapping"
+    if isinstance(node.value, tuple):
+        return f"the list {describe(node.plain())}"
+    return describe(node.value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Setter:
+    """The entry of a recipe that sets a parameter, for error messages.
+
+    Args:
+        method: name of the merge method.
+        parameter: the parameter that is set.
+        model: the model it is set for; None for all models.
+        filter: substring of tensor names that limits the setting, or None.
+    """
+
+    method: str
+    parameter: Parameter
+    model: ModelReference | None = None
+    filter: str | None = None
+
+    def __str__(self) -> str:
+        model = "" if self.model is None else f", model {self.model.text}"
+        return f"{self.method}{model}{'' if self.filter is None else f', filter {self.filter!r}'}"
+
+
+class NodeReader:
+    """Reads values and collects warnings and invalid parameters.
+
+    Args:
+        file: the recipe's file, or None.
+        lines: line number of every key and value.
+        strict: whether unknown keys and settings without effect are errors.
+        methods: the merge methods by name.
+
+    Attributes:
+        warnings: the warnings.
+        mistakes: the errors, to be reported together.
+        repeated: key paths of entries that hold an anchor for use elsewhere, which are not reported.
+    """
+
+    def __init__(
+        self, file: Path | None, lines: Mapping[Keys, int], strict: bool, methods: Mapping[str, Method]
+    ) -> None:
+        self.warnings: list[RecipeWarning] = []
+        self.mistakes: list[RecipeError] = []
+        self.repeated: set[Keys] = set()
+        self.methods = methods
+        self._file = file
+        self._lines = lines
+        self._strict = strict
+        self._named: set[Keys] = set()
+        self._failed: set[Keys] = set()
+        self._parameter_names = {parameter.name for method in methods.values() for parameter in method.parameters}
+
+    # Errors and warnings
+
+    def error(self, message: str, path: Keys, *, unsupported: bool = False) -> RecipeError:
+        """The error for the entry at `path`."""
+        line = line_of(self._lines, path)
+        return RecipeError(message, source=self._file, line=line, path=path, unsupported=unsupported)
+
+    def fail(self, message: str, path: Keys, *, unsupported: bool = False, named: bool = False) -> None:
+        """Add the error for the entry at `path` to `mistakes`; if it is `named`, `check_keys` won't report it again."""
+        if named:
+            self._named.add(path)
+        self.mistakes.append(self.error(message, path, unsupported=unsupported))
+
+    def attempt(self, read: Callable[[], T], path: Keys) -> T | None:
+        """The result of `read`; None if it raises a RecipeError, which is added to `mistakes`.
+
+        Args:
+            read: reads the entry at `path`.
+            path: key path of the entry, for `incomplete`.
+        """
+        try:
+            return read()
+        except RecipeError as error:
+            self.mistakes.append(error)
+            self._failed.update(path[:end] for end in range(len(path) + 1))
+            return None
+
+    def incomplete(self, path: Keys) -> bool:
+        """Whether an entry at `path` or below it could not be read, so what depends on it can't be checked."""
+        return path in self._failed
+
+    def warn(self, kind: WarningKind, problem: str, path: Keys, *, line: int | None = None) -> None:
+        """Add a warning about the entry at `path`, which strict mode reports as a warning, too."""
+        line = line_of(self._lines, path) if line is None else line
+        self.warnings.append(RecipeWarning(kind, problem, source=self._file, line=line, place=path))
+
+    def report(
+        self, kind: WarningKind, problem: str, path: Keys, *, advice: str = "", suggestion: str | None = None
+    ) -> None:
+        """Add a warning about the entry at `path`; in strict mode, add it to `mistakes`."""
+        line = line_of(self._lines, path)
+        warning = RecipeWarning(kind, problem, advice, suggestion, self._file, line, path)
+        if self._strict:
+            self.mistakes.append(warning.as_error())
+        else:
+            self.warnings.append(warning)
+
+    # Types of values
+
+    def mapping(self, node: Node, path: Keys, what: str) -> Mapping[str, Node]:
+        """The entries of a mapping."""
+        if not isinstance(node.value, Mapping):
+            raise self.error(f"expected {what}, got {describe_node(node)}", path)
+        return node.value
+
+    def entries(self, node: Node, path: Keys, what: str) -> Sequence[Node]:
+        """The entries of a non-empty list."""
+        if not isinstance(node.value, tuple):
+            raise self.error(f"expected a list of {what}, got {describe_node(node)}", path)
+        if not node.value:
+            raise self.error(f"expected a list of {what}, got an empty list", path)
+        return node.value
+
+    def text(self, node: Node, path: Keys, what: str) -> str:
+        """A string."""
+        if not isinstance(node.value, str):
+            quotes = " (put it in quotes)" if isinstance(node.value, (bool, int, float)) else ""
+            raise self.error(f"expected {what}, got {describe_node(node)}{quotes}", path)
+        return node.value
+
+    def switch(self, node: Node, path: Keys) -> bool:
+        """A boolean."""
+        if not isinstance(node.value, bool):
+            raise self.error(f"expected true or false, got {describe_node(node)}", path)
+        return node.value
+
+    def dtype(self, node: Node, path: Keys) -> DType:
+        """A dtype by its name in torch, with or without ``torch.``."""
+        name = self.text(node, path, f"one of {', '.join(DTYPES)}").removeprefix("torch.")
+        if name not in DTYPES:
+            close = DTYPE_NICKNAMES.get(name.lower()) or nearest(name, DTYPES)
+            advice = f"did you mean `{close}`?" if close else f"use one of {', '.join(DTYPES)}"
+            raise self.error(f"unknown dtype {describe(name)}; {advice}", path)
+        return DTYPES[name]
+
+    def reference(self, node: Node, path: Keys) -> ModelReference:
+        """A model: ``path``, ``id@revision``, ``{path, revision}``, or mergekit's ``{model: {path, revision}}``."""
+        if not isinstance(node.value, Mapping):
+            text = self.text(node, path, "a model: a directory or a Hub id")
+            if ("@" in text or "+" in text) and is_local(text):
+                return ModelReference(text)
+            try:
+                return ModelReference.parse(text)
+            except ValueError as error:
+                raise self.error(str(error), path, unsupported="+" in text) from error
+        keys = node.value
+        if "lora" in keys and keys["lora"].value is not None:
+            raise self.error(_NO_ADAPTERS, (*path, "lora"), unsupported=True)
+        if "model" in keys:
+            self.check_keys(keys, path, ("model", "lora", "override_architecture"))
+            return self.reference(keys["model"], (*path, "model"))
+        if "path" not in keys:
+            raise self.error("expected a model, got a mapping without `path`", path)
+        self.check_keys(keys, path, ("path", "revision", "lora"))
+        name = self.text(keys["path"], (*path, "path"), "a directory or a Hub id")
+        revision = self.optional(keys, path, "revision", lambda n, p: self.text(n, p, "a branch, tag or commit"))
+        if not name.strip() or (revision is not None and not revision.strip()):
+            raise self.error("`path` and `revision` can't be empty", path)
+        return ModelReference(name, revision)
+
+    def layer_range(self, node: Node, path: Keys, model: str | None = None) -> tuple[int, int]:
+        """The first layer of a model, and the one after the last, of the model with this path."""
+        what = "[first layer, layer after the last]"
+        children = node.value if isinstance(node.value, tuple) else ()
+        if len(children) != 2 or any(isinstance(child.value, (bool, tuple, Mapping)) for child in children):
+            raise self.error(f"expected {what}, got {describe_node(node)}", path)
+        first, end = (self.whole_number(child, (*path, index)) for index, child in enumerate(children))
+        if first < 0:
+            raise self.error(f"[{first}, {end}] starts before layer 0: layers are numbered from 0", path)
+        if end < 0:
+            layers = None if model is None else local_layers(model)
+            all_layers = f"all {layers} layers of {model}: [0, {layers}]" if layers else "32 layers: [0, 32]"
+            what = f"the second number is the layer after the last, such as for {all_layers}"
+            raise self.error(f"[{first}, {end}] ends before layer 0: {what}", path)
+        if end <= first:
+            why = "is reversed"
+            if end == first:
+                why = "is empty: the second number is the layer after the last. To take only tensors outside the "
+                why += f"layers from this model, remove the slice and set `non_layer: {{head: {model or 'MODEL'}}}`; "
+                why += "other keys there are `norm` and `embeddings`"
+            raise self.error(f"[{first}, {end}] {why}", path)
+        return first, end
+
+    # Entries of mappings
+
+    def optional(self, keys: Mapping[str, Node], path: Keys, key: str, read: Callable[[Node, Keys], T]) -> T | None:
+        """The result of `read` for an entry; None if the entry is absent or null, or after an error (see `attempt`)."""
+        child = keys.get(key)
+        if child is None or child.value is None:
+            return None
+        path = (*path, key)
+        return self.attempt(lambda: read(child, path), path)
+
+    def required(self, keys: Mapping[str, Node], path: Keys, key: str, known: Collection[str]) -> Node:
+        """An entry that must be present and not null. Without it, the error names an unknown key that resembles it."""
+        child = keys.get(key)
+        if child is not None and child.value is not None:
+            return child
+        close = next((other for other in keys if other not in known and nearest(other, (key,))), None)
+        if close is not None:
+            self._named.add((*path, close))
+            raise self.error(f"unknown key; did you mean `{key}`?", (*path, close))
+        if child is not None:
+            raise self.error(f"`{key}` is empty (null){MISSING.get(key, '')}", (*path, key))
+        raise self.error(f"`{key}` is missing{MISSING.get(key, '')}", path)
+
+    def check_keys(
+        self, keys: Mapping[str, Node], path: Keys, known: Collection[str], *, aliases: Collection[str] = ()
+    ) -> None:
+        """Report every key that is neither known, nor an alias of a known key."""
+        for key in keys:
+            here = (*path, key)
+            if key in known or key in aliases or key in IGNORED or here in self._named or here in self.repeated:
+                continue
+            if ("model" in known or "merge_method" in known) and names_adapter(key, keys[key]):
+                self.fail(_NO_ADAPTERS, here, unsupported=True)
+                continue
+            close = nearest(key, known)
+            advice = key_advice(key, keys, known) or (
+                f"did you mean `{close}`?" if close else f"known: {', '.join(known)}"
+            )
+            if key in self._parameter_names and "parameters" in known:
+                advice, close = "write it under `parameters`", key
+            self.report(WarningKind.UNKNOWN_KEY, "unknown key", (*path, key), advice=advice, suggestion=close)
+
+    # Parameters
+
+    def settings(
+        self, keys: Mapping[str, Node], path: Keys, method: Method, *, model: ModelReference | None = None
+    ) -> dict[str, Setting]:
+        """The validated ``parameters`` of a mapping: those that the method has and that have an effect there.
+
+        Errors in them are added to `mistakes`, to be reported together.
+
+        Args:
+            keys: entries of the mapping.
+            path: keys that lead to the mapping.
+            method: the merge method, which declares the parameters.
+            model: the model that they are set for; None if they are set for all models.
+        """
+        settings: dict[str, Setting] = {}
+        entries = self.optional(keys, path, "parameters", self._parameters)
+        if entries is None or method is UNKNOWN_METHOD:
+            return settings
+        path = (*path, "parameters")
+        known = {parameter.name: parameter for parameter in method.parameters}
+        for name, value in entries.items():
+            parameter = known.get(name)
+            try:
+                if parameter is None:
+                    if name not in IGNORED and (*path, name) not in self.repeated:
+                        self._report_unknown_parameter(name, method, (*path, name))
+                elif model is not None and not parameter.per_input:
+                    message = (
+                        "it has no effect on a single model: set it in the `parameters` of the slice or the recipe"
+                    )
+                    self.report(WarningKind.NO_EFFECT, message, (*path, name))
+                else:
+                    settings[name] = self._setting(value, (*path, name), _Setter(method.name, parameter, model))
+            except RecipeError as error:
+                self.mistakes.append(error)
+        return settings
+
+    def _roles(self, name: str) -> set[tuple[type, bool]]:
+        """The types of a parameter in all methods, and whether it is set per model."""
+        all_parameters = (parameter for method in self.methods.values() for parameter in method.parameters)
+        return {(each.type, each.per_input) for each in all_parameters if each.name == name}
+
+    def _parameters(self, node: Node, path: Keys) -> Mapping[str, Node]:
+        return self.mapping(node, path, "a mapping of parameters by name")
+
+    def _report_unknown_parameter(self, name: str, method: Method, path: Keys) -> None:
+        """Report a parameter that the method doesn't have.
+
+        A parameter of another method is more likely meant than one of this method with a similar name but another role.
+        """
+        own = [parameter.name for parameter in method.parameters]
+        close = nearest(name, (*own, *sorted(self._parameter_names.difference(own))))
+        similar = nearest(name, own)
+        if similar is not None and close is not None and self._roles(close) & self._roles(similar):
+            close = similar
+        others = [m.name for m in self.methods.values() if any(p.name == close for p in m.parameters)]
+        advice = f"its parameters: {', '.join(own)}" if own else "it has none"
+        if elsewhere := parameter_advice(name):
+            advice, close = elsewhere, None
+        elif close in own:
+            advice = f"did you mean `{close}`?"
+        elif close is not None:
+            users = f"`{close}` is a parameter of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+            advice = f"{advice} ({users})" if close == name else f"{users}; {advice}"
+            close = None
+        problem = f"{method.name} has no such parameter"
+        self.report(WarningKind.UNKNOWN_PARAMETER, problem, path, advice=advice, suggestion=close)
+
+    def _setting(self, node: Node, path: Keys, setter: _Setter) -> Setting:
+        if isinstance(node.value, Mapping):
+            return (self._condition(node, path, setter),)
+        if not isinstance(node.value, tuple) or not any(isinstance(child.value, Mapping) for child in node.value):
+            return self._value(node, path, setter)
+        conditions: list[Conditional] = []
+        for index, child in enumerate(node.value):
+            here = (*path, index)
+            if not isinstance(child.value, Mapping):
+                message = f"conditions ({{filter, value}}) and plain values can't be mixed: got {describe_node(child)}"
+                raise self.error(message, here)
+            if conditions and conditions[-1].filter in (None, "", "*"):
+                message = "it is never reached: the condition before it matches every tensor"
+                self.warn(WarningKind.UNREACHABLE, message, here)
+            conditions.append(self._condition(child, here, setter))
+        return tuple(conditions)
+
+    def _condition(self, node: Node, path: Keys, setter: _Setter) -> Conditional:
+        known = ("filter", "value")
+        keys = self.mapping(node, path, "a condition")
+        value = self.required(keys, path, "value", known)
+        self.check_keys(keys, path, known)
+        substring = self.optional(keys, path, "filter", lambda n, p: self.text(n, p, "a substring of tensor names"))
+        return Conditional(substring, self._value(value, (*path, "value"), replace(setter, filter=substring)))
+
+    def _value(self, node: Node, path: Keys, setter: _Setter) -> Scalar | Gradient:
+        if not isinstance(node.value, tuple):
+            return self._number(node, path, setter)
+        if not node.value:
+            expected = f"{setter.parameter.name} must be {setter.parameter.expected}"
+            raise self.error(f"{setter}: {expected}, got an empty list", path)
+        return Gradient(tuple(self._number(child, (*path, i), setter) for i, child in enumerate(node.value)))
+
+    def _number(self, node: Node, path: Keys, setter: _Setter) -> Scalar:
+        """One value of a parameter. An invalid one is added to `mistakes`, and False is returned instead."""
+        parameter = setter.parameter
+        try:
+            if node.value is None or isinstance(node.value, (tuple, Mapping)):
+                raise ParameterError(f"{parameter.name} must be {parameter.expected}, got {describe_node(node)}")
+            return accept(node.value, parameter)
+        except ParameterError as error:
+            self.mistakes.append(self.error(f"{setter}: {error}", path))
+            return False
+
+    def whole_number(self, node: Node, path: Keys) -> int:
+        """A value as an int."""
+        if node.value is None or isinstance(node.value, (tuple, Mapping)):
+            raise self.error(f"expected a whole number, got {describe_node(node)}", path)
+        try:
+            return int(coerce(node.value, int))
+        except ParameterError as error:
+            raise self.error(str(error), path) from error
