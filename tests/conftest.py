@@ -27,7 +27,7 @@ LONG = (
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[published",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",
     "tests/integration/test_stages.py::test_slerp_ties_and_linear_fuse",
-    "tests/unit/cost/test_footprint.py::test_a_tile_of_any_method_takes_what_was_planned[F64",
+    "tests/unit/cost/test_footprint.py::test_a_tile_of_any_method_and_dtype_takes_what_was_planned",
     "tests/unit/test_benchmarks.py::test_budgets_of_small_models",
     "tests/unit/test_benchmarks.py::test_a_point_of_each_series",
     "tests/integration/published/test_recipes.py::test_a_long_recipe",

@@ -212,10 +212,6 @@ WRONG = {
             "r.yml:5: tokenizer_source: there is no directory ./model/a here; did you mean `./models/a`?",
         ),
     ),
-    "a revision of a directory": Wrong(
-        f"merge_method: linear\nmodels:\n{A.replace('models/a', 'models/a@v2')}",
-        ("models/a is a directory here, which has no revisions: remove @v2, or rename the directory",),
-    ),
     "a misspelt model to inspect": Wrong(
         "", ("there is no directory modles/a here; did you mean `models/a`?",), 2, ("inspect", "modles/a")
     ),
@@ -224,7 +220,8 @@ WRONG = {
     ),
     # several at once
     "five mistakes": Wrong(
-        "merge_method: slerp\nbase_model: orig/base\ntokenizer_source: union\ndtype: bf16\nslices:\n- sources:\n"
+        "merge_method: slerp\nbase_model: orig/base\ntokenizer: {pad_to_multiple_of: 8}\ndtype: bf16\nslices:\n"
+        "- sources:\n"
         "  - {model: models/a, layer_range: [2, 0]}\n  - {modle: models/base, layer_range: [0, 2]}\n- sources:\n"
         "  - {model: models/a, layer_range: [0, 2]}\n  - {model: models/base, layer_range: [0, 2]}\n",
         (
@@ -232,7 +229,7 @@ WRONG = {
             "r.yml:7: slices[0].sources[0].layer_range: [2, 0] is reversed",
             "r.yml:8: slices[0].sources[1].modle: unknown key; did you mean `model`?",
             "r.yml:9: slices[1]: slerp needs the base model, orig/base, among the slice's sources: if models/base is",
-            "r.yml:3: tokenizer_source: a union of vocabularies is not supported yet",
+            "r.yml:3: tokenizer.pad_to_multiple_of: padding the vocabulary is not supported yet",
         ),
     ),
 }  # fmt: skip

@@ -202,5 +202,10 @@ CASES = [
 ]
 """Every recipe at least once."""
 
-LONG = frozenset(("005", "007", "010", "023", "025", "071", "097"))
-"""Recipes that take long to merge or to evaluate: many models, experts, or a method with many passes."""
+LONG = frozenset(
+    (
+        *("001", "002", "005", "007", "008", "010", "011", "023", "025", "026", "028", "031", "035", "040", "046"),
+        *("071", "077", "092", "095", "097", "100", "104", "107", "110"),
+    )
+)
+"""Recipes that take long to merge or to evaluate, of methods and families that others represent as well, mostly."""
