@@ -126,8 +126,8 @@ def _curve(curve: Curve, known: Sequence[float], width: float) -> Iterator[str]:
         return _CURVE_TOP + _CURVE_HEIGHT * (1 - (value - low) / (high - low))
 
     for level in (low, (low + high) / 2, high):
-        yield f'<path d="M{_CURVE_LEFT - 4:g} {y_of(value):.1f}H{width:g}" class="grid"/>'
-        yield text_at(_CURVE_LEFT - 8, y_of(value) + 4, f"{value:.3g}", "tick", "end")
+        yield f'<path d="M{_CURVE_LEFT - 4:g} {y_of(level):.1f}H{width:g}" class="grid"/>'
+        yield text_at(_CURVE_LEFT - 8, y_of(level) + 4, f"{level:.3g}", "tick", "end")
     path, pen = "", "M"
     for layer, value in enumerate(curve.values):
         if value is None:
