@@ -90,15 +90,18 @@ def _tooltips(curve: MemoryCurve, left: float, column: float) -> Iterator[str]:
 
 
 def _steps(curve: MemoryCurve, left: float, right: float) -> Iterator[str]:
-    """Write step numbers below the columns: five, or three where the chart is narrow."""
+    """Write step numbers below the columns: at most five, or three where the chart is narrow."""
     moments = curve.moments
     parts = 4 if right - left > 500 else 2
+    previous = -1
     for part in range(parts + 1):
         place = min(len(moments) - 1, part * len(moments) // parts)
         number = curve.steps if part == parts else moments[place].first if moments else 0
         anchor = "start" if part == 0 else "end" if part == parts else "middle"
         x = left + (right - left) * part / parts
-        yield text_at(x, _PLOT_TOP + _PLOT_HEIGHT + 18, f"step {number:,}", "tick", anchor)
+        if number != previous:  # a step of many bytes has many columns
+            yield text_at(x, _PLOT_TOP + _PLOT_HEIGHT + 18, f"step {number:,}", "tick", anchor)
+        previous = number
 
 
 def _next_power_of_two(minimum: float) -> int:

@@ -275,7 +275,8 @@ def _memory(plan: Plan) -> str:
         '<span><i class="held-key"></i>working set of the step</span>'
         '<span><i class="ahead-key"></i>read-ahead (maximum)</span></div>'
     )
-    return section_html(section, f"{''.join(charts)}{key}")
+    lead = '<p class="lead">Memory held by each step. All columns stand for the same number of bytes moved.</p>'
+    return section_html(section, f"{lead}{''.join(charts)}{key}")
 
 
 def _time(time: Estimate) -> str:
