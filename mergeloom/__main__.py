@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # replace characters that the terminal can't encode
             stream.reconfigure(errors="replace")
     try:
-        code = cli.main(arguments, prog_name="mergeloom", standalone_mode=False)
+        words = tuple(sys.argv[1:] if arguments is None else arguments)
+        code = cli.main(words, prog_name="mergeloom", standalone_mode=False, obj=words)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except MergeloomError as error:

@@ -155,9 +155,19 @@ def _print_dry_run(dry_run: DryRun, page: TargetFile | None, as_json: bool) -> N
     from ..report.sections import show
 
     if page is not None:
+        from ..report.html.origin import find_origin
         from ..report.html.page import make_page
 
-        page.write(make_page(dry_run.plan, destination=dry_run.destination, time=dry_run.time, others=dry_run.others))
+        origin = find_origin(click.get_current_context().obj or ())  # `main` passes the arguments
+        page.write(
+            make_page(
+                dry_run.plan,
+                destination=dry_run.destination,
+                time=dry_run.time,
+                others=dry_run.others,
+                origin=origin,
+            )
+        )
     if as_json:
         print_json(dry_run.to_dict())
     else:

