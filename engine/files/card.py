@@ -92,7 +92,7 @@ def model_card(
     parts = [
         f"---\n{front}---",
         f"# {_escaped(name)}",
-        "A merge of pretrained models, made with [mergeloom](https://pypi.org/project/mergeloom/) "
+        "A merge of pretrained models, made with mergeloom "
         f"{next(iter(versions.values()))} by the merge {plural} {' and '.join(map(_method, distinct))}{base}.",
         "## Models merged",
         "\n".join(f"- {_link(model)}" for model in dict.fromkeys(models)),

@@ -210,7 +210,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], models: Seque
         if before.get(key) == now.get(key):
             continue
         if key == "sources":
-            changes += list(_source_differences(before.get(key), now.get(key), models))
+            same_recipe = before.get("outputs") == now.get("outputs")
+            changes += list(_source_differences(before.get(key), now.get(key), models, same_recipe=same_recipe))
         elif key != "outputs":
             changes.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
         else:
@@ -225,10 +226,13 @@ def _recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
     return ": " + " | ".join(lines[:4]) if lines else ""
 
 
-def _source_differences(before: object, now: object, models: Sequence[str]) -> Iterator[str]:
+def _source_differences(before: object, now: object, models: Sequence[str], *, same_recipe: bool) -> Iterator[str]:
     old, new = _flat(before), _flat(now)
+    # another recipe may list the same models in another order: their files have not changed
+    known_files = set() if same_recipe else {(name, identity) for (_, name), identity in old.items()}
     for model, name in sorted({*old, *new}):
-        if old.get((model, name)) != new.get((model, name)):
+        changed = old.get((model, name)) != new.get((model, name))
+        if changed and (name, new.get((model, name))) not in known_files:
             known = model.isdecimal() and int(model) < len(models)
             yield f"the source file {name} of {models[int(model)] if known else f'model {model}'}"
 
