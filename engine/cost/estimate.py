@@ -223,21 +223,23 @@ def estimate(work: Workload, rates: Rates) -> Estimate:
 
 def _assumptions(work: Workload, rates: Rates, lanes: list[LaneEstimate]) -> Iterator[str]:
     """Say which rates are assumed, how computing scales with threads, and what the memory bandwidth limits."""
-    used = {"disk_read": work.bytes_read, "disk_write": work.bytes_written, "memory": work.bytes_read}
-    used |= {"compute": work.computes, "bandwidth": work.bytes_read}
-    gpus = work.computes and not computing_threads(work)
-    used |= {"h2d": gpus, "d2h": gpus}
-    assumed = [f"{name}={rate.text}" for name in RATES if used[name] and (rate := getattr(rates, name)).origin == ASSUMED]
-    if assumed:
-        yield f"assumed rates (--time measures them, --rates sets them): {', '.join(assumed)}"
     threads = computing_threads(work)
+    moves, gpus = bool(work.bytes_read), work.computes and not threads
+    used = {"disk_read": moves and rates.cached < 1, "disk_write": moves, "memory": moves, "bandwidth": moves}
+    used |= {"h2d": gpus, "d2h": gpus, "compute": work.computes}
+    known = {name: getattr(rates, name) for name in RATES if used[name]}
+    assumed = [f"{name}={rate.text}" for name, rate in known.items() if rate.origin == ASSUMED]
+    if assumed:
+        measure = "" if any(rate.origin == MEASURED for rate in known.values()) else ", or measure them with --time"
+        yield f"assumed rates: {', '.join(assumed)}; set them with --rates{measure}"
     if work.computes and threads > 1 and rates.compute.origin in (ASSUMED, EXTRAPOLATED):
         yield (
             f"{threads} threads compute {effective_threads(threads, rates.serial):.2g} times as fast as one: "
             f"{rates.serial:.0%} of the computing holds Python's interpreter lock"
         )
     if lanes[-1].nbytes:
-        yield f"all lanes share the memory bandwidth: {data_size(lanes[-1].nbytes)} of traffic, workspaces in the caches"
+        traffic = data_size(lanes[-1].nbytes)
+        yield f"all lanes share the memory bandwidth: {traffic} of traffic, with workspaces in the CPU's caches"
 
 
 def _lane(name: str, nbytes: int, rate: Rate, count: int = 1) -> LaneEstimate:

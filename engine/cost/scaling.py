@@ -9,6 +9,8 @@ from .workload import Workload
 SERIAL_SHARE = 0.2
 """Assumed share of the computing during which a thread holds Python's interpreter lock, so no other one computes. Two
 threads of `ties` and `dare_ties` reach 1.5 times the throughput of one, methods with less arithmetic more."""
+_LEAST_SERIAL_SHARE = 0.02
+"""Smallest share that a measurement can show: two threads that are twice as fast as one don't prove that 64 scale."""
 COPY_TRAFFIC = 2
 """Bytes on the memory bus for each byte that is copied between the page cache and a buffer: one read, one written."""
 
@@ -30,7 +32,7 @@ def serial_share(threads: int, speedup: float) -> float:
         threads: number of threads, at least 2.
         speedup: their throughput divided by that of one thread.
     """
-    return min(1.0, max(0.0, (threads / speedup - 1) / (threads - 1)))
+    return min(1.0, max(_LEAST_SERIAL_SHARE, (threads / speedup - 1) / (threads - 1)))
 
 
 def computing_threads(work: Workload) -> int:

@@ -63,9 +63,8 @@ def make_page(
         time: estimated time.
         others: the same merge within other budgets.
     """
-    title = headline(plan)
-    body = "\n".join(filter(None, _parts(plan, title, destination, time, others)))
-    return fill_template(title, body)
+    body = "\n".join(filter(None, page_parts(plan, destination, time, others)))
+    return fill_template(headline(plan), body)
 
 
 def fill_template(title: str, body: str) -> str:
@@ -74,16 +73,15 @@ def fill_template(title: str, body: str) -> str:
     return template.substitute(title=text_of(title), generator=text_of(f"mergeloom {__version__}"), body=body)
 
 
-def _parts(
+def page_parts(
     plan: Plan,
-    title: str,
-    destination: Destination | None,
-    time: Estimate | None,
-    others: Sequence[Alternative],
+    destination: Destination | None = None,
+    time: Estimate | None = None,
+    others: Sequence[Alternative] = (),
 ) -> Iterator[str]:
     """Yield the parts of the page from top to bottom; parts without content are empty."""
     read = bytes_of_reads(plan.built.graph, plan.schedule)
-    yield _header(plan, title)
+    yield _header(plan, headline(plan))
     yield _tiles(plan, destination, time)
     yield _optional(warnings_section(plan))
     if destination is not None and destination.problem is not None:
