@@ -239,7 +239,8 @@ def _assumptions(work: Workload, rates: Rates, lanes: list[LaneEstimate]) -> Ite
         )
     if lanes[-1].nbytes:
         traffic = data_size(lanes[-1].nbytes)
-        yield f"all lanes share the memory bandwidth: {traffic} of traffic, with workspaces in the CPU's caches"
+        caches = ", with workspaces in the CPU's caches" if work.computes and threads else ""
+        yield f"all lanes share the memory bandwidth: {traffic} of traffic{caches}"
 
 
 def _lane(name: str, nbytes: int, rate: Rate, count: int = 1) -> LaneEstimate:
