@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import Plan, diff, inspect, merge, plan, stack, verify
+    from .api import diff, inspect, merge, plan, stack, verify
     from .engine.execute.tasks import Progress
     from .engine.model.inspect import Inspection
     from .engine.model.warnings import ModelWarning
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from .methods import list_methods as methods
     from .methods.kernel.contract import Method, Parameter
+    from .planned import Plan
     from .result import Result
 
 
@@ -77,7 +78,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("Plan", "diff", "inspect", "merge", "plan", "stack", "verify"),
+    "api": ("diff", "inspect", "merge", "plan", "stack", "verify"),
     "engine.execute.tasks": ("Progress",),
     "engine.model.inspect": ("Inspection",),
     "engine.model.warnings": ("ModelWarning",),
@@ -87,6 +88,7 @@ _MODULES = {
     "engine.run.plan": ("Options",),
     "engine.run.verify": ("Unverified", "Verdict"),
     "methods.kernel.contract": ("Method", "Parameter"),
+    "planned": ("Plan",),
     "result": ("Result",),
 }
 """The public names by module. The exceptions are in `errors`; `methods` is a package that can be called."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -15,6 +15,7 @@ from .engine.run.planning import plan as make_plan
 from .errors import UsageError
 from .io.sizes import parse_size
 from .methods import merge_methods, one_or_several
+from .planned import Plan, public_plan
 
 if TYPE_CHECKING:
     from .engine.execute.tasks import Progress
@@ -26,30 +27,6 @@ if TYPE_CHECKING:
 
 Size = int | str
 """A number of bytes, or a string such as ``32GiB``."""
-
-
-class Plan(engine_plan.Plan):
-    """A plan of a merge. `print(plan)` shows what ``mergeloom plan`` prints, and a notebook displays it as HTML."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        from .report.plan import plan_text
-
-        return plan_text(self)
-
-    def _repr_html_(self) -> str:
-        """Return the plan as HTML, which notebooks display."""
-        from .report.html.notebook import make_fragment
-
-        return make_fragment(self)
-
-
-def public_plan(planned: engine_plan.Plan) -> Plan:
-    """Return a plan of the engine as one that prints as the dry run."""
-    if isinstance(planned, Plan):
-        return planned
-    return Plan(**{field.name: getattr(planned, field.name) for field in fields(planned)})
 
 
 def plan(

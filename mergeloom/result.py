@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from .api import Plan, public_plan
 from .engine.run import merge as engine_merge
+from .planned import Plan, public_plan
 
 
 class Result(engine_merge.Result):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 
+from ..errors import UsageError
 from .kernel.contract import Method
 
 
@@ -43,8 +44,16 @@ def list_methods(files: Iterable[str | os.PathLike[str]] = ()) -> dict[str, Meth
 
 
 def one_or_several(files: Iterable[str | os.PathLike[str]]) -> Iterable[str | os.PathLike[str]]:
-    """Return several paths; a single path counts as one file, not as its characters."""
-    return (files,) if isinstance(files, (str, os.PathLike)) else files
+    """Return several paths; a single path counts as one file, not as its characters.
+
+    Raises:
+        UsageError: `files` is neither a path nor several.
+    """
+    if isinstance(files, (str, os.PathLike)):
+        return (files,)
+    if not isinstance(files, Iterable):
+        raise UsageError(f"invalid methods {files!r}: use paths of Python files")
+    return files
 
 
 class _CallablePackage(ModuleType):

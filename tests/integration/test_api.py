@@ -119,6 +119,9 @@ def test_restart_and_its_former_name(
         ({"device": 0}, "invalid device 0: use a string"),
         ({"machine": 64}, "invalid machine 64: use a string"),
         ({"methods": [3]}, "invalid methods 3: use a string or a path"),
+        ({"methods": 3}, "invalid methods 3: use paths of Python files"),
+        ({"methods": "own\0.py"}, "--methods 'own.x00.py': invalid path"),
+        ({"methods": ["x" * 5000]}, "cannot read the file: File name too long"),
     ],
 )
 def test_invalid_options(wrong: dict[str, Any], says: str, recipe: dict[str, Any]) -> None:
