@@ -60,6 +60,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p mergeloom
+	$(BIN)/mypy --strict tests/support/scripts/typed.py
 	rm -rf build/check
 	$(BIN)/python -m build --no-isolation --outdir build/check . >build.log 2>&1 || { cat build.log; exit 1; }
 	rm build.log

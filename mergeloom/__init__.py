@@ -6,7 +6,8 @@
     print(plan)
     mergeloom.merge(plan, "merged")
 
-Public names are imported on first use, so `import mergeloom` is fast.
+docs/python.md describes the functions with examples. Public names are imported on first use, so `import mergeloom` is
+fast.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import Plan, diff, merge, plan
+    from .api import diff, inspect, merge, plan, stack, verify
+    from .engine.execute.tasks import Progress
+    from .engine.model.inspect import Inspection
+    from .engine.model.warnings import ModelWarning
     from .engine.recipe.types import Recipe
+    from .engine.recipe.warnings import RecipeWarning
     from .engine.run.diff.result import Diff, NotCompared, Similarity, TensorDiff
-    from .engine.run.merge import Result
     from .engine.run.plan import Options
-    from .engine.run.verify import Unverified, Verdict, verify
+    from .engine.run.verify import Unverified, Verdict
     from .errors import (
         BudgetError,
         CheckpointError,
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
         RecipeError,
         UsageError,
     )
+    from .methods import list_methods as methods
+    from .methods.kernel.contract import Method, Parameter
+    from .planned import Plan
+    from .result import Result
 
 
 __all__ = [
@@ -40,13 +48,19 @@ __all__ = [
     "Diff",
     "DiskSpaceError",
     "EnvironmentFailure",
+    "Inspection",
     "Interrupted",
     "MergeloomError",
+    "Method",
+    "ModelWarning",
     "NotCompared",
     "Options",
+    "Parameter",
     "Plan",
+    "Progress",
     "Recipe",
     "RecipeError",
+    "RecipeWarning",
     "Result",
     "Similarity",
     "TensorDiff",
@@ -55,28 +69,31 @@ __all__ = [
     "Verdict",
     "__version__",
     "diff",
+    "inspect",
     "merge",
+    "methods",
     "plan",
+    "stack",
     "verify",
 ]
 
 _MODULES = {
-    "Diff": "engine.run.diff.result",
-    "NotCompared": "engine.run.diff.result",
-    "Similarity": "engine.run.diff.result",
-    "TensorDiff": "engine.run.diff.result",
-    "diff": "api",
-    "merge": "api",
-    "plan": "api",
-    "Options": "engine.run.plan",
-    "Plan": "api",
-    "Recipe": "engine.recipe.types",
-    "Result": "engine.run.merge",
-    "Unverified": "engine.run.verify",
-    "Verdict": "engine.run.verify",
-    "verify": "engine.run.verify",
+    "api": ("diff", "inspect", "merge", "plan", "stack", "verify"),
+    "engine.execute.tasks": ("Progress",),
+    "engine.model.inspect": ("Inspection",),
+    "engine.model.warnings": ("ModelWarning",),
+    "engine.recipe.types": ("Recipe",),
+    "engine.recipe.warnings": ("RecipeWarning",),
+    "engine.run.diff.result": ("Diff", "NotCompared", "Similarity", "TensorDiff"),
+    "engine.run.plan": ("Options",),
+    "engine.run.verify": ("Unverified", "Verdict"),
+    "methods.kernel.contract": ("Method", "Parameter"),
+    "planned": ("Plan",),
+    "result": ("Result",),
 }
-"""The module that defines each public name; the others are in `errors`."""
+"""The public names by module. The exceptions are in `errors`; `methods` is a package that can be called."""
+
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -84,7 +101,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
+    if name == "methods":
+        return import_module(".methods", __name__)
+    value = getattr(import_module(f".{_MODULE_OF.get(name, 'errors')}", __name__), name)
     globals()[name] = value
     return value
 

@@ -1,11 +1,12 @@
-"""The public functions: convert keyword arguments, and plan, merge or compare."""
+"""The public functions: check and convert the arguments, and call the engine."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from operator import index
+from typing import TYPE_CHECKING, SupportsIndex
 
 from .engine.cost.machine import parse_machine
 from .engine.run import plan as engine_plan
@@ -13,25 +14,19 @@ from .engine.run.plan import Options, RecipeLike
 from .engine.run.planning import plan as make_plan
 from .errors import UsageError
 from .io.sizes import parse_size
+from .methods import merge_methods, one_or_several
+from .planned import Plan, public_plan
 
 if TYPE_CHECKING:
     from .engine.execute.tasks import Progress
+    from .engine.model.inspect import Inspection
+    from .engine.recipe.types import Recipe
     from .engine.run.diff.result import Diff
-    from .engine.run.merge import Result
+    from .engine.run.verify import Verdict
+    from .result import Result
 
 Size = int | str
 """A number of bytes, or a string such as ``32GiB``."""
-
-
-class Plan(engine_plan.Plan):
-    """A plan that prints as the dry run: ``print(plan)`` shows what ``mergeloom plan`` shows."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        from .report.plan import plan_text
-
-        return plan_text(self)
 
 
 def plan(
@@ -50,7 +45,7 @@ def plan(
     """Plan a merge: what it reads, writes and holds in memory. Reads only the recipe and the models' headers.
 
     Args:
-        recipe: path of a YAML file, a dict with the same content, or a Recipe.
+        recipe: path of a YAML file, a dict with the same content, a list of dicts for several stages, or a Recipe.
         max_ram: limit of the process's resident memory; by default a share of the machine's RAM.
         max_vram: limit of the memory used on each GPU; by default a share of its VRAM.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several separated by commas.
@@ -68,8 +63,9 @@ def plan(
         UsageError: an argument is invalid.
     """
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
-    planned = make_plan(recipe, options if machine is None else replace(options, machine=parse_machine(machine)))
-    return Plan(**{field.name: getattr(planned, field.name) for field in fields(planned)})
+    if machine is not None:
+        options = replace(options, machine=parse_machine(_text("machine", machine)))
+    return public_plan(make_plan(recipe, options))
 
 
 def merge(
@@ -112,6 +108,7 @@ def merge(
         MergeloomError: the merge failed. `out` then holds no files that look like a model; the same call resumes.
     """
     from .engine.run.merge import merge as run_merge
+    from .result import public_result
 
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
     if isinstance(recipe, engine_plan.Plan):
@@ -120,9 +117,9 @@ def merge(
         recipe = replace(recipe, options=replace(recipe.options, keep_paths=keep_paths))
     if digests not in ("written", "full"):
         raise UsageError(f"invalid digests {digests!r}: use 'written' or 'full'")
-    return run_merge(
+    result = run_merge(
         recipe,
-        out,
+        None if out is None else _path("out", out),
         replace(options, keep_paths=keep_paths),
         fresh=restart or fresh,
         digests=digests == "full",
@@ -130,6 +127,102 @@ def merge(
         say=say,
         warn=warn,
     )
+    return public_result(result)
+
+
+def inspect(model: str | os.PathLike[str]) -> Inspection:
+    """Inspect a checkpoint: tensors, layers, dtypes, sizes and files. Reads only headers.
+
+    Args:
+        model: a directory, a .safetensors file, an index, or a Hub id.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        EnvironmentFailure: the disk or the Hub failed.
+        UsageError: the name is invalid.
+    """
+    from .engine.model.inspect import inspect_model
+
+    return inspect_model(_path("model", model))
+
+
+def verify(
+    out: str | os.PathLike[str],
+    *,
+    sources: bool = False,
+    threads: int | None = None,
+    notify: Callable[[Progress], None] | None = None,
+) -> Verdict:
+    """Compare a merged model with its manifest. Reads everything that has a digest, and needs neither inputs nor Hub.
+
+    Args:
+        out: directory of the merged model.
+        sources: whether to also compare tensors without a digest with their source files, and check that all source
+            files are unchanged. The verdict lists source files that are not available.
+        threads: number of tensors that are read at a time; by default 4.
+        notify: callback for progress, called with the bytes read so far, from any thread.
+
+    Returns:
+        The verdict: damage is not an exception.
+
+    Raises:
+        CheckpointError: the manifest is missing or was modified.
+        EnvironmentFailure: reading failed.
+        UsageError: `out` is not the directory of a merge, or an argument is invalid.
+    """
+    from .engine.run.verify import THREADS
+    from .engine.run.verify import verify as run_verify
+
+    number = _checked_threads(threads) or THREADS
+    return run_verify(_path("out", out), sources=sources, threads=number, notify=notify)
+
+
+def stack(
+    model: str | os.PathLike[str],
+    *,
+    window: int | Sequence[int],
+    step: int | Sequence[int] | None = None,
+    repeat: int | None = None,
+    dtype: str | None = None,
+    exact: bool = False,
+    warn: Callable[[str], None] | None = None,
+) -> Recipe:
+    """Write the recipe of a self-merge by overlapping windows of a model's layers. Reads only headers.
+
+    Args:
+        model: a directory, a .safetensors file, an index, or a Hub id.
+        window: number of layers in each window, for all passes or for each.
+        step: number of layers from the start of one window to the next, for all passes or for each; by default half a
+            window.
+        repeat: number of passes, each over the result of the previous one; by default one for each window or step.
+        dtype: dtype of the output, such as ``bfloat16``; by default that of the model.
+        exact: whether to extend the last window of each pass to the last layer.
+        warn: callback for warnings, such as layers that no window contains.
+
+    Returns:
+        The recipe, for `plan` and `merge`; its `text` is the YAML that ``mergeloom stack`` prints.
+
+    Raises:
+        CheckpointError: the model is missing or damaged, or its layers can't be determined.
+        EnvironmentFailure: the disk or the Hub failed.
+        UsageError: a number is invalid for the model, or an argument is invalid.
+    """
+    from .engine.model.open import open_named
+    from .engine.model.self_merge import stack_recipe
+    from .engine.recipe.load import parse_recipe
+
+    windows = _numbers("window", window)
+    steps = None if step is None else _numbers("step", step)
+    passes = None if repeat is None else _number("repeat", repeat)
+    name = None if dtype is None else _text("dtype", dtype)
+    reference, checkpoint = open_named(_path("model", model))
+    text, summary = stack_recipe(
+        reference, checkpoint, window=windows, step=steps, repeat=passes, dtype=name, exact=exact
+    )
+    if warn is not None:
+        for warning in summary.warnings:
+            warn(warning)
+    return parse_recipe(text, methods=merge_methods())
 
 
 def diff(
@@ -160,9 +253,8 @@ def diff(
     from .engine.run.diff.compare import Comparison
     from .engine.run.merge import fetch
 
-    comparison = Comparison(
-        a, b, max_ram=None if max_ram is None else _bytes("max_ram", max_ram), threads=_checked_threads(threads)
-    )
+    limit = None if max_ram is None else _bytes("max_ram", max_ram)
+    comparison = Comparison(_path("a", a), _path("b", b), max_ram=limit, threads=_checked_threads(threads))
     fetch(comparison.downloads, say or (lambda text: None))
     return comparison.run(notify)
 
@@ -181,26 +273,55 @@ def _options(
     return Options(
         max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
         max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
-        device=device,
-        seed=seed,
+        device=_text("device", device),
+        seed=_number("seed", seed),
         shard_size=_bytes("shard_size", shard_size),
         threads=_checked_threads(threads),
         strict=strict,
-        methods=tuple(os.fspath(file) for file in methods),
+        methods=tuple(_path("methods", file) for file in one_or_several(methods)),
     )
 
 
 def _checked_threads(threads: int | None) -> int | None:
     """Return a number of threads. Raises UsageError if it is less than 1."""
-    if threads is not None and threads < 1:
-        raise UsageError(f"invalid threads {threads}: use 1 or more")
-    return threads
+    if threads is None or _number("threads", threads) > 0:
+        return threads
+    raise UsageError(f"invalid threads {threads}: use 1 or more")
 
 
 def _bytes(name: str, size: Size) -> int:
     """Convert the size that was passed as `name` to bytes."""
     if isinstance(size, str):
         return parse_size(size)
-    if size <= 0:
-        raise UsageError(f"invalid {name} {size}: use a positive number of bytes, or a string such as '32GiB'")
-    return size
+    if not isinstance(size, SupportsIndex) or (nbytes := index(size)) <= 0:
+        raise UsageError(f"invalid {name} {size!r}: use a positive number of bytes, or a string such as '32GiB'")
+    return nbytes
+
+
+def _number(name: str, value: int) -> int:
+    """Return the integer that was passed as `name`."""
+    if not isinstance(value, SupportsIndex):
+        raise UsageError(f"invalid {name} {value!r}: use a whole number")
+    return index(value)
+
+
+def _numbers(name: str, values: int | Sequence[int]) -> int | list[int]:
+    """Return the integer, or the integers, that were passed as `name`."""
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return [_number(name, value) for value in values]
+    return _number(name, values)
+
+
+def _text(name: str, value: str) -> str:
+    """Return the string that was passed as `name`."""
+    if not isinstance(value, str):
+        raise UsageError(f"invalid {name} {value!r}: use a string")
+    return value
+
+
+def _path(name: str, value: str | os.PathLike[str]) -> str:
+    """Return the path, or the id of a model, that was passed as `name`."""
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        raise UsageError(f"invalid {name} {value!r}: use a string or a path")
+    return path

@@ -31,13 +31,15 @@ def load_methods(path: str | Path) -> tuple[str, ...]:
     Raises:
         UsageError: the file does not exist, raises an exception, registers no method, or uses an existing name.
     """
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise UsageError(f"--methods {path}: file not found")
     try:
+        file = Path(path).resolve()
+        if not file.is_file():
+            raise UsageError(f"--methods {path}: file not found")
         code = file.read_bytes()
     except OSError as error:
         raise UsageError(f"--methods {path}: cannot read the file: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--methods {path!r}: invalid path: {error}") from error
     identity = f"sha256:{hashlib.sha256(code).hexdigest()}"
     before, names = _loaded.get(str(file), ("", ()))
     if identity != before:

@@ -1,25 +1,27 @@
 """Estimates the time of a merge from the bytes of each lane and the rates of a machine, with a range.
 
 The lanes run concurrently: the slowest one is the bottleneck, and the others add only what does not overlap with it.
-All lanes share the CPU's cores, so the work of all threads divided by the cores counts as one more lane.
+All lanes share the CPU's cores and the memory bus. So the work of all threads divided by the cores counts as one more
+lane, and so does the traffic between memory and cores divided by the memory bandwidth: computing is limited by the
+cores or by the bandwidth, whichever is reached first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import UsageError
 from ...io.sizes import parse_size
 from ...io.units import data_size
-from ..graph.graph import Kind
 from ..schedule.traffic import downloaded
-from .machine import CACHED_SHARE, available_ram, usable_cores
+from .machine import CACHED_SHARE, available_ram
+from .scaling import SERIAL_SHARE, computed_bytes, computing_threads, effective_threads, memory_traffic
 from .workload import Workload
 
-GIVEN, MEASURED, ASSUMED = "given", "measured", "assumed"
-_SPREAD = {GIVEN: (0.9, 1.25), MEASURED: (0.75, 1.6), ASSUMED: (0.4, 2.5)}
+GIVEN, MEASURED, EXTRAPOLATED, ASSUMED = "given", "measured", "extrapolated", "assumed"
+_SPREAD = {GIVEN: (0.9, 1.25), MEASURED: (0.75, 1.6), EXTRAPOLATED: (0.6, 2.0), ASSUMED: (0.4, 2.5)}
 """Lowest and highest factor of a lane's time, by the origin of its rate."""
 _UNHIDDEN = 0.35
 """Share of the second slowest lane's time that may not overlap with the slowest lane."""
@@ -32,6 +34,7 @@ RATES = {
     "h2d": "copying to each GPU",
     "d2h": "copying back from each GPU",
     "compute": "computing: input bytes of one pass, by all threads or GPUs together",
+    "bandwidth": "reading and writing memory, by all cores together",
 }
 """Descriptions of the rates, by name. All are in bytes per second."""
 
@@ -42,7 +45,7 @@ class Rate:
 
     Args:
         per_second: bytes per second.
-        origin: `GIVEN` by the user, `MEASURED`, or `ASSUMED`.
+        origin: `GIVEN` by the user, `MEASURED`, `EXTRAPOLATED` from a measurement with fewer threads, or `ASSUMED`.
     """
 
     per_second: float
@@ -59,10 +62,11 @@ class Rates:
     """The rates of a machine.
 
     Args:
-        disk_read, disk_write, memory, h2d, d2h, compute: throughput of each kind of work; see `RATES`.
+        disk_read, disk_write, memory, h2d, d2h, compute, bandwidth: throughput of each kind of work; see `RATES`.
         cached: share of the inputs that is in the page cache already.
         start: seconds to load the libraries that compute.
         notes: remarks for the user.
+        serial: share of the computing that only one thread at a time can do.
     """
 
     disk_read: Rate = Rate(2e9)
@@ -71,9 +75,11 @@ class Rates:
     h2d: Rate = Rate(20e9)
     d2h: Rate = Rate(20e9)
     compute: Rate = Rate(4e9)
+    bandwidth: Rate = Rate(40e9)  # two channels of DDR4-3200 at 80%
     cached: float = 0.0
     start: float = 0.0
     notes: tuple[str, ...] = ()
+    serial: float = SERIAL_SHARE
 
     @property
     def option(self) -> str:
@@ -91,8 +97,8 @@ _START = 1.0
 
 def assumed_rates(work: Workload) -> Rates:
     """Return the assumed rates of a machine with the plan's devices."""
-    devices = work.schedule.budget.devices
-    compute = sum(_CORE * device.threads if device.vram is None else _GPU for device in devices)
+    threads = computing_threads(work)
+    compute = _CORE * effective_threads(threads) if threads else _GPU * len(work.schedule.budget.devices)
     return Rates(compute=Rate(compute), start=_START if work.computes else 0.0)
 
 
@@ -129,7 +135,8 @@ class LaneEstimate:
     """The estimate of one lane.
 
     Args:
-        name: name of the lane, as in the merge's summary; ``cores`` is the work of all threads on the CPU.
+        name: name of the lane, as in the merge's summary; ``cores`` is the work of all threads on the CPU, and
+            ``bandwidth`` the traffic between memory and cores.
         nbytes: bytes that the lane processes.
         rate: throughput of the lane.
         seconds: time that the lane would take alone.
@@ -151,6 +158,7 @@ class Estimate:
         high: upper bound in seconds.
         lanes: estimate of each lane.
         rates: rates that the estimate uses.
+        assumptions: what the estimate assumes, in words.
     """
 
     seconds: float
@@ -158,6 +166,7 @@ class Estimate:
     high: float
     lanes: tuple[LaneEstimate, ...]
     rates: Rates
+    assumptions: tuple[str, ...] = ()
 
     @property
     def bottleneck(self) -> LaneEstimate:
@@ -179,6 +188,7 @@ class Estimate:
             },
             "cached": self.rates.cached,
             "start": self.rates.start,
+            "assumptions": list(self.assumptions),
         }
 
 
@@ -199,24 +209,38 @@ def estimate(work: Workload, rates: Rates) -> Estimate:
             ]
         else:
             lanes.append(computing)
-    lanes.append(_cores(work, rates, lanes, sum(device.threads for device in devices if device.vram is None)))
+    lanes.append(_cores(work, rates, lanes))
+    lanes.append(_lane("bandwidth", memory_traffic(work), rates.bandwidth))
     order = sorted((lane.seconds for lane in lanes), reverse=True)
     spread = [_SPREAD[lane.rate.origin] for lane in lanes]
     low = max(lane.seconds * least for lane, (least, _) in zip(lanes, spread, strict=True))
     high = max(lane.seconds * most for lane, (_, most) in zip(lanes, spread, strict=True))
     more = _fill(work, rates) + rates.start
-    return Estimate(order[0] + more, low + rates.start / 2, high + 2 * more + _UNHIDDEN * order[1], tuple(lanes), rates)
+    high += 2 * more + _UNHIDDEN * order[1]
+    assumptions = tuple(_assumptions(work, rates, lanes))
+    return Estimate(order[0] + more, low + rates.start / 2, high, tuple(lanes), rates, assumptions)
 
 
-def computed_bytes(work: Workload) -> int:
-    """Return the input bytes that are computed on, each pass counted."""
-    graph = work.graph
-    total = 0
-    for node in graph:
-        operation = graph.operation(node)
-        if operation.kind is Kind.MERGE:
-            total += operation.passes * sum(graph.reads[read].nbytes for read in graph.node_sources[node])
-    return total
+def _assumptions(work: Workload, rates: Rates, lanes: list[LaneEstimate]) -> Iterator[str]:
+    """Say which rates are assumed, how computing scales with threads, and what the memory bandwidth limits."""
+    threads = computing_threads(work)
+    moves, gpus = bool(work.bytes_read), work.computes and not threads
+    used = {"disk_read": moves and rates.cached < 1, "disk_write": moves, "memory": moves, "bandwidth": moves}
+    used |= {"h2d": gpus, "d2h": gpus, "compute": work.computes}
+    known = {name: getattr(rates, name) for name in RATES if used[name]}
+    assumed = [f"{name}={rate.text}" for name, rate in known.items() if rate.origin == ASSUMED]
+    if assumed:
+        measure = "" if any(rate.origin == MEASURED for rate in known.values()) else ", or measure them with --time"
+        yield f"assumed rates: {', '.join(assumed)}; set them with --rates{measure}"
+    if work.computes and threads > 1 and rates.compute.origin in (ASSUMED, EXTRAPOLATED):
+        yield (
+            f"{threads} threads compute {effective_threads(threads, rates.serial):.2g} times as fast as one: "
+            f"{rates.serial:.0%} of the computing holds Python's interpreter lock"
+        )
+    if lanes[-1].nbytes:
+        traffic = data_size(lanes[-1].nbytes)
+        caches = ", with workspaces in the CPU's caches" if work.computes and threads else ""
+        yield f"all lanes share the memory bandwidth: {traffic} of traffic{caches}"
 
 
 def _lane(name: str, nbytes: int, rate: Rate, count: int = 1) -> LaneEstimate:
@@ -243,10 +267,9 @@ def cached_again(work: Workload) -> int:
     return work.schedule.bytes_reread if kept else 0
 
 
-def _cores(work: Workload, rates: Rates, lanes: list[LaneEstimate], threads: int) -> LaneEstimate:
+def _cores(work: Workload, rates: Rates, lanes: list[LaneEstimate]) -> LaneEstimate:
     """Estimate the work of all threads on the machine's cores: copying, and the arithmetic of the CPU."""
-    machine = work.machine
-    cores = (machine and machine.cores) or usable_cores()
+    cores, threads = work.cores, computing_threads(work)
     computing = next((lane for lane in lanes if lane.name == "compute"), None)
     moved = work.bytes_read + work.bytes_written
     zeroed = min(moved, work.schedule.ram_slots * work.schedule.slot_bytes)  # by the kernel, at the first access

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeloomError
+from ...io.units import plural
 from ..graph.graph import Kind
-from .estimate import MEASURED, Rate, Rates
+from .estimate import EXTRAPOLATED, MEASURED, Rate, Rates
 from .machine import usable_cores
+from .scaling import COPY_TRAFFIC, computing_threads, effective_threads, serial_share
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ SECONDS = 0.25
 _GROUPS = 4  # number of kinds of nodes that are measured
 _ELEMENTS, _GPU_ELEMENTS = 1 << 22, 1 << 24
 _COPY = 64 << 20
+_COPIES, _LEAST_COPY = 128 << 20, 8 << 20  # bytes that all threads, and each one at least, copy at a time
 
 
 def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> tuple[Rates, list[str]]:
@@ -59,13 +62,45 @@ def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> 
         import torch  # noqa: F401
 
         rates = replace(rates, start=time.perf_counter() - begin)
+    if not gpus and "bandwidth" not in given and work.cores <= usable_cores():
+        rates = replace(rates, bandwidth=Rate(measure_bandwidth(usable_cores()), MEASURED))
     if "compute" in given:
         return rates, notes
-    threads = 1 if gpus else min(devices[0].threads, usable_cores())
+    if gpus:
+        measured, notes = _measure_methods(work, gpus[0].name, 1)
+        return replace(rates, compute=Rate(len(gpus) * measured, MEASURED)) if measured else rates, notes
+    return _with_threads(rates, work)
+
+
+def _with_threads(rates: Rates, work: Workload) -> tuple[Rates, list[str]]:
+    """Measure computing on the CPU with the threads that this machine has cores for.
+
+    More threads, on another machine, are not proportionally faster: the throughput is extrapolated from that of all
+    threads and of one.
+    """
+    wanted = computing_threads(work)
+    threads = min(wanted, usable_cores())
+    measured, notes = _measure_methods(work, "cpu", threads)
+    if not measured:
+        return rates, notes
+    if threads == wanted:
+        return replace(rates, compute=Rate(measured, MEASURED)), notes
+    serial = rates.serial
+    alone = _measure_methods(work, "cpu", 1)[0] if threads > 1 else 0.0
+    if alone:
+        serial = serial_share(threads, measured / alone)
+    scale = effective_threads(wanted, serial) / effective_threads(threads, serial)
+    notes.append(f"computing was measured with {plural(threads, 'thread')} and extrapolated to {wanted}")
+    return replace(rates, compute=Rate(scale * measured, EXTRAPOLATED), serial=serial), notes
+
+
+def _measure_methods(work: Workload, device: str, threads: int) -> tuple[float, list[str]]:
+    """Measure the recipe's methods; return input bytes per second, 0 if unknown, and a remark about each method."""
     seconds = nbytes = 0.0
+    notes = []
     for group in node_groups(work)[:_GROUPS]:
         try:
-            per_second = measure_node(work, group.node, gpus[0].name if gpus else "cpu", threads)
+            per_second = measure_node(work, group.node, device, threads)
         except (MergeloomError, OSError):
             continue
         if per_second:
@@ -73,10 +108,7 @@ def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> 
             nbytes += group.nbytes
             elements = per_second / (group.nbytes / group.elements)
             notes.append(f"{group.method}: {1e9 * threads / elements:.2g} ns per element and thread, for all passes")
-    if seconds:
-        scale = len(gpus) if gpus else devices[0].threads / threads
-        rates = replace(rates, compute=Rate(scale * nbytes / seconds, MEASURED))
-    return rates, notes
+    return (nbytes / seconds if seconds else 0.0), notes
 
 
 def _has_cuda() -> bool:
@@ -228,6 +260,20 @@ def _repeat(work: Callable[[int], None], threads: int) -> tuple[int, float]:
             return runs, time.perf_counter() - start
     finally:
         torch.set_num_threads(before)
+
+
+def measure_bandwidth(threads: int) -> float:
+    """Measure the bytes per second that threads read and write together, by copies that are larger than the caches."""
+    import torch
+
+    size = max(_LEAST_COPY, _COPIES // threads)
+    sources, targets = ([torch.zeros(size, dtype=torch.uint8) for _ in range(threads)] for _ in range(2))
+
+    def copy(thread: int) -> None:
+        targets[thread].copy_(sources[thread])
+
+    runs, seconds = _repeat(copy, threads)
+    return COPY_TRAFFIC * size * runs / seconds
 
 
 def measure_copies(name: str) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
-from .machine import Machine
+from .machine import Machine, usable_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,11 @@ class Workload:
     bytes_read: int
     bytes_written: int
     machine: Machine | None = None
+
+    @property
+    def cores(self) -> int:
+        """Number of cores that the process may use, on the machine that the merge is planned for."""
+        return (self.machine and self.machine.cores) or usable_cores()
 
     @property
     def computes(self) -> bool:

@@ -101,7 +101,7 @@ class Measured:
     ram_peak: int = 0
     vram_peak: int = 0
     lanes: dict[str, LaneTime] = field(default_factory=dict)
-    overflowed: dict[str, int] = field(default_factory=dict)
+    overflowed: dict[str, int] = field(default_factory=dict, repr=False)
     reduced_vram: dict[str, int] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,11 @@ class FileSources:
         tokenizer_from: name in the recipe of the tokenizer's model.
     """
 
-    config: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None = field(repr=False)
     others: Checkpoint
     generation: Checkpoint
     tokenizer: Checkpoint
-    template: str | None
+    template: str | None = field(repr=False)
     config_from: str
     tokenizer_from: str
 

@@ -100,6 +100,10 @@ class BuiltGraph:
     buffers: tuple[BufferCheck, ...] = ()
     parameters: tuple[ParameterUse, ...] = ()
 
+    def __repr__(self) -> str:
+        """One line with the number of models and tensors."""
+        return f"<BuiltGraph: {len(self.graph.outputs):,} tensors from {len(self.models):,} models>"
+
     @property
     def layers(self) -> int:
         """Number of layers of the output's main stack; 0 if it has none."""

@@ -41,10 +41,10 @@ class Shard:
     """
 
     name: str
-    header: bytes
-    outputs: tuple[int, ...]
+    header: bytes = field(repr=False)
+    outputs: tuple[int, ...] = field(repr=False)
     nbytes: int
-    computed: tuple[tuple[int, int], ...]
+    computed: tuple[tuple[int, int], ...] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,10 @@ class Layout:
     shards: tuple[Shard, ...]
     shard_of: list[int]
     offset_of: list[int]
+
+    def __repr__(self) -> str:
+        """One line with the number of shards and outputs."""
+        return f"<Layout: {len(self.shard_of):,} tensors in {len(self.shards):,} shards, {self.nbytes:,} bytes>"
 
     def shards_in(self, folder: str) -> list[Shard]:
         """The shards in a folder of OUT, or in OUT itself."""

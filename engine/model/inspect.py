@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.tensors import TensorRef
-from ...io.units import plural
+from ...io.units import data_size, plural, short_number
 from .checks.formats import format_name
 from .checks.identify import not_a_model
 from .layers import LayerMap, Stack, find_layers
@@ -36,6 +36,14 @@ class Inspection:
     checkpoint: Checkpoint
     layers: LayerMap | None
     remarks: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """One line with the path, layers and size."""
+        layers = f"{plural(self.layers.main.count, 'layer')}, " if self.stacks and self.layers is not None else ""
+        size = f"{short_number(total_elements(self.tensors))} parameters, {data_size(total_bytes(self.tensors))}"
+        remarks = f", {plural(len(self.remarks), 'remark')}" if self.remarks else ""
+        path = os.fspath(self.checkpoint.path)
+        return f"<Inspection of {path!r}: {plural(len(self.tensors), 'tensor')}, {layers}{size}{remarks}>"
 
     @property
     def tensors(self) -> Sequence[TensorRef]:
@@ -137,7 +145,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         UsageError: if the name is not valid.
         CheckpointError: if the checkpoint is missing or damaged.
     """
-    _, checkpoint = open_named(str(model))
+    _, checkpoint = open_named(os.fspath(model))
     remarks = list(checkpoint.remarks)
     layers: LayerMap | None = None
     try:

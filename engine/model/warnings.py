@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from ...errors import CheckpointError
@@ -46,7 +46,7 @@ class ModelWarning:
     kind: ModelWarningKind
     problem: str
     advice: str = ""
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         """Problem and advice in one line."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import DType
+from ...io.units import plural
 from ...methods.kernel.contract import Base, Method
 from .nodes import Keys
 from .warnings import RecipeWarning
@@ -210,6 +212,15 @@ class Stage:
     save: bool = False
     place: Keys = field(default=(), compare=False)
 
+    def __repr__(self) -> str:
+        """One line with the method and the number of models."""
+        return f"<Stage{'' if self.name is None else f' {self.name!r}'}: {self.title}>"
+
+    @property
+    def title(self) -> str:
+        """The method and the number of models, such as ``ties of 3 models``."""
+        return f"{self.merge_method} of {plural(len(stage_inputs(self)), 'model')}"
+
     def references(self) -> Iterator[tuple[ModelReference, Keys]]:
         """Every reference to a model, with its key path; a model may occur more than once."""
         for key in ("base_model", "files_from"):
@@ -245,6 +256,13 @@ class Recipe:
     source: Path | None
     text: str
     lines: Mapping[Keys, int] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        """One line with the file, and the method of the output."""
+        source = "" if self.source is None else f" {os.fspath(self.source)!r}"
+        stages = f"{len(self.stages)} stages, the last one " if len(self.stages) > 1 else ""
+        warnings = f", {plural(len(self.warnings), 'warning')}" if self.warnings else ""
+        return f"<Recipe{source}: {stages}{self.output.title}{warnings}>"
 
     @property
     def output(self) -> Stage:

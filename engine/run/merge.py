@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from ...io.hub.repository import HubFile
 from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
-from ...io.units import data_size, plural
+from ...io.units import data_size, duration, memory_size, plural
+from ..cost.estimate import Estimate, assumed_rates, estimate
 from ..cost.machine import process_memory
 from ..execute.check_buffers import check_buffers
 from ..execute.tasks import Measured, Progress
@@ -48,6 +49,25 @@ class Result:
     earlier: Earlier = field(default_factory=Earlier)
     peak_before: int = 0
 
+    def __repr__(self) -> str:
+        """One line with what was written where, the time and the peak RAM."""
+        where = "rehearsal" if self.out is None else f"merged into {os.fspath(self.out)!r}"
+        made = f"{data_size(self.measured.bytes_written)} written in {duration(self.measured.seconds)}"
+        return f"<Result: {where}, {made}, peak RAM {memory_size(self.peak_rss, up=True)}>"
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The estimated time of the merge, without the time to load torch, from assumed rates: nothing was measured.
+
+        None if an interrupted run did a part of the merge: the plan's time is then not that of this run.
+        """
+        if self.earlier != Earlier():
+            return None
+        work = self.plan.workload
+        if self.out is None:
+            work = replace(work, bytes_written=0)
+        return estimate(work, replace(assumed_rates(work), start=0.0))
+
     @property
     def excess_ram(self) -> int:
         """Bytes of resident memory beyond the budget; 0 if the merge kept within it, or did not raise the peak."""
@@ -69,6 +89,7 @@ class Result:
                 "bytes_checked": measured.bytes_checked,
                 "refused": {errno.errorcode.get(n, str(n)): nbytes for n, nbytes in measured.refused.items()},
                 "seconds": measured.seconds,
+                "estimated_seconds": None if (estimated := self.estimate) is None else estimated.seconds,
                 "lanes": {
                     name: {
                         "threads": lane.threads,

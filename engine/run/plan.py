@@ -13,6 +13,7 @@ from typing import Any
 
 from ...io.hub.repository import HubFile
 from ...io.safetensors.tensors import TensorRef
+from ...io.units import data_size, memory_size, plural
 from ...methods import merge_methods
 from ...version import __version__
 from ..cost.machine import Machine
@@ -30,8 +31,8 @@ from ..schedule.schedule import Schedule
 from ..schedule.traffic import bytes_of_models, bytes_of_reads, downloaded, peak_of, read_again
 from .transfers import Transfer
 
-RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
-"""A recipe: the path of a YAML file, a dict with the same content, or a Recipe."""
+RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object] | Sequence[Mapping[str, object]]
+"""A recipe: the path of a YAML file, a dict with the same content, a list of dicts for several stages, or a Recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,14 @@ class Plan:
     digests: bool = False
     saved: tuple[OutputModel, ...] = ()
     in_lanes: Plan | None = None
+
+    def __repr__(self) -> str:
+        """One line with the method, the size of the output and the peak RAM."""
+        graph, schedule = self.built.graph, self.schedule
+        size = f"{plural(len(graph.outputs), 'tensor')} of {data_size(self.layout.nbytes)}"
+        ram = f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(schedule.budget.ram)}"
+        warnings = f", {plural(len(self.findings), 'warning')}" if self.findings else ""
+        return f"<Plan of {self.stage.title}: {size}, peak RAM {ram}{warnings}>"
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from ...io.reading import Reader
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.header import Header, parse_header, read_data_start
 from ...io.safetensors.tensors import TensorRef
+from ...io.units import data_size, plural
 from ..execute.tasks import Progress
 from .manifest import MANIFEST, identity_of, read_manifest
 
@@ -83,6 +84,21 @@ class Verdict:
     unverified: tuple[Unverified, ...] = ()
     changed_sources: tuple[str, ...] = ()
     missing_sources: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """One line with what matches, and the number of each kind of problem."""
+        lists = {
+            "damaged": self.damaged,
+            "added": self.added,
+            "unverified": self.unverified,
+            "changed sources": self.changed_sources,
+            "missing sources": self.missing_sources,
+        }
+        matching = (
+            f"{plural(self.tensors, 'tensor')} of {data_size(self.nbytes)} and {plural(self.files, 'file')} match"
+        )
+        problems = "".join(f", {len(found):,} {name}" for name, found in lists.items() if found)
+        return f"<Verdict {'OK' if self.whole else 'not OK'}: {matching}{problems}>"
 
     @property
     def whole(self) -> bool:

@@ -9,7 +9,7 @@ budget. Several orders of the nodes are simulated, and the best one is kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...errors import BudgetError
 from ...io.sizes import format_size
@@ -104,8 +104,8 @@ class Schedule:
         minimum_vram: smallest VRAM budget that works, in bytes; 0 if no device has its own memory.
     """
 
-    steps: list[Step]
-    chunk_elements: list[int]
+    steps: list[Step] = field(repr=False)
+    chunk_elements: list[int] = field(repr=False)
     slot_bytes: int
     ram_slots: int
     vram_slots: tuple[int, ...]

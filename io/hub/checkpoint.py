@@ -45,7 +45,7 @@ _LARGEST_GUESS = 1 << 20
 _ENTRY = 112  # bytes of a tensor's entry in a header in addition to its name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class HubCheckpoint(Checkpoint):
     """A checkpoint on the Hub. Its files need not be downloaded yet; see `needed_files` and `download`.
 

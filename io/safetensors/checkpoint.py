@@ -61,6 +61,10 @@ class Checkpoint:
     stamps: FileStamps = field(default_factory=dict)
     index: Path | None = None
 
+    def __repr__(self) -> str:
+        """One line with the path and the number of tensors."""
+        return f"<Checkpoint {str(self.path)!r}: {len(self.tensors):,} tensors in {len(self.files):,} files>"
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Find a checkpoint's files and read their headers.

@@ -47,6 +47,7 @@ def result_sections(result: Result) -> list[Section]:
         *([("layers", layers_text(plan))] if plan.built.matched_by_name else []),
         *_memory_fields(result),
         ("bottleneck", bottleneck(measured, gpu=_uses_gpu(plan))),
+        *_estimate_fields(result),
     ]
     lanes = tuple(
         (name, str(lane.threads), f"{lane.worked:.1f} s", f"{lane.waited:.1f} s", f"{_busy(lane, measured):.0%}")
@@ -85,6 +86,15 @@ def _memory_fields(result: Result) -> Iterator[tuple[str, str]]:
         yield "peak VRAM", f"{memory_size(measured.vram_peak, up=True)}; planned {planned}"
     for name, vram in measured.reduced_vram.items():
         yield "VRAM reduced to", f"{memory_size(vram)} on {name}: another process used the rest"
+
+
+def _estimate_fields(result: Result) -> Iterator[tuple[str, str]]:
+    """Compare the time with its estimate; nothing if the merge was too short, or an earlier run did a part."""
+    seconds, estimate = result.measured.seconds, result.estimate
+    if seconds >= _MIN_SECONDS and estimate is not None and estimate.seconds:
+        ratio = seconds / estimate.seconds
+        times = f"{ratio:,.0f}" if ratio >= 9.5 else f"{ratio:.2g}"
+        yield "estimate", f"{duration(estimate.seconds)} from assumed rates; the merge took {times} times as long"
 
 
 def _compare(measured: int, planned: int) -> str:

@@ -17,6 +17,7 @@ REMEDIES = {
     "copy": "kernel copies: a faster disk, or a file system with reflinks, would help most",
     "write": "writing the output: a faster disk for OUT would help most",
     "cores": "CPU cores, computing and copying: more or faster cores, or a GPU, would help most",
+    "bandwidth": "memory bandwidth, shared by all cores: faster memory would help most, more cores would not",
 }
 """The advice for each lane that can be the bottleneck, except compute, which depends on the device."""
 
@@ -36,6 +37,7 @@ def time_section(estimate: Estimate) -> Section:
     )
     header = ("lane", "bytes", "throughput", "source", "time alone")
     lines = [f"{note[:1].upper()}{note[1:]}." for note in estimate.rates.notes]
+    lines += [f"{assumption[:1].upper()}{assumption[1:]}." for assumption in estimate.assumptions]
     if option := estimate.rates.option:
         lines.append(f"To reuse these rates: {option}")
     return Section("Time", fields, Grid(header, rows, frozenset(("bytes", "throughput", "time alone"))), lines)

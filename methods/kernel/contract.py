@@ -244,6 +244,10 @@ class Method:
     parameters: tuple[Parameter, ...]
     bind: Bind
 
+    def __repr__(self) -> str:
+        """One line with the name and the summary."""
+        return f"<Method {self.name}: {self.summary}>"
+
     def kernel(self, inputs: Inputs, parameters: Mapping[str, Any]) -> Kernel:
         """Bind the method to one output tensor.
 

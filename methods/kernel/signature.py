@@ -42,6 +42,12 @@ class Parameter:
     doc: str
     range: Range | None = None
 
+    def __repr__(self) -> str:
+        """One line with the name, type, default and description."""
+        default = "required" if self.required else f"default {self.default}"
+        scope = " for each model" if self.per_input else ""
+        return f"<Parameter {self.name}{scope}: {self.type.__name__}, {default}: {self.doc}>"
+
     @property
     def required(self) -> bool:
         """Whether recipes must set it; a per-input parameter for every input except the base."""

@@ -68,9 +68,8 @@ def make_page(
         others: the same merge within other budgets.
         origin: command, machine and date; None to leave them out.
     """
-    title = headline(plan)
-    body = "\n".join(filter(None, [_header(plan, title, origin), *_parts(plan, destination, time, others)]))
-    return fill_template(title, body)
+    body = "\n".join(filter(None, page_parts(plan, destination, time, others, origin)))
+    return fill_template(headline(plan), body)
 
 
 def fill_template(title: str, body: str) -> str:
@@ -79,13 +78,15 @@ def fill_template(title: str, body: str) -> str:
     return template.substitute(title=text_of(title), generator=text_of(f"mergeloom {__version__}"), body=body)
 
 
-def _parts(
+def page_parts(
     plan: Plan,
-    destination: Destination | None,
-    time: Estimate | None,
-    others: Sequence[Alternative],
+    destination: Destination | None = None,
+    time: Estimate | None = None,
+    others: Sequence[Alternative] = (),
+    origin: Origin | None = None,
 ) -> Iterator[str]:
-    """Yield the parts below the header from top to bottom; parts without content are empty."""
+    """Yield the parts of the page from top to bottom, for the arguments of `make_page`; empty parts have no content."""
+    yield _header(plan, headline(plan), origin)
     read = bytes_of_reads(plan.built.graph, plan.schedule)
     yield _tiles(plan, destination, time)
     yield _optional(warnings_section(plan))

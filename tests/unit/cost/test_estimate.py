@@ -19,13 +19,13 @@ from mergeloom.engine.cost.estimate import (
     Rates,
     assumed_rates,
     cached_again,
-    computed_bytes,
     estimate,
     parse_rates,
     with_given,
 )
 from mergeloom.engine.cost.machine import Machine, parse_machine
 from mergeloom.engine.cost.measure_disk import measured_rates
+from mergeloom.engine.cost.scaling import computed_bytes
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import make_schedule
@@ -37,6 +37,7 @@ from tests.conftest import MakeModel
 from tests.support.plans import linear, slerp, stacked
 
 FAST = Rates(**{name: Rate(1e15, GIVEN) for name in RATES})  # type: ignore[arg-type]
+SHARED = ["cores", "bandwidth"]
 GPU = Options(machine=Machine(ram=64 << 30, vram=1 << 30, cores=8))
 
 
@@ -142,7 +143,7 @@ def test_a_gpu_has_a_bus(llamas: dict[str, Path]) -> None:
     planned = plan(linear(llamas["a"], llamas["b"]), GPU)
     total = planned.schedule.bytes_written
     found = estimate(planned.workload, replace(FAST, h2d=Rate(1e6, GIVEN), d2h=Rate(1e6, GIVEN)))
-    assert [one.name for one in found.lanes] == ["read", "write", "upload", "compute", "download", "cores"]
+    assert [one.name for one in found.lanes] == ["read", "write", "upload", "compute", "download", *SHARED]
     assert lane(found, "upload") == pytest.approx(2 * total / 1e6)
     assert lane(found, "download") == pytest.approx(total / 1e6)
     assert found.bottleneck.name == "upload"
@@ -153,7 +154,7 @@ def test_a_gpu_has_a_bus(llamas: dict[str, Path]) -> None:
 def test_a_stack_computes_nothing(llamas: dict[str, Path]) -> None:
     planned = plan(stacked((llamas["a"], (0, 2)), (llamas["a"], (1, 4))))
     found = estimate(planned.workload, assumed_rates(planned.workload))
-    assert [one.name for one in found.lanes] == ["read", "write", "cores"]
+    assert [one.name for one in found.lanes] == ["read", "write", *SHARED]
 
 
 def test_what_is_read_again_comes_from_the_page_cache_where_it_has_room(make_model: MakeModel) -> None:
@@ -174,7 +175,7 @@ rates_of = st.builds(Rate, st.floats(1e6, 1e12), st.sampled_from([GIVEN, MEASURE
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.builds(Rates, *(6 * [rates_of]), st.floats(0, 1)), st.sampled_from(sorted(RATES)))
+@given(st.builds(Rates, *(7 * [rates_of]), st.floats(0, 1)), st.sampled_from(sorted(RATES)))
 def test_laws(mean: Plan, rates: Rates, name: str) -> None:
     found = estimate(mean.workload, rates)
     assert 0 < found.low <= found.seconds <= found.high
@@ -207,7 +208,11 @@ def test_it_is_said_how_each_rate_is_known(mean: Plan) -> None:
     section = time_section(estimate(mean.workload, rates))
     assert section.grid is not None
     known = {row[0]: row[3] for row in section.grid.rows}
-    assert known == {"read": "assumed", "write": "assumed", "compute": "measured", "cores": "measured"}
+    assert known == {
+        **dict.fromkeys(("read", "write", "bandwidth"), "assumed"),
+        "compute": "measured",
+        "cores": "measured",
+    }
     assert "It was late." in section.lines
     assert "To reuse these rates: --rates memory=5GB/s,compute=3GB/s" in section.lines
     assert dict(section.fields)["about"].count("s") >= 3

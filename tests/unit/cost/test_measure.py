@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from mergeloom.engine.cost import measure_compute as computing_probe
 from mergeloom.engine.cost import measure_disk as probe
-from mergeloom.engine.cost.estimate import ASSUMED, GIVEN, MEASURED
+from mergeloom.engine.cost.estimate import ASSUMED, EXTRAPOLATED, GIVEN, MEASURED, Rate
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.cost.measure_compute import measure_node, node_groups, small_kernel
 from mergeloom.engine.cost.measure_disk import input_ranges, measure_reading, measure_writing, measured_rates
@@ -237,11 +238,46 @@ def test_threads_of_torch_are_left_as_they_were(three: list[Path]) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_more_threads_than_here_are_reckoned(three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(computing_probe, "measure_node", lambda plan, node, device, threads: 1e9 * threads)
+@pytest.mark.parametrize(("two", "serial"), [(2e9, 0.02), (1.5e9, 1 / 3), (1e9, 1.0), (0.9e9, 1.0)])
+def test_more_threads_than_here_are_not_proportionally_faster(
+    two: float, serial: float, three: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates_of_threads = {1: 1e9, 2: two}
+    monkeypatch.setattr(computing_probe, "measure_node", lambda plan, node, device, threads: rates_of_threads[threads])
     monkeypatch.setattr(computing_probe, "usable_cores", lambda: 2)
     found = plan(linear(*three), Options(device="cpu", machine=Machine(cores=16)))
-    assert measured_rates(found.workload, None, {}).compute.per_second == pytest.approx(16e9)
+    rates = measured_rates(found.workload, None, {})
+    assert rates.serial == pytest.approx(serial)
+    assert rates.compute.origin == EXTRAPOLATED
+    assert rates.compute.per_second == pytest.approx(two * (16 / (1 + 15 * serial)) / (2 / (1 + serial)))
+    assert rates.bandwidth.origin == ASSUMED  # that of the machine with 16 cores
+    assert "computing was measured with 2 threads and extrapolated to 16" in rates.notes
+
+
+def test_the_memory_bandwidth_is_measured_unless_given(three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    monkeypatch.setattr(computing_probe, "measure_bandwidth", lambda number: threads.append(number) or 30e9)
+    monkeypatch.setattr(computing_probe, "usable_cores", lambda: 2)
+    work = plan(linear(*three), CPU).workload
+    assert measured_rates(work, None, {}).bandwidth == Rate(30e9, MEASURED)
+    assert measured_rates(work, None, {"compute": 1e9}).bandwidth == Rate(30e9, MEASURED)
+    assert threads == [2, 2]
+    assert measured_rates(work, None, {"bandwidth": 8e9}).bandwidth == Rate(8e9, GIVEN)
+    assert threads == [2, 2]
+
+
+def test_the_bandwidth_counts_bytes_that_are_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(computing_probe, "_COPIES", 4 << 20)
+    monkeypatch.setattr(computing_probe, "_LEAST_COPY", 1 << 20)
+
+    def repeat(work: Callable[[int], None], threads: int) -> tuple[int, float]:
+        for thread in range(threads):
+            work(thread)
+        return 6, 0.5
+
+    monkeypatch.setattr(computing_probe, "_repeat", repeat)
+    assert computing_probe.measure_bandwidth(2) == 2 * (2 << 20) * 6 / 0.5
+    assert computing_probe.measure_bandwidth(8) == 2 * (1 << 20) * 6 / 0.5
 
 
 def test_a_gpu_that_is_not_here_is_assumed(three: list[Path]) -> None:

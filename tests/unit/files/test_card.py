@@ -130,9 +130,7 @@ def test_names_have_no_meaning_in_markdown(name: str) -> None:
         token for token in (*tokens, *inline) if token.type in ("html_block", "html_inline", "em_open", "strong_open")
     ]
     links = [str(token.attrs["href"]) for token in inline if token.type == "link_open"]
-    assert all(
-        link.startswith(("https://huggingface.co/org/", "https://arxiv.org/")) for link in links
-    )
+    assert all(link.startswith(("https://huggingface.co/org/", "https://arxiv.org/")) for link in links)
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
     assert len(headings) == 4
     assert metadata(text)["base_model"] == [f"org/{name}"]

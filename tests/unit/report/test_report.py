@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 import mergeloom
+from mergeloom.engine.cost.estimate import RATES
 from mergeloom.engine.execute.tasks import LaneTime, Measured
 from mergeloom.engine.graph.build import Unused
 from mergeloom.engine.run.merge import Result
 from mergeloom.engine.run.plan import Plan
+from mergeloom.engine.run.session import Earlier
+from mergeloom.report import result as report_result
 from mergeloom.report.plan import headline, plan_sections, plan_text
 from mergeloom.report.result import bottleneck, result_text
 from mergeloom.report.sections import plain, show
@@ -200,6 +203,39 @@ def test_the_summary_compares_measured_with_planned_values(llamas: dict[str, Pat
     assert "90%" in text
     other = result_text(result_of(plan, bytes_written=plan.schedule.bytes_written + 1))
     assert f"; planned {plan.schedule.bytes_written:,}" in line_of(other, "written")
+
+
+def test_the_summary_says_how_far_off_the_estimate_was(
+    llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]), device="cpu")
+    result = result_of(plan)
+    estimate = result.estimate
+    assert estimate is not None
+    assert estimate.rates.start == 0  # torch was loaded before the merge
+    assert {getattr(estimate.rates, name).origin for name in RATES} == {"assumed"}
+    for ratio, times in ((0.004, "0.004"), (1.234, "1.2"), (9.4, "9.4"), (123.4, "123"), (1e6, "1,000,000")):
+        monkeypatch.setattr(report_result, "_MIN_SECONDS", 0.0)
+        slower = result_of(plan, seconds=ratio * estimate.seconds)
+        text = line_of(result_text(slower), "estimate")
+        assert text.endswith(f"from assumed rates; the merge took {times} times as long")
+    monkeypatch.undo()
+    assert slower.to_dict()["measured"]["estimated_seconds"] == estimate.seconds
+    assert "estimate " not in result_text(result_of(plan, seconds=1.0))  # too short
+
+
+def test_no_estimate_of_a_resumed_merge(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]), device="cpu")
+    resumed = replace(result_of(plan), earlier=Earlier(bytes_written=1))
+    assert resumed.estimate is None
+    assert "estimate " not in result_text(resumed)
+    assert resumed.to_dict()["measured"]["estimated_seconds"] is None
+
+
+def test_the_estimate_of_a_rehearsal_writes_nothing(llamas: dict[str, Path]) -> None:
+    result = replace(result_of(mergeloom.plan(linear(llamas["a"], llamas["b"]), device="cpu")), out=None)
+    assert result.estimate is not None
+    assert {lane.name: lane.nbytes for lane in result.estimate.lanes}["write"] == 0
 
 
 def test_reduced_vram_is_reported(llamas: dict[str, Path]) -> None:
