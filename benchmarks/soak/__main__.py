@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.soak.calls import between_calls, power
+from benchmarks.soak.causal import causal
 from benchmarks.soak.damage import flips, fuzzing
 from benchmarks.soak.disks import full_disks
 from benchmarks.soak.harness import GROUP, RATE, failures, make_family, say
@@ -33,6 +34,7 @@ PARTS = {
     "full": full_disks,
     "fuzz": fuzzing,
     "flips": flips,
+    "causal": causal,
 }
 
 
