@@ -154,6 +154,7 @@ class _GraphBuilder:
                 "the output has no tensors: no tensor of the models belongs to a module of the recipe"
             )
         self._warn_of_filters()
+        self._warn_of_side_lists()
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = self.stage.out_dtype or self.stage.dtype
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
@@ -190,6 +191,19 @@ class _GraphBuilder:
             if substring and substring != "*" and not any(substring in name for name in names):
                 self._warn(
                     ModelWarningKind.FILTER, f"filter {substring!r} matches no tensor name: its value is not used"
+                )
+
+    def _warn_of_side_lists(self) -> None:
+        """Warn about lists outside the layers with an entry per layer: they are not sliced with the layers."""
+        for number, sources in self.layer_sources.items():
+            stack = self.donor.layers.mains[number]
+            lists = self.donor.layers.side_lists(stack) if sources != list(range(stack.count)) else ()
+            for found in lists:
+                self._warn(
+                    ModelWarningKind.LAYER_TENSORS,
+                    f"{found.prefix} has {found.count} entries, probably one per layer of {stack.prefix}: it is not "
+                    "sliced like the layers, so layers that have moved use the entries of other layers, or none",
+                    names=(found.prefix,),
                 )
 
     # --- modules -----------------------------------------------------------------------------------------------

@@ -48,10 +48,7 @@ def write_model(kind: CausalModel, directory: Path, seed: int) -> Path:
     import torch
 
     torch.manual_seed(seed)
-    config = tiny_config(kind.type.config_class)
-    if kind.model_type.startswith("musicgen"):  # its configuration is that of the class with encoders
-        config = config.decoder
-    model = kind.type(config)
+    model = kind.type(tiny_config(kind.type.config_class))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict(keep_vars=True).values():

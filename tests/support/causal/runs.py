@@ -8,7 +8,7 @@ from typing import Any
 TOKENS = 12
 """More than the windows of sliding attention."""
 
-_INDEX = re.compile(r"layer_?(?:idx|id|index|number|num)|block_idx|training|_.*|call_super_init|dump_patches")
+_INDEX = re.compile(r"layer_?(?:idx|id|index|number|num)|block_idx|num_hidden_layers|training|_.*|call_super_init|dump_patches")
 _GIVEN = re.compile(r"mask|position|rope|rotary|freqs|layer_type|window")
 
 
@@ -22,6 +22,7 @@ def layer_settings(layer: Any) -> dict[str, Any]:
     for path, module in layer.named_modules():
         settings = {"class": type(module).__name__}
         for name, value in vars(module).items():
+            # MiniMax notes the number of layers as well, to initialize buffers that checkpoints contain
             if isinstance(value, (bool, int, float, str, type(None))) and not _INDEX.fullmatch(name):
                 settings[name] = value
         settings |= {name: module.get_buffer(name) for name in module._non_persistent_buffers_set}
