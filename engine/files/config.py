@@ -8,7 +8,6 @@ must still hold for each layer in its new position; otherwise a warning is issue
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,15 @@ from typing import Any
 
 from ..model.layers import COUNT_KEYS, LENGTH_KEYS
 from ..model.warnings import ModelWarning, ModelWarningKind
+from .layer_depth import adapt_to_depth
 from .layer_keys import (
-    DERIVED_FROM_INDEX,
     FAMILIES,
-    LAST_IS_FULL,
     LAYER_INDICES,
     LAYER_INDICES_FROM_1,
     LEADING,
     NOT_PER_LAYER,
     PER_LAYER,
     PERIODS,
-    SCALED_BY_ROOT_OF_LAYERS,
     SIDES,
 )
 
@@ -154,7 +151,7 @@ class _Layers:
                 "hidden_size_per_layer_input",
             )
         self._check_rules(section, old)
-        self._check_depth(section)
+        self.warnings.extend(adapt_to_depth(section, self.before, self.source))
 
     def _set_count(self, section: dict[str, Any], key: str | None, is_shared: bool) -> None:
         names = [name for name in COUNT_KEYS if section.get(name) == self.before]
@@ -284,36 +281,6 @@ class _Layers:
         repeated = old.get("block_types")  # RecurrentGemma's
         if isinstance(repeated, list) and repeated and not self._keeps(len(repeated)):
             self._warn_about_rule("block_types", repeated)
-
-    def _check_depth(self, section: dict[str, Any]) -> None:
-        """Check what models derive from a layer's index or from the number of layers, and no list can replace."""
-        model_type = str(section.get("model_type"))
-        derived = DERIVED_FROM_INDEX.get(model_type)
-        applies = derived is not None and (derived.only_if is None or derived.only_if in section.items())
-        if derived is not None and applies and any(new != old for new, old in enumerate(self.source)):
-            self.warn(
-                ModelWarningKind.LAYER_RULE,
-                f"{model_type} derives {derived.what} from the index of a layer: the layers that have moved run with "
-                "other values than in the donor",
-                derived.only_if[0] if derived.only_if else "model_type",
-            )
-        types = section.get("layer_types")
-        if model_type in LAST_IS_FULL and isinstance(types, list) and types and types[-1] != "full_attention":
-            self.warn(
-                ModelWarningKind.LAYER_RULE,
-                f"layer_types ends with {types[-1]}, but {model_type} runs the last layer with full_attention, unlike "
-                "in the donor: let the last slice end with a layer with full_attention",
-                "layer_types",
-            )
-        scale = section.get(SCALED_BY_ROOT_OF_LAYERS)
-        if isinstance(scale, (int, float)) and len(self.source) != self.before:
-            section[SCALED_BY_ROOT_OF_LAYERS] = scale * math.sqrt(len(self.source) / self.before)
-            self.warn(
-                ModelWarningKind.CONFIG_CHANGED,
-                f"changed {SCALED_BY_ROOT_OF_LAYERS} from {scale} to {section[SCALED_BY_ROOT_OF_LAYERS]}: the model "
-                "divides it by the square root of the number of layers",
-                SCALED_BY_ROOT_OF_LAYERS,
-            )
 
     def _keeps(self, period: int) -> bool:
         return all((new - old) % period == 0 for new, old in enumerate(self.source))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 _TRANSFORMERS = "https://github.com/huggingface/transformers/blob/v4.57.1/src/transformers/models"
-_MAIN = "https://github.com/huggingface/transformers/blob/main/src/transformers/models"
 _HUB = "https://huggingface.co"
 
 PER_LAYER = frozenset(
@@ -68,7 +67,7 @@ PERIODS = {
     "moe_layer_freq": Rule("mlp_layer_types", f"{_HUB}/deepseek-ai/DeepSeek-V2/blob/main/configuration_deepseek.py"),
     "moe_layer_interval": Rule("mlp_layer_types", f"{_TRANSFORMERS}/ernie4_5_moe/configuration_ernie4_5_moe.py"),
     "decoder_sparse_step": Rule("mlp_layer_types", f"{_TRANSFORMERS}/qwen2_moe/configuration_qwen2_moe.py"),
-    "n_layers_per_attn_res_block": Rule(None, f"{_MAIN}/inkling2/configuration_inkling2.py"),
+    "n_layers_per_attn_res_block": Rule(None, "https://huggingface.co/docs/transformers/main/en/model_doc/inkling2"),
     "index_topk_freq": Rule(
         "indexer_types", "https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/deepseek_v2.py"
     ),
@@ -124,41 +123,3 @@ FAMILIES = {
     "smollm3": Family("smollm3", 4, "no_rope_layers", "no_rope_layer_interval", last=0, others=1),
 }
 """Model families by ``model_type``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Derived:
-    """A constant that a model derives from a layer's index, so a layer that moves gets another one.
-
-    Args:
-        what: the constant.
-        source: URL of the code that derives it.
-        only_if: key and value that enable it, or None.
-    """
-
-    what: str
-    source: str
-    only_if: tuple[str, Any] | None = None
-
-
-DERIVED_FROM_INDEX = {
-    "beam": Derived("the scale of the residual connections", f"{_MAIN}/beam/modeling_beam.py"),
-    "big_bird": Derived(
-        "the random blocks of sparse attention",
-        f"{_TRANSFORMERS}/big_bird/modeling_big_bird.py",
-        ("attention_type", "block_sparse"),
-    ),
-    "diffllama": Derived("lambda_init of differential attention", f"{_TRANSFORMERS}/diffllama/modeling_diffllama.py"),
-    "gpt2": Derived(
-        "the scale of the attention scores",
-        f"{_TRANSFORMERS}/gpt2/modeling_gpt2.py",
-        ("scale_attn_by_inverse_layer_idx", True),
-    ),
-}
-"""Constants derived from a layer's index, by ``model_type``."""
-
-LAST_IS_FULL = frozenset({"gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text"})
-"""Each ``model_type`` that runs the last layer with full attention, whatever ``layer_types`` says."""
-
-SCALED_BY_ROOT_OF_LAYERS = "scale_depth"
-"""MiniCPM's key: residual connections are scaled by its value, divided by the square root of the number of layers."""

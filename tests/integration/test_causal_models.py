@@ -21,16 +21,16 @@ STACKS = {
     "gpt-sw3": "",  # GPT-2: transposed weights, absolute positions, a tied head
     "phi3": "",  # fused queries, keys and values
     "mixtral": "",
-    "deepseek_v3": "",  # latent attention, dense layers before those with experts
+    "deepseek_v3": "first_k_dense_replace = 3",  # a dense layer after layers with experts
     "gpt_oss": "",  # fused experts, windows in every other layer
     "gemma3_text": "",
-    "gemma4_text": "",
-    "qwen3_next": "",
+    "gemma4_text": "hidden_size_per_layer_input",
+    "qwen3_next": "",  # linear attention
     "mamba2": "",
-    "zamba2": "",
+    "zamba2": "gate_up_proj_adapter_list.3",  # blocks that layers share
     "bart": "",  # the decoder of an encoder-decoder model
 }
-"""The classes by ``model_type``, and a part of the warning about their stack; empty for none."""
+"""The classes by ``model_type``, and what the warning about their stack names; empty for no warning."""
 
 
 @pytest.mark.parametrize("model_type", STACKS)

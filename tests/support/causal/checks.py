@@ -74,7 +74,8 @@ class Pair:
     def load(self, path: Path) -> Loaded:
         """Load a model."""
         model, remarks = load_model(self.kind, path)
-        return Loaded(model, dict(model.state_dict()), remarks)
+        # RWKV scales its weights when it runs
+        return Loaded(model, {name: value.clone() for name, value in model.state_dict().items()}, remarks)
 
     def merge(self, name: str, recipe: Mapping[str, Any]) -> tuple[Path, tuple[ModelWarning, ...]]:
         """Merge, and return the output with the warnings. Raises MergeloomError."""
@@ -145,7 +146,7 @@ def _differences_of_stack(pair: Pair, out: Path) -> Iterator[str]:
         return
     try:
         stack = pair.load(out)
-    except Exception as error:  # noqa: BLE001  whatever transformers raises, the output does not load
+    except Exception as error:  # whatever transformers raises
         yield f"does not load: {type(error).__name__}: {error}"
         return
     yield from _remarks(stack)

@@ -10,64 +10,36 @@ LAYERS = 6
 """Layers of each model. No other list of modules has this length."""
 VOCABULARY = 96
 
-_COUNTS = """num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks"""
-_SIZES: dict[str, Any] = {
-    **dict.fromkeys(_COUNTS.split(), LAYERS),
-    **dict.fromkeys("encoder_layers num_encoder_layers depth".split(), 2),
-    **dict.fromkeys("vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size".split(), VOCABULARY),
-    **dict.fromkeys("hidden_size d_model n_embd embed_dim emb_dim dim_model_base embedding_dim".split(), 32),
-    **dict.fromkeys(
-        """intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim n_inner dff dim_ff d_inner ffn_hidden_size
-        feed_forward_size intermediate_size_mlp dense_intermediate_size prefix_dense_intermediate_size""".split(),
-        48,
-    ),
-    **dict.fromkeys(
-        """moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size
-        shared_experts_intermediate_size moe_shared_expert_intermediate_size""".split(),
-        24,
-    ),
-    **dict.fromkeys(
-        """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads
+_NAMES: dict[int, str] = {
+    LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks",
+    2: """encoder_layers num_encoder_layers depth num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads
+        linear_num_key_heads num_experts_per_tok moe_topk moe_k moe_top_k top_k_experts mamba_n_groups n_groups
+        type_vocab_size""",
+    VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size",
+    32: "hidden_size d_model n_embd embed_dim emb_dim dim_model_base embedding_dim embedding_size",
+    48: """intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim n_inner dff dim_ff d_inner ffn_hidden_size
+        feed_forward_size intermediate_size_mlp dense_intermediate_size prefix_dense_intermediate_size""",
+    24: """moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size
+        shared_experts_intermediate_size moe_shared_expert_intermediate_size""",
+    4: """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads
         num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_heads
-        linear_num_value_heads""".split(),
-        4,
-    ),
-    **dict.fromkeys(
-        "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads".split(), 2
-    ),
-    **dict.fromkeys(
-        """head_dim v_head_dim qk_nope_head_dim index_head_dim dim_head swa_head_dim kv_channels linear_head_dim
-        linear_key_head_dim linear_value_head_dim attention_head_size d_head mamba_head_dim mamba_d_head
-        kv_lora_rank qk_rope_head_dim indexer_head_dim""".split(),
-        8,
-    ),
-    **dict.fromkeys("q_lora_rank o_lora_rank gated_norm_rank laurel_rank adapter_rank hc_lowrank d_rel".split(), 12),
-    **dict.fromkeys(
-        "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num index_n_heads".split(), 4
-    ),
-    **dict.fromkeys("num_experts_per_tok moe_topk moe_k moe_top_k top_k_experts".split(), 2),
-    **dict.fromkeys("n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts".split(), 1),
-    **dict.fromkeys("sliding_window sliding_window_size local_attention window_size attention_chunk_size".split(), 4),
-    **dict.fromkeys(
-        """max_position_embeddings n_positions n_ctx max_seq_len context_length max_source_positions
-        max_target_positions""".split(),
-        64,
-    ),
-    **dict.fromkeys("mamba_d_state ssm_state_size state_size mamba_chunk_size chunk_size rotary_dim".split(), 8),
-    **dict.fromkeys("mamba_n_heads mamba_num_heads".split(), 8),
-    **dict.fromkeys("mamba_n_groups n_groups".split(), 2),
-    "mamba_d_ssm": 64,
-    "embedding_size": 32,
-    "hidden_size_per_layer_input": 8,
-    "image_size": 28,
-    "patch_size": 14,
-    "n_codebook": 2,
-    "index_topk": 4,
-    "type_vocab_size": 2,
+        linear_num_value_heads num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num
+        index_n_heads sliding_window sliding_window_size local_attention window_size attention_chunk_size index_topk""",
+    8: """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim indexer_head_dim dim_head swa_head_dim
+        kv_channels linear_head_dim linear_key_head_dim linear_value_head_dim attention_head_size d_head mamba_head_dim
+        mamba_d_head kv_lora_rank mamba_d_state ssm_state_size state_size mamba_chunk_size chunk_size rotary_dim
+        mamba_n_heads mamba_num_heads hidden_size_per_layer_input""",
+    12: "q_lora_rank o_lora_rank gated_norm_rank laurel_rank adapter_rank hc_lowrank d_rel",
+    1: "n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts",
+    64: """max_position_embeddings n_positions n_ctx max_seq_len context_length max_source_positions
+        max_target_positions mamba_d_ssm""",
+    28: "image_size",
+    14: "patch_size",
 }
-"""The fields that every configuration class with them gets."""
+_SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
+"""The fields that every configuration class with them gets, and their values."""
 
-_SIDES = dict.fromkeys([*_COUNTS.split(), "depth", "encoder_layers"], 3)
+_SIDES = dict.fromkeys([*_NAMES[LAYERS].split(), "depth", "encoder_layers"], 3)
 """The numbers of layers of vision encoders and the like."""
 
 _NO_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
@@ -125,6 +97,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_kv_heads": 1,
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"] * (LAYERS // 2),
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
     },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2)},
 }

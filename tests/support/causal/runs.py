@@ -8,7 +8,9 @@ from typing import Any
 TOKENS = 12
 """More than the windows of sliding attention."""
 
-_INDEX = re.compile(r"layer_?(?:idx|id|index|number|num)|block_idx|num_hidden_layers|training|_.*|call_super_init|dump_patches")
+_INDEX = re.compile(
+    r"layer_?(?:idx|id|index|number|num)|block_idx|num_hidden_layers|training|_.*|call_super_init|dump_patches"
+)
 _GIVEN = re.compile(r"mask|position|rope|rotary|freqs|layer_type|window")
 
 
@@ -47,7 +49,7 @@ def layer_inputs(model: Any, prefix: str) -> list[dict[str, Any]]:
     try:
         with torch.no_grad():
             model(torch.arange(6, 6 + TOKENS).view(1, -1))
-    except Exception:  # noqa: BLE001  some classes need images or patches as well; then only settings are compared
+    except Exception:  # some classes need images or patches as well; then only settings are compared
         return []
     finally:
         for hook in hooks:
