@@ -104,6 +104,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],
     },
+    "zamba": {"attn_layer_period": 3, "attn_layer_offset": 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2)},
 }
 """What single models need in addition, by ``model_type``."""
