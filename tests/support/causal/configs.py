@@ -105,6 +105,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [16, 16],
     },
     "zamba": {"attn_layer_period": 3, "attn_layer_offset": 2},
+    "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2)},
 }
 """What single models need in addition, by ``model_type``."""
