@@ -151,7 +151,7 @@ class _Layers:
                 "hidden_size_per_layer_input",
             )
         self._check_rules(section, old)
-        self.warnings.extend(adapt_to_depth(section, self.before, self.source))
+        self.warnings.extend(adapt_to_depth(section, old, self.before, self.source))
 
     def _set_count(self, section: dict[str, Any], key: str | None, is_shared: bool) -> None:
         names = [name for name in COUNT_KEYS if section.get(name) == self.before]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,21 @@ _LAST_IS_FULL = frozenset({"gemma4_text", "gemma4_unified_text", "diffusion_gemm
 _SCALE = "scale_depth"
 """MiniCPM's key: residual connections are scaled by its value, divided by the square root of the number of layers."""
 
+_LAST_HAS = {"gpt_neox_japanese": "attention.dense_bias"}
+"""Tensors that only the last layer has, by ``model_type``."""
 
-def adapt_to_depth(section: dict[str, Any], before: int, source: Sequence[int]) -> Iterator[ModelWarning]:
+_ADAPTERS = {"zamba2": ("layers_block_type", "hybrid", "shared_transformer.*.*_adapter_list")}
+"""By ``model_type``: list of the kinds of layers, a kind, and tensors that shared blocks store for each such layer."""
+
+
+def adapt_to_depth(
+    section: dict[str, Any], old: Mapping[str, Any], before: int, source: Sequence[int]
+) -> Iterator[ModelWarning]:
     """Update a config section whose layers have been rearranged, and warn about what it can't express.
 
     Args:
         section: the section, with its lists already rearranged; it is modified.
+        old: the donor's section.
         before: number of layers in the donor.
         source: index in the donor of each output layer.
     """
@@ -77,6 +86,7 @@ def adapt_to_depth(section: dict[str, Any], before: int, source: Sequence[int]) 
             "let the last slice end with a layer that has full_attention",
             ("layer_types",),
         )
+    yield from _misplaced_tensors(section, old, before, source)
     scale = section.get(_SCALE)
     if isinstance(scale, (int, float)) and not isinstance(scale, bool) and len(source) != before:
         section[_SCALE] = scale * math.sqrt(len(source) / before)
@@ -85,4 +95,33 @@ def adapt_to_depth(section: dict[str, Any], before: int, source: Sequence[int]) 
             f"changed {_SCALE} from {scale} to {section[_SCALE]}: the model divides it by the square root of the "
             "number of layers",
             names=(_SCALE,),
+        )
+
+
+def _misplaced_tensors(
+    section: Mapping[str, Any], old: Mapping[str, Any], before: int, source: Sequence[int]
+) -> Iterator[ModelWarning]:
+    """Warn about tensors that a model has, or looks up, by the position of a layer among others."""
+    model_type = str(section.get("model_type"))
+    last = _LAST_HAS.get(model_type)
+    if last is not None and (source[-1] != before - 1 or before - 1 in source[:-1]):
+        yield ModelWarning(
+            ModelWarningKind.LAYER_RULE,
+            f"only the last layer of {model_type} has {last}, and that layer has moved or is missing: the tensor is not "
+            "used in other layers, and initialized at random if the last layer of the output lacks it",
+            "let the last layer be the last one of the output, and of no other slice",
+            (last,),
+        )
+    key, kind, tensors = _ADAPTERS.get(model_type, ("", "", ""))
+    kinds = old.get(key)
+    if not isinstance(kinds, list) or len(kinds) < before:
+        return
+    ordinals = [kinds[:layer].count(kind) for layer in source if kinds[layer] == kind]
+    if ordinals != list(range(kinds[:before].count(kind))):
+        yield ModelWarning(
+            ModelWarningKind.LAYER_RULE,
+            f"{model_type} stores {tensors} for each {kind} layer of {key}, in their order, and these layers have "
+            "changed: they use the tensors of others, or missing ones that are initialized at random, or some are unused",
+            f"keep all {kind} layers in their order",
+            (key,),
         )

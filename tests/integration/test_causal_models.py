@@ -27,7 +27,7 @@ STACKS = {
     "gemma4_text": "hidden_size_per_layer_input",
     "qwen3_next": "",  # linear attention
     "mamba2": "",
-    "zamba2": "gate_up_proj_adapter_list.3",  # blocks that layers share
+    "zamba2": "_adapter_list",  # blocks that layers share, each with an adapter per layer
     "bart": "",  # the decoder of an encoder-decoder model
 }
 """The classes by ``model_type``, and what the warning about their stack names; empty for no warning."""

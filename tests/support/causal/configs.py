@@ -87,6 +87,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"]
     },
     "qwen4_exp_text": {
+        "eos_token_id": 3,
         "ple_layer_ids": [2, 5],
         "ngram_vocab_size_base": 50,
         "make_ngram_vocab_size_divisible_by": 2,

@@ -349,6 +349,20 @@ def test_a_last_layer_that_the_model_runs_with_full_attention() -> None:
     assert section([0, 1, 2, 3, 4], model_type="gemma3_text", layer_types=types)[1] == ()
 
 
+def test_a_tensor_that_only_the_last_layer_has() -> None:
+    keys = {"model_type": "gpt_neox_japanese"}
+    assert section([0, 1, 3, 5], **keys) == (keys, ())
+    for source in ([0, 1, 2], [4, 5, 0, 5]):
+        assert "only the last layer of gpt_neox_japanese has attention.dense_bias" in section(source, **keys)[1][0]
+
+
+def test_adapters_in_the_order_of_the_layers_that_use_them() -> None:
+    keys = {"model_type": "zamba2", "layers_block_type": ["mamba", "hybrid"] * 3}
+    assert section([0, 1, 2, 2, 3, 5], **keys)[1] == ()
+    for source in ([0, 1, 2, 1], [2, 3, 5], [0, 1, 3], [1, 3, 5, 5]):
+        assert "zamba2 stores shared_transformer.*.*_adapter_list" in section(source, **keys)[1][0]
+
+
 def test_layers_that_the_donor_has_not() -> None:
     config, warnings = section([0, 5, 7], layer_types=list("abcdef"))
     assert config == {"layer_types": ["a", "f", "f"]}
