@@ -21,6 +21,9 @@ CHECKS: dict[str, Callable[[Pair], Outcome]] = {"linear": check_linear, "stack":
 SECONDS = 300
 """A class whose merges take longer is stopped: its tiny model is too large."""
 
+NOT_BUILT = frozenset({"dbrx", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant"})
+"""Classes that transformers 5.23 does not build: configurations that it rejects itself, and one that needs timm."""
+
 
 def causal(family: Family, times: int, chance: random.Random) -> None:
     """Merge two models of each class, linearly and as a stack, and load the results with transformers."""
@@ -30,21 +33,23 @@ def causal(family: Family, times: int, chance: random.Random) -> None:
 def run(kinds: Iterable[CausalModel], directory: Path) -> None:
     """Check classes one by one; print those that are not plainly right, and the totals."""
     totals: dict[str, Counter[str]] = {name: Counter() for name in CHECKS}
-    missing = []
+    not_built = []
     for kind in kinds:
         with tempfile.TemporaryDirectory(dir=directory) as name:
             outcomes = outcomes_of(kind, Path(name))
         for check, outcome in outcomes.items():
+            said = f"{kind.model_type}, {check}: {outcome.text}"
             if check == "build":
-                missing.append(kind.model_type)
-            else:
-                totals[check][outcome.result] += 1
-            failures.expect(outcome.result != "WRONG", f"{kind.model_type}, {check}: {outcome.text}")
-            if outcome.result not in ("ok", "WRONG"):
-                say(f"  {kind.model_type}, {check}: {outcome.result}: {outcome.text}")
+                not_built.append(kind.model_type)
+                failures.expect(kind.model_type in NOT_BUILT, said)
+                continue
+            totals[check][outcome.result] += 1
+            failures.expect(outcome.result != "WRONG", said)
+            if outcome.result in ("warned", "rejected"):
+                say(f"  {outcome.result}: {said}")
     for check, counts in totals.items():
         say(f"{check}: {counts.total()} classes, " + ", ".join(f"{n} {result}" for result, n in counts.most_common()))
-    say(f"not built: {len(missing)}: {', '.join(missing) or 'none'}")
+    say(f"not built: {len(not_built)}: {', '.join(not_built) or 'none'}")
 
 
 def outcomes_of(kind: CausalModel, directory: Path) -> dict[str, Outcome]:

@@ -1,4 +1,4 @@
-"""What models derive from a layer's index or from the number of layers, so that no list in config.json replaces it."""
+"""Rules about the position of a layer or the number of layers that no list in config.json can replace."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def _misplaced_tensors(
     if last is not None and (source[-1] != before - 1 or before - 1 in source[:-1]):
         yield ModelWarning(
             ModelWarningKind.LAYER_RULE,
-            f"only the last layer of {model_type} has {last}, and that layer has moved or is missing: the tensor is not "
-            "used in other layers, and initialized at random if the last layer of the output lacks it",
+            f"only the last layer of {model_type} has {last}, and that layer has moved or is missing: the tensor is "
+            "not used in other layers, and initialized at random if the last layer of the output lacks it",
             "let the last layer be the last one of the output, and of no other slice",
             (last,),
         )
@@ -121,7 +121,7 @@ def _misplaced_tensors(
         yield ModelWarning(
             ModelWarningKind.LAYER_RULE,
             f"{model_type} stores {tensors} for each {kind} layer of {key}, in their order, and these layers have "
-            "changed: they use the tensors of others, or missing ones that are initialized at random, or some are unused",
+            "changed: they use the tensors of others or missing ones, initialized at random, or leave some out",
             f"keep all {kind} layers in their order",
             (key,),
         )

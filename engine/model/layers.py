@@ -119,7 +119,7 @@ class LayerMap:
         return self.mains[0] if len(self.mains) == 1 else None
 
     def side_lists(self, stack: Stack) -> tuple[Stack, ...]:
-        """The numbered lists outside a main stack with an entry per layer of it, or per layer but one.
+        """The numbered lists outside a main stack that have as many entries as it has layers, or one fewer.
 
         Inkling 2 stores queries of its residual connections in such lists, ``attn_res.mlp_queries.3``. Other lists of
         layers are not among them: they belong to another encoder or decoder.
