@@ -60,6 +60,7 @@ PERIODS = {
     "expert_layer_period": Rule(None, f"{_TRANSFORMERS}/jamba/configuration_jamba.py"),
     "full_attention_interval": Rule("layer_types", f"{_TRANSFORMERS}/qwen3_next/configuration_qwen3_next.py"),
     "sliding_window_pattern": Rule("layer_types", f"{_TRANSFORMERS}/gemma3/configuration_gemma3.py"),
+    "_sliding_window_pattern": Rule("layer_types", f"{_TRANSFORMERS}/gemma3/configuration_gemma3.py"),
     "global_attn_every_n_layers": Rule("layer_types", f"{_TRANSFORMERS}/modernbert/configuration_modernbert.py"),
     "layer_group_size": Rule("layer_types", f"{_HUB}/inclusionAI/Ring-mini-linear-2.0/blob/main/config.json"),
     "no_rope_layer_interval": Rule("no_rope_layers", f"{_TRANSFORMERS}/smollm3/configuration_smollm3.py"),
