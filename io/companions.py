@@ -50,7 +50,7 @@ _KINDS = (
         FileKind.TOKENIZER,
         re.compile(
             r"tokenizer\.json|tokenizer\.model(?:\.v\d+)?|tokenizer_config\.json|special_tokens_map\.json|tekken\.json"
-            r"|added_tokens\.json|vocab\.\w+|vocab-\w+\.json|merges\.txt|bpe\.codes|normalizer\.json|[\w.-]+\.tiktoken"
+            r"|added_tokens\.json|vocab\.\w+|vocab-\w+\.json|merges\.txt|bpe\.codes|normalizer\.json|[\w.-]+\.tiktoken|tiktoken\.model"
             r"|(?:spiece|sentencepiece(?:\.bpe)?|spm|bpe|source|target|ice_text)\.(?:model|spm)"
             r"|chat_template\.(?:jinja|json)|(?:additional_)?chat_templates/[\w.-]+\.(?:jinja|json)"
         ),

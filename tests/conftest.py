@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported, here and in child processes
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mergeloom-cache-")  # of this test process and its children
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,6 +26,11 @@ LONG = (
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[configuration",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[published",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",
+    "tests/integration/test_stages.py::test_slerp_ties_and_linear_fuse",
+    "tests/unit/cost/test_footprint.py::test_a_tile_of_any_method_takes_what_was_planned[F64",
+    "tests/unit/test_benchmarks.py::test_budgets_of_small_models",
+    "tests/unit/test_benchmarks.py::test_a_point_of_each_series",
+    "tests/integration/test_published_recipes.py::test_a_long_recipe",
     "tests/faults/test_faults.py::test_killed",
     "tests/faults/test_faults.py::test_power",
     "tests/faults/test_tampering.py::test_killed_at_random_and_tampered_with",
@@ -33,6 +40,11 @@ LONG = (
 # Hypothesis measures seconds, too: how long an example takes, and how long it takes to draw one.
 settings.register_profile("no clocks", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clocks")
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the cache directory of this test process."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from ...io.cgroups import cpu_limit, memory_left, memory_limit
 from ...io.sizes import format_size, parse_size
 from ..graph.graph import MergeGraph
 from ..schedule.schedule import Budget, DeviceBudget, Schedule
+from .process_size import agreed_sizes, rounded
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
@@ -37,8 +38,7 @@ STEP_BYTES = 900
 OUTPUT_BYTES = 1024
 """RAM of digests, journal and manifest for each output tensor, in bytes."""
 MEMORY_STEP = 16 << 20
-"""The measured memory of the process is rounded up to a multiple of this, in bytes: it varies from run to run, and
-`plan` and `merge` should agree."""
+"""The measured memory of the process is rounded up to a multiple of this, in bytes: it varies from run to run."""
 COPYING_MEMORY_STEP = 4 << 20
 """`MEMORY_STEP` of a merge that computes nothing; its process is small."""
 HEAPS = 2
@@ -204,6 +204,7 @@ def make_budget(
     *,
     steps: int = 0,
     outputs: int = 0,
+    key: str | None = None,
 ) -> Budget:
     """Return the budget of a merge, with the measured memory of this process as its baseline.
 
@@ -216,13 +217,19 @@ def make_budget(
         total: RAM of the machine in bytes if it is not this one.
         steps: number of steps of the schedule that will be made.
         outputs: number of output tensors.
+        key: `size_key` of the merge, by which `plan` and `merge` agree on the size of their processes; None to round
+            the size of this process only.
     """
     step = MEMORY_STEP if computes else COPYING_MEMORY_STEP
-    baseline = -(-process_memory().now // step) * step + steps * STEP_BYTES + outputs * OUTPUT_BYTES
+    memory = process_memory()
+    now, peak = rounded(memory.now, step), rounded(memory.peak, step)
+    if key is not None and platform.OWN_PROCESS:
+        now, peak = agreed_sizes((memory.now, memory.peak), step, key)
+    baseline = now + steps * STEP_BYTES + outputs * OUTPUT_BYTES
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + VALIDATION_BYTES
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES
-    held = -(-process_memory().peak // step) * step if platform.OWN_PROCESS and total is None else 0
+    held = peak if platform.OWN_PROCESS and total is None else 0
     return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices, held)
 
 

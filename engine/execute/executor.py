@@ -50,7 +50,7 @@ class Executor:
         ledger: ledger in which the buffers are reserved; one of its own if None.
         readers: number of read threads.
         writers: number of write threads.
-        allow_nonfinite: whether a NaN or an infinity in an input is accepted.
+        allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
         serial: whether to take no slot ahead of time; for tests.
     """
 

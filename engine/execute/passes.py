@@ -30,7 +30,7 @@ class KernelRunner:
         graph: graph to execute.
         schedule: schedule of the graph.
         devices: devices of the schedule's budget, in its order.
-        allow_nonfinite: whether a NaN or an infinity in an input is accepted.
+        allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def run_graph(
         source: reader of tensor bytes.
         sink: writer of output bytes.
         done: bytes that an earlier run wrote, by node; the same as the schedule was made with.
-        allow_nonfinite: whether a NaN or an infinity in an input is accepted.
+        allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
         notify: function that receives the progress about ten times a second.
         ledger: ledger in which the buffers are reserved; one of its own if None.
 

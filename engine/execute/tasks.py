@@ -82,7 +82,7 @@ class Measured:
         bytes_read: tensor bytes read.
         bytes_written: tensor bytes written.
         bytes_shared: tensor bytes in reflinked disk blocks.
-        bytes_checked: bytes of an interrupted merge and its sources that were read to check it.
+        bytes_checked: bytes that were read only to check them: of an interrupted merge and its sources, and of buffers.
         refused: tensor bytes that could not be reflinked and were copied, by the error number.
         seconds: seconds from the first step to the end.
         ram_peak: highest number of bytes in slots of RAM.

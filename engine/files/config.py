@@ -15,6 +15,7 @@ from typing import Any
 
 from ..model.layers import COUNT_KEYS, LENGTH_KEYS
 from ..model.warnings import ModelWarning, ModelWarningKind
+from .configs.unknown_rules import unknown_rules
 from .layer_depth import adapt_to_depth
 from .layer_keys import (
     FAMILIES,
@@ -46,6 +47,7 @@ def merged_config(
     main: Sequence[str] = (),
     key: str | None = None,
     donor_layers: int | None = None,
+    others: Mapping[int, tuple[Mapping[str, Any], int]] | None = None,
 ) -> MergedConfig:
     """Update the donor's config.json for a model with different layers.
 
@@ -62,6 +64,8 @@ def merged_config(
         main: path of the section that states the number of layers: `Stack.config_path`.
         key: key of that number: `Stack.config_key`.
         donor_layers: number of layers in the donor: `Stack.count`. Required if config.json does not state it.
+        others: for each output layer that another model provides, that model's config section and the layer there.
+            Lists with an entry per layer take the entry from there.
 
     Raises:
         ValueError: `source_layers` does not have `layers` entries.
@@ -74,28 +78,40 @@ def merged_config(
     for name in main:
         sections.append(sections[-1][name])
     before = donor_layers or stated_layers(sections[-1], key)
-    if list(source_layers) != list(range(before or 0)):
+    if list(source_layers) != list(range(before or 0)) or others:
         before = before or max(source_layers) + 1
-        rearranged = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings)
-        if rearranged.source != list(source_layers):
-            rearranged.warn(
-                ModelWarningKind.LAYER_RULE,
-                f"config.json describes layers beyond the donor's {before} like its last layer",
-            )
-        # Qwen2-VL states the layers of its language model both at the top level and in text_config.
-        for section in sections[:-1]:
-            if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
-                rearranged.update(section, None)
-        rearranged.update(sections[-1], key)
-        if "quantization_config" in config:
-            rearranged.warn(
-                ModelWarningKind.QUANTIZATION, "quantization_config is not updated: it may name layers that have moved"
-            )
+        _rearrange(sections, key, before, source_layers, others or {}, warnings)
     if tied is not None:
         _set_tied(sections, tied)
     if dtype is not None:
-        _set_dtype(config, dtype)
+        set_dtype(config, dtype)
     return MergedConfig(config, tuple(dict.fromkeys(warnings)))
+
+
+def _rearrange(
+    sections: Sequence[dict[str, Any]],
+    key: str | None,
+    before: int,
+    source_layers: Sequence[int],
+    others: Mapping[int, tuple[Mapping[str, Any], int]],
+    warnings: list[ModelWarning],
+) -> None:
+    """Update what a config says about layers. `sections` lead to the main one; `before` is the donor's layer count."""
+    rearranged = _Layers(before, [min(layer, before - 1) for layer in source_layers], warnings, others)
+    if any(layer >= before for new, layer in enumerate(source_layers) if new not in others):
+        rearranged.warn(
+            ModelWarningKind.LAYER_RULE,
+            f"config.json describes layers beyond the donor's {before} like its last layer",
+        )
+    # Qwen2-VL states the layers of its language model both at the top level and in text_config.
+    for section in sections[:-1]:
+        if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
+            rearranged.update(section, None)
+    rearranged.update(sections[-1], key)
+    if "quantization_config" in sections[0] and list(source_layers) != list(range(before)):
+        rearranged.warn(
+            ModelWarningKind.QUANTIZATION, "quantization_config is not updated: it may name layers that have moved"
+        )
 
 
 def stated_layers(section: Mapping[str, Any], key: str | None) -> int | None:
@@ -114,15 +130,17 @@ class _Layers:
         before: number of layers in the donor.
         source: index in the donor of each output layer.
         warnings: list to which warnings are appended.
+        others: config section and layer in it of each output layer that is another model's.
     """
 
     before: int
     source: list[int]
     warnings: list[ModelWarning]
+    others: Mapping[int, tuple[Mapping[str, Any], int]]
 
-    def warn(self, kind: ModelWarningKind, problem: str, *names: str) -> None:
+    def warn(self, kind: ModelWarningKind, problem: str, *names: str, advice: str = "") -> None:
         """Add a warning about the keys `names`."""
-        self.warnings.append(ModelWarning(kind, problem, names=names))
+        self.warnings.append(ModelWarning(kind, problem, advice, names))
 
     def update(self, section: dict[str, Any], key: str | None) -> None:
         """Update all keys of a config section that describe layers."""
@@ -174,18 +192,18 @@ class _Layers:
     def _mapped(self, name: str, value: Any) -> Any:
         """The value of a key, rearranged if it is a list of layers."""
         if name in LAYER_INDICES:
-            return self._indices(value, 0)
+            return self._indices(name, value, 0)
         if name in LAYER_INDICES_FROM_1:
-            return self._indices(value, 1)
+            return self._indices(name, value, 1)
         if name == "kv_source_layers" and isinstance(value, list) and len(value) >= self.before:
             return self._shared_sources(value)
         if name == "attention_types":
             types = _expanded(value)
-            return [[self._rearranged(types), 1]] if len(types) == self.before else value
+            return [[self._rearranged(name, types), 1]] if len(types) == self.before else value
         if name in PER_LAYER:
             if isinstance(value, str) and len(value) >= self.before:
-                return "".join(self._rearranged(list(value)))
-            return self._rearranged(value) if isinstance(value, list) and len(value) >= self.before else value
+                return "".join(self._rearranged(name, list(value)))
+            return self._rearranged(name, value) if isinstance(value, list) and len(value) >= self.before else value
         is_list = isinstance(value, list) and len(value) == self.before > 1
         if not is_list or NOT_PER_LAYER.search(name):
             return value
@@ -194,20 +212,39 @@ class _Layers:
             f"{name} has as many entries as the donor has layers, and was treated as one entry per layer",
             name,
         )
-        return self._rearranged(value)
+        return self._rearranged(name, value)
 
-    def _rearranged(self, entries: list[Any]) -> list[Any]:
+    def _rearranged(self, name: str, entries: list[Any]) -> list[Any]:
         """Rearrange a list with one entry per layer; entries beyond the last layer stay at the end."""
-        return [copy.deepcopy(entries[i]) for i in self.source] + entries[self.before :]
+        result = []
+        for new, old in enumerate(self.source):
+            others, layer = self._other(name, new)
+            entry = others[layer] if isinstance(others, (list, str)) and layer < len(others) else entries[old]
+            result.append(copy.deepcopy(entry))
+        return result + entries[self.before :]
 
-    def _indices(self, value: Any, first: int) -> Any:
+    def _other(self, name: str, new: int) -> tuple[Any, int]:
+        """The value of a key in the model that provides an output layer, and the layer there; None for the donor."""
+        section, layer = self.others.get(new, ({}, 0))
+        nested = section.get("linear_attn_config")
+        value = section.get(name, nested.get(name) if isinstance(nested, Mapping) else None)
+        return (_expanded(value) if name == "attention_types" else value), layer
+
+    def _indices(self, name: str, value: Any, first: int) -> Any:
         """Translate layer indices, given as a list or as Step3's "4,5,6"."""
         if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*", value):
-            return ",".join(str(i) for i in self._indices([int(i) for i in value.split(",")], first))
+            return ",".join(str(i) for i in self._indices(name, [int(i) for i in value.split(",")], first))
         if not isinstance(value, list) or not all(isinstance(i, int) for i in value):
             return value
         beyond = [i - self.before + len(self.source) for i in value if i - first >= self.before]
-        return [new + first for new, old in enumerate(self.source) if old + first in value] + beyond
+        inside = []
+        for new, old in enumerate(self.source):
+            others, layer = self._other(name, new)
+            if isinstance(others, str):
+                others = [int(i) for i in others.split(",") if i.isdecimal()]
+            is_in = layer + first in others if isinstance(others, list) else old + first in value
+            inside += [new + first] * is_in
+        return inside + beyond
 
     def _by_number(self, value: dict[str, Any]) -> dict[str, Any]:
         """Translate a dict with layer indices as keys; one with layer types as keys is not changed."""
@@ -268,7 +305,7 @@ class _Layers:
             period = rules.pop(family.period_key, 0) or family.period
             if not section.get(family.list_key) and not self._keeps(period):
                 kinds = [family.last if (i + 1) % period == 0 else family.others for i in range(self.before)]
-                section[family.list_key] = self._rearranged(kinds)
+                section[family.list_key] = self._rearranged(family.list_key, kinds)
                 self.warn(
                     ModelWarningKind.CONFIG_CHANGED,
                     f"added {family.list_key}: {model_type} derives the attention of a layer from its index, and these "
@@ -281,6 +318,14 @@ class _Layers:
         repeated = old.get("block_types")  # RecurrentGemma's
         if isinstance(repeated, list) and repeated and not self._keeps(len(repeated)):
             self._warn_about_rule("block_types", repeated)
+        for name, value in unknown_rules(old, self.before, self.source):
+            self.warn(
+                ModelWarningKind.LAYER_RULE,
+                f"{name} = {value} looks like a rule for layers, and layers have moved: mergeloom does not know this "
+                "key and keeps its value",
+                name,
+                advice="check that it still describes every layer of the output, and edit config.json if it does not",
+            )
 
     def _keeps(self, period: int) -> bool:
         return all((new - old) % period == 0 for new, old in enumerate(self.source))
@@ -312,7 +357,7 @@ def _set_tied(sections: Sequence[dict[str, Any]], tied: bool) -> None:
             section["tie_word_embeddings"] = tied
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
     """Set `torch_dtype` or `dtype`, whichever is present, also in nested sections. A missing key means float32."""
     if "torch_dtype" not in config and "dtype" not in config and dtype != "float32":
         config["torch_dtype"] = dtype

@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 
 from ...io.companions import companion_files
 from ..recipe.types import Recipe, Stage
-from .sources import FileSources, directory_of
+from .sources import FileSources
+from .tokenizer_files import directory_of
 from .write import CARD, CONFIG
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -28,7 +29,7 @@ def check_folders(recipe: Recipe, saved: Sequence[Stage], files: FileSources) ->
     Raises:
         RecipeError: a name is not valid.
     """
-    directories = [directory_of(checkpoint) for checkpoint in (files.others, files.tokenizer)]
+    directories = [directory_of(checkpoint) for checkpoint in (files.others, files.generation, files.tokenizer)]
     companions = [
         PurePosixPath(file.path).parts[0]
         for directory in directories

@@ -12,18 +12,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
-from ...io.companions import FileKind, companion_files, file_kind
+from ...io.companions import FileKind, companion_files
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.small_files import read_json
-from ..graph.build import BuiltGraph, OutputStack
-from ..model.roles import is_embedding, is_head
+from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
-from .config import merged_config
 from .config_override import override_config, override_stack
-from .vocabulary import difference, read_vocabulary, same_files
+from .configs.output import output_config
+from .token_checks import (
+    CONFIG,
+    SpecialTokens,
+    TokenModel,
+    check_input_tokens,
+    check_output_tokens,
+    check_stated_ids,
+    check_tokenizer_rows,
+    stated_vocabulary,
+)
+from .tokenizer_files import GENERATION, generation_config, has_file, small_files_directory, tokenizer_directory
+from .vocabulary import read_vocabulary
+from .vocabulary_checks import (
+    TokenizerModel,
+    VocabularyRule,
+    check_vocabularies,
+    embedding_rows,
+    models_with_used_embeddings,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +48,8 @@ class FileSources:
 
     Args:
         config: content of config.json, or None for no file.
-        others: checkpoint that provides the generation config, processors and licenses.
+        others: checkpoint that provides the processors and licenses.
+        generation: checkpoint that provides the generation config.
         tokenizer: checkpoint that provides the tokenizer.
         template: chat template that replaces the tokenizer's, or None.
         config_from: name in the recipe of the model that config.json is derived from.
@@ -41,6 +58,7 @@ class FileSources:
 
     config: Mapping[str, Any] | None
     others: Checkpoint
+    generation: Checkpoint
     tokenizer: Checkpoint
     template: str | None
     config_from: str
@@ -62,11 +80,6 @@ class OutputModel:
     stage: Stage
     files: FileSources
     layers: int
-
-
-def directory_of(checkpoint: Checkpoint) -> Path:
-    """The directory of a checkpoint, which contains its non-weight files."""
-    return checkpoint.path.parent if checkpoint.path.is_file() else checkpoint.path
 
 
 class FileResolver:
@@ -110,13 +123,19 @@ class FileResolver:
         tokenizer = files
         if stage.tokenizer is not None:
             tokenizer = self.of(stage.tokenizer.model or donor)
-            self._check_vocabularies(built, tokenizer)
-        elif stage.files_from is not None:
-            self._compare_vocabularies(self.of(donor), tokenizer)
+        self._check_vocabularies(stage, built, tokenizer)
         template = self._template(stage, built, tokenizer)
+        generation = tokenizer if has_file(tokenizer.generation, GENERATION) else files
         sources = FileSources(
-            config, files.others, tokenizer.tokenizer, template, files.config_from, tokenizer.tokenizer_from
+            config,
+            files.others,
+            generation.generation,
+            tokenizer.tokenizer,
+            template,
+            files.config_from,
+            tokenizer.tokenizer_from,
         )
+        self._check_tokens(stage, built, sources)
         self._stages[stage.name] = sources
         self._built[stage.name] = built
         return config
@@ -134,7 +153,9 @@ class FileResolver:
             else:
                 checkpoint = self._open(reference)
             name = reference.text
-            self._models[reference] = FileSources(checkpoint.config, checkpoint, checkpoint, None, name, name)
+            self._models[reference] = FileSources(
+                checkpoint.config, checkpoint, checkpoint, checkpoint, None, name, name
+            )
         return self._models[reference]
 
     # --- config.json -------------------------------------------------------------------------------------------
@@ -147,23 +168,10 @@ class FileResolver:
         if config is None:
             self._warn(ModelWarningKind.FILES, f"{files.config_from} has no config.json: no config.json is written")
             return None
-        # without a head, the donor's is already tied or it is not a language model
-        tied = False if built.head else None
-        wanted = stage.out_dtype or stage.dtype
-        for stack in stacks:
-            merged = merged_config(
-                config,
-                layers=len(stack.sources),
-                source_layers=stack.sources,
-                tied=tied,
-                dtype=wanted.torch_name if wanted is not None else built.dtype,
-                main=stack.donor.config_path,
-                key=stack.donor.config_key,
-                donor_layers=stack.donor.count,
-            )
-            config = merged.config
-            self.warnings += merged.warnings
-        return dict(config)
+        is_written = stage.save or stage is self._recipe.output
+        derived = output_config(config, stage, built, stacks, files.config_from, is_written=is_written)
+        self.warnings += derived.warnings
+        return derived.config
 
     def _overridden(
         self, stage: Stage, named: ModelReference, built: BuiltGraph, config: Mapping[str, Any] | None
@@ -202,47 +210,60 @@ class FileResolver:
 
     # --- the tokenizer -----------------------------------------------------------------------------------------
 
-    def _check_vocabularies(self, built: BuiltGraph, tokenizer: FileSources) -> None:
-        """Raise CheckpointError if a model whose embeddings are merged has another vocabulary than the tokenizer."""
-        graph = built.graph
-        used = dict.fromkeys(
-            model
-            for model, name in zip(graph.read_models, graph.read_names, strict=True)
-            if is_embedding(name) or is_head(name)
+    def _check_vocabularies(self, stage: Stage, built: BuiltGraph, tokenizer: FileSources) -> None:
+        """Check that the models whose embeddings are merged have the vocabulary of the output's tokenizer."""
+        union = stage.tokenizer is not None and stage.tokenizer.union
+        models = built.models if union else models_with_used_embeddings(built)
+        rule = VocabularyRule(required=stage.tokenizer is not None, allowed=stage.allow_vocabulary_mismatch)
+        if union:
+            rule = VocabularyRule(
+                required=True,
+                error=lambda text: self._recipe.error(stage.tokenizer.place if stage.tokenizer else (), text),
+                advice="A union of different vocabularies is not supported yet: use models with the same vocabulary",
+            )
+        self.warnings += check_vocabularies(
+            TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer),
+            [self._tokenizer_model(model) for model in models],
+            rule,
         )
-        for number in used:
-            other = self.of(built.models[number].reference)
-            difference_text = self._difference(tokenizer, other)
-            if difference_text is not None:
-                raise CheckpointError(
-                    f"the vocabularies of {tokenizer.tokenizer_from} and {other.tokenizer_from} differ: "
-                    f"{difference_text}. Embeddings cannot be merged by token yet: use models with the same "
-                    "vocabulary, or remove the tokenizer from the recipe if the rows of the embeddings match anyway"
-                )
 
-    def _compare_vocabularies(self, donor: FileSources, tokenizer: FileSources) -> None:
-        """Warn if the tokenizer of `files_from` has another vocabulary than the merged models."""
-        if _has_tokenizer(donor) and _has_tokenizer(tokenizer):
-            difference_text = self._difference(tokenizer, donor)
-            if difference_text is not None:
-                self._warn(
-                    ModelWarningKind.VOCABULARY,
-                    f"the tokenizer of {tokenizer.tokenizer_from} differs from that of {donor.tokenizer_from}, whose "
-                    f"embeddings are merged: {difference_text}",
-                )
+    def _tokenizer_model(self, model: Model) -> TokenizerModel:
+        files = self.of(model.reference)
+        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model))
 
-    def _difference(self, first: FileSources, second: FileSources) -> str | None:
-        """Describe how the vocabularies of two models differ; None if they are equal."""
-        directories = [tokenizer_directory(files) for files in (first, second)]
-        if directories[0] == directories[1] or same_files(*directories):
-            return None
-        names = (first.tokenizer_from, second.tokenizer_from)
-        vocabularies = [read_vocabulary(directory) for directory in directories]
-        ours, theirs = vocabularies
-        if ours is None or theirs is None:
-            without = names[vocabularies.index(None)]
-            return f"{without} has no tokenizer files, so its vocabulary is unknown"
-        return difference(ours, theirs, names)
+    def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
+        """Check the special tokens of a stage's models and, if it is written, those of its output."""
+        donor = built.models[built.donor]
+        models = [donor, *(model for model in built.models if model is not donor)]
+        self.warnings += check_input_tokens({model.name: _special_tokens(self.of(model.reference)) for model in models})
+        if stage is not self._recipe.output and not stage.save:
+            return
+        tokens = _special_tokens(files)
+        template = files.template or find_template(small_files_directory(files.tokenizer))
+        named = stage.chat_template.value if stage.chat_template and stage.chat_template.kind == "name" else ""
+        if any(tokens.row(token) is None for token in BUILT_IN.get(named, ("", ()))[1]):
+            template = None  # the missing tokens are reported already
+        self.warnings += check_output_tokens(tokens, template)
+        merged = models_with_used_embeddings(built)
+        rows = max((embedding_rows(model) or 0 for model in merged), default=0)
+        if not rows:
+            return
+        owners = [stage.files_from or donor.reference] * 2
+        if stage.tokenizer is not None:
+            owners[1] = stage.tokenizer.model or donor.reference
+        config, tokenizer = (self._token_model(reference, merged) for reference in owners)
+        allowed = stage.allow_vocabulary_mismatch
+        self.warnings += check_tokenizer_rows(files.tokenizer, tokenizer, rows, allowed=allowed)
+        for content, file, model in (
+            (files.config or {}, CONFIG, config),
+            (generation_config(files.generation), GENERATION, tokenizer),
+        ):
+            self.warnings += check_stated_ids(content, file, model, rows, allowed=allowed)
+
+    def _token_model(self, reference: ModelReference, merged: Iterable[Model]) -> TokenModel:
+        files = self.of(reference)
+        model = next((model for model in merged if model.reference == reference), None)
+        return TokenModel(reference.text, stated_vocabulary(files.config), merged=model is not None)
 
     # --- the chat template -------------------------------------------------------------------------------------
 
@@ -265,7 +286,7 @@ class FileResolver:
                 raise self._recipe.error((*stage.place, "chat_template"), f"invalid Jinja template: {problem}")
             return wanted.value
         text, tokens = BUILT_IN[wanted.value]
-        vocabulary = read_vocabulary(tokenizer_directory(tokenizer)) if tokens else None
+        vocabulary = read_vocabulary(tokenizer_directory(tokenizer.tokenizer)) if tokens else None
         missing = [token for token in tokens if vocabulary is not None and token not in vocabulary.rows]
         if missing:
             self._warn(
@@ -287,21 +308,13 @@ class FileResolver:
 
 
 def _own_template(files: FileSources) -> str | None:
-    return files.template or find_template(tokenizer_directory(files))
+    return files.template or find_template(tokenizer_directory(files.tokenizer))
 
 
 def _has_tokenizer(files: FileSources) -> bool:
-    return any(
-        not REPLACED.fullmatch(file.path) for file in companion_files(tokenizer_directory(files), (FileKind.TOKENIZER,))
-    )
+    directory = tokenizer_directory(files.tokenizer)
+    return any(not REPLACED.fullmatch(file.path) for file in companion_files(directory, (FileKind.TOKENIZER,)))
 
 
-def tokenizer_directory(files: FileSources) -> Path:
-    """The directory of the tokenizer files, which are downloaded first for a model on the Hub."""
-    checkpoint = files.tokenizer
-    if hasattr(checkpoint, "repository"):
-        from ...io.hub.checkpoint import companions  # local models do not need the network libraries
-        from ...io.hub.download import download
-
-        download(file for file in companions(checkpoint) if file_kind(file.name) is FileKind.TOKENIZER)
-    return directory_of(checkpoint)
+def _special_tokens(files: FileSources) -> SpecialTokens:
+    return SpecialTokens(files.config, files.generation, files.tokenizer)

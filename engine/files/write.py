@@ -17,7 +17,8 @@ from ..model.inputs import Model
 from ..recipe.types import Recipe
 from .card import CardModel, model_card
 from .chat_templates import REPLACED, with_template
-from .sources import FileSources, OutputModel, directory_of, tokenizer_directory
+from .sources import FileSources, OutputModel
+from .tokenizer_files import directory_of, tokenizer_directory
 
 CARD = "README.md"
 CONFIG = "config.json"
@@ -115,9 +116,9 @@ def _index(content: OutputContent, output: OutputModel) -> bytes:
 
 def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[str, bytes | Path]]:
     """The tokenizer files with the chat template inserted, and the other companion files."""
-    for kind in (FileKind.GENERATION, FileKind.OTHER):
-        yield from listed(files.others, kind)
-    changed = {} if files.template is None else with_template(tokenizer_directory(files), files.template)
+    yield from listed(files.generation, FileKind.GENERATION)
+    yield from listed(files.others, FileKind.OTHER)
+    changed = {} if files.template is None else with_template(tokenizer_directory(files.tokenizer), files.template)
     for name, source in listed(files.tokenizer, FileKind.TOKENIZER):
         if name not in changed and not (changed and REPLACED.fullmatch(name)):
             yield name, source

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, RecipeError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.contract import Method
+from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
 from ..model.modules import StageModules
@@ -16,7 +17,12 @@ from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
+from .buffers import BufferCheck
+from .check_layers import LayerChecks, OutputLayer, missing_tensor
+from .duplicates import explained, find_duplicates
 from .graph import MergeGraph
+from .partial import PartialTensor, partial_warnings
+from .quantized_outputs import check_quantized_outputs
 from .rules import TensorRules, shape_mismatch
 from .usage import TensorUsage, Unused
 
@@ -30,10 +36,13 @@ class OutputStack:
     Args:
         donor: the donor's stack that it corresponds to.
         sources: for each of its layers, the layer whose entry in config.json's per-layer lists applies.
+        inputs: for each of its layers, the number of each model that it is merged from, and the layer there. The first
+            one is the layer in `sources`: the donor's, or else that of the slice's first model.
     """
 
     donor: Stack
     sources: tuple[int, ...]
+    inputs: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +77,10 @@ class BuiltGraph:
         head: whether a head (``lm_head``) is written.
         unused: input tensors that no output needs, with the reasons.
         warnings: warnings about the models and the recipe's filters.
+        partial: tensors that only some of the models have that they are merged from.
         saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
         intermediates: number of tensors that the stages before the last compute.
+        buffers: the buffers that are compared between the models before the merge.
     """
 
     graph: MergeGraph
@@ -81,13 +92,20 @@ class BuiltGraph:
     head: bool
     unused: tuple[Unused, ...]
     warnings: tuple[ModelWarning, ...]
+    partial: tuple[PartialTensor, ...] = ()
     saved: tuple[Saved, ...] = ()
     intermediates: int = 0
+    buffers: tuple[BufferCheck, ...] = ()
 
     @property
     def layers(self) -> int:
         """Number of layers of the output's main stack; 0 if it has none."""
         return len(self.stacks[0].sources) if self.stacks else 0
+
+    @property
+    def matched_by_name(self) -> bool:
+        """Whether the layers of a model were not identified, so tensors are matched by their complete names."""
+        return not all(model.identified for model in self.models)
 
 
 def build_graph(
@@ -106,7 +124,11 @@ def build_graph(
         RecipeError: if the recipe refers to layers or parts that the models don't have.
         CheckpointError: if the models are incompatible.
     """
-    return _GraphBuilder(recipe, stage, methods, open_model, seed).build()
+    builder = _GraphBuilder(recipe, stage, methods, open_model, seed)
+    try:
+        return builder.build()
+    except TensorMismatch as error:
+        raise explain_mismatch(error) from error
 
 
 class _GraphBuilder:
@@ -121,7 +143,7 @@ class _GraphBuilder:
         sources = dict.fromkeys(stage_inputs(stage))
         base = stage.base_model
         references = dict.fromkeys((*sources, *(() if base is None else (base,))))
-        self.models = open_models(references, open_model)
+        self.models = open_models(references, open_model, stage)
         self.sources = self.models[: len(sources)]
         by_reference = {model.reference: model for model in self.models}
         self.donor = by_reference[base] if base is not None else self.models[0]
@@ -142,19 +164,27 @@ class _GraphBuilder:
         self.usage = TensorUsage()
         self.rules = TensorRules(stage, methods, self.graph, self.usage, seed)
         self.layer_sources: dict[int, list[int]] = {}
-        self._layer_kinds: dict[int, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
+        self.checks = LayerChecks(self.donor)
+        self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
         self._group = 0
 
     def build(self) -> BuiltGraph:
-        for module, parts in zip(self.modules.all, self.parts, strict=True):
-            self._build_module(module, parts)
+        duplicates = list(find_duplicates(part for parts in self.parts for part in parts))
+        self.warnings += [duplicate.warning for duplicate in duplicates]
+        try:
+            for module, parts in zip(self.modules.all, self.parts, strict=True):
+                self._build_module(module, parts)
+        except RecipeError as error:
+            raise explained(error, duplicates) from error
+        self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
         self._check_chosen_head()
         if not self.graph.outputs:
             raise CheckpointError(
                 "the output has no tensors: no tensor of the models belongs to a module of the recipe"
             )
         self._warn_of_filters()
-        self._warn_of_side_lists()
+        if self.stage.files_from is None:
+            self.warnings += check_quantized_outputs(self.graph, self.models, self.donor)
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = self.stage.out_dtype or self.stage.dtype
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
@@ -165,14 +195,16 @@ class _GraphBuilder:
             donor=self.donor.number,
             donor_config=self.donor.checkpoint.config,
             stacks=tuple(
-                OutputStack(stack, tuple(self.layer_sources[number]))
+                OutputStack(stack, tuple(self.layer_sources[number]), tuple(self.layer_inputs[number]))
                 for number, stack in enumerate(self.donor.layers.mains)
                 if number in self.layer_sources
             ),
             dtype=dtype,
             head=head,
             unused=tuple(self.usage.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *partial_warnings(self.rules.partial, self.models, self.stage.merge_method)),
+            partial=tuple(self.rules.partial),
+            buffers=tuple(self.rules.buffers.checks),
         )
 
     def _warn(self, kind: ModelWarningKind, problem: str, advice: str = "", names: Iterable[str] = ()) -> None:
@@ -191,19 +223,6 @@ class _GraphBuilder:
             if substring and substring != "*" and not any(substring in name for name in names):
                 self._warn(
                     ModelWarningKind.FILTER, f"filter {substring!r} matches no tensor name: its value is not used"
-                )
-
-    def _warn_of_side_lists(self) -> None:
-        """Warn about lists outside the layers with an entry per layer: they are not sliced with the layers."""
-        for number, sources in self.layer_sources.items():
-            stack = self.donor.layers.mains[number]
-            lists = self.donor.layers.side_lists(stack) if sources != list(range(stack.count)) else ()
-            for found in lists:
-                self._warn(
-                    ModelWarningKind.LAYER_TENSORS,
-                    f"{found.prefix} has {found.count} entries, probably one per layer of {stack.prefix}: it is not "
-                    "sliced like the layers, so layers that have moved use the entries of other layers, or none",
-                    names=(found.prefix,),
                 )
 
     # --- modules -----------------------------------------------------------------------------------------------
@@ -258,13 +277,13 @@ class _GraphBuilder:
         own = self.donor.checkpoint.tensors.get(name)
         if not any(names):
             if own is not None and not is_buffer(name, own.shape):
-                raise CheckpointError(_missing(name, self.donor, part.models[0]))
+                raise missing_tensor(name, self.donor, part.models[0])
             return
         if own is not None and self.donor not in part.models:
             model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
             shape = model.checkpoint.tensors[source].shape
             if shape != own.shape and not is_buffer(name, shape):
-                raise CheckpointError(shape_mismatch(name, self.donor, own.shape, model, shape))
+                raise TensorMismatch(shape_mismatch(name, self.donor, own.shape, model, shape), self.donor, model)
         self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None)
 
     def _check_chosen_head(self) -> None:
@@ -295,18 +314,28 @@ class _GraphBuilder:
         for index in range(count):
             indices = [start + index for start, _ in ranges]
             if self.donor not in part.models:
-                self._check_layer(part.models[0], stack, indices[0])
-            self._add_layer(part, stack, indices, first + index, layer_position(index, count))
+                self.checks.require_known(part.models[0], stack, indices[0])
+            t = layer_position(index, count)
+            rests = self._add_layer(part, stack, indices, first + index, t)
+            layer = OutputLayer(first + index, part.models[own].name, indices[own], t, rests)
+            self.checks.add(part, stack, indices, layer)
             self.layer_sources.setdefault(stack, []).append(indices[own])
+            inputs = [(model.number, at) for model, at in zip(part.models, indices, strict=True)]
+            self.layer_inputs.setdefault(stack, []).append((inputs[own], *inputs[:own], *inputs[own + 1 :]))
         return first + count
 
-    def _add_layer(self, part: BoundSlice, stack: int, indices: Sequence[int], target: int, t: float) -> None:
+    def _add_layer(
+        self, part: BoundSlice, stack: int, indices: Sequence[int], target: int, t: float
+    ) -> Collection[str]:
+        """Add the tensors of one layer; returns the parts of their names after the layer's number."""
         layers = [model.by_layer.get((stack, index), {}) for model, index in zip(part.models, indices, strict=True)]
         prefix = self.donor.layers.mains[stack].prefix
         own = part.models.index(self.donor) if self.donor in part.models else 0
-        for rest in dict.fromkeys(rest for layer in (layers[own], *layers) for rest in layer):
+        rests = dict.fromkeys(rest for layer in (layers[own], *layers) for rest in layer)
+        for rest in rests:
             name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
             self.rules.add(part, name, [layer.get(rest) for layer in layers], t, self._group)
+        return rests
 
     def _add_extras(self, part: BoundSlice, stack: int, count: int) -> None:
         """Add layers beyond config.json's count, such as prediction heads, after the stack, as in the model."""
@@ -323,43 +352,3 @@ class _GraphBuilder:
             )
             self._group += 1
             self._add_layer(part, stack, [extra] * len(part.models), target, 0.0)
-
-    # --- what the donor's config.json describes ----------------------------------------------------------------
-
-    def _check_layer(self, model: Model, stack: int, index: int) -> None:
-        """Check that a layer from another model than the donor has the same tensors as one of the donor's.
-
-        Raises:
-            CheckpointError: if a tensor is missing, unexpected or has another shape.
-        """
-        if stack not in self._layer_kinds:
-            layers = range(self.donor.stack(stack).count)
-            self._layer_kinds[stack] = {frozenset(_shapes(self.donor, stack, layer).items()) for layer in layers}
-        shapes = _shapes(model, stack, index)
-        if frozenset(shapes.items()) in self._layer_kinds[stack]:
-            return
-        layer = min(index, self.donor.stack(stack).count - 1)
-        known = _shapes(self.donor, stack, layer)
-        for rest in (*known, *shapes):
-            if rest not in shapes:
-                name = self.donor.by_layer[stack, layer][rest]
-                raise CheckpointError(_missing(name, self.donor, model))
-            if rest not in known:
-                raise CheckpointError(_missing(model.by_layer[stack, index][rest], model, self.donor))
-            if shapes[rest] != known[rest]:
-                name = model.by_layer[stack, index][rest]
-                raise CheckpointError(shape_mismatch(name, self.donor, known[rest], model, shapes[rest]))
-
-
-def _shapes(model: Model, stack: int, index: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's parameters, by the part of the name after the layer's number."""
-    tensors = model.checkpoint.tensors
-    layer = model.by_layer.get((stack, index), {})
-    return {rest: tensors[name].shape for rest, name in layer.items() if not is_buffer(name, tensors[name].shape)}
-
-
-def _missing(name: str, first: Model, second: Model) -> str:
-    return (
-        f"tensor {name} is in {first.name} but not in {second.name}: slices of different models can be combined only "
-        "if their tensors have the same names and shapes"
-    )

@@ -11,10 +11,15 @@ from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
+from ..model.checks.formats import format_name, unquantized
+from ..model.checks.mismatch import TensorMismatch
 from ..model.inputs import BoundSlice, Model
+from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
+from .buffers import BufferChecks, StoredBuffer
 from .graph import Kind, MergeGraph, Operation
+from .partial import PartialTensor
 from .usage import TensorUsage
 
 
@@ -36,6 +41,9 @@ class TensorRules:
         graph: the graph that receives the tensors.
         usage: record of the used input tensors.
         seed: seed for methods that sample.
+
+    Attributes:
+        buffers: the buffers among the tensors, which are compared between the models.
     """
 
     def __init__(
@@ -46,12 +54,15 @@ class TensorRules:
         usage: TensorUsage,
         seed: int,
     ) -> None:
+        self.partial: list[PartialTensor] = []
         self._output_dtype = stage.out_dtype or stage.dtype
+        self._advise_modules = stage.modules is None
         self._methods = methods
         self._method = methods[stage.merge_method]
         self._graph = graph
         self._usage = usage
         self._seed = seed
+        self.buffers = BufferChecks(graph.models)
         self._written: set[str] = set()
         self._operations: dict[Hashable, Operation] = {}
 
@@ -81,6 +92,8 @@ class TensorRules:
             self._add_buffer(part, name, inputs, group)
             return
         passed = copied or (len(inputs) < len(names) and self._without_some(part, name, inputs))
+        if len(inputs) < len(names):
+            self.partial.append(PartialTensor.of(name, part.models, names))
         _check_shapes(name, inputs)
         if any(each.ref.dtype.kind is not ElementKind.FLOAT for each in inputs):
             self._add_integers(part, name, inputs, t, group, passed=passed)
@@ -113,6 +126,8 @@ class TensorRules:
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """Add a buffer, copied from the base model or else from the first model that has it."""
         chosen = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
+        stored = [StoredBuffer(each.model.number, each.name, each.ref) for each in (chosen, *inputs)]
+        self.buffers.add(name, stored[0], stored[1:])
         self._mark_unused(inputs, chosen, f"not a parameter: copied from {chosen.model.name}")
         self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.ref.dtype, group)
 
@@ -123,10 +138,11 @@ class TensorRules:
         first = inputs[0]
         for other in inputs[1:]:
             if other.ref.dtype != first.ref.dtype:
-                raise CheckpointError(
+                message = (
                     f"tensor {name} is {first.ref.dtype.name} in {first.model.name} and {other.ref.dtype.name} in "
                     f"{other.model.name}: integer tensors can only be copied, if all inputs are equal"
                 )
+                raise TensorMismatch(message, first.model, other.model)
         packed = [each for each in inputs if each.name in each.model.quantized]
         if packed and not passed and (len(inputs) > 1 or _copied(self._bind(part, name, inputs, t)) is None):
             _refuse_quantized(packed)
@@ -152,10 +168,12 @@ class TensorRules:
             if rule is Absent.BASE_PRESENT and part.base in have:
                 return alone
         lacking = next(model for source, model in enumerate(part.models) if source not in have)
-        raise CheckpointError(
+        message = (
             f"tensor {name} is in {inputs[0].model.name} but not in {lacking.name}: models of the same architecture "
             f"have the same tensors, and {self._method.name} has no rule for a missing one"
+            f"{absent_part(inputs[0].model, lacking) if self._advise_modules else ''}"
         )
+        raise TensorMismatch(message, inputs[0].model, lacking)
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
@@ -255,7 +273,8 @@ def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
     first = inputs[0]
     for other in inputs[1:]:
         if other.ref.shape != first.ref.shape:
-            raise CheckpointError(shape_mismatch(name, first.model, first.ref.shape, other.model, other.ref.shape))
+            message = shape_mismatch(name, first.model, first.ref.shape, other.model, other.ref.shape)
+            raise TensorMismatch(message, first.model, other.model)
 
 
 def _copied(operation: Operation) -> int | None:
@@ -270,7 +289,10 @@ def _refuse_quantized(inputs: Iterable[Input]) -> None:
         if reason is None and dtype.kind is ElementKind.FLOAT and dtype.bits % 8 == 0 and dtype.name != "F8_E8M0":
             continue
         reason = reason or f"it is {dtype.name}"
+        checkpoint = each.model.checkpoint
+        label = format_name(checkpoint, each.model.quantized or (each.name,))
         raise CheckpointError(
-            f"tensor {each.name} of {each.model.name} is quantized ({reason}): dequantization is not supported yet; "
-            "use a bfloat16 version of the model. passthrough without dtype copies the tensor unchanged"
+            f"tensor {each.name} of {each.model.name} is quantized ({label}; {reason}): dequantization is not "
+            f"supported yet; {unquantized(each.model.reference.text, checkpoint)}. passthrough without dtype copies "
+            "the tensor unchanged"
         )

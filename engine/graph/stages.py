@@ -18,6 +18,7 @@ from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.contract import Inputs, Kernel, Method
 from ..model.inputs import Model, OpenModel
 from ..recipe.types import ModelReference, Recipe, Stage
+from .buffers import BufferCheck, StoredBuffer
 from .build import BuiltGraph, Saved, build_graph
 from .fuse import FusedKernel, FusedPart
 from .graph import Kind, MergeGraph, Operation
@@ -170,7 +171,23 @@ class _Flattener:
             warnings=tuple(warning for found in self._built for warning in found.warnings),
             saved=tuple(Saved(self._recipe.stages[number], self._built[number].layers) for number in saved),
             intermediates=sum(len(found.graph.outputs) for found in self._built[:-1]),
+            buffers=tuple(dict.fromkeys(self._buffers())),
         )
+
+    def _buffers(self) -> Iterator[BufferCheck]:
+        """The buffers that are compared between the models, in all stages."""
+        for found in self._built:
+            for check in found.buffers:
+                chosen, *others = (self._stored(found, each) for each in (check.chosen, *check.others))
+                others = [each for each in dict.fromkeys(others) if each != chosen]
+                yield BufferCheck(check.name, chosen, tuple(others))
+
+    def _stored(self, built: BuiltGraph, buffer: StoredBuffer) -> StoredBuffer:
+        """A buffer of an input of a stage as it is stored in a file: stages only copy buffers."""
+        if isinstance(buffer.ref, StageRef):
+            leaf = next(_leaves(self._expression(buffer.ref.stage, buffer.ref.node)))
+            return StoredBuffer(leaf.model, leaf.name, leaf.ref)
+        return buffer._replace(model=self._numbers[built.models[buffer.model].reference])
 
     def _save(self, graph: MergeGraph, number: int) -> None:
         """Add the outputs of a saved stage, in the dtypes that they would have if it were the only one."""

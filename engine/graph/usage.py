@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from ...io.units import plural
 from ..model.inputs import Model
 from ..model.roles import is_head
 
@@ -49,7 +51,7 @@ class TensorUsage:
     def unused(
         self, models: Sequence[Model], sources: Sequence[Model], *, head: bool, covered: Callable[[str], bool]
     ) -> Iterator[Unused]:
-        """Every input tensor that no node reads, with the cause, and every file that the index doesn't list.
+        """Every input tensor that no node reads, with the cause, and every other file.
 
         Args:
             models: all input models.
@@ -74,7 +76,17 @@ class TensorUsage:
             for (why, layer), names in causes.items():
                 yield Unused(model.name, why, tuple(names), layer)
             for file in model.checkpoint.ignored:
-                yield Unused(model.name, f"{file.name} is not in the index", ())
+                yield Unused(model.name, _stray(model, file), ())
+
+
+def _stray(model: Model, file: Path) -> str:
+    """Why a .safetensors file in the model's directory is not used."""
+    index = model.checkpoint.index
+    if index is not None:
+        return f"{file.name} is not in {index.name}"
+    first, *others = model.checkpoint.files
+    more = f" and {plural(len(others), 'other file')}" if others else ""
+    return f"{file.name} is not read: the weights are in {first.name}{more}"
 
 
 def _cause(model: Model, name: str, head: bool) -> tuple[str, int | None]:

@@ -9,8 +9,19 @@ from ...errors import CheckpointError
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods.kernel.contract import Method
 from ..recipe.parameters import SliceParameters
-from ..recipe.types import ModelReference, Module, Recipe, Slice, Stage, base_index
-from .layers import LayerMap, Stack, find_layers
+from ..recipe.types import (
+    Gradient,
+    ModelReference,
+    Module,
+    Recipe,
+    Setting,
+    Slice,
+    Stage,
+    base_index,
+    modules_of,
+)
+from .checks.identify import check_is_model
+from .layers import AmbiguousLayers, LayerMap, Stack, find_layers
 from .quantized import quantized_tensors
 
 OpenModel = Callable[[ModelReference], Checkpoint]
@@ -28,6 +39,7 @@ class Model:
         by_layer: for each main stack and layer, the tensor names by the part after the layer's number.
         non_layer: names of the tensors outside the main stacks' layers, in file order.
         quantized: names of the quantized tensors and their scales, each with the reason.
+        identified: whether the layers were identified; if not, all tensors are matched by name.
     """
 
     number: int
@@ -37,6 +49,7 @@ class Model:
     by_layer: dict[tuple[int, int], dict[str, str]] = field(default_factory=dict)
     non_layer: list[str] = field(default_factory=list)
     quantized: Mapping[str, str] = field(default_factory=dict)
+    identified: bool = True
 
     @property
     def name(self) -> str:
@@ -51,23 +64,67 @@ class Model:
         return mains[number]
 
 
-def open_models(references: Iterable[ModelReference], open_model: OpenModel) -> tuple[Model, ...]:
-    """Open the models of a recipe and number them in this order. Raises CheckpointError."""
-    models = []
+def open_models(references: Iterable[ModelReference], open_model: OpenModel, stage: Stage) -> tuple[Model, ...]:
+    """Open the models of a stage and number them in this order.
+
+    If the layers of one model can't be identified, the tensors of all models are matched by their complete names.
+
+    Raises:
+        CheckpointError: if a model can't be opened, or the stage needs layers that can't be identified.
+    """
+    models: list[Model] = []
+    identified = True
     for number, reference in enumerate(references):
         checkpoint = open_model(reference)
-        layers = find_layers(checkpoint.tensors, checkpoint.config)
-        model = Model(number, reference, checkpoint, layers)
-        stacks = {stack.prefix: index for index, stack in enumerate(layers.mains)}
-        for name in checkpoint.tensors:
-            layer = layers.split(name)
-            if layer is None:
-                model.non_layer.append(name)
-            else:
-                model.by_layer.setdefault((stacks[layer.stack], layer.index), {})[layer.rest] = name
-        model.quantized = quantized_tensors(checkpoint.tensors)
-        models.append(model)
+        if checkpoint.files:  # the output of a stage has none
+            check_is_model(reference.text, checkpoint)
+        try:
+            layers = find_layers(checkpoint.tensors, checkpoint.config)
+        except CheckpointError as error:
+            reason = needs_layers(stage)
+            if not isinstance(error, AmbiguousLayers) or reason is not None:
+                needed = f" They are needed for {reason}." if reason and isinstance(error, AmbiguousLayers) else ""
+                raise CheckpointError(f"{reference.text}: {error}{needed}") from error
+            layers, identified = LayerMap((), ()), False
+        models.append(Model(number, reference, checkpoint, layers))
+    for model in models:
+        if not identified:
+            model.layers, model.identified = LayerMap((), ()), False
+        _sort_tensors(model)
+        model.quantized = quantized_tensors(model.checkpoint)
     return tuple(models)
+
+
+def _sort_tensors(model: Model) -> None:
+    """Assign the tensors of a model to its layers."""
+    stacks = {stack.prefix: index for index, stack in enumerate(model.layers.mains)}
+    for name in model.checkpoint.tensors:
+        layer = model.layers.split(name)
+        if layer is None:
+            model.non_layer.append(name)
+        else:
+            model.by_layer.setdefault((stacks[layer.stack], layer.index), {})[layer.rest] = name
+
+
+def needs_layers(stage: Stage) -> str | None:
+    """What a stage needs the layers of its models for, such as ``slices``; None if it matches tensors by name only."""
+    for key in ("slices", "modules"):
+        if getattr(stage, key) is not None:
+            return f"`{key}`"
+    if stage.non_layer.items():
+        return "`non_layer`"
+    scopes = [stage.parameters]
+    for module in modules_of(stage):
+        scopes += [source.parameters for part in module.slices or () for source in part.sources]
+    gradients = (name for scope in scopes for name, setting in scope.items() if _has_gradient(setting))
+    return next((f"the gradient of `{name}`" for name in gradients), None)
+
+
+def _has_gradient(setting: Setting) -> bool:
+    """Whether a setting has different values in different layers."""
+    if isinstance(setting, Gradient):
+        return len(set(setting.values)) > 1
+    return isinstance(setting, tuple) and any(_has_gradient(condition.value) for condition in setting)
 
 
 class BoundSlice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ...errors import CheckpointError
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.tensors import TensorRef
 from ...io.units import plural
+from .checks.formats import format_name
+from .checks.identify import not_a_model
 from .layers import LayerMap, Stack, find_layers
 from .open import open_model, reference_of
 from .quantized import quantized_tensors
@@ -141,10 +144,13 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         layers = find_layers(checkpoint.tensors, checkpoint.config)
     except CheckpointError as error:  # the rest of the inspection may show the cause
         remarks.append(str(error))
-    quantized = quantized_tensors(checkpoint.tensors)
+    remarks += [problem.partition("\n")[0].rstrip(":") for problem in islice(not_a_model(checkpoint), 1)]
+    quantized = quantized_tensors(checkpoint)
     if quantized:
         name, reason = next(iter(quantized.items()))
-        remarks.append(f"{plural(len(quantized), 'tensor')} quantized or a scale of a quantized one ({name}: {reason})")
+        label = format_name(checkpoint, quantized)
+        count = plural(len(quantized), "tensor")
+        remarks.append(f"{count} quantized or a scale of a quantized one: {label} ({name}: {reason})")
     if checkpoint.config is None:
         remarks.append("there is no config.json next to the weights")
     return Inspection(checkpoint, layers, tuple(remarks))

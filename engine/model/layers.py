@@ -28,6 +28,10 @@ _LAYERS = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|encoder_layers|decoder_layer
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.|$)")
 
 
+class AmbiguousLayers(CheckpointError):
+    """The layers of a model can't be identified, but nothing contradicts config.json: merges by name are possible."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A list of layers.
@@ -77,6 +81,11 @@ class LayerMap:
     def main(self) -> Stack:
         """The main stack; the encoder's in an encoder-decoder model, and an empty one for a model without layers."""
         return self.mains[0] if self.mains else Stack("", 0)
+
+    @property
+    def parts(self) -> tuple[tuple[Stack, str], ...]:
+        """The stacks that `module` finds, each with the shortest prefix that no other stack has."""
+        return self._parts
 
     def split(self, name: str) -> LayerName | None:
         """Parse a tensor name; None for a tensor outside the main stacks. Extra layers are inside."""
@@ -173,11 +182,15 @@ def find_layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -
         config: content of config.json, or None. Without a number of layers there, the largest stack is the main one.
 
     Raises:
-        CheckpointError: if no stack has the number of layers that `config` states, or the main stack is ambiguous.
+        AmbiguousLayers: if several lists can be the main stack.
+        CheckpointError: if no stack has the number of layers that `config` states.
     """
     names = tuple(names)
     config = config or {}
+    counts = _counts(config)
     outermost = _scan(names, 1)
+    # a gap in numbered layers means that tensors are missing
+    ambiguous = not counts and not any(_LAYERS.search(p) and _stack(p, outermost[p]).extras for p in outermost)
     for depth in (1, 2, 3):  # deeper if the outermost numbers aren't layers: `stages.0.layers.11`
         numbered = outermost if depth == 1 else _scan(names, depth)
         pair = _pair(numbered, config)
@@ -185,16 +198,25 @@ def find_layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -
             others = [_stack(prefix, numbered[prefix]) for prefix in numbered if all(prefix != m.prefix for m in mains)]
             return LayerMap((*mains, *sorted(others, key=lambda s: (-s.count, s.prefix))), mains)
         if pair == ():
+            ambiguous = False
             break
-    counts = _counts(config)
+        pool = _candidates(numbered, depth)
+        ambiguous |= any(_fits(numbers, count, exact=True) for numbers in pool.values() for count in counts)
     if not counts and not outermost:
         return LayerMap((), ())
     stated = " and ".join(str(count) for count in counts) or "no number of layers"
-    raise CheckpointError(
+    kind = AmbiguousLayers if ambiguous or _shares_layers(config, outermost) else CheckpointError
+    raise kind(
         f"config.json states {stated}, but the tensor names don't show which stack that is: {_describe(outermost)}. "
         "Either tensors are missing, or config.json belongs to another model, or the layers are in several lists, "
-        "which is not supported."
+        "which can only be merged completely: without `slices`, `modules`, `non_layer` and gradients."
     )
+
+
+def _shares_layers(config: Mapping[str, Any], found: Mapping[str, set[int]]) -> bool:
+    """Whether each stored layer is used several times, as in ALBERT, whose config.json states the number of groups."""
+    groups = config.get("num_hidden_groups")
+    return isinstance(groups, int) and any(numbers == set(range(groups)) for numbers in found.values())
 
 
 def _scan(names: Iterable[str], depth: int) -> dict[str, set[int]]:
@@ -212,13 +234,19 @@ def _scan(names: Iterable[str], depth: int) -> dict[str, set[int]]:
     return dict(numbered)
 
 
-def _single(found: Mapping[str, set[int]], config: Mapping[str, Any], depth: int) -> tuple[Stack, ...]:
-    """The single main stack, or () if it is ambiguous."""
+def _candidates(found: Mapping[str, set[int]], depth: int) -> dict[str, set[int]]:
+    """The stacks that can be the main one."""
     if depth > 1:  # skips experts: inside a layer, only a list named layers contains layers
         found = {prefix: numbers for prefix, numbers in found.items() if _LAYERS.search(prefix)}
     pool = {prefix: numbers for prefix, numbers in found.items() if not is_side_module(prefix)}
     if not any(_LAYERS.search(prefix) for prefix in pool):
         pool = dict(found)  # a vision or speech model
+    return pool
+
+
+def _single(found: Mapping[str, set[int]], config: Mapping[str, Any], depth: int) -> tuple[Stack, ...]:
+    """The single main stack, or () if it is ambiguous."""
+    pool = _candidates(found, depth)
     counts = _counts(config)
     for exact in (True, False):
         for count in counts:

@@ -6,6 +6,7 @@ import re
 
 from ..recipe.types import Module, Recipe, Stage, modules_of
 from .inputs import Model
+from .roles import is_side_module
 
 SHARED = "shared"
 """mergekit's name for the tensors that encoder and decoder share: T5's ``shared.weight`` and its head."""
@@ -96,3 +97,23 @@ class StageModules:
         if part == SHARED:
             return len(self._layers.mains) > 1 and self._layers.owner(name) is None
         return part == PROJECTOR and _PROJECTOR.search(name) is not None
+
+
+def absent_part(first: Model, second: Model) -> str:
+    """Advice for an error, if one of two models lacks a part of the other, such as a vision tower; else empty."""
+    for model, other in ((first, second), (second, first)):
+        parts = [(stack, part) for stack, part in model.layers.parts if is_side_module(stack.prefix)]
+        components = (
+            {component for name in other.checkpoint.tensors for component in name.split(".")} if parts else set()
+        )
+        absent = [part for _, part in parts if part.rpartition(".")[2] not in components]
+        texts = [part for stack, part in model.layers.parts if stack in model.layers.mains]
+        if absent and texts:
+            if any(_PROJECTOR.search(name) for name in model.non_layer):
+                absent.append(PROJECTOR)
+            return (
+                f". {other.name} has no {absent[0]}: to merge only the parts that both have, use {model.name} as "
+                f"`base_model`, and list both models under `modules` for {' and '.join(texts)}, and only {model.name} "
+                f"for {' and '.join(absent)}"
+            )
+    return ""

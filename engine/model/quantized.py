@@ -1,20 +1,63 @@
-"""Finds quantized tensors: their values have no meaning without other tensors (scales, zero points)."""
+"""Finds quantized tensors: their values have no meaning without other tensors (scales, zero points).
+
+A model says in two ways that it is quantized: config.json names the format, and the tensors have dtypes and names that
+unquantized models don't have. Both are used, since each is missing from some models. A list of the names of scales is
+never complete, so the dtype of the codes decides: a matrix of 8-bit numbers or packed integers is quantized if its
+module has any other tensor next to weight and bias, whatever its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
+from ...io.safetensors.checkpoint import Checkpoint
+from ...io.safetensors.dtypes import DType
+from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
+from .checks.formats import declared_format
+from .roles import is_buffer
 
 _SCALES = ("_scale_inv", "_scale", "_scales", ".absmax", ".SCB")
 """Suffixes that follow a tensor's name in the name of its scale."""
 _PACKED = ("qweight", "weight_packed")
 """Last components of packed weights' names; the module's other tensors belong to them, except the bias."""
 _PACKED_ENDINGS = ("_blocks", "_packed")
+_MARKERS = ("scaled_fp8",)
+"""Tensors that say that all 8-bit floating-point numbers of a model have scales."""
+_PACKED_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+"""Integer dtypes of codes. Those of 64 bits hold indices and shapes."""
+_PARAMETER = re.compile(r"(?:\w*proj_)?(?:weight|bias)|(?:weight|bias)_[ih]h_l\d\w*|\w*_bias|bias_[kv]")
+"""Last components of the names of parameters; all others next to codes may be their scales."""
+_OF_CODES = re.compile(r"scale|absmax|zero|quant|format", re.IGNORECASE)
+"""Words in the names of the tensors that belong to codes."""
 
 
-def quantized_tensors(tensors: Mapping[str, TensorRef]) -> Mapping[str, str]:
-    """The quantized tensors among `tensors` and their scales, each with the reason."""
+def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The quantized tensors of a checkpoint and the tensors that belong to them, each with the reason."""
+    tensors = checkpoint.tensors
+    reasons = _by_name(tensors)
+    declared = declared_format(checkpoint.config, checkpoint.metadata)
+    if declared is None:
+        declared = next((f"the tensor {name} marks scaled FP8" for name in _MARKERS if name in tensors), None)
+    codes: dict[str, list[str]] = {}
+    for name, ref in tensors.items():
+        if not _may_be_codes(ref.dtype) or is_buffer(name, ref.shape):
+            continue
+        if declared is not None:
+            reasons.setdefault(name, f"{declared}, and it is {ref.dtype.name}")
+        if len(ref.shape) >= 2:
+            codes.setdefault(name.rpartition(".")[0], []).append(name)
+    for name, ref in tensors.items() if codes else ():
+        for owner in _owners(name, ref, codes, tensors):
+            reasons.setdefault(name, f"it belongs to {owner}")
+            reasons.setdefault(owner, f"it is {tensors[owner].dtype.name}, and {name} belongs to it")
+    return reasons
+
+
+def _by_name(tensors: Mapping[str, TensorRef]) -> dict[str, str]:
+    """The tensors whose names show that they are quantized, and their scales."""
     reasons: dict[str, str] = {}
     packed: dict[str, str] = {}
     for name in tensors:
@@ -32,8 +75,48 @@ def quantized_tensors(tensors: Mapping[str, TensorRef]) -> Mapping[str, str]:
             packed[module] = name
         if last in _PACKED or name.endswith(_PACKED_ENDINGS):
             reasons[name] = "its name is that of packed values"
-    for name in tensors:
+    for name in tensors if packed else ():
         module, _, last = name.rpartition(".")
         if module in packed and last != "bias":
             reasons.setdefault(name, f"it belongs to {packed[module]}")
     return reasons
+
+
+def _may_be_codes(dtype: DType) -> bool:
+    if dtype.kind is ElementKind.FLOAT:
+        return dtype.bits <= 8 and dtype.name != "F8_E8M0"  # a dtype of scales
+    return dtype.name in _PACKED_INTEGERS
+
+
+@lru_cache(4096)
+def _meaning(last: str) -> tuple[bool, bool]:
+    """Whether the last component of a name is a parameter's or a buffer's, and whether it says that codes own it."""
+    belongs = _OF_CODES.search(last) is not None
+    return not belongs and (_PARAMETER.fullmatch(last) is not None or is_buffer(last)), belongs
+
+
+def _owners(
+    name: str, ref: TensorRef, codes: Mapping[str, list[str]], tensors: Mapping[str, TensorRef]
+) -> Iterator[str]:
+    """The codes that a tensor may belong to: those in its module, and those whose name it extends."""
+    module, _, last = name.rpartition(".")
+    parent = module
+    for _ in range(2):  # weight.quant_map, weight.quant_state.bitsandbytes__nf4: a parameter has no parameters
+        above = parent.rpartition(".")[0]
+        if parent and parent in codes.get(above, ()):
+            yield parent
+        parent = above
+    siblings = codes.get(module)
+    if siblings is None:
+        return
+    independent, named = _meaning(last)
+    for code in siblings if not independent else ():
+        owner = tensors[code]
+        if code == name:
+            continue
+        belongs = ref.dtype.kind is ElementKind.FLOAT
+        if owner.dtype.kind is ElementKind.FLOAT:
+            # a model that was cast to FP8 has other parameters, too, but they are FP8 or not small
+            belongs = belongs and ref.dtype != owner.dtype and 4 * ref.elements <= owner.elements
+        if belongs or named:
+            yield code

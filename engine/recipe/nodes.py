@@ -172,8 +172,8 @@ class NodeReader:
             raise self.error("`path` and `revision` can't be empty", path)
         return ModelReference(name, revision)
 
-    def layer_range(self, node: Node, path: Keys) -> tuple[int, int]:
-        """The first layer and the one after the last."""
+    def layer_range(self, node: Node, path: Keys, model: ModelReference) -> tuple[int, int]:
+        """The first layer of a model, and the one after the last."""
         what = "[first layer, layer after the last]"
         children = node.value if isinstance(node.value, tuple) else ()
         if len(children) != 2 or any(isinstance(child.value, (bool, tuple, Mapping)) for child in children):
@@ -182,7 +182,11 @@ class NodeReader:
         if first < 0:
             raise self.error(f"[{first}, {end}] starts before layer 0: layers are numbered from 0", path)
         if end <= first:
-            why = "is empty: the second number is the layer after the last" if end == first else "is reversed"
+            why = "is reversed"
+            if end == first:
+                why = "is empty: the second number is the layer after the last. To take only tensors outside the "
+                why += f"layers from this model, remove the slice and set `non_layer: {{head: {model.text}}}`; other "
+                why += "keys there are `norm` and `embeddings`"
             raise self.error(f"[{first}, {end}] {why}", path)
         return first, end
 

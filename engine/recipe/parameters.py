@@ -191,6 +191,10 @@ class Resolver:
         filtered = ": no filter matches its name" if self._entries else ""
         raise MissingValue(f"`{self.parameter.name}` has no value{filtered}")
 
+    def has_gradient(self, tensor: str) -> bool:
+        """Whether the value for a tensor is a gradient over the layers."""
+        return next((curve is not None for name, _, curve, _ in self._entries if name is None or name in tensor), False)
+
     def scope(self, tensor: str) -> int | None:
         """The index of the scope that sets the parameter for a tensor; None if none does."""
         return next((scope for name, *_, scope in self._entries if name is None or name in tensor), None)
@@ -286,6 +290,22 @@ class SliceParameters:
         if complete and self._constant:
             self._all = values
         return values
+
+    def gradients(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> Mapping[str, str]:
+        """The parameters of a tensor that have a gradient over the layers, each with its value at `t` as text.
+
+        Args:
+            output: name of the output tensor.
+            inputs: the inputs as passed to `values`.
+            t: position of the layer in the slice.
+        """
+        found = {r.parameter.name: f"{r(output, t):g}" for r in self._shared if r.has_gradient(output)}
+        for parameter, resolvers in self._per_input:
+            others = [(i, name) for i, name in inputs if i != self._base]
+            if any(resolvers[i].has_gradient(name) for i, name in others):
+                texts = (f"{resolvers[i](name, t):g} for {self._sources[i].model.text}" for i, name in others)
+                found[parameter.name] = ", ".join(texts)
+        return found
 
     def error(self, output: str, inputs: Sequence[tuple[int, str]], mistake: MethodError) -> RecipeError:
         """The error for values that the method rejects, with the location of the one to change.

@@ -22,6 +22,7 @@ CONTENTS = ("models", "slices", "modules")
 STAGE_KEYS = (
     *("merge_method", "base_model", *CONTENTS, "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer"),
     *("chat_template", "name", "save", "files_from", "non_layer", "allow_nonfinite"),
+    "allow_vocabulary_mismatch",
 )
 NON_LAYER_ALIAS = "outside"
 """The former name of `non_layer`, which recipes may still use."""
@@ -85,6 +86,7 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         files_from=reader.optional(keys, place, "files_from", reader.reference),
         non_layer=_non_layer(reader, keys, place),
         allow_nonfinite=reader.optional(keys, place, "allow_nonfinite", reader.switch) or False,
+        allow_vocabulary_mismatch=reader.optional(keys, place, "allow_vocabulary_mismatch", reader.switch) or False,
         save=reader.optional(keys, place, "save", reader.switch) or False,
         place=place,
     )
@@ -145,13 +147,12 @@ def _tokenizer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Toke
 
 def _tokenizer_source(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
     if node.value == "base":
-        return TokenizerSource(None)
+        return TokenizerSource(None, place=path)
     if node.value == "union":
-        message = "a union of vocabularies is not supported yet: use `base` or a model, if all vocabularies are equal"
-        raise reader.error(message, path)
+        return TokenizerSource(None, union=True, place=path)
     if isinstance(node.value, str):
         node = replace(node, value=node.value.removeprefix("model:"))  # older mergekit versions' model cards
-    return TokenizerSource(reader.reference(node, path))
+    return TokenizerSource(reader.reference(node, path), place=path)
 
 
 def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
@@ -160,9 +161,8 @@ def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerS
     for key, what in (("tokens", "choosing embeddings by token"), ("pad_to_multiple_of", "padding the vocabulary")):
         if key in keys and keys[key].value not in (None, {}):
             raise reader.error(f"{what} is not supported yet; remove `{key}`", (*path, key))
-    if "source" not in keys:
-        message = "without `source` it means a union of vocabularies, which is not supported yet: add `source: base`"
-        raise reader.error(message, path)
+    if "source" not in keys or keys["source"].value is None:
+        return TokenizerSource(None, union=True, place=path)
     return _tokenizer_source(reader, keys["source"], (*path, "source"))
 
 
@@ -272,7 +272,7 @@ def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, range
     reference = reader.reference(model, (*path, "model"))
     return Source(
         reference,
-        None if layers is None else reader.layer_range(layers, (*path, "layer_range")),
+        None if layers is None else reader.layer_range(layers, (*path, "layer_range"), reference),
         reader.settings(keys, path, method, model=reference),
         path,
     )
@@ -292,6 +292,8 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
             raise reader.error(message, part.place)
         if sum(source.model == base for source in part.sources) > 1:
             raise reader.error(f"the base model, {base.text}, is among the sources more than once", part.place)
+        if index is not None:
+            _report_base_parameters(reader, part.sources[index], method)
     others = [source.model.text for number, source in enumerate(part.sources) if number != index]
     if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
         upper = " or more" if method.maximum is None else f" to {method.maximum}"
@@ -302,3 +304,13 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         if index is None and part.sources[-1].place[-1:] == ("base_model",):
             message += " (a `base_model` that isn't listed under `models` is added to them)"
         raise reader.error(message, part.place)
+
+
+def _report_base_parameters(reader: NodeReader, base: Source, method: Method) -> None:
+    """Report the parameters of a base model that is listed among the models: methods use only those of the others."""
+    names = [f"`{name}`" for name in base.parameters]
+    if names:
+        problem = f"{' and '.join(names)} of the base model, {base.model.text}, "
+        problem += f"{'has' if len(names) == 1 else 'have'} no effect: {method.name} merges the other models into it"
+        advice = "remove it, or use another `base_model` if this model should be merged, too"
+        reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), advice=advice)

@@ -125,9 +125,17 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """The model that the tokenizer comes from; None for the base model, or without one the first model."""
+    """The source of the output's tokenizer.
+
+    Args:
+        model: the model that it comes from; None for the base model, or without one the first model.
+        union: whether the output's vocabulary is the union of all models' vocabularies, which must be equal for now.
+        place: key path of the source in the recipe.
+    """
 
     model: ModelReference | None
+    union: bool = False
+    place: Keys = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +186,8 @@ class Stage:
         chat_template: the output's chat template, or None.
         files_from: source of the config, tokenizer and generation files, or None for the default.
         non_layer: sources of the tensors outside the layers, if not the slices.
-        allow_nonfinite: whether the output may contain NaN and infinities.
+        allow_nonfinite: whether computed tensors may contain NaN and infinities; copied ones are never checked.
+        allow_vocabulary_mismatch: whether embeddings are merged row by row although vocabularies differ.
         save: whether the result of an intermediate stage is written.
         place: key path of the stage in the recipe; empty for a single stage.
     """
@@ -197,6 +206,7 @@ class Stage:
     files_from: ModelReference | None = None
     non_layer: NonLayer = NonLayer()
     allow_nonfinite: bool = False
+    allow_vocabulary_mismatch: bool = False
     save: bool = False
     place: Keys = field(default=(), compare=False)
 

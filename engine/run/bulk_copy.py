@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +22,9 @@ from ...io.task_group import TaskGroup
 from ..execute.executor import NOTIFY_SECONDS
 from ..execute.tasks import LaneTime
 from ..graph.graph import MergeGraph
+from .buffers import ThreadBuffers
 from .recovery.records import JournalRecord, RangeCopied
-from .transfers import BUFFER_BYTES, Transfer, WorkerPool, source_of
+from .transfers import Transfer, WorkerPool, source_of
 
 if TYPE_CHECKING:
     from ...io.output.directory import OutputDirectory
@@ -38,7 +40,7 @@ class BulkCopier:
         transfers: transfers to perform.
         out: output directory.
         commits: group commits that journal the transfers.
-        threads: maximum number of threads.
+        buffers: buffers of the threads, one for each.
         group: task group that gets the errors.
 
     Attributes:
@@ -50,29 +52,34 @@ class BulkCopier:
         transfers: Sequence[Transfer],
         out: OutputDirectory,
         commits: GroupCommit[JournalRecord],
-        threads: int,
+        buffers: ThreadBuffers,
         group: TaskGroup,
     ) -> None:
         self.stats = CopyStats()
         self._out = out
         self._commits = commits
         self._lock = threading.Lock()
-        self._buffers = [memoryview(b"")] * threads
+        self._buffers = buffers
+        self._held = ExitStack()
+        self._buffer_of: dict[int, memoryview] = {}  # by thread
         self._unshared: dict[Path, int] = {}  # source -> bytes that are still to be reflinked
         self._refusing: set[Path] = set()
         for transfer in transfers:
             if transfer.shares:
                 self._unshared[transfer.file] = self._unshared.get(transfer.file, 0) + transfer.shared
-        self._pool = WorkerPool(transfers, threads, self._transfer, group)
+        self._pool = WorkerPool(transfers, buffers.threads, self._transfer, group)
 
     def wait(self, watch: Callable[[], None]) -> None:
         """Wait until all transfers are done or the group is cancelled; meanwhile, call `watch` at intervals."""
         while not self._pool.wait(NOTIFY_SECONDS):
             watch()
+        self.stop()
 
     def stop(self) -> None:
-        """End the threads after their current transfers."""
+        """End the threads after their current transfers, and free their buffers."""
         self._pool.stop()
+        self._buffer_of.clear()
+        self._held.close()
 
     def time(self) -> LaneTime | None:
         """Return how long the threads worked and waited; None if there were no transfers."""
@@ -84,8 +91,9 @@ class BulkCopier:
 
     def _transfer(self, thread: int, transfer: Transfer) -> None:
         """Perform a transfer, and journal it. Raises Aborted."""
-        if not self._buffers[thread]:
-            self._buffers[thread] = memoryview(bytearray(BUFFER_BYTES))
+        if thread not in self._buffer_of:
+            with self._lock:
+                self._buffer_of[thread] = self._held.enter_context(self._buffers.take(self._buffers.nbytes))
         if transfer.shares:
             try:
                 unaligned = transfer.nbytes - transfer.shared
@@ -112,7 +120,7 @@ class BulkCopier:
         offset = transfer.offset + start - transfer.target
         with self._commits.writing(max_written):
             stats = self._out.receive(
-                transfer.shard, start, transfer.file, offset, nbytes, self._buffers[thread], share=transfer.shares
+                transfer.shard, start, transfer.file, offset, nbytes, self._buffer_of[thread], share=transfer.shares
             )
         with self._lock:
             self.stats.add(stats)
@@ -158,7 +166,7 @@ def _chunks(target: int, nbytes: int, max_bytes: int) -> Iterator[tuple[int, int
 def digests_of_sources(
     graph: MergeGraph,
     nodes: Collection[int],
-    threads: int,
+    buffers: ThreadBuffers,
     stamps: FileStamps,
     count: Callable[[int], None],
     watch: Callable[[], None],
@@ -168,7 +176,7 @@ def digests_of_sources(
     Args:
         graph: merge graph.
         nodes: numbers of the copying nodes.
-        threads: maximum number of threads that read.
+        buffers: buffers of the threads that read, one for each.
         stamps: expected stamps of the source files.
         count: function that is called with the number of bytes read, from one thread at a time.
         watch: function that is called at intervals from this thread; if it raises, the reading ends.
@@ -180,7 +188,6 @@ def digests_of_sources(
         MergeloomError: a source can't be read.
     """
     blocks: dict[int, list[bytes]] = {}
-    buffers = [memoryview(bytearray(BUFFER_BYTES)) for _ in range(threads)]
     reader = Reader(keep_cached=False, stamps=stamps)
     lock = threading.Lock()
     group = TaskGroup("digest")
@@ -189,21 +196,22 @@ def digests_of_sources(
         ref = graph.reads[graph.node_sources[node][0]]
         digests = BlockDigests(ref.nbytes)
         position = 0
-        while position < ref.nbytes:
-            if group.cancelled:
-                return
-            view = buffers[thread][: ref.nbytes - position]
-            reader.read(ref.file, ref.offset + position, view)
-            digests.feed(position, view)
-            position += len(view)
-            with lock:
-                count(len(view))
+        with buffers.take(ref.nbytes) as buffer:
+            while position < ref.nbytes:
+                if group.cancelled:
+                    return
+                view = buffer[: ref.nbytes - position]
+                reader.read(ref.file, ref.offset + position, view)
+                digests.feed(position, view)
+                position += len(view)
+                with lock:
+                    count(len(view))
         blocks[node] = digests.blocks
 
     def file_position(node: int) -> tuple[Path, int]:
         return source_of(graph, node), graph.reads[graph.node_sources[node][0]].offset
 
-    pool = WorkerPool(sorted(nodes, key=file_position), threads, work, group)
+    pool = WorkerPool(sorted(nodes, key=file_position), buffers.threads, work, group)
     try:
         while not pool.wait(NOTIFY_SECONDS):
             watch()

@@ -9,6 +9,7 @@ from ...errors import EnvironmentFailure
 from ...io.reading import FileStamps, Observe, Reader
 from ..cost.machine import CACHED_SHARE, available_ram
 from ..execute.devices import open_devices
+from ..execute.ledger import Ledger
 from ..execute.replan import run_graph
 from ..execute.tasks import Measured, Progress, Sink
 from ..schedule.schedule import Schedule
@@ -26,6 +27,7 @@ def run_lanes(
     stamps: FileStamps | None = None,
     done: Mapping[int, int] | None = None,
     observe: Observe | None = None,
+    ledger: Ledger | None = None,
 ) -> Measured:
     """Run a schedule of a plan.
 
@@ -37,6 +39,7 @@ def run_lanes(
         stamps: expected stamps of the source files; None to accept any.
         done: number of bytes of each node that need not be written, as the schedule was made with.
         observe: function that is called with every range of a source file that is read.
+        ledger: ledger in which the buffers are reserved; one of its own if None.
 
     Raises:
         MergeloomError: an error in any lane.
@@ -54,6 +57,7 @@ def run_lanes(
                 done=done,
                 allow_nonfinite=plan.stage.allow_nonfinite,
                 notify=notify,
+                ledger=ledger,
             )
     finally:
         reader.close()

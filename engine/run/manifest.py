@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import CheckpointError
 from ...io.hub.checkpoint import HubCheckpoint
 from ...io.open_source import open_source, read_range
-from ...io.output.digests import bytes_digest
+from ...io.output.digests import BLOCK_BYTES, bytes_digest, tensor_digest
 from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.identity import file_identity
@@ -37,6 +37,7 @@ __all__ = [
     "model_numbers",
     "read_manifest",
     "source_name",
+    "tensor_entries",
 ]
 
 _MAX_BYTES = 128 << 20
@@ -347,3 +348,42 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
         and all(is_name(name) and is_value(value) for name, value in part.items())
         for key, (is_name, is_value) in checks.items()
     )
+
+
+def tensor_entries(plan: Plan, digests: Mapping[int, list[bytes]]) -> dict[str, str | dict[str, Any]]:
+    """Return the manifest's entries of all output tensors, by label.
+
+    Args:
+        plan: plan of the finished merge.
+        digests: block digests by node.
+    """
+    sharing = {transfer.file for transfer in plan.transfers if transfer.shares}
+    numbers = model_numbers(plan)
+    outputs = plan.built.graph.outputs
+    return {output.label: _digest_or_origin(plan, output.node, digests, sharing, numbers) for output in outputs}
+
+
+def _digest_or_origin(
+    plan: Plan, node: int, digests: Mapping[int, list[bytes]], sharing: Collection[Path], numbers: Sequence[int]
+) -> str | dict[str, Any]:
+    """The entry of a tensor: its digest, or the origin of bytes that the process never read.
+
+    Args:
+        plan: plan of the merge.
+        node: node that makes the tensor.
+        digests: block digests by node.
+        sharing: source files whose blocks are shared with OUT; tensors of other files are copied by the kernel.
+        numbers: number of each input model in the manifest.
+    """
+    graph = plan.built.graph
+    nbytes = graph.nbytes(node)
+    if node in digests or not nbytes:
+        blocks = digests.get(node, [])
+        if len(blocks) != -(-nbytes // BLOCK_BYTES):
+            raise RuntimeError(f"node {node}: {len(blocks)} blocks of {nbytes} bytes were digested")
+        return tensor_digest(blocks)
+    read = graph.node_sources[node][0]
+    ref = graph.reads[read]
+    model = graph.read_models[read]
+    origin = {"model": numbers[model], "file": source_name(plan, model, ref.file), "offset": ref.offset}
+    return origin if ref.file in sharing else origin | {"copied": True}

@@ -15,8 +15,10 @@ from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
 from ...io.units import data_size, plural
 from ..cost.machine import process_memory
+from ..execute.check_buffers import check_buffers
 from ..execute.tasks import Measured, Progress
 from ..model.open import is_remote
+from ..model.warnings import strict_error
 from .destination import refuse_input
 from .finished import check_finished
 from .lanes import run_lanes
@@ -93,6 +95,37 @@ class _NullSink:
         """Do nothing."""
 
 
+@dataclass(slots=True)
+class _Inputs:
+    """The inputs of a merge, before it reads them.
+
+    Args:
+        plan: plan of the merge.
+        fetch: function that downloads missing files.
+        warn: function that is called with warnings.
+        bytes_checked: number of bytes that `prepare` has read.
+    """
+
+    plan: Plan
+    fetch: Callable[[Sequence[HubFile]], None]
+    warn: Callable[[str], None]
+    bytes_checked: int = 0
+
+    def prepare(self) -> None:
+        """Download what is missing, check the data as far as the plan could not, and report what is suspicious.
+
+        Raises:
+            CheckpointError: in strict mode, if anything is suspicious.
+        """
+        self.fetch(missing_files(self.plan))
+        found = check_buffers(self.plan.built.buffers, [model.name for model in self.plan.built.models])
+        if self.plan.options.strict and found.warnings:
+            raise strict_error(found.warnings)
+        for warning in found.warnings:
+            self.warn(str(warning))
+        self.bytes_checked = found.bytes_read
+
+
 def merge(
     recipe: RecipeLike | Plan,
     out: str | os.PathLike[str] | None,
@@ -132,11 +165,10 @@ def merge(
         refuse_occupied(classify(path))  # before planning reads headers from the Hub
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
     before = process_memory().peak
+    report = warn or (lambda text: tell(f"warning: {text}"))
+    inputs = _Inputs(planned, fetch_files, report)
     if path is None:
-        fetch_files(missing_files(planned))
-        planned = planned.in_lanes or planned
-        measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
-        return Result(planned, None, measured, process_memory().peak, peak_before=before)
+        return _rehearse(inputs, notify, before)
     refuse_input(planned, path)
     directory = OutputDirectory.open(path, MANIFEST)
     if directory.lock.complete:
@@ -145,14 +177,24 @@ def merge(
     session = MergeSession(
         planned,
         directory,
-        fetch=lambda: fetch_files(missing_files(planned)),
+        fetch=inputs.prepare,
         notify=notify or (lambda progress: None),
         say=tell,
-        warn=warn or (lambda text: tell(f"warning: {text}")),
+        warn=report,
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)
+    measured.bytes_checked += inputs.bytes_checked
     return Result(session.plan, path, measured, process_memory().peak, session.earlier, before)
+
+
+def _rehearse(inputs: _Inputs, notify: Callable[[Progress], None] | None, before: int) -> Result:
+    """Do everything except writing."""
+    inputs.prepare()
+    planned = inputs.plan.in_lanes or inputs.plan
+    measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
+    measured.bytes_checked = inputs.bytes_checked
+    return Result(planned, None, measured, process_memory().peak, peak_before=before)
 
 
 def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
@@ -166,8 +208,9 @@ def _check_complete(planned: Plan, directory: OutputDirectory) -> str:
 def missing_files(planned: Plan) -> list[HubFile]:
     """Return the files of Hub models that a merge needs and the cache does not have: weights, configs, tokenizers."""
     needed = list(planned.downloads)
-    donors = [donor for donor in (planned.files.others, planned.files.tokenizer) if is_remote(donor)]
-    if donors:
+    sources = [made.files for made in planned.made]
+    donors = [donor for files in sources for donor in (files.others, files.generation, files.tokenizer)]
+    if any(map(is_remote, donors)):
         from ...io.hub.checkpoint import companions
 
         needed += [file for donor in donors for file in companions(donor)]

@@ -77,6 +77,11 @@ def with_reflinks(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
     )
 
 
+def copy_buffer_bytes(plan: Plan) -> int:
+    """RAM that a plan sets aside for the buffers of bulk copies, in bytes."""
+    return copy_threads(plan) * BUFFER_BYTES if plan.moved else 0
+
+
 def copy_threads(plan: Plan) -> int:
     """Number of threads for bulk copies and checks."""
     return max(2, min(8, sum(device.threads for device in plan.schedule.budget.devices)))

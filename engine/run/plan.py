@@ -115,6 +115,8 @@ class Plan:
         used: list[list[TensorRef]] = [[] for _ in self.built.models]
         for ref, model in zip(graph.reads, graph.read_models, strict=True):
             used[model].append(ref)
+        for buffer in (buffer for check in self.built.buffers for buffer in check.others):
+            used[buffer.model].append(buffer.ref)
         return tuple(
             file
             for model, refs in zip(self.built.models, used, strict=True)
@@ -213,6 +215,7 @@ class Plan:
                 "models": [model.name for model in self.built.models],
                 "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
                 "bytes": sum(ref.nbytes for model in self.built.models for ref in model.checkpoint.tensors.values()),
+                "layers_identified": not self.built.matched_by_name,
                 "unused": [
                     {"model": unused.model, "reason": unused.reason, "tensors": list(unused.tensors)}
                     for unused in self.built.unused
@@ -232,6 +235,7 @@ class Plan:
             "bytes_digested": self.bytes_digested,
             "not_shared": [{"reason": reason, "bytes": nbytes} for reason, nbytes in self.unshared],
             "bytes_uploaded": schedule.uploaded,
+            "buffers_checked": len(self.built.buffers),
             "disk": self.disk,
             "peak_ram": schedule.peak_ram,
             "peak_vram": schedule.peak_vram,

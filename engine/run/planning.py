@@ -12,6 +12,7 @@ from ..cost.machine import (
     prepare_to_compute,
     usable_cores,
 )
+from ..cost.process_size import size_key
 from ..files.folders import check_folders
 from ..files.sources import FileResolver, OutputModel
 from ..graph.build import BuiltGraph
@@ -21,7 +22,7 @@ from ..graph.stages import build_stages
 from ..model.open import open_model
 from ..model.warnings import ModelWarning, ModelWarningKind, strict_error
 from ..recipe.load import load_recipe
-from ..recipe.types import ModelReference
+from ..recipe.types import ModelReference, Recipe
 from ..recipe.warnings import RecipeWarning
 from ..schedule.schedule import Budget, make_schedule
 from .plan import Options, Plan, RecipeLike
@@ -63,7 +64,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
         check_folders(loaded, [each.stage for each in saved], files.output)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
-    budget = budget_of(options, computes, built)
+    budget = budget_of(options, computes, built, loaded)
     schedule = make_schedule(built.graph, budget)
     if options.machine is None:
         check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
@@ -81,13 +82,14 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     return Plan(loaded, stage, built, files.output, layout, schedule, options, findings, saved=saved)
 
 
-def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
+def budget_of(options: Options, computes: bool, built: BuiltGraph, recipe: Recipe) -> Budget:
     """Return the budget for a merge, on this machine or on the one that the options name. Measures this process.
 
     Args:
         options: options as given to `plan`.
         computes: whether anything is computed; otherwise neither a device nor torch is needed.
         built: the graph with its models.
+        recipe: the recipe that it was built from.
     """
     machine = options.machine
     threads = options.threads or (machine.cores if machine else None) or usable_cores()
@@ -97,4 +99,6 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph) -> Budget:
         prepare_to_compute(built.graph, _MERGE_MODULES)
     steps = sum(built.graph.operation(node).passes for node in built.graph)
     total = machine.ram if machine else None
-    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=len(built.graph.outputs))
+    outputs = len(built.graph.outputs)
+    key = size_key(recipe.text, computes, steps, outputs, len(built.graph.reads), [device.name for device in devices])
+    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=outputs, key=key)

@@ -8,31 +8,31 @@ other files of the model and renames everything into OUT. `mergeloom.engine.run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ...errors import Interrupted
 from ...io.os_errors import translate_os_error
-from ...io.output.digests import BLOCK_BYTES, tensor_digest
 from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES, Aborted
 from ...io.output.journal import Journal, JournalContent
 from ...io.output.shards import preload_validator
 from ...io.task_group import TaskGroup
 from ...io.units import data_size, plural
+from ..execute.ledger import Ledger
 from ..execute.tasks import Measured, Progress
 from ..files.write import write_model_files
 from ..graph.graph import Kind
 from ..schedule.schedule import Schedule, make_schedule
+from .buffers import ThreadBuffers, buffers_within
 from .bulk_copy import BulkCopier, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
 from .lanes import run_lanes
-from .manifest import MANIFEST, facts_of, manifest_bytes, model_numbers, source_name
-from .placement import copy_threads, with_reflinks
+from .manifest import MANIFEST, facts_of, manifest_bytes, tensor_entries
+from .placement import copy_buffer_bytes, copy_threads, with_reflinks
 from .plan import Plan
-from .recovery.checks import Checked
+from .recovery.checks import CHECKS, Checked
 from .recovery.records import Publishing
 from .recovery.recover import RecoveredState, recover
 from .recovery.source_digests import SourceDigests, check_sources, used_bytes
@@ -112,6 +112,7 @@ class MergeSession:
         self._unfinished = out.lock.journal  # journal of the merge to resume
         self._journal: Journal | None = None
         self._writer: ShardWriter | None = None
+        self.ledger = Ledger()
 
     def run(self, *, fresh: bool = False, digests: bool = False) -> Measured:
         """Start or resume the merge, and finish it.
@@ -198,18 +199,20 @@ class MergeSession:
         """
         plan, graph, unfinished = self.plan, self.plan.built.graph, self._unfinished
         sharing = {transfer.file for transfer in plan.transfers if transfer.shares}
-        threads = copy_threads(plan)
+        buffers = self._buffers(CHECKS, each=2)
 
         def watch(checked: Checked) -> None:
             self._notify(Progress(bytes_checked=checked.nbytes, bytes_to_check=checked.total))
 
-        recovered = recover(
-            unfinished, graph, plan.layout, self.out.shard_path, sharing=sharing, threads=threads, watch=watch
-        )
+        with self.ledger.allow(self._memory):
+            recovered = recover(
+                unfinished, graph, plan.layout, self.out.shard_path, sharing=sharing, buffers=buffers, watch=watch
+            )
         changed = sources.changed_since(unfinished.facts.get("stamps")) if unfinished is not None else []
         if changed:
             used = used_bytes(graph, recovered.written(graph))
-            compared = check_sources(graph, changed, recovered.sources, used, threads, watch)
+            with self.ledger.allow(self._memory):
+                compared = check_sources(graph, changed, recovered.sources, used, buffers, watch)
             recovered.bytes_read += compared
             names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
             unchanged = f"the {data_size(compared)} read from them are unchanged"
@@ -278,9 +281,11 @@ class MergeSession:
             self._group_bytes,
             sources,
         )
-        copier = BulkCopier(prepared.transfers, self.out, writer.commits, copy_threads(self.plan), group)
+        buffers = ThreadBuffers("copy buffers", copy_threads(self.plan), ledger=self.ledger)
+        copier = BulkCopier(prepared.transfers, self.out, writer.commits, buffers, group)
         try:
-            measured, digests = self._execute(prepared, group, sources, writer, copier)
+            with self.ledger.allow(copy_buffer_bytes(self.plan)):
+                measured, digests = self._execute(prepared, group, sources, writer, copier)
         except Aborted:
             group.check()  # the cause
             raise
@@ -323,6 +328,7 @@ class MergeSession:
             stamps=prepared.sources.stamps,
             done=prepared.done,
             observe=sources.add,
+            ledger=self.ledger,
         )
 
         def watch_copies() -> None:
@@ -355,7 +361,17 @@ class MergeSession:
         def count(nbytes: int) -> None:
             measured.bytes_read += nbytes
 
-        return digests_of_sources(graph, copies - set(known), copy_threads(self.plan), sources.stamps, count, watch)
+        with self.ledger.allow(self.plan.schedule.buffer_ram):  # that of the copies is allowed already, and free
+            buffers = self._buffers("digest buffers", each=1)
+            return digests_of_sources(graph, copies - set(known), buffers, sources.stamps, count, watch)
+
+    @property
+    def _memory(self) -> int:
+        """Bytes of the plan that are free for other buffers while the lanes do not run."""
+        return self.plan.schedule.buffer_ram + copy_buffer_bytes(self.plan)
+
+    def _buffers(self, name: str, each: int) -> ThreadBuffers:
+        return buffers_within(self.ledger, name, self._memory, copy_threads(self.plan), each)
 
     # --- publish -----------------------------------------------------------------------------------------------
 
@@ -363,36 +379,7 @@ class MergeSession:
         """Write the other files of the model and the manifest, and give all files their final names."""
         prepared.sources.check()
         last = write_model_files(self.plan.made, self.plan.content, self.out)
-        sharing = {transfer.file for transfer in self.plan.transfers if transfer.shares}
-        numbers = model_numbers(self.plan)
-        tensors = {
-            output.label: self._digest_or_origin(output.node, digests, sharing, numbers)
-            for output in self.plan.built.graph.outputs
-        }
+        tensors = tensor_entries(self.plan, digests)
         self.out.write_file(MANIFEST, manifest_bytes(self.plan, prepared.facts, tensors, self.out.small_files()))
         last.append(MANIFEST)
         self.out.publish(last, lambda names: prepared.journal.append([Publishing(tuple(names)).to_json()]))
-
-    def _digest_or_origin(
-        self, node: int, digests: Mapping[int, list[bytes]], sharing: Collection[Path], numbers: Sequence[int]
-    ) -> str | dict[str, Any]:
-        """The manifest's entry of a tensor: its digest, or the origin of bytes that the process never read.
-
-        Args:
-            node: node that makes the tensor.
-            digests: block digests by node.
-            sharing: source files whose blocks are shared with OUT; tensors of other files are copied by the kernel.
-            numbers: number of each input model in the manifest.
-        """
-        graph = self.plan.built.graph
-        nbytes = graph.nbytes(node)
-        if node in digests or not nbytes:
-            blocks = digests.get(node, [])
-            if len(blocks) != -(-nbytes // BLOCK_BYTES):
-                raise RuntimeError(f"node {node}: {len(blocks)} blocks of {nbytes} bytes were digested")
-            return tensor_digest(blocks)
-        read = graph.node_sources[node][0]
-        ref = graph.reads[read]
-        model = graph.read_models[read]
-        origin = {"model": numbers[model], "file": source_name(self.plan, model, ref.file), "offset": ref.offset}
-        return origin if ref.file in sharing else origin | {"copied": True}

@@ -20,7 +20,6 @@ from ..safetensors.checkpoint import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
     SECONDARY,
-    SINGLE,
     Checkpoint,
     describe_no_weights,
     follow_index,
@@ -29,6 +28,7 @@ from ..safetensors.checkpoint import (
     read_config,
     read_weight_map,
 )
+from ..safetensors.file_sets import SINGLE, check_file_set, stray_files
 from ..safetensors.header import Header, data_start, parse_header, read_header
 from ..safetensors.tensors import TensorRef
 from ..small_files import check_size
@@ -145,6 +145,7 @@ def _open(repository: Repository) -> HubCheckpoint:
     config = read_config(snapshot / "config.json") if "config.json" in files else None
     remarks: list[str] = []
     if index is None:
+        remarks = check_file_set(snapshot, shards)
         headers = _read_headers([files[name] for name in shards], {})
         tensors = merge_headers([files[name].path for name in shards], headers)
     else:
@@ -164,14 +165,17 @@ def _open(repository: Repository) -> HubCheckpoint:
     for header in headers:
         metadata = {**header.metadata, **metadata}
     used = set(shards)
+    ignored = [name for name in names if name.endswith(".safetensors") and name not in used]
+    remarks += stray_files(index, ignored)
     return HubCheckpoint(
         path=snapshot,
         tensors=MappingProxyType(tensors),
         config=config,
         metadata=MappingProxyType(metadata),
         files=tuple(files[name].path for name in shards),
-        ignored=tuple(files[name].path for name in names if name.endswith(".safetensors") and name not in used),
+        ignored=tuple(files[name].path for name in ignored),
         remarks=tuple(remarks),
+        index=None if index is None else snapshot / index,
         repository=repository,
     )
 

@@ -13,6 +13,7 @@ from ...errors import CheckpointError
 from ..open_source import quoted
 from ..reading import FileStamps, stat_fingerprints
 from ..small_files import read_json
+from .file_sets import ADAPTER, SINGLE, check_file_set, stray_files
 from .header import Header, read_header
 from .tensors import TensorRef
 
@@ -26,9 +27,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
 INDEX = "model" + INDEX_SUFFIX
 """The file that maps each tensor to its shard."""
-SINGLE = "model" + _SUFFIX
-"""The weights of a model that is not sharded."""
-SECONDARY = ("consolidated", "adapter_model")
+SECONDARY = ("consolidated", ADAPTER)
 """Prefixes of files that are used only if there are no others: a copy of the weights in another format, an adapter."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles of a training run
@@ -46,8 +45,10 @@ class Checkpoint:
         metadata: the merged ``__metadata__`` of the files; if they differ, the first file wins.
         files: the files that contain the tensors, sorted by name.
         ignored: other .safetensors files in the directory: stale shards, other formats of the same weights.
-        remarks: warnings for the user, one sentence for each disagreement between the index and its shards.
+        remarks: warnings for the user, one sentence for each: the index and its shards disagree, or files that are
+            not used would be loaded by other programs.
         stamps: the stamps of the files before their headers were read; empty for files not downloaded yet.
+        index: the index that lists the files; None without one.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Checkpoint:
     ignored: tuple[Path, ...]
     remarks: tuple[str, ...] = ()
     stamps: FileStamps = field(default_factory=dict)
+    index: Path | None = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -72,13 +74,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the path does not exist, the weights are pickles, a file is missing or damaged, the index leads
-            out of the directory or disagrees with its shards, or two files contain a tensor of the same name.
+            out of the directory or disagrees with its shards, two files contain a tensor of the same name, or files
+            without an index are an incomplete set.
         EnvironmentFailure: reading failed.
     """
     directory, index, files = _find_weights(path)
     config = read_config(directory / "config.json")
     remarks: list[str] = []
     if index is None:
+        remarks = check_file_set(path, [file.name for file in files]) if path.is_dir() else []
         stamps = stat_fingerprints(files)
         headers = _read_headers(files)
         tensors = merge_headers(files, headers)
@@ -95,15 +99,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
         metadata = {**header.metadata, **metadata}
     present = [directory / name for name in _list_names(directory) if name.endswith(_SUFFIX)] if path.is_dir() else []
     used = set(files)
+    ignored = tuple(file for file in present if file not in used)
+    remarks += stray_files(index.name if index else None, (file.name for file in ignored))
     return Checkpoint(
         path=path,
         tensors=MappingProxyType(tensors),
         config=config,
         metadata=MappingProxyType(metadata),
         files=tuple(files),
-        ignored=tuple(file for file in present if file not in used),
+        ignored=ignored,
         remarks=tuple(remarks),
         stamps=MappingProxyType(stamps),
+        index=index,
     )
 
 
@@ -178,6 +185,11 @@ def _describe_missing(path: Path) -> str:
 def describe_no_weights(path: Path, names: Sequence[str]) -> str:
     """Describe what a directory without safetensors files contains instead, as an error."""
     pickles = [name for name in names if name.endswith(_PICKLES) and not name.startswith(_NOT_WEIGHTS)]
+    if pickles and all(name.startswith(ADAPTER) for name in pickles):
+        return (
+            f"{path}: is an adapter ({_listed(pickles)}), not a model: merge it into its base model with PEFT's "
+            "merge_and_unload, save the result with save_pretrained, and use that"
+        )
     if pickles:
         return _describe_pickles(path, pickles)
     if (path / "snapshots").is_dir():

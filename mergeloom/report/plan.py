@@ -94,7 +94,7 @@ def output_section(plan: Plan) -> Section:
         "Output",
         (
             ("parameters", f"{big_number(output['parameters'])} in {plural(output['tensors'], 'tensor')}"),
-            ("layers", f"{output['layers']:,}"),
+            ("layers", layers_text(plan)),
             ("size", f"{data_size(output['bytes'])} in {plural(len(shards), 'file')}{largest}"),
             ("disk", f"{data_size(plan.disk)}; no temporary files"),
             ("dtype", ", ".join(output["dtypes"])),
@@ -103,6 +103,13 @@ def output_section(plan: Plan) -> Section:
             *(("also saved", _saved_stage(stage.folder, plan.output_dict(stage))) for stage in plan.saved),
         ),
     )
+
+
+def layers_text(plan: Plan) -> str:
+    """Format the number of layers of the output, or say that tensors were matched without layers."""
+    if plan.built.matched_by_name:
+        return "none identified: tensors are matched by their complete names"
+    return f"{plan.built.layers:,}"
 
 
 def _saved_stage(folder: str, output: Mapping[str, Any]) -> str:
@@ -125,7 +132,9 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
     rows = []
     for model in plan.built.models:
         refs = model.checkpoint.tensors.values()
-        layers = " + ".join(str(stack.count) for stack in model.layers.mains) or "0"
+        layers = " + ".join(str(stack.count) for stack in model.layers.mains) or (
+            "0" if model.identified else "unknown"
+        )
         rows.append(
             (
                 model.name + (" (base)" if model.reference == base else ""),
@@ -172,6 +181,8 @@ def work_section(plan: Plan) -> Section:
     for output in graph.outputs:
         operation = graph.operation(output.node)
         counts[f"by {operation.method}" if operation.kind is Kind.MERGE else "copied"] += 1
+    if buffers := plan.built.buffers:
+        fields.append(("data checks", f"{plural(len(buffers), 'buffer')}, before the merge starts"))
     tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
     fields.append(("tensors", f"{tensors}, in {plural(len(schedule.steps), 'step')}"))
     if not plan.computes:

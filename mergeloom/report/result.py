@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..io.units import data_size, duration, memory_size, plural, rate
+from .plan import layers_text
 from .sections import Grid, Section, plain
 from .time import REMEDIES
 from .unused import unused_section
@@ -43,6 +44,7 @@ def result_sections(result: Result) -> list[Section]:
             _compare(measured.bytes_written + earlier.bytes_written, plan.bytes_written),
         ),
         *_reflink_fields(result),
+        *([("layers", layers_text(plan))] if plan.built.matched_by_name else []),
         *_memory_fields(result),
         ("bottleneck", bottleneck(measured, gpu=_uses_gpu(plan))),
     ]

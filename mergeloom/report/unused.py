@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -25,13 +24,12 @@ def unused_lines(plan: Plan) -> list[str]:
     models = {model.name: model for model in plan.built.models}
     names: dict[tuple[str, str], list[str]] = {}
     for unused in plan.built.unused:
-        # the names have the layer, so layers with the same reason share a line
-        reason = re.sub(r"^layer \d+ is ", "", unused.reason)
-        names.setdefault((unused.model, reason), []).extend(unused.tensors)
+        # the names have the layer, so layers with the same cause share a line
+        names.setdefault((unused.model, unused.cause), []).extend(unused.tensors)
     lines = []
-    for (model, reason), tensors in names.items():
+    for (model, cause), tensors in names.items():
         which = f"{_summarize(models[model], tensors)}: " if tensors else ""
-        lines.append(f"{model}: {which}{reason}")
+        lines.append(f"{model}: {which}{cause}")
     return lines
 
 

@@ -11,8 +11,11 @@ from ....io.output.group_commit import Aborted
 from ....io.reading import Reader
 from ....io.task_group import TaskGroup
 from ...execute.executor import NOTIFY_SECONDS
-from ..transfers import BUFFER_BYTES, WorkerPool
+from ..buffers import ThreadBuffers
+from ..transfers import WorkerPool
 
+CHECKS = "check buffers"
+"""Name of the buffers of checks in the ledger; each thread holds two at one time."""
 Read = Callable[[Path, int, int], Iterator[memoryview]]
 """``read(file, offset, nbytes)`` yields the bytes of a range in chunks; the next chunk overwrites the last."""
 
@@ -47,12 +50,12 @@ class Check(ABC):
         """Check the range, from any thread. An error ends all checks."""
 
 
-def run_checks(checks: Sequence[Check], threads: int, watch: Callable[[Checked], None]) -> Checked:
-    """Run checks on several threads, each with two buffers of `BUFFER_BYTES`.
+def run_checks(checks: Sequence[Check], buffers: ThreadBuffers, watch: Callable[[Checked], None]) -> Checked:
+    """Run checks on several threads, each of which holds two buffers at one time.
 
     Args:
         checks: checks in the order in which they start.
-        threads: number of threads.
+        buffers: the threads' buffers.
         watch: function that is called at intervals from this thread; if it raises, the checks end.
 
     Raises:
@@ -61,17 +64,18 @@ def run_checks(checks: Sequence[Check], threads: int, watch: Callable[[Checked],
     checked = Checked(sum(check.nbytes for check in checks))
     if not checks:
         return checked
-    return _Checker(checks, threads, checked).wait(watch)
+    return _Checker(checks, buffers, checked).wait(watch)
 
 
 class _Checker:
-    def __init__(self, checks: Sequence[Check], threads: int, checked: Checked) -> None:
+    def __init__(self, checks: Sequence[Check], buffers: ThreadBuffers, checked: Checked) -> None:
         self._checked = checked
+        self._buffers = buffers
         self._group = TaskGroup("check")
-        self._read_by = [0] * threads  # each thread counts for itself
-        self._done_by = [0] * threads
+        self._read_by = [0] * buffers.threads  # each thread counts for itself
+        self._done_by = [0] * buffers.threads
         self._reader = Reader(keep_cached=False)
-        self._pool = WorkerPool(checks, threads, self._work, self._group)
+        self._pool = WorkerPool(checks, buffers.threads, self._work, self._group)
 
     def wait(self, watch: Callable[[Checked], None]) -> Checked:
         try:
@@ -91,14 +95,14 @@ class _Checker:
 
     def _work(self, thread: int, check: Check) -> None:
         def read(file: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
-            buffer = memoryview(bytearray(min(BUFFER_BYTES, nbytes)))
-            for start in range(0, nbytes, BUFFER_BYTES):
-                if self._group.cancelled:
-                    raise Aborted
-                chunk = buffer[: nbytes - start]
-                self._reader.read(file, offset + start, chunk)
-                self._read_by[thread] += len(chunk)
-                yield chunk
+            with self._buffers.take(nbytes) as buffer:
+                for start in range(0, nbytes, len(buffer)):
+                    if self._group.cancelled:
+                        raise Aborted
+                    chunk = buffer[: nbytes - start]
+                    self._reader.read(file, offset + start, chunk)
+                    self._read_by[thread] += len(chunk)
+                    yield chunk
 
         check.run(read)
         self._done_by[thread] += check.nbytes

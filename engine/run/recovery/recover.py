@@ -15,8 +15,9 @@ from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
 from ....io.output.journal import JournalContent
 from ...graph.graph import Kind, MergeGraph
 from ...graph.layout import Layout
+from ..buffers import ThreadBuffers
 from ..transfers import PART_BYTES, Transfer, source_of
-from .checks import Check, Checked, Read, run_checks
+from .checks import CHECKS, Check, Checked, Read, run_checks
 from .records import BlocksWritten, JournalRecord, RangeCopied, SourceRange, block_count, parse_records
 from .source_digests import ranges_in_use, source_ranges, used_bytes
 
@@ -108,7 +109,7 @@ def recover(
     shard_path: Callable[[int], Path],
     *,
     sharing: Collection[Path] = (),
-    threads: int = 2,
+    buffers: ThreadBuffers | None = None,
     watch: Callable[[Checked], None] = lambda checked: None,
 ) -> RecoveredState:
     """Check all data that a journal names as durable, and return what is intact.
@@ -119,7 +120,7 @@ def recover(
         layout: layout of the output.
         shard_path: function that returns the path of a shard.
         sharing: source files that are reflinked; tensors of these files are reflinked again.
-        threads: number of threads that read.
+        buffers: buffers of the threads that read, two for each; two threads' if None.
         watch: function that is called at intervals; if it raises, the checks end.
 
     Raises:
@@ -131,7 +132,7 @@ def recover(
     journaled = _journaled_blocks(records)
     blocks = _block_checks(journaled, graph, layout, shard_path)
     copies = _copy_checks(_copied_ranges(records), graph, layout, shard_path, sharing)
-    checked = run_checks([*blocks, *copies], threads, watch)
+    checked = run_checks([*blocks, *copies], buffers or ThreadBuffers(CHECKS, 2), watch)
     state = RecoveredState(checked=checked.nbytes, bytes_read=checked.bytes_read)
     damaged = {(check.node, number) for check in blocks for number in check.damaged}
     tails: dict[int, BlockDigests] = {check.node: check.tail for check in blocks if check.tail is not None}

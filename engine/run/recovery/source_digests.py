@@ -18,6 +18,7 @@ import xxhash
 
 from ....errors import CheckpointError
 from ...graph.graph import Kind, MergeGraph
+from ..buffers import ThreadBuffers
 from .checks import Check, Checked, Read, run_checks
 from .records import JournalRecord, SourceRange, SourceRead
 
@@ -177,7 +178,7 @@ def check_sources(
     files: Collection[Path],
     ranges: Ranges,
     used: Mapping[int, int],
-    threads: int,
+    buffers: ThreadBuffers,
     watch: Callable[[Checked], None],
 ) -> int:
     """Compare the used bytes of source files with their digests.
@@ -187,7 +188,7 @@ def check_sources(
         files: source files whose stamps have changed.
         ranges: ranges with at least one used byte, as the journal has them.
         used: number of the first bytes of each read that were used.
-        threads: number of threads that read.
+        buffers: buffers of the threads that read.
         watch: function that is called at intervals; if it raises, the comparison ends.
 
     Returns:
@@ -208,7 +209,7 @@ def check_sources(
         if ref.file in files and not _all_within(ref.offset, ref.offset + end, known.get(ref.file, [])):
             raise source_changed(ref.file, f"the journal has no digest of tensor {graph.read_names[read]}")
     checks.sort(key=lambda check: (check.file, check.offset, check.range.start))
-    return run_checks(checks, threads, watch).nbytes
+    return run_checks(checks, buffers, watch).nbytes
 
 
 def _all_within(start: int, end: int, ranges: Sequence[tuple[int, int]]) -> bool:

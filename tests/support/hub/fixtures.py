@@ -101,6 +101,7 @@ def description(checkpoint: Checkpoint, root: Path) -> dict[str, Any]:
         "files": [str(file.relative_to(root)) for file in checkpoint.files],
         "ignored": [str(file.relative_to(root)) for file in checkpoint.ignored],
         "remarks": checkpoint.remarks,
+        "index": None if checkpoint.index is None else str(checkpoint.index.relative_to(root)),
     }
 
 

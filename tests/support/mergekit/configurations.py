@@ -291,8 +291,10 @@ WARNED = {
 """Those that mergeloom warns about, and what it says."""
 
 REFUSED_HERE: dict[str, tuple[str, str]] = {
-    "a union of vocabularies": (f"merge_method: linear\n{WEIGHTED}tokenizer_source: union\n", "union of vocabularies"),
-    "a union by default": (f"merge_method: linear\n{WEIGHTED}tokenizer: {{tokens: {{}}}}\n", "union of vocabularies"),
+    "a union of different vocabularies": (
+        f"merge_method: linear\n{WEIGHTED.replace('model: b', 'model: words')}tokenizer_source: union\n",
+        "A union of different vocabularies is not supported yet",
+    ),
     "embeddings of a token": (
         f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: a, tokens: {{word3: {{source: b}}}}}}\n",
         "choosing embeddings by token",

@@ -43,7 +43,7 @@ def make_blocks_small(patch: pytest.MonkeyPatch) -> None:
     """Make digest blocks and minimum chunks small, so small tensors have several of each."""
     for module in (
         "io.output.digests",
-        "engine.run.session",
+        "engine.run.manifest",
         "engine.run.recovery.records",
         "engine.run.recovery.recover",
         "engine.run.shard_writer",

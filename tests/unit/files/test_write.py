@@ -77,8 +77,8 @@ def test_lists_of_layers_follow_the_slices(tmp_path: Path) -> None:
         (True, True, True, False),  # a head was written, so it counts
         (True, None, True, False),
         (False, True, False, True),
-        (False, None, False, None),
-        (False, False, False, False),  # no language model: a classifier, an encoder
+        (False, None, False, True),
+        (False, False, False, True),  # loaders would initialize the head at random
         (False, True, True, False),
         (True, False, False, False),
     ],

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 import mergeloom
+from mergeloom.engine.model.checks.identify import check_is_model
 from mergeloom.engine.run.finished import check_finished
 from mergeloom.errors import CheckpointError, UsageError
 from mergeloom.io.hub.checkpoint import HubCheckpoint, open_hub_model
@@ -51,6 +52,10 @@ LAYOUTS: dict[str, dict[str, bytes]] = {
                            "deep/1.safetensors": single("a", "b")},
     "index and a single file": {INDEX: index_of({"a": "1.safetensors"}), "1.safetensors": single("a"),
                               "model.safetensors": single("z")},
+    "complete set": {"m-1-of-2.safetensors": single("a"), "m-2-of-2.safetensors": single("b")},
+    "incomplete set": {"m-1-of-2.safetensors": single("a"), "config.json": b"{}"},
+    "index and an adapter": {INDEX: index_of({"a": "1.safetensors"}), "1.safetensors": single("a"),
+                             "adapter_model.safetensors": single("z")},
     "copies": {INDEX: index_of({"a": "2.safetensors", "b": "1.safetensors"}), "1.safetensors": single("a", "b"),
                "2.safetensors": single("a")},
     "several indexes": {"a.safetensors.index.json": b"{}", "b.safetensors.index.json": b"{}"},
@@ -90,6 +95,23 @@ def test_the_rules_are_those_of_a_directory(hub: HubServer, tmp_path: Path, file
     else:
         checkpoint = open_hub_model(ID)
         assert description(checkpoint, checkpoint.path) == expected
+
+
+def test_an_adapter_is_named_with_its_base(hub: HubServer) -> None:
+    config = b'{"peft_type": "LORA", "base_model_name_or_path": "acme/base"}'
+    hub.add(ID, {"adapter_model.safetensors": single("q.lora_A.weight"), "adapter_config.json": config})
+    with pytest.raises(CheckpointError) as caught:
+        check_is_model(ID, open_hub_model(ID))
+    error = str(caught.value)
+    assert error.startswith(f"{ID} is a LoRA adapter of acme/base, not a model")
+    assert f"base, adapter = 'acme/base', '{ID}'" in error
+    assert f"save_pretrained('{ID.rpartition('/')[2]}-merged')" in error
+
+
+def test_a_wrapped_model_is_downloaded_before_it_is_renamed(hub: HubServer) -> None:
+    hub.add(ID, {"model.safetensors": single("module.a", "module.b")})
+    with pytest.raises(CheckpointError, match=rf"# first: hf download {ID} --local-dir"):
+        check_is_model(ID, open_hub_model(ID))
 
 
 def test_a_header_longer_than_the_first_request(hub: HubServer) -> None:
@@ -221,5 +243,5 @@ def test_a_finished_merge_is_checked_without_downloading(
     planned = mergeloom.plan(recipe)
     with pytest.raises(UsageError, match=r"chat_template\.jinja is not in it and would be written now; choose another"):
         check_finished(planned, classify(tmp_path / "out"))
-    assert not {"tokenizer.json", "chat_template.jinja", "LICENSE"} & hub.fetched()
+    assert not {"tokenizer.json", "LICENSE"} & hub.fetched()  # the plan reads the small chat_template.jinja
     assert mergeloom.verify(tmp_path / "out").whole

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Base, Inputs, MethodError, Unit
+from mergeloom.methods.kernel.contract import Inputs, MethodError, Unit
 from tests.support.methods import reference
 from tests.support.methods.cases import CASES, Case, make
+from tests.support.methods.expected import expected as expected_of
 from tests.support.methods.kernels import merge, run_kernel
 from tests.support.paths import ROOT
 
@@ -30,31 +31,18 @@ COMPUTED = [case for case in CASES if case.method != "passthrough" or case.param
 
 def expected(case: Case, x: Sequence[Tensor], inputs: Sequence[Tensor]) -> reference.Expected:
     """The outputs of the reference; `x` are the inputs in float64."""
-    parameters = {("factor" if k == "lambda" else k): v for k, v in case.parameters.items()}
-    if case.method in reference.DIRECT:
-        if merge_methods()[case.method].base is not Base.NONE:
-            parameters["base"] = case.base
-        return reference.DIRECT[case.method](x, **parameters)
-    assert case.base is not None
-    density = parameters.pop("density", (1.0,) * len(x))
-    gamma = parameters.pop("gamma", (0.01,) * len(x))
-    epsilon = parameters.pop("epsilon", (0.0,) * len(x))
-    unbiased = parameters.pop("unbiased", False)
-    others = [i for i in range(len(x)) if i != case.base]
-    deltas = {i: x[i] - x[case.base] for i in others}
-    if case.method in ("ties", "task_arithmetic"):
-        kept = [reference.top_k(deltas[i], density[i]) for i in others]
-    elif case.method.startswith("breadcrumbs"):
-        kept = [reference.drop_outliers(deltas[i], density[i], gamma[i]) for i in others]
-    else:
+
+    def masks() -> list[list[Tensor]]:
         kept = [[mask] for mask in drawn(case, inputs)]
-        if unbiased:
-            kept = [[mask[0] / odds(deltas[i], density[i], epsilon[i])] for i, mask in zip(others, kept, strict=True)]
-    random = case.method.startswith(("dare", "della"))
-    parameters.setdefault("normalize", case.method in ("ties", "della"))
-    parameters["rescale"] = parameters.get("rescale", random) and not unbiased
-    elect = case.method in ("ties", "dare_ties", "della", "breadcrumbs_ties")
-    return reference.task_vectors(x, kept, base=case.base, elect=elect, **parameters)
+        if not case.parameters.get("unbiased"):
+            return kept
+        density = case.parameters.get("density", (1.0,) * len(x))
+        epsilon = case.parameters.get("epsilon", (0.0,) * len(x))
+        others = [i for i in range(len(x)) if i != case.base]
+        chances = [odds(x[i] - x[case.base or 0], density[i], epsilon[i]) for i in others]
+        return [[mask / chance] for (mask,), chance in zip(kept, chances, strict=True)]
+
+    return expected_of(case.method, x, base=case.base, parameters=case.parameters, drawn=masks)
 
 
 def drawn(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -160,6 +160,10 @@ modules:
             ("tokenizer: {source: 'model:x/y@1'}", TokenizerSource(ModelReference("x/y", "1"))),
             ("tokenizer: {source: base, tokens: {}, pad_to_multiple_of: null}", TokenizerSource(None)),
             ("tokenizer: {source: {model: {path: x}}}", TokenizerSource(ref("x"))),
+            ("tokenizer_source: union", TokenizerSource(None, union=True)),
+            ("tokenizer: {source: union}", TokenizerSource(None, union=True)),
+            ("tokenizer: {source: null, tokens: {}}", TokenizerSource(None, union=True)),
+            ("tokenizer: {}", TokenizerSource(None, union=True)),
             ("tokenizer_source: null", None),
         ],
     )
@@ -203,7 +207,7 @@ models:
         assert [str(warning) for warning in recipe.warnings] == [
             "r.yml:2: shared: unknown key, ignored; known: merge_method, base_model, models, slices, modules, "
             "parameters, dtype, out_dtype, tokenizer_source, tokenizer, chat_template, name, save, files_from, "
-            "non_layer, allow_nonfinite",
+            "non_layer, allow_nonfinite, allow_vocabulary_mismatch",
         ]
 
     def test_data(self, tmp_path: Path) -> None:

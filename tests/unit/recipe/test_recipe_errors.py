@@ -55,11 +55,7 @@ class TestMistakes:
                 LINEAR + MODELS + "parameters: [1]",
                 "parameters: expected a mapping of parameters by name, got the",
             ),
-            (
-                LINEAR + MODELS + "tokenizer_source: union",
-                "tokenizer_source: a union of vocabularies is not",
-            ),
-            (LINEAR + MODELS + "tokenizer: {}", "tokenizer: without `source` it means a union"),
+            (LINEAR + MODELS + "allow_vocabulary_mismatch: 1", "allow_vocabulary_mismatch: expected true or false"),
             (LINEAR + MODELS + "tokenizer: base", "tokenizer: expected a mapping with `source`"),
             (LINEAR + MODELS + "tokenizer: {source: base, tokens: {x: {}}}", "tokenizer.tokens: choosing embeddings"),
             (

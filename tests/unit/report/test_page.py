@@ -188,7 +188,7 @@ def test_many_bands_make_no_large_page(make_model: MakeModel) -> None:
 
 def test_nothing_to_show(make_model: MakeModel) -> None:
     """One tensor without elements, and no layers."""
-    model = make_model("empty", {"model.weight": (0, 4)})
+    model = make_model("empty", {"model.table": (0, 4)}, dtype="I64")
     page = Page(make_page(mergeloom.plan({"merge_method": "passthrough", "models": [{"model": str(model)}]})))
     assert "Layer map" not in page.text
     assert "1 tensor" in page.text

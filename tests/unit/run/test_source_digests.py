@@ -13,8 +13,10 @@ import pytest
 
 from mergeloom.engine.graph.graph import MergeGraph
 from mergeloom.engine.graph.layout import lay_out
+from mergeloom.engine.run.buffers import ThreadBuffers
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
+from mergeloom.engine.run.recovery.checks import CHECKS
 from mergeloom.engine.run.recovery.records import SourceRead, parse_records
 from mergeloom.engine.run.recovery.source_digests import (
     SourceDigests,
@@ -54,7 +56,7 @@ def check(graph: MergeGraph, records: Sequence[SourceRead], used: dict[int, int]
     """Compare what the records say with the files."""
     files = {ref.file for ref in graph.reads}
     ranges = ranges_in_use(source_ranges(records), used)
-    return check_sources(graph, files, ranges, used, 2, lambda checked: None)
+    return check_sources(graph, files, ranges, used, ThreadBuffers(CHECKS, 2), lambda checked: None)
 
 
 def bounds(record: SourceRead) -> list[tuple[int, int, int]]:
@@ -191,4 +193,4 @@ def test_a_comparison_can_be_interrupted(model: Path) -> None:
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        check_sources(graph, {graph.reads[0].file}, ranges, {0: NBYTES}, 2, stop)
+        check_sources(graph, {graph.reads[0].file}, ranges, {0: NBYTES}, ThreadBuffers(CHECKS, 2), stop)

@@ -1,0 +1,87 @@
+"""Makes `plan` and `merge` agree on the size of their processes, so both make the same schedule.
+
+Two processes that do the same differ by a few hundred KiB of resident memory. Rounding alone cannot hide that: sizes
+near a multiple of the step fall on both of its sides. So the first process rounds up with a margin and stores the
+result in the user's cache directory. Later processes for the same recipe and versions take over the stored size if it
+fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...version import __version__
+
+MAX_STORED = 256
+"""Maximum number of stored sizes; the oldest are dropped."""
+
+
+def size_key(*parts: object) -> str:
+    """Return the key of a process that runs with these versions of Python, torch and mergeloom.
+
+    Args:
+        parts: everything else that its memory depends on, such as the recipe's text.
+    """
+    torch = getattr(sys.modules.get("torch"), "__version__", None)
+    text = json.dumps([__version__, platform.python_version(), torch, *parts], default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def rounded(size: int, step: int) -> int:
+    """Round a size up to a multiple of `step`, both in bytes."""
+    return -(-size // step) * step
+
+
+def agreed_sizes(measured: Sequence[int], step: int, key: str) -> tuple[int, ...]:
+    """Return rounded sizes that are equal in all processes with one key, at least those measured.
+
+    Without a cache directory that can be read and written, each process rounds for itself.
+
+    Args:
+        measured: measured sizes in bytes.
+        step: the sizes are rounded up to a multiple of this, in bytes, with a quarter step as a margin.
+        key: see `size_key`.
+    """
+    stored = _read()
+    known = stored.get(key, ())
+    if len(known) == len(measured) and all(
+        size <= old <= size + 2 * step for size, old in zip(measured, known, strict=True)
+    ):
+        return known
+    sizes = tuple(rounded(size + step // 4, step) for size in measured)
+    stored.pop(key, None)
+    _write(dict(list(stored.items())[1 - MAX_STORED :]) | {key: sizes})
+    return sizes
+
+
+def _file() -> Path:
+    directory = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  Path's raises
+    return Path(directory) / "mergeloom" / "process-sizes.json"
+
+
+def _read() -> dict[str, tuple[int, ...]]:
+    """Read the stored sizes, the oldest first; none if the file is missing or damaged."""
+    try:
+        content = json.loads(_file().read_text())
+        return {str(key): tuple(int(size) for size in sizes) for key, sizes in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(sizes: dict[str, tuple[int, ...]]) -> None:
+    """Store the sizes, atomically. A cache directory that cannot be written is not an error."""
+    file = _file()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(sizes, stream)
+        Path(name).replace(file)

@@ -1,0 +1,145 @@
+"""Checks that models whose embeddings are merged have the same vocabulary: the same tokens in the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ...errors import CheckpointError, MergeloomError
+from ...io.safetensors.checkpoint import Checkpoint
+from ..graph.build import BuiltGraph, Model
+from ..model.roles import is_embedding, is_head
+from ..model.warnings import ModelWarning, ModelWarningKind
+from .tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
+from .vocabulary import Difference, difference, read_vocabulary
+
+ALLOW = "allow_vocabulary_mismatch"
+"""The recipe key that merges embeddings row by row although vocabularies differ."""
+_PROCEED = f"if the rows match anyway, set `{ALLOW}: true`"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerModel:
+    """A model with its tokenizer.
+
+    Args:
+        name: name of the tokenizer's model in the recipe.
+        checkpoint: checkpoint that contains the tokenizer files.
+        rows: number of rows of the model's embeddings; None if unknown.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyRule:
+    """What a recipe requires of the vocabularies.
+
+    Args:
+        required: whether all vocabularies must be equal, since the recipe sets the output's tokenizer.
+        allowed: whether differences are accepted, since the recipe sets `allow_vocabulary_mismatch`.
+        error: makes the error for different vocabularies.
+        advice: what to do if vocabularies that must be equal are not.
+    """
+
+    required: bool = False
+    allowed: bool = False
+    error: Callable[[str], MergeloomError] = CheckpointError
+    advice: str = f"Embeddings cannot be merged by token yet: use models with the same vocabulary; {_PROCEED}"
+
+
+def embedding_names(model: Model) -> list[str]:
+    """The names of a model's token embeddings and heads."""
+    return [
+        name
+        for name in model.non_layer
+        if len(model.checkpoint.tensors[name].shape) == 2 and (is_embedding(name) or is_head(name))
+    ]
+
+
+def embedding_rows(model: Model) -> int | None:
+    """The number of rows of a model's token embeddings, the largest if there are several; None without embeddings."""
+    return max((model.checkpoint.tensors[name].shape[0] for name in embedding_names(model)), default=None)
+
+
+def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:
+    """The models of a stage whose embeddings or heads its output is computed from."""
+    names = {model.number: set(embedding_names(model)) for model in built.models}
+    graph = built.graph
+    used = {
+        model for model, name in zip(graph.read_models, graph.read_names, strict=True) if name in names.get(model, ())
+    }
+    return [model for model in built.models if model.number in used]
+
+
+def check_vocabularies(
+    tokenizer: TokenizerModel, models: Sequence[TokenizerModel], rule: VocabularyRule
+) -> Iterator[ModelWarning]:
+    """Compare the vocabularies of models whose embeddings are merged with that of the output's tokenizer.
+
+    Args:
+        tokenizer: the model that the output's tokenizer comes from.
+        models: the models whose embeddings are merged.
+        rule: what the recipe requires.
+
+    Yields:
+        A warning for each model of which a few rows differ, and one for all models without a tokenizer.
+
+    Raises:
+        CheckpointError: a model's vocabulary is unrelated to that of the output, or a tokenizer file is not valid.
+        MergeloomError: `rule.error`, for vocabularies that are different or unknown although they must be equal.
+    """
+    if rule.allowed:
+        return
+    compared = list({each.checkpoint.path: each for each in (tokenizer, *models)}.values())
+    known = [each for each in compared if main_file(each.checkpoint) is not None]
+    unknown = [each.name for each in compared if each not in known]
+    if unknown and rule.required and len(compared) > 1:
+        raise rule.error(f"{unknown[0]} has no tokenizer files, so its vocabulary is unknown. {rule.advice}")
+    if unknown and known:
+        yield _missing(tokenizer, unknown)
+    for other in known[1:]:
+        found = _difference(known[0], other)
+        if found is None:
+            continue
+        pair = f"the vocabularies of {known[0].name} and {other.name}"
+        if rule.required:
+            raise rule.error(f"{pair} differ: {found.text}. {rule.advice}")
+        if found.unrelated:
+            raise CheckpointError(
+                f"{pair} are unrelated: {found.rows:,} of {found.compared:,} rows differ; {found.text}. Embeddings are "
+                f"merged row by row, which would mix different tokens: use models with the same vocabulary; {_PROCEED}"
+            )
+        yield _differing(pair, found)
+
+
+def _difference(first: TokenizerModel, second: TokenizerModel) -> Difference | None:
+    """How the vocabularies of two models differ in the rows that their embeddings have; None if they are equal."""
+    if same_vocabulary_files(first.checkpoint, second.checkpoint):
+        return None
+    ours, theirs = (read_vocabulary(tokenizer_directory(each.checkpoint)) for each in (first, second))
+    assert ours is not None
+    assert theirs is not None
+    rows = min((each.rows for each in (first, second) if each.rows is not None), default=None)
+    return difference(ours, theirs, (first.name, second.name), rows)
+
+
+def _differing(pair: str, found: Difference) -> ModelWarning:
+    if found.rows:
+        count = f"{found.rows:,} of {found.compared:,} rows"
+        problem = f"{pair} differ in {count}, which are merged although they belong to different tokens: {found.text}"
+    else:
+        problem = f"{pair} may differ: {found.text}"
+    advice = f"use models with the same vocabulary; {_PROCEED}"
+    return ModelWarning(ModelWarningKind.VOCABULARY, problem, advice, found.tokens)
+
+
+def _missing(tokenizer: TokenizerModel, unknown: Sequence[str]) -> ModelWarning:
+    has, its = ("has", "its vocabulary") if len(unknown) == 1 else ("have", "their vocabularies")
+    problem = f"{', '.join(unknown)} {has} no tokenizer files, so {its} cannot be compared with the other models'"
+    if tokenizer.name in unknown:
+        problem += ", and the output has no tokenizer"
+    advice = f"add the tokenizer files; {_PROCEED}"
+    return ModelWarning(ModelWarningKind.VOCABULARY, problem, advice)

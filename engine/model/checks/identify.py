@@ -1,0 +1,243 @@
+"""Decides from file and tensor names whether a checkpoint is a model, and explains what else it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ....errors import CheckpointError
+from ....io.open_source import quoted
+from ....io.safetensors.checkpoint import Checkpoint
+from ....io.safetensors.dtypes import Kind
+from ....io.safetensors.file_sets import ADAPTER, shard_number
+from ....io.small_files import read_json
+from ....io.units import listed, plural
+from ..roles import is_buffer
+from .names import directory_of, rename_script
+
+_ADAPTER_PARTS = frozenset(
+    [
+        "lora_A",
+        "lora_B",
+        "lora_a",
+        "lora_b",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_up",
+        "lora_down",
+        "hada_w1_a",
+        "hada_w1_b",
+        "hada_w2_a",
+        "hada_w2_b",
+        "lokr_w1",
+        "lokr_w2",
+        "lokr_w1_a",
+        "lokr_w1_b",
+        "lokr_w2_a",
+        "lokr_w2_b",
+        "ia3_l",
+        "oft_r",
+        "oft_R",
+        "oft_diag",
+        "oft_blocks",
+        "boft_R",
+        "boft_s",
+        "vera_lambda_b",
+        "vera_lambda_d",
+        "prompt_embeddings",
+        "trainable_tokens_delta",
+    ]
+)
+"""Components of tensor names that only adapters have: PEFT's, kohya's and LyCORIS's."""
+_OPTIMIZER_PARTS = frozenset(
+    ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_sq_row", "exp_avg_sq_col", "square_avg"]
+)
+"""Components of tensor names in the state of optimizers: Adam, SGD, Adafactor, RMSprop."""
+_CONTROL_PARTS = frozenset(
+    [
+        "controlnet_cond_embedding",
+        "controlnet_down_blocks",
+        "controlnet_mid_block",
+        "controlnet_blocks",
+        "input_hint_block",
+        "control_model",
+        "zero_convs",
+    ]
+)
+"""Components of tensor names that only control nets have: diffusers', XLabs', and the original ones."""
+_EMBEDDING_NAMES = frozenset(["emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param.*", "string_to_token.*"])
+"""Names of all tensors of a textual inversion, except for diffusers', which uses the token in angle brackets."""
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Components that wrappers insert into names, at any depth: torch.compile, FSDP, checkpointing, Lightning Fabric."""
+_WRAPPER_PREFIXES = ("module.", "base_model.model.")
+"""Prefixes that a wrapper adds to all names: DataParallel and DDP, PEFT."""
+_MODEL_FILES = ("model", "pytorch_model", "diffusion_pytorch_model", "consolidated")
+
+
+def check_is_model(name: str, checkpoint: Checkpoint) -> None:
+    """Check that an input is a model whose tensors can be merged by name.
+
+    Args:
+        name: name of the input in the recipe.
+        checkpoint: the input.
+
+    Raises:
+        CheckpointError: it is an adapter, the state of an optimizer or something else that is not a model, a part of
+            one, or a model whose tensors are empty or have names with the prefix of a wrapper.
+    """
+    for problem in not_a_model(checkpoint):
+        raise CheckpointError(f"{name} {problem}")
+
+
+def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
+    """The reasons why a checkpoint is not a model that can be merged, as texts that continue its name."""
+    parts: set[str] = set()
+    for name in checkpoint.tensors:
+        parts.update(name.split("."))
+    if (evidence := _adapter_evidence(checkpoint, parts)) is not None:
+        yield _describe_adapter(checkpoint, evidence)
+    for words, what, advice in (
+        (_OPTIMIZER_PARTS, "is the state of an optimizer", "use the directory with the model's weights"),
+        (_CONTROL_PARTS, "is a control net", "merging control nets is not supported; use complete models"),
+    ):
+        if not words.isdisjoint(parts):
+            yield f"{what}, not a model (it has a tensor {_example(checkpoint, words)}): {advice}"
+    if all(name in _EMBEDDING_NAMES or (name[:1] == "<" and name[-1:] == ">") for name in checkpoint.tensors):
+        yield (
+            f"contains the embeddings of a textual inversion, not a model (tensors: {listed(checkpoint.tensors)}): "
+            "load them into the text encoder, and merge that"
+        )
+    if (number := _lone_shard(checkpoint)) is not None:
+        yield (
+            f"is shard {number[0]} of {number[1]} of a model: use the path of the directory, or of the index, to merge "
+            "all shards"
+        )
+    if (wrapped := _unwrapping(checkpoint, parts)) is not None:
+        yield _describe_wrapper(checkpoint, *wrapped)
+    yield from _empty_tensors(checkpoint)
+
+
+def _example(checkpoint: Checkpoint, parts: Collection[str]) -> str:
+    """The first tensor whose name has one of these components, quoted."""
+    return quoted(next(name for name in checkpoint.tensors if any(part in parts for part in name.split("."))))
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def _adapter_evidence(checkpoint: Checkpoint, parts: Collection[str]) -> str | None:
+    """Why a checkpoint is an adapter, or None. A model may include adapters: Phi-4-multimodal has two."""
+    files = [file.name for file in checkpoint.files]
+    adapters = [name for name in (*files, *(file.name for file in checkpoint.ignored)) if name.startswith(ADAPTER)]
+    if adapters and not any(name.startswith(_MODEL_FILES) for name in files):
+        return f"its weights are in {adapters[0]}"
+    if _ADAPTER_PARTS.isdisjoint(parts):
+        return None
+    example = _example(checkpoint, _ADAPTER_PARTS)
+    if "base_layer" in parts or "parametrizations" in parts:  # the weights that the adapter changes are here, too
+        unmerged = "base_layer" in parts and "default" in parts
+        return f"it has both {_example(checkpoint, ('base_layer',))} and {example}" if unmerged else None
+    own = sum(not _ADAPTER_PARTS.isdisjoint(name.split(".")) for name in checkpoint.tensors)
+    return f"it has a tensor {example}" if 2 * own > len(checkpoint.tensors) else None
+
+
+def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
+    config = _adapter_config(checkpoint)
+    base = config.get("base_model_name_or_path")
+    kind = str(config["peft_type"]) if "peft_type" in config else None
+    what = {"LORA": "a LoRA adapter", None: "an adapter"}.get(kind, f"an adapter ({kind})")
+    named = isinstance(base, str) and bool(base)
+    of_base = f" of {base}" if named else ""
+    source = directory_of(checkpoint)
+    target = source + "-merged" if not hasattr(checkpoint, "repository") else source.rpartition("/")[2] + "-merged"
+    return (
+        f"is {what}{of_base}, not a model ({evidence}): the mean of two adapters' matrices is not the mean of their "
+        "changes. Adapters are not supported yet: merge it into its base model first, and use the new directory:\n\n"
+        "    from peft import PeftModel\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"    base, adapter = {base if named else 'BASE MODEL'!r}, {source!r}\n"
+        '    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype="auto")\n'
+        "    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()\n"
+        f"    model.save_pretrained({target!r})\n"
+        f"    AutoTokenizer.from_pretrained(base).save_pretrained({target!r})"
+    )
+
+
+def _adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The content of adapter_config.json; empty without one."""
+    if hasattr(checkpoint, "repository"):
+        from ....io.hub.checkpoint import HubCheckpoint
+        from ....io.hub.download import download
+
+        assert isinstance(checkpoint, HubCheckpoint)
+        download(file for file in checkpoint.repository.files.values() if file.name == "adapter_config.json")
+        directory = checkpoint.path
+    else:
+        directory = Path(directory_of(checkpoint))
+    config = read_json(directory / "adapter_config.json")
+    return config if isinstance(config, dict) else {}
+
+
+# ------------------------------------------------------------------------------------------------ parts of models
+
+
+def _lone_shard(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The number of a single shard that was given by its path, and the number of all shards; None for a model."""
+    if checkpoint.index is not None or len(checkpoint.files) != 1:
+        return None
+    number = shard_number(checkpoint.files[0].name)
+    return number if number is not None and number[1] > 1 else None
+
+
+def _empty_tensors(checkpoint: Checkpoint) -> Iterator[str]:
+    """Parameters without elements: those of a trainer that keeps only a part of each in a process."""
+    empty = [
+        name
+        for name, ref in checkpoint.tensors.items()
+        if not ref.elements and ref.dtype.kind is Kind.FLOAT and ref.dtype.bits >= 16 and not is_buffer(name, ref.shape)
+    ]
+    # a parameter may have no rows, but keeps its other dimension
+    if any(checkpoint.tensors[name].shape == (0,) for name in empty) or len(empty) == len(checkpoint.tensors):
+        shape = list(checkpoint.tensors[empty[0]].shape)
+        yield (
+            f"has {plural(len(empty), 'tensor')} without values ({listed(empty)}; shape {shape}): a trainer that "
+            "distributes weights over processes (DeepSpeed ZeRO-3, FSDP) has saved the model without gathering them. "
+            "Save it again with gathered weights (DeepSpeed: `stage3_gather_16bit_weights_on_model_save` or its "
+            "zero_to_fp32.py; FSDP: a full state dict)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ wrappers
+
+
+def _unwrapping(checkpoint: Checkpoint, parts: Collection[str]) -> tuple[str, str, int] | None:
+    """The prefix of a wrapper in tensor names, Python code that removes it from `name`, and the number of names."""
+    names = checkpoint.tensors
+    inserted = [wrapper for wrapper in _WRAPPERS if wrapper in parts]
+    if inserted:
+        pattern = "|".join(inserted)
+        count = sum(not set(inserted).isdisjoint(name.split(".")) for name in names)
+        code = f're.sub(r"\\b(?:{pattern})\\.", "", name)'
+        prefix = inserted[0] + "."
+    else:
+        prefix = next((prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in names)), "")
+        code, count = "name", len(names)
+    if not prefix:
+        return None
+    for outer in _WRAPPER_PREFIXES:
+        if all(re.sub("|".join(rf"\b{w}\." for w in _WRAPPERS), "", name).startswith(outer) for name in names):
+            code += f".removeprefix({outer!r})"
+    return prefix, code, count
+
+
+def _describe_wrapper(checkpoint: Checkpoint, prefix: str, code: str, count: int) -> str:
+    example = next(name for name in checkpoint.tensors if prefix in name)
+    return (
+        f"has names with {prefix!r}, which a wrapper such as DDP, FSDP, torch.compile or PEFT adds during training: "
+        f"{count} of its {plural(len(checkpoint.tensors), 'tensor')}, such as {quoted(example)}. No program would find "
+        "them by these names in the output. Rename them in a copy of the model, and use that:\n\n"
+        + rename_script(checkpoint, code)
+    )

@@ -1,0 +1,118 @@
+"""Checks by their names that the weight files in a directory are complete and belong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from ...errors import CheckpointError
+from ..open_source import quoted
+
+_NUMBER_OF_TOTAL = re.compile(r"(\d{1,9})-of-(\d{1,9})")
+_SHOWN = 4
+
+SINGLE = "model.safetensors"
+"""The weights of a model that is not sharded."""
+ADAPTER = "adapter_model"
+"""Prefix of the files of a PEFT adapter."""
+
+
+def shard_number(name: str) -> tuple[int, int] | None:
+    """The number of a shard and the number of shards, as its name states them: ``model-00001-of-00002.safetensors``."""
+    match = _NUMBER_OF_TOTAL.search(name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def check_file_set(location: object, names: Sequence[str]) -> list[str]:
+    """Check weight files that were found in a directory, without an index that lists them.
+
+    Args:
+        location: directory or repository, for messages.
+        names: names of all files.
+
+    Returns:
+        Warnings for the user: several files are used whose names don't show that they are a complete set.
+
+    Raises:
+        CheckpointError: the names state how many files there are, and some are missing or belong to another set.
+    """
+    sets: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
+    for name in names:
+        match = _NUMBER_OF_TOTAL.search(name)
+        if match:
+            numbers = sets.setdefault((name[: match.start()], name[match.end() :]), {}).setdefault(int(match[2]), {})
+            if int(match[1]) in numbers:
+                raise CheckpointError(_describe_mixture(location, (numbers[int(match[1])], name)))
+            numbers[int(match[1])] = name
+    for (prefix, suffix), totals in sets.items():
+        if len(totals) > 1:
+            raise CheckpointError(
+                _describe_mixture(location, (next(iter(found.values())) for found in totals.values()))
+            )
+        ((total, found),) = totals.items()
+        first = 0 if 0 in found else 1
+        missing = (number for number in range(first, first + total) if number not in found)
+        examples = list(islice(missing, _SHOWN + 1))
+        if examples or len(found) != total:
+            raise CheckpointError(_describe_missing(location, found, total, (prefix, suffix), examples))
+    if len(names) < 2 or (
+        len(sets) == 1 and sum(len(found) for each in sets.values() for found in each.values()) == len(names)
+    ):
+        return []
+    return [
+        f"no index lists the files of the model, so {_listed(names)} are all used: make sure that they belong to one "
+        "model and that none is missing"
+    ]
+
+
+def stray_files(index: str | None, ignored: Iterable[str]) -> list[str]:
+    """Describe weight files that are not used, although other programs would load them.
+
+    Args:
+        index: name of the index, or None for a model without one.
+        ignored: names of the .safetensors files that are not used.
+    """
+    remarks = []
+    names = list(ignored)
+    if index is not None and SINGLE in names:
+        remarks.append(
+            f"{SINGLE} is not in {index} and is not used, but transformers loads it instead of the files in the index: "
+            "remove the one that is out of date"
+        )
+    adapters = [name for name in names if name.startswith(ADAPTER)]
+    if adapters:
+        remarks.append(
+            f"{_listed(adapters)} is an adapter, which is not applied, but transformers applies it when it loads the "
+            "model: remove the adapter if the weights already include it, or else merge it into them first"
+        )
+    return remarks
+
+
+def _describe_mixture(location: object, names: Iterable[str]) -> str:
+    return (
+        f"{location}: has files of different sets, and no index says which ones to use: {_listed(list(names))}: "
+        "remove the files of the older version"
+    )
+
+
+def _describe_missing(
+    location: object, found: dict[int, str], total: int, affixes: tuple[str, str], missing: Sequence[int]
+) -> str:
+    some = next(iter(found.values()))
+    if not missing:
+        return f"{location}: has {len(found)} files like {quoted(some)}, which states {total}: download the model again"
+    match = _NUMBER_OF_TOTAL.search(some)
+    assert match is not None
+    width = len(match[1]) if match[1].startswith("0") else 1
+    names = [f"{affixes[0]}{number:0{width}}-of-{match[2]}{affixes[1]}" for number in missing]
+    more = " and others" if len(names) > _SHOWN else ""
+    return (
+        f"{location}: has no index, and {quoted(some)} is one of {total} files, of which only {len(found)} exist: "
+        f"{_listed(names[:_SHOWN])}{more} missing: download the missing files (`hf download` resumes)"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(quoted(name) for name in names[:_SHOWN]) + more

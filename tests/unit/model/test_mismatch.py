@@ -1,0 +1,248 @@
+"""Two models that don't match: the error names the common cause, not only the first tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergeloom.engine.model.checks.names import Renaming, find_renaming
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
+from mergeloom.errors import CheckpointError
+from tests.support.models import Shape, encoder_dir, tiny_llama, write_checkpoint
+from tests.support.outputs import read_model, same_tensors
+
+CPU = Options(device="cpu", threads=1)
+ENCODER = list(read_model(encoder_dir()))
+LLAMA = tiny_llama(layers=2)
+
+
+def linear(*models: Path) -> dict[str, Any]:
+    return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in models]}
+
+
+def stack(*models: Path) -> dict[str, Any]:
+    slices = [{"sources": [{"model": str(model), "layer_range": [0, 1]}]} for model in models]
+    return {"merge_method": "passthrough", "slices": slices}
+
+
+def refused(recipe: dict[str, Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        plan(recipe, CPU)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ other names
+
+
+def old_norms(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+NAMINGS: dict[str, tuple[Callable[[str], str], str]] = {
+    "prefix": (lambda name: f"bert.{name}", "without prefix 'bert.'"),
+    "two prefixes": (lambda name: f"0.auto_model.{name}", "without prefix '0.auto_model.'"),
+    "gamma and beta": (old_norms, "with `weight` and `bias` instead of `gamma` and `beta`"),
+    "both": (
+        lambda name: f"bert.{old_norms(name)}",
+        "without prefix 'bert.' and with `weight` and `bias` instead of `gamma` and `beta`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rename", "words"), NAMINGS.values(), ids=NAMINGS)
+def test_the_renaming_that_makes_the_names_equal_is_found(rename: Callable[[str], str], words: str) -> None:
+    renaming = find_renaming([rename(name) for name in ENCODER], ENCODER)
+    assert renaming is not None
+    assert (str(renaming), renaming.matches, renaming.total) == (words, 104, 104)
+    renamed = [eval(renaming.expression, {"re": __import__("re"), "name": rename(name)}) for name in ENCODER]
+    assert renamed == ENCODER
+
+
+def test_a_prefix_that_replaces_another() -> None:
+    renaming = find_renaming([f"transformer.{name}" for name in ENCODER], [f"bert.{name}" for name in ENCODER])
+    assert renaming == Renaming("transformer.", "bert.", False, 104, 104)
+    assert str(renaming) == "with prefix 'bert.' instead of 'transformer.'"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ENCODER,
+        ENCODER[:-3],
+        [*ENCODER, "bert.pooler.dense.weight"],
+        [f"layer{number}" for number in range(100)],
+        [],
+        LLAMA.tensors,
+    ],
+)
+def test_no_renaming_is_advised_where_none_helps(names: Iterable[str]) -> None:
+    assert find_renaming(list(names), ENCODER) is None
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("rename", "words"), NAMINGS.values(), ids=NAMINGS)
+def test_models_with_other_names_are_rejected_with_the_way_to_rename(
+    rename: Callable[[str], str], words: str, order: tuple[int, int], tmp_path: Path
+) -> None:
+    values = read_model(encoder_dir())
+    config = {"model_type": "bert", "num_hidden_layers": 6}
+    a = write_checkpoint(tmp_path / "a", values, config=config)
+    b = write_checkpoint(tmp_path / "b", {rename(name): value for name, value in values.items()}, config=config)
+    error = refused(linear(*((a, b)[index] for index in order)))
+    equal = sum(rename(name) == name for name in ENCODER)
+    assert error.startswith(
+        f"{b} and {a} have different names for the same tensors: only {equal} of the 104 tensors of"
+    )
+    assert f"in {a}, but {words}, 104 would be." in error
+    script = error.partition("\n\n")[2].partition("\n\nThe first difference: tensor ")[0]
+    exec("\n".join(line[4:] for line in script.splitlines()), {})
+    renamed = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "b-renamed")}]}
+    merge(renamed, tmp_path / "out", CPU)
+    assert same_tensors(read_model(tmp_path / "out"), values)
+
+
+def test_a_single_missing_tensor_is_named_as_before(tmp_path: Path) -> None:
+    a = write_checkpoint(tmp_path / "a", LLAMA)
+    tensors = {name: shape for name, shape in LLAMA.tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    b = write_checkpoint(tmp_path / "b", tensors, config=LLAMA.config)
+    assert refused(linear(a, b)).startswith(f"tensor model.layers.1.mlp.up_proj.weight is in {a} but not in {b}: ")
+
+
+def test_a_text_model_and_one_with_a_vision_tower_are_not_advised_to_rename(tmp_path: Path) -> None:
+    tower = {f"model.vision_tower.blocks.{number}.w.weight": (8, 8) for number in range(30)}
+    names = {f"model.language_model.{name.removeprefix('model.')}": s for name, s in LLAMA.tensors.items()}
+    config = {"text_config": LLAMA.config, "vision_config": {"depth": 30}}
+    a = write_checkpoint(tmp_path / "a", LLAMA)
+    b = write_checkpoint(tmp_path / "b", names | tower, config=config)
+    assert "different names for the same tensors" not in refused(linear(a, b))
+
+
+# ------------------------------------------------------------------------------------------------ quantization
+
+Q = "model.layers.{}.self_attn.q_proj"
+
+
+def quantized(form: str) -> tuple[dict[str, Shape], dict[str, str]]:
+    """The Llama with quantized q projections: shapes and dtypes."""
+    shapes = dict(LLAMA.tensors)
+    dtypes = dict.fromkeys(shapes, "BF16")
+    for layer in (0, 1):
+        name = Q.format(layer)
+        added: dict[str, tuple[str, Shape]] = {
+            "bitsandbytes with 4 bits": {
+                f"{name}.weight": ("U8", (512, 1)),
+                f"{name}.weight.absmax": ("F32", (16,)),
+                f"{name}.weight.quant_map": ("F32", (16,)),
+            },
+            "bitsandbytes with 8 bits": {f"{name}.weight": ("I8", (32, 32)), f"{name}.SCB": ("F32", (32,))},
+            "GPTQ": {
+                f"{name}.qweight": ("I32", (4, 32)),
+                f"{name}.qzeros": ("I32", (1, 4)),
+                f"{name}.scales": ("F16", (1, 32)),
+                f"{name}.g_idx": ("I32", (32,)),
+            },
+            "AWQ": {
+                f"{name}.qweight": ("I32", (32, 4)),
+                f"{name}.qzeros": ("I32", (1, 4)),
+                f"{name}.scales": ("F16", (1, 32)),
+            },
+            "MLX": {
+                f"{name}.weight": ("U32", (32, 4)),
+                f"{name}.scales": ("BF16", (32, 1)),
+                f"{name}.biases": ("BF16", (32, 1)),
+            },
+            "compressed-tensors": {
+                f"{name}.weight_packed": ("I32", (32, 4)),
+                f"{name}.weight_scale": ("BF16", (32, 1)),
+                f"{name}.weight_shape": ("I64", (2,)),
+            },
+            "FP8 in blocks": {f"{name}.weight": ("F8_E4M3", (32, 32)), f"{name}.weight_scale_inv": ("F32", (1, 1))},
+        }[form]
+        del shapes[f"{name}.weight"]
+        shapes |= {key: shape for key, (_, shape) in added.items()}
+        dtypes |= {key: dtype for key, (dtype, _) in added.items()}
+    return shapes, dtypes
+
+
+def write_quantized(directory: Path, form: str, **config: Any) -> Path:
+    shapes, dtypes = quantized(form)
+    return write_checkpoint(directory, shapes, dtype=dtypes, config=LLAMA.config | config)
+
+
+FORMS = ["bitsandbytes with 4 bits", "bitsandbytes with 8 bits", "GPTQ", "AWQ", "MLX", "compressed-tensors",
+         "FP8 in blocks"]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [linear, stack])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_and_unquantized(
+    form: str, order: tuple[int, int], make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    a = write_checkpoint(tmp_path / "a", LLAMA)
+    q = write_quantized(tmp_path / "big-GPTQ", form)
+    error = refused(make(*((a, q)[index] for index in order)))
+    assert f"is quantized ({form};" in error
+    assert "probably named big)" in error
+    assert Q.format(0) in error
+
+
+def test_both_models_are_described(tmp_path: Path) -> None:
+    a = write_checkpoint(tmp_path / "a", LLAMA)
+    q = write_quantized(tmp_path / "q", "GPTQ")
+    (q / "README.md").write_text("---\nbase_model: acme/q\n---\n")
+    error = refused(linear(a, q))
+    assert error.startswith(
+        f"{a} is not quantized and {q} is quantized (GPTQ; {Q.format(0)}.qweight: its name is that of"
+    )
+    assert error.endswith(f"for {q}, use the unquantized model that it was made from (its model card names acme/q)")
+
+
+def test_two_formats(tmp_path: Path) -> None:
+    a, b = (write_quantized(tmp_path / name, form) for name, form in (("a", "GPTQ"), ("b", "AWQ")))
+    error = refused(stack(a, b))
+    assert f"{a} is quantized (GPTQ; " in error
+    assert f"{b} is quantized (AWQ; " in error
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_stack_of_fp8_without_scales_and_of_values_is_rejected(order: tuple[int, int], tmp_path: Path) -> None:
+    """Names and shapes are equal, so only config.json tells that the numbers are not values."""
+    config = LLAMA.config | {"quantization_config": {"quant_method": "fp8"}}
+    dtypes = {name: "F8_E4M3" if name.endswith("proj.weight") else "BF16" for name in LLAMA.tensors}
+    a = write_checkpoint(tmp_path / "a", LLAMA)
+    q = write_checkpoint(tmp_path / "q", LLAMA.tensors, dtype=dtypes, config=config)
+    error = refused(stack(*((a, q)[index] for index in order)))
+    reason = "(FP8; config.json has quantization_config with quant_method fp8, and it is F8_E4M3)"
+    if order == (0, 1):
+        assert (
+            f"of {q} is quantized {reason} and is copied, but config.json comes from {a}, which is not quant" in error
+        )
+    else:
+        assert f"of {a} is not quantized, but config.json comes from {q}, where it is quantized {reason}" in error
+
+
+@pytest.mark.parametrize(("second", "warned"), [({"bits": 4}, False), ({"bits": 4, "sym": False}, True)])
+def test_other_settings_of_the_same_format_are_a_warning(second: dict[str, Any], warned: bool, tmp_path: Path) -> None:
+    settings = ({"bits": 4, "sym": True, "dataset": "c4"}, {"sym": True, "dataset": "wikitext"} | second)
+    a, b = (
+        write_quantized(tmp_path / name, "GPTQ", quantization_config={"quant_method": "gptq", **each})
+        for name, each in zip("ab", settings, strict=True)
+    )
+    warnings = [warning for warning in plan(stack(a, b), CPU).warnings if "both quantized" in warning]
+    assert len(warnings) == warned
+    for warning in warnings:
+        assert warning.startswith(f"{b} and {a} are both quantized (GPTQ), but their config.json files describe it ")
+        assert "differently: sym (False and True). config.json of " in warning
+
+
+def test_norms_and_embeddings_of_an_unquantized_model_fit_quantized_layers(tmp_path: Path) -> None:
+    a = write_checkpoint(tmp_path / "a", LLAMA)
+    q = write_quantized(tmp_path / "q", "FP8 in blocks")
+    recipe = stack(q) | {"non_layer": {"embeddings": str(a), "norm": str(a), "head": str(a)}}
+    assert plan(recipe, CPU).built.layers == 1
