@@ -48,7 +48,7 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
         for key in _DESCRIBES_INPUTS
         if isinstance(section.get(key), Mapping) and section[key].get("quantization_mode") != "online"
     ]
-    quantized = next(_quantized(built), None)
+    quantized = next(_quantized(built, by_name=bool(found)), None)
     if not found and quantized is not None and not any(config.get(key) for key in _DESCRIBES_INPUTS):
         problem = (
             f"the output has quantized tensors ({quantized}), and config.json of {used} has no quantization_config"
@@ -69,14 +69,24 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
     ]
 
 
-def _quantized(built: BuiltGraph) -> Iterator[str]:
-    """Names of output tensors that are quantized or belong to quantized ones."""
+def _quantized(built: BuiltGraph, *, by_name: bool) -> Iterator[str]:
+    """Names of output tensors that are quantized or belong to quantized ones.
+
+    Args:
+        built: graph of the stage.
+        by_name: whether a name like a scale's is enough. Without a description of quantized tensors it is not:
+            DeepSeek-V4 has parameters named ``hc_attn_scale``.
+    """
     graph = built.graph
     has_quantized = any(model.quantized for model in built.models)
     for output in graph.outputs:
         dtype = graph.node_dtype[output.node]
         is_narrow = dtype.kind is ElementKind.FLOAT and dtype.bits < 16
-        if is_narrow or (dtype.name in _PACKED and not is_buffer(output.name)) or output.name.endswith(_SCALES):
+        if (
+            is_narrow
+            or (dtype.name in _PACKED and not is_buffer(output.name))
+            or (by_name and output.name.endswith(_SCALES))
+        ):
             yield output.name
         elif has_quantized:
             for read in graph.node_sources[output.node]:

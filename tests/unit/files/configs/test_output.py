@@ -155,6 +155,12 @@ def test_quantization_is_only_described_if_something_is_quantized(key: str, make
     assert len(warnings) == 1
 
 
+def test_parameters_with_a_name_like_a_scale_are_not_quantized(make: Make) -> None:
+    llama = tiny_llama()
+    model = Model(llama.tensors | {"model.layers.0.hc_attn_scale": (3,)}, llama.config)  # DeepSeek-V4's
+    assert result(linear(make("a", model), make("b", model)))[1] == []
+
+
 def test_packed_tensors_that_pass_through_keep_it(make: Make) -> None:
     llama = tiny_llama()
     packed = {name: "F8_E4M3" for name in llama.tensors if name.endswith("down_proj.weight")}
