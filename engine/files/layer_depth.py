@@ -52,8 +52,15 @@ _SCALE = "scale_depth"
 _LAST_HAS = {"gpt_neox_japanese": "attention.dense_bias"}
 """Tensors that only the last layer has, by ``model_type``."""
 
-_ADAPTERS = {"zamba2": ("layers_block_type", "hybrid", "shared_transformer.*.*_adapter_list")}
-"""By ``model_type``: list of the kinds of layers, a kind, and tensors that shared blocks store for each such layer."""
+_BY_ORDINAL = {
+    "zamba2": ("layers_block_type", "hybrid", "shared_transformer.*.*_adapter_list"),
+    "qwen4_exp_text": ("ple_layer_ids", "", "ple.ple_embedding, whose size follows from the ordinal,"),
+}
+"""Tensors that models look up, or size, by the ordinal of a layer among those of its kind, by ``model_type``.
+
+Each entry has the list with the kind of each layer, that kind, and the tensors. If the kind is empty, the list has the
+numbers of the layers, from 1.
+"""
 
 
 def adapt_to_depth(
@@ -112,16 +119,22 @@ def _misplaced_tensors(
             "let the last layer be the last one of the output, and of no other slice",
             (last,),
         )
-    key, kind, tensors = _ADAPTERS.get(model_type, ("", "", ""))
-    kinds = old.get(key)
-    if not isinstance(kinds, list) or len(kinds) < before:
+    key, kind, tensors = _BY_ORDINAL.get(model_type, ("", "", ""))
+    stated = old.get(key)
+    if not isinstance(stated, list):
         return
-    ordinals = [kinds[:layer].count(kind) for layer in source if kinds[layer] == kind]
-    if ordinals != list(range(kinds[:before].count(kind))):
+    numbers = (
+        [number for number, each in enumerate(stated) if each == kind]
+        if kind
+        else [each - 1 for each in stated if isinstance(each, int)]
+    )
+    ordinals = [numbers.index(layer) for layer in source if layer in numbers]
+    if ordinals != list(range(len(numbers))):
+        of = f"{kind} layer of {key}" if kind else f"layer in {key}"
         yield ModelWarning(
             ModelWarningKind.LAYER_RULE,
-            f"{model_type} stores {tensors} for each {kind} layer of {key}, in their order, and these layers have "
-            "changed: they use the tensors of others or missing ones, initialized at random, or leave some out",
-            f"keep all {kind} layers in their order",
+            f"{model_type} stores {tensors} for each {of}, in their order, and these layers have changed: they use the "
+            "tensors of others, or missing or unfitting ones that are initialized at random, or leave some out",
+            "keep all these layers in their order",
             (key,),
         )

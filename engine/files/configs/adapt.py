@@ -142,6 +142,8 @@ def _set_vocabulary(
     is_padded = isinstance(multiple, int) and multiple > 0 and -(-stated // multiple) * multiple == rows
     if is_padded or rows in (section.get("padded_vocab_size"), section.get("embedding_size")):
         return
+    if any(is_head(name) and built.graph.shape(nodes[name])[:1] == (stated,) for name in outside):
+        return  # Mllama and Moshi embed tokens that they never predict, and state the number of the others
     for each in sections:
         if each.get("vocab_size") == stated:
             each["vocab_size"] = rows
@@ -165,6 +167,10 @@ def _set_tied_head(
     types = [str(section.get("model_type")) for section in sections]
     stated = [section.get("tie_word_embeddings") for section in sections]
     wrong = False in stated
+    if stated[0] is True:  # the section that transformers reads; others may read the section of the text model
+        for section in sections:
+            section["tie_word_embeddings"] = True
+        return
     if not wrong and (True in stated or not TIED_BY_DEFAULT.isdisjoint(types[:1])):
         return
     reason = "is false in config.json" if wrong else f"is not stated in config.json, and not the default of {types[0]}"

@@ -33,6 +33,7 @@ _NAMES: dict[int, str] = {
     1: "n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts",
     64: """max_position_embeddings n_positions n_ctx max_seq_len context_length max_source_positions
         max_target_positions mamba_d_ssm""",
+    0: "num_mtp_layers num_nextn_predict_layers",
     28: "image_size",
     14: "patch_size",
 }
@@ -124,7 +125,7 @@ def _tiny(kind: Any, overrides: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
     for each in dataclasses.fields(kind):
         if each.name in sizes:
             values[each.name] = sizes[each.name]
-        elif each.name.endswith(("token_id", "token_index")) and _is_beyond(each.default):
+        elif each.name.endswith(("token_id", "token_index")) and _is_beyond(_default(each)):
             values[each.name] = 5
     for name, spec in kind.sub_configs_defaults.items():
         sub = CONFIG_MAPPING[spec.model_type] if spec.model_type else spec.config_class
@@ -132,6 +133,10 @@ def _tiny(kind: Any, overrides: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
         if not spec.optional:
             values[name] = _tiny(sub, overrides.get(name, {}), _SIZES if is_language else _SIZES | _SIDES)
     return kind(**{**values, **{name: value for name, value in overrides.items() if name not in kind.sub_configs}})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _is_beyond(value: Any) -> bool:

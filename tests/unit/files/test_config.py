@@ -361,6 +361,9 @@ def test_adapters_in_the_order_of_the_layers_that_use_them() -> None:
     assert section([0, 1, 2, 2, 3, 5], **keys)[1] == ()
     for source in ([0, 1, 2, 1], [2, 3, 5], [0, 1, 3], [1, 3, 5, 5]):
         assert "zamba2 stores shared_transformer.*.*_adapter_list" in section(source, **keys)[1][0]
+    keys = {"model_type": "qwen4_exp_text", "ple_layer_ids": [2, 5]}
+    assert section([0, 1, 2, 2, 4], **keys)[1] == ()
+    assert "ple.ple_embedding" in section([0, 1, 1, 2, 4], **keys)[1][0]
 
 
 def test_layers_that_the_donor_has_not() -> None:

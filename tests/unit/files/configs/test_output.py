@@ -260,6 +260,20 @@ def test_the_sections_agree_about_the_tied_head(make: Make) -> None:
     found, warnings, _ = result(linear(a))
     assert found["tie_word_embeddings"] is found["text_config"]["tie_word_embeddings"] is True
     assert "is false in config.json" in only(warnings, ModelWarningKind.HEAD)
+    config |= {"tie_word_embeddings": True, "text_config": llama.config | {"tie_word_embeddings": False}}  # GOT-OCR 2
+    b = write_checkpoint(make("y").parent / "b", llama.tensors, fill=None, config=config)
+    found, warnings, _ = result(linear(b))
+    assert found["tie_word_embeddings"] is found["text_config"]["tie_word_embeddings"] is True
+    assert warnings == []
+
+
+def test_more_embeddings_than_the_head_predicts(make: Make) -> None:
+    llama = tiny_llama()
+    rows, width = llama.tensors["model.embed_tokens.weight"]
+    model = Model(llama.tensors | {"model.embed_tokens.weight": (rows + 8, width)}, llama.config)  # Mllama
+    config, warnings, _ = result(linear(make("a", model), make("b", model)))
+    assert config["vocab_size"] == rows
+    assert warnings == []
 
 
 # ------------------------------------------------------------------------------------------------ biases
