@@ -141,10 +141,10 @@ def _explained(section: Mapping[str, Any], sets: Sequence[frozenset[str]]) -> bo
     If no list alone explains the layers, all lists together may: DeepSeek-V4's attention follows from one, its experts
     from another.
     """
-    lists = [_entries(key, value, len(sets)) for key, value in section.items()]
-    lists = [entries for entries in lists if 1 < len(set(entries)) < len(sets)]
-    together = list(zip(*lists, strict=True))
-    return any(_explains(entries, sets) for entries in lists) or (
+    lists = {key: _entries(key, value, len(sets)) for key, value in section.items()}
+    stated = [entries for key, entries in lists.items() if isinstance(section[key], list) and len(set(entries)) > 1]
+    together = list(zip(*(entries for entries in stated if len(set(entries)) < len(sets)), strict=True))
+    return any(_explains(entries, sets) for entries in lists.values()) or (
         2 * len(set(together)) <= len(sets) and _explains(together, sets)
     )
 

@@ -125,18 +125,18 @@ def _tiny(kind: Any, overrides: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
     for each in dataclasses.fields(kind):
         if each.name in sizes:
             values[each.name] = sizes[each.name]
-        elif each.name.endswith(("token_id", "token_index")) and _is_beyond(_default(each)):
+        elif each.name.endswith(("token_id", "token_index")) and _is_beyond(each.default):
             values[each.name] = 5
     for name, spec in kind.sub_configs_defaults.items():
         sub = CONFIG_MAPPING[spec.model_type] if spec.model_type else spec.config_class
         is_language = name in ("text_config", "decoder", "global_config")
         if not spec.optional:
             values[name] = _tiny(sub, overrides.get(name, {}), _SIZES if is_language else _SIZES | _SIDES)
-    return kind(**{**values, **{name: value for name, value in overrides.items() if name not in kind.sub_configs}})
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    values |= {name: value for name, value in overrides.items() if name not in kind.sub_configs_defaults}
+    config = kind(**values)
+    if _is_beyond(getattr(config, "eos_token_id", None)):  # some classes set it after the fields
+        config.eos_token_id = 5
+    return config
 
 
 def _is_beyond(value: Any) -> bool:

@@ -132,8 +132,9 @@ def test_differences_that_two_lists_explain_together() -> None:
         for number in range(8)
     ]
     lists = {"layer_types": attention, "mlp_layer_types": experts}
+    others = {"model_type": "deepseek_v4", "eos_token_id": [1, 2]}
     recipe = stacked(("a", 0, 4), ("a", 1, 7))
-    assert warnings(recipe, {"a": model(*kinds, **lists)}) == ()
+    assert warnings(recipe, {"a": model(*kinds, **lists, **others)}) == ()
     assert warnings(complete("linear", "a"), {"a": model(*kinds, **lists)}) == ()
     for name in lists:
         assert warnings(recipe, {"a": model(*kinds, **{name: lists[name]})}) != ()
