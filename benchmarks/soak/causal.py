@@ -22,7 +22,7 @@ SECONDS = 300
 """A class whose merges take longer is stopped: its tiny model is too large."""
 
 NOT_BUILT = frozenset({"gemma3n", "gemma4_assistant", "gemma4_unified_assistant"})
-"""Classes that transformers 5.23 does not build: one needs timm, and it rejects its own configurations of the others."""
+"""Classes that transformers 5.23 does not build: one needs timm, and it rejects the default configurations of two."""
 
 
 def causal(family: Family, times: int, chance: random.Random) -> None:
