@@ -32,6 +32,10 @@ def causal(family: Family, times: int, chance: random.Random) -> None:
 
 def run(kinds: Iterable[CausalModel], directory: Path) -> None:
     """Check classes one by one; print those that are not plainly right, and the totals."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     totals: dict[str, Counter[str]] = {name: Counter() for name in CHECKS}
     not_built = []
     for kind in kinds:
