@@ -4,7 +4,7 @@
 # make golden  pin the output bytes of all golden merges again
 # make check     lint, format, packaging and types
 # make compat    run the same configurations with mergekit 0.1.5 and with mergeloom, and compare the models
-# make soak      merges with kills, full disks and damaged files, each resumed until it completes: up to an hour
+# make soak      merges with kills, full disks and damaged files, and of every causal LM class of transformers: up to two hours
 # make bench     mergeloom compared with mergekit and the floor, on Llama-3.2-1B shapes: 10 GB of disk, an hour or two
 # make packages  install and try the wheel and the sdist with each of PYTHONS
 # make coverage  run the tests and measure branch coverage: above 90% for engine, methods and io

@@ -1,1 +1,1 @@
-"""Merges that are killed, starved and given damaged input, many times: the same bytes result, or a refusal."""
+"""Merges that are killed, starved and given damaged or unusual input, many times: correct bytes, or a refusal."""

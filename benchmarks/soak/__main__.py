@@ -2,8 +2,9 @@
 
     python -m benchmarks.soak [--only PART] [--times 100] [--directory DIR]
 
-It merges a small real family, a sentence encoder and two models made from it, by ties. A tenth of an hour to an hour;
-root lets it mount small disks. Ends with 1 if anything is not as it should be.
+It merges a small real family, a sentence encoder and two models made from it, by ties; the part ``causal`` merges two
+tiny models of each causal language model class of transformers. A quarter of an hour to two hours; root lets it mount
+small disks. Ends with 1 if anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.soak.calls import between_calls, power
+from benchmarks.soak.causal import causal
 from benchmarks.soak.damage import flips, fuzzing
 from benchmarks.soak.disks import full_disks
 from benchmarks.soak.harness import GROUP, RATE, failures, make_family, say
@@ -33,6 +35,7 @@ PARTS = {
     "full": full_disks,
     "fuzz": fuzzing,
     "flips": flips,
+    "causal": causal,
 }
 
 

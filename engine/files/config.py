@@ -16,6 +16,7 @@ from typing import Any
 from ..model.layers import COUNT_KEYS, LENGTH_KEYS
 from ..model.warnings import ModelWarning, ModelWarningKind
 from .configs.unknown_rules import unknown_rules
+from .layer_depth import adapt_to_depth
 from .layer_keys import (
     FAMILIES,
     LAYER_INDICES,
@@ -168,6 +169,7 @@ class _Layers:
                 "hidden_size_per_layer_input",
             )
         self._check_rules(section, old)
+        self.warnings.extend(adapt_to_depth(section, old, self.before, self.source))
 
     def _set_count(self, section: dict[str, Any], key: str | None, is_shared: bool) -> None:
         names = [name for name in COUNT_KEYS if section.get(name) == self.before]
@@ -332,7 +334,7 @@ class _Layers:
         self.warn(
             ModelWarningKind.LAYER_RULE,
             f"{name} = {value} no longer describes every layer as in the donor: a slice moves layers by a number that "
-            "does not fit; the model will load, but some layers may be run as the wrong kind",
+            "does not fit; some layers may be run as the wrong kind, or lack tensors when the model is loaded",
             name,
         )
 

@@ -60,6 +60,7 @@ PERIODS = {
     "expert_layer_period": Rule(None, f"{_TRANSFORMERS}/jamba/configuration_jamba.py"),
     "full_attention_interval": Rule("layer_types", f"{_TRANSFORMERS}/qwen3_next/configuration_qwen3_next.py"),
     "sliding_window_pattern": Rule("layer_types", f"{_TRANSFORMERS}/gemma3/configuration_gemma3.py"),
+    "_sliding_window_pattern": Rule("layer_types", f"{_TRANSFORMERS}/gemma3/configuration_gemma3.py"),
     "global_attn_every_n_layers": Rule("layer_types", f"{_TRANSFORMERS}/modernbert/configuration_modernbert.py"),
     "layer_group_size": Rule("layer_types", f"{_HUB}/inclusionAI/Ring-mini-linear-2.0/blob/main/config.json"),
     "no_rope_layer_interval": Rule("no_rope_layers", f"{_TRANSFORMERS}/smollm3/configuration_smollm3.py"),
@@ -67,6 +68,7 @@ PERIODS = {
     "moe_layer_freq": Rule("mlp_layer_types", f"{_HUB}/deepseek-ai/DeepSeek-V2/blob/main/configuration_deepseek.py"),
     "moe_layer_interval": Rule("mlp_layer_types", f"{_TRANSFORMERS}/ernie4_5_moe/configuration_ernie4_5_moe.py"),
     "decoder_sparse_step": Rule("mlp_layer_types", f"{_TRANSFORMERS}/qwen2_moe/configuration_qwen2_moe.py"),
+    "n_layers_per_attn_res_block": Rule(None, "https://huggingface.co/docs/transformers/main/en/model_doc/inkling2"),
     "index_topk_freq": Rule(
         "indexer_types", "https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/deepseek_v2.py"
     ),

@@ -99,6 +99,7 @@ class LayerChecks:
             unmoved = list(range(self._donor.stack(stack).count))
             if [layer.target for layer in layers] != unmoved or [layer.index for layer in layers] != unmoved:
                 yield from self._moved(stack, layers)
+                yield from self._side_lists(stack)
         for problem, names in self._gradients.items():
             yield ModelWarning(
                 ModelWarningKind.LAYER_TENSORS,
@@ -147,6 +148,17 @@ class LayerChecks:
                     found.setdefault((expected, stored), {}).setdefault(layer, []).append(rest)
         for (missing, stored), by_layer in found.items():
             yield self._misplaced(stack, missing, stored, by_layer)
+
+    def _side_lists(self, stack: int) -> Iterator[ModelWarning]:
+        """Warn about lists outside the layers with an entry per layer: they are not sliced with the layers."""
+        prefix = self._donor.stack(stack).prefix
+        for found in self._donor.layers.side_lists(self._donor.stack(stack)):
+            yield ModelWarning(
+                ModelWarningKind.LAYER_TENSORS,
+                f"{found.prefix} has {found.count} entries, probably one per layer of {prefix}: it is not sliced like "
+                "the layers, so layers that have moved use the entries of other layers, or none",
+                names=(found.prefix,),
+            )
 
     def _misplaced(
         self, stack: int, missing: bool, stored: Collection[int], by_layer: Mapping[OutputLayer, Sequence[str]]

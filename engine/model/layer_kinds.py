@@ -136,12 +136,22 @@ def _section(config: Mapping[str, Any] | None, path: Sequence[str]) -> Mapping[s
 
 
 def _explained(section: Mapping[str, Any], sets: Sequence[frozenset[str]]) -> bool:
-    """Whether layers with equal entries in a list of config.json store the same tensors."""
-    for key, value in section.items():
-        entries = _entries(key, value, len(sets))
-        if len(set(entries)) < len(sets) and len({*zip(entries, sets, strict=True)}) == len(set(entries)) > 1:
-            return True
-    return False
+    """Whether layers with equal entries in a list of config.json store the same tensors.
+
+    If no list alone explains the layers, all lists together may: DeepSeek-V4's attention follows from one, its experts
+    from another.
+    """
+    lists = {key: _entries(key, value, len(sets)) for key, value in section.items()}
+    stated = [entries for key, entries in lists.items() if isinstance(section[key], list) and len(set(entries)) > 1]
+    together = list(zip(*(entries for entries in stated if len(set(entries)) < len(sets)), strict=True))
+    return any(_explains(entries, sets) for entries in lists.values()) or (
+        2 * len(set(together)) <= len(sets) and _explains(together, sets)
+    )
+
+
+def _explains(entries: Sequence[object], sets: Sequence[frozenset[str]]) -> bool:
+    kinds = len(set(entries))
+    return 1 < kinds < len(sets) and len({*zip(entries, sets, strict=True)}) == kinds
 
 
 def _entries(key: str, value: object, count: int) -> list[str]:

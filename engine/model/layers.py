@@ -127,6 +127,23 @@ class LayerMap:
                 return stack
         return self.mains[0] if len(self.mains) == 1 else None
 
+    def side_lists(self, stack: Stack) -> tuple[Stack, ...]:
+        """The numbered lists outside a main stack that have as many entries as it has layers, or one fewer.
+
+        Inkling 2 stores queries of its residual connections in such lists, ``attn_res.mlp_queries.3``. Other lists of
+        layers are not among them: they belong to another encoder or decoder.
+        """
+        return tuple(
+            other
+            for other in self.stacks
+            if other not in self.mains
+            and stack.count > 2
+            and other.count in (stack.count, stack.count - 1)
+            and not other.extras
+            and not _LAYERS.search(other.prefix)
+            and not is_side_module(other.prefix)
+        )
+
     def on(self, stack: Stack) -> LayerMap:
         """The same layers with `stack` as the only main stack, for a module of a recipe."""
         return replace(self, mains=(stack,))

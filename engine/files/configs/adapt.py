@@ -48,7 +48,7 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
         for key in _DESCRIBES_INPUTS
         if isinstance(section.get(key), Mapping) and section[key].get("quantization_mode") != "online"
     ]
-    quantized = next(_quantized(built), None)
+    quantized = next(_quantized(built, by_name=bool(found)), None)
     if not found and quantized is not None and not any(config.get(key) for key in _DESCRIBES_INPUTS):
         problem = (
             f"the output has quantized tensors ({quantized}), and config.json of {used} has no quantization_config"
@@ -69,14 +69,24 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
     ]
 
 
-def _quantized(built: BuiltGraph) -> Iterator[str]:
-    """Names of output tensors that are quantized or belong to quantized ones."""
+def _quantized(built: BuiltGraph, *, by_name: bool) -> Iterator[str]:
+    """Names of output tensors that are quantized or belong to quantized ones.
+
+    Args:
+        built: graph of the stage.
+        by_name: whether a name like a scale's is enough. Without a description of quantized tensors it is not:
+            DeepSeek-V4 has parameters named ``hc_attn_scale``.
+    """
     graph = built.graph
     has_quantized = any(model.quantized for model in built.models)
     for output in graph.outputs:
         dtype = graph.node_dtype[output.node]
         is_narrow = dtype.kind is ElementKind.FLOAT and dtype.bits < 16
-        if is_narrow or (dtype.name in _PACKED and not is_buffer(output.name)) or output.name.endswith(_SCALES):
+        if (
+            is_narrow
+            or (dtype.name in _PACKED and not is_buffer(output.name))
+            or (by_name and output.name.endswith(_SCALES))
+        ):
             yield output.name
         elif has_quantized:
             for read in graph.node_sources[output.node]:
@@ -132,6 +142,8 @@ def _set_vocabulary(
     is_padded = isinstance(multiple, int) and multiple > 0 and -(-stated // multiple) * multiple == rows
     if is_padded or rows in (section.get("padded_vocab_size"), section.get("embedding_size")):
         return
+    if any(is_head(name) and built.graph.shape(nodes[name])[:1] == (stated,) for name in outside):
+        return  # Mllama and Moshi embed tokens that they never predict, and state the number of the others
     for each in sections:
         if each.get("vocab_size") == stated:
             each["vocab_size"] = rows
@@ -155,6 +167,10 @@ def _set_tied_head(
     types = [str(section.get("model_type")) for section in sections]
     stated = [section.get("tie_word_embeddings") for section in sections]
     wrong = False in stated
+    if stated[0] is True:  # the section that transformers reads; others may read the section of the text model
+        for section in sections:
+            section["tie_word_embeddings"] = True
+        return
     if not wrong and (True in stated or not TIED_BY_DEFAULT.isdisjoint(types[:1])):
         return
     reason = "is false in config.json" if wrong else f"is not stated in config.json, and not the default of {types[0]}"

@@ -31,6 +31,7 @@ _KNOWN = frozenset(
         *(family.list_key for family in FAMILIES.values()),
         *("attention_types", "block_types", "kv_source_layers", "moe_layer_end_index", "num_kv_shared_layers"),
         *("per_layer_config", "linear_attn_config", "hidden_size_per_layer_input"),
+        "rescale_every",  # RWKV scales weights by powers of two against overflow, and the values back
     }
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,7 @@ def test_other_counts_from_an_end() -> None:
         ({"no_rope_layer_interval": 2}, "no_rope_layers"),
         ({"interleave_moe_layer_step": 2}, "moe_layers"),
         ({"decoder_sparse_step": 2}, None),
+        ({"n_layers_per_attn_res_block": 2}, None),  # Inkling 2
         ({"block_types": ["recurrent", "attention"]}, None),  # RecurrentGemma
     ],
 )
@@ -300,6 +302,68 @@ def test_quantized_models_are_warned_about() -> None:
 def test_embeddings_of_all_layers_in_one_matrix() -> None:
     assert "hidden_size_per_layer_input" in section(hidden_size_per_layer_input=256)[1][0]
     assert section(list(range(6)), hidden_size_per_layer_input=256)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "constant"),
+    [
+        ({"model_type": "diffllama"}, "lambda_init"),
+        ({"model_type": "beam"}, "the scale of the residual connections"),
+        ({"model_type": "big_bird", "attention_type": "block_sparse"}, "the random blocks"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "the scale of the attention scores"),
+    ],
+)
+def test_constants_that_follow_from_the_index(keys: dict[str, Any], constant: str) -> None:
+    config, warnings = section(**keys)
+    assert config == keys
+    assert len(warnings) == 1
+    assert f"{keys['model_type']} derives {constant}" in warnings[0]
+    assert section([0, 1, 2, 3], **keys) == (keys, ())  # the layers stay where they are
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model_type": "big_bird", "attention_type": "original_full"},
+        {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": False},
+        {"model_type": "gpt2"},
+    ],
+)
+def test_constants_that_are_not_used(keys: dict[str, Any]) -> None:
+    assert section(**keys) == (keys, ())
+
+
+def test_a_scale_that_the_number_of_layers_divides() -> None:
+    config, warnings = section(model_type="minicpm3", scale_depth=1.5)
+    assert config["scale_depth"] / math.sqrt(len(STACKED)) == pytest.approx(1.5 / math.sqrt(6), rel=1e-15)
+    assert "changed scale_depth from 1.5 to 1.732" in warnings[0]
+    assert section([1, 0, 2, 3, 4, 5], scale_depth=1.5) == ({"scale_depth": 1.5}, ())
+
+
+def test_a_last_layer_that_the_model_runs_with_full_attention() -> None:
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    config, warnings = section([0, 1, 2, 3, 4], model_type="gemma4_text", layer_types=types)
+    assert config["layer_types"] == types[:5]
+    assert "layer_types ends with sliding_attention, but gemma4_text" in warnings[0]
+    assert section(model_type="gemma4_text", layer_types=types)[1] == ()
+    assert section([0, 1, 2, 3, 4], model_type="gemma3_text", layer_types=types)[1] == ()
+
+
+def test_a_tensor_that_only_the_last_layer_has() -> None:
+    keys = {"model_type": "gpt_neox_japanese"}
+    assert section([0, 1, 3, 5], **keys) == (keys, ())
+    for source in ([0, 1, 2], [4, 5, 0, 5]):
+        assert "only the last layer of gpt_neox_japanese has attention.dense_bias" in section(source, **keys)[1][0]
+
+
+def test_adapters_in_the_order_of_the_layers_that_use_them() -> None:
+    keys = {"model_type": "zamba2", "layers_block_type": ["mamba", "hybrid"] * 3}
+    assert section([0, 1, 2, 2, 3, 5], **keys)[1] == ()
+    for source in ([0, 1, 2, 1], [2, 3, 5], [0, 1, 3], [1, 3, 5, 5]):
+        assert "zamba2 stores shared_transformer.*.*_adapter_list" in section(source, **keys)[1][0]
+    keys = {"model_type": "qwen4_exp_text", "ple_layer_ids": [2, 5]}
+    assert section([0, 1, 2, 2, 4], **keys)[1] == ()
+    assert "ple.ple_embedding" in section([0, 1, 1, 2, 4], **keys)[1][0]
 
 
 def test_layers_that_the_donor_has_not() -> None:

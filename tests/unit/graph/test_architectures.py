@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mergeloom.engine.model.warnings import ModelWarningKind
 from mergeloom.errors import CheckpointError, RecipeError
 from tests.unit.graph.building import build, checkpoint, complete, decoder, layers, pair, stacked
 
@@ -24,6 +25,20 @@ def test_layers_beyond_the_count_are_kept_and_renumbered_with_a_warning() -> Non
     dropped = build(stacked(("a", 0, 2), ("b", 2, 4)), models)
     assert "model.layers.4.norm.weight" not in dropped.names
     assert "a:model.layers.4.norm.weight" in dropped.unused()["layer 4 is in no slice"]
+
+
+def test_lists_with_an_entry_per_layer_are_not_sliced_and_a_warning_names_them() -> None:
+    lists = {f"model.res.mlp_queries.{number}": (4,) for number in range(4)}
+    lists |= {f"model.res.attn_queries.{number}": (4,) for number in range(3)}  # the first layer has none
+    others = {f"model.codebooks.{number}.weight": (4, 4) for number in range(2)} | layers(4, prefix="visual.blocks")
+    models = pair(decoder() | lists | others, decoder() | lists | others, config={"num_hidden_layers": 4})
+    for recipe in (stacked(("a", 0, 4), ("b", 2, 4)), stacked(("a", 1, 4))):
+        (warning, second) = build(recipe, models).found.warnings
+        assert (warning.kind, warning.names) == (ModelWarningKind.LAYER_TENSORS, ("model.res.mlp_queries",))
+        assert "has 4 entries, probably one per layer of model.layers" in warning.problem
+        assert second.names == ("model.res.attn_queries",)
+    for recipe in (complete("linear", "a", "b"), stacked(("a", 0, 2), ("b", 2, 4))):
+        assert build(recipe, models).found.warnings == ()
 
 
 VISION = {

@@ -123,6 +123,23 @@ def test_layers_that_a_list_in_the_config_describes() -> None:
     assert len(warnings(recipe, {"a": model(*kinds, layer_types=["full_attention"] * 6)})) == 2
 
 
+def test_differences_that_two_lists_explain_together() -> None:
+    attention, experts = ["full", "sparse"] * 4, ["hash"] * 3 + ["moe"] * 5  # DeepSeek-V4
+    kinds = [
+        PLAIN
+        | ({"attn.indexer.q_proj.weight": (4, 4)} if attention[number] == "sparse" else {})
+        | ({"gate.table": (4, 4)} if experts[number] == "hash" else {"gate.bias": (4,)})
+        for number in range(8)
+    ]
+    lists = {"layer_types": attention, "mlp_layer_types": experts}
+    others = {"model_type": "deepseek_v4", "eos_token_id": [1, 2]}
+    recipe = stacked(("a", 0, 4), ("a", 1, 7))
+    assert warnings(recipe, {"a": model(*kinds, **lists, **others)}) == ()
+    assert warnings(complete("linear", "a"), {"a": model(*kinds, **lists)}) == ()
+    for name in lists:
+        assert warnings(recipe, {"a": model(*kinds, **{name: lists[name]})}) != ()
+
+
 def test_layers_of_different_kinds_can_be_in_any_order() -> None:
     attention: dict[str, Shape] = {"self_attn.q_proj.weight": (4, 4), "input_layernorm.weight": (4,)}
     donor = model(*[MAMBA, attention, MAMBA, MAMBA], layer_types=["mamba", "attention", "mamba", "mamba"])

@@ -155,6 +155,12 @@ def test_quantization_is_only_described_if_something_is_quantized(key: str, make
     assert len(warnings) == 1
 
 
+def test_parameters_with_a_name_like_a_scale_are_not_quantized(make: Make) -> None:
+    llama = tiny_llama()
+    model = Model(llama.tensors | {"model.layers.0.hc_attn_scale": (3,)}, llama.config)  # DeepSeek-V4's
+    assert result(linear(make("a", model), make("b", model)))[1] == []
+
+
 def test_packed_tensors_that_pass_through_keep_it(make: Make) -> None:
     llama = tiny_llama()
     packed = {name: "F8_E4M3" for name in llama.tensors if name.endswith("down_proj.weight")}
@@ -254,6 +260,20 @@ def test_the_sections_agree_about_the_tied_head(make: Make) -> None:
     found, warnings, _ = result(linear(a))
     assert found["tie_word_embeddings"] is found["text_config"]["tie_word_embeddings"] is True
     assert "is false in config.json" in only(warnings, ModelWarningKind.HEAD)
+    config |= {"tie_word_embeddings": True, "text_config": llama.config | {"tie_word_embeddings": False}}  # GOT-OCR 2
+    b = write_checkpoint(make("y").parent / "b", llama.tensors, fill=None, config=config)
+    found, warnings, _ = result(linear(b))
+    assert found["tie_word_embeddings"] is found["text_config"]["tie_word_embeddings"] is True
+    assert warnings == []
+
+
+def test_more_embeddings_than_the_head_predicts(make: Make) -> None:
+    llama = tiny_llama()
+    rows, width = llama.tensors["model.embed_tokens.weight"]
+    model = Model(llama.tensors | {"model.embed_tokens.weight": (rows + 8, width)}, llama.config)  # Mllama
+    config, warnings, _ = result(linear(make("a", model), make("b", model)))
+    assert config["vocab_size"] == rows
+    assert warnings == []
 
 
 # ------------------------------------------------------------------------------------------------ biases
