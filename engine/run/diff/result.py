@@ -115,6 +115,11 @@ class TensorDiff:
     tied_to: str = ""
 
     @property
+    def is_float(self) -> bool:
+        """Whether both models store floating-point numbers."""
+        return not any(dtype.startswith(("I", "U", "BOOL")) for dtype in self.dtypes)
+
+    @property
     def kind(self) -> str:
         """Name with * for its numbers, such as ``model.layers.*.mlp.up_proj.weight``."""
         return pattern_of(self.name)
@@ -206,8 +211,8 @@ class Diff:
 
     @property
     def total(self) -> Similarity:
-        """Similarity of all compared elements."""
-        return Similarity.total(tensor.similarity for tensor in self.tensors)
+        """Similarity of all compared elements of floating-point tensors."""
+        return _total(self.tensors)
 
     @property
     def equal(self) -> bool:
@@ -256,7 +261,13 @@ class Diff:
 
 
 def _total(tensors: Iterable[TensorDiff]) -> Similarity:
-    return Similarity.total(tensor.similarity for tensor in tensors)
+    """The similarity of several tensors. Integers (position ids) would outweigh all weights, so they are left out.
+
+    If there is nothing else, they count.
+    """
+    tensors = list(tensors)
+    floats = [tensor for tensor in tensors if tensor.is_float]
+    return Similarity.total(tensor.similarity for tensor in floats or tensors)
 
 
 def _finite(value: float) -> float | None:

@@ -164,6 +164,15 @@ def test_equal_models_are_equal_whatever_their_dtypes(tmp_path: Path) -> None:
     assert found.total.cosine == 1.0
 
 
+def test_integers_do_not_count_in_totals(tmp_path: Path) -> None:
+    weights, ids = torch.randn(4, 4), torch.arange(512)
+    found = compare(tmp_path, {"w": weights, "ids": ids}, {"w": 2 * weights, "ids": ids})
+    assert found.total.elements == 16
+    assert found.total.relative_distance == 1.0
+    assert {group.kind: group.similarity.elements for group in found.by_kind()} == {"w": 16, "ids": 512}
+    assert not found.equal
+
+
 def test_the_public_function(tmp_path: Path) -> None:
     weights = torch.tensor([3.0, 4.0])
     a = write_checkpoint(tmp_path / "a", {"w": weights})
