@@ -125,3 +125,17 @@ def small_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         from mergeloom.engine.cost import machine
 
         monkeypatch.setattr(machine, "process_memory", lambda: machine.ProcessMemory(1 << 20, 1 << 20))
+
+
+@pytest.fixture
+def forget_methods() -> Iterator[None]:
+    """Forget the merge methods that a test adds; they are registered for the process."""
+    from mergeloom.methods import merge_methods, registry
+    from mergeloom.methods.kernel import contract
+
+    before, loaded = set(merge_methods()), dict(registry._loaded)
+    yield
+    for name in set(merge_methods()) - before:
+        contract.unregister(name)
+    registry._loaded.clear()
+    registry._loaded.update(loaded)

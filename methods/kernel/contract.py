@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from ...errors import UsageError
 from .ranges import Finite, Fraction, HalfWidth, NonNegative, NonNegativeInt, Positive, PositiveInt, Range
 from .signature import REQUIRED, Parameter, PerInput, T, read_parameters, split_docstring
 
@@ -289,6 +290,8 @@ class Method:
                     )
             arguments[parameter.argument] = value
         kernel = self.bind(inputs, **arguments)
+        if not isinstance(kernel, Kernel):  # a user's method
+            raise UsageError(f"merge method {self.name} must return a Kernel, and returns {type(kernel).__name__}")
         kernel.bound = self, dict(parameters)
         return kernel
 

@@ -216,6 +216,7 @@ def copy(inputs):
 """
 
 
+@pytest.mark.usefixtures("forget_methods")
 @pytest.mark.parametrize("several", [False, True])
 def test_methods_lists_those_of_files_too(several: bool, tmp_path: Path) -> None:
     name = f"own_{several}"

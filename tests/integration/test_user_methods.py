@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,6 @@ from mergeloom.engine.run.manifest import read_manifest
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.errors import UsageError
-from mergeloom.methods import merge_methods
-from mergeloom.methods import registry as plugins
-from mergeloom.methods.kernel import contract
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.outputs import digests, read_model, same_tensors
 from tests.support.paths import ROOT
@@ -38,15 +34,7 @@ def method(inputs: Inputs, *, share: float = {share}) -> Kernel:
 """
 
 
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """Methods that a test adds are forgotten after it."""
-    before, loaded = set(merge_methods()), dict(plugins._loaded)
-    yield
-    for name in set(merge_methods()) - before:
-        contract.unregister(name)
-    plugins._loaded.clear()
-    plugins._loaded.update(loaded)
+pytestmark = pytest.mark.usefixtures("forget_methods")
 
 
 def mergeloom(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -165,3 +153,11 @@ def test_the_page_on_methods_keeps_its_word(llamas: dict[str, Path], tmp_path: P
             *("--device", "cpu"),
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_a_method_that_returns_no_kernel_is_an_error(llamas: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(HALF.format(name="half", share=1).replace("    return weighted_sum", "    weighted_sum"))
+    ended = mergeloom("plan", recipe(llamas, tmp_path), "--methods", file, "--device", "cpu")
+    assert ended.returncode == 2
+    assert "merge method half must return a Kernel, and returns NoneType" in ended.stderr
