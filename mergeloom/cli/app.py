@@ -21,7 +21,7 @@ PIPE_CLOSED = 141
 EXIT_CODES = """\
 Exit codes: 0 success; 1 internal error; 2 invalid recipe or command line; 3 the merge exceeds the memory budget or \
 the disk space; 4 an input is damaged, missing or inconsistent; 5 device, disk or concurrency failure, try again; \
-130 interrupted."""
+130 and 143 interrupted by Ctrl-C or SIGTERM, the same command resumes."""
 
 
 class Commands(click.Group):
