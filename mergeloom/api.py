@@ -12,7 +12,7 @@ from .engine.run import plan as engine_plan
 from .engine.run.plan import Options, RecipeLike
 from .engine.run.planning import plan as make_plan
 from .errors import UsageError
-from .io.sizes import parse_size
+from .io.sizes import Limit, parse_limit, parse_size
 
 if TYPE_CHECKING:
     from .engine.execute.tasks import Progress
@@ -51,8 +51,9 @@ def plan(
 
     Args:
         recipe: path of a YAML file, a dict with the same content, or a Recipe.
-        max_ram: limit of the process's resident memory; by default a share of the machine's RAM.
-        max_vram: limit of the memory used on each GPU; by default a share of its VRAM.
+        max_ram: limit of the process's resident memory, also as a percentage of the machine's RAM, such as ``50%``; by
+            default a share of it.
+        max_vram: limit of the memory used on each GPU, also as a percentage of its VRAM; by default a share of it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several separated by commas.
         seed: seed for methods that sample.
         shard_size: maximum size of an output shard.
@@ -156,9 +157,7 @@ def diff(
     from .engine.run.diff.compare import Comparison
     from .engine.run.merge import fetch
 
-    comparison = Comparison(
-        a, b, max_ram=None if max_ram is None else _bytes("max_ram", max_ram), threads=_checked_threads(threads)
-    )
+    comparison = Comparison(a, b, max_ram=_limit("max_ram", max_ram), threads=_checked_threads(threads))
     fetch(comparison.downloads, say or (lambda text: None))
     return comparison.run(notify)
 
@@ -175,8 +174,8 @@ def _options(
 ) -> Options:
     """Convert the keyword arguments that `plan` and `merge` share."""
     return Options(
-        max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
-        max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
+        max_ram=_limit("max_ram", max_ram),
+        max_vram=_limit("max_vram", max_vram),
         device=device,
         seed=seed,
         shard_size=_bytes("shard_size", shard_size),
@@ -191,6 +190,13 @@ def _checked_threads(threads: int | None) -> int | None:
     if threads is not None and threads < 1:
         raise UsageError(f"invalid threads {threads}: use 1 or more")
     return threads
+
+
+def _limit(name: str, size: Size | None) -> Limit | None:
+    """Convert a memory limit, which may also be a percentage."""
+    if size is None:
+        return None
+    return parse_limit(size) if isinstance(size, str) else _bytes(name, size)
 
 
 def _bytes(name: str, size: Size) -> int:

@@ -53,7 +53,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
     """
     options = options or Options()
     methods = merge_methods(options.methods)
-    loaded = load_recipe(recipe, strict=options.strict, methods=methods)
+    loaded = load_recipe(recipe, strict=options.strict, methods=methods, overrides=options.overrides)
     try:
         return _plan(loaded, options, methods)
     except MergeloomError as error:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .options import make_options, planning_options
-from .output import print_json
+from .mergekit import MergeCommand, mergekit_notes
+from .options import make_options, planning_options, recipe_path
+from .output import print_json, print_message
 
 if TYPE_CHECKING:
     from ..engine.cost.estimate import Estimate
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from .target_files import TargetFile
 
 
-@click.command()
-@click.argument("recipe", type=click.Path())
+@click.command(cls=MergeCommand)
+@click.argument("recipe", type=recipe_path)
 @click.argument("out", type=click.Path(), required=False)
 @planning_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -67,6 +68,8 @@ def plan(
     graph_format, graph_file = (_graph_format(graph), TargetFile("--graph", graph)) if graph else (None, None)
     from ..engine.cost.estimate import parse_rates
 
+    for note in mergekit_notes():
+        print_message(note)
     known_rates = parse_rates(rates) if rates is not None else {}
     planned = _make_plan(recipe, out, machine, options)
     if graph_file is not None and graph_format is not None:
@@ -80,6 +83,11 @@ def plan(
     else:
         time = _estimate(planned, out, known_rates, timed) if timed or known_rates else None
         _print_dry_run(_dry_run(planned, out, time, what_if), page, as_json)
+
+
+def show_plan(recipe: str, out: str | None, options: Mapping[str, Any]) -> None:
+    """Print the plan of a merge, for ``mergeloom merge --dry-run``. Raises the error that the merge would raise."""
+    _print_dry_run(_dry_run(_make_plan(recipe, out, None, options), out, None, False), None, False)
 
 
 def _graph_format(path: str) -> Literal["graphml", "json"]:

@@ -31,8 +31,9 @@ class Terminated(Interrupted):
 class StopSignals:
     """A context manager in which SIGINT and SIGTERM raise KeyboardInterrupt in the main thread.
 
-    It ends with Terminated if the signal was SIGTERM. A watcher thread enforces the time limit. It learns of a signal at once, even while the main thread is inside a long
-    system call or a library. In any other thread than the main one, the context manager does nothing.
+    It ends with Terminated if the signal was SIGTERM. A watcher thread enforces the time limit. It learns of a signal
+    at once, even while the main thread is inside a long system call or a library. In any other thread than the main
+    one, the context manager does nothing.
     """
 
     def __init__(self) -> None:

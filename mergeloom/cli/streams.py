@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from ..errors import EnvironmentFailure
 
@@ -65,18 +65,16 @@ def guarded_streams() -> Iterator[None]:
     """
     _fill_descriptors()
     saved = sys.stdout, sys.stderr
-    streams = [stream if stream is not None else _null(number) for number, stream in enumerate(saved, 1)]
+    streams: list[Any] = [stream if stream is not None else _null(number) for number, stream in enumerate(saved, 1)]
     for stream in streams:
         if hasattr(stream, "reconfigure"):  # replace characters that the terminal can't encode
             stream.reconfigure(errors="replace")
-    sys.stdout = cast(TextIO, _Guard(streams[0], ignore=False))
-    sys.stderr = cast(TextIO, _Guard(streams[1], ignore=True))
+    guards: list[Any] = [_Guard(stream, ignore=stream is streams[1]) for stream in streams]
+    sys.stdout, sys.stderr = guards
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = (
-            stream if stream is not None else null for stream, null in zip(saved, streams, strict=True)
-        )
+        sys.stdout, sys.stderr = streams
         for stream in streams:
             discard_unwritable(stream)
 
@@ -106,4 +104,5 @@ def _fill_descriptors() -> None:
 
 def _null(number: int) -> TextIO:
     """Return a text stream for the descriptor of a stream that was closed when the process started."""
-    return open(number, "w", encoding="utf-8", closefd=False)
+    stream: TextIO = os.fdopen(number, "w", encoding="utf-8", closefd=False)
+    return stream
