@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import yaml
+
 from ...errors import RecipeError, UsageError, format_key_path
 from .yaml import MAX_DEPTH, Node, YamlSource, parse_yaml
 
@@ -48,12 +50,21 @@ def override(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
     return replace(source, text="", documents=tuple(documents))
 
 
+def uniform_layout(text: str) -> str:
+    """Return the text of a recipe in the layout of a changed recipe; the text itself if it isn't valid YAML."""
+    try:
+        documents = parse_yaml(text).documents
+    except RecipeError:
+        return text
+    return yaml.safe_dump_all((node.plain() for node in documents), sort_keys=False, allow_unicode=True, width=10**9)
+
+
 def _value(value: str, text: str) -> Node:
     """Parse the value of an override."""
     try:
         documents = parse_yaml(value).documents
     except RecipeError as error:
-        raise UsageError(f"--set {text}: the value is not valid YAML: {error.message}") from error
+        raise UsageError(f"--set {text}: {error.message}") from error
     if len(documents) > 1:
         raise UsageError(f"--set {text}: the value has several YAML documents: use one value")
     return _without_lines(documents[0]) if documents else Node(None, None)
@@ -109,7 +120,8 @@ def _with(node: Node, keys: tuple[str, ...], place: tuple[str | int, ...], value
             close = f"; its keys are {', '.join(entries)}" if entries else ""
             raise UsageError(f"--set {text}: {_named(place)} is not a list{close}")
         child = _with(entries.get(first, Node(None, None)), rest, (*place, first), value, text)
-        return replace(node, value={**entries, first: child})
+        lines = {key: line for key, line in node.key_lines.items() if rest or key != first}  # not a line of the file
+        return replace(node, value={**entries, first: child}, key_lines=lines)
     raise UsageError(f"--set {text}: {_named(place)} is {node.plain()!r}, which has no entry {first!r}")
 
 

@@ -23,6 +23,7 @@ from ...version import __version__
 from ..graph.fuse import FusedKernel, FusedPart
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
+from ..recipe.overrides import uniform_layout
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 _MAX_BYTES = 128 << 20
+_LINES_SHOWN = 4
 _WORDS = {
     "mergeloom": "the version of mergeloom",
     "seed": "the seed",
@@ -218,9 +220,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], models: Seque
 
 def _recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return the first lines in which the recipes differ, which may be none if only the sources differ."""
-    old, new = str(before.get("recipe", "")).splitlines(), str(now.get("recipe", "")).splitlines()
-    lines = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if line[:3] not in ("---", "+++", "@@ ")]
-    return ": " + " | ".join(lines[:4]) if lines else ""
+    texts = [str(facts.get("recipe", "")) for facts in (before, now)]
+    lines = _changed_lines(*texts)
+    if len(lines) > _LINES_SHOWN:  # perhaps only the layout differs: --set writes the recipe anew
+        lines = min(lines, _changed_lines(*map(uniform_layout, texts)), key=len)
+    return ": " + " | ".join(lines[:_LINES_SHOWN]) if lines else ""
+
+
+def _changed_lines(old: str, new: str) -> list[str]:
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
+    return [line for line in lines if line[:3] not in ("---", "+++", "@@ ")]
 
 
 def _source_differences(before: object, now: object, models: Sequence[str]) -> Iterator[str]:

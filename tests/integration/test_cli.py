@@ -71,7 +71,10 @@ def test_help_and_version_import_nothing_heavy() -> None:
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
     ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
-    commands = ("app", "diff", "inspect", "merge", "methods", "options", "output", "plan", "stack", "verify")
+    commands = (
+        *("app", "diff", "inspect", "merge", "mergekit", "methods", "options", "output", "plan", "stack", "streams"),
+        "verify",
+    )
     assert ours == {"__main__", "cli", "errors", "version", *(f"cli.{name}" for name in commands)}
 
 
@@ -92,11 +95,14 @@ def test_every_command_and_option_has_help(command: str) -> None:
 
 
 def test_merge_and_plan_share_their_options() -> None:
-    shared = {"max_ram", "max_vram", "device", "seed", "shard_size", "threads", "strict", "methods", "recipe", "out"}
+    shared = {
+        *("max_ram", "max_vram", "device", "seed", "shard_size", "threads", "overrides", "strict", "methods"),
+        *("recipe", "out"),
+    }
     names = {command: {p.name for p in cli.commands[command].params} for command in ("merge", "plan")}
     assert names["merge"] - names["plan"] == {
         *("report", "restart", "no_output", "fresh", "discard"),
-        *("digests", "quiet"),
+        *("digests", "dry_run", "quiet"),
     }
     assert names["plan"] - names["merge"] == {
         *("as_json", "explain", "graph", "graph_detail", "html", "machine", "rates", "steps", "timed", "what_if")
