@@ -150,7 +150,7 @@ def find_devices(
 
     Args:
         wanted: value of ``--device``: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1``, or several with commas.
-        max_vram: limit for each GPU in bytes or as a share of its memory; `VRAM_SHARE` of it if None.
+        max_vram: limit for each GPU in bytes or as a share of its memory; `VRAM_SHARE` if None.
         threads: number of compute threads of the CPU.
         gpus: memory of each GPU in bytes, by number; the GPUs of this machine if None.
 
@@ -180,7 +180,7 @@ def find_devices(
 
 
 def _limit(limit: Limit | None, total: int, default: float) -> int:
-    """Return a limit for a memory of `total` bytes in bytes; by default this share of it."""
+    """Return a limit for a memory of `total` bytes in bytes; by default the share `default`."""
     if limit is None:
         return int(total * default)
     return limit.of(total) if isinstance(limit, Share) else limit
@@ -218,8 +218,8 @@ def make_budget(
     Call `prepare_to_compute` first if anything is computed.
 
     Args:
-        max_ram: limit of the process's resident memory in bytes or as a share of the machine's memory; `RAM_SHARE` of
-            it if None.
+        max_ram: limit of the process's resident memory in bytes or as a share of the machine's memory; `RAM_SHARE`
+            if None.
         devices: budgets of the devices that compute.
         computes: whether anything is computed.
         total: RAM of the machine in bytes if it is not this one.

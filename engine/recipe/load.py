@@ -38,7 +38,7 @@ def load_recipe(
         return recipe
     if isinstance(recipe, (str, os.PathLike)):
         text = os.fsdecode(recipe)
-        if "\n" in text:
+        if "\n" in text and isinstance(recipe, str):
             raise RecipeError("expected the path of a file, got a string of several lines: use parse_recipe")
         path = Path(text)
         return recipe_of(override(read_yaml(path), overrides), path, strict=strict, methods=methods)

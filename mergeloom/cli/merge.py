@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary, only warnings and errors.")
 def merge(
-    recipe: str,
+    recipe: Path,
     out: str | None,
     report: str | None,
     restart: bool,
@@ -104,7 +104,7 @@ def _show_summary(sections: Sequence[Section]) -> None:
         print_warning(f"the merge is complete, but its summary can't be printed: {reason}")
 
 
-def _make_plan(recipe: str, out: str | None, options: Options, *, full: bool) -> Plan:
+def _make_plan(recipe: Path, out: str | None, options: Options, *, full: bool) -> Plan:
     """Plan the merge, with reflinks and kernel copies where it writes to OUT."""
     from ..engine.run.planning import plan as make_plan
     from ..io.output.lock import classify, refuse_occupied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -51,9 +52,9 @@ def shard_size(text: str) -> int:
     return nbytes
 
 
-def recipe_path(text: str) -> str:
+def recipe_path(text: str) -> Path:
     """Return the path of the recipe; `-` is standard input."""
-    return "/dev/stdin" if text == "-" else text
+    return Path("/dev/stdin" if text == "-" else text)
 
 
 def complete_device(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--for", "machine", metavar="MACHINE", help="Plan for another machine: ram=64GiB,vram=24GiB,cores=16.")
 @click.option("--what-if", is_flag=True, help="Compare with other RAM and VRAM budgets.")
 def plan(
-    recipe: str,
+    recipe: Path,
     out: str | None,
     as_json: bool,
     html: str | None,
@@ -85,7 +85,7 @@ def plan(
         _print_dry_run(_dry_run(planned, out, time, what_if), page, as_json)
 
 
-def show_plan(recipe: str, out: str | None, options: Mapping[str, Any]) -> None:
+def show_plan(recipe: Path, out: str | None, options: Mapping[str, Any]) -> None:
     """Print the plan of a merge, for ``mergeloom merge --dry-run``. Raises the error that the merge would raise."""
     _print_dry_run(_dry_run(_make_plan(recipe, out, None, options), out, None, False), None, False)
 
@@ -100,7 +100,7 @@ def _graph_format(path: str) -> Literal["graphml", "json"]:
     raise click.UsageError(f"--graph {path}: unknown suffix {suffix!r}: use .graphml or .json")
 
 
-def _make_plan(recipe: str, out: str | None, machine: str | None, options: Mapping[str, Any]) -> Plan:
+def _make_plan(recipe: Path, out: str | None, machine: str | None, options: Mapping[str, Any]) -> Plan:
     from ..engine.cost.machine import parse_machine
     from ..engine.run.planning import plan as make_plan
     from ..report.sections import load_rich
