@@ -61,12 +61,12 @@ _POOLS = 3  # that exist at one time
 _MAX_OPEN = 256
 
 
-def pool_limit() -> int:
-    """Return the number of files that a pool keeps open, which leaves enough descriptors of ``ulimit -n`` to others."""
+def pool_limit(most: int = _MAX_OPEN) -> int:
+    """Return the number of files, at most `most`, that a pool keeps open within ``ulimit -n``, next to other pools."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
-        return _MAX_OPEN
-    return max(2, min(_MAX_OPEN, (limit - _OTHER_DESCRIPTORS) // _POOLS))
+        return most
+    return min(most, max(2, (limit - _OTHER_DESCRIPTORS) // _POOLS))
 
 
 def check_descriptors() -> None:
@@ -91,13 +91,13 @@ class FilePool:
 
     Args:
         flags: the flags for ``os.open``.
-        limit: the maximum number of open files, unless more are in use at a time; by default `pool_limit`.
+        limit: the maximum number of open files, unless more are in use at a time; fewer if ``ulimit -n`` is low.
         stamps: the expected stamps of files; opening a file with another stamp is an error.
     """
 
-    def __init__(self, flags: int = os.O_RDONLY, limit: int | None = None, stamps: FileStamps | None = None) -> None:
+    def __init__(self, flags: int = os.O_RDONLY, limit: int = _MAX_OPEN, stamps: FileStamps | None = None) -> None:
         self._flags = flags | os.O_CLOEXEC
-        self._limit = pool_limit() if limit is None else limit
+        self._limit = pool_limit(limit)
         self._stamps = stamps or {}
         self._lock = threading.Lock()
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -176,7 +176,7 @@ class Reader:
 
     Args:
         keep_cached: whether data stays in the page cache; False for inputs that are larger than the cache.
-        limit: the maximum number of open source files; by default `pool_limit`.
+        limit: the maximum number of open source files; fewer if ``ulimit -n`` is low.
         stamps: the expected stamps of files; reading a file with another stamp is an error.
         observe: a function that is called with every range after it was read.
     """
@@ -185,7 +185,7 @@ class Reader:
         self,
         *,
         keep_cached: bool = True,
-        limit: int | None = None,
+        limit: int = _MAX_OPEN,
         stamps: FileStamps | None = None,
         observe: Observe | None = None,
     ) -> None:

@@ -65,13 +65,15 @@ def parse_limit(text: str) -> Limit:
 
 
 def format_size(nbytes: float, *, up: bool = False) -> str:
-    """Format a size with a binary unit and two or three digits, such as ``3.2GiB``; rounded up if `up` is set."""
+    """Format a size with a binary unit and three digits, such as ``3.25GiB``; rounded up if `up` is set."""
     size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(size) >= 1024 and len(units) > 1:
+    while len(units) > 1 and abs(_rounded(size, up)) >= 1024:
         size /= 1024
         del units[0]
-    if units[0] == "B":
-        return f"{size:.0f}B"
-    step = 1 if size >= 100 else 10
-    rounded = -(-size * step // 1) / step if up else round(size * step) / step
-    return f"{rounded:g}{units[0]}"
+    return f"{size:.0f}B" if units[0] == "B" else f"{_rounded(size, up):g}{units[0]}"
+
+
+def _rounded(size: float, up: bool) -> float:
+    """Round a number to three digits, or to a whole number if it has more."""
+    step = 1 if abs(size) >= 99.95 else 10 if abs(size) >= 9.995 else 100
+    return -(-size * step // 1) / step if up else round(size * step) / step

@@ -52,8 +52,8 @@ class OutputDirectory:
         self.path = lock.path
         self.work = lock.work
         self.stage = lock.stage
-        self._files = FilePool(os.O_RDWR)
-        self._sources = FilePool(os.O_RDONLY)
+        self._files = FilePool(os.O_RDWR, 128)
+        self._sources = FilePool(os.O_RDONLY, 128)
         self._preallocator: Preallocator | None = None
         self._shards: tuple[ShardFile, ...] = ()
 
@@ -96,7 +96,7 @@ class OutputDirectory:
             EnvironmentFailure: a shard of the unfinished merge was removed or changed, or the file system failed.
         """
         self._shards = tuple(shards)
-        self._sources = FilePool(os.O_RDONLY, stamps=stamps)
+        self._sources = FilePool(os.O_RDONLY, 128, stamps)
         resumes = self.lock.journal is not None
         with translating_os_errors(self.path, "creating the shards"):
             if resumes:
