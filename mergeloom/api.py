@@ -51,9 +51,9 @@ def plan(
 
     Args:
         recipe: path of a YAML file, a dict with the same content, or a Recipe.
-        max_ram: limit of the process's resident memory, also as a percentage of the machine's RAM, such as ``50%``; by
-            default a share of it.
-        max_vram: limit of the memory used on each GPU, also as a percentage of its VRAM; by default a share of it.
+        max_ram: limit of the process's resident memory; a percentage such as ``50%`` is a share of the machine's RAM,
+            and so is the default.
+        max_vram: limit of the memory used on each GPU; a percentage is a share of its VRAM, and so is the default.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several separated by commas.
         seed: seed for methods that sample.
         shard_size: maximum size of an output shard.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,13 @@ def test_from_python_too_an_interrupt_can_be_gone_on_from(models: list[Path], tm
         patch.setattr(Lane, "stop", stop_lane)
         with pytest.raises(Interrupted, match="run the same command again to resume"):
             run(recipe(models), tmp_path / "out", notify=stop)
-    run(recipe(models), tmp_path / "out")
+    resumed: list[Progress] = []
+    result = run(recipe(models), tmp_path / "out", notify=lambda progress: resumed.append(replace(progress)))
+    counts = [(each.bytes_earlier, each.bytes_read + each.bytes_written) for each in resumed if not each.bytes_to_check]
+    earlier = result.earlier.bytes_read + result.earlier.bytes_written
+    assert earlier > 0
+    assert {count for count, _ in counts} == {earlier}
+    assert min(moved for _, moved in counts) >= earlier
     run(recipe(models), tmp_path / "whole")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 

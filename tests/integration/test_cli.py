@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -11,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -21,22 +18,8 @@ import mergeloom
 from mergeloom import __main__
 from mergeloom.cli.app import cli
 from tests.conftest import MakeModel
+from tests.support.command_line import COMMAND, run, spawn
 from tests.support.waiting import HANG_SECONDS
-
-COMMAND = [sys.executable, "-m", "mergeloom"]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run mergeloom in this process, which is faster."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = __main__.main([*map(str, arguments)])
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
-def spawn(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run mergeloom in a separate process."""
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mergeloom.report.sections import Grid, Section, show
-from tests.integration.test_cli import COMMAND, run, spawn
+from tests.support.command_line import COMMAND, run, spawn
 
 FULL = Path("/dev/full")
 
