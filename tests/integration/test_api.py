@@ -42,6 +42,8 @@ def test_the_defaults_match_the_options() -> None:
     plan = inspect.signature(mergeloom.plan).parameters
     merge = inspect.signature(mergeloom.merge).parameters
     for name in Options.__dataclass_fields__:
+        if name == "overrides":
+            continue  # Python code changes the recipe itself
         assert name == "machine" or plan[name].default == merge[name].default  # only plans are made for other machines
         default = 5 * 10**9 if plan[name].default == "5GB" else plan[name].default
         assert default == getattr(Options(), name)
