@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import click
@@ -18,6 +19,10 @@ from .verify import verify
 PIPE_CLOSED = 141
 """The exit code that a shell reports for a process killed by SIGPIPE."""
 
+_CLICK_COLUMNS = 52
+"""The narrowest terminal that click fits the help to."""
+_MIN_COLUMNS = 30
+
 EXIT_CODES = """\
 Exit codes: 0 success; 1 internal error; 2 invalid recipe or command line; 3 the merge exceeds the memory budget or \
 the disk space; 4 an input is damaged, missing or inconsistent; 5 device, disk or concurrency failure, try again; \
@@ -26,6 +31,15 @@ the disk space; 4 an input is damaged, missing or inconsistent; 5 device, disk o
 
 class Commands(click.Group):
     """The commands. When the reader of a pipe is gone, click would exit with 1; this exits with PIPE_CLOSED."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Create the context; on a narrow terminal click would make the help wider than it."""
+        columns = shutil.get_terminal_size().columns
+        if columns < _CLICK_COLUMNS:
+            extra.setdefault("terminal_width", max(columns, _MIN_COLUMNS))
+        return super().make_context(info_name, args, parent, **extra)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

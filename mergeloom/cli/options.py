@@ -46,8 +46,8 @@ def shard_size(text: str) -> int:
     nbytes = size(text)
     if nbytes < _MIN_SHARD_SIZE:
         raise click.BadParameter(
-            f"{text!r} is {nbytes} bytes for each file, which is too small: use a size such as 5GB. mergekit's 5B counts "
-            "parameters, which are 10GB in bfloat16"
+            f"{text!r} is {nbytes} bytes for each file, which is too small: use a size such as 5GB. mergekit's 5B "
+            "counts parameters, which are 10GB in bfloat16"
         )
     return nbytes
 

@@ -316,6 +316,14 @@ def test_a_table_shows_every_cell_at_any_width(width: int, monkeypatch: pytest.M
         assert text in (printed if width >= 40 else "".join(printed.split()))
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("merge", "--help")])
+def test_help_fits_a_narrow_terminal(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    ended = run(*arguments)
+    assert ended.returncode == 0
+    assert 30 < max(map(len, ended.stdout.splitlines())) <= 40
+
+
 def test_no_color_prints_no_colors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("NO_COLOR", "1")
