@@ -57,7 +57,11 @@ def test_a_dry_run_prints_the_plan(stack: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = run("merge", stack, out, "--dry-run", "--max-ram", "8G")
     assert ended.returncode == 0
-    assert ended.stdout == run("plan", stack, out, "--max-ram", "8GiB").stdout != ""
+    planned = run("plan", stack, out, "--max-ram", "8GiB").stdout
+    (dry, memory), (plan, _) = (text.split("\nMemory\n") for text in (ended.stdout, planned))
+    assert dry == plan
+    assert " of 8GiB: " in memory
+    assert str(out) in memory
     assert not out.exists()
     assert run("merge", stack, tmp_path, "--dry-run").returncode == run("plan", stack, tmp_path).returncode == 2
 
