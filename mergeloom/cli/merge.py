@@ -64,6 +64,8 @@ def merge(
     for note in () if quiet else mergekit_notes():
         print_message(note)
     if dry_run:
+        if report is not None:
+            raise click.UsageError("--dry-run and --report are mutually exclusive: use `mergeloom plan --json`")
         from .plan import show_plan
 
         show_plan(recipe, out, options)
@@ -85,21 +87,23 @@ def merge(
     if target is not None:
         target.write(json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is complete")
     if not quiet and (sections := result_sections(result)):
-        _show_summary(sections)
+        _show_summary(sections, written=result.out is not None)
     elif result.measured.overflowed:
         show([overflow_section(result)], sys.stderr)
     if result.excess_ram:
         raise _excess_error(result)
 
 
-def _show_summary(sections: Sequence[Section]) -> None:
-    """Print the summary. The merge is complete, so a standard output that can't be written is not a failure."""
+def _show_summary(sections: Sequence[Section], *, written: bool) -> None:
+    """Print the summary. If OUT is written, a standard output that can't be written is not a failure."""
     from ..report.sections import show
 
     try:
         show(sections)
         sys.stdout.flush()
     except (BrokenPipeError, StdoutFailure) as error:
+        if not written:
+            raise
         reason = "its reader is gone" if isinstance(error, BrokenPipeError) else str(error)
         print_warning(f"the merge is complete, but its summary can't be printed: {reason}")
 

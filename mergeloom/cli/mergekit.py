@@ -32,7 +32,7 @@ _NOTES = {
     "--no-multi-gpu": "--device chooses the GPUs",
     "--no-gpu-rich": "--device chooses the GPUs",
     "--verbose": "`mergeloom plan --steps` shows every step",
-    "-v": "`mergeloom plan --steps` shows every step",
+    **dict.fromkeys(("-v", "-vv", "-vvv"), "`mergeloom plan --steps` shows every step"),
 }
 """Options that change nothing, because mergeloom always or never does it."""
 

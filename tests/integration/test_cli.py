@@ -345,17 +345,28 @@ def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the engine runs; the shell gives SIGINT to the process."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("engine.execute.executor.Executor._wait", "stopped before anything was finished; nothing is left behind"),
+        ("engine.run.planning.lay_out", ""),
+    ],
+)
+def test_interrupting_a_merge_leaves_nothing(place: str, message: str, name: str, recipe: Path, tmp_path: Path) -> None:
+    """A signal to the process while the engine runs, or while it plans."""
     script = (
-        "import os, signal, sys; from mergeloom.cli import signals; from mergeloom.engine.execute import executor\n"
+        "import os, signal, sys; from mergeloom.cli import signals; import mergeloom.engine.run.merge as m\n"
+        "from mergeloom.engine.execute import executor; import mergeloom\n"
         f"from mergeloom.__main__ import main; signals.GRACE_SECONDS = {HANG_SECONDS}\n"
-        "def wait(self, ready):\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "executor.Executor._wait = wait\nsys.exit(main(sys.argv[1:]))"
+        f"def stop(*arguments):\n    os.kill(os.getpid(), signal.{name})\n"
+        f"mergeloom.{place} = stop\nsys.exit(main(sys.argv[1:]))"
     )
     arguments = [sys.executable, "-c", script, "merge", str(recipe), str(tmp_path / "out")]
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert ended.returncode == 130
+    assert ended.returncode == 128 + signal.Signals[name]
+    expected = message or {"SIGINT": "interrupted", "SIGTERM": "terminated"}[name]
+    assert ended.stderr.endswith(f"mergeloom: {expected}\n")
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "out").exists()
 

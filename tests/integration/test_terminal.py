@@ -63,6 +63,7 @@ def test_a_dry_run_prints_the_plan(stack: Path, tmp_path: Path) -> None:
     assert " of 8GiB: " in memory
     assert str(out) in memory
     assert not out.exists()
+    assert "--dry-run and --report are mutually exclusive" in run("merge", stack, "--dry-run", "--report", "x").stderr
     assert run("merge", stack, tmp_path, "--dry-run").returncode == run("plan", stack, tmp_path).returncode == 2
 
 
@@ -162,6 +163,12 @@ def test_a_merge_is_complete_whatever_happens_to_its_messages(
     warning = "warning: the merge is complete, but its summary can't be printed: standard output can't be written"
     assert (warning in ended.stderr) == warns
     assert run("verify", tmp_path / "out", "--quiet").returncode == 0
+
+
+def test_the_summary_of_a_rehearsal_is_its_result(stack: Path) -> None:
+    ended = shell('"$@" >/dev/full', "merge", stack, "--no-output")
+    assert ended.returncode == 5
+    assert ended.stderr.endswith("mergeloom: standard output can't be written (No space left on device)\n")
 
 
 def test_a_merge_survives_the_end_of_its_reader(stack: Path, tmp_path: Path) -> None:
