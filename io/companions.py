@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from ..errors import CheckpointError
 from .os_errors import translating_read_errors
 from .small_files import read_json, read_small
 
@@ -99,7 +100,7 @@ def companion_files(
         largest: the maximum size in bytes; larger files are left out.
 
     Raises:
-        CheckpointError: a companion is not readable, a broken link, or not valid JSON.
+        CheckpointError: a companion is not readable, a broken link, a pipe or a device, or not valid JSON.
         EnvironmentFailure: reading failed.
     """
     kind_of = {name: kind for name in _names(directory) if (kind := file_kind(name)) is not None}
@@ -112,7 +113,9 @@ def companion_files(
             continue
         with translating_read_errors(source):
             nbytes = source.stat().st_size
-            is_file = source.is_file()
+            is_file, is_directory = source.is_file(), source.is_dir()
+        if not is_file and not is_directory:
+            raise CheckpointError(f"{source}: is not a regular file, expected a file")
         if is_file and nbytes <= largest:
             companions.append(CompanionFile(name, kind, source, nbytes))
     return tuple(companions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -53,18 +54,50 @@ def source_changed(file: Path) -> CheckpointError:
     )
 
 
+MIN_DESCRIPTORS = 64
+"""The number of file descriptors that a merge needs at least, however many files it reads and writes."""
+_OTHER_DESCRIPTORS = 40  # of streams, journal, locks, libraries, and files in use by threads
+_POOLS = 3  # that exist at one time
+_MAX_OPEN = 256
+
+
+def pool_limit(most: int = _MAX_OPEN) -> int:
+    """Return the number of files, at most `most`, that a pool keeps open within ``ulimit -n``, next to other pools."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return most
+    return min(most, max(2, (limit - _OTHER_DESCRIPTORS) // _POOLS))
+
+
+def check_descriptors() -> None:
+    """Check that ``ulimit -n`` allows enough open files for a merge; raise it if the hard limit allows.
+
+    Raises:
+        EnvironmentFailure: if it does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= MIN_DESCRIPTORS:
+        return
+    if hard != resource.RLIM_INFINITY and hard < MIN_DESCRIPTORS:
+        raise EnvironmentFailure(
+            f"ulimit -n allows {hard} open files, and a merge needs {MIN_DESCRIPTORS}: raise it, for example with "
+            "`ulimit -n 1024`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_DESCRIPTORS, hard))
+
+
 class FilePool:
     """An LRU pool of open files. Thread-safe: a file in use is never closed.
 
     Args:
         flags: the flags for ``os.open``.
-        limit: the maximum number of open files, unless more are in use at a time.
+        limit: the maximum number of open files, unless more are in use at a time; fewer if ``ulimit -n`` is low.
         stamps: the expected stamps of files; opening a file with another stamp is an error.
     """
 
-    def __init__(self, flags: int = os.O_RDONLY, limit: int = 256, stamps: FileStamps | None = None) -> None:
+    def __init__(self, flags: int = os.O_RDONLY, limit: int = _MAX_OPEN, stamps: FileStamps | None = None) -> None:
         self._flags = flags | os.O_CLOEXEC
-        self._limit = limit
+        self._limit = pool_limit(limit)
         self._stamps = stamps or {}
         self._lock = threading.Lock()
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -143,7 +176,7 @@ class Reader:
 
     Args:
         keep_cached: whether data stays in the page cache; False for inputs that are larger than the cache.
-        limit: the maximum number of open source files.
+        limit: the maximum number of open source files; fewer if ``ulimit -n`` is low.
         stamps: the expected stamps of files; reading a file with another stamp is an error.
         observe: a function that is called with every range after it was read.
     """
@@ -152,7 +185,7 @@ class Reader:
         self,
         *,
         keep_cached: bool = True,
-        limit: int = 256,
+        limit: int = _MAX_OPEN,
         stamps: FileStamps | None = None,
         observe: Observe | None = None,
     ) -> None:

@@ -20,13 +20,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, by default that of `sys.argv`, and return its exit code (see `mergeloom.errors`)."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # unused here, and idle threads would spin
 
+    from .cli.streams import guarded_streams
+
+    with guarded_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     import click
 
     from .cli.app import PIPE_CLOSED, cli
 
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # replace characters that the terminal can't encode
-            stream.reconfigure(errors="replace")
     try:
         words = tuple(sys.argv[1:] if arguments is None else arguments)
         code = cli.main(words, prog_name="mergeloom", standalone_mode=False, obj=words)
@@ -46,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # or the interpreter would fail again when it flushes the buffer at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception:  # noqa: BLE001
         traceback.print_exc()

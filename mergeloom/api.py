@@ -13,7 +13,7 @@ from .engine.run import plan as engine_plan
 from .engine.run.plan import Options, RecipeLike
 from .engine.run.planning import plan as make_plan
 from .errors import UsageError
-from .io.sizes import parse_size
+from .io.sizes import Limit, parse_limit, parse_size
 from .methods import merge_methods, one_or_several
 from .planned import Plan, public_plan
 
@@ -46,8 +46,9 @@ def plan(
 
     Args:
         recipe: path of a YAML file, a dict with the same content, a list of dicts for several stages, or a Recipe.
-        max_ram: limit of the process's resident memory; by default a share of the machine's RAM.
-        max_vram: limit of the memory used on each GPU; by default a share of its VRAM.
+        max_ram: limit of the process's resident memory; a percentage such as ``50%`` is a share of the machine's RAM,
+            and so is the default.
+        max_vram: limit of the memory used on each GPU; a percentage is a share of its VRAM, and so is the default.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several separated by commas.
         seed: seed for methods that sample.
         shard_size: maximum size of an output shard.
@@ -253,8 +254,9 @@ def diff(
     from .engine.run.diff.compare import Comparison
     from .engine.run.merge import fetch
 
-    limit = None if max_ram is None else _bytes("max_ram", max_ram)
-    comparison = Comparison(_path("a", a), _path("b", b), max_ram=limit, threads=_checked_threads(threads))
+    comparison = Comparison(
+        _path("a", a), _path("b", b), max_ram=_limit("max_ram", max_ram), threads=_checked_threads(threads)
+    )
     fetch(comparison.downloads, say or (lambda text: None))
     return comparison.run(notify)
 
@@ -271,8 +273,8 @@ def _options(
 ) -> Options:
     """Convert the keyword arguments that `plan` and `merge` share."""
     return Options(
-        max_ram=None if max_ram is None else _bytes("max_ram", max_ram),
-        max_vram=None if max_vram is None else _bytes("max_vram", max_vram),
+        max_ram=_limit("max_ram", max_ram),
+        max_vram=_limit("max_vram", max_vram),
         device=_text("device", device),
         seed=_number("seed", seed),
         shard_size=_bytes("shard_size", shard_size),
@@ -287,6 +289,13 @@ def _checked_threads(threads: int | None) -> int | None:
     if threads is None or _number("threads", threads) > 0:
         return threads
     raise UsageError(f"invalid threads {threads}: use 1 or more")
+
+
+def _limit(name: str, size: Size | None) -> Limit | None:
+    """Convert a memory limit, which may also be a percentage."""
+    if size is None:
+        return None
+    return parse_limit(size) if isinstance(size, str) else _bytes(name, size)
 
 
 def _bytes(name: str, size: Size) -> int:

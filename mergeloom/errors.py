@@ -7,7 +7,7 @@ MergeloomError
 ├── DiskSpaceError     the output exceeds the free disk space                exit code 3
 ├── CheckpointError    an input is missing, damaged or inconsistent          exit code 4
 ├── EnvironmentFailure the device, the disk or another process failed        exit code 5
-└── Interrupted        the user stopped the merge; it can be resumed         exit code 130
+└── Interrupted        the user stopped the merge; it can be resumed         exit code 130 (143 after SIGTERM)
 
 Any other exception is an internal error, with exit code 1.
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import BudgetError, UsageError
 from ...io import platform
 from ...io.cgroups import cpu_limit, memory_left, memory_limit
-from ...io.sizes import format_size, parse_size
+from ...io.sizes import Limit, Share, format_size, parse_size
 from ..graph.graph import MergeGraph
 from ..schedule.schedule import Budget, DeviceBudget, Schedule
 from .process_size import agreed_sizes, rounded
@@ -144,13 +144,13 @@ def usable_cores() -> int:
 
 
 def find_devices(
-    wanted: str, max_vram: int | None, threads: int, gpus: Mapping[int, int] | None = None
+    wanted: str, max_vram: Limit | None, threads: int, gpus: Mapping[int, int] | None = None
 ) -> tuple[DeviceBudget, ...]:
     """Return the budgets of the devices that compute.
 
     Args:
         wanted: value of ``--device``: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1``, or several with commas.
-        max_vram: limit for each GPU in bytes; `VRAM_SHARE` of its memory if None.
+        max_vram: limit for each GPU in bytes or as a share of its memory; `VRAM_SHARE` if None.
         threads: number of compute threads of the CPU.
         gpus: memory of each GPU in bytes, by number; the GPUs of this machine if None.
 
@@ -174,9 +174,16 @@ def find_devices(
         existing = ", ".join(f"cuda:{number}" for number in gpus) or "no CUDA device"
         raise UsageError(f"--device {wanted}: {owner} has {existing}; use --device cpu, or a device that exists")
     return tuple(
-        DeviceBudget(f"cuda:{number}", max_vram or int(gpus[number] * VRAM_SHARE), 2)
+        DeviceBudget(f"cuda:{number}", _limit(max_vram, gpus[number], VRAM_SHARE), 2)
         for number in dict.fromkeys(numbers)
     )
+
+
+def _limit(limit: Limit | None, total: int, default: float) -> int:
+    """Return a limit for a memory of `total` bytes in bytes; by default the share `default`."""
+    if limit is None:
+        return int(total * default)
+    return limit.of(total) if isinstance(limit, Share) else limit
 
 
 def _has_gpu_driver() -> bool:
@@ -197,7 +204,7 @@ def _gpus() -> dict[int, int]:
 
 
 def make_budget(
-    max_ram: int | None,
+    max_ram: Limit | None,
     devices: tuple[DeviceBudget, ...],
     computes: bool,
     total: int | None = None,
@@ -211,7 +218,8 @@ def make_budget(
     Call `prepare_to_compute` first if anything is computed.
 
     Args:
-        max_ram: limit of the process's resident memory in bytes; `RAM_SHARE` of the machine's memory if None.
+        max_ram: limit of the process's resident memory in bytes or as a share of the machine's memory; `RAM_SHARE`
+            if None.
         devices: budgets of the devices that compute.
         computes: whether anything is computed.
         total: RAM of the machine in bytes if it is not this one.
@@ -230,7 +238,8 @@ def make_budget(
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES
     held = peak if platform.OWN_PROCESS and total is None else 0
-    return Budget(max_ram or int((total or total_ram()) * RAM_SHARE), baseline, devices, held)
+    ram = max_ram if isinstance(max_ram, int) else _limit(max_ram, total or total_ram(), RAM_SHARE)
+    return Budget(ram, baseline, devices, held)
 
 
 def prepare_to_compute(graph: MergeGraph, modules: Sequence[str] = ()) -> None:
@@ -340,14 +349,14 @@ def address_space() -> int:
         return 0
 
 
-def memory_remark(max_ram: int | None, machine: Machine | None) -> str | None:
+def memory_remark(max_ram: Limit | None, machine: Machine | None) -> str | None:
     """Return a warning if a budget exceeds the memory of the machine, else None.
 
     Args:
-        max_ram: value of ``--max-ram`` in bytes, or None.
+        max_ram: value of ``--max-ram`` in bytes or as a share of the memory, or None.
         machine: machine that the merge is planned for; this one if None.
     """
-    if max_ram is None or (machine is not None and machine.ram is None):
+    if not isinstance(max_ram, int) or (machine is not None and machine.ram is None):
         return None
     total = total_ram() if machine is None or machine.ram is None else machine.ram
     if max_ram <= total:

@@ -43,12 +43,14 @@ class Progress:
         bytes_written: tensor bytes written.
         bytes_checked: bytes of an interrupted merge that have been checked.
         bytes_to_check: bytes of an interrupted merge to check; 0 once the merge itself is running.
+        bytes_earlier: bytes of `bytes_read` and `bytes_written` that earlier runs of a resumed merge have moved.
     """
 
     bytes_read: int = 0
     bytes_written: int = 0
     bytes_checked: int = 0
     bytes_to_check: int = 0
+    bytes_earlier: int = 0
 
 
 @dataclass(slots=True)

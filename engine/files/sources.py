@@ -31,7 +31,14 @@ from .token_checks import (
     check_tokenizer_rows,
     stated_vocabulary,
 )
-from .tokenizer_files import GENERATION, generation_config, has_file, small_files_directory, tokenizer_directory
+from .tokenizer_files import (
+    GENERATION,
+    check_companions,
+    generation_config,
+    has_file,
+    small_files_directory,
+    tokenizer_directory,
+)
 from .vocabulary import read_vocabulary
 from .vocabulary_checks import (
     TokenizerModel,
@@ -135,6 +142,8 @@ class FileResolver:
             files.config_from,
             tokenizer.tokenizer_from,
         )
+        if stage.save or stage is self._recipe.output:
+            check_companions(files.others, generation.generation, tokenizer.tokenizer)
         self._check_tokens(stage, built, sources)
         self._stages[stage.name] = sources
         self._built[stage.name] = built

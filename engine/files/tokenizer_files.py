@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...io.companions import FileKind, file_kind
+from ...errors import CheckpointError
+from ...io.companions import FileKind, companion_files, file_kind
 from ...io.output.digests import file_digest
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.small_files import read_json
@@ -44,6 +46,27 @@ def small_files_directory(checkpoint: Checkpoint) -> Path:
         if is_offline():
             return directory_of(checkpoint)
     return _download(checkpoint, _SMALL.__contains__)
+
+
+def check_companions(others: Checkpoint, generation: Checkpoint, tokenizer: Checkpoint) -> None:
+    """Check that an output can copy the companion files of its models, without reading them.
+
+    Models on the Hub are left out: their files are checked when they are downloaded.
+
+    Args:
+        others: checkpoint that provides the processors and licenses.
+        generation: checkpoint that provides the generation config.
+        tokenizer: checkpoint that provides the tokenizer.
+
+    Raises:
+        CheckpointError: a file is a broken link, a pipe or a device, or not readable.
+    """
+    kinds = (FileKind.OTHER, others), (FileKind.GENERATION, generation), (FileKind.TOKENIZER, tokenizer)
+    for kind, checkpoint in kinds:
+        if not is_remote(checkpoint):
+            for file in companion_files(directory_of(checkpoint), (kind,)):
+                if not os.access(file.source, os.R_OK):
+                    raise CheckpointError(f"{file.source}: can't be read: check its owner and mode")
 
 
 def has_file(checkpoint: Checkpoint, name: str) -> bool:

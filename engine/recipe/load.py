@@ -9,6 +9,7 @@ from pathlib import Path
 from ...errors import RecipeError
 from ...methods.kernel.contract import Method
 from .nodes import node_of
+from .overrides import override
 from .reader import recipe_of
 from .types import Recipe
 from .yaml import YamlSource, parse_yaml, read_yaml
@@ -19,6 +20,7 @@ def load_recipe(
     *,
     strict: bool = False,
     methods: Mapping[str, Method],
+    overrides: Sequence[str] = (),
 ) -> Recipe:
     """Read and validate a recipe.
 
@@ -27,22 +29,24 @@ def load_recipe(
             is returned unchanged.
         strict: whether unknown keys and parameters, and parameters without effect, are errors rather than warnings.
         methods: the merge methods by name.
+        overrides: changes of the recipe, such as ``parameters.weight=0.3`` (see `overrides`); not for a Recipe.
 
     Raises:
         RecipeError: if the recipe is invalid or the file can't be read.
+        UsageError: if an override is invalid.
     """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, (str, os.PathLike)):
         text = os.fsdecode(recipe)
-        if "\n" in text:
+        if "\n" in text and isinstance(recipe, str):
             raise RecipeError("expected the path of a file, got a string of several lines: use parse_recipe")
         path = Path(text)
-        return recipe_of(read_yaml(path), path, strict=strict, methods=methods)
+        return recipe_of(override(read_yaml(path), overrides), path, strict=strict, methods=methods)
     if not isinstance(recipe, (Mapping, list, tuple)):
         raise RecipeError(f"expected a path, a dict or a list of dicts, got a {type(recipe).__name__}")
     documents = tuple(node_of(item) for item in ((recipe,) if isinstance(recipe, Mapping) else recipe))
-    return recipe_of(YamlSource("", documents, ()), None, strict=strict, methods=methods)
+    return recipe_of(override(YamlSource("", documents, ()), overrides), None, strict=strict, methods=methods)
 
 
 def parse_recipe(

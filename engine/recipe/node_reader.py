@@ -14,8 +14,7 @@ from .local import is_local, local_layers
 from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
 from .nodes import Keys, Node
 from .parameters import ParameterError, accept, coerce, describe
-from .placeholder import UNKNOWN_METHOD
-from .types import Conditional, Gradient, ModelReference, Scalar, Setting, line_of
+from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelReference, Scalar, Setting, line_of
 from .warnings import RecipeWarning, WarningKind
 
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from .node_reader import NodeReader
 from .nodes import Keys, Node
 from .order import in_order
 from .parameters import describe
-from .placeholder import UNKNOWN_METHOD
 from .types import (
+    UNKNOWN_METHOD,
     ChatTemplate,
     ModelReference,
     Module,

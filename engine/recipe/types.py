@@ -14,7 +14,7 @@ from typing import Literal
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import DType
 from ...io.units import plural
-from ...methods.kernel.contract import Base, Method
+from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method
 from .nodes import Keys
 from .warnings import RecipeWarning
 
@@ -335,3 +335,22 @@ def _full_slice(stage: Stage, models: tuple[Source, ...], place: Keys) -> Slice:
     if base is not None and all(source.model != base for source in models):
         models += (Source(base, None, place=(*stage.place, "base_model")),)
     return Slice(models, place=(*place, "models"))
+
+
+def _unbound(inputs: Inputs, **parameters: object) -> Kernel:
+    raise AssertionError("a recipe with an unknown method is an error")
+
+
+UNKNOWN_METHOD = Method(
+    name="",
+    summary="",
+    description="",
+    paper=None,
+    base=Base.OPTIONAL,
+    minimum=0,
+    maximum=None,
+    absent=Absent.PRESENT,
+    parameters=(),
+    bind=_unbound,
+)
+"""Stands for a method that the recipe misnames, so the rest of the recipe can be read."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from ..graph.fuse import FusedKernel, FusedPart
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
 from ..recipe.local import is_local
+from ..recipe.overrides import recipe_difference
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -215,15 +215,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], models: Seque
         elif key != "outputs":
             changes.append(f"{words}: it was {before.get(key)}, and is {now.get(key)}")
         else:
-            changes.append(f"{words}{_recipe_difference(before, now)}")
+            changes.append(f"{words}{recipe_difference(*(str(facts.get('recipe', '')) for facts in (before, now)))}")
     return changes
-
-
-def _recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the first lines in which the recipes differ, which may be none if only the sources differ."""
-    old, new = str(before.get("recipe", "")).splitlines(), str(now.get("recipe", "")).splitlines()
-    lines = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if line[:3] not in ("---", "+++", "@@ ")]
-    return ": " + " | ".join(lines[:4]) if lines else ""
 
 
 def _source_differences(before: object, now: object, models: Sequence[str], *, same_recipe: bool) -> Iterator[str]:

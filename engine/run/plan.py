@@ -13,6 +13,7 @@ from typing import Any
 
 from ...io.hub.repository import HubFile
 from ...io.safetensors.tensors import TensorRef
+from ...io.sizes import Limit
 from ...io.units import data_size, memory_size, plural
 from ...methods import merge_methods
 from ...version import __version__
@@ -40,8 +41,9 @@ class Options:
     """Options of `plan` and `merge`.
 
     Args:
-        max_ram: limit on the resident memory of the process in bytes; by default a share of the machine's memory.
-        max_vram: limit on the memory used on each GPU in bytes; by default a share of its memory.
+        max_ram: limit on the resident memory of the process in bytes or as a share of the machine's memory; a share by
+            default.
+        max_vram: limit on the memory used on each GPU in bytes or as a share of its memory; a share by default.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, or several separated by commas.
         seed: seed for methods that sample (``dare_*``, ``della*``).
         shard_size: maximum size of an output shard in bytes.
@@ -50,10 +52,11 @@ class Options:
         machine: machine to plan for; None for this one.
         methods: paths of Python files with user-defined merge methods.
         keep_paths: whether local paths stay in the model card, in mergekit_config.yml and in the manifest.
+        overrides: changes of the recipe, such as ``parameters.weight=0.3`` (see `recipe.overrides`).
     """
 
-    max_ram: int | None = None
-    max_vram: int | None = None
+    max_ram: Limit | None = None
+    max_vram: Limit | None = None
     device: str = "auto"
     seed: int = 0
     shard_size: int = 5 * 10**9
@@ -62,6 +65,7 @@ class Options:
     machine: Machine | None = None
     methods: tuple[str, ...] = ()
     keep_paths: bool = False
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...errors import MergeloomError
+from ...io.reading import check_descriptors
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
 from ...methods.kernel.contract import Method
@@ -50,10 +51,11 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
         RecipeError: the recipe has a mistake.
         CheckpointError: an input is missing or damaged, or does not fit the others.
         BudgetError: the merge does not fit the budget.
+        EnvironmentFailure: the process may open too few files.
     """
     options = options or Options()
     methods = merge_methods(options.methods)
-    loaded = load_recipe(recipe, strict=options.strict, methods=methods)
+    loaded = load_recipe(recipe, strict=options.strict, methods=methods, overrides=options.overrides)
     try:
         return _plan(loaded, options, methods)
     except MergeloomError as error:
@@ -63,6 +65,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
 
 def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Plan:
     """Plan the merge of a recipe; an error has the warnings about the models that were found before it."""
+    check_descriptors()
     check_paths(loaded)
     stage = loaded.output
     opened: dict[ModelReference, Checkpoint] = {}

@@ -318,7 +318,8 @@ class MergeSession:
             group.check()
             read = progress.bytes_read + copier.stats.written + self.earlier.bytes_read
             written = progress.bytes_written + copier.stats.written + self.earlier.bytes_written
-            self._notify(replace(progress, bytes_read=read, bytes_written=written))
+            earlier = self.earlier.bytes_read + self.earlier.bytes_written
+            self._notify(replace(progress, bytes_read=read, bytes_written=written, bytes_earlier=earlier))
 
         measured = run_lanes(
             self.plan,

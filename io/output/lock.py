@@ -32,6 +32,11 @@ STAGE = "out"
 MANIFEST = "mergeloom.json"
 """The completion marker: the file that is published after all others, so only a finished merge has it."""
 
+MAX_NAME_BYTES = 255
+"""The longest name of a file or directory in bytes."""
+MAX_PATH_BYTES = 4096 - 512
+"""The longest path of an output directory in bytes: the system's limit, less the names of the files in it."""
+
 _LOCK_ATTEMPTS = 20
 _LOCK_PAUSE = 0.01  # seconds; `classify` holds its shared lock for much less
 
@@ -100,8 +105,10 @@ def classify(path: Path, marker: str = MANIFEST, *, held: bool = False) -> Direc
         held: whether this process holds the lock or is about to acquire it; the lock is not checked then.
 
     Raises:
+        UsageError: the path is too long for the file system.
         EnvironmentFailure: the directory can't be read.
     """
+    _check_length(path)
     try:
         if is_complete(path, marker):
             return DirectoryStatus(path, Content.FINISHED, "holds a finished merge")
@@ -117,6 +124,16 @@ def classify(path: Path, marker: str = MANIFEST, *, held: bool = False) -> Direc
     if journal is None:
         return DirectoryStatus(path, Content.NEW, "is empty")
     return DirectoryStatus(path, Content.UNFINISHED, "holds an unfinished merge", journal)
+
+
+def _check_length(path: Path) -> None:
+    """Raise UsageError if the file system can't have a directory with this path, or no files in it."""
+    longest = max(map(len, map(os.fsencode, path.parts)), default=0)
+    if longest > MAX_NAME_BYTES:
+        raise UsageError(f"{path}: a name of {longest} bytes is too long: file systems allow {MAX_NAME_BYTES}")
+    size = len(os.fsencode(path.absolute()))
+    if size > MAX_PATH_BYTES:
+        raise UsageError(f"{path}: a path of {size:,} bytes is too long: choose one of at most {MAX_PATH_BYTES:,}")
 
 
 def refuse_occupied(status: DirectoryStatus) -> None:

@@ -6,18 +6,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import size
-from .output import print_json, print_message, print_warning
+from .options import limit
+from .output import print_json, print_warning
 
 if TYPE_CHECKING:
     from ..engine.run.diff.compare import Comparison
     from ..engine.run.diff.result import Diff
+    from ..io.sizes import Limit
 
 
 @click.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--max-ram", type=size, help="RAM limit for the process, such as 32GiB.  [default: 70%]")
+@click.option(
+    "--max-ram",
+    type=limit,
+    metavar="SIZE",
+    help="RAM limit for the process, such as 32GiB or 50%.  [default: 70%]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Number of threads.  [default: all cores]")
 @click.option("--tensors", is_flag=True, help="List every tensor with its distance, cosine and share.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every tensor.")
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 def diff(
     a: str,
     b: str,
-    max_ram: int | None,
+    max_ram: Limit | None,
     threads: int | None,
     tensors: bool,
     as_json: bool,
@@ -69,7 +75,7 @@ def _run(comparison: Comparison, *, quiet: bool) -> Diff:
 
     if files := comparison.downloads:
         with Display(sum(file.nbytes for file in files), 0, quiet=quiet, verb="downloaded") as display:
-            fetch(files, lambda text: None if quiet else print_message(text), display)
+            fetch(files, display.print_above, display)
     with Display(comparison.bytes_to_read, 0, quiet=quiet) as display:
         return comparison.run(display)
 

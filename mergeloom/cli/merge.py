@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import BudgetError
-from .options import make_options, planning_options
+from .mergekit import MergeCommand, mergekit_notes
+from .options import make_options, planning_options, recipe_path
 from .output import print_message, print_warning
+from .streams import StdoutFailure
 
 if TYPE_CHECKING:
     from ..engine.run.merge import Result
     from ..engine.run.plan import Options, Plan
     from ..io.hub.repository import HubFile
+    from ..report.sections import Section
 
 
-@click.command()
-@click.argument("recipe", type=click.Path())
+@click.command(cls=MergeCommand)
+@click.argument("recipe", type=recipe_path)
 @click.argument("out", type=click.Path(), required=False)
 @planning_options
 @click.option("--report", type=click.Path(), help="Write planned and measured values to this file as JSON.")
 @click.option("--restart", is_flag=True, help="Discard an unfinished merge in OUT and start over.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop, as `mergeloom plan` does.")
 @click.option("--no-output", is_flag=True, help="Rehearsal: run the complete merge without writing OUT.")
 @click.option("--fresh", is_flag=True, hidden=True, help="Former name of --restart.")
 @click.option("--discard", is_flag=True, hidden=True, help="Former name of --no-output.")
@@ -44,10 +48,11 @@ if TYPE_CHECKING:
 )
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary, only warnings and errors.")
 def merge(
-    recipe: str,
+    recipe: Path,
     out: str | None,
     report: str | None,
     restart: bool,
+    dry_run: bool,
     no_output: bool,
     fresh: bool,
     discard: bool,
@@ -57,10 +62,19 @@ def merge(
 ) -> None:
     """Merge models into the new directory OUT, or resume an interrupted merge there.
 
-    OUT must be new or empty, or hold an unfinished merge of the same RECIPE. It is optional with --no-output. Progress
-    and messages go to stderr, the summary to stdout.
+    OUT must be new or empty, or hold an unfinished merge of the same RECIPE. It is optional with --no-output and
+    --dry-run. Progress and messages go to stderr, the summary to stdout.
     """
     no_output = no_output or discard
+    for note in () if quiet else mergekit_notes():
+        print_message(note)
+    if dry_run:
+        if report is not None:
+            raise click.UsageError("--dry-run and --report are mutually exclusive: use `mergeloom plan --json`")
+        from .plan import show_plan
+
+        show_plan(recipe, out, options)
+        return
     if out is None and not no_output:
         raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
     from .target_files import TargetFile
@@ -78,14 +92,28 @@ def merge(
     if target is not None:
         target.write(json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is complete")
     if not quiet and (sections := result_sections(result)):
-        show(sections)
+        _show_summary(sections, written=result.out is not None)
     elif result.measured.overflowed:
         show([overflow_section(result)], sys.stderr)
     if result.excess_ram:
         raise _excess_error(result)
 
 
-def _make_plan(recipe: str, out: str | None, options: Options, *, full: bool) -> Plan:
+def _show_summary(sections: Sequence[Section], *, written: bool) -> None:
+    """Print the summary. If OUT is written, a standard output that can't be written is not a failure."""
+    from ..report.sections import show
+
+    try:
+        show(sections)
+        sys.stdout.flush()
+    except (BrokenPipeError, StdoutFailure) as error:
+        if not written:
+            raise
+        reason = "its reader is gone" if isinstance(error, BrokenPipeError) else str(error)
+        print_warning(f"the merge is complete, but its summary can't be printed: {reason}")
+
+
+def _make_plan(recipe: Path, out: str | None, options: Options, *, full: bool) -> Plan:
     """Plan the merge, with reflinks and kernel copies where it writes to OUT."""
     from ..engine.run.planning import plan as make_plan
     from ..io.output.lock import classify, refuse_occupied
@@ -107,9 +135,11 @@ def _merge(plan: Plan, out: str | None, *, restart: bool, quiet: bool) -> Result
     from ..report.plan import headline
     from ..report.progress import Display
 
+    display = Display(plan.bytes_read, plan.bytes_written, quiet=quiet)
+
     def note(text: str) -> None:
         if not quiet:
-            print_message(text)
+            display.print_above(text)
 
     note(headline(plan))
     with ExitStack() as displays:
@@ -118,10 +148,9 @@ def _merge(plan: Plan, out: str | None, *, restart: bool, quiet: bool) -> Result
             if files:
                 size = sum(file.nbytes for file in files)
                 with Display(size, 0, quiet=quiet, verb="downloaded") as download_display:
-                    fetch(files, note, download_display)
+                    fetch(files, download_display.print_above if not quiet else note, download_display)
             displays.enter_context(display)
 
-        display = Display(plan.bytes_read, plan.bytes_written, quiet=quiet)
         return run_merge(
             plan,
             out,
@@ -129,7 +158,7 @@ def _merge(plan: Plan, out: str | None, *, restart: bool, quiet: bool) -> Result
             digests=plan.digests,
             notify=display,
             say=note,
-            warn=print_warning,
+            warn=lambda text: display.print_above(f"warning: {text}"),
             download=download,
         )
 

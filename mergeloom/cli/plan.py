@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .options import make_options, planning_options
-from .output import print_json
+from .mergekit import MergeCommand, mergekit_notes
+from .options import make_options, planning_options, recipe_path
+from .output import print_json, print_message
 
 if TYPE_CHECKING:
     from ..engine.cost.estimate import Estimate
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from .target_files import TargetFile
 
 
-@click.command()
-@click.argument("recipe", type=click.Path())
+@click.command(cls=MergeCommand)
+@click.argument("recipe", type=recipe_path)
 @click.argument("out", type=click.Path(), required=False)
 @planning_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--for", "machine", metavar="MACHINE", help="Plan for another machine: ram=64GiB,vram=24GiB,cores=16.")
 @click.option("--what-if", is_flag=True, help="Compare with other RAM and VRAM budgets.")
 def plan(
-    recipe: str,
+    recipe: Path,
     out: str | None,
     as_json: bool,
     html: str | None,
@@ -67,6 +68,8 @@ def plan(
     graph_format, graph_file = (_graph_format(graph), TargetFile("--graph", graph)) if graph else (None, None)
     from ..engine.cost.estimate import parse_rates
 
+    for note in mergekit_notes():
+        print_message(note)
     known_rates = parse_rates(rates) if rates is not None else {}
     planned = _make_plan(recipe, out, machine, options)
     if graph_file is not None and graph_format is not None:
@@ -82,6 +85,11 @@ def plan(
         _print_dry_run(_dry_run(planned, out, time, what_if), page, as_json)
 
 
+def show_plan(recipe: Path, out: str | None, options: Mapping[str, Any]) -> None:
+    """Print the plan of a merge, for ``mergeloom merge --dry-run``. Raises the error that the merge would raise."""
+    _print_dry_run(_dry_run(_make_plan(recipe, out, None, options), out, None, False), None, False)
+
+
 def _graph_format(path: str) -> Literal["graphml", "json"]:
     """Return the format of the graph file that its suffix names."""
     suffix = Path(path).suffix.lower()
@@ -92,7 +100,7 @@ def _graph_format(path: str) -> Literal["graphml", "json"]:
     raise click.UsageError(f"--graph {path}: unknown suffix {suffix!r}: use .graphml or .json")
 
 
-def _make_plan(recipe: str, out: str | None, machine: str | None, options: Mapping[str, Any]) -> Plan:
+def _make_plan(recipe: Path, out: str | None, machine: str | None, options: Mapping[str, Any]) -> Plan:
     from ..engine.cost.machine import parse_machine
     from ..engine.run.planning import plan as make_plan
     from ..report.sections import load_rich

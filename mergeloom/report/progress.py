@@ -6,6 +6,7 @@ not the merge.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from ..io.units import data_size, duration, rate
+from ..io.units import clean, data_size, duration, rate
 from .sections import is_terminal, make_console
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class State:
         verb: word for reading, such as ``downloaded``.
         checked: bytes of an unfinished merge checked so far.
         to_check: total bytes to check; 0 if no unfinished merge is being checked.
+        earlier: bytes of `read` and `written` that earlier runs of the merge have moved.
     """
 
     read: int
@@ -57,6 +59,7 @@ class State:
     verb: str = "read"
     checked: int = 0
     to_check: int = 0
+    earlier: int = 0
 
     @property
     def share(self) -> float:
@@ -76,8 +79,8 @@ class State:
         if self.to_check:
             share = f"{int(100 * self.share):3d}%"
             return [share, "checking the unfinished merge", f"{data_size(self.checked)} of {data_size(self.to_check)}"]
-        if self.read + self.written == 0 and not self.done:
-            return ["  0%", "starting"]
+        if self.read + self.written <= self.earlier and not self.done:
+            return [f"{int(100 * self.share):3d}%", "resuming" if self.earlier else "starting"]
         writes = self.to_write > 0
         if self.done:
             totals = [
@@ -123,12 +126,17 @@ class Meter:
         self._verb = verb
         self._clock = clock
         self._samples: deque[tuple[float, int]] = deque([(clock(), 0)])
+        self._earlier = 0
 
     def state(self, progress: Progress | None) -> State:
         """Return the progress now."""
         now = self._clock()
         read, written = (progress.bytes_read, progress.bytes_written) if progress is not None else (0, 0)
-        if read + written == 0:
+        earlier = progress.bytes_earlier if progress is not None else 0
+        if earlier != self._earlier:  # this run has not moved the bytes of earlier ones
+            self._samples = deque([(self._samples[-1][0], earlier)])
+            self._earlier = earlier
+        if read + written <= earlier:
             self._samples.clear()  # start the clock at the first byte, not while libraries load
         self._samples.append((now, read + written))
         while len(self._samples) > 2 and self._samples[1][0] <= now - WINDOW_SECONDS:
@@ -137,7 +145,7 @@ class Meter:
         per_second = (read + written - done) / (now - start) if now > start else 0.0
         left = max(0, sum(self._totals) - read - written) / per_second if per_second else None
         checked, to_check = (progress.bytes_checked, progress.bytes_to_check) if progress is not None else (0, 0)
-        return State(read, written, *self._totals, per_second, left, self._verb, checked, to_check)
+        return State(read, written, *self._totals, per_second, left, self._verb, checked, to_check, earlier)
 
 
 class Display:
@@ -169,11 +177,20 @@ class Display:
         self._meter = Meter(to_read, to_write, verb=verb)
         self._progress: Progress | None = None
         self._closed = threading.Event()
+        self._writing = threading.RLock()  # held while the line is drawn or a text is printed above it
+        self._line = ""  # the line on the terminal
         self._thread = None if quiet else threading.Thread(target=self._draw_loop, name="progress", daemon=True)
 
     def __call__(self, progress: Progress) -> None:
         """Store the engine's counters, which it keeps updating."""
         self._progress = progress
+
+    def print_above(self, text: str) -> None:
+        """Print a text on a line of its own, above the progress on a terminal."""
+        with self._writing, contextlib.suppress(OSError):  # a message must not end the merge
+            clear = "\r\x1b[K" if self._line else ""
+            self._stream.write(f"{clear}{clean(text)}\n{self._line}")
+            self._stream.flush()
 
     def __enter__(self) -> Display:
         if self._thread is not None:
@@ -191,26 +208,28 @@ class Display:
         try:
             while not self._closed.wait(self._seconds):
                 self._draw(self._meter.state(self._progress))
-            if self._console is not None:
-                self._clear_line()
+            with self._writing:
+                if self._line:
+                    self._stream.write("\r\x1b[K")
+                    self._stream.flush()
+                self._line = ""
         except OSError:
             return  # the stream is closed
 
     def _draw(self, state: State) -> None:
-        if self._console is None:
-            self._stream.write(f"mergeloom: {state.line()}\n")
-        else:
-            with self._console.capture() as capture:
-                self._console.print(draw_line(state, self._console.width - 1), end="", no_wrap=True)
-            self._stream.write(f"\r{capture.get()}\x1b[K")
-        self._stream.flush()
+        with self._writing:
+            if self._console is None:
+                self._stream.write(f"mergeloom: {state.line()}\n")
+            else:
+                with self._console.capture() as capture:
+                    line = draw_line(state, self._console.width - 1, ascii_only=self._console.options.ascii_only)
+                    self._console.print(line, end="", no_wrap=True)
+                self._line = f"\r{capture.get()}\x1b[K"
+                self._stream.write(self._line)
+            self._stream.flush()
 
-    def _clear_line(self) -> None:
-        self._stream.write("\r\x1b[K")
-        self._stream.flush()
 
-
-def draw_line(state: State, width: int) -> Text:
+def draw_line(state: State, width: int, *, ascii_only: bool = False) -> Text:
     """Return the line, with a progress bar on its left if there is room."""
     from rich.text import Text
 
@@ -219,4 +238,5 @@ def draw_line(state: State, width: int) -> Text:
     if bar < _MIN_BAR:
         return Text(line)
     full = round(bar * state.share)
-    return Text.assemble(("━" * full, "cyan"), ("─" * (bar - full), "bright_black"), "  ", line)
+    done, left = ("=", "-") if ascii_only else ("━", "─")
+    return Text.assemble((done * full, "cyan"), (left * (bar - full), "bright_black"), "  ", line)

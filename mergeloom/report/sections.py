@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
+_INDENT = 2
+_GAP = 3  # between the columns of a table
+_MIN_COLUMN = 12
+"""The width in which a text column of a table is readable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """A table.
@@ -86,7 +92,7 @@ def show(sections: Sequence[Section], stream: TextIO | None = None) -> None:
     for number, section in enumerate(sections):
         if number:
             console.print()
-        for part in _renderables(section, width):
+        for part in _renderables(section, width, console.width):
             console.print(part)
 
 
@@ -111,8 +117,40 @@ def make_console(stream: TextIO) -> Console:
     return Console(file=stream, markup=False, highlight=False, emoji=False)
 
 
-def _renderables(section: Section, width: int) -> list[RenderableType]:
-    """Return a section as rich renderables, with labels of the given width."""
+def _fits(grid: Grid, width: int) -> bool:
+    """Whether a table is readable on a terminal of `width` columns, with its numbers in full and its texts folded."""
+    from rich.cells import cell_len
+
+    columns = list(zip(grid.header, *grid.rows, strict=True))
+    widths = [max(map(cell_len, map(clean, column))) for column in columns]
+    needed = [
+        natural if name in grid.numbers else min(natural, max(cell_len(name), _MIN_COLUMN))
+        for name, natural in zip(grid.header, widths, strict=True)
+    ]
+    return _INDENT + sum(needed) + _GAP * (len(columns) - 1) <= width
+
+
+def _stacked(grid: Grid) -> list[RenderableType]:
+    """Return a table's rows one below the other, each as labeled values: for a narrow terminal."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    width = max(map(len, grid.header))
+    for row in grid.rows:
+        fields = Table.grid(padding=(0, 2))
+        fields.add_column(style="cyan", no_wrap=True, width=width)
+        fields.add_column(overflow="fold")
+        for name, cell in zip(grid.header, row, strict=True):
+            if cell:
+                fields.add_row(Text(name), Text(clean(cell)))
+        parts.append(Padding(fields, (0 if not parts else 1, 0, 0, _INDENT)))
+    return parts
+
+
+def _renderables(section: Section, width: int, columns: int) -> list[RenderableType]:
+    """Return a section as rich renderables, with labels of `width` on a terminal of `columns`."""
     from rich import box
     from rich.padding import Padding
     from rich.table import Table
@@ -126,7 +164,9 @@ def _renderables(section: Section, width: int) -> list[RenderableType]:
         for label, value in section.fields:
             fields.add_row(Text(clean(label)), Text(clean(value)))
         parts.append(Padding(fields, (0, 0, 0, 2)))
-    if section.grid:
+    if section.grid and not _fits(section.grid, columns):
+        parts += _stacked(section.grid)
+    elif section.grid:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="cyan", pad_edge=False, show_edge=False)
         for name in section.grid.header:
             to_right = name in section.grid.numbers

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_a_signal_ends_it_in_good_order_and_it_goes_on(
     process = spawn(models, out, tmp_path, released=True)
     process.send_signal(number)
     _, errors = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert f"finished work is kept in {out}; run the same command again to resume" in errors
     assert "Traceback" not in errors
     file = tmp_path / "recipe.yml"
@@ -125,18 +126,21 @@ def test_a_signal_ends_it_in_good_order_and_it_goes_on(
     assert digests(out) == digests(tmp_path / "whole")
 
 
-def test_a_second_signal_ends_it_at_once_and_so_does_a_disk_that_hangs(models: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once_and_so_does_a_disk_that_hangs(
+    number: signal.Signals, models: list[Path], tmp_path: Path
+) -> None:
     """Every lane hangs in a write, as on a network file system that has gone."""
     outs = [tmp_path / "twice", tmp_path / "once"]
     for out in outs:
         twice = out.name == "twice"
         process = spawn(models, out, tmp_path, released=False, grace=10 * HANG_SECONDS if twice else 0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         if twice:
             wait_for_line(process, "stopping\n")
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=HANG_SECONDS)
-        assert process.returncode == 130
+        assert process.returncode == 128 + number
         assert ("killed; run the same command to resume" in errors) == (not twice)
         assert "Traceback" not in errors
         merge(tmp_path / "recipe.yml", out, OPTIONS)
@@ -168,7 +172,13 @@ def test_from_python_too_an_interrupt_can_be_gone_on_from(models: list[Path], tm
         patch.setattr(Lane, "stop", stop_lane)
         with pytest.raises(Interrupted, match="run the same command again to resume"):
             run(recipe(models), tmp_path / "out", notify=stop)
-    run(recipe(models), tmp_path / "out")
+    resumed: list[Progress] = []
+    result = run(recipe(models), tmp_path / "out", notify=lambda progress: resumed.append(replace(progress)))
+    counts = [(each.bytes_earlier, each.bytes_read + each.bytes_written) for each in resumed if not each.bytes_to_check]
+    earlier = result.earlier.bytes_read + result.earlier.bytes_written
+    assert earlier > 0
+    assert {count for count, _ in counts} == {earlier}
+    assert min(moved for _, moved in counts) >= earlier
     run(recipe(models), tmp_path / "whole")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 

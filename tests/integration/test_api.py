@@ -51,6 +51,8 @@ def test_the_defaults_match_the_options() -> None:
     plan = inspect.signature(mergeloom.plan).parameters
     merge = inspect.signature(mergeloom.merge).parameters
     for name in Options.__dataclass_fields__:
+        if name == "overrides":
+            continue  # Python code changes the recipe itself
         of_one = {"machine": plan, "keep_paths": merge}  # a plan for another machine, the files that a merge writes
         for parameters in [of_one[name]] if name in of_one else [plan, merge]:
             default = 5 * 10**9 if parameters[name].default == "5GB" else parameters[name].default

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -11,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -21,22 +18,8 @@ import mergeloom
 from mergeloom import __main__
 from mergeloom.cli.app import cli
 from tests.conftest import MakeModel
+from tests.support.command_line import COMMAND, run, spawn
 from tests.support.waiting import HANG_SECONDS
-
-COMMAND = [sys.executable, "-m", "mergeloom"]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run mergeloom in this process, which is faster."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = __main__.main([*map(str, arguments)])
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
-def spawn(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run mergeloom in a separate process."""
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture
@@ -71,7 +54,10 @@ def test_help_and_version_import_nothing_heavy() -> None:
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
     ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
-    commands = ("app", "diff", "inspect", "merge", "methods", "options", "output", "plan", "stack", "verify")
+    commands = (
+        *("app", "diff", "inspect", "merge", "mergekit", "methods", "options", "output", "plan", "stack", "streams"),
+        "verify",
+    )
     assert ours == {"__main__", "cli", "errors", "version", *(f"cli.{name}" for name in commands)}
 
 
@@ -92,11 +78,14 @@ def test_every_command_and_option_has_help(command: str) -> None:
 
 
 def test_merge_and_plan_share_their_options() -> None:
-    shared = {"max_ram", "max_vram", "device", "seed", "shard_size", "threads", "strict", "methods", "recipe", "out"}
+    shared = {
+        *("max_ram", "max_vram", "device", "seed", "shard_size", "threads", "overrides", "strict", "methods"),
+        *("recipe", "out"),
+    }
     names = {command: {p.name for p in cli.commands[command].params} for command in ("merge", "plan")}
     assert names["merge"] - names["plan"] == {
         *("report", "restart", "no_output", "fresh", "discard"),
-        *("digests", "quiet", "keep_paths"),
+        *("digests", "dry_run", "quiet", "keep_paths"),
     }
     assert names["plan"] - names["merge"] == {
         *("as_json", "explain", "graph", "graph_detail", "html", "machine", "rates", "steps", "timed", "what_if")
@@ -356,17 +345,28 @@ def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the engine runs; the shell gives SIGINT to the process."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("engine.execute.executor.Executor._wait", "stopped before anything was finished; nothing is left behind"),
+        ("engine.run.planning.lay_out", ""),
+    ],
+)
+def test_interrupting_a_merge_leaves_nothing(place: str, message: str, name: str, recipe: Path, tmp_path: Path) -> None:
+    """A signal to the process while the engine runs, or while it plans."""
     script = (
-        "import os, signal, sys; from mergeloom.cli import signals; from mergeloom.engine.execute import executor\n"
+        "import os, signal, sys; from mergeloom.cli import signals; import mergeloom.engine.run.merge as m\n"
+        "from mergeloom.engine.execute import executor; import mergeloom\n"
         f"from mergeloom.__main__ import main; signals.GRACE_SECONDS = {HANG_SECONDS}\n"
-        "def wait(self, ready):\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "executor.Executor._wait = wait\nsys.exit(main(sys.argv[1:]))"
+        f"def stop(*arguments):\n    os.kill(os.getpid(), signal.{name})\n"
+        f"mergeloom.{place} = stop\nsys.exit(main(sys.argv[1:]))"
     )
     arguments = [sys.executable, "-c", script, "merge", str(recipe), str(tmp_path / "out")]
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert ended.returncode == 130
+    assert ended.returncode == 128 + signal.Signals[name]
+    expected = message or {"SIGINT": "interrupted", "SIGTERM": "terminated"}[name]
+    assert ended.stderr.endswith(f"mergeloom: {expected}\n")
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "out").exists()
 

@@ -12,6 +12,7 @@ import numpy as np
 from ....errors import CheckpointError
 from ....io.hub.repository import HubFile
 from ....io.reading import Reader, stat_fingerprints
+from ....io.sizes import Limit
 from ....io.task_group import TaskGroup
 from ....io.units import plural
 from ....methods.kernel.block_sums import total
@@ -64,7 +65,8 @@ class Comparison:
     Args:
         a: first model: a directory, a .safetensors file, an index, or a Hub repository.
         b: second model.
-        max_ram: limit of the process's resident memory in bytes; by default a share of the machine's memory.
+        max_ram: limit of the process's resident memory in bytes or as a share of the machine's memory; a share by
+            default.
         threads: maximum number of threads; by default the cores that the process may use.
         result_bytes: RAM of the result for each tensor in bytes.
 
@@ -83,7 +85,7 @@ class Comparison:
         a: str | os.PathLike[str],
         b: str | os.PathLike[str],
         *,
-        max_ram: int | None = None,
+        max_ram: Limit | None = None,
         threads: int | None = None,
         result_bytes: int = RESULT_BYTES,
     ) -> None:

@@ -104,11 +104,16 @@ def test_links_of_the_hub_cache(tmp_path: Path) -> None:
 
 def test_large_files_and_directories_are_left_out(tmp_path: Path) -> None:
     write(tmp_path, "vocab.json/x", "merges.txt")
-    os.mkfifo(tmp_path / "tokenizer.json")
     with (tmp_path / "tokenizer.model").open("wb") as stream:
         stream.truncate((1 << 30) + 1)
     assert listed(tmp_path) == ["merges.txt"]
     assert companion_files(tmp_path, largest=1) == ()
+
+
+def test_a_pipe_is_rejected_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not a regular file, expected a file"):
+        companion_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])

@@ -170,9 +170,31 @@ def test_disk_space_errors_name_the_reason(number: int, message: str, made: Outp
 
 def test_an_invalid_name_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
-        with pytest.raises(EnvironmentFailure, match="the output directory failed"):
-            OutputDirectory.open(path)
+    with pytest.raises(EnvironmentFailure, match="the output directory failed"):
+        OutputDirectory.open(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 256, "a name of 256 bytes is too long: file systems allow 255"),
+        ("new/" + "é" * 128, "a name of 256 bytes is too long"),
+        ("d/" * 2000, "bytes is too long: choose one of at most 3,584"),
+    ],
+)
+def test_a_name_that_is_too_long_creates_nothing(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        OutputDirectory.open(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "two\nlines", "\x1b[31m"])
+def test_an_unusual_name_is_used(name: str, tmp_path: Path) -> None:
+    out = OutputDirectory.open(tmp_path / name)
+    fill(out, shard())
+    publish(out)
+    out.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_existing_empty_directory_is_used_and_kept(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from mergeloom.errors import CheckpointError, EnvironmentFailure
 from mergeloom.io import platform, reading
-from mergeloom.io.reading import FilePool, Reader
+from mergeloom.io.reading import FilePool, Reader, check_descriptors, pool_limit
 from tests.support.outputs import open_files
 
 
@@ -118,3 +119,32 @@ def test_data_can_be_dropped_from_the_page_cache(files: list[Path], monkeypatch:
     for keep in (True, False):
         Reader(keep_cached=keep).read(files[0], 10, memoryview(bytearray(20)))
     assert dropped == [(10, 20)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "files"),
+    [
+        (1024, 256, 256),
+        (1024, 128, 128),
+        (100, 256, 20),
+        (64, 128, 8),
+        (40, 128, 2),
+        (resource.RLIM_INFINITY, 256, 256),
+    ],
+)
+def test_a_pool_leaves_descriptors_to_others(
+    limit: int, most: int, files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    assert pool_limit(most) == files
+
+
+def test_a_low_limit_of_open_files_is_raised_if_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"now": (20, 4096)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.update(now=pair))
+    check_descriptors()
+    assert limits["now"] == (64, 4096)
+    limits["now"] = (20, 32)
+    with pytest.raises(EnvironmentFailure, match="ulimit -n allows 32 open files, and a merge needs 64"):
+        check_descriptors()

@@ -186,3 +186,63 @@ def test_a_download_shows_no_written_bytes() -> None:
     state = State(3 * GB, 0, 8 * GB, 0, 1.5 * GB, 5.4, "downloaded")
     assert state.line() == " 37%  5 s left  1.5GB/s  downloaded 3GB of 8GB"
     assert State(8, 0, 8, 0, 1, 0.0).line() == "100%  syncing  read 8B"
+
+
+def test_after_a_resume_the_rate_is_that_of_this_run() -> None:
+    clock, progress = Clock(), Progress()
+    meter = Meter(80 * GB, 40 * GB, clock)
+    meter.state(progress)
+    clock.now += 5
+    progress.bytes_checked, progress.bytes_to_check = GB, 60 * GB
+    assert "checking" in meter.state(progress).line()
+    clock.now += 1
+    progress = Progress(bytes_read=60 * GB, bytes_written=30 * GB, bytes_earlier=90 * GB)
+    state = meter.state(progress)
+    assert state.line() == " 75%  resuming"
+    assert (state.per_second, state.left) == (0, None)
+    clock.now += 2
+    progress.bytes_read += 2 * GB
+    progress.bytes_written += GB
+    state = meter.state(progress)
+    assert state.per_second == pytest.approx(1.5 * GB)
+    assert state.left == pytest.approx(18)
+    assert state.line() == " 77%  18 s left  1.5GB/s  read 62GB of 80GB  written 31GB of 40GB"
+
+
+def test_a_resume_that_moves_bytes_before_the_first_update_counts_only_those() -> None:
+    clock = Clock()
+    meter = Meter(80 * GB, 40 * GB, clock)
+    meter.state(None)
+    clock.now += 1
+    state = meter.state(Progress(bytes_read=63 * GB, bytes_written=30 * GB, bytes_earlier=90 * GB))
+    assert state.per_second == pytest.approx(3 * GB)
+
+
+def test_texts_are_printed_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    display = Display(100, 100, stream=stream)
+    display.print_above("before")
+    assert stream.getvalue() == "before\n"
+    with display:
+        display._draw(Meter(100, 100).state(Progress(bytes_read=50)))
+        drawn = stream.getvalue().removeprefix("before\n")
+        display.print_above("warning: \x1b[31mred")
+        above = stream.getvalue().removeprefix("before\n" + drawn)
+    assert above.startswith("\r\x1b[Kwarning: \\x1b[31mred\n" + drawn)
+    assert stream.getvalue().endswith("\r\x1b[K")
+    display.print_above("after")
+    assert stream.getvalue().endswith("\r\x1b[Kafter\n")
+
+
+def test_a_text_on_a_closed_stream_is_dropped() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    Display(100, 100, stream=Closed()).print_above("text")
+
+
+def test_the_bar_is_ascii_where_the_terminal_is() -> None:
+    line = draw_line(Meter(100, 0).state(Progress(bytes_read=50)), 79, ascii_only=True).plain
+    assert line.startswith("============------------   50%")
