@@ -55,13 +55,14 @@ def override(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
 
 def recipe_difference(old: str, new: str) -> str:
     """The first lines in which the texts of two recipes differ, after a colon; empty if none do."""
-    lines = _changed_lines(old, new)
+    lines = changed_lines(old, new)
     if len(lines) > _LINES_SHOWN:  # perhaps only the layout differs: --set writes the recipe anew
-        lines = min(lines, _changed_lines(uniform_layout(old), uniform_layout(new)), key=len)
+        lines = min(lines, changed_lines(uniform_layout(old), uniform_layout(new)), key=len)
     return ": " + " | ".join(lines[:_LINES_SHOWN]) if lines else ""
 
 
-def _changed_lines(old: str, new: str) -> list[str]:
+def changed_lines(old: str, new: str) -> list[str]:
+    """The lines in which two texts differ, with ``-`` or ``+`` before each."""
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
     return [line for line in lines if line[:3] not in ("---", "+++", "@@ ")]
 

@@ -14,6 +14,7 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.units import plural
 from ..files.write import DESCRIPTIONS, local_companions, model_files
 from ..model.open import is_remote
+from ..recipe.overrides import changed_lines
 from .manifest import differences, facts_of, model_names, other_version
 from .verify import Verdict, Verification
 
@@ -54,6 +55,9 @@ def check_finished(plan: Plan, status: DirectoryStatus) -> str:
         raise UsageError(f"{status} made by {versions}; {_ADVICE}")
     # Different releases and devices make the same bytes if everything else is equal.
     facts |= {key: manifest.get(key) for key in ("mergeloom", "device")}
+    # The manifest has the published recipe, or with --keep-paths the original; only messages quote the text.
+    forms = (plan.content.published, plan.recipe.text)
+    facts["recipe"] = min(forms, key=lambda text: len(changed_lines(str(manifest.get("recipe", "")), text)))
     _refuse_other_merge(status, differences(manifest, facts, model_names(plan)))
     _refuse_damaged(out, check.run_without_tensors())
     _refuse_other_merge(status, list(_file_differences(plan, out, manifest["files"])))

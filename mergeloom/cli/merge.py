@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--keep-paths",
     is_flag=True,
-    help="Keep local paths in the model card, mergekit_config.yml and the manifest, instead of their last component.",
+    help="Keep local paths in the files that describe the merge, instead of their last component.",
 )
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary, only warnings and errors.")
 def merge(
