@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import CheckpointError
+from ...model.layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, NOT_PER_LAYER, PER_LAYER
 from ...model.layers import COUNT_KEYS
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ..config import stated_layers
-from ..layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, NOT_PER_LAYER, PER_LAYER
 from .architectures import TRANSPOSED_EXPERTS, TRANSPOSED_WEIGHTS
 
 _HARMLESS = re.compile(

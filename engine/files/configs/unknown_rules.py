@@ -6,8 +6,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ...model.layer_keys import (
+    FAMILIES,
+    LAYER_INDICES,
+    LAYER_INDICES_FROM_1,
+    LEADING,
+    NOT_PER_LAYER,
+    PER_LAYER,
+    PERIODS,
+)
 from ...model.layers import COUNT_KEYS
-from ..layer_keys import FAMILIES, LAYER_INDICES, LAYER_INDICES_FROM_1, LEADING, NOT_PER_LAYER, PER_LAYER, PERIODS
 
 _PERIOD = re.compile(
     r"(?:^|_)(?:every|period|periodicity|interval|freq|frequency|steps?|cycle|pattern|share_factor|sharing"

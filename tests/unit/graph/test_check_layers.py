@@ -79,6 +79,8 @@ def test_both_sides_of_an_encoder_decoder_are_checked() -> None:
     }
     found = warnings({"merge_method": "passthrough", "modules": modules}, {"a": donor})
     assert [warning.names for warning in found] == [(f"{side}.block.0.{BIAS}",) for side in ("encoder", "decoder")]
+    for warning, side in zip(found, ("encoder", "decoder"), strict=True):
+        assert warning.problem.startswith(f"layer 0 (layer 1 of a) of the output's {side}.block lacks {BIAS}, which a")
 
 
 def test_a_stack_without_the_shared_blocks_of_a_hybrid_model() -> None:
