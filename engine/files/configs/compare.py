@@ -17,11 +17,14 @@ from .architectures import TRANSPOSED_EXPERTS, TRANSPOSED_WEIGHTS
 
 _HARMLESS = re.compile(
     r"^_|transformers_version|dtype|architectures|auto_map|token_?ids?$|use_cache|cache_impl|dropout|pdrop|layerdrop"
-    r"|init|pretraining_tp|^output_|return_dict|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific"
-    r"|tokenizer|attn_impl|flash|gradient_checkpointing|unsloth|aux_loss|router_jitter|quantization|compression|vocab"
-    r"|torchscript|pruned_heads|^(?:min|max|default)_(?:new_)?length$|early_stopping|num_beams|temperature|top_[pk]$"
-    r"|repetition_penalty|length_penalty|do_sample|num_return|bad_words|suppress_tokens|generation|seq_aux|ep_size"
-    r"|model_name|model_max_length|tie_word|_kernels?$|use_bfloat16|keys_to_ignore|chunk_size_feed|train|label_smoothing"
+    r"|(?:^|_)init(?:ial\w*)?(?:_|$)|pretraining_tp|return_dict|id2label|label2id|num_labels|problem_type"
+    r"|^output_(?:\w*attentions|hidden_states|\w*logits|scores|past)$|finetuning_task|task_specific|tokenizer|attn_impl"
+    r"|flash|gradient_checkpointing|unsloth|aux_loss|router_jitter|quantization|^compression_config$|vocab|torchscript"
+    r"|pruned_heads|^(?:min|max|default)_(?:new_)?length$|early_stopping|num_beam|^temperature$|^top_[pk]$|^typical_p$"
+    r"|repetition_penalty|length_penalty|diversity_penalty|no_repeat_ngram|do_sample|num_return|bad_words|^forced?_"
+    r"|suppress_tokens|remove_invalid|generation|seq_aux|ep_size|model_name|model_max_length|tie_word|use_pretrained"
+    r"|^(?:use|disable)_\w*kernels$|^(?:chunkwise|sequence|step)_kernel$|use_bfloat16|keys_to_ignore|chunk_size_feed"
+    r"|(?:^|_)train(?:ed|er|ing|able)?(?:_|$)|label_smoothing|spec_augment|^mask_(?:time|feature)_|^ctc_"
 )
 """Names of keys that do not change what a loaded model computes, or that mergeloom derives from the tensors."""
 
@@ -137,6 +140,8 @@ def _comparable(model: NamedConfig) -> dict[str, Any]:
     for key in [key for key in flat if _is_per_layer(key, model)]:
         del flat[key]
     _normalize_rope(flat)
+    if isinstance(flat.get("pos_att_type"), str):  # DeBERTa's "p2c|c2p"
+        flat["pos_att_type"] = flat["pos_att_type"].lower().split("|")
     if flat.get("use_sliding_window") is False:
         flat.pop("sliding_window", None)
         flat.pop("max_window_layers", None)

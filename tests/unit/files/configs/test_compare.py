@@ -42,6 +42,12 @@ def test_one_warning_names_all_keys_with_both_values_and_the_one_that_is_used() 
         ("partial_rotary_factor", 0.5, 1.0),
         ("vision_config", {"patch_size": 14}, {"patch_size": 16}),
         ("an_unknown_key", "x", "y"),
+        ("moe_top_k", 2, 4),
+        ("attn_temperature_tuning", True, False),
+        ("output_multiplier", 1.0, 2.0),
+        ("output_gate_type", "swish", "sigmoid"),
+        ("conv_kernel", [10, 3], [10, 2]),
+        ("pos_att_type", "p2c|c2p", ["c2p"]),
     ],
 )
 def test_a_key_that_changes_the_result(key: str, first: Any, second: Any) -> None:
@@ -65,6 +71,11 @@ def test_a_key_that_changes_the_result(key: str, first: Any, second: Any) -> Non
         ({"vocab_size": 64}, {"vocab_size": 65, "tie_word_embeddings": True}),
         ({"rope_theta": 10000}, {"rope_theta": 10000.0}),
         ({"quantization_config": {"quant_method": "fp8"}}, {}),
+        ({"apply_spec_augment": True, "mask_time_prob": 0.05}, {"apply_spec_augment": False, "mask_time_prob": 0.0}),
+        ({"forced_decoder_ids": [[1, 50259]], "num_beams": 1}, {"forced_decoder_ids": None, "num_beams": 5}),
+        ({"top_k": 20, "temperature": 0.6, "typical_p": 1.0}, {"top_k": 50, "temperature": 1.0, "typical_p": 0.9}),
+        ({"output_hidden_states": True, "use_mamba_kernels": True, "is_training": True}, {"is_training": False}),
+        ({"pos_att_type": "p2c|c2p"}, {"pos_att_type": ["p2c", "c2p"]}),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, {"rope_local_base_freq": 10000.0}),
     ],
 )
