@@ -13,6 +13,7 @@ from ...recipe.types import Stage
 from ..config import MergedConfig, merged_config, stated_layers
 from .adapt import adapt_config, drop_quantization
 from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
+from .compare_heads import compare_heads
 from .mixed_dtypes import mixed_dtypes
 
 
@@ -80,6 +81,7 @@ def _compare(config: Mapping[str, Any], built: BuiltGraph, used: str, *, chosen:
     graph = built.graph
     shapes = [(output.name, graph.shape(output.node)) for output in graph.outputs] if len(named) > 1 else []
     check_layouts({model.name: model for model in (reference, *named.values())}, shapes)
+    warnings += compare_heads(built)
     for stack in built.stacks[:1]:
         warnings += compare_layers(named, stack.inputs)
     return warnings
