@@ -54,8 +54,8 @@ def _labels(built: BuiltGraph) -> Iterator[ModelWarning]:
                     ModelWarningKind.CONFIG_DIFFERS,
                     f"id2label: class {different} is {own[different]} in {first} and {other[different]} in {name}, and "
                     f"these rows of {output.name} are merged",
-                    "merge models with the same classes in the same order, or take what follows the layers from one model with "
-                    "norm under non_layer",
+                    "merge models with the same classes in the same order, or take what follows the layers from one "
+                    "model with norm under non_layer",
                     ("id2label", output.name),
                 )
                 return

@@ -48,8 +48,8 @@ def test_classifiers_with_reversed_labels(tmp_path: Path) -> None:
     (text,) = warnings(tmp_path, [{"id2label": GOOD}, {"id2label": REVERSED}])
     assert text == (
         "id2label: class 0 is NEGATIVE in m0 and POSITIVE in m1, and these rows of classifier.bias are merged; merge "
-        "models with the same classes in the same order, or take what follows the layers from one model with norm under "
-        "non_layer"
+        "models with the same classes in the same order, or take what follows the layers from one model with norm "
+        "under non_layer"
     )
     (text,) = warnings(tmp_path, [{"id2label": GOOD}, {"label2id": {"POSITIVE": 0, "NEGATIVE": 1}}])
     assert "class 0 is NEGATIVE in m0 and POSITIVE in m1" in text
