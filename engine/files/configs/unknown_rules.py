@@ -34,7 +34,7 @@ _NUMBERS = re.compile(r"\d{1,6}(?:, ?\d{1,6})+")
 _OTHER = re.compile(
     r"time_step|^num_(?:train|inference)|train|warmup|logging|save_|eval_|vision|image|patch|conv|fps|temporal|audio|hop"
     r"|nextn|mtp|model_type|position_embedding|dtype|attn_type$|attention_type$|^ffn_type$|hidden|act_fn"
-    r"|^out_|token_interval|feature_layer|spatial|sampling|backbone|quantization|compression|^_"
+    r"|^out_|token_interval|feature_layer|spatial|sampling|backbone_config|no_repeat|quantization|compression|^_"
 )
 """Names that have one of these words for another reason."""
 

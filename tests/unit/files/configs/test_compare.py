@@ -133,6 +133,38 @@ def test_the_text_part_of_another_model_is_compared_by_its_section() -> None:
         compare_configs(models[0], models, chosen=False)
 
 
+VISION = {"vision_config": {"model_type": "v"}}
+
+
+@pytest.mark.parametrize(
+    ("whole", "text"),
+    [
+        ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}}, "qwen2"),
+        ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}}, "qwen3"),
+        ({"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text"}}, "qwen3_moe"),
+        ({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}}, "llama"),
+        ({"model_type": "qwen2_vl"}, "qwen2"),
+    ],
+)
+def test_a_vision_language_model_and_the_text_model_that_it_was_made_from(whole: dict[str, Any], text: str) -> None:
+    path = ("text_config",) if "text_config" in whole else ()
+    models = [NamedConfig("v", whole | VISION, path), NamedConfig("t", {"model_type": text})]
+    (warning,) = compare_configs(models[0], models, chosen=False)
+    assert f"in v and {text} in t" in warning.problem
+    assert warning.names == ("model_type",)
+    for other in (NamedConfig("t", {"model_type": "phi3"}), NamedConfig("t", {"model_type": text} | VISION)):
+        with pytest.raises(CheckpointError, match="model_type is"):
+            compare_configs(models[0], [models[0], other], chosen=False)
+    with pytest.raises(CheckpointError, match=f"model_type is {text} in t and"):  # its config has no vision part
+        compare_configs(models[1], models, chosen=False)
+
+
+def test_the_advice_does_not_name_a_base_model_that_the_recipe_has() -> None:
+    models = [NamedConfig("a", BASE), NamedConfig("b", BASE | {"rope_theta": 1.0})]
+    (warning,) = compare_configs(models[0], models, chosen=False, has_base=True)
+    assert warning.advice.endswith("name the model that has the right one with files_from")
+
+
 def test_layers_of_different_kinds_that_are_combined() -> None:
     kinds = ["full", "sliding", "full", "sliding"]
     models = {

@@ -93,6 +93,7 @@ def test_layers_that_did_not_move() -> None:
         ("patch_sizes", [2, 4]),
         ("_sliding_window_pattern", 6),  # for remote code; layer_types says the same
         ("_moe_every", 2),
+        ("encoder_no_repeat_ngram_size", 4),
         ("attention_pattern", "all"),
         ("rope_type", "yarn"),
         ("quantization_config", {"group_every": 2}),
