@@ -70,17 +70,16 @@ class LayerKind:
         A few layers lack a tensor by design if config.json names them, if they recur with a period, or if they are the
         last layers and lack only keys and values, which they take from the layers before them.
         """
-        lacking = {rest: tuple(n for n in self.layers if n not in layers) for rest, layers in self.stored.items()}
-        for rest, layers in lacking.items():
-            if frozenset(layers) in self.stated or len(self.layers) < 3:
+        lacking: dict[tuple[int, ...], list[str]] = {}
+        for rest, layers in self.stored.items():
+            lacking.setdefault(tuple(layer for layer in self.layers if layer not in layers), []).append(rest)
+        for absent, rests in lacking.items():
+            if frozenset(absent) in self.stated or len(self.layers) < 3:
                 continue
-            if len(layers) == 1:
-                is_suspicious = self._lone(layers[0], rest)
-            else:
-                together = [other for other, own in lacking.items() if own == layers]
-                is_suspicious = (rest in self.matrices or bool(_NORM.search(rest))) and self._few(layers, together)
-            if is_suspicious:
-                yield layers, rest
+            if len(absent) == 1:
+                yield from ((absent, rest) for rest in rests if self._lone(absent[0], rest))
+            elif self._few(absent, rests):
+                yield from ((absent, rest) for rest in rests if rest in self.matrices or _NORM.search(rest))
 
     def _lone(self, layer: int, rest: str) -> bool:
         """Whether a tensor is suspicious that only one layer lacks.
