@@ -19,8 +19,17 @@ if TYPE_CHECKING:
     from ...io.hub.repository import HubFile
 
 GENERATION = "generation_config.json"
+POOLING = "1_Pooling/config.json"
+"""The file in which sentence-transformers states how the embeddings of tokens are pooled."""
 _SMALL = frozenset(
-    ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", GENERATION)
+    (
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        GENERATION,
+        POOLING,
+    )
 )
 """The files that checks of tokens read of every model: some kilobytes."""
 

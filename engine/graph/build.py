@@ -296,7 +296,10 @@ class _GraphBuilder:
             model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
             shape = model.checkpoint.tensors[source].shape
             if shape != own.shape and not is_buffer(name, shape):
-                raise TensorMismatch(shape_mismatch(name, self.donor, own.shape, model, shape), self.donor, model)
+                message = shape_mismatch(name, self.donor, own.shape, model, shape)
+                if chosen is None and is_head(name):
+                    message += f", or take the head from {self.donor.name} with head under non_layer"
+                raise TensorMismatch(message, self.donor, model)
         self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None)
 
     def _check_chosen_head(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...io.units import listed, ranges
 from ..model.checks.mismatch import TensorMismatch
+from ..model.completeness import DAMAGED, incomplete_outside
 from ..model.inputs import BoundSlice, Model
 from ..model.layer_kinds import LayerKind, LayerKinds
 from ..model.modules import absent_part
@@ -95,6 +96,8 @@ class LayerChecks:
         for (_, stack), (model, used) in self._used.items():
             if model.checkpoint.files:  # not a stage, whose models are checked themselves
                 yield from self._incomplete(model, stack, used)
+                if model is self._donor:
+                    yield from incomplete_outside(model, stack)
         for stack, layers in self._layers.items():
             unmoved = list(range(self._donor.stack(stack).count))
             if [layer.target for layer in layers] != unmoved or [layer.index for layer in layers] != unmoved:
@@ -115,19 +118,21 @@ class LayerChecks:
         return self._kinds[key]
 
     def _incomplete(self, model: Model, stack: int, used: Collection[int]) -> Iterator[ModelWarning]:
-        """Warn about layers of an input that lack a tensor which all other layers of their kind have."""
-        lacking: dict[int, list[str]] = {}
+        """Warn about tensors that layers of an input lack, although all other layers of their kind have them."""
+        lacking: dict[tuple[int, ...], list[str]] = {}
         for kind in self._kinds_of(model, stack).kinds:
-            for layer, rest in kind.lone():
-                if layer in used:
-                    lacking.setdefault(layer, []).append(rest)
-        for layer, rests in lacking.items():
-            prefix = model.stack(stack).prefix
+            for layers, rest in kind.incomplete():
+                if any(layer in used for layer in layers):
+                    lacking.setdefault(layers, []).append(rest)
+        prefix = model.stack(stack).prefix
+        for layers, rests in lacking.items():
+            one = len(layers) == 1
             yield ModelWarning(
                 ModelWarningKind.LAYER_TENSORS,
-                f"{model.name}: layer {layer} of {prefix} lacks {listed(rests)}, which all similar layers have",
-                "the model may be damaged: download it again",
-                tuple(f"{prefix}.{layer}.{rest}" for rest in rests),
+                f"{model.name}: layer{'' if one else 's'} {ranges(layers)} of {prefix} {'lacks' if one else 'lack'} "
+                f"{listed(rests)}, which all {'similar' if one else 'other similar'} layers have",
+                DAMAGED,
+                tuple(f"{prefix}.{layer}.{rest}" for layer in layers for rest in rests),
             )
 
     def _moved(self, stack: int, layers: Sequence[OutputLayer]) -> Iterator[ModelWarning]:
@@ -177,8 +182,9 @@ class LayerChecks:
         else:
             effect = "loaders ignore it there, or use it for other layers"
             advice = f"use layers without {rests[0]} there"
+        output = f"the output's {prefix}" if len(donor.layers.mains) > 1 else "the output"
         problem = (
-            f"layer{'' if one else 's'} {which}{more} of the output {verb} {listed(rests)}, which {donor.name} {where}"
+            f"layer{'' if one else 's'} {which}{more} of {output} {verb} {listed(rests)}, which {donor.name} {where}"
         )
         names = tuple(f"{prefix}.{layer.target}.{rest}" for layer, own in by_layer.items() for rest in own)
         return ModelWarning(ModelWarningKind.LAYER_TENSORS, f"{problem}: {effect}", advice, names)

@@ -109,7 +109,8 @@ def absent_part(first: Model, second: Model) -> str:
         absent = [part for _, part in parts if part.rpartition(".")[2] not in components]
         texts = [part for stack, part in model.layers.parts if stack in model.layers.mains]
         if absent and texts:
-            if any(_PROJECTOR.search(name) for name in model.non_layer):
+            inside = tuple(f"{part}." for part in absent)  # Qwen2.5-VL's projector is visual.merger
+            if any(_PROJECTOR.search(name) and not name.startswith(inside) for name in model.non_layer):
                 absent.append(PROJECTOR)
             return (
                 f". {other.name} has no {absent[0]}: to merge only the parts that both have, use {model.name} as "

@@ -18,7 +18,8 @@ _LANGUAGE_MODEL = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|
 _T5 = frozenset({"longt5", "mt5", "switch_transformers", "t5", "umt5"})
 """Types whose code scales the decoder's output if ``tie_word_embeddings`` is true, so mergeloom does not set it."""
 
-_DESCRIBES_INPUTS = ("quantization_config", "compression_config")
+_DESCRIBES_INPUTS = ("quantization_config", "compression_config", "quantization")
+"""Keys that describe quantized tensors. The last is MLX's."""
 _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 _SCALES = ("_scale", "_scale_inv", "_scales", ".scales", "_zero_point", ".qzeros", ".g_idx", ".absmax", ".SCB")
 """Ends of names of tensors that belong to quantized ones."""
@@ -40,11 +41,9 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
         built: graph of the stage.
         used: name of the model that `config` comes from.
     """
-    sections = [config, *(value for key, value in config.items() if key.endswith("_config") and key[:5] == "text_")]
     found = [
         (section, key)
-        for section in sections
-        if isinstance(section, dict)
+        for section in _sections(config)
         for key in _DESCRIBES_INPUTS
         if isinstance(section.get(key), Mapping) and section[key].get("quantization_mode") != "online"
     ]
@@ -67,6 +66,14 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
             names=keys,
         )
     ]
+
+
+def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config and its sections at any depth: Qwen2.5-Omni's text model is in ``thinker_config.text_config``."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config") and key not in _DESCRIBES_INPUTS:
+            yield from _sections(value)
 
 
 def _quantized(built: BuiltGraph, *, by_name: bool) -> Iterator[str]:
@@ -206,7 +213,8 @@ def _set_biases(section: dict[str, Any], built: BuiltGraph) -> Iterator[ModelWar
         ("MLP", _MLP, "mlp_bias", MLP_BIAS),
     ):
         tensors = [each for each in added if pattern.search(each.name)]
-        added = [each for each in added if each not in tensors]
+        names = {each.name for each in tensors}
+        added = [each for each in added if each.name not in names]
         if tensors:
             changed = dict(_enabling(section, built, tensors[0].present, part == "MLP"))
             if not changed and str(section.get("model_type")) in types:

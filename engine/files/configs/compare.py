@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import CheckpointError
+from ...model.layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, NOT_PER_LAYER, PER_LAYER
 from ...model.layers import COUNT_KEYS
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ..config import stated_layers
-from ..layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, NOT_PER_LAYER, PER_LAYER
 from .architectures import TRANSPOSED_EXPERTS, TRANSPOSED_WEIGHTS
 
 _HARMLESS = re.compile(
     r"^_|transformers_version|dtype|architectures|auto_map|token_?ids?$|use_cache|cache_impl|dropout|pdrop|layerdrop"
-    r"|init|pretraining_tp|^output_|return_dict|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific"
-    r"|tokenizer|attn_impl|flash|gradient_checkpointing|unsloth|aux_loss|router_jitter|quantization|compression|vocab"
-    r"|torchscript|pruned_heads|^(?:min|max|default)_(?:new_)?length$|early_stopping|num_beams|temperature|top_[pk]$"
-    r"|repetition_penalty|length_penalty|do_sample|num_return|bad_words|suppress_tokens|generation|seq_aux|ep_size"
-    r"|model_name|model_max_length|tie_word|_kernels?$|use_bfloat16|keys_to_ignore|chunk_size_feed|train|label_smoothing"
+    r"|(?:^|_)init(?:ial\w*)?(?:_|$)|pretraining_tp|return_dict|id2label|label2id|num_labels|problem_type"
+    r"|^output_(?:\w*attentions|hidden_states|\w*logits|scores|past)$|finetuning_task|task_specific|tokenizer|attn_impl"
+    r"|flash|gradient_checkpointing|unsloth|aux_loss|router_jitter|quantization|^compression_config$|vocab|torchscript"
+    r"|pruned_heads|^(?:min|max|default)_(?:new_)?length$|early_stopping|num_beam|^temperature$|^top_[pk]$|^typical_p$"
+    r"|repetition_penalty|length_penalty|diversity_penalty|no_repeat_ngram|do_sample|num_return|bad_words|^forced?_"
+    r"|suppress_tokens|remove_invalid|generation|seq_aux|ep_size|model_name|model_max_length|tie_word|use_pretrained"
+    r"|^(?:use|disable)_\w*kernels$|^(?:chunkwise|sequence|step)_kernel$|use_bfloat16|keys_to_ignore|chunk_size_feed"
+    r"|(?:^|_)train(?:ed|er|ing|able)?(?:_|$)|label_smoothing|spec_augment|^mask_(?:time|feature)_|^ctc_"
 )
 """Names of keys that do not change what a loaded model computes, or that mergeloom derives from the tensors."""
 
@@ -31,13 +34,13 @@ _HEADS = re.compile(r"(?:^|_)heads?(?:_dim|_kv)?$|^(?:d_kv|kv_channels|multi_que
 _ACTIVATION = re.compile(r"^(?:hidden_act|hidden_activation|activation|activation_function|afn|feed_forward_proj)$")
 _GELU = re.compile(r"^(?:gelu_\w+|gelu|quick_gelu)$")
 
+_VISION = re.compile(r"vis(?:ion|ual)_|image_token|vit_|mm_")
+"""Keys that only models with other inputs than text have."""
+
 _NULL_MATTERS = re.compile(r"rope|sliding|softcap|window|chunk|multiplier|scal")
 """Keys for which null is a value of its own. For others, null means the same as a missing key: the default."""
 
-_ADVICE = (
-    "if the config.json that is used is not the right one, name the model that has the right one with base_model or "
-    "files_from"
-)
+_ADVICE = "if the config.json that is used is not the right one, name the model that has the right one with {keys}"
 _MISSING = object()
 
 
@@ -70,7 +73,9 @@ class NamedConfig:
         return {text for text in stated if isinstance(text, str)}
 
 
-def compare_configs(used: NamedConfig, models: Sequence[NamedConfig], *, chosen: bool) -> list[ModelWarning]:
+def compare_configs(
+    used: NamedConfig, models: Sequence[NamedConfig], *, chosen: bool, has_base: bool = False
+) -> list[ModelWarning]:
     """Compare the config.json files of models whose tensors are combined.
 
     Args:
@@ -86,13 +91,14 @@ def compare_configs(used: NamedConfig, models: Sequence[NamedConfig], *, chosen:
         CheckpointError: the models have different model types, head counts or activations, and none is chosen.
     """
     of_model = chosen and any(model.name == used.name for model in models)
-    fatal = list(_type_conflicts(models if chosen else (used, *models)))
+    conflicts = list(_type_conflicts(models if chosen else (used, *models)))
+    fatal = [text for text, is_related in conflicts if not is_related]
+    different = [text for text, is_related in conflicts if is_related]
     models = [model for model in models if model.name != used.name]
     values = {model.name: _comparable(model) for model in (used, *models)}
     _drop_other_spellings(values)
     keys = list(dict.fromkeys(key for flat in values.values() for key in flat))
-    different: list[str] = []
-    names = ["model_type"] if fatal else []
+    names = ["model_type"] if conflicts else []
     for key in keys:
         given = {name: flat.get(key, _MISSING) for name, flat in values.items()}
         if not _differs(key, given.values()):
@@ -114,15 +120,31 @@ def compare_configs(used: NamedConfig, models: Sequence[NamedConfig], *, chosen:
     if not different:
         return []
     problem = f"config.json differs between the models: {'; '.join(different)}"
-    return [ModelWarning(ModelWarningKind.CONFIG_DIFFERS, problem, "" if chosen else _ADVICE, tuple(names))]
+    advice = "" if chosen else _ADVICE.format(keys="files_from" if has_base else "base_model or files_from")
+    return [ModelWarning(ModelWarningKind.CONFIG_DIFFERS, problem, advice, tuple(names))]
 
 
-def _type_conflicts(models: Sequence[NamedConfig]) -> Iterator[str]:
-    """Describe model types that differ. A text model and the text part of another one have a type in common."""
+def _type_conflicts(models: Sequence[NamedConfig]) -> Iterator[tuple[str, bool]]:
+    """Describe model types that differ, and whether the first model's text part is a variant of the other model.
+
+    A text model and the text part of another one may have a type in common, such as ``gemma3_text``.
+    """
     first = next((model for model in models if model.types), None)
     for model in models:
         if first is not None and model.types and not first.types & model.types:
-            yield f"model_type is {_one(first)} in {first.name} and {_one(model)} in {model.name}"
+            text = f"model_type is {_one(first)} in {first.name} and {_one(model)} in {model.name}"
+            yield text, _is_text_part(first, model)
+
+
+def _is_text_part(whole: NamedConfig, text: NamedConfig) -> bool:
+    """Whether a vision-language model was made from a text model of another one's type.
+
+    The first type then contains all words of the second: ``qwen3_vl_moe_text`` and ``qwen3_moe``.
+    """
+    if not any(_VISION.match(key) for key in whole.config) or any(_VISION.match(key) for key in text.config):
+        return False
+    words = _one(text).lower().split("_")
+    return any(all(word in known for word in words) for known in whole.types)
 
 
 def _one(model: NamedConfig) -> str:
@@ -137,6 +159,8 @@ def _comparable(model: NamedConfig) -> dict[str, Any]:
     for key in [key for key in flat if _is_per_layer(key, model)]:
         del flat[key]
     _normalize_rope(flat)
+    if isinstance(flat.get("pos_att_type"), str):  # DeBERTa's "p2c|c2p"
+        flat["pos_att_type"] = flat["pos_att_type"].lower().split("|")
     if flat.get("use_sliding_window") is False:
         flat.pop("sliding_window", None)
         flat.pop("max_window_layers", None)

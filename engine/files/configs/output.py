@@ -13,6 +13,7 @@ from ...recipe.types import Stage
 from ..config import MergedConfig, merged_config, stated_layers
 from .adapt import adapt_config, drop_quantization
 from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
+from .compare_heads import compare_heads
 from .mixed_dtypes import mixed_dtypes
 
 
@@ -39,7 +40,7 @@ def output_config(
         CheckpointError: the config.json files of the models contradict each other.
     """
     chosen = stage.files_from is not None
-    warnings = _compare(config, built, used, chosen=chosen)
+    warnings = _compare(config, built, used, chosen=chosen, has_base=stage.base_model is not None)
     result: dict[str, Any] = copy.deepcopy(dict(config))
     warnings += drop_quantization(result, built, used)
     wanted = stage.out_dtype or stage.dtype
@@ -71,15 +72,18 @@ def output_config(
     return MergedConfig(result, tuple(warnings))
 
 
-def _compare(config: Mapping[str, Any], built: BuiltGraph, used: str, *, chosen: bool) -> list[ModelWarning]:
+def _compare(
+    config: Mapping[str, Any], built: BuiltGraph, used: str, *, chosen: bool, has_base: bool
+) -> list[ModelWarning]:
     """Compare the config that is used with those of all models that tensors are read from."""
     named = {number: model for number in sorted(set(built.graph.read_models)) if (model := _named(built, number))}
     main = built.stacks[0].donor.config_path if built.stacks else ()
     reference = NamedConfig(used if chosen else built.models[built.donor].name, config, main)
-    warnings = compare_configs(reference, list(named.values()), chosen=chosen)
+    warnings = compare_configs(reference, list(named.values()), chosen=chosen, has_base=has_base)
     graph = built.graph
     shapes = [(output.name, graph.shape(output.node)) for output in graph.outputs] if len(named) > 1 else []
     check_layouts({model.name: model for model in (reference, *named.values())}, shapes)
+    warnings += compare_heads(built)
     for stack in built.stacks[:1]:
         warnings += compare_layers(named, stack.inputs)
     return warnings

@@ -6,22 +6,35 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ...model.layer_keys import (
+    FAMILIES,
+    LAYER_INDICES,
+    LAYER_INDICES_FROM_1,
+    LEADING,
+    NOT_PER_LAYER,
+    PER_LAYER,
+    PERIODS,
+)
 from ...model.layers import COUNT_KEYS
-from ..layer_keys import FAMILIES, LAYER_INDICES, LAYER_INDICES_FROM_1, LEADING, NOT_PER_LAYER, PER_LAYER, PERIODS
 
 _PERIOD = re.compile(
     r"(?:^|_)(?:every|period|periodicity|interval|freq|frequency|steps?|cycle|pattern|share_factor|sharing"
-    r"|per_(?:layer_)?(?:group|block|stage)|layers_per_\w+|alternat\w*|interleav\w*|repeat\w*)(?:_|$)"
+    r"|per_(?:layer_)?(?:group|block|stage)|layers_per_\w+|alternat\w*|interleav\w*|repeat\w*|mod|modulo)(?:_|$)"
 )
 _LEADING = re.compile(
     r"(?:^|_)(?:first|last|leading|trailing|dense|skip|start|end)_(?:\w+_)?(?:layers?|blocks?)(?:_|$)"
 )
-_PATTERN = re.compile(r"pattern|types?$|kinds?$|layout|schedule|order$")
+_PATTERN = re.compile(r"pattern|types?$|kinds?$|layout|schedule|order$|cycle|(?:^|_)mask$")
+_TWO_LETTERS = re.compile(r"pattern|layout|schedule")
+"""Names of patterns that can be written in lowercase, such as ``lgl``."""
 _INDICES = re.compile(r"layer|block|idxs?$|indexes$|indices$")
+_GROUPS = re.compile(r"layer|block|group|shar|reuse")
+"""Names of lists of lists of layers."""
+_NUMBERS = re.compile(r"\d{1,6}(?:, ?\d{1,6})+")
 _OTHER = re.compile(
     r"time_step|^num_(?:train|inference)|train|warmup|logging|save_|eval_|vision|image|patch|conv|fps|temporal|audio|hop"
-    r"|nextn|mtp|model_type|position_embedding|dtype|attn_type$|attention_type$|^ffn_type$|rope|hidden|act_fn"
-    r"|^out_|token_interval|feature_layer|spatial|sampling"
+    r"|nextn|mtp|model_type|position_embedding|dtype|attn_type$|attention_type$|^ffn_type$|hidden|act_fn"
+    r"|^out_|token_interval|feature_layer|spatial|sampling|backbone_config|no_repeat|quantization|compression|^_"
 )
 """Names that have one of these words for another reason."""
 
@@ -51,9 +64,11 @@ def unknown_rules(section: Mapping[str, Any], before: int, source: Sequence[int]
         is_known = name in _KNOWN or (name in PERIODS and isinstance(value, int))
         if is_known or _OTHER.search(name) or (NOT_PER_LAYER.search(name) and not _INDICES.search(name)):
             continue
-        if isinstance(value, bool) or not _fails(name, value, before, source):
-            continue
-        yield name, value
+        if isinstance(value, Mapping) and name.endswith("_config"):
+            if not any(key in value for key in COUNT_KEYS):  # otherwise it describes other layers
+                yield from ((f"{name}.{key}", found) for key, found in unknown_rules(value, before, source))
+        elif not isinstance(value, bool) and _fails(name, value, before, source):
+            yield name, value
 
 
 def _fails(name: str, value: Any, before: int, source: Sequence[int]) -> bool:
@@ -62,19 +77,40 @@ def _fails(name: str, value: Any, before: int, source: Sequence[int]) -> bool:
         if _PERIOD.search(name):
             return 1 < value <= before and not _keeps(value, source)
         return bool(_LEADING.search(name)) and 0 < value < before and not _keeps_first(value, source)
-    if isinstance(value, str):
-        is_pattern = bool(_PATTERN.search(name)) and re.fullmatch(r"[A-Z*|\-]{2,}|[01]{2,}", value) is not None
+    if isinstance(value, str) and not _NUMBERS.fullmatch(value):
+        is_pattern = _is_pattern(name, value)
         if is_pattern or (len(value) == before > 3 and re.fullmatch(r"[A-Z*\-]+|[01]+", value) is not None):
             return len(value) >= before or not _keeps(len(value), source)
         return False
-    if not isinstance(value, list) or not value or len(value) == before:  # the last is handled as one entry per layer
+    is_period = isinstance(value, list) and bool(_PATTERN.search(name)) and 1 < len(value) < before
+    if is_period and all(isinstance(entry, (str, int)) for entry in value) and 1 < len(set(value)) < max(len(value), 3):
+        return not _keeps(len(value), source)
+    if isinstance(value, list) and len(value) == before:  # it is handled as one entry per layer
         return False
-    if all(isinstance(entry, str) for entry in value):
-        is_pattern = bool(_PATTERN.search(name)) and 1 < len(value) < before
-        return is_pattern and len(set(value)) > 1 and not _keeps(len(value), source)
-    if not all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry <= before for entry in value):
+    layers = _layers(name, value)
+    if not all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry <= before for entry in layers):
         return False
-    return bool(_INDICES.search(name)) and len(set(value)) == len(value) and _moves(value, before, source)
+    return len(set(layers)) == len(layers) > 0 and _moves(layers, before, source)
+
+
+def _is_pattern(name: str, text: str) -> bool:
+    """Whether a text is a pattern with one character per layer, such as ``MMA``, ``0001`` or ``lgl``."""
+    if _TWO_LETTERS.search(name) and re.fullmatch(r"[a-z]+", text) and text not in ("all", "off"):
+        return len(set(text)) == 2
+    return bool(_PATTERN.search(name)) and re.fullmatch(r"[A-Z*|\-]{2,}|[01]{2,}", text) is not None
+
+
+def _layers(name: str, value: Any) -> Sequence[Any]:
+    """The numbers of layers that a value may list: a list, the text ``0,3,7``, numbers as keys, or groups of layers."""
+    if isinstance(value, list) and value and all(isinstance(entry, list) for entry in value):
+        return [number for entry in value for number in entry] if _GROUPS.search(name) else []
+    if not _INDICES.search(name):
+        return []
+    if isinstance(value, str):
+        return [int(number) for number in value.split(",")]
+    if isinstance(value, Mapping):
+        return [int(key) for key in value] if all(str(key).isdecimal() for key in value) else []
+    return value if isinstance(value, list) else []
 
 
 def _keeps(period: int, source: Sequence[int]) -> bool:

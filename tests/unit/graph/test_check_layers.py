@@ -79,6 +79,8 @@ def test_both_sides_of_an_encoder_decoder_are_checked() -> None:
     }
     found = warnings({"merge_method": "passthrough", "modules": modules}, {"a": donor})
     assert [warning.names for warning in found] == [(f"{side}.block.0.{BIAS}",) for side in ("encoder", "decoder")]
+    for warning, side in zip(found, ("encoder", "decoder"), strict=True):
+        assert warning.problem.startswith(f"layer 0 (layer 1 of a) of the output's {side}.block lacks {BIAS}, which a")
 
 
 def test_a_stack_without_the_shared_blocks_of_a_hybrid_model() -> None:
@@ -228,8 +230,33 @@ def test_a_model_without_the_tower_of_the_other(names: str) -> None:
     assert set(build(recipe, models).names) == set(vlm())
 
 
+def test_a_projector_inside_the_tower_is_not_named() -> None:
+    tower = {f"visual.blocks.{number}.{rest}": shape for number in range(2) for rest, shape in PLAIN.items()}
+    whole = tower | {"visual.merger.mlp.0.weight": (4, 4)} | decoder()
+    models = {"a": checkpoint("a", whole, config={"num_hidden_layers": 4}), "b": checkpoint("b", decoder())}
+    with pytest.raises(CheckpointError) as caught:
+        build(complete("linear", "a", "b"), models)
+    text = str(caught.value)
+    assert text.endswith("list both models under `modules` for model, and only a for visual")
+    both, one = [{"model": "a"}, {"model": "b"}], [{"model": "a"}]
+    modules = {"model": {"models": both}, "visual": {"models": one}}
+    recipe = {"merge_method": "linear", "base_model": "a", "modules": modules, "parameters": {"weight": 1}}
+    assert set(build(recipe, models).names) == set(whole)
+
+
 def test_models_with_the_same_parts_get_no_advice_about_modules() -> None:
     for other in (decoder(head=False) | {"model.extra.weight": (4,)}, decoder() | {"extra.weight": (4,)}):
         with pytest.raises(CheckpointError, match="has no rule") as caught:
             build(complete("linear", "a", "b"), pair(decoder(), other))
         assert "modules" not in str(caught.value)
+
+
+def test_the_head_of_another_vocabulary_can_come_from_the_first_model() -> None:
+    larger = decoder() | dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (10, 4))
+    models = pair(decoder(), larger)
+    with pytest.raises(CheckpointError) as caught:
+        build(stacked(("a", 0, 3), ("b", 2, 4)), models)
+    assert "lm_head.weight: a has a vocabulary of 8 rows and b one of 10" in str(caught.value)
+    assert str(caught.value).endswith(", or take the head from a with head under non_layer")
+    built = build(stacked(("a", 0, 3), ("b", 2, 4), non_layer={"head": "a"}), models)
+    assert built.sources("lm_head.weight") == ["a:lm_head.weight"]

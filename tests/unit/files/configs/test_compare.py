@@ -42,6 +42,12 @@ def test_one_warning_names_all_keys_with_both_values_and_the_one_that_is_used() 
         ("partial_rotary_factor", 0.5, 1.0),
         ("vision_config", {"patch_size": 14}, {"patch_size": 16}),
         ("an_unknown_key", "x", "y"),
+        ("moe_top_k", 2, 4),
+        ("attn_temperature_tuning", True, False),
+        ("output_multiplier", 1.0, 2.0),
+        ("output_gate_type", "swish", "sigmoid"),
+        ("conv_kernel", [10, 3], [10, 2]),
+        ("pos_att_type", "p2c|c2p", ["c2p"]),
     ],
 )
 def test_a_key_that_changes_the_result(key: str, first: Any, second: Any) -> None:
@@ -65,6 +71,11 @@ def test_a_key_that_changes_the_result(key: str, first: Any, second: Any) -> Non
         ({"vocab_size": 64}, {"vocab_size": 65, "tie_word_embeddings": True}),
         ({"rope_theta": 10000}, {"rope_theta": 10000.0}),
         ({"quantization_config": {"quant_method": "fp8"}}, {}),
+        ({"apply_spec_augment": True, "mask_time_prob": 0.05}, {"apply_spec_augment": False, "mask_time_prob": 0.0}),
+        ({"forced_decoder_ids": [[1, 50259]], "num_beams": 1}, {"forced_decoder_ids": None, "num_beams": 5}),
+        ({"top_k": 20, "temperature": 0.6, "typical_p": 1.0}, {"top_k": 50, "temperature": 1.0, "typical_p": 0.9}),
+        ({"output_hidden_states": True, "use_mamba_kernels": True, "is_training": True}, {"is_training": False}),
+        ({"pos_att_type": "p2c|c2p"}, {"pos_att_type": ["p2c", "c2p"]}),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, {"rope_local_base_freq": 10000.0}),
     ],
 )
@@ -120,6 +131,38 @@ def test_the_text_part_of_another_model_is_compared_by_its_section() -> None:
     models[0] = NamedConfig("t", text | {"model_type": "llama"})
     with pytest.raises(CheckpointError, match="model_type is llama in t and gemma3_text in v"):
         compare_configs(models[0], models, chosen=False)
+
+
+VISION = {"vision_config": {"model_type": "v"}}
+
+
+@pytest.mark.parametrize(
+    ("whole", "text"),
+    [
+        ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}}, "qwen2"),
+        ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}}, "qwen3"),
+        ({"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text"}}, "qwen3_moe"),
+        ({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}}, "llama"),
+        ({"model_type": "qwen2_vl"}, "qwen2"),
+    ],
+)
+def test_a_vision_language_model_and_the_text_model_that_it_was_made_from(whole: dict[str, Any], text: str) -> None:
+    path = ("text_config",) if "text_config" in whole else ()
+    models = [NamedConfig("v", whole | VISION, path), NamedConfig("t", {"model_type": text})]
+    (warning,) = compare_configs(models[0], models, chosen=False)
+    assert f"in v and {text} in t" in warning.problem
+    assert warning.names == ("model_type",)
+    for other in (NamedConfig("t", {"model_type": "phi3"}), NamedConfig("t", {"model_type": text} | VISION)):
+        with pytest.raises(CheckpointError, match="model_type is"):
+            compare_configs(models[0], [models[0], other], chosen=False)
+    with pytest.raises(CheckpointError, match=f"model_type is {text} in t and"):  # its config has no vision part
+        compare_configs(models[1], models, chosen=False)
+
+
+def test_the_advice_does_not_name_a_base_model_that_the_recipe_has() -> None:
+    models = [NamedConfig("a", BASE), NamedConfig("b", BASE | {"rope_theta": 1.0})]
+    (warning,) = compare_configs(models[0], models, chosen=False, has_base=True)
+    assert warning.advice.endswith("name the model that has the right one with files_from")
 
 
 def test_layers_of_different_kinds_that_are_combined() -> None:

@@ -24,6 +24,12 @@ ODD = [0, 1, 2, 2, 3, 4, 5]
         ("sliding_window_pattern", "LG"),
         ("attention_pattern", "LG"),
         ("block_pattern", ["recurrent", "attention"]),
+        ("layer_group_pattern", [0, 1]),
+        ("moe_mask", [0, 1]),
+        ("attention_layout", "lg"),
+        ("attention_type_cycle", ["a", "b"]),
+        ("no_rope_period", 2),
+        ("rope_every_n", 2),
     ],
 )
 def test_periods_and_patterns(key: str, value: Any) -> None:
@@ -43,10 +49,22 @@ def test_periods_and_patterns(key: str, value: Any) -> None:
         ("global_block_idxs", [5]),
         ("hybrid_pattern", "MMMAMM"),
         ("first_dense_layers", 3),
+        ("window_layers", "0,3"),
+        ("local_attn_layers", {"0": 1, "3": 1}),
+        ("kv_reuse_group", [[0, 1], [2, 3]]),
+        ("layer_group_pattern", [0, 0, 0, 1]),
     ],
 )
 def test_lists_and_counts_of_layers(key: str, value: Any) -> None:
     assert list(unknown_rules({key: value}, 6, EVEN)) == [(key, value)]
+
+
+def test_a_rule_in_a_section() -> None:
+    attention = {"local_every": 2, "clip_qkv": 8}
+    assert list(unknown_rules({"attn_config": attention}, 6, ODD)) == [("attn_config.local_every", 2)]
+    assert list(unknown_rules({"attn_config": attention}, 6, EVEN)) == []
+    for section in ({"attn_config": attention | {"num_layers": 6}}, {"vision_config": attention}):
+        assert list(unknown_rules(section, 6, ODD)) == []  # about other layers
 
 
 def test_layers_that_did_not_move() -> None:
@@ -73,6 +91,13 @@ def test_layers_that_did_not_move() -> None:
         ("mrope_section", [1, 2]),
         ("out_indices", [1, 2]),
         ("patch_sizes", [2, 4]),
+        ("_sliding_window_pattern", 6),  # for remote code; layer_types says the same
+        ("_moe_every", 2),
+        ("encoder_no_repeat_ngram_size", 4),
+        ("attention_pattern", "all"),
+        ("rope_type", "yarn"),
+        ("quantization_config", {"group_every": 2}),
+        ("backbone_config", {"return_idx": [1, 2, 3]}),
     ],
 )
 def test_other_keys(key: str, value: Any) -> None:
