@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ....errors import CheckpointError
 from ....io.units import listed, plural
 from ..inputs import Model
+from ..roles import is_vision
 from .formats import format_name, unquantized
 from .names import Renaming, find_leftovers, find_renaming, rename_script, shortest_prefixes
 
@@ -60,8 +61,8 @@ def _leftovers(model: Model, other: Model, renaming: Renaming) -> tuple[str, str
     names = {renaming(name): name for name in model.checkpoint.tensors}
     others = other.checkpoint.tensors
     own, foreign = find_leftovers(names, others), find_leftovers(others, names.keys())
-    # models with different numbers of layers need another recipe
-    if any(component.isdigit() for name in (*own, *foreign) for component in name.split(".")):
+    # models with different numbers of layers, or with a vision tower, need another recipe
+    if any(is_vision(name) or any(map(str.isdigit, name.split("."))) for name in (*own, *foreign)):
         own, foreign = [], []
     drop = shortest_prefixes((names[name] for name in own), set(names.values()) - {names[name] for name in own})
     script = rename_script(model.checkpoint, renaming.expression, drop)
@@ -72,9 +73,9 @@ def _leftovers(model: Model, other: Model, renaming: Renaming) -> tuple[str, str
     if foreign:
         drop = shortest_prefixes(foreign, set(others) - set(foreign))
         script += f"\n\n    # leave out what only {other.name} has\n" + rename_script(other.checkpoint, "name", drop)
-        text += "The scripts leave them out; use both new directories. "
+        text += "The scripts leave out what only one model has; use both new directories. "
     elif own:
-        text += "The script leaves them out. "
+        text += "The script leaves out what only one model has. "
     return text, script
 
 

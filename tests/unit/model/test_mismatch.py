@@ -178,7 +178,7 @@ def test_the_advice_for_old_and_new_names_of_a_vision_language_model_works(
     error = refused(linear(*(models[index] for index in order)))
     assert "have different names for the same tensors: only 0 of the 23 tensors" in error
     assert ", 23 would be." in error
-    assert "leave" not in error
+    assert "leave out" not in error
     follow(error)
     (made,) = tmp_path.glob("*-renamed")
     source, first = (old, new) if made.name == "old-renamed" else (new, old)
@@ -209,7 +209,7 @@ def test_the_advice_names_and_leaves_out_what_only_one_model_has(method: str, tm
     assert (
         f"{a} has 2 tensors that {b} lacks (cls.predictions.bias, cls.predictions.transform.dense.weight). "
         f"{b} has 2 tensors that {a} lacks (pooler.dense.bias, pooler.dense.weight). "
-        "The scripts leave them out; use both new directories. Rename them in" in error
+        "The scripts leave out what only one model has; use both new directories. Rename them in" in error
     )
     follow(error)
     pair = tmp_path / "a-renamed", tmp_path / "b-reduced"
@@ -225,14 +225,17 @@ def test_the_advice_names_and_leaves_out_what_only_one_model_has(method: str, tm
         assert same_tensors(read_model(tmp_path / "out"), tripled)
 
 
-def test_models_of_different_depth_are_not_advised_to_leave_out_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", ["layers", "vision tower"])
+def test_layers_and_vision_towers_are_not_left_out(extra: str, tmp_path: Path) -> None:
     values = read_model(encoder_dir())
-    a = write_checkpoint(
-        tmp_path / "a", {f"bert.{name}": v for name, v in values.items()}, config={"num_hidden_layers": 6}
-    )
-    fewer = {name: value for name, value in values.items() if ".layer.5." not in name}
-    b = write_checkpoint(tmp_path / "b", fewer, config={"num_hidden_layers": 5})
-    error = refused({"merge_method": "linear", "models": linear(a, b)["models"]})
+    tower = {"vision_tower.patch_embedding.weight": torch.ones(8, 8)} if extra == "vision tower" else {}
+    renamed = {f"bert.{name}": value for name, value in values.items()} | tower
+    a = write_checkpoint(tmp_path / "a", renamed, config={"num_hidden_layers": 6})
+    fewer = {name: value for name, value in values.items() if tower or ".layer.5." not in name}
+    b = write_checkpoint(tmp_path / "b", fewer, config={"num_hidden_layers": 6 if tower else 5})
+    error = refused(linear(a, b))
+    assert "without prefix 'bert.'" in error
+    assert "leave out" not in error
     assert "drop" not in error
 
 
