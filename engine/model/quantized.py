@@ -60,7 +60,10 @@ def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
             codes.setdefault(name.rpartition(".")[0], []).append(name)
     modules = _modules_of_codes(codes)
     for name, ref in tensors.items() if codes else ():
-        for owner in (*_owners(name, ref, codes, tensors), *_distant_owners(name, ref, modules, tensors)):
+        owners = [*_owners(name, ref, codes, tensors)]
+        if not owners and name not in reasons:  # few tensors of a quantized model are neither codes nor next to them
+            owners += _distant_owners(name, ref, modules, tensors)
+        for owner in owners:
             reasons.setdefault(name, f"it belongs to {owner}")
             reasons.setdefault(owner, f"it is {tensors[owner].dtype.name}, and {name} belongs to it")
     return reasons
