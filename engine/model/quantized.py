@@ -32,6 +32,15 @@ _PARAMETER = re.compile(r"(?:\w*proj_)?(?:weight|bias)|(?:weight|bias)_[ih]h_l\d
 """Last components of the names of parameters; all others next to codes may be their scales."""
 _OF_CODES = re.compile(r"scale|absmax|zero|quant|format", re.IGNORECASE)
 """Words in the names of the tensors that belong to codes."""
+_SCALE_WORDS = re.compile(
+    r"(?:^|[_.])(?:(?:weight|input|output|act|activation|block)_|q|de)?"
+    r"(?:scales?|scaling|absmax|zeros?|zero_points?|(?:de)?quant)"
+    r"(?:_(?:inv|weight|input|output|act|factor|[0-9]+))?(?=[_.]|$)",
+    re.IGNORECASE,
+)
+"""The part of a scale's name that isn't in the name of its codes: ``q_proj_scale``, ``scales.q_proj``."""
+_LONGEST_NAME = 8
+_PROJECTION = re.compile(r"(?:_proj|_weight)$")
 
 
 def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -49,8 +58,12 @@ def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
             reasons.setdefault(name, f"{declared}, and it is {ref.dtype.name}")
         if len(ref.shape) >= 2:
             codes.setdefault(name.rpartition(".")[0], []).append(name)
+    modules = _modules_of_codes(codes)
     for name, ref in tensors.items() if codes else ():
-        for owner in _owners(name, ref, codes, tensors):
+        owners = [*_owners(name, ref, codes, tensors)]
+        if not owners and name not in reasons:  # few tensors of a quantized model are neither codes nor next to them
+            owners += _distant_owners(name, ref, modules, tensors)
+        for owner in owners:
             reasons.setdefault(name, f"it belongs to {owner}")
             reasons.setdefault(owner, f"it is {tensors[owner].dtype.name}, and {name} belongs to it")
     return reasons
@@ -114,9 +127,57 @@ def _owners(
         owner = tensors[code]
         if code == name:
             continue
-        belongs = ref.dtype.kind is ElementKind.FLOAT
+        # scales of blocks can be exponents in integers of 8 bits
+        small = 4 * ref.elements <= owner.elements
+        belongs = ref.dtype.kind is ElementKind.FLOAT or (small and ref.dtype.name in ("U8", "I8"))
         if owner.dtype.kind is ElementKind.FLOAT:
             # a model that was cast to FP8 has other parameters, too, but they are FP8 or not small
-            belongs = belongs and ref.dtype != owner.dtype and 4 * ref.elements <= owner.elements
+            belongs = belongs and small and ref.dtype != owner.dtype
         if belongs or named:
             yield code
+
+
+def _modules_of_codes(codes: Mapping[str, list[str]]) -> dict[str, str]:
+    """The codes by the names that their scales outside their modules may have without the word scale."""
+    modules: dict[str, str] = {}
+    for module, names in codes.items():
+        for name in names:
+            short = module if name == f"{module}.weight" else name
+            for key in (name, short, _PROJECTION.sub("", short)):
+                modules.setdefault(key, name)
+    return modules
+
+
+def _distant_owners(
+    name: str,
+    ref: TensorRef,
+    modules: Mapping[str, str],
+    tensors: Mapping[str, TensorRef],
+) -> Iterator[str]:
+    """The codes whose scale a tensor outside their module may be, by its name without the word scale.
+
+    Without a small tensor of another dtype and such a name, they are values: those of a model that was cast to FP8.
+    """
+    module = name.rpartition(".")[0]
+    for key in _names_of_owner(name) if modules else ():
+        owner = modules.get(key)
+        if owner is None or owner == name or owner.rpartition(".")[0] == module:
+            continue
+        if ref.dtype != tensors[owner].dtype and 4 * ref.elements <= tensors[owner].elements:
+            yield owner
+            return
+
+
+def _names_of_owner(name: str) -> Iterator[str]:
+    """The names that the codes or their module may have if this tensor is their scale."""
+    module, _, last = name.rpartition(".")
+    independent, named = _meaning(last)
+    if named or _OF_CODES.search(module):
+        yield _SCALE_WORDS.sub("", name).removeprefix(".")
+    if independent:
+        return
+    words = last.split("_")[:_LONGEST_NAME]
+    for length in range(len(words) - 1, 0, -1):
+        for start in range(len(words) - length + 1):
+            inner = "_".join(words[start : start + length])
+            yield f"{module}.{inner}" if module else inner

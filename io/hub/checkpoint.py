@@ -28,7 +28,7 @@ from ..safetensors.checkpoint import (
     read_config,
     read_weight_map,
 )
-from ..safetensors.file_sets import SINGLE, check_file_set, stray_files
+from ..safetensors.file_sets import SINGLE, check_file_set, stray_files, unlisted_shards
 from ..safetensors.header import Header, data_start, parse_header, read_header
 from ..safetensors.tensors import TensorRef
 from ..small_files import check_size
@@ -164,6 +164,7 @@ def _open(repository: Repository) -> HubCheckpoint:
             )
         headers = _read_headers([files[name] for name in shards], _expected_lengths(weight_map))
         tensors, remarks = follow_index(snapshot / index, weight_map, [files[name].path for name in shards], headers)
+        remarks += unlisted_shards(index, shards)
     if not tensors:
         raise CheckpointError(f"{snapshot}: contains no tensors (searched {', '.join(map(quoted, shards[:4]))})")
     metadata: dict[str, str] = {}

@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 from ..open_source import quoted
 from ..reading import FileStamps, stat_fingerprints
 from ..small_files import read_json
-from .file_sets import ADAPTER, SINGLE, check_file_set, stray_files
+from .file_sets import ADAPTER, SINGLE, check_file_set, stray_files, unlisted_shards
 from .header import Header, read_header
 from .tensors import TensorRef
 
@@ -96,6 +96,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         stamps = stat_fingerprints(files)
         headers = _read_headers(files)
         tensors, remarks = follow_index(index, weight_map, files, headers)
+        remarks += unlisted_shards(index.name, (file.name for file in files))
     if not tensors:
         raise CheckpointError(f"{path}: contains no tensors (searched {_listed(file.name for file in files)})")
     metadata: dict[str, str] = {}

@@ -9,7 +9,9 @@ from itertools import islice
 from ...errors import CheckpointError
 from ..open_source import quoted
 
-_NUMBER_OF_TOTAL = re.compile(r"(\d{1,9})-of-(\d{1,9})")
+_NUMBER_OF_TOTAL = re.compile(r"(\d{1,9})([-_.])of\2(\d{1,9})", re.IGNORECASE)
+_OF_TRAINING = re.compile(r"(?:epochs?|steps?|iters?|iterations?|rounds?|ckpts?|checkpoints?)[-_.]?$", re.IGNORECASE)
+"""What precedes the number of a checkpoint from a training run: ``step-100-of-500`` is complete."""
 _SHOWN = 4
 
 SINGLE = "model.safetensors"
@@ -20,8 +22,14 @@ ADAPTER = "adapter_model"
 
 def shard_number(name: str) -> tuple[int, int] | None:
     """The number of a shard and the number of shards, as its name states them: ``model-00001-of-00002.safetensors``."""
+    match = _find_number(name)
+    return None if match is None else (int(match[1]), int(match[3]))
+
+
+def _find_number(name: str) -> re.Match[str] | None:
+    """The part of a shard's name with its number and the number of shards: ``00001-of-00002``, ``1_of_2``."""
     match = _NUMBER_OF_TOTAL.search(name)
-    return None if match is None else (int(match[1]), int(match[2]))
+    return None if match is None or _OF_TRAINING.search(name[: match.start()]) else match
 
 
 def check_file_set(location: object, names: Sequence[str]) -> list[str]:
@@ -39,9 +47,9 @@ def check_file_set(location: object, names: Sequence[str]) -> list[str]:
     """
     sets: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
     for name in names:
-        match = _NUMBER_OF_TOTAL.search(name)
+        match = _find_number(name)
         if match:
-            numbers = sets.setdefault((name[: match.start()], name[match.end() :]), {}).setdefault(int(match[2]), {})
+            numbers = sets.setdefault((name[: match.start()], name[match.end() :]), {}).setdefault(int(match[3]), {})
             if int(match[1]) in numbers:
                 raise CheckpointError(_describe_mixture(location, (numbers[int(match[1])], name)))
             numbers[int(match[1])] = name
@@ -63,6 +71,27 @@ def check_file_set(location: object, names: Sequence[str]) -> list[str]:
     return [
         f"no index lists the files of the model, so {_listed(names)} are all used: make sure that they belong to one "
         "model and that none is missing"
+    ]
+
+
+def unlisted_shards(index: str, shards: Iterable[str]) -> list[str]:
+    """Describe the shards that an index does not list, although the names of the others count them.
+
+    Args:
+        index: name of the index.
+        shards: names of the files that the index lists.
+    """
+    totals: dict[tuple[str, str, int], dict[int, str]] = {}
+    for name in shards:
+        match = _find_number(name)
+        if match:
+            key = name[: match.start()], name[match.end() :], int(match[3])
+            totals.setdefault(key, {})[int(match[1])] = name
+    return [
+        f"{index} lists only {len(found)} of {total} files: {_listed(list(found.values()))}. If the other files have "
+        "tensors of the model, they are missing from the merge: download the index and all files again"
+        for (_, _, total), found in totals.items()
+        if len(found) < total
     ]
 
 
@@ -102,10 +131,11 @@ def _describe_missing(
     some = next(iter(found.values()))
     if not missing:
         return f"{location}: has {len(found)} files like {quoted(some)}, which states {total}: download the model again"
-    match = _NUMBER_OF_TOTAL.search(some)
+    match = _find_number(some)
     assert match is not None
     width = len(match[1]) if match[1].startswith("0") else 1
-    names = [f"{affixes[0]}{number:0{width}}-of-{match[2]}{affixes[1]}" for number in missing]
+    middle = f"{some[match.end(1) : match.start(3)]}{match[3]}"
+    names = [f"{affixes[0]}{number:0{width}}{middle}{affixes[1]}" for number in missing]
     more = " and others" if len(names) > _SHOWN else ""
     return (
         f"{location}: has no index, and {quoted(some)} is one of {total} files, of which only {len(found)} exist: "

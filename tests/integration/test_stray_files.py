@@ -62,3 +62,22 @@ def test_strict_rejects_a_file_that_transformers_loads_instead(tmp_path: Path) -
     code, _, err = run("plan", write_recipe(tmp_path, model), "--strict")
     assert code == 4
     assert "model.safetensors is not in model.safetensors.index.json and is not used, but transformers loads it" in err
+
+
+def test_an_index_without_the_last_shard_is_a_warning_and_an_error_in_strict_mode(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "a", tiny_llama(layers=2), shard_bytes=20_000)
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    last = max(content["weight_map"].values())
+    total = len(set(content["weight_map"].values()))
+    content["weight_map"] = {name: shard for name, shard in content["weight_map"].items() if shard != last}
+    index.write_text(json.dumps(content))
+    recipe = write_recipe(tmp_path, model)
+    problem = f"{index.name} lists only {total - 1} of {total} files"
+    for command in (("plan", recipe), ("merge", recipe, tmp_path / "out")):
+        code, out, err = run(*command)
+        assert code == 0
+        assert problem in out + err
+    code, _, err = run("plan", recipe, "--strict")
+    assert code == 4
+    assert problem in err

@@ -97,8 +97,8 @@ def format_name(checkpoint: Checkpoint, quantized: Iterable[str]) -> str:
         return found if found.startswith(known) else known
     if found:
         return found
-    codes = next((ref.dtype.name for name in names if (ref := checkpoint.tensors[name]).dtype.bits <= 8), None)
-    return "scaled FP8" if codes is not None and codes.startswith("F8") else "unknown format"
+    codes = {checkpoint.tensors[name].dtype.name for name in names}
+    return "scaled FP8" if any(name.startswith("F8") and name != "F8_E8M0" for name in codes) else "unknown format"
 
 
 def unquantized(model: str, checkpoint: Checkpoint) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from ....io.safetensors.file_sets import ADAPTER, shard_number
 from ....io.small_files import read_json
 from ....io.units import listed, plural
 from ..roles import is_buffer
-from .names import directory_of, rename_script
+from .names import directory_of
+from .wrappers import wrapped_names
 
 _ADAPTER_PARTS = frozenset(
     [
@@ -70,10 +70,6 @@ _CONTROL_PARTS = frozenset(
 """Components of tensor names that only control nets have: diffusers', XLabs', and the original ones."""
 _EMBEDDING_NAMES = frozenset(["emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param.*", "string_to_token.*"])
 """Names of all tensors of a textual inversion, except for diffusers', which uses the token in angle brackets."""
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-"""Components that wrappers insert into names, at any depth: torch.compile, FSDP, checkpointing, Lightning Fabric."""
-_WRAPPER_PREFIXES = ("module.", "base_model.model.")
-"""Prefixes that a wrapper adds to all names: DataParallel and DDP, PEFT."""
 _MODEL_FILES = ("model", "pytorch_model", "diffusion_pytorch_model", "consolidated")
 
 
@@ -115,8 +111,7 @@ def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
             f"is shard {number[0]} of {number[1]} of a model: use the path of the directory, or of the index, to merge "
             "all shards"
         )
-    if (wrapped := _unwrapping(checkpoint, parts)) is not None:
-        yield _describe_wrapper(checkpoint, *wrapped)
+    yield from wrapped_names(checkpoint, parts)
     yield from _empty_tensors(checkpoint)
 
 
@@ -208,36 +203,3 @@ def _empty_tensors(checkpoint: Checkpoint) -> Iterator[str]:
             "Save it again with gathered weights (DeepSpeed: `stage3_gather_16bit_weights_on_model_save` or its "
             "zero_to_fp32.py; FSDP: a full state dict)"
         )
-
-
-# ------------------------------------------------------------------------------------------------ wrappers
-
-
-def _unwrapping(checkpoint: Checkpoint, parts: Collection[str]) -> tuple[str, str, int] | None:
-    """The prefix of a wrapper in tensor names, Python code that removes it from `name`, and the number of names."""
-    names = checkpoint.tensors
-    inserted = [wrapper for wrapper in _WRAPPERS if wrapper in parts]
-    if inserted:
-        pattern = "|".join(inserted)
-        count = sum(not set(inserted).isdisjoint(name.split(".")) for name in names)
-        code = f're.sub(r"\\b(?:{pattern})\\.", "", name)'
-        prefix = inserted[0] + "."
-    else:
-        prefix = next((prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in names)), "")
-        code, count = "name", len(names)
-    if not prefix:
-        return None
-    for outer in _WRAPPER_PREFIXES:
-        if all(re.sub("|".join(rf"\b{w}\." for w in _WRAPPERS), "", name).startswith(outer) for name in names):
-            code += f".removeprefix({outer!r})"
-    return prefix, code, count
-
-
-def _describe_wrapper(checkpoint: Checkpoint, prefix: str, code: str, count: int) -> str:
-    example = next(name for name in checkpoint.tensors if prefix in name)
-    return (
-        f"has names with {prefix!r}, which a wrapper such as DDP, FSDP, torch.compile or PEFT adds during training: "
-        f"{count} of its {plural(len(checkpoint.tensors), 'tensor')}, such as {quoted(example)}. No program would find "
-        "them by these names in the output. Rename them in a copy of the model, and use that:\n\n"
-        + rename_script(checkpoint, code)
-    )

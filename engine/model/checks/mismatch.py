@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ....errors import CheckpointError
-from ....io.units import plural
+from ....io.units import listed, plural
 from ..inputs import Model
+from ..roles import is_vision
 from .formats import format_name, unquantized
-from .names import find_renaming, rename_script
+from .names import Renaming, find_leftovers, find_renaming, rename_script, shortest_prefixes
 
 
 class TensorMismatch(CheckpointError):
@@ -38,16 +39,44 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
     found = [(m, o, renaming) for m, o, renaming in renamings if renaming and 4 * renaming.matches >= 3 * larger]
     if not found:
         return error
-    # removing a prefix is simpler than adding one
-    model, other, renaming = min(found, key=lambda item: (-item[2].matches, len(item[2].added), len(item[2].prefix)))
+    model, other, renaming = min(found, key=lambda item: (-item[2].matches, item[2].cost))
     equal = sum(name in other.checkpoint.tensors for name in model.checkpoint.tensors)
+    left, script = _leftovers(model, other, renaming)
     return CheckpointError(
         f"{model.name} and {other.name} have different names for the same tensors: only {equal} of the "
         f"{plural(renaming.total, 'tensor')} of {model.name} {'is' if equal == 1 else 'are'} in {other.name}, but "
-        f"{renaming}, {renaming.matches} would be. Rename them in a copy of {model.name}, and use that:\n\n"
-        + rename_script(model.checkpoint, renaming.expression)
-        + f"\n\nThe first difference: {error}"
+        f"{renaming}, {renaming.matches} would be. {left}Rename them in a copy of {model.name}, and use that:\n\n"
+        f"{script}\n\nThe first difference: {error}"
     )
+
+
+def _leftovers(model: Model, other: Model, renaming: Renaming) -> tuple[str, str]:
+    """Describe the tensors that only one of two models has, and write the script that renames and leaves them out.
+
+    Args:
+        model: the model to rename.
+        other: the other model.
+        renaming: the renaming.
+    """
+    names = {renaming(name): name for name in model.checkpoint.tensors}
+    others = other.checkpoint.tensors
+    own, foreign = find_leftovers(names, others), find_leftovers(others, names.keys())
+    # models with different numbers of layers, or with a vision tower, need another recipe
+    if any(is_vision(name) or any(map(str.isdigit, name.split("."))) for name in (*own, *foreign)):
+        own, foreign = [], []
+    drop = shortest_prefixes((names[name] for name in own), set(names.values()) - {names[name] for name in own})
+    script = rename_script(model.checkpoint, renaming.expression, drop)
+    text = ""
+    for owner, only, lacking in ((model, [names[name] for name in own], other), (other, foreign, model)):
+        if only:
+            text += f"{owner.name} has {plural(len(only), 'tensor')} that {lacking.name} lacks ({listed(only)}). "
+    if foreign:
+        drop = shortest_prefixes(foreign, set(others) - set(foreign))
+        script += f"\n\n    # leave out what only {other.name} has\n" + rename_script(other.checkpoint, "name", drop)
+        text += "The scripts leave out what only one model has; use both new directories. "
+    elif own:
+        text += "The script leaves out what only one model has. "
+    return text, script
 
 
 def _describe_formats(models: Sequence[Model], formats: Sequence[str | None]) -> str:

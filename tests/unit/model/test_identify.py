@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,3 +226,99 @@ def test_the_advice_removes_the_prefix(wrapper: str, tmp_path: Path) -> None:
     exec("\n".join(line[4:] for line in script.splitlines()), {})
     merge(recipe(tmp_path / "a-renamed", method="passthrough"), tmp_path / "out", CPU)
     assert same_tensors(read_model(tmp_path / "out"), values)
+
+
+# ------------------------------------------------------------------------------------------------ unknown wrappers
+
+PREFIXES = ["model.", "pretrained_model.", "llm.", "student.", "net.", "policy.actor."]
+BERT: dict[str, Shape] = {
+    "embeddings.word_embeddings.weight": (32, 8),
+    "encoder.layer.0.output.dense.weight": (8, 8),
+    "encoder.layer.1.output.dense.weight": (8, 8),
+}
+
+
+def with_config(tensors: Mapping[str, Shape], architecture: str = "LlamaForCausalLM", **config: Any) -> Iterator[str]:
+    config = LLAMA.config | {"architectures": [architecture]} | config
+    return not_a_model(replace(checkpoint("x", tensors), config=config))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_of_all_names_of_a_known_architecture_is_rejected_and_the_advice_works(
+    prefix: str, tmp_path: Path
+) -> None:
+    values = read_model(write_checkpoint(tmp_path / "original", LLAMA, dtype="F32"))
+    renamed = {prefix + name: value for name, value in values.items()}
+    pair = [
+        write_checkpoint(tmp_path / name, renamed, dtype="F32", shard_bytes=20_000, config=LLAMA.config)
+        for name in ("a", "b")
+    ]
+    error = refused(*pair)
+    assert error.startswith(
+        f"{pair[0]} has names with '{prefix}', which a module around the model adds during training"
+    )
+    assert "LlamaForCausalLM (config.json) has 'model.embed_tokens.weight', not" in error
+    assert f"{len(values)} of the {len(values)} tensors have the prefix. No program" in error
+    for model in pair:
+        with pytest.raises(CheckpointError) as caught:
+            plan(recipe(model, method="passthrough"), CPU)
+        exec("\n".join(line[4:] for line in str(caught.value).partition("\n\n")[2].splitlines()), {})
+    merge(recipe(*(f"{model}-renamed" for model in pair)), tmp_path / "out", CPU)
+    assert same_tensors(read_model(tmp_path / "out"), values)
+
+
+def test_tensors_without_the_prefix_are_named() -> None:
+    tensors = {f"model.{name}": shape for name, shape in LLAMA.tensors.items()} | {"criterion.weight": (8,)}
+    (reason,) = with_config(tensors)
+    assert "have the prefix. The other 1 tensor (criterion.weight) keep their names." in reason
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "found"),
+    [
+        ("BertModel", "0.auto_model.", "0.auto_model."),
+        ("BertForSequenceClassification", "model.bert.", "model."),
+        ("XLMRobertaModel", "encoder.roberta.", "encoder."),
+        ("BertModel", "", None),
+        ("BertModel", "bert.", None),
+        ("BertForMaskedLM", "bert.", None),
+        ("XLMRobertaModel", "roberta.", None),
+        ("DPRQuestionEncoder", "question_encoder.bert_model.", None),
+    ],
+)
+def test_prefixes_of_encoders(architecture: str, prefix: str, found: str | None) -> None:
+    reasons = list(with_config({prefix + name: shape for name, shape in BERT.items()}, architecture))
+    assert [reason.startswith(f"has names with '{found}', which") for reason in reasons] == [True] * (found is not None)
+
+
+TEXT = {"model_type": "llama", "hidden_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "config"),
+    [
+        ("LlamaForCausalLM", "", {}),
+        ("LlamaModel", "net.", {}),
+        ("NewModel", "net.", {}),
+        ("DeepseekVLV2ForCausalLM", "language.", {"language_config": TEXT, "vision_config": {"model_type": "vision"}}),
+        ("FuyuForCausalLM", "language_model.", {}),
+        ("Gemma3ForCausalLM", "language_model.", {}),
+        ("InternLMForCausalLM", "net.", {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}),
+        ("LlavaForConditionalGeneration", "language_model.", {"text_config": TEXT}),
+        ("BartForConditionalGeneration", "", {}),
+    ],
+)
+def test_prefixes_that_models_have_are_accepted(architecture: str, prefix: str, config: dict[str, Any]) -> None:
+    tensors = {prefix + name: shape for name, shape in LLAMA.tensors.items()}
+    assert list(with_config(tensors, architecture, **config)) == []
+
+
+def test_the_base_of_an_encoder_decoder_is_not_a_wrapper() -> None:
+    tensors: dict[str, Shape] = {"model.shared.weight": (8, 8), "model.decoder.embed_tokens.weight": (8, 8)}
+    assert list(with_config(tensors, "BartForConditionalGeneration")) == []
+    (reason,) = with_config({f"net.{name}": s for name, s in tensors.items()}, "BartForConditionalGeneration")
+    assert reason.startswith("has names with 'net.', which")
+    t5: dict[str, Shape] = {"shared.weight": (8, 8), "encoder.block.0.w": (8, 8)}
+    assert list(with_config(t5, "T5EncoderModel")) == []
+    (reason,) = with_config({f"net.{name}": s for name, s in t5.items()}, "T5EncoderModel")
+    assert reason.startswith("has names with 'net.', which")

@@ -8,8 +8,8 @@ import pytest
 
 from mergeloom.errors import CheckpointError
 from mergeloom.io.safetensors.checkpoint import open_checkpoint
-from mergeloom.io.safetensors.file_sets import check_file_set, shard_number
-from tests.unit.safetensors.checkpoints import INDEX, file_names, refused, write
+from mergeloom.io.safetensors.file_sets import check_file_set, shard_number, unlisted_shards
+from tests.unit.safetensors.checkpoints import INDEX, file_names, refused, write, write_index
 
 
 def names(prefix: str, *numbers: int, total: int = 3, suffix: str = ".safetensors") -> list[str]:
@@ -23,6 +23,10 @@ COMPLETE = {
     "from zero": names("consolidated", 0, 1, 2),
     "a variant": names("model", 1, 2, 3, suffix=".fp16.safetensors"),
     "without zeros": ["model-1-of-2.safetensors", "model-2-of-2.safetensors"],
+    "underscores": ["model_00001_of_00002.safetensors", "model_00002_of_00002.safetensors"],
+    "a checkpoint of a training run": ["lora_epoch_3_of_10.safetensors"],
+    "the same with hyphens": ["model-step-100-of-500.safetensors"],
+    "no separator": ["model-1of2.safetensors"],
 }
 
 
@@ -38,6 +42,10 @@ INCOMPLETE = {
     "middle, from zero": (names("part", 0, 2), "'part-00001-of-00003.safetensors' missing"),
     "of a variant": (names("m", 1, 2, suffix=".fp16.safetensors"), "'m-00003-of-00003.fp16.safetensors' missing"),
     "without zeros": (["model-2-of-2.safetensors"], "'model-1-of-2.safetensors' missing"),
+    "underscores": (["model_00001_of_00002.safetensors"], "'model_00002_of_00002.safetensors' missing"),
+    "dots": (["model.1.of.2.safetensors"], "'model.2.of.2.safetensors' missing"),
+    "capitals": (["PART_1_OF_2.safetensors"], "'PART_2_OF_2.safetensors' missing"),
+    "a part": (["model_part_2_of_2.safetensors"], "'model_part_1_of_2.safetensors' missing"),
     "very many": (names("model", 1, total=99999), "'model-00005-of-99999.safetensors' and others missing"),
     "another file is there": (["extra.safetensors", *names("m", 1, 2)], "'m-00003-of-00003.safetensors' missing"),
     "numbers beyond the total": (names("m", 1, 2, 3, 4), "has 4 files like 'm-00001-of-00003.safetensors', which st"),
@@ -62,10 +70,46 @@ def test_files_that_state_no_total_are_used_with_a_warning() -> None:
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("model-00001-of-00002.safetensors", (1, 2)), ("model.safetensors", None), ("one-of-us.safetensors", None)],
+    [
+        ("model-00001-of-00002.safetensors", (1, 2)),
+        ("m_3_of_4.safetensors", (3, 4)),
+        ("model.safetensors", None),
+        ("one-of-us.safetensors", None),
+        ("step_3_of_4.safetensors", None),
+    ],
 )
 def test_the_number_of_a_shard(name: str, number: tuple[int, int] | None) -> None:
     assert shard_number(name) == number
+
+
+@pytest.mark.parametrize("form", ["model-{:05}-of-{:05}.safetensors", "model_{}_of_{}.safetensors"])
+def test_an_index_that_does_not_list_all_shards_is_a_warning(form: str, tmp_path: Path) -> None:
+    first = form.format(1, 2)
+    write(tmp_path / first, "a")
+    write_index(tmp_path, {"a": first})
+    (remark,) = open_checkpoint(tmp_path).remarks
+    assert remark.startswith(
+        f"{INDEX} lists only 1 of 2 files: '{first}'. If the other files have tensors of the model"
+    )
+    write(tmp_path / form.format(2, 2), "b")
+    (remark,) = open_checkpoint(tmp_path).remarks
+    assert remark.startswith(f"{INDEX} lists only 1 of 2 files")
+    write_index(tmp_path, {"a": first, "b": form.format(2, 2)})
+    assert open_checkpoint(tmp_path).remarks == ()
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        names("model", 0, 1, 2),
+        ["model.safetensors"],
+        ["weights.safetensors", "embeddings.safetensors"],
+        [*names("model", 1, 2, total=2), *names("vision", 1, total=1)],
+        ["model-step-1-of-3.safetensors"],
+    ],
+)
+def test_a_complete_index_is_no_warning(shards: list[str]) -> None:
+    assert unlisted_shards(INDEX, shards) == []
 
 
 def test_a_directory_whose_last_shard_is_missing_is_rejected(sharded: Path) -> None:
