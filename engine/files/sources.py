@@ -31,7 +31,7 @@ from .token_checks import (
     check_tokenizer_rows,
     stated_vocabulary,
 )
-from .tokenizer_files import GENERATION, generation_config, has_file, small_files_directory, tokenizer_directory
+from .tokenizer_files import GENERATION, generation_config, has_file, tokenizer_directory
 from .vocabulary import read_vocabulary
 from .vocabulary_checks import (
     TokenizerModel,
@@ -235,11 +235,13 @@ class FileResolver:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""
         donor = built.models[built.donor]
         models = [donor, *(model for model in built.models if model is not donor)]
-        self.warnings += check_input_tokens({model.name: _special_tokens(self.of(model.reference)) for model in models})
+        tokens = _special_tokens(files)
+        if stage.tokenizer is None or stage.tokenizer.union:  # otherwise the recipe chooses
+            inputs = {model.name: _special_tokens(self.of(model.reference)) for model in models}
+            self.warnings += check_input_tokens(tokens, inputs)
         if stage is not self._recipe.output and not stage.save:
             return
-        tokens = _special_tokens(files)
-        template = files.template or find_template(small_files_directory(files.tokenizer))
+        template = tokens.template
         named = stage.chat_template.value if stage.chat_template and stage.chat_template.kind == "name" else ""
         if any(tokens.row(token) is None for token in BUILT_IN.get(named, ("", ()))[1]):
             template = None  # the missing tokens are reported already
@@ -317,4 +319,4 @@ def _has_tokenizer(files: FileSources) -> bool:
 
 
 def _special_tokens(files: FileSources) -> SpecialTokens:
-    return SpecialTokens(files.config, files.generation, files.tokenizer)
+    return SpecialTokens(files.config, files.generation, files.tokenizer, files.template)
