@@ -38,6 +38,7 @@ from .vocabulary_checks import (
     VocabularyRule,
     check_vocabularies,
     embedding_rows,
+    models_with_merged_embeddings,
     models_with_used_embeddings,
 )
 
@@ -218,18 +219,20 @@ class FileResolver:
         if union:
             rule = VocabularyRule(
                 required=True,
+                equal=True,
                 error=lambda text: self._recipe.error(stage.tokenizer.place if stage.tokenizer else (), text),
                 advice="A union of different vocabularies is not supported yet: use models with the same vocabulary",
             )
+        merged = models_with_merged_embeddings(built)
         self.warnings += check_vocabularies(
             TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer),
-            [self._tokenizer_model(model) for model in models],
+            [self._tokenizer_model(model, merged=model.number in merged) for model in models],
             rule,
         )
 
-    def _tokenizer_model(self, model: Model) -> TokenizerModel:
+    def _tokenizer_model(self, model: Model, *, merged: bool) -> TokenizerModel:
         files = self.of(model.reference)
-        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model))
+        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model), merged)
 
     def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.files import vocabulary_checks
-from mergeloom.engine.files.vocabulary import Difference
+from mergeloom.engine.files.vocabulary import Difference, Vocabulary, read_vocabulary
 from mergeloom.engine.model.warnings import ModelWarning, ModelWarningKind
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
@@ -72,7 +72,7 @@ def test_unrelated_vocabularies_are_rejected(make: Make) -> None:
         plan(linear(a, b), CPU)
     message = str(caught.value)
     assert message.startswith(f"the vocabularies of {a} and {b} are unrelated: 60 of 60 rows differ; ")
-    assert f"token '<unk>' has row 0 in {a} and no row in {b}, and 119 others differ as well" in message
+    assert f"row 0 is '<unk>' in {a} and 'other0' in {b}, and 59 others differ as well" in message
     assert "set `allow_vocabulary_mismatch: true`" in message
     assert plan(linear(a, b, allow_vocabulary_mismatch=True), STRICT).warnings == ()
 
@@ -142,6 +142,40 @@ def test_equal_files_are_not_parsed(make: Make, monkeypatch: pytest.MonkeyPatch)
         assert plan(linear(a, b, c, **more), CPU).warnings == ()
 
 
+def test_the_words_for_what_the_output_combines(make: Make) -> None:
+    a, b, c = make("a"), make("b", swapped(7, 9)), make("c")
+    stacked = f"the vocabularies of {a} and {b} differ in 2 of 60 rows, although the output has the tokenizer of {a}"
+    assert f"{stacked} and embeddings or a head of {b}: token 'word7'" in warning_of(stack(a, b)).problem
+    first, second = plan(linear(a, c, tokenizer_source=str(b)), CPU).findings
+    for other, found in ((a, first), (c, second)):
+        assert f"the output has the tokenizer of {b} and embeddings or a head of {other}: " in str(found)
+        assert "merged although" not in str(found)
+    d = make("d", [f"other{row}" for row in range(60)])
+    with pytest.raises(
+        CheckpointError, match=r"The output has the tokenizer of .*a and embeddings or a head of .*d: use"
+    ):
+        plan(stack(a, d), CPU)
+    with pytest.raises(
+        CheckpointError, match="Embeddings are merged row by row, which would mix different tokens: use"
+    ):
+        plan(linear(a, d), CPU)
+    unmerged = linear(a, b, non_layer={"embeddings": str(a), "head": str(b)})
+    assert f"the tokenizer of {a} and embeddings or a head of {b}" in warning_of(unmerged).problem
+
+
+def test_each_vocabulary_is_parsed_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    def read(directory: Path) -> Vocabulary | None:
+        parsed.append(directory.name)
+        return read_vocabulary(directory)
+
+    monkeypatch.setattr(vocabulary_checks, "read_vocabulary", read)
+    models = [make("a"), *(make(f"b{number}", swapped(7, number)) for number in range(9, 14))]
+    assert len(plan(linear(*models), CPU).warnings) == 5
+    assert sorted(parsed) == ["a", "b10", "b11", "b12", "b13", "b9"]
+
+
 def test_a_stack_with_embeddings_and_head_of_different_models(make: Make) -> None:
     a, b, c = make("a"), make("b", swapped(7, 9)), make("c")
     assert warning_of(stack(a, b)).names == ("word7", "word9")
@@ -197,6 +231,8 @@ def test_missing_tokenizers_are_reported_once(make: Make) -> None:
 def test_models_are_compared_although_the_output_has_no_tokenizer(make: Make) -> None:
     a, b, c = make("a", None), make("b"), make("c", swapped(7, 9))
     missing, differing = plan(linear(a, b, c), CPU).findings
+    (_, stacked) = plan(stack(b, c, base_model=str(a)), CPU).findings
+    assert "differ in 2 of 60 rows, although the output has embeddings or heads of both: " in str(stacked)
     assert f"{a} has no tokenizer files" in str(missing)
     assert f"the vocabularies of {b} and {c} differ in 2 of 60 rows" in str(differing)
 
@@ -243,11 +279,14 @@ def test_a_union_of_different_vocabularies_is_rejected_by_name(union: dict[str, 
         plan(linear(a, c, **union), CPU)
 
 
-def test_a_tokenizer_that_the_recipe_sets_must_fit(make: Make) -> None:
-    a, b = make("a"), make("b", swapped(7, 9))
+def test_a_tokenizer_that_the_recipe_sets_is_compared_as_any_other(make: Make) -> None:
+    a, b, c = make("a"), make("b", swapped(7, 9)), make("c", [f"other{row}" for row in range(60)])
     recipe = linear(a, b, tokenizer_source=str(b))
-    with pytest.raises(CheckpointError, match=r"token 'word9' has row 7 in .*b and row 9 in .*a.* set `allow_vocab"):
-        plan(recipe, CPU)
+    found = warning_of(recipe)
+    assert found.names == ("word9", "word7")
+    assert "differ in 2 of 60 rows, which are merged although they belong to different tokens" in found.problem
+    with pytest.raises(CheckpointError, match=r"c and .*a are unrelated: 60 of 60 rows differ.* set `allow_vocab"):
+        plan(linear(a, c, tokenizer_source=str(c)), CPU)
     planned = plan(recipe | {"allow_vocabulary_mismatch": True}, STRICT)
     assert planned.files.tokenizer_from == str(b)
     assert planned.warnings == ()
