@@ -190,6 +190,22 @@ def test_embeddings_or_a_head_that_the_recipe_chooses(key: str, part: str, make:
     assert plan(stack(a, a, **{key: {"norm": str(b)}}), CPU).warnings == ()
 
 
+def test_a_stack_of_models_with_different_numbers_of_rows(make: Make) -> None:
+    """The advice of the error works."""
+    a, large = make("a"), make("large", added=["<x>"])
+    write_checkpoint(large, tiny_llama(vocabulary=66), fill=7)
+    with pytest.raises(CheckpointError) as caught:
+        plan(stack(a, large), CPU)
+    assert f"lm_head.weight: {a} has a vocabulary of 64 rows and {large} one of 66" in str(caught.value)
+    advice = f"or take it from {a} with `non_layer: {{head: {a}}}`"
+    assert advice in str(caught.value)
+    assert plan(stack(a, large, non_layer={"head": str(a)}), STRICT).warnings == ()
+    for recipe in (linear(a, large), stack(a, large, non_layer={"head": str(large)})):
+        with pytest.raises(CheckpointError, match="different vocabularies are not supported yet") as caught:
+            plan(recipe, CPU)
+        assert "non_layer: {" not in str(caught.value)
+
+
 def test_files_of_a_model_with_another_vocabulary(make: Make) -> None:
     a, b, c = make("a"), make("b", swapped(7, 9)), make("c", [f"other{row}" for row in range(60)])
     assert warning_of(stack(a, files_from=str(b))).names == ("word9", "word7")  # by row in b
