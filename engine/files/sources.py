@@ -20,7 +20,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
 from .configs.output import output_config
-from .files_from import override_config, override_stack
+from .files_from import follow_tokenizer, override_config, override_stack
 from .token_checks import (
     CONFIG,
     SpecialTokens,
@@ -124,6 +124,8 @@ class FileResolver:
         tokenizer = files
         if stage.tokenizer is not None:
             tokenizer = self.of(stage.tokenizer.model or donor)
+            if config is not None and not stage.tokenizer.union and tokenizer is not files:
+                config = follow_tokenizer(config, tokenizer.config)
         self._check_vocabularies(stage, built, tokenizer)
         template = self._template(stage, built, tokenizer)
         generation = tokenizer if has_file(tokenizer.generation, GENERATION) else files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,24 @@ def test_a_recipe_that_chooses_the_tokenizer_chooses_its_tokens(tokenizer_source
     models = {"base": make("base", {key: 2}), "tune": make("tune", {key: 1}, {key: [1, 2]})}
     recipe = linear(*models.values(), tokenizer_source=str(models[tokenizer_source]))
     assert plan(recipe, STRICT).warnings == ()
+
+
+def test_config_json_follows_the_tokenizer(tmp_path: Path, make: Make) -> None:
+    """Without it, the warning about the base's end token would be followed by one about the output's config.json."""
+    base = make("base", {"eos_token_id": 2, "text_config": {"eos_token_id": 2}}, {"eos_token_id": 2}, eos_token="</s>")
+    chat = make("chat", {"eos_token_id": 59, "pad_token_id": 63}, {"eos_token_id": 59}, eos_token="<|im_end|>")
+    recipe = linear(base, chat, base_model=str(base))
+    assert [found.names for found in warnings_of(recipe)] == [("eos_token_id",)]
+    merge(recipe | {"tokenizer_source": str(chat)}, tmp_path / "out", STRICT)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")] == [59, 1, 63]
+    assert config["text_config"] == {"eos_token_id": 59}
+    for text in ("union", "base", str(base)):
+        merge(recipe | {"tokenizer_source": text}, tmp_path / "kept", CPU)
+        config = json.loads((tmp_path / "kept" / "config.json").read_text())
+        assert config["eos_token_id"] == 2
+        assert "pad_token_id" not in config
+        shutil.rmtree(tmp_path / "kept")
 
 
 def test_a_fine_tune_that_states_only_the_end_token_of_its_template(make: Make) -> None:
