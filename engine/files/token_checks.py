@@ -32,6 +32,7 @@ _ENDS = frozenset(
     )
 )
 """The names of tokens that end an answer, in lower case and without punctuation."""
+_DOCUMENT_ENDS = frozenset(("endoftext", "eos", "s"))
 
 Ids = frozenset[int]
 
@@ -104,6 +105,10 @@ class SpecialTokens:
         texts = [self.text("eos")] if "eos_token" in template else _template_ends(template)
         rows = (self.row(text) for text in texts if text is not None)
         return frozenset(row for row in rows if row is not None)
+
+    def end_documents(self, ids: Ids) -> bool:
+        """Whether all of these tokens are known to end texts that models are trained on, and not answers."""
+        return ids <= {row for text, row in self._added.items() if _plain(text) in _DOCUMENT_ENDS}
 
     def text(self, role: str) -> str | None:
         """The text of a token according to the tokenizer's files; None if they do not state it."""
@@ -218,11 +223,13 @@ _EFFECT = {
 
 
 def _covers(used: Ids, found: Ids, role: str, tokens: SpecialTokens) -> bool:
-    """Whether the ids of the output do for a model with the ids `found`: all, or those that end its chat messages."""
-    if found <= used:
-        return True
-    ends = tokens.answer_ends() if role == "eos" else frozenset()
-    return bool(ends) and ends <= used & found
+    """Whether the ids of the output do for a model with the ids `found`: all, or those that end its answers."""
+    if role != "eos" or found <= used:
+        return found <= used
+    if ends := tokens.answer_ends():
+        return ends <= used & found
+    own = tokens.text("eos")  # without a template, a model ends with its eos_token, if the others only end documents
+    return own is not None and tokens.row(own) in used & found and tokens.end_documents(found - used)
 
 
 def _conflict(sets: Sequence[Ids]) -> bool:
@@ -236,7 +243,12 @@ def _template_ends(template: str) -> list[str]:
     if "eos_token" in template:
         return []
     found = dict.fromkeys(_MARKUP.findall(template))
-    return [text for text in found if re.sub(r"[\W_]|▁", "", text).lower() in _ENDS]
+    return [text for text in found if _plain(text) in _ENDS]
+
+
+def _plain(token: str) -> str:
+    """A token's text in lower case and without punctuation."""
+    return re.sub(r"[\W_]|▁", "", token).lower()
 
 
 def _listed(ids: Ids) -> str:

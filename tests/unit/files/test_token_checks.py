@@ -146,6 +146,15 @@ def test_a_base_that_lacks_the_end_token_of_its_fine_tune(tmp_path: Path, make: 
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [62, 60]
 
 
+def test_a_missing_end_of_documents(make: Make) -> None:
+    """Qwen's models for chat list <|endoftext|> in addition to the token that ends their answers."""
+    tune = make("tune", {"eos_token_id": 59}, eos_token="<|im_end|>")
+    chat = make("chat", {"eos_token_id": 59}, {"eos_token_id": [59, 62]}, eos_token="<|im_end|>")
+    assert plan(linear(tune, chat), STRICT).warnings == ()
+    update_json(chat / "generation_config.json", eos_token_id=[59, 62, 60])  # and <|eot_id|>
+    assert f"59 in {tune}, 59 or 60 or 62 in {chat}" in warnings_of(linear(tune, chat))[0].problem
+
+
 def test_gemmas_end_of_turn(make: Make) -> None:
     base = make("base", {}, {"eos_token_id": 2}, eos_token="</s>")
     chat = make("chat", {"eos_token_id": [2, 61]}, {"eos_token_id": [2, 61]}, eos_token="</s>", chat_template=GEMMA)
