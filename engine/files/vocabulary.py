@@ -102,6 +102,8 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
             return Vocabulary(main, _added(directory, main.name), file_digest(main), _byte_rows(main))
         else:
             pieces = list(_pieces(read_small(main)))
+            if not pieces:
+                raise ValueError(f"{main.name} has no tokens")
             rows = {piece: row for row, piece in enumerate(pieces)}
             return Vocabulary(
                 main, _implied_rows(directory, main.name, len(pieces)) | _added(directory, main.name) | rows

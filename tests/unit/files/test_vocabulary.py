@@ -114,6 +114,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         {"tokenizer__model": b"\x0a\xff"},
         {"tokenizer__model": b"\x0b"},
         {"tokenizer__model": b"\x80" * 20},
+        {"spm__model": b""},
         {"tokenizer__model": piece("a")[:-1]},
         {"vocab__json": {}, "added_tokens__json": []},
         {"vocab__json": {}, "added_tokens__json": [1]},

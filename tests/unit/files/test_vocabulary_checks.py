@@ -121,6 +121,16 @@ def test_tokens_without_a_row_are_not_compared(make: Make) -> None:
         assert plan(linear(a, b, **more), CPU).warnings == ()
 
 
+def test_deberta_with_and_without_a_tokenizer_json(make: Make) -> None:
+    """The published model has spm.model only, and its class adds [MASK]. Fine-tunes have tokenizer.json."""
+    a, b = make("a", None), make("b", added=["[MASK]"])
+    pieces = [b"\x0a" + bytes([len(word)]) + word.encode() for word in WORDS]
+    (a / "spm.model").write_bytes(b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in pieces))
+    for more in ({}, {"tokenizer_source": str(b)}, {"tokenizer_source": str(a)}):
+        assert plan(linear(a, b, **more), STRICT).warnings == ()
+    assert warning_of(linear(a, make("c", added=["<x>"]))).names == ("[MASK]", "<x>")
+
+
 def test_formats_that_cannot_be_compared(make: Make) -> None:
     a, b = make("a"), make("b", None)
     (b / "qwen.tiktoken").write_text("YQ== 0\n")
