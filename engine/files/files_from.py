@@ -1,4 +1,4 @@
-"""Adapts the config.json of the model that `files_from` names to the merged tensors."""
+"""Adapts config.json to the other models that a recipe takes files from: by `files_from` or `tokenizer_source`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ _WIDTHS = (
     *("n_inner", "d_model", "d_ff", "d_kv", "num_heads", "num_experts", "num_local_experts", "n_routed_experts"),
 )
 """Keys that determine tensor shapes. They must be equal in the config and in the merged models."""
+
+_TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_TOKEN_SECTIONS: tuple[tuple[str, ...], ...] = ((), ("text_config",))
 
 
 def override_config(
@@ -77,6 +80,26 @@ def override_stack(
     own = tuple(range(layers)) if count == layers else stack.sources
     sources = next((sources for number, sources in levels if number == count), own)
     return replace(stack, donor=replace(stack.donor, count=count), sources=sources)
+
+
+def follow_tokenizer(config: Mapping[str, Any], other: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Take the ids of the end, beginning and padding tokens from the model that provides the tokenizer.
+
+    Ids that this model does not state stay as they are.
+
+    Args:
+        config: config.json of the output.
+        other: config.json of the tokenizer's model, or None.
+    """
+    followed = copy.deepcopy(dict(config))
+    sections = [section for path in _TOKEN_SECTIONS if (section := _section(followed, path)) is not None]
+    others = [section for path in _TOKEN_SECTIONS if (section := _section(other, path)) is not None]
+    for key in _TOKEN_IDS:
+        value = next((section[key] for section in others if section.get(key) is not None), None)
+        if value is not None:
+            for section in [each for each in sections if key in each] or sections[:1]:
+                section[key] = value
+    return followed
 
 
 def _section(config: Any, path: tuple[str, ...]) -> Any:

@@ -20,7 +20,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
 from .configs.output import output_config
-from .files_from import override_config, override_stack
+from .files_from import follow_tokenizer, override_config, override_stack
 from .token_checks import (
     CONFIG,
     SpecialTokens,
@@ -36,7 +36,6 @@ from .tokenizer_files import (
     check_companions,
     generation_config,
     has_file,
-    small_files_directory,
     tokenizer_directory,
 )
 from .vocabulary import read_vocabulary
@@ -45,6 +44,7 @@ from .vocabulary_checks import (
     VocabularyRule,
     check_vocabularies,
     embedding_rows,
+    models_with_merged_embeddings,
     models_with_used_embeddings,
 )
 
@@ -130,6 +130,8 @@ class FileResolver:
         tokenizer = files
         if stage.tokenizer is not None:
             tokenizer = self.of(stage.tokenizer.model or donor)
+            if config is not None and not stage.tokenizer.union and tokenizer is not files:
+                config = follow_tokenizer(config, tokenizer.config)
         self._check_vocabularies(stage, built, tokenizer)
         template = self._template(stage, built, tokenizer)
         generation = tokenizer if has_file(tokenizer.generation, GENERATION) else files
@@ -227,28 +229,32 @@ class FileResolver:
         if union:
             rule = VocabularyRule(
                 required=True,
+                equal=True,
                 error=lambda text: self._recipe.error(stage.tokenizer.place if stage.tokenizer else (), text),
                 advice="A union of different vocabularies is not supported yet: use models with the same vocabulary",
             )
+        merged = models_with_merged_embeddings(built)
         self.warnings += check_vocabularies(
             TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer),
-            [self._tokenizer_model(model) for model in models],
+            [self._tokenizer_model(model, merged=model.number in merged) for model in models],
             rule,
         )
 
-    def _tokenizer_model(self, model: Model) -> TokenizerModel:
+    def _tokenizer_model(self, model: Model, *, merged: bool) -> TokenizerModel:
         files = self.of(model.reference)
-        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model))
+        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model), merged)
 
     def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""
         donor = built.models[built.donor]
         models = [donor, *(model for model in built.models if model is not donor)]
-        self.warnings += check_input_tokens({model.name: _special_tokens(self.of(model.reference)) for model in models})
+        tokens = _special_tokens(files)
+        if stage.tokenizer is None or stage.tokenizer.union:  # otherwise the recipe chooses
+            inputs = {model.name: _special_tokens(self.of(model.reference)) for model in models}
+            self.warnings += check_input_tokens(tokens, inputs)
         if stage is not self._recipe.output and not stage.save:
             return
-        tokens = _special_tokens(files)
-        template = files.template or find_template(small_files_directory(files.tokenizer))
+        template = tokens.template
         named = stage.chat_template.value if stage.chat_template and stage.chat_template.kind == "name" else ""
         if any(tokens.row(token) is None for token in BUILT_IN.get(named, ("", ()))[1]):
             template = None  # the missing tokens are reported already
@@ -326,4 +332,4 @@ def _has_tokenizer(files: FileSources) -> bool:
 
 
 def _special_tokens(files: FileSources) -> SpecialTokens:
-    return SpecialTokens(files.config, files.generation, files.tokenizer)
+    return SpecialTokens(files.config, files.generation, files.tokenizer, files.template)

@@ -15,13 +15,15 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..model.open import is_remote
 from ..model.warnings import ModelWarning, ModelWarningKind
+from .chat_templates import find_template
 from .tokenizer_files import GENERATION, generation_config, main_file, small_files_directory
 from .vocabulary import added_tokens, last_row, read_vocabulary
 
 CONFIG = "config.json"
 _ROLES = ("eos", "bos", "pad")
-_TOKEN_KEY = re.compile(r"(?!.*(?:image|video|vision|audio|speech|patch|frame))\w+_token_ids?")
-"""Keys with ids of text tokens. Ids of other inputs may lie beyond the rows, since encoders replace them."""
+_OTHER_INPUT = re.compile(r"image|video|vision|audio|speech|patch|frame", re.IGNORECASE)
+"""Tokens of other inputs than text may lie beyond the rows, since encoders replace them."""
+_TOKEN_KEY = re.compile(r"\w+_token_ids?")
 _MARKUP = re.compile(r"<[|｜]?/?[\w▁ ]+[|｜]?>|\[\|\w+\|\]")
 _ENDS = frozenset(
     (
@@ -30,6 +32,7 @@ _ENDS = frozenset(
     )
 )
 """The names of tokens that end an answer, in lower case and without punctuation."""
+_DOCUMENT_ENDS = frozenset(("endoftext", "eos", "s"))
 
 Ids = frozenset[int]
 
@@ -60,12 +63,20 @@ class SpecialTokens:
         config: content of config.json, or None.
         generation: checkpoint with generation_config.json.
         tokenizer: checkpoint with the tokenizer files.
+        template: chat template that replaces the tokenizer's, or None.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None, generation: Checkpoint, tokenizer: Checkpoint) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None,
+        generation: Checkpoint,
+        tokenizer: Checkpoint,
+        template: str | None = None,
+    ) -> None:
         self._config = config
         self._generation = generation
         self._tokenizer = tokenizer
+        self._template = template
 
     def stated(self, role: str) -> dict[str, Ids]:
         """The ids of a token by the file that states them.
@@ -82,6 +93,22 @@ class SpecialTokens:
         """The ids of a token that transformers uses in generation: those of generation_config.json come first."""
         settings = self._settings(role) or self.stated(role)
         return next(iter(settings.values()), frozenset())
+
+    @property
+    def template(self) -> str | None:
+        """The chat template, or None."""
+        return self._template or find_template(small_files_directory(self._tokenizer))
+
+    def answer_ends(self) -> Ids:
+        """The ids of the tokens that end an answer according to the chat template; empty if it does not say."""
+        template = self.template or ""
+        texts = [self.text("eos")] if "eos_token" in template else _template_ends(template)
+        rows = (self.row(text) for text in texts if text is not None)
+        return frozenset(row for row in rows if row is not None)
+
+    def end_documents(self, ids: Ids) -> bool:
+        """Whether all of these tokens are known to end texts that models are trained on, and not answers."""
+        return ids <= {row for text, row in self._added.items() if _plain(text) in _DOCUMENT_ENDS}
 
     def text(self, role: str) -> str | None:
         """The text of a token according to the tokenizer's files; None if they do not state it."""
@@ -138,7 +165,8 @@ def check_output_tokens(tokens: SpecialTokens, template: str | None) -> Iterator
     """
     for role in _ROLES:
         stated = tokens.stated(role)
-        if _conflict(list(stated.values())):
+        decisive = stated.get(GENERATION, frozenset())
+        if _conflict(list(stated.values())) and not all(ids <= decisive for ids in stated.values()):
             listed = ", ".join(f"{_listed(ids)} in {file}" for file, ids in stated.items())
             yield ModelWarning(
                 ModelWarningKind.TOKENS,
@@ -163,21 +191,26 @@ def check_output_tokens(tokens: SpecialTokens, template: str | None) -> Iterator
         )
 
 
-def check_input_tokens(models: Mapping[str, SpecialTokens]) -> Iterator[ModelWarning]:
-    """Warn about special tokens that differ between models that are merged.
+def check_input_tokens(output: SpecialTokens, models: Mapping[str, SpecialTokens]) -> Iterator[ModelWarning]:
+    """Warn about special tokens of models that are merged if the output lacks them.
+
+    Additional tokens of the output are harmless: they only end an answer of a model that never writes them.
 
     Args:
-        models: the models by name, that of the output's files first.
+        output: the output's files.
+        models: the models by name.
     """
     for role in _ROLES:
         ids = {name: found for name, tokens in models.items() if (found := tokens.effective(role))}
-        if not _conflict(list(ids.values())):
+        used = output.effective(role) or next(iter(ids.values()), frozenset())
+        if all(_covers(used, found, role, models[name]) for name, found in ids.items()):
             continue
         listed = ", ".join(f"{_listed(found)} in {name}" for name, found in ids.items())
         yield ModelWarning(
             ModelWarningKind.TOKENS,
             f"{role}_token_id differs between the models: {listed}",
-            f"{_EFFECT[role]}: `tokenizer_source` chooses whose tokenizer and generation_config.json are used",
+            f"{_EFFECT[role]}, since the output uses {_listed(used)}: set `tokenizer_source` to the model whose "
+            "tokenizer and generation_config.json are right",
             (f"{role}_token_id",),
         )
 
@@ -187,6 +220,16 @@ _EFFECT = {
     "bos": "prompts may begin with the wrong token",
     "pad": "batches may be padded with the wrong token",
 }
+
+
+def _covers(used: Ids, found: Ids, role: str, tokens: SpecialTokens) -> bool:
+    """Whether the ids of the output do for a model with the ids `found`: all, or those that end its answers."""
+    if role != "eos" or found <= used:
+        return found <= used
+    if ends := tokens.answer_ends():
+        return ends <= used & found
+    own = tokens.text("eos")  # without a template, a model ends with its eos_token, if the others only end documents
+    return own is not None and tokens.row(own) in used & found and tokens.end_documents(found - used)
 
 
 def _conflict(sets: Sequence[Ids]) -> bool:
@@ -200,7 +243,12 @@ def _template_ends(template: str) -> list[str]:
     if "eos_token" in template:
         return []
     found = dict.fromkeys(_MARKUP.findall(template))
-    return [text for text in found if re.sub(r"[\W_]|▁", "", text).lower() in _ENDS]
+    return [text for text in found if _plain(text) in _ENDS]
+
+
+def _plain(token: str) -> str:
+    """A token's text in lower case and without punctuation."""
+    return re.sub(r"[\W_]|▁", "", token).lower()
 
 
 def _listed(ids: Ids) -> str:
@@ -251,7 +299,11 @@ def check_tokenizer_rows(
     if _is_local(tokenizer, directory) and last_row(directory) >= rows:
         vocabulary = read_vocabulary(directory)
         tokens |= {} if vocabulary is None else {**vocabulary.rows, **vocabulary.byte_rows}
-    beyond = sorted((row, token) for token, row in tokens.items() if row >= rows)
+    beyond = sorted(
+        (row, token)
+        for token, row in tokens.items()
+        if row >= rows and (not _OTHER_INPUT.search(token) or model.caused_by_merge((row,)))
+    )
     if not beyond:
         return
     listed = ", ".join(f"{token!r} ({row})" for row, token in beyond[:5])
@@ -287,7 +339,9 @@ def check_stated_ids(
         key: ids
         for section in _sections(content)
         for key, value in section.items()
-        if _TOKEN_KEY.fullmatch(key) and (ids := frozenset(each for each in _ids(value) if each >= rows))
+        if _TOKEN_KEY.fullmatch(key)
+        and not _OTHER_INPUT.search(key)
+        and (ids := frozenset(each for each in _ids(value) if each >= rows))
     }
     if not keys:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,10 @@ from ...errors import CheckpointError
 from ...io.output.digests import file_digest
 from ...io.small_files import read_json, read_small
 
-_TEXTS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_TEXTS = (
+    *("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "spm.model"),
+    *("sentencepiece.model", "sentencepiece.bpe.model"),
+)
 _OPAQUE = (".tiktoken", "tiktoken.model", "tekken.json")
 """Files whose tokens are bytes instead of text."""
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
@@ -26,6 +29,8 @@ _PAIRS = re.compile(rb'"vocab"\s*:\s*\[')
 _PAIR = re.compile(rb'\[\s*"')
 _NAMED = 8
 """Maximum number of further tokens that a difference names."""
+_EXTRA_IDS = 100
+"""Number of tokens that T5's tokenizer adds if its settings don't say."""
 _BROKEN = (ValueError, TypeError, KeyError, AttributeError, IndexError, StopIteration)
 
 
@@ -96,7 +101,13 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
         elif main.name.endswith(_OPAQUE) or _TIKTOKEN.match(read_small(main)):
             return Vocabulary(main, _added(directory, main.name), file_digest(main), _byte_rows(main))
         else:
-            rows = {piece: row for row, piece in enumerate(_pieces(read_small(main)))}
+            pieces = list(_pieces(read_small(main)))
+            if not pieces:
+                raise ValueError(f"{main.name} has no tokens")
+            rows = {piece: row for row, piece in enumerate(pieces)}
+            return Vocabulary(
+                main, _implied_rows(directory, main.name, len(pieces)) | _added(directory, main.name) | rows
+            )
         return Vocabulary(main, _added(directory, main.name) | rows)
 
 
@@ -137,7 +148,8 @@ def last_row(directory: Path) -> int:
         elif main.name == "vocab.txt":
             bounds.append(read_small(main).removesuffix(b"\n").count(b"\n"))
         elif not main.name.endswith(_OPAQUE) and not _TIKTOKEN.match(data := read_small(main)):
-            bounds.append(sum(number == 1 for number, _ in _fields(data)) - 1)
+            count = sum(number == 1 for number, _ in _fields(data))
+            bounds += (count - 1, *_implied_rows(directory, main.name, count).values())
         return max(bounds)
 
 
@@ -177,21 +189,36 @@ def difference(
     moved = [token for token, row in ours.items() if theirs.get(token) != row]
     new = [token for token in theirs if token not in ours]
     tokens = sorted((*moved, *new), key=lambda text: ours.get(text, theirs.get(text, 0)))
-    token, *others = tokens
-    where = " and ".join(
-        f"row {rows[token]} in {name}" if token in rows else f"no row in {name}"
-        for rows, name in zip((ours, theirs), names, strict=True)
-    )
-    more = ""
-    if others:
-        listed = ", ".join(map(repr, others[:_NAMED])) + (", ..." if len(others) > _NAMED else "")
-        more = f", and {len(others):,} other{'s differ' if len(others) > 1 else ' differs'} as well ({listed})"
     return Difference(
-        f"token {token!r} has {where}{more}",
+        _described(ours, theirs, tokens, names),
         tuple(tokens),
         len({each[text] for text in tokens for each in (ours, theirs) if text in each}),
         len({*ours.values(), *theirs.values()}),
     )
+
+
+def _described(
+    ours: Mapping[str, int], theirs: Mapping[str, int], tokens: Iterable[str], names: tuple[str, str]
+) -> str:
+    """Name the tokens that differ. A row whose token has another name in the other vocabulary is one difference."""
+    places = {row: token for token, row in theirs.items() if token not in ours}
+    renamed = {token: places[row] for token in tokens if token not in theirs and (row := ours.get(token, -1)) in places}
+    hidden = set(renamed.values())
+    token, *others = (token for token in tokens if token not in hidden)
+    if token in renamed:
+        text = f"row {ours[token]} is {token!r} in {names[0]} and {renamed[token]!r} in {names[1]}"
+    else:
+        where = " and ".join(
+            f"row {rows[token]} in {name}" if token in rows else f"no row in {name}"
+            for rows, name in zip((ours, theirs), names, strict=True)
+        )
+        text = f"token {token!r} has {where}"
+    if others:
+        listed = [f"{each!r} / {renamed[each]!r}" if each in renamed else repr(each) for each in others[:_NAMED]]
+        listed += ["..."] * (len(others) > _NAMED)
+        text += f", and {len(others):,} other{'s differ' if len(others) > 1 else ' differs'} as well"
+        text += f" ({', '.join(listed)})"
+    return text
 
 
 def _numbering(vocabulary: Vocabulary) -> str:
@@ -253,6 +280,24 @@ def _added(directory: Path, main: str) -> dict[str, int]:
     config = read_json(directory / "tokenizer_config.json") or {}
     decoder = config.get("added_tokens_decoder") or {}
     return rows | {str(token["content"]): _row(row) for row, token in decoder.items()}
+
+
+def _implied_rows(directory: Path, main: str, pieces: int) -> dict[str, int]:
+    """The rows of the tokens that the tokenizer's class appends to those of a SentencePiece model, without a file."""
+    if main == "spm.model":  # DeBERTa
+        return {"[MASK]": pieces}
+    if main != "spiece.model":
+        return {}
+    config = read_json(directory / "tokenizer_config.json") or {}
+    count = config.get("extra_ids")
+    if count is None and str(config.get("tokenizer_class")).startswith("T5Tokenizer"):
+        count = _EXTRA_IDS
+    elif count is None:
+        listed = (read_json(directory / "special_tokens_map.json") or {}).get("additional_special_tokens") or ()
+        count = sum(str(token).startswith("<extra_id_") for token in listed)
+    if not isinstance(count, int) or not 0 <= count < 10_000:
+        raise ValueError(f"invalid extra_ids {count!r}")
+    return {f"<extra_id_{number}>": pieces + count - 1 - number for number in range(count)}
 
 
 def _byte_rows(main: Path) -> dict[str, int]:

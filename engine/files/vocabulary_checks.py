@@ -11,7 +11,7 @@ from ..graph.build import BuiltGraph, Model
 from ..model.roles import is_embedding, is_head
 from ..model.warnings import ModelWarning, ModelWarningKind
 from .tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
-from .vocabulary import Difference, difference, read_vocabulary
+from .vocabulary import Difference, Vocabulary, difference, read_vocabulary
 
 ALLOW = "allow_vocabulary_mismatch"
 """The recipe key that merges embeddings row by row although vocabularies differ."""
@@ -26,11 +26,13 @@ class TokenizerModel:
         name: name of the tokenizer's model in the recipe.
         checkpoint: checkpoint that contains the tokenizer files.
         rows: number of rows of the model's embeddings; None if unknown.
+        merged: whether the model's embeddings or heads are merged with those of another, and not only copied.
     """
 
     name: str
     checkpoint: Checkpoint
     rows: int | None = None
+    merged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +40,18 @@ class VocabularyRule:
     """What a recipe requires of the vocabularies.
 
     Args:
-        required: whether all vocabularies must be equal, since the recipe sets the output's tokenizer.
+        required: whether the output must have a tokenizer, since the recipe sets it.
+        equal: whether all vocabularies must be equal, since the recipe sets their union as the output's.
         allowed: whether differences are accepted, since the recipe sets `allow_vocabulary_mismatch`.
         error: makes the error for different vocabularies.
-        advice: what to do if vocabularies that must be equal are not.
+        advice: what to do if a vocabulary is different or unknown that must not be.
     """
 
     required: bool = False
+    equal: bool = False
     allowed: bool = False
     error: Callable[[str], MergeloomError] = CheckpointError
-    advice: str = f"Embeddings cannot be merged by token yet: use models with the same vocabulary; {_PROCEED}"
+    advice: str = "Take the tokenizer from a model that has one"
 
 
 def embedding_names(model: Model) -> list[str]:
@@ -74,6 +78,23 @@ def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:
     return [model for model in built.models if model.number in used]
 
 
+def models_with_merged_embeddings(built: BuiltGraph) -> set[int]:
+    """The numbers of the models of a stage whose embeddings or heads are merged with those of another model."""
+    names = {model.number: set(embedding_names(model)) for model in built.models}
+    graph = built.graph
+    reads = {
+        read: model
+        for read, (model, name) in enumerate(zip(graph.read_models, graph.read_names, strict=True))
+        if name in names.get(model, ())
+    }
+    merged: set[int] = set()
+    for sources in graph.node_sources:
+        if len(sources) > 1:
+            models = {reads[read] for read in sources if read in reads}
+            merged |= models if len(models) > 1 else set()
+    return merged
+
+
 def check_vocabularies(
     tokenizer: TokenizerModel, models: Sequence[TokenizerModel], rule: VocabularyRule
 ) -> Iterator[ModelWarning]:
@@ -89,47 +110,64 @@ def check_vocabularies(
 
     Raises:
         CheckpointError: a model's vocabulary is unrelated to that of the output, or a tokenizer file is not valid.
-        MergeloomError: `rule.error`, for vocabularies that are different or unknown although they must be equal.
+        MergeloomError: `rule.error`, for vocabularies that are different or unknown although they must be equal, and
+            for a missing tokenizer.
     """
     if rule.allowed:
         return
     compared = list({each.checkpoint.path: each for each in (tokenizer, *models)}.values())
     known = [each for each in compared if main_file(each.checkpoint) is not None]
     unknown = [each.name for each in compared if each not in known]
-    if unknown and rule.required and len(compared) > 1:
+    lacking = rule.equal or (rule.required and tokenizer.name in unknown)
+    if unknown and lacking and len(compared) > 1:
         raise rule.error(f"{unknown[0]} has no tokenizer files, so its vocabulary is unknown. {rule.advice}")
     if unknown and known:
         yield _missing(tokenizer, unknown)
+    parsed: dict[str, Vocabulary] = {}  # that of the first model, which is compared with all others
     for other in known[1:]:
-        found = _difference(known[0], other)
+        first = known[0]
+        found = _difference(first, other, parsed)
         if found is None:
             continue
-        pair = f"the vocabularies of {known[0].name} and {other.name}"
-        if rule.required:
+        pair = f"the vocabularies of {first.name} and {other.name}"
+        if rule.equal:
             raise rule.error(f"{pair} differ: {found.text}. {rule.advice}")
+        together = first.merged and other.merged
+        combined = f"has the tokenizer of {first.name} and embeddings or a head of {other.name}"
+        if tokenizer.name in unknown:
+            combined = "has embeddings or heads of both"
         if found.unrelated:
+            effect = "Embeddings are merged row by row, which would mix different tokens"
             raise CheckpointError(
-                f"{pair} are unrelated: {found.rows:,} of {found.compared:,} rows differ; {found.text}. Embeddings are "
-                f"merged row by row, which would mix different tokens: use models with the same vocabulary; {_PROCEED}"
+                f"{pair} are unrelated: {found.rows:,} of {found.compared:,} rows differ; {found.text}. "
+                f"{effect if together else f'The output {combined}'}: use models with the same vocabulary; {_PROCEED}"
             )
-        yield _differing(pair, found)
+        yield _differing(pair, found, "" if together else combined)
 
 
-def _difference(first: TokenizerModel, second: TokenizerModel) -> Difference | None:
+def _difference(first: TokenizerModel, second: TokenizerModel, parsed: dict[str, Vocabulary]) -> Difference | None:
     """How the vocabularies of two models differ in the rows that their embeddings have; None if they are equal."""
     if same_vocabulary_files(first.checkpoint, second.checkpoint):
         return None
-    ours, theirs = (read_vocabulary(tokenizer_directory(each.checkpoint)) for each in (first, second))
-    assert ours is not None
-    assert theirs is not None
+    if first.name not in parsed:
+        parsed[first.name] = _vocabulary(first)
     rows = min((each.rows for each in (first, second) if each.rows is not None), default=None)
-    return difference(ours, theirs, (first.name, second.name), rows)
+    return difference(parsed[first.name], _vocabulary(second), (first.name, second.name), rows)
 
 
-def _differing(pair: str, found: Difference) -> ModelWarning:
+def _vocabulary(model: TokenizerModel) -> Vocabulary:
+    found = read_vocabulary(tokenizer_directory(model.checkpoint))
+    assert found is not None
+    return found
+
+
+def _differing(pair: str, found: Difference, combined: str) -> ModelWarning:
+    """The warning for vocabularies that differ; `combined` says what the output combines if nothing is merged."""
     if found.rows:
         count = f"{found.rows:,} of {found.compared:,} rows"
-        problem = f"{pair} differ in {count}, which are merged although they belong to different tokens: {found.text}"
+        effect = f", although the output {combined}" if combined else ""
+        effect = effect or ", which are merged although they belong to different tokens"
+        problem = f"{pair} differ in {count}{effect}: {found.text}"
     else:
         problem = f"{pair} may differ: {found.text}"
     advice = f"use models with the same vocabulary; {_PROCEED}"

@@ -279,7 +279,8 @@ class _GraphBuilder:
         return "norm" if self.donor.layers.is_after(name) else "embeddings"
 
     def _add_non_layer(self, part: BoundSlice, name: str) -> None:
-        chosen = self.non_layer.get(self._non_layer_key(name))
+        key = self._non_layer_key(name)
+        chosen = self.non_layer.get(key)
         part = chosen or part
         names = [name if name in model.checkpoint.tensors else None for model in part.models]
         if is_head(name):
@@ -296,9 +297,7 @@ class _GraphBuilder:
             model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
             shape = model.checkpoint.tensors[source].shape
             if shape != own.shape and not is_buffer(name, shape):
-                message = shape_mismatch(name, self.donor, own.shape, model, shape)
-                if chosen is None and is_head(name):
-                    message += f", or take the head from {self.donor.name} with head under non_layer"
+                message = shape_mismatch(name, self.donor, own.shape, model, shape, "" if chosen else key)
                 raise TensorMismatch(message, self.donor, model)
         self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None)
 

@@ -255,13 +255,25 @@ def promote(dtypes: Iterable[DType]) -> DType:
     return F32
 
 
-def shape_mismatch(name: str, first: Model, first_shape: Sequence[int], second: Model, shape: Sequence[int]) -> str:
-    """The error message for a tensor whose shapes differ between two models."""
+def shape_mismatch(
+    name: str, first: Model, first_shape: Sequence[int], second: Model, shape: Sequence[int], key: str = ""
+) -> str:
+    """The error message for a tensor whose shapes differ between two models.
+
+    Args:
+        name: name of the tensor.
+        first: the first model.
+        first_shape: shape of the tensor in the first model.
+        second: the second model.
+        shape: shape of the tensor in the second model.
+        key: key of `non_layer` that would take the tensor from the first model instead; empty if there is none.
+    """
     if len(shape) == len(first_shape) == 2 and shape[1] == first_shape[1] and (is_embedding(name) or is_head(name)):
         return (
             f"tensor {name}: {first.name} has a vocabulary of {first_shape[0]} rows and {second.name} one of "
             f"{shape[0]}: different vocabularies are not supported yet; resize one with transformers' "
             "resize_token_embeddings, such that both have the same tokens in the same rows"
+            + (f"; or take it from {first.name} with `non_layer: {{{key}: {first.name}}}`" if key else "")
         )
     return (
         f"tensor {name} has shape {list(first_shape)} in {first.name} and {list(shape)} in {second.name}: only models "

@@ -2,7 +2,7 @@
 
 Models are directories by the side of each other: ``base`` with the fine-tunes ``a``, ``b`` and ``c`` of 4 layers;
 ``deep`` of 6 layers; ``tied`` and ``tied2`` without a head; ``qwen`` and ``qwen2`` with biases; ``t5`` and ``t5b`` with
-an encoder and a decoder; ``words`` with one more token; ``sees`` with a vision tower; ``new`` and ``new2`` of an
+an encoder and a decoder; ``words`` with twelve more tokens; ``sees`` with a vision tower; ``new`` and ``new2`` of an
 architecture that nobody knows; ``pickled`` without safetensors.
 """
 
@@ -305,7 +305,7 @@ REFUSED_HERE: dict[str, tuple[str, str]] = {
     ),
     "other vocabularies": (
         f"merge_method: linear\n{WEIGHTED.replace('model: b', 'model: words')}tokenizer_source: a\n",
-        "token 'word32' has no row in a and row 32 in words",
+        "are unrelated: 12 of 44 rows differ; token 'word32' has no row in a and row 32 in words",
     ),
     "an empty layer_range": (
         """\

@@ -41,7 +41,7 @@ def write_zoo(directory: Path) -> Path:
     }
     for name, (model, fill) in kinds.items():
         written = models.write_checkpoint(directory / name, model, dtype="F32", fill=fill)
-        models.write_tokenizer(written, WORDS + (name == "words"))
+        models.write_tokenizer(written, WORDS + 12 * (name == "words"))
         if name in TEMPLATES:
             file = written / "tokenizer_config.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATES[name]}))

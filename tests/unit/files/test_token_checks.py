@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +116,85 @@ def test_models_whose_end_tokens_contain_each_other(make: Make) -> None:
     base = make("base", {"eos_token_id": 62}, {"eos_token_id": 62}, eos_token="<|endoftext|>")
     chat = make("chat", {"eos_token_id": 59}, {"eos_token_id": [59, 62]}, eos_token="<|im_end|>")
     silent = make("silent", {"eos_token_id": None, "bos_token_id": None})
-    assert plan(linear(base, chat, silent), STRICT).warnings == ()
     assert plan(linear(chat, base, silent), STRICT).warnings == ()
+    (found,) = warnings_of(linear(base, chat, silent))  # the output would stop at <|endoftext|> only
+    assert found.problem == f"eos_token_id differs between the models: 62 in {base}, 59 or 62 in {chat}"
+    assert found.advice == (
+        "generation may not stop, or stop too early, since the output uses 62: set `tokenizer_source` to the model "
+        "whose tokenizer and generation_config.json are right"
+    )
+
+
+def llama(make: Make) -> tuple[Path, Path]:
+    """A model and its fine-tune for chat, whose files state the end tokens as Llama 3's do."""
+    base = make("base", {"eos_token_id": 62}, {"eos_token_id": 62}, eos_token="<|endoftext|>")
+    chat = make("chat", {"eos_token_id": 60}, {"eos_token_id": [62, 60]}, eos_token="<|eot_id|>", chat_template=LLAMA)
+    return base, chat
+
+
+def test_a_base_that_lacks_the_end_token_of_its_fine_tune(tmp_path: Path, make: Make) -> None:
+    base, chat = llama(make)
+    recipe = linear(base, chat, base_model=str(base))
+    (found,) = warnings_of(recipe)
+    assert f"62 in {base}, 60 or 62 in {chat}" in found.problem
+    assert found.names == ("eos_token_id",)
+    (found,) = warnings_of(recipe | {"tokenizer_source": "union"})  # does not choose a model
+    assert f"62 in {base}, 60 or 62 in {chat}" in found.problem
+    for more in ({"tokenizer_source": str(chat)}, {"tokenizer_source": "base"}, {"files_from": str(chat)}):
+        assert plan(recipe | more, STRICT).warnings == ()
+    merge(recipe | {"tokenizer_source": str(chat)}, tmp_path / "out", STRICT)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [62, 60]
+
+
+def test_a_missing_end_of_documents(make: Make) -> None:
+    """Qwen's models for chat list <|endoftext|> in addition to the token that ends their answers."""
+    tune = make("tune", {"eos_token_id": 59}, eos_token="<|im_end|>")
+    chat = make("chat", {"eos_token_id": 59}, {"eos_token_id": [59, 62]}, eos_token="<|im_end|>")
+    assert plan(linear(tune, chat), STRICT).warnings == ()
+    update_json(chat / "generation_config.json", eos_token_id=[59, 62, 60])  # and <|eot_id|>
+    assert f"59 in {tune}, 59 or 60 or 62 in {chat}" in warnings_of(linear(tune, chat))[0].problem
+
+
+def test_gemmas_end_of_turn(make: Make) -> None:
+    base = make("base", {}, {"eos_token_id": 2}, eos_token="</s>")
+    chat = make("chat", {"eos_token_id": [2, 61]}, {"eos_token_id": [2, 61]}, eos_token="</s>", chat_template=GEMMA)
+    assert [found.names for found in warnings_of(linear(base, chat))] == [("eos_token_id",)]
+    assert plan(linear(chat, base), STRICT).warnings == ()
+    assert plan(linear(base, chat, tokenizer_source=str(chat)), STRICT).warnings == ()
+
+
+@pytest.mark.parametrize("tokenizer_source", ["base", "tune"])
+@pytest.mark.parametrize("role", ["eos", "bos", "pad"])
+def test_a_recipe_that_chooses_the_tokenizer_chooses_its_tokens(tokenizer_source: str, role: str, make: Make) -> None:
+    key = f"{role}_token_id"
+    models = {"base": make("base", {key: 2}), "tune": make("tune", {key: 1}, {key: [1, 2]})}
+    recipe = linear(*models.values(), tokenizer_source=str(models[tokenizer_source]))
+    assert plan(recipe, STRICT).warnings == ()
+
+
+def test_config_json_follows_the_tokenizer(tmp_path: Path, make: Make) -> None:
+    """Without it, the warning about the base's end token would be followed by one about the output's config.json."""
+    base = make("base", {"eos_token_id": 2, "text_config": {"eos_token_id": 2}}, {"eos_token_id": 2}, eos_token="</s>")
+    chat = make("chat", {"eos_token_id": 59, "pad_token_id": 63}, {"eos_token_id": 59}, eos_token="<|im_end|>")
+    recipe = linear(base, chat, base_model=str(base))
+    assert [found.names for found in warnings_of(recipe)] == [("eos_token_id",)]
+    merge(recipe | {"tokenizer_source": str(chat)}, tmp_path / "out", STRICT)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")] == [59, 1, 63]
+    assert config["text_config"] == {"eos_token_id": 59}
+    for text in ("union", "base", str(base)):
+        merge(recipe | {"tokenizer_source": text}, tmp_path / "kept", CPU)
+        config = json.loads((tmp_path / "kept" / "config.json").read_text())
+        assert config["eos_token_id"] == 2
+        assert "pad_token_id" not in config
+        shutil.rmtree(tmp_path / "kept")
+
+
+def test_a_fine_tune_that_states_only_the_end_token_of_its_template(make: Make) -> None:
+    _, chat = llama(make)
+    tune = make("tune", {"eos_token_id": 60}, eos_token="<|eot_id|>", chat_template=LLAMA)
+    assert plan(linear(tune, chat), STRICT).warnings == ()
+    assert plan(linear(chat, tune), STRICT).warnings == ()
 
 
 def test_a_model_whose_tokenizer_alone_states_its_end_token(make: Make) -> None:
@@ -129,8 +208,11 @@ def test_fine_tunes_as_they_are_published(make: Make) -> None:
     trained = {"transformers_version": "4.57.1", "torch_dtype": "float32", "use_cache": False, "_name_or_path": "/x"}
     a = make("a", published, {"eos_token_id": 2, "temperature": 0.6}, eos_token="</s>", bos_token="<s>")
     b = make("b", trained, {"eos_token_id": [2, 59], "do_sample": True}, eos_token="</s>", padding_side="left")
-    for recipe in (linear(a, b), linear(b, a), linear(a, b, tokenizer_source="union", base_model=str(b))):
+    for recipe in (linear(b, a), linear(a, b, tokenizer_source="union", base_model=str(b))):
         assert plan(recipe, STRICT).warnings == ()
+    assert [found.names for found in warnings_of(linear(a, b))] == [("eos_token_id",)]  # the output would lack 59
+    update_json(b / "tokenizer_config.json", chat_template="{{ m }}{{ eos_token }}")  # it ends messages with </s>
+    assert plan(linear(a, b), STRICT).warnings == ()
 
 
 # ------------------------------------------------------------------------------------------------ the chat template
@@ -193,6 +275,18 @@ def test_added_tokens_beyond_the_rows(make: Make) -> None:
         )
         assert "resize_token_embeddings" in found.advice
         assert found.names == ("<x>", "<y>")
+
+
+@pytest.mark.parametrize("token", ["<image_soft_token>", "<|video_pad|>", "<Audio>"])
+def test_a_token_of_another_input_beyond_the_rows(token: str, make: Make) -> None:
+    """Gemma 3's models for text have 262,144 rows and the token <image_soft_token> 262144."""
+    a, b = make("a", added=[*ADDED, token]), make("b", added=[*ADDED, token])
+    assert plan(linear(a, b), STRICT).warnings == ()
+    assert plan(linear(a, b, tokenizer_source=str(b)), STRICT).warnings == ()
+    model = tiny_llama(vocabulary=66)
+    with_row = write_checkpoint(make("c", model.config, added=[*ADDED, token]), model, fill=3)
+    with pytest.raises(CheckpointError, match=r"c has tokens beyond the 64 rows .*\(64\); take the tokenizer from"):
+        plan(linear(make("d"), tokenizer_source=str(with_row)), CPU)  # the merge loses the row
 
 
 def test_other_tokens_beyond_the_rows(make: Make) -> None:

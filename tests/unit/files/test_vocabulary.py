@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergeloom.engine.files.tokenizer_files import same_vocabulary_files
-from mergeloom.engine.files.vocabulary import difference, read_vocabulary
+from mergeloom.engine.files.vocabulary import difference, last_row, read_vocabulary
 from mergeloom.errors import CheckpointError
 from mergeloom.io.safetensors.checkpoint import Checkpoint
 
@@ -114,6 +114,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         {"tokenizer__model": b"\x0a\xff"},
         {"tokenizer__model": b"\x0b"},
         {"tokenizer__model": b"\x80" * 20},
+        {"spm__model": b""},
         {"tokenizer__model": piece("a")[:-1]},
         {"vocab__json": {}, "added_tokens__json": []},
         {"vocab__json": {}, "added_tokens__json": [1]},
@@ -121,6 +122,8 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         {"vocab__json": {}, "tokenizer_config__json": [1]},
         {"tokenizer__json": {"model": {"vocab": {"a": float("inf")}}}},
         {"tokenizer__json": {"model": {"vocab": {"a": 1.5}}}},
+        {"spiece__model": SENTENCEPIECE, "tokenizer_config__json": {"extra_ids": "2"}},
+        {"spiece__model": SENTENCEPIECE, "tokenizer_config__json": {"extra_ids": 10**12}},
         {"tokenizer__json": {"model": {"vocab": {}}, "added_tokens": [{"content": "a", "id": float("nan")}]}},
     ],
     ids=str,
@@ -177,7 +180,7 @@ def test_equal_ones(tmp_path: Path) -> None:
             "token 'new' has row 4 in A and no row in B, and 1 other differs",
         ),
         (tokenizer(), tokenizer({"<unk>": 0, "b": 1, "a": 2, "ab": 3}), "token 'a' has row 1 in A and row 2 in B"),
-        (tokenizer(), tokenizer({"<unk>": 0, "a": 1, "c": 2, "ab": 3}), "token 'b' has row 2 in A and no row in B"),
+        (tokenizer(), tokenizer({"<unk>": 0, "a": 1, "c": 2, "ab": 3}), "row 2 is 'b' in A and 'c' in B"),
     ],
 )
 def test_the_first_difference_is_named(first: Any, second: Any, words: str, tmp_path: Path) -> None:
@@ -187,11 +190,70 @@ def test_the_first_difference_is_named(first: Any, second: Any, words: str, tmp_
     assert words in found
 
 
+def test_renamed_tokens_are_one_difference_each(tmp_path: Path) -> None:
+    """As Hermes does with two of Llama 3's reserved tokens."""
+    first, second = tokenizer(r1=4, r2=5, r3=6, only=7), tokenizer(start=4, end=5, r3=6)
+    same, text = compared(tmp_path, {"tokenizer__json": first}, {"tokenizer__json": second})
+    assert not same
+    assert text == "row 4 is 'r1' in A and 'start' in B, and 2 others differ as well ('r2' / 'end', 'only')"
+
+
+T5 = {"extra_ids": 2, "tokenizer_class": "T5Tokenizer"}
+EXTRA = tokenizer([[token, 0.0] for token in ROWS]) | {
+    "added_tokens": [{"id": 4 + number, "content": f"<extra_id_{1 - number}>"} for number in range(2)]
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "added"),
+    [
+        ({"spm__model": SENTENCEPIECE}, {"[MASK]": 4}),
+        ({"spm__model": SENTENCEPIECE + piece("[MASK]")}, {"[MASK]": 4}),
+        ({"spm__model": SENTENCEPIECE, "added_tokens__json": {"[MASK]": 7}}, {"[MASK]": 7}),
+        ({"sentencepiece__model": SENTENCEPIECE}, {}),
+        ({"spiece__model": SENTENCEPIECE, "tokenizer_config__json": {}}, {}),
+        (
+            {
+                "spiece__model": SENTENCEPIECE,
+                "special_tokens_map__json": {"additional_special_tokens": ["<extra_id_0>", "<x>"]},
+            },
+            {"<extra_id_0>": 4},
+        ),
+        ({"spiece__model": SENTENCEPIECE, "tokenizer_config__json": T5}, {"<extra_id_1>": 4, "<extra_id_0>": 5}),
+        ({"spiece__model": SENTENCEPIECE, "tokenizer_config__json": T5 | {"extra_ids": 0}}, {}),
+        ({"tokenizer__model": SENTENCEPIECE, "tokenizer_config__json": {"extra_ids": 2}}, {}),
+    ],
+)
+def test_tokens_that_the_class_of_the_tokenizer_adds(
+    files: dict[str, Any], added: dict[str, int], tmp_path: Path
+) -> None:
+    found = read_vocabulary(write(tmp_path, **files))
+    assert found is not None
+    assert found.rows == ROWS | added
+    assert last_row(tmp_path) >= max(found.rows.values())
+
+
+def test_t5s_default_number_of_extra_tokens(tmp_path: Path) -> None:
+    settings = {"tokenizer_class": "T5TokenizerFast"}
+    found = read_vocabulary(write(tmp_path, spiece__model=SENTENCEPIECE, tokenizer_config__json=settings))
+    assert found is not None
+    assert len(found.rows) == 104
+    assert (found.rows["<extra_id_99>"], found.rows["<extra_id_0>"]) == (4, 103)
+
+
+def test_a_sentencepiece_model_and_the_tokenizer_json_made_from_it(tmp_path: Path) -> None:
+    piece_files = {"spiece__model": SENTENCEPIECE, "tokenizer_config__json": T5}
+    assert compared(tmp_path / "t5", {"tokenizer__json": EXTRA}, piece_files) == (False, None)
+    mask = tokenizer([[token, 0.0] for token in ROWS], **{"[MASK]": 4})
+    assert compared(tmp_path / "deberta", {"tokenizer__json": mask}, {"spm__model": SENTENCEPIECE}) == (False, None)
+    other = {"spiece__model": SENTENCEPIECE, "tokenizer_config__json": T5 | {"extra_ids": 1}}
+    text = compared(tmp_path / "fewer", {"tokenizer__json": EXTRA}, other)[1]
+    assert text == "token '<extra_id_1>' has row 4 in A and no row in B, and 1 other differs as well ('<extra_id_0>')"
+
+
 def test_tokens_that_are_bytes(tmp_path: Path) -> None:
     one, other = {"qwen__tiktoken": "YQ== 0"}, {"qwen__tiktoken": "Yg== 0"}
-    assert compared(tmp_path / "a", one, other)[1] == (
-        "token 'a' has row 0 in A and no row in B, and 1 other differs as well ('b')"
-    )
+    assert compared(tmp_path / "a", one, other)[1] == ("row 0 is 'a' in A and 'b' in B")
     assert compared(tmp_path / "odd", one, {"qwen__tiktoken": "a"})[1] == "qwen.tiktoken differs between A and B"
     assert "cannot be compared" in str(compared(tmp_path / "b", one, {"tokenizer__json": tokenizer()})[1])
     added = one | {"tokenizer_config__json": {"added_tokens_decoder": {"7": {"content": "<|end|>"}}}}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.files import vocabulary_checks
-from mergeloom.engine.files.vocabulary import Difference
+from mergeloom.engine.files.vocabulary import Difference, Vocabulary, read_vocabulary
 from mergeloom.engine.model.warnings import ModelWarning, ModelWarningKind
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
@@ -72,7 +72,7 @@ def test_unrelated_vocabularies_are_rejected(make: Make) -> None:
         plan(linear(a, b), CPU)
     message = str(caught.value)
     assert message.startswith(f"the vocabularies of {a} and {b} are unrelated: 60 of 60 rows differ; ")
-    assert f"token '<unk>' has row 0 in {a} and no row in {b}, and 119 others differ as well" in message
+    assert f"row 0 is '<unk>' in {a} and 'other0' in {b}, and 59 others differ as well" in message
     assert "set `allow_vocabulary_mismatch: true`" in message
     assert plan(linear(a, b, allow_vocabulary_mismatch=True), STRICT).warnings == ()
 
@@ -121,6 +121,16 @@ def test_tokens_without_a_row_are_not_compared(make: Make) -> None:
         assert plan(linear(a, b, **more), CPU).warnings == ()
 
 
+def test_deberta_with_and_without_a_tokenizer_json(make: Make) -> None:
+    """The published model has spm.model only, and its class adds [MASK]. Fine-tunes have tokenizer.json."""
+    a, b = make("a", None), make("b", added=["[MASK]"])
+    pieces = [b"\x0a" + bytes([len(word)]) + word.encode() for word in WORDS]
+    (a / "spm.model").write_bytes(b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in pieces))
+    for more in ({}, {"tokenizer_source": str(b)}, {"tokenizer_source": str(a)}):
+        assert plan(linear(a, b, **more), STRICT).warnings == ()
+    assert warning_of(linear(a, make("c", added=["<x>"]))).names == ("[MASK]", "<x>")
+
+
 def test_formats_that_cannot_be_compared(make: Make) -> None:
     a, b = make("a"), make("b", None)
     (b / "qwen.tiktoken").write_text("YQ== 0\n")
@@ -142,6 +152,40 @@ def test_equal_files_are_not_parsed(make: Make, monkeypatch: pytest.MonkeyPatch)
         assert plan(linear(a, b, c, **more), CPU).warnings == ()
 
 
+def test_the_words_for_what_the_output_combines(make: Make) -> None:
+    a, b, c = make("a"), make("b", swapped(7, 9)), make("c")
+    stacked = f"the vocabularies of {a} and {b} differ in 2 of 60 rows, although the output has the tokenizer of {a}"
+    assert f"{stacked} and embeddings or a head of {b}: token 'word7'" in warning_of(stack(a, b)).problem
+    first, second = plan(linear(a, c, tokenizer_source=str(b)), CPU).findings
+    for other, found in ((a, first), (c, second)):
+        assert f"the output has the tokenizer of {b} and embeddings or a head of {other}: " in str(found)
+        assert "merged although" not in str(found)
+    d = make("d", [f"other{row}" for row in range(60)])
+    with pytest.raises(
+        CheckpointError, match=r"The output has the tokenizer of .*a and embeddings or a head of .*d: use"
+    ):
+        plan(stack(a, d), CPU)
+    with pytest.raises(
+        CheckpointError, match="Embeddings are merged row by row, which would mix different tokens: use"
+    ):
+        plan(linear(a, d), CPU)
+    unmerged = linear(a, b, non_layer={"embeddings": str(a), "head": str(b)})
+    assert f"the tokenizer of {a} and embeddings or a head of {b}" in warning_of(unmerged).problem
+
+
+def test_each_vocabulary_is_parsed_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    def read(directory: Path) -> Vocabulary | None:
+        parsed.append(directory.name)
+        return read_vocabulary(directory)
+
+    monkeypatch.setattr(vocabulary_checks, "read_vocabulary", read)
+    models = [make("a"), *(make(f"b{number}", swapped(7, number)) for number in range(9, 14))]
+    assert len(plan(linear(*models), CPU).warnings) == 5
+    assert sorted(parsed) == ["a", "b10", "b11", "b12", "b13", "b9"]
+
+
 def test_a_stack_with_embeddings_and_head_of_different_models(make: Make) -> None:
     a, b, c = make("a"), make("b", swapped(7, 9)), make("c")
     assert warning_of(stack(a, b)).names == ("word7", "word9")
@@ -154,6 +198,22 @@ def test_embeddings_or_a_head_that_the_recipe_chooses(key: str, part: str, make:
     a, b = make("a"), make("b", swapped(7, 9))
     assert warning_of(stack(a, a, **{key: {part: str(b)}})).names == ("word7", "word9")
     assert plan(stack(a, a, **{key: {"norm": str(b)}}), CPU).warnings == ()
+
+
+def test_a_stack_of_models_with_different_numbers_of_rows(make: Make) -> None:
+    """The advice of the error works."""
+    a, large = make("a"), make("large", added=["<x>"])
+    write_checkpoint(large, tiny_llama(vocabulary=66), fill=7)
+    with pytest.raises(CheckpointError) as caught:
+        plan(stack(a, large), CPU)
+    assert f"lm_head.weight: {a} has a vocabulary of 64 rows and {large} one of 66" in str(caught.value)
+    advice = f"or take it from {a} with `non_layer: {{head: {a}}}`"
+    assert advice in str(caught.value)
+    assert plan(stack(a, large, non_layer={"head": str(a)}), STRICT).warnings == ()
+    for recipe in (linear(a, large), stack(a, large, non_layer={"head": str(large)})):
+        with pytest.raises(CheckpointError, match="different vocabularies are not supported yet") as caught:
+            plan(recipe, CPU)
+        assert "non_layer: {" not in str(caught.value)
 
 
 def test_files_of_a_model_with_another_vocabulary(make: Make) -> None:
@@ -197,6 +257,8 @@ def test_missing_tokenizers_are_reported_once(make: Make) -> None:
 def test_models_are_compared_although_the_output_has_no_tokenizer(make: Make) -> None:
     a, b, c = make("a", None), make("b"), make("c", swapped(7, 9))
     missing, differing = plan(linear(a, b, c), CPU).findings
+    (_, stacked) = plan(stack(b, c, base_model=str(a)), CPU).findings
+    assert "differ in 2 of 60 rows, although the output has embeddings or heads of both: " in str(stacked)
     assert f"{a} has no tokenizer files" in str(missing)
     assert f"the vocabularies of {b} and {c} differ in 2 of 60 rows" in str(differing)
 
@@ -243,11 +305,14 @@ def test_a_union_of_different_vocabularies_is_rejected_by_name(union: dict[str, 
         plan(linear(a, c, **union), CPU)
 
 
-def test_a_tokenizer_that_the_recipe_sets_must_fit(make: Make) -> None:
-    a, b = make("a"), make("b", swapped(7, 9))
+def test_a_tokenizer_that_the_recipe_sets_is_compared_as_any_other(make: Make) -> None:
+    a, b, c = make("a"), make("b", swapped(7, 9)), make("c", [f"other{row}" for row in range(60)])
     recipe = linear(a, b, tokenizer_source=str(b))
-    with pytest.raises(CheckpointError, match=r"token 'word9' has row 7 in .*b and row 9 in .*a.* set `allow_vocab"):
-        plan(recipe, CPU)
+    found = warning_of(recipe)
+    assert found.names == ("word9", "word7")
+    assert "differ in 2 of 60 rows, which are merged although they belong to different tokens" in found.problem
+    with pytest.raises(CheckpointError, match=r"c and .*a are unrelated: 60 of 60 rows differ.* set `allow_vocab"):
+        plan(linear(a, c, tokenizer_source=str(c)), CPU)
     planned = plan(recipe | {"allow_vocabulary_mismatch": True}, STRICT)
     assert planned.files.tokenizer_from == str(b)
     assert planned.warnings == ()
