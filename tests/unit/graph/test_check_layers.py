@@ -257,6 +257,6 @@ def test_the_head_of_another_vocabulary_can_come_from_the_first_model() -> None:
     with pytest.raises(CheckpointError) as caught:
         build(stacked(("a", 0, 3), ("b", 2, 4)), models)
     assert "lm_head.weight: a has a vocabulary of 8 rows and b one of 10" in str(caught.value)
-    assert str(caught.value).endswith(", or take the head from a with head under non_layer")
+    assert str(caught.value).endswith("; or take it from a with `non_layer: {head: a}`")
     built = build(stacked(("a", 0, 3), ("b", 2, 4), non_layer={"head": "a"}), models)
     assert built.sources("lm_head.weight") == ["a:lm_head.weight"]
