@@ -282,7 +282,7 @@ WARNED = {
     "task_arithmetic": "has no such parameter",
     "task_arithmetic, lambda": "has no such parameter",
     "a switch in steps": "has no such parameter",
-    "anchors": "shared: unknown key",
+    "an encoder and a decoder": "the gradient of `weight` has one value for all of them",
     "keys without effect": "some_note: unknown key",
     "chat_template chatml": "needs the tokens",
     "chat_template exaone": "needs the tokens",
