@@ -19,8 +19,8 @@ from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
-from .configs.output import output_config
-from .files_from import follow_tokenizer, override_config, override_stack
+from .config.files_from import follow_tokenizer, override_config, override_stack
+from .config.output import output_config
 from .token_checks import (
     CONFIG,
     SpecialTokens,

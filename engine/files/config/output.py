@@ -10,11 +10,11 @@ from ...graph.build import BuiltGraph, OutputStack
 from ...model.layers import Stack
 from ...model.warnings import ModelWarning
 from ...recipe.types import Stage
-from ..config import MergedConfig, merged_config, stated_layers
 from .adapt import adapt_config, drop_quantization
 from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
 from .compare_heads import compare_heads
 from .mixed_dtypes import mixed_dtypes
+from .rearrange import MergedConfig, merged_config, stated_layers
 
 
 def output_config(

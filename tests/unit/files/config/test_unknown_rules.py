@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.files.config import merged_config
-from mergeloom.engine.files.configs.unknown_rules import unknown_rules
+from mergeloom.engine.files.config.rearrange import merged_config
+from mergeloom.engine.files.config.unknown_rules import unknown_rules
 
 EVEN = [0, 1, 2, 3, 2, 3, 4, 5]
 ODD = [0, 1, 2, 2, 3, 4, 5]

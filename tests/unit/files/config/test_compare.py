@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.files.configs.compare import NamedConfig, compare_configs, compare_layers
+from mergeloom.engine.files.config.compare import NamedConfig, compare_configs, compare_layers
 from mergeloom.engine.model.warnings import ModelWarning, ModelWarningKind
 from mergeloom.errors import CheckpointError
 from tests.support.models import tiny_llama

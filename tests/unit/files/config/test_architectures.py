@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.engine.files.configs import architectures
+from mergeloom.engine.files.config import architectures
 
 
 @cache

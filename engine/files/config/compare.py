@@ -12,8 +12,8 @@ from ....errors import CheckpointError
 from ...model.layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, NOT_PER_LAYER, PER_LAYER
 from ...model.layers import COUNT_KEYS
 from ...model.warnings import ModelWarning, ModelWarningKind
-from ..config import stated_layers
 from .architectures import TRANSPOSED_EXPERTS, TRANSPOSED_WEIGHTS
+from .rearrange import stated_layers
 
 _HARMLESS = re.compile(
     r"^_|transformers_version|dtype|architectures|auto_map|token_?ids?$|use_cache|cache_impl|dropout|pdrop|layerdrop"

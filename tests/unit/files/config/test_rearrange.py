@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.engine.files.config import MergedConfig, merged_config
+from mergeloom.engine.files.config.rearrange import MergedConfig, merged_config
 
 STACKED = [0, 1, 2, 3, 2, 3, 4, 5]  # [0, 4] and [2, 6] of six layers: every layer moved by an even number
 ODD = [0, 1, 2, 2, 3, 4, 5]  # [0, 3] and [2, 6]

@@ -11,8 +11,8 @@ from ....io.units import plural
 from ...graph.build import BuiltGraph
 from ...model.roles import is_after_layers, is_buffer, is_embedding, is_head, tied_embedding
 from ...model.warnings import ModelWarning, ModelWarningKind
-from ..config import set_dtype
 from .architectures import ATTENTION_BIAS, MLP_BIAS, TIED_BY_DEFAULT
+from .rearrange import set_dtype
 
 _LANGUAGE_MODEL = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM")
 _T5 = frozenset({"longt5", "mt5", "switch_transformers", "t5", "umt5"})

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..graph.build import OutputStack
-from .config import stated_layers
+from ...graph.build import OutputStack
+from .rearrange import stated_layers
 
 _WIDTHS = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "n_embd", "n_head"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.warnings import ModelWarning, ModelWarningKind
+from ...model.warnings import ModelWarning, ModelWarningKind
 
 _TRANSFORMERS = "https://github.com/huggingface/transformers/blob/main/src/transformers/models"
 

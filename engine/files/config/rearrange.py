@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.layer_keys import (
+from ...model.layer_keys import (
     FAMILIES,
     LAYER_INDICES,
     LAYER_INDICES_FROM_1,
@@ -23,10 +23,10 @@ from ..model.layer_keys import (
     PERIODS,
     SIDES,
 )
-from ..model.layers import COUNT_KEYS, LENGTH_KEYS
-from ..model.warnings import ModelWarning, ModelWarningKind
-from .configs.unknown_rules import unknown_rules
+from ...model.layers import COUNT_KEYS, LENGTH_KEYS
+from ...model.warnings import ModelWarning, ModelWarningKind
 from .layer_depth import adapt_to_depth
+from .unknown_rules import unknown_rules
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The config.json of an output: comparison of the inputs, rearranged layers, and keys that follow the tensors."""
