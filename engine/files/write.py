@@ -179,4 +179,13 @@ def _card(content: OutputContent, output: OutputModel) -> str:
         parameters=sum(map(graph.elements, nodes)),
         dtype=(None if output.folder else content.dtype) or ", ".join(dtypes),
         base_model=base,
+        library_name=_library(output.files),
     )
+
+
+def _library(files: FileSources) -> str:
+    """The Hub's name of the library that loads a model."""
+    if files.config is not None and "_class_name" in files.config:
+        return "diffusers"
+    is_embedder = (directory_of(files.others) / "modules.json").is_file()
+    return "sentence-transformers" if is_embedder else "transformers"

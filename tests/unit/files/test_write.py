@@ -160,3 +160,17 @@ def test_the_plan_says_what_config_can_not(tmp_path: Path) -> None:
     planned = plan({"merge_method": "passthrough", "slices": slices}, CPU)
     assert [warning for warning in planned.warnings if "full_attention_interval = 4 no longer describes" in warning]
     assert json.loads(json.dumps(planned.to_dict()))["warnings"] == list(planned.warnings)
+
+
+def test_the_card_names_the_library_that_loads_the_model(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", tiny_llama())
+    merge(passed(model), tmp_path / "1", CPU)
+    assert ModelCard.load(tmp_path / "1" / "README.md").data.library_name == "transformers"
+    (model / "modules.json").write_text("[]")
+    merge(passed(model), tmp_path / "2", CPU)
+    assert ModelCard.load(tmp_path / "2" / "README.md").data.library_name == "sentence-transformers"
+    unet = write_checkpoint(
+        tmp_path / "unet", {"conv_in.weight": (4, 4)}, config={"_class_name": "UNet2DConditionModel"}
+    )
+    merge(passed(unet), tmp_path / "3", CPU)
+    assert ModelCard.load(tmp_path / "3" / "README.md").data.library_name == "diffusers"
