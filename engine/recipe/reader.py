@@ -365,5 +365,6 @@ def _report_base_parameters(reader: NodeReader, base: Source, method: Method) ->
     if names:
         problem = f"{' and '.join(names)} of the base model, {base.model.text}, "
         problem += f"{'has' if len(names) == 1 else 'have'} no effect: {method.name} merges the other models into it"
-        advice = "remove it, or use another `base_model` if this model should be merged, too"
+        what = "it" if len(names) == 1 else "them"
+        advice = f"remove {what}, or use another `base_model` if this model should be merged, too"
         reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), advice=advice)

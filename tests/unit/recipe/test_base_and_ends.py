@@ -32,7 +32,7 @@ def test_a_weight_of_the_base() -> None:
     assert warning.kind is WarningKind.NO_EFFECT
     assert str(warning) == (
         "r.yml:5: models[0].parameters: `weight` and `density` of the base model, base, have no effect: ties merges "
-        "the other models into it; remove it, or use another `base_model` if this model should be merged, too"
+        "the other models into it; remove them, or use another `base_model` if this model should be merged, too"
     )
     assert refused(TIES, strict=True) == str(warning)
     assert parse(TIES.replace("    parameters: {weight: 0.3, density: 0.5}\n", "")).warnings == ()
