@@ -282,16 +282,16 @@ class MergeSession:
             sources,
         )
         buffers = ThreadBuffers("copy buffers", copy_threads(self.plan), ledger=self.ledger)
-        copier = BulkCopier(prepared.transfers, self.out, writer.commits, buffers, group)
-        try:
-            with self.ledger.allow(copy_buffer_bytes(self.plan)):
+        with self.ledger.allow(copy_buffer_bytes(self.plan)):  # before the copier's threads start, which reserve them
+            copier = BulkCopier(prepared.transfers, self.out, writer.commits, buffers, group)
+            try:
                 measured, digests = self._execute(prepared, group, sources, writer, copier)
-        except Aborted:
-            group.check()  # the cause
-            raise
-        finally:
-            writer.stop()
-            copier.stop()
+            except Aborted:
+                group.check()  # the cause
+                raise
+            finally:
+                writer.stop()
+                copier.stop()
         group.check()
         stats = copier.stats
         if (lane := copier.time()) is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mergeloom.engine.execute.ledger import RAM, Ledger, Reservation
 from mergeloom.engine.run.buffers import ThreadBuffers, buffers_within
+from mergeloom.engine.run.bulk_copy import BulkCopier
 from mergeloom.engine.run.transfers import BUFFER_BYTES
 from mergeloom.errors import BudgetError
 from tests.support.merges.resumable import interrupt, recipe, run, write_models
@@ -98,3 +100,21 @@ def test_a_buffer_beyond_the_plan_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("mergeloom.engine.run.session.copy_buffer_bytes", lambda plan: BUFFER_BYTES - 1)
     with pytest.raises(BudgetError, match="for copy buffers"):
         run(whole, tmp_path / "out")
+
+
+def test_copies_may_reserve_their_buffers_as_soon_as_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    class Observed(BulkCopier):
+        def __init__(self, transfers: Any, out: Any, commits: Any, buffers: ThreadBuffers, group: Any) -> None:
+            assert buffers.ledger is not None
+            limits.append((buffers.ledger.limit(), buffers.threads * buffers.nbytes))
+            super().__init__(transfers, out, commits, buffers, group)
+
+    monkeypatch.setattr("mergeloom.engine.run.session.BulkCopier", Observed)
+    models = write_models(tmp_path)
+    run({"merge_method": "passthrough", "models": [{"model": str(models[0])}]}, tmp_path / "out")
+    ((limit, needed),) = limits
+    assert limit >= needed > 0
