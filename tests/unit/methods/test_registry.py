@@ -6,7 +6,6 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import torch
 from mergeloom.errors import UsageError
 from mergeloom.methods import merge_methods, registry
 from mergeloom.methods.elementwise import weighted_sum
-from mergeloom.methods.kernel import contract
 from mergeloom.methods.kernel.contract import Inputs, Kernel, PerInput, merge_method
 from tests.support.methods.kernels import merge
 from tests.support.paths import ROOT
@@ -38,15 +36,7 @@ def method(inputs: Inputs, *, share: float = 1.0) -> Kernel:
 '''
 
 
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """Methods and files that a test adds are forgotten after it."""
-    before, loaded = set(merge_methods()), dict(registry._loaded)
-    yield
-    for name in set(merge_methods()) - before:
-        contract.unregister(name)
-    registry._loaded.clear()
-    registry._loaded.update(loaded)
+pytestmark = pytest.mark.usefixtures("forget_methods")
 
 
 def test_file(tmp_path: Path) -> None:
