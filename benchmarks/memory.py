@@ -27,7 +27,7 @@ import yaml
 
 from mergeloom.io.sizes import parse_size
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Inputs
+from mergeloom.methods.kernel.spec import Inputs
 from tests.support.methods.cases import CASES, Case
 
 BUDGETS = ("minimum", "+16MiB", "1GiB")

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .methods import list_methods as methods
-    from .methods.kernel.contract import Method, Parameter
+    from .methods.kernel.method import Method
+    from .methods.kernel.signature import Parameter
     from .planned import Plan
     from .result import Result
 
@@ -87,7 +88,8 @@ _MODULES = {
     "engine.run.diff.result": ("Diff", "NotCompared", "Similarity", "TensorDiff"),
     "engine.run.plan": ("Options",),
     "engine.run.verify": ("Unverified", "Verdict"),
-    "methods.kernel.contract": ("Method", "Parameter"),
+    "methods.kernel.method": ("Method",),
+    "methods.kernel.signature": ("Parameter",),
     "planned": ("Plan",),
     "result": ("Result",),
 }

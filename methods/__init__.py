@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 from ..errors import UsageError
-from .kernel.contract import Method
+from .kernel.method import Method
 
 
 def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:

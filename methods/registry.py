@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import catalogue  # noqa: F401  registers the built-in methods
-from .kernel.contract import Method, registered, unregister
+from .kernel.method import Method, registered, unregister
 
 GROUP = "mergeloom.methods"
 """The entry point group; each entry point names a module that registers methods on import."""

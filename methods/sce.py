@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from .kernel.block_sums import BlockSums, total
-from .kernel.contract import BLOCK, Base, Fraction, Inputs, Kernel, NonNegative, base_of, merge_method
-from .kernel.lazy import torch
-from .kernel.lazy_ops import ops
-from .kernel.selection import Selection, SelectionState, Target, Threshold
-from .task_vectors import deltas, elected_mean, in_float32
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .kernel.tile import Tile
-
-
-@dataclass(frozen=True, slots=True)
-class SCEState:
-    """The results of the reductions.
-
-    Args:
-        selection: state of the selection.
-        weights: weight of each model.
-    """
-
-    selection: SelectionState | None = None
-    weights: Sequence[float] = ()
-
-    @property
-    def threshold(self) -> Threshold | None:
-        """The threshold of selected variances; None to select all elements."""
-        return self.selection.targets[0].threshold if self.selection else None
+from .kernel.language import Array, Inputs, add, host, maximum
+from .kernel.method import merge_method
+from .kernel.ranges import Fraction, NonNegative
+from .kernel.reductions import total
+from .kernel.spec import Base
+from .task_vectors.common import agreement
 
 
 @merge_method("sce", paper="https://arxiv.org/abs/2408.07990", base=Base.REQUIRED)
-class SCE(Kernel):
+def sce(
+    t: Inputs, *, select_topk: Fraction = 1.0, weight_eps: NonNegative = 1e-6, divisor_eps: NonNegative = 1e-6
+) -> Array:
     """Select the elements with the highest variance, weight the models, and erase elements with the minority sign.
 
     d_i = x_i - base for the fraction select_topk of the nonzero variances over the models that are highest, else 0.
@@ -51,84 +28,28 @@ class SCE(Kernel):
         divisor_eps: minimum sum of weights to divide by.
     """
 
-    propagates_nonfinite = True
+    def weights(squares: Sequence[float]) -> list[float]:
+        means = [square / t.size for square in squares]
+        overall = total(means)
+        equal = not overall or overall < weight_eps
+        return [1 / len(means) if equal else mean / overall for mean in means]
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        *,
-        select_topk: Fraction = 1.0,
-        weight_eps: NonNegative = 1e-6,
-        divisor_eps: NonNegative = 1e-6,
-    ) -> None:
-        super().__init__(inputs)
-        self.count = len(inputs.others)
-        self.weight_eps = weight_eps
-        self.divisor_eps = divisor_eps
-        self.elements = inputs.rows * inputs.columns
-        self.selection: Selection | None = None
-        if select_topk < 1:
-            target = Target(stream=0, rank=None, share=select_topk)
-            self.selection = Selection(self.elements, [target], self.variances)
-        self.selecting = self.selection.reductions if self.selection else 0
-        self.reductions = self.selecting + 1
-        self.workspace_per_element = self.count + 4.25 + BlockSums.size(self.count)
+    selected = t.largest(variance(t.models), share=select_topk) if select_topk < 1 else 1.0
+    deltas = [(x - t.base) * selected for x in t.models]
+    w = host(weights, [t.sum(d * d) for d in deltas], outputs=len(deltas))
+    agree = agreement(deltas)
+    divisor = maximum(add([w_i * a for w_i, a in zip(w, agree, strict=True)]), divisor_eps)
+    divisor = divisor if divisor_eps else divisor + (divisor == 0)
+    return t.base + add([w_i * (d * a) for w_i, d, a in zip(w, deltas, agree, strict=True)]) / divisor
 
-    def variances(self, tile: Tile) -> Iterator[Tensor]:
-        """Yield the variance of each element over the models, up to a constant factor; exactly 0 if all are equal."""
-        mark = tile.workspace.mark()
-        first, *others = (tile.load(i) for i in self.inputs.others)
-        sums = tile.empty().zero_()
-        for other in others:
-            sums.add_(other.sub_(first))
-        variance = torch.mul(sums, sums, out=first)
-        for other in others:  # count * (distance from the mean), exact for values of few bits
-            variance.add_(other.mul_(self.count).sub_(sums).square_())
-        yield in_float32(variance, tile)
-        tile.workspace.release(mark)
 
-    def selected(self, tile: Tile, state: SCEState | None) -> list[Tensor]:
-        """The task vectors with unselected elements set to 0, each in its own buffer."""
-        mask = None
-        if state and state.threshold:
-            mask = tile.empty(torch.float32)
-            for variance in self.variances(tile):
-                state.threshold.mask(variance, tile.element, out=mask)
-        vectors = [tile.empty() for _ in self.inputs.others]
-        for delta in deltas(self.inputs, tile, buffers=vectors):
-            if mask is not None:
-                delta.mul_(mask)
-        return vectors
+def variance(models: Sequence[Array]) -> Array:
+    """The variance of each element over n models, times n^3; exactly 0 if all are equal.
 
-    def needed(self, index: int, state: SCEState | None) -> bool:
-        if self.selection is None or state is None or state.selection is None or index == self.selecting:
-            return True
-        return self.selection.needed(index, state.selection)
-
-    def reduce(self, index: int, tile: Tile, state: SCEState | None) -> list[Any]:
-        if self.selection and index < self.selecting:
-            return self.selection.reduce(index, tile, state.selection if state else None)
-        sums = BlockSums(self.count, tile.elements, BLOCK, tile.workspace)
-        for vector in self.selected(tile, state):
-            sums.add(vector.square_())
-        return [sums.partial()]
-
-    def merge(self, index: int, merged: Any, partial: Any) -> Any:
-        if self.selection and index < self.selecting:
-            return self.selection.merge(merged, partial)
-        return super().merge(index, merged, partial)
-
-    def finish(self, index: int, merged: Any, state: SCEState | None) -> SCEState:
-        selection_state = state.selection if state else None
-        if self.selection and index < self.selecting:
-            return SCEState(self.selection.finish(index, merged, selection_state))
-        squares = [total(blocks) / self.elements for blocks in torch.cat(merged, 1).tolist()] if merged else []
-        square_sum = total(squares)
-        if square_sum < self.weight_eps or not square_sum:
-            return SCEState(selection_state, [1 / self.count] * self.count)
-        return SCEState(selection_state, [square / square_sum for square in squares])
-
-    def combine(self, tile: Tile, state: SCEState) -> Tensor:
-        vectors = self.selected(tile, state)
-        elected_mean(vectors, state.weights, tile, factors=state.weights, floor=self.divisor_eps)
-        return ops.add_to_base(vectors[0], 1.0, tile.empty(), tile.inputs[base_of(self.inputs)])
+    With d_i = x_i - x_1, the distance of x_i from the mean is (n d_i - sum_j d_j) / n. For values of few bits, the
+    differences are exact.
+    """
+    distances = [x - models[0] for x in models]
+    total_distance = add(distances)
+    from_mean = [len(models) * d - total_distance for d in distances]
+    return add([d * d for d in from_mean])

@@ -20,7 +20,7 @@ from .workload import Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...methods.kernel.contract import Kernel
+    from ...methods.kernel.kernel import Kernel
     from ...methods.kernel.tile import Workspace
     from ..execute.compute import Piece
 
@@ -207,20 +207,15 @@ def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
 
 def small_kernel(work: Workload, node: int, elements: int) -> Kernel | None:
     """Return a node's kernel for the first rows of its tensors; None if its method does not support fewer rows."""
-    from ...methods import merge_methods
-    from ...methods.kernel.contract import Inputs, MethodError
+    from ...methods.kernel.spec import MethodError
 
-    graph = work.graph
-    operation = graph.operation(node)
-    kernel = operation.kernel
-    method = merge_methods().get(operation.method)
-    if kernel is None or graph.elements(node) <= elements:
+    kernel = work.graph.operation(node).kernel
+    if kernel is None or work.graph.elements(node) <= elements:
         return kernel
     inputs = kernel.inputs
     shape = (max(1, elements // inputs.columns), inputs.columns) if inputs.rows > 1 else (elements,)
-    small = Inputs(inputs.count, inputs.base, shape)
     try:
-        return None if method is None else method.kernel(small, dict(operation.parameters))
+        return kernel.resized(shape)
     except MethodError:
         return None
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeloomError, UsageError
 from ...io.safetensors.dtypes import DType
-from ...methods.kernel.contract import Kernel, Unit
+from ...methods.kernel.composition import Composition
+from ...methods.kernel.kernel import Kernel
+from ...methods.kernel.spec import Unit
 from ...methods.kernel.tile import Workspace
 from ..graph.footprint import Footprint, Line
-from ..graph.fuse import FusedKernel
 from ..graph.graph import Kind, MergeGraph, Operation
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def small_shapes(kernel: Kernel, dtypes: Sequence[DType]) -> tuple[tuple[int, ..
     size = SMALL_TILE
     while size > _LEAST_TILE and size * widths > _INPUT_BYTES:
         size //= 2
-    if total <= size or kernel.bound is None:
+    if total <= size:
         return (inputs.shape,)
     if len(inputs.shape) == 1:
         return ((size,), (min(total, 2 * size),)) if kernel.unit is Unit.ELEMENT else (inputs.shape,)
@@ -96,13 +97,11 @@ def _kind(kernel: Kernel) -> tuple[Any, ...]:
 
     Of a parameter's value it has only the comparisons with 0 and 1, by which methods choose their code path.
     """
-    if isinstance(kernel, FusedKernel):
+    if isinstance(kernel, Composition):
         return tuple((_kind(part.kernel), part.sources, part.round_to) for part in kernel.parts)
-    if kernel.bound is None:
-        return (id(kernel), kernel)  # the kernel itself keeps its id from being reused
     method, parameters = kernel.bound
     values = tuple((name, _class(value)) for name, value in sorted(parameters.items()))
-    return method.bind, kernel.inputs.count, kernel.inputs.base, kernel.reductions, values
+    return method.function, kernel.inputs.count, kernel.inputs.base, kernel.reductions, values
 
 
 def _class(value: Any) -> Any:
@@ -155,8 +154,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
     def measured(work: Callable[[Workspace], Any]) -> Any:
         nonlocal peak, taken
         space = _Counting()
-        for _ in range(2):  # TorchScript compiles on the first calls
-            work(space)
+        work(space)
         taken = max(taken, space.peak)
         real = Workspace(torch.empty(space.peak, dtype=torch.uint8), torch.float32)
         with _one_thread(), allocations() as allocated:

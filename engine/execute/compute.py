@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...io.safetensors.dtypes import DType
-from ...methods.kernel import ops as scripts
-from ...methods.kernel.contract import Kernel, Unit
+from ...methods.kernel.kernel import Kernel
+from ...methods.kernel.rounding import canonical_nans, round_into
+from ...methods.kernel.spec import Unit
 from ...methods.kernel.tile import Tile, Workspace
+from ...methods.kernel.torch_backend import Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,10 +75,10 @@ def work_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
 def reduce_chunk(piece: Piece, index: int, state: Any, workspace: Workspace) -> Any:
     """Return the partial result of reduction `index` for the chunk."""
     workspace.dtype = work_dtype(piece.inputs)
-    merged = None
+    run = Pass(piece.kernel, index, state, workspace)
     for _, tile in piece.tiles(workspace):
-        merged = piece.kernel.merge(index, merged, piece.kernel.reduce(index, tile, state))
-    return merged
+        run.reduce(tile)
+    return run.result()
 
 
 def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -> Outcome:
@@ -84,33 +86,17 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -
     workspace.dtype = work_dtype(piece.inputs)
     overflowed = 0
     extremes: list[Tensor] = []
+    run = Pass(piece.kernel, None, state, workspace)
     for part, tile in piece.tiles(workspace):
-        result = piece.kernel.combine(tile, state).view(-1)
+        result = run.combine(tile).view(-1)
         extremes.append(round_into(out[part], result))
     if not _beyond(extremes, largest(out.dtype)):
         return Outcome()
+    canonical_nans(out)
     nonfinite = find_nonfinite(piece.inputs, piece.tile)
     if not nonfinite:
         overflowed = count_nonfinite(out, piece.tile)
     return Outcome(nonfinite, overflowed)
-
-
-def round_into(out: Tensor, values: Tensor) -> Tensor:
-    """Round values once to the output's dtype; return the smallest and the largest of them, or NaN.
-
-    torch converts float64 to types narrower than float32 through float32, which rounds twice. Rounding to float32 with
-    "round to odd" first gives the same result as rounding once (Boldo and Melquiond, 2008).
-    """
-    if values.dtype == torch.float64 and out.dtype.itemsize < 4:
-        extremes = torch.stack([values.amin(), values.amax()])
-        nearest = values.to(torch.float32)
-        back = nearest.to(torch.float64)
-        bits = nearest.view(torch.int32)
-        inexact = ((back != values) & torch.isfinite(values)).to(torch.int32)
-        away = (back.abs() > values.abs()).to(torch.int32) * inexact
-        out.copy_(((bits - away) | inexact).view(torch.float32))
-        return extremes
-    return scripts.rounded(out, values)
 
 
 def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:

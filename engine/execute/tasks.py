@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ...methods.kernel.contract import Kernel
+from ...methods.kernel.kernel import Kernel
 from ..graph.graph import Operation
 from ..schedule.simulate import Step
 from .cache import CachedChunk

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.safetensors.dtypes import Kind as ElementKind
-from ...methods.kernel.contract import Method
+from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...io.safetensors.dtypes import DType
 from ...io.safetensors.tensors import TensorRef
-from ...methods.kernel.contract import Kernel
+from ...methods.kernel.kernel import Kernel
 from .footprint import Footprint
 
 

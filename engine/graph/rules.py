@@ -10,7 +10,9 @@ from ...errors import CheckpointError
 from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
-from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method, MethodError
+from ...io.units import listed
+from ...methods.kernel.method import Method
+from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
 from ..model.checks.formats import format_name, unquantized
 from ..model.checks.mismatch import TensorMismatch
 from ..model.inputs import BoundSlice, Model
@@ -109,10 +111,10 @@ class TensorRules:
         operation = self._pass(inputs[0]) if passed else self._bind(part, name, inputs, t)
         kernel = operation.kernel
         assert kernel is not None
+        if not passed:
+            inputs = self._used(inputs, kernel.kept)
         if kernel.copies is not None:
-            chosen = inputs[kernel.copies]
-            self._mark_unused(inputs, chosen, f"{self._method.name} only uses that of {chosen.model.name}")
-            inputs = [chosen]
+            (chosen,) = inputs
             dtype = chosen.ref.dtype
             if dtype == target or (self._output_dtype is None and chosen.name in chosen.model.quantized):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
@@ -196,6 +198,15 @@ class TensorRules:
             if each is not chosen:
                 self._usage.mark_unused(each.model, each.name, reason)
 
+    def _used(self, inputs: Sequence[Input], kept: Sequence[int]) -> list[Input]:
+        """The inputs that the output depends on; the others, such as models of weight 0, are not read."""
+        used = [inputs[index] for index in kept]
+        reason = f"{self._method.name} only uses that of {listed([each.model.name for each in used])}"
+        for each in inputs:
+            if each not in used:
+                self._usage.mark_unused(each.model, each.name, reason)
+        return used
+
     def _bind(self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float) -> Operation:
         """The operation of the stage's method on these inputs."""
         base = next((index for index, each in enumerate(inputs) if each.source == part.base), None)
@@ -227,8 +238,13 @@ class TensorRules:
         known = self._operations.get(key)
         if known is not None:
             return known
-        kernel: Kernel = method.kernel(Inputs(len(positions), base, shape), dict(values))
-        operation = Operation(Kind.MERGE, method.name, parameters, base, positions if kernel.random else (), kernel)
+        kernel = method.kernel(InputSpec(len(positions), base, shape), dict(values)).with_used_inputs()
+        shown = tuple(
+            (name, tuple(value[index] for index in kernel.kept) if isinstance(value, tuple) else value)
+            for name, value in parameters
+        )
+        drawn = tuple(positions[index] for index in kernel.kept) if kernel.random else ()
+        operation = Operation(Kind.MERGE, method.name, shown, kernel.inputs.base, drawn, kernel)
         if not kernel.random:  # only the number of models matters, not which
             equal = (method.name, parameters, base, shape, len(positions))
             operation = self._operations.setdefault(equal, operation)

@@ -15,12 +15,13 @@ from typing import Any
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.dtypes import DType
 from ...io.safetensors.tensors import TensorRef
-from ...methods.kernel.contract import Inputs, Kernel, Method
+from ...methods.kernel.composition import Composition, Part
+from ...methods.kernel.method import Method
+from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
 from ..recipe.types import ModelReference, Recipe, Stage
 from .buffers import BufferCheck, StoredBuffer
 from .build import BuiltGraph, Saved, build_graph
-from .fuse import FusedKernel, FusedPart
 from .graph import Kind, MergeGraph, Operation
 from .usage import Unused
 
@@ -272,7 +273,7 @@ class _Flattener:
         return graph.add_node(operation, tuple(self._read(graph, leaf) for leaf in leaves), dtype)
 
     def _cast(self, expression: _Leaf | _Result, shape: tuple[int, ...]) -> _Result:
-        kernel = self._passthrough.kernel(Inputs(1, None, shape), {})
+        kernel = self._passthrough.kernel(InputSpec(1, None, shape), {})
         key = ("cast", shape)
         operation = self._operations.setdefault(key, Operation(Kind.MERGE, "passthrough", kernel=kernel))
         return _Result(operation, (expression,), 0, None)
@@ -280,7 +281,7 @@ class _Flattener:
     def _fuse(self, expression: _Result, leaves: list[_Leaf]) -> Operation:
         """Fuse the operations of an expression into one, shared by expressions that differ only in their leaves."""
         leaf_numbers = {leaf: number for number, leaf in enumerate(leaves)}
-        parts: list[FusedPart] = []
+        parts: list[Part] = []
         numbers: dict[_Result, int] = {}
         methods: list[tuple[str, Any]] = []
 
@@ -292,8 +293,8 @@ class _Flattener:
             )
             kernel = result.operation.kernel
             assert kernel is not None
-            rounding = result.round_to if result is not expression else None
-            parts.append(FusedPart(kernel, sources, result.key, result.operation.positions, rounding))
+            rounding = result.round_to.torch_name if result.round_to and result is not expression else None
+            parts.append(Part(kernel, sources, result.key, result.operation.positions, rounding))
             methods.append((result.operation.method, result.operation.parameters))
             numbers[result] = len(parts) - 1
             return numbers[result]
@@ -302,8 +303,7 @@ class _Flattener:
         key = tuple((id(part.kernel), part.sources, part.key, part.positions, part.round_to) for part in parts)
         operation = self._operations.get(key)
         if operation is None:
-            inputs = Inputs(len(leaves), None, self._shape(expression))
-            kernel: Kernel = FusedKernel(inputs, parts)
+            kernel = Composition(InputSpec(len(leaves), None, self._shape(expression)), parts)
             name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
             described = tuple(
                 (f"{number}. {method}", parameters) for number, (method, parameters) in enumerate(methods)

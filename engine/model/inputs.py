@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ...errors import CheckpointError
 from ...io.safetensors.checkpoint import Checkpoint
-from ...methods.kernel.contract import Method
+from ...methods.kernel.method import Method
 from ..recipe.parameters import SliceParameters
 from ..recipe.types import (
     Gradient,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...methods.kernel.contract import Method
+from ...methods.kernel.method import Method
 from .node_reader import NodeReader
 from .types import ModelReference, Slice, Stage, modules_of, slices_of
 from .warnings import WarningKind

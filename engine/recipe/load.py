@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...errors import RecipeError
-from ...methods.kernel.contract import Method
+from ...methods.kernel.method import Method
 from .nodes import node_of
 from .overrides import override
 from .reader import recipe_of

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
-from ...methods.kernel.contract import Method, Parameter
+from ...methods.kernel.method import Method
+from ...methods.kernel.signature import Parameter
 from .local import is_local, local_layers
 from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
 from .nodes import Keys, Node

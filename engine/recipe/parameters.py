@@ -13,7 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import RecipeError
-from ...methods.kernel.contract import Base, Method, MethodError, Parameter, Range
+from ...methods.kernel.method import Method
+from ...methods.kernel.ranges import Range
+from ...methods.kernel.signature import Parameter
+from ...methods.kernel.spec import Base, MethodError
 from .nodes import Keys
 from .parameter_uses import ParameterUse, Use
 from .types import Conditional, Gradient, Module, Recipe, Scalar, Settings, Slice, Stage

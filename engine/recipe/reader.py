@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 
 from ...errors import RecipeError
-from ...methods.kernel.contract import Base, Method
+from ...methods.kernel.method import Method
+from ...methods.kernel.spec import Base
 from .input_advice import STACK, check_density, count_advice, similar_source
 from .misplaced import STAGE_KEYS, nearest
 from .node_reader import NodeReader

@@ -14,7 +14,9 @@ from typing import Literal
 from ...errors import RecipeError
 from ...io.safetensors.dtypes import DType
 from ...io.units import plural
-from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method
+from ...methods.kernel.language import Array, Inputs
+from ...methods.kernel.method import Method
+from ...methods.kernel.spec import Absent, Base
 from .nodes import Keys
 from .warnings import RecipeWarning
 
@@ -337,7 +339,7 @@ def _full_slice(stage: Stage, models: tuple[Source, ...], place: Keys) -> Slice:
     return Slice(models, place=(*place, "models"))
 
 
-def _unbound(inputs: Inputs, **parameters: object) -> Kernel:
+def _unknown(inputs: Inputs, **parameters: object) -> Array:
     raise AssertionError("a recipe with an unknown method is an error")
 
 
@@ -351,6 +353,6 @@ UNKNOWN_METHOD = Method(
     maximum=None,
     absent=Absent.PRESENT,
     parameters=(),
-    bind=_unbound,
+    function=_unknown,
 )
 """Stands for a method that the recipe misnames, so the rest of the recipe can be read."""

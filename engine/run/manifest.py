@@ -16,11 +16,11 @@ from ...io.output.digests import BLOCK_BYTES, bytes_digest, tensor_digest
 from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.identity import file_identity
-from ...methods.kernel.contract import ARITHMETIC_VERSION, Inputs
+from ...methods.kernel.composition import Composition, Part
+from ...methods.kernel.spec import ARITHMETIC_VERSION, InputSpec
 from ...methods.registry import code_of
 from ...version import __version__
 from ..files.published import published_names
-from ..graph.fuse import FusedKernel, FusedPart
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
 from ..recipe.local import is_local
@@ -49,7 +49,6 @@ _WORDS = {
     "shard_size": "the shard size",
     "arithmetic": "the arithmetic version of mergeloom",
     "layout": "the layout version of mergeloom",
-    "device": "the device, which arcee_fusion's bytes depend on",
     "methods": "the code of user-defined methods",
     "sources": "the source files",
     "outputs": "the recipe",
@@ -70,10 +69,8 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     sources: dict[str, dict[str, str]] = {}
     for (model, file), identity in zip(used, identities, strict=True):
         sources.setdefault(str(numbers[model]), {})[source_name(plan, model, file)] = identity
-    arithmetic = _arithmetic(plan)
     methods = {name: code for stage in plan.recipe.stages if (code := code_of(name := stage.merge_method))}
     return {
-        **({"device": arithmetic} if arithmetic else {}),
         **({"methods": methods} if methods else {}),
         "mergeloom": __version__,
         "recipe": plan.recipe.text,
@@ -146,33 +143,26 @@ def _operation_facts(operation: Operation) -> dict[str, Any]:
         "base": operation.base,
         "positions": operation.positions,
     }
-    if not isinstance(operation.kernel, FusedKernel):
+    if not isinstance(operation.kernel, Composition):
         return {**facts, "method": operation.method, "parameters": dict(operation.parameters)}
     stages = zip(operation.kernel.parts, operation.parameters, strict=True)
     return {**facts, "stages": [{"method": name, **_stage_facts(part, own)} for part, (name, own) in stages]}
 
 
-def _stage_facts(part: FusedPart, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _stage_facts(part: Part, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return everything that determines the values of one stage of a fused operation."""
     return {
         "parameters": dict(parameters),
         "sources": part.sources,
         "key": part.key,
         "positions": part.positions,
-        "round_to": part.round_to and part.round_to.name,
+        "round_to": part.round_to,
         "inputs": _inputs_facts(part.kernel.inputs),
     }
 
 
-def _inputs_facts(inputs: Inputs) -> dict[str, Any]:
+def _inputs_facts(inputs: InputSpec) -> dict[str, Any]:
     return {"count": inputs.count, "base": inputs.base, "shape": inputs.shape}
-
-
-def _arithmetic(plan: Plan) -> str:
-    """Return the kinds of device that compute (``cpu``, ``cuda`` or both) if the bytes depend on them; otherwise ""."""
-    if not any("arcee_fusion" in operation.method for operation in plan.built.graph.operations):
-        return ""
-    return ",".join(sorted({device.name.partition(":")[0] for device in plan.schedule.budget.devices}))
 
 
 def other_version(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from ...errors import MergeloomError
 from ...io.reading import check_descriptors
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
-from ...methods.kernel.contract import Method
+from ...methods.kernel.method import Method
 from ..cost.machine import (
     check_address_space,
     find_devices,

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from .options import METHODS_HELP
 
 if TYPE_CHECKING:
-    from ..methods.kernel.contract import Method
+    from ..methods.kernel.method import Method
 
 
 def complete_method(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..methods.kernel.contract import Base, Method, Parameter
+from ..methods.kernel.method import Method
+from ..methods.kernel.signature import Parameter
+from ..methods.kernel.spec import Base
 from .sections import Grid, Section
 
 _BASES = {Base.NONE: "not used", Base.OPTIONAL: "optional", Base.REQUIRED: "required"}

@@ -8,19 +8,13 @@ tensor of up to 2^11 elements has none.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING
 
-from .contract import BLOCK
-from .lazy import on_cpu, torch
-from .lazy_ops import ops
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .tile import Workspace
+from .spec import BLOCK
+from .tile import Workspace
 
 _JOINT = 1 << 11  # columns per block that remain until `partial` folds all sums of a tile at once
 _MAX_ROWS = 64  # rows of a block that can be added in the work dtype
@@ -31,15 +25,12 @@ def pairwise_fold(values: Tensor, width: int = 1) -> Tensor:
 
     Each step adds the second half to the first half; the middle column of an odd number is left unchanged.
     """
-    return ops.pairwise_fold(values, width)
-
-
-def total(sums: Iterable[float]) -> float:
-    """The exact sum, rounded once; NaN if a summand is NaN or if infinities cancel."""
-    try:
-        return math.fsum(sums)
-    except (OverflowError, ValueError):
-        return math.nan
+    columns = values.shape[-1]
+    while columns > width:
+        half = columns // 2
+        values[..., :half].add_(values[..., columns - half : columns])
+        columns -= half
+    return values[..., :columns]
 
 
 @cache
@@ -63,45 +54,56 @@ class BlockSums:
         sums: number of tensors.
         elements: number of elements in the tile.
         block: number of elements in a block; tiles start at a block boundary.
-        workspace: memory for the partial sums of complete blocks; see `size`.
-
-    Attributes:
-        buffers: buffers of the sums, for functions in `ops` that sum several tensors.
+        workspace: memory for the partial sums of complete blocks: up to 2^11 float64 numbers per block and sum, and as
+            many for each block.
+        device: device of the tensors.
     """
 
-    def __init__(self, sums: int, elements: int, block: int, workspace: Workspace) -> None:
+    def __init__(self, sums: int, elements: int, block: int, workspace: Workspace, device: torch.device) -> None:
         complete, rest = divmod(elements, block)
-        parts: list[Tensor] = []
-        spans: list[list[int]] = []
-        rows = workspace.take(0)
-        height = block // _JOINT if block % _JOINT == 0 and _JOINT < block <= _MAX_ROWS * _JOINT else 0
+        self._height = block // _JOINT if block % _JOINT == 0 and _JOINT < block <= _MAX_ROWS * _JOINT else 0
+        self._split = complete * block
+        self._sums: list[Tensor] = []
+        self._rows = workspace.take(0, torch.float64)
         if complete:
-            width = _JOINT if height else _folded_width(block)
-            parts.append(workspace.take(sums * complete * width, torch.float64).view(sums, complete, width))
-            spans.append([0, complete * block, height])
-            if height:
-                rows = workspace.take(complete * _JOINT).view(complete, _JOINT)
+            width = _JOINT if self._height else _folded_width(block)
+            self._sums.append(workspace.take(sums * complete * width, torch.float64).view(sums, complete, width))
+            if self._height:
+                self._rows = workspace.take(complete * _JOINT, torch.float64)
         if rest:
-            parts.append(rows.new_empty((sums, 1, _folded_width(rest)), dtype=torch.float64))
-            spans.append([complete * block, elements, 0])
-        at_once = on_cpu(rows) and block == BLOCK and _sums_in_order(rows.dtype)
-        self.buffers = ops.BlockSumBuffers(parts, spans, rows, at_once)
-        self._added = 0
+            self._sums.append(torch.empty((sums, 1, _folded_width(rest)), dtype=torch.float64, device=device))
+        self._at_once = device.type == "cpu" and block == BLOCK
+        self._blocks = complete
 
-    def add(self, values: Tensor) -> None:
-        """Sum the next tensor, which has the tile's size and the work dtype and is not modified."""
-        ops.block_sums(values, self._added, self.buffers)
-        self._added += 1
+    def add(self, number: int, values: Tensor) -> None:
+        """Sum tensor `number`, which has the tile's size and is not modified."""
+        flat = values.view(-1)
+        parts = iter(self._sums)
+        if self._blocks:
+            into = next(parts)[number]
+            within = flat[: self._split].view(self._blocks, -1)
+            if self._height:
+                rows = self._rows.view(values.dtype)[: self._blocks * _JOINT].view(self._blocks, _JOINT)
+                self._add_rows(within.view(self._blocks, self._height, _JOINT), rows)
+                into.copy_(rows)
+            else:
+                into.copy_(pairwise_fold(within.clone(), into.shape[1]))
+        if flat.numel() > self._split:
+            into = next(parts)[number]
+            into.copy_(pairwise_fold(flat[self._split :].clone().view(1, -1), into.shape[1]))
+
+    def _add_rows(self, lines: Tensor, rows: Tensor) -> None:
+        if self._at_once and _sums_in_order(lines.dtype):
+            torch.sum(lines, [1], out=rows)
+            return
+        torch.add(lines[:, 0], lines[:, 1], out=rows)
+        for row in range(2, lines.shape[1]):
+            rows.add_(lines[:, row])
 
     def partial(self) -> Tensor:
-        """The sums as a new CPU tensor of shape (sums, blocks)."""
-        columns = [pairwise_fold(sums)[..., 0] for sums in self.buffers.sums]
-        return torch.cat(columns, 1).cpu() if columns else torch.zeros(0, 0, dtype=torch.float64)
-
-    @staticmethod
-    def size(sums: int) -> float:
-        """The required workspace, in the units of `Kernel.workspace_per_element`."""
-        return (2 * sums + 1) * _JOINT / BLOCK
+        """The sums as a new tensor of shape (sums, blocks) on the tensors' device."""
+        columns = [pairwise_fold(sums)[..., 0] for sums in self._sums]
+        return torch.cat(columns, 1)
 
 
 def _folded_width(columns: int) -> int:

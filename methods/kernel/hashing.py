@@ -1,21 +1,13 @@
-"""Random masks as a pure function of key, model and element, independent of tiles and devices."""
+"""Random numbers as a pure function of key, model and element, independent of tiles and devices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-from .contract import BLOCK
-from .lazy import numpy as np
-from .lazy import torch
-from .lazy_ops import mask_ops
-
-if TYPE_CHECKING:
-    import numpy
-    from torch import Tensor
-
-    from .tile import Workspace
+import torch
+from torch import Tensor
 
 _PERIOD = 1 << 32  # the range of the low half of an index
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -24,99 +16,19 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B  # multipliers of C. Wellons' lowbias32
 _WIDTH = 1 << 10
 
 
-def threshold(keep_probability: float) -> int:
-    """The bound that a hash is below with the given probability, exact to 2^-33; never 0 or 1 for one in (0, 1)."""
-    if keep_probability <= 0:
-        return -(1 << 31)
-    return min(max(round(keep_probability * _PERIOD), 1), _PERIOD - 1) - (1 << 31)
+class _Stream(NamedTuple):
+    """The parameters of the hashes of adjacent elements whose indices have the same high half."""
 
-
-def probability(bound: int) -> float:
-    """The probability that a hash is below the bound."""
-    return (bound + (1 << 31)) / _PERIOD
-
-
-def masks(
-    key: int, position: int, element: int, size: int, bound: int, factor: float, device: torch.device
-) -> list[mask_ops.Mask]:
-    """The random masks of a range of values, for `mask_ops.apply_mask`.
-
-    One hash is used for four adjacent values: each of its bytes is compared with the highest byte of the bound. The
-    lower bits of the bound add 1 to the byte in some columns of each row of 2^10 columns. Their number is given by the
-    next 10 bits, plus 1 in some blocks; they are evenly spread from an offset that is random for each block. So each
-    value is kept with exactly the probability of the bound.
-
-    Args:
-        key: 64-bit key of the output tensor.
-        position: position of the input's model in the recipe.
-        element: index of the first value, a multiple of `BLOCK`.
-        size: number of values.
-        bound: bound from `threshold`.
-        factor: factor of the kept values.
-        device: device of the values.
-    """
-    rare = bound < 0  # likely events use the opposite comparison, which keeps the bounds away from the limits of int8
-    bounds = _bounds(key, position, bound if rare else -bound, element // BLOCK, -(-size // BLOCK), device)
-    return [
-        mask_ops.Mask(
-            4 * part.start,
-            min(4 * part.stop, size),
-            stream,
-            bounds[4 * part.start // BLOCK :],
-            not rare,
-            BLOCK,
-            factor,
-        )
-        for part, stream in _hash_streams(key, position, element // 4, (size + 3) // 4, device)
-    ]
-
-
-def scratch(size: int, workspace: Workspace) -> mask_ops.Scratch:
-    """Scratch buffers of `mask_ops.apply_mask` for `size` values: 7 bytes per value."""
-    hash_words = (size + 3) // 4
-    mark = workspace.mark()
-    hashed = workspace.take(hash_words, torch.int32)
-    workspace.release(mark)
-    return mask_ops.Scratch(
-        hashed,
-        workspace.take(4 * hash_words, torch.int8),  # shares the memory of `hashed`
-        workspace.take(hash_words, torch.int32),
-        workspace.take(size, torch.int8),
-        workspace.take(size, torch.float32),
-    )
-
-
-def _bounds(key: int, position: int, bound: int, first: int, count: int, device: torch.device) -> Tensor:
-    """The bounds of the hash bytes in `count` blocks, starting with block `first`: int8, shape (count, _WIDTH)."""
-    golden, stream = np.uint64(_GOLDEN), np.uint64(_stream_seed(key ^ position, 0, 0))
-    numbers = np.arange(first, first + count, dtype=np.uint64)
-    numbers *= golden
-    numbers += stream
-    numbers *= golden
-    rounded_up = numbers < np.uint64(bound % (1 << 14) << 50)
-    numbers >>= np.uint64(40)
-    numbers %= np.uint64(_WIDTH)
-    bounds = torch.from_numpy(_patterns(bound)[rounded_up.view(np.int8), numbers.view(np.int64)])
-    return bounds if device.type == "cpu" else bounds.to(device)
-
-
-@lru_cache(maxsize=16)
-def _patterns(bound: int) -> numpy.ndarray[Any, Any]:
-    """All rotations of a row of bounds: int8, shape (2, _WIDTH, _WIDTH), for the lower and higher number of increments.
-
-    The rotations are views of one row that is stored twice.
-    """
-    columns, ranks = np.arange(_WIDTH), np.zeros(_WIDTH, dtype=np.int64)
-    for bit in range(_WIDTH.bit_length() - 1):  # bit reversal: the first n are evenly spread for any n
-        ranks = ranks * 2 + (columns >> bit) % 2
-    unsigned = bound + (1 << 31)
-    number = unsigned % (1 << 24) >> 14
-    rows = np.stack([(unsigned >> 24) - 128 + (ranks < number + more) for more in (0, 1)]).astype(np.int8)
-    return np.lib.stride_tricks.sliding_window_view(np.tile(rows, 2), _WIDTH, axis=1)
+    part: slice
+    start: int
+    between: int
 
 
 def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) -> Tensor:
     """Hash the index of each element to a number in -2^31 to 2^31 - 1.
+
+    The hash of element i of model p is lowbias32(i * step + low half of s), with the high half of s added between the
+    two rounds, where s is a splitmix64 hash of the key, p and the high half of i.
 
     Args:
         key: 64-bit key of the output tensor.
@@ -125,33 +37,37 @@ def hashes(key: int, position: int, element: int, out: Tensor, scratch: Tensor) 
         out: hashes, flat int32.
         scratch: scratch buffer of the same size.
     """
-    for part, stream in _hash_streams(key, position, element, out.numel(), out.device):
-        mask_ops.hash_indices(out[part], scratch[part], stream)
+    for stream in _streams(key, position, element, out.numel()):
+        _hash(out[stream.part], scratch[stream.part], stream)
     return out
 
 
-def _hash_streams(
-    key: int, position: int, first: int, count: int, device: torch.device
-) -> Iterator[tuple[slice, mask_ops.HashStream]]:
-    """Split a range of indices by their high half, which usually gives one part, with the hash parameters of each."""
+def _hash(out: Tensor, scratch: Tensor, stream: _Stream) -> None:
+    size = out.numel()
+    rows = size // _WIDTH
+    columns = _steps(_WIDTH, _STEP, out.device)
+    if rows:
+        lines = _steps(max(1 << rows.bit_length(), _WIDTH), _WIDTH * _STEP, out.device)[:rows]
+        first = columns + _signed(stream.start)
+        torch.add(lines.unsqueeze(1), first, out=out[: rows * _WIDTH].view(rows, _WIDTH))
+    if rest := size - rows * _WIDTH:
+        torch.add(columns[:rest], _signed(stream.start + rows * _WIDTH * _STEP), out=out[rows * _WIDTH :])
+    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)  # as a logical shift
+    out.bitwise_xor_(scratch).mul_(_signed(_FIRST)).add_(_signed(stream.between))
+    torch.bitwise_right_shift(out, 15, out=scratch).bitwise_and_(0x1FFFF)
+    out.bitwise_xor_(scratch).mul_(_signed(_SECOND))
+    torch.bitwise_right_shift(out, 16, out=scratch).bitwise_and_(0xFFFF)
+    out.bitwise_xor_(scratch)
+
+
+def _streams(key: int, position: int, first: int, count: int) -> Iterator[_Stream]:
+    """Split a range of indices by their high half, which usually gives one part."""
     done = 0
     while done < count:
         period, low = divmod(first + done, _PERIOD)
         size = min(count - done, _PERIOD - low)
-        stream = _stream_seed(key, position, period)
-        start, rows = low * _STEP + stream, max(1 << (size // _WIDTH).bit_length(), _WIDTH)
-        yield (
-            slice(done, done + size),
-            mask_ops.HashStream(
-                _steps(_WIDTH, _STEP, device),
-                _steps(rows, _WIDTH * _STEP, device),
-                _signed(start),
-                _signed(start + size // _WIDTH * _WIDTH * _STEP),
-                _signed(_FIRST),
-                _signed(stream >> 32),
-                _signed(_SECOND),
-            ),
-        )
+        seed = _stream_seed(key, position, period)
+        yield _Stream(slice(done, done + size), low * _STEP + seed, seed >> 32)
         done += size
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import keyword
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -23,6 +22,17 @@ REQUIRED: Any = inspect.Parameter.empty
 
 
 @dataclass(frozen=True, slots=True)
+class Doc:
+    """The description of a parameter, in the annotation of a parameter that several methods have.
+
+    Args:
+        text: description in one sentence.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """A parameter of a method, which recipes can set.
 
@@ -33,6 +43,8 @@ class Parameter:
         per_input: whether each input has its own value.
         doc: description in one sentence.
         range: accepted numbers; None for a bool, and for a method that declares no range.
+        argument: name in the method's signature. It has a trailing underscore (`lambda_`) where the name itself is a
+            Python keyword or taken.
     """
 
     name: str
@@ -41,6 +53,7 @@ class Parameter:
     per_input: bool
     doc: str
     range: Range | None = None
+    argument: str = ""
 
     def __repr__(self) -> str:
         """One line with the name, type, default and description."""
@@ -52,11 +65,6 @@ class Parameter:
     def required(self) -> bool:
         """Whether recipes must set it; a per-input parameter for every input except the base."""
         return self.default is REQUIRED
-
-    @property
-    def argument(self) -> str:
-        """The name in the method's signature. Python keywords get a trailing underscore (`lambda_`)."""
-        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
     @property
     def values(self) -> str:
@@ -75,20 +83,19 @@ class Parameter:
         return self.type is bool or value in (self.range or Range())
 
 
-def read_parameters(name: str, bind: Callable[..., Any], descriptions: Mapping[str, str]) -> tuple[Parameter, ...]:
+def read_parameters(name: str, function: Callable[..., Any], descriptions: Mapping[str, str]) -> tuple[Parameter, ...]:
     """The keyword-only arguments of a method as parameters.
 
     Args:
         name: name of the method, for error messages.
-        bind: `Kernel` class or function that declares the parameters.
-        descriptions: description of each parameter.
+        function: function that declares the parameters.
+        descriptions: descriptions from the docstring; the others are in the annotations.
 
     Raises:
         TypeError: the signature is not valid for a method.
     """
-    target = bind.__init__ if inspect.isclass(bind) else bind
-    hints = typing.get_type_hints(target, include_extras=True)
-    signature = inspect.signature(bind)
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
     positional = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     if len(positional) != 1:
         raise TypeError(f"merge method {name!r} must take the inputs and then keyword-only parameters: {signature}")
@@ -97,20 +104,19 @@ def read_parameters(name: str, bind: Callable[..., Any], descriptions: Mapping[s
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         hint = hints.get(parameter.name)
-        value_type, accepted, per_input = _schema(hint)
+        value_type, accepted, per_input, doc = _schema(hint)
+        doc = descriptions.get(parameter.name, doc)
         if value_type not in (float, int, bool) or (value_type is bool and accepted is not None):
             raise TypeError(
                 f"merge method {name!r}: parameter {parameter.name!r} must be a float, int or bool, and only "
                 f"numbers can have a Range: {hint}"
             )
-        if parameter.name not in descriptions:
+        if not doc:
             raise TypeError(f"merge method {name!r}: its docstring does not describe {parameter.name!r}")
         default = parameter.default
         if per_input and default is not REQUIRED:
             (default,) = default
-        declared = Parameter(
-            parameter.name.rstrip("_"), value_type, default, per_input, descriptions[parameter.name], accepted
-        )
+        declared = Parameter(parameter.name.rstrip("_"), value_type, default, per_input, doc, accepted, parameter.name)
         if not (declared.required or declared.accepts(default)):
             raise TypeError(
                 f"merge method {name!r}: the default of {parameter.name!r} must be {declared.expected}: {default}"
@@ -119,15 +125,17 @@ def read_parameters(name: str, bind: Callable[..., Any], descriptions: Mapping[s
     return tuple(parameters)
 
 
-def _schema(hint: Any) -> tuple[Any, Range | None, bool]:
-    """Split an annotation such as PerInput[Fraction] into its type, its range, and whether each input has a value."""
+def _schema(hint: Any) -> tuple[Any, Range | None, bool, str]:
+    """Split an annotation such as PerInput[Fraction] into its type, its range, whether each input has a value, and its
+    description."""
     per_input = typing.get_origin(hint) is Annotated and _PER_INPUT in hint.__metadata__
     if per_input:
         hint = typing.get_args(typing.get_args(hint)[0])[0]
     if typing.get_origin(hint) is not Annotated:
-        return hint, None, per_input
+        return hint, None, per_input, ""
     ranges = [item for item in hint.__metadata__ if isinstance(item, Range)]
-    return hint.__origin__, ranges[-1] if ranges else None, per_input
+    docs = [item.text for item in hint.__metadata__ if isinstance(item, Doc)]
+    return hint.__origin__, ranges[-1] if ranges else None, per_input, docs[-1] if docs else ""
 
 
 def split_docstring(doc: str) -> tuple[str, dict[str, str]]:

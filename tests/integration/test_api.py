@@ -210,7 +210,7 @@ def test_invalid_stacks(wrong: dict[str, Any], says: str, llamas: dict[str, Path
         mergeloom.stack(llamas["a"], **wrong)
 
 
-METHOD = """from mergeloom.methods.kernel.contract import merge_method
+METHOD = """from mergeloom.methods.kernel.spec import merge_method
 
 @merge_method("{name}")
 def copy(inputs):

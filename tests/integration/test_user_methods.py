@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 from tests.support.waiting import HANG_SECONDS
 
 HALF = """
-from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method
+from mergeloom.methods.kernel.spec import Inputs, Kernel, merge_method
 from mergeloom.methods.elementwise import weighted_sum
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.tensors import TensorRef
-from mergeloom.methods.kernel.contract import Inputs, Kernel
+from mergeloom.methods.kernel.spec import Inputs, Kernel
 from mergeloom.methods.kernel.tile import Tile
 
 

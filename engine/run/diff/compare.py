@@ -15,8 +15,8 @@ from ....io.reading import Reader, stat_fingerprints
 from ....io.sizes import Limit
 from ....io.task_group import TaskGroup
 from ....io.units import plural
-from ....methods.kernel.block_sums import total
-from ....methods.kernel.contract import BLOCK
+from ....methods.kernel.reductions import total
+from ....methods.kernel.spec import BLOCK
 from ...cost.machine import CACHED_SHARE, available_ram, make_budget, memory_remark, process_memory, usable_cores
 from ...cost.process_size import size_key
 from ...execute.ledger import Ledger, Reservation

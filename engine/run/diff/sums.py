@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....io.safetensors.dtypes import DType
-from ....methods.kernel.contract import BLOCK
+from ....methods.kernel.spec import BLOCK
 from .values import Floats, decode, decode_exactly, is_wide
 
 SUMS = 4

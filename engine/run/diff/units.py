@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ....errors import BudgetError
 from ....io.safetensors.tensors import TensorRef
 from ....io.sizes import format_size
-from ....methods.kernel.contract import BLOCK
+from ....methods.kernel.spec import BLOCK
 from ...schedule.schedule import Budget
 from .pairs import Pair
 from .sums import SUMS, WORKSPACE_BYTES

@@ -13,7 +13,7 @@ from mergeloom.engine.graph.layout import BLOCK
 from mergeloom.io.safetensors.dtypes import DTYPES, F32
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Inputs
+from mergeloom.methods.kernel.spec import Inputs
 
 Drawn = tuple[str, tuple[int, ...]]
 SIZES = st.sampled_from([(), (0, 3), (1,), (7,), (511, 3), (1024, 1024), (1000, 1001), (3, 2**20)])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Inputs, Kernel
+from mergeloom.methods.kernel.kernel import Kernel
+from mergeloom.methods.kernel.spec import InputSpec
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Case:
         return " ".join([self.method, *(f"{k}={v}" for k, v in self.parameters.items())])
 
     def kernel(self, inputs: Sequence[Tensor]) -> Kernel:
-        bound = Inputs(len(inputs), self.base, tuple(inputs[0].shape))
+        bound = InputSpec(len(inputs), self.base, tuple(inputs[0].shape))
         return merge_methods()[self.method].kernel(bound, self.parameters)
 
 

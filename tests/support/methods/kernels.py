@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Inputs, Kernel, Unit
+from mergeloom.methods.kernel.kernel import Kernel
+from mergeloom.methods.kernel.spec import InputSpec, Unit
 from mergeloom.methods.kernel.tile import Tile, Workspace
+from mergeloom.methods.kernel.torch_backend import Pass
 
 
 @dataclass
@@ -63,12 +65,15 @@ def run_kernel(
             continue
         passes += 1
         merged = None
-        for tile in tiles():
-            merged = kernel.merge(index, merged, kernel.reduce(index, tile, state))
+        for tile in tiles():  # each tile as a chunk of its own
+            run = Pass(kernel, index, state, workspace)
+            run.reduce(tile)
+            merged = kernel.merge(index, merged, run.result())
         state = kernel.finish(index, merged, state)
     output = torch.empty(size, dtype=dtype)
+    final = Pass(kernel, None, state, workspace)
     for tile in tiles():
-        result = kernel.combine(tile, state)
+        result = final.combine(tile)
         assert result.shape == tile.shape
         assert result.dtype == dtype
         output[tile.element : tile.element + tile.elements] = result.reshape(-1)
@@ -86,6 +91,6 @@ def merge(
     positions: Sequence[int] | None = None,
 ) -> Tensor:
     """Merge one tensor with the named method."""
-    bound = Inputs(len(inputs), base, tuple(inputs[0].shape))
+    bound = InputSpec(len(inputs), base, tuple(inputs[0].shape))
     kernel = merge_methods()[method].kernel(bound, parameters or {})
     return run_kernel(kernel, inputs, tile_elements, key=key, positions=positions).output

@@ -22,7 +22,7 @@ from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import merge_methods
 from mergeloom.methods.elementwise import WeightedSum
-from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method, unregister
+from mergeloom.methods.kernel.spec import Inputs, Kernel, merge_method, unregister
 from mergeloom.methods.kernel.tile import Tile, Workspace
 from tests.support.graphs import World
 from tests.support.methods.cases import CASES, Case

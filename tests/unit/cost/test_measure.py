@@ -23,7 +23,7 @@ from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from mergeloom.io.platform import DISABLED, cached_share, forget_cached
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Base
+from mergeloom.methods.kernel.spec import Base
 from tests.conftest import MakeModel
 from tests.support.plans import linear, stacked
 

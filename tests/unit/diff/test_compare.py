@@ -13,7 +13,7 @@ import mergeloom
 from mergeloom.engine.run.diff import units
 from mergeloom.engine.run.diff.compare import Comparison
 from mergeloom.engine.run.diff.result import Similarity
-from mergeloom.methods.kernel.contract import BLOCK
+from mergeloom.methods.kernel.spec import BLOCK
 from tests.support.models import write_checkpoint
 from tests.unit.diff.references import compare, is_close, reference
 

@@ -24,7 +24,7 @@ from mergeloom.io.reading import Reader
 from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.io.task_group import TaskGroup
-from mergeloom.methods.kernel.contract import BLOCK
+from mergeloom.methods.kernel.spec import BLOCK
 from tests.support.models import FineTune, Random, tiny_llama, write_checkpoint
 from tests.support.waiting import HANG_SECONDS
 

@@ -25,7 +25,7 @@ from mergeloom.engine.schedule.simulate import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
-from mergeloom.methods.kernel.contract import Inputs
+from mergeloom.methods.kernel.spec import Inputs
 from mergeloom.methods.kernel.tile import Tile
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose

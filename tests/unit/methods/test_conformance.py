@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Inputs, MethodError, Unit
+from mergeloom.methods.kernel.spec import Inputs, MethodError, Unit
 from tests.support.methods import reference
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.expected import expected as expected_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods.kernel import hashing, mask_ops
-from mergeloom.methods.kernel.contract import BLOCK
+from mergeloom.methods.kernel.spec import BLOCK
 from mergeloom.methods.kernel.tile import Workspace
 from tests.support.methods.kernels import merge
 

@@ -14,7 +14,7 @@ import torch
 from mergeloom.errors import UsageError
 from mergeloom.methods import merge_methods, registry
 from mergeloom.methods.elementwise import weighted_sum
-from mergeloom.methods.kernel.contract import Inputs, Kernel, PerInput, merge_method
+from mergeloom.methods.kernel.spec import Inputs, Kernel, PerInput, merge_method
 from tests.support.methods.kernels import merge
 from tests.support.paths import ROOT
 
@@ -22,7 +22,7 @@ DOCS = (ROOT / "docs" / "methods.md").read_text()
 TASK_VECTOR_METHODS = re.findall(r"^## (\w+)$", DOCS.split("\n# Task vectors\n")[1].split("\n# ")[0], re.MULTILINE)
 
 SMALL = '''
-from mergeloom.methods.kernel.contract import Inputs, Kernel, merge_method
+from mergeloom.methods.kernel.spec import Inputs, Kernel, merge_method
 from mergeloom.methods.elementwise import weighted_sum
 
 @merge_method("{name}")

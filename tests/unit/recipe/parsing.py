@@ -13,7 +13,7 @@ from mergeloom.engine.recipe.types import (
 )
 from mergeloom.errors import RecipeError
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import REQUIRED, Absent, Base, Method, Parameter
+from mergeloom.methods.kernel.spec import REQUIRED, Absent, Base, Method, Parameter
 
 
 def method(name: str, base: Base, minimum: int, maximum: int | None, *parameters: Parameter) -> Method:

@@ -8,7 +8,7 @@ from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.warnings import WarningKind
 from mergeloom.errors import RecipeError
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.contract import Base
+from mergeloom.methods.kernel.spec import Base
 from tests.unit.recipe.parsing import parse, refused
 
 METHODS = merge_methods()

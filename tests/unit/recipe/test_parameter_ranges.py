@@ -15,7 +15,7 @@ from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.parameters import ParameterError, accept
 from mergeloom.errors import RecipeError
 from mergeloom.methods import catalogue, merge_methods
-from mergeloom.methods.kernel.contract import (
+from mergeloom.methods.kernel.spec import (
     Base,
     Inputs,
     Method,

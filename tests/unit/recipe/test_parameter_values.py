@@ -17,7 +17,7 @@ from mergeloom.methods import merge_methods
 from mergeloom.methods import registry as plugins
 from mergeloom.methods.elementwise import weighted_sum
 from mergeloom.methods.kernel import contract
-from mergeloom.methods.kernel.contract import (
+from mergeloom.methods.kernel.spec import (
     Base,
     Fraction,
     Inputs,
@@ -121,7 +121,7 @@ class TestValuesThatDependOnEachOther:
 USER_METHOD = '''
 from typing import Annotated
 
-from mergeloom.methods.kernel.contract import Fraction, Inputs, Kernel, PerInput, PositiveInt, Range, merge_method
+from mergeloom.methods.kernel.spec import Fraction, Inputs, Kernel, PerInput, PositiveInt, Range, merge_method
 from mergeloom.methods.elementwise import weighted_sum
 
 

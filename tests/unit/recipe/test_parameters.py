@@ -20,7 +20,7 @@ from mergeloom.engine.recipe.parameters import (
 )
 from mergeloom.engine.recipe.types import Conditional, Gradient, Setting, base_index, modules_of
 from mergeloom.errors import RecipeError
-from mergeloom.methods.kernel.contract import REQUIRED, Absent, Base, Method, Parameter
+from mergeloom.methods.kernel.spec import REQUIRED, Absent, Base, Method, Parameter
 
 WEIGHT = Parameter("weight", float, REQUIRED, True, "the weight")
 DENSITY = Parameter("density", float, 1.0, True, "the share kept")

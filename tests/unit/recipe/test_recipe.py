@@ -318,7 +318,7 @@ class TestStages:
 def test_reading_a_recipe_imports_neither_torch_nor_networkx() -> None:
     code = (
         "import sys, mergeloom.engine.recipe.load as r\n"
-        "from mergeloom.methods.kernel.contract import Base\n"
+        "from mergeloom.methods.kernel.spec import Base\n"
         "try: r.parse_recipe('merge_method: x\\nmodels: [{model: a}]', methods={})\n"
         "except Exception as error: print(error)\n"
         "sys.exit(bool({'torch', 'numpy', 'networkx'} & sys.modules.keys()))"

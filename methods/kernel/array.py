@@ -1,0 +1,191 @@
+"""Arrays: the values that a merge method computes with. They are symbolic; an operation on them adds a node to a graph.
+
+Allowed: ``+ - * /``, unary ``-``, ``abs``, comparisons, ``& | ~`` of comparisons, and the functions of `language`. All
+else is an error that names the operation, the line and the allowed operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .expression import MethodDefinitionError, Node, Trace, Type, definition_error
+
+ALLOWED = (
+    "+ - * /, abs, sqrt, exp, log, comparisons, & | ~, where, minimum, maximum, clamp, sign, add, mean, uniform, "
+    "index, sum, count, kth_largest, largest, row_sum, row_max, row_rank, column_sum, host"
+)
+
+
+def refuse(what: str) -> MethodDefinitionError:
+    """The error for an operation that arrays do not have."""
+    return definition_error(f"{what} is not an operation on arrays; allowed: {ALLOWED}")
+
+
+class Array:
+    """A symbolic array, row vector, column vector or scalar.
+
+    Args:
+        node: node that computes it.
+        trace: trace that the node belongs to.
+    """
+
+    __slots__ = ("node", "trace")
+
+    def __init__(self, node: Node, trace: Trace) -> None:
+        self.node = node
+        self.trace = trace
+
+    def __repr__(self) -> str:
+        """One line with the operation."""
+        return f"<Array: {self.node.op}, one {self.node.type.value} per {self.node.extent.name.lower()}>"
+
+    # --- arithmetic ------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Operand) -> Array:
+        return self._arithmetic("add", self, other)
+
+    def __radd__(self, other: Operand) -> Array:
+        return self._arithmetic("add", other, self)
+
+    def __sub__(self, other: Operand) -> Array:
+        return self._arithmetic("sub", self, other)
+
+    def __rsub__(self, other: Operand) -> Array:
+        return self._arithmetic("sub", other, self)
+
+    def __mul__(self, other: Operand) -> Array:
+        return self._arithmetic("mul", self, other)
+
+    def __rmul__(self, other: Operand) -> Array:
+        return self._arithmetic("mul", other, self)
+
+    def __truediv__(self, other: Operand) -> Array:
+        return self._arithmetic("div", self, other)
+
+    def __rtruediv__(self, other: Operand) -> Array:
+        return self._arithmetic("div", other, self)
+
+    def __neg__(self) -> Array:
+        return Array(self.trace.unary("neg", self.node), self.trace)
+
+    def __abs__(self) -> Array:
+        return Array(self.trace.unary("abs", self.node), self.trace)
+
+    # --- comparisons and flags -------------------------------------------------------------------------------------
+
+    def __gt__(self, other: Operand) -> Array:
+        return self._compare("gt", other)
+
+    def __ge__(self, other: Operand) -> Array:
+        return self._compare("ge", other)
+
+    def __lt__(self, other: Operand) -> Array:
+        return self._compare("lt", other)
+
+    def __le__(self, other: Operand) -> Array:
+        return self._compare("le", other)
+
+    def __eq__(self, other: Operand) -> Array:  # type: ignore[override]
+        return self._compare("eq", other)
+
+    def __ne__(self, other: Operand) -> Array:  # type: ignore[override]
+        return self._compare("ne", other)
+
+    __hash__ = object.__hash__
+
+    def __and__(self, other: Operand) -> Array:
+        return self._logical("and", other)
+
+    def __or__(self, other: Operand) -> Array:
+        return self._logical("or", other)
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __invert__(self) -> Array:
+        if self.node.type is not Type.FLAG:
+            raise refuse("~ of numbers")
+        return Array(self.trace.unary("not", self.node), self.trace)
+
+    # --- everything else is an error ---------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise refuse(f".{name}")
+
+    def __bool__(self) -> NoReturn:
+        raise refuse("if, and, or, not, in or a chained comparison")
+
+    def __iter__(self) -> NoReturn:
+        raise refuse("iteration")
+
+    def __len__(self) -> NoReturn:
+        raise refuse("len")
+
+    def __float__(self) -> NoReturn:
+        raise refuse("float (the value is not known yet; use host for Python functions of scalars)")
+
+    def __int__(self) -> NoReturn:
+        raise refuse("int (the value is not known yet; use host for Python functions of scalars)")
+
+    def __getitem__(self, item: object) -> NoReturn:
+        raise refuse("[...]")
+
+    def __pow__(self, other: object) -> NoReturn:
+        raise refuse("** (write x * x, or use sqrt)")
+
+    def __mod__(self, other: object) -> NoReturn:
+        raise refuse("%")
+
+    def __floordiv__(self, other: object) -> NoReturn:
+        raise refuse("//")
+
+    def __matmul__(self, other: object) -> NoReturn:
+        raise refuse("@")
+
+    __rpow__, __rmod__, __rfloordiv__, __rmatmul__ = __pow__, __mod__, __floordiv__, __matmul__
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: object, args: object = (), kwargs: object = None) -> NoReturn:
+        raise refuse(f"torch.{getattr(function, '__name__', function)}")
+
+    def __array_ufunc__(self, function: Any, method: str, *args: object, **kwargs: object) -> NoReturn:
+        raise refuse(f"numpy.{function.__name__}")
+
+    def __array_function__(self, function: Any, types: object, args: object, kwargs: object) -> NoReturn:
+        raise refuse(f"numpy.{function.__name__}")
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _arithmetic(self, op: str, a: Operand, b: Operand) -> Array:
+        return Array(self.trace.arithmetic(op, node_of(a, self.trace), node_of(b, self.trace)), self.trace)
+
+    def _compare(self, op: str, other: Operand) -> Array:
+        return Array(self.trace.compare(op, self.node, node_of(other, self.trace)), self.trace)
+
+    def _logical(self, op: str, other: Operand) -> Array:
+        a, b = self.node, node_of(other, self.trace)
+        if not a.type is b.type is Type.FLAG:
+            raise refuse("& or | of numbers")
+        return Array(self.trace.logical(op, a, b), self.trace)
+
+
+Operand = Array | float | bool
+"""An operand of an array operation: an array or a Python number."""
+
+
+def node_of(value: Any, trace: Trace) -> Node:
+    """The node of an operand. Raises MethodDefinitionError for anything but an array of this trace or a number."""
+    if isinstance(value, Array):
+        if value.trace is not trace:
+            raise definition_error("an array of another tensor: methods cannot keep arrays between calls")
+        return value.node
+    if isinstance(value, (bool, int, float)):
+        return trace.constant(value)
+    raise refuse(f"an operand of type {type(value).__name__}")
+
+
+def trace_of(values: Sequence[Any]) -> Trace | None:
+    """The trace of the first array among the values, or None."""
+    return next((value.trace for value in values if isinstance(value, Array)), None)

@@ -1,0 +1,77 @@
+"""Composes the kernels of several stages into one that computes intermediate tensors tile by tile.
+
+Of an intermediate tensor, only the results of its reductions are kept. It is in the work dtype, unless its stage's
+``out_dtype`` rounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .expression import Extent, Node, Trace, Type
+from .kernel import Kernel
+from .spec import InputSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The kernel of one stage in a composition.
+
+    Args:
+        kernel: the stage's kernel.
+        sources: for each input of the kernel, the index of a leaf, or ``~n`` for the result of part n.
+        key: random key of the tensor that the kernel computes.
+        positions: for each input, the index of its model in the stage.
+        round_to: torch's name of the dtype that the result is rounded to; None to keep it in the work dtype.
+    """
+
+    kernel: Kernel
+    sources: tuple[int, ...]
+    key: int = 0
+    positions: tuple[int, ...] = ()
+    round_to: str | None = None
+
+
+class Composition(Kernel):
+    """The kernels of several stages; the output is the result of the last part.
+
+    Args:
+        inputs: leaves, which are read from files.
+        parts: kernels in topological order.
+    """
+
+    def __init__(self, inputs: InputSpec, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        super().__init__(inputs, _composed(self.parts), parts[-1].kernel.bound)
+
+    def resized(self, shape: tuple[int, ...]) -> Composition:
+        """The same parts for tensors of another shape."""
+        parts = [replace(part, kernel=part.kernel.resized(shape)) for part in self.parts]
+        return Composition(replace(self.inputs, shape=shape), parts)
+
+
+def _composed(parts: Sequence[Part]) -> Node:
+    """The output of the last part as an expression of the leaves."""
+    trace = Trace()
+    results: list[Node] = []
+    for part in parts:
+        sources = [
+            results[~source] if source < 0 else trace.node("load", (), Type.NUMBER, Extent.ELEMENT, source)
+            for source in part.sources
+        ]
+
+        def leaf(node: Node, part: Part = part, sources: Sequence[Node] = tuple(sources)) -> Node | None:
+            if node.op == "load":
+                return sources[node.value]
+            if node.op == "hash":
+                index, stream = node.value
+                drawn = stream or (part.key, part.positions[index])
+                return trace.node("hash", (), Type.HASH, Extent.ELEMENT, (index, drawn))
+            return None
+
+        result = trace.rebuilt(part.kernel.output, leaf)
+        if part.round_to is not None:
+            result = trace.node("round", (result,), Type.NUMBER, value=part.round_to)
+        results.append(result)
+    return results[-1]

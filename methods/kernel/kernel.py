@@ -1,0 +1,245 @@
+"""A kernel: a merge method that is traced for the inputs and the parameters of one output tensor.
+
+The engine runs one pass over the tiles for each step of its reductions, and a last one that computes the output. After
+each pass, the merged partial results give the next `State`. Results depend on the elements, the parameters and the
+random keys, never on the boundaries of the tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .expression import Extent, HostCall, Node, Trace, Type, reachable
+from .program import Program
+from .reductions import Reduction, row_block
+from .spec import BLOCK, InputSpec, Unit
+
+if TYPE_CHECKING:
+    from .method import Method
+
+_ROW_OPERATIONS = frozenset(("row_sum", "row_max", "row_rank"))
+_NOT_BY_ELEMENT = _ROW_OPERATIONS | {"index", "hash", "selected"}
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The results of the passes so far.
+
+    Args:
+        reductions: state of each reduction of the kernel.
+        scalars: value of each scalar and column that is known, by the id of its node.
+    """
+
+    reductions: tuple[Any, ...]
+    scalars: Mapping[int, Any]
+
+
+class Kernel:
+    """An expression graph and what is derived from it.
+
+    Args:
+        inputs: inputs of the output tensor.
+        output: node of the output.
+        bound: method and parameters that the kernel was traced from.
+
+    Attributes:
+        traced: inputs of the method, of which `inputs` may be a part.
+        kept: index among the traced inputs of each input.
+        unit: unit that tiles do not split.
+        alignment: number of elements that tile boundaries are a multiple of.
+        reductions: maximum number of passes before the last one.
+        random: whether the random key of the output tensor matters.
+        copies: index of the input that is the output, unchanged; None for any other kernel.
+        used: indices of the inputs that the output depends on; the first one if it depends on none.
+        propagates_nonfinite: whether a NaN or an infinity in any input always reaches the output. If so, only the
+            output is checked.
+    """
+
+    def __init__(self, inputs: InputSpec, output: Node, bound: tuple[Method, Mapping[str, Any]]) -> None:
+        self.inputs = self.traced = inputs
+        self.kept = tuple(range(inputs.count))
+        self.output = output
+        self.bound = bound
+        nodes = reachable(output)
+        self.unit = Unit.ROW if any(node.op in _ROW_OPERATIONS for node in nodes) else Unit.ELEMENT
+        self.reduced = [node for node in nodes if node.op == "reduce"]
+        self.alignment = self._bind_reductions(nodes)
+        self.random = any(node.op == "hash" for node in nodes)
+        self.copies: int | None = output.value if output.op == "load" else None
+        self.used = tuple(sorted({node.value for node in nodes if node.op == "load"})) or (0,)
+        self.propagates_nonfinite = set(self.used) <= _always_propagated(nodes)[id(output)]
+        self._scalars = [node for node in nodes if not node.in_tile and not node.constant and node.level]
+        depth = output.level
+        steps = [
+            max((node.value.steps for node in self.reduced if node.level == level + 1), default=0)
+            for level in range(depth)
+        ]
+        self._passes = [(level, step) for level, count in enumerate(steps) for step in range(count)]
+        self.reductions = len(self._passes)
+        self._programs: dict[tuple[int, ...] | None, Program] = {}
+
+    def _bind_reductions(self, nodes: Sequence[Node]) -> int:
+        """Set the blocks of the reductions, and return the alignment of the tiles."""
+        by_row = self.unit is Unit.ROW
+        columns = max(1, self.inputs.columns)
+        block = row_block(columns) if by_row else BLOCK
+        for node in self.reduced:
+            reduction: Reduction = node.value
+            if not reduction.block and hasattr(reduction, "sampled"):
+                reduction.sampled = not any(each.op in _NOT_BY_ELEMENT for each in reachable(node.args[0]))
+            reduction.bind(block)
+        alignments = {node.value.block for node in self.reduced}
+        return math.lcm(*alignments, columns if by_row else BLOCK)
+
+    def __repr__(self) -> str:
+        """One line with the method, the shape and the number of passes."""
+        inputs = f"{self.inputs.count} x {list(self.inputs.shape)}"
+        return f"<Kernel {self.bound[0].name} of {inputs}, {self.reductions + 1} passes>"
+
+    def resized(self, shape: tuple[int, ...]) -> Kernel:
+        """The kernel of the same method and parameters for another shape."""
+        method, parameters = self.bound
+        kernel = method.kernel(replace(self.traced, shape=shape), parameters)
+        return kernel if self.inputs.count == self.traced.count else kernel.with_used_inputs()
+
+    def with_used_inputs(self) -> Kernel:
+        """The same kernel without the inputs that the output does not depend on, such as models of weight 0."""
+        used = self.used
+        if len(used) == self.inputs.count:
+            return self
+        trace = Trace()
+
+        def leaf(node: Node) -> Node | None:
+            if node.op == "load":
+                return trace.node("load", (), Type.NUMBER, value=used.index(node.value))
+            if node.op == "hash":
+                return trace.node("hash", (), Type.HASH, Extent.ELEMENT, (used.index(node.value[0]), node.value[1]))
+            return None
+
+        base = self.inputs.base
+        inputs = InputSpec(len(used), used.index(base) if base in used else None, self.inputs.shape)
+        kernel = Kernel(inputs, trace.rebuilt(self.output, leaf), self.bound)
+        kernel.traced, kernel.kept = self.traced, used
+        return kernel
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def active(self, index: int, state: State | None) -> tuple[int, ...]:
+        """The numbers of the reductions that pass `index` continues."""
+        level, step = self._passes[index]
+        states = self._states(state)
+        return tuple(
+            number
+            for number, node in enumerate(self.reduced)
+            if node.level == level + 1 and step < node.value.steps and node.value.needed(step, states[number])
+        )
+
+    def needed(self, index: int, state: State | None) -> bool:
+        """Whether pass `index` can still change the state; the engine skips it otherwise."""
+        return bool(self.active(index, state))
+
+    def step(self, index: int) -> int:
+        """The step of the reductions in pass `index`."""
+        return self._passes[index][1]
+
+    def program(self, active: tuple[int, ...] | None) -> Program:
+        """The program that computes the operands of some reductions, or the output if None."""
+        program = self._programs.get(active)
+        if program is None:
+            targets = [self.output] if active is None else [self.reduced[number] for number in active]
+            program = self._programs[active] = Program(targets)
+        return program
+
+    def merge(self, index: int, merged: list[Any] | None, partial: list[Any]) -> list[Any]:
+        """Add the partial results of a chunk, one per reduction, to those of the chunks before it (None at first)."""
+        if merged is None:
+            return partial
+        pairs = zip(self.reduced, merged, partial, strict=True)
+        return [b if a is None else a if b is None else node.value.merge(a, b) for node, a, b in pairs]
+
+    def finish(self, index: int, merged: list[Any] | None, state: State | None) -> State:
+        """The state after pass `index`; `merged` is None for a tensor without elements."""
+        step = self.step(index)
+        states = list(self._states(state))
+        for number in self.active(index, state):
+            partial = None if merged is None else merged[number]
+            states[number] = self.reduced[number].value.finish(step, partial, states[number])
+        last = index + 1 == self.reductions or self._passes[index + 1][1] == 0
+        following = State(tuple(states), state.scalars if state else {})
+        if last or not self.needed(index + 1, following):
+            following = replace(following, scalars=self._evaluated(self._passes[index][0] + 1, following))
+        return following
+
+    def _states(self, state: State | None) -> tuple[Any, ...]:
+        return (None,) * len(self.reduced) if state is None else state.reductions
+
+    def _evaluated(self, level: int, state: State) -> dict[int, Any]:
+        """The values of all scalars and columns up to a level."""
+        values = dict(state.scalars)
+        numbers = {id(node): number for number, node in enumerate(self.reduced)}
+        for node in self._scalars:
+            if node.level > level or id(node) in values:
+                continue
+            if node.op == "reduce":
+                number = numbers[id(node)]
+                values[id(node)] = node.value.value(state.reductions[number])
+            elif node.op in ("item", "threshold"):
+                values[id(node)] = _item(values[id(node.args[0])], node)
+            elif node.op == "magnitude":
+                values[id(node)] = values[id(node.args[0])].value
+            elif node.op == "host":
+                values[id(node)] = call_host(node, [values[id(leaf)] for leaf in node.value.leaves])
+        return values
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+
+    def workspace(self, elements: int, itemsize: int) -> int:
+        """The size in bytes of the workspace for a tile of `elements` elements in a work dtype of `itemsize` bytes."""
+        return max(program.nbytes(elements, itemsize) for program in self._all_programs)
+
+    @functools.cached_property
+    def _all_programs(self) -> list[Program]:
+        levels = range(self.output.level)
+        active = [tuple(n for n, node in enumerate(self.reduced) if node.level == level + 1) for level in levels]
+        return [self.program(numbers) for numbers in (*active, None)]
+
+
+def call_host(node: Node, values: Sequence[Any]) -> Any:
+    """The result of a host node for the values of its leaves; a list of results for columns."""
+    call: HostCall = node.value
+    if node.extent is not Extent.COLUMN:
+        return call(values)
+    columns = [value if leaf.extent is Extent.COLUMN else None for leaf, value in zip(call.leaves, values, strict=True)]
+    width = next(len(column) for column in columns if column is not None)
+    repeated = [[value] * width if column is None else column for column, value in zip(columns, values, strict=True)]
+    return [call(column) for column in zip(*repeated, strict=True)]
+
+
+def _item(value: Any, node: Node) -> Any:
+    """One of several results, for each column if there are columns. NaN stands for all results."""
+    if node.extent is Extent.COLUMN:
+        return [each if isinstance(each, float) else each[node.value] for each in value]
+    return value if isinstance(value, float) else value[node.value]
+
+
+def _always_propagated(nodes: Sequence[Node]) -> dict[int, frozenset[int]]:
+    """For each node, the inputs of which a NaN or an infinity in an element always makes that element not finite."""
+    result: dict[int, frozenset[int]] = {}
+    for node in nodes:
+        args = [result[id(arg)] for arg in node.args]
+        if node.op == "load":
+            found = frozenset({node.value})
+        elif node.op in ("add", "sub", "mul"):
+            found = args[0] | args[1]
+        elif node.op in ("neg", "abs", "sqrt", "wide", "narrow", "single", "round") or node.op == "div":
+            found = args[0]
+        elif node.op == "where":
+            found = args[1] & args[2]
+        else:
+            found = frozenset()
+        result[id(node)] = found
+    return result

@@ -1,0 +1,308 @@
+"""The vocabulary of merge methods: functions of arrays, and the inputs of a method with their reductions.
+
+    @merge_method("task_arithmetic", base=Base.REQUIRED)
+    def task_arithmetic(t: Inputs, *, weight: Weight, lambda_: Finite = 1.0) -> Array:
+        return t.base + lambda_ * add([w * (x - t.base) for x, w in zip(t.models, weight)])
+
+A method computes one output tensor. Arithmetic is in float32, or in float64 if an input is float64; each operation is
+rounded separately. Scalars that are computed from reductions are Python floats, and are rounded to float32 where they
+meet an array, because mathematical functions differ in the last bit between C libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from .array import Array, Operand, node_of, refuse, trace_of
+from .expression import Extent, Node, Trace, Type, definition_error, flatten, with_constants
+from .polynomials import exponential, logarithm
+from .reductions import ColumnSum, Count, Selection, Sum, Target
+from .spec import InputSpec, MethodError
+
+__all__ = [
+    "Array",
+    "Inputs",
+    "add",
+    "clamp",
+    "exp",
+    "host",
+    "log",
+    "maximum",
+    "mean",
+    "minimum",
+    "sign",
+    "single",
+    "sqrt",
+    "where",
+    "wide",
+]
+
+A = TypeVar("A")
+
+
+def where(condition: Operand, a: Operand, b: Operand) -> Array:
+    """`a` where the condition holds, else `b`. A NaN in the value that is not chosen is lost."""
+    trace = _trace(condition, a, b)
+    test = node_of(condition, trace)
+    if test.type is not Type.FLAG:
+        raise refuse("where with a condition that is not a comparison")
+    return Array(trace.where(test, node_of(a, trace), node_of(b, trace)), trace)
+
+
+def minimum(a: Operand, b: Operand) -> Array:
+    """`b` where it is less than `a`, else `a`."""
+    return _binary("minimum", a, b)
+
+
+def maximum(a: Operand, b: Operand) -> Array:
+    """`b` where it is greater than `a`, else `a`."""
+    return _binary("maximum", a, b)
+
+
+def clamp(x: Operand, low: Operand, high: Operand) -> Array:
+    """`x`, limited to the range from `low` to `high`; a NaN stays a NaN."""
+    return minimum(maximum(x, low), high)
+
+
+def sign(x: Array) -> Array:
+    """-1, 0 or 1; 0 for a NaN."""
+    return _array(x > 0) * 1.0 - _array(x < 0) * 1.0
+
+
+def sqrt(x: Array) -> Array:
+    """The square root, correctly rounded."""
+    return Array(x.trace.unary("sqrt", x.node), x.trace)
+
+
+def exp(x: Array) -> Array:
+    """e to the power of x, in float64, with an error of less than 2 units in the last place."""
+    return exponential(wide(x))
+
+
+def log(x: Array) -> Array:
+    """The natural logarithm of positive normal numbers, in float64, with an error of less than 2 units in the last
+    place; NaN for all others."""
+    return logarithm(wide(x))
+
+
+def wide(x: Array) -> Array:
+    """The array as float64. Operations with it are in float64, and the output is rounded to the work dtype."""
+    return Array(x.trace.wide(x.trace.number(x.node)), x.trace)
+
+
+def single(x: Array) -> Array:
+    """The array rounded to float32, as `Inputs.kth_largest` and `Inputs.largest` compare it."""
+    return Array(x.trace.single(x.trace.number(x.node)), x.trace)
+
+
+def add(terms: Sequence[Operand]) -> Array:
+    """The sum of the terms, added in order."""
+    trace = _trace(*terms)
+    total = node_of(terms[0], trace)
+    for term in terms[1:]:
+        total = trace.arithmetic("add", total, node_of(term, trace))
+    return Array(total, trace)
+
+
+def mean(terms: Sequence[Operand]) -> Array:
+    """The sum of the terms, added in order, divided by their number."""
+    return add(terms) / len(terms)
+
+
+def host(function: Callable[..., Any], *args: Any, outputs: int | None = None) -> Any:
+    """Call a Python function of scalars between two passes, or once per row or column for sums over these.
+
+    Args:
+        function: function of Python floats that returns one float, or `outputs` floats. It is called with the values
+            of the scalars among the arguments, and not called if one of these is not finite: then its results are NaN.
+        args: scalars, constants, and nested lists of these.
+        outputs: number of results; None for a single one.
+
+    Returns:
+        A scalar, or a list of `outputs` scalars.
+
+    Raises:
+        MethodDefinitionError: an argument is an array with one value per element.
+    """
+    arrays = [arg for arg in flatten(args) if isinstance(arg, Array)]
+    trace = trace_of(arrays)
+    if trace is None:
+        raise definition_error("host needs a scalar, such as t.sum(x), among its arguments")
+    if any(array.node.extent is Extent.ELEMENT for array in arrays):
+        raise definition_error("host takes scalars, such as t.sum(x), and not arrays")
+    if all(array.node.constant for array in arrays):
+        results = function(*with_constants(_nodes(args, trace)))
+        return [Array(trace.constant(r), trace) for r in results] if outputs else Array(trace.constant(results), trace)
+    call = trace.host(function, _nodes(args, trace))
+    if outputs is None:
+        return Array(call, trace)
+    return [Array(trace.node("item", (call,), call.type, call.extent, number), trace) for number in range(outputs)]
+
+
+class Inputs:
+    """The inputs of one output tensor as symbolic arrays, and the reductions over its elements.
+
+    Args:
+        spec: number, base and shape of the inputs.
+
+    Attributes:
+        models: inputs other than the base, in recipe order.
+        shape: shape of every input and of the output.
+        size: number of elements.
+        columns: number of elements in a row: the last dimension; 1 for a 0-d tensor.
+    """
+
+    def __init__(self, spec: InputSpec) -> None:
+        self.trace = Trace()
+        self.shape = spec.shape
+        self.size = spec.rows * spec.columns
+        self.columns = spec.columns
+        self._base = spec.base
+        self._loads = [self.trace.node("load", (), Type.NUMBER, value=index) for index in range(spec.count)]
+        self.models = [self._array(load) for index, load in enumerate(self._loads) if index != spec.base]
+
+    @property
+    def base(self) -> Array:
+        """The base model's input. Raises MethodError if there is none."""
+        if self._base is None:
+            raise MethodError("the method needs a base model among the inputs")
+        return self._array(self._loads[self._base])
+
+    @property
+    def origin(self) -> Array:
+        """The base model's input, or 0 without a base model."""
+        return self._array(self.trace.constant(0.0)) if self._base is None else self.base
+
+    @property
+    def other(self) -> Array:
+        """The only input besides the base. Raises MethodError if there are several."""
+        if len(self.models) != 1:
+            raise MethodError(f"the method takes exactly one input, got {len(self.models)}")
+        return self.models[0]
+
+    @property
+    def index(self) -> Array:
+        """The index of each element in row-major order."""
+        return self._array(self.trace.node("index", (), Type.INTEGER, Extent.ELEMENT))
+
+    def uniform(self, model: Array) -> Array:
+        """A random number for each element: a multiple of 2^-24, at least 0 and below 1.
+
+        A pure function of the seed, the output tensor's name, the model's position in the recipe and the element.
+        """
+        if model.node.op != "load":
+            raise definition_error("uniform takes an input, such as one of t.models")
+        hashed = self.trace.node("hash", (), Type.HASH, Extent.ELEMENT, (model.node.value, None))
+        return self._array(self.trace.node("fraction", (hashed,), Type.NUMBER))
+
+    # --- reductions to one value -------------------------------------------------------------------------------------
+
+    def sum(self, x: Array) -> Array:
+        """The sum over all elements: in fixed blocks, in float64 from 2^11 elements per block on."""
+        node = self._element(x)
+        if node.constant:
+            return self._constant(node.value * self.size)
+        return self._reduce(node, Sum(), Type.WIDE)
+
+    def count(self, flags: Array) -> Array:
+        """The number of elements for which a comparison holds."""
+        if flags.node.type is not Type.FLAG:
+            raise refuse("count of an array that is not a comparison")
+        if flags.node.constant:
+            return self._constant(float(self.size if flags.node.value else 0))
+        return self._reduce(flags.node, Count(), Type.WIDE)
+
+    def column_sum(self, x: Array) -> Array:
+        """The sum over the first dimension, for each index of the others: in fixed blocks, in float64."""
+        if not self.shape:
+            return self.sum(x)
+        node = self.trace.wide(self._element(x))
+        return self._array(self.trace.node("reduce", (node,), Type.WIDE, Extent.COLUMN, ColumnSum(self.shape), 1))
+
+    def kth_largest(self, x: Array, k: int) -> Array:
+        """The k-th largest magnitude of the tensor, starting at 1, in float32."""
+        threshold = self._target(x, Target(k, exact=False))
+        return self._array(self.trace.node("magnitude", (threshold,), Type.WIDE))
+
+    def largest(self, x: Array, k: int | None = None, *, share: float | None = None) -> Array:
+        """Whether an element is one of the k with the largest magnitudes; of equal ones, the first are chosen.
+
+        Args:
+            x: an array. Magnitudes are compared in float32.
+            k: number of elements.
+            share: instead of `k`, the fraction of the elements other than 0.
+        """
+        if k is not None and not 0 < k < self.size:
+            return self._array(self.trace.constant(k > 0))
+        threshold = self._target(x, Target(k, share=1.0 if share is None else share))
+        magnitudes = self.trace.unary("abs", self._element(x))
+        return self._array(self.trace.node("selected", (magnitudes, threshold), Type.FLAG))
+
+    # --- reductions to one value per row -----------------------------------------------------------------------------
+
+    def row_sum(self, x: Array) -> Array:
+        """The sum of each row in float64: halves are added until one column remains."""
+        return self._array(self.trace.node("row_sum", (self._element(x),), Type.WIDE, Extent.ROW))
+
+    def row_max(self, x: Array) -> Array:
+        """The largest element of each row; NaN if the row has a NaN."""
+        node = self._element(x)
+        return self._array(self.trace.node("row_max", (node,), node.type, Extent.ROW))
+
+    def row_rank(self, x: Array) -> Array:
+        """The rank of each element's magnitude in its row, from 0 for the smallest; of equal ones, later rank higher.
+
+        Magnitudes are compared in float32. Ranks are exact up to 2^24.
+        """
+        magnitudes = self.trace.unary("abs", self._element(x))
+        return self._array(self.trace.node("row_rank", (magnitudes,), Type.NUMBER))
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _array(self, node: Node) -> Array:
+        return Array(node, self.trace)
+
+    def _constant(self, value: float) -> Array:
+        return self._array(self.trace.constant(value))
+
+    def _element(self, x: Array) -> Node:
+        node = self.trace.number(node_of(x, self.trace))
+        if node.extent is not Extent.ELEMENT and not node.constant:
+            raise definition_error("a reduction needs an array with one value per element")
+        return node
+
+    def _reduce(self, node: Node, reduction: Any, type: Type) -> Array:
+        return self._array(self.trace.node("reduce", (node,), type, Extent.TENSOR, reduction, rise=1))
+
+    def _target(self, x: Array, target: Target) -> Node:
+        """The node of a search for a magnitude. Searches in one array share their passes."""
+        magnitudes = self.trace.unary("abs", self._element(x))
+        if magnitudes.constant:
+            raise definition_error("a selection needs an array that depends on the inputs")
+        selection = self.trace.node("reduce", (magnitudes,), Type.WIDE, Extent.TENSOR, Selection(self.size), rise=1)
+        number = selection.value.add(target)
+        return self.trace.node("threshold", (selection,), Type.WIDE, Extent.TENSOR, number)
+
+
+def _trace(*values: Any) -> Trace:
+    trace = trace_of(values)
+    if trace is None:
+        raise definition_error("at least one operand must be an array")
+    return trace
+
+
+def _array(flags: Array) -> Array:
+    return Array(flags.trace.number(flags.node), flags.trace)
+
+
+def _binary(op: str, a: Operand, b: Operand) -> Array:
+    trace = _trace(a, b)
+    return Array(trace.arithmetic(op, node_of(a, trace), node_of(b, trace)), trace)
+
+
+def _nodes(args: Any, trace: Trace) -> Any:
+    """Replace arrays in nested lists by their nodes."""
+    if isinstance(args, (list, tuple)):
+        return tuple(_nodes(arg, trace) for arg in args)
+    return node_of(args, trace) if isinstance(args, Array) else args

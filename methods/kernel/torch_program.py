@@ -1,0 +1,246 @@
+"""Executes a program on a tile with torch, in the buffers of a workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import counting
+from .block_sums import BlockSums, pairwise_fold
+from .expression import Extent, Node, Type
+from .hashing import hashes
+from .program import Instruction, Slot
+from .reductions import ColumnSum, Count, Selection, Sum
+from .rounding import round_into
+from .tile import Tile
+from .torch_ops import INTEGER_OPERATIONS, OPERATIONS
+
+if TYPE_CHECKING:
+    from .torch_backend import Pass
+
+_DTYPES = {Type.WIDE: torch.float64, Type.FLAG: torch.bool, Type.INTEGER: torch.int64, Type.HASH: torch.int32}
+_SCRATCH = {1: torch.bool, 4: torch.int32, 8: torch.float64}
+
+
+class ProgramRun:
+    """One program on one tile.
+
+    Args:
+        owner: pass that the program belongs to.
+        active: reductions of the program; None for the output.
+        tile: tile.
+    """
+
+    def __init__(self, owner: Pass, active: tuple[int, ...] | None, tile: Tile) -> None:
+        self.owner = owner
+        self.tile = tile
+        self.program = owner.kernel.program(active)
+        self._device = tile.inputs[0].device
+        self._work = owner.workspace.dtype
+        self._buffers: dict[tuple[Slot, torch.dtype], Tensor] = {}
+        self._memory = {
+            Slot(width, number): owner.workspace.take(tile.elements * (width or self._work.itemsize), torch.uint8)
+            for width, count in sorted(self.program.widths.items())
+            for number in range(count)
+        }
+        self._rows: dict[int, list[Any]] = {}
+        reduced = owner.kernel.reduced
+        self._numbers = {id(reduced[number]): number for number in active or ()}
+        self._sums: dict[int, tuple[BlockSums, list[int]]] = {}
+        summed = [number for number in active or () if isinstance(reduced[number].value, Sum)]
+        for block in dict.fromkeys(reduced[number].value.block for number in summed):
+            numbers = [number for number in summed if reduced[number].value.block == block]
+            sums = BlockSums(len(numbers), tile.elements, block, owner.workspace, self._device)
+            self._sums[block] = sums, numbers
+
+    def perform(self, instruction: Instruction) -> None:
+        """Execute an instruction."""
+        op = instruction.op
+        if op == "reduce":
+            self._reduce(instruction)
+            return
+        assert instruction.out is not None
+        node = instruction.node
+        out = self._buffer(instruction.out, self._dtype(node.type), node.extent)
+        if op in _SPECIAL:
+            _SPECIAL[op](self, instruction, out)
+        elif op in INTEGER_OPERATIONS:
+            INTEGER_OPERATIONS[op](out, self._operands(instruction)[0], node.value)
+        elif op in ("minimum", "maximum") and _is_limit(instruction.args[1]):
+            values, limit = self._operands(instruction)
+            torch.clamp(values, **{"min" if op == "maximum" else "max": limit}, out=out)
+        else:
+            tensors = self._aligned(instruction, [out, *self._operands(instruction)])
+            OPERATIONS[op](*tensors, *self._scratch(instruction))
+
+    def block_sums(self) -> Iterator[tuple[int, Tensor]]:
+        """The number of each summed reduction, and its sums of blocks."""
+        for sums, numbers in self._sums.values():
+            yield from zip(numbers, sums.partial(), strict=True)
+
+    def result(self) -> Tensor:
+        """The output elements in the work dtype."""
+        assert self.program.result is not None
+        return self._buffer(self.program.result, self._work)
+
+    # --- operands and buffers ----------------------------------------------------------------------------------------
+
+    def _buffer(self, slot: Slot, dtype: torch.dtype, extent: Extent = Extent.ELEMENT) -> Tensor:
+        """The buffer of a slot in the shape of the tile; with an extent of rows, one element per row."""
+        buffer = self._buffers.get((slot, dtype))
+        if buffer is None:
+            buffer = self._buffers[slot, dtype] = self._memory[slot].view(dtype).view(self.tile.shape)
+        return buffer.view(-1)[: buffer.shape[0]].view(-1, 1) if extent is Extent.ROW else buffer
+
+    def _scratch(self, instruction: Instruction) -> list[Tensor]:
+        integers = instruction.op == "row_rank"
+        extent = instruction.node.extent if instruction.op in ("minimum", "maximum", "sqrt") else Extent.ELEMENT
+        return [
+            self._buffer(slot, torch.int64 if integers else _SCRATCH[slot.width], extent)
+            for slot in instruction.scratch
+        ]
+
+    def _dtype(self, type: Type) -> torch.dtype:
+        return _DTYPES.get(type, self._work)
+
+    def _operands(self, instruction: Instruction) -> list[Tensor]:
+        nodes = _operand_nodes(instruction)
+        wide = Type.WIDE if any(node.type is Type.WIDE and node.in_tile for node in nodes) else Type.NUMBER
+        return [
+            self._buffer(source, self._dtype(node.type), node.extent)
+            if isinstance(source, Slot)
+            else self._operand(source, wide)
+            for source, node in zip(instruction.args, nodes, strict=True)
+        ]
+
+    def _operand(self, node: Node, type: Type) -> Tensor:
+        """A constant, scalar or column in the type that it is used in."""
+        dtype = torch.bool if node.type is Type.FLAG else self._dtype(type)
+        if node.constant:
+            return self.owner.constant(node.value, dtype, self._device)
+        value = self.owner.scalar(node)
+        if dtype is torch.float64:
+            value = np.float32(value).tolist()
+        return self.owner.constant(value, dtype, self._device)
+
+    def _aligned(self, instruction: Instruction, tensors: list[Tensor]) -> list[Tensor]:
+        """View the tensors with one column per value, if an operand has one value per column."""
+        for source in instruction.args:
+            if isinstance(source, Node) and source.extent is Extent.COLUMN:
+                width = len(self.owner.scalar(source))
+                return [tensor if tensor.ndim == 0 else tensor.view(-1, width) for tensor in tensors]
+        return tensors
+
+    # --- operations that depend on the tile, or on scalars -----------------------------------------------------------
+
+    def _load(self, instruction: Instruction, out: Tensor) -> None:
+        out.copy_(self.tile.inputs[instruction.node.value])
+
+    def _index(self, instruction: Instruction, out: Tensor) -> None:
+        first = self.tile.element
+        torch.arange(first, first + self.tile.elements, out=out.view(-1))
+
+    def _hash(self, instruction: Instruction, out: Tensor) -> None:
+        index, stream = instruction.node.value
+        key, position = stream or (self.tile.key, self.tile.positions[index])
+        (scratch,) = self._scratch(instruction)
+        hashes(key, position, self.tile.element, out.view(-1), scratch.view(-1))
+
+    def _selected(self, instruction: Instruction, out: Tensor) -> None:
+        magnitudes, threshold = _operand_nodes(instruction)
+        source = instruction.args[0]
+        assert isinstance(source, Slot)
+        values = self._buffer(source, self._dtype(magnitudes.type)).view(-1).to(torch.float32)
+        (flags,) = self._scratch(instruction)
+        block = threshold.args[0].value.block
+        found = self.owner.scalar(threshold)
+        counting.selected(out.view(-1), values, found, self.tile.element, block, flags.view(-1))
+
+    def _round(self, instruction: Instruction, out: Tensor) -> None:
+        (values,) = self._operands(instruction)
+        rounded = torch.empty(values.shape, dtype=getattr(torch, instruction.node.value), device=values.device)
+        round_into(rounded, values)
+        out.copy_(rounded)
+
+    def _host(self, instruction: Instruction, out: Tensor) -> None:
+        """Call a Python function for each row, which waits for the device."""
+        call, rows = instruction.node.value, out.shape[0]
+        columns = [
+            self._buffer(source, self._dtype(leaf.type), leaf.extent).view(-1).tolist()
+            if isinstance(source, Slot)
+            else [source.value if source.constant else self.owner.scalar(source)] * rows
+            for source, leaf in zip(instruction.args, call.leaves, strict=True)
+        ]
+        results = self._rows[id(instruction.node)] = [call(row) for row in zip(*columns, strict=True)]
+        if not isinstance(results[0], (list, tuple)) and all(isinstance(result, (int, float)) for result in results):
+            out.copy_(_as_column(results))
+
+    def _item(self, instruction: Instruction, out: Tensor) -> None:
+        node = instruction.node
+        results = self._rows[id(node.args[0])]
+        out.copy_(_as_column([r if isinstance(r, float) else r[node.value] for r in results]))
+
+    # --- reductions --------------------------------------------------------------------------------------------------
+
+    def _reduce(self, instruction: Instruction) -> None:
+        node = instruction.node
+        number, reduction, source = self._numbers[id(node)], node.value, instruction.args[0]
+        assert isinstance(source, Slot)
+        values = self._buffer(source, self._dtype(node.args[0].type))
+        partials = self.owner.partials[number]
+        if isinstance(reduction, Sum):
+            sums, numbers = self._sums[reduction.block]
+            sums.add(numbers.index(number), values)
+        elif isinstance(reduction, Count):
+            partials.append(torch.count_nonzero(values))
+        elif isinstance(reduction, ColumnSum):
+            blocks = torch.split(values.view(-1, reduction.width), reduction.height)
+            partials += [pairwise_fold(block.t().contiguous())[:, 0].clone() for block in blocks]
+        else:
+            self._count(instruction, number, reduction, values)
+
+    def _count(self, instruction: Instruction, number: int, selection: Selection, values: Tensor) -> None:
+        single, over, inside = (buffer.view(-1) for buffer in self._scratch(instruction))
+        flat = values.view(-1)
+        bits = (flat if flat.dtype is torch.float32 else single.view(torch.float32).copy_(flat)).view(torch.int32)
+        partials = self.owner.partials[number]
+        if number in self.owner.sampling:
+            partials.append(bits.clone())
+            return
+        searches = self.owner.searches(number, selection)
+        counted: dict[tuple[object, ...], Any] = {}
+        for search in searches:
+            if search.threshold is None and search.query_key not in counted:
+                counted[search.query_key] = counting.count(search, bits, selection.block, over, inside)
+        partials.append([None if search.threshold else counted[search.query_key] for search in searches])
+
+
+_SPECIAL: Mapping[str, Callable[[ProgramRun, Instruction, Tensor], None]] = {
+    "load": ProgramRun._load,
+    "index": ProgramRun._index,
+    "hash": ProgramRun._hash,
+    "selected": ProgramRun._selected,
+    "round": ProgramRun._round,
+    "host": ProgramRun._host,
+    "item": ProgramRun._item,
+}
+
+
+def _operand_nodes(instruction: Instruction) -> tuple[Node, ...]:
+    """The nodes of an instruction's operands; those of the comparison if it is computed as numbers at once."""
+    node = instruction.node
+    return node.args if node.op in (instruction.op, "reduce") else node.args[0].args
+
+
+def _is_limit(operand: Slot | Node) -> bool:
+    """Whether an operand is a constant other than 0, to which `torch.clamp` limits values exactly as specified."""
+    return isinstance(operand, Node) and operand.constant and bool(operand.value) and operand.value == operand.value
+
+
+def _as_column(values: list[Any]) -> Tensor:
+    """Python numbers, rounded to float32, as a column vector."""
+    return torch.tensor(values, dtype=torch.float64).to(torch.float32).view(-1, 1)
