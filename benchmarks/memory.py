@@ -27,7 +27,7 @@ import yaml
 
 from mergeloom.io.sizes import parse_size
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.spec import Inputs
+from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods.cases import CASES, Case
 
 BUDGETS = ("minimum", "+16MiB", "1GiB")
@@ -119,7 +119,9 @@ def recipe(case: Case, models: Path) -> dict[str, Any]:
 
 def passes(case: Case) -> int:
     """How many reductions a case has."""
-    return merge_methods()[case.method].kernel(Inputs(case.models, case.base, (64, 1024)), case.parameters).reductions
+    return (
+        merge_methods()[case.method].kernel(InputSpec(case.models, case.base, (64, 1024)), case.parameters).reductions
+    )
 
 
 def measure(case: Case, budgets: Sequence[str], models: Path, work: Path) -> Iterator[Row]:

@@ -1,6 +1,7 @@
-"""Merge methods as pure tensor functions, independent of files, devices, tensor names and budgets.
+"""Merge methods, and all that a method of your own needs: `merge_method`, `Inputs`, and the functions of arrays.
 
-`mergeloom.methods()` calls `list_methods`: the package has the name of this function in the public API.
+A method does not depend on files, devices, tensor names or budgets. `mergeloom.methods()` calls `list_methods`: the
+package has the name of this function in the public API.
 """
 
 from __future__ import annotations
@@ -11,7 +12,60 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 from ..errors import UsageError
-from .kernel.method import Method
+from .kernel.language import (
+    Array,
+    Inputs,
+    add,
+    clamp,
+    exp,
+    host,
+    log,
+    maximum,
+    mean,
+    minimum,
+    sign,
+    single,
+    sqrt,
+    where,
+    wide,
+)
+from .kernel.method import Method, merge_method
+from .kernel.ranges import Finite, Fraction, HalfWidth, NonNegative, NonNegativeInt, Positive, PositiveInt, Range
+from .kernel.signature import PerInput
+from .kernel.spec import Absent, Base, MethodError
+
+__all__ = [
+    "Absent",
+    "Array",
+    "Base",
+    "Finite",
+    "Fraction",
+    "HalfWidth",
+    "Inputs",
+    "MethodError",
+    "NonNegative",
+    "NonNegativeInt",
+    "PerInput",
+    "Positive",
+    "PositiveInt",
+    "Range",
+    "add",
+    "clamp",
+    "exp",
+    "host",
+    "list_methods",
+    "log",
+    "maximum",
+    "mean",
+    "merge_method",
+    "merge_methods",
+    "minimum",
+    "sign",
+    "single",
+    "sqrt",
+    "where",
+    "wide",
+]
 
 
 def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:

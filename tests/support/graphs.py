@@ -14,7 +14,8 @@ from torch import Tensor
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.tensors import TensorRef
-from mergeloom.methods.kernel.spec import Inputs, Kernel
+from mergeloom.methods.kernel.kernel import Kernel
+from mergeloom.methods.kernel.spec import InputSpec
 from mergeloom.methods.kernel.tile import Tile
 
 
@@ -113,7 +114,7 @@ class World:
         if kind == "copy":
             operation = Operation(Kind.COPY, "copy")
         else:
-            kernel = KERNELS[kind](Inputs(len(sources), None, shape))
+            kernel = KERNELS[kind](InputSpec(len(sources), None, shape))
             operation = Operation(Kind.MERGE, kind, kernel=kernel)
         node = self.graph.add_node(operation, tuple(sources), dtype)
         for _ in range(outputs):

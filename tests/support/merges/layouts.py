@@ -13,7 +13,7 @@ from mergeloom.engine.graph.layout import BLOCK
 from mergeloom.io.safetensors.dtypes import DTYPES, F32
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.spec import Inputs
+from mergeloom.methods.kernel.spec import InputSpec
 
 Drawn = tuple[str, tuple[int, ...]]
 SIZES = st.sampled_from([(), (0, 3), (1,), (7,), (511, 3), (1024, 1024), (1000, 1001), (3, 2**20)])
@@ -40,7 +40,7 @@ def graph_of(groups: Sequence[Sequence[tuple[TensorRef, bool]]], prefix: str = "
             if copied:
                 node = graph.add_node(Operation(Kind.COPY, "passthrough"), (read,), ref.dtype)
             else:
-                kernel = merge_methods()["passthrough"].kernel(Inputs(1, None, ref.shape), {"scale": (2.0,)})
+                kernel = merge_methods()["passthrough"].kernel(InputSpec(1, None, ref.shape), {"scale": (2.0,)})
                 node = graph.add_node(Operation(Kind.MERGE, "passthrough", kernel=kernel), (read,), F32)
             graph.add_output(f"{prefix}{len(graph.outputs)}", node, group)
     return graph

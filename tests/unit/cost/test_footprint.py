@@ -22,7 +22,9 @@ from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import merge_methods
 from mergeloom.methods.elementwise import WeightedSum
-from mergeloom.methods.kernel.spec import Inputs, Kernel, merge_method, unregister
+from mergeloom.methods.kernel.kernel import Kernel
+from mergeloom.methods.kernel.method import merge_method, unregister
+from mergeloom.methods.kernel.spec import InputSpec
 from mergeloom.methods.kernel.tile import Tile, Workspace
 from tests.support.graphs import World
 from tests.support.methods.cases import CASES, Case
@@ -32,7 +34,7 @@ MIB = 1 << 20
 
 def bound(case: Case, shape: tuple[int, ...]) -> Kernel:
     """The kernel of a case for tensors of a shape."""
-    return merge_methods()[case.method].kernel(Inputs(case.models, case.base, shape), case.parameters)
+    return merge_methods()[case.method].kernel(InputSpec(case.models, case.base, shape), case.parameters)
 
 
 def fine_tunes(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -117,7 +119,7 @@ def test_allocations_of_torch_and_numpy_are_counted() -> None:
 
 
 def test_without_torchs_counts_as_much_as_the_workspace_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = WeightedSum(Inputs(2, None, (64, 1024)), [0.5, 0.5])
+    kernel = WeightedSum(InputSpec(2, None, (64, 1024)), [0.5, 0.5])
     operation = Operation(Kind.MERGE, "sum", kernel=kernel)
     monkeypatch.setattr(torch.autograd, "ProfilerConfig", None)
     found = footprint(operation, (BF16, BF16), BF16)
@@ -165,7 +167,7 @@ def greedy() -> Any:
 
 
 def test_the_declaration_of_a_users_method_is_not_trusted(greedy: Any) -> None:
-    kernel = greedy.kernel(Inputs(3, None, (4096, 4096)), {})
+    kernel = greedy.kernel(InputSpec(3, None, (4096, 4096)), {})
     found = footprint(Operation(Kind.MERGE, "greedy", kernel=kernel), (BF16,) * 3, BF16)
     elements = 1 << 19
     assert found.workspace.at(elements) == 4 * 4 * elements
@@ -176,7 +178,7 @@ def test_the_declaration_of_a_users_method_is_not_trusted(greedy: Any) -> None:
 def test_a_schedule_reserves_what_was_measured(greedy: Any) -> None:
     world = World()
     sources = tuple(world.source(4096 * 64) for _ in range(3))
-    operation = Operation(Kind.MERGE, "greedy", kernel=greedy.kernel(Inputs(3, None, (4096 * 64,)), {}))
+    operation = Operation(Kind.MERGE, "greedy", kernel=greedy.kernel(InputSpec(3, None, (4096 * 64,)), {}))
     world.graph.add_output("out", world.graph.add_node(operation, sources, F32), 0)
     budget = Budget(1 << 40, 0, (DeviceBudget("cpu", None, 2),))
     declared = make_schedule(world.graph, budget)
@@ -191,19 +193,19 @@ def test_a_schedule_reserves_what_was_measured(greedy: Any) -> None:
 
 def test_stages_are_measured_together() -> None:
     shape = (512, 1024)
-    pair = Inputs(2, None, shape)
+    pair = InputSpec(2, None, shape)
     parts = [
         FusedPart(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (0, 1)),
         FusedPart(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (~0, 2)),
     ]
-    kernel = FusedKernel(Inputs(3, None, shape), parts)
+    kernel = FusedKernel(InputSpec(3, None, shape), parts)
     assert kernel.resized((64, 1024)).parts[1].kernel.inputs.shape == (64, 1024)
     found = footprint(Operation(Kind.MERGE, "linear of linear", kernel=kernel), (BF16,) * 3, BF16)
     assert 0 < found.workspace.at(1 << 19) <= kernel.workspace(1 << 19, 4)
 
 
 def test_a_kernel_that_was_made_without_a_method_is_measured_on_its_own_shape() -> None:
-    kernel = WeightedSum(Inputs(2, None, (64, 1024)), [0.5, 0.5])
+    kernel = WeightedSum(InputSpec(2, None, (64, 1024)), [0.5, 0.5])
     found = footprint(Operation(Kind.MERGE, "sum", kernel=kernel), (BF16, BF16), BF16)
     assert found.workspace == Line(2 * 4 * 64 * 1024)
     with pytest.raises(TypeError, match="created without a method"):
@@ -213,7 +215,7 @@ def test_a_kernel_that_was_made_without_a_method_is_measured_on_its_own_shape() 
 def test_parameters_that_change_the_work_are_measured_apart() -> None:
     def measured(density: float) -> Footprint:
         parameters = {"weight": (0.0, 1.0, 1.0), "density": (0.0, density, density)}
-        kernel = merge_methods()["dare_linear"].kernel(Inputs(3, 0, (4096, 4096)), parameters)
+        kernel = merge_methods()["dare_linear"].kernel(InputSpec(3, 0, (4096, 4096)), parameters)
         return footprint(Operation(Kind.MERGE, "dare_linear", kernel=kernel), (BF16,) * 3, BF16)
 
     assert measured(0.3) is measured(0.7)
@@ -225,13 +227,13 @@ def test_a_method_that_fails_on_test_values_is_an_error_of_the_user(monkeypatch:
         def combine(self, tile: Tile, state: Any) -> Tensor:
             raise ZeroDivisionError("no")
 
-    operation = Operation(Kind.MERGE, "failing", kernel=Failing(Inputs(1, None, (8, 8))))
+    operation = Operation(Kind.MERGE, "failing", kernel=Failing(InputSpec(1, None, (8, 8))))
     with pytest.raises(UsageError, match=r"merge method failing fails on a test tensor .*ZeroDivisionError: no"):
         footprint(operation, (BF16,), BF16)
 
 
 def test_many_wide_inputs_are_measured_on_small_tiles() -> None:
-    kernel = merge_methods()["linear"].kernel(Inputs(64, None, (4096, 4096)), {"weight": (1.0,) * 64})
+    kernel = merge_methods()["linear"].kernel(InputSpec(64, None, (4096, 4096)), {"weight": (1.0,) * 64})
     (small, _), (large, _) = module.small_shapes(kernel, (F32,) * 64)
     assert small * 4096 == module._LEAST_TILE
     assert large == 2 * small

@@ -25,7 +25,7 @@ from mergeloom.engine.schedule.simulate import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
-from mergeloom.methods.kernel.spec import Inputs
+from mergeloom.methods.kernel.spec import InputSpec
 from mergeloom.methods.kernel.tile import Tile
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
@@ -182,7 +182,7 @@ def test_reading_computing_and_writing_overlap(separate: bool) -> None:
 
     world = Meeting()
     source = world.source(12 * ELEMENTS)
-    kernel = MeetingSum(Inputs(1, None, (12 * ELEMENTS,)))
+    kernel = MeetingSum(InputSpec(1, None, (12 * ELEMENTS,)))
     world.graph.add_output("out", world.graph.add_node(Operation(Kind.MERGE, "sum", kernel=kernel), (source,), F32), 0)
     device = DeviceBudget("test", 64 << 20 if separate else None, 1)
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, (device,)), slot_bytes=SLOT)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.spec import Inputs, MethodError, Unit
+from mergeloom.methods.kernel.spec import InputSpec, MethodError, Unit
 from tests.support.methods import reference
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.expected import expected as expected_of
@@ -285,4 +285,4 @@ def test_alignment_is_a_multiple_of_rows_for_row_kernels() -> None:
 )
 def test_mistakes_are_named(method: str, models: int, base: int | None, parameters: dict[str, Any], says: str) -> None:
     with pytest.raises(MethodError, match=says):
-        merge_methods()[method].kernel(Inputs(models, base, (3, 4)), parameters)
+        merge_methods()[method].kernel(InputSpec(models, base, (3, 4)), parameters)

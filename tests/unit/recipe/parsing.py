@@ -13,7 +13,9 @@ from mergeloom.engine.recipe.types import (
 )
 from mergeloom.errors import RecipeError
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.spec import REQUIRED, Absent, Base, Method, Parameter
+from mergeloom.methods.kernel.method import Method
+from mergeloom.methods.kernel.signature import REQUIRED, Parameter
+from mergeloom.methods.kernel.spec import Absent, Base
 
 
 def method(name: str, base: Base, minimum: int, maximum: int | None, *parameters: Parameter) -> Method:

@@ -15,13 +15,9 @@ from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.parameters import ParameterError, accept
 from mergeloom.errors import RecipeError
 from mergeloom.methods import catalogue, merge_methods
-from mergeloom.methods.kernel.spec import (
-    Base,
-    Inputs,
-    Method,
-    MethodError,
-    Parameter,
-)
+from mergeloom.methods.kernel.method import Method
+from mergeloom.methods.kernel.signature import Parameter
+from mergeloom.methods.kernel.spec import Base, InputSpec, MethodError
 from tests.support.methods.kernels import merge
 from tests.unit.recipe.parsing import parse_built_in, parse_error
 
@@ -222,7 +218,7 @@ class TestEveryParameter:
         for number in (*wrong, math.nan, math.inf):
             settings[parameter.name] = (number,) * count if parameter.per_input else number
             with pytest.raises(MethodError, match=f"^{parameter.name} must be ") as caught:
-                method.kernel(Inputs(count, base, (3, 4)), settings)
+                method.kernel(InputSpec(count, base, (3, 4)), settings)
             assert caught.value.parameters == (parameter.name,)
 
 

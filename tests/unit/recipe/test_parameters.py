@@ -20,7 +20,9 @@ from mergeloom.engine.recipe.parameters import (
 )
 from mergeloom.engine.recipe.types import Conditional, Gradient, Setting, base_index, modules_of
 from mergeloom.errors import RecipeError
-from mergeloom.methods.kernel.spec import REQUIRED, Absent, Base, Method, Parameter
+from mergeloom.methods.kernel.method import Method
+from mergeloom.methods.kernel.signature import REQUIRED, Parameter
+from mergeloom.methods.kernel.spec import Absent, Base
 
 WEIGHT = Parameter("weight", float, REQUIRED, True, "the weight")
 DENSITY = Parameter("density", float, 1.0, True, "the share kept")
