@@ -30,7 +30,7 @@ def arcee_fusion(t: Inputs, *, iqr_factor: Finite = 1.5, eps: Positive = 1e-8) -
     divergence = maximum(t.row_sum(p * (log(p) - log(q))), 0.0)  # negative only because of rounding
     importance = single(abs(t.other - t.base) * divergence)
     quartiles = [t.kth_largest(importance, t.size - int(share * (t.size - 1))) for share in (0.25, 0.5, 0.75)]
-    bound = host(lambda first, median, third: median + iqr_factor * (third - first), *quartiles)
+    bound: Array = host(lambda first, median, third: median + iqr_factor * (third - first), *quartiles)
     return t.base + (t.other - t.base) * (importance >= bound)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import catalogue  # noqa: F401  registers the built-in methods
+from .kernel.expression import MethodDefinitionError
 from .kernel.method import Method, registered, unregister
 
 GROUP = "mergeloom.methods"
@@ -112,6 +113,13 @@ def _register(run: Callable[[], object], origin: str) -> tuple[str, ...]:
             unregister(name)
         raise UsageError(f"{origin}: {type(error).__name__}: {error}") from error
     names = tuple(name for name in registered() if name not in before)
+    try:
+        for name in names:
+            registered()[name].check()
+    except MethodDefinitionError as error:
+        for name in names:
+            unregister(name)
+        raise UsageError(f"{origin}: {error}") from error
     if not names:
         raise UsageError(f"{origin}: registers no merge method; decorate one with @merge_method(NAME)")
     return names

@@ -29,7 +29,7 @@ def sce(
     """
 
     def weights(squares: Sequence[float]) -> list[float]:
-        means = [square / t.size for square in squares]
+        means = [square / max(1, t.size) for square in squares]
         overall = total(means)
         equal = not overall or overall < weight_eps
         return [1 / len(means) if equal else mean / overall for mean in means]

@@ -63,7 +63,8 @@ def _composed(parts: Sequence[Part]) -> Node:
 
         def leaf(node: Node, part: Part = part, sources: Sequence[Node] = tuple(sources)) -> Node | None:
             if node.op == "load":
-                return sources[node.value]
+                number: int = node.value
+                return sources[number]
             if node.op == "hash":
                 index, stream = node.value
                 drawn = stream or (part.key, part.positions[index])

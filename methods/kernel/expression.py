@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any
 
+from ...errors import UsageError
+
 __all__ = ["Extent", "MethodDefinitionError", "Node", "Trace", "Type", "reachable"]
 
 
@@ -63,7 +65,7 @@ ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {
 }
 
 
-class MethodDefinitionError(TypeError):
+class MethodDefinitionError(UsageError):
     """A merge method that cannot be traced. The message names the file and the line of the method."""
 
 

@@ -7,6 +7,7 @@ import torch.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -83,13 +84,31 @@ class Method:
             if error.index is not None:
                 error.index = inputs.others[error.index]
             raise
+        except MethodDefinitionError:
+            raise
+        except Exception as error:
+            line = _line_in(self.function, error)
+            raise MethodDefinitionError(f"{line}: merge method {self.name}: {type(error).__name__}: {error}") from error
         if not isinstance(result, Array):
-            code = self.function.__code__
             raise MethodDefinitionError(
-                f"{code.co_filename}:{code.co_firstlineno}: merge method {self.name} must return an Array, such as "
-                f"t.base + x, and returns {type(result).__name__}"
+                f"{_line_in(self.function)}: merge method {self.name} must return an Array, such as t.base + x, and "
+                f"returns {type(result).__name__}"
             )
         return Kernel(inputs, _per_element(result.node, result.trace), (self, dict(parameters)))
+
+    def check(self) -> None:
+        """Trace the method for sample inputs and parameters, so a mistake shows before a recipe uses the method.
+
+        Raises:
+            MethodDefinitionError: see `kernel`.
+        """
+        for others in sorted({self.minimum, max(self.minimum, min(2, self.maximum or 2))}):
+            count = others + (self.base is Base.REQUIRED)
+            spec = InputSpec(count, 0 if self.base is Base.REQUIRED else None, (8, 16))
+            required = [parameter for parameter in self.parameters if parameter.required]
+            parameters = {p.name: (p.sample,) * count if p.per_input else p.sample for p in required}
+            with contextlib.suppress(MethodError):  # the sample parameters may not fit together
+                self.kernel(spec, parameters)
 
     def _check_inputs(self, inputs: InputSpec) -> None:
         others = len(inputs.others)
@@ -119,6 +138,17 @@ class Method:
                     index=index if parameter.per_input else None,
                 )
         return tuple(value[index] for index in inputs.others) if parameter.per_input else value
+
+
+def _line_in(function: Function, error: BaseException | None = None) -> str:
+    """The file and line of a method: where an error left its code, or else its first line."""
+    code = function.__code__
+    line = code.co_firstlineno
+    trace = error.__traceback__ if error else None
+    while trace is not None:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == code.co_filename else line
+        trace = trace.tb_next
+    return f"{code.co_filename}:{line}"
 
 
 def _per_element(node: Node, trace: Trace) -> Node:

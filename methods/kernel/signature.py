@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -77,6 +78,18 @@ class Parameter:
         if self.type is not int:
             return "a finite number" if self.type is float and self.values == str(Range()) else self.values
         return "a whole number" + ("" if self.values == str(Range()) else f" ({self.values})")
+
+    @property
+    def sample(self) -> float | int | bool:
+        """A value that the parameter accepts."""
+        if self.type is bool:
+            return False
+        limits = self.range or Range()
+        bounds = [x for x in (limits.minimum, limits.maximum) if math.isfinite(x)]
+        candidates = [0.5, 1.0, 2.0, *bounds, sum(bounds) / len(bounds) if bounds else 0.0]
+        fitting = [self.type(x) for x in candidates if self.type(x) in limits]
+        sample: float | int = fitting[0] if fitting else self.type(bounds[0])
+        return sample
 
     def accepts(self, value: float | int | bool) -> bool:
         """Whether a value of the parameter's type is in its range."""
