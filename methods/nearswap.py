@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .kernel.language import Array, Inputs, clamp, maximum
+from .kernel.language import Array, Inputs, maximum, minimum
 from .kernel.method import merge_method
 from .kernel.ranges import NonNegative, Positive
 from .kernel.spec import Absent, Base
@@ -18,11 +18,11 @@ from .kernel.spec import Absent, Base
 def nearswap(t: Inputs, *, t_: NonNegative, eps: Positive = 1e-6) -> Array:
     """Interpolation from the base to the other model, strongest for elements where the two are close.
 
-    out = (1-w) base + w x with w = t / |x - base|, clamped to the range from 0 to 1.
+    out = (1-w) base + w x with w = t / |x - base|, but at most 1.
 
     Args:
         t_: distance up to which the other model's value is used.
         eps: minimum distance to divide by.
     """
-    w = clamp(t_ / maximum(abs(t.base - t.other), eps), 0.0, 1.0)
+    w = minimum(t_ / maximum(abs(t.base - t.other), eps), 1.0)
     return (1.0 - w) * t.base + w * t.other
