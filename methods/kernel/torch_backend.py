@@ -115,6 +115,8 @@ class Pass:
         """A constant as a 0-d tensor, or columns as a row vector."""
         key = (id(value) if isinstance(value, list) else repr(value), dtype, device)
         if key not in self._constants:
-            made = torch.tensor(value, dtype=dtype)
-            self._constants[key] = made if device.type == "cpu" else made.to(device)
+            if isinstance(value, list):
+                self._constants[key] = torch.tensor(value, dtype=dtype).to(device)
+            else:
+                self._constants[key] = torch.full((), value, dtype=dtype, device=device)  # does not wait for the device
         return self._constants[key]
