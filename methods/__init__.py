@@ -12,61 +12,8 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 from ..errors import UsageError
-from .kernel.language import (
-    Array,
-    Inputs,
-    add,
-    clamp,
-    exp,
-    host,
-    log,
-    maximum,
-    mean,
-    minimum,
-    sign,
-    single,
-    sqrt,
-    where,
-    wide,
-)
-from .kernel.method import Method, merge_method
-from .kernel.ranges import Finite, Fraction, HalfWidth, NonNegative, NonNegativeInt, Positive, PositiveInt, Range
-from .kernel.signature import PerInput
-from .kernel.spec import Absent, Base, MethodError
-
-__all__ = [
-    "Absent",
-    "Array",
-    "Base",
-    "Finite",
-    "Fraction",
-    "HalfWidth",
-    "Inputs",
-    "MethodError",
-    "NonNegative",
-    "NonNegativeInt",
-    "PerInput",
-    "Positive",
-    "PositiveInt",
-    "Range",
-    "add",
-    "clamp",
-    "exp",
-    "host",
-    "list_methods",
-    "log",
-    "maximum",
-    "mean",
-    "merge_method",
-    "merge_methods",
-    "minimum",
-    "sign",
-    "single",
-    "sqrt",
-    "where",
-    "wide",
-]
-
+from .definition import *  # noqa: F403
+from .kernel.method import Method
 
 def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:
     """All merge methods by name: built-in ones, those in the given Python files, and those of installed packages.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from .kernel.language import Array, Inputs, exp, host, log, maximum, single, wide
-from .kernel.method import merge_method
-from .kernel.ranges import Finite, Positive
-from .kernel.spec import Absent, Base
+from .definition import Absent, Array, Base, Finite, Inputs, Positive, exp, host, log, maximum, merge_method, single, wide
 
 
 @merge_method(

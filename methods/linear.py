@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .kernel.language import Array, Inputs, add
-from .kernel.method import merge_method
-from .kernel.spec import MethodError
+from .definition import Array, Inputs, MethodError, add, merge_method
 from .parameters import Weight
 
 

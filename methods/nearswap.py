@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from .kernel.language import Array, Inputs, maximum, minimum
-from .kernel.method import merge_method
-from .kernel.ranges import NonNegative, Positive
-from .kernel.spec import Absent, Base
+from .definition import Absent, Array, Base, Inputs, NonNegative, Positive, maximum, merge_method, minimum
 
 
 @merge_method(

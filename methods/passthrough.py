@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from .kernel.language import Array, Inputs
-from .kernel.method import merge_method
-from .kernel.ranges import Finite
-from .kernel.signature import PerInput
+from .definition import Array, Finite, Inputs, PerInput, merge_method
 
 
 @merge_method("passthrough", maximum=1)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from .kernel.language import Array, Inputs, add, maximum
-from .kernel.method import merge_method
-from .kernel.ranges import NonNegative
-from .kernel.spec import Base
+from .definition import Array, Base, Inputs, NonNegative, add, maximum, merge_method
 
 PAPER = "https://arxiv.org/abs/2601.13572"
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from .kernel.language import Array, Inputs, add, host, maximum
-from .kernel.method import merge_method
-from .kernel.ranges import NonNegative
-from .kernel.spec import Base
+from .definition import Array, Base, Inputs, NonNegative, add, host, maximum, merge_method
 from .ram import PAPER
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .kernel.language import Array, Inputs, add, host, maximum
-from .kernel.method import merge_method
-from .kernel.ranges import Fraction, NonNegative
+from .definition import Array, Base, Fraction, Inputs, NonNegative, add, host, maximum, merge_method
 from .kernel.reductions import total
-from .kernel.spec import Base
 from .task_vectors.common import agreement
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..kernel.language import Array, Inputs
-from ..kernel.method import merge_method
-from ..kernel.ranges import Positive, PositiveInt
+from ..definition import Array, Inputs, Positive, PositiveInt, merge_method
 from .span import Span, Vector, combination, linear_combination, sphere_mean
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from ..kernel.language import Array, Inputs
-from ..kernel.method import merge_method
-from ..kernel.ranges import NonNegative
-from ..kernel.spec import Absent, Base
+from ..definition import Absent, Array, Base, Inputs, NonNegative, merge_method
 from .span import Span, Vector, combination
 
 

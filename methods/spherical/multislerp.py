@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..kernel.language import Array, Inputs
-from ..kernel.method import merge_method
-from ..kernel.ranges import NonNegative, NonNegativeInt, Positive
-from ..kernel.spec import Base, MethodError
+from ..definition import Array, Base, Inputs, MethodError, NonNegative, NonNegativeInt, Positive, merge_method
 from ..parameters import Weight
 from .span import Span, Vector, combination, linear_combination, sphere_mean
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..kernel.language import Array, Inputs
-from ..kernel.method import merge_method
-from ..kernel.ranges import Finite, Fraction, NonNegative
-from ..kernel.spec import Absent, Base
+from ..definition import Absent, Array, Base, Finite, Fraction, Inputs, NonNegative, merge_method
 from .span import Span, Vector, arc, combination
 
 

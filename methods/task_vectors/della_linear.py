@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from ..kernel.language import Array, Inputs
-from ..kernel.method import merge_method
-from ..kernel.spec import Base
+from ..definition import Array, Base, Inputs, merge_method
 from ..parameters import Density, DivisorEps, Epsilon, Lambda, NormalizeAll, Rescale, RescaleEps, Unbiased, Weight
 from .common import DELLA, restored_norms, task_vectors, weighted_sum
 from .sparsify import pruned_by_rank

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from ..kernel.language import Array, Inputs
-from ..kernel.method import merge_method
-from ..kernel.spec import Base
+from ..definition import Array, Base, Inputs, merge_method
 from ..parameters import DivisorEps, Lambda, NormalizeAll, Weight
 from .common import TASK_ARITHMETIC, task_vectors, weighted_sum
 

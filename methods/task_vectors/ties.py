@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from ..kernel.language import Array, Inputs
-from ..kernel.method import merge_method
-from ..kernel.spec import Base
+from ..definition import Array, Base, Inputs, merge_method
 from ..parameters import Density, Lambda, NormalizeAgreeing, Rescale, RescaleEps, Weight
 from .common import TIES, elected_sum, restored_norms, task_vectors
 from .sparsify import trimmed
