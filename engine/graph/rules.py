@@ -10,7 +10,7 @@ from ...errors import CheckpointError
 from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...io.safetensors.tensors import TensorRef
-from ...io.units import listed
+from ...methods.kernel.kernel import Kernel
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
 from ..model.checks.formats import format_name, unquantized
@@ -112,7 +112,7 @@ class TensorRules:
         kernel = operation.kernel
         assert kernel is not None
         if not passed:
-            inputs = self._used(inputs, kernel.kept)
+            inputs = self._used(inputs, kernel)
         if kernel.copies is not None:
             (chosen,) = inputs
             dtype = chosen.ref.dtype
@@ -198,10 +198,12 @@ class TensorRules:
             if each is not chosen:
                 self._usage.mark_unused(each.model, each.name, reason)
 
-    def _used(self, inputs: Sequence[Input], kept: Sequence[int]) -> list[Input]:
+    def _used(self, inputs: Sequence[Input], kernel: Kernel) -> list[Input]:
         """The inputs that the output depends on; the others, such as models of weight 0, are not read."""
-        used = [inputs[index] for index in kept]
-        reason = f"{self._method.name} only uses that of {listed([each.model.name for each in used])}"
+        used = [inputs[index] for index in kernel.kept]
+        reason = "it has no effect on the output, as with a weight of 0"
+        if kernel.copies is not None:
+            reason = f"{self._method.name} only uses that of {used[0].model.name}"
         for each in inputs:
             if each not in used:
                 self._usage.mark_unused(each.model, each.name, reason)
