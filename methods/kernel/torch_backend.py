@@ -111,10 +111,16 @@ class Pass:
         assert self.state is not None
         return self.state.scalars[id(node)]
 
-    def constant(self, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A constant as a 0-d tensor, or columns as a row vector."""
-        key = (id(value) if isinstance(value, list) else repr(value), dtype, device)
+    def constant(self, node: Node, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A constant or scalar as a 0-d tensor, or columns as a row vector; all but constants are rounded to float32.
+
+        They are cached by node, because the id of a list of columns can be that of an earlier one.
+        """
+        key = id(node), dtype, device
         if key not in self._constants:
-            made = torch.tensor(value, dtype=dtype)
+            if node.constant or dtype is torch.bool:
+                made = torch.tensor(node.value if node.constant else self.scalar(node), dtype=dtype)
+            else:
+                made = torch.tensor(self.scalar(node), dtype=torch.float64).to(torch.float32).to(dtype)
             self._constants[key] = made if device.type == "cpu" else made.to(device)
         return self._constants[key]

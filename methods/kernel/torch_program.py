@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,13 +118,7 @@ class ProgramRun:
 
     def _operand(self, node: Node, type: Type) -> Tensor:
         """A constant, scalar or column in the type that it is used in."""
-        dtype = torch.bool if node.type is Type.FLAG else self._dtype(type)
-        if node.constant:
-            return self.owner.constant(node.value, dtype, self._device)
-        value = self.owner.scalar(node)
-        if dtype is torch.float64:
-            value = np.float32(value).tolist()
-        return self.owner.constant(value, dtype, self._device)
+        return self.owner.constant(node, torch.bool if node.type is Type.FLAG else self._dtype(type), self._device)
 
     def _aligned(self, instruction: Instruction, tensors: list[Tensor]) -> list[Tensor]:
         """View the tensors with one column per value, if an operand has one value per column."""
