@@ -123,14 +123,17 @@ def host(function: Callable[..., Any], *args: Any, outputs: int | None = None) -
         A scalar, or a list of `outputs` scalars.
 
     Raises:
-        MethodDefinitionError: an argument is an array with one value per element.
+        MethodDefinitionError: an argument is an array with one value per element, or there are rows and columns.
     """
     arrays = [arg for arg in flatten(args) if isinstance(arg, Array)]
     trace = trace_of(arrays)
     if trace is None:
         raise definition_error("host needs a scalar, such as t.sum(x), among its arguments")
-    if any(array.node.extent is Extent.ELEMENT for array in arrays):
+    extents = {array.node.extent for array in arrays}
+    if Extent.ELEMENT in extents:
         raise definition_error("host takes scalars, such as t.sum(x), and not arrays")
+    if {Extent.ROW, Extent.COLUMN} <= extents:
+        raise definition_error("host takes values per row or values per column, and not both")
     if all(array.node.constant for array in arrays):
         results = function(*with_constants(_nodes(args, trace)))
         return [Array(trace.constant(r), trace) for r in results] if outputs else Array(trace.constant(results), trace)
