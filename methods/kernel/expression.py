@@ -237,7 +237,11 @@ class Trace:
             if a.constant:
                 return self.constant(float(a.value))
             return self.node("number", (a,), Type.NUMBER) if a.in_tile else self.scalar(float, (a,))
-        return self.node("to_wide", (a,), Type.WIDE) if a.type is Type.INTEGER else a
+        if a.type is Type.INTEGER:
+            if a.constant:
+                return self.constant(float(a.value))
+            return self.node("to_wide", (a,), Type.WIDE) if a.in_tile else self.scalar(float, (a,))
+        return a
 
     def wide(self, a: Node) -> Node:
         """A number as float64."""

@@ -76,7 +76,10 @@ def sqrt(x: Array) -> Array:
 
 
 def exp(x: Array) -> Array:
-    """e to the power of x, in float64, with an error of less than 2 units in the last place."""
+    """e to the power of x, in float64, with an error of less than 2 units in the last place.
+
+    x is limited to the range from -708 to 709, in which the result is a normal number.
+    """
     return exponential(wide(x))
 
 

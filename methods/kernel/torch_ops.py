@@ -24,7 +24,8 @@ Operation = Callable[..., object]
 def _square_root(out: Tensor, a: Tensor, work: Tensor) -> None:
     work.copy_(a)
     if work.device.type == "cpu":  # torch can use a vector library that does not round correctly
-        np.sqrt(work.numpy(), out=work.numpy())
+        with np.errstate(invalid="ignore"):  # of a negative number; the result is NaN
+            np.sqrt(work.numpy(), out=work.numpy())
     else:
         torch.sqrt(work, out=work)
     out.copy_(work)  # rounding a float64 root to float32 is exact (Figueroa, 1995)
