@@ -234,6 +234,8 @@ class Inputs:
     def largest(self, x: Array, k: int | None = None, *, share: float | None = None) -> Array:
         """Whether an element is one of the k with the largest magnitudes; of equal ones, the first are chosen.
 
+        A NaN counts as one of the largest, but is not chosen.
+
         Args:
             x: an array. Magnitudes are compared in float32.
             k: number of elements.
