@@ -206,10 +206,10 @@ class Inputs:
 
     def sum(self, x: Array) -> Array:
         """The sum over all elements: in fixed blocks, in float64 from 2^11 elements per block on."""
-        node = self._element(x)
+        node = self.trace.number(node_of(x, self.trace))
         if node.constant:
             return self._constant(node.value * self.size)
-        return self._reduce(node, Sum(), Type.WIDE)
+        return self._reduce(self._element(x), Sum(), Type.WIDE)
 
     def count(self, flags: Array) -> Array:
         """The number of elements for which a comparison holds."""
@@ -217,7 +217,7 @@ class Inputs:
             raise refuse("count of an array that is not a comparison")
         if flags.node.constant:
             return self._constant(float(self.size if flags.node.value else 0))
-        return self._reduce(flags.node, Count(), Type.WIDE)
+        return self._reduce(self._filled(flags.node), Count(), Type.WIDE)
 
     def column_sum(self, x: Array) -> Array:
         """The sum over the first dimension, for each index of the others: in fixed blocks, in float64."""
@@ -227,7 +227,13 @@ class Inputs:
         return self._array(self.trace.node("reduce", (node,), Type.WIDE, Extent.COLUMN, ColumnSum(self.shape), 1))
 
     def kth_largest(self, x: Array, k: int) -> Array:
-        """The k-th largest magnitude of the tensor, starting at 1, in float32."""
+        """The k-th largest magnitude of the tensor, starting at 1, in float32.
+
+        Raises:
+            MethodDefinitionError: the tensor has fewer than k elements, or k is less than 1.
+        """
+        if self.size and not 1 <= k <= self.size:
+            raise definition_error(f"kth_largest takes k from 1 to the number of elements, {self.size}, and not {k}")
         threshold = self._target(x, Target(k, exact=False))
         return self._array(self.trace.node("magnitude", (threshold,), Type.WIDE))
 
@@ -275,10 +281,16 @@ class Inputs:
         return self._array(self.trace.constant(value))
 
     def _element(self, x: Array) -> Node:
-        node = self.trace.number(node_of(x, self.trace))
-        if node.extent is not Extent.ELEMENT and not node.constant:
+        """The node of an array of numbers with one value per element."""
+        return self._filled(self.trace.number(node_of(x, self.trace)))
+
+    def _filled(self, node: Node) -> Node:
+        """An array with one value per element; scalars and constants, such as an array times 0, are repeated."""
+        if node.extent in (Extent.ROW, Extent.COLUMN):
             raise definition_error("a reduction needs an array with one value per element")
-        return node
+        if node.extent is Extent.ELEMENT:
+            return node
+        return self.trace.node("fill", (node,), Type.FLAG if node.type is Type.FLAG else Type.NUMBER, Extent.ELEMENT)
 
     def _reduce(self, node: Node, reduction: Any, type: Type) -> Array:
         return self._array(self.trace.node("reduce", (node,), type, Extent.TENSOR, reduction, rise=1))
@@ -286,8 +298,6 @@ class Inputs:
     def _target(self, x: Array, target: Target) -> Node:
         """The node of a search for a magnitude. Searches in one array share their passes."""
         magnitudes = self.trace.unary("abs", self._element(x))
-        if magnitudes.constant:
-            raise definition_error("a selection needs an array that depends on the inputs")
         selection = self.trace.node("reduce", (magnitudes,), Type.WIDE, Extent.TENSOR, Selection(self.size), rise=1)
         number = selection.value.add(target)
         return self.trace.node("threshold", (selection,), Type.WIDE, Extent.TENSOR, number)
