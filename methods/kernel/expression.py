@@ -293,7 +293,7 @@ class Trace:
             replacement = leaf(each)
             if replacement is None:
                 args = tuple(done[id(arg)] for arg in each.args)
-                value = each.value.moved(done) if isinstance(each.value, HostCall) else each.value
+                value = each.value.moved(done) if hasattr(each.value, "moved") else each.value
                 rise = each.level - max((arg.level for arg in each.args), default=0)
                 replacement = self.node(each.op, args, each.type, each.extent, value, rise)
             done[id(each)] = replacement
