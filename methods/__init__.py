@@ -15,6 +15,7 @@ from ..errors import UsageError
 from .definition import *  # noqa: F403
 from .kernel.method import Method
 
+
 def merge_methods(files: Iterable[str] = ()) -> Mapping[str, Method]:
     """All merge methods by name: built-in ones, those in the given Python files, and those of installed packages.
 

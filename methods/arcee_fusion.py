@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from .definition import Absent, Array, Base, Finite, Inputs, Positive, exp, host, log, maximum, merge_method, single, wide
+from .definition import (
+    Absent,
+    Array,
+    Base,
+    Finite,
+    Inputs,
+    Positive,
+    exp,
+    host,
+    log,
+    maximum,
+    merge_method,
+    single,
+    wide,
+)
 
 
 @merge_method(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from ctypes import c_float
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any
@@ -63,6 +64,11 @@ ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {
     "minimum": lambda a, b: b if b < a else a,
     "maximum": lambda a, b: b if b > a else a,
 }
+
+
+def _float32(x: float) -> float:
+    """The nearest float32."""
+    return c_float(x).value
 
 
 class MethodDefinitionError(UsageError):
@@ -154,8 +160,8 @@ class Trace:
         a, b = self.number(a), self.number(b)
         if (simple := self._simplified(op, a, b)) is not None:
             return simple
-        if a.extent is Extent.TENSOR and b.extent is Extent.TENSOR:
-            return self.host(ARITHMETIC[op], (a, b))
+        if not a.in_tile and not b.in_tile:
+            return self.scalar(ARITHMETIC[op], (a, b))
         a, b, type = self.common(a, b)
         return self.node(op, (a, b), type)
 
@@ -179,11 +185,11 @@ class Trace:
         """A comparison, which is false if an operand is NaN (except for ``ne``)."""
         if a.constant and b.constant:
             return self.constant(COMPARISONS[op](float(a.value), float(b.value)))
-        if a.op == "fraction" and b.constant and op in ("lt", "ge") and not 0 < b.value < 1:
+        if a.op == "fraction" and b.constant and op in ("lt", "ge") and (b.value <= 0 or b.value >= 1):
             return self.constant((b.value >= 1) == (op == "lt"))  # a fraction is at least 0 and below 1
         a, b, _ = self.common(self.number(a), self.number(b))
-        if a.extent is Extent.TENSOR and b.extent is Extent.TENSOR:
-            return self.host(COMPARISONS[op], (a, b), type=Type.FLAG)
+        if not a.in_tile and not b.in_tile:
+            return self.scalar(COMPARISONS[op], (a, b), Type.FLAG)
         return self.node(op, (a, b), Type.FLAG)
 
     def logical(self, op: str, a: Node, b: Node) -> Node:
@@ -191,8 +197,8 @@ class Trace:
         for one, other in ((a, b), (b, a)):
             if one.constant:
                 return other if bool(one.value) == (op == "and") else one
-        if a.extent is Extent.TENSOR and b.extent is Extent.TENSOR:
-            return self.host((lambda x, y: x and y) if op == "and" else (lambda x, y: x or y), (a, b), type=Type.FLAG)
+        if not a.in_tile and not b.in_tile:
+            return self.scalar((lambda x, y: x and y) if op == "and" else (lambda x, y: x or y), (a, b), Type.FLAG)
         return self.node(op, (a, b), Type.FLAG)
 
     def unary(self, op: str, a: Node) -> Node:
@@ -207,19 +213,20 @@ class Trace:
             a = self.number(a)
         if a.constant:
             return self.constant(functions[op](a.value))
-        if a.extent is Extent.TENSOR:
-            return self.host(functions[op], (a,), type=a.type)
+        if not a.in_tile:
+            return self.scalar(functions[op], (a,), a.type)
         return a if op == "abs" and a.op == "abs" else self.node(op, (a,), a.type)
 
     def where(self, condition: Node, a: Node, b: Node) -> Node:
         """`a` where the condition holds, else `b`."""
         if condition.constant:
             return a if condition.value else b
+        a, b = self.number(a), self.number(b)
+        if not any(each.in_tile for each in (condition, a, b)):
+            return self.scalar(lambda c, x, y: x if c else y, (condition, a, b))
         if condition.extent is Extent.TENSOR:
-            if a.extent is Extent.TENSOR and b.extent is Extent.TENSOR:
-                return self.host(lambda c, x, y: x if c else y, (condition, a, b))
-            return self.where(self.node("fill", (condition,), Type.FLAG, Extent.ELEMENT), a, b)
-        a, b, type = self.common(self.number(a), self.number(b))
+            condition = self.node("fill", (condition,), Type.FLAG, Extent.ELEMENT)
+        a, b, type = self.common(a, b)
         return self.node("where", (condition, a, b), type)
 
     # --- conversions -----------------------------------------------------------------------------------------------
@@ -229,8 +236,12 @@ class Trace:
         if a.type is Type.FLAG:
             if a.constant:
                 return self.constant(float(a.value))
-            return self.host(float, (a,)) if a.extent is Extent.TENSOR else self.node("number", (a,), Type.NUMBER)
-        return self.node("to_wide", (a,), Type.WIDE) if a.type is Type.INTEGER else a
+            return self.node("number", (a,), Type.NUMBER) if a.in_tile else self.scalar(float, (a,))
+        if a.type is Type.INTEGER:
+            if a.constant:
+                return self.constant(float(a.value))
+            return self.node("to_wide", (a,), Type.WIDE) if a.in_tile else self.scalar(float, (a,))
+        return a
 
     def wide(self, a: Node) -> Node:
         """A number as float64."""
@@ -238,7 +249,9 @@ class Trace:
 
     def single(self, a: Node) -> Node:
         """A number rounded to float32."""
-        return self.node("single", (a,), Type.NUMBER) if a.in_tile else a
+        if a.constant:
+            return self.constant(_float32(a.value))
+        return self.node("single", (a,), Type.NUMBER) if a.in_tile else self.scalar(_float32, (a,))
 
     def narrow(self, a: Node) -> Node:
         """A number rounded to the work dtype."""
@@ -252,12 +265,18 @@ class Trace:
 
     # --- scalars ---------------------------------------------------------------------------------------------------
 
-    def host(self, function: Callable[..., Any], args: Sequence[Any], *, type: Type = Type.NUMBER) -> Node:
-        """The result of a Python function of scalars and constants; see `language.host`."""
+    def scalar(self, function: Callable[..., Any], args: Sequence[Node], type: Type = Type.NUMBER) -> Node:
+        """The result of an operation on scalars and columns, which defines it for NaN and infinities as well."""
+        return self.host(function, args, type=type, finite=False)
+
+    def host(
+        self, function: Callable[..., Any], args: Sequence[Any], *, type: Type = Type.NUMBER, finite: bool = True
+    ) -> Node:
+        """The result of a Python function of scalars and constants; see `language.host` and `HostCall`."""
         args = with_constants(args)
         leaves = [leaf for leaf in flatten(args) if isinstance(leaf, Node)]
         extent = max((leaf.extent for leaf in leaves), default=Extent.TENSOR)
-        call = HostCall(function, tuple(args), tuple(leaves))
+        call = HostCall(function, tuple(args), tuple(leaves), finite)
         return self.node("host", leaves, type, extent, call)
 
     # --- composition -----------------------------------------------------------------------------------------------
@@ -274,7 +293,7 @@ class Trace:
             replacement = leaf(each)
             if replacement is None:
                 args = tuple(done[id(arg)] for arg in each.args)
-                value = each.value.moved(done) if isinstance(each.value, HostCall) else each.value
+                value = each.value.moved(done) if hasattr(each.value, "moved") else each.value
                 rise = each.level - max((arg.level for arg in each.args), default=0)
                 replacement = self.node(each.op, args, each.type, each.extent, value, rise)
             done[id(each)] = replacement
@@ -289,15 +308,17 @@ class HostCall:
         function: the function; it returns a number or a sequence of numbers.
         args: arguments: constants, nodes, and lists or tuples of these.
         leaves: nodes among the arguments, in order.
+        finite: whether the function takes finite numbers only: then the result for any other is NaN.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     leaves: tuple[Node, ...]
+    finite: bool = True
 
     def __call__(self, values: Sequence[Any]) -> Any:
-        """The result for the values of the leaves. It is NaN if one of them is not finite."""
-        if not all(isinstance(value, bool) or math.isfinite(value) for value in values):
+        """The result for the values of the leaves."""
+        if self.finite and not all(isinstance(value, bool) or math.isfinite(value) for value in values):
             return math.nan
         following = iter(values)
         return self.function(*_filled(self.args, following))
@@ -306,7 +327,8 @@ class HostCall:
         """The same call with other nodes, by the ids of the present ones."""
         following = iter([nodes[id(leaf)] for leaf in self.leaves])
         args = _filled(self.args, following)
-        return HostCall(self.function, args, tuple(leaf for leaf in flatten(args) if isinstance(leaf, Node)))
+        leaves = tuple(leaf for leaf in flatten(args) if isinstance(leaf, Node))
+        return HostCall(self.function, args, leaves, self.finite)
 
 
 def flatten(args: Iterable[Any]) -> Iterator[Any]:

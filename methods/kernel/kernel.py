@@ -89,8 +89,8 @@ class Kernel:
         block = row_block(columns) if by_row else BLOCK
         for node in self.reduced:
             reduction: Reduction = node.value
-            if not reduction.block and hasattr(reduction, "sampled"):
-                reduction.sampled = not any(each.op in _NOT_BY_ELEMENT for each in reachable(node.args[0]))
+            if hasattr(reduction, "sampled"):
+                reduction.sampled = _by_element(node.args[0])
             reduction.bind(block)
         alignments = {node.value.block for node in self.reduced}
         return math.lcm(*alignments, columns if by_row else BLOCK)
@@ -206,6 +206,14 @@ class Kernel:
         levels = range(self.output.level)
         active = [tuple(n for n, node in enumerate(self.reduced) if node.level == level + 1) for level in levels]
         return [self.program(numbers) for numbers in (*active, None)]
+
+
+def _by_element(node: Node) -> bool:
+    """Whether an element depends on elements at the same place only, and not on the place, so that some can be sampled.
+
+    An operand with one value per column depends on the place.
+    """
+    return not any(each.op in _NOT_BY_ELEMENT or each.extent is Extent.COLUMN for each in reachable(node, in_tile=True))
 
 
 def call_host(node: Node, values: Sequence[Any]) -> Any:

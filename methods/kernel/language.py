@@ -76,7 +76,10 @@ def sqrt(x: Array) -> Array:
 
 
 def exp(x: Array) -> Array:
-    """e to the power of x, in float64, with an error of less than 2 units in the last place."""
+    """e to the power of x, in float64, with an error of less than 2 units in the last place.
+
+    x is limited to the range from -708 to 709, in which the result is a normal number.
+    """
     return exponential(wide(x))
 
 
@@ -123,14 +126,17 @@ def host(function: Callable[..., Any], *args: Any, outputs: int | None = None) -
         A scalar, or a list of `outputs` scalars.
 
     Raises:
-        MethodDefinitionError: an argument is an array with one value per element.
+        MethodDefinitionError: an argument is an array with one value per element, or there are rows and columns.
     """
     arrays = [arg for arg in flatten(args) if isinstance(arg, Array)]
     trace = trace_of(arrays)
     if trace is None:
         raise definition_error("host needs a scalar, such as t.sum(x), among its arguments")
-    if any(array.node.extent is Extent.ELEMENT for array in arrays):
+    extents = {array.node.extent for array in arrays}
+    if Extent.ELEMENT in extents:
         raise definition_error("host takes scalars, such as t.sum(x), and not arrays")
+    if {Extent.ROW, Extent.COLUMN} <= extents:
+        raise definition_error("host takes values per row or values per column, and not both")
     if all(array.node.constant for array in arrays):
         results = function(*with_constants(_nodes(args, trace)))
         return [Array(trace.constant(r), trace) for r in results] if outputs else Array(trace.constant(results), trace)
@@ -200,10 +206,10 @@ class Inputs:
 
     def sum(self, x: Array) -> Array:
         """The sum over all elements: in fixed blocks, in float64 from 2^11 elements per block on."""
-        node = self._element(x)
+        node = self.trace.number(node_of(x, self.trace))
         if node.constant:
             return self._constant(node.value * self.size)
-        return self._reduce(node, Sum(), Type.WIDE)
+        return self._reduce(self._element(x), Sum(), Type.WIDE)
 
     def count(self, flags: Array) -> Array:
         """The number of elements for which a comparison holds."""
@@ -211,7 +217,7 @@ class Inputs:
             raise refuse("count of an array that is not a comparison")
         if flags.node.constant:
             return self._constant(float(self.size if flags.node.value else 0))
-        return self._reduce(flags.node, Count(), Type.WIDE)
+        return self._reduce(self._filled(flags.node), Count(), Type.WIDE)
 
     def column_sum(self, x: Array) -> Array:
         """The sum over the first dimension, for each index of the others: in fixed blocks, in float64."""
@@ -221,12 +227,20 @@ class Inputs:
         return self._array(self.trace.node("reduce", (node,), Type.WIDE, Extent.COLUMN, ColumnSum(self.shape), 1))
 
     def kth_largest(self, x: Array, k: int) -> Array:
-        """The k-th largest magnitude of the tensor, starting at 1, in float32."""
+        """The k-th largest magnitude of the tensor, starting at 1, in float32.
+
+        Raises:
+            MethodDefinitionError: the tensor has fewer than k elements, or k is less than 1.
+        """
+        if self.size and not 1 <= k <= self.size:
+            raise definition_error(f"kth_largest takes k from 1 to the number of elements, {self.size}, and not {k}")
         threshold = self._target(x, Target(k, exact=False))
         return self._array(self.trace.node("magnitude", (threshold,), Type.WIDE))
 
     def largest(self, x: Array, k: int | None = None, *, share: float | None = None) -> Array:
         """Whether an element is one of the k with the largest magnitudes; of equal ones, the first are chosen.
+
+        A NaN counts as one of the largest, but is not chosen.
 
         Args:
             x: an array. Magnitudes are compared in float32.
@@ -267,10 +281,16 @@ class Inputs:
         return self._array(self.trace.constant(value))
 
     def _element(self, x: Array) -> Node:
-        node = self.trace.number(node_of(x, self.trace))
-        if node.extent is not Extent.ELEMENT and not node.constant:
+        """The node of an array of numbers with one value per element."""
+        return self._filled(self.trace.number(node_of(x, self.trace)))
+
+    def _filled(self, node: Node) -> Node:
+        """An array with one value per element; scalars and constants, such as an array times 0, are repeated."""
+        if node.extent in (Extent.ROW, Extent.COLUMN):
             raise definition_error("a reduction needs an array with one value per element")
-        return node
+        if node.extent is Extent.ELEMENT:
+            return node
+        return self.trace.node("fill", (node,), Type.FLAG if node.type is Type.FLAG else Type.NUMBER, Extent.ELEMENT)
 
     def _reduce(self, node: Node, reduction: Any, type: Type) -> Array:
         return self._array(self.trace.node("reduce", (node,), type, Extent.TENSOR, reduction, rise=1))
@@ -278,8 +298,6 @@ class Inputs:
     def _target(self, x: Array, target: Target) -> Node:
         """The node of a search for a magnitude. Searches in one array share their passes."""
         magnitudes = self.trace.unary("abs", self._element(x))
-        if magnitudes.constant:
-            raise definition_error("a selection needs an array that depends on the inputs")
         selection = self.trace.node("reduce", (magnitudes,), Type.WIDE, Extent.TENSOR, Selection(self.size), rise=1)
         number = selection.value.add(target)
         return self.trace.node("threshold", (selection,), Type.WIDE, Extent.TENSOR, number)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from .expression import Node, Trace, Type
+from .expression import Extent, Node, Trace, Type
 
 if TYPE_CHECKING:
     from .array import Array
@@ -18,6 +20,7 @@ _SHIFT_BITS = 0x4338_0000_0000_0000
 _ONE_BITS = 1023 << 52
 _MANTISSA = (1 << 52) - 1
 _SQRT2 = 1.4142135623730951
+_SMALLEST = 2.0**-1022  # the smallest normal number
 _FACTORIALS = (1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800)
 
 
@@ -34,7 +37,7 @@ def exponential(x: Array) -> Array:
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW
     power = _integer(x.trace, "bits", shifted.node)
     exponent = _integer(x.trace, "ishl", _integer(x.trace, "iadd", power, 1023 - _SHIFT_BITS), 52)
-    scale = x.trace.node("from_bits", (exponent,), Type.WIDE)
+    scale = _integer(x.trace, "from_bits", exponent)
     return _horner(r, [1 / factorial for factorial in _FACTORIALS]) * type(x)(scale, x.trace)
 
 
@@ -46,14 +49,14 @@ def logarithm(x: Array) -> Array:
     bits = _integer(trace, "bits", x.node)
     exponent = _integer(trace, "iadd", _integer(trace, "ishr", bits, 52), -1023)
     mantissa = _integer(trace, "ior", _integer(trace, "iand", bits, _MANTISSA), _ONE_BITS)
-    m = array(trace.node("from_bits", (mantissa,), Type.WIDE), trace)
+    m = array(_integer(trace, "from_bits", mantissa), trace)
     e = array(trace.number(exponent), trace)
     large = array(trace.wide(trace.number((m > _SQRT2).node)), trace)
     m, e = m * (1.0 - 0.5 * large), e + large
     f = (m - 1.0) / (m + 1.0)
     series = _horner(f * f, [2.0 / (2 * n + 1) for n in range(11)])
     result = e * _LN2_HIGH + (f * series + e * _LN2_LOW)
-    return where(x > 0, result, float("nan")) + (x - x)
+    return where(x >= _SMALLEST, result, math.nan) + (x - x)
 
 
 def _horner(x: Array, coefficients: Sequence[float]) -> Array:
@@ -63,5 +66,29 @@ def _horner(x: Array, coefficients: Sequence[float]) -> Array:
     return result
 
 
-def _integer(trace: Trace, op: str, a: Node, value: int | None = None) -> Node:
-    return trace.node(op, (a,), Type.INTEGER, value=value)
+def _integer(trace: Trace, op: str, a: Node, value: int = 0) -> Node:
+    """An operation on integers; ``bits`` makes one of a float64, and ``from_bits`` the reverse."""
+    result = Type.WIDE if op == "from_bits" else Type.INTEGER
+    function = _INTEGERS[op]
+    if a.constant:
+        return trace.node("constant", (), result, Extent.TENSOR, function(a.value, value))
+    if a.in_tile:
+        return trace.node(op, (a,), result, value=value)
+    return trace.scalar(lambda number: function(number, value), (a,), result)
+
+
+def _wrapped(number: int) -> int:
+    """The int64 with the same lowest 64 bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_INTEGERS: Mapping[str, Callable[[Any, int], Any]] = {
+    "bits": lambda a, _: struct.unpack("<q", struct.pack("<d", a))[0],
+    "from_bits": lambda a, _: struct.unpack("<d", struct.pack("<q", a))[0],
+    "iadd": lambda a, value: _wrapped(a + value),
+    "iand": lambda a, value: a & value,
+    "ior": lambda a, value: a | value,
+    "ishl": lambda a, value: _wrapped(a << value),
+    "ishr": lambda a, value: a >> value,
+}
+"""The operations on Python numbers, for constants and scalars."""

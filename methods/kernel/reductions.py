@@ -6,6 +6,7 @@ which does not depend on the tiles. This module does not import torch or numpy, 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class Reduction:
     def bind(self, block: int) -> None:
         """Set the number of elements in a block, once."""
         self.block = self.block or block
+
+    def moved(self, nodes: object) -> Reduction:
+        """The same reduction for another graph, in which its operand can differ."""
+        return copy.copy(self)
 
     def needed(self, step: int, state: Any) -> bool:
         """Whether the pass of a step can still change the state."""

@@ -218,19 +218,18 @@ def narrow(search: Search, counts: Counts, sample: Bits | None) -> Search:
         ties = int(counts.inside[index])
         above += int(bins[down]) - ties
         search = replace(search, low=low, high=high, above=above)
-        if low == high and (rank == above + ties or low == 0 or not search.exact):
-            return replace(search, threshold=Threshold(_value(low), block=TOP if low else 0))
+        if low == high and (rank == above + ties or not search.exact):
+            return replace(search, threshold=Threshold(_value(low), block=TOP))
     return replace(search, guess=_guess(search, sample))
 
 
 def threshold_among_ties(threshold: int, ties: int, equal: Sequence[int]) -> Threshold:
     """The threshold that selects the first `ties` elements equal to it, given their number in each block."""
     block = 0
-    while threshold and ties > equal[block]:
+    while ties > equal[block]:
         ties -= equal[block]
         block += 1
-    # which of the zeros are selected does not matter
-    return Threshold(_value(threshold), block, ties) if threshold else Threshold(0.0)
+    return Threshold(_value(threshold), block, ties)
 
 
 def _guess(search: Search, sample: Bits | None) -> int:

@@ -111,12 +111,20 @@ class Pass:
         assert self.state is not None
         return self.state.scalars[id(node)]
 
-    def constant(self, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A constant as a 0-d tensor, or columns as a row vector."""
-        key = (id(value) if isinstance(value, list) else repr(value), dtype, device)
+    def constant(self, node: Node, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A constant or scalar as a 0-d tensor, or columns as a row vector; all but constants are rounded to float32.
+
+        They are cached by node, because the id of a list of columns can be that of an earlier one.
+        """
+        key = id(node), dtype, device
         if key not in self._constants:
+            value = node.value if node.constant else self.scalar(node)
+            exact = torch.bool if dtype is torch.bool else torch.float64
             if isinstance(value, list):
-                self._constants[key] = torch.tensor(value, dtype=dtype).to(device)
+                made = torch.tensor(value, dtype=exact).to(device)
             else:
-                self._constants[key] = torch.full((), value, dtype=dtype, device=device)  # does not wait for the device
+                made = torch.full((), value, dtype=exact, device=device)  # does not wait for the device
+            if not node.constant and exact is torch.float64:
+                made = made.to(torch.float32)
+            self._constants[key] = made.to(dtype)
         return self._constants[key]

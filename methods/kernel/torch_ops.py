@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .block_sums import pairwise_fold
 
+_NAN = 0x7FC0_0000  # as float32
+
 Operation = Callable[..., object]
 """``operation(out, *args, *scratch)`` computes a node into `out`."""
 
@@ -24,7 +26,8 @@ Operation = Callable[..., object]
 def _square_root(out: Tensor, a: Tensor, work: Tensor) -> None:
     work.copy_(a)
     if work.device.type == "cpu":  # torch can use a vector library that does not round correctly
-        np.sqrt(work.numpy(), out=work.numpy())
+        with np.errstate(invalid="ignore"):  # of a negative number; the result is NaN
+            np.sqrt(work.numpy(), out=work.numpy())
     else:
         torch.sqrt(work, out=work)
     out.copy_(work)  # rounding a float64 root to float32 is exact (Figueroa, 1995)
@@ -48,7 +51,7 @@ def _row_max(out: Tensor, a: Tensor) -> None:
 
 def _row_rank(out: Tensor, a: Tensor, keys: Tensor) -> None:
     columns = torch.arange(a.shape[1], dtype=torch.int64, device=a.device)
-    keys.copy_(a.to(torch.float32).view(torch.int32))
+    keys.copy_(a.to(torch.float32).view(torch.int32)).clamp_(max=_NAN)  # one key for all NaNs
     keys.bitwise_left_shift_(32).bitwise_or_(columns)  # keys are unique, so any sort is stable
     if keys.device.type == "cpu":
         keys.numpy().sort(axis=1)  # several times faster than torch.sort

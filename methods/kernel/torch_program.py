@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from .torch_backend import Pass
 
 _DTYPES = {Type.WIDE: torch.float64, Type.FLAG: torch.bool, Type.INTEGER: torch.int64, Type.HASH: torch.int32}
+_SMALLEST = 2.0**-149  # the smallest float32
 _SCRATCH = {1: torch.bool, 4: torch.int32, 8: torch.float64}
 
 
@@ -74,8 +74,8 @@ class ProgramRun:
             values, limit = self._operands(instruction)
             torch.clamp(values, **{"min" if op == "maximum" else "max": limit}, out=out)
         else:
-            tensors = self._aligned(instruction, [out, *self._operands(instruction)])
-            OPERATIONS[op](*tensors, *self._scratch(instruction))
+            tensors = [out, *self._operands(instruction), *self._scratch(instruction)]
+            OPERATIONS[op](*self._aligned(instruction, tensors))
 
     def block_sums(self) -> Iterator[tuple[int, Tensor]]:
         """The number of each summed reduction, and its sums of blocks."""
@@ -119,21 +119,26 @@ class ProgramRun:
 
     def _operand(self, node: Node, type: Type) -> Tensor:
         """A constant, scalar or column in the type that it is used in."""
-        dtype = torch.bool if node.type is Type.FLAG else self._dtype(type)
-        if node.constant:
-            return self.owner.constant(node.value, dtype, self._device)
-        value = self.owner.scalar(node)
-        if dtype is torch.float64:
-            value = np.float32(value).tolist()
-        return self.owner.constant(value, dtype, self._device)
+        return self.owner.constant(node, torch.bool if node.type is Type.FLAG else self._dtype(type), self._device)
 
     def _aligned(self, instruction: Instruction, tensors: list[Tensor]) -> list[Tensor]:
-        """View the tensors with one column per value, if an operand has one value per column."""
-        for source in instruction.args:
-            if isinstance(source, Node) and source.extent is Extent.COLUMN:
-                width = len(self.owner.scalar(source))
-                return [tensor if tensor.ndim == 0 else tensor.view(-1, width) for tensor in tensors]
-        return tensors
+        """View the tensors as slices of lines, if an operand has one value per column, which is an element of a slice.
+
+        A tensor with one value per row has a single element per line. The operands then broadcast.
+        """
+        columns = [arg for arg in instruction.args if isinstance(arg, Node) and arg.extent is Extent.COLUMN]
+        if not columns:
+            return tensors
+        width = len(self.owner.scalar(columns[0]))
+        if width == 1:
+            return [tensor.expand(tensors[0].shape) for tensor in tensors]
+        length = self.owner.kernel.inputs.columns
+        return [
+            tensor
+            if tensor.ndim == 0
+            else tensor.view(-1, width // length, 1 if tensor.ndim == 2 and tensor.shape[1] == 1 else length)
+            for tensor in tensors
+        ]
 
     # --- operations that depend on the tile, or on scalars -----------------------------------------------------------
 
@@ -199,7 +204,10 @@ class ProgramRun:
             partials.append(torch.count_nonzero(values))
         elif isinstance(reduction, ColumnSum):
             blocks = torch.split(values.view(-1, reduction.width), reduction.height)
-            partials += [pairwise_fold(block.t().contiguous())[:, 0].clone() for block in blocks]
+            # a copy even where the transposed block is contiguous, because other nodes can need the values
+            partials += [
+                pairwise_fold(block.t().clone(memory_format=torch.contiguous_format))[:, 0].clone() for block in blocks
+            ]
         else:
             self._count(instruction, number, reduction, values)
 
@@ -237,8 +245,8 @@ def _operand_nodes(instruction: Instruction) -> tuple[Node, ...]:
 
 
 def _is_limit(operand: Slot | Node) -> bool:
-    """Whether an operand is a constant other than 0, to which `torch.clamp` limits values exactly as specified."""
-    return isinstance(operand, Node) and operand.constant and bool(operand.value) and operand.value == operand.value
+    """Whether an operand is a constant to which `torch.clamp` limits values exactly as specified: 0 in no dtype."""
+    return isinstance(operand, Node) and operand.constant and abs(operand.value) >= _SMALLEST
 
 
 def _as_column(values: list[Any]) -> Tensor:

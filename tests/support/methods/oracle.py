@@ -1,0 +1,436 @@
+"""An independent evaluator of a kernel's expression graph: numpy, whole tensors, one operation at a time.
+
+It defines the bytes of every method. It shares no arithmetic with mergeloom: each operation is written from its
+definition, without tiles, passes, brackets or workspaces. Values are represented like this:
+
+- one per element: an array of the tensor's shape;
+- one per row: the same with a last dimension of 1;
+- one per column (each index of the dimensions after the first): the same with a first dimension of 1;
+- one per tensor: a Python number, a `Ranking` or a `Threshold`.
+
+Values per tensor and per column are float64, and are rounded to float32 where they meet an array.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mergeloom.methods.kernel.expression import Extent, HostCall, Node, Type
+from mergeloom.methods.kernel.kernel import Kernel
+from mergeloom.methods.kernel.reductions import ColumnSum, Count, Selection, Sum, Target
+
+Numbers = np.ndarray[Any, Any]
+
+COLUMNS = 1 << 11
+"""Columns of a block that remain to be added in float64."""
+
+ROWS = 64
+"""Rows of a block, at most, if they are added in order."""
+
+
+def evaluate(
+    kernel: Kernel, inputs: Sequence[torch.Tensor], *, key: int = 0, positions: Sequence[int] | None = None
+) -> Numbers:
+    """The output of a kernel in the work dtype.
+
+    Args:
+        kernel: the kernel, of which only the expression graph is used.
+        inputs: its inputs.
+        key: random key of the output tensor.
+        positions: position in the recipe of each input's model.
+    """
+    with np.errstate(all="ignore"):
+        return Evaluation(inputs, key, positions or range(len(inputs))).output(kernel.output)
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+
+def stored(values: Numbers, dtype: torch.dtype) -> bytes:
+    """Numbers rounded once, with the canonical NaN of the dtype, as little-endian bytes."""
+    nearest = rounded(values, dtype)
+    if dtype is torch.float64:
+        bits, nan = nearest.view(np.uint64), np.uint64(0x7FF8_0000_0000_0000)
+    elif dtype is torch.float16:
+        bits, nan = nearest.astype(np.float16).view(np.uint16), np.uint16(0x7E00)
+    else:
+        bits, nan = nearest.astype(np.float32).view(np.uint32), np.uint32(0x7FC0_0000)
+    bits = np.where(np.isnan(nearest), nan, bits)
+    return (bits >> np.uint32(16)).astype(np.uint16).tobytes() if dtype is torch.bfloat16 else bits.tobytes()
+
+
+def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:
+    """The nearest numbers of a dtype as float64; of two equally near ones, the one whose last bit is 0."""
+    wide = np.array(values, dtype=np.float64)
+    if dtype is torch.float64:
+        return wide
+    precision, lowest, beyond = {
+        torch.bfloat16: (8, -133, 128),
+        torch.float16: (11, -24, 16),
+        torch.float32: (24, -149, 128),
+    }[dtype]
+    with np.errstate(all="ignore"):
+        _, exponents = np.frexp(wide)
+        last = np.maximum(exponents - precision, lowest)  # exponent of a unit in the last place
+        nearest = np.ldexp(np.rint(np.ldexp(wide, -last)), last)
+    nearest = np.where(np.isfinite(wide), nearest, wide)
+    return np.where(np.abs(nearest) >= 2.0**beyond, np.copysign(np.inf, nearest), nearest)
+
+
+def loaded(tensor: torch.Tensor, work: Any) -> Numbers:
+    """The values of an input in the work dtype, which is exact."""
+    if tensor.dtype is torch.bfloat16:
+        bits = tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(work)
+    return tensor.numpy().astype(work)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """The values of the nodes of one expression graph.
+
+    Args:
+        inputs: as for `evaluate`.
+        key: as for `evaluate`.
+        positions: as for `evaluate`.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor], key: int, positions: Sequence[int]) -> None:
+        self.work: Any = np.float64 if any(x.dtype is torch.float64 for x in inputs) else np.float32
+        self.inputs, self.key, self.positions = inputs, key, positions
+        self.shape = tuple(inputs[0].shape) or (1,)
+        self.row_shape, self.column_shape = (*self.shape[:-1], 1), (1, *self.shape[1:])
+        self.known: dict[int, Any] = {}
+
+    def output(self, node: Node) -> Numbers:
+        """The value of a node with one value per element."""
+        for each in _in_order(node):
+            self.known[id(each)] = self._value(each)
+        result: Numbers = self.known[id(node)]
+        assert result.shape == self.shape
+        assert result.dtype == self.work
+        return result.reshape(self.inputs[0].shape)
+
+    def _value(self, node: Node) -> Any:
+        op = node.op
+        if op == "constant":
+            return node.value
+        if op in SPECIAL:
+            return SPECIAL[op](self, node)
+        if op in INTEGERS:
+            return INTEGERS[op](*self._operands(node), np.int64(node.value))
+        result = OPERATIONS[op](*self._operands(node))
+        return result.astype(self._dtype(node.type), copy=False)
+
+    def _dtype(self, type: Type) -> Any:
+        wide, flag, integer = Type.WIDE, Type.FLAG, Type.INTEGER
+        return {Type.NUMBER: self.work, wide: np.float64, flag: np.bool_, integer: np.int64}[type]
+
+    def _operands(self, node: Node) -> list[Numbers]:
+        """The operands as arrays. Constants and scalars take the dtype of the arrays that they meet."""
+        wide = any(arg.type is Type.WIDE and arg.in_tile for arg in node.args)
+        return [self._operand(arg, np.float64 if wide else self.work) for arg in node.args]
+
+    def _operand(self, node: Node, dtype: Any) -> Numbers:
+        value = self.known[id(node)]
+        if node.in_tile:
+            array: Numbers = value
+            return array
+        if node.type is Type.FLAG:
+            return np.array(value, dtype=np.bool_)
+        if node.constant:
+            return np.array(value, dtype=dtype)
+        return np.array(value, dtype=np.float64).astype(np.float32).astype(dtype)
+
+    def _whole(self, node: Node) -> Numbers:
+        """The only operand with one value per element."""
+        return np.broadcast_to(self._operands(node)[0], self.shape)
+
+    # --- inputs and random numbers -----------------------------------------------------------------------------------
+
+    def load(self, node: Node) -> Numbers:
+        return loaded(self.inputs[node.value], self.work).reshape(self.shape)
+
+    def index(self, node: Node) -> Numbers:
+        return np.arange(math.prod(self.shape), dtype=np.int64).reshape(self.shape)
+
+    def hash(self, node: Node) -> Numbers:
+        index, stream = node.value
+        key, position = stream or (self.key, self.positions[index])
+        return hashes(key, position, self.index(node))
+
+    def fraction(self, node: Node) -> Numbers:
+        return (self.known[id(node.args[0])] >> np.uint32(8)).astype(self.work) * self.work(2.0**-24)
+
+    # --- Python functions --------------------------------------------------------------------------------------------
+
+    def host(self, node: Node) -> Any:
+        """The result, a list of results, or one of these per row or column."""
+        call: HostCall = node.value
+        values = [leaf.value if leaf.constant else self.known[id(leaf)] for leaf in call.leaves]
+        if node.extent is Extent.TENSOR:
+            return _called(call, values)
+        shape = self.row_shape if node.extent is Extent.ROW else self.column_shape
+        lines = zip(*(np.broadcast_to(value, shape).reshape(-1).tolist() for value in values), strict=True)
+        return self._per_line(node, [_called(call, line) for line in lines])
+
+    def item(self, node: Node) -> Any:
+        """One of several results; NaN stands for all of them."""
+        results = self.known[id(node.args[0])]
+        if node.extent is Extent.TENSOR:
+            return _one_of(results, node.value)
+        return self._per_line(node, [_one_of(result, node.value) for result in results])
+
+    def _per_line(self, node: Node, results: list[Any]) -> Any:
+        """Results per row or column as an array, if each is a number."""
+        if any(isinstance(result, (list, tuple)) for result in results):
+            return results
+        if node.extent is Extent.COLUMN:
+            return np.array(results).reshape(self.column_shape)
+        return np.array(results, dtype=np.float64).reshape(self.row_shape).astype(np.float32).astype(self.work)
+
+    # --- reductions --------------------------------------------------------------------------------------------------
+
+    def reduce(self, node: Node) -> Any:
+        reduction, values = node.value, self.known[id(node.args[0])]
+        assert values.shape == self.shape
+        if isinstance(reduction, Count):
+            return float(np.count_nonzero(values))
+        if isinstance(reduction, Sum):
+            flat, block = values.reshape(-1), reduction.block
+            return _total([_block_sum(flat[start : start + block], block) for start in range(0, len(flat), block)])
+        if isinstance(reduction, ColumnSum):
+            slices, height = values.reshape(self.shape[0], -1).astype(np.float64).T, reduction.height
+            sums = [_folded(slices[:, start : start + height])[:, 0] for start in range(0, self.shape[0], height)]
+            return np.array([_total(column) for column in zip(*sums, strict=True)]).reshape(self.column_shape)
+        assert isinstance(reduction, Selection)
+        return Ranking(values.reshape(-1).astype(np.float32), reduction.targets)
+
+    def threshold(self, node: Node) -> Threshold:
+        ranking: Ranking = self.known[id(node.args[0])]
+        return ranking.threshold(ranking.targets[node.value])
+
+    def magnitude(self, node: Node) -> float:
+        return float(self.known[id(node.args[0])].value)
+
+    def selected(self, node: Node) -> Numbers:
+        chosen: Numbers = self.known[id(node.args[1])].chosen
+        return chosen.reshape(self.shape)
+
+    def row_sum(self, node: Node) -> Numbers:
+        return _folded(self._whole(node).astype(np.float64))
+
+    def row_max(self, node: Node) -> Numbers:
+        largest: Numbers = self._whole(node).max(axis=-1, keepdims=True)
+        return np.where(largest == 0, largest.dtype.type(0), largest)
+
+    def row_rank(self, node: Node) -> Numbers:
+        order = np.argsort(_keys(self._whole(node).astype(np.float32)), axis=-1, kind="stable")
+        ranks = np.empty(self.shape, dtype=self.work)
+        places = np.broadcast_to(np.arange(self.shape[-1], dtype=self.work), self.shape)
+        np.put_along_axis(ranks, order, places, axis=-1)
+        return ranks
+
+    def fill(self, node: Node) -> Numbers:
+        return self._whole(node).astype(self._dtype(node.type))
+
+    def round(self, node: Node) -> Numbers:
+        return rounded(self._whole(node), getattr(torch, node.value)).astype(self.work)
+
+
+def _in_order(output: Node) -> Iterator[Node]:
+    """The nodes of a graph, each once, operands first."""
+    done: set[int] = set()
+    stack = [output]
+    while stack:
+        node = stack[-1]
+        if waiting := [arg for arg in node.args if id(arg) not in done]:
+            stack += waiting
+            continue
+        stack.pop()
+        if id(node) not in done:
+            done.add(id(node))
+            yield node
+
+
+def _called(call: HostCall, values: Sequence[Any]) -> Any:
+    """The result of a Python function of scalars; NaN if one of them is not finite."""
+    following = iter(values)
+
+    def filled(arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return tuple(filled(each) for each in arg)
+        return next(following) if isinstance(arg, Node) else arg
+
+    if call.finite and not all(math.isfinite(value) for value in values):
+        return math.nan
+    return call.function(*filled(call.args))
+
+
+def _one_of(results: Any, number: int) -> Any:
+    return results[number] if isinstance(results, (list, tuple)) else results
+
+
+# --- sums ------------------------------------------------------------------------------------------------------------
+
+
+def _folded(values: Numbers, width: int = 1) -> Numbers:
+    """Add the second half of the last dimension to the first, until at most `width` columns remain."""
+    while values.shape[-1] > width:
+        half = values.shape[-1] // 2
+        first, middle, second = np.split(values, [half, values.shape[-1] - half], axis=-1)
+        values = np.concatenate([first + second, middle], axis=-1)
+    return values
+
+
+def _block_sum(values: Numbers, block: int) -> float:
+    """The sum of a block in a fixed order; `block` is the size of a complete one."""
+    height, rest = divmod(block, COLUMNS)
+    if len(values) == block and not rest and 1 < height <= ROWS:
+        columns = values[:COLUMNS]
+        for row in range(1, height):
+            columns = columns + values[row * COLUMNS : (row + 1) * COLUMNS]
+    else:
+        columns = _folded(values, COLUMNS)
+    return float(_folded(columns.astype(np.float64))[0])
+
+
+def _total(sums: Sequence[float]) -> float:
+    """The exact sum, rounded once; NaN if a summand is NaN or if infinities cancel."""
+    try:
+        return math.fsum(sums)
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+# --- magnitudes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The elements with the k largest magnitudes.
+
+    Args:
+        value: the k-th largest magnitude; infinity if k is 0.
+        chosen: whether an element is one of the k, flat; False for NaN.
+    """
+
+    value: float
+    chosen: Numbers
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Magnitudes to select from.
+
+    Args:
+        magnitudes: magnitudes as float32, flat.
+        targets: what to select.
+    """
+
+    magnitudes: Numbers
+    targets: Sequence[Target]
+
+    def threshold(self, target: Target) -> Threshold:
+        """The largest elements; of equal ones, the first are chosen; NaN counts as largest."""
+        nonzero = np.count_nonzero(self.magnitudes)  # NaN is not 0
+        rank = int(target.share * nonzero) if target.rank is None else target.rank
+        order = np.argsort(-_keys(self.magnitudes), kind="stable")
+        chosen = np.zeros(len(order), dtype=np.bool_)
+        chosen[order[:rank]] = True
+        value = float(self.magnitudes[order[rank - 1]]) if rank and len(order) else math.inf
+        return Threshold(value, chosen & ~np.isnan(self.magnitudes))
+
+
+def _keys(magnitudes: Numbers) -> Numbers:
+    """Integers in the order of float32 magnitudes; all NaNs are equal and the largest."""
+    return np.where(np.isnan(magnitudes), (1 << 31) - 1, np.ascontiguousarray(magnitudes).view(np.int32)).astype(np.int64)
+
+
+# --- random numbers --------------------------------------------------------------------------------------------------
+
+
+def hashes(key: int, position: int, indices: Numbers) -> Numbers:
+    """The hash of each element's index as uint32.
+
+    lowbias32(i * step + low half of s), with the high half of s added between the two rounds, where s is a splitmix64
+    hash of the key, the position and the high half of i.
+    """
+    low, high = indices.astype(np.uint64) & _LOW, indices.astype(np.uint64) >> np.uint64(32)
+    result = np.zeros(indices.shape, dtype=np.uint32)
+    for period in np.unique(high):
+        seed = _splitmix(_splitmix(_splitmix(key) + position) + int(period))
+        x = (low * np.uint64(0x9E37_79B1) + np.uint64(seed & 0xFFFF_FFFF)) & _LOW
+        x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB_352D) + np.uint64(seed >> 32)) & _LOW
+        x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846C_A68B)) & _LOW
+        x = x ^ (x >> np.uint64(16))
+        result = np.where(high == period, x.astype(np.uint32), result)
+    return result
+
+
+_LOW = np.uint64(0xFFFF_FFFF)
+
+
+def _splitmix(x: int) -> int:
+    """The output of splitmix64 for a state."""
+    limit = 1 << 64
+    x = (x + 0x9E37_79B9_7F4A_7C15) % limit
+    x = (x ^ (x >> 30)) * 0xBF58_476D_1CE4_E5B9 % limit
+    x = (x ^ (x >> 27)) * 0x94D0_49BB_1331_11EB % limit
+    return x ^ (x >> 31)
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+SPECIAL: Mapping[str, Callable[[Evaluation, Node], Any]] = {
+    name: getattr(Evaluation, name)
+    for name in (
+        *("load", "index", "hash", "fraction", "host", "item", "reduce", "threshold", "magnitude", "selected"),
+        *("row_sum", "row_max", "row_rank", "fill", "round"),
+    )
+}
+
+OPERATIONS: Mapping[str, Callable[..., Numbers]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "minimum": lambda a, b: np.where(b < a, b, a),
+    "maximum": lambda a, b: np.where(b > a, b, a),
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "not": lambda a: ~a,
+    "where": np.where,
+    "number": lambda a: a,
+    "wide": lambda a: a,
+    "narrow": lambda a: a,
+    "to_wide": lambda a: a,
+    "single": lambda a: a.astype(np.float32),
+    "bits": lambda a: np.ascontiguousarray(a).view(np.int64),
+    "from_bits": lambda a: np.ascontiguousarray(a).view(np.float64),
+}
+
+INTEGERS: Mapping[str, Callable[..., Numbers]] = {
+    "iadd": lambda a, b: a + b,
+    "iand": lambda a, b: a & b,
+    "ior": lambda a, b: a | b,
+    "ishl": lambda a, b: a << b,
+    "ishr": lambda a, b: a >> b,
+}
