@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from .definition import (
-    Absent,
-    Array,
-    Base,
-    Finite,
-    Inputs,
-    Positive,
-    exp,
-    host,
-    log,
-    maximum,
-    merge_method,
-    single,
-    wide,
-)
+from .definition import Absent, Array, Base, Finite, Inputs, Positive, host, maximum, merge_method
+from .kernel.language import exp, log, single, wide
 
 
 @merge_method(

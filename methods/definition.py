@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-from .kernel.language import (
-    Array,
-    Inputs,
-    add,
-    clamp,
-    exp,
-    host,
-    log,
-    maximum,
-    mean,
-    minimum,
-    sign,
-    single,
-    sqrt,
-    where,
-    wide,
-)
+from .kernel import language
+from .kernel.language import *  # noqa: F403
 from .kernel.method import merge_method
 from .kernel.ranges import Finite, Fraction, HalfWidth, NonNegative, NonNegativeInt, Positive, PositiveInt, Range
 from .kernel.signature import PerInput
 from .kernel.spec import Absent, Base, MethodError
 
-__all__ = [  # fmt: skip
-    "Absent",
-    "Array",
-    "Base",
-    "Finite",
-    "Fraction",
-    "HalfWidth",
-    "Inputs",
-    "MethodError",
-    "NonNegative",
-    "NonNegativeInt",
-    "PerInput",
-    "Positive",
-    "PositiveInt",
-    "Range",
-    "add",
-    "clamp",
-    "exp",
-    "host",
-    "log",
-    "maximum",
-    "mean",
-    "merge_method",
-    "minimum",
-    "sign",
-    "single",
-    "sqrt",
-    "where",
-    "wide",
+# fmt: off
+__all__ = [
+    "Absent", "Base", "Finite", "Fraction", "HalfWidth", "MethodError", "NonNegative", "NonNegativeInt", "PerInput",
+    "Positive", "PositiveInt", "Range", "merge_method",
 ]
+# fmt: on
+__all__ += language.__all__
