@@ -20,7 +20,7 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery import source_files
 from mergeloom.errors import CheckpointError, DiskSpaceError, EnvironmentFailure, MergeloomError, UsageError
 from mergeloom.io.output.lock import WORK
-from mergeloom.io.reading import FileStamp, Reader, stat_fingerprints
+from mergeloom.io.reading import FilePool, FileStamp, Reader, stat_fingerprints
 from tests.support.faults import Disk, Fail, Kill, Stopped, watching
 from tests.support.merges.small import GROUP, OPTIONS, make_blocks_small, make_plan
 from tests.support.models import write_checkpoint
@@ -217,32 +217,37 @@ def test_a_source_that_changes_during_the_merge(what: str, tmp_path: Path, monke
     out = tmp_path / "out"
     file = models[0] / "model.safetensors"
     saved = tmp_path / "saved"
-    read, reads, done = Reader.read, 0, threading.Event()
+    read, reads, done, lock = Reader.read, 0, threading.Event(), threading.Lock()
+
+    def replace_source(files: FilePool) -> None:
+        os.link(file, saved)
+        if what in ("replaced", "gone"):
+            files.close()
+            file.unlink()
+            if what == "replaced":
+                os.link(other, file)
+        else:
+            saved.unlink()
+            saved.write_bytes(file.read_bytes())
+            with file.open("r+b") as stream:
+                stream.seek(-40_000, os.SEEK_END)
+                if what == "truncated":
+                    stream.truncate()
+                else:
+                    stream.write(os.urandom(40_000))
+        done.set()
 
     def change(self: Reader, source: Path, offset: int, buffer: memoryview) -> None:
         nonlocal reads
-        reads += 1
-        if reads == 10:
+        with lock:
+            reads += 1
+            tenth = reads == 10
+        if tenth:
             wait_until(lambda: (out / WORK / "journal").read_bytes().count(b"\n") > 1)
-            os.link(file, saved)
-            if what == "replaced":
-                self._files.close()
-                file.unlink()
-                os.link(other, file)
-            elif what == "gone":
-                self._files.close()
-                file.unlink()
-            else:
-                saved.unlink()
-                saved.write_bytes(file.read_bytes())
-                with file.open("r+b") as stream:
-                    stream.seek(-40_000, os.SEEK_END)
-                    if what == "truncated":
-                        stream.truncate()
-                    else:
-                        stream.write(os.urandom(40_000))
-            done.set()
-        read(self, source, offset, buffer)
+        with lock:  # no other thread reads from a descriptor that is being closed
+            if tenth:
+                replace_source(self._files)
+            read(self, source, offset, buffer)
 
     monkeypatch.setattr(Reader, "read", change)
     with pytest.raises(CheckpointError, match=str(file)):
