@@ -19,6 +19,8 @@ from .nodes import MAX_DEPTH, Node
 from .yaml import YamlSource, parse_yaml
 
 _LINES_SHOWN = 4
+_MAX_SHOWN = 120
+"""The number of characters of an override that messages show."""
 _KEY = re.compile(r"(?:[^\s.\[\]=]+|\[\d+\])(?:\.[^\s.\[\]=]+|\[\d+\])*")
 _PART = re.compile(r"[^.\[\]]+")
 
@@ -77,14 +79,20 @@ def uniform_layout(text: str) -> str:
 
 
 def _value(value: str, text: str) -> Node:
-    """Parse the value of an override."""
+    """Parse the value of the override `text`."""
     try:
         documents = parse_yaml(value).documents
     except RecipeError as error:
         raise UsageError(f"--set {text}: {error.message}") from error
     if len(documents) > 1:
         raise UsageError(f"--set {text}: the value has several YAML documents: use one value")
-    return _without_lines(documents[0]) if documents else Node(None, None)
+    node = _without_lines(documents[0]) if documents else Node(None, None)
+    return replace(node, override=_shown(text))
+
+
+def _shown(text: str) -> str:
+    """Return an override as messages about its value show it."""
+    return f"--set {text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + '...'}"
 
 
 def _without_lines(node: Node) -> Node:
@@ -136,7 +144,7 @@ def _with(node: Node, keys: tuple[str, ...], place: tuple[str | int, ...], value
         if first.isdecimal() and first not in entries:
             close = f"; its keys are {', '.join(entries)}" if entries else ""
             raise UsageError(f"--set {text}: {_named(place)} is not a list{close}")
-        child = _with(entries.get(first, Node(None, None)), rest, (*place, first), value, text)
+        child = _with(entries.get(first, Node(None, None, override=_shown(text))), rest, (*place, first), value, text)
         lines = {key: line for key, line in node.key_lines.items() if rest or key != first}  # not a line of the file
         return replace(node, value={**entries, first: child}, key_lines=lines)
     raise UsageError(f"--set {text}: {_named(place)} is {node.plain()!r}, which has no entry {first!r}")
