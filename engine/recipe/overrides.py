@@ -1,4 +1,4 @@
-"""Changes values of a recipe before it is validated: the option ``--set KEY=VALUE``.
+"""Changes values of a recipe before it is validated: the option ``--set KEY=VALUE``, and the API's `overrides`.
 
 A key is a path of keys and list indices: ``parameters.weight``, ``models.0.parameters.weight``, or
 ``models[0].parameters.weight`` as error messages show it. In a recipe of several stages it begins with the stage's name
@@ -15,7 +15,7 @@ from dataclasses import replace
 import yaml
 
 from ...errors import RecipeError, UsageError, format_key_path
-from .nodes import MAX_DEPTH, Node
+from .nodes import MAX_DEPTH, Node, node_of
 from .yaml import YamlSource, parse_yaml
 
 _LINES_SHOWN = 4
@@ -53,6 +53,35 @@ def override(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
             raise UsageError(f"--set {text}: expected a key of the stage, such as {key}.merge_method=linear")
         documents[number] = _with(documents[number], tuple(keys), (), _value(value, text), text)
     return replace(source, text="", documents=tuple(documents))
+
+
+def override_text(key: str, value: object) -> str:
+    """Return the override ``KEY=VALUE`` that sets an entry to plain data.
+
+    Raises:
+        UsageError: if the key is invalid, or a recipe can't contain the value.
+    """
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise UsageError(
+            f"invalid key {key!r} of overrides: expected a path of keys and indices, such as models.0.parameters.weight"
+        )
+    try:
+        data = node_of(value).plain()
+    except RecipeError as error:
+        raise UsageError(f"invalid value of overrides[{key!r}]: {error.message}") from error
+    return f"{key}={_one_line(data)}"
+
+
+def parse_without_lines(text: str) -> YamlSource:
+    """Parse the text of a recipe, whose lines may not be those of its file. Raises RecipeError."""
+    source = parse_yaml(text)
+    return replace(source, documents=tuple(map(_without_lines, source.documents)))
+
+
+def _one_line(data: object) -> str:
+    """Return data as YAML on one line."""
+    text = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return text.removesuffix("...\n").rstrip("\n")  # the end of a document after a scalar
 
 
 def recipe_difference(old: str, new: str) -> str:
