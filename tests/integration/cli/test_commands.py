@@ -176,28 +176,6 @@ def test_plan_steps_shows_vram_for_a_gpu(recipe: Path) -> None:
     assert "cuda:0" in lines[1]
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (("--steps",), ("--explain", "lm_head.weight")),
-        (("--steps",), ("--html", "page.html")),
-        (("--steps",), ("--what-if",)),
-        (("--explain", "lm_head.weight"), ("--time",)),
-        (("--explain", "lm_head.weight"), ("--rates", "disk_read=1GB/s")),
-    ],
-)
-def test_plan_refuses_an_option_that_would_have_no_effect(
-    first: tuple[str, ...], second: tuple[str, ...], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    ended = run("plan", recipe, *first, *second)
-    assert ended.returncode == 2
-    assert f"{first[0]} and {second[0]} are mutually exclusive" in ended.stderr.replace(
-        "--explain and --steps", "--steps and --explain"
-    )
-    assert not Path("page.html").exists()
-
-
 @pytest.mark.parametrize("detail", ["layer", "tensor"])
 def test_plan_graph_writes_the_task_graph(detail: str, recipe: Path, tmp_path: Path) -> None:
     import networkx
