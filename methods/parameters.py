@@ -13,7 +13,7 @@ Epsilon = PerInput[
     Annotated[
         float,
         Range(0, 0.5, exclusive_maximum=True),
-        Doc("half the width of the range of probabilities, centered at the density."),
+        Doc("half the width of the range of probabilities, whose center is the density (half the paper's epsilon)."),
     ]
 ]
 Gamma = PerInput[
@@ -23,7 +23,10 @@ Gamma = PerInput[
 ]
 Rescale = Annotated[bool, Doc("scale each sparse task vector back to its original L1 norm.")]
 RescaleEps = Annotated[float, Range(0), Doc("smallest L1 norm, before and after dropping, that is rescaled.")]
-Unbiased = Annotated[bool, Doc("rescale as in the paper: divide each kept element by its probability.")]
+Unbiased = Annotated[
+    bool,
+    Doc("with `rescale`: divide each kept element by its probability, as in the paper, instead of restoring the norm."),
+]
 NormalizeAll = Annotated[
     bool, Doc("divide by the sum of all weights, unless its absolute value is below `divisor_eps`.")
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 from ...errors import RecipeError
@@ -13,9 +12,9 @@ from ...methods.kernel.method import Method
 from ...methods.kernel.signature import Parameter
 from .local import is_local, local_layers
 from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
-from .nodes import Keys, Node
+from .nodes import Keys, Node, Origins
 from .parameters import ParameterError, accept, coerce, describe
-from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelReference, Scalar, Setting, line_of
+from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelReference, Scalar, Setting
 from .warnings import RecipeWarning, WarningKind
 
 T = TypeVar("T")
@@ -37,6 +36,11 @@ def describe_node(node: Node) -> str:
     if isinstance(node.value, tuple):
         return f"the list {describe(node.plain())}"
     return describe(node.value)
+
+
+def _methods_of(path: Keys) -> tuple[Keys, Keys]:
+    """The possible key paths of the merge method of the stage that has an entry: a single stage, or one of several."""
+    return ("merge_method",), (*path[:1], "merge_method")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,7 @@ class NodeReader:
     """Reads values and collects warnings and invalid parameters.
 
     Args:
-        file: the recipe's file, or None.
-        lines: line number of every key and value.
+        origins: the lines and the overrides that the recipe's entries come from.
         strict: whether unknown keys and settings without effect are errors.
         methods: the merge methods by name.
 
@@ -75,15 +78,12 @@ class NodeReader:
         repeated: key paths of entries that hold an anchor for use elsewhere, which are not reported.
     """
 
-    def __init__(
-        self, file: Path | None, lines: Mapping[Keys, int], strict: bool, methods: Mapping[str, Method]
-    ) -> None:
+    def __init__(self, origins: Origins, strict: bool, methods: Mapping[str, Method]) -> None:
         self.warnings: list[RecipeWarning] = []
         self.mistakes: list[RecipeError] = []
         self.repeated: set[Keys] = set()
         self.methods = methods
-        self._file = file
-        self._lines = lines
+        self._origins = origins
         self._strict = strict
         self._named: set[Keys] = set()
         self._failed: set[Keys] = set()
@@ -91,16 +91,15 @@ class NodeReader:
 
     # Errors and warnings
 
-    def error(self, message: str, path: Keys, *, unsupported: bool = False) -> RecipeError:
-        """The error for the entry at `path`."""
-        line = line_of(self._lines, path)
-        return RecipeError(message, source=self._file, line=line, path=path, unsupported=unsupported)
+    def error(self, message: str, path: Keys, *causes: Keys, unsupported: bool = False) -> RecipeError:
+        """The error for the entry at `path`, which depends on the entries at `causes`, too."""
+        return RecipeError.at(self._origins.locate(path, *causes), message, unsupported=unsupported)
 
-    def fail(self, message: str, path: Keys, *, unsupported: bool = False, named: bool = False) -> None:
-        """Add the error for the entry at `path` to `mistakes`; if it is `named`, `check_keys` won't report it again."""
+    def fail(self, message: str, path: Keys, *causes: Keys, unsupported: bool = False, named: bool = False) -> None:
+        """Add the error to `mistakes` (see `error`); if it is `named`, `check_keys` won't report the entry again."""
         if named:
             self._named.add(path)
-        self.mistakes.append(self.error(message, path, unsupported=unsupported))
+        self.mistakes.append(self.error(message, path, *causes, unsupported=unsupported))
 
     def attempt(self, read: Callable[[], T], path: Keys) -> T | None:
         """The result of `read`; None if it raises a RecipeError, which is added to `mistakes`.
@@ -120,17 +119,22 @@ class NodeReader:
         """Whether an entry at `path` or below it could not be read, so what depends on it can't be checked."""
         return path in self._failed
 
-    def warn(self, kind: WarningKind, problem: str, path: Keys, *, line: int | None = None) -> None:
+    def warn(self, kind: WarningKind, problem: str, path: Keys) -> None:
         """Add a warning about the entry at `path`, which strict mode reports as a warning, too."""
-        line = line_of(self._lines, path) if line is None else line
-        self.warnings.append(RecipeWarning(kind, problem, source=self._file, line=line, place=path))
+        self.warnings.append(RecipeWarning.at(self._origins.locate(path), kind, problem))
 
     def report(
-        self, kind: WarningKind, problem: str, path: Keys, *, advice: str = "", suggestion: str | None = None
+        self,
+        kind: WarningKind,
+        problem: str,
+        path: Keys,
+        *causes: Keys,
+        advice: str = "",
+        suggestion: str | None = None,
     ) -> None:
-        """Add a warning about the entry at `path`; in strict mode, add it to `mistakes`."""
-        line = line_of(self._lines, path)
-        warning = RecipeWarning(kind, problem, advice, suggestion, self._file, line, path)
+        """Add a warning about the entry at `path` and its `causes` (see `error`); in strict mode, to `mistakes`."""
+        location = self._origins.locate(path, *causes)
+        warning = RecipeWarning.at(location, kind, problem, advice=advice, suggestion=suggestion)
         if self._strict:
             self.mistakes.append(warning.as_error())
         else:
@@ -295,7 +299,7 @@ class NodeReader:
                     message = (
                         "it has no effect on a single model: set it in the `parameters` of the slice or the recipe"
                     )
-                    self.report(WarningKind.NO_EFFECT, message, (*path, name))
+                    self.report(WarningKind.NO_EFFECT, message, (*path, name), *_methods_of(path))
                 else:
                     settings[name] = self._setting(value, (*path, name), _Setter(method.name, parameter, model))
             except RecipeError as error:
@@ -331,7 +335,8 @@ class NodeReader:
             advice = f"{advice} ({users})" if close == name else f"{users}; {advice}"
             close = None
         problem = f"{method.name} has no such parameter"
-        self.report(WarningKind.UNKNOWN_PARAMETER, problem, path, advice=advice, suggestion=close)
+        kind = WarningKind.UNKNOWN_PARAMETER
+        self.report(kind, problem, path, *_methods_of(path), advice=advice, suggestion=close)
 
     def _setting(self, node: Node, path: Keys, setter: _Setter) -> Setting:
         if isinstance(node.value, Mapping):
@@ -356,7 +361,8 @@ class NodeReader:
         value = self.required(keys, path, "value", known)
         self.check_keys(keys, path, known)
         substring = self.optional(keys, path, "filter", lambda n, p: self.text(n, p, "a substring of tensor names"))
-        return Conditional(substring, self._value(value, (*path, "value"), replace(setter, filter=substring)))
+        setter = replace(setter, filter=substring)
+        return Conditional(substring, self._value(value, (*path, "value"), setter), (*path, "filter"))
 
     def _value(self, node: Node, path: Keys, setter: _Setter) -> Scalar | Gradient:
         if not isinstance(node.value, tuple):

@@ -16,7 +16,7 @@ from ...methods.kernel.spec import Base
 from .input_advice import STACK, check_density, count_advice, similar_source
 from .misplaced import STAGE_KEYS, nearest
 from .node_reader import NodeReader
-from .nodes import Keys, Node
+from .nodes import Keys, Node, Origins
 from .order import in_order
 from .parameters import describe
 from .types import (
@@ -49,9 +49,12 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
         raise RecipeError("the recipe is empty", source=file)
     places = [_place(node, index, len(source.documents)) for index, node in enumerate(source.documents)]
     lines: dict[Keys, int] = {}
+    overrides: dict[Keys, str] = {}
     for node, place in zip(source.documents, places, strict=True):
         lines.update(node.lines(place))
-    reader = NodeReader(file, lines, strict, methods)
+        overrides.update(node.overrides(place))
+    origins = Origins(file, lines, overrides)
+    reader = NodeReader(origins, strict, methods)
     for keys, place in zip(source.repeated, places, strict=False):
         reader.repeated.update((*place, *path) for path in keys)
     for remark in source.remarks:
@@ -75,7 +78,7 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     text = source.text or yaml.safe_dump_all(
         [node.plain() for node in source.documents], sort_keys=False, allow_unicode=True, width=10**9
     )
-    return Recipe(ordered, tuple(reader.warnings), file, text, lines)
+    return Recipe(ordered, tuple(reader.warnings), text, origins)
 
 
 def _place(node: Node, index: int, count: int) -> Keys:
@@ -127,7 +130,8 @@ def _check_stage(reader: NodeReader, stage: Stage, method: Method) -> None:
         if any(part.base_model is None for part in parts):
             first = next((source.model.text for part in parts for source in part.sources), None)
             such_as = f", such as `base_model: {first}`" if first else ""
-            reader.fail(f"{method.name} needs a `base_model`{such_as}", (*stage.place, "merge_method"))
+            message = f"{method.name} needs a `base_model`{such_as}"
+            reader.fail(message, (*stage.place, "merge_method"), (*stage.place, "base_model"))
             return
     if stage.models is None and stage.slices is None and stage.modules is None:
         return
@@ -341,15 +345,17 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         message = f"all sources of a slice must have the same number of layers, got {listed}{STACK}"
         raise reader.error(message, part.place)
     base = part.base_model or stage.base_model
+    causes = ((*stage.place, "merge_method"), (*stage.place, "base_model"))
     index = base_index(stage, part, method)
     if method.base is not Base.NONE and base is not None:
         if index is None:
             message = f"{method.name} needs the base model, {base.text}, among the slice's sources"
-            raise reader.error(f"{message}{similar_source(base, part)}", part.place)
+            raise reader.error(f"{message}{similar_source(base, part)}", part.place, *causes)
         if sum(source.model == base for source in part.sources) > 1:
-            raise reader.error(f"the base model, {base.text}, is among the sources more than once", part.place)
+            message = f"the base model, {base.text}, is among the sources more than once"
+            raise reader.error(message, part.place, *causes)
         if index is not None:
-            _report_base_parameters(reader, part.sources[index], method)
+            _report_base_parameters(reader, part.sources[index], method, *causes)
     others = [source.model.text for number, source in enumerate(part.sources) if number != index]
     if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
         upper = " or more" if method.maximum is None else f" to {method.maximum}"
@@ -357,10 +363,10 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         message = f"{method.name} takes {number} model{'' if number == '1' else 's'}"
         message += f"{'' if index is None else ' besides the base'}, got {len(others)}"
         message += f": {', '.join(others)}" if others else ""
-        reader.fail(f"{message}{count_advice(part, method, index)}", part.place)
+        reader.fail(f"{message}{count_advice(part, method, index)}", part.place, *causes)
 
 
-def _report_base_parameters(reader: NodeReader, base: Source, method: Method) -> None:
+def _report_base_parameters(reader: NodeReader, base: Source, method: Method, *causes: Keys) -> None:
     """Report the parameters of a base model that is listed among the models: methods use only those of the others."""
     names = [f"`{name}`" for name in base.parameters]
     if names:
@@ -368,4 +374,4 @@ def _report_base_parameters(reader: NodeReader, base: Source, method: Method) ->
         problem += f"{'has' if len(names) == 1 else 'have'} no effect: {method.name} merges the other models into it"
         what = "it" if len(names) == 1 else "them"
         advice = f"remove {what}, or use another `base_model` if this model should be merged, too"
-        reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), advice=advice)
+        reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), *causes, advice=advice)

@@ -17,6 +17,8 @@ _INDENT = 2
 _GAP = 3  # between the columns of a table
 _MIN_COLUMN = 12
 """The width in which a text column of a table is readable."""
+_MAX_LABEL = 28
+"""The width of the longest label that others are aligned with: a label with the path of a model would squeeze them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Section:
 
 def plain(sections: Sequence[Section]) -> str:
     """Return the sections as plain text, without colors and line wrapping, and without a final newline."""
-    width = max((len(label) for section in sections for label, _ in section.fields), default=0)
+    width = _label_width(sections, _MAX_LABEL)
     blocks = []
     for section in sections:
         block = [clean(section.title)]
@@ -64,6 +66,12 @@ def plain(sections: Sequence[Section]) -> str:
         block += [f"  {part}".rstrip() for line in section.lines for part in clean(line).split("\n")]
         blocks.append("\n".join(block))
     return "\n\n".join(blocks)
+
+
+def _label_width(sections: Sequence[Section], limit: int) -> int:
+    """The width of the longest label that has at most `limit` characters."""
+    widths = (len(label) for section in sections for label, _ in section.fields)
+    return max((width for width in widths if width <= limit), default=0)
 
 
 def _aligned(grid: Grid) -> list[str]:
@@ -88,7 +96,7 @@ def show(sections: Sequence[Section], stream: TextIO | None = None) -> None:
         stream.flush()
         return
     console = make_console(stream)
-    width = max((len(label) for section in sections for label, _ in section.fields), default=0)
+    width = _label_width(sections, min(_MAX_LABEL, console.width // 3))
     for number, section in enumerate(sections):
         if number:
             console.print()
@@ -150,7 +158,7 @@ def _stacked(grid: Grid) -> list[RenderableType]:
 
 
 def _renderables(section: Section, width: int, columns: int) -> list[RenderableType]:
-    """Return a section as rich renderables, with labels of `width` on a terminal of `columns`."""
+    """Return a section as rich renderables, with labels of `width`, or wider ones, on a terminal of `columns`."""
     from rich import box
     from rich.padding import Padding
     from rich.table import Table
@@ -158,8 +166,11 @@ def _renderables(section: Section, width: int, columns: int) -> list[RenderableT
 
     parts: list[RenderableType] = [Text(clean(section.title), style="bold yellow" if section.warns else "bold")]
     if section.fields:
+        longest = max(len(label) for label, _ in section.fields)
         fields = Table.grid(padding=(0, 2))
-        fields.add_column(style="cyan", no_wrap=True, width=width)
+        fields.add_column(
+            style="cyan", width=width if longest <= width else min(longest, columns // 2), overflow="fold"
+        )
         fields.add_column(overflow="fold")
         for label, value in section.fields:
             fields.add_row(Text(clean(label)), Text(clean(value)))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..kernel.language import Array, Inputs, add, host
+from ..kernel.language import Array, Inputs, add, host, where
 
 TASK_ARITHMETIC = "https://arxiv.org/abs/2212.04089"
 TIES = "https://arxiv.org/abs/2306.01708"
 DARE = "https://arxiv.org/abs/2311.03099"
 DELLA = "https://arxiv.org/abs/2406.11617"
 BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
+
+_CANCELLED = 1e-6  # of the sum of the absolute weights: what rounding to float32 leaves of weights that cancel
 
 
 def task_vectors(t: Inputs) -> list[Array]:
@@ -56,14 +58,13 @@ def elected_sum(
 ) -> Array:
     """As `weighted_sum`, but each element sums only the vectors that have the elected sign there.
 
-    With `normalize`, an element is divided by the sum of the weights of these vectors, unless that is 0.
+    With `normalize`, an element is divided by the sum of the weights of these vectors; a sum of 0 counts as 1.
     """
     terms = weighted(vectors, weight, scale)
     agree = agreement(terms)
     merged = add([term * a for term, a in zip(terms, agree, strict=True)])
     if normalize:
-        divisor = add([w * a for w, a in zip(weight, agree, strict=True)])
-        merged = merged / (divisor + (divisor == 0))
+        merged = merged / agreeing_weight(weight, agree)
     return t.base + lambda_ * merged
 
 
@@ -75,15 +76,29 @@ def weighted(
 
 
 def agreement(terms: Sequence[Array]) -> list[Array]:
-    """Whether each term has the elected sign: for each element that of the sum of all terms, or plus if it is 0."""
+    """Which terms have the elected sign: that of the sum of all terms, or plus where it is 0. A term of 0 never agrees."""
     sign = 2.0 * (add(terms) >= 0) - 1.0
     return [term * sign > 0 for term in terms]
+
+
+def agreeing_weight(weight: Sequence[float], agree: Sequence[Array]) -> Array:
+    """The sum of the weights of the terms that agree; a sum of 0 counts as 1.
+
+    Weights of both signs can cancel, which leaves a small number instead of 0, because each addition is rounded.
+    """
+    divisor = add([w * a for w, a in zip(weight, agree, strict=True)])
+    if min(weight) >= 0 or max(weight) <= 0:
+        return divisor + (divisor == 0)
+    return where(abs(divisor) <= _CANCELLED * math.fsum(map(abs, weight)), 1.0, divisor)
 
 
 def restored_norms(
     t: Inputs, vectors: Sequence[Array], sparse: Sequence[Array], rescale_eps: float
 ) -> list[Array | float]:
-    """The factor that gives each sparse vector the L1 norm of the original; 1 if a norm is below `rescale_eps`."""
+    """The factor that gives each sparse vector the L1 norm of the original.
+
+    It is 1 if a norm is below `rescale_eps`, if nothing is left, or if nothing was dropped.
+    """
 
     def ratio(before: float, after: float) -> float:
         return before / after if after and min(before, after) >= rescale_eps else 1.0

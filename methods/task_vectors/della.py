@@ -23,8 +23,9 @@ def della(
 ) -> Array:
     """Drop random elements of the task vectors, preferably small ones, rescale, and average the values that agree.
 
-    As dare_ties, but the probability of keeping an element rises from density - epsilon to density + epsilon with the
-    rank of its absolute value in its row, and the sum is divided by the weights.
+    Drop: keep an element of x_i - base with probability p = density - epsilon + 2 epsilon r / (c-1), where r is the
+    rank of its magnitude in its row of c elements, from 0 for the smallest. d_i = w_i times the result, rescaled.
+    Elect and fuse: as ties. out = base + lambda (sum of the d_i with the elected sign) / (sum of their w_i)
     """
     sparse = pruned_by_rank(t, density, epsilon, unbiased=rescale and unbiased)
     scale = restored_norms(t, task_vectors(t), sparse, rescale_eps) if rescale and not unbiased else None

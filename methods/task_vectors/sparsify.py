@@ -46,12 +46,12 @@ def pruned_by_rank(t: Inputs, density: Sequence[float], epsilon: Sequence[float]
     """
     sparse = []
     for index, (d, x, mean, half) in enumerate(zip(task_vectors(t), t.models, density, epsilon, strict=True)):
-        if mean in (0, 1):
+        if mean in (0, 1):  # nothing is random
             sparse.append(d * mean)
             continue
         _check_probabilities(mean, half, index)
-        slope = 2 * half / (t.columns - 1) if t.columns > 1 else 0.0
-        p = t.row_rank(d) * slope + (mean - half if slope else mean)
+        lowest, slope = (mean - half, 2 * half / (t.columns - 1)) if t.columns > 1 else (mean, 0.0)
+        p = t.row_rank(d) * slope + lowest
         kept = d * (t.uniform(x) < p)
         sparse.append(kept / p if unbiased else kept)
     return sparse
@@ -62,7 +62,7 @@ def _check_probabilities(density: float, epsilon: float, index: int) -> None:
         return
     widest = min(density, 1 - density)
     raise MethodError(
-        f"density - epsilon and density + epsilon must lie between 0 and 1, got density {density:g} and epsilon "
+        f"density - epsilon and density + epsilon must lie strictly between 0 and 1, got density {density:g} and epsilon "
         f"{epsilon:g}: at this density epsilon must be below {widest:g}",
         parameters=["epsilon", "density"],
         index=index,

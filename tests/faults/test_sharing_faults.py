@@ -89,7 +89,7 @@ def test_a_refusal_looks_again_if_there_is_room(disk: Path, out: Path, monkeypat
         before = used(disk)
         with pytest.raises(DiskSpaceError, match=r"refuses to share .* make room and run the same"):
             merge(recipe, out, ROOMY)
-        assert used(disk) - before < total // 4  # long before the disk was full
+        assert used(disk) - before < total // 2  # before the disk was full: only ranges in flight were copied
     result = merge(recipe, out, ROOMY)
     assert result.plan.bytes_shared == result.measured.bytes_shared + result.earlier.bytes_shared
     assert intact(out)

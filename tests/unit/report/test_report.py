@@ -20,8 +20,8 @@ from mergeloom.engine.run.plan import Plan
 from mergeloom.engine.run.session import Earlier
 from mergeloom.report import result as report_result
 from mergeloom.report.plan import headline, plan_sections, plan_text
-from mergeloom.report.result import bottleneck, result_text
-from mergeloom.report.sections import plain, show
+from mergeloom.report.result import bottleneck, result_sections, result_text
+from mergeloom.report.sections import Section, plain, show
 from mergeloom.report.unused import unused_lines
 from tests.conftest import MakeModel
 from tests.support import models
@@ -160,6 +160,24 @@ def test_no_line_is_wider_than_the_terminal(
     assert f"{plan.to_dict()['output']['parameters']:,}" in printed
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_label_with_a_long_path_leaves_room_for_values(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    path = "weight of /home/someone/models/with-a-long-name/and-a-longer-one-of-the-model"
+    sections = [Section("First", [("size", "1 2 3"), ("peak RAM", "4")]), Section("Second", [(path, "a value")])]
+    assert plain(sections) == f"First\n  size      1 2 3\n  peak RAM  4\n\nSecond\n  {path}  a value"
+    stream = Terminal()
+    show(sections, stream)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert lines[1:3] == ["  size      1 2 3", "  peak RAM  4"]
+    assert lines[5].endswith("a value")
+    labels = "".join(line.removesuffix("a value").strip() for line in lines[5:])
+    assert labels.replace(" ", "") == path.replace(" ", "")
+
+
 def test_a_dumb_terminal_gets_plain_lines(llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
@@ -203,6 +221,16 @@ def test_the_summary_compares_measured_with_planned_values(llamas: dict[str, Pat
     assert "90%" in text
     other = result_text(result_of(plan, bytes_written=plan.schedule.bytes_written + 1))
     assert f"; planned {plan.schedule.bytes_written:,}" in line_of(other, "written")
+
+
+def test_the_summary_has_no_rate_if_nothing_was_moved(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    earlier = Earlier(plan.schedule.bytes_read, plan.schedule.bytes_written)
+    result = replace(result_of(plan, bytes_read=0, bytes_written=0, seconds=0.03, lanes={}), earlier=earlier)
+    labels = [label for label, _ in result_sections(result)[0].fields]
+    assert labels == ["time", "read", "written", "peak RAM"]
+    assert "B/s" not in result_text(result)
+    assert line_of(result_text(result), "written").endswith("as planned")
 
 
 def test_the_summary_says_how_far_off_the_estimate_was(
