@@ -25,7 +25,7 @@ Rescale = Annotated[bool, Doc("scale each sparse task vector back to its origina
 RescaleEps = Annotated[float, Range(0), Doc("smallest L1 norm, before and after dropping, that is rescaled.")]
 Unbiased = Annotated[
     bool,
-    Doc("with `rescale`: divide each kept element by its probability, as in the paper, instead of restoring the norm."),
+    Doc("with `rescale`: divide each kept element by its probability, as in the paper."),
 ]
 NormalizeAll = Annotated[
     bool, Doc("divide by the sum of all weights, unless its absolute value is below `divisor_eps`.")

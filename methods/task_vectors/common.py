@@ -76,7 +76,7 @@ def weighted(
 
 
 def agreement(terms: Sequence[Array]) -> list[Array]:
-    """Which terms have the elected sign: that of the sum of all terms, or plus where it is 0. A term of 0 never agrees."""
+    """Which terms have the elected sign: that of the sum of all, or plus where it is 0. A term of 0 never agrees."""
     sign = 2.0 * (add(terms) >= 0) - 1.0
     return [term * sign > 0 for term in terms]
 

@@ -62,8 +62,8 @@ def _check_probabilities(density: float, epsilon: float, index: int) -> None:
         return
     widest = min(density, 1 - density)
     raise MethodError(
-        f"density - epsilon and density + epsilon must lie strictly between 0 and 1, got density {density:g} and epsilon "
-        f"{epsilon:g}: at this density epsilon must be below {widest:g}",
+        f"density - epsilon and density + epsilon must lie strictly between 0 and 1, got density {density:g} and "
+        f"epsilon {epsilon:g}: at this density epsilon must be below {widest:g}",
         parameters=["epsilon", "density"],
         index=index,
     )

@@ -85,7 +85,7 @@ class TestValuesThatDependOnEachOther:
         error = refused_plan(llamas, tmp_path, text)
         assert error.line == line
         assert error.message.startswith(f"della, model {llamas['a']}, tensor ")
-        assert "density - epsilon and density + epsilon must lie between 0 and 1, got density 0." in error.message
+        assert "density - epsilon and density + epsilon must lie strictly between 0 and 1, got density 0." in error.message
         assert "at this density epsilon must be below 0." in error.message
 
     @pytest.mark.parametrize(
