@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
@@ -41,6 +41,7 @@ def plan(
     strict: bool = False,
     machine: str | None = None,
     methods: Iterable[str | os.PathLike[str]] = (),
+    overrides: Mapping[str, object] = {},
 ) -> Plan:
     """Plan a merge: what it reads, writes and holds in memory. Reads only the recipe and the models' headers.
 
@@ -56,6 +57,8 @@ def plan(
         strict: whether warnings are errors.
         machine: description of another machine to plan for, such as ``"ram=64GiB,vram=24GiB,cores=16"``.
         methods: paths of Python files with additional merge methods.
+        overrides: values of the recipe to change, by key, such as ``{"models.0.parameters.weight": 0.3}``: those of
+            ``--set``, which messages name them by.
 
     Raises:
         RecipeError: the recipe is invalid.
@@ -63,7 +66,7 @@ def plan(
         BudgetError: the merge exceeds the budget.
         UsageError: an argument is invalid.
     """
-    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides)
     if machine is not None:
         options = replace(options, machine=parse_machine(_text("machine", machine)))
     return public_plan(make_plan(recipe, options))
@@ -81,6 +84,7 @@ def merge(
     threads: int | None = None,
     strict: bool = False,
     methods: Iterable[str | os.PathLike[str]] = (),
+    overrides: Mapping[str, object] = {},
     digests: str = "written",
     restart: bool = False,
     notify: Callable[[Progress], None] | None = None,
@@ -95,7 +99,7 @@ def merge(
         recipe: recipe as for `plan`, or a Plan, which is executed with the options that were passed to `plan`.
         out: output directory: new, empty, or with an unfinished merge of the same recipe; None for a rehearsal that
             runs the complete merge without writing.
-        max_ram, max_vram, device, seed, shard_size, threads, strict, methods: options as for `plan`.
+        max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides: options as for `plan`.
         digests: ``written``, or ``full`` to also read tensors that are only reflinked or copied, and record their
             digests.
         restart: whether to discard an unfinished merge in `out` and start over.
@@ -111,7 +115,7 @@ def merge(
     from .engine.run.merge import merge as run_merge
     from .result import public_result
 
-    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods)
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides)
     if isinstance(recipe, engine_plan.Plan):
         if options not in (Options(), recipe.options):
             raise UsageError("a Plan is executed with the options of `plan`: pass these to `plan` instead")
@@ -270,6 +274,7 @@ def _options(
     threads: int | None,
     strict: bool,
     methods: Iterable[str | os.PathLike[str]],
+    overrides: Mapping[str, object],
 ) -> Options:
     """Convert the keyword arguments that `plan` and `merge` share."""
     return Options(
@@ -281,7 +286,17 @@ def _options(
         threads=_checked_threads(threads),
         strict=strict,
         methods=tuple(_path("methods", file) for file in one_or_several(methods)),
+        overrides=_overrides(overrides),
     )
+
+
+def _overrides(overrides: Mapping[str, object]) -> tuple[str, ...]:
+    """Convert overrides to those of ``--set``."""
+    if not isinstance(overrides, Mapping):
+        raise UsageError(f"invalid overrides {overrides!r}: use a dict of values by key")
+    from .engine.recipe.overrides import override_text
+
+    return tuple(override_text(key, value) for key, value in overrides.items())
 
 
 def _checked_threads(threads: int | None) -> int | None:

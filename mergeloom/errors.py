@@ -6,7 +6,9 @@ MergeloomError
 ├── BudgetError        the merge exceeds the memory budget                   exit code 3
 ├── DiskSpaceError     the output exceeds the free disk space                exit code 3
 ├── CheckpointError    an input is missing, damaged or inconsistent          exit code 4
+│   └── ModelNotFound  a name is neither a path nor a model of the Hub
 ├── EnvironmentFailure the device, the disk or another process failed        exit code 5
+│   └── HubUnreachable the Hub can't be asked for a model
 └── Interrupted        the user stopped the merge; it can be resumed         exit code 130 (143 after SIGTERM)
 
 Any other exception is an internal error, with exit code 1.
@@ -15,6 +17,7 @@ Any other exception is an internal error, with exit code 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,14 +40,42 @@ class MergeloomError(Exception):
         self.warnings = tuple(dict.fromkeys((*map(str, warnings), *self.warnings)))
 
 
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The location of an entry of a recipe.
+
+    Args:
+        source: file of the recipe; None for a recipe given as a dict.
+        line: 1-based line number; None if unknown, or if an override has set the entry.
+        path: key path of the entry, such as ``("slices", 0, "sources", 1, "layer_range")``.
+        override: overrides that have set the entry, or parts of it, such as ``--set dtype=float32``; None if none has.
+    """
+
+    source: Path | None = None
+    line: int | None = None
+    path: tuple[str | int, ...] = ()
+    override: str | None = None
+
+    def __str__(self) -> str:
+        """File, line, override and keys: ``r.yml:3: models[0].model``, ``r.yml with --set dtype=float32: dtype``."""
+        text = str(self.source) if self.source is not None else "recipe"
+        if self.line is not None:
+            text += f":{self.line}"
+        if self.override is not None:
+            text += f" with {self.override}"
+        keys = format_key_path(self.path)
+        return f"{text}: {keys}" if keys else text
+
+
 class RecipeError(MergeloomError):
     """A mistake in the recipe, with its location.
 
     Args:
         message: what is wrong and what to do.
         source: file of the recipe; None for a recipe given as a dict.
-        line: 1-based line number; None if unknown.
+        line: 1-based line number; None if unknown, or if an override has set the value.
         path: key path of the mistake, such as ``("slices", 0, "sources", 1, "layer_range")``.
+        override: overrides that have set the value, or parts of it, such as ``--set dtype=float32``; None if none has.
         more: other mistakes in the same recipe.
         unsupported: whether the recipe asks for something that mergeloom doesn't support yet.
     """
@@ -58,6 +89,7 @@ class RecipeError(MergeloomError):
         source: Path | None = None,
         line: int | None = None,
         path: tuple[str | int, ...] = (),
+        override: str | None = None,
         more: Sequence[RecipeError] = (),
         unsupported: bool = False,
     ) -> None:
@@ -65,16 +97,33 @@ class RecipeError(MergeloomError):
         self.source = source
         self.line = line
         self.path = path
+        self.override = override
         self.more = tuple(more)
         self.unsupported = unsupported
-        location = str(source) if source is not None else "recipe"
-        if line is not None:
-            location += f":{line}"
-        keys = format_key_path(path)
-        texts = [f"{location}: {keys}: {message}" if keys else f"{location}: {message}", *map(str, self.more[:_SHOWN])]
+        texts = [f"{self.location}: {message}", *map(str, self.more[:_SHOWN])]
         if len(self.more) > _SHOWN:
             texts.append(f"... and {len(self.more) - _SHOWN} more mistakes")
         super().__init__("\n".join(texts))
+
+    @property
+    def location(self) -> Location:
+        """The location of the mistake."""
+        return Location(self.source, self.line, self.path, self.override)
+
+    @classmethod
+    def at(
+        cls, location: Location, message: str, *, more: Sequence[RecipeError] = (), unsupported: bool = False
+    ) -> RecipeError:
+        """Create the error for a mistake at a location; the other arguments are those of the class."""
+        return cls(
+            message,
+            source=location.source,
+            line=location.line,
+            path=location.path,
+            override=location.override,
+            more=more,
+            unsupported=unsupported,
+        )
 
     @classmethod
     def together(cls, mistakes: Sequence[RecipeError]) -> RecipeError:
@@ -85,7 +134,7 @@ class RecipeError(MergeloomError):
         first, *others = sorted(mistakes, key=lambda mistake: (mistake.unsupported, mistake.line or 0))
         if not others:
             return first
-        return cls(first.message, source=first.source, line=first.line, path=first.path, more=others)
+        return cls.at(first.location, first.message, more=others)
 
 
 class UsageError(MergeloomError):
@@ -112,10 +161,18 @@ class CheckpointError(MergeloomError):
     exit_code = 4
 
 
+class ModelNotFound(CheckpointError):
+    """A name of a model is neither an existing path nor a model and revision of the Hub that this account can see."""
+
+
 class EnvironmentFailure(MergeloomError):
     """The device, the disk or another process failed; trying again can help."""
 
     exit_code = 5
+
+
+class HubUnreachable(EnvironmentFailure):
+    """A name of a model isn't an existing path, and the Hub doesn't answer whether it has the model."""
 
 
 class Interrupted(MergeloomError):

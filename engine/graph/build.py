@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
@@ -21,6 +22,7 @@ from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .buffers import BufferCheck
 from .check_layers import LayerChecks, OutputLayer, missing_tensor
 from .duplicates import explained, find_duplicates
+from .filters import unmatched_filters
 from .graph import MergeGraph
 from .partial import PartialTensor, partial_warnings
 from .quantized_outputs import check_quantized_outputs
@@ -181,12 +183,13 @@ class _GraphBuilder:
         self._group = 0
 
     def build(self) -> BuiltGraph:
-        duplicates = list(find_duplicates(part for parts in self.parts for part in parts))
+        duplicates = list(find_duplicates(self.recipe, (part for parts in self.parts for part in parts)))
         self.warnings += [duplicate.warning for duplicate in duplicates]
         try:
             for module, parts in zip(self.modules.all, self.parts, strict=True):
                 self._build_module(module, parts)
         except RecipeError as error:
+            self._warn_of_filters(name for model in self.sources for name in model.checkpoint.tensors)
             raise explained(error, duplicates) from error
         self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
         self._check_chosen_head()
@@ -194,7 +197,7 @@ class _GraphBuilder:
             raise CheckpointError(
                 "the output has no tensors: no tensor of the models belongs to a module of the recipe"
             )
-        self._warn_of_filters()
+        self._warn_of_filters(chain(self.graph.read_names, (output.name for output in self.graph.outputs)))
         if self.stage.files_from is None:
             self.warnings += check_quantized_outputs(self.graph, self.models, self.donor)
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
@@ -223,20 +226,9 @@ class _GraphBuilder:
     def _warn(self, kind: ModelWarningKind, problem: str, advice: str = "", names: Iterable[str] = ()) -> None:
         self.warnings.append(ModelWarning(kind, problem, advice, tuple(names)))
 
-    def _warn_of_filters(self) -> None:
-        """Warn about filters that match no tensor: they are misspelt, or meant for another architecture."""
-        scopes = [self.stage.parameters]
-        for module in self.modules.all:
-            scopes.append(module.parameters)
-            for part in module.slices or ():
-                scopes += [part.parameters, *(source.parameters for source in part.sources)]
-        settings = [setting for scope in scopes for setting in scope.values() if isinstance(setting, tuple)]
-        names = {*self.graph.read_names, *(output.name for output in self.graph.outputs)} if settings else set()
-        for substring in dict.fromkeys(condition.filter for setting in settings for condition in setting):
-            if substring and substring != "*" and not any(substring in name for name in names):
-                self._warn(
-                    ModelWarningKind.FILTER, f"filter {substring!r} matches no tensor name: its value is not used"
-                )
+    def _warn_of_filters(self, names: Iterable[str]) -> None:
+        """Warn about filters that match none of the names."""
+        self.warnings += unmatched_filters(self.recipe, self.stage, self.modules.all, names)
 
     # --- modules -----------------------------------------------------------------------------------------------
 

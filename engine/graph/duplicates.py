@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ...errors import RecipeError
 from ..model.inputs import BoundSlice
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.nodes import Keys
+from ..recipe.types import Recipe
 
 
 class Duplicate(NamedTuple):
@@ -24,7 +26,7 @@ class Duplicate(NamedTuple):
     warning: ModelWarning
 
 
-def find_duplicates(parts: Iterable[BoundSlice]) -> Iterator[Duplicate]:
+def find_duplicates(recipe: Recipe, parts: Iterable[BoundSlice]) -> Iterator[Duplicate]:
     """The sources of slices that have the same files and the same layers as another source of the slice.
 
     Links are resolved, so a Hub id and its snapshot in the Hub's cache are the same model; a copy is not.
@@ -43,7 +45,8 @@ def find_duplicates(parts: Iterable[BoundSlice]) -> Iterator[Duplicate]:
             if len(names) > 1 and names not in known:
                 known.add(names)
                 sources = (part.slice.sources[other], source)
-                warning = _warning(part, (other, index), files[model.number])
+                location = recipe.origins.locate(source.place)
+                warning = replace(_warning(part, (other, index), files[model.number]), location=location)
                 yield Duplicate(tuple(each.place for each in sources), warning)
 
 
@@ -63,8 +66,8 @@ def explained(error: RecipeError, duplicates: Iterable[Duplicate]) -> RecipeErro
     """An error about a source, with the warning about its duplicate if it has one."""
     for duplicate in duplicates:
         if any(error.path[: len(place)] == place for place in duplicate.places):
-            message = f"{error.message}; {duplicate.warning}"
-            return RecipeError(message, source=error.source, line=error.line, path=error.path, more=error.more)
+            message = f"{error.message}; {duplicate.warning.text}"
+            return RecipeError.at(error.location, message, more=error.more)
     return error
 
 

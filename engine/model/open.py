@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...errors import CheckpointError, EnvironmentFailure, UsageError
-from ...io.hub.http import NO_DIRECTORY
+from ...errors import HubUnreachable, ModelNotFound, UsageError
 from ...io.hub.repository import is_hub_id
 from ...io.output.lock import TO_FINISH, WORK, Content, classify
 from ...io.safetensors.checkpoint import Checkpoint, open_checkpoint
@@ -46,9 +45,9 @@ def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
     """
     try:
         return open_model(reference)
-    except (CheckpointError, EnvironmentFailure) as error:
+    except (ModelNotFound, HubUnreachable) as error:
         place = places_of(recipe).get(reference)
-        if place is None or is_local(reference.path) or NO_DIRECTORY not in str(error):
+        if place is None:
             raise
         near = similar_path(reference.path)
         if near is not None and reference.revision is None:

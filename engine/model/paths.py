@@ -47,14 +47,15 @@ def check_paths(recipe: Recipe) -> None:
 
 def ignored_revisions(recipe: Recipe) -> list[ModelWarning]:
     """Warn about revisions of local directories, which have none. ``main`` is taken for what was downloaded."""
-    named = (each for each in places_of(recipe) if each.revision not in (None, "main"))
+    named = ((each, place) for each, place in places_of(recipe).items() if each.revision not in (None, "main"))
     return [
         ModelWarning(
             ModelWarningKind.FILES,
             f"{each.path} is a directory here and has no revisions: @{each.revision} is ignored",
             "remove it, or rename the directory to use the Hub's model",
+            location=recipe.origins.locate(place),
         )
-        for each in named
+        for each, place in named
         if is_local(each.path)
     ]
 
@@ -76,6 +77,6 @@ def places_of(recipe: Recipe) -> dict[ModelReference, Keys]:
         for reference, place in stage.references():
             if recipe.stage(reference) is None:
                 candidates = (*place, "model"), (*place[:-1], "tokenizer_source"), place
-                known = candidates if place not in recipe.lines else candidates[::2]
-                places.setdefault(reference, next((each for each in known if each in recipe.lines), place))
+                known = candidates if place not in recipe.origins else candidates[::2]
+                places.setdefault(reference, next((each for each in known if each in recipe.origins), place))
     return places

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, Location
 from ...io.units import plural
 
 
@@ -41,15 +41,22 @@ class ModelWarning:
         problem: description of the problem, which names the models.
         advice: what to do about it, or empty.
         names: tensors or keys concerned.
+        location: location of the entry in the recipe that causes the problem, or None.
     """
 
     kind: ModelWarningKind
     problem: str
     advice: str = ""
     names: tuple[str, ...] = field(default=(), repr=False)
+    location: Location | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """Problem and advice in one line."""
+        """Location, problem and advice in one line."""
+        return self.text if self.location is None else f"{self.location}: {self.text}"
+
+    @property
+    def text(self) -> str:
+        """Problem and advice, without the location."""
         return f"{self.problem}; {self.advice}" if self.advice else self.problem
 
 

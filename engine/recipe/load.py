@@ -9,7 +9,7 @@ from pathlib import Path
 from ...errors import RecipeError
 from ...methods.kernel.contract import Method
 from .nodes import node_of
-from .overrides import override
+from .overrides import override, parse_without_lines
 from .reader import recipe_of
 from .types import Recipe
 from .yaml import YamlSource, parse_yaml, read_yaml
@@ -26,17 +26,20 @@ def load_recipe(
 
     Args:
         recipe: the path of a YAML file, a dict with the same content, or a list of dicts for several stages. A Recipe
-            is returned unchanged.
+            is returned as it is if there are no overrides.
         strict: whether unknown keys and parameters, and parameters without effect, are errors rather than warnings.
         methods: the merge methods by name.
-        overrides: changes of the recipe, such as ``parameters.weight=0.3`` (see `overrides`); not for a Recipe.
+        overrides: changes of the recipe, such as ``parameters.weight=0.3`` (see `overrides`).
 
     Raises:
         RecipeError: if the recipe is invalid or the file can't be read.
         UsageError: if an override is invalid.
     """
     if isinstance(recipe, Recipe):
-        return recipe
+        if not overrides:
+            return recipe
+        changed = override(parse_without_lines(recipe.text), overrides)
+        return recipe_of(changed, recipe.source, strict=strict, methods=methods)
     if isinstance(recipe, (str, os.PathLike)):
         text = os.fsdecode(recipe)
         if "\n" in text and isinstance(recipe, str):

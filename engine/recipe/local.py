@@ -57,7 +57,8 @@ def _split(path: str) -> list[str]:
 def _walk(start: str, names: list[str], matches: Callable[[str, str], bool]) -> Iterator[str]:
     """Yield existing paths that resemble `start` followed by `names`, the most similar first."""
     if not names:
-        yield start
+        if is_local(start):  # not a broken link, which would be suggested for itself
+            yield start
         return
     name, *rest = names
     exact = os.path.join(start, name)  # noqa: PTH118

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 from ...errors import RecipeError
@@ -12,9 +11,9 @@ from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.contract import Method, Parameter
 from .local import is_local, local_layers
 from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
-from .nodes import Keys, Node
+from .nodes import Keys, Node, Origins
 from .parameters import ParameterError, accept, coerce, describe
-from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelReference, Scalar, Setting, line_of
+from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelReference, Scalar, Setting
 from .warnings import RecipeWarning, WarningKind
 
 T = TypeVar("T")
@@ -63,8 +62,7 @@ class NodeReader:
     """Reads values and collects warnings and invalid parameters.
 
     Args:
-        file: the recipe's file, or None.
-        lines: line number of every key and value.
+        origins: the lines and the overrides that the recipe's entries come from.
         strict: whether unknown keys and settings without effect are errors.
         methods: the merge methods by name.
 
@@ -74,15 +72,12 @@ class NodeReader:
         repeated: key paths of entries that hold an anchor for use elsewhere, which are not reported.
     """
 
-    def __init__(
-        self, file: Path | None, lines: Mapping[Keys, int], strict: bool, methods: Mapping[str, Method]
-    ) -> None:
+    def __init__(self, origins: Origins, strict: bool, methods: Mapping[str, Method]) -> None:
         self.warnings: list[RecipeWarning] = []
         self.mistakes: list[RecipeError] = []
         self.repeated: set[Keys] = set()
         self.methods = methods
-        self._file = file
-        self._lines = lines
+        self._origins = origins
         self._strict = strict
         self._named: set[Keys] = set()
         self._failed: set[Keys] = set()
@@ -92,8 +87,7 @@ class NodeReader:
 
     def error(self, message: str, path: Keys, *, unsupported: bool = False) -> RecipeError:
         """The error for the entry at `path`."""
-        line = line_of(self._lines, path)
-        return RecipeError(message, source=self._file, line=line, path=path, unsupported=unsupported)
+        return RecipeError.at(self._origins.locate(path), message, unsupported=unsupported)
 
     def fail(self, message: str, path: Keys, *, unsupported: bool = False, named: bool = False) -> None:
         """Add the error for the entry at `path` to `mistakes`; if it is `named`, `check_keys` won't report it again."""
@@ -119,17 +113,16 @@ class NodeReader:
         """Whether an entry at `path` or below it could not be read, so what depends on it can't be checked."""
         return path in self._failed
 
-    def warn(self, kind: WarningKind, problem: str, path: Keys, *, line: int | None = None) -> None:
+    def warn(self, kind: WarningKind, problem: str, path: Keys) -> None:
         """Add a warning about the entry at `path`, which strict mode reports as a warning, too."""
-        line = line_of(self._lines, path) if line is None else line
-        self.warnings.append(RecipeWarning(kind, problem, source=self._file, line=line, place=path))
+        self.warnings.append(RecipeWarning.at(self._origins.locate(path), kind, problem))
 
     def report(
         self, kind: WarningKind, problem: str, path: Keys, *, advice: str = "", suggestion: str | None = None
     ) -> None:
         """Add a warning about the entry at `path`; in strict mode, add it to `mistakes`."""
-        line = line_of(self._lines, path)
-        warning = RecipeWarning(kind, problem, advice, suggestion, self._file, line, path)
+        location = self._origins.locate(path)
+        warning = RecipeWarning.at(location, kind, problem, advice=advice, suggestion=suggestion)
         if self._strict:
             self.mistakes.append(warning.as_error())
         else:
@@ -355,7 +348,8 @@ class NodeReader:
         value = self.required(keys, path, "value", known)
         self.check_keys(keys, path, known)
         substring = self.optional(keys, path, "filter", lambda n, p: self.text(n, p, "a substring of tensor names"))
-        return Conditional(substring, self._value(value, (*path, "value"), replace(setter, filter=substring)))
+        setter = replace(setter, filter=substring)
+        return Conditional(substring, self._value(value, (*path, "value"), setter), (*path, "filter"))
 
     def _value(self, node: Node, path: Keys, setter: _Setter) -> Scalar | Gradient:
         if not isinstance(node.value, tuple):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ...errors import RecipeError
+from ...errors import Location, RecipeError
 
 Keys = tuple[str | int, ...]
 """The keys that lead to an entry, such as ``("slices", 0, "sources")``."""
@@ -29,11 +30,13 @@ class Node:
         value: a scalar, a tuple of nodes for a list, or a mapping of nodes by key.
         line: the 1-based line of the value, or None for data that is not from a file.
         key_lines: line of each key of a mapping.
+        override: the override that has set the value, such as ``--set dtype=float32``; None if none has.
     """
 
     value: str | int | float | bool | tuple[Node, ...] | Mapping[str, Node] | None
     line: int | None
     key_lines: Mapping[str, int] = field(default_factory=dict)
+    override: str | None = None
 
     def plain(self) -> Any:
         """The value as plain lists and dicts."""
@@ -46,20 +49,62 @@ class Node:
     def lines(self, prefix: Keys = ()) -> dict[Keys, int]:
         """The line of every entry below this node; an entry of a mapping has the line of its key."""
         lines: dict[Keys, int] = {} if self.line is None else {prefix: self.line}
-        todo: list[tuple[Keys, Node]] = [(prefix, self)]
-        while todo:
-            path, node = todo.pop()
+        for path, node in self._walk(prefix):
             if isinstance(node.value, tuple):
                 for index, child in enumerate(node.value):
                     if child.line is not None:
                         lines[(*path, index)] = child.line
-                    todo.append(((*path, index), child))
-            elif isinstance(node.value, Mapping):
-                for key, child in node.value.items():
-                    if key in node.key_lines:
-                        lines[(*path, key)] = node.key_lines[key]
-                    todo.append(((*path, key), child))
+            for key, line in node.key_lines.items():
+                lines[(*path, key)] = line
         return lines
+
+    def overrides(self, prefix: Keys = ()) -> dict[Keys, str]:
+        """The override of every entry below this node that one has set."""
+        return {path: node.override for path, node in self._walk(prefix) if node.override is not None}
+
+    def _walk(self, prefix: Keys) -> Iterator[tuple[Keys, Node]]:
+        """Yield this node and all nodes below it, with their key paths."""
+        todo: list[tuple[Keys, Node]] = [(prefix, self)]
+        while todo:
+            path, node = todo.pop()
+            yield path, node
+            if isinstance(node.value, tuple):
+                todo += (((*path, index), child) for index, child in enumerate(node.value))
+            elif isinstance(node.value, Mapping):
+                todo += (((*path, key), child) for key, child in node.value.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """What the entries of a recipe come from: lines of its file, and overrides.
+
+    Args:
+        source: the recipe's file, or None.
+        lines: line number of every key and value.
+        overrides: the override of every entry that one has set.
+    """
+
+    source: Path | None = None
+    lines: Mapping[Keys, int] = field(default_factory=dict)
+    overrides: Mapping[Keys, str] = field(default_factory=dict)
+
+    def __contains__(self, place: Keys) -> bool:
+        """Whether the entry at `place` itself has a line or an override."""
+        return place in self.lines or place in self.overrides
+
+    def locate(self, place: Keys) -> Location:
+        """The location of the entry at `place`.
+
+        It has the line or the override of the innermost entry that has one, of those that contain the entry. With a
+        line, it also has the overrides of parts of the entry, because the file then shows other values.
+        """
+        enclosing = (place[:end] for end in range(len(place), -1, -1))
+        known = next((each for each in enclosing if each in self), None)
+        if known is not None and known in self.overrides:
+            return Location(self.source, None, place, self.overrides[known])
+        inside = [text for keys, text in self.overrides.items() if place and keys[: len(place)] == place]
+        line = None if known is None else self.lines[known]
+        return Location(self.source, line, place, " ".join(dict.fromkeys(inside)) or None)
 
 
 def node_of(data: object) -> Node:

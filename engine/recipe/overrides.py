@@ -1,4 +1,4 @@
-"""Changes values of a recipe before it is validated: the option ``--set KEY=VALUE``.
+"""Changes values of a recipe before it is validated: the option ``--set KEY=VALUE``, and the API's `overrides`.
 
 A key is a path of keys and list indices: ``parameters.weight``, ``models.0.parameters.weight``, or
 ``models[0].parameters.weight`` as error messages show it. In a recipe of several stages it begins with the stage's name
@@ -15,10 +15,12 @@ from dataclasses import replace
 import yaml
 
 from ...errors import RecipeError, UsageError, format_key_path
-from .nodes import MAX_DEPTH, Node
+from .nodes import MAX_DEPTH, Node, node_of
 from .yaml import YamlSource, parse_yaml
 
 _LINES_SHOWN = 4
+_MAX_SHOWN = 120
+"""The number of characters of an override that messages show."""
 _KEY = re.compile(r"(?:[^\s.\[\]=]+|\[\d+\])(?:\.[^\s.\[\]=]+|\[\d+\])*")
 _PART = re.compile(r"[^.\[\]]+")
 
@@ -53,6 +55,35 @@ def override(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
     return replace(source, text="", documents=tuple(documents))
 
 
+def override_text(key: str, value: object) -> str:
+    """Return the override ``KEY=VALUE`` that sets an entry to plain data.
+
+    Raises:
+        UsageError: if the key is invalid, or a recipe can't contain the value.
+    """
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise UsageError(
+            f"invalid key {key!r} of overrides: expected a path of keys and indices, such as models.0.parameters.weight"
+        )
+    try:
+        data = node_of(value).plain()
+    except RecipeError as error:
+        raise UsageError(f"invalid value of overrides[{key!r}]: {error.message}") from error
+    return f"{key}={_one_line(data)}"
+
+
+def parse_without_lines(text: str) -> YamlSource:
+    """Parse the text of a recipe, whose lines may not be those of its file. Raises RecipeError."""
+    source = parse_yaml(text)
+    return replace(source, documents=tuple(map(_without_lines, source.documents)))
+
+
+def _one_line(data: object) -> str:
+    """Return data as YAML on one line."""
+    text = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return text.removesuffix("...\n").rstrip("\n")  # the end of a document after a scalar
+
+
 def recipe_difference(old: str, new: str) -> str:
     """The first lines in which the texts of two recipes differ, after a colon; empty if none do."""
     lines = changed_lines(old, new)
@@ -77,14 +108,20 @@ def uniform_layout(text: str) -> str:
 
 
 def _value(value: str, text: str) -> Node:
-    """Parse the value of an override."""
+    """Parse the value of the override `text`."""
     try:
         documents = parse_yaml(value).documents
     except RecipeError as error:
         raise UsageError(f"--set {text}: {error.message}") from error
     if len(documents) > 1:
         raise UsageError(f"--set {text}: the value has several YAML documents: use one value")
-    return _without_lines(documents[0]) if documents else Node(None, None)
+    node = _without_lines(documents[0]) if documents else Node(None, None)
+    return replace(node, override=_shown(text))
+
+
+def _shown(text: str) -> str:
+    """Return an override as messages about its value show it."""
+    return f"--set {text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + '...'}"
 
 
 def _without_lines(node: Node) -> Node:
@@ -136,7 +173,7 @@ def _with(node: Node, keys: tuple[str, ...], place: tuple[str | int, ...], value
         if first.isdecimal() and first not in entries:
             close = f"; its keys are {', '.join(entries)}" if entries else ""
             raise UsageError(f"--set {text}: {_named(place)} is not a list{close}")
-        child = _with(entries.get(first, Node(None, None)), rest, (*place, first), value, text)
+        child = _with(entries.get(first, Node(None, None, override=_shown(text))), rest, (*place, first), value, text)
         lines = {key: line for key, line in node.key_lines.items() if rest or key != first}  # not a line of the file
         return replace(node, value={**entries, first: child}, key_lines=lines)
     raise UsageError(f"--set {text}: {_named(place)} is {node.plain()!r}, which has no entry {first!r}")

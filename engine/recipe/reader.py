@@ -15,7 +15,7 @@ from ...methods.kernel.contract import Base, Method
 from .input_advice import STACK, check_density, count_advice, similar_source
 from .misplaced import STAGE_KEYS, nearest
 from .node_reader import NodeReader
-from .nodes import Keys, Node
+from .nodes import Keys, Node, Origins
 from .order import in_order
 from .parameters import describe
 from .types import (
@@ -48,9 +48,12 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
         raise RecipeError("the recipe is empty", source=file)
     places = [_place(node, index, len(source.documents)) for index, node in enumerate(source.documents)]
     lines: dict[Keys, int] = {}
+    overrides: dict[Keys, str] = {}
     for node, place in zip(source.documents, places, strict=True):
         lines.update(node.lines(place))
-    reader = NodeReader(file, lines, strict, methods)
+        overrides.update(node.overrides(place))
+    origins = Origins(file, lines, overrides)
+    reader = NodeReader(origins, strict, methods)
     for keys, place in zip(source.repeated, places, strict=False):
         reader.repeated.update((*place, *path) for path in keys)
     for remark in source.remarks:
@@ -74,7 +77,7 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     text = source.text or yaml.safe_dump_all(
         [node.plain() for node in source.documents], sort_keys=False, allow_unicode=True, width=10**9
     )
-    return Recipe(ordered, tuple(reader.warnings), file, text, lines)
+    return Recipe(ordered, tuple(reader.warnings), text, origins)
 
 
 def _place(node: Node, index: int, count: int) -> Keys:

@@ -15,7 +15,7 @@ from ...errors import RecipeError
 from ...io.safetensors.dtypes import DType
 from ...io.units import plural
 from ...methods.kernel.contract import Absent, Base, Inputs, Kernel, Method
-from .nodes import Keys
+from .nodes import Keys, Origins
 from .warnings import RecipeWarning
 
 Scalar = float | int | bool | str
@@ -30,10 +30,17 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class Conditional:
-    """A value for tensors whose name contains `filter`; for all tensors if that is ``*`` or None."""
+    """A value for tensors whose name contains `filter`; for all tensors if that is ``*`` or None.
+
+    Args:
+        filter: substring of tensor names, or None.
+        value: the value.
+        place: key path of the filter in the recipe.
+    """
 
     filter: str | None
     value: Scalar | Gradient
+    place: Keys = field(default=(), compare=False)
 
 
 Setting = Scalar | Gradient | tuple[Conditional, ...]
@@ -246,16 +253,14 @@ class Recipe:
     Args:
         stages: the stages in topological order; the output is the last.
         warnings: problems that do not prevent the merge.
-        source: the recipe's file, or None.
-        text: text of the file; for a recipe given as data, that data as YAML.
-        lines: line number of every key and value.
+        text: text of the file; for a recipe given as data, or changed by overrides, that data as YAML.
+        origins: the lines and the overrides that its entries come from.
     """
 
     stages: tuple[Stage, ...]
     warnings: tuple[RecipeWarning, ...]
-    source: Path | None
     text: str
-    lines: Mapping[Keys, int] = field(default_factory=dict, repr=False)
+    origins: Origins = field(default=Origins(), repr=False)
 
     def __repr__(self) -> str:
         """One line with the file, and the method of the output."""
@@ -263,6 +268,11 @@ class Recipe:
         stages = f"{len(self.stages)} stages, the last one " if len(self.stages) > 1 else ""
         warnings = f", {plural(len(self.warnings), 'warning')}" if self.warnings else ""
         return f"<Recipe{source}: {stages}{self.output.title}{warnings}>"
+
+    @property
+    def source(self) -> Path | None:
+        """The recipe's file, or None."""
+        return self.origins.source
 
     @property
     def output(self) -> Stage:
@@ -278,14 +288,8 @@ class Recipe:
         return next((stage for stage in self.stages if stage.name == reference), None)
 
     def error(self, place: Keys, message: str) -> RecipeError:
-        """A RecipeError for the entry at `place`, with its line, or else that of the enclosing entry."""
-        return RecipeError(message, source=self.source, line=line_of(self.lines, place), path=place)
-
-
-def line_of(lines: Mapping[Keys, int], place: Keys) -> int | None:
-    """The line of the entry at `place`, or else of the innermost enclosing entry with a line."""
-    ends = range(len(place), -1, -1)
-    return next((lines[place[:end]] for end in ends if place[:end] in lines), None)
+        """A RecipeError for the entry at `place`, with its location (see `Origins.locate`)."""
+        return RecipeError.at(self.origins.locate(place), message)
 
 
 def modules_of(stage: Stage) -> tuple[Module, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ...errors import RecipeError
+from ...errors import Location, RecipeError
 from .nodes import Keys
 
 
@@ -38,6 +38,7 @@ class RecipeWarning:
         source: the recipe's file, or None.
         line: line of the entry, or None.
         place: keys that lead to the entry.
+        override: override that has set the entry, such as ``--set dtype=float32``, or None.
     """
 
     kind: WarningKind
@@ -47,6 +48,15 @@ class RecipeWarning:
     source: Path | None = None
     line: int | None = None
     place: Keys = ()
+    override: str | None = None
+
+    @classmethod
+    def at(
+        cls, location: Location, kind: WarningKind, problem: str, *, advice: str = "", suggestion: str | None = None
+    ) -> RecipeWarning:
+        """Create the warning about the entry at a location; the other arguments are those of the class."""
+        source, line, place = location.source, location.line, location.path
+        return cls(kind, problem, advice, suggestion, source, line, place, location.override)
 
     def __str__(self) -> str:
         """File, line, keys, problem and advice in one line."""
@@ -67,4 +77,4 @@ class RecipeWarning:
         return f"; {self.advice}" if self.advice else ""
 
     def _located(self, text: str) -> RecipeError:
-        return RecipeError(text, source=self.source, line=self.line, path=self.place)
+        return RecipeError.at(Location(self.source, self.line, self.place, self.override), text)

@@ -25,6 +25,7 @@ from .finished import check_finished
 from .manifest import MANIFEST
 from .plan import Options, Plan, RecipeLike
 from .planning import plan
+from .recovery.source_files import SourceFiles
 from .run_lanes import run_lanes
 from .session import Earlier, MergeSession
 
@@ -213,7 +214,10 @@ def _rehearse(inputs: _Inputs, notify: Callable[[Progress], None] | None, before
     """Do everything except writing."""
     inputs.prepare()
     planned = inputs.plan.in_lanes or inputs.plan
-    measured = run_lanes(planned, planned.schedule, _NullSink(), notify)
+    sources = SourceFiles(planned)
+    with sources.blamed_for_errors():
+        measured = run_lanes(planned, planned.schedule, _NullSink(), notify, stamps=sources.stamps)
+    sources.check()
     measured.bytes_checked = inputs.bytes_checked
     return Result(planned, None, measured, process_memory().peak, peak_before=before)
 

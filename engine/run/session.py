@@ -126,7 +126,8 @@ class MergeSession:
         """
         try:
             prepared = self.prepare(fresh, digests)
-            measured, block_digests = self.execute(prepared)
+            with prepared.sources.blamed_for_errors():
+                measured, block_digests = self.execute(prepared)
             self.publish(prepared, block_digests)
         except BaseException as error:
             kept = self._abandon()

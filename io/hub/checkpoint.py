@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from xxhash import xxh3_128
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ModelNotFound
 from ..companions import LARGEST_COMPANION, file_kind
 from ..open_source import quoted
 from ..safetensors.checkpoint import (
@@ -84,7 +84,7 @@ def open_hub_model(repo: str, revision: str | None = None) -> Checkpoint:
     if repository is None:
         snapshot = cached_snapshot(repo, revision)
         if snapshot is None:
-            raise CheckpointError(f"{HubLocation(repo, revision or 'main')}: {NOT_CACHED}")
+            raise ModelNotFound(f"{HubLocation(repo, revision or 'main')}: {NOT_CACHED}")
         return open_checkpoint(snapshot)
     with _naming_model(repository):
         return _open(repository)

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ...errors import CheckpointError, EnvironmentFailure, Interrupted
+from ...errors import CheckpointError, EnvironmentFailure, HubUnreachable, Interrupted, ModelNotFound
 from ..open_source import quoted
 
 RETRIES = 3
@@ -163,10 +163,9 @@ class _Retry:
             when = f"in {error.seconds:.0f} seconds" if error.seconds else "later"
             if self._location.file:
                 problem = f"download from {endpoint()} failed: {error}: run the same command again {when} to resume"
-            else:  # it may have been meant as a path
-                problem = f"{NO_DIRECTORY} here: check the path. If it is a model on "
-                problem += f"{endpoint()}: {error}: run the same command again {when}"
-            raise EnvironmentFailure(f"{self._location}: {problem}")
+                raise EnvironmentFailure(f"{self._location}: {problem}")
+            problem = f"{NO_DIRECTORY} here: check the path. If it is a model on "  # it may have been meant as a path
+            raise HubUnreachable(f"{self._location}: {problem}{endpoint()}: {error}: run the same command again {when}")
         if self._stop.wait(max(error.seconds, FIRST_WAIT * 2**self._retries)):
             raise Interrupted("stopped: run the same command to resume")
         self._retries += 1
@@ -222,7 +221,7 @@ def _request(location: HubLocation, url: str, span: tuple[int, int, int] | None 
 
 
 NO_DIRECTORY = "there is no such directory"
-"""Part of the errors about a model that is neither a directory nor on the Hub."""
+"""The beginning of errors about a name that is neither a directory nor a model of the Hub."""
 
 OFFLINE = "isn't in the cache, and HF_HUB_OFFLINE forbids downloads: unset it and run the same command again"
 """The error for something that is not cached while HF_HUB_OFFLINE is set."""
@@ -294,7 +293,7 @@ def _refuse(location: HubLocation, status: int, headers: Any, logged_in: bool) -
         source = "in HF_TOKEN" if os.environ.get("HF_TOKEN") else "from `hf auth login`"
         raise CheckpointError(f"{location}: the Hub rejects the token {source}{detail}: it may have expired; {_LOG_IN}")
     if code == "RevisionNotFound":
-        raise CheckpointError(
+        raise ModelNotFound(
             f"{location}: the repository exists, but has no branch, tag or commit {quoted(location.revision)}: see "
             f"{endpoint()}/{location.repo}/commits/main"
         )
@@ -302,7 +301,7 @@ def _refuse(location: HubLocation, status: int, headers: Any, logged_in: bool) -
         raise CheckpointError(f"{location}: the repository has no such file at this revision")
     if status in (401, 404) and (code == "RepoNotFound" or not location.file):
         private = "or your token has no access" if logged_in else f"or it is private: {_LOG_IN}"
-        raise CheckpointError(
+        raise ModelNotFound(
             f"{location}: {NO_DIRECTORY} here, and no such model at {endpoint()}: check its name; {private}"
         )
     if status in (401, 403):

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ModelNotFound
 from ..open_source import quoted
 from .http import (
     NO_DIRECTORY,
@@ -156,15 +156,15 @@ def find_repository(repo: str, revision: str | None) -> Repository | None:
     revision = revision or "main"
     location = HubLocation(repo, revision)
     if not is_hub_id(repo):
-        raise CheckpointError(f"{quoted(repo)}: is neither a directory here nor a valid id of a model on the Hub")
+        raise ModelNotFound(f"{quoted(repo)}: is neither a directory here nor a valid id of a model on the Hub")
     if not _is_safe(revision):
-        raise CheckpointError(f"{location}: {quoted(revision)} is not a valid git branch, tag or commit")
+        raise ModelNotFound(f"{location}: {quoted(revision)} is not a valid git branch, tag or commit")
     folder = _cache() / f"models--{repo.replace('/', '--')}"
     commit = revision if is_commit(revision) else None
     if commit is None and is_offline():
         commit = _read_ref(folder, revision)
         if commit is None:
-            raise CheckpointError(f"{location}: {NOT_CACHED}")
+            raise ModelNotFound(f"{location}: {NOT_CACHED}")
     if commit is not None:
         entries = _read_listing(folder, commit)
         if entries is not None:

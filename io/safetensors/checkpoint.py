@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ModelNotFound
 from ..open_source import quoted
 from ..reading import FileStamps, stat_fingerprints
 from ..small_files import read_json
@@ -125,7 +125,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _find_weights(path: Path) -> tuple[Path, Path | None, list[Path]]:
     """Find the checkpoint's directory and its index, or, without an index, its files."""
     if not _exists(path):
-        raise CheckpointError(_describe_missing(path))
+        raise ModelNotFound(_describe_missing(path))
     if not path.is_dir():
         if path.name.endswith(_PICKLES):
             raise CheckpointError(_describe_pickles(path.parent, [path.name]))

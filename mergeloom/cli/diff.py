@@ -60,7 +60,7 @@ def diff(
     for warning in result.warnings:
         print_warning(warning)
     if target is not None:
-        target.write(make_diff_page(result))
+        target.write(make_diff_page(result), quiet=quiet)
     if as_json:
         print_json(result.to_dict())
     else:

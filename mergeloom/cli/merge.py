@@ -90,7 +90,7 @@ def merge(
             print_warning(warning)
         result = _merge(plan, None if no_output else out, restart=restart or fresh, quiet=quiet)
     if target is not None:
-        target.write(json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is complete")
+        target.write(json.dumps(result.to_dict(), indent=2) + "\n", "; the merge is complete", quiet=quiet)
     if not quiet and (sections := result_sections(result)):
         _show_summary(sections, written=result.out is not None)
     elif result.measured.overflowed:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ..errors import EnvironmentFailure, MergeloomError, UsageError
+from .output import print_message
 
 _OWN_BEGINNINGS = (
     # `merge --report`: the same keys in the same order since 0.1.0
@@ -48,12 +49,13 @@ class TargetFile:
         self._stream = _standard_stream(path)
         self._check(UsageError)
 
-    def write(self, text: str, note: str = "") -> None:
-        """Write the file; a regular file is replaced atomically.
+    def write(self, text: str, note: str = "", *, quiet: bool = False) -> None:
+        """Write the file, and say so on stderr; a regular file is replaced atomically.
 
         Args:
             text: content of the file.
             note: text to append to the message of a failure.
+            quiet: whether to print no message. None is printed for a pipe or a standard stream either.
 
         Raises:
             EnvironmentFailure: the file can't be written, or was replaced by something else since it was checked.
@@ -66,6 +68,8 @@ class TargetFile:
                 _write_pipe(self._path, data)
             else:
                 _replace(self._path.resolve(), data)
+                if not quiet:
+                    print_message(f"wrote {self._path}")
         except BrokenPipeError:
             raise
         except OSError as error:

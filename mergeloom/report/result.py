@@ -35,9 +35,10 @@ def result_sections(result: Result) -> list[Section]:
     if result.out is not None and not measured.seconds:
         return []
     rehearsal = result.out is None
+    moved = measured.bytes_read + measured.bytes_written  # 0 if earlier runs did everything, or it was reflinked
     fields = [
         ("time", duration(measured.seconds)),
-        ("throughput", f"{rate(measured.bytes_read + measured.bytes_written, measured.seconds)} read and written"),
+        *([("throughput", f"{rate(moved, measured.seconds)} read and written")] if moved else []),
         ("read", _compare(measured.bytes_read + earlier.bytes_read, plan.bytes_read)),
         (
             "discarded" if rehearsal else "written",
@@ -46,7 +47,7 @@ def result_sections(result: Result) -> list[Section]:
         *_reflink_fields(result),
         *([("layers", layers_text(plan))] if plan.built.matched_by_name else []),
         *_memory_fields(result),
-        ("bottleneck", bottleneck(measured, gpu=_uses_gpu(plan))),
+        *([("bottleneck", bottleneck(measured, gpu=_uses_gpu(plan)))] if moved else []),
         *_estimate_fields(result),
     ]
     lanes = tuple(

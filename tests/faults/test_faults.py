@@ -234,7 +234,7 @@ def test_a_source_that_changes_during_the_merge(what: str, tmp_path: Path, monke
                 if what == "truncated":
                     stream.truncate()
                 else:
-                    stream.write(bytes(40_000))  # zeros: random bytes hold NaNs, which the merge may report first
+                    stream.write(b"\xff" * 40_000)  # NaNs
         done.set()
 
     def change(self: Reader, source: Path, offset: int, buffer: memoryview) -> None:
@@ -260,6 +260,38 @@ def test_a_source_that_changes_during_the_merge(what: str, tmp_path: Path, monke
     os.link(saved, file)
     run(plan(recipe, OPTIONS), out)
     assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_nans_in_a_source_that_changes_are_blamed_on_the_change(
+    rehearsal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {f"model.layers.{layer}.w.weight": (96, 64) for layer in range(2)}
+    models = [write_checkpoint(tmp_path / name, shapes, dtype="F32", fill=seed) for seed, name in enumerate("ab")]
+    recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in models]}
+    file, read, lock = models[0] / "model.safetensors", Reader.read, threading.Lock()
+    intact = file.read_bytes()
+
+    def overwrite() -> None:
+        with file.open("r+b") as stream:
+            stream.seek(-2 * 96 * 64 * 4, os.SEEK_END)
+            stream.write(b"\xff" * (2 * 96 * 64 * 4))
+
+    def change(self: Reader, source: Path, offset: int, buffer: memoryview) -> None:
+        with lock:
+            if file.read_bytes() == intact:
+                overwrite()
+        read(self, source, offset, buffer)
+
+    planned = plan(recipe, OPTIONS)
+    out = None if rehearsal else tmp_path / "out"
+    monkeypatch.setattr(Reader, "read", change)
+    with pytest.raises(CheckpointError, match=f"^{file} was changed during the merge"):
+        merge(planned, out)
+    with pytest.raises(CheckpointError, match=f"^{file} was changed since the merge was planned"):
+        merge(planned, out)
+    with pytest.raises(CheckpointError, match=r"^tensor model\.layers\..* of .*/a holds NaN or infinite values"):
+        merge(plan(recipe, OPTIONS), out)
 
 
 def test_a_source_that_was_replaced_since_it_was_planned(tmp_path: Path) -> None:

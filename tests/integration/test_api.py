@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -51,12 +52,10 @@ def test_the_defaults_match_the_options() -> None:
     plan = inspect.signature(mergeloom.plan).parameters
     merge = inspect.signature(mergeloom.merge).parameters
     for name in Options.__dataclass_fields__:
-        if name == "overrides":
-            continue  # Python code changes the recipe itself
         of_one = {"machine": plan, "keep_paths": merge}  # a plan for another machine, the files that a merge writes
         for parameters in [of_one[name]] if name in of_one else [plan, merge]:
-            default = 5 * 10**9 if parameters[name].default == "5GB" else parameters[name].default
-            assert default == getattr(Options(), name)
+            default = {"5GB": 5 * 10**9}.get(str(parameters[name].default), parameters[name].default)
+            assert default == ({} if name == "overrides" else getattr(Options(), name))
 
 
 def test_a_recipe_is_a_path_a_dict_or_a_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -121,6 +120,14 @@ def test_restart_and_its_former_name(
         ({"seed": "x"}, "invalid seed 'x': use a whole number"),
         ({"device": 0}, "invalid device 0: use a string"),
         ({"machine": 64}, "invalid machine 64: use a string"),
+        ({"overrides": ["dtype=float32"]}, r"invalid overrides \['dtype=float32'\]: use a dict of values by key"),
+        ({"overrides": {"a=b": 1}}, "invalid key 'a=b' of overrides: expected a path of keys and indices"),
+        ({"overrides": {0: 1}}, "invalid key 0 of overrides"),
+        ({"overrides": {"dtype": {1, 2}}}, r"invalid value of overrides\['dtype'\]: a recipe can't contain a set"),
+        (
+            {"overrides": {"models.7.model": "x"}},
+            "--set models.7.model=x: `models` is a list, whose indices are 0 to 1",
+        ),
         ({"methods": [3]}, "invalid methods 3: use a string or a path"),
         ({"methods": 3}, "invalid methods 3: use paths of Python files"),
         ({"methods": "own\0.py"}, "--methods 'own.x00.py': invalid path"),
@@ -130,6 +137,47 @@ def test_restart_and_its_former_name(
 def test_invalid_options(wrong: dict[str, Any], says: str, recipe: dict[str, Any]) -> None:
     with pytest.raises(mergeloom.UsageError, match=says):
         mergeloom.plan(recipe, **wrong)
+
+
+def test_overrides_change_the_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
+    text = "a: b # c\n'd', [e]"
+    overrides = {
+        "models.0.parameters": {"weight": [0.25, 1e-7, 1e20]},
+        "models[1].parameters.weight": np.float32(0.75),
+        "chat_template": text + "{{ x }}",
+        "out_dtype": None,
+        "dtype": "float32",
+    }
+    plan = mergeloom.plan(recipe, device="cpu", overrides=overrides)
+    changed = yaml.safe_load(plan.recipe.text)
+    assert changed == {
+        **recipe,
+        "models": [
+            {"model": recipe["models"][0]["model"], "parameters": {"weight": [0.25, 1e-7, 1e20]}},
+            {"model": recipe["models"][1]["model"], "parameters": {"weight": 0.75}},
+        ],
+        "chat_template": text + "{{ x }}",
+        "out_dtype": None,
+        "dtype": "float32",
+    }
+    result = mergeloom.merge(recipe, tmp_path / "out", device="cpu", overrides=overrides)
+    assert result.plan.recipe.text == plan.recipe.text
+    with pytest.raises(mergeloom.UsageError, match="pass these to `plan`"):
+        mergeloom.merge(mergeloom.plan(recipe), None, overrides=overrides)
+
+
+def test_overrides_of_a_loaded_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "r.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    loaded = mergeloom.plan(path, overrides={"models.0.parameters.weight": 0.25}).recipe
+    again = mergeloom.plan(loaded, overrides={"models.1.parameters.weight": 0.75}).recipe
+    assert [model["parameters"]["weight"] for model in yaml.safe_load(again.text)["models"]] == [0.25, 0.75]
+    with pytest.raises(mergeloom.RecipeError) as raised:
+        mergeloom.plan(loaded, overrides={"models.1.parameters.weight": "heavy"})
+    assert str(raised.value).startswith(
+        f"{path} with --set models.1.parameters.weight=heavy: models[1].parameters.weight: linear, model "
+    )
+    assert (raised.value.line, raised.value.override) == (None, "--set models.1.parameters.weight=heavy")
 
 
 @pytest.mark.parametrize("path", [3, None, b"model"])

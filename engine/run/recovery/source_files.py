@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,22 @@ class SourceFiles:
         for file, stamp in self.stamps.items():
             if now[file] != stamp:
                 raise source_changed(file)
+
+    @contextmanager
+    def blamed_for_errors(self) -> Iterator[None]:
+        """Report a changed file instead of an error about the data of a model that the block raises.
+
+        A file that is overwritten while it is read can hold anything for a moment, such as NaNs. The files are looked
+        at only after an error.
+
+        Raises:
+            CheckpointError: a file was replaced or written to since the run started.
+        """
+        try:
+            yield
+        except CheckpointError:
+            self.check()
+            raise
 
     def to_json(self) -> dict[str, dict[str, list[int]]]:
         """Return the stamps by model number and file name, as the journal stores them."""

@@ -33,6 +33,7 @@ def merge(a: Path, b: Path, out: Path) -> mergeloom.Result:
         strict=True,
         machine=None,
         methods=(),
+        overrides={"models.0.parameters.weight": 0.25},
     )
     found: tuple[mergeloom.RecipeWarning | mergeloom.ModelWarning, ...] = plan.findings
     options: mergeloom.Options = plan.options

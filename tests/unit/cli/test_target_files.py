@@ -111,6 +111,21 @@ def test_what_is_not_a_file_is_refused(kind: str, tmp_path: Path, monkeypatch: p
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["r.json", "p.html", "g.graphml", "g.json"])
+def test_a_command_says_that_it_wrote_the_file(
+    name: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / name
+    option = {"r": "--report", "p": "--html", "g": "--graph"}[name[0]]
+    command = ["merge", str(recipe), str(tmp_path / "out")] if option == "--report" else ["plan", str(recipe)]
+    for quiet in (False, True) if option == "--report" else (False,):
+        assert __main__.main([*command, option, str(target), *(["--quiet"] if quiet else [])]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.splitlines().count(f"wrote {target}") == (0 if quiet else 1)
+        assert "wrote" not in captured.out
+        target.unlink()
+
+
 @pytest.mark.parametrize("content", [OLD_REPORT, OLD_PAGE, *OLD_GRAPHS.values()])
 @pytest.mark.parametrize("linked", [False, True])
 def test_files_of_earlier_versions_are_replaced(content: str, linked: bool, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_two_names_of_one_directory(models: Path, second: str) -> None:
     (models / "link").symlink_to("a")
     second = str(models / "a") if second == "absolute" else second
     expected = f"a and {second} are the same model, {models.resolve() / 'a' / 'model.safetensors'}, which therefore "
-    assert duplicates(linear("a", second, "b")) == [f"{expected}counts twice; use one name for it"]
+    assert duplicates(linear("a", second, "b")) == [f"recipe: models[1]: {expected}counts twice; use one name for it"]
     with pytest.raises(CheckpointError, match="counts twice"):
         plan(linear("a", second), Options(device="cpu", strict=True))
 
@@ -56,7 +56,7 @@ def test_different_models_are_no_duplicates(models: Path) -> None:
     assert duplicates({"merge_method": "linear", "slices": slices, "parameters": {"weight": 1}}) == []
 
 
-def test_two_names_of_the_base() -> None:
+def test_two_names_of_the_base(models: Path) -> None:
     recipe: dict[str, Any] = {
         "merge_method": "ties",
         "base_model": "./a",
@@ -70,8 +70,10 @@ def test_two_names_of_the_base() -> None:
     assert "`weight` has no value" in message
     assert ": a is merged into the base model, ./a, as a model without any difference; use one name for it" in message
     recipe["models"][0]["parameters"] = {"weight": 1}
-    assert [text.partition(": ")[2] for text in duplicates(recipe)] == [
-        "a is merged into the base model, ./a, as a model without any difference; use one name for it"
+    file = models.resolve() / "a" / "model.safetensors"
+    assert duplicates(recipe) == [
+        f"recipe: base_model: a and ./a are the same model, {file}: a is merged into the base model, ./a, as a model "
+        "without any difference; use one name for it"
     ]
     recipe["base_model"] = "a"
     assert duplicates({**recipe, "models": recipe["models"][1:]}) == []

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
-from mergeloom.errors import CheckpointError, EnvironmentFailure
+from mergeloom.errors import CheckpointError, EnvironmentFailure, HubUnreachable, ModelNotFound
 from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, needed_files, open_hub_model
 from mergeloom.io.hub.download import download
@@ -50,7 +50,7 @@ def test_a_gated_model_whose_listing_hides_its_hashes(hub: HubServer, contents: 
 def test_a_private_model(hub: HubServer, contents: dict[str, bytes], tmp_path: Path) -> None:
     hub.add(ID, contents)
     hub.repos[ID].access = "private"
-    assert "check its name; or it is private: log in with `hf auth login`" in refused()
+    assert "check its name; or it is private: log in with `hf auth login`" in refused(error=ModelNotFound)
     hub.tokens |= {"hf_mine"}
     hub.repos[ID].readers = {"hf_mine"}
     Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True)
@@ -71,18 +71,18 @@ def test_no_such_model(hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: s
     if token:
         hub.tokens.add(token)
         monkeypatch.setenv("HF_TOKEN", token)
-    text = refused("acme/lama")
+    text = refused("acme/lama", error=ModelNotFound)
     assert "acme/lama@main: there is no such directory here, and no such model" in text
     assert ("your token has no access" in text) == bool(token)
 
 
 def test_no_such_revision(hub: HubServer, contents: dict[str, bytes]) -> None:
     hub.add(ID, contents)
-    assert "has no branch, tag or commit 'v9'" in refused(revision="v9")
-    assert "has no branch, tag or commit" in refused(revision="0" * 40)
+    assert "has no branch, tag or commit 'v9'" in refused(revision="v9", error=ModelNotFound)
+    assert "has no branch, tag or commit" in refused(revision="0" * 40, error=ModelNotFound)
     for bad in ("../../x", "a//b", "", "a\\b", "/etc"):
         if bad:
-            assert "not a valid git branch, tag or commit" in refused(revision=bad)
+            assert "not a valid git branch, tag or commit" in refused(revision=bad, error=ModelNotFound)
 
 
 def test_a_file_missing_on_the_hub(hub: HubServer, model: HubCheckpoint) -> None:
@@ -108,7 +108,7 @@ def test_a_busy_hub_is_retried(
 def test_too_many_requests(hub: HubServer, contents: dict[str, bytes], headers: dict[str, str]) -> None:
     hub.add(ID, contents)
     hub.fail("GET /api/models/", status=429, headers=headers)
-    text = refused(error=EnvironmentFailure)
+    text = refused(error=HubUnreachable)
     assert "too many requests (a token raises the limit)" in text
     assert "run the same command again in 300 seconds" in text
     assert len(hub.log) == 1
@@ -135,11 +135,11 @@ def test_the_requested_wait_is_respected(
 def test_a_hub_that_stays_broken(hub: HubServer, contents: dict[str, bytes]) -> None:
     hub.add(ID, contents)
     hub.fail("GET /api/models/", status=502, times=99)
-    assert "fails with status 502: run the same command again later" in refused(error=EnvironmentFailure)
+    assert "fails with status 502: run the same command again later" in refused(error=HubUnreachable)
     assert len(hub.log) == hub_http.RETRIES + 1
     hub.faults.clear()
     hub.fail("GET /api/models/", cut=10, times=99)
-    assert "the connection failed" in refused(error=EnvironmentFailure)
+    assert "the connection failed" in refused(error=HubUnreachable)
     hub.faults.clear()
     hub.fail("GET /api/models/", status=418)
     assert "answers with status 418" in refused(error=EnvironmentFailure)
@@ -149,7 +149,7 @@ def test_a_hub_that_stays_broken(hub: HubServer, contents: dict[str, bytes]) -> 
 def test_no_network(hub: HubServer, model: HubCheckpoint) -> None:
     hub.close()
     close_session()
-    assert "the connection failed" in refused(error=EnvironmentFailure)
+    assert "the connection failed" in refused(error=HubUnreachable)
     assert open_hub_model(ID, model.repository.commit).tensors == model.tensors
 
 
@@ -170,7 +170,7 @@ def test_offline(hub: HubServer, model: HubCheckpoint, local: Path, monkeypatch:
     with pytest.raises(CheckpointError, match=r"isn't in the cache, and HF_HUB_OFFLINE"):
         download(missing)
     for repo, revision in (("acme/other", None), (ID, "0" * 40)):
-        text = refused(repo, revision)
+        text = refused(repo, revision, ModelNotFound)
         assert "there is no such directory here, and as a model of the Hub it isn't in the cache" in text
     assert hub.log == []
 

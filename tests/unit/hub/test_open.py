@@ -14,7 +14,7 @@ from huggingface_hub import constants
 import mergeloom
 from mergeloom.engine.model.checks.identify import check_is_model
 from mergeloom.engine.run.finished import check_finished
-from mergeloom.errors import CheckpointError, UsageError
+from mergeloom.errors import CheckpointError, ModelNotFound, UsageError
 from mergeloom.io.hub.checkpoint import HubCheckpoint, open_hub_model
 from mergeloom.io.hub.repository import is_hub_id
 from mergeloom.io.output.lock import classify
@@ -182,7 +182,7 @@ def test_ids(text: str) -> None:
 )
 def test_invalid_ids_are_never_requested(hub: HubServer, text: str) -> None:
     assert not is_hub_id(text)
-    assert "nor a valid id" in refused(text)
+    assert "nor a valid id" in refused(text, error=ModelNotFound)
     assert hub.log == []
 
 

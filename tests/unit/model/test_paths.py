@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 
 import mergeloom
+from mergeloom.engine.model import open as model_open
 from mergeloom.engine.model.open import open_named
 from mergeloom.engine.model.paths import ignored_revisions, path_problem
 from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.types import ModelReference
-from mergeloom.errors import CheckpointError, RecipeError, UsageError
+from mergeloom.errors import (
+    CheckpointError,
+    EnvironmentFailure,
+    HubUnreachable,
+    MergeloomError,
+    ModelNotFound,
+    RecipeError,
+    UsageError,
+)
 from mergeloom.methods import merge_methods
 from tests.support import models
 
@@ -75,7 +84,7 @@ class TestMisspelt:
         recipe = load_recipe({"merge_method": "linear", "models": models}, methods=merge_methods())
         (warning,) = ignored_revisions(recipe)
         assert str(warning).startswith(
-            "models/base is a directory here and has no revisions: @v2 is ignored; remove it"
+            "recipe: models[0]: models/base is a directory here and has no revisions: @v2 is ignored; remove it"
         )
 
     def test_on_the_command_line(self) -> None:
@@ -126,6 +135,34 @@ class TestRecipes:
             f"{directory}/r.yml:3: models[0].model: models/zzzzz@main: there is no such"
         )
         assert str(caught.value).endswith("; models contains base, llama-3-8b, v@2")
+
+    def test_a_broken_link_is_not_suggested_for_itself(self, directory: Path) -> None:
+        (directory / "models" / "linked").symlink_to("gone")
+        with pytest.raises(ModelNotFound) as caught:
+            mergeloom.plan(self.recipe(directory, "./models/linked"))
+        assert str(caught.value).startswith(
+            f"{directory}/r.yml:3: models[0].model: models/linked: is a broken link: download the model again"
+        )
+        assert "did you mean" not in str(caught.value)
+
+    @pytest.mark.parametrize("kind", [ModelNotFound, HubUnreachable])
+    def test_what_is_missing_is_known_by_the_type_of_the_error(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch, kind: type[MergeloomError]
+    ) -> None:
+        error: MergeloomError = kind("it isn't anywhere")
+
+        def fail(reference: ModelReference) -> None:
+            raise error
+
+        monkeypatch.setattr(model_open, "open_model", fail)
+        with pytest.raises(kind) as caught:
+            mergeloom.plan(self.recipe(directory, "org/other"))
+        assert str(caught.value) == f"{directory}/r.yml:3: models[0].model: it isn't anywhere; org contains expert-a"
+        for unrelated in (CheckpointError, EnvironmentFailure):
+            error = unrelated("the Hub says: there is no such directory")
+            with pytest.raises(unrelated) as caught:
+                mergeloom.plan(self.recipe(directory, "org/other"))
+            assert caught.value is error
 
     @pytest.mark.parametrize("name", ["models/v@2", "models/one+two"])
     def test_a_directory_with_an_at_sign_or_plus_in_its_name_is_a_path(self, directory: Path, name: str) -> None:

@@ -10,6 +10,8 @@ import yaml
 from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.overrides import override, uniform_layout
 from mergeloom.engine.recipe.yaml import parse_yaml
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import RecipeError, UsageError
 from mergeloom.methods import merge_methods
 
@@ -116,8 +118,99 @@ def test_the_text_of_the_recipe_is_the_changed_one(tmp_path: Path) -> None:
     assert load_recipe(path, methods=methods).text == RECIPE
 
 
-def test_a_mistake_in_a_value_names_its_key(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yml"
-    path.write_text(RECIPE)
-    with pytest.raises(RecipeError, match=r"models\[0\]\.parameters\.weight: .*weight must be a finite number"):
-        load_recipe(path, methods=merge_methods(), overrides=["models.0.parameters.weight=heavy"])
+SLICES = """\
+merge_method: linear
+slices:
+- sources:
+  - {model: a, layer_range: [0, 4], parameters: {weight: 1}}
+  - {model: b, layer_range: [0, 4], parameters: {weight: 1}}
+"""
+LONG = "parameters={" + ", ".join(f"k{number}: 1" for number in range(40)) + "}"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "location", "message"),
+    [
+        (
+            RECIPE,
+            ["models.0.parameters.weight=heavy"],
+            "r.yml with --set models.0.parameters.weight=heavy: models[0].parameters.weight",
+            "linear, model a: weight must be a finite number, got 'heavy'",
+        ),
+        (RECIPE, ["dtype=flaot16"], "r.yml with --set dtype=flaot16: dtype", "unknown dtype 'flaot16'; did you mean"),
+        (
+            RECIPE,
+            ["models=[{model: a, parameters: {weight: x}}]"],
+            "r.yml with --set models=[{model: a, parameters: {weight: x}}]: models[0].parameters.weight",
+            "linear, model a: weight must be",
+        ),
+        (RECIPE, ["models.1="], "r.yml with --set models.1=: models[1]", "expected a mapping with `model`, got noth"),
+        (
+            RECIPE,
+            ["parameters={weight: x}", "parameters.weight=y"],
+            "r.yml with --set parameters.weight=y: parameters.weight",
+            "linear: weight must be a finite number, got 'y'",
+        ),
+        (
+            SLICES,
+            ["slices.0.sources.1.layer_range=[0, 3]"],
+            "r.yml:3 with --set slices.0.sources.1.layer_range=[0, 3]: slices[0]",
+            "all sources of a slice must have the same number of layers, got a [0, 4], b [0, 3]",
+        ),
+        (
+            STAGES,
+            ["first.dtype=x"],
+            "r.yml with --set first.dtype=x: first.dtype",
+            "unknown dtype 'x'; use one of",
+        ),
+        (
+            RECIPE.replace("model: b", "model: 'b@@c'"),
+            ["models.0.parameters.weight=1"],
+            "r.yml:5: models[1].model",
+            "'b@@c' has more than one @",
+        ),
+        (
+            "merge_method: linear\n",
+            ["dtype=float32"],
+            "r.yml:1: ",
+            "missing key: one of `models`, `slices`, `modules` is required",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_the_override_that_it_comes_from(
+    text: str, overrides: list[str], location: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yml").write_text(text)
+    with pytest.raises(RecipeError) as raised:
+        load_recipe("r.yml", methods=merge_methods(), overrides=overrides)
+    assert str(raised.value).startswith(f"{location.removesuffix(': ')}: {message}")
+
+
+def test_a_warning_names_the_override_that_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yml").write_text(RECIPE.replace("linear\n", "linear\nfirst: 1\n"))
+    overrides = ["parameter.weight=1", LONG.replace("parameters", "another")]
+    found = load_recipe("r.yml", methods=merge_methods(), overrides=overrides).warnings
+    assert [(str(each).partition(": unknown key")[0], each.line) for each in found] == [
+        ("r.yml:2: first", 2),
+        ("r.yml with --set parameter.weight=1: parameter", None),
+        (f"r.yml with --set {LONG.replace('parameters', 'another')[:117]}...: another", None),
+    ]
+
+
+def test_a_mistake_that_the_models_show_names_the_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models/base").mkdir(parents=True)
+    Path("r.yml").write_text(RECIPE)
+    changes = ("models.0.model=modles/base", "models.1={model: models/bsae, parameters: {weight: 1}}")
+    with pytest.raises(RecipeError) as raised:
+        plan("r.yml", Options(overrides=changes))
+    assert str(raised.value).splitlines() == [
+        f"r.yml with --set {change}: models[{number}]{key}: there is no directory {name} here; did you mean "
+        f"`models/base`? (for a model of the Hub, write `{name}@main`)"
+        for number, change, key, name in (
+            (0, changes[0], ".model", "modles/base"),
+            (1, changes[1], "", "models/bsae"),
+        )
+    ]

@@ -20,7 +20,7 @@ from mergeloom.engine.run.plan import Plan
 from mergeloom.engine.run.session import Earlier
 from mergeloom.report import result as report_result
 from mergeloom.report.plan import headline, plan_sections, plan_text
-from mergeloom.report.result import bottleneck, result_text
+from mergeloom.report.result import bottleneck, result_sections, result_text
 from mergeloom.report.sections import plain, show
 from mergeloom.report.unused import unused_lines
 from tests.conftest import MakeModel
@@ -203,6 +203,16 @@ def test_the_summary_compares_measured_with_planned_values(llamas: dict[str, Pat
     assert "90%" in text
     other = result_text(result_of(plan, bytes_written=plan.schedule.bytes_written + 1))
     assert f"; planned {plan.schedule.bytes_written:,}" in line_of(other, "written")
+
+
+def test_the_summary_has_no_rate_if_nothing_was_moved(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    earlier = Earlier(plan.schedule.bytes_read, plan.schedule.bytes_written)
+    result = replace(result_of(plan, bytes_read=0, bytes_written=0, seconds=0.03, lanes={}), earlier=earlier)
+    labels = [label for label, _ in result_sections(result)[0].fields]
+    assert labels == ["time", "read", "written", "peak RAM"]
+    assert "B/s" not in result_text(result)
+    assert line_of(result_text(result), "written").endswith("as planned")
 
 
 def test_the_summary_says_how_far_off_the_estimate_was(
