@@ -36,6 +36,18 @@ def open_named(text: str) -> tuple[ModelReference, Checkpoint]:
     return reference, open_model(reference)
 
 
+def open_source_model(name: str, *, was_local: bool) -> Checkpoint:
+    """Open a model that a manifest names. Raises MergeloomError.
+
+    Args:
+        name: name of the model, or the path that the user gives for it.
+        was_local: whether the merge read the model from a directory, so it isn't looked up on the Hub.
+    """
+    if was_local and not is_local(name):
+        raise ModelNotFound(f'no directory "{name}" here')
+    return open_model(reference_of(name))
+
+
 def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
     """Open a model of a recipe.
 
