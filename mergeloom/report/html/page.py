@@ -19,6 +19,7 @@ from ...engine.schedule.traffic import bytes_of_reads, fixed_ram, output_names, 
 from ...io.units import data_size, duration, listed, memory_size, plural
 from ...version import __version__
 from ..alternatives import alternatives_section
+from ..parameters import parameters_section
 from ..plan import (
     headline,
     inputs_section,
@@ -96,6 +97,7 @@ def page_parts(
     for number, stack in enumerate(stacks):
         yield _layer_map(stack, non_layer_tensors if number == 0 else ())
     yield _parameters(plan)
+    yield _optional(parameters_section(plan))
     yield _memory(plan)
     if time is not None:
         yield _time(time)
