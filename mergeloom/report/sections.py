@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _INDENT = 2
 _GAP = 3  # between the columns of a table
+_MAX_LABEL = 24
+"""The widest label that has its value next to it; below a wider one, the value has a line of its own."""
 _MIN_COLUMN = 12
 """The width in which a text column of a table is readable."""
 
@@ -55,15 +57,28 @@ class Section:
 
 def plain(sections: Sequence[Section]) -> str:
     """Return the sections as plain text, without colors and line wrapping, and without a final newline."""
-    width = max((len(label) for section in sections for label, _ in section.fields), default=0)
+    width = _label_width(sections)
     blocks = []
     for section in sections:
         block = [clean(section.title)]
-        block += [f"  {clean(label):{width}}  {clean(value)}".rstrip() for label, value in section.fields]
+        block += [line for label, value in section.fields for line in _field(clean(label), clean(value), width)]
         block += [f"  {row}" for row in _aligned(section.grid)] if section.grid else []
         block += [f"  {part}".rstrip() for line in section.lines for part in clean(line).split("\n")]
         blocks.append("\n".join(block))
     return "\n\n".join(blocks)
+
+
+def _label_width(sections: Sequence[Section]) -> int:
+    """Return the width of the labels' column: the same in all sections, and no wider than `_MAX_LABEL`."""
+    labels = [label for section in sections for label, _ in section.fields]
+    return max((len(label) for label in labels if len(label) <= _MAX_LABEL), default=_INDENT)
+
+
+def _field(label: str, value: str, width: int) -> list[str]:
+    """Return the lines of a labeled value."""
+    if len(label) > width:
+        return [f"  {label}", f"  {'':{width}}  {value}".rstrip()]
+    return [f"  {label:{width}}  {value}".rstrip()]
 
 
 def _aligned(grid: Grid) -> list[str]:
@@ -88,7 +103,7 @@ def show(sections: Sequence[Section], stream: TextIO | None = None) -> None:
         stream.flush()
         return
     console = make_console(stream)
-    width = max((len(label) for section in sections for label, _ in section.fields), default=0)
+    width = _label_width(sections)
     for number, section in enumerate(sections):
         if number:
             console.print()
@@ -157,13 +172,15 @@ def _renderables(section: Section, width: int, columns: int) -> list[RenderableT
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(clean(section.title), style="bold yellow" if section.warns else "bold")]
-    if section.fields:
+    for label, value in section.fields:
         fields = Table.grid(padding=(0, 2))
         fields.add_column(style="cyan", no_wrap=True, width=width)
         fields.add_column(overflow="fold")
-        for label, value in section.fields:
-            fields.add_row(Text(clean(label)), Text(clean(value)))
-        parts.append(Padding(fields, (0, 0, 0, 2)))
+        is_wide = len(label) > width
+        if is_wide:
+            parts.append(Padding(Text(clean(label), style="cyan"), (0, 0, 0, _INDENT)))
+        fields.add_row(Text("" if is_wide else clean(label)), Text(clean(value)))
+        parts.append(Padding(fields, (0, 0, 0, _INDENT)))
     if section.grid and not _fits(section.grid, columns):
         parts += _stacked(section.grid)
     elif section.grid:

@@ -21,7 +21,7 @@ from mergeloom.engine.run.session import Earlier
 from mergeloom.report import result as report_result
 from mergeloom.report.plan import headline, plan_sections, plan_text
 from mergeloom.report.result import bottleneck, result_sections, result_text
-from mergeloom.report.sections import plain, show
+from mergeloom.report.sections import Section, plain, show
 from mergeloom.report.unused import unused_lines
 from tests.conftest import MakeModel
 from tests.support import models
@@ -158,6 +158,20 @@ def test_no_line_is_wider_than_the_terminal(
     for model in llamas["a"], llamas["b"]:
         assert model.name in unwrapped
     assert f"{plan.to_dict()['output']['parameters']:,}" in printed
+
+
+def test_a_long_label_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "weight of " + "models/" * 6 + "tune"
+    sections = [Section("A", [("size", "1MB")]), Section("B", [("peak RAM", "2MiB"), (long, "0.5")])]
+    lines = ["A", "  size      1MB", "", "B", "  peak RAM  2MiB", f"  {long}", "            0.5"]
+    assert plain(sections) == "\n".join(lines)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    show(sections, stream)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    assert [line.rstrip() for line in printed.splitlines()] == lines
 
 
 def test_a_dumb_terminal_gets_plain_lines(llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
