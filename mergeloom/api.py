@@ -57,8 +57,8 @@ def plan(
         strict: whether warnings are errors.
         machine: description of another machine to plan for, such as ``"ram=64GiB,vram=24GiB,cores=16"``.
         methods: paths of Python files with additional merge methods.
-        overrides: values of the recipe to change, by key, such as ``{"models.0.parameters.weight": 0.3}``: those of
-            ``--set``, which messages name them by.
+        overrides: values of the recipe to change, by key, such as ``{"models.0.parameters.weight": 0.3}``; messages
+            about them name ``--set``, the option of the command line.
 
     Raises:
         RecipeError: the recipe is invalid.
@@ -100,8 +100,7 @@ def merge(
         out: output directory: new, empty, or with an unfinished merge of the same recipe; None for a rehearsal that
             runs the complete merge without writing.
         max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides: options as for `plan`.
-        digests: ``written``, or ``full`` to also read tensors that are only reflinked or copied, and record their
-            digests.
+        digests: ``written``, or ``full`` to also read and digest tensors that are only reflinked or copied.
         restart: whether to discard an unfinished merge in `out` and start over.
         notify: callback for progress, called regularly on this thread.
         say: callback for messages before the work starts, such as how much of the output is already written.

@@ -48,7 +48,7 @@ class Location:
         source: file of the recipe; None for a recipe given as a dict.
         line: 1-based line number; None if unknown, or if an override has set the entry.
         path: key path of the entry, such as ``("slices", 0, "sources", 1, "layer_range")``.
-        override: overrides that have set the entry, or parts of it, such as ``--set dtype=float32``; None if none has.
+        override: overrides that have set the entry or a part, such as ``--set dtype=float32``; None if none has.
     """
 
     source: Path | None = None
@@ -75,7 +75,7 @@ class RecipeError(MergeloomError):
         source: file of the recipe; None for a recipe given as a dict.
         line: 1-based line number; None if unknown, or if an override has set the value.
         path: key path of the mistake, such as ``("slices", 0, "sources", 1, "layer_range")``.
-        override: overrides that have set the value, or parts of it, such as ``--set dtype=float32``; None if none has.
+        override: overrides that have set the value or a part, such as ``--set dtype=float32``; None if none has.
         more: other mistakes in the same recipe.
         unsupported: whether the recipe asks for something that mergeloom doesn't support yet.
     """

@@ -29,11 +29,22 @@ def reference_of(text: str) -> ModelReference:
 
 
 def open_named(text: str) -> tuple[ModelReference, Checkpoint]:
-    """Open a model that a command line names. Raises UsageError for an invalid or misspelt name, and MergeloomError."""
+    """Open a model that a command line names.
+
+    Raises:
+        UsageError: the name is invalid or misspelt.
+        MergeloomError: as `open_model`; if the model is missing, the message names similar or neighbouring directories.
+    """
     reference = reference_of(text)
     if (problem := path_problem(reference)) is not None:
         raise UsageError(problem)
-    return reference, open_model(reference)
+    try:
+        return reference, open_model(reference)
+    except (ModelNotFound, HubUnreachable) as error:
+        near = _similar(reference)
+        if near is not None:
+            raise UsageError(f"{error}; {near}") from error
+        raise type(error)(f"{error}{siblings_note(reference.path)}") from error
 
 
 def open_source_model(name: str, *, was_local: bool) -> Checkpoint:
@@ -61,10 +72,19 @@ def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
         place = places_of(recipe).get(reference)
         if place is None:
             raise
-        near = similar_path(reference.path)
-        if near is not None and reference.revision is None:
-            raise recipe.error(place, f"{error}; did you mean the directory `{near}`?") from error
+        near = _similar(reference)
+        if near is not None:
+            raise recipe.error(place, f"{error}; {near}") from error
         raise type(error)(str(recipe.error(place, f"{error}{siblings_note(reference.path)}"))) from error
+
+
+def _similar(reference: ModelReference) -> str | None:
+    """The question whether a directory was meant whose name resembles that of a missing model; None if there is none.
+
+    Only a model of the Hub has a revision.
+    """
+    near = similar_path(reference.path) if reference.revision is None else None
+    return None if near is None else f"did you mean the directory `{near}`?"
 
 
 def open_model(reference: ModelReference) -> Checkpoint:

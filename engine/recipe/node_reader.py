@@ -37,6 +37,11 @@ def describe_node(node: Node) -> str:
     return describe(node.value)
 
 
+def _methods_of(path: Keys) -> tuple[Keys, Keys]:
+    """The possible key paths of the merge method of the stage that has an entry: a single stage, or one of several."""
+    return ("merge_method",), (*path[:1], "merge_method")
+
+
 @dataclass(frozen=True, slots=True)
 class _Setter:
     """The entry of a recipe that sets a parameter, for error messages.
@@ -85,15 +90,15 @@ class NodeReader:
 
     # Errors and warnings
 
-    def error(self, message: str, path: Keys, *, unsupported: bool = False) -> RecipeError:
-        """The error for the entry at `path`."""
-        return RecipeError.at(self._origins.locate(path), message, unsupported=unsupported)
+    def error(self, message: str, path: Keys, *causes: Keys, unsupported: bool = False) -> RecipeError:
+        """The error for the entry at `path`, which depends on the entries at `causes`, too."""
+        return RecipeError.at(self._origins.locate(path, *causes), message, unsupported=unsupported)
 
-    def fail(self, message: str, path: Keys, *, unsupported: bool = False, named: bool = False) -> None:
-        """Add the error for the entry at `path` to `mistakes`; if it is `named`, `check_keys` won't report it again."""
+    def fail(self, message: str, path: Keys, *causes: Keys, unsupported: bool = False, named: bool = False) -> None:
+        """Add the error to `mistakes` (see `error`); if it is `named`, `check_keys` won't report the entry again."""
         if named:
             self._named.add(path)
-        self.mistakes.append(self.error(message, path, unsupported=unsupported))
+        self.mistakes.append(self.error(message, path, *causes, unsupported=unsupported))
 
     def attempt(self, read: Callable[[], T], path: Keys) -> T | None:
         """The result of `read`; None if it raises a RecipeError, which is added to `mistakes`.
@@ -118,10 +123,16 @@ class NodeReader:
         self.warnings.append(RecipeWarning.at(self._origins.locate(path), kind, problem))
 
     def report(
-        self, kind: WarningKind, problem: str, path: Keys, *, advice: str = "", suggestion: str | None = None
+        self,
+        kind: WarningKind,
+        problem: str,
+        path: Keys,
+        *causes: Keys,
+        advice: str = "",
+        suggestion: str | None = None,
     ) -> None:
-        """Add a warning about the entry at `path`; in strict mode, add it to `mistakes`."""
-        location = self._origins.locate(path)
+        """Add a warning about the entry at `path` and its `causes` (see `error`); in strict mode, to `mistakes`."""
+        location = self._origins.locate(path, *causes)
         warning = RecipeWarning.at(location, kind, problem, advice=advice, suggestion=suggestion)
         if self._strict:
             self.mistakes.append(warning.as_error())
@@ -287,7 +298,7 @@ class NodeReader:
                     message = (
                         "it has no effect on a single model: set it in the `parameters` of the slice or the recipe"
                     )
-                    self.report(WarningKind.NO_EFFECT, message, (*path, name))
+                    self.report(WarningKind.NO_EFFECT, message, (*path, name), *_methods_of(path))
                 else:
                     settings[name] = self._setting(value, (*path, name), _Setter(method.name, parameter, model))
             except RecipeError as error:
@@ -323,7 +334,8 @@ class NodeReader:
             advice = f"{advice} ({users})" if close == name else f"{users}; {advice}"
             close = None
         problem = f"{method.name} has no such parameter"
-        self.report(WarningKind.UNKNOWN_PARAMETER, problem, path, advice=advice, suggestion=close)
+        kind = WarningKind.UNKNOWN_PARAMETER
+        self.report(kind, problem, path, *_methods_of(path), advice=advice, suggestion=close)
 
     def _setting(self, node: Node, path: Keys, setter: _Setter) -> Setting:
         if isinstance(node.value, Mapping):

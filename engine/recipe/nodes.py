@@ -92,17 +92,23 @@ class Origins:
         """Whether the entry at `place` itself has a line or an override."""
         return place in self.lines or place in self.overrides
 
-    def locate(self, place: Keys) -> Location:
+    def locate(self, place: Keys, *causes: Keys) -> Location:
         """The location of the entry at `place`.
 
         It has the line or the override of the innermost entry that has one, of those that contain the entry. With a
-        line, it also has the overrides of parts of the entry, because the file then shows other values.
+        line, it also has the overrides of parts of the entry, and of the other entries that a message about it depends
+        on, because the file shows other values for them.
+
+        Args:
+            place: key path of the entry.
+            causes: key paths of the other entries.
         """
         enclosing = (place[:end] for end in range(len(place), -1, -1))
         known = next((each for each in enclosing if each in self), None)
         if known is not None and known in self.overrides:
             return Location(self.source, None, place, self.overrides[known])
         inside = [text for keys, text in self.overrides.items() if place and keys[: len(place)] == place]
+        inside += (self.overrides[cause] for cause in causes if cause in self.overrides)
         line = None if known is None else self.lines[known]
         return Location(self.source, line, place, " ".join(dict.fromkeys(inside)) or None)
 

@@ -127,9 +127,8 @@ def _check_stage(reader: NodeReader, stage: Stage, method: Method) -> None:
     if method.base is Base.REQUIRED and stage.base_model is None:
         parts = slices_of(stage)
         if any(part.base_model is None for part in parts):
-            reader.fail(
-                f"{method.name} needs a `base_model`{missing_base(parts, method)}", (*stage.place, "merge_method")
-            )
+            message = f"{method.name} needs a `base_model`{missing_base(parts, method)}"
+            reader.fail(message, (*stage.place, "merge_method"), (*stage.place, "base_model"))
             return
     if stage.models is None and stage.slices is None and stage.modules is None:
         return
@@ -344,15 +343,17 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         message = f"all sources of a slice must have the same number of layers, got {listed}{STACK}"
         raise reader.error(message, part.place)
     base = part.base_model or stage.base_model
+    causes = ((*stage.place, "merge_method"), (*stage.place, "base_model"))
     index = base_index(stage, part, method)
     if method.base is not Base.NONE and base is not None:
         if index is None:
             message = f"{method.name} needs the base model, {base.text}, among the slice's sources"
-            raise reader.error(f"{message}{similar_source(base, part)}", part.place)
+            raise reader.error(f"{message}{similar_source(base, part)}", part.place, *causes)
         if sum(source.model == base for source in part.sources) > 1:
-            raise reader.error(f"the base model, {base.text}, is among the sources more than once", part.place)
+            message = f"the base model, {base.text}, is among the sources more than once"
+            raise reader.error(message, part.place, *causes)
         if index is not None:
-            _report_base_parameters(reader, part.sources[index], method)
+            _report_base_parameters(reader, part.sources[index], method, *causes)
     others = [source.model.text for number, source in enumerate(part.sources) if number != index]
     if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
         upper = " or more" if method.maximum is None else f" to {method.maximum}"
@@ -360,10 +361,10 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         message = f"{method.name} takes {number} model{'' if number == '1' else 's'}"
         message += f"{'' if index is None else ' besides the base'}, got {len(others)}"
         message += f": {', '.join(others)}" if others else ""
-        reader.fail(f"{message}{count_advice(part, method, index)}", part.place)
+        reader.fail(f"{message}{count_advice(part, method, index)}", part.place, *causes)
 
 
-def _report_base_parameters(reader: NodeReader, base: Source, method: Method) -> None:
+def _report_base_parameters(reader: NodeReader, base: Source, method: Method, *causes: Keys) -> None:
     """Report the parameters of a base model that is listed among the models: methods use only those of the others."""
     names = [f"`{name}`" for name in base.parameters]
     if names:
@@ -371,4 +372,4 @@ def _report_base_parameters(reader: NodeReader, base: Source, method: Method) ->
         problem += f"{'has' if len(names) == 1 else 'have'} no effect: {method.name} merges the other models into it"
         what = "it" if len(names) == 1 else "them"
         advice = f"remove {what}, or use another `base_model` if this model should be merged, too"
-        reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), advice=advice)
+        reader.report(WarningKind.NO_EFFECT, problem, (*base.place, "parameters"), *causes, advice=advice)

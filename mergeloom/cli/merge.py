@@ -60,10 +60,10 @@ def merge(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Merge models into the new directory OUT, or resume an interrupted merge there.
+    """Merge models, or resume an interrupted merge.
 
-    OUT must be new or empty, or hold an unfinished merge of the same RECIPE. It is optional with --no-output and
-    --dry-run. Progress and messages go to stderr, the summary to stdout.
+    The output is written to the directory OUT, which must be new or empty, or hold an unfinished merge of the same
+    RECIPE. OUT is optional with --no-output and --dry-run. Progress and messages go to stderr, the summary to stdout.
     """
     no_output = no_output or discard
     for note in () if quiet else mergekit_notes():

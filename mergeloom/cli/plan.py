@@ -62,8 +62,10 @@ def plan(
     """
     from .target_files import TargetFile
 
-    if explain is not None and steps:
-        raise click.UsageError("--explain and --steps are mutually exclusive")
+    _check_exclusive(
+        {"--explain": explain is not None, "--steps": steps},
+        {"--html": html is not None, "--what-if": what_if, "--time": timed, "--rates": rates is not None},
+    )
     page = TargetFile("--html", html) if html is not None else None
     graph_format, graph_file = (_graph_format(graph), TargetFile("--graph", graph)) if graph else (None, None)
     from ..engine.cost.estimate import parse_rates
@@ -88,6 +90,20 @@ def plan(
 def show_plan(recipe: Path, out: str | None, options: Mapping[str, Any]) -> None:
     """Print the plan of a merge, for ``mergeloom merge --dry-run``. Raises the error that the merge would raise."""
     _print_dry_run(_dry_run(_make_plan(recipe, out, None, options), out, None, False), None, False)
+
+
+def _check_exclusive(instead: Mapping[str, bool], parts: Mapping[str, bool]) -> None:
+    """Raise click.UsageError for options that would have no effect.
+
+    Args:
+        instead: options that show something instead of the plan, and whether each is given.
+        parts: options that add something to the plan or write it.
+    """
+    given = [name for name, is_given in instead.items() if is_given]
+    if given:
+        given += [name for name, is_given in parts.items() if is_given]
+    if len(given) > 1:
+        raise click.UsageError(f"{given[0]} and {given[1]} are mutually exclusive")
 
 
 def _graph_format(path: str) -> Literal["graphml", "json"]:

@@ -57,7 +57,7 @@ class Section:
 
 def plain(sections: Sequence[Section]) -> str:
     """Return the sections as plain text, without colors and line wrapping, and without a final newline."""
-    width = _label_width(sections)
+    width = _label_width(sections, _MAX_LABEL)
     blocks = []
     for section in sections:
         block = [clean(section.title)]
@@ -68,10 +68,10 @@ def plain(sections: Sequence[Section]) -> str:
     return "\n\n".join(blocks)
 
 
-def _label_width(sections: Sequence[Section]) -> int:
-    """Return the width of the labels' column: the same in all sections, and no wider than `_MAX_LABEL`."""
-    labels = [label for section in sections for label, _ in section.fields]
-    return max((len(label) for label in labels if len(label) <= _MAX_LABEL), default=_INDENT)
+def _label_width(sections: Sequence[Section], limit: int) -> int:
+    """Return the width of the labels' column: the same in all sections, and no wider than `limit`."""
+    widths = (len(label) for section in sections for label, _ in section.fields)
+    return max((width for width in widths if width <= limit), default=_INDENT)
 
 
 def _field(label: str, value: str, width: int) -> list[str]:
@@ -103,7 +103,7 @@ def show(sections: Sequence[Section], stream: TextIO | None = None) -> None:
         stream.flush()
         return
     console = make_console(stream)
-    width = _label_width(sections)
+    width = _label_width(sections, min(_MAX_LABEL, console.width // 3))
     for number, section in enumerate(sections):
         if number:
             console.print()

@@ -122,6 +122,7 @@ def test_warnings_go_to_stderr(make_model: MakeModel) -> None:
     ("arguments", "code", "message"),
     [
         (("{a}", "{a}-missing"), 4, "there is no such directory or file"),
+        (("{a}", "{quantized}d"), 2, "quantizedd here; did you mean `{quantized}`?"),
         (("{a}", "{a}+adapter"), 2, "LoRA adapter"),
         (("{a}", "{quantized}"), 4, "is quantized"),
         (("{a}",), 2, "Missing argument 'B'"),
@@ -135,7 +136,7 @@ def test_mistakes(arguments: tuple[str, ...], code: int, message: str, make_mode
     paths = {"a": make_model("a", {"w": (2, 2)}), "quantized": make_model("quantized", shapes)}
     ended = spawn(*(argument.format(**paths) for argument in arguments))
     assert (ended.returncode, ended.stdout) == (code, "")
-    assert message in ended.stderr
+    assert message.format(**paths) in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

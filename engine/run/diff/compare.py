@@ -21,7 +21,7 @@ from ...cost.machine import CACHED_SHARE, available_ram, make_budget, memory_rem
 from ...cost.process_size import size_key
 from ...execute.ledger import Ledger, Reservation
 from ...execute.tasks import Progress
-from ...model.open import is_remote, open_model, reference_of
+from ...model.open import is_remote, open_named
 from .pairs import Opened, Pair, pair_tensors
 from .result import Diff, Similarity, TensorDiff
 from .sums import SUMS, WORKSPACE_BYTES, BlockSummer
@@ -89,8 +89,8 @@ class Comparison:
         threads: int | None = None,
         result_bytes: int = RESULT_BYTES,
     ) -> None:
-        references = [reference_of(os.fspath(model)) for model in (a, b)]
-        self._a, self._b = (Opened(reference.text, open_model(reference)) for reference in references)
+        named = [open_named(os.fspath(model)) for model in (a, b)]
+        self._a, self._b = (Opened(reference.text, checkpoint) for reference, checkpoint in named)
         self._pairing = pair_tensors(self._a, self._b)
         pairs = self._pairing.pairs
         self._units = make_units(pairs)

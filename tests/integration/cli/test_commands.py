@@ -176,12 +176,6 @@ def test_plan_steps_shows_vram_for_a_gpu(recipe: Path) -> None:
     assert "cuda:0" in lines[1]
 
 
-def test_plan_steps_and_explain_exclude_each_other(recipe: Path) -> None:
-    ended = run("plan", recipe, "--steps", "--explain", "lm_head.weight")
-    assert ended.returncode == 2
-    assert "mutually exclusive" in ended.stderr
-
-
 @pytest.mark.parametrize("detail", ["layer", "tensor"])
 def test_plan_graph_writes_the_task_graph(detail: str, recipe: Path, tmp_path: Path) -> None:
     import networkx

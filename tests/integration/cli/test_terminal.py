@@ -115,6 +115,26 @@ def test_an_unknown_command_names_the_right_one(arguments: tuple[str, ...], advi
     assert advice in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("--explain", "lm_head.weight"), ("--steps",)),
+        (("--steps",), ("--html", "page.html")),
+        (("--steps",), ("--what-if",)),
+        (("--explain", "lm_head.weight"), ("--time",)),
+        (("--explain", "lm_head.weight"), ("--rates", "disk_read=1GB/s")),
+    ],
+)
+def test_plan_refuses_an_option_that_would_have_no_effect(
+    first: tuple[str, ...], second: tuple[str, ...], stack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run("plan", stack, *first, *second)
+    assert ended.returncode == 2
+    assert f"{first[0]} and {second[0]} are mutually exclusive" in ended.stderr
+    assert not Path("page.html").exists()
+
+
 def test_set_makes_another_recipe(stack: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     change = ("--set", "slices.0.sources.0.layer_range=[0, 2]")

@@ -91,6 +91,17 @@ class TestMisspelt:
         with pytest.raises(UsageError, match="did you mean `models/base`"):
             open_named("modles/base")
 
+    def test_on_the_command_line_a_name_that_is_not_on_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(UsageError, match=r"^org/expert-b@main: .*; did you mean the directory `org/expert-a`\?$"):
+            open_named("org/expert-b")
+        with pytest.raises(ModelNotFound, match=r"^org/zzz@main: .*; org contains expert-a$"):
+            open_named("org/zzz")
+        with pytest.raises(ModelNotFound, match=r"^org/expert-b@v1: .*; org contains expert-a$"):
+            open_named("org/expert-b@v1")
+
 
 def test_a_model_in_the_hub_cache_is_not_misspelt(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants

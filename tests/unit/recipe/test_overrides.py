@@ -170,6 +170,24 @@ LONG = "parameters={" + ", ".join(f"k{number}: 1" for number in range(40)) + "}"
             "'b@@c' has more than one @",
         ),
         (
+            RECIPE,
+            ["merge_method=slerp", "base_model=c"],
+            "r.yml:2 with --set merge_method=slerp --set base_model=c: models",
+            "slerp takes 1 model besides the base, got 2: a, b",
+        ),
+        (
+            RECIPE.replace("linear", "model_stock\nbase_model: c"),
+            ["base_model="],
+            "r.yml:1 with --set base_model=: merge_method",
+            "model_stock needs a `base_model`",
+        ),
+        (
+            STAGES,
+            ["first.merge_method=ties"],
+            "r.yml with --set first.merge_method=ties: first.merge_method",
+            "ties needs a `base_model`, such as `base_model: a`",
+        ),
+        (
             "merge_method: linear\n",
             ["dtype=float32"],
             "r.yml:1: ",
@@ -190,12 +208,29 @@ def test_a_mistake_names_the_override_that_it_comes_from(
 def test_a_warning_names_the_override_that_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("r.yml").write_text(RECIPE.replace("linear\n", "linear\nfirst: 1\n"))
-    overrides = ["parameter.weight=1", LONG.replace("parameters", "another")]
-    found = load_recipe("r.yml", methods=merge_methods(), overrides=overrides).warnings
+    long = LONG.replace("parameters", "another")
+    found = load_recipe("r.yml", methods=merge_methods(), overrides=["parameter.weight=1", long]).warnings
     assert [(str(each).partition(": unknown key")[0], each.line) for each in found] == [
         ("r.yml:2: first", 2),
         ("r.yml with --set parameter.weight=1: parameter", None),
-        (f"r.yml with --set {LONG.replace('parameters', 'another')[:117]}...: another", None),
+        (f"r.yml with --set {long[:117]}...: another", None),
+    ]
+
+
+def test_a_warning_about_the_method_names_the_override_that_chose_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yml").write_text(RECIPE)
+    overrides = ["merge_method=model_stock", "base_model=c"]
+    found = load_recipe("r.yml", methods=merge_methods(), overrides=overrides).warnings
+    assert [(str(each).partition(", ignored")[0], each.line) for each in found] == [
+        (
+            f"r.yml:{line} with --set merge_method=model_stock: models[{number}].parameters.weight: model_stock has no "
+            "such parameter",
+            line,
+        )
+        for number, line in ((0, 4), (1, 6))
     ]
 
 

@@ -160,14 +160,15 @@ def test_no_line_is_wider_than_the_terminal(
     assert f"{plan.to_dict()['output']['parameters']:,}" in printed
 
 
-def test_a_long_label_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    long = "weight of " + "models/" * 6 + "tune"
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_long_label_has_a_line_of_its_own(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "weight of models/long/tune-7"
     sections = [Section("A", [("size", "1MB")]), Section("B", [("peak RAM", "2MiB"), (long, "0.5")])]
     lines = ["A", "  size      1MB", "", "B", "  peak RAM  2MiB", f"  {long}", "            0.5"]
     assert plain(sections) == "\n".join(lines)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(width))
     stream = Terminal()
     show(sections, stream)
     printed = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
