@@ -111,6 +111,8 @@ def _is_scaled(model: Source, scopes: Sequence[Settings]) -> bool:
     for value in setting if isinstance(setting, tuple) else (setting,):
         inner = value.value if isinstance(value, Conditional) else value
         weights += inner.values if isinstance(inner, Gradient) else (inner,)
+        if isinstance(value, Conditional) and value.filter in ("*", None):  # no later value is reached
+            break
     numbers = [weight for weight in weights if isinstance(weight, (int, float))]
     return len(numbers) == len(weights) and all(number > 0 for number in numbers) and any(n != 1 for n in numbers)
 

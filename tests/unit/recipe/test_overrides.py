@@ -185,7 +185,7 @@ LONG = "parameters={" + ", ".join(f"k{number}: 1" for number in range(40)) + "}"
             STAGES,
             ["first.merge_method=ties"],
             "r.yml with --set first.merge_method=ties: first.merge_method",
-            "ties needs a `base_model`, such as `base_model: a`",
+            "ties needs a `base_model` in addition to a",
         ),
         (
             "merge_method: linear\n",
