@@ -13,7 +13,7 @@ from ...io.hub.repository import HubFile
 from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES
 from ...io.output.lock import classify, refuse_occupied
-from ...io.units import data_size, duration, listed, memory_size, plural
+from ...io.units import data_size, duration, memory_size, plural
 from ..cost.estimate import Estimate, assumed_rates, estimate
 from ..cost.machine import process_memory
 from ..execute.check_buffers import check_buffers
@@ -196,8 +196,6 @@ def merge(
     if directory.lock.complete:
         tell(f"{path} is already complete, nothing to do: {_check_complete(planned, directory)}")
         return Result(planned, path, Measured(), process_memory().peak, peak_before=before)
-    if names := planned.content.lengthened_names:
-        tell(f"directories have the same name: the recipe and the model card in {path} say {listed(names)}")
     session = MergeSession(
         planned,
         directory,
