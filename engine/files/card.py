@@ -88,6 +88,8 @@ def model_card(
     rows = [("Layers", f"{layers:,}")] if layers else []
     rows += [("Parameters", big_number(parameters)), ("dtype", dtype), ("License", _licenses(inputs))]
     rows += [(program, version) for program, version in versions.items()]
+    is_local = any(model.local is not None for model in inputs)
+    places = " and the local models under the names that it uses" if is_local else ""
     parts = [
         f"---\n{front}---",
         f"# {_escaped(name)}",
@@ -99,7 +101,7 @@ def model_card(
         "\n".join(["| | |", "|---|---|", *(f"| {_escaped(key)} | {_escaped(value)} |" for key, value in rows)]),
         "## Recipe",
         _fenced(recipe.strip("\n"), "yaml"),
-        "To repeat the merge, with this recipe in `mergekit_config.yml`:",
+        f"To repeat the merge, with this recipe in `mergekit_config.yml`{places}:",
         _fenced(command, "bash"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -136,6 +136,12 @@ def test_names_have_no_meaning_in_markdown(name: str) -> None:
     assert metadata(text)["base_model"] == [f"org/{name}"]
 
 
+def test_the_card_says_where_local_models_belong() -> None:
+    place = "To repeat the merge, with this recipe in `mergekit_config.yml`{}:\n"
+    assert place.format(" and the local models under the names that it uses") in card(models=[TUNE, OTHER])
+    assert place.format("") in card(models=[OTHER])
+
+
 def test_same_arguments_same_text() -> None:
     assert card() == card()
 
