@@ -11,8 +11,9 @@
 # make mutants   mutation tests of the scheduler and the selection
 # make clean     remove everything that make has created here, except the benchmarks' models
 #
-# Each target creates the environment that it needs. PYTHON chooses the interpreter (3.11 or newer). pip's own settings
-# choose the package index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the CPU build of torch.
+# Each target creates the environment that it needs: most use VENV, .venv by default. PYTHON chooses the interpreter (3.11
+# or newer). pip's own settings choose the package index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the
+# CPU build of torch.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,8 +23,10 @@ SHELL := bash
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
-BIN := .venv/bin
-READY := .venv/ready
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+MADE := $(VENV)/made-by-make
 BENCH_MODELS ?= $(HOME)/.cache/mergeloom-bench/1b
 BENCH_DISK ?= $(HOME)/.cache/mergeloom-bench
 BENCH_RUNS ?= 3
@@ -34,8 +37,12 @@ help:
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mergeloom needs Python 3.11 or newer, with venv: make PYTHON=/path/to/python3.11"; exit 2; }
-	@echo "Setting up .venv with $(PYTHON): once, a minute or more."
-	$(PYTHON) -m venv .venv
+	@test ! -e $(VENV) || test -e $(READY) || test -e $(MADE) || { \
+		echo "$(VENV) is an environment that make did not create: move it, or choose another one: make VENV=.venv-dev"; \
+		exit 2; }
+	@echo "Setting up $(VENV) with $(PYTHON): once, a minute or more."
+	$(PYTHON) -m venv $(VENV)
+	touch $(MADE)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation \
 		-e '.[test,check,demo]'
@@ -130,4 +137,5 @@ mutants: $(READY)
 	$(BIN)/python -m tests.support.scripts.mutate
 
 clean:
-	rm -rf .venv .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	if test -e $(READY) || test -e $(MADE); then rm -rf $(VENV); fi
+	rm -rf .venv-check .venv-mergekit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,18 +24,27 @@ SENTENCES = (
     "Share prices dropped this afternoon.",
 )
 
+INTRODUCTION = """\
+Four models, in {directory}:
+
+  encoder   all-MiniLM-L6-v2, a sentence encoder with 6 layers, as published
+  noisy     the encoder with random noise added to its weights: a stand-in for a bad fine-tune
+  stacked   a merge: layers 0 to 3 of the encoder, then its layers 2 to 5
+  averaged  a merge: the mean of encoder and noisy
+"""
+
 STACKED = """\
 merge_method: passthrough
 slices:
-  - sources: [{{model: {encoder}, layer_range: [0, 4]}}]
-  - sources: [{{model: {encoder}, layer_range: [2, 6]}}]
+  - sources: [{model: encoder, layer_range: [0, 4]}]
+  - sources: [{model: encoder, layer_range: [2, 6]}]
 """
 
 AVERAGED = """\
 merge_method: linear
 models:
-  - {{model: {encoder}, parameters: {{weight: 0.5}}}}
-  - {{model: {noisy}, parameters: {{weight: 0.5}}}}
+  - {model: encoder, parameters: {weight: 0.5}}
+  - {model: noisy, parameters: {weight: 0.5}}
 """
 
 
@@ -80,17 +89,18 @@ def similarities(model_directory: Path, sentences: tuple[str, ...] = SENTENCES) 
     return table
 
 
-def mergeloom(*arguments: object) -> None:
-    """Prints a mergeloom command and runs it."""
-    print(f"\n$ mergeloom {' '.join(map(str, arguments))}", flush=True)
-    process = subprocess.run([sys.executable, "-m", "mergeloom", *map(str, arguments)], check=False)
+def mergeloom(directory: Path, *arguments: str) -> None:
+    """Prints a mergeloom command and runs it in a directory."""
+    print(f"\n$ mergeloom {' '.join(arguments)}", flush=True)
+    process = subprocess.run([sys.executable, "-m", "mergeloom", *arguments], cwd=directory, check=False)
     if process.returncode:
         sys.exit(process.returncode)
 
 
 def show(tables: dict[str, list[list[float]]]) -> None:
     """Prints the similarity of each pair of sentences under each model."""
-    print("\nSimilarity of two sentences:\n")
+    print("\nCosine similarity of two sentences under each model, from -1 to 1. In a good model, only sentences")
+    print("on the same topic are similar:\n")
     width = max(map(len, SENTENCES))
     print(" " * (2 * width + 3), *(f"{name:>9}" for name in tables))
     for i, first in enumerate(SENTENCES):
@@ -103,15 +113,16 @@ def main() -> None:
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else "demo").resolve()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    encoder = encoder_directory()
+    encoder = directory / "encoder"
+    encoder.symlink_to(encoder_directory())
     noisy = noisy_copy(encoder, directory / "noisy")
+    print(INTRODUCTION.format(directory=directory), end="")
     tables = {"encoder": similarities(encoder), "noisy": similarities(noisy)}
     for name, recipe in {"stacked": STACKED, "averaged": AVERAGED}.items():
-        path = directory / f"{name}.yml"
-        path.write_text(recipe.format(encoder=encoder, noisy=noisy))
-        print(f"\n{path}:\n\n{path.read_text()}", end="")
-        mergeloom("plan", path)
-        mergeloom("merge", path, directory / name)
+        (directory / f"{name}.yml").write_text(recipe)
+        print(f"\n{name}.yml:\n\n{recipe}", end="")
+        mergeloom(directory, "plan", f"{name}.yml")
+        mergeloom(directory, "merge", f"{name}.yml", name)
         tables[name] = similarities(directory / name)
     show(tables)
     print(f"\nThe merged models are in {directory}.")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from ...io.units import big_number
-from .published import published_name
 
 _ADDRESS = "https://huggingface.co"
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)")
@@ -21,20 +20,20 @@ class CardModel:
 
     Args:
         path: Hub id or directory, as written in the recipe.
-        local: whether `path` is a directory, of which only the last component is shown.
+        local: name to show for a directory; None if `path` is a Hub id.
         revision: branch, tag or commit of the Hub repository, or None.
         license_name: Hub identifier of its license, or None if it is not known.
     """
 
     path: str
-    local: bool = False
+    local: str | None = None
     revision: str | None = None
     license_name: str | None = None
 
     @property
     def name(self) -> str:
-        """The displayed name: the Hub id, or the last component of the directory."""
-        return published_name(self.path) if self.local else self.path
+        """The displayed name: the Hub id, or the published name of the directory."""
+        return self.path if self.local is None else self.local
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,8 @@ def model_card(
     rows = [("Layers", f"{layers:,}")] if layers else []
     rows += [("Parameters", big_number(parameters)), ("dtype", dtype), ("License", _licenses(inputs))]
     rows += [(program, version) for program, version in versions.items()]
+    is_local = any(model.local is not None for model in inputs)
+    places = " and the local models under the names that it uses" if is_local else ""
     parts = [
         f"---\n{front}---",
         f"# {_escaped(name)}",
@@ -100,7 +101,7 @@ def model_card(
         "\n".join(["| | |", "|---|---|", *(f"| {_escaped(key)} | {_escaped(value)} |" for key, value in rows)]),
         "## Recipe",
         _fenced(recipe.strip("\n"), "yaml"),
-        "To repeat the merge, with this recipe in `mergekit_config.yml`:",
+        f"To repeat the merge, with this recipe in `mergekit_config.yml`{places}:",
         _fenced(command, "bash"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -108,7 +109,7 @@ def model_card(
 
 def _metadata(inputs: Sequence[CardModel], library_name: str) -> dict[str, object]:
     """The front matter that the Hub reads. Only Hub ids are base models there."""
-    parents = list(dict.fromkeys(model.path for model in inputs if not model.local))
+    parents = list(dict.fromkeys(model.path for model in inputs if model.local is None))
     metadata: dict[str, object] = {"base_model": parents, "base_model_relation": "merge"} if parents else {}
     metadata |= {"library_name": library_name, "tags": ["merge", "mergeloom"]}
     known = {model.license_name for model in inputs if model.license_name}
@@ -133,8 +134,8 @@ def _method(method: CardMethod) -> str:
 
 def _link(model: CardModel) -> str:
     """A model in Markdown: a link to the Hub or the name of a directory."""
-    if model.local:
-        return _code(model.name)
+    if model.local is not None:
+        return _code(model.local)
     at = f" at {_code(model.revision)}" if model.revision else ""
     return f"[{_escaped(model.path)}]({_ADDRESS}/{quote(model.path)}){at}"
 

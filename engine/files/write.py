@@ -20,7 +20,7 @@ from ..recipe.types import Recipe
 from .card import CardMethod, CardModel, model_card
 from .chat_templates import REPLACED, with_template
 from .licenses import license_of
-from .published import published_recipe
+from .published import published_names, published_recipe
 from .sources import FileSources, OutputModel
 from .tokenizer_files import directory_of, tokenizer_directory
 
@@ -80,8 +80,25 @@ class OutputContent:
     @property
     def published(self) -> str:
         """The recipe in the form that the output's files contain."""
-        local = [model.reference.path for model in self.inputs if is_local(model.reference.path)]
-        return self.recipe.text if self.keep_paths else published_recipe(self.recipe.text, local)
+        return self.recipe.text if self.keep_paths else published_recipe(self.recipe.text, self.local_names)
+
+    @property
+    def lengthened_names(self) -> list[str]:
+        """The published names of local inputs that are more than the last component, since others have the same."""
+        if self.keep_paths:
+            return []
+        named = self.local_names.items()
+        return list(dict.fromkeys(name for path, name in named if name != published_names([path])[path]))
+
+    @property
+    def local_names(self) -> dict[str, str]:
+        """The name of each local input in the output's files, by its path in the recipe."""
+        paths = [model.reference.path for model in self.inputs]
+        local = [path for path in paths if is_local(path)]
+        if self.keep_paths:
+            return {path: path for path in local}
+        stages = [stage.name for stage in self.recipe.stages if stage.name]
+        return published_names(local, {*stages, *paths} - set(local))
 
 
 def write_model_files(models: Sequence[OutputModel], content: OutputContent, out: OutputDirectory) -> list[str]:
@@ -153,11 +170,12 @@ def _card(content: OutputContent, output: OutputModel) -> str:
     graph = content.graph
     nodes = [graph.outputs[number].node for number in graph.outputs_in(output.folder)]
     used = {graph.read_models[read] for node in nodes for read in graph.node_sources[node]}
+    local = content.local_names
     cards = {
         model.number: CardModel(
             model.reference.path,
             revision=model.reference.revision,
-            local=is_local(model.reference.path),
+            local=local.get(model.reference.path),
             license_name=license_of(directory_of(model.checkpoint)),
         )
         for model in content.inputs

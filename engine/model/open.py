@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ...errors import HubUnreachable, ModelNotFound, UsageError
+from ...io.hub.http import NO_DIRECTORY
 from ...io.hub.repository import is_hub_id
 from ...io.output.lock import TO_FINISH, WORK, Content, classify
 from ...io.safetensors.checkpoint import Checkpoint, open_checkpoint
@@ -44,7 +45,23 @@ def open_named(text: str) -> tuple[ModelReference, Checkpoint]:
         near = _similar(reference)
         if near is not None:
             raise UsageError(f"{error}; {near}") from error
+        if isinstance(error, HubUnreachable) and text == reference.path and "/" not in text:  # hardly an id of the Hub
+            raise ModelNotFound(
+                f"{text}: {NO_DIRECTORY} here; the Hub can't be asked for a model of this name"
+            ) from error
         raise type(error)(f"{error}{siblings_note(reference.path)}") from error
+
+
+def open_source_model(name: str, *, was_local: bool) -> Checkpoint:
+    """Open a model that a manifest names. Raises MergeloomError.
+
+    Args:
+        name: name of the model, or the path that the user gives for it.
+        was_local: whether the merge read the model from a directory, so it isn't looked up on the Hub.
+    """
+    if was_local and not is_local(name):
+        raise ModelNotFound(f'no directory "{name}" here')
+    return open_model(reference_of(name))
 
 
 def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:

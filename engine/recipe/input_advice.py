@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...methods.kernel.method import Method
 from .node_reader import NodeReader
-from .types import ModelReference, Slice, Stage, modules_of, slices_of
+from .types import (
+    Conditional,
+    Gradient,
+    ModelReference,
+    Settings,
+    Slice,
+    Source,
+    Stage,
+    base_index,
+    modules_of,
+    slices_of,
+)
 from .warnings import WarningKind
 
 STACK = ": a slice merges its sources layer by layer; to stack layers, write one slice for each range"
@@ -19,6 +32,14 @@ def similar_source(base: ModelReference, part: Slice) -> str:
     name = _last(base)
     same = [source.model.text for source in part.sources if source.model != base and _last(source.model) == name]
     return f": if {same[0]} is the same model, write `base_model: {same[0]}`" if same else ""
+
+
+def missing_base(parts: Sequence[Slice], method: Method) -> str:
+    """Advice for a stage without the base model that its method needs: one of its models, if enough others remain."""
+    models = list(dict.fromkeys(source.model.text for part in parts for source in part.sources))
+    if len(models) > method.minimum:
+        return f", such as `base_model: {models[0]}`"
+    return f" in addition to {' and '.join(models)}" if models else ""
 
 
 def count_advice(part: Slice, method: Method, base: int | None) -> str:
@@ -58,6 +79,42 @@ def check_density(reader: NodeReader, stage: Stage, method: Method) -> None:
             (*stage.place, "merge_method"),
             advice="set `density` under `parameters`, such as 0.5, which drops half of each task vector",
         )
+
+
+def check_weight(reader: NodeReader, stage: Stage, method: Method) -> None:
+    """Report the weight of a slice's only model that cancels, since the result is divided by the sum of the weights."""
+    normalize = next((parameter for parameter in method.parameters if parameter.name == "normalize"), None)
+    if normalize is None or reader.mistakes:
+        return
+    for module in modules_of(stage):
+        for part in module.slices or ():
+            base = base_index(stage, part, method)
+            models = [source for index, source in enumerate(part.sources) if index != base]
+            scopes = (part.parameters, module.parameters, stage.parameters)
+            divided = next((scope["normalize"] for scope in scopes if "normalize" in scope), normalize.default)
+            if len(models) != 1 or divided is not True or not _is_scaled(models[0], scopes):
+                continue
+            name = models[0].model.text
+            reader.report(
+                WarningKind.NO_EFFECT,
+                f"the weight of {name}, the only model, has no effect: {method.name} divides by the sum of the weights",
+                (*stage.place, "merge_method"),
+                advice="set `normalize: false` under `parameters` if the weight should count, or use weight 1",
+            )
+            return
+
+
+def _is_scaled(model: Source, scopes: Sequence[Settings]) -> bool:
+    """Whether a model's weights are positive, and not all 1: only such weights cancel and seem to have an effect."""
+    setting = next((scope["weight"] for scope in (model.parameters, *scopes) if "weight" in scope), 1)
+    weights: list[object] = []
+    for value in setting if isinstance(setting, tuple) else (setting,):
+        inner = value.value if isinstance(value, Conditional) else value
+        weights += inner.values if isinstance(inner, Gradient) else (inner,)
+        if isinstance(value, Conditional) and value.filter in ("*", None):  # no later value is reached
+            break
+    numbers = [weight for weight in weights if isinstance(weight, (int, float))]
+    return len(numbers) == len(weights) and all(number > 0 for number in numbers) and any(n != 1 for n in numbers)
 
 
 def _last(model: ModelReference) -> str:

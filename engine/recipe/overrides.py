@@ -85,10 +85,14 @@ def _one_line(data: object) -> str:
 
 
 def recipe_difference(old: str, new: str) -> str:
-    """The first lines in which the texts of two recipes differ, after a colon; empty if none do."""
+    """The first lines in which the texts of two recipes differ, after a colon; empty if none do.
+
+    Comments and empty lines are left out if other lines differ, too.
+    """
     lines = changed_lines(old, new)
     if len(lines) > _LINES_SHOWN:  # perhaps only the layout differs: --set writes the recipe anew
         lines = min(lines, changed_lines(uniform_layout(old), uniform_layout(new)), key=len)
+    lines = [line for line in lines if not re.fullmatch(r".\s*(#.*)?", line)] or lines
     return ": " + " | ".join(lines[:_LINES_SHOWN]) if lines else ""
 
 

@@ -13,7 +13,7 @@ import yaml
 from ...errors import RecipeError
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Base
-from .input_advice import STACK, check_density, count_advice, similar_source
+from .input_advice import STACK, check_density, check_weight, count_advice, missing_base, similar_source
 from .misplaced import STAGE_KEYS, nearest
 from .node_reader import NodeReader
 from .nodes import Keys, Node, Origins
@@ -128,9 +128,7 @@ def _check_stage(reader: NodeReader, stage: Stage, method: Method) -> None:
     if method.base is Base.REQUIRED and stage.base_model is None:
         parts = slices_of(stage)
         if any(part.base_model is None for part in parts):
-            first = next((source.model.text for part in parts for source in part.sources), None)
-            such_as = f", such as `base_model: {first}`" if first else ""
-            message = f"{method.name} needs a `base_model`{such_as}"
+            message = f"{method.name} needs a `base_model`{missing_base(parts, method)}"
             reader.fail(message, (*stage.place, "merge_method"), (*stage.place, "base_model"))
             return
     if stage.models is None and stage.slices is None and stage.modules is None:
@@ -139,6 +137,7 @@ def _check_stage(reader: NodeReader, stage: Stage, method: Method) -> None:
         if part.sources and not reader.incomplete(part.place):
             reader.attempt(partial(_check_inputs, reader, stage, part, method), part.place)
     check_density(reader, stage, method)
+    check_weight(reader, stage, method)
 
 
 def _method(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> Method:

@@ -20,11 +20,10 @@ from ...methods.kernel.composition import Composition, Part
 from ...methods.kernel.spec import ARITHMETIC_VERSION, InputSpec
 from ...methods.registry import code_of
 from ...version import __version__
-from ..files.published import published_names
 from ..graph.graph import Kind, Operation
 from ..graph.layout import LAYOUT_VERSION
-from ..recipe.local import is_local
 from ..recipe.overrides import recipe_difference
+from ..recipe.types import ModelReference
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -37,6 +36,7 @@ __all__ = [
     "manifest_bytes",
     "model_names",
     "model_numbers",
+    "model_references",
     "read_manifest",
     "source_name",
     "tensor_entries",
@@ -89,12 +89,17 @@ def model_numbers(plan: Plan) -> tuple[int, ...]:
     return tuple(numbers.setdefault(model.checkpoint.path.resolve(), len(numbers)) for model in plan.built.models)
 
 
-def model_names(plan: Plan) -> list[str]:
-    """Return the name that the recipe first uses for each model, in the order of `model_numbers`."""
-    named: dict[int, str] = {}
+def model_references(plan: Plan) -> list[ModelReference]:
+    """Return how the recipe first names each model, in the order of `model_numbers`."""
+    named: dict[int, ModelReference] = {}
     for number, model in zip(model_numbers(plan), plan.built.models, strict=True):
-        named.setdefault(number, model.reference.text)
+        named.setdefault(number, model.reference)
     return list(named.values())
+
+
+def model_names(plan: Plan) -> list[str]:
+    """Return the text with which the recipe first names each model, in the order of `model_numbers`."""
+    return [reference.text for reference in model_references(plan)]
 
 
 def identity_of(checkpoint: Checkpoint, file: Path) -> str:
@@ -243,11 +248,13 @@ def manifest_bytes(
             `model`, `file` and `offset`, and ``copied`` if the kernel copied it instead of sharing its blocks.
         files: digest of each file other than the shards.
     """
-    names = model_names(plan)
+    references = model_references(plan)
+    local = plan.content.local_names
     content = {
         **facts,
         "recipe": plan.content.published,
-        "models": names if plan.options.keep_paths else published_names(names, is_local),
+        "models": [local.get(reference.path, reference.text) for reference in references],
+        "local_models": [number for number, reference in enumerate(references) if reference.path in local],
         "files": dict(files),
         "shards": {shard.name: [shard.nbytes, bytes_digest(shard.header)] for shard in plan.layout.shards},
         "tensors": dict(tensors),
@@ -306,7 +313,9 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
     """Whether all values in a manifest have the expected types, and all file names are inside the directory."""
     models = content.get("models")
     texts = isinstance(models, list) and all(isinstance(model, str) for model in models)
-    if not isinstance(models, list) or not texts:
+    local = content.get("local_models", [])  # older manifests have no such list
+    numbers = isinstance(local, list) and all(isinstance(number, int) for number in local)
+    if not isinstance(models, list) or not texts or not numbers:
         return False
 
     def is_file(name: object) -> bool:

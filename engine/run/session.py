@@ -19,7 +19,7 @@ from ...io.output.group_commit import GROUP_BYTES, Aborted
 from ...io.output.journal import Journal, JournalContent
 from ...io.output.shards import preload_validator
 from ...io.task_group import TaskGroup
-from ...io.units import data_size, plural
+from ...io.units import data_size, listed, plural
 from ..execute.ledger import Ledger
 from ..execute.tasks import Measured, Progress
 from ..files.write import write_model_files
@@ -175,6 +175,9 @@ class MergeSession:
             digests: as for `run`.
         """
         facts = facts_of(self.plan)
+        if names := self.plan.content.lengthened_names:
+            text = "directories have the same name: the recipe and the model card in"
+            self._say(f"{text} {self.out.path} say {listed(names)}")
         if not fresh and self._unfinished is not None:
             refuse_other_unfinished(self.plan, self.out.lock.status, facts)
         self._fetch()
@@ -253,9 +256,10 @@ class MergeSession:
             f"{data_size(left)} left"
         )
         if recovered.damaged:
+            differ, are = ("differs", "it is") if recovered.damaged == 1 else ("differ", "they are")
             self._warn(
-                f"{plural(recovered.damaged, 'block')} of the unfinished merge differ from the journal: the "
-                "disk has lost data, or the files were changed; they are made again"
+                f"{plural(recovered.damaged, 'block')} of the unfinished merge {differ} from the journal: the "
+                f"disk has lost data, or the files were changed; {are} made again"
             )
         if recovered.differing:
             self._warn(

@@ -132,7 +132,7 @@ def verify(
         sources: also compare the tensors without a digest with their source files, and check that all source files
             are unchanged. Source files that are not available are reported, and are not an error.
         models: with ``sources=True``, directory of a source model by its name in the manifest. Others are looked for
-            under that name: in the current directory, or on the Hub.
+            under that name: in the current directory, or on the Hub if they came from there.
         threads: number of tensors that are read at a time.
         notify: called with the bytes read so far, from any thread.
 
@@ -336,15 +336,17 @@ class Verification:
 
     def _model(self, number: int) -> Checkpoint:
         """A source model, opened once. Raises MergeloomError."""
-        from ..model.open import open_model, reference_of
+        from ..model.open import open_source_model
 
         with self._lock:
             if number not in self._models:
                 name = self.manifest["models"][number]
+                was_local = name not in self._paths and number in self.manifest.get("local_models", ())
                 try:
-                    self._models[number] = open_model(reference_of(self._paths.get(name, name)))
+                    self._models[number] = open_source_model(self._paths.get(name, name), was_local=was_local)
                 except MergeloomError as error:
-                    self._models[number] = f"{error}; --model {name}=PATH says where it is"
+                    command = f"mergeloom verify {self.out} --sources --model {name}=PATH"
+                    self._models[number] = f"{error}; say where it is: {command}"
             found = self._models[number]
         if isinstance(found, str):
             raise MergeloomError(found)

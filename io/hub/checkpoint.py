@@ -84,7 +84,7 @@ def open_hub_model(repo: str, revision: str | None = None) -> Checkpoint:
     if repository is None:
         snapshot = cached_snapshot(repo, revision)
         if snapshot is None:
-            raise ModelNotFound(f"{HubLocation(repo, revision or 'main')}: {NOT_CACHED}")
+            raise ModelNotFound(f"{HubLocation(repo, revision or 'main', implied=revision is None)}: {NOT_CACHED}")
         return open_checkpoint(snapshot)
     with _naming_model(repository):
         return _open(repository)

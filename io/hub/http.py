@@ -37,13 +37,17 @@ class HubLocation:
         repo: the repository's id.
         revision: the branch, tag or commit.
         file: the path of a file in the repository; empty for the repository itself.
+        implied: whether the user named no revision, so texts about the repository itself don't name it either.
     """
 
     repo: str
     revision: str
     file: str = ""
+    implied: bool = False
 
     def __str__(self) -> str:
+        if self.implied and not self.file:
+            return self.repo
         revision = self.revision[:12] if is_commit(self.revision) else self.revision
         return f"{self.repo}@{revision}" + (f"/{self.file}" if self.file else "")
 

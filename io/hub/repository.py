@@ -153,8 +153,8 @@ def find_repository(repo: str, revision: str | None) -> Repository | None:
             HF_HUB_OFFLINE is set.
         EnvironmentFailure: the Hub is not reachable.
     """
-    revision = revision or "main"
-    location = HubLocation(repo, revision)
+    location = HubLocation(repo, revision or "main", implied=revision is None)
+    revision = location.revision
     if not is_hub_id(repo):
         raise ModelNotFound(f"{quoted(repo)}: is neither a directory here nor a valid id of a model on the Hub")
     if not _is_safe(revision):

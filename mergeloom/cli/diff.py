@@ -51,6 +51,7 @@ def diff(
     from ..engine.run.diff.compare import JSON_BYTES, RESULT_BYTES, Comparison
     from ..report.diff import diff_sections
     from ..report.html.diff_page import make_diff_page
+    from ..report.html.origin import find_origin
     from ..report.sections import load_rich, show
 
     load_rich()
@@ -60,7 +61,8 @@ def diff(
     for warning in result.warnings:
         print_warning(warning)
     if target is not None:
-        target.write(make_diff_page(result), quiet=quiet)
+        origin = find_origin(click.get_current_context().obj or ())  # `main` passes the arguments
+        target.write(make_diff_page(result, origin), quiet=quiet)
     if as_json:
         print_json(result.to_dict())
     else:

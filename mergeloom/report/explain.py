@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ..engine.recipe.types import modules_of
 from ..engine.schedule.tiling import tile_length
 from ..errors import UsageError
 from ..io.units import data_size, listed, memory_size, plural
-from .parameters import format_value
+from .parameters import StageParameters, stage_parameters, values_section
 from .sections import Grid, Section
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ class Explanation:
         nbytes: size in bytes.
         how: kind of the operation: ``copy``, ``same`` or ``merge``.
         method: name of the merge method.
-        parameters: values for this tensor after gradients and filters; a tuple has one value for each source.
+        parameters: values for this tensor after gradients and filters; a tuple has one value for each source. If the
+            tensor goes through several stages, the values of each: ``{"0. slerp": {"t": 0.5}, "1. ties": ...}``.
+        stages: parameters of each stage that the tensor goes through, with the names of the stage's sources.
         slice: slice of the recipe; None outside the layers.
         sources: input tensors in recipe order.
         passes: number of passes over the sources.
@@ -121,6 +123,7 @@ class Explanation:
     how: str
     method: str
     parameters: dict[str, Any]
+    stages: tuple[StageParameters, ...]
     slice: SliceOf | None
     sources: tuple[Source, ...]
     passes: int
@@ -151,6 +154,7 @@ def explain(plan: Plan, name: str) -> Explanation:
     steps = [(position, step) for position, step in enumerate(schedule.steps, 1) if step.node == node]
     device = steps[0][1].device if steps else 0
     merged = operation.kind is Kind.MERGE
+    stages = stage_parameters(plan, node)
     return Explanation(
         name=name,
         shape=graph.shape(node),
@@ -158,7 +162,8 @@ def explain(plan: Plan, name: str) -> Explanation:
         nbytes=graph.nbytes(node),
         how=operation.kind.value,
         method=operation.method,
-        parameters=dict(operation.parameters),
+        parameters=stages[0].parameters if len(stages) == 1 else {each.label: each.parameters for each in stages},
+        stages=stages,
         slice=slice_of(plan, name),
         sources=_sources(plan, node, operation),
         passes=operation.passes,
@@ -252,13 +257,16 @@ def _missing_tensor(plan: Plan, name: str) -> str:
 
 
 def nearest_names(name: str, names: Sequence[str]) -> list[str]:
-    """Return up to three names that end with `name` or contain it, or else resemble it.
+    """Return up to three names that end with `name`, contain it or contain its parts in order, or else resemble it.
 
-    Names that differ only in their numbers are compared once: there can be 90,000.
+    Names that resemble it much less than the nearest one are left out. Names that differ only in their numbers are
+    compared once: there can be 90,000.
     """
-    near = [other for other in names if other.endswith(name)] or [other for other in names if name in other]
-    if near:
-        return near[:_NAMES]
+    parts = re.compile(r"(?:.*\.)?" + r"\.(?:.*\.)?".join(map(re.escape, name.split("."))) + r"(?:\..*)?")
+    for matches in (lambda other: other.endswith(name), lambda other: name in other, parts.fullmatch):
+        near = [other for other in names if matches(other)]
+        if near:
+            return near[:_NAMES]
     patterns: dict[str, list[str]] = {}
     for other in names:
         patterns.setdefault(_NUMBER.sub("*", other), []).append(other)
@@ -267,7 +275,10 @@ def nearest_names(name: str, names: Sequence[str]) -> list[str]:
     def differing_numbers(other: str) -> int:
         return sum(a != b for a, b in zip_longest(numbers, _NUMBER.findall(other)))
 
-    close = get_close_matches(_NUMBER.sub("*", name), patterns, n=_NAMES, cutoff=0.5)
+    wanted = _NUMBER.sub("*", name)
+    close = get_close_matches(wanted, patterns, n=_NAMES, cutoff=0.5)
+    ratios = [SequenceMatcher(None, pattern, wanted).ratio() for pattern in close]
+    close = [pattern for pattern, ratio in zip(close, ratios, strict=True) if 1 - ratio <= 2 * (1 - ratios[0])]
     return [min(patterns[pattern], key=differing_numbers) for pattern in close]
 
 
@@ -285,8 +296,8 @@ def explanation_sections(explanation: Explanation) -> list[Section]:
     if explanation.slice is not None:
         sections.append(_slice(explanation.slice))
     sections.append(_sources_section(explanation))
-    if explanation.parameters:
-        sections.append(_parameters(explanation))
+    several = len(explanation.stages) > 1
+    sections += [values_section(values, several=several) for values in explanation.stages if values.parameters]
     sections += [_work(explanation), _destinations(explanation)]
     return sections
 
@@ -330,20 +341,6 @@ def _sources_section(explanation: Explanation) -> Section:
     )
     header = ("model", "tensor", "dtype", "shape", "size", "offset", "file", "read")
     return Section("Sources", grid=Grid(header, rows, frozenset(("size", "offset", "read"))))
-
-
-def _parameters(explanation: Explanation) -> Section:
-    shared = {name: value for name, value in explanation.parameters.items() if not isinstance(value, tuple)}
-    per_source = {name: value for name, value in explanation.parameters.items() if isinstance(value, tuple)}
-    grid = None
-    if per_source:
-        rows = tuple(
-            (source.model, *("base" if source.base else format_value(value[index]) for value in per_source.values()))
-            for index, source in enumerate(explanation.sources)
-            if all(index < len(value) for value in per_source.values())
-        )
-        grid = Grid(("model", *per_source), rows, frozenset(per_source))
-    return Section("Parameters", [(name, format_value(value)) for name, value in shared.items()], grid)
 
 
 def _work(explanation: Explanation) -> Section:

@@ -1,12 +1,14 @@
-"""Describes parameters with filters and gradients: how many tensors use each value."""
+"""Describes parameters: the values of one tensor, and how many tensors use each value of a filter or gradient."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..engine.recipe.parameters import gradient_value
 from ..io.units import listed, plural
-from .sections import Section
+from ..methods.kernel.composition import Composition
+from .sections import Grid, Section
 
 if TYPE_CHECKING:
     from ..engine.recipe.parameter_uses import ParameterUse, Use
@@ -15,6 +17,83 @@ if TYPE_CHECKING:
 
 _PARAMETERS = 12
 _NAMES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StageParameters:
+    """The parameters of one stage's method for one output tensor.
+
+    Args:
+        label: the method, numbered if the tensor goes through several stages: ``0. slerp``.
+        method: the method, numbered only if the tensor goes through two stages with the same one.
+        stage: name of the stage; None if it has none, or if the recipe has only one stage.
+        parameters: value of each parameter after gradients and filters; a tuple has one value for each source.
+        sources: names of the models and stages that the sources belong to.
+        base: index of the base model in `sources`, or None.
+    """
+
+    label: str
+    method: str
+    stage: str | None
+    parameters: dict[str, Any]
+    sources: tuple[str, ...]
+    base: int | None
+
+
+def stage_parameters(plan: Plan, node: int) -> tuple[StageParameters, ...]:
+    """Return the parameters of a node, for each stage that its sources go through, in order."""
+    graph = plan.built.graph
+    operation = graph.operation(node)
+    models = [graph.models[graph.read_models[read]] for read in graph.node_sources[node]]
+    if not isinstance(operation.kernel, Composition):
+        method, own = operation.method, dict(operation.parameters)
+        return (StageParameters(method, method, _stage_of(plan, method), own, tuple(models), operation.base),)
+    methods = [label.partition(". ")[2] for label, _ in operation.parameters]
+    names = [_stage_of(plan, method) for method in methods]
+    results = [name or label for (label, _), name in zip(operation.parameters, names, strict=True)]
+    return tuple(
+        StageParameters(
+            label,
+            method if methods.count(method) == 1 else label,
+            name,
+            dict(own),
+            tuple(models[source] if source >= 0 else results[~source] for source in part.sources),
+            part.kernel.inputs.base,
+        )
+        for (label, own), method, name, part in zip(
+            operation.parameters, methods, names, operation.kernel.parts, strict=True
+        )
+    )
+
+
+def _stage_of(plan: Plan, method: str) -> str | None:
+    """Return the name of the only stage with a method; None if several have it, or if the recipe has one stage."""
+    if len(plan.recipe.stages) == 1:
+        return None
+    names = [stage.name for stage in plan.recipe.stages if stage.merge_method == method]
+    return names[0] if len(names) == 1 else None
+
+
+def values_section(values: StageParameters, *, several: bool) -> Section:
+    """Return the parameters of a tensor: those that all sources share, and a table of the others.
+
+    Args:
+        values: parameters of one stage.
+        several: whether the tensor goes through several stages, so the title names this one.
+    """
+    shared = {name: value for name, value in values.parameters.items() if not isinstance(value, tuple)}
+    per_source = {name: value for name, value in values.parameters.items() if isinstance(value, tuple)}
+    grid = None
+    if per_source:
+        rows = tuple(
+            (model, *("base" if index == values.base else format_value(value[index]) for value in per_source.values()))
+            for index, model in enumerate(values.sources)
+            if all(index < len(value) for value in per_source.values())
+        )
+        grid = Grid(("model", *per_source), rows, frozenset(per_source))
+    of = f" of {values.method}" + (f", stage {values.stage}" if values.stage else "")
+    title = f"Parameters{of if several else ''}"
+    return Section(title, [(name, format_value(value)) for name, value in shared.items()], grid)
 
 
 def parameters_section(plan: Plan) -> Section | None:

@@ -36,18 +36,19 @@ def result_sections(result: Result) -> list[Section]:
         return []
     rehearsal = result.out is None
     moved = measured.bytes_read + measured.bytes_written  # 0 if earlier runs did everything, or it was reflinked
+    busiest = bottleneck(measured, gpu=_uses_gpu(plan))
     fields = [
         ("time", duration(measured.seconds)),
         *([("throughput", f"{rate(moved, measured.seconds)} read and written")] if moved else []),
-        ("read", _compare(measured.bytes_read + earlier.bytes_read, plan.bytes_read)),
+        ("read", _compare(measured.bytes_read, plan.bytes_read, earlier.bytes_read)),
         (
             "discarded" if rehearsal else "written",
-            _compare(measured.bytes_written + earlier.bytes_written, plan.bytes_written),
+            _compare(measured.bytes_written, plan.bytes_written, earlier.bytes_written),
         ),
         *_reflink_fields(result),
         *([("layers", layers_text(plan))] if plan.built.matched_by_name else []),
         *_memory_fields(result),
-        *([("bottleneck", bottleneck(measured, gpu=_uses_gpu(plan)))] if moved else []),
+        *([("bottleneck", busiest)] if moved and busiest else []),
         *_estimate_fields(result),
     ]
     lanes = tuple(
@@ -69,7 +70,7 @@ def _reflink_fields(result: Result) -> Iterator[tuple[str, str]]:
     """Describe what was reflinked, and why the other copied tensors were not."""
     plan, measured = result.plan, result.measured
     if plan.bytes_shared:
-        yield "reflinked", _compare(measured.bytes_shared + result.earlier.bytes_shared, plan.bytes_shared)
+        yield "reflinked", _compare(measured.bytes_shared, plan.bytes_shared, result.earlier.bytes_shared)
     for reason, nbytes in plan.unshared:
         yield "not reflinked", f"{data_size(nbytes)}: {reason}"
     for number, nbytes in measured.refused.items():
@@ -98,22 +99,23 @@ def _estimate_fields(result: Result) -> Iterator[tuple[str, str]]:
         yield "estimate", f"{duration(estimate.seconds)} from assumed rates; the merge took {times} times as long"
 
 
-def _compare(measured: int, planned: int) -> str:
-    """Format measured bytes, with the planned bytes where they differ."""
-    if measured == planned:
-        return f"{data_size(measured)}, as planned"
-    return f"{measured:,} bytes; planned {planned:,}"
+def _compare(measured: int, planned: int, earlier: int) -> str:
+    """Format measured bytes, with the planned bytes where they differ, and those of earlier runs."""
+    before = f"; {data_size(earlier)} before this run" if earlier else ""
+    if measured + earlier == planned:
+        return f"{data_size(planned)}, as planned{before}"
+    return f"{measured + earlier:,} bytes; planned {planned:,}{before}"
 
 
 def bottleneck(measured: Measured, *, gpu: bool = False) -> str:
-    """Name the busiest lane, and what would make the merge faster.
+    """Name the busiest lane, and what would make the merge faster; empty if the merge was too short to find it.
 
     Args:
         measured: measurements of the merge.
         gpu: whether a GPU computed.
     """
     if measured.seconds < _MIN_SECONDS or not measured.lanes:
-        return "unknown: the merge was too short to measure"
+        return ""
     name, lane = max(measured.lanes.items(), key=lambda item: _busy(item[1], measured))
     share = _busy(lane, measured)
     if share < _BUSY:

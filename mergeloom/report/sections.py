@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 _INDENT = 2
 _GAP = 3  # between the columns of a table
+_MAX_LABEL = 24
+"""The widest label that has its value next to it; below a wider one, the value has a line of its own."""
 _MIN_COLUMN = 12
 """The width in which a text column of a table is readable."""
-_MAX_LABEL = 28
-"""The width of the longest label that others are aligned with: a label with the path of a model would squeeze them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def plain(sections: Sequence[Section]) -> str:
     blocks = []
     for section in sections:
         block = [clean(section.title)]
-        block += [f"  {clean(label):{width}}  {clean(value)}".rstrip() for label, value in section.fields]
+        block += [line for label, value in section.fields for line in _field(clean(label), clean(value), width)]
         block += [f"  {row}" for row in _aligned(section.grid)] if section.grid else []
         block += [f"  {part}".rstrip() for line in section.lines for part in clean(line).split("\n")]
         blocks.append("\n".join(block))
@@ -69,9 +69,16 @@ def plain(sections: Sequence[Section]) -> str:
 
 
 def _label_width(sections: Sequence[Section], limit: int) -> int:
-    """The width of the longest label that has at most `limit` characters."""
+    """Return the width of the labels' column: the same in all sections, and no wider than `limit`."""
     widths = (len(label) for section in sections for label, _ in section.fields)
-    return max((width for width in widths if width <= limit), default=0)
+    return max((width for width in widths if width <= limit), default=_INDENT)
+
+
+def _field(label: str, value: str, width: int) -> list[str]:
+    """Return the lines of a labeled value."""
+    if len(label) > width:
+        return [f"  {label}", f"  {'':{width}}  {value}".rstrip()]
+    return [f"  {label:{width}}  {value}".rstrip()]
 
 
 def _aligned(grid: Grid) -> list[str]:
@@ -158,23 +165,22 @@ def _stacked(grid: Grid) -> list[RenderableType]:
 
 
 def _renderables(section: Section, width: int, columns: int) -> list[RenderableType]:
-    """Return a section as rich renderables, with labels of `width`, or wider ones, on a terminal of `columns`."""
+    """Return a section as rich renderables, with labels of `width` on a terminal of `columns`."""
     from rich import box
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(clean(section.title), style="bold yellow" if section.warns else "bold")]
-    if section.fields:
-        longest = max(len(label) for label, _ in section.fields)
+    for label, value in section.fields:
         fields = Table.grid(padding=(0, 2))
-        fields.add_column(
-            style="cyan", width=width if longest <= width else min(longest, columns // 2), overflow="fold"
-        )
+        fields.add_column(style="cyan", no_wrap=True, width=width)
         fields.add_column(overflow="fold")
-        for label, value in section.fields:
-            fields.add_row(Text(clean(label)), Text(clean(value)))
-        parts.append(Padding(fields, (0, 0, 0, 2)))
+        is_wide = len(label) > width
+        if is_wide:
+            parts.append(Padding(Text(clean(label), style="cyan"), (0, 0, 0, _INDENT)))
+        fields.add_row(Text("" if is_wide else clean(label)), Text(clean(value)))
+        parts.append(Padding(fields, (0, 0, 0, _INDENT)))
     if section.grid and not _fits(section.grid, columns):
         parts += _stacked(section.grid)
     elif section.grid:

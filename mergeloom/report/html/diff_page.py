@@ -11,7 +11,8 @@ from ...version import __version__
 from ..diff import headline, kinds_section, layers_section, measures, unpaired_sections
 from ..sections import Section
 from .heat_map import Scale, draw_heat_map, heat_key, heat_maps
-from .page import fill_template, section_html, tile
+from .origin import Origin
+from .page import fill_template, header_html, origin_rows, section_html, tile
 from .svg import text_of
 
 if TYPE_CHECKING:
@@ -20,14 +21,19 @@ if TYPE_CHECKING:
 _MAX_TABLE = 60  # rows of a table
 
 
-def make_diff_page(diff: Diff) -> str:
-    """Return the page as HTML."""
-    return fill_template(headline(diff), "\n".join(_parts(diff)))
+def make_diff_page(diff: Diff, origin: Origin | None = None) -> str:
+    """Return the page as HTML.
+
+    Args:
+        diff: comparison of two models.
+        origin: command, machine and date; None to leave them out.
+    """
+    return fill_template(headline(diff), "\n".join(_parts(diff, origin)))
 
 
-def _parts(diff: Diff) -> Iterator[str]:
+def _parts(diff: Diff, origin: Origin | None) -> Iterator[str]:
     """Yield the parts of the page from top to bottom."""
-    yield f"<header><h1>{text_of(headline(diff))}</h1></header>"
+    yield header_html(headline(diff), "", origin_rows(origin))
     yield _tiles(diff)
     if diff.warnings:
         yield section_html(Section("Warnings", lines=diff.warnings, warns=True))

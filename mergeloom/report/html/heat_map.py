@@ -6,22 +6,23 @@ The size is bounded: at most `_MAX_ROWS` rows and `_MAX_COLUMNS` columns for eac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...engine.run.diff.result import Diff, Similarity, TensorDiff
 from ...engine.schedule.traffic import pattern_of
 from ...io.units import plural
 from ..diff import distance_text, measures
-from .svg import WIDTH, nice_number, svg, text_at, text_of
+from .svg import figure, is_narrow, nice_number, text_at, text_of
 
 _MAX_STACKS = 4
 _MAX_ROWS = 40
 _MAX_COLUMNS = 160
-_LEFT, _RIGHT = 300.0, 70.0  # for the names and the values of the rows
-_ROW = 20.0
+_LEFT, _RIGHT = 330.0, 70.0  # for the names and the values of the rows
+_ROW = 20.0  # height of the cells
+_NARROW_ROW = 42.0
 _MAX_CELL = 40.0
-_LETTERS = 46  # of a row's name
+_LETTERS = 42  # of a row's name
 _FAINTEST = 0.1  # opacity of the smallest distance
 
 
@@ -109,30 +110,44 @@ class Scale:
 
 def draw_heat_map(heat_map: HeatMap, scale: Scale | None) -> str:
     """Draw a heat map, with the numbers of the layers below and the distance of each row on its right."""
-    cell = min(_MAX_CELL, (WIDTH - _LEFT - _RIGHT) / len(heat_map.columns))
-    parts = []
+    tensors = plural(len(heat_map.rows), "kind of tensor", "kinds of tensors")
+    label = f"relative distance of {tensors}, {heat_map.stack or 'outside the layers'}"
+    height = {narrow: len(heat_map.rows) * (_NARROW_ROW if narrow else _ROW) for narrow in (False, True)}
+    below = 24 if heat_map.stack else 4
+    return figure(label, lambda width: (height[is_narrow(width)] + below, _elements(heat_map, scale, width)))
+
+
+def _elements(heat_map: HeatMap, scale: Scale | None, width: float) -> Iterator[str]:
+    """Yield the elements of a drawing. A narrow one has the name and the distance of each row above its cells."""
+    narrow = is_narrow(width)
+    left, room, height = (0.0, width, _NARROW_ROW) if narrow else (_LEFT, width - _LEFT - _RIGHT, _ROW)
+    cell = min(_MAX_CELL, room / len(heat_map.columns))
     for row, name in enumerate(heat_map.rows):
-        y = row * _ROW
-        parts.append(text_at(_LEFT - 10, y + 14, _shortened(name), "name", "end"))
-        value = measures(heat_map.totals[row])[0]
-        parts.append(text_at(_LEFT + cell * len(heat_map.columns) + 10, y + 14, value, "tick"))
+        y = row * height + 14
+        name_x, anchor = (0.0, "start") if narrow else (left - 10, "end")
+        yield text_at(name_x, y, _shortened(name), "name", anchor)
+        value_x, anchor = (width, "end") if narrow else (left + cell * len(heat_map.columns) + 10, "start")
+        yield text_at(value_x, y, measures(heat_map.totals[row])[0], "tick", anchor)
     for (row, column), similarity in heat_map.cells.items():
-        first, last = heat_map.columns[column]
-        place = f"layer {first}" if first == last else f"layers {first} to {last}"
-        place = f"{heat_map.rows[row]}, {place}" if heat_map.stack else heat_map.rows[row]
-        distance, cosine, equal = measures(similarity)
-        title = text_of(f"{place}\nrelative distance {distance}, cosine {cosine}, equal {equal}")
-        box = f'x="{_LEFT + column * cell:.1f}" y="{row * _ROW:g}" width="{cell:.1f}" height="{_ROW:g}"'
-        parts.append(f"<rect {box} {_fill(similarity, scale)}><title>{title}</title></rect>")
-    bottom = len(heat_map.rows) * _ROW
+        y = (row + 1) * height - _ROW
+        box = f'x="{left + column * cell:.1f}" y="{y:g}" width="{cell:.1f}" height="{_ROW:g}"'
+        title = "" if narrow else f"<title>{text_of(_title(heat_map, row, column, similarity))}</title>"
+        yield f"<rect {box} {_fill(similarity, scale)}>{title}</rect>"
     if heat_map.stack:
         step = nice_number(len(heat_map.columns) / 10)
         for column in range(0, len(heat_map.columns), step):
-            x = _LEFT + (column + 0.5) * cell
-            parts.append(text_at(x, bottom + 14, str(heat_map.columns[column][0]), "tick", "middle"))
-    tensors = plural(len(heat_map.rows), "kind of tensor", "kinds of tensors")
-    label = f"relative distance of {tensors}, {heat_map.stack or 'outside the layers'}"
-    return svg(bottom + (24 if heat_map.stack else 4), label, parts)
+            x = left + (column + 0.5) * cell
+            layer = heat_map.columns[column][0]
+            yield text_at(x, len(heat_map.rows) * height + 14, str(layer), "tick", "middle")
+
+
+def _title(heat_map: HeatMap, row: int, column: int, similarity: Similarity) -> str:
+    """The tooltip of a cell."""
+    first, last = heat_map.columns[column]
+    place = f"layer {first}" if first == last else f"layers {first} to {last}"
+    place = f"{heat_map.rows[row]}, {place}" if heat_map.stack else heat_map.rows[row]
+    distance, cosine, equal = measures(similarity)
+    return f"{place}\nrelative distance {distance}, cosine {cosine}, equal {equal}"
 
 
 def _fill(similarity: Similarity, scale: Scale | None) -> str:

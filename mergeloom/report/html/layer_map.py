@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...engine.graph.graph import Kind
+from ..parameters import StageParameters, stage_parameters
 
 if TYPE_CHECKING:
     from ...engine.model.inputs import Model
@@ -170,7 +171,7 @@ def _runs(links: list[tuple[int, int, int]]) -> Iterator[LayerRun]:
 
 
 _Key = tuple[str, int]
-"""A parameter and the source that its values belong to; -1 if all sources share them."""
+"""A parameter, with its stage if there are several, and the source of its values; -1 if all sources share them."""
 
 
 def curves(plan: Plan, limit: int = 12) -> list[Curve]:
@@ -200,13 +201,21 @@ def _layer_values(plan: Plan) -> tuple[dict[_Key, dict[str, dict[int, float]]], 
             continue
         if layer.index >= plan.built.layers:
             continue
-        sources = graph.node_sources[output.node]
-        for parameter, value in operation.parameters:
-            for place, one in enumerate(value) if isinstance(value, tuple) else ((-1, value),):
-                if (place >= 0 and place == operation.base) or not isinstance(one, (int, float)):
-                    continue
-                key = (parameter, place)
-                if 0 <= place < len(sources):
-                    names.setdefault(key, graph.models[graph.read_models[sources[place]]])
-                values.setdefault(key, {}).setdefault(layer.rest, {})[layer.index] = float(one)
+        for parameter, place, model, value in _numbers(
+            stage_parameters(plan, output.node), several=len(plan.recipe.stages) > 1
+        ):
+            key = (parameter, place)
+            names.setdefault(key, model)
+            values.setdefault(key, {}).setdefault(layer.rest, {})[layer.index] = value
     return values, names
+
+
+def _numbers(stages: Sequence[StageParameters], *, several: bool) -> Iterator[tuple[str, int, str, float]]:
+    """Yield the numeric parameters of a tensor: parameter and stage, source (-1 if shared), model or "", value."""
+    for stage in stages:
+        within = f" in {stage.stage or stage.method}" if several else ""
+        for parameter, value in stage.parameters.items():
+            for place, one in enumerate(value) if isinstance(value, tuple) else ((-1, value),):
+                if (place < 0 or place != stage.base) and isinstance(one, (int, float)):
+                    model = stage.sources[place] if 0 <= place < len(stage.sources) else ""
+                    yield f"{parameter}{within}", place, model, float(one)

@@ -19,6 +19,7 @@ from ...engine.schedule.traffic import bytes_of_reads, fixed_ram, output_names, 
 from ...io.units import data_size, duration, listed, memory_size, plural
 from ...version import __version__
 from ..alternatives import alternatives_section
+from ..parameters import parameters_section
 from ..plan import (
     headline,
     inputs_section,
@@ -96,6 +97,7 @@ def page_parts(
     for number, stack in enumerate(stacks):
         yield _layer_map(stack, non_layer_tensors if number == 0 else ())
     yield _parameters(plan)
+    yield _optional(parameters_section(plan))
     yield _memory(plan)
     if time is not None:
         yield _time(time)
@@ -156,13 +158,24 @@ def _table(grid: Grid) -> str:
 def _header(plan: Plan, title: str, origin: Origin | None) -> str:
     source = plan.recipe.source
     where = f"Plan of {text_of(source)}." if source is not None else "Plan."
-    rows = [] if origin is None else [("command", f"<code>{_cut(origin.command)}</code>")]
+    rows = origin_rows(origin)
     if plan.options.machine is not None:
-        rows.append(("planned for", text_of(other_machine(plan.options.machine))))
-    if origin is not None:
-        rows += [("machine", text_of(origin.machine)), ("date", text_of(origin.date))]
+        rows.insert(1 if rows else 0, ("planned for", text_of(other_machine(plan.options.machine))))
+    return header_html(title, f"<p>{where} Nothing has been merged yet.</p>", rows)
+
+
+def origin_rows(origin: Origin | None) -> list[tuple[str, str]]:
+    """Return the labels and values, as HTML, that say where a page comes from."""
+    if origin is None:
+        return []
+    command = f"<code>{_cut(origin.command)}</code>"
+    return [("command", command), ("machine", text_of(origin.machine)), ("date", text_of(origin.date))]
+
+
+def header_html(title: str, lead: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return the header of a page: its title, a lead and labeled values; lead and values are HTML."""
     facts = f"<dl>{''.join(f'<dt>{label}</dt><dd>{value}</dd>' for label, value in rows)}</dl>" if rows else ""
-    return f"<header><h1>{text_of(title)}</h1><p>{where} Nothing has been merged yet.</p>{facts}</header>"
+    return f"<header><h1>{text_of(title)}</h1>{lead}{facts}</header>"
 
 
 def _tiles(plan: Plan, destination: Destination | None, time: Estimate | None) -> str:

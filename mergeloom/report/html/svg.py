@@ -39,11 +39,6 @@ def figure(label: str, draw: Draw) -> str:
     return "".join(_svg(f"figure {kind}", width, *draw(width), label) for kind, width in drawings)
 
 
-def svg(height: float, label: str, parts: Iterable[str]) -> str:
-    """Return a drawing of the page's width that narrow windows scroll, with a label for screen readers."""
-    return _svg("figure scrolls", WIDTH, height, parts, label)
-
-
 def _svg(kind: str, width: float, height: float, parts: Iterable[str], label: str) -> str:
     return (
         f'<div class="{kind}"><svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{text_of(label)}" '

@@ -21,6 +21,7 @@ from mergeloom.engine.run.manifest import MANIFEST, read_manifest
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.verify import Verification, verify
 from mergeloom.errors import CheckpointError, MergeloomError, UsageError
+from mergeloom.io.hub import checkpoint as hub
 from mergeloom.io.output import clone as copying
 from mergeloom.io.output.lock import WORK
 from tests.support.merges.verified import SHAPES, Merge, append_byte, flip, forge, make_merge, position_of, problems
@@ -195,7 +196,7 @@ def test_sources_that_changed_or_are_missing(finished: Merge, tmp_path: Path) ->
     assert verdict.whole
     assert verdict.changed_sources == ()
     assert {found.tensor for found in verdict.unverified} == COPIED
-    assert all("there is no such" in found.reason or "not" in found.reason for found in verdict.unverified)
+    assert all(found.reason.startswith('no directory "') for found in verdict.unverified)
     assert len(verdict.missing_sources) == 1
     assert verdict.missing_sources[0].startswith(f"model.safetensors of {finished.models[0]}: ")
 
@@ -303,7 +304,7 @@ def test_the_command_lists_what_is_unverified(
 def test_sources_are_found_by_name_or_where_the_user_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The manifest has only the last component of a local path."""
+    """The manifest has only the end of a local path, and which models were local, so none is looked up on the Hub."""
     here = tmp_path / "models" / "a"
     other = tmp_path / "others" / "a"
     for number, model in enumerate((here, other)):
@@ -311,16 +312,24 @@ def test_sources_are_found_by_name_or_where_the_user_says(
     out = tmp_path / "out"
     slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]} for model in (here, other)]
     merge({"merge_method": "passthrough", "slices": slices}, out)
-    assert json.loads((out / MANIFEST).read_text())["models"] == ["a", "a#2"]
+    assert json.loads((out / MANIFEST).read_text())["models"] == ["models/a", "others/a"]
+    monkeypatch.setattr(hub, "find_repository", lambda *arguments: pytest.fail("a request to the Hub"))
     missing = verify(out, sources=True)
-    assert len(missing.missing_sources) == 2
-    assert "--model a=PATH says where it is" in missing.missing_sources[0]
-    found = verify(out, sources=True, models={"a": str(here), "a#2": str(other)})
+    assert missing.missing_sources == tuple(
+        f'model.safetensors of {name}: no directory "{name}" here; '
+        f"say where it is: mergeloom verify {out} --sources --model {name}=PATH"
+        for name in ("models/a", "others/a")
+    )
+    found = verify(out, sources=True, models={"models/a": str(here), "others/a": str(other)})
     assert (found.missing_sources, found.unverified, found.damaged) == ((), (), ())
-    assert __main__.main(["verify", str(out), "--sources", "--model", f"a={here}", "--model", f"a#2={other}"]) == 0
+    assert (
+        __main__.main(["verify", str(out), "--sources", "--model", f"models/a={here}", "--model", f"others/a={other}"])
+        == 0
+    )
     assert "could not be checked" not in capsys.readouterr().out
-    monkeypatch.chdir(here.parent)
+    other.parent.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
     assert len(verify(out, sources=True).missing_sources) == 1
     for arguments in (["--model", f"a={here}"], ["--sources", "--model", "a"], ["--sources", "--model", "b=x"]):
         assert __main__.main(["verify", str(out), *arguments]) == 2
-    assert "was not made from a model named b: its manifest names a, a#2" in capsys.readouterr().err
+    assert "was not made from a model named b: its manifest names models/a, others/a" in capsys.readouterr().err

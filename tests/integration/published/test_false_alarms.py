@@ -24,7 +24,7 @@ STRICT = Options(device="cpu", threads=1, max_ram=4 << 30, strict=True)
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"parameters": {"weight": 0.5}},
     "slerp": {"parameters": {"t": [0, 0.5, 1]}},
-    "ties": {"parameters": {"weight": 0.5, "density": 0.5}},
+    "ties": {"parameters": {"weight": 1, "density": 0.5}},
     "dare_ties": {"parameters": {"weight": 0.5, "density": 0.5}, "tokenizer_source": "base"},
     "arcee_fusion": {"tokenizer": {"source": "base"}},
 }

@@ -10,7 +10,7 @@ import yaml
 
 from mergeloom.engine.files.card import CardMethod, CardModel, model_card
 from mergeloom.engine.files.licenses import license_of
-from mergeloom.engine.files.published import published_recipe
+from mergeloom.engine.files.published import published_names, published_recipe
 
 RECIPE = """\
 models:
@@ -23,7 +23,7 @@ base_model: org/base
 chat_template: "{% if x %}</think>\\n{{ x }}/{{ y }}</s>{% endif %}"
 dtype: bfloat16
 """
-TUNE = CardModel("/home/me/checkpoints/my-tune/", local=True)
+TUNE = CardModel("/home/me/checkpoints/my-tune/", local="my-tune")
 OTHER = CardModel("org/other", revision="main")
 BASE = CardModel("org/base")
 
@@ -122,7 +122,7 @@ def test_text() -> None:
 def test_names_have_no_meaning_in_markdown(name: str) -> None:
     from markdown_it import MarkdownIt
 
-    text = card(name=name, models=[CardModel(f"/data/{name}", local=True), CardModel(f"org/{name}")], base_model=None)
+    text = card(name=name, models=[CardModel(f"/data/{name}", local=name), CardModel(f"org/{name}")], base_model=None)
     body = text.split("---\n", 2)[2]
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
     inline = [child for token in tokens for child in token.children or ()]
@@ -136,12 +136,18 @@ def test_names_have_no_meaning_in_markdown(name: str) -> None:
     assert metadata(text)["base_model"] == [f"org/{name}"]
 
 
+def test_the_card_says_where_local_models_belong() -> None:
+    place = "To repeat the merge, with this recipe in `mergekit_config.yml`{}:\n"
+    assert place.format(" and the local models under the names that it uses") in card(models=[TUNE, OTHER])
+    assert place.format("") in card(models=[OTHER])
+
+
 def test_same_arguments_same_text() -> None:
     assert card() == card()
 
 
 def test_recipe_stays_a_recipe() -> None:
-    shown = yaml.safe_load(published_recipe(RECIPE, [TUNE.path]))
+    shown = yaml.safe_load(published_recipe(RECIPE, published_names([TUNE.path])))
     original = yaml.safe_load(RECIPE)
     original["models"][0]["model"] = "my-tune"
     assert shown == original
@@ -164,7 +170,31 @@ def test_recipe_stays_a_recipe() -> None:
     ],
 )
 def test_no_path_of_this_machine(line: str, local: list[str], shown: str) -> None:
-    assert published_recipe(line, local) == shown
+    assert published_recipe(line, published_names(local)) == shown
+
+
+@pytest.mark.parametrize(
+    ("paths", "taken", "names"),
+    [
+        (["/data/tune", "base"], [], ["tune", "base"]),
+        (["x/model", "y/model"], [], ["x/model", "y/model"]),
+        (["/a/x/model", "/b/x/model", "/c/other"], [], ["a/x/model", "b/x/model", "other"]),
+        (["model", "x/model"], [], ["model", "x/model"]),
+        (["./tune", "tune", "x/../tune/"], [], ["tune", "tune", "tune"]),
+        (["tune", "../tune"], [], ["tune", "tune#2"]),
+        (["/x/org/model", "/y/stage"], ["org/model", "model", "stage"], ["x/org/model", "y/stage"]),
+        (["./stage"], ["stage"], ["stage#2"]),
+        (["../model", "model"], [], ["model#2", "model"]),
+    ],
+)
+def test_published_names_are_the_shortest_that_differ(paths: list[str], taken: list[str], names: list[str]) -> None:
+    assert published_names(paths, taken) == dict(zip(paths, names, strict=True))
+
+
+def test_a_published_name_is_not_taken_for_another_models_path() -> None:
+    text = "[{model: /data/x/tune}, {model: x/tune}, {model: ../tune}]"
+    names = {"/data/x/tune": "x/tune", "x/tune": "tune", "../tune": "tune#2"}
+    assert published_recipe(text, names) == "[{model: x/tune}, {model: tune}, {model: tune#2}]"
 
 
 def test_fences_in_the_recipe() -> None:

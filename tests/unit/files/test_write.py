@@ -153,6 +153,27 @@ def test_the_published_recipe_makes_the_same_model(tmp_path: Path, monkeypatch: 
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_inputs_with_equal_directory_names_are_published_under_different_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("x", "y")):
+        write_checkpoint(tmp_path / name / "tiny", tiny_llama(), fill=seed)
+    weights = {str(tmp_path / "x" / "tiny"): 0.75, str(tmp_path / "y" / "tiny"): 0.25}
+    models = [{"model": path, "parameters": {"weight": weight}} for path, weight in weights.items()]
+    said: list[str] = []
+    out = tmp_path / "out"
+    mergeloom.merge({"merge_method": "linear", "models": models}, out, device="cpu", say=said.append)
+    assert said[0] == f"directories have the same name: the recipe and the model card in {out} say x/tiny, y/tiny"
+    published = yaml.safe_load((out / "mergekit_config.yml").read_text())
+    assert [model["model"] for model in published["models"]] == ["x/tiny", "y/tiny"]
+    assert "- `x/tiny`\n- `y/tiny`\n" in (out / "README.md").read_text()
+    manifest = json.loads((out / "mergeloom.json").read_text())
+    assert (manifest["models"], manifest["local_models"]) == (["x/tiny", "y/tiny"], [0, 1])
+    monkeypatch.chdir(tmp_path)
+    mergeloom.merge("out/mergekit_config.yml", "again", device="cpu")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
 def test_the_plan_says_what_config_can_not(tmp_path: Path) -> None:
     base = tiny_llama(layers=4)
     model = write_checkpoint(tmp_path / "model", base, config=base.config | {"full_attention_interval": 4})

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
+from mergeloom import __main__
 from mergeloom.errors import CheckpointError, EnvironmentFailure, HubUnreachable, ModelNotFound
 from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, needed_files, open_hub_model
@@ -72,7 +73,7 @@ def test_no_such_model(hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: s
         hub.tokens.add(token)
         monkeypatch.setenv("HF_TOKEN", token)
     text = refused("acme/lama", error=ModelNotFound)
-    assert "acme/lama@main: there is no such directory here, and no such model" in text
+    assert "acme/lama: there is no such directory here, and no such model" in text
     assert ("your token has no access" in text) == bool(token)
 
 
@@ -102,6 +103,20 @@ def test_a_busy_hub_is_retried(
     hub.fail("GET /api/models/", status=status, headers=headers, times=2)
     hub.fail("GET /.*/resolve/.*safetensors$", status=status, headers=headers, times=3)
     assert len(open_hub_model(ID).files) == 14
+
+
+def test_a_missing_directory_is_named_as_it_was_typed(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """`merged` is hardly a model of the Hub: whether the Hub answers changes neither the exit code nor the problem."""
+    assert __main__.main(["inspect", "merged"]) == 4
+    said = capsys.readouterr().err
+    assert said.startswith("mergeloom: merged: there is no such directory here, and no such model at ")
+    hub.fail("GET /api/models/", status=429, headers={"Retry-After": "300"})
+    assert __main__.main(["inspect", "merged"]) == 4
+    asked = "merged: there is no such directory here; the Hub can't be asked for a model of this name"
+    assert capsys.readouterr().err == f"mergeloom: {asked}\n"
+    hub.fail("GET /api/models/", status=429, headers={"Retry-After": "300"})
+    assert __main__.main(["inspect", "acme/merged"]) == 5
+    assert capsys.readouterr().err.startswith("mergeloom: acme/merged: there is no such directory here: check the path")
 
 
 @pytest.mark.parametrize("headers", [{"Retry-After": "300"}, {"RateLimit": '"api";r=0;t=300'}])

@@ -95,9 +95,9 @@ class TestMisspelt:
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(UsageError, match=r"^org/expert-b@main: .*; did you mean the directory `org/expert-a`\?$"):
+        with pytest.raises(UsageError, match=r"^org/expert-b: .*; did you mean the directory `org/expert-a`\?$"):
             open_named("org/expert-b")
-        with pytest.raises(ModelNotFound, match=r"^org/zzz@main: .*; org contains expert-a$"):
+        with pytest.raises(ModelNotFound, match=r"^org/zzz: .*; org contains expert-a$"):
             open_named("org/zzz")
         with pytest.raises(ModelNotFound, match=r"^org/expert-b@v1: .*; org contains expert-a$"):
             open_named("org/expert-b@v1")
@@ -142,9 +142,7 @@ class TestRecipes:
     def test_a_missing_model_has_its_line_and_its_siblings(self, directory: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             mergeloom.plan(self.recipe(directory, "models/zzzzz"))
-        assert str(caught.value).startswith(
-            f"{directory}/r.yml:3: models[0].model: models/zzzzz@main: there is no such"
-        )
+        assert str(caught.value).startswith(f"{directory}/r.yml:3: models[0].model: models/zzzzz: there is no such")
         assert str(caught.value).endswith("; models contains base, llama-3-8b, v@2")
 
     def test_a_broken_link_is_not_suggested_for_itself(self, directory: Path) -> None:

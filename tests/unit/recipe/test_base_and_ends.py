@@ -23,7 +23,7 @@ base_model: base
 models:
   - model: base
     parameters: {weight: 0.3, density: 0.5}
-  - {model: a, parameters: {weight: 0.7, density: 0.5}}
+  - {model: a, parameters: {weight: 1, density: 0.5}}
 """
 
 

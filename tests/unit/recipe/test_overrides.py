@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mergeloom.engine.recipe.load import load_recipe
-from mergeloom.engine.recipe.overrides import override, uniform_layout
+from mergeloom.engine.recipe.overrides import override, recipe_difference, uniform_layout
 from mergeloom.engine.recipe.yaml import parse_yaml
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
@@ -185,7 +185,7 @@ LONG = "parameters={" + ", ".join(f"k{number}: 1" for number in range(40)) + "}"
             STAGES,
             ["first.merge_method=ties"],
             "r.yml with --set first.merge_method=ties: first.merge_method",
-            "ties needs a `base_model`, such as `base_model: a`",
+            "ties needs a `base_model` in addition to a",
         ),
         (
             "merge_method: linear\n",
@@ -249,3 +249,12 @@ def test_a_mistake_that_the_models_show_names_the_override(tmp_path: Path, monke
             (1, changes[1], "", "models/bsae"),
         )
     ]
+
+
+def test_a_difference_of_recipes_begins_with_what_it_says() -> None:
+    old = "# soup.yml\nmerge_method: linear\n\nmodels: [{model: a}]\n"
+    new = "merge_method: ties\nmodels: [{model: a}]  # one\n"
+    assert recipe_difference(old, new).startswith(": -merge_method: linear | ")
+    assert "# soup.yml" not in recipe_difference(old, new)
+    assert recipe_difference("# one\na: 1\n", "# two\na: 1\n") == ": -# one | +# two"
+    assert recipe_difference(old, old) == ""

@@ -131,7 +131,11 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("merge_method: ties\n" + MODELS, "r.yml:1: merge_method: ties needs a `base_model`"),
+            (
+                "merge_method: ties\n" + MODELS,
+                "r.yml:1: merge_method: ties needs a `base_model`, such as `base_model: a`",
+            ),
+            ("merge_method: ties\nmodels: [{model: a}]", "merge_method: ties needs a `base_model` in addition to a"),
             ("merge_method: ties\nbase_model: a\nmodels: [{model: a}]", "takes 1 or more models besides the base, got"),
             (
                 "merge_method: slerp\nbase_model: q\n" + MODELS,

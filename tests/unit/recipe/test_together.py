@@ -146,6 +146,34 @@ class TestWhatHasNoEffect:
     def test_other_methods_do_without_density(self, method: str) -> None:
         assert parse_built_in(self.RECIPE.format(method=method, settings="weight: 1")).warnings == ()
 
+    @pytest.mark.parametrize(
+        ("method", "settings", "model"),
+        [
+            ("ties", "weight: 0.3", "b"),
+            ("ties", "weight: [0.2, 1]", "b"),
+            ("ties", "weight: [{filter: mlp, value: 0.5}, {value: 1}]", "b"),
+            ("dare_ties", "weight: 0.3, density: 0.5", None),
+            ("ties", "weight: 1", None),
+            ("ties", "weight: [0, 1]", None),
+            ("task_arithmetic", "weight: 0.3", None),
+        ],
+    )
+    def test_a_lone_weight_that_cancels(self, method: str, settings: str, model: str | None) -> None:
+        warnings = parse_built_in(self.RECIPE.format(method=method, settings=settings)).warnings
+        found = [each.problem for each in warnings if "the weight of" in each.problem]
+        text = f"the weight of {model}, the only model, has no effect: {method} divides by the sum of the weights"
+        assert found == ([text] if model else [])
+
+    def test_a_lone_weight_is_scaled_where_normalize_says_so(self) -> None:
+        recipe = (
+            "merge_method: ties\nbase_model: a\nparameters: {{normalize: {}, weight: 0.3}}\nmodels: [{{model: b}}]\n"
+        )
+        assert parse_built_in(recipe.format("false")).warnings == ()
+        (warning,) = parse_built_in(recipe.format("true")).warnings
+        assert (warning.kind, warning.place) == (WarningKind.NO_EFFECT, ("merge_method",))
+        linear = "merge_method: linear\nmodels: [{model: b, parameters: {weight: 0.5}}]\n"
+        assert "the only model, has no effect: linear divides" in parse_built_in(linear).warnings[0].problem
+
 
 def test_a_negative_end_names_the_number_of_layers_of_a_local_model(llamas: dict[str, Path]) -> None:
     text = "merge_method: passthrough\nslices:\n- sources:\n  - {{model: {}, layer_range: [0, -1]}}\n"

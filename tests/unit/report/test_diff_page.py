@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from mergeloom.engine.run.diff.result import Diff, NotCompared, Similarity
 from mergeloom.report.html.diff_page import make_diff_page
 from mergeloom.report.html.heat_map import Scale, heat_key, heat_maps
+from mergeloom.report.html.origin import Origin
 from tests.unit.diff.references import made_diff, made_tensor
 from tests.unit.report.pages import Page, check_self_contained
 
@@ -33,8 +35,9 @@ def cells(page: Page) -> list[dict[str, str | None]]:
 def test_a_cell_for_each_layer_and_kind() -> None:
     page = check_self_contained(make_diff_page(layered(6, 3)))
     found = cells(page)
-    assert len(found) == 6 * 3 + 1
-    opacities = [float(cell["fill-opacity"] or 0) for cell in found[:-1]]
+    assert len(found) == 2 * (6 * 3 + 1)  # for wide and for narrow windows
+    opacities = [float(cell["fill-opacity"] or 0) for cell in found[: 6 * 3]]
+    assert [float(cell["fill-opacity"] or 0) for cell in found[6 * 3 : -2]] == opacities
     assert opacities[0] == min(opacities) == 0.1
     assert max(opacities) == 1.0
     assert opacities[:6] == sorted(opacities[:6])
@@ -42,8 +45,8 @@ def test_a_cell_for_each_layer_and_kind() -> None:
     assert "k2.weight, layer 5\nrelative distance 0.008, cosine 0.500000, equal 0%" in page.text
     labels = [attrs["aria-label"] for attrs in page.all("svg")]
     assert labels == [
-        "relative distance of 3 kinds of tensors, model.layers",
-        "relative distance of 1 kind of tensor, outside the layers",
+        *["relative distance of 3 kinds of tensors, model.layers"] * 2,
+        *["relative distance of 1 kind of tensor, outside the layers"] * 2,
     ]
     for text in ("look at this", "Layers", "Kinds of tensors", "a (A) and b (B): different, 19 tensors compared"):
         assert text in page.text
@@ -59,7 +62,32 @@ def test_lists_are_on_the_page() -> None:
 def test_what_is_undefined_has_its_own_color() -> None:
     undefined = replace(made_tensor("w"), similarity=Similarity(100, 0, 0, 0.0, 1.0, 0.0, 1.0))
     page = Page(make_diff_page(made_diff(undefined, made_tensor("v"))))
-    assert [cell["class"] for cell in cells(page)] == ["heat undefined", "heat"]
+    assert [cell["class"] for cell in cells(page)] == ["heat undefined", "heat"] * 2
+
+
+def test_a_narrow_window_shows_all_layers() -> None:
+    """The names stand above their rows, so nothing has to be scrolled."""
+    text = make_diff_page(layered(160, 2))
+    (narrow, _) = re.findall(r'<div class="figure narrow"><svg viewBox="0 0 340 .*?</svg>', text)
+    cells = [
+        (float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"', narrow)
+    ]
+    assert len(cells) == 320
+    assert min(x for x, _ in cells) == 0
+    assert max(x + width for x, width in cells) == pytest.approx(340, abs=1)
+    assert re.search(r'<text x="0.0" y="14.0" class="name" text-anchor="start">k0.weight<', narrow)
+
+
+def test_the_header_says_where_the_page_comes_from() -> None:
+    origin = Origin("mergeloom diff a b --html <page>", "a machine, 2 cores", "2026-01-02 03:04 UTC")
+    header = make_diff_page(layered(1, 1), origin).partition("</header>")[0]
+    for part in (
+        "<dt>command</dt><dd><code>mergeloom diff a b --html &lt;page&gt;</code></dd>",
+        "<dt>machine</dt><dd>a machine, 2 cores</dd>",
+        "<dt>date</dt><dd>2026-01-02 03:04 UTC</dd>",
+    ):
+        assert part in header
+    assert "<dl>" not in make_diff_page(layered(1, 1)).partition("</header>")[0]
 
 
 def test_names_are_escaped() -> None:

@@ -103,6 +103,34 @@ def test_each_source_has_its_own_parameters(llamas: dict[str, Path]) -> None:
     assert f"{found.passes}: {found.passes - 1} reductions and the output" in text
 
 
+def test_each_stage_has_its_own_parameters(llamas: dict[str, Path]) -> None:
+    base, a = str(llamas["base"]), str(llamas["a"])
+    curve = slerp(llamas["base"], llamas["a"], T, name="curve")
+    tuned = [("curve", 0.75, 0.5), (a, 0.5, 0.25)]
+    models = [{"model": name, "parameters": {"weight": w, "density": d}} for name, w, d in tuned]
+    recipe = [curve, {"merge_method": "ties", "base_model": base, "models": models}]
+    found = explain(mergeloom.plan(recipe, device="cpu"), "model.layers.1.input_layernorm.weight")
+    text = plain(explanation_sections(found))
+    width = max(len(base), len(a))
+    first, second = text[text.index("Parameters of slerp") : text.index("\n\nWork")].split("\n\n")
+    assert first.startswith("Parameters of slerp, stage curve\n  t ")
+    assert first.splitlines()[1].split() == ["t", "0.25"]
+    assert second.splitlines()[0] == "Parameters of ties"
+    assert second.splitlines()[-4:] == [
+        f"  {'model':{width}}  weight  density",
+        f"  {'curve':{width}}    0.75      0.5",
+        f"  {a:{width}}     0.5     0.25",
+        f"  {base:{width}}    base     base",
+    ]
+    content = json.loads(json.dumps(found.to_dict()))
+    assert content["parameters"]["0. slerp"]["t"] == 0.25
+    assert content["parameters"]["1. ties"]["weight"][:2] == [0.75, 0.5]
+    assert [(stage["stage"], stage["sources"], stage["base"]) for stage in content["stages"]] == [
+        ("curve", [base, a], 0),
+        (None, ["curve", a, base], 2),
+    ]
+
+
 @pytest.mark.parametrize(("layer", "number", "source", "position"), [(0, 1, 0, 0.0), (2, 1, 2, 1.0), (4, 2, 2, 0.5)])
 def test_the_slice_of_a_layer(layer: int, number: int, source: int, position: float, llamas: dict[str, Path]) -> None:
     found = explained(stacked((llamas["a"], (0, 3)), (llamas["b"], (1, 4))), UP.format(layer)).slice
@@ -159,6 +187,10 @@ def test_names_that_are_near(llamas: dict[str, Path]) -> None:
         explained(recipe, "zzz")
     with pytest.raises(UsageError, match=r"model\.layers\."):
         explained(recipe, "layers.0")
+    with pytest.raises(UsageError, match=r"did you mean model\.layers\.2\.mlp\.up_proj\.weight\?$"):
+        explained(recipe, "layers.2.up_proj")
+    with pytest.raises(UsageError, match=r"did you mean model\.layers\.2\.self_attn\.q_proj\.weight\?$"):
+        explained(recipe, "model.layers.2.self_attn.q_proj.weigth")
 
 
 def test_a_tensor_that_is_not_in_the_output_has_a_reason(llamas: dict[str, Path]) -> None:

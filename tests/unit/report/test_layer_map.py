@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import mergeloom
 from mergeloom.report.html.layer_map import LayerRun, curves, stack_maps
 from tests.conftest import MakeModel
@@ -82,3 +84,13 @@ def test_each_model_has_its_own_curve(llamas: dict[str, Path]) -> None:
     assert (curve.parameter, curve.model) == ("weight", str(llamas["b"]))
     assert curve.values[0] == 0.1
     assert curves(mergeloom.plan(linear(llamas["a"], llamas["b"]))) == []
+
+
+def test_curves_of_a_stage_name_it(llamas: dict[str, Path]) -> None:
+    t = [{"filter": "mlp", "value": [0.2, 0.8]}, {"value": 0.5}]
+    curve = slerp(llamas["base"], llamas["a"], t, name="x")
+    last = task_vectors("ties", llamas["base"], Path("x"), llamas["b"])
+    first, second = sorted(curves(mergeloom.plan([curve, last])), key=lambda each: each.values[0] or 0)
+    assert (first.parameter, second.parameter) == ("t in x", "t in x")
+    assert first.values == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert set(second.values) == {0.5}

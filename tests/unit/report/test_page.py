@@ -52,7 +52,15 @@ def full_page(llamas: dict[str, Path], tmp_path: Path) -> str:
 def test_every_section_is_on_the_page(full_page: str) -> None:
     page = Page(full_page)
     for title in (
-        *("Layer map", "Parameters by layer", "Memory", "Time", "With other budgets", "Inputs"),
+        *(
+            "Layer map",
+            "Parameters by layer",
+            "Filters and gradients",
+            "Memory",
+            "Time",
+            "With other budgets",
+            "Inputs",
+        ),
         *("Largest tensors", "Work", "Output", "Warnings"),
     ):
         assert title in page.text, title

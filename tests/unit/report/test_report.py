@@ -18,6 +18,7 @@ from mergeloom.engine.graph.build import Unused
 from mergeloom.engine.run.merge import Result
 from mergeloom.engine.run.plan import Plan
 from mergeloom.engine.run.session import Earlier
+from mergeloom.io.units import data_size
 from mergeloom.report import result as report_result
 from mergeloom.report.plan import headline, plan_sections, plan_text
 from mergeloom.report.result import bottleneck, result_sections, result_text
@@ -161,21 +162,18 @@ def test_no_line_is_wider_than_the_terminal(
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_a_label_with_a_long_path_leaves_room_for_values(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_label_has_a_line_of_its_own(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "weight of models/long/tune-7"
+    sections = [Section("A", [("size", "1MB")]), Section("B", [("peak RAM", "2MiB"), (long, "0.5")])]
+    lines = ["A", "  size      1MB", "", "B", "  peak RAM  2MiB", f"  {long}", "            0.5"]
+    assert plain(sections) == "\n".join(lines)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(width))
-    path = "weight of /home/someone/models/with-a-long-name/and-a-longer-one-of-the-model"
-    sections = [Section("First", [("size", "1 2 3"), ("peak RAM", "4")]), Section("Second", [(path, "a value")])]
-    assert plain(sections) == f"First\n  size      1 2 3\n  peak RAM  4\n\nSecond\n  {path}  a value"
     stream = Terminal()
     show(sections, stream)
     printed = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
-    lines = [line.rstrip() for line in printed.splitlines()]
-    assert lines[1:3] == ["  size      1 2 3", "  peak RAM  4"]
-    assert lines[5].endswith("a value")
-    labels = "".join(line.removesuffix("a value").strip() for line in lines[5:])
-    assert labels.replace(" ", "") == path.replace(" ", "")
+    assert [line.rstrip() for line in printed.splitlines()] == lines
 
 
 def test_a_dumb_terminal_gets_plain_lines(llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +228,8 @@ def test_the_summary_has_no_rate_if_nothing_was_moved(llamas: dict[str, Path]) -
     labels = [label for label, _ in result_sections(result)[0].fields]
     assert labels == ["time", "read", "written", "peak RAM"]
     assert "B/s" not in result_text(result)
-    assert line_of(result_text(result), "written").endswith("as planned")
+    before = f", as planned; {data_size(earlier.bytes_written)} before this run"
+    assert line_of(result_text(result), "written").endswith(before)
 
 
 def test_the_summary_says_how_far_off_the_estimate_was(
@@ -310,5 +309,20 @@ def test_the_bottleneck_has_a_remedy(lane: str, gpu: bool, says: str) -> None:
 def test_no_bottleneck() -> None:
     lanes = {"read": LaneTime(2, 6.0, 14.0), "write": LaneTime(1, 5.0, 5.0)}
     assert bottleneck(Measured(seconds=10.0, lanes=lanes)).startswith("none: the busiest lane, write")
-    assert bottleneck(Measured(seconds=0.1, lanes=lanes)) == "unknown: the merge was too short to measure"
-    assert bottleneck(Measured()) == "unknown: the merge was too short to measure"
+    assert bottleneck(Measured(seconds=0.1, lanes=lanes)) == bottleneck(Measured()) == ""
+
+
+def test_the_summary_of_a_short_merge_names_no_bottleneck(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    assert "bottleneck" not in result_text(result_of(plan, seconds=0.2))
+
+
+def test_the_summary_of_a_resumed_merge_says_what_earlier_runs_did(llamas: dict[str, Path]) -> None:
+    plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
+    read, written = plan.schedule.bytes_read, plan.schedule.bytes_written
+    resumed = replace(
+        result_of(plan, bytes_read=read - 2000, bytes_written=written - 1000), earlier=Earlier(2000, 1000)
+    )
+    text = result_text(resumed)
+    assert line_of(text, "read").endswith(f"{data_size(read)}, as planned; 2KB before this run")
+    assert line_of(text, "written").endswith(f"{data_size(written)}, as planned; 1KB before this run")
