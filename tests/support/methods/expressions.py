@@ -34,7 +34,7 @@ from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import unregister
 from mergeloom.methods.kernel.spec import InputSpec
 
-SHAPES = ((300, 128), (83, 517), (70, 4, 128), (1 << 16,), (9, 4096), (40_001, 1), (6, 7), (1, 1), (5,), ())
+SHAPES = ((300, 128), (83, 517), (70, 4, 128), (1 << 16,), (40, 4096), (40_001, 1), (6, 7), (1, 1), (5,), ())
 """Most have several blocks; those of powers of two have several tiles for any method."""
 
 CONSTANTS = (0.0, -0.0, 1.0, -1.0, 2.0, 0.5, 0.1, -3.7, 1e-3, 1e30, 1e-50, 7)
