@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods import Array, Inputs, exp, host, log, maximum, minimum, single, sqrt, where, wide
+from mergeloom.methods import Array, Inputs, add, exp, host, log, maximum, minimum, single, sqrt, where, wide
 from mergeloom.methods.kernel.expression import MethodDefinitionError
 from tests.support.methods import oracle
 from tests.support.methods.expressions import kernel_of
@@ -81,13 +81,31 @@ def test_an_expression(name: str, finite: bool, shape: tuple[int, ...]) -> None:
 
 def test_columns_in_float64() -> None:
     """Several lists of columns in one tile are not mixed up."""
-    x = values((40, 64), finite=True).double()
-    found = run_kernel(
-        kernel_of(lambda t: t.column_sum(t.models[0]) * t.models[1] - t.column_sum(t.models[1]), 2, None, (40, 64)),
-        [x, x * 3],
-    ).output
-    first, second = (sums.float().double() for sums in (x.sum(0), (x * 3).sum(0)))
-    assert torch.allclose(found, first * x * 3 - second, rtol=1e-6)
+    inputs = [values((40, 64), finite=True).double() * factor for factor in (1, 2, 3, 4)]
+    kernel = kernel_of(lambda t: add([t.column_sum(x) * x for x in t.models]), 4, None, (40, 64))
+    wanted = sum((x.sum(0).float() * x for x in inputs), torch.zeros(40, 64, dtype=torch.float64))
+    assert torch.allclose(run_kernel(kernel, inputs).output, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (lambda t, s: where(s > 0, 1.0, 2.0), 2.0),
+        (lambda t, s: where(s != s, 1.0, 2.0), 1.0),
+        (lambda t, s: where(s > 0, s, 3.0), 3.0),
+        (lambda t, s: 0.0 * t.other + where(~((s > 0) | (s <= 0)), 4.0, s), 4.0),
+        (lambda t, s: maximum(1.0 / s, -5.0), math.nan),
+        (lambda t, s: 1.0 / (t.count(t.other == 1) - 1.0), math.inf),
+    ],
+)
+@pytest.mark.parametrize("reduce", ["sum", "column_sum"])
+def test_scalars_and_columns_that_are_not_finite(
+    function: Callable[[Inputs, Array], Array], wanted: float, reduce: str
+) -> None:
+    """Comparisons with NaN are false except `!=`, and what `where` does not choose is lost."""
+    kernel = kernel_of(lambda t: 0.0 * t.other + function(t, getattr(t, reduce)(t.other)), 1, None, (2, 1))
+    found = run_kernel(kernel, [torch.tensor([[math.nan], [1.0]])]).output
+    assert found.flatten().tolist() == pytest.approx([wanted] * 2, nan_ok=True)
 
 
 @pytest.mark.parametrize(
