@@ -30,11 +30,12 @@ from mergeloom.methods import (
     where,
     wide,
 )
+from mergeloom.methods.kernel.expression import Extent
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import unregister
 from mergeloom.methods.kernel.spec import InputSpec
 
-SHAPES = ((300, 128), (83, 517), (70, 4, 128), (1 << 16,), (9, 4096), (40_001, 1), (6, 7), (1, 1), (5,), ())
+SHAPES = ((300, 128), (83, 517), (70, 4, 128), (1 << 16,), (40, 4096), (40_001, 1), (6, 7), (1, 1), (5,), ())
 """Most have several blocks; those of powers of two have several tiles for any method."""
 
 CONSTANTS = (0.0, -0.0, 1.0, -1.0, 2.0, 0.5, 0.1, -3.7, 1e-3, 1e30, 1e-50, 7)
@@ -48,19 +49,24 @@ FUNCTIONS: Sequence[Callable[..., float]] = (
 )
 
 
-def random_kernel(seed: int, count: int, base: int | None, shape: tuple[int, ...]) -> Kernel:
-    """The kernel of a random method."""
+def kernel_of(function: Callable[[Inputs], Array], count: int, base: int | None, shape: tuple[int, ...]) -> Kernel:
+    """The kernel of a function of the inputs, which is a merge method only while it is traced."""
 
-    def function(t: Inputs) -> Array:
-        """A random method."""
-        return Expressions(random.Random(seed), t).element(4)
+    def method(t: Inputs) -> Array:
+        """A method under test."""
+        return function(t)
 
-    name = f"random expression {seed}"
-    merge_method(name, base=Base.OPTIONAL)(function)
+    name = "a method under test"
+    merge_method(name, base=Base.OPTIONAL)(method)
     try:
         return merge_methods()[name].kernel(InputSpec(count, base, shape), {})
     finally:
         unregister(name)
+
+
+def random_kernel(seed: int, count: int, base: int | None, shape: tuple[int, ...]) -> Kernel:
+    """The kernel of a random method."""
+    return kernel_of(lambda t: Expressions(random.Random(seed), t).element(4), count, base, shape)
 
 
 def hard_inputs(seed: int, count: int, shape: tuple[int, ...], *, finite: bool) -> list[torch.Tensor]:
@@ -130,9 +136,14 @@ class Expressions:
             lambda: self.arithmetic(self.row(d), self.column(d)) + self.leaf(),
             lambda: add([self.element(d), self.any(d), self.leaf()]),
             lambda: mean([self.element(d), self.leaf(), self.leaf()]),
-            lambda: t.row_rank(self.element(d)),
+            lambda: t.row_rank(self.whole(d)),
             lambda: clamp(self.element(d), self.draw.choice(CONSTANTS), self.scalar(d)),
         )
+
+    def whole(self, depth: int) -> Array:
+        """As `element`, also where a factor of 0 leaves an expression with one value per row or column."""
+        x = self.element(depth)
+        return x + self.leaf() if x.node.extent in (Extent.ROW, Extent.COLUMN) else x
 
     def leaf(self) -> Array:
         """An input, random numbers or the index."""
@@ -152,7 +163,7 @@ class Expressions:
 
     def flag(self, depth: int) -> Array:
         """A comparison with any extent."""
-        t, d = self.t, depth - 1
+        d = depth - 1
         if depth <= 0:
             return self.compare(self.leaf(), self.draw.choice(CONSTANTS))
         return self.choose(  # type: ignore[no-any-return]
@@ -163,7 +174,7 @@ class Expressions:
             lambda: self.flag(d) & self.flag(d),
             lambda: self.flag(d) | self.flag(d),
             lambda: ~self.flag(d),
-            lambda: self.largest(self.element(d)),
+            lambda: self.largest(self.whole(d)),
             lambda: self.largest(self.leaf()) & ~self.largest(self.leaf()),
         )
 
@@ -209,11 +220,11 @@ class Expressions:
         if depth <= 0:
             return t.sum(self.leaf())
         return self.choose(  # type: ignore[no-any-return]
-            lambda: t.sum(self.element(d)),
-            lambda: t.sum(self.element(d) * self.leaf()),
-            lambda: t.count(self.compare(self.element(d), self.any(d))),
-            lambda: t.count(self.largest(self.element(d))),
-            lambda: t.kth_largest(self.element(d), self.draw.randint(1, t.size)),
+            lambda: t.sum(self.whole(d)),
+            lambda: t.sum(self.whole(d) * self.leaf()),
+            lambda: t.count(self.compare(self.whole(d), self.element(d))),
+            lambda: t.count(self.largest(self.whole(d))),
+            lambda: t.kth_largest(self.whole(d), self.draw.randint(1, t.size)),
             lambda: self.called([self.scalar(d), t.sum(self.leaf())]),
             lambda: self.arithmetic(self.scalar(d), self.draw.choice(CONSTANTS)),
             lambda: self.unary(self.scalar(d)),
@@ -226,8 +237,8 @@ class Expressions:
         if depth <= 0:
             return t.row_sum(self.leaf())
         return self.choose(  # type: ignore[no-any-return]
-            lambda: t.row_sum(self.element(d)),
-            lambda: t.row_max(self.element(d)),
+            lambda: t.row_sum(self.whole(d)),
+            lambda: t.row_max(self.whole(d)),
             lambda: self.arithmetic(self.row(d), self.draw.choice([self.draw.choice(CONSTANTS), self.row(0)])),
             lambda: self.arithmetic(self.scalar(d), self.row(d)),
             lambda: self.extreme(self.row(d), self.row(0)),
@@ -243,7 +254,7 @@ class Expressions:
         if depth <= 0:
             return t.column_sum(self.leaf())
         return self.choose(  # type: ignore[no-any-return]
-            lambda: t.column_sum(self.element(d)),
+            lambda: t.column_sum(self.whole(d)),
             lambda: t.column_sum(wide(self.leaf())) - t.column_sum(wide(self.leaf()) * self.leaf()),
             lambda: self.arithmetic(self.column(d), self.draw.choice([self.draw.choice(CONSTANTS), self.column(0)])),
             lambda: self.arithmetic(self.scalar(d), self.column(d)),

@@ -24,8 +24,9 @@ import torch
 from mergeloom.methods.kernel.expression import Extent, HostCall, Node, Type
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.reductions import ColumnSum, Count, Selection, Sum, Target
+from tests.support.methods.oracle_numbers import Numbers, hashes, loaded, rounded, stored
 
-Numbers = np.ndarray[Any, Any]
+__all__ = ["evaluate", "hashes", "rounded", "stored"]
 
 COLUMNS = 1 << 11
 """Columns of a block that remain to be added in float64."""
@@ -47,48 +48,6 @@ def evaluate(
     """
     with np.errstate(all="ignore"):
         return Evaluation(inputs, key, positions or range(len(inputs))).output(kernel.output)
-
-
-# --- rounding --------------------------------------------------------------------------------------------------------
-
-
-def stored(values: Numbers, dtype: torch.dtype) -> bytes:
-    """Numbers rounded once, with the canonical NaN of the dtype, as little-endian bytes."""
-    nearest = rounded(values, dtype)
-    if dtype is torch.float64:
-        bits, nan = nearest.view(np.uint64), np.uint64(0x7FF8_0000_0000_0000)
-    elif dtype is torch.float16:
-        bits, nan = nearest.astype(np.float16).view(np.uint16), np.uint16(0x7E00)
-    else:
-        bits, nan = nearest.astype(np.float32).view(np.uint32), np.uint32(0x7FC0_0000)
-    bits = np.where(np.isnan(nearest), nan, bits)
-    return (bits >> np.uint32(16)).astype(np.uint16).tobytes() if dtype is torch.bfloat16 else bits.tobytes()
-
-
-def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:
-    """The nearest numbers of a dtype as float64; of two equally near ones, the one whose last bit is 0."""
-    wide = np.array(values, dtype=np.float64)
-    if dtype is torch.float64:
-        return wide
-    precision, lowest, beyond = {
-        torch.bfloat16: (8, -133, 128),
-        torch.float16: (11, -24, 16),
-        torch.float32: (24, -149, 128),
-    }[dtype]
-    with np.errstate(all="ignore"):
-        _, exponents = np.frexp(wide)
-        last = np.maximum(exponents - precision, lowest)  # exponent of a unit in the last place
-        nearest = np.ldexp(np.rint(np.ldexp(wide, -last)), last)
-    nearest = np.where(np.isfinite(wide), nearest, wide)
-    return np.where(np.abs(nearest) >= 2.0**beyond, np.copysign(np.inf, nearest), nearest)
-
-
-def loaded(tensor: torch.Tensor, work: Any) -> Numbers:
-    """The values of an input in the work dtype, which is exact."""
-    if tensor.dtype is torch.bfloat16:
-        bits = tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(work)
-    return tensor.numpy().astype(work)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -127,8 +86,8 @@ class Evaluation:
             return SPECIAL[op](self, node)
         if op in INTEGERS:
             return INTEGERS[op](*self._operands(node), np.int64(node.value))
-        result = OPERATIONS[op](*self._operands(node))
-        return result.astype(self._dtype(node.type), copy=False)
+        result = OPERATIONS[op](*self._operands(node)).astype(self._dtype(node.type), copy=False)
+        return np.broadcast_to(result, self.shape) if node.extent is Extent.ELEMENT else result
 
     def _dtype(self, type: Type) -> Any:
         wide, flag, integer = Type.WIDE, Type.FLAG, Type.INTEGER
@@ -352,40 +311,9 @@ class Ranking:
 
 def _keys(magnitudes: Numbers) -> Numbers:
     """Integers in the order of float32 magnitudes; all NaNs are equal and the largest."""
-    return np.where(np.isnan(magnitudes), (1 << 31) - 1, np.ascontiguousarray(magnitudes).view(np.int32)).astype(np.int64)
-
-
-# --- random numbers --------------------------------------------------------------------------------------------------
-
-
-def hashes(key: int, position: int, indices: Numbers) -> Numbers:
-    """The hash of each element's index as uint32.
-
-    lowbias32(i * step + low half of s), with the high half of s added between the two rounds, where s is a splitmix64
-    hash of the key, the position and the high half of i.
-    """
-    low, high = indices.astype(np.uint64) & _LOW, indices.astype(np.uint64) >> np.uint64(32)
-    result = np.zeros(indices.shape, dtype=np.uint32)
-    for period in np.unique(high):
-        seed = _splitmix(_splitmix(_splitmix(key) + position) + int(period))
-        x = (low * np.uint64(0x9E37_79B1) + np.uint64(seed & 0xFFFF_FFFF)) & _LOW
-        x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB_352D) + np.uint64(seed >> 32)) & _LOW
-        x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846C_A68B)) & _LOW
-        x = x ^ (x >> np.uint64(16))
-        result = np.where(high == period, x.astype(np.uint32), result)
-    return result
-
-
-_LOW = np.uint64(0xFFFF_FFFF)
-
-
-def _splitmix(x: int) -> int:
-    """The output of splitmix64 for a state."""
-    limit = 1 << 64
-    x = (x + 0x9E37_79B9_7F4A_7C15) % limit
-    x = (x ^ (x >> 30)) * 0xBF58_476D_1CE4_E5B9 % limit
-    x = (x ^ (x >> 27)) * 0x94D0_49BB_1331_11EB % limit
-    return x ^ (x >> 31)
+    return np.where(np.isnan(magnitudes), (1 << 31) - 1, np.ascontiguousarray(magnitudes).view(np.int32)).astype(
+        np.int64
+    )
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
