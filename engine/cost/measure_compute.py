@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...methods.kernel.kernel import Kernel
-    from ...methods.kernel.tile import Workspace
+    from ...methods.kernel.torch_backend.tile import Workspace
     from ..execute.compute import Piece
 
 SECONDS = 0.25
@@ -167,7 +167,7 @@ def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
     import torch
 
     from ...io.reading import Reader
-    from ...methods.kernel.tile import Workspace
+    from ...methods.kernel.torch_backend.tile import Workspace
     from ..execute.compute import Piece, torch_dtype
     from ..schedule.tiling import work_bytes
 

@@ -21,7 +21,7 @@ from ...io.safetensors.dtypes import DType
 from ...methods.kernel.composition import Composition
 from ...methods.kernel.kernel import Kernel
 from ...methods.kernel.spec import Unit
-from ...methods.kernel.tile import Workspace
+from ...methods.kernel.torch_backend.tile import Workspace
 from ..graph.footprint import Footprint, Line
 from ..graph.graph import Kind, MergeGraph, Operation
 

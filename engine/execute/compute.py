@@ -10,10 +10,10 @@ import torch
 
 from ...io.safetensors.dtypes import DType
 from ...methods.kernel.kernel import Kernel
-from ...methods.kernel.rounding import canonical_nans, round_into
 from ...methods.kernel.spec import Unit
-from ...methods.kernel.tile import Tile, Workspace
-from ...methods.kernel.torch_backend import Pass
+from ...methods.kernel.torch_backend.passes import Pass
+from ...methods.kernel.torch_backend.rounding import canonical_nans, round_into
+from ...methods.kernel.torch_backend.tile import Tile, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

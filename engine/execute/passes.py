@@ -135,7 +135,7 @@ class KernelRunner:
     def _workspace(self, thread: int, device: int) -> Any:
         import torch
 
-        from ...methods.kernel.tile import Workspace
+        from ...methods.kernel.torch_backend.tile import Workspace
 
         workspace = self._workspaces.get((thread, device))
         if workspace is None:

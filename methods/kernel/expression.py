@@ -88,7 +88,7 @@ class Node:
     """A value in an expression graph.
 
     Args:
-        op: name of the operation; see `torch_ops` for what each computes.
+        op: name of the operation; see `torch_backend.operations` for what each computes.
         args: operands.
         type: type of the elements.
         extent: what there is one value for.

@@ -16,7 +16,7 @@ from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
-from mergeloom.methods.kernel.tile import Tile
+from mergeloom.methods.kernel.torch_backend.tile import Tile
 
 
 class Sum(Kernel):

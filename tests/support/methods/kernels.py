@@ -12,8 +12,8 @@ from torch import Tensor
 from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec, Unit
-from mergeloom.methods.kernel.tile import Tile, Workspace
-from mergeloom.methods.kernel.torch_backend import Pass
+from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
+from mergeloom.methods.kernel.torch_backend.passes import Pass
 
 
 @dataclass

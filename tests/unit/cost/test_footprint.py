@@ -25,7 +25,7 @@ from mergeloom.methods.elementwise import WeightedSum
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import merge_method, unregister
 from mergeloom.methods.kernel.spec import InputSpec
-from mergeloom.methods.kernel.tile import Tile, Workspace
+from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
 from tests.support.graphs import World
 from tests.support.methods.cases import CASES, Case
 

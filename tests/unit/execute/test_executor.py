@@ -26,7 +26,7 @@ from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.methods.kernel.spec import InputSpec
-from mergeloom.methods.kernel.tile import Tile
+from mergeloom.methods.kernel.torch_backend.tile import Tile
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
 from tests.support.graphs import KERNELS, Sum, World

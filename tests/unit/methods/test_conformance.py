@@ -184,7 +184,7 @@ def test_bytes_do_not_depend_on_the_instruction_set(level: str) -> None:
 
 def test_paths_of_other_devices_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = digests(skip=DEVICE_BOUND)
-    for module in ("kernel.selection", "kernel.block_sums", "kernel.ops", "sparsify", "fusion"):
+    for module in ("kernel.selection", "kernel.torch_backend.block_sums", "kernel.ops", "sparsify", "fusion"):
         monkeypatch.setattr(f"mergeloom.methods.{module}.on_cpu", lambda tensor: False)
     assert digests(skip=DEVICE_BOUND) == usual
 

@@ -20,9 +20,9 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule import schedule
 from mergeloom.methods import Array, exp, log, merge_methods
 from mergeloom.methods.kernel.composition import Composition, Part
-from mergeloom.methods.kernel.hashing import hashes
+from mergeloom.methods.kernel.torch_backend.hashing import hashes
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.rounding import canonical_nans, round_into
+from mergeloom.methods.kernel.torch_backend.rounding import canonical_nans, round_into
 from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods import oracle
 from tests.support.methods.cases import CASES, Case, make

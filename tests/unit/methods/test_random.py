@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergeloom.methods.kernel import hashing, mask_ops
 from mergeloom.methods.kernel.spec import BLOCK
-from mergeloom.methods.kernel.tile import Workspace
+from mergeloom.methods.kernel.torch_backend.tile import Workspace
 from tests.support.methods.kernels import merge
 
 SIZE = 1_000_000

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergeloom.methods.kernel import selection
 from mergeloom.methods.kernel.selection import Selection, Target
-from mergeloom.methods.kernel.tile import Tile, Workspace
+from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
 
 BLOCK = 64
 

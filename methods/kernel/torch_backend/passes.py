@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..expression import Node
+from ..kernel import Kernel, State
+from ..reductions import ColumnSum, Count, Selection, Sum
+from ..selection import Search, sample_indices, start
 from . import counting
-from .expression import Node
-from .kernel import Kernel, State
-from .reductions import ColumnSum, Count, Selection, Sum
-from .selection import Search, sample_indices, start
+from .program_run import ProgramRun
 from .tile import Tile, Workspace
-from .torch_program import ProgramRun
 
 
 class Pass:

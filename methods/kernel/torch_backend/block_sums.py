@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .spec import BLOCK
+from ..spec import BLOCK
 from .tile import Workspace
 
 _JOINT = 1 << 11  # columns per block that remain until `partial` folds all sums of a tile at once

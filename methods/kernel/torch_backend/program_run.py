@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..expression import Extent, Node, Type
+from ..program import Instruction, Slot
+from ..reductions import ColumnSum, Count, Selection, Sum
 from . import counting
 from .block_sums import BlockSums, pairwise_fold
-from .expression import Extent, Node, Type
 from .hashing import hashes
-from .program import Instruction, Slot
-from .reductions import ColumnSum, Count, Selection, Sum
+from .operations import INTEGER_OPERATIONS, OPERATIONS
 from .rounding import round_into
 from .tile import Tile
-from .torch_ops import INTEGER_OPERATIONS, OPERATIONS
 
 if TYPE_CHECKING:
-    from .torch_backend import Pass
+    from .passes import Pass
 
 _DTYPES = {Type.WIDE: torch.float64, Type.FLAG: torch.bool, Type.INTEGER: torch.int64, Type.HASH: torch.int32}
 _SMALLEST = 2.0**-149  # the smallest float32
