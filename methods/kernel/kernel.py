@@ -92,8 +92,8 @@ class Kernel:
             if hasattr(reduction, "sampled"):
                 reduction.sampled = _by_element(node.args[0])
             reduction.bind(block)
-        alignments = {node.value.block for node in self.reduced}
-        return math.lcm(*alignments, columns if by_row else BLOCK)
+        blocks = {node.value.block for node in self.reduced}
+        return math.lcm(*blocks, columns) if by_row else math.lcm(*blocks or (BLOCK,))
 
     def __repr__(self) -> str:
         """One line with the method, the shape and the number of passes."""
