@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from .array import Array
+from .array import ALLOWED, Array
 from .expression import Extent, MethodDefinitionError, Node, Trace, Type
 from .kernel import Kernel
 from .language import Inputs
@@ -92,7 +92,7 @@ class Method:
         if not isinstance(result, Array):
             raise MethodDefinitionError(
                 f"{_line_in(self.function)}: merge method {self.name} must return an Array, such as t.base + x, and "
-                f"returns {type(result).__name__}"
+                f"returns {type(result).__name__}; allowed: {ALLOWED}"
             )
         return Kernel(inputs, _per_element(result.node, result.trace), (self, dict(parameters)))
 
@@ -183,12 +183,18 @@ def merge_method(
     """
 
     def register(function: F) -> F:
-        if name in _REGISTRY:
-            raise TypeError(f"a merge method {name!r} is already registered")
+        if not inspect.isfunction(function):
+            raise TypeError(f"merge method {name!r} must be a function of Inputs that returns an Array: {function!r}")
         doc = inspect.cleandoc(function.__doc__ or "")
-        if not doc:
-            raise TypeError(f"merge method {name!r} has no docstring")
         description, descriptions = split_docstring(doc)
+        try:
+            if name in _REGISTRY:
+                raise TypeError(f"a merge method {name!r} is already registered")
+            if not doc:
+                raise TypeError(f"merge method {name!r} has no docstring")
+            parameters = read_parameters(name, function, descriptions)
+        except (NameError, TypeError) as error:
+            raise TypeError(f"{_line_in(function)}: {error}") from error
         _REGISTRY[name] = Method(
             name=name,
             summary=description.split("\n", 1)[0],
@@ -198,7 +204,7 @@ def merge_method(
             minimum=minimum,
             maximum=maximum,
             absent=absent or (Absent.PRESENT if base is Base.NONE else Absent.BASE_PRESENT),
-            parameters=read_parameters(name, function, descriptions),
+            parameters=parameters,
             function=function,
         )
         return function
