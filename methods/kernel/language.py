@@ -230,8 +230,9 @@ class Inputs:
         """The k-th largest magnitude of the tensor, starting at 1, in float32.
 
         Raises:
-            MethodDefinitionError: the tensor has fewer than k elements, or k is less than 1.
+            MethodDefinitionError: the tensor has fewer than k elements, or k is less than 1 or no int.
         """
+        _require_int(k)
         if self.size and not 1 <= k <= self.size:
             raise definition_error(f"kth_largest takes k from 1 to the number of elements, {self.size}, and not {k}")
         threshold = self._target(x, Target(k, exact=False))
@@ -244,11 +245,18 @@ class Inputs:
 
         Args:
             x: an array. Magnitudes are compared in float32.
-            k: number of elements.
+            k: number of elements; below 1 none are chosen, and from the tensor's number of elements on all are.
             share: instead of `k`, the fraction of the elements other than 0.
+
+        Raises:
+            MethodDefinitionError: `k` is no int, or without `k`, the share is not between 0 and 1.
         """
-        if k is not None and not 0 < k < self.size:
-            return self._array(self.trace.constant(k > 0))
+        if k is not None:
+            _require_int(k)
+            if not 0 < k < self.size:
+                return self._array(self.trace.constant(k > 0))
+        elif share is None or not 0 <= share <= 1:
+            raise definition_error(f"largest takes a number of elements, or a share between 0 and 1, and not {share}")
         threshold = self._target(x, Target(k, share=1.0 if share is None else share))
         magnitudes = self.trace.unary("abs", self._element(x))
         return self._array(self.trace.node("selected", (magnitudes, threshold), Type.FLAG))
@@ -308,6 +316,11 @@ def _trace(*values: Any) -> Trace:
     if trace is None:
         raise definition_error("at least one operand must be an array")
     return trace
+
+
+def _require_int(k: object) -> None:
+    if not isinstance(k, int):
+        raise definition_error(f"the number of elements must be an int, such as int(0.2 * t.size), and not {k!r}")
 
 
 def _array(flags: Array) -> Array:
