@@ -15,6 +15,7 @@ ALLOWED = (
     "+ - * /, abs, sqrt, exp, log, comparisons, & | ~, where, minimum, maximum, clamp, sign, add, mean, uniform, "
     "index, sum, count, kth_largest, largest, row_sum, row_max, row_rank, column_sum, host"
 )
+KEPT = "an array of another tensor: methods cannot keep arrays between calls"
 
 
 def refuse(what: str) -> MethodDefinitionError:
@@ -179,7 +180,7 @@ def node_of(value: Any, trace: Trace) -> Node:
     """The node of an operand. Raises MethodDefinitionError for anything but an array of this trace or a number."""
     if isinstance(value, Array):
         if value.trace is not trace:
-            raise definition_error("an array of another tensor: methods cannot keep arrays between calls")
+            raise definition_error(KEPT)
         return value.node
     if isinstance(value, (bool, int, float)):
         return trace.constant(value)

@@ -197,9 +197,10 @@ class Inputs:
 
         A pure function of the seed, the output tensor's name, the model's position in the recipe and the element.
         """
-        if model.node.op != "load":
+        node = node_of(model, self.trace)
+        if node.op != "load":
             raise definition_error("uniform takes an input, such as one of t.models")
-        hashed = self.trace.node("hash", (), Type.HASH, Extent.ELEMENT, (model.node.value, None))
+        hashed = self.trace.node("hash", (), Type.HASH, Extent.ELEMENT, (node.value, None))
         return self._array(self.trace.node("fraction", (hashed,), Type.NUMBER))
 
     # --- reductions to one value -------------------------------------------------------------------------------------
@@ -213,11 +214,12 @@ class Inputs:
 
     def count(self, flags: Array) -> Array:
         """The number of elements for which a comparison holds."""
-        if flags.node.type is not Type.FLAG:
+        node = node_of(flags, self.trace)
+        if node.type is not Type.FLAG:
             raise refuse("count of an array that is not a comparison")
-        if flags.node.constant:
-            return self._constant(float(self.size if flags.node.value else 0))
-        return self._reduce(self._filled(flags.node), Count(), Type.WIDE)
+        if node.constant:
+            return self._constant(float(self.size if node.value else 0))
+        return self._reduce(self._filled(node), Count(), Type.WIDE)
 
     def column_sum(self, x: Array) -> Array:
         """The sum over the first dimension, for each index of the others: in fixed blocks, in float64."""

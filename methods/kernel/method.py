@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from .array import ALLOWED, Array
+from .array import ALLOWED, KEPT, Array
 from .expression import Extent, MethodDefinitionError, Node, Trace, Type
 from .kernel import Kernel
 from .language import Inputs
@@ -78,8 +78,9 @@ class Method:
             inputs = replace(inputs, base=None)
         self._check_inputs(inputs)
         arguments = {p.argument: self._argument(p, inputs, parameters) for p in self.parameters}
+        symbolic = Inputs(inputs)
         try:
-            result = self.function(Inputs(inputs), **arguments)
+            result = self.function(symbolic, **arguments)
         except MethodError as error:
             if error.index is not None:
                 error.index = inputs.others[error.index]
@@ -94,6 +95,8 @@ class Method:
                 f"{_line_in(self.function)}: merge method {self.name} must return an Array, such as t.base + x, and "
                 f"returns {type(result).__name__}; allowed: {ALLOWED}"
             )
+        if result.trace is not symbolic.trace:
+            raise MethodDefinitionError(f"{_line_in(self.function)}: merge method {self.name} returns {KEPT}")
         return Kernel(inputs, _per_element(result.node, result.trace), (self, dict(parameters)))
 
     def check(self) -> None:

@@ -128,6 +128,11 @@ def read_parameters(name: str, function: Callable[..., Any], descriptions: Mappi
             raise TypeError(f"merge method {name!r}: its docstring does not describe {parameter.name!r}")
         default = parameter.default
         if per_input and default is not REQUIRED:
+            if not (isinstance(default, tuple) and len(default) == 1):
+                raise TypeError(
+                    f"merge method {name!r}: the default of {parameter.name!r} must be a tuple of one value, the "
+                    f"default of every input: {default}"
+                )
             (default,) = default
         declared = Parameter(parameter.name.rstrip("_"), value_type, default, per_input, doc, accepted, parameter.name)
         if not (declared.required or declared.accepts(default)):
