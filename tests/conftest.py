@@ -143,11 +143,11 @@ def small_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def forget_methods() -> Iterator[None]:
     """Forget the merge methods that a test adds; they are registered for the process."""
     from mergeloom.methods import merge_methods, registry
-    from mergeloom.methods.kernel import contract
+    from mergeloom.methods.kernel.method import unregister
 
     before, loaded = set(merge_methods()), dict(registry._loaded)
     yield
     for name in set(merge_methods()) - before:
-        contract.unregister(name)
+        unregister(name)
     registry._loaded.clear()
     registry._loaded.update(loaded)

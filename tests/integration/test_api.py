@@ -258,11 +258,12 @@ def test_invalid_stacks(wrong: dict[str, Any], says: str, llamas: dict[str, Path
         mergeloom.stack(llamas["a"], **wrong)
 
 
-METHOD = """from mergeloom.methods.kernel.spec import merge_method
+METHOD = """from mergeloom.methods import merge_method
 
-@merge_method("{name}")
-def copy(inputs):
+@merge_method("{name}", maximum=1)
+def copy(t):
     \"\"\"Do nothing.\"\"\"
+    return t.other
 """
 
 
@@ -282,8 +283,8 @@ def test_methods_lists_those_of_files_too(several: bool, tmp_path: Path) -> None
 
 def test_methods_is_a_package_and_a_function() -> None:
     """Importing the package sets the attribute: both orders must work."""
-    for first in ("import mergeloom.methods.kernel.contract", "import mergeloom; mergeloom.methods()"):
-        code = f"{first}\nimport mergeloom, mergeloom.methods.kernel.contract\nprint('ties' in mergeloom.methods())"
+    for first in ("import mergeloom.methods.kernel.method", "import mergeloom; mergeloom.methods()"):
+        code = f"{first}\nimport mergeloom, mergeloom.methods.kernel.method\nprint('ties' in mergeloom.methods())"
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert ended.stdout == "True\n"
 

@@ -19,18 +19,17 @@ from tests.support.paths import ROOT
 from tests.support.waiting import HANG_SECONDS
 
 HALF = """
-from mergeloom.methods.kernel.spec import Inputs, Kernel, merge_method
-from mergeloom.methods.elementwise import weighted_sum
+from mergeloom.methods import Array, Inputs, add, merge_method
 
 
 @merge_method("{name}")
-def method(inputs: Inputs, *, share: float = {share}) -> Kernel:
+def method(t: Inputs, *, share: float = {share}) -> Array:
     \"\"\"The sum of the models, each times a share.
 
     Args:
         share: share of each model.
     \"\"\"
-    return weighted_sum(inputs, [share] * inputs.count)
+    return add([share * x for x in t.models])
 """
 
 
@@ -147,7 +146,7 @@ def test_the_page_on_methods_keeps_its_word(llamas: dict[str, Path], tmp_path: P
         assert name is not None
         shown = mergeloom("methods", name[1], "--methods", file)
         assert shown.returncode == 0, shown.stderr
-        more = f"base_model: {llamas['base']}\n" if "Base.REQUIRED" in block else "parameters: {t: 1.5}\n"
+        more = f"base_model: {llamas['base']}\n" if "Base.REQUIRED" in block else ""
         done = mergeloom(
             *("merge", recipe(llamas, tmp_path, name[1], more), tmp_path / name[1], "--methods", file),
             *("--device", "cpu"),
@@ -155,9 +154,39 @@ def test_the_page_on_methods_keeps_its_word(llamas: dict[str, Path], tmp_path: P
         assert done.returncode == 0, done.stderr
 
 
-def test_a_method_that_returns_no_kernel_is_an_error(llamas: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says", "lists"),
+    [
+        ("return add(", "return t.models[0].mean() * add(", 12, ".mean is not an operation on arrays", True),
+        ("return add(", "if t.models[0] > 0: return add(", 12, "if, and, or, not, in or a chained comparison", True),
+        ("return add(", "add(", 5, "method half must return an Array, such as t.base + x, and returns NoneType", True),
+        ("*, share", "share", 5, "must take the inputs and then keyword-only parameters: (t: 'Inputs', share", False),
+        ("share: float", "share: str", 5, "'half': parameter 'share' must be a float, int or bool", False),
+        ("return add(", "return 1 / 0 * add(", 12, "merge method half: ZeroDivisionError: division by zero", False),
+    ],
+)
+def test_a_method_with_a_mistake_is_an_error_with_its_line(
+    old: str, new: str, line: int, says: str, lists: bool, llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    """The error lists the operations, if it is about one."""
     file = tmp_path / "own.py"
-    file.write_text(HALF.format(name="half", share=1).replace("    return weighted_sum", "    weighted_sum"))
-    ended = mergeloom("plan", recipe(llamas, tmp_path), "--methods", file, "--device", "cpu")
+    text = HALF.format(name="half", share=1)
+    assert old in text
+    file.write_text("from __future__ import annotations\n" + text.lstrip("\n").replace(old, new))
+    for command in (("plan", recipe(llamas, tmp_path)), ("methods", "half")):
+        ended = mergeloom(*command, "--methods", file)
+        assert ended.returncode == 2
+        assert f"{file}:{line}: " in ended.stderr
+        assert says in ended.stderr
+        assert ("allowed: + - * /, abs, sqrt, exp, log, comparisons" in ended.stderr) == lists
+        assert "Traceback" not in ended.stderr
+
+
+def test_a_method_that_keeps_arrays_between_calls_is_an_error(llamas: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    text = HALF.format(name="half", share=1)
+    file.write_text("kept = []" + text.replace("    return", "    kept.append(t.models[0])\n    return kept[0] +"))
+    ended = mergeloom("plan", recipe(llamas, tmp_path), "--methods", file)
     assert ended.returncode == 2
-    assert "merge method half must return a Kernel, and returns NoneType" in ended.stderr
+    assert f"{file}:13: an array of another tensor: methods cannot keep arrays between calls" in ended.stderr
+    assert "Traceback" not in ended.stderr

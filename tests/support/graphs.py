@@ -14,62 +14,41 @@ from torch import Tensor
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.methods import Array, Inputs, add, host
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
-from mergeloom.methods.kernel.torch_backend.tile import Tile
+from tests.support.methods.kernels import method_of
 
 
-class Sum(Kernel):
+def summed(t: Inputs) -> Array:
     """The sum of the inputs: one pass."""
-
-    workspace_per_element = 2
-    propagates_nonfinite = True
-    unit_elements = 16
-
-    @property
-    def alignment(self) -> int:
-        return self.unit_elements
-
-    def combine(self, tile: Tile, state: Any) -> Tensor:
-        total, term = tile.load(0), tile.empty()
-        for index in range(1, self.inputs.count):
-            total.add_(tile.load(index, out=term))
-        return total
+    return add(t.models)
 
 
-class SumAboveMean(Sum):
+def above_mean(t: Inputs) -> Array:
     """Three passes: the total of all elements, then how many are above their mean, then sum + count."""
-
-    reductions = 2
-
-    def reduce(self, index: int, tile: Tile, state: Any) -> int:
-        values = super().combine(tile, state).to(torch.int64)
-        if index == 0:
-            return int(values.sum())
-        return int((values * self.inputs.rows * self.inputs.columns > state).sum())
-
-    def merge(self, index: int, merged: int | None, partial: int) -> int:
-        return partial if merged is None else merged + partial
-
-    def finish(self, index: int, merged: int | None, state: Any) -> int:
-        return merged or 0
-
-    def combine(self, tile: Tile, state: Any) -> Tensor:
-        return super().combine(tile, state).add_(state % 1024)
+    values = add(t.models)
+    count = t.count(values * t.size > t.sum(values))
+    return values + host(lambda number: number % 1024, count)
 
 
-def aligned(kernel: type[Sum], alignment: int) -> type[Sum]:
-    """Return the kernel with another alignment."""
-    return type(f"{kernel.__name__}{alignment}", (kernel,), {"alignment": alignment})
+METHODS = {"sum": method_of(summed), "above": method_of(above_mean)}
+KERNELS = (
+    "sum",
+    "above",
+    "sum 48",  # its chunks can be as long as those of "sum"
+    "sum 9999",  # its chunks can't: no slot of 64 KiB holds a multiple of 16 and of 9999
+    "above 9999",
+)
+"""The kinds of kernels: a method, and the number of elements that its tiles are a multiple of, by default 16."""
 
 
-KERNELS: dict[str, type[Sum]] = {
-    "sum": Sum,
-    "above": SumAboveMean,
-    "sum 48": aligned(Sum, 48),  # its chunks can be as long as those of "sum"
-    "sum 9999": aligned(Sum, 9999),  # its chunks can't: no slot of 64 KiB holds a multiple of 16 and of 9999
-    "above 9999": aligned(SumAboveMean, 9999),
-}
+def kernel_of(kind: str, inputs: InputSpec) -> Kernel:
+    """A kernel of one of the `KERNELS`. Sums of small whole numbers do not depend on the boundaries of tiles."""
+    name, _, alignment = kind.partition(" ")
+    kernel = METHODS[name].kernel(inputs, {})
+    kernel.alignment = int(alignment or 16)
+    return kernel
 
 
 def _stored(tensor: Tensor, dtype: DType) -> bytes:
@@ -114,8 +93,7 @@ class World:
         if kind == "copy":
             operation = Operation(Kind.COPY, "copy")
         else:
-            kernel = KERNELS[kind](InputSpec(len(sources), None, shape))
-            operation = Operation(Kind.MERGE, kind, kernel=kernel)
+            operation = Operation(Kind.MERGE, kind, kernel=kernel_of(kind, InputSpec(len(sources), None, shape)))
         node = self.graph.add_node(operation, tuple(sources), dtype)
         for _ in range(outputs):
             self.graph.add_output(f"out{len(self.graph.outputs)}", node, 0)
@@ -126,7 +104,7 @@ class World:
         operation = self.graph.operation(node)
         total = sum(self.tensors[read] for read in self.graph.node_sources[node])
         assert isinstance(total, Tensor)
-        if isinstance(operation.kernel, SumAboveMean):
+        if operation.method.startswith("above"):
             values = total.to(torch.int64)
             total = total + int((values * values.numel() > int(values.sum())).sum()) % 1024
         return _stored(total, self.graph.node_dtype[node])

@@ -12,7 +12,6 @@ import torch
 
 from mergeloom.methods import (
     Array,
-    Base,
     Inputs,
     add,
     clamp,
@@ -21,8 +20,6 @@ from mergeloom.methods import (
     log,
     maximum,
     mean,
-    merge_method,
-    merge_methods,
     minimum,
     sign,
     single,
@@ -32,8 +29,7 @@ from mergeloom.methods import (
 )
 from mergeloom.methods.kernel.expression import Extent
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.method import unregister
-from mergeloom.methods.kernel.spec import InputSpec
+from tests.support.methods.kernels import kernel_of
 
 SHAPES = ((300, 128), (83, 517), (70, 4, 128), (1 << 16,), (40, 4096), (40_001, 1), (6, 7), (1, 1), (5,), ())
 """Most have several blocks; those of powers of two have several tiles for any method."""
@@ -47,21 +43,6 @@ FUNCTIONS: Sequence[Callable[..., float]] = (
     lambda *values: math.atan(max(values)),
     lambda *values: math.fsum(math.copysign(1.0, value) for value in values),
 )
-
-
-def kernel_of(function: Callable[[Inputs], Array], count: int, base: int | None, shape: tuple[int, ...]) -> Kernel:
-    """The kernel of a function of the inputs, which is a merge method only while it is traced."""
-
-    def method(t: Inputs) -> Array:
-        """A method under test."""
-        return function(t)
-
-    name = "a method under test"
-    merge_method(name, base=Base.OPTIONAL)(method)
-    try:
-        return merge_methods()[name].kernel(InputSpec(count, base, shape), {})
-    finally:
-        unregister(name)
 
 
 def random_kernel(seed: int, count: int, base: int | None, shape: tuple[int, ...]) -> Kernel:

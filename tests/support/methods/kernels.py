@@ -1,19 +1,41 @@
-"""Runs a merge kernel over tiles of any size without the engine."""
+"""Makes merge kernels from functions, and runs kernels over tiles of any size without the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergeloom.methods import merge_methods
+from mergeloom.methods import Array, Inputs, merge_methods
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.spec import InputSpec, Unit
-from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
+from mergeloom.methods.kernel.method import Method
+from mergeloom.methods.kernel.spec import Absent, Base, InputSpec, Unit
 from mergeloom.methods.kernel.torch_backend.passes import Pass
+from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
+
+
+def method_of(function: Callable[[Inputs], Array]) -> Method:
+    """A merge method without parameters that is not registered."""
+    return Method(
+        name=function.__name__,
+        summary="",
+        description="",
+        paper=None,
+        base=Base.OPTIONAL,
+        minimum=0,
+        maximum=None,
+        absent=Absent.PRESENT,
+        parameters=(),
+        function=function,
+    )
+
+
+def kernel_of(function: Callable[[Inputs], Array], count: int, base: int | None, shape: tuple[int, ...]) -> Kernel:
+    """The kernel of a function of the inputs."""
+    return method_of(function).kernel(InputSpec(count, base, shape), {})
 
 
 @dataclass
@@ -48,7 +70,7 @@ def run_kernel(
     dtype = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
     step = size if tile_elements is None else max(1, tile_elements // kernel.alignment) * kernel.alignment
     declared = kernel.workspace(min(step, size), dtype.itemsize)
-    workspace = Workspace(torch.empty(declared, dtype=torch.uint8), dtype)
+    workspace = Workspace(torch.empty(declared, dtype=torch.uint8, device=inputs[0].device), dtype)
 
     def tiles() -> Any:
         for start in range(0, size, max(1, step)):
@@ -70,7 +92,7 @@ def run_kernel(
             run.reduce(tile)
             merged = kernel.merge(index, merged, run.result())
         state = kernel.finish(index, merged, state)
-    output = torch.empty(size, dtype=dtype)
+    output = torch.empty(size, dtype=dtype, device=inputs[0].device)
     final = Pass(kernel, None, state, workspace)
     for tile in tiles():
         result = final.combine(tile)

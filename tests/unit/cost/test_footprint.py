@@ -1,4 +1,4 @@
-"""What kernels allocate is measured: every method keeps within it, and a user's declaration is not trusted."""
+"""What kernels allocate is measured: every method keeps within it, and a kernel's own declaration is not trusted."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from mergeloom.engine.cost import measure_memory as module
 from mergeloom.engine.cost.measure_memory import allocations, footprint, measure_footprints
 from mergeloom.engine.execute.compute import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.graph.footprint import Footprint, Line
-from mergeloom.engine.graph.fuse import FusedKernel, FusedPart
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.schedule.requirements import PAGE
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.tiling import tile_length
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
-from mergeloom.methods import merge_methods
-from mergeloom.methods.elementwise import WeightedSum
+from mergeloom.methods import Array, Inputs, add, host, merge_methods
+from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.method import merge_method, unregister
+from mergeloom.methods.kernel.method import Method
 from mergeloom.methods.kernel.spec import InputSpec
-from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
+from mergeloom.methods.kernel.torch_backend import program_run
+from mergeloom.methods.kernel.torch_backend.operations import OPERATIONS
+from mergeloom.methods.kernel.torch_backend.tile import Workspace
 from tests.support.graphs import World
 from tests.support.methods.cases import CASES, Case
+from tests.support.methods.kernels import kernel_of, method_of
 
 MIB = 1 << 20
 
@@ -35,6 +37,11 @@ MIB = 1 << 20
 def bound(case: Case, shape: tuple[int, ...]) -> Kernel:
     """The kernel of a case for tensors of a shape."""
     return merge_methods()[case.method].kernel(InputSpec(case.models, case.base, shape), case.parameters)
+
+
+def halves(shape: tuple[int, ...]) -> Kernel:
+    """The kernel of the mean of two inputs."""
+    return merge_methods()["linear"].kernel(InputSpec(2, None, shape), {"weight": (0.5, 0.5)})
 
 
 def fine_tunes(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -119,8 +126,8 @@ def test_allocations_of_torch_and_numpy_are_counted() -> None:
 
 
 def test_without_torchs_counts_as_much_as_the_workspace_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = WeightedSum(InputSpec(2, None, (64, 1024)), [0.5, 0.5])
-    operation = Operation(Kind.MERGE, "sum", kernel=kernel)
+    operation = Operation(Kind.MERGE, "linear", kernel=halves((64, 1024)))
+    monkeypatch.setattr(module, "_measured", {})
     monkeypatch.setattr(torch.autograd, "ProfilerConfig", None)
     found = footprint(operation, (BF16, BF16), BF16)
     assert found.allocated.at(1 << 16) >= found.workspace.at(1 << 16) == 2 * 4 * 64 * 1024
@@ -142,40 +149,34 @@ def test_a_line_through_two_points() -> None:
     assert Line.through((10, 50), (20, 150)).at(100) == 1000  # a constant is not below 0
 
 
-class Greedy(Kernel):
-    """A user's kernel that takes and allocates more than it says."""
-
-    workspace_per_element = 1
-
-    def combine(self, tile: Tile, state: Any) -> Tensor:
-        taken = [tile.load(i) for i in range(self.inputs.count)]
-        wide = torch.stack(taken).double()  # 12 bytes for each element of each input
-        return tile.empty().copy_(wide.median(0).values)
+def greedy_sum(t: Inputs) -> Array:
+    """The sum of the models."""
+    return add(t.models)
 
 
 @pytest.fixture
-def greedy() -> Any:
-    """A method of the user's."""
+def greedy(monkeypatch: pytest.MonkeyPatch) -> Method:
+    """A method that takes more of the workspace than it declares, with an addition that allocates."""
 
-    @merge_method("greedy")
-    def method(inputs: Inputs) -> Kernel:
-        """The median."""
-        return Greedy(inputs)
+    def add_in_float64(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return out.copy_(torch.stack([a, b]).double().sum(0))  # 32 bytes for each element
 
-    yield merge_methods()["greedy"]
-    unregister("greedy")
+    monkeypatch.setattr(Kernel, "workspace", lambda kernel, elements, itemsize: itemsize * elements)
+    monkeypatch.setattr(program_run, "OPERATIONS", OPERATIONS | {"add": add_in_float64})
+    monkeypatch.setattr(module, "_measured", {})
+    return method_of(greedy_sum)
 
 
-def test_the_declaration_of_a_users_method_is_not_trusted(greedy: Any) -> None:
+def test_what_a_kernel_declares_is_not_trusted(greedy: Method) -> None:
     kernel = greedy.kernel(InputSpec(3, None, (4096, 4096)), {})
     found = footprint(Operation(Kind.MERGE, "greedy", kernel=kernel), (BF16,) * 3, BF16)
     elements = 1 << 19
-    assert found.workspace.at(elements) == 4 * 4 * elements
-    assert found.allocated.at(elements) >= 12 * 3 * elements
+    assert found.workspace.at(elements) == 2 * 4 * elements  # the sum and a term
+    assert found.allocated.at(elements) >= 24 * elements
     assert kernel.workspace(elements, 4) < 2 * 4 * elements
 
 
-def test_a_schedule_reserves_what_was_measured(greedy: Any) -> None:
+def test_a_schedule_reserves_what_was_measured(greedy: Method) -> None:
     world = World()
     sources = tuple(world.source(4096 * 64) for _ in range(3))
     operation = Operation(Kind.MERGE, "greedy", kernel=greedy.kernel(InputSpec(3, None, (4096 * 64,)), {}))
@@ -195,21 +196,20 @@ def test_stages_are_measured_together() -> None:
     shape = (512, 1024)
     pair = InputSpec(2, None, shape)
     parts = [
-        FusedPart(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (0, 1)),
-        FusedPart(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (~0, 2)),
+        Part(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (0, 1)),
+        Part(merge_methods()["linear"].kernel(pair, {"weight": (0.5, 0.5)}), (~0, 2)),
     ]
-    kernel = FusedKernel(InputSpec(3, None, shape), parts)
+    kernel = Composition(InputSpec(3, None, shape), parts)
     assert kernel.resized((64, 1024)).parts[1].kernel.inputs.shape == (64, 1024)
     found = footprint(Operation(Kind.MERGE, "linear of linear", kernel=kernel), (BF16,) * 3, BF16)
     assert 0 < found.workspace.at(1 << 19) <= kernel.workspace(1 << 19, 4)
 
 
-def test_a_kernel_that_was_made_without_a_method_is_measured_on_its_own_shape() -> None:
-    kernel = WeightedSum(InputSpec(2, None, (64, 1024)), [0.5, 0.5])
-    found = footprint(Operation(Kind.MERGE, "sum", kernel=kernel), (BF16, BF16), BF16)
+def test_a_small_kernel_is_measured_on_its_own_shape() -> None:
+    kernel = halves((64, 1024))
+    found = footprint(Operation(Kind.MERGE, "linear", kernel=kernel), (BF16, BF16), BF16)
     assert found.workspace == Line(2 * 4 * 64 * 1024)
-    with pytest.raises(TypeError, match="created without a method"):
-        kernel.resized((1, 2))
+    assert module.small_shapes(kernel, (BF16, BF16)) == ((64, 1024),)
 
 
 def test_parameters_that_change_the_work_are_measured_apart() -> None:
@@ -222,13 +222,11 @@ def test_parameters_that_change_the_work_are_measured_apart() -> None:
     assert measured(0.3).workspace.at(1 << 19) > measured(1.0).workspace.at(1 << 19)
 
 
-def test_a_method_that_fails_on_test_values_is_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(Kernel):
-        def combine(self, tile: Tile, state: Any) -> Tensor:
-            raise ZeroDivisionError("no")
-
-    operation = Operation(Kind.MERGE, "failing", kernel=Failing(InputSpec(1, None, (8, 8))))
-    with pytest.raises(UsageError, match=r"merge method failing fails on a test tensor .*ZeroDivisionError: no"):
+def test_a_method_that_fails_on_test_values_is_an_error_of_the_user() -> None:
+    kernel = kernel_of(lambda t: t.other * host(lambda total: 1 / 0, t.sum(t.other)), 1, None, (8, 8))
+    operation = Operation(Kind.MERGE, "failing", kernel=kernel)
+    says = r"merge method failing fails on a test tensor .*ZeroDivisionError: division by zero"
+    with pytest.raises(UsageError, match=says):
         footprint(operation, (BF16,), BF16)
 
 
@@ -246,7 +244,7 @@ def test_graphs_without_arithmetic_need_nothing() -> None:
 
 
 def test_buffers_at_one_offset_of_the_counting_workspace_share_memory() -> None:
-    """Random masks read as bytes what they have written as words: other memory would give them arbitrary values."""
+    """A kernel can read a buffer in another dtype than it wrote: other memory would give it arbitrary values."""
     workspace = module._Counting()
     mark = workspace.mark()
     words = workspace.take(4, torch.int32)

@@ -12,24 +12,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mergeloom.engine.execute.arena import take_memory
 from mergeloom.engine.execute.devices.base import Device, OutOfDeviceMemory
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
+from mergeloom.engine.execute.passes import KernelRunner
 from mergeloom.engine.execute.replan import SPARE, run_graph
-from mergeloom.engine.graph.graph import Kind, Operation
+from mergeloom.engine.execute.tasks import ChunkTask
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.simulate import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
-from mergeloom.io.safetensors.dtypes import F32
-from mergeloom.methods.kernel.spec import InputSpec
-from mergeloom.methods.kernel.torch_backend.tile import Tile
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
-from tests.support.graphs import KERNELS, Sum, World
+from tests.support.graphs import KERNELS, World
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -156,7 +153,7 @@ def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_reading_computing_and_writing_overlap(separate: bool) -> None:
+def test_reading_computing_and_writing_overlap(separate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk is written while another one is computed and a third one is read: each waits for the other two."""
     at_once = threading.Barrier(3)
     calls: Counter[str] = Counter()
@@ -175,15 +172,15 @@ def test_reading_computing_and_writing_overlap(separate: bool) -> None:
             super().write(node, offset, data)
             meet("write", 2)
 
-    class MeetingSum(Sum):
-        def combine(self, tile: Tile, state: Any) -> Tensor:
-            meet("compute", 4)
-            return super().combine(tile, state)
+    combine = KernelRunner.combine
 
+    def meeting(self: KernelRunner, thread: int, task: ChunkTask, state: Any) -> int:
+        meet("compute", 4)
+        return combine(self, thread, task, state)
+
+    monkeypatch.setattr(KernelRunner, "combine", meeting)
     world = Meeting()
-    source = world.source(12 * ELEMENTS)
-    kernel = MeetingSum(InputSpec(1, None, (12 * ELEMENTS,)))
-    world.graph.add_output("out", world.graph.add_node(Operation(Kind.MERGE, "sum", kernel=kernel), (source,), F32), 0)
+    world.node("sum", [world.source(12 * ELEMENTS)])
     device = DeviceBudget("test", 64 << 20 if separate else None, 1)
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, (device,)), slot_bytes=SLOT)
     executor_device = CountingDevice("test", 64 << 20) if separate else CpuDevice(1)

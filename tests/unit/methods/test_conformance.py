@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
+from mergeloom.methods.kernel.expression import ARITHMETIC, reachable
+from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec, MethodError, Unit
+from mergeloom.methods.kernel.torch_backend import counting
 from tests.support.methods import reference
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.expected import expected as expected_of
@@ -66,12 +69,12 @@ def odds(delta: Tensor, density: float, epsilon: float) -> Tensor:
     """The probability with which an element is kept."""
     columns = delta.shape[-1] if delta.dim() else 1
     if not epsilon or density in (0, 1) or columns == 1:
-        return torch.full_like(delta, round(density * 2**32) / 2**32 or 1.0)
+        return torch.full_like(delta, density or 1.0)
     rank = torch.empty_like(delta)
     order = torch.argsort(delta.abs().float(), dim=-1, stable=True)
     steps = torch.arange(columns, dtype=torch.float64).expand_as(delta)
     rank.scatter_(-1, order, steps.contiguous())
-    return torch.round((density - epsilon + 2 * epsilon * rank / (columns - 1)) * 2**32) / 2**32
+    return density - epsilon + 2 * epsilon * rank / (columns - 1)
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,10 +83,19 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     return info.eps * torch.exp2(exponent)
 
 
-def assert_conforms(output: Tensor, wanted: reference.Expected, dtype: torch.dtype, models: int) -> None:
-    """Within one unit in the last place of the output's dtype, and the rounding of the work dtype."""
+def multiplies_scalars(kernel: Kernel) -> bool:
+    """Whether results of Python functions are among the operands of the output's arithmetic: float32, always."""
+    return any(
+        arg.op in ("host", "item") for node in reachable(kernel.output) if node.op in ARITHMETIC for arg in node.args
+    )
+
+
+def assert_conforms(
+    output: Tensor, wanted: reference.Expected, dtype: torch.dtype, models: int, *, scaled: bool = False
+) -> None:
+    """Within one unit in the last place of the output's dtype, and the rounding of the work dtype and of scalars."""
     found = output.to(dtype).double()
-    step = 2.0**-50 if dtype is torch.float64 else 2.0**-23
+    step = 2.0**-50 if dtype is torch.float64 and not scaled else 2.0**-23
     fits = torch.zeros_like(found, dtype=torch.bool)
     for candidate in wanted.outputs:
         fits |= (found - candidate).abs() <= ulp(candidate, dtype) + models * step * wanted.size
@@ -107,10 +119,11 @@ def test_every_method_has_a_case() -> None:
 def test_agrees_with_the_reference(case: Case, kind: str) -> None:
     shape = (67, 499)
     inputs = make(kind, case.models, shape, case.base)
-    output = run_kernel(case.kernel(inputs), inputs, key=KEY).output
+    kernel = case.kernel(inputs)
+    output = run_kernel(kernel, inputs, key=KEY).output
     dtype = {"lattice": torch.bfloat16, "float64": torch.float64}.get(kind, torch.float32)
     wanted = expected(case, [x.double() for x in inputs], inputs)
-    assert_conforms(output, wanted, dtype, case.models)
+    assert_conforms(output, wanted, dtype, case.models, scaled=multiplies_scalars(kernel))
     if kind == "lattice":
         assert_conforms(output, wanted, torch.float32, case.models)
 
@@ -154,18 +167,14 @@ def test_random_exactly_if_declared(case: Case) -> None:
         assert same_bytes(outputs[0], run_kernel(kernel, inputs, key=KEY, positions=places).output)
 
 
-def digests(*, skip: Sequence[str] = (), device: str = "cpu") -> dict[str, str]:
+def digests(*, device: str = "cpu") -> dict[str, str]:
     """For each case a digest of the output's bytes."""
     found = {}
     for case in CASES:
-        if case.method not in skip:
-            inputs = [x.to(device) for x in make("lattice", case.models, (131, 517), case.base)]
-            output = run_kernel(case.kernel(inputs), inputs, 1 << 15, key=KEY).output.cpu()
-            found[str(case)] = hashlib.sha256(output.numpy().tobytes()).hexdigest()
+        inputs = [x.to(device) for x in make("lattice", case.models, (131, 517), case.base)]
+        output = run_kernel(case.kernel(inputs), inputs, 1 << 15, key=KEY).output.cpu()
+        found[str(case)] = hashlib.sha256(output.numpy().tobytes()).hexdigest()
     return found
-
-
-DEVICE_BOUND = ("arcee_fusion",)
 
 
 @pytest.mark.parametrize("level", ["avx2", "default"])
@@ -175,23 +184,33 @@ def test_bytes_do_not_depend_on_the_instruction_set(level: str) -> None:
         "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
     }
     suite = "from tests.unit.methods import test_conformance as suite"
-    program = f"import json; {suite}; print(json.dumps(suite.digests(skip={DEVICE_BOUND})))"
-    root = ROOT
+    program = f"import json; {suite}; print(json.dumps(suite.digests()))"
     command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == digests(skip=DEVICE_BOUND)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == digests()
+
+
+class Elsewhere(str):
+    """A device that torch takes for the CPU, and mergeloom for another one."""
+
+    type = "elsewhere"
 
 
 def test_paths_of_other_devices_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = digests(skip=DEVICE_BOUND)
-    for module in ("kernel.selection", "kernel.torch_backend.block_sums", "kernel.ops", "sparsify", "fusion"):
-        monkeypatch.setattr(f"mergeloom.methods.{module}.on_cpu", lambda tensor: False)
-    assert digests(skip=DEVICE_BOUND) == usual
+    usual = digests()
+    counted: list[int] = []
+    count = counting.count_on_device
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "device", property(lambda tensor: Elsewhere("cpu")))
+        patch.setattr(counting, "count_on_device", lambda *args: counted.append(1) or count(*args))
+        elsewhere = digests()
+    assert counted
+    assert elsewhere == usual
 
 
 @pytest.mark.gpu
 def test_bytes_are_the_same_on_a_gpu() -> None:
-    assert digests(skip=DEVICE_BOUND, device="cuda") == digests(skip=DEVICE_BOUND)
+    assert digests(device="cuda") == digests()
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -243,18 +262,42 @@ def test_degenerate_inputs_give_numbers(case: Case, name: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("case", COMPUTED, ids=[str(case) for case in COMPUTED])
 def test_kernels_propagate_nonfinite_values(case: Case, value: float) -> None:
+    """Those of all inputs that the kernel uses; the others, of weight or density 0, change no byte."""
+    sound = make("float32", case.models, (9, 1000), case.base)
+    kernel = case.kernel(sound)
+    assert kernel.propagates_nonfinite
     for place in range(case.models):
-        inputs = make("float32", case.models, (9, 1000), case.base)
+        inputs = [x.clone() for x in sound]
         inputs[place][4, 567] = value
-        kernel = case.kernel(inputs)
-        assert kernel.propagates_nonfinite
-        assert not torch.isfinite(run_kernel(kernel, inputs, key=KEY).output).all()
+        output = run_kernel(kernel, inputs, key=KEY).output
+        if place in kernel.used:
+            assert not torch.isfinite(output).all()
+        else:
+            assert same_bytes(output, run_kernel(kernel, sound, key=KEY).output)
 
 
-def test_only_copies_do_not_propagate_nonfinite_values() -> None:
-    """A copy does not examine values."""
-    kernels = [case.kernel(make("lattice", case.models, (12, 345), case.base)) for case in CASES]
-    assert {type(kernel).__name__ for kernel in kernels if not kernel.propagates_nonfinite} == {"Copy"}
+WEIGHTED = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "breadcrumbs_ties")
+
+
+@pytest.mark.parametrize("method", [*WEIGHTED, "della_linear"])
+def test_a_model_of_weight_0_is_not_used_and_changes_no_byte(method: str) -> None:
+    """Masks depend on the recipe position, so those of the other models stay as they are."""
+    inputs = make("lattice", 4, (67, 499), 0)
+    parameters = {"weight": (1.0, 0.7, 0.0, 0.4)}
+    if method not in ("linear", "task_arithmetic"):
+        parameters["density"] = (1.0, 0.5, 0.5, 0.6)
+    complete = Case(method, 4, 0, parameters).kernel(inputs)
+    assert complete.used == (0, 1, 3)
+    less = {name: tuple(values[i] for i in complete.used) for name, values in parameters.items()}
+    read = [inputs[i] for i in complete.used]
+    wanted = run_kernel(Case(method, 3, 0, less).kernel(read), read, key=KEY, positions=complete.used)
+    kernel = complete.with_used_inputs()
+    assert (kernel.kept, kernel.inputs.count) == (complete.used, 3)
+    assert kernel.with_used_inputs() is kernel
+    assert kernel.resized((5, 7)).inputs == InputSpec(3, kernel.inputs.base, (5, 7))
+    for tile in (None, 1 << 15):
+        assert same_bytes(run_kernel(kernel, read, tile, key=KEY, positions=complete.used).output, wanted.output)
+    assert same_bytes(run_kernel(complete, inputs, key=KEY).output, wanted.output)
 
 
 def test_alignment_is_a_multiple_of_rows_for_row_kernels() -> None:

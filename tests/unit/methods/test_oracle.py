@@ -20,14 +20,14 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule import schedule
 from mergeloom.methods import Array, exp, log, merge_methods
 from mergeloom.methods.kernel.composition import Composition, Part
-from mergeloom.methods.kernel.torch_backend.hashing import hashes
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.torch_backend.rounding import canonical_nans, round_into
 from mergeloom.methods.kernel.spec import InputSpec
+from mergeloom.methods.kernel.torch_backend.hashing import hashes
+from mergeloom.methods.kernel.torch_backend.rounding import canonical_nans, round_into
 from tests.support.methods import oracle
 from tests.support.methods.cases import CASES, Case, make
-from tests.support.methods.expressions import SHAPES, hard_inputs, kernel_of, random_kernel
-from tests.support.methods.kernels import run_kernel
+from tests.support.methods.expressions import SHAPES, hard_inputs, random_kernel
+from tests.support.methods.kernels import kernel_of, run_kernel
 from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import read_model
 

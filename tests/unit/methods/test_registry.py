@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from mergeloom.errors import UsageError
-from mergeloom.methods import merge_methods, registry
-from mergeloom.methods.elementwise import weighted_sum
-from mergeloom.methods.kernel.spec import Inputs, Kernel, PerInput, merge_method
+from mergeloom.methods import Array, Inputs, PerInput, add, merge_method, merge_methods, registry
 from tests.support.methods.kernels import merge
 from tests.support.paths import ROOT
 
@@ -22,17 +20,16 @@ DOCS = (ROOT / "docs" / "methods.md").read_text()
 TASK_VECTOR_METHODS = re.findall(r"^## (\w+)$", DOCS.split("\n# Task vectors\n")[1].split("\n# ")[0], re.MULTILINE)
 
 SMALL = '''
-from mergeloom.methods.kernel.spec import Inputs, Kernel, merge_method
-from mergeloom.methods.elementwise import weighted_sum
+from mergeloom.methods import Array, Inputs, add, merge_method
 
 @merge_method("{name}")
-def method(inputs: Inputs, *, share: float = 1.0) -> Kernel:
+def method(t: Inputs, *, share: float = 1.0) -> Array:
     """Sum.
 
     Args:
         share: weight of each model.
     """
-    return weighted_sum(inputs, [share] * inputs.count)
+    return add([share * x for x in t.models])
 '''
 
 
@@ -88,25 +85,26 @@ def test_examples_in_the_docs(tmp_path: Path) -> None:
         file.write_text(example)
         registry.load_methods(file)
     x = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([2.0, 2.0, 2.5]), torch.tensor([0.0, -3.0, 4.0])]
-    assert merge("extrapolate", x[:2]).tolist() == [2.5, 4.0, 2.25]
     assert merge("boldest", x, base=0).tolist() == [2.0, 2.0, 4.0]
     mean = merge("long_mean", x[:2])
     assert float(mean.norm()) == pytest.approx(float((x[0].norm() + x[1].norm()) / 2))
     inputs = [torch.randn(40_000) for _ in range(3)]
     for name in ("boldest", "long_mean"):
         assert torch.equal(merge(name, inputs, base=0), merge(name, inputs, base=0, tile_elements=1))
+    lines = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)[0].splitlines()
+    assert len(lines[lines.index("") + 2 :]) == 5
 
 
 def test_python_words_get_an_underscore() -> None:
     @merge_method("worded")
-    def worded(inputs: Inputs, *, lambda_: float = 2.0, weight: PerInput[float]) -> Kernel:
+    def worded(t: Inputs, *, lambda_: float = 2.0, weight: PerInput[float]) -> Array:
         """A sum.
 
         Args:
             lambda_: factor of the sum.
             weight: weight of each model.
         """
-        return weighted_sum(inputs, [lambda_ * w for w in weight])
+        return add([lambda_ * w * x for w, x in zip(weight, t.models, strict=True)])
 
     found = {p.name: p for p in merge_methods()["worded"].parameters}
     assert found["lambda"].default == 2.0
@@ -142,9 +140,11 @@ def test_method_is_documented(name: str) -> None:
         assert method.paper in DOCS
 
 
-def test_what_a_list_of_methods_imports() -> None:
-    """Names and parameters are to be had without torch, whose import takes a second."""
+def test_planning_with_a_method_does_not_import_torch() -> None:
+    """Importing torch takes a second, and kernels are traced without it."""
     program = (
-        "import sys; from mergeloom.methods import merge_methods; merge_methods(); assert 'torch' not in sys.modules"
+        "import sys; from mergeloom.methods import merge_methods; from mergeloom.methods.kernel.spec import InputSpec; "
+        "dare = merge_methods()['dare_ties']; kernel = dare.kernel(InputSpec(2, 0, (4, 4)), {'weight': (0, 1)}); "
+        "kernel.workspace(16, 4); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import Array, Inputs, add, exp, host, log, maximum, minimum, single, sqrt, where, wide
-from mergeloom.methods.kernel.expression import MethodDefinitionError
 from tests.support.methods import oracle
-from tests.support.methods.expressions import kernel_of
-from tests.support.methods.kernels import run_kernel
+from tests.support.methods.kernels import kernel_of, run_kernel
 
 ZERO = 0.0
 """A factor of 0, for which an array becomes the constant 0 when the method is traced."""
@@ -116,18 +114,3 @@ def test_log_is_of_normal_numbers(x: float, wanted: float) -> None:
     for function in (lambda t: log(t.other), lambda t: log(t.column_sum(t.other)) + 0.0 * t.other):
         found = float(run_kernel(kernel_of(function, 1, None, (1,)), [tensor]).output)
         assert found == pytest.approx(wanted, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda t: t.other * t.count(t.row_sum(t.other) > 0), "an array with one value per element"),
-        (lambda t: t.other * t.sum(t.column_sum(t.other)), "an array with one value per element"),
-        (lambda t: t.other * t.kth_largest(t.other, 0), "from 1 to the number of elements, 12, and not 0"),
-        (lambda t: t.other * t.kth_largest(t.other, 13), "from 1 to the number of elements, 12, and not 13"),
-        (lambda t: t.other * host(max, t.row_sum(t.other), t.column_sum(t.other)), "per row or values per column"),
-    ],
-)
-def test_what_has_no_meaning_is_an_error(function: Callable[[Inputs], Array], message: str) -> None:
-    with pytest.raises(MethodDefinitionError, match=message):
-        kernel_of(function, 1, None, (3, 4))

@@ -29,7 +29,7 @@ def method(name: str, base: Base, minimum: int, maximum: int | None, *parameters
         maximum=maximum,
         absent=Absent.PRESENT,
         parameters=parameters,
-        bind=lambda inputs, **_: pytest.fail("must not be bound"),
+        function=lambda inputs, **_: pytest.fail("must not be traced"),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mergeloom.__main__ import main
 from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.parameters import ParameterError, accept
 from mergeloom.errors import RecipeError
-from mergeloom.methods import catalogue, merge_methods
+from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.method import Method
 from mergeloom.methods.kernel.signature import Parameter
 from mergeloom.methods.kernel.spec import Base, InputSpec, MethodError
@@ -24,7 +23,7 @@ from tests.unit.recipe.parsing import parse_built_in, parse_error
 BUILT_IN = {
     name: method
     for name, method in merge_methods().items()
-    if inspect.getmodule(method.bind) in [getattr(catalogue, module) for module in catalogue.__all__]
+    if method.function.__module__.startswith("mergeloom.methods.")
 }
 PARAMETERS = [(method, parameter) for method in BUILT_IN.values() for parameter in method.parameters]
 IDS = [f"{method.name}-{parameter.name}" for method, parameter in PARAMETERS]

@@ -42,7 +42,7 @@ def method(base: Base = Base.NONE, *parameters: Parameter) -> Method:
         maximum=None,
         absent=Absent.PRESENT,
         parameters=parameters or (WEIGHT, DENSITY, T),
-        bind=lambda inputs, **_: pytest.fail("never bound"),
+        function=lambda inputs, **_: pytest.fail("must not be traced"),
     )
 
 

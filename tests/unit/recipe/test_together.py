@@ -115,7 +115,7 @@ class TestUnknownParameters:
             (
                 "sce",
                 "weigth",
-                "`weight` is a parameter of linear, nuslerp, multislerp, ...; its parameters: sel",
+                "`weight` is a parameter of linear, breadcrumbs, breadcrumbs_ties, ...; its parameters: sel",
             ),
             ("multislerp", "normalize", "did you mean `normalize_weights`?"),
             ("ties", "densty", "did you mean `density`?"),
