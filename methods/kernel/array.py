@@ -190,3 +190,39 @@ def node_of(value: Any, trace: Trace) -> Node:
 def trace_of(values: Sequence[Any]) -> Trace | None:
     """The trace of the first array among the values, or None."""
     return next((value.trace for value in values if isinstance(value, Array)), None)
+
+
+def where(condition: Operand, a: Operand, b: Operand) -> Array:
+    """`a` where the condition holds, else `b`. A NaN in the value that is not chosen is lost."""
+    trace = common_trace(condition, a, b)
+    test = node_of(condition, trace)
+    if test.type is not Type.FLAG:
+        raise refuse("where with a condition that is not a comparison")
+    return Array(trace.where(test, node_of(a, trace), node_of(b, trace)), trace)
+
+
+def minimum(a: Operand, b: Operand) -> Array:
+    """`b` where it is less than `a`, else `a`."""
+    return _binary("minimum", a, b)
+
+
+def maximum(a: Operand, b: Operand) -> Array:
+    """`b` where it is greater than `a`, else `a`."""
+    return _binary("maximum", a, b)
+
+
+def clamp(x: Operand, low: Operand, high: Operand) -> Array:
+    """`x`, limited to the range from `low` to `high`; a NaN stays a NaN."""
+    return minimum(maximum(x, low), high)
+
+
+def common_trace(*values: Any) -> Trace:
+    trace = trace_of(values)
+    if trace is None:
+        raise definition_error("at least one operand must be an array")
+    return trace
+
+
+def _binary(op: str, a: Operand, b: Operand) -> Array:
+    trace = common_trace(a, b)
+    return Array(trace.arithmetic(op, node_of(a, trace), node_of(b, trace)), trace)

@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .expression import Extent, HostCall, Node, Trace, Type, reachable
 from .program import Program
 from .reductions import Reduction, row_block
 from .spec import BLOCK, InputSpec, Unit
 
-if TYPE_CHECKING:
-    from .method import Method
-
 _ROW_OPERATIONS = frozenset(("row_sum", "row_max", "row_rank"))
 _NOT_BY_ELEMENT = _ROW_OPERATIONS | {"index", "hash", "selected"}
+
+
+class Traceable(Protocol):
+    """What a kernel needs of its method."""
+
+    @property
+    def name(self) -> str:
+        """Name in recipes."""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The method's code."""
+
+    def kernel(self, inputs: InputSpec, parameters: Mapping[str, Any]) -> Kernel:
+        """Trace the method for other inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ class Kernel:
             output is checked.
     """
 
-    def __init__(self, inputs: InputSpec, output: Node, bound: tuple[Method, Mapping[str, Any]]) -> None:
+    def __init__(self, inputs: InputSpec, output: Node, bound: tuple[Traceable, Mapping[str, Any]]) -> None:
         self.inputs = self.traced = inputs
         self.kept = tuple(range(inputs.count))
         self.output = output
@@ -209,7 +221,7 @@ class Kernel:
 
 
 def _by_element(node: Node) -> bool:
-    """Whether an element depends on elements at the same place only, and not on the place, so that some can be sampled.
+    """Whether an element depends on elements at the same place only, and not on the place, which allows to sample some.
 
     An operand with one value per column depends on the place.
     """

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .array import Array, Operand, node_of, refuse, trace_of
+from .array import Array, Operand, clamp, common_trace, maximum, minimum, node_of, refuse, trace_of, where
 from .expression import Extent, Node, Trace, Type, definition_error, flatten, with_constants
 from .polynomials import exponential, logarithm
 from .reductions import ColumnSum, Count, Selection, Sum, Target
@@ -39,30 +39,6 @@ __all__ = [
 ]
 
 A = TypeVar("A")
-
-
-def where(condition: Operand, a: Operand, b: Operand) -> Array:
-    """`a` where the condition holds, else `b`. A NaN in the value that is not chosen is lost."""
-    trace = _trace(condition, a, b)
-    test = node_of(condition, trace)
-    if test.type is not Type.FLAG:
-        raise refuse("where with a condition that is not a comparison")
-    return Array(trace.where(test, node_of(a, trace), node_of(b, trace)), trace)
-
-
-def minimum(a: Operand, b: Operand) -> Array:
-    """`b` where it is less than `a`, else `a`."""
-    return _binary("minimum", a, b)
-
-
-def maximum(a: Operand, b: Operand) -> Array:
-    """`b` where it is greater than `a`, else `a`."""
-    return _binary("maximum", a, b)
-
-
-def clamp(x: Operand, low: Operand, high: Operand) -> Array:
-    """`x`, limited to the range from `low` to `high`; a NaN stays a NaN."""
-    return minimum(maximum(x, low), high)
 
 
 def sign(x: Array) -> Array:
@@ -101,7 +77,7 @@ def single(x: Array) -> Array:
 
 def add(terms: Sequence[Operand]) -> Array:
     """The sum of the terms, added in order."""
-    trace = _trace(*terms)
+    trace = common_trace(*terms)
     total = node_of(terms[0], trace)
     for term in terms[1:]:
         total = trace.arithmetic("add", total, node_of(term, trace))
@@ -251,7 +227,7 @@ class Inputs:
             share: instead of `k`, the fraction of the elements other than 0.
 
         Raises:
-            MethodDefinitionError: `k` is no int, or without `k`, the share is not between 0 and 1.
+            MethodDefinitionError: `k` is not an int, or without `k`, the share is not between 0 and 1.
         """
         if k is not None:
             _require_int(k)
@@ -313,13 +289,6 @@ class Inputs:
         return self.trace.node("threshold", (selection,), Type.WIDE, Extent.TENSOR, number)
 
 
-def _trace(*values: Any) -> Trace:
-    trace = trace_of(values)
-    if trace is None:
-        raise definition_error("at least one operand must be an array")
-    return trace
-
-
 def _require_int(k: object) -> None:
     if not isinstance(k, int):
         raise definition_error(f"the number of elements must be an int, such as int(0.2 * t.size), and not {k!r}")
@@ -327,11 +296,6 @@ def _require_int(k: object) -> None:
 
 def _array(flags: Array) -> Array:
     return Array(flags.trace.number(flags.node), flags.trace)
-
-
-def _binary(op: str, a: Operand, b: Operand) -> Array:
-    trace = _trace(a, b)
-    return Array(trace.arithmetic(op, node_of(a, trace), node_of(b, trace)), trace)
 
 
 def _nodes(args: Any, trace: Trace) -> Any:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .array import Array, clamp, where
 from .expression import Extent, Node, Trace, Type
-
-if TYPE_CHECKING:
-    from .array import Array
 
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01  # 33 bits, so its product with an exponent is exact (fdlibm)
@@ -29,8 +27,6 @@ def exponential(x: Array) -> Array:
 
     x is limited to -708 to 709, where the result is a normal number.
     """
-    from .language import clamp
-
     x = clamp(x, -708.0, 709.0)
     shifted = x * _LOG2_E + _SHIFT
     k = shifted - _SHIFT
@@ -38,20 +34,18 @@ def exponential(x: Array) -> Array:
     power = _integer(x.trace, "bits", shifted.node)
     exponent = _integer(x.trace, "ishl", _integer(x.trace, "iadd", power, 1023 - _SHIFT_BITS), 52)
     scale = _integer(x.trace, "from_bits", exponent)
-    return _horner(r, [1 / factorial for factorial in _FACTORIALS]) * type(x)(scale, x.trace)
+    return _horner(r, [1 / factorial for factorial in _FACTORIALS]) * Array(scale, x.trace)
 
 
 def logarithm(x: Array) -> Array:
     """The natural logarithm for float64: e ln(2) + log(m), sqrt(1/2) <= m <= sqrt(2), by the series of atanh."""
-    from .language import where
-
-    trace, array = x.trace, type(x)
+    trace = x.trace
     bits = _integer(trace, "bits", x.node)
     exponent = _integer(trace, "iadd", _integer(trace, "ishr", bits, 52), -1023)
     mantissa = _integer(trace, "ior", _integer(trace, "iand", bits, _MANTISSA), _ONE_BITS)
-    m = array(_integer(trace, "from_bits", mantissa), trace)
-    e = array(trace.number(exponent), trace)
-    large = array(trace.wide(trace.number((m > _SQRT2).node)), trace)
+    m = Array(_integer(trace, "from_bits", mantissa), trace)
+    e = Array(trace.number(exponent), trace)
+    large = Array(trace.wide(trace.number((m > _SQRT2).node)), trace)
     m, e = m * (1.0 - 0.5 * large), e + large
     f = (m - 1.0) / (m + 1.0)
     series = _horner(f * f, [2.0 / (2 * n + 1) for n in range(11)])

@@ -23,7 +23,8 @@ class Reduction:
 
     Attributes:
         steps: maximum number of passes.
-        block: number of elements in a block; tiles start at a multiple of it. Set when the method has been traced.
+        block: number of elements in a block, set when the method has been traced. Tiles start at a multiple of this
+            number.
     """
 
     steps = 1

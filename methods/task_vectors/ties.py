@@ -23,7 +23,7 @@ def ties(
 
     d_i = w_i times the largest elements of x_i - base, with the others set to 0. The elected sign of an element is the
     sign of sum_i d_i, or plus if the sum is 0. out = base + lambda (sum of the d_i with that sign) / (sum of their
-    w_i), without the division if `normalize` is false. The paper trims over the whole model, here each tensor.
+    w_i), without the division if `normalize` is false. The paper trims the model as one vector.
     """
     sparse = trimmed(t, density)
     scale = restored_norms(t, task_vectors(t), sparse, rescale_eps) if rescale else None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..expression import Node
 from ..kernel import Kernel, State
-from ..reductions import ColumnSum, Count, Selection, Sum
-from ..selection import Search, sample_indices, start
+from ..reductions import ColumnSum, Count, Sum
+from ..selection import Search, sample_indices
 from . import counting
+from .context import PassContext
 from .program_run import ProgramRun
 from .tile import Tile, Workspace
 
@@ -28,17 +27,12 @@ class Pass:
     """
 
     def __init__(self, kernel: Kernel, index: int | None, state: State | None, workspace: Workspace) -> None:
-        self.kernel = kernel
-        self.active = () if index is None else kernel.active(index, state)
-        self.step = 0 if index is None else kernel.step(index)
-        self.state = state
-        self.workspace = workspace
-        self.partials: list[list[Any]] = [[] for _ in kernel.reduced]
-        selections = [number for number in self.active if isinstance(kernel.reduced[number].value, Selection)]
-        sampling = {n for n in selections if kernel.reduced[n].value.sampled and self.step == 0}
-        self.sampling = tuple(sorted(sampling))
-        self.counting = tuple(number for number in self.active if number not in sampling)
-        self._constants: dict[tuple[Any, ...], Tensor] = {}
+        self._reductions = [node.value for node in kernel.reduced]
+        self._active = () if index is None else kernel.active(index, state)
+        first = index is not None and kernel.step(index) == 0
+        self._sampling = tuple(n for n in self._active if first and getattr(self._reductions[n], "sampled", False))
+        self._counting = tuple(number for number in self._active if number not in self._sampling)
+        self._context = PassContext(kernel, state, workspace, self._sampling)
 
     def combine(self, tile: Tile) -> Tensor:
         """The output elements of a tile in the work dtype, in a buffer of the workspace."""
@@ -46,9 +40,9 @@ class Pass:
 
     def reduce(self, tile: Tile) -> None:
         """Add a tile to the partial results."""
-        if self.counting:
-            self._run(self.counting, tile)
-        for number in self.sampling:
+        if self._counting:
+            self._run(self._counting, tile)
+        for number in self._sampling:
             self._sample(number, tile)
 
     def result(self) -> list[Any]:
@@ -57,38 +51,38 @@ class Pass:
         This is where a pass waits for the device.
         """
         return [
-            self._collected(number, node.value) if number in self.active else None
-            for number, node in enumerate(self.kernel.reduced)
+            self._collected(number, reduction) if number in self._active else None
+            for number, reduction in enumerate(self._reductions)
         ]
 
     # --- programs ----------------------------------------------------------------------------------------------------
 
     def _run(self, active: tuple[int, ...] | None, tile: Tile) -> ProgramRun:
-        run = ProgramRun(self, active, tile)
+        run = ProgramRun(self._context, active, tile)
         for instruction in run.program.instructions:
             run.perform(instruction)
         for number, sums in run.block_sums():
-            self.partials[number].append(sums)
+            self._context.partials[number].append(sums)
         return run
 
     def _sample(self, number: int, tile: Tile) -> None:
         """Take the sampled elements of a selection."""
-        self.workspace.reset()
-        indices = sample_indices(self.kernel.reduced[number].value.size, tile.element, tile.elements)
+        tile.workspace.reset()
+        indices = sample_indices(self._reductions[number].size, tile.element, tile.elements)
         if len(indices):
             self._run((number,), tile.gather(torch.from_numpy(indices)))
 
     def _collected(self, number: int, reduction: Any) -> Any:
-        parts = self.partials[number]
+        parts = self._context.partials[number]
         if isinstance(reduction, Sum):
             return torch.cat(parts).tolist()
         if isinstance(reduction, Count):
             return int(torch.stack(parts).sum())
         if isinstance(reduction, ColumnSum):
             return [part.cpu().numpy() for part in parts]
-        if number in self.sampling:
+        if number in self._sampling:
             return [[part.cpu().numpy() for part in parts]]
-        searches = self.searches(number, reduction)
+        searches = self._context.searches(number, reduction)
         return [self._counts(search, [part[n] for part in parts]) for n, search in enumerate(searches)]
 
     @staticmethod
@@ -101,30 +95,3 @@ class Pass:
         for part in parts[1:]:
             merged = merged + part
         return merged
-
-    def searches(self, number: int, reduction: Selection) -> Sequence[Search]:
-        state = None if self.state is None else self.state.reductions[number]
-        return (state or start(reduction.targets)).searches
-
-    def scalar(self, node: Node) -> Any:
-        """The value of a scalar or column that earlier passes have computed."""
-        assert self.state is not None
-        return self.state.scalars[id(node)]
-
-    def constant(self, node: Node, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A constant or scalar as a 0-d tensor, or columns as a row vector; all but constants are rounded to float32.
-
-        They are cached by node, because the id of a list of columns can be that of an earlier one.
-        """
-        key = id(node), dtype, device
-        if key not in self._constants:
-            value = node.value if node.constant else self.scalar(node)
-            exact = torch.bool if dtype is torch.bool else torch.float64
-            if isinstance(value, list):
-                made = torch.tensor(value, dtype=exact).to(device)
-            else:
-                made = torch.full((), value, dtype=exact, device=device)  # does not wait for the device
-            if not node.constant and exact is torch.float64:
-                made = made.to(torch.float32)
-            self._constants[key] = made.to(dtype)
-        return self._constants[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from ..program import Instruction, Slot
 from ..reductions import ColumnSum, Count, Selection, Sum
 from . import counting
 from .block_sums import BlockSums, pairwise_fold
+from .context import PassContext
 from .hashing import hashes
 from .operations import INTEGER_OPERATIONS, OPERATIONS
 from .rounding import round_into
 from .tile import Tile
-
-if TYPE_CHECKING:
-    from .passes import Pass
 
 _DTYPES = {Type.WIDE: torch.float64, Type.FLAG: torch.bool, Type.INTEGER: torch.int64, Type.HASH: torch.int32}
 _SMALLEST = 2.0**-149  # the smallest float32
@@ -30,12 +28,12 @@ class ProgramRun:
     """One program on one tile.
 
     Args:
-        owner: pass that the program belongs to.
+        owner: context of the pass that the program belongs to.
         active: reductions of the program; None for the output.
         tile: tile.
     """
 
-    def __init__(self, owner: Pass, active: tuple[int, ...] | None, tile: Tile) -> None:
+    def __init__(self, owner: PassContext, active: tuple[int, ...] | None, tile: Tile) -> None:
         self.owner = owner
         self.tile = tile
         self.program = owner.kernel.program(active)

@@ -1,4 +1,4 @@
-"""Random merge methods over the whole public vocabulary, and inputs that are hard for them."""
+"""Random merge methods over the public vocabulary, and inputs that are hard for them."""
 
 from __future__ import annotations
 

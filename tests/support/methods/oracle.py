@@ -1,4 +1,4 @@
-"""An independent evaluator of a kernel's expression graph: numpy, whole tensors, one operation at a time.
+"""An independent evaluator of a kernel's expression graph: numpy, complete tensors, one operation at a time.
 
 It defines the bytes of every method. It shares no arithmetic with mergeloom: each operation is written from its
 definition, without tiles, passes, brackets or workspaces. Values are represented like this:

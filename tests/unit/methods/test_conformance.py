@@ -18,7 +18,7 @@ from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.expression import ARITHMETIC, reachable
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec, MethodError, Unit
-from mergeloom.methods.kernel.torch_backend import counting
+from mergeloom.methods.kernel.torch_backend.passes import counting
 from tests.support.methods import reference
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.expected import expected as expected_of

@@ -259,13 +259,13 @@ def test_hashes(element: int) -> None:
 
 
 def exponents() -> np.ndarray[Any, Any]:
-    """Arguments of exp: the whole range, and small ones."""
+    """Arguments of exp: the complete range, and small ones."""
     generator = np.random.default_rng(2)
     return np.concatenate([generator.uniform(-708, 709, 1500), generator.standard_normal(500) * 0.01, [-708, 0, 709]])
 
 
 def positives() -> np.ndarray[Any, Any]:
-    """Arguments of log: the whole range, and those close to 1 and to the bounds of the polynomial's argument."""
+    """Arguments of log: the complete range, and those close to 1 and to the bounds of the polynomial's argument."""
     generator = np.random.default_rng(3)
     near = 1 + generator.choice([-1, 1], 500) * 2.0 ** generator.uniform(-52, -1, 500)
     bounds = np.sqrt(2) * 2.0 ** generator.integers(-3, 3, 100) * (1 + generator.standard_normal(100) * 1e-15)
