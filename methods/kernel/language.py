@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from .array import Array, Operand, clamp, common_trace, maximum, minimum, node_of, refuse, trace_of, where
 from .expression import Extent, Node, Trace, Type, definition_error, flatten, with_constants
 from .polynomials import exponential, logarithm
-from .reductions import ColumnSum, Count, Selection, Sum, Target
+from .reductions import ColumnSum, Count, Selection, Sum
 from .spec import InputSpec, MethodError
+from .target import Target
 
 __all__ = [
     "Array",

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .spec import BLOCK
+from .target import Target
 
 if TYPE_CHECKING:
     from .selection import SelectionState
@@ -97,21 +97,6 @@ class ColumnSum(Reduction):
         return [total(column) for column in zip(*(block.tolist() for block in merged), strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A magnitude to search for.
-
-    Args:
-        rank: k for the k-th largest, starting at 1; None if it is a fraction of the number of nonzero magnitudes.
-        share: the fraction.
-        exact: whether the k elements have to be selected exactly; False to find only the k-th largest magnitude.
-    """
-
-    rank: int | None
-    share: float = 1.0
-    exact: bool = True
-
-
 class Selection(Reduction):
     """The search for the k-th largest magnitudes of an array; see `selection`.
 
@@ -148,7 +133,7 @@ class Selection(Reduction):
     def finish(self, step: int, merged: Any, state: SelectionState | None) -> SelectionState:
         from .selection import finish
 
-        return finish(self, step, merged, state)
+        return finish(self.targets, self.size if self.sampled else None, step, merged, state)
 
     def value(self, state: SelectionState) -> Any:
         return [search.threshold for search in state.searches]

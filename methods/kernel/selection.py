@@ -12,14 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .reductions import Target
-
-if TYPE_CHECKING:
-    from .reductions import Selection
+from .target import Target
 
 Bits = np.ndarray[Any, Any]
 """Magnitudes as int32."""
@@ -140,21 +137,24 @@ def start(targets: Sequence[Target]) -> SelectionState:
     return SelectionState(tuple(Search(target.rank, target.share, target.exact) for target in targets))
 
 
-def finish(selection: Selection, step: int, merged: list[Any] | None, state: SelectionState | None) -> SelectionState:
+def finish(
+    targets: Sequence[Target], sampled: int | None, step: int, merged: list[Any] | None, state: SelectionState | None
+) -> SelectionState:
     """The state after the pass of a step.
 
     Args:
-        selection: the reduction.
-        step: number of the step; the first one takes the sample, unless the selection has none.
+        targets: what is searched for.
+        sampled: number of elements in the tensor if the first step takes a sample; None without one.
+        step: number of the step.
         merged: counts of each search that continues, or the bits of the sampled elements as the only item.
         state: state before the pass.
     """
-    state = state or start(selection.targets)
+    state = state or start(targets)
     if merged is None:
         return SelectionState(tuple(replace(search, threshold=NONE) for search in state.searches))
-    if selection.sampled and step == 0:
+    if sampled is not None and step == 0:
         sample = np.sort(np.concatenate(merged[0]))[::-1]
-        searches = tuple(initial_bracket(search, sample, selection.size) for search in state.searches)
+        searches = tuple(initial_bracket(search, sample, sampled) for search in state.searches)
         return SelectionState(searches, sample)
     searches = tuple(
         search if counts is None else narrow(search, counts, state.sample)

@@ -23,7 +23,8 @@ import torch
 
 from mergeloom.methods.kernel.expression import Extent, HostCall, Node, Type
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.reductions import ColumnSum, Count, Selection, Sum, Target
+from mergeloom.methods.kernel.reductions import ColumnSum, Count, Selection, Sum
+from mergeloom.methods.kernel.target import Target
 from tests.support.methods.oracle_numbers import Numbers, hashes, loaded, rounded, stored
 
 __all__ = ["evaluate", "hashes", "rounded", "stored"]
