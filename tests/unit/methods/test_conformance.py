@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.methods import merge_methods
+from mergeloom.methods import Array, Inputs, maximum, merge_methods, sign, where
 from mergeloom.methods.kernel.expression import ARITHMETIC, reachable
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.spec import InputSpec, MethodError, Unit
-from mergeloom.methods.kernel.torch_backend.passes import counting
+from mergeloom.methods.kernel.spec import BLOCK, InputSpec, MethodError, Unit
+from mergeloom.methods.kernel.torch_backend import counting
 from tests.support.methods import reference
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.expected import expected as expected_of
-from tests.support.methods.kernels import merge, run_kernel
+from tests.support.methods.kernels import kernel_of, merge, run_kernel
 from tests.support.paths import ROOT
 
 KEY = 0x1234_5678_9ABC_DEF1
@@ -276,6 +277,35 @@ def test_kernels_propagate_nonfinite_values(case: Case, value: float) -> None:
             assert same_bytes(output, run_kernel(kernel, sound, key=KEY).output)
 
 
+@pytest.mark.parametrize(
+    ("function", "propagates"),
+    [
+        (lambda t: t.models[0] * (t.models[1] > 0), False),
+        (lambda t: maximum(t.models[0], t.models[1]), False),
+        (lambda t: where(t.models[0] > 0, t.models[0], t.models[1]), False),
+        (lambda t: sign(t.models[0]) + t.models[1], False),
+        (lambda t: t.models[0] / t.models[1], False),
+        (lambda t: t.models[0] * t.sum(t.models[1]), False),
+        (lambda t: t.models[0] * t.row_sum(t.models[1]), False),
+        (lambda t: t.models[0] * (t.models[1] > 0) + t.models[1], True),
+        (lambda t: where(t.models[0] > 0, t.models[0] - t.models[1], t.models[0] + t.models[1]), True),
+        (lambda t: t.models[0] * t.largest(t.models[0], 50) - abs(t.models[1]), True),
+        (lambda t: t.models[0] * t.sum(t.models[0]), True),
+    ],
+)
+def test_whether_nonfinite_values_reach_the_output_is_derived(
+    function: Callable[[Inputs], Array], propagates: bool
+) -> None:
+    """Where not, the engine checks the inputs as well."""
+    kernel = kernel_of(function, 2, None, (9, 100))
+    assert kernel.propagates_nonfinite == propagates
+    for place in kernel.used if propagates else ():
+        for value in (float("nan"), float("inf"), float("-inf")):
+            inputs = [x.clone() for x in make("float32", 2, (9, 100))]
+            inputs[place][4, 56] = value
+            assert not bool(torch.isfinite(run_kernel(kernel, inputs).output[4, 56]))
+
+
 WEIGHTED = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "breadcrumbs_ties")
 
 
@@ -308,6 +338,17 @@ def test_alignment_is_a_multiple_of_rows_for_row_kernels() -> None:
             assert kernel.alignment % 345 == 0
             of_rows.add(case.method)
     assert of_rows == {"arcee_fusion", "della", "della_linear", "model_stock", "nuslerp"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "alignment"), [((32_001, 4096), 251 * 4096), ((301, 1003), 32 * 1003), ((4096, 5120), 32 * 5120)], ids=str
+)
+def test_tiles_of_column_sums_are_aligned_to_their_blocks_alone(shape: tuple[int, int], alignment: int) -> None:
+    """At most 128 blocks of at least 32 slices, whatever the blocks of other sums."""
+    parameters = {"weight": (1.0, 1.0), "nuslerp_flatten": False, "nuslerp_row_wise": True}
+    assert merge_methods()["nuslerp"].kernel(InputSpec(2, None, shape), parameters).alignment == alignment
+    mixed = kernel_of(lambda t: t.other * t.column_sum(t.other) * t.sum(t.other), 1, None, shape)
+    assert mixed.alignment == math.lcm(alignment, BLOCK)
 
 
 @pytest.mark.parametrize(
