@@ -18,6 +18,9 @@ _UNITS = {
 }
 """The units, in upper case. As in other command lines, a prefix alone is a power of 1024: 8G is 8GiB."""
 
+_LEAST_MEMORY = 1 << 20
+"""No memory is smaller than this in bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -53,11 +56,19 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_memory(text: str) -> int:
+    """Parse a size of memory, as `parse_size`. A small number without a unit is rejected: it lacks its unit."""
+    size = parse_size(text)
+    if size < _LEAST_MEMORY and not re.search("[A-Za-z]", text):
+        raise UsageError(f"invalid size {text!r}: a number without a unit counts bytes; use, for example, {size}GiB")
+    return size
+
+
 def parse_limit(text: str) -> Limit:
-    """Parse a memory limit: a size as for `parse_size`, or a percentage such as ``50%``. Raises UsageError."""
+    """Parse a memory limit: a size as for `parse_memory`, or a percentage such as ``50%``. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*%\s*", text)
     if match is None:
-        return parse_size(text)
+        return parse_memory(text)
     percent = float(match[1])
     if not 0 < percent <= 100:
         raise UsageError(f"invalid size {text!r}: a percentage of the memory is more than 0% and at most 100%")

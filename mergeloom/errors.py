@@ -77,6 +77,7 @@ class RecipeError(MergeloomError):
         path: key path of the mistake, such as ``("slices", 0, "sources", 1, "layer_range")``.
         override: overrides that have set the value or a part, such as ``--set dtype=float32``; None if none has.
         more: other mistakes in the same recipe.
+        advice: what to do, after the message; it is shown once for all mistakes that have it in common.
         unsupported: whether the recipe asks for something that mergeloom doesn't support yet.
     """
 
@@ -91,16 +92,23 @@ class RecipeError(MergeloomError):
         path: tuple[str | int, ...] = (),
         override: str | None = None,
         more: Sequence[RecipeError] = (),
+        advice: str = "",
         unsupported: bool = False,
     ) -> None:
-        self.message = message
+        self.message = message + advice
         self.source = source
         self.line = line
         self.path = path
         self.override = override
         self.more = tuple(more)
+        self.advice = advice
         self.unsupported = unsupported
-        texts = [f"{self.location}: {message}", *map(str, self.more[:_SHOWN])]
+        self._short = f"{self.location}: {message}"
+        texts, given = [self._short + advice], {advice}
+        for mistake in self.more[:_SHOWN]:
+            repeated = mistake.advice and mistake.advice in given
+            texts.append(mistake._short if repeated else str(mistake))
+            given.add(mistake.advice)
         if len(self.more) > _SHOWN:
             texts.append(f"... and {len(self.more) - _SHOWN} more mistakes")
         super().__init__("\n".join(texts))
@@ -112,7 +120,13 @@ class RecipeError(MergeloomError):
 
     @classmethod
     def at(
-        cls, location: Location, message: str, *, more: Sequence[RecipeError] = (), unsupported: bool = False
+        cls,
+        location: Location,
+        message: str,
+        *,
+        more: Sequence[RecipeError] = (),
+        advice: str = "",
+        unsupported: bool = False,
     ) -> RecipeError:
         """Create the error for a mistake at a location; the other arguments are those of the class."""
         return cls(
@@ -122,6 +136,7 @@ class RecipeError(MergeloomError):
             path=location.path,
             override=location.override,
             more=more,
+            advice=advice,
             unsupported=unsupported,
         )
 
@@ -134,7 +149,7 @@ class RecipeError(MergeloomError):
         first, *others = sorted(mistakes, key=lambda mistake: (mistake.unsupported, mistake.line or 0))
         if not others:
             return first
-        return cls.at(first.location, first.message, more=others)
+        return cls.at(first.location, first.message.removesuffix(first.advice), more=others, advice=first.advice)
 
 
 class UsageError(MergeloomError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import BudgetError, UsageError
 from ...io import platform
 from ...io.cgroups import cpu_limit, memory_left, memory_limit
-from ...io.sizes import Limit, Share, format_size, parse_size
+from ...io.sizes import Limit, Share, format_size, parse_memory
 from ..graph.graph import MergeGraph
 from ..schedule.schedule import Budget, DeviceBudget, Schedule
 from .process_size import agreed_sizes, rounded
@@ -96,7 +96,10 @@ def parse_machine(text: str) -> Machine:
         if key in values:
             raise UsageError(f"--for {text}: {key} is given more than once")
         if key in ("ram", "vram"):
-            values[key] = parse_size(value)
+            try:
+                values[key] = parse_memory(value)
+            except UsageError as error:
+                raise UsageError(f"--for {text}: {error}") from error
         elif value.isdecimal() and int(value) > 0:
             values[key] = int(value)
         else:
@@ -171,8 +174,9 @@ def find_devices(
         numbers += [int(number)] if number else list(gpus)
     missing = [number for number in numbers if number not in gpus]
     if missing or not numbers:
-        existing = ", ".join(f"cuda:{number}" for number in gpus) or "no CUDA device"
-        raise UsageError(f"--device {wanted}: {owner} has {existing}; use --device cpu, or a device that exists")
+        existing = ", ".join(f"cuda:{number}" for number in gpus)
+        advice = f"only {existing}; use one of them, or --device cpu" if gpus else "no CUDA device; use --device cpu"
+        raise UsageError(f"--device {wanted}: {owner} has {advice}")
     return tuple(
         DeviceBudget(f"cuda:{number}", _limit(max_vram, gpus[number], VRAM_SHARE), 2)
         for number in dict.fromkeys(numbers)

@@ -205,10 +205,9 @@ def check_input_tokens(output: SpecialTokens, models: Mapping[str, SpecialTokens
         used = output.effective(role) or next(iter(ids.values()), frozenset())
         if all(_covers(used, found, role, models[name]) for name, found in ids.items()):
             continue
-        listed = ", ".join(f"{_listed(found)} in {name}" for name, found in ids.items())
         yield ModelWarning(
             ModelWarningKind.TOKENS,
-            f"{role}_token_id differs between the models: {listed}",
+            f"{role}_token_id differs between the models: {_by_ids(ids)}",
             f"{_EFFECT[role]}, since the output uses {_listed(used)}: set `tokenizer_source` to the model whose "
             "tokenizer and generation_config.json are right",
             (f"{role}_token_id",),
@@ -249,6 +248,15 @@ def _template_ends(template: str) -> list[str]:
 def _plain(token: str) -> str:
     """A token's text in lower case and without punctuation."""
     return re.sub(r"[\W_]|▁", "", token).lower()
+
+
+def _by_ids(ids: Mapping[str, Ids]) -> str:
+    """The ids of all models, each with the models that have it."""
+    owners: dict[Ids, list[str]] = {}
+    for name, found in ids.items():
+        owners.setdefault(found, []).append(name)
+    separator = ", " if len(owners) == len(ids) else "; "
+    return separator.join(f"{_listed(found)} in {', '.join(names)}" for found, names in owners.items())
 
 
 def _listed(ids: Ids) -> str:

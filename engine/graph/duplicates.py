@@ -56,17 +56,18 @@ def _warning(part: BoundSlice, indices: Sequence[int], files: Sequence[str]) -> 
     problem = f"{first} and {second} are the same model, {where}"
     if part.base in indices:
         base, other = (first, second) if part.base == indices[0] else (second, first)
-        problem += f": {other} is merged into the base model, {base}, as a model without any difference"
+        problem += f": the difference between {other} and the base model, {base}, is zero"
     else:
         problem += ", which therefore counts twice"
     return ModelWarning(ModelWarningKind.DUPLICATE_MODEL, problem, "use one name for it", (first, second))
 
 
 def explained(error: RecipeError, duplicates: Iterable[Duplicate]) -> RecipeError:
-    """An error about a source, with the warning about its duplicate if it has one."""
+    """An error about a source, which names its duplicate if it has one."""
     for duplicate in duplicates:
         if any(error.path[: len(place)] == place for place in duplicate.places):
-            message = f"{error.message}; {duplicate.warning.text}"
+            first, second = duplicate.warning.names
+            message = f"{error.message}; {first} and {second} are the same model: {duplicate.warning.advice}"
             return RecipeError.at(error.location, message, more=error.more)
     return error
 

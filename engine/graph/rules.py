@@ -289,8 +289,8 @@ def shape_mismatch(
     if len(shape) == len(first_shape) == 2 and shape[1] == first_shape[1] and (is_embedding(name) or is_head(name)):
         return (
             f"tensor {name}: {first.name} has a vocabulary of {first_shape[0]} rows and {second.name} one of "
-            f"{shape[0]}: different vocabularies are not supported yet; resize one with transformers' "
-            "resize_token_embeddings, such that both have the same tokens in the same rows"
+            f"{shape[0]}: different vocabularies are not supported yet; if one only adds tokens to the other, give "
+            "both the same number of rows with transformers' resize_token_embeddings"
             + (f"; or take it from {first.name} with `non_layer: {{{key}: {first.name}}}`" if key else "")
         )
     return (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...errors import HubUnreachable, ModelNotFound, UsageError
+from ...errors import CheckpointError, HubUnreachable, ModelNotFound, UsageError
 from ...io.hub.http import NO_DIRECTORY
 from ...io.hub.repository import is_hub_id
 from ...io.output.lock import TO_FINISH, WORK, Content, classify
 from ...io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from ..recipe.local import is_local, similar_path
+from ..recipe.misplaced import nearest
 from ..recipe.types import ModelReference, Recipe
 from .paths import path_problem, places_of, siblings_note
 
@@ -68,8 +69,8 @@ def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
     """Open a model of a recipe.
 
     Raises:
-        RecipeError: the model is neither here nor on the Hub, and a directory has a similar name.
-        MergeloomError: as `open_model`; if the model is missing, the message begins with its line in the recipe.
+        RecipeError: the model is neither here nor on the Hub, and a directory or a stage has a similar name.
+        MergeloomError: as `open_model`; the message begins with the model's line in the recipe.
     """
     try:
         return open_model(reference)
@@ -77,10 +78,17 @@ def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
         place = places_of(recipe).get(reference)
         if place is None:
             raise
+        if stage := nearest(reference.path, [stage.name for stage in recipe.stages if stage.name]):
+            raise recipe.error(place, f"{error}; did you mean the stage `{stage}`?") from error
         near = _similar(reference)
         if near is not None:
             raise recipe.error(place, f"{error}; {near}") from error
         raise type(error)(str(recipe.error(place, f"{error}{siblings_note(reference.path)}"))) from error
+    except CheckpointError as error:
+        place = places_of(recipe).get(reference)
+        if place is None:
+            raise
+        raise type(error)(str(recipe.error(place, str(error)))) from error
 
 
 def _similar(reference: ModelReference) -> str | None:

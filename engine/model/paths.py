@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ...errors import RecipeError
 from ...io.hub.repository import cached_snapshot, is_hub_id
 from ..recipe.local import is_local, siblings, similar_path
@@ -11,6 +13,9 @@ from .warnings import ModelWarning, ModelWarningKind
 
 _PLACEHOLDERS = frozenset(("none", "null", "nil", "nan", "undefined", "~"))
 _SHOWN = 6
+_URL = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)(?:/tree/(?P<revision>[^/?#]+))?"
+)
 
 
 def path_problem(reference: ModelReference) -> str | None:
@@ -22,6 +27,11 @@ def path_problem(reference: ModelReference) -> str | None:
     path, revision = reference.path, reference.revision
     if is_local(path):
         return None
+    if (url := _URL.match(path)) is not None:
+        repository = f"{url['id']}@{revision or url['revision']}" if revision or url["revision"] else url["id"]
+        return f"{reference.text} is a URL: for the model of the Hub, write its id, `{repository}`"
+    if "://" in path:
+        return f"{reference.text} is a URL: download the model, and write its directory"
     if path.lower() in _PLACEHOLDERS:
         return f"{path!r} does not name a model: write a directory or a Hub id"
     text = reference.text
@@ -52,7 +62,7 @@ def ignored_revisions(recipe: Recipe) -> list[ModelWarning]:
         ModelWarning(
             ModelWarningKind.FILES,
             f"{each.path} is a directory here and has no revisions: @{each.revision} is ignored",
-            "remove it, or rename the directory to use the Hub's model",
+            f"remove @{each.revision}, or rename the directory to use the Hub's model",
             location=recipe.origins.locate(place),
         )
         for each, place in named

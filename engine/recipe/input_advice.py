@@ -31,7 +31,18 @@ def similar_source(base: ModelReference, part: Slice) -> str:
     """Advice for a base model that is none of the sources: the source that is probably the same model, or empty."""
     name = _last(base)
     same = [source.model.text for source in part.sources if source.model != base and _last(source.model) == name]
-    return f": if {same[0]} is the same model, write `base_model: {same[0]}`" if same else ""
+    return f": if {same[0]} is the same model as {base.text}, write `base_model: {same[0]}`" if same else ""
+
+
+def base_advice(base: ModelReference, part: Slice, method: Method) -> str:
+    """Advice for a slice that doesn't list its base model: which of the sources to choose, or to add it to them."""
+    if advice := similar_source(base, part):
+        return advice
+    choose = f"choose one of them, such as `base_model: {part.sources[0].model.text}`"
+    if method.maximum is not None and len(part.sources) > method.maximum:
+        return f": {choose}"
+    enough = len(part.sources) > method.minimum
+    return f": add it to `sources`, with as many layers as the others{f', or {choose}' if enough else ''}"
 
 
 def missing_base(parts: Sequence[Slice], method: Method) -> str:
@@ -61,7 +72,15 @@ def count_advice(part: Slice, method: Method, base: int | None) -> str:
         return advice
     if listed and base is None:
         return " (a `base_model` that isn't listed under `models` is added to them)"
-    return STACK if len({source.layer_range for source in sources}) > 1 else ""
+    if len({source.layer_range for source in sources}) > 1 or method.name == "passthrough":
+        return STACK
+    return ": remove all but one, or use a method for any number of models, such as multislerp or task_arithmetic"
+
+
+def ranges_misplaced(reader: NodeReader) -> bool:
+    """Whether a complete model has a range of layers, which was reported."""
+    places = [*(each.place for each in reader.warnings), *(each.path for each in reader.mistakes)]
+    return any(place[-3:-2] == ("models",) and place[-1] in ("layers", "layer_range") for place in places)
 
 
 def check_density(reader: NodeReader, stage: Stage, method: Method) -> None:

@@ -57,7 +57,8 @@ def _split(path: str) -> list[str]:
 def _walk(start: str, names: list[str], matches: Callable[[str, str], bool]) -> Iterator[str]:
     """Yield existing paths that resemble `start` followed by `names`, the most similar first."""
     if not names:
-        if is_local(start):  # not a broken link, which would be suggested for itself
+        # a broken link would be suggested for itself
+        if is_local(start) and not _holds_only_directories(start):
             yield start
         return
     name, *rest = names
@@ -83,6 +84,12 @@ def _names(directory: str) -> list[str]:
         return []
 
 
+def _holds_only_directories(path: str) -> bool:
+    """Whether a directory holds other directories only, such as those of models, so it is not a model itself."""
+    names = _names(path)
+    return bool(names) and all((Path(path).expanduser() / name).is_dir() for name in names)
+
+
 def _is_similar(name: str, other: str) -> bool:
     return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio() >= 0.7
 
@@ -105,6 +112,34 @@ def _one_edit(a: str, b: str) -> bool:
     while a[-1:] == b[-1:] != "":
         a, b = a[:-1], b[:-1]
     return max(len(a), len(b)) <= 1 or (len(a) == len(b) == 2 and a == b[::-1])
+
+
+def range_problem(first: int, end: int, model: str | None) -> tuple[str, str]:
+    """What is wrong with the range of layers from `first` to before `end`, and advice; empty for a valid range.
+
+    Args:
+        first: the first layer.
+        end: the layer after the last.
+        model: path of the model, or None if it is unknown.
+    """
+    rule = "the second number is the layer after the last"
+    if first < 0:
+        return "starts before layer 0: layers are numbered from 0", ""
+    if end < 0:
+        layers = None if model is None else local_layers(model)
+        owner = f"all {layers} layers of {model}" if layers else "all layers of a model with 32 layers"
+        return f"ends before layer 0: {rule}", f"; for {owner}, write [0, {layers or 32}]"
+    if end < first:
+        return f"is reversed: {rule}", ""
+    if end > first:
+        return "", ""
+    layers = None if model is None else local_layers(model)
+    instead = f"; for layer {first} alone, write [{first}, {first + 1}]" if layers is None or first < layers else ""
+    if layers is not None and first < layers:
+        return f"is empty{instead}", f": {rule}"
+    outside = "to take only tensors outside the layers from this model, remove the slice and set "
+    outside += f"`non_layer: {{head: {model or 'MODEL'}}}`; other keys there are `norm` and `embeddings`"
+    return f"is empty{instead}", f": {rule}; {outside}"
 
 
 def local_layers(path: str) -> int | None:

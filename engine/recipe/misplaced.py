@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from .nodes import Node
+from .nodes import Keys, Node
 
 STAGE_KEYS = (
     *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
@@ -15,10 +15,15 @@ STAGE_KEYS = (
 )
 """The keys at the top level of a stage."""
 
+CONTENTS = ("models", "slices", "modules")
+"""The keys of a stage that list what is merged; a stage has one of them."""
+
 MISSING = {
+    "merge_method": ": write, for example, `merge_method: linear`; `mergeloom methods` lists all methods",
     "layer_range": ": write `layer_range: [first layer, layer after the last]`, or list complete models under `models` "
     "instead of `slices`",
-    "model": ": write `model:` and a directory or a Hub id (in quotes, if its name is null)",
+    "model": ": write a directory or a Hub id after `model:`",
+    "value": ": write `{filter: mlp, value: 0.5}`, for example, or only a number",
     "sources": ": list the models of the slice below it: `sources: [{model: ..., layer_range: [0, 8]}]`",
 }
 """What to write for a missing entry."""
@@ -32,6 +37,14 @@ _CONTENTS = frozenset(("model", "models", "slices"))
 _ADAPTER = re.compile(r"(lora|adapter|peft)(?![a-z])|loras$|adapters$")
 _TOP = "write it at the top level of the recipe"
 _HINTS = {"pattern": "did you mean `filter`?", "out_path": "give the stage a `name` that other stages can refer to"}
+_QUANTIZED = re.compile(r"i?q\d\w*|u?int\d+|w\da\d+|nf4|(mx)?fp[48]|(float|f)8\w*|gguf|gptq|awq|exl\d|bnb.*")
+_DTYPE_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_OTHER_FILES = {
+    "weight_map": "the index of a model's shards",
+    "model_type": "a model's config.json",
+    "architectures": "a model's config.json",
+    "tokenizer_class": "a model's tokenizer_config.json",
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -46,14 +59,42 @@ def names_adapter(key: str, node: Node) -> bool:
     return _ADAPTER.match(key.lower()) is not None and node.value not in (None, "", False, (), {})
 
 
-def key_advice(key: str, keys: Mapping[str, Node], known: Collection[str]) -> str | None:
+def other_file(keys: Collection[str]) -> str | None:
+    """The error for a file that isn't a recipe, by its top-level keys; None if it may be one."""
+    if any(nearest(key, ("merge_method", *CONTENTS)) for key in keys):
+        return None
+    what = next((f"this is {name}, not a recipe" for key, name in _OTHER_FILES.items() if key in keys), None)
+    return what or (None if not keys or any(key in STAGE_KEYS for key in keys) else "this is not a recipe")
+
+
+def dtype_advice(name: str, known: Collection[str]) -> str:
+    """What to write instead of an unknown dtype."""
+    if (close := _DTYPE_NICKNAMES.get(name.lower()) or nearest(name, known)) is not None:
+        return f"did you mean `{close}`?"
+    listed = f"use one of {', '.join(known)}"
+    quantized = _QUANTIZED.fullmatch(name.lower())
+    return f"{listed}; for a quantized model, quantize the merged one with another tool" if quantized else listed
+
+
+def list_advice(value: object, what: str) -> str:
+    """What to write instead of a text or a mapping where a list is expected."""
+    if what.startswith("models") and isinstance(value, (str, Mapping)):
+        first = re.split(r"[,;\s]+", value.strip())[0] if isinstance(value, str) else ""
+        return f"; write one line for each model, such as `- model: {first or '...'}`"
+    return ""
+
+
+def key_advice(key: str, keys: Mapping[str, Node], known: Collection[str], path: Keys) -> str | None:
     """Where to write a key that is unknown in its mapping but known elsewhere; None if it isn't.
 
     Args:
         key: the unknown key.
         keys: the entries of the mapping.
         known: the known keys of the mapping, which identify its kind.
+        path: keys that lead to the mapping, empty for the only stage of a recipe.
     """
+    if key == "out_path" and not path:
+        return "OUT on the command line is the directory of the merged model"
     if key in _HINTS:
         return _HINTS[key]
     if "model" in known and key == "revision" and isinstance(keys[key].value, (str, int, float)):

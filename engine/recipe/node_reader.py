@@ -10,17 +10,24 @@ from ...errors import RecipeError
 from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.method import Method
 from ...methods.kernel.signature import Parameter
-from .local import is_local, local_layers
-from .misplaced import MISSING, key_advice, names_adapter, nearest, parameter_advice
+from .local import is_local, range_problem
+from .misplaced import (
+    MISSING,
+    dtype_advice,
+    key_advice,
+    list_advice,
+    names_adapter,
+    nearest,
+    parameter_advice,
+)
 from .nodes import Keys, Node, Origins
 from .parameters import ParameterError, accept, coerce, describe
-from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelReference, Scalar, Setting
+from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelNameError, ModelReference, Scalar, Setting
 from .warnings import RecipeWarning, WarningKind
 
 T = TypeVar("T")
 
 DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float64": F64}
-DTYPE_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 IGNORED = frozenset(("int8_mask", "residual_weight"))
 """Keys and parameters of mergekit without effect on the result; skipped without a warning."""
@@ -91,9 +98,11 @@ class NodeReader:
 
     # Errors and warnings
 
-    def error(self, message: str, path: Keys, *causes: Keys, unsupported: bool = False) -> RecipeError:
+    def error(
+        self, message: str, path: Keys, *causes: Keys, advice: str = "", unsupported: bool = False
+    ) -> RecipeError:
         """The error for the entry at `path`, which depends on the entries at `causes`, too."""
-        return RecipeError.at(self._origins.locate(path, *causes), message, unsupported=unsupported)
+        return RecipeError.at(self._origins.locate(path, *causes), message, advice=advice, unsupported=unsupported)
 
     def fail(self, message: str, path: Keys, *causes: Keys, unsupported: bool = False, named: bool = False) -> None:
         """Add the error to `mistakes` (see `error`); if it is `named`, `check_keys` won't report the entry again."""
@@ -151,7 +160,8 @@ class NodeReader:
     def entries(self, node: Node, path: Keys, what: str) -> Sequence[Node]:
         """The entries of a non-empty list."""
         if not isinstance(node.value, tuple):
-            raise self.error(f"expected a list of {what}, got {describe_node(node)}", path)
+            advice = list_advice(node.value, what)
+            raise self.error(f"expected a list of {what}, got {describe_node(node)}{advice}", path)
         if not node.value:
             raise self.error(f"expected a list of {what}, got an empty list", path)
         return node.value
@@ -173,9 +183,7 @@ class NodeReader:
         """A dtype by its name in torch, with or without ``torch.``."""
         name = self.text(node, path, f"one of {', '.join(DTYPES)}").removeprefix("torch.")
         if name not in DTYPES:
-            close = DTYPE_NICKNAMES.get(name.lower()) or nearest(name, DTYPES)
-            advice = f"did you mean `{close}`?" if close else f"use one of {', '.join(DTYPES)}"
-            raise self.error(f"unknown dtype {describe(name)}; {advice}", path)
+            raise self.error(f"unknown dtype {describe(name)}; {dtype_advice(name, DTYPES)}", path)
         return DTYPES[name]
 
     def reference(self, node: Node, path: Keys) -> ModelReference:
@@ -186,8 +194,8 @@ class NodeReader:
                 return ModelReference(text)
             try:
                 return ModelReference.parse(text)
-            except ValueError as error:
-                raise self.error(str(error), path, unsupported="+" in text) from error
+            except ModelNameError as error:
+                raise self.error(error.problem, path, advice=error.advice, unsupported="+" in text) from error
         keys = node.value
         if "lora" in keys and keys["lora"].value is not None:
             raise self.error(_NO_ADAPTERS, (*path, "lora"), unsupported=True)
@@ -210,20 +218,9 @@ class NodeReader:
         if len(children) != 2 or any(isinstance(child.value, (bool, tuple, Mapping)) for child in children):
             raise self.error(f"expected {what}, got {describe_node(node)}", path)
         first, end = (self.whole_number(child, (*path, index)) for index, child in enumerate(children))
-        if first < 0:
-            raise self.error(f"[{first}, {end}] starts before layer 0: layers are numbered from 0", path)
-        if end < 0:
-            layers = None if model is None else local_layers(model)
-            all_layers = f"all {layers} layers of {model}: [0, {layers}]" if layers else "32 layers: [0, 32]"
-            what = f"the second number is the layer after the last, such as for {all_layers}"
-            raise self.error(f"[{first}, {end}] ends before layer 0: {what}", path)
-        if end <= first:
-            why = "is reversed"
-            if end == first:
-                why = "is empty: the second number is the layer after the last. To take only tensors outside the "
-                why += f"layers from this model, remove the slice and set `non_layer: {{head: {model or 'MODEL'}}}`; "
-                why += "other keys there are `norm` and `embeddings`"
-            raise self.error(f"[{first}, {end}] {why}", path)
+        problem, advice = range_problem(first, end, model)
+        if problem:
+            raise self.error(f"[{first}, {end}] {problem}", path, advice=advice)
         return first, end
 
     # Entries of mappings
@@ -261,7 +258,7 @@ class NodeReader:
                 self.fail(_NO_ADAPTERS, here, unsupported=True)
                 continue
             close = nearest(key, known)
-            advice = key_advice(key, keys, known) or (
+            advice = key_advice(key, keys, known, path) or (
                 f"did you mean `{close}`?" if close else f"known: {', '.join(known)}"
             )
             if key in self._parameter_names and "parameters" in known:
@@ -347,9 +344,9 @@ class NodeReader:
         for index, child in enumerate(node.value):
             here = (*path, index)
             if not isinstance(child.value, Mapping):
-                message = f"conditions ({{filter, value}}) and plain values can't be mixed: got {describe_node(child)}"
-                raise self.error(message, here)
-            if conditions and conditions[-1].filter in (None, "", "*"):
+                message = "conditions ({filter, value}) and plain values can't be mixed: for all other tensors, write "
+                raise self.error(f"{message}`{{value: {describe_node(child)}}}` as the last condition", here)
+            if conditions and conditions[-1].filter in (None, "", "*") and "model" not in child.value:
                 message = "it is never reached: the condition before it matches every tensor"
                 self.warn(WarningKind.UNREACHABLE, message, here)
             conditions.append(self._condition(child, here, setter))
@@ -380,7 +377,9 @@ class NodeReader:
                 raise ParameterError(f"{parameter.name} must be {parameter.expected}, got {describe_node(node)}")
             return accept(node.value, parameter)
         except ParameterError as error:
-            self.mistakes.append(self.error(f"{setter}: {error}", path))
+            quoted = isinstance(node.value, str) and node.value.lstrip().startswith("[")
+            advice = f"; for a list of values, write {node.value} without quotes" if quoted else ""
+            self.mistakes.append(self.error(f"{setter}: {error}{advice}", path))
             return False
 
     def whole_number(self, node: Node, path: Keys) -> int:

@@ -13,8 +13,16 @@ import yaml
 from ...errors import RecipeError
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Base
-from .input_advice import STACK, check_density, check_weight, count_advice, missing_base, similar_source
-from .misplaced import STAGE_KEYS, nearest
+from .input_advice import (
+    STACK,
+    base_advice,
+    check_density,
+    check_weight,
+    count_advice,
+    missing_base,
+    ranges_misplaced,
+)
+from .misplaced import CONTENTS, STAGE_KEYS, nearest, other_file
 from .node_reader import NodeReader
 from .nodes import Keys, Node, Origins
 from .order import in_order
@@ -33,10 +41,9 @@ from .types import (
     base_index,
     slices_of,
 )
-from .warnings import RecipeWarning, WarningKind
+from .warnings import RecipeWarning, WarningKind, shortened
 from .yaml import YamlSource
 
-CONTENTS = ("models", "slices", "modules")
 NON_LAYER_ALIAS = "outside"
 """The former name of `non_layer`, which recipes may still use."""
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
@@ -73,12 +80,12 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
         ordered = reader.attempt(lambda: in_order(stages, reader.error, reader.warn), ())
     if reader.mistakes or ordered is None:
         error = RecipeError.together(reader.mistakes)
-        error.add_warnings(reader.warnings)
+        error.add_warnings(shortened(reader.warnings))
         raise error
     text = source.text or yaml.safe_dump_all(
         [node.plain() for node in source.documents], sort_keys=False, allow_unicode=True, width=10**9
     )
-    return Recipe(ordered, tuple(reader.warnings), text, origins)
+    return Recipe(ordered, tuple(shortened(reader.warnings)), text, origins)
 
 
 def _place(node: Node, index: int, count: int) -> Keys:
@@ -95,6 +102,8 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         if key in keys:
             message = f"this is a file for {tool}, which mergeloom does not support"
             raise reader.error(message, (*place, key), unsupported=True)
+    if (problem := other_file(keys)) is not None:
+        raise reader.error(problem, place)
     method = reader.attempt(lambda: _method(reader, keys, place), (*place, "merge_method")) or UNKNOWN_METHOD
     _one_content(reader, keys, place, CONTENTS, STAGE_KEYS)
     reader.check_keys(keys, place, STAGE_KEYS, aliases=(NON_LAYER_ALIAS,))
@@ -308,8 +317,14 @@ def _sources(reader: NodeReader, node: Node, path: Keys, method: Method, *, rang
         if final == index:
             kept.append(source)
             continue
-        message = f"{source.model.text} is listed twice: the last entry is used, {_entry(entries[final])}, "
-        message += f"instead of this one, {_entry(entries[index])}"
+        first, second = entries[index], entries[final]
+        message = f"{source.model.text} is listed twice"
+        if first.plain() == second.plain():
+            message += (
+                f"{'' if second.line is None else f', here and on line {second.line}'}: it counts once; remove one"
+            )
+        else:
+            message += f": the last entry is used, {_entry(second)}, instead of this one, {_entry(first)}"
         reader.warn(WarningKind.DUPLICATE_MODEL, message, source.place)
     return tuple(kept)
 
@@ -349,7 +364,7 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
     if method.base is not Base.NONE and base is not None:
         if index is None:
             message = f"{method.name} needs the base model, {base.text}, among the slice's sources"
-            raise reader.error(f"{message}{similar_source(base, part)}", part.place, *causes)
+            raise reader.error(f"{message}{base_advice(base, part, method)}", part.place, *causes)
         if sum(source.model == base for source in part.sources) > 1:
             message = f"the base model, {base.text}, is among the sources more than once"
             raise reader.error(message, part.place, *causes)
@@ -362,7 +377,10 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         message = f"{method.name} takes {number} model{'' if number == '1' else 's'}"
         message += f"{'' if index is None else ' besides the base'}, got {len(others)}"
         message += f": {', '.join(others)}" if others else ""
-        reader.fail(f"{message}{count_advice(part, method, index)}", part.place, *causes)
+        advice = (
+            ": use `slices` for ranges of layers" if ranges_misplaced(reader) else count_advice(part, method, index)
+        )
+        reader.fail(f"{message}{advice}", part.place, *causes)
 
 
 def _report_base_parameters(reader: NodeReader, base: Source, method: Method, *causes: Keys) -> None:

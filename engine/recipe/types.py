@@ -53,6 +53,20 @@ DEFAULT_MODULE = "default"
 """mergekit's name for the module of a model that has only one."""
 
 
+class ModelNameError(ValueError):
+    """The name of a model is invalid.
+
+    Args:
+        problem: description of the problem.
+        advice: what to do, after the problem, or empty.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem}{advice}")
+        self.problem = problem
+        self.advice = advice
+
+
 @dataclass(frozen=True, slots=True)
 class ModelReference:
     """A model as a recipe names it: a directory, a Hub id, or the name of another stage.
@@ -72,20 +86,20 @@ class ModelReference:
 
     @classmethod
     def parse(cls, text: str) -> ModelReference:
-        """Parse ``path`` or ``path@revision``. Raises ValueError that says what to write instead."""
-        verbatim = "write `{path: ...}` for a directory with this character in its name"
+        """Parse ``path`` or ``path@revision``. Raises ModelNameError, which says what to write instead."""
+        verbatim = "for a directory with {} in its name, write `{{path: ...}}`"
         if "+" in text:
-            raise ValueError(
-                f"{text!r} is a model with a LoRA adapter, which is not supported yet: merge the adapter into its base "
-                f"model and use the result ({verbatim})"
+            raise ModelNameError(
+                f"{text!r} is a model with a LoRA adapter, which is not supported yet",
+                f": merge the adapter into its base model and use the result ({verbatim.format('+')})",
             )
         path, *rest = text.split("@")
         if len(rest) > 1:
-            raise ValueError(f"{text!r} has more than one @: expected `id@revision` ({verbatim})")
+            raise ModelNameError(f"{text!r} has more than one @: write `id@revision` ({verbatim.format('@')})")
         if not path.strip():
-            raise ValueError(f"{text!r} does not name a model")
+            raise ModelNameError(f"{text!r} does not name a model")
         if rest and not rest[0].strip():
-            raise ValueError(f"{text!r} has no revision after the @")
+            raise ModelNameError(f"{text!r} has no revision after the @")
         return cls(path, rest[0] if rest else None)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -70,11 +71,22 @@ class RecipeWarning:
 
     def as_error(self) -> RecipeError:
         """The error to raise instead of the warning in strict mode."""
-        return self._located(f"{self.problem}{self._advice}")
+        return self._located(self.problem, self._advice)
 
     @property
     def _advice(self) -> str:
         return f"; {self.advice}" if self.advice else ""
 
-    def _located(self, text: str) -> RecipeError:
-        return RecipeError.at(Location(self.source, self.line, self.place, self.override), text)
+    def _located(self, text: str, advice: str = "") -> RecipeError:
+        return RecipeError.at(Location(self.source, self.line, self.place, self.override), text, advice=advice)
+
+
+def shortened(warnings: Iterable[RecipeWarning]) -> list[RecipeWarning]:
+    """The warnings, of which only the first has the advice that several with the same problem have in common."""
+    found: list[RecipeWarning] = []
+    given: set[tuple[WarningKind, str, str]] = set()
+    for warning in warnings:
+        key = (warning.kind, warning.problem, warning.advice)
+        found.append(replace(warning, advice="") if key in given else warning)
+        given.add(key)
+    return found

@@ -70,6 +70,8 @@ def read_yaml(path: Path) -> YamlSource:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
+        if b"\0" in data:
+            raise RecipeError("this is not a recipe: it is a binary file", source=path) from error
         line = data.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"this is not {error.encoding} text: {error.reason}", source=path, line=line) from error
     return parse_yaml(text, path)

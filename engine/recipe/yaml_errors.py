@@ -118,7 +118,7 @@ def _causes(lines: list[_Line], error: yaml.MarkedYAMLError, mark: Any) -> Itera
         yield f"remove line {first.number}, `{first.text}`, which is left over from a code block", first.number
     for other in lines:
         if other.text == "---" and other.indent:
-            separator = "`---`, which separates stages, must start in the first column, as must the keys of each stage"
+            separator = "`---`, which separates stages, must start in the first column"
             yield f"{separator}: remove the indentation of line {other.number}", other.number
     if context is not None and "quoted scalar" in str(error.context):
         yield f"is the quote on line {context.line + 1} closed?", context.line + 1

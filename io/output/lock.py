@@ -62,7 +62,7 @@ _ERRORS: dict[Content, type[MergeloomError]] = {
     Content.IN_USE: EnvironmentFailure,
 }
 
-_NO_MERGE = f"this needs the directory of a finished merge, which has a {MANIFEST}"
+_NO_MERGE = f"expected the directory of a finished merge, which has a {MANIFEST}"
 TO_FINISH = {
     Content.NEW: _NO_MERGE,
     Content.FOREIGN: _NO_MERGE,

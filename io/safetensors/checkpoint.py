@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ MAX_CONFIG_BYTES = 64_000_000
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model" + INDEX_SUFFIX
 """The file that maps each tensor to its shard."""
 SECONDARY = ("consolidated", ADAPTER)
@@ -178,8 +180,8 @@ def _list_names(directory: Path) -> list[str]:
 def _describe_missing(path: Path) -> str:
     if path.is_symlink():
         return f"{path}: is a broken link: download the model again"
-    problem = f"{path}: there is no such directory or file here"
-    if not path.is_absolute() and len(path.parts) == 2 and ".." not in path.parts:
+    problem = f"{path}: there is no such directory or file"
+    if not path.is_absolute() and _HUB_ID.fullmatch(str(path)):
         return (
             f"{problem}. If it is a model on the Hugging Face Hub: recipes can use this id, `mergeloom plan` reads "
             f"its headers from there, and `hf download {path} --local-dir {path.name}` downloads it"
@@ -201,7 +203,7 @@ def describe_no_weights(path: Path, names: Sequence[str]) -> str:
         return f"{path}: is a model's folder in the Hub's cache: use one of the directories in {path / 'snapshots'}"
     others = [name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".npz"))]
     if others:
-        return f"{path}: has {_listed(others)}, which mergeloom can't read, but no safetensors files: download those"
+        return f"{path}: has {_listed(others)}, which mergeloom can't read: download the model's safetensors files"
     content = f"it contains {_listed(names)}" if names else "it is empty"
     return f"{path}: has no weights ({content}): a model needs *.safetensors files; download the model again"
 

@@ -106,6 +106,8 @@ def data_start(prefix: bytes, file_size: int, *, file: Path) -> int:
         for magic, meaning in _FOREIGN:
             if prefix.startswith(magic):
                 _refuse(file, f"is not a safetensors file but {meaning}")
+        if file.suffix != ".safetensors":
+            _refuse(file, "is not a model: a model is a directory, a .safetensors file, or an index of shards")
         _refuse(
             file,
             f"its first 8 bytes give a header of {nbytes:,} bytes, past the format's limit of {MAX_JSON_BYTES:,}: it "

@@ -61,10 +61,27 @@ class Commands(click.Group):
         close = get_close_matches(args[0].lower(), self.commands, n=1)
         return f"did you mean `{close[0]}`?" if close else f"the commands are {', '.join(sorted(self.commands))}"
 
+    def _unknown_option(self, error: click.NoSuchOption) -> click.UsageError:
+        """The error for an unknown option, with the closest one, or the command that has it."""
+        from difflib import get_close_matches
+
+        name = error.option_name
+        owners = [
+            command for command, found in self.commands.items() if any(name in each.opts for each in found.params)
+        ]
+        if owners and error.ctx is not None:
+            command = error.ctx.info_name
+            return click.UsageError(f"{name} is not an option of {command}, only of {' and '.join(owners)}", error.ctx)
+        options = {other.lstrip("-"): other for other in error.possibilities or ()}
+        close = get_close_matches(name.lstrip("-"), options, n=1, cutoff=0.7)
+        return click.NoSuchOption(name, possibilities=[options[each] for each in close], ctx=error.ctx)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that the context names."""
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            raise self._unknown_option(error) from None
         except BrokenPipeError:
             raise click.exceptions.Exit(PIPE_CLOSED) from None
 

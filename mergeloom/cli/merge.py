@@ -76,7 +76,10 @@ def merge(
         show_plan(recipe, out, options)
         return
     if out is None and not no_output:
-        raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
+        advice = "Name a new directory: mergeloom merge RECIPE OUT. Only --dry-run and --no-output need none."
+        raise click.MissingParameter(advice, param_hint="'OUT'", param_type="argument")
+    if out is not None and Path(out).is_file() and not recipe.exists():
+        raise click.UsageError(f"{recipe} does not exist, and {out} is a file: RECIPE comes first, then OUT")
     from .target_files import TargetFile
 
     target = TargetFile("--report", report) if report is not None else None

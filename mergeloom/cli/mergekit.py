@@ -61,8 +61,11 @@ _INSTEAD = {
     "--allow-overwrite": "nothing in OUT is overwritten; choose a new OUT, or --restart for an unfinished merge",
     "--force": "nothing in OUT is overwritten; choose a new OUT, or --restart for an unfinished merge",
     "--dtype": "set `dtype` in the recipe, or use --set dtype=bfloat16",
-    "--output": "OUT is an argument: mergeloom merge RECIPE OUT",
-    "-o": "OUT is an argument: mergeloom merge RECIPE OUT",
+    **dict.fromkeys(
+        ("--output", "--out", "--out-dir", "--output-dir", "--out-path", "-o"),
+        "OUT is an argument: mergeloom merge RECIPE OUT",
+    ),
+    "--json": "`mergeloom plan --json` prints the plan; --report FILE writes the numbers of a merge as JSON",
     "--config": "RECIPE is an argument: mergeloom merge RECIPE OUT",
 }
 """Options that need something else."""

@@ -52,6 +52,13 @@ def shard_size(text: str) -> int:
     return nbytes
 
 
+def override(text: str) -> str:
+    """Check that the value of --set has a key and a value, before an extra argument is reported instead."""
+    if "=" not in text:
+        raise click.BadParameter(f"{text!r} has no value: use KEY=VALUE, such as dtype=bfloat16")
+    return text
+
+
 def recipe_path(text: str) -> Path:
     """Return the path of the recipe; `-` is standard input."""
     return Path("/dev/stdin" if text == "-" else text)
@@ -96,7 +103,7 @@ def planning_options(command: F) -> F:
                 help="Maximum size of an output shard.",
             ),
             click.option("--threads", type=click.IntRange(1), help="CPU compute threads.  [default: all cores]"),
-            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=SET_HELP),
+            click.option("--set", "overrides", type=override, multiple=True, metavar="KEY=VALUE", help=SET_HELP),
             click.option("--strict", is_flag=True, help="Treat every warning as an error."),
             click.option("--methods", multiple=True, type=click.Path(), metavar="FILE", help=METHODS_HELP),
         )

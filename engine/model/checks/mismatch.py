@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from ....errors import CheckpointError
@@ -38,7 +39,7 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
     # models of two architectures have similar names, too: advice to rename would be wrong for them
     found = [(m, o, renaming) for m, o, renaming in renamings if renaming and 4 * renaming.matches >= 3 * larger]
     if not found:
-        return error
+        return _different_types(error) or error
     model, other, renaming = min(found, key=lambda item: (-item[2].matches, item[2].cost))
     equal = sum(name in other.checkpoint.tensors for name in model.checkpoint.tensors)
     left, script = _leftovers(model, other, renaming)
@@ -47,6 +48,22 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
         f"{plural(renaming.total, 'tensor')} of {model.name} {'is' if equal == 1 else 'are'} in {other.name}, but "
         f"{renaming}, {renaming.matches} would be. {left}Rename them in a copy of {model.name}, and use that:\n\n"
         f"{script}\n\nThe first difference: {error}"
+    )
+
+
+def _different_types(error: TensorMismatch) -> CheckpointError | None:
+    """The error for models of different architectures by their config.json; None if they may be of the same."""
+    first, second = error.models
+    types = [(model.checkpoint.config or {}).get("model_type") for model in (first, second)]
+    if not all(isinstance(name, str) and name for name in types):
+        return None
+    short, long = sorted(map(str, types), key=len)
+    if long.startswith(short):  # equal, or a text model and the model that it is a part of
+        return None
+    name = re.match(r"tensor (\S+?):? ", str(error))
+    return CheckpointError(
+        f"{first.name} and {second.name} are of different architectures, by their model_type: {types[0]} and "
+        f"{types[1]}. Merge models of one architecture{f' (the first different tensor is {name[1]})' if name else ''}"
     )
 
 
@@ -88,7 +105,7 @@ def _describe_formats(models: Sequence[Model], formats: Sequence[str | None]) ->
             parts.append(f"{model.name} is not quantized")
             continue
         name = next(iter(model.quantized))
-        parts.append(f"{model.name} is quantized ({label}; {name}: {model.quantized[name]})")
+        parts.append(f"{model.name} is quantized ({label}; tensor {name}: {model.quantized[name]})")
         advice.append(f"for {model.name}, {unquantized(model.reference.text, model.checkpoint)}")
     return (
         f"{' and '.join(parts)}: their tensors can't be combined, and dequantization is not supported yet; "

@@ -1,37 +1,12 @@
-"""Wrong recipes and command lines: the exit code, and a message that says what is wrong, where, and what to write."""
+"""Wrong recipes: the exit code, and a message that says what is wrong, where, and what to write."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from mergeloom.__main__ import main
-from tests.support import models
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """A wrong recipe or command line.
-
-    Args:
-        recipe: text of ``r.yml``.
-        says: parts of what `plan` prints, in their order.
-        code: the exit code; 0 if it is a warning.
-        arguments: the command line.
-    """
-
-    recipe: str
-    says: tuple[str, ...]
-    code: int = 2
-    arguments: tuple[str, ...] = ("plan", "r.yml")
-
-
-A = "- {model: models/a, parameters: {weight: 1}}\n"
-B = "- {model: models/base, parameters: {weight: 1}}\n"
-SOURCES = "merge_method: passthrough\nslices:\n- sources:\n"
-TIES = "merge_method: ties\nbase_model: models/base\nmodels:\n- {model: models/a, parameters: {weight: 1}}\n"
+from tests.integration.cli.wrong import GOOD, SOURCES, TIES, A, B, Wrong, check, prepare
 
 WRONG = {
     # YAML
@@ -153,19 +128,98 @@ WRONG = {
         ("r.yml:1: merge_method: dare_ties drops nothing: `density` is 1 by default; set `density` under `param",),
         0,
     ),
+    "a filter that matches nothing": Wrong(
+        "merge_method: linear\nmodels:\n- model: models/a\n  parameters:\n    weight:\n"
+        "    - {filter: mpl, value: 0.3}\n    - {value: 1}\n",
+        ("r.yml:6: models[0].parameters.weight[0].filter: filter 'mpl' matches no tensor name: its value is not used; "
+         "did you mean `mlp`?",),
+        0,
+    ),
+    "a filter as a key": Wrong(
+        "merge_method: linear\nmodels:\n- {model: models/a, parameters: {weight: {mlp: 0.5}}}\n",
+        ("models[0].parameters.weight: `value` is missing: write `{filter: mlp, value: 0.5}`, for example",),
+    ),
+    "a filter and a number": Wrong(
+        "merge_method: linear\nmodels:\n- {model: models/a, parameters: {weight: [{filter: mlp, value: 1}, 0.5]}}\n",
+        ("weight[1]: conditions ({filter, value}) and plain values can't be mixed: for all other tensors, write "
+         "`{value: 0.5}` as the last condition",),
+    ),
+    "a gradient in quotes": Wrong(
+        "merge_method: linear\nmodels:\n- {model: models/a, parameters: {weight: '[0, 1]'}}\n",
+        ("weight must be a finite number, got '[0, 1]'; for a list of values, write [0, 1] without quotes",),
+    ),
+    "a dtype of a quantized model": Wrong(
+        f"merge_method: linear\nmodels:\n{A}dtype: q4_k_m\n",
+        ("r.yml:4: dtype: unknown dtype 'q4_k_m'; use one of bfloat16, float16, float32, float64; for a quantized "
+         "model, quantize the merged one with another tool",),
+    ),
+    "no method": Wrong(
+        f"models:\n{A}", ("r.yml:1: `merge_method` is missing: write, for example, `merge_method: linear`;",)
+    ),
     # models
+    "one text for all models": Wrong(
+        "merge_method: linear\nmodels: models/a, models/base\n",
+        ("r.yml:2: models: expected a list of models, got 'models/a, models/base'; write one line for each model, such "
+         "as `- model: models/a`",),
+    ),
+    "a model that is listed twice": Wrong(
+        f"merge_method: linear\nmodels:\n{A}{B}{A}",
+        ("r.yml:3: models[0]: models/a is listed twice, here and on line 5: it counts once; remove one",),
+        0,
+    ),
+    "a base that is not among two sources": Wrong(
+        "merge_method: slerp\nbase_model: orig/other\nparameters: {t: 0.5}\nslices:\n- sources:\n"
+        "  - {model: models/a, layer_range: [0, 2]}\n  - {model: models/base, layer_range: [0, 2]}\n",
+        ("r.yml:5: slices[0]: slerp needs the base model, orig/other, among the slice's sources: choose one of them, "
+         "such as `base_model: models/a`",),
+    ),
+    "a base that is not among the sources": Wrong(
+        "merge_method: ties\nbase_model: orig/other\nparameters: {weight: 0.5}\nslices:\n- sources:\n"
+        "  - {model: models/a, layer_range: [0, 2]}\n",
+        ("among the slice's sources: add it to `sources`, with as many layers as the others\n",),
+    ),
+    "a base that is not among two sources of ties": Wrong(
+        "merge_method: ties\nbase_model: orig/other\nparameters: {weight: 0.5}\nslices:\n- sources:\n"
+        "  - {model: models/a, layer_range: [0, 2]}\n  - {model: models/base, layer_range: [0, 2]}\n",
+        ("add it to `sources`, with as many layers as the others, or choose one of them, such as `base_model: mo",),
+    ),
+    "two models for slerp": Wrong(
+        "merge_method: slerp\nbase_model: orig/other\nparameters: {t: 0.5}\nmodels:\n- model: models/a\n"
+        "- model: models/base\n",
+        ("got 2: models/a, models/base: remove all but one, or use a method for any number of models, such as",),
+    ),
+    "ranges to stack, as complete models": Wrong(
+        "merge_method: passthrough\nmodels:\n- {model: models/a, layers: [0, 2]}\n"
+        "- {model: models/base, layers: [2, 4]}\n",
+        ("models[0].layers: unknown key, ignored; `models` lists complete models: use `slices` for ranges of layers\n",
+         "r.yml:2: models: passthrough takes 1 model, got 2: models/a, models/base: use `slices` for ranges of",),
+    ),
+    "one layer": Wrong(
+        f"{SOURCES}  - {{model: models/a, layer_range: [1, 1]}}\n",
+        ("[1, 1] is empty; for layer 1 alone, write [1, 2]: the second number is the layer after the last\n",),
+    ),
+    "no layer": Wrong(
+        f"{SOURCES}  - {{model: models/a, layer_range: [4, 4]}}\n",
+        ("layer_range: [4, 4] is empty: the second number is the layer after the last; to take only tensors outside",
+         "`non_layer: {head: models/a}`"),
+    ),
+    "the output's path": Wrong(
+        f"{GOOD}out_path: ./merged\n",
+        ("r.yml:5: out_path: unknown key, ignored; OUT on the command line is the directory of the merged model",),
+        0,
+    ),
     "a base with another path": Wrong(
         "merge_method: slerp\nbase_model: orig/base\nparameters: {t: 0.5}\nslices:\n- sources:\n"
         "  - {model: models/a, layer_range: [0, 2]}\n  - {model: models/base, layer_range: [0, 2]}\n",
         (
             "r.yml:5: slices[0]: slerp needs the base model, orig/base, among the slice's sources: if models/base is "
-            "the same model, write `base_model: models/base`",
+            "the same model as orig/base, write `base_model: models/base`",
         ),
     ),
     "a base with another path, and models": Wrong(
         "merge_method: slerp\nbase_model: orig/base\nparameters: {t: 0.5}\nmodels:\n- model: models/a\n"
         "- model: models/base\n",
-        ("got 2: models/a, models/base: if models/base is the same model, write `base_model: models/base`",),
+        ("got 2: models/a, models/base: if models/base is the same model as orig/base, write `base_model: models/",),
     ),
     "no base": Wrong(
         "merge_method: slerp\nparameters: {t: 0.5}\nmodels:\n- model: models/a\n- model: models/base\n",
@@ -181,7 +235,7 @@ WRONG = {
     ),
     "a null model": Wrong(
         "merge_method: linear\nmodels:\n- model: null\n",
-        ("r.yml:3: models[0].model: `model` is empty (null): write `model:` and a directory or a Hub id",),
+        ("r.yml:3: models[0].model: `model` is empty (null): write a directory or a Hub id after `model:`",),
     ),
     "a placeholder as a model": Wrong(
         "merge_method: linear\nmodels:\n- {model: None, parameters: {weight: 1}}\n",
@@ -193,8 +247,8 @@ WRONG = {
     ),
     "-1 as the last layer": Wrong(
         f"{SOURCES}  - {{model: models/a, layer_range: [0, -1]}}\n",
-        ("[0, -1] ends before layer 0: the second number is the layer after the last, such as for all 4 layers of "
-         "models/a: [0, 4]",),
+        ("[0, -1] ends before layer 0: the second number is the layer after the last; for all 4 layers of models/a, "
+         "write [0, 4]",),
     ),
     "a slice without a range": Wrong(
         f"{SOURCES}  - model: models/a\n",
@@ -205,6 +259,11 @@ WRONG = {
         f"merge_method: linear\nmodels:\n{A.replace('models/a', 'modles/a')}{B}",
         ("r.yml:3: models[0].model: there is no directory modles/a here; did you mean `models/a`?",),
     ),
+    "a misspelt directory that resembles one of directories": Wrong(
+        f"merge_method: linear\nmodels:\n{B}- {{model: ./model-e}}\n",
+        ("r.yml:4: models[1].model: model-e: there is no such directory or file: check the path\n",),
+        4,
+    ),
     "a misspelt base and tokenizer": Wrong(
         TIES.replace("models/base", "models/bsae") + "tokenizer_source: ./model/a\n",
         (
@@ -212,11 +271,28 @@ WRONG = {
             "r.yml:5: tokenizer_source: there is no directory ./model/a here; did you mean `./models/a`?",
         ),
     ),
-    "a misspelt model to inspect": Wrong(
-        "", ("there is no directory modles/a here; did you mean `models/a`?",), 2, ("inspect", "modles/a")
+    "the URL of a model": Wrong(
+        f"merge_method: linear\nmodels:\n{B}- {{model: 'https://huggingface.co/owner/name/tree/v2'}}\n",
+        ("r.yml:4: models[1].model: https://huggingface.co/owner/name/tree/v2 is a URL: for the model of the Hub, "
+         "write its id, `owner/name@v2`",),
     ),
-    "a misspelt recipe": Wrong(
-        "", ("recipe.yaml: no such file; did you mean `recipe.yml`?",), 2, ("plan", "recipe.yaml")
+    "the URL of another place": Wrong(
+        "merge_method: linear\nmodels:\n- {model: 's3://bucket/model'}\n",
+        ("r.yml:3: models[0].model: s3://bucket/model is a URL: download the model, and write its directory",),
+    ),
+    "a blank in a name": Wrong(
+        f"merge_method: linear\nmodels:\n{B}- {{model: owner/my name}}\n",
+        ("r.yml:4: models[1].model: owner/my name: there is no such directory or file: check the path\n",),
+        4,
+    ),
+    "a GGUF file": Wrong(
+        f"merge_method: linear\nmodels:\n{B}- {{model: models/gguf}}\n",
+        ("r.yml:4: models[1].model: models/gguf: has 'q4.gguf', which mergeloom can't read: download the model's",),
+        4,
+    ),
+    "a misspelt stage": Wrong(
+        f"name: early\nmerge_method: linear\nmodels:\n{A}---\nmerge_method: linear\nmodels: [{{model: earlly}}]\n",
+        ("r.yml:7: [1].models[0].model: earlly: there is no such directory", "did you mean the stage `early`?"),
     ),
     # several at once
     "five mistakes": Wrong(
@@ -235,14 +311,6 @@ WRONG = {
 }  # fmt: skip
 
 
-def prepare(directory: Path) -> None:
-    """Write the models that the recipes name, and a recipe with another name."""
-    for seed, name in enumerate(("a", "base")):
-        model = models.tiny_llama()
-        models.write_checkpoint(directory / "models" / name, model, fill=seed)
-    (directory / "recipe.yml").write_text("merge_method: linear\nmodels: [{model: models/a}]\n")
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("wrong")
@@ -254,14 +322,4 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_wrong_and_what_to_write(
     wrong: Wrong, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(directory)
-    (directory / "r.yml").write_text(wrong.recipe)
-    code = main([*wrong.arguments])
-    printed = capsys.readouterr()
-    said = printed.err if wrong.code else printed.out
-    assert code == wrong.code, printed.err
-    assert "Traceback" not in said
-    position = 0
-    for part in wrong.says:
-        assert part in said[position:], said
-        position = said.index(part, position)
+    check(wrong, directory, monkeypatch, capsys)

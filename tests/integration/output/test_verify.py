@@ -132,11 +132,11 @@ def test_files_may_be_links(out: Path, tmp_path: Path) -> None:
 def test_there_must_be_a_manifest(tmp_path: Path, out: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(CheckpointError, match=r"is empty; this needs .* a finished merge, which has a mergeloom.json"):
+    with pytest.raises(CheckpointError, match=r"is empty; expected .* a finished merge, which has a mergeloom.json"):
         verify(empty)
     (out / MANIFEST).unlink()
     (out / WORK).mkdir()
-    with pytest.raises(UsageError, match="is not empty .*, and mergeloom did not write these files; this needs"):
+    with pytest.raises(UsageError, match="is not empty .*, and mergeloom did not write these files; expected"):
         verify(out)
 
 
@@ -270,7 +270,7 @@ def test_the_command(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "config.json").unlink()
     shutil.rmtree(out)
     assert __main__.main(["verify", str(out)]) == 4
-    assert "there is no such directory; this needs the directory of a finished merge" in capsys.readouterr().err
+    assert "there is no such directory; expected the directory of a finished merge" in capsys.readouterr().err
 
 
 def test_the_command_lists_what_is_unverified(

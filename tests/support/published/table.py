@@ -167,7 +167,7 @@ CASES = [
     Case(
         "074",
         "Llama-3.1-8B",
-        rejected=("vocabular", "qwen-7b-a"),
+        rejected=("different architectures", "qwen-7b-a", "qwen2"),
         others={"qwen-7b-a": "Qwen2.5-7B"},
     ),
     Case("076", rejected=("not valid YAML", "---")),
@@ -179,7 +179,7 @@ CASES = [
     Case("088", rejected=("unknown dtype 'q4_k_m'",)),
     Case("089", rejected=("`merge_method` is missing",)),
     Case("091", rejected=("unknown dtype 'bfloat'",)),
-    Case("092", "Qwen2.5-14B"),
+    Case("092", "Qwen2.5-14B", warnings=(("qwen-14b-a, the only model", "no effect"),)),
     Case(
         "094",
         "Llama-3.2-3B",

@@ -121,7 +121,7 @@ def test_an_unknown_device_is_refused(gpus: dict[int, int], wanted: str) -> None
 
 
 def test_a_device_that_is_not_here(gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="--device cuda:2: this machine has cuda:0, cuda:1"):
+    with pytest.raises(UsageError, match="--device cuda:2: this machine has only cuda:0, cuda:1; use one of them"):
         machine.find_devices("cuda:2", None, 1)
     gpus.clear()
     with pytest.raises(UsageError, match="--device cuda: this machine has no CUDA device; use --device cpu"):

@@ -68,12 +68,12 @@ def test_two_names_of_the_base(models: Path) -> None:
     message = str(caught.value)
     assert "models[0]: ties, model a, tensor" in message
     assert "`weight` has no value" in message
-    assert ": a is merged into the base model, ./a, as a model without any difference; use one name for it" in message
+    assert message.endswith("; a and ./a are the same model: use one name for it")
     recipe["models"][0]["parameters"] = {"weight": 1}
     file = models.resolve() / "a" / "model.safetensors"
     assert duplicates(recipe) == [
-        f"recipe: base_model: a and ./a are the same model, {file}: a is merged into the base model, ./a, as a model "
-        "without any difference; use one name for it"
+        f"recipe: base_model: a and ./a are the same model, {file}: the difference between a and the base model, ./a, "
+        "is zero; use one name for it"
     ]
     recipe["base_model"] = "a"
     assert duplicates({**recipe, "models": recipe["models"][1:]}) == []

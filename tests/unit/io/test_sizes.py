@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mergeloom.errors import UsageError
-from mergeloom.io.sizes import Share, format_size, parse_limit, parse_size
+from mergeloom.io.sizes import Share, format_size, parse_limit, parse_memory, parse_size
 
 
 @pytest.mark.parametrize(
@@ -27,13 +29,21 @@ from mergeloom.io.sizes import Share, format_size, parse_limit, parse_size
 )
 def test_sizes(text: str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
-    assert parse_limit(text) == nbytes
+    assert parse_limit(text if re.search("[A-Za-z]", text) else f"{text}B") == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "3 potatoes", "8GBs", "1,5GB", "50%%", "nan", "1e9"])
 def test_invalid_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="use a number and B, KB, MB, GB, TB"):
         parse_limit(text)
+
+
+def test_memory_needs_a_unit_if_it_is_small() -> None:
+    assert parse_limit("1048576") == parse_limit("1MiB") == 1 << 20
+    assert parse_limit("100B") == 100
+    for parse in (parse_limit, parse_memory):
+        with pytest.raises(UsageError, match="invalid size '16': .* counts bytes; use, for example, 16GiB"):
+            parse("16")
 
 
 def test_a_percentage_is_a_limit_but_not_a_size() -> None:

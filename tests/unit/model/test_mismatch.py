@@ -343,7 +343,7 @@ def test_both_models_are_described(tmp_path: Path) -> None:
     (q / "README.md").write_text("---\nbase_model: acme/q\n---\n")
     error = refused(linear(a, q))
     assert error.startswith(
-        f"{a} is not quantized and {q} is quantized (GPTQ; {Q.format(0)}.qweight: its name is that of"
+        f"{a} is not quantized and {q} is quantized (GPTQ; tensor {Q.format(0)}.qweight: its name is that of"
     )
     assert error.endswith(f"for {q}, use the unquantized model that it was made from (its model card names acme/q)")
 

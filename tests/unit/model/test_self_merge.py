@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.cli.stack import stack
+from mergeloom.cli.app import cli
 from mergeloom.engine.model.self_merge import StackSummary, Window, compose, stack_recipe, stack_windows
 from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.types import ModelReference
@@ -259,7 +259,7 @@ def test_a_prediction_head_beyond_the_layers_is_counted_once(make_model: MakeMod
 
 def run(*arguments: object) -> tuple[str, str]:
     """Stdout and stderr of ``mergeloom stack``."""
-    ended = CliRunner().invoke(stack, [str(argument) for argument in arguments], catch_exceptions=False)
+    ended = CliRunner().invoke(cli, ["stack", *map(str, arguments)], catch_exceptions=False)
     assert ended.exit_code == 0, ended.output
     return ended.stdout, ended.stderr
 

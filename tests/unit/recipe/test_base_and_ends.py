@@ -64,7 +64,10 @@ def test_an_empty_slice_says_how_to_keep_a_head(number: int) -> None:
     source = f"{{model: owner/name, layer_range: [{number}, {number}]}}"
     text = f"merge_method: passthrough\nslices: [{{sources: [{source}]}}]\n"
     message = refused(text)
-    assert f"[{number}, {number}] is empty: the second number is the layer after the last. " in message
+    assert (
+        f"[{number}, {number}] is empty; for layer {number} alone, write [{number}, {number + 1}]: the second "
+        in message
+    )
     assert "remove the slice and set `non_layer: {head: owner/name}`; other keys there are `norm` and" in message
     assert "non_layer" not in refused(text.replace(f"[{number}, {number}]", "[5, 2]"))
     fixed = text.replace(f"[{number}, {number}]", "[0, 4]") + "non_layer: {head: owner/name}\n"

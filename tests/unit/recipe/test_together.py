@@ -54,6 +54,28 @@ class TestTogether:
         text = f"name: x\n{LINEAR}{MODELS}dtype: y\n---\nname: x\n{LINEAR}{MODELS}save: 2\n"
         assert [line.split(" ")[1] for line in lines_of(text)] == ["x.dtype:", "x.save:"]
 
+    def test_common_advice_is_given_once(self) -> None:
+        models = "models:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 2}}\n"
+        text = f"merge_method: karcher\n{models}"
+        problem = "parameters.weight: karcher has no such parameter"
+        advice = "; its parameters: max_iter (`weight` is a parameter of "
+        first, second = map(str, parse(text).warnings)
+        assert f"models[0].{problem}, ignored{advice}" in first
+        assert second.endswith(f"models[1].{problem}, ignored")
+        first, second = lines_of(text, strict=True)
+        assert f"models[0].{problem}{advice}" in first
+        assert second.endswith(f"models[1].{problem}")
+
+    def test_adapters_are_explained_once(self) -> None:
+        first, second = lines_of(LINEAR + "models: [{model: a+b}, {model: a+c}]\n")
+        assert "'a+b' is a model with a LoRA adapter, which is not supported yet: merge the adapter into" in first
+        assert second.endswith("'a+c' is a model with a LoRA adapter, which is not supported yet")
+
+    def test_values_for_models_cause_no_other_warnings(self) -> None:
+        values = "[{model: a, value: 1}, {model: b, value: 2}]"
+        found = parse(f"merge_method: linear\n{MODELS}parameters: {{weight: {values}}}\n").warnings
+        assert [warning.place[-1] for warning in found] == ["model", "model"]
+
     def test_strict_reports_all_unknown_keys(self) -> None:
         found = lines_of(LINEAR + MODELS + "foo: 1\nbar: 2\ndtype: x\n", strict=True)
         assert [line.split(" ")[1] for line in found] == ["foo:", "bar:", "dtype:"]
@@ -178,5 +200,5 @@ class TestWhatHasNoEffect:
 def test_a_negative_end_names_the_number_of_layers_of_a_local_model(llamas: dict[str, Path]) -> None:
     text = "merge_method: passthrough\nslices:\n- sources:\n  - {{model: {}, layer_range: [0, -1]}}\n"
     path = llamas["a"]
-    assert refused(text.format(path)).endswith(f"such as for all 4 layers of {path}: [0, 4]")
-    assert refused(text.format("owner/name")).endswith("such as for 32 layers: [0, 32]")
+    assert refused(text.format(path)).endswith(f"; for all 4 layers of {path}, write [0, 4]")
+    assert refused(text.format("owner/name")).endswith("; for all layers of a model with 32 layers, write [0, 32]")

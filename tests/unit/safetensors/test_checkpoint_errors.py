@@ -164,7 +164,7 @@ def test_a_config_json_that_is_a_broken_link_is_refused(sharded: Path) -> None:
 
 def test_a_missing_path(tmp_path: Path) -> None:
     error = refused(tmp_path / "model")
-    assert error.endswith("there is no such directory or file here: check the path")
+    assert error.endswith("there is no such directory or file: check the path")
 
 
 def test_a_hub_id_is_told_how_to_become_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
