@@ -24,8 +24,8 @@ from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import Method
 from mergeloom.methods.kernel.spec import InputSpec
+from mergeloom.methods.kernel.torch_backend import program_run
 from mergeloom.methods.kernel.torch_backend.operations import OPERATIONS
-from mergeloom.methods.kernel.torch_backend.passes import program_run
 from mergeloom.methods.kernel.torch_backend.tile import Workspace
 from tests.support.graphs import World
 from tests.support.methods.cases import CASES, Case

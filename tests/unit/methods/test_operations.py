@@ -30,7 +30,8 @@ from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import BLOCK
 from mergeloom.methods.kernel.torch_backend import block_sums
 from mergeloom.methods.kernel.torch_backend.block_sums import BlockSums, pairwise_fold
-from mergeloom.methods.kernel.torch_backend.tile import Workspace
+from mergeloom.methods.kernel.torch_backend.passes import Pass
+from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
 from tests.support.methods.kernels import kernel_of, run_kernel
 
 Numbers = numpy.ndarray[Any, Any]
@@ -233,9 +234,6 @@ def test_pairwise_fold_adds_the_second_half_to_the_first() -> None:
 
 def partials(kernel: Kernel, inputs: Sequence[Tensor]) -> list[Any]:
     """The partial results of a kernel's first pass over a single tile."""
-    from mergeloom.methods.kernel.torch_backend.passes import Pass
-    from mergeloom.methods.kernel.torch_backend.tile import Tile
-
     size = inputs[0].numel()
     workspace = Workspace(torch.empty(kernel.workspace(size, 4), dtype=torch.uint8), torch.float32)
     run = Pass(kernel, 0, None, workspace)

@@ -15,7 +15,7 @@ from mergeloom.methods.kernel import selection
 from mergeloom.methods.kernel.expression import Type
 from mergeloom.methods.kernel.selection import Search, Threshold, initial_bracket, sample_indices
 from mergeloom.methods.kernel.target import Target
-from mergeloom.methods.kernel.torch_backend.passes import counting
+from mergeloom.methods.kernel.torch_backend import counting
 from tests.support.methods.kernels import kernel_of, run_kernel
 
 BLOCK = 64
