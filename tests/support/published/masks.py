@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GOLDEN, STEP = 0x9E3779B97F4A7C15, 0x9E3779B1
-BLOCK, WIDTH = 1 << 15, 1 << 10
 BITS = 1 << 32
 
 Words = NDArray[np.uint64]
@@ -39,32 +38,15 @@ def hashes(key: int, position: int, count: int) -> Words:
     return x ^ x >> np.uint64(16)
 
 
-def bound(probability: float) -> int:
-    """The unsigned hash below which an element with this probability is kept."""
-    return min(max(round(probability * BITS), 1), BITS - 1)
+def uniform(key: int, position: int, count: int) -> NDArray[np.float32]:
+    """The random numbers of the first `count` elements: the highest 24 bits of their hashes, as fractions."""
+    return ((hashes(key, position, count) >> np.uint64(8)).astype(np.float32) / np.float32(1 << 24)).astype(np.float32)
 
 
 def dare(shape: tuple[int, ...], density: float, *, key: int, position: int) -> Tensor:
     """The mask of dare: 1 for a kept element, else 0."""
-    size = int(np.prod(shape, dtype=np.int64))
-    if density in (0, 1):
-        return torch.full(shape, float(density), dtype=torch.float64)
-    limit = bound(density)
-    rare = limit < BITS // 2  # the others are dropped with the opposite probability
-    limit = limit if rare else BITS - limit
-    words = hashes(key, position, (size + 3) // 4).astype("<u4")
-    signed = words.view(np.int8)[:size].astype(np.int64)  # a hash has four bytes, one for each of four elements
-    blocks = np.arange(-(-size // BLOCK), dtype=np.uint64)
-    mixed = (blocks * np.uint64(GOLDEN) + np.uint64(splitmix(splitmix(splitmix(key ^ position))))) * np.uint64(GOLDEN)
-    offsets = ((mixed >> np.uint64(40)) % np.uint64(WIDTH)).astype(np.int64)
-    more = (mixed < np.uint64((limit % (1 << 14)) << 50)).astype(np.int64)
-    reversed_bits = np.array([int(f"{column:010b}"[::-1], 2) for column in range(WIDTH)])
-    elements = np.arange(size)
-    block = elements // BLOCK
-    columns = (elements + offsets[block]) % WIDTH
-    raised = reversed_bits[columns] < limit % (1 << 24) // (1 << 14) + more[block]
-    below = signed < (limit >> 24) - 128 + raised
-    return torch.from_numpy((below if rare else ~below).astype(np.float64)).view(shape)
+    kept = uniform(key, position, int(np.prod(shape, dtype=np.int64))) < np.float32(density)
+    return torch.from_numpy((kept if density < 1 else np.ones_like(kept)).astype(np.float64)).view(shape)
 
 
 def della(delta: Tensor, density: float, epsilon: float, *, key: int, position: int) -> Tensor:
@@ -75,9 +57,8 @@ def della(delta: Tensor, density: float, epsilon: float, *, key: int, position: 
     rows = delta.abs().to(torch.float32).reshape(-1, delta.shape[-1] if delta.dim() else 1)
     last = rows.shape[1] - 1
     order = torch.argsort(rows, dim=1, stable=True)
-    shares = [density + (2 * epsilon * rank / last - epsilon if last else 0.0) for rank in range(last + 1)]
-    bounds = torch.tensor([bound(share) for share in shares], dtype=torch.int64).expand_as(order)
-    limits = torch.empty_like(order).scatter_(1, order, bounds)
-    numbers = torch.from_numpy(hashes(key, position, rows.numel()).astype(np.int64)).view(rows.shape)
-    signed = (numbers + BITS // 2) % BITS  # hashes are compared as signed numbers
-    return (signed < limits).to(torch.float64).view(delta.shape)
+    slope, lowest = (2 * epsilon / last, density - epsilon) if last else (0.0, density)
+    shares = np.arange(last + 1, dtype=np.float32) * np.float32(slope) + np.float32(lowest)
+    limits = torch.empty_like(rows).scatter_(1, order, torch.from_numpy(shares).expand_as(order))
+    numbers = torch.from_numpy(uniform(key, position, rows.numel())).view(rows.shape)
+    return (numbers < limits).to(torch.float64).view(delta.shape)

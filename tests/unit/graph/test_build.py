@@ -58,13 +58,13 @@ def test_the_output_is_in_the_order_of_the_model() -> None:
 
 
 def test_gradients_are_those_of_the_layers_of_their_slice() -> None:
-    sources = [{"model": name, "layer_range": [0, 3], "parameters": {"weight": [0, 1]}} for name in "ab"]
+    sources = [{"model": name, "layer_range": [0, 3], "parameters": {"weight": [1, 2]}} for name in "ab"]
     recipe = {"merge_method": "linear", "slices": [{"sources": sources}] * 2, "parameters": {"normalize": False}}
     built = build(recipe, pair(decoder(3), decoder(3)))
     weights = [built.parameter(f"model.layers.{n}.norm.weight", "weight") for n in range(6)]
-    assert weights == [(0, 0), (0.5, 0.5), (1, 1)] * 2
-    assert built.parameter("model.embed_tokens.weight", "weight") == (0, 0)
-    assert built.parameter("lm_head.weight", "weight") == (0, 0)
+    assert weights == [(1, 1), (1.5, 1.5), (2, 2)] * 2
+    assert built.parameter("model.embed_tokens.weight", "weight") == (1, 1)
+    assert built.parameter("lm_head.weight", "weight") == (1, 1)
 
 
 def test_filters_match_source_names_for_per_input_parameters_and_output_names_for_shared_ones() -> None:
