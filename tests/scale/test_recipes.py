@@ -102,7 +102,7 @@ def plan_stage(recipe: Recipe, stage: Stage) -> Plan:
 
 
 WARNS = {
-    "Llama-3.1-SuperNova-Lite_TIES_with_Base": ("the last entry is used",),
+    "Llama-3.1-SuperNova-Lite_TIES_with_Base": ("is listed twice, here and on line 16: it counts once",),
     "Llama-3.2-3B-dare_ties": ("parameters.interpolation_factor", "of the base model"),
 }
 """What each warning about a published recipe says; there is none about the others."""

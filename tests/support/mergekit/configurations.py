@@ -278,6 +278,7 @@ dtype: float32
 """By what each is about."""
 
 WARNED = {
+    "models that change between slices": "the weight of a",
     "multislerp, of task vectors": "has no such parameter",
     "task_arithmetic": "has no such parameter",
     "task_arithmetic, lambda": "has no such parameter",
