@@ -22,7 +22,7 @@ from torch import Tensor
 from ...errors import MergeloomError, UsageError
 from ...io.safetensors.dtypes import DType
 from ...methods.kernel.kernel import Kernel
-from ...methods.kernel.spec import Unit
+from ...methods.kernel.spec import HostError, Unit
 from ...methods.kernel.torch_backend.tile import Workspace
 from ..execute.torch_compute import (
     Piece,
@@ -35,7 +35,7 @@ from ..execute.torch_compute import (
 )
 from ..graph.footprint import Footprint, Line
 from ..graph.graph import Operation
-from .measure_memory import kernel_class
+from .kernel_class import kernel_class
 
 SMALL_TILE = 1 << 17
 """Elements of the smaller of the two measured tiles; the other one is twice as large."""
@@ -97,9 +97,9 @@ def _measure(operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Se
         except (MergeloomError, MemoryError):
             raise
         except Exception as error:
+            reason = str(error) if isinstance(error, HostError) else f"{type(error).__name__}: {error}"
             raise UsageError(
-                f"merge method {operation.method} fails on a test tensor of shape {shape}: "
-                f"{type(error).__name__}: {error}"
+                f"merge method {operation.method} fails on a test tensor of shape {shape}: {reason}"
             ) from error
     second = points[1] if len(points) > 1 else None
     lines = [Line.through((points[0][0], points[0][part]), second and (second[0], second[part])) for part in (1, 2)]

@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+from ...errors import UsageError
 from ...io.task_group import TaskGroup
+from ...methods.kernel.spec import HostError
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.simulate import Step
@@ -291,6 +293,13 @@ class Executor:
             self._release_hosts(task)
 
     def _compute(self, thread: int, task: ChunkTask) -> None:
+        try:
+            self._compute_chunk(thread, task)
+        except HostError as error:
+            label = self.graph.label(task.node)
+            raise UsageError(f"merge method {task.operation.method} fails on tensor {label}: {error}") from error
+
+    def _compute_chunk(self, thread: int, task: ChunkTask) -> None:
         if task.operation.kind is Kind.REQUIRE_EQUAL:
             views = [self._arena.view(cached.slot, cached.nbytes) for cached in task.inputs]
             self._passes.compare(task, views, self._arena.view(task.out, task.out_nbytes))

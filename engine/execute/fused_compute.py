@@ -138,12 +138,12 @@ class _LoopsInPlanOrder:
         self._known: dict[tuple[object, ...], _Loops] = {}
         self._lock = threading.Lock()
         self._stopped = False
-        self._lane: Lane[None] | None = None
+        self._lane: Lane[int] | None = None
 
     def start(self, failed: Failed) -> None:
         """Start the thread, which reports an error to `failed`."""
         self._lane = Lane("compile", 1, self._compile_all, failed)
-        self._lane.put(0, None)
+        self._lane.put(0, self._device)
 
     def stop(self) -> None:
         """End the thread after the kernel that it is compiling."""
@@ -169,10 +169,10 @@ class _LoopsInPlanOrder:
                     loops.ready = True
         return loops.compiled
 
-    def _compile_all(self, thread: int, task: None) -> None:
+    def _compile_all(self, thread: int, device: int) -> None:
         for step in self._schedule.steps:
             if self._stopped:
                 return
             node = step.node
-            if step.device == self._device and self._graph.operation(node).kernel and self._graph.elements(node):
+            if step.device == device and self._graph.operation(node).kernel and self._graph.elements(node):
                 self.compiled(node)
