@@ -35,7 +35,7 @@ def read(key: str) -> bytes | None:
         with file.open("rb") as stream:
             if not _is_own(os.fstat(stream.fileno())):
                 return None
-            digest, code = stream.read(_DIGEST), stream.read()
+            digest, code = stream.read(_DIGEST), bytes(stream.read())
     except OSError:
         return None
     if digest != _digest(code):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from ..expression import Type
 from ..kernel import Kernel
@@ -17,7 +16,7 @@ from .compiler import Library, library
 from .helpers import COLUMNS
 from .loops import SEGMENT, Generator, Loop, Target
 from .operations import DECLARATIONS
-from .stages import stages_of
+from .stages import has_columns, in_loop, stages_of
 
 _SAMPLE = 1 << 16
 """Elements of a sample, at most."""
@@ -25,25 +24,49 @@ _HISTOGRAM = 1 << 16
 """Bins of a histogram, at most."""
 
 
-@dataclass(frozen=True, slots=True)
 class Group:
     """The loops of one pass, or of its part that can be repeated.
 
     Args:
         name: name of the group.
         targets: what it computes.
-        loops: function of each stage.
+        kernel: kernel.
+        dtypes: dtype of each input.
+        out: dtype of the output.
+
+    Attributes:
+        stages: what the group computes in which loop.
         segment: elements of a segment; 0 for the complete range.
         rows: rows that it computes at a time if Python functions or sorts are between the stages; 0 for all.
         width: columns of the values with one number per column, repeated to at least a segment; 0 for none.
     """
 
-    name: str
-    targets: tuple[Target, ...]
-    loops: tuple[Loop, ...]
-    segment: int
-    rows: int
-    width: int
+    def __init__(self, name: str, targets: Sequence[Target], kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
+        self.name = name
+        self.targets = tuple(targets)
+        self._inputs, self._dtypes, self._out = kernel.inputs, dtypes, out
+        wanted = [target.node for target in targets]
+        self.stages = stages_of(wanted)
+        by_row = any(stage.by_row for stage in self.stages)
+        columns = max(1, kernel.inputs.columns)
+        line = 0
+        if has_columns(in_loop(wanted + [node for stage in self.stages for node in stage.wanted])):
+            line = max(1, math.prod(kernel.inputs.shape[1:]))
+        self.rows = max(1, BLOCK // columns) if by_row else 0
+        if kernel.unit is Unit.ROW and (by_row or line):
+            self.segment, self.width = columns, line
+        else:
+            self.width = line * max(1, SEGMENT // line) if line else 0
+            self.segment = self.width or (0 if targets[0].reduction is None else SEGMENT)
+
+    @functools.cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The function of each stage."""
+        long = self._inputs.rows * self._inputs.columns > PERIOD
+        return tuple(
+            Generator(f"{self.name}_{number}", stage, self.targets, self._dtypes, self._out, long=long).loop()
+            for number, stage in enumerate(self.stages)
+        )
 
 
 class Compiled:
@@ -64,39 +87,14 @@ class Compiled:
 
     @functools.cached_property
     def groups(self) -> dict[str, Group]:
-        """The groups by name: ``output``, and for each level ``reduce LEVEL`` and ``select LEVEL``."""
+        """The groups by name: ``output``, and for each level ``reduce_LEVEL`` and ``select_LEVEL``."""
         kernel = self.kernel
         targets: dict[str, list[Target]] = {}
         for number, node in enumerate(kernel.reduced):
-            name = f"{'select' if isinstance(node.value, Selection) else 'reduce'} {node.level}"
+            name = f"{'select' if isinstance(node.value, Selection) else 'reduce'}_{node.level}"
             targets.setdefault(name, []).append(Target(node.args[0], node.value, number))
         targets["output"] = [Target(kernel.output)]
-        return {name: self._group(name, tuple(found)) for name, found in targets.items()}
-
-    def _group(self, name: str, targets: tuple[Target, ...]) -> Group:
-        inputs = self.kernel.inputs
-        long = inputs.rows * inputs.columns > PERIOD
-        stages = stages_of([target.node for target in targets])
-        loops = tuple(
-            Generator(f"{name.replace(' ', '_')}_{number}", stage, targets, self.dtypes, self.out, long=long).loop()
-            for number, stage in enumerate(stages)
-        )
-        by_row = any(key[0] == "row value" for loop in loops for key in loop.table.places)
-        lines = any(key[0] == "columns" for loop in loops for key in loop.table.places)
-        line = max(1, math.prod(inputs.shape[1:]))
-        columns = max(1, inputs.columns)
-        width = 0
-        if by_row or (lines and self.kernel.unit is Unit.ROW):
-            segment, width = columns, line if lines else 0
-        elif lines:
-            width = segment = line * max(1, SEGMENT // line)
-        else:
-            segment = 0 if targets[0].reduction is None else SEGMENT
-        between = by_row or any(loop.stage.ranked for loop in loops)
-        rows = max(1, BLOCK // columns) if between else 0
-        if between:
-            segment = columns
-        return Group(name, targets, loops, segment, rows, width)
+        return {name: Group(name, found, kernel, self.dtypes, self.out) for name, found in targets.items()}
 
     # --- native code -------------------------------------------------------------------------------------------------
 
@@ -146,7 +144,7 @@ class Compiled:
         selections = [node.value for node in self.kernel.reduced if isinstance(node.value, Selection)]
         searches = sum(len(selection.targets) for selection in selections)
         rows = max((group.rows for group in self.groups.values()), default=0) * max(1, self.kernel.inputs.columns)
-        ranked = any(loop.stage.ranked for group in self.groups.values() for loop in group.loops)
+        ranked = any(stage.ranked for group in self.groups.values() for stage in group.stages)
         sample = _SAMPLE * (8 * (1 + len(self.dtypes)) + 4 * len(selections)) if selections else 0
         cut = BLOCK * 5 * len(selections)
         return sample + cut + 3 * 8 * _HISTOGRAM * searches + (40 * rows if ranked else 0) + (64 << 10)
@@ -183,15 +181,14 @@ class Buffers:
                 self.addresses["totals", target.number] = totals = take(width * size)
                 self.totals.append((totals, width, size))
                 self.addresses["wide", target.number] = take(COLUMNS * 8) if isinstance(reduction, Sum) else 0
-        for loop in group.loops:
-            for node in loop.stage.reduced:
+        for stage in group.stages:
+            for node in stage.reduced:
                 self.addresses["row operand", id(node)] = take(columns * 8)
-            for node in loop.stage.ranked:
+            for node in stage.ranked:
                 self.addresses["keys", id(node)] = take(elements * 8)
                 self.addresses["ranks", id(node)] = take(elements * work)
-            for key in loop.table.places:
-                if key[0] == "row value":
-                    self.row_values.setdefault(key[1], len(self.row_values) * group.rows)
+            for node in (*stage.reduced, *stage.exported, *stage.called):
+                self.row_values.setdefault(id(node), len(self.row_values) * group.rows)
         self.rows = take(len(self.row_values) * group.rows * 8)
 
 

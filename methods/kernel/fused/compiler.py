@@ -31,7 +31,6 @@ class Library:
         functions: functions by name. Each takes the address of its table, and runs without Python's lock.
     """
 
-
     def __init__(self, engine: Any, names: tuple[str, ...]) -> None:
         self._engine = engine
         self.functions: dict[str, Callable[[int], int]] = {
@@ -95,7 +94,11 @@ def target_machine(processor: str | None = None, features: str | None = None) ->
     llvm.initialize_native_asmprinter()
     name, own = _target()
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=processor or name, features=own if features is None else features, opt=3, reloc="pic", codemodel="jitdefault"
+        cpu=processor or name,
+        features=own if features is None else features,
+        opt=3,
+        reloc="pic",
+        codemodel="jitdefault",
     )
 
 

@@ -82,7 +82,9 @@ def decoded(f: Function, raw: str, name: str) -> tuple[str, str]:
     sign_bit = 1 << (form.bits - 1)
     magnitude = f.value(f"and i32 {wide}, {sign_bit - 1}")
     shifted = f.value(f"shl i32 {magnitude}, {23 - form.mantissa}")
-    scaled = f.value(f"fmul float {f.value(f'bitcast i32 {shifted} to float')}, {literal(2.0 ** (127 - form.bias), 'float')}")
+    scaled = f.value(
+        f"fmul float {f.value(f'bitcast i32 {shifted} to float')}, {literal(2.0 ** (127 - form.bias), 'float')}"
+    )
     if form.infinity is not None:
         special = f.value(f"icmp uge i32 {magnitude}, {form.infinity}")
         bits = f.value(f"or i32 {shifted}, {0x7F80_0000}")
@@ -152,7 +154,9 @@ def _narrowed(f: Function, bits: str, form: Format) -> str:
         code = f.value(f"sub i32 {code}, {(127 - form.bias) << form.mantissa}")
         # adding a power of 2 whose last bit has the weight of the format's smallest number rounds to a multiple of it
         unit = (1 - form.bias - form.mantissa + 23 + 127) << 23
-        added = f.value(f"fadd float {f.value(f'bitcast i32 {magnitude} to float')}, {f.value(f'bitcast i32 {unit} to float')}")
+        added = f.value(
+            f"fadd float {f.value(f'bitcast i32 {magnitude} to float')}, {f.value(f'bitcast i32 {unit} to float')}"
+        )
         tiny = f.value(f"sub i32 {f.value(f'bitcast float {added} to i32')}, {unit}")
         small = f.value(f"icmp ult i32 {magnitude}, {(128 - form.bias) << 23}")
         code = f.value(f"select i1 {small}, i32 {tiny}, i32 {code}")

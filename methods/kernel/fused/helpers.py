@@ -160,7 +160,9 @@ def selection_function() -> str:
         with f.loop(size, carried=[("i32", "0")] * 4) as (i, sums, after):
             bits = f.load("%bits", f.value(f"add i64 {start}, {i}"), "i32")
             tests = [f.value(f"icmp sgt i32 {bits}, {bound}") for bound in ("0", high, guess)]
-            inside = f.value(f"and i1 {f.value(f'icmp sge i32 {bits}, {low}')}, {f.value(f'icmp sle i32 {bits}, {high}')}")
+            inside = f.value(
+                f"and i1 {f.value(f'icmp sge i32 {bits}, {low}')}, {f.value(f'icmp sle i32 {bits}, {high}')}"
+            )
             for total, test in zip(sums, (*tests, inside), strict=True):
                 after.append(f.value(f"add i32 {total}, {f.value(f'zext i1 {test} to i32')}"))
         for total, added in zip(totals, after, strict=False):
@@ -169,7 +171,9 @@ def selection_function() -> str:
         counts = f.value(f"select i1 {some}, i64 {size}, i64 0")
         with f.loop(counts) as (i, _, _):
             bits = f.load("%bits", f.value(f"add i64 {start}, {i}"), "i32")
-            inside = f.value(f"and i1 {f.value(f'icmp sge i32 {bits}, {low}')}, {f.value(f'icmp sle i32 {bits}, {high}')}")
+            inside = f.value(
+                f"and i1 {f.value(f'icmp sge i32 {bits}, {low}')}, {f.value(f'icmp sle i32 {bits}, {high}')}"
+            )
             with f.when(inside):
                 number = f.value(f"zext i32 {f.value(f'sub i32 {bits}, {low}')} to i64")
                 number = f.value(f"lshr i64 {number}, {fields['SHIFT']}")

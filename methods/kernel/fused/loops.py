@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..expression import Extent, Node, Type
 from ..random_streams import STEP
@@ -20,7 +21,7 @@ from .operations import Types, converted, hashed, operation, used_type
 from .stages import Stage, given, in_loop
 
 SEGMENT = 1 << 11
-"""Elements of a segment, unless it is a row or a line of columns: a few buffers of this size fit the first-level cache."""
+"""Elements of a segment that is no row or line of columns: a few buffers of this size fit the first-level cache."""
 
 
 class Table:
@@ -32,7 +33,7 @@ class Table:
     """
 
     def __init__(self) -> None:
-        self.places: dict[Hashable, int] = {}
+        self.places: dict[tuple[Any, ...], int] = {}
         self.parameters: list[tuple[str, Node]] = []
 
     def place(self, *key: Hashable) -> int:
@@ -108,7 +109,7 @@ class Generator:
         self.types = Types("F64" in dtypes)
         self.table = Table()
         self.helpers: set[str] = set()
-        self._pointers: dict[Hashable, str] = {}
+        self._pointers: dict[tuple[Any, ...], str] = {}
         self._values: dict[int, str] = {}
         self._hoisted: dict[tuple[str, int], str] = {}
 
@@ -170,7 +171,9 @@ class Generator:
         """The keys of the pointers that the segment's function writes to."""
         keys: list[tuple[Hashable, ...]] = []
         for target in self.targets:
-            name = "output" if target.reduction is None else "count" if isinstance(target.reduction, Count) else "operand"
+            name = (
+                "output" if target.reduction is None else "count" if isinstance(target.reduction, Count) else "operand"
+            )
             keys.append((name, target.number))
         keys += [("row operand", id(node)) for node in self.stage.reduced]
         return keys + [("keys", id(node)) for node in self.stage.ranked]
@@ -336,13 +339,13 @@ class Generator:
         f = Function(self.name, "i32", [("ptr", "table")], exported=True)
         count, segment = (f.load("%table", self.table.place(name), "i64") for name in ("elements", "segment"))
         numbers, rows = (f.load("%table", self.table.place(name), "ptr") for name in ("numbers", "rows"))
-        passed = {key: f.load("%table", self.table.places[key], "ptr") for key in self._pointers}  # type: ignore[index]
-        pointers = ", ".join(f"ptr {pointer}" for pointer in passed.values())
+        passed = {key: f.load("%table", self.table.places[key], "ptr") for key in self._pointers}
         with f.loop(count, segment, [("i32", "0")]) as (offset, (beyond,), following):
             size = f.smaller(f.value(f"sub i64 {count}, {offset}"), segment)
             row = f.value(f"udiv i64 {offset}, {segment}")
-            call = f"call i32 @{self.name}_segment(ptr %table, ptr {numbers}, ptr {rows}, i64 {offset}, i64 {size}, i64 {row}"
-            result = f.value(f"{call}{', ' + pointers if pointers else ''})")
+            fixed = f"ptr %table, ptr {numbers}, ptr {rows}, i64 {offset}, i64 {size}, i64 {row}"
+            pointers = ", ".join([fixed, *(f"ptr {pointer}" for pointer in passed.values())])
+            result = f.value(f"call i32 @{self.name}_segment({pointers})")
             following.append(f.value(f"or i32 {beyond}, {result}"))
             for target in self.targets:
                 self._reduce(f, target, passed, size)
@@ -361,7 +364,7 @@ class Generator:
     def _state(self, f: Function, target: Target) -> str:
         return f.load("%table", self.table.place("state", target.number), "ptr")
 
-    def _reduce(self, f: Function, target: Target, passed: dict[Hashable, str], size: str) -> None:
+    def _reduce(self, f: Function, target: Target, passed: dict[tuple[Any, ...], str], size: str) -> None:
         """Reduce the operand of a segment."""
         if isinstance(target.reduction, (Count, type(None))):
             return
@@ -378,7 +381,7 @@ class Generator:
             f.do(f"call void @select_feed(ptr {f.load(states, i, 'ptr')}, ptr {operand}, i64 {size})")
 
     def _reduce_row(
-        self, f: Function, node: Node, passed: dict[Hashable, str], rows: str, row: str, size: str
+        self, f: Function, node: Node, passed: dict[tuple[Any, ...], str], rows: str, row: str, size: str
     ) -> None:
         operand = passed["row operand", id(node)]
         name = "fold" if node.op == "row_sum" else f"row_max_{self.types.of(node.args[0].type)}"

@@ -158,4 +158,3 @@ def _folded(f: Function, x: str, shift: int) -> str:
 
 def _signed(x: int) -> int:
     return (x + (1 << 31)) % (1 << 32) - (1 << 31)
-

@@ -49,8 +49,7 @@ class RowFunctions:
             if not isinstance(results[0], (list, tuple)) and all(isinstance(each, (int, float)) for each in results):
                 with np.errstate(over="ignore"):
                     values = np.array(results, np.float64).astype(np.float32).astype(np.float64)
-                if id(node) in self._buffers.row_values:
-                    self._row_values(node, rows)[:] = values
+                self._row_values(node, rows)[:] = values
             self._results[id(node)] = results
 
     def after(self, loop: Loop, rows: int) -> None:

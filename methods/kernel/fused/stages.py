@@ -34,6 +34,11 @@ class Stage:
     targets: bool = False
 
     @property
+    def by_row(self) -> bool:
+        """Whether the stage computes or uses what Python computes for a range of rows."""
+        return bool(self.reduced or self.ranked or self.exported or self.called)
+
+    @property
     def wanted(self) -> list[Node]:
         """The nodes whose values the stage's loop computes, apart from the targets."""
         return [node.args[0] for node in (*self.reduced, *self.ranked)] + self.exported
