@@ -1,1 +1,1 @@
-"""Computes expression graphs on the CPU: one generated native loop per pass, from the stored bytes to the stored bytes."""
+"""Computes expression graphs on the CPU: one native loop per pass, from stored bytes to stored bytes."""
