@@ -184,7 +184,10 @@ def _cpu_passes(
     graph: MergeGraph, node: int, kernel: Kernel, inputs: Sequence[bytearray], threads: int
 ) -> Callable[[int], None]:
     """Return a function that runs all passes of a kernel over one chunk, as the engine does, in a thread."""
-    from ...methods.kernel.fused.passes import Chunk, Compiled, FusedPass, finite
+    from ...methods.kernel.fused.compiled import Compiled
+    from ...methods.kernel.fused.finite import finite
+    from ...methods.kernel.fused.passes import FusedPass
+    from ...methods.kernel.fused.run import Chunk
     from ..execute.arena import take_memory
 
     dtypes = [graph.reads[read].dtype.name for read in graph.node_sources[node]]

@@ -48,7 +48,7 @@ def compiled_footprint(kernel: Kernel, dtypes: tuple[DType, ...], out: DType) ->
         dtypes: dtypes of the kernel's inputs.
         out: dtype of the output.
     """
-    from ...methods.kernel.fused.passes import Compiled
+    from ...methods.kernel.fused.compiled import Compiled
 
     names = tuple(dtype.name for dtype in dtypes)
     key = (kernel_class(kernel), kernel.inputs.shape, names, out.name)

@@ -9,16 +9,17 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...methods.kernel.fused.passes import Chunk, Compiled, FusedPass, count_nonfinite, finite
+from ...methods.kernel.fused.compiled import Compiled
+from ...methods.kernel.fused.finite import count_nonfinite, finite
+from ...methods.kernel.fused.finite import prepare as prepare_finite
+from ...methods.kernel.fused.passes import FusedPass
+from ...methods.kernel.fused.run import Chunk
 from ..graph.graph import MergeGraph
 from ..schedule.schedule import Schedule
 from .computer import Failed, Outcome, task_inputs
 from .devices.base import Device
 from .lanes import Lane
 from .tasks import ChunkTask
-
-_CHECK_BYTES = 1 << 20
-"""Bytes of an input that are checked for NaNs at a time."""
 
 
 class FusedComputer:
@@ -101,7 +102,7 @@ class FusedComputer:
         return tuple(
             number
             for number, (data, dtype) in enumerate(zip(chunk.inputs, dtypes, strict=True))
-            if not all(finite(data[at : at + _CHECK_BYTES], dtype) for at in range(0, len(data), _CHECK_BYTES))
+            if not finite(data, dtype)
         )
 
 
@@ -165,6 +166,9 @@ class _LoopsInPlanOrder:
         if not loops.ready:
             with loops.lock:
                 if not loops.ready:
+                    if not kernel.propagates_nonfinite:
+                        for dtype in dict.fromkeys(dtypes):
+                            prepare_finite(dtype)
                     loops.compiled.prepare()
                     loops.ready = True
         return loops.compiled

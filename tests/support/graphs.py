@@ -16,7 +16,7 @@ from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import Array, Inputs, add, host
-from mergeloom.methods.kernel.fused.passes import Compiled
+from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods.kernels import method_of

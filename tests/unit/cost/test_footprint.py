@@ -22,7 +22,7 @@ from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import Array, Inputs, add, host, merge_methods
 from mergeloom.methods.kernel.composition import Composition, Part
-from mergeloom.methods.kernel.fused.passes import Compiled
+from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import Method
 from mergeloom.methods.kernel.spec import InputSpec

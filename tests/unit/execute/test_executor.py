@@ -28,7 +28,7 @@ from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure, UsageError
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.methods import host
-from mergeloom.methods.kernel.fused.passes import Compiled
+from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
