@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergeloom.methods import Array, Inputs
 from mergeloom.methods.kernel.spec import BLOCK
+from mergeloom.methods.kernel.random_streams import mix
 from mergeloom.methods.kernel.torch_backend import hashing
 from mergeloom.methods.kernel.torch_backend.passes import Pass
 from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
@@ -120,7 +121,7 @@ def lowbias(element: int, key: int, position: int) -> int:
     """The hash of an element from -2^31 on, with Python's numbers."""
     limit = 1 << 32
     period, low = divmod(element, limit)
-    stream = hashing.mix(hashing.mix(hashing.mix(key) + position) + period)
+    stream = mix(mix(mix(key) + position) + period)
     x = (low * 0x9E3779B1 + stream) % limit
     x = (x ^ x >> 16) * 0x7FEB352D + (stream >> 32)
     x = (x % limit ^ x % limit >> 15) * 0x846CA68B % limit
