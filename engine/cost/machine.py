@@ -156,6 +156,7 @@ def make_budget(
     steps: int = 0,
     outputs: int = 0,
     key: str | None = None,
+    compiling: int = 0,
 ) -> Budget:
     """Return the budget of a merge, with the measured memory of this process as its baseline.
 
@@ -171,13 +172,14 @@ def make_budget(
         outputs: number of output tensors.
         key: `size_key` of the merge, by which `plan` and `merge` agree on the size of their processes; None to round
             the size of this process only.
+        compiling: memory that compiling the kernels takes, in bytes.
     """
     step = MEMORY_STEP if computes else COPYING_MEMORY_STEP
     memory = process_memory()
     now, peak = rounded(memory.now, step), rounded(memory.peak, step)
     if key is not None and platform.OWN_PROCESS:
         now, peak = agreed_sizes((memory.now, memory.peak), step, key)
-    baseline = now + steps * STEP_BYTES + outputs * OUTPUT_BYTES
+    baseline = now + compiling + steps * STEP_BYTES + outputs * OUTPUT_BYTES
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + VALIDATION_BYTES
     if computes and any(device.vram is not None for device in devices):
         baseline += CUDA_BYTES

@@ -8,10 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 from ...io.safetensors.dtypes import DType
+from ...methods.kernel.expression import reachable
 from ...methods.kernel.kernel import Kernel
 from ..graph.footprint import Footprint, Line
 from ..graph.graph import Kind, MergeGraph
 from .kernel_class import kernel_class
+
+_COMPILER_BYTES = 14 << 20
+"""Memory of LLVM while it compiles a simple kernel, in bytes, after `prepare.load_compiler`: 12 MiB were measured."""
+_COMPILER_BYTES_OF_NODE = 256 << 10
+"""Further memory of LLVM for each node of the largest expression: 24 to 240 KiB were measured."""
+_CODE_BYTES = 512 << 10
+"""Memory of a kernel's code, in bytes."""
 
 _known: dict[tuple[Any, ...], Footprint] = {}
 """Footprints that were found in this process."""
@@ -57,3 +65,19 @@ def compiled_footprint(kernel: Kernel, dtypes: tuple[DType, ...], out: DType) ->
         compiled = Compiled(kernel, names, out.name)
         result = _known[key] = Footprint(Line(compiled.scratch), Line(compiled.allocated))
     return result
+
+
+def compiler_memory(graph: MergeGraph) -> int:
+    """Return the memory that compiling a graph's kernels takes at most, in bytes, with an empty cache of kernels.
+
+    The process that `plan` measures has loaded LLVM, and has compiled nothing but an empty function.
+    """
+    largest: dict[tuple[Any, ...], int] = {}
+    for operation in graph.operations:
+        kernel = operation.kernel
+        if kernel is not None and operation.kind is Kind.MERGE:
+            key = kernel_class(kernel)
+            largest[key] = largest.get(key) or len(reachable(kernel.output))
+    if not largest:
+        return 0
+    return _COMPILER_BYTES + _COMPILER_BYTES_OF_NODE * max(largest.values()) + _CODE_BYTES * len(largest)

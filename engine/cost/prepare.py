@@ -19,10 +19,10 @@ from ...io.sizes import format_size
 from ..graph.graph import MergeGraph
 from ..schedule.schedule import DeviceBudget
 from .machine import address_space, address_space_limit
-from .measure_memory import measure_footprints
+from .measure_memory import compiler_memory, measure_footprints
 
 
-def prepare_to_compute(graph: MergeGraph, devices: Sequence[DeviceBudget], modules: Sequence[str] = ()) -> None:
+def prepare_to_compute(graph: MergeGraph, devices: Sequence[DeviceBudget], modules: Sequence[str] = ()) -> int:
     """Load the libraries and the engine, and find the memory that each kernel takes.
 
     Both `plan` and `merge` do this, so they measure the same process.
@@ -31,6 +31,9 @@ def prepare_to_compute(graph: MergeGraph, devices: Sequence[DeviceBudget], modul
         graph: graph whose kernels are measured.
         devices: budgets of the devices that compute.
         modules: further modules that a merge imports.
+
+    Returns:
+        The memory in bytes that compiling the kernels will take.
 
     Raises:
         BudgetError: if ``ulimit -v`` leaves too little address space for the libraries.
@@ -46,6 +49,7 @@ def prepare_to_compute(graph: MergeGraph, devices: Sequence[DeviceBudget], modul
     for module in ("safetensors", "numpy", *modules):
         importlib.import_module(module)
     measure_footprints(graph, separate=separate)
+    return 0 if separate else compiler_memory(graph)
 
 
 def import_torch() -> ModuleType:

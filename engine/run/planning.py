@@ -115,10 +115,11 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph, recipe: Recip
     threads = options.threads or (machine.cores if machine else None) or usable_cores()
     gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
-    if computes:
-        prepare_to_compute(built.graph, devices, _MERGE_MODULES)
+    compiling = prepare_to_compute(built.graph, devices, _MERGE_MODULES) if computes else 0
     steps = sum(built.graph.operation(node).passes for node in built.graph)
     total = machine.ram if machine else None
     outputs = len(built.graph.outputs)
     key = size_key(recipe.text, computes, steps, outputs, len(built.graph.reads), [device.name for device in devices])
-    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=outputs, key=key)
+    return make_budget(
+        options.max_ram, devices, computes, total, steps=steps, outputs=outputs, key=key, compiling=compiling
+    )
