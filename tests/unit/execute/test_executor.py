@@ -327,18 +327,18 @@ def test_a_kernel_that_cannot_be_compiled_ends_the_run(monkeypatch: pytest.Monke
 
 
 def test_kernels_are_compiled_in_the_order_of_the_plan_while_chunks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[tuple[str, int]] = []
-    inputs: dict[int, int] = {}
+    compiled: dict[Compiled, str] = {}
+    inputs: dict[Compiled, int] = {}
     all_compiled = threading.Event()
     make, prepare = Compiled.__init__, Compiled.prepare
 
     def count(loops: Compiled, kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
-        inputs[id(loops)] = len(dtypes)
+        inputs[loops] = len(dtypes)
         make(loops, kernel, dtypes, out)
 
     def note(loops: Compiled) -> None:
         prepare(loops)
-        compiled.append((threading.current_thread().name, inputs[id(loops)]))
+        compiled.setdefault(loops, threading.current_thread().name)
         if len(compiled) == 3:
             all_compiled.set()
 
@@ -356,7 +356,7 @@ def test_kernels_are_compiled_in_the_order_of_the_plan_while_chunks_are_read(mon
     Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
     world.check()
     order = [len(world.graph.node_sources[step.node]) for step in schedule.steps]
-    assert compiled == [("compile-0", number) for number in order]
+    assert [(inputs[loops], thread) for loops, thread in compiled.items()] == [(each, "compile-0") for each in order]
 
 
 def test_a_function_of_a_method_that_fails_is_an_error_of_the_user() -> None:
