@@ -88,9 +88,8 @@ def target() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
-@functools.cache
 def target_machine(processor: str, features: str) -> Any:
-    """LLVM's description of the machine to compile for; see `target`."""
+    """A new description of the machine to compile for, see `target`; an engine takes it over and frees it."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()

@@ -38,7 +38,7 @@ def hard_numbers(dtype: torch.dtype, target: torch.dtype) -> Tensor:
 
 def identity(t: Inputs) -> Array:
     """The input."""
-    return -(-t.other)
+    return -1.0 * (-1.0 * t.other)
 
 
 @pytest.mark.parametrize("source", DTYPES)
