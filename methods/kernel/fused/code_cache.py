@@ -21,7 +21,9 @@ _DIGEST = 20
 
 def directory() -> Path:
     """The directory of the code: ``mergeloom/kernels`` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  Path's raises
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as the XDG specification says  # noqa: PTH117
+        base = os.path.expanduser("~/.cache")  # noqa: PTH111  Path's raises
     return Path(base) / "mergeloom" / "kernels"
 
 

@@ -54,7 +54,7 @@ class Group:
             line = max(1, math.prod(kernel.inputs.shape[1:]))
         self.rows = max(1, BLOCK // columns) if by_row else 0
         if kernel.unit is Unit.ROW and (by_row or line):
-            self.segment, self.width = columns, line
+            self.segment, self.width = columns, max(line, columns) if line else 0  # a vector is a row, and one column
         else:
             self.width = line * max(1, SEGMENT // line) if line else 0
             self.segment = self.width or (0 if targets[0].reduction is None else SEGMENT)

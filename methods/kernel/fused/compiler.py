@@ -21,7 +21,7 @@ GENERATOR_VERSION = 1
 
 _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)
 _lock = threading.Lock()
-_loaded: dict[str, Library] = {}
+_loaded: dict[tuple[str, ...], Library] = {}
 
 
 class Library:
@@ -45,17 +45,20 @@ def library(text: str, names: tuple[str, ...]) -> Library:
         text: LLVM assembly.
         names: functions that will be called.
     """
-    with _lock:  # LLVM compiles one module at a time in any case
-        found = _loaded.get(text)
-        if found is None:
-            found = _loaded[text] = _load(text, names)
-        return found
+    key = (*target(), text)
+    found = _loaded.get(key)
+    if found is None:
+        with _lock:  # LLVM compiles one module at a time in any case
+            found = _loaded.get(key)
+            if found is None:
+                found = _loaded[key] = _load(text, names)
+    return found
 
 
 def _load(text: str, names: tuple[str, ...]) -> Library:
     import llvmlite.binding as llvm
 
-    machine = target_machine()
+    machine = target_machine(*target())
     key = cache_key(text, machine)
     code = code_cache.read(key)
     if code is None:
@@ -73,32 +76,26 @@ def cache_key(text: str, machine: Any) -> str:
     """The name of a module's code in the cache: a hash of all that the code depends on."""
     import llvmlite
 
-    parts = (GENERATOR_VERSION, __version__, llvmlite.__version__, *_target(), machine.triple, text)
+    parts = (GENERATOR_VERSION, __version__, llvmlite.__version__, *target(), machine.triple, text)
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=20).hexdigest()
 
 
 @functools.cache
-def _target() -> tuple[str, str]:
-    """The processor and its instruction sets, as LLVM names them."""
+def target() -> tuple[str, str]:
+    """The processor to compile for and its instruction sets, as LLVM names them: those of this machine."""
     import llvmlite.binding as llvm
 
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
-@functools.cache
-def target_machine(processor: str | None = None, features: str | None = None) -> Any:
-    """LLVM's description of the machine to compile for: this one, or another one for tests."""
+def target_machine(processor: str, features: str) -> Any:
+    """A new description of the machine to compile for, see `target`; an engine takes it over and frees it."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    name, own = _target()
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=processor or name,
-        features=own if features is None else features,
-        opt=3,
-        reloc="pic",
-        codemodel="jitdefault",
+        cpu=processor, features=features, opt=3, reloc="pic", codemodel="jitdefault"
     )
 
 

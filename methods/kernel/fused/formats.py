@@ -152,7 +152,7 @@ def _narrowed(f: Function, bits: str, form: Format) -> str:
     code = f.value(f"lshr i32 {nearest}, {drop}")
     if form.bias != 127:
         code = f.value(f"sub i32 {code}, {(127 - form.bias) << form.mantissa}")
-        # adding a power of 2 whose last bit has the weight of the format's smallest number rounds to a multiple of it
+        # adding the power of 2 whose last bit weighs as much as the format's smallest number rounds to such multiples
         unit = (1 - form.bias - form.mantissa + 23 + 127) << 23
         added = f.value(
             f"fadd float {f.value(f'bitcast i32 {magnitude} to float')}, {f.value(f'bitcast i32 {unit} to float')}"

@@ -21,7 +21,7 @@ from .operations import Types, converted, hashed, operation, used_type
 from .stages import Stage, given, in_loop
 
 SEGMENT = 1 << 11
-"""Elements of a segment that is no row or line of columns: a few buffers of this size fit the first-level cache."""
+"""Elements of a segment, except for rows and lines of columns: a few such buffers fit the first-level cache."""
 
 
 class Table:

@@ -73,7 +73,7 @@ def stages_of(wanted: Sequence[Node]) -> list[Stage]:
 
 
 def _is_exported(node: Node) -> bool:
-    """Whether a stage computes a value per row in its loop, so that Python has it only after the stage."""
+    """Whether a stage computes a value per row in its loop: then Python has it only after the stage."""
     return node.op not in REDUCED_ROWS and node.op not in _COMPUTED_BETWEEN
 
 

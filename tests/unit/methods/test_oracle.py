@@ -1,4 +1,4 @@
-"""The torch backend computes the same bytes as the oracle: for every method, in the engine, for random expressions."""
+"""Both backends compute the bytes of the oracle: for every method, in the engine, for random expressions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mergeloom.methods.kernel.torch_backend.rounding import canonical_nans, roun
 from tests.support.methods import oracle
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.expressions import SHAPES, hard_inputs, random_kernel
-from tests.support.methods.kernels import kernel_of, run_kernel
+from tests.support.methods.kernels import kernel_of, run_fused, run_kernel
 from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import read_model
 
@@ -37,10 +37,14 @@ IDS = [str(case) for case in CASES]
 
 
 def assert_same(kernel: Kernel, inputs: Sequence[Tensor], *tiles: int | None) -> None:
-    """The backend's output has the oracle's bytes for each tile size, within the declared workspace."""
+    """The output has the oracle's bytes for each size of tiles and chunks, within the declared memory."""
     wanted = oracle.evaluate(kernel, inputs, key=KEY)
     for tile in tiles:
+        work = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
+        fused = run_fused(kernel, inputs, tile, key=KEY)
+        assert fused.output == oracle.stored(wanted, work), f"chunks of {tile} elements"
         run = run_kernel(kernel, inputs, tile, key=KEY)
+        assert run.passes == fused.passes
         dtype = run.output.dtype
         assert oracle.stored(run.output.numpy(), dtype) == oracle.stored(wanted, dtype), f"tiles of {tile} elements"
         assert run.used <= run.declared

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import Array, Inputs
-from mergeloom.methods.kernel.spec import BLOCK
 from mergeloom.methods.kernel.random_streams import mix
+from mergeloom.methods.kernel.spec import BLOCK
 from mergeloom.methods.kernel.torch_backend import hashing
 from mergeloom.methods.kernel.torch_backend.passes import Pass
 from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
