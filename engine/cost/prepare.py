@@ -69,9 +69,9 @@ def load_compiler() -> None:
 
     So the measured process has this memory, whether or not the kernels of the merge are cached. It takes 20 to 40 ms.
     """
-    from ...methods.kernel.fused.compiler import compiled, target_machine
+    from ...methods.kernel.fused.compiler import compiled, target, target_machine
 
-    compiled("define void @nothing() {\n  ret void\n}\n", target_machine())
+    compiled("define void @nothing() {\n  ret void\n}\n", target_machine(*target()))
 
 
 _TRY = {
