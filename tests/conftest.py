@@ -26,7 +26,6 @@ LONG = (
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[configuration",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[published",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",
-    "tests/integration/cli/test_process.py::test_torch_is_imported_only_to_compute",
     "tests/integration/output/test_save.py::test_killed_and_gone_on_with",
     "tests/integration/output/test_verify.py::test_every_flipped_bit_is_found",
     "tests/integration/test_stages.py::test_slerp_ties_and_linear_fuse",

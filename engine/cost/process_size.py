@@ -25,13 +25,13 @@ MAX_STORED = 256
 
 
 def size_key(*parts: object) -> str:
-    """Return the key of a process that runs with these versions of Python, torch and mergeloom.
+    """Return the key of a process that runs with these versions of Python, mergeloom and what it computes with.
 
     Args:
         parts: everything else that its memory depends on, such as the recipe's text.
     """
-    torch = getattr(sys.modules.get("torch"), "__version__", None)
-    text = json.dumps([__version__, platform.python_version(), torch, *parts], default=str)
+    libraries = [getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "llvmlite")]
+    text = json.dumps([__version__, platform.python_version(), *libraries, *parts], default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -272,7 +272,7 @@ class MergeSession:
     def execute(self, prepared: _Prepared) -> tuple[Measured, Mapping[int, list[bytes]]]:
         """Compute, copy and write what is left. Return the measurements, and the block digests by node."""
         start = time.perf_counter()
-        if not self.plan.computes:  # otherwise importing torch loads the same modules
+        if not self.plan.computes:  # otherwise planning has imported numpy
             preload_validator()
         group = TaskGroup("merge")
         sources = SourceDigests(self.plan.built.graph, prepared.recovered.sources)

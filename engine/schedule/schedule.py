@@ -209,7 +209,9 @@ class Problem:
     def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
         """Return the problem, with the requirements of the nodes that are left."""
         finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
-        needs = tuple(requirements(graph, device.tile_elements, finished) for device in budget.devices)
+        needs = tuple(
+            requirements(graph, device.tile_elements, finished, separate=device.separate) for device in budget.devices
+        )
         return cls(graph, budget, done, needs, assign_devices(graph, len(budget.devices)))
 
     @property
@@ -245,7 +247,7 @@ class Problem:
     def _in_ram(self) -> list[tuple[DeviceBudget, Requirements]]:
         """Return the devices whose compute threads take RAM, with their requirements."""
         pairs = zip(self.budget.devices, self.needs, strict=True)
-        return [(device, need) for device, need in pairs if not device.separate and need.workspace]
+        return [(device, need) for device, need in pairs if not device.separate and need.computes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +307,7 @@ def make_schedule(
     if any(device.separate for device in budget.devices):
         preferred = DEVICE_SLOT_BYTES
     else:
-        preferred = SLOT_BYTES if need.workspace else COPY_SLOT_BYTES
+        preferred = SLOT_BYTES if need.computes else COPY_SLOT_BYTES
     slot = slot_bytes or _choose_slot(problem, preferred)
     smallest = slot if slot_bytes else max(need.slot, min(slot, preferred // 4))
     best = candidate = plan_for_slot(problem, slot)

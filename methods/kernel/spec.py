@@ -29,6 +29,10 @@ class MethodError(ValueError):
         self.index = index
 
 
+class HostError(Exception):
+    """A Python function of a method failed. The message names its error."""
+
+
 class Base(Enum):
     """How a method uses the recipe's base model."""
 

@@ -290,7 +290,8 @@ def test_the_published_recipes_of_the_readme_are_counted() -> None:
 
 
 def test_the_documented_default_budgets_are_the_real_ones() -> None:
-    from mergeloom.engine.cost.machine import RAM_SHARE, VRAM_SHARE
+    from mergeloom.engine.cost.devices import VRAM_SHARE
+    from mergeloom.engine.cost.machine import RAM_SHARE
 
     page = (ROOT / "docs" / "command-line.md").read_text()
     options = {p.name: p for p in cli.commands["plan"].params if isinstance(p, click.Option)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -20,13 +20,20 @@ from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.passes import KernelRunner
 from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import ChunkTask
+from mergeloom.engine.graph.footprint import Footprint, Line
+from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
 from mergeloom.engine.schedule.simulate import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
-from mergeloom.errors import EnvironmentFailure
+from mergeloom.errors import EnvironmentFailure, UsageError
+from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.methods import host
+from mergeloom.methods.kernel.fused.compiled import Compiled
+from mergeloom.methods.kernel.kernel import Kernel
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
 from tests.support.graphs import KERNELS, World
+from tests.support.methods.kernels import kernel_of
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -295,17 +302,81 @@ def test_opened_devices_are_closed_after_every_error() -> None:
         Executor(world.graph, schedule, [Recording(f"test:{n}", 64 << 20) for n in range(2)], world, world).run()
 
 
-def test_the_threads_of_torch_are_restored() -> None:
+def test_a_kernel_that_cannot_be_compiled_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes at once, although the first node's chunks never arrive."""
+    stuck = threading.Event()
+
+    class Slow(World):
+        def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+            stuck.wait(60)
+
+    def fail(loops: Compiled) -> None:
+        try:
+            raise RuntimeError("LLVM rejects the loop")
+        finally:
+            stuck.set()
+
+    world = Slow()
+    world.node("sum", [world.source(4 * ELEMENTS)])
+    monkeypatch.setattr(Compiled, "prepare", fail)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="LLVM rejects the loop"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+    assert threading.active_count() == before
+    assert not world.written
+
+
+def test_kernels_are_compiled_in_the_order_of_the_plan_while_chunks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: dict[Compiled, str] = {}
+    inputs: dict[Compiled, int] = {}
+    all_compiled = threading.Event()
+    make, prepare = Compiled.__init__, Compiled.prepare
+
+    def count(loops: Compiled, kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
+        inputs[loops] = len(dtypes)
+        make(loops, kernel, dtypes, out)
+
+    def note(loops: Compiled) -> None:
+        prepare(loops)
+        compiled.setdefault(loops, threading.current_thread().name)
+        if len(compiled) == 3:
+            all_compiled.set()
+
+    class Late(World):
+        def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+            assert all_compiled.wait(60)
+            super().read(file, offset, buffer)
+
+    world = Late()
+    for number in (2, 3, 1):
+        world.node("sum", [world.source(ELEMENTS) for _ in range(number)])
+    monkeypatch.setattr(Compiled, "__init__", count)
+    monkeypatch.setattr(Compiled, "prepare", note)
+    schedule = with_slots(world, 2)
+    Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
+    world.check()
+    order = [len(world.graph.node_sources[step.node]) for step in schedule.steps]
+    assert [(inputs[loops], thread) for loops, thread in compiled.items()] == [(each, "compile-0") for each in order]
+
+
+def test_a_function_of_a_method_that_fails_is_an_error_of_the_user() -> None:
     world = World()
-    world.node("sum", [world.source(ELEMENTS), world.source(ELEMENTS)])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
-        execute(world, schedule, [CpuDevice(2)])
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    kernel = kernel_of(lambda t: t.other * host(lambda total: 1 / 0, t.sum(t.other)), 1, None, (ELEMENTS,))
+    source = world.source(ELEMENTS)
+    node = world.graph.add_node(Operation(Kind.MERGE, "failing", kernel=kernel), (source,), F32)
+    world.graph.add_output("out", node, 0)
+    loops = Compiled(kernel, ("F32",), "F32")
+    world.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
+    with pytest.raises(UsageError, match="merge method failing fails on tensor out: ZeroDivisionError: division by"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+
+
+def test_scratch_memory_that_was_not_planned_is_refused() -> None:
+    world = World()
+    world.node("above", [world.source(ELEMENTS)])
+    schedule = replace(with_slots(world, 2), workspace=(0,))
+    with pytest.raises(MemoryError, match="a kernel needs more scratch memory than was planned"):
+        Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
 
 
 def test_a_failed_allocation_is_a_memory_error() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.schedule.requirements import PAGE
 from mergeloom.engine.schedule.schedule import (
     PARTIAL_BYTES,
     SLOT_BYTES,
@@ -153,7 +154,8 @@ def test_what_is_read_ahead_is_bounded() -> None:
             world.graph, Budget(1 << 40, 12345, (DeviceBudget("cpu", None, threads),)), slot_bytes=SLOT
         )
         assert schedule.ram_slots == 3 + (4 + 2 * threads) * 3
-        fixed = 12345 + threads * (schedule.workspace[0] + PARTIAL_BYTES)
+        allocated = -(-world.graph.footprints[0].allocated.at(1) // PAGE) * PAGE
+        fixed = 12345 + threads * (schedule.workspace[0] + allocated + PARTIAL_BYTES)
         assert schedule.peak_ram == fixed + schedule.ram_slots * SLOT
     device = (DeviceBudget("test", 1 << 40, 3),)
     schedule = make_schedule(world.graph, Budget(1 << 40, 12345, device), slot_bytes=SLOT)
