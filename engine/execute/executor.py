@@ -22,7 +22,7 @@ from typing import Any
 from ...io.task_group import TaskGroup
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
-from ..schedule.simulate import Step
+from ..schedule.step_list import Step
 from ..schedule.tiling import output_width
 from .arena import HostArena
 from .cache import CachedChunk

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
-from ..schedule.simulate import Step
+from ..schedule.step_list import Step
 from ..schedule.tiling import ChunkedRead, output_width, source_width
 from .cache import ChunkCache
 from .devices.base import Device

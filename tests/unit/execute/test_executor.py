@@ -21,7 +21,7 @@ from mergeloom.engine.execute.passes import KernelRunner
 from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import ChunkTask
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
-from mergeloom.engine.schedule.simulate import CachedRange
+from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
