@@ -276,6 +276,7 @@ class MergeSession:
             preload_validator()
         group = TaskGroup("merge")
         sources = SourceDigests(self.plan.built.graph, prepared.recovered.sources)
+        prepared.recovered.sources.clear()  # the new journal has them
         writer = self._writer = ShardWriter(
             self.plan,
             self.out,
