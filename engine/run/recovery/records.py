@@ -205,9 +205,7 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any]], JournalRecord | None]] = {
 }
 
 
-def parse_records(
-    records: Iterable[Mapping[str, Any]], graph: MergeGraph, layout: Layout
-) -> Iterator[JournalRecord]:
+def parse_records(records: Iterable[Mapping[str, Any]], graph: MergeGraph, layout: Layout) -> Iterator[JournalRecord]:
     """Parse the records of a journal one by one. Those that are unknown, malformed or do not fit the plan are ignored.
 
     Args:
