@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeloom.engine.run.manifest import MANIFEST
-from mergeloom.engine.run.manifest import _self_digest as self_digest
 from mergeloom.engine.run.manifest import _pieces as pieces
+from mergeloom.engine.run.manifest import _self_digest as self_digest
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.verify import Verdict
