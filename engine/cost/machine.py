@@ -16,7 +16,7 @@ from ...io.cgroups import cpu_limit, memory_left, memory_limit
 from ...io.sizes import Limit, Share, format_size, parse_memory
 from ..graph.graph import MergeGraph
 from ..schedule.schedule import Budget, DeviceBudget, Schedule
-from .process_size import agreed_sizes, rounded
+from .process_size import GraphSize, agreed_sizes, rounded
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
@@ -33,10 +33,6 @@ COPYING_SLACK_BYTES = 5 << 20
 VALIDATION_BYTES = 12 << 20
 """RAM of the safetensors library and numpy, which validate the shards, in bytes. A merge that computes counts them in
 its measured memory."""
-STEP_BYTES = 900
-"""RAM of each step of the schedule, in bytes; two schedules exist at one time while OUT is examined."""
-OUTPUT_BYTES = 1024
-"""RAM of digests, journal and manifest for each output tensor, in bytes."""
 MEMORY_STEP = 16 << 20
 """The measured memory of the process is rounded up to a multiple of this, in bytes: it varies from run to run."""
 COPYING_MEMORY_STEP = 4 << 20
@@ -221,8 +217,7 @@ def make_budget(
     computes: bool,
     total: int | None = None,
     *,
-    steps: int = 0,
-    outputs: int = 0,
+    size: GraphSize | None = None,
     key: str | None = None,
 ) -> Budget:
     """Return the budget of a merge, with the measured memory of this process as its baseline.
@@ -235,8 +230,7 @@ def make_budget(
         devices: budgets of the devices that compute.
         computes: whether anything is computed.
         total: RAM of the machine in bytes if it is not this one.
-        steps: number of steps of the schedule that will be made.
-        outputs: number of output tensors.
+        size: numbers that the memory of the merge grows with; all 0 if None.
         key: `size_key` of the merge, by which `plan` and `merge` agree on the size of their processes; None to round
             the size of this process only.
     """
@@ -245,9 +239,10 @@ def make_budget(
     now, peak = rounded(memory.now, step), rounded(memory.peak, step)
     if key is not None and platform.OWN_PROCESS:
         now, peak = agreed_sizes((memory.now, memory.peak), step, key)
-    baseline = now + steps * STEP_BYTES + outputs * OUTPUT_BYTES
+    separate = any(device.vram is not None for device in devices)
+    baseline = now + (0 if size is None else size.nbytes(separate=separate))
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + VALIDATION_BYTES
-    if computes and any(device.vram is not None for device in devices):
+    if computes and separate:
         baseline += CUDA_BYTES
     held = peak if platform.OWN_PROCESS and total is None else 0
     ram = max_ram if isinstance(max_ram, int) else _limit(max_ram, total or total_ram(), RAM_SHARE)

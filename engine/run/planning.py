@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 
 from ...errors import MergeloomError
 from ...io.reading import check_descriptors
@@ -17,7 +18,7 @@ from ..cost.machine import (
     prepare_to_compute,
     usable_cores,
 )
-from ..cost.process_size import size_key
+from ..cost.process_size import GraphSize, size_key
 from ..files.folders import check_folders
 from ..files.sources import FileResolver, OutputModel
 from ..graph.build import BuiltGraph
@@ -119,8 +120,7 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph, recipe: Recip
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
     if computes:
         prepare_to_compute(built.graph, _MERGE_MODULES)
-    steps = sum(built.graph.operation(node).passes for node in built.graph)
     total = machine.ram if machine else None
-    outputs = len(built.graph.outputs)
-    key = size_key(recipe.text, computes, steps, outputs, len(built.graph.reads), [device.name for device in devices])
-    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=outputs, key=key)
+    size = GraphSize.of(built.graph)
+    key = size_key(recipe.text, computes, astuple(size), [device.name for device in devices])
+    return make_budget(options.max_ram, devices, computes, total, size=size, key=key)

@@ -14,6 +14,9 @@ from ..graph.graph import Kind, MergeGraph
 from .step_list import NOTHING, CachedRange, Step, StepList
 from .tiling import ChunkedRead, chunk_count, clusters, source_width
 
+MAX_STALE = 1000
+"""Number of stale entries in the heap of a `SimulatedCache` that are removed, if there are more than live ones."""
+
 
 def orders(graph: MergeGraph) -> list[list[int]]:
     """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
@@ -65,6 +68,14 @@ class SimulatedCache:
             self.vram[device] += held.vram
         if held.ram:
             heapq.heappush(self._by_use, (-next_use, -source.read, -source.chunk_length))
+            if len(self._by_use) > 2 * len(self._entries) + MAX_STALE:
+                self._remove_stale()
+
+    def _remove_stale(self) -> None:
+        """Remove the stale entries of the heap: with room in RAM nothing else does, and every pass adds some."""
+        entries = self._entries.items()
+        self._by_use = [(-use, -source.read, -source.chunk_length) for source, (held, _, use) in entries if held.ram]
+        heapq.heapify(self._by_use)
 
     def take(self, source: ChunkedRead) -> CachedRange:
         """Remove a source from the cache; return the chunks that were cached."""
