@@ -28,14 +28,14 @@ MAX_STORED = 256
 """Maximum number of stored sizes; the oldest are dropped."""
 
 SCHEDULES = 5
-"""Number of schedules that exist at one time, at most: that of the plan, that for OUT, and three while the steps that an
-interrupted merge has left are planned (the best one, the best one for a slot size, and the one that is simulated)."""
+"""Number of schedules that exist at one time, at most: that of the plan, that for OUT, and three while a resumed merge
+plans the steps that are left (the best one, the best one for a slot size, and the one that is simulated)."""
 OUTPUT_BYTES = 1024
 """RAM of each output tensor after the plan, in bytes: destinations, digests, records and the manifest. Measured: merges
 of 2,000 to 33,000 tensors of three models took 1,400 to 1,900 bytes for each of them and its three reads."""
 READ_BYTES = 384
-"""RAM of each input tensor after the plan, in bytes: digests, and the records of a merge that is resumed. Measured: 1,800
-to 2,200 bytes for each output tensor of a resumed merge and its three reads."""
+"""RAM of each input tensor after the plan, in bytes: digests, and the records of a merge that is resumed. Measured:
+1,800 to 2,200 bytes for each output tensor of a resumed merge and its three reads."""
 
 
 @dataclass(frozen=True, slots=True)
