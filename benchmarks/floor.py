@@ -2,8 +2,8 @@
 
     python -S benchmarks/floor.py OUT BYTES THREADS INPUT...
 
-Each thread takes the next 4 MiB of an input or of the output, in the order of a merge, and reads or writes them with its
-own buffer. Prints the seconds as JSON.
+Each thread takes the next 4 MiB of an input or of the output, in the order of a merge, and reads or writes them with a
+buffer of its own. Prints the seconds as JSON.
 """
 
 from __future__ import annotations

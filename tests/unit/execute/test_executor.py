@@ -23,7 +23,7 @@ from mergeloom.engine.execute.tasks import ChunkTask
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
-from mergeloom.engine.schedule.simulate import CachedRange
+from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure, UsageError
 from mergeloom.io.safetensors.dtypes import F32
