@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported, here and in child processes
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every worker and child process compiles all modules again
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mergeloom-cache-")  # of this test process and its children
 
 import pytest
@@ -17,6 +19,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import models
 from tests.support.disks import file_system
+
+sys.dont_write_bytecode = False  # nor is each test module compiled by each worker in each run
 
 MakeModel = Callable[..., Path]
 
