@@ -137,7 +137,7 @@ def out(disk: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def small_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let budgets be made as in a process of mergeloom's own: the tests' grows with every test before."""
-    if request.module.__name__.rpartition(".")[2] in ("test_platform", "test_whatif"):
+    if request.module.__name__.rpartition(".")[2] in ("test_docs", "test_platform", "test_whatif"):
         from mergeloom.engine.cost import machine
 
         monkeypatch.setattr(machine, "process_memory", lambda: machine.ProcessMemory(1 << 20, 1 << 20))

@@ -37,7 +37,7 @@ BANNED = {
 HEADLESS = re.compile(r"^\s+\w[\w ,]*: (?:of|by which|in which|with which|at which|from which)\b", re.MULTILINE)
 """An entry of an Args section that begins without its noun: ``nbytes: of the range``."""
 
-PATTERN = re.compile("|".join(rf"(?:(?<!\w)(?:{pattern})(?!\w))" for pattern in BANNED), re.IGNORECASE)
+PATTERN = re.compile(rf"\b(?:{'|'.join(BANNED)})(?!\w)", re.IGNORECASE)
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md"), ROOT / "Makefile"])
 
