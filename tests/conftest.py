@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -49,6 +50,7 @@ LONG = (
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[dare_ties",
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[slerp",
     "tests/faults/test_faults.py::test_power",
+    "tests/faults/test_signals.py::test_a_second_signal_ends_it_at_once_and_so_does_a_disk_that_hangs[15",
     "tests/faults/test_tampering.py::test_killed_at_random_and_tampered_with",
 )
 """The tests that only `make test-all` and CI run: long ones at true shapes, and sweeps over many merges."""
@@ -73,6 +75,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=no_gpu))
         if os.geteuid() != 0 and item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root, to mount file systems"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all modules and items from garbage collection, which otherwise goes through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _why_no_gpu() -> str | None:
