@@ -27,6 +27,7 @@ from mergeloom.errors import EnvironmentFailure
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
 from tests.support.graphs import KERNELS, World
+from tests.support.waiting import HANG_SECONDS
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -161,7 +162,7 @@ def test_reading_computing_and_writing_overlap(separate: bool, monkeypatch: pyte
     def meet(lane: str, call: int) -> None:
         calls[lane] += 1
         if calls[lane] == call:
-            at_once.wait(60)  # breaks, and ends the run with an error, if the lanes take turns
+            at_once.wait(HANG_SECONDS)  # breaks, and ends the run with an error, if the lanes take turns
 
     class Meeting(World):
         def read(self, file: Path, offset: int, buffer: memoryview) -> None:
