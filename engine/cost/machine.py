@@ -12,7 +12,7 @@ from ...io import platform
 from ...io.cgroups import cpu_limit, memory_left, memory_limit
 from ...io.sizes import Limit, Share, format_size, parse_memory
 from ..schedule.schedule import Budget, DeviceBudget, Schedule
-from .process_size import agreed_sizes, rounded
+from .process_size import GraphSize, agreed_sizes, rounded
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
@@ -27,10 +27,6 @@ COPYING_SLACK_BYTES = 5 << 20
 VALIDATION_BYTES = 12 << 20
 """RAM of the safetensors library and numpy, which validate the shards, in bytes. A merge that computes counts them in
 its measured memory."""
-STEP_BYTES = 900
-"""RAM of each step of the schedule, in bytes; two schedules exist at one time while OUT is examined."""
-OUTPUT_BYTES = 1024
-"""RAM of digests, journal and manifest for each output tensor, in bytes."""
 MEMORY_STEP = 16 << 20
 """The measured memory of the process is rounded up to a multiple of this, in bytes: it varies from run to run."""
 COPYING_MEMORY_STEP = 4 << 20
@@ -115,6 +111,14 @@ def process_memory() -> ProcessMemory:
     return ProcessMemory(resident, resident)
 
 
+def resident_memory() -> int:
+    """Return the current resident memory of this process in bytes (VmRSS), in one system call where there is one."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return process_memory().now
+
+
 def total_ram() -> int:
     """Return the RAM that this process may use in bytes: the machine's, or the cgroup's limit if that is lower."""
     import psutil
@@ -153,8 +157,7 @@ def make_budget(
     computes: bool,
     total: int | None = None,
     *,
-    steps: int = 0,
-    outputs: int = 0,
+    size: GraphSize | None = None,
     key: str | None = None,
     compiling: int = 0,
 ) -> Budget:
@@ -168,8 +171,7 @@ def make_budget(
         devices: budgets of the devices that compute.
         computes: whether anything is computed.
         total: RAM of the machine in bytes if it is not this one.
-        steps: number of steps of the schedule that will be made.
-        outputs: number of output tensors.
+        size: numbers that the memory of the merge grows with; all 0 if None.
         key: `size_key` of the merge, by which `plan` and `merge` agree on the size of their processes; None to round
             the size of this process only.
         compiling: memory that compiling the kernels takes, in bytes.
@@ -179,9 +181,10 @@ def make_budget(
     now, peak = rounded(memory.now, step), rounded(memory.peak, step)
     if key is not None and platform.OWN_PROCESS:
         now, peak = agreed_sizes((memory.now, memory.peak), step, key)
-    baseline = now + compiling + steps * STEP_BYTES + outputs * OUTPUT_BYTES
+    separate = any(device.vram is not None for device in devices)
+    baseline = now + compiling + (0 if size is None else size.nbytes(separate=separate))
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + VALIDATION_BYTES
-    if computes and any(device.vram is not None for device in devices):
+    if computes and separate:
         baseline += CUDA_BYTES
     held = peak if platform.OWN_PROCESS and total is None else 0
     ram = max_ram if isinstance(max_ram, int) else limit_of(max_ram, total or total_ram(), RAM_SHARE)

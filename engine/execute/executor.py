@@ -24,7 +24,7 @@ from ...io.task_group import TaskGroup
 from ...methods.kernel.spec import HostError
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
-from ..schedule.simulate import Step
+from ..schedule.step_list import Step
 from ..schedule.tiling import output_width
 from .arena import HostArena
 from .cache import CachedChunk
@@ -53,6 +53,7 @@ class Executor:
         writers: number of write threads.
         allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
         serial: whether to take no slot ahead of time; for tests.
+        resident: see `SlotAllocator`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Executor:
         writers: int = 1,
         allow_nonfinite: bool = False,
         serial: bool = False,
+        resident: Callable[[], int] | None = None,
     ) -> None:
         self.graph = graph
         self.schedule = schedule
@@ -75,7 +77,7 @@ class Executor:
         self.progress = Progress()
         self.measured = Measured()
         self.ledger = ledger or Ledger()
-        self.slots = SlotAllocator(graph, schedule, devices)
+        self.slots = SlotAllocator(graph, schedule, devices, resident=resident, discard=self._discard)
         self._source = source
         self._sink = sink
         self._serial = serial
@@ -236,6 +238,9 @@ class Executor:
         with self._changed:
             self.slots.release_device(task)
             self._changed.notify_all()
+
+    def _discard(self, slot: int) -> None:
+        self._arena.discard(slot)
 
     # --- lanes -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 
 from ...errors import MergeloomError
 from ...io.reading import check_descriptors
@@ -12,7 +13,7 @@ from ...methods.kernel.method import Method
 from ..cost.devices import find_devices, torch_remark
 from ..cost.machine import check_address_space, make_budget, memory_remark, usable_cores
 from ..cost.prepare import prepare_to_compute
-from ..cost.process_size import size_key
+from ..cost.process_size import GraphSize, size_key
 from ..files.folders import check_folders
 from ..files.sources import FileResolver, OutputModel
 from ..graph.build import BuiltGraph
@@ -116,10 +117,7 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph, recipe: Recip
     gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
     compiling = prepare_to_compute(built.graph, devices, _MERGE_MODULES) if computes else 0
-    steps = sum(built.graph.operation(node).passes for node in built.graph)
     total = machine.ram if machine else None
-    outputs = len(built.graph.outputs)
-    key = size_key(recipe.text, computes, steps, outputs, len(built.graph.reads), [device.name for device in devices])
-    return make_budget(
-        options.max_ram, devices, computes, total, steps=steps, outputs=outputs, key=key, compiling=compiling
-    )
+    size = GraphSize.of(built.graph)
+    key = size_key(recipe.text, computes, astuple(size), [device.name for device in devices])
+    return make_budget(options.max_ram, devices, computes, total, size=size, key=key, compiling=compiling)

@@ -16,7 +16,8 @@ from ...io.sizes import format_size
 from ..graph.graph import MergeGraph
 from .assignment import assign_devices
 from .requirements import SMALLEST_SLOT, Requirements, requirements
-from .simulate import Simulation, Step, orders
+from .simulate import Simulation, orders
+from .step_list import StepList
 from .tiling import chunk_count, chunk_elements, clusters, length, output_width
 
 TILE_ELEMENTS = 1 << 19
@@ -104,7 +105,7 @@ class Schedule:
         minimum_vram: smallest VRAM budget that works, in bytes; 0 if no device has its own memory.
     """
 
-    steps: list[Step] = field(repr=False)
+    steps: StepList = field(repr=False)
     chunk_elements: list[int] = field(repr=False)
     slot_bytes: int
     ram_slots: int
@@ -310,13 +311,16 @@ def make_schedule(
         preferred = SLOT_BYTES if need.computes else COPY_SLOT_BYTES
     slot = slot_bytes or _choose_slot(problem, preferred)
     smallest = slot if slot_bytes else max(need.slot, min(slot, preferred // 4))
-    best = candidate = plan_for_slot(problem, slot)
-    unique = best.unique_bytes(graph)
+    best = plan_for_slot(problem, slot)
+    unique, bytes_read = best.unique_bytes(graph), best.simulation.bytes_read
     # smaller slots keep fewer bytes in flight, which leaves more room for what would be read again
-    while candidate.simulation.bytes_read > unique and candidate.slot // 2 >= smallest:
-        candidate = plan_for_slot(problem, candidate.slot // 2)
-        if candidate.simulation.bytes_read < WORTH * best.simulation.bytes_read:
+    while bytes_read > unique and slot // 2 >= smallest:
+        slot //= 2
+        candidate = plan_for_slot(problem, slot)
+        bytes_read = candidate.simulation.bytes_read
+        if bytes_read < WORTH * best.simulation.bytes_read:
             best = candidate
+        del candidate  # its steps would take memory while the next ones are simulated
     return Schedule.from_candidate(problem, best)
 
 
@@ -329,13 +333,14 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
     first = _first_chunks(graph, chunks, done)
     left = {node for node in graph if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    simulations = []
+    window = problem.needs[0].window
+    best: Simulation | None = None  # the others are not kept: each has all steps of the merge
     for order in orders(graph):
-        window = problem.needs[0].window
         simulation = Simulation(graph, chunks, ram_slots, vram_slots, problem.devices, window, first)
         simulation.run([node for node in order if node in left] if done else order)
-        simulations.append(simulation)
-    best = min(simulations, key=lambda simulation: (simulation.bytes_read, simulation.peak))
+        if best is None or (simulation.bytes_read, simulation.peak) < (best.bytes_read, best.peak):
+            best = simulation
+    assert best is not None
     return Candidate(slot, chunks, ram_slots, vram_slots, first, left, best)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -248,14 +248,17 @@ class OutputDirectory:
                 finally:
                     self._files.release(descriptor)
 
-    def write_file(self, name: str, data: bytes) -> None:
-        """Write and sync a small file. It is staged until `publish`."""
+    def write_file(self, name: str, data: bytes | Iterable[bytes]) -> None:
+        """Write and sync a small file, from its bytes or from pieces of them. It is staged until `publish`."""
         target = self.stage / name
         with translating_os_errors(self.path, f"writing {name}"):
             make_directory(target.parent)
             descriptor = create_file(target)
             try:
-                write_at(descriptor, data, 0)
+                end = 0
+                for piece in (data,) if isinstance(data, bytes) else data:
+                    write_at(descriptor, piece, end)
+                    end += len(piece)
                 sync_data(descriptor)
             finally:
                 os.close(descriptor)

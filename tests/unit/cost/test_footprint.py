@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy
@@ -48,13 +49,18 @@ def halves(shape: tuple[int, ...]) -> Kernel:
 
 def fine_tunes(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     """Flat inputs, other than those that are measured with."""
+    start, *steps = normal_numbers(shape)
+    scales = [0.0007 if i != case.base else 0 for i in range(case.models)]
+    tunes = [start * 0.02 + step * scale for step, scale in zip(steps, scales, strict=False)]
+    assert len(tunes) == case.models
+    return [torch.from_numpy(tune).to(dtype).view(-1) for tune in tunes]
+
+
+@cache
+def normal_numbers(shape: tuple[int, ...]) -> list[numpy.ndarray[Any, Any]]:
+    """The random numbers of a base model and of at most four fine-tunes."""
     generator = numpy.random.default_rng(7)
-    start = generator.standard_normal(shape, dtype=numpy.float32) * 0.02
-    found = []
-    for i in range(case.models):
-        step = generator.standard_normal(shape, dtype=numpy.float32) * (0.0007 if i != case.base else 0)
-        found.append(torch.from_numpy(start + step).to(dtype).view(-1))
-    return found
+    return [generator.standard_normal(shape, dtype=numpy.float32) for _ in range(5)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(str, CASES))

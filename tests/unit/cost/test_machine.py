@@ -16,10 +16,12 @@ import yaml
 from mergeloom.__main__ import main
 from mergeloom.engine.cost import devices, machine
 from mergeloom.engine.cost.machine import Machine
+from mergeloom.engine.cost.process_size import OUTPUT_BYTES, READ_BYTES, SCHEDULES, GraphSize
 from mergeloom.engine.run import merge as merging
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.schedule import DeviceBudget
+from mergeloom.engine.schedule.step_list import step_list_bytes
 from mergeloom.errors import UsageError
 from mergeloom.io import platform
 from mergeloom.report.plan import plan_text
@@ -138,8 +140,12 @@ def test_budgets(gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert copying.baseline == (104 << 20) + machine.COPYING_SLACK_BYTES + machine.VALIDATION_BYTES
     computing = machine.make_budget(5 * GIB, cpu, computes=True)
     assert (computing.ram, computing.baseline, computing.held) == (5 * GIB, (112 << 20) + machine.SLACK_BYTES, 0)
-    large = machine.make_budget(5 * GIB, cpu, computes=True, steps=1000, outputs=10)
-    assert large.baseline - computing.baseline == 1000 * machine.STEP_BYTES + 10 * machine.OUTPUT_BYTES
+    size = GraphSize(reads=30, outputs=10, steps=1000, sources=3000)
+    large = machine.make_budget(5 * GIB, cpu, computes=True, size=size)
+    counted = SCHEDULES * step_list_bytes(1000, 3000, separate=False)
+    counted += 10 * OUTPUT_BYTES + 30 * READ_BYTES
+    assert large.baseline - computing.baseline == size.nbytes() == counted
+    assert size.nbytes(separate=True) > counted
     on_gpu = machine.make_budget(None, cuda, computes=True)
     assert on_gpu.baseline - computing.baseline == machine.CUDA_BYTES
     assert on_gpu.devices == cuda

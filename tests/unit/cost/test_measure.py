@@ -36,6 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is measured for a moment only."""
     monkeypatch.setattr(probe, "SECONDS", 0.05)
     monkeypatch.setattr(computing_probe, "SECONDS", 0.02)
+    monkeypatch.setattr(computing_probe, "_COPIES", 16 << 20)
 
 
 @pytest.fixture

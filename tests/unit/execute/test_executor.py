@@ -23,7 +23,7 @@ from mergeloom.engine.execute.tasks import ChunkTask
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
-from mergeloom.engine.schedule.simulate import CachedRange
+from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure, UsageError
 from mergeloom.io.safetensors.dtypes import F32
@@ -34,9 +34,10 @@ from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, buil
 from tests.support.devices import CountingDevice, FailureOnPurpose
 from tests.support.graphs import KERNELS, World
 from tests.support.methods.kernels import kernel_of
+from tests.support.waiting import HANG_SECONDS
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.booleans())
 def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
@@ -73,7 +74,7 @@ SIX_CHUNKS = [
 # in the first two, a step drops chunks of one length of a read, and a later one needs those of the other length
 @example([(6 * 9999, "F32", 4, FIVE_CHUNKS)], 8, True)
 @example([(8 * 9999, "F32", 4, SIX_CHUNKS)], 10, True)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(crowded(), st.sampled_from([2, 4, 6, 8, 10, 14, 18]), st.booleans())
 def test_chunks_of_two_lengths_are_read_as_planned(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
@@ -99,7 +100,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     assert device.uploaded == schedule.uploaded == 6 * SLOT
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.sampled_from([0, 1, 3, 20]), st.integers(1, 2), st.booleans())
 def test_devices_keep_what_the_schedule_promises(
     blueprint: Blueprint, ram: int, vram: int, count: int, serial: bool
@@ -168,7 +169,7 @@ def test_reading_computing_and_writing_overlap(separate: bool, monkeypatch: pyte
     def meet(lane: str, call: int) -> None:
         calls[lane] += 1
         if calls[lane] == call:
-            at_once.wait(60)  # breaks, and ends the run with an error, if the lanes take turns
+            at_once.wait(HANG_SECONDS)  # breaks, and ends the run with an error, if the lanes take turns
 
     class Meeting(World):
         def read(self, file: Path, offset: int, buffer: memoryview) -> None:

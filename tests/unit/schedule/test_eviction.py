@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule.simulate import CachedRange, Simulation
+from mergeloom.engine.schedule.simulate import Simulation
+from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import chunk_elements
 from tests.support.graphs import World
 
