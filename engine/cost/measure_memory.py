@@ -37,15 +37,21 @@ def measure_footprints(graph: MergeGraph, *, separate: bool) -> None:
     """
     if separate:
         from .measure_torch_memory import footprint as measured_footprint
+    found: dict[tuple[int, tuple[DType, ...], DType], Footprint] = {}
     for node in graph:
         operation = graph.operation(node)
         if operation.kernel is None or operation.kind is not Kind.MERGE or not graph.elements(node):
             continue
         dtypes, out = tuple(graph.reads[read].dtype for read in graph.node_sources[node]), graph.node_dtype[node]
-        if separate:
-            graph.footprints[node] = measured_footprint(operation, dtypes, out)
-        else:
-            graph.footprints[node] = compiled_footprint(operation.kernel, dtypes, out)
+        key = (graph.node_operation[node], dtypes, out)
+        result = found.get(key)
+        if result is None:
+            if separate:
+                result = measured_footprint(operation, dtypes, out)
+            else:
+                result = compiled_footprint(operation.kernel, dtypes, out)
+            found[key] = result
+        graph.footprints[node] = result
 
 
 def compiled_footprint(kernel: Kernel, dtypes: tuple[DType, ...], out: DType) -> Footprint:

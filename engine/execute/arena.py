@@ -187,5 +187,5 @@ class HostArena:
         self.memory.release()
         try:
             self._map.close()
-        except BufferError:  # a torch tensor views the mapping; it is unmapped together with the tensor
+        except BufferError:  # a view is still in use; the mapping ends with it
             return

@@ -124,7 +124,8 @@ class _Loops:
 class _LoopsInPlanOrder:
     """Compiles the loops of a schedule's kernels ahead of the compute threads.
 
-    A compute thread that needs loops whose turn has not come compiles them itself, so it waits for no other kernel.
+    A compute thread that needs loops whose turn has not come compiles them itself. It waits for at most one other kernel,
+    since LLVM compiles one at a time.
 
     Args:
         graph: graph to execute.
@@ -174,9 +175,14 @@ class _LoopsInPlanOrder:
         return loops.compiled
 
     def _compile_all(self, thread: int, device: int) -> None:
+        graph = self._graph
+        seen: set[tuple[int, str]] = set()  # nodes with the same operation seldom differ in the dtypes of their sources
         for step in self._schedule.steps:
             if self._stopped:
                 return
-            node = step.node
-            if step.device == device and self._graph.operation(node).kernel and self._graph.elements(node):
-                self.compiled(node)
+            key = (graph.node_operation[step.node], graph.node_dtype[step.node].name)
+            if step.device != device or key in seen or not graph.elements(step.node):
+                continue
+            seen.add(key)
+            if graph.operation(step.node).kernel is not None:
+                self.compiled(step.node)

@@ -92,7 +92,7 @@ def test_a_gpu_that_is_left_idle_for_want_of_torch_causes_a_warning(
     assert planned["device"] == "cpu"
     (warning,) = planned["warnings"]
     assert "run pip install 'mergeloom[cuda]', or give --device cpu" in warning
-    assert run("plan", recipe, "--strict").returncode == 2
+    assert run("plan", recipe, "--strict").returncode == 4
     assert not json.loads(run("plan", recipe, "--json", "--device", "cpu").stdout)["warnings"]
 
 
