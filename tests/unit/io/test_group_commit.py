@@ -240,9 +240,13 @@ def test_records_without_unsynced_data_are_committed_when_the_limit_is_reached(s
     recorder = Recorder(group_records=4, group_seconds=1e6)
     for number in range(4):
         recorder.commits.add(shards, 0, [number], 0)
-    recorder.commits.reserve(0)
-    recorder.commits.release(0)
-    recorder.commits.add(set(), 0, [4], 0)
-    recorder.commits.close()
+    writer = threading.Thread(target=recorder.commits.reserve, args=(0,), daemon=True)
+    writer.start()
+    try:
+        wait_until(lambda: not writer.is_alive())
+        recorder.commits.release(0)
+        recorder.commits.add(set(), 0, [4], 0)
+    finally:
+        recorder.commits.close()
     assert recorder.journaled() == [0, 1, 2, 3, 4]
     assert [kind for kind, _ in recorder.events].count("sync") <= len(shards) * 2  # nothing else needs to be synced
