@@ -124,8 +124,8 @@ class _Loops:
 class _LoopsInPlanOrder:
     """Compiles the loops of a schedule's kernels ahead of the compute threads.
 
-    A compute thread that needs loops whose turn has not come compiles them itself. LLVM compiles one kernel at a time, so
-    the thread waits for at most one other.
+    A compute thread that needs loops whose turn has not come compiles them itself. LLVM compiles one kernel at a time,
+    so the thread waits for at most one other.
 
     Args:
         graph: graph to execute.
