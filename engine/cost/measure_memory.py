@@ -14,10 +14,10 @@ from ..graph.footprint import Footprint, Line
 from ..graph.graph import Kind, MergeGraph
 from .kernel_class import kernel_class
 
-_COMPILER_BYTES = 14 << 20
-"""Memory of LLVM while it compiles a simple kernel, in bytes, after `prepare.load_compiler`: 12 MiB were measured."""
-_COMPILER_BYTES_OF_NODE = 256 << 10
-"""Further memory of LLVM for each node of the largest expression: 24 to 240 KiB were measured."""
+_COMPILER_BYTES = 20 << 20
+"""Memory of LLVM while it compiles a simple kernel, in bytes, after `prepare.load_compiler`: 17 MiB were measured."""
+_COMPILER_BYTES_OF_NODE = 24 << 10
+"""Further memory of LLVM for each node of the largest expression: 15 to 20 KiB were measured."""
 _CODE_BYTES = 512 << 10
 """Memory of a kernel's code, in bytes."""
 

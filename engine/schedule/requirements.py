@@ -25,6 +25,7 @@ class Requirements:
         workspace_node: node that requires that workspace, or None if nothing is computed.
         allocated: bytes that a compute thread allocates in addition to its workspace.
         computes: whether any node has a kernel.
+        reduces: whether any kernel has passes whose partial results are kept.
     """
 
     slot: int = SMALLEST_SLOT
@@ -35,6 +36,7 @@ class Requirements:
     workspace_node: int | None = None
     allocated: int = 0
     computes: bool = False
+    reduces: bool = False
 
     @property
     def node(self) -> int | None:
@@ -65,6 +67,7 @@ def requirements(
         if operation.kernel is None:
             continue
         result.computes = True
+        result.reduces |= operation.kernel.reductions > 0
         elements = length(graph, node)
         alignment = min(operation.kernel.alignment, elements) * widest(graph, node)
         if alignment > result.slot:

@@ -156,7 +156,10 @@ class Schedule:
         """Return the schedule of the best candidate, with no more slots than it can use."""
         budget, needs, simulation = problem.budget, problem.needs, candidate.simulation
         slot, window = candidate.slot, needs[0].window
-        ahead = simulation.max_step_working_set + window * (4 + 2 * sum(device.threads for device in budget.devices))
+        depth = 2 + sum(device.threads for device in budget.devices)  # chunks that are read, computed or written
+        if any(device.separate for device in budget.devices):
+            depth *= 2  # they are also uploaded and downloaded
+        ahead = simulation.max_step_working_set + window * depth
         ram_slots = min(candidate.ram_slots, simulation.total_slot_demand, simulation.peak + ahead)
         vram_slots = tuple(
             min(count, simulation.total_slot_demand, peak + ahead) if device.separate else 0
@@ -218,7 +221,7 @@ class Problem:
     @property
     def partials(self) -> int:
         """RAM for the partial results of reductions, in bytes."""
-        return sum(device.threads * PARTIAL_BYTES for device, _ in self._in_ram())
+        return sum(device.threads * PARTIAL_BYTES for device, need in self._in_ram() if need.reduces)
 
     @property
     def fixed_ram(self) -> int:

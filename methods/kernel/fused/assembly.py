@@ -24,7 +24,8 @@ class Function:
         name: name without ``@``.
         result: type of the result, or ``void``.
         arguments: type (with attributes) and name of each argument.
-        exported: whether other modules and Python can call it.
+        exported: whether other modules and Python can call it. Other functions are not inlined, because LLVM's time
+            grows with the square of a function's size.
     """
 
     def __init__(self, name: str, result: str, arguments: Sequence[tuple[str, str]], *, exported: bool = False) -> None:
@@ -32,8 +33,8 @@ class Function:
         self._number = 0
         self._block = "entry"
         listed = ", ".join(f"{type} %{argument}" for type, argument in arguments)
-        linkage = "" if exported else "internal "
-        self._head = f"define {linkage}{result} @{name}({listed}) nounwind"
+        linkage, attributes = ("", "nounwind") if exported else ("internal ", "noinline nounwind")
+        self._head = f"define {linkage}{result} @{name}({listed}) {attributes}"
 
     def value(self, instruction: str) -> str:
         """Append an instruction that has a result, and return the name of the result."""

@@ -14,9 +14,10 @@ from ..spec import BLOCK, Unit
 from . import helpers
 from .compiler import Library, library
 from .helpers import COLUMNS
-from .loops import SEGMENT, Generator, Loop, Target
+from .loops import SEGMENT, Generator, Loop
 from .operations import DECLARATIONS
 from .stages import has_columns, in_loop, stages_of
+from .table import Target
 
 _SAMPLE = 1 << 16
 """Elements of a sample, at most."""

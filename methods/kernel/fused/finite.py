@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ def prepare(dtype: str) -> None:
     library(_assembly(FORMATS[dtype]), ("any_nonfinite",))
 
 
+@functools.cache
 def _assembly(form: Format) -> str:
     """``any_nonfinite(table) -> i32`` for a table of an address and a number of elements."""
     type = form.stored

@@ -15,8 +15,9 @@ from ..selection import Counts, Search, start
 from .compiled import Buffers, Compiled, Group, aligned
 from .formats import FORMATS
 from .helpers import COLUMNS, SearchField, SumField
-from .loops import Loop, Target
+from .loops import Loop
 from .rows import RowFunctions, address, array_at
+from .table import Target
 
 
 class Chunk(NamedTuple):
