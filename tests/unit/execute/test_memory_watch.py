@@ -15,10 +15,10 @@ from mergeloom.engine.cost.machine import process_memory, resident_memory
 from mergeloom.engine.execute.arena import MARGIN_BYTES, HostArena, MemoryWatch, Slots
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
-from mergeloom.engine.schedule.schedule import Schedule
-from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
+from mergeloom.engine.schedule.schedule import Budget, Schedule, make_schedule
+from tests.support.blueprints import CPU, ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 from tests.support.graphs import World
-from tests.support.waiting import no_hang
+from tests.support.waiting import no_hang, wait_until
 
 LIMIT = 64 << 20
 
@@ -105,10 +105,24 @@ def test_bytes_that_are_granted_count_before_they_are_resident() -> None:
     assert MemoryWatch().has_room(1 << 60)
 
 
+class WaitingWorld(World):
+    """Sources whose first read waits until a number of bytes is held in slots."""
+
+    executor: Executor
+    wanted = 0
+
+    def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer."""
+        wait_until(lambda: self.executor.slots.ram.peak_bytes >= self.wanted)
+        super().read(file, offset, buffer)
+
+
 def run(world: World, schedule: Schedule, resident: Callable[[], int]) -> Executor:
     """Execute a schedule in a process with this resident memory; the bytes are right, and nothing waits forever."""
     executor = Executor(world.graph, schedule, [CpuDevice(1)], world, world, resident=resident)
     executor.slots.ram._slots._watch._interval = 0
+    if isinstance(world, WaitingWorld):
+        world.executor = executor
     with no_hang():
         executor.run()
     world.check()
@@ -137,13 +151,15 @@ def test_any_merge_finishes_while_memory_comes_and_goes(blueprint: Blueprint, se
 
 
 def test_less_is_read_ahead_under_pressure() -> None:
-    def peak(resident: int) -> int:
-        world = World()
+    def peak(resident: int, wanted: int) -> int:
+        world = WaitingWorld()
+        world.wanted = wanted
         world.node("sum", [world.source(40 * ELEMENTS)])
-        return run(world, with_slots(world, 20), lambda: resident).measured.ram_peak
+        schedule = make_schedule(world.graph, Budget(1 << 40, 0, CPU), slot_bytes=SLOT)
+        return run(world, schedule, lambda: resident).measured.ram_peak
 
-    assert peak(1 << 50) == 2 * SLOT  # one source, one output
-    assert peak(0) > 2 * SLOT
+    assert peak(1 << 50, 2 * SLOT) == 2 * SLOT  # one source, one output
+    assert peak(0, 6 * SLOT) >= 6 * SLOT
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="madvise is missing")
