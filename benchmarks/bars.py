@@ -29,9 +29,15 @@ FASTER = {
     "passthrough": 8.0,
 }
 """How many times faster than mergekit, on two cores, with models of Llama-3.2-1B's shapes and OUT on tmpfs."""
-FLOOR = {"linear": 1.3, "passthrough": 1.3}
-"""Maximum time, as a multiple of the time that reading the inputs and writing the output takes."""
-PEAK_GIB = 1.0
+FLOOR = {
+    **dict.fromkeys(("linear", "task_arithmetic", "passthrough"), (1.3, 0.6)),
+    **dict.fromkeys(("slerp", "model_stock"), (2.0, 0.6)),
+    **dict.fromkeys(("karcher", "ties", "dare_ties", "breadcrumbs", "sce"), (4.0, 1.0)),
+}
+"""Maximum time: a multiple of the time that reading the inputs and writing the output takes, and seconds to start."""
+PEAK = {"linear": 220 << 20}
+"""Maximum peak RSS in bytes; `PEAK_OTHERS` for every other method."""
+PEAK_OTHERS = 1 << 30
 START = {"mergeloom --help": 0.3, "mergeloom plan": 1.5}
 """Maximum seconds of each command."""
 
@@ -55,19 +61,13 @@ def of_comparison(results: dict[str, Any]) -> Iterator[Bar]:
             ratio = theirs.median / ours.median
             yield Bar(f"`{method}` vs. mergekit", f"{FASTER[method]:g}x", f"{ratio:.1f}x", ratio >= FASTER[method])
         if ours and floor and method in FLOOR:
-            ratio = ours.median / floor.median
-            met = ratio <= FLOOR[method]
-            yield Bar(f"`{method}` vs. reading and writing", f"at most {FLOOR[method]:g}x", f"{ratio:.2f}x", met)
-    ours = [run for run in runs if run["side"] == "mergeloom"]
-    if ours:
-        worst = max(ours, key=lambda run: run["peak_rss"])
-        peak = worst["peak_rss"] / 2**30
-        yield Bar(
-            "peak RSS of every method",
-            f"at most {PEAK_GIB:g} GiB",
-            f"{peak:.3f} GiB (`{worst['method']}`)",
-            peak <= PEAK_GIB,
-        )
+            factor, start = FLOOR[method]
+            limit = factor * floor.median + start
+            wanted = f"at most {factor:g}x + {start:g} s = {limit:.2f} s"
+            yield Bar(f"`{method}` vs. reading and writing", wanted, f"{ours.median:.2f} s", ours.median <= limit)
+        if ours:
+            peak, most = ours.peak_rss / 2**20, PEAK.get(method, PEAK_OTHERS) / 2**20
+            yield Bar(f"peak RSS of `{method}`", f"at most {most:.0f} MiB", f"{peak:.0f} MiB", peak <= most)
 
 
 def of_scaling(results: dict[str, Any]) -> Iterator[Bar]:

@@ -1,6 +1,6 @@
-"""Measures mergeloom, mergekit and the floor alternately, as separate processes, in one run.
+"""Measures mergeloom, mergekit, the first edition and the floor alternately, as separate processes, in one run.
 
-    python -m benchmarks.compare --models DIRECTORY [--methods linear ties ...] [--sides mergeloom mergekit floor]
+    python -m benchmarks.compare --models DIRECTORY [--methods linear ties ...] [--sides mergeloom mergekit first floor]
 
 The sides alternate. Before every timed run the inputs are read once (or dropped from the page cache: --cold) and memory
 is touched, because a virtual machine may have given its free memory back to its host, which then makes the first
@@ -104,6 +104,8 @@ class Bench:
     memory: int
     quiet: float
     mergekit: Path
+    first: Path
+    threads: int
     mergekit_flags: tuple[str, ...]
     mergeloom_flags: tuple[str, ...]
     cases: Mapping[str, Case] = field(default_factory=lambda: CASES)
@@ -113,12 +115,13 @@ class Bench:
         if side == "floor":
             size = str(tensor_bytes(self.models / self.cases[method].inputs.split()[0]))
             inputs = [str(path) for path in self.inputs(method)]
-            return [sys.executable, "-S", "-E", str(HERE / "floor.py"), str(self.out), size, *inputs]
+            return [sys.executable, "-S", "-E", str(HERE / "floor.py"), str(self.out), size, str(self.threads), *inputs]
         recipe = self.work / f"{method}.yml"
         recipe.write_text(self.cases[method].text(method, self.models))
         if side == "mergekit":
             return [str(self.mergekit / "bin/mergekit-yaml"), str(recipe), str(self.out), *self.mergekit_flags]
-        program = str(Path(sys.executable).with_name("mergeloom"))
+        python = self.first / "bin/python" if side == "first" else Path(sys.executable)
+        program = str(python.with_name("mergeloom"))
         return [program, "merge", str(recipe), str(self.out), "--quiet", *self.mergeloom_flags]
 
     def inputs(self, method: str) -> list[Path]:
@@ -138,7 +141,8 @@ class Bench:
         touch_memory(self.memory)  # after the inputs, which would take the touched memory for themselves
         command = self.command(side, method)
         if side != "floor":  # whose libraries are read from the disk as the inputs are: once before
-            run([str(Path(command[0]).with_name("python")), "-c", "import safetensors, torch"])
+            libraries = "llvmlite.binding, numpy, safetensors" if side == "mergeloom" else "safetensors, torch"
+            run([str(Path(command[0]).with_name("python")), "-c", f"import {libraries}"])
         try:
             measured = run(command, durable=self.out if self.on_disk else None)
             if side != "floor" and (size := tensor_bytes(self.out)) != tensor_bytes(self.models / "a"):
@@ -176,6 +180,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
     parser.add_argument("--memory", type=size, default=size("8GB"), help="memory to touch before each run")
     parser.add_argument("--mergekit", type=Path, default=Path(os.environ.get("MERGEKIT_ENV", ".venv-mergekit")))
+    parser.add_argument("--first", type=Path, default=Path(".venv-first"), help="environment with commit d163d86")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of the floor")
     parser.add_argument("--mergekit-flags", default="", help="such as '--async-write'; none made it faster where tried")
     parser.add_argument("--mergeloom-flags", default="--max-ram 1GiB")
     parser.add_argument("--quiet", type=float, default=120, help="seconds to wait for other processes to be quiet")
@@ -192,6 +198,7 @@ def main() -> None:
     out = (arguments.disk or Path("/dev/shm")) / f"mergeloom-bench-out-{os.getpid()}"
     place = "OUT on disk, until durable" if arguments.disk else "OUT on tmpfs"
     pythons = {"mergeloom": (Path(sys.executable), ["mergeloom"])}
+    pythons["first"] = (arguments.first.absolute() / "bin/python", ["torch"])
     pythons["mergekit"] = (arguments.mergekit.absolute() / "bin/python", ["mergekit", "torch", "transformers"])
     found: dict[str, str] = {}
     for side, (python, packages) in pythons.items():
@@ -216,6 +223,8 @@ def main() -> None:
             cold=arguments.cold,
             memory=arguments.memory,
             mergekit=arguments.mergekit.absolute(),
+            first=arguments.first.absolute(),
+            threads=arguments.threads,
             quiet=arguments.quiet,
             mergekit_flags=tuple(arguments.mergekit_flags.split()),
             mergeloom_flags=tuple(arguments.mergeloom_flags.split()),

@@ -173,6 +173,8 @@ def measure_all(models: Path, gpu: str, arguments: argparse.Namespace) -> dict[s
             cold=False,
             memory=0,
             mergekit=(arguments.mergekit or Path()).absolute(),
+            first=Path(),
+            threads=os.cpu_count() or 1,
             quiet=10,
             mergekit_flags=("--cuda",),
             mergeloom_flags=(),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SIDES = ("mergeloom", "mergekit", "floor")
+SIDES = ("mergeloom", "mergekit", "first", "floor")
+"""What is compared; ``first`` is the first edition, commit d163d86."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for method in dict.fromkeys(run["method"] for run in runs):
         cells = {side: cell(runs, method, side) for side in sides}
-        ours, theirs, floor = (cells.get(side) for side in SIDES)
+        ours, theirs, floor = (cells.get(side) for side in ("mergeloom", "mergekit", "floor"))
         row = [f"`{method}`", *(str(found or "") for found in cells.values())]
         if "times faster" in heads:
             row.append(f"{theirs.median / ours.median:.1f}" if ours and theirs else "")

@@ -91,15 +91,16 @@ class Rates:
 
 _CORE, _GPU = 2e9, 150e9
 """Assumed input bytes per second of a core and of a GPU."""
-_START = 1.0
-"""Seconds to load torch, if they are not measured."""
+_CPU_START, _GPU_START = 0.3, 1.0
+"""Assumed seconds to load the compiler and compile the first kernel, and to load torch."""
 
 
 def assumed_rates(work: Workload) -> Rates:
     """Return the assumed rates of a machine with the plan's devices."""
     threads = computing_threads(work)
     compute = _CORE * effective_threads(threads) if threads else _GPU * len(work.schedule.budget.devices)
-    return Rates(compute=Rate(compute), start=_START if work.computes else 0.0)
+    start = (_CPU_START if threads else _GPU_START) if work.computes else 0.0
+    return Rates(compute=Rate(compute), start=start)
 
 
 def parse_rates(text: str) -> dict[str, float]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import mmap
 import os
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +11,13 @@ from ...errors import BudgetError, UsageError
 from ...io import platform
 from ...io.cgroups import cpu_limit, memory_left, memory_limit
 from ...io.sizes import Limit, Share, format_size, parse_memory
-from ..graph.graph import MergeGraph
 from ..schedule.schedule import Budget, DeviceBudget, Schedule
-from .process_size import agreed_sizes, rounded
+from .process_size import GraphSize, agreed_sizes, rounded
 
 RAM_SHARE = 0.7
 """The default --max-ram, as a share of the machine's memory (or of the cgroup's limit)."""
 CACHED_SHARE = 0.5
 """Inputs larger than this share of the free memory are dropped from the page cache after they are read."""
-VRAM_SHARE = 0.85
-"""The default --max-vram, as a share of the GPU's memory."""
 CUDA_BYTES = 1200 << 20
 """RAM that a CUDA context takes in the process, in bytes."""
 SLACK_BYTES = 10 << 20
@@ -33,10 +27,6 @@ COPYING_SLACK_BYTES = 5 << 20
 VALIDATION_BYTES = 12 << 20
 """RAM of the safetensors library and numpy, which validate the shards, in bytes. A merge that computes counts them in
 its measured memory."""
-STEP_BYTES = 900
-"""RAM of each step of the schedule, in bytes; two schedules exist at one time while OUT is examined."""
-OUTPUT_BYTES = 1024
-"""RAM of digests, journal and manifest for each output tensor, in bytes."""
 MEMORY_STEP = 16 << 20
 """The measured memory of the process is rounded up to a multiple of this, in bytes: it varies from run to run."""
 COPYING_MEMORY_STEP = 4 << 20
@@ -121,6 +111,14 @@ def process_memory() -> ProcessMemory:
     return ProcessMemory(resident, resident)
 
 
+def resident_memory() -> int:
+    """Return the current resident memory of this process in bytes (VmRSS), in one system call where there is one."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return process_memory().now
+
+
 def total_ram() -> int:
     """Return the RAM that this process may use in bytes: the machine's, or the cgroup's limit if that is lower."""
     import psutil
@@ -146,65 +144,11 @@ def usable_cores() -> int:
     return cores if limit is None else min(cores, limit)
 
 
-def find_devices(
-    wanted: str, max_vram: Limit | None, threads: int, gpus: Mapping[int, int] | None = None
-) -> tuple[DeviceBudget, ...]:
-    """Return the budgets of the devices that compute.
-
-    Args:
-        wanted: value of ``--device``: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1``, or several with commas.
-        max_vram: limit for each GPU in bytes or as a share of its memory; `VRAM_SHARE` if None.
-        threads: number of compute threads of the CPU.
-        gpus: memory of each GPU in bytes, by number; the GPUs of this machine if None.
-
-    Raises:
-        UsageError: if a device is unknown or does not exist.
-    """
-    owner = "this machine" if gpus is None else "the machine of --for"
-    if wanted == "auto":
-        wanted = "cuda" if gpus or (gpus is None and _has_gpu_driver() and _gpus()) else "cpu"
-    if wanted == "cpu":
-        return (DeviceBudget("cpu", None, threads),)
-    gpus = _gpus() if gpus is None else gpus
-    numbers: list[int] = []
-    for part in wanted.split(","):
-        kind, _, number = part.strip().partition(":")
-        if kind != "cuda" or (number and not number.isdecimal()):
-            raise UsageError(f"unknown device {wanted!r} for --device: use auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")
-        numbers += [int(number)] if number else list(gpus)
-    missing = [number for number in numbers if number not in gpus]
-    if missing or not numbers:
-        existing = ", ".join(f"cuda:{number}" for number in gpus)
-        advice = f"only {existing}; use one of them, or --device cpu" if gpus else "no CUDA device; use --device cpu"
-        raise UsageError(f"--device {wanted}: {owner} has {advice}")
-    return tuple(
-        DeviceBudget(f"cuda:{number}", _limit(max_vram, gpus[number], VRAM_SHARE), 2)
-        for number in dict.fromkeys(numbers)
-    )
-
-
-def _limit(limit: Limit | None, total: int, default: float) -> int:
+def limit_of(limit: Limit | None, total: int, default: float) -> int:
     """Return a limit for a memory of `total` bytes in bytes; by default the share `default`."""
     if limit is None:
         return int(total * default)
     return limit.of(total) if isinstance(limit, Share) else limit
-
-
-def _has_gpu_driver() -> bool:
-    """Return whether there may be a GPU, without importing torch."""
-    return any(Path(path).exists() for path in ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg"))
-
-
-def _gpus() -> dict[int, int]:
-    """Return the memory of each CUDA device in bytes, by number."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    return {
-        number: int(torch.cuda.get_device_properties(number).total_memory)
-        for number in range(torch.cuda.device_count())
-    }
 
 
 def make_budget(
@@ -213,9 +157,9 @@ def make_budget(
     computes: bool,
     total: int | None = None,
     *,
-    steps: int = 0,
-    outputs: int = 0,
+    size: GraphSize | None = None,
     key: str | None = None,
+    compiling: int = 0,
 ) -> Budget:
     """Return the budget of a merge, with the measured memory of this process as its baseline.
 
@@ -227,86 +171,24 @@ def make_budget(
         devices: budgets of the devices that compute.
         computes: whether anything is computed.
         total: RAM of the machine in bytes if it is not this one.
-        steps: number of steps of the schedule that will be made.
-        outputs: number of output tensors.
+        size: numbers that the memory of the merge grows with; all 0 if None.
         key: `size_key` of the merge, by which `plan` and `merge` agree on the size of their processes; None to round
             the size of this process only.
+        compiling: memory that compiling the kernels takes, in bytes.
     """
     step = MEMORY_STEP if computes else COPYING_MEMORY_STEP
     memory = process_memory()
     now, peak = rounded(memory.now, step), rounded(memory.peak, step)
     if key is not None and platform.OWN_PROCESS:
         now, peak = agreed_sizes((memory.now, memory.peak), step, key)
-    baseline = now + steps * STEP_BYTES + outputs * OUTPUT_BYTES
+    separate = any(device.vram is not None for device in devices)
+    baseline = now + compiling + (0 if size is None else size.nbytes(separate=separate))
     baseline += SLACK_BYTES if computes else COPYING_SLACK_BYTES + VALIDATION_BYTES
-    if computes and any(device.vram is not None for device in devices):
+    if computes and separate:
         baseline += CUDA_BYTES
     held = peak if platform.OWN_PROCESS and total is None else 0
-    ram = max_ram if isinstance(max_ram, int) else _limit(max_ram, total or total_ram(), RAM_SHARE)
+    ram = max_ram if isinstance(max_ram, int) else limit_of(max_ram, total or total_ram(), RAM_SHARE)
     return Budget(ram, baseline, devices, held)
-
-
-def prepare_to_compute(graph: MergeGraph, modules: Sequence[str] = ()) -> None:
-    """Load what a merge computes with: import torch and the engine, and run every kernel on small tiles.
-
-    The runs also measure the kernels' memory. Both `plan` and `merge` do this, so they measure the same process.
-
-    Args:
-        graph: graph whose kernels are measured.
-        modules: further modules that a merge imports.
-
-    Raises:
-        BudgetError: if ``ulimit -v`` leaves too little address space for torch.
-        UsageError: if a user's method fails.
-    """
-    check_torch_fits()
-    from ..execute.passes import import_torch
-    from .measure_memory import measure_footprints
-
-    platform.return_large_blocks()
-    import_torch()
-    for module in ("safetensors", "numpy", *modules):
-        importlib.import_module(module)
-    measure_footprints(graph)
-
-
-_TRY_TORCH = """
-import sys
-def size():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0])
-before = size()
-import torch
-torch.set_num_threads(1)
-torch.rand(1 << 16).sum()
-sys.stdout.write(str(size() - before))
-"""
-
-
-def check_torch_fits() -> None:
-    """Check that ``ulimit -v`` leaves enough address space to import torch.
-
-    Without enough, torch or one of its libraries would end the process without a message. So a child process tries it.
-
-    Raises:
-        BudgetError: if it does not.
-    """
-    limit = address_space_limit()
-    if limit is None or "torch" in sys.modules:
-        return
-    import subprocess
-
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    tried = subprocess.run(
-        [sys.executable, "-c", _TRY_TORCH], capture_output=True, text=True, env=environment, check=False
-    )
-    added = int(tried.stdout) * mmap.PAGESIZE if tried.returncode == 0 and tried.stdout.isdecimal() else None
-    if added is None or address_space() + added > limit:
-        needed = "" if added is None else f" ({format_size(address_space() + added, up=True)} are needed)"
-        raise BudgetError(
-            f"ulimit -v allows {format_size(limit)} of address space, which is too little to import torch{needed}: "
-            "raise it, for example with `ulimit -v unlimited`; --max-ram already limits the memory that is used"
-        )
 
 
 def check_address_space(schedule: Schedule, threads: int) -> None:

@@ -1,34 +1,28 @@
-"""Measures the throughput of the recipe's methods, on the first elements of the input tensors, and of GPU copies."""
+"""Measures the throughput of the recipe's methods, on the first elements of the input tensors."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeloomError
 from ...io.units import plural
-from ..graph.graph import Kind
+from ..graph.graph import Kind, MergeGraph
 from .estimate import EXTRAPOLATED, MEASURED, Rate, Rates
 from .machine import usable_cores
 from .scaling import COPY_TRAFFIC, computing_threads, effective_threads, serial_share
 from .workload import Workload
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ...methods.kernel.kernel import Kernel
-    from ...methods.kernel.torch_backend.tile import Workspace
-    from ..execute.compute import Piece
 
 SECONDS = 0.25
 """Approximate time of each measurement; the warm-up takes as long again."""
 _GROUPS = 4  # number of kinds of nodes that are measured
 _ELEMENTS, _GPU_ELEMENTS = 1 << 22, 1 << 24
-_COPY = 64 << 20
 _COPIES, _LEAST_COPY = 128 << 20, 8 << 20  # bytes that all threads, and each one at least, copy at a time
 
 
@@ -50,18 +44,15 @@ def with_computing(rates: Rates, work: Workload, given: Mapping[str, float]) -> 
         missing = [name for name in ("h2d", "d2h", "compute") if name not in given]
         if not missing:
             return rates, []
-        if work.machine is not None or not _has_cuda():
+        from .measure_gpu import has_cuda, measure_copies
+
+        if work.machine is not None or not has_cuda():
             return rates, [
                 f"the GPU is not on this machine and cannot be measured: give {', '.join(missing)} with --rates"
             ]
         if not {"h2d", "d2h"} <= given.keys():
             up, down = measure_copies(gpus[0].name)
             rates = replace(rates, h2d=Rate(up, MEASURED), d2h=Rate(down, MEASURED))
-    if "torch" not in sys.modules:
-        begin = time.perf_counter()
-        import torch  # noqa: F401
-
-        rates = replace(rates, start=time.perf_counter() - begin)
     if not gpus and "bandwidth" not in given and work.cores <= usable_cores():
         rates = replace(rates, bandwidth=Rate(measure_bandwidth(usable_cores()), MEASURED))
     if "compute" in given:
@@ -111,12 +102,6 @@ def _measure_methods(work: Workload, device: str, threads: int) -> tuple[float, 
     return (nbytes / seconds if seconds else 0.0), notes
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """Nodes with the same method, passes, and dtypes of inputs and output.
@@ -164,45 +149,68 @@ def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
     Returns:
         Input bytes per second, each pass counted, of all threads together; 0 if it cannot be measured.
     """
-    import torch
-
-    from ...io.reading import Reader
-    from ...methods.kernel.torch_backend.tile import Workspace
-    from ..execute.compute import Piece, torch_dtype
-    from ..schedule.tiling import work_bytes
-
-    graph = work.graph
-    refs = [graph.reads[read] for read in graph.node_sources[node]]
     kernel = small_kernel(work, node, _ELEMENTS if device == "cpu" else _GPU_ELEMENTS)
     if kernel is None:
         return 0.0
-    elements = kernel.inputs.rows * kernel.inputs.columns
+    inputs = _first_elements(work, node, kernel.inputs.rows * kernel.inputs.columns)
+    if device == "cpu":
+        run = _cpu_passes(work.graph, node, kernel, inputs, threads)
+    else:
+        from .measure_gpu import gpu_passes
+
+        run = gpu_passes(work, node, kernel, inputs, device)
+    runs, seconds = _repeat(run, threads)
+    return runs * (kernel.reductions + 1) * sum(map(len, inputs)) / seconds
+
+
+def _first_elements(work: Workload, node: int, elements: int) -> list[bytearray]:
+    """Read the first elements of a node's sources."""
+    from ...io.reading import Reader
+
     reader = Reader()
-    inputs: list[Tensor] = []
+    inputs = []
     try:
-        for ref in refs:
+        for read in work.graph.node_sources[node]:
+            ref = work.graph.reads[read]
             data = bytearray(ref.dtype.nbytes(elements))
             reader.read(ref.file, ref.offset, memoryview(data))
-            inputs.append(torch.frombuffer(data, dtype=torch_dtype(ref.dtype)).to(device))
+            inputs.append(data)
     finally:
         reader.close()
-    tile = max(1, work.schedule.tile_elements[0] // kernel.alignment) * kernel.alignment
-    nbytes = kernel.workspace(min(tile, elements), work_bytes(graph, node))
-    if node in graph.footprints:
-        nbytes = max(nbytes, graph.footprints[node].workspace.at(min(tile, elements)))
-    spaces = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(threads)]
-    outs = [torch.empty(elements, dtype=torch_dtype(graph.node_dtype[node]), device=device) for _ in range(threads)]
+    return inputs
+
+
+def _cpu_passes(
+    graph: MergeGraph, node: int, kernel: Kernel, inputs: Sequence[bytearray], threads: int
+) -> Callable[[int], None]:
+    """Return a function that runs all passes of a kernel over one chunk, as the engine does, in a thread."""
+    from ...methods.kernel.fused.compiled import Compiled
+    from ...methods.kernel.fused.finite import finite
+    from ...methods.kernel.fused.passes import FusedPass
+    from ...methods.kernel.fused.run import Chunk
+    from ..execute.arena import take_memory
+
+    dtypes = [graph.reads[read].dtype.name for read in graph.node_sources[node]]
+    out = graph.node_dtype[node]
+    compiled = Compiled(kernel, dtypes, out.name)
+    elements = kernel.inputs.rows * kernel.inputs.columns
+    scratch = [memoryview(take_memory(compiled.scratch)) for _ in range(threads)]
+    outs = [memoryview(bytearray(out.nbytes(elements))) for _ in range(threads)]
     positions = graph.operation(node).positions or tuple(range(len(inputs)))
-    piece = Piece(kernel, inputs, 0, graph.node_key[node], positions, tile)
+    chunk = Chunk([memoryview(data) for data in inputs], 0, elements, graph.node_key[node], positions)
 
     def run(thread: int) -> None:
-        _run(piece, Workspace(spaces[thread], torch.float32), outs[thread])
-        if device != "cpu":
-            torch.cuda.synchronize()
+        state = None
+        if not kernel.propagates_nonfinite:
+            for data, dtype in zip(chunk.inputs, dtypes, strict=True):
+                finite(data, dtype)
+        for index in range(kernel.reductions):
+            if kernel.needed(index, state):
+                partial = FusedPass(compiled, index, state, scratch[thread]).reduce(chunk)
+                state = kernel.finish(index, partial, state)
+        FusedPass(compiled, None, state, scratch[thread]).combine(chunk, outs[thread])
 
-    runs, seconds = _repeat(run, threads)
-    passes = kernel.reductions + 1
-    return runs * passes * sum(tensor.nbytes for tensor in inputs) / seconds
+    return run
 
 
 def small_kernel(work: Workload, node: int, elements: int) -> Kernel | None:
@@ -220,70 +228,32 @@ def small_kernel(work: Workload, node: int, elements: int) -> Kernel | None:
         return None
 
 
-def _run(piece: Piece, workspace: Workspace, out: Tensor) -> None:
-    """Run all passes of a kernel over a chunk, as the engine does."""
-    from ..execute.compute import check_inputs, combine_chunk, reduce_chunk
-
-    kernel, state = piece.kernel, None
-    if not kernel.propagates_nonfinite:
-        check_inputs(piece, workspace)
-    for index in range(kernel.reductions):
-        if kernel.needed(index, state):
-            state = kernel.finish(index, reduce_chunk(piece, index, state, workspace), state)
-    combine_chunk(piece, state, workspace, out)
-
-
 def _repeat(work: Callable[[int], None], threads: int) -> tuple[int, float]:
     """Repeat the work on several threads, after a warm-up; return the number of runs of all, and the seconds."""
-    import torch
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+        start = time.perf_counter()
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(threads)))
-            start = time.perf_counter()
+        def repeat(thread: int) -> int:
+            runs = 0
+            while runs == 0 or time.perf_counter() - start < SECONDS:
+                work(thread)
+                runs += 1
+            return runs
 
-            def repeat(thread: int) -> int:
-                runs = 0
-                while runs == 0 or time.perf_counter() - start < SECONDS:
-                    work(thread)
-                    runs += 1
-                return runs
-
-            runs = sum(pool.map(repeat, range(threads)))
-            return runs, time.perf_counter() - start
-    finally:
-        torch.set_num_threads(before)
+        runs = sum(pool.map(repeat, range(threads)))
+        return runs, time.perf_counter() - start
 
 
 def measure_bandwidth(threads: int) -> float:
     """Measure the bytes per second that threads read and write together, by copies that are larger than the caches."""
-    import torch
+    import numpy as np
 
     size = max(_LEAST_COPY, _COPIES // threads)
-    sources, targets = ([torch.zeros(size, dtype=torch.uint8) for _ in range(threads)] for _ in range(2))
+    sources, targets = ([np.ones(size, np.uint8) for _ in range(threads)] for _ in range(2))
 
     def copy(thread: int) -> None:
-        targets[thread].copy_(sources[thread])
+        np.copyto(targets[thread], sources[thread])  # releases the interpreter lock
 
     runs, seconds = _repeat(copy, threads)
     return COPY_TRAFFIC * size * runs / seconds
-
-
-def measure_copies(name: str) -> tuple[float, float]:
-    """Measure copies to a GPU and back, from and to pinned memory, in bytes per second."""
-    import torch
-
-    host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(_COPY, dtype=torch.uint8, device=name)
-    measured = []
-    for target, source in ((device, host), (host, device)):
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize(name)
-        start = time.perf_counter()
-        for _ in range(8):
-            target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize(name)
-        measured.append(8 * _COPY / (time.perf_counter() - start))
-    return measured[0], measured[1]

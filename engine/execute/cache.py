@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..schedule.tiling import ChunkedRead
-from .arena import Slots
+from .arena import MemoryWatch, Slots
 
 
 class CachedChunk:
@@ -58,10 +59,22 @@ class ChunkCache:
         name: name of the memory, for errors.
         slots: number of slots.
         slot_bytes: size of a slot in bytes.
+        minimum: number of slots that are never withheld; all if None.
+        watch: says whether slots beyond the minimum may be used; None to withhold none.
+        discard: function that returns the pages of a free slot to the system.
     """
 
-    def __init__(self, name: str, slots: int, slot_bytes: int) -> None:
-        self._slots = Slots(name, slots, slot_bytes)
+    def __init__(
+        self,
+        name: str,
+        slots: int,
+        slot_bytes: int,
+        *,
+        minimum: int | None = None,
+        watch: MemoryWatch | None = None,
+        discard: Callable[[int], None] | None = None,
+    ) -> None:
+        self._slots = Slots(name, slots, slot_bytes, minimum=minimum, watch=watch, discard=discard)
         self._chunks: dict[ChunkedRead, dict[int, CachedChunk]] = {}
         self._outputs: set[int] = set()
 
@@ -69,6 +82,10 @@ class ChunkCache:
     def free_slots(self) -> int:
         """Number of free slots."""
         return self._slots.free_slots
+
+    def has_free(self, number: int) -> bool:
+        """Return whether a number of slots can be taken now."""
+        return self._slots.has_free(number)
 
     @property
     def peak_bytes(self) -> int:

@@ -19,10 +19,12 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+from ...errors import UsageError
 from ...io.task_group import TaskGroup
+from ...methods.kernel.spec import HostError
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
-from ..schedule.simulate import Step
+from ..schedule.step_list import Step
 from ..schedule.tiling import output_width
 from .arena import HostArena
 from .cache import CachedChunk
@@ -51,6 +53,7 @@ class Executor:
         writers: number of write threads.
         allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
         serial: whether to take no slot ahead of time; for tests.
+        resident: see `SlotAllocator`.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Executor:
         writers: int = 1,
         allow_nonfinite: bool = False,
         serial: bool = False,
+        resident: Callable[[], int] | None = None,
     ) -> None:
         self.graph = graph
         self.schedule = schedule
@@ -73,7 +77,7 @@ class Executor:
         self.progress = Progress()
         self.measured = Measured()
         self.ledger = ledger or Ledger()
-        self.slots = SlotAllocator(graph, schedule, devices)
+        self.slots = SlotAllocator(graph, schedule, devices, resident=resident, discard=self._discard)
         self._source = source
         self._sink = sink
         self._serial = serial
@@ -147,8 +151,8 @@ class Executor:
         opened.callback(self._arena.close)
         if not self._computes:
             return
-        host = self._passes.open(self._arena.memory)
         opened.callback(self._passes.close)
+        self._passes.open(self._arena.memory, self._fail)
         for number, device in enumerate(self.devices):
             memory = RAM
             if device.separate:
@@ -159,7 +163,8 @@ class Executor:
             nbytes = device.threads * schedule.workspace[number]
             opened.enter_context(ledger.reserve("workspaces", nbytes, memory))
             opened.push(functools.partial(_close, device))  # a device whose `open` fails is closed, too
-            device.open(schedule.vram_slots[number], schedule.slot_bytes, schedule.workspace[number], host)
+            slots, workspace = schedule.vram_slots[number], schedule.workspace[number]
+            device.open(slots, schedule.slot_bytes, workspace, self._arena.memory)
 
     def _measure(self, lanes: Lanes, start: float, end: float) -> None:
         measured = self.measured
@@ -234,6 +239,9 @@ class Executor:
             self.slots.release_device(task)
             self._changed.notify_all()
 
+    def _discard(self, slot: int) -> None:
+        self._arena.discard(slot)
+
     # --- lanes -------------------------------------------------------------------------------------------------
 
     def _read(self, thread: int, read_task: ReadTask) -> None:
@@ -271,7 +279,7 @@ class Executor:
     def _upload(self, thread: int, task: ChunkTask) -> None:
         device = self.devices[task.device]
         for host, on_device in task.uploads:
-            device.upload(self._passes.host_bytes(host.slot, host.nbytes), on_device.slot)
+            device.upload(self._arena.view(host.slot, host.nbytes), on_device.slot)
         task.marker = device.uploads_begun()
         with self._changed:
             for _, on_device in task.uploads:
@@ -290,6 +298,13 @@ class Executor:
             self._release_hosts(task)
 
     def _compute(self, thread: int, task: ChunkTask) -> None:
+        try:
+            self._compute_chunk(thread, task)
+        except HostError as error:
+            label = self.graph.label(task.node)
+            raise UsageError(f"merge method {task.operation.method} fails on tensor {label}: {error}") from error
+
+    def _compute_chunk(self, thread: int, task: ChunkTask) -> None:
         if task.operation.kind is Kind.REQUIRE_EQUAL:
             views = [self._arena.view(cached.slot, cached.nbytes) for cached in task.inputs]
             self._passes.compare(task, views, self._arena.view(task.out, task.out_nbytes))
@@ -304,7 +319,7 @@ class Executor:
         if overflowed:
             self._note_overflow(task, overflowed)
         if device.separate:
-            target = self._passes.host_bytes(task.out, task.out_nbytes)
+            target = self._arena.view(task.out, task.out_nbytes)
             task.marker = device.download(thread, task.out_device, target)
             self._download_lanes[task.device].put(task.order, task)
         else:

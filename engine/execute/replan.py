@@ -26,6 +26,7 @@ def run_graph(
     allow_nonfinite: bool = False,
     notify: Callable[[Progress], None] | None = None,
     ledger: Ledger | None = None,
+    resident: Callable[[], int] | None = None,
 ) -> Measured:
     """Execute a schedule.
 
@@ -39,6 +40,7 @@ def run_graph(
         allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
         notify: function that receives the progress about ten times a second.
         ledger: ledger in which the buffers are reserved; one of its own if None.
+        resident: function that measures the process's resident memory in bytes, see `SlotAllocator`.
 
     Raises:
         MergeloomError: the first error of any lane.
@@ -46,7 +48,9 @@ def run_graph(
     reduced_vram: dict[str, int] = {}
     while True:
         devices = open_devices(schedule.budget.devices)
-        executor = Executor(graph, schedule, devices, source, sink, ledger=ledger, allow_nonfinite=allow_nonfinite)
+        executor = Executor(
+            graph, schedule, devices, source, sink, ledger=ledger, allow_nonfinite=allow_nonfinite, resident=resident
+        )
         try:
             measured = executor.run(notify)
             measured.reduced_vram = reduced_vram

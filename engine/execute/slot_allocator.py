@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
-from ..schedule.simulate import Step
+from ..schedule.step_list import Step
 from ..schedule.tiling import ChunkedRead, output_width, source_width
+from .arena import MemoryWatch
 from .cache import ChunkCache
 from .devices.base import Device
 from .ledger import RAM
@@ -21,17 +22,38 @@ class SlotAllocator:
         graph: graph to execute.
         schedule: schedule of the graph.
         devices: devices of the schedule's budget, in its order.
+        resident: function that measures the process's resident memory in bytes; if it nears the budget, slots are
+            withheld, so fewer chunks are read ahead. None to withhold none.
+        discard: function that returns the pages of a free slot in RAM to the system.
 
     Attributes:
         ram: cache in RAM.
         vram: cache of each device; without slots if the device computes in RAM.
     """
 
-    def __init__(self, graph: MergeGraph, schedule: Schedule, devices: Sequence[Device]) -> None:
+    def __init__(
+        self,
+        graph: MergeGraph,
+        schedule: Schedule,
+        devices: Sequence[Device],
+        *,
+        resident: Callable[[], int] | None = None,
+        discard: Callable[[int], None] | None = None,
+    ) -> None:
         self._graph = graph
         self._schedule = schedule
         self._devices = devices
-        self.ram = ChunkCache(RAM, schedule.ram_slots, schedule.slot_bytes)
+        if any(device.separate for device in devices):
+            resident = discard = None  # a GPU's driver pins all pages of the arena
+        self.ram = ChunkCache(
+            RAM,
+            schedule.ram_slots,
+            schedule.slot_bytes,
+            # with these, every step can be executed one chunk after another, so the wait for slots always ends
+            minimum=schedule.serial_ram // schedule.slot_bytes,
+            watch=MemoryWatch(schedule.budget.ram, resident),
+            discard=discard,
+        )
         self.vram = [
             ChunkCache(device.name, count, schedule.slot_bytes)
             for device, count in zip(schedule.budget.devices, schedule.vram_slots, strict=True)
@@ -56,7 +78,7 @@ class SlotAllocator:
         out = int(task.last and task.operation.kind is not Kind.COPY)
         uploads = [source for source in sources if separate and vram.find(source, task.chunk) is None]
         reads = [source for source in (uploads if separate else sources) if ram.find(source, task.chunk) is None]
-        return ram.free_slots >= len(reads) + out and (not separate or vram.free_slots >= len(uploads) + out)
+        return ram.has_free(len(reads) + out) and (not separate or vram.has_free(len(uploads) + out))
 
     def take(self, step: Step, task: ChunkTask) -> list[ReadTask]:
         """Take the slots of a task, and return the chunks that must be read for it."""

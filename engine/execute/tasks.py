@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ...methods.kernel.kernel import Kernel
 from ..graph.graph import Operation
-from ..schedule.simulate import Step
+from ..schedule.step_list import Step
 from .cache import CachedChunk
 from .devices.base import Done, Marker
 

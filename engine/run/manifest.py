@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
 from ...io.hub.checkpoint import HubCheckpoint
+from ...io.json_pieces import equals_pieces, json_pieces
 from ...io.open_source import open_source, read_range
-from ...io.output.digests import BLOCK_BYTES, bytes_digest, tensor_digest
+from ...io.output.digests import BLOCK_BYTES, bytes_digest, pieces_digest, tensor_digest
 from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.identity import file_identity
@@ -33,7 +34,7 @@ __all__ = [
     "differences",
     "facts_of",
     "identity_of",
-    "manifest_bytes",
+    "manifest_pieces",
     "model_names",
     "model_numbers",
     "model_references",
@@ -236,10 +237,10 @@ def _flat(sources: object) -> dict[tuple[str, str], object]:
     }
 
 
-def manifest_bytes(
+def manifest_pieces(
     plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str | Mapping[str, Any]], files: Mapping[str, str]
-) -> bytes:
-    """Return the content of ``mergeloom.json``: the facts of the merge, and a digest of everything in the output.
+) -> Iterator[bytes]:
+    """Yield the bytes of ``mergeloom.json``: the facts of the merge, and a digest of everything in the output.
 
     Args:
         plan: plan of the merge.
@@ -257,16 +258,16 @@ def manifest_bytes(
         "local_models": [number for number, reference in enumerate(references) if reference.path in local],
         "files": dict(files),
         "shards": {shard.name: [shard.nbytes, bytes_digest(shard.header)] for shard in plan.layout.shards},
-        "tensors": dict(tensors),
+        "tensors": tensors,
     }
     content["digest"] = _self_digest(content)
-    return _to_bytes(content)
+    return _pieces(content)
 
 
 def _self_digest(content: Mapping[str, Any]) -> str:
     """Return the digest of a manifest without its own ``digest``."""
     rest = {key: value for key, value in content.items() if key != "digest"}
-    return bytes_digest(json.dumps(rest, sort_keys=True).encode())
+    return pieces_digest(json_pieces(rest, sort_keys=True))
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
@@ -290,7 +291,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
     try:
         content = json.loads(data)
         intact = isinstance(content, dict) and content.get("digest") == _self_digest(content)
-        intact = intact and data == _to_bytes(content)
+        intact = intact and equals_pieces(data, _pieces(content))
     except (ValueError, RecursionError):
         intact = False
     if not intact:
@@ -305,8 +306,10 @@ def read_manifest(out: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _to_bytes(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+def _pieces(content: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the bytes of a manifest."""
+    yield from json_pieces(content, indent=1, ensure_ascii=False)
+    yield b"\n"
 
 
 def _is_manifest(content: Mapping[str, Any]) -> bool:

@@ -58,7 +58,7 @@ class Result:
 
     @property
     def estimate(self) -> Estimate | None:
-        """The estimated time of the merge, without the time to load torch, from assumed rates: nothing was measured.
+        """The estimated time of the merge, without the start-up, from assumed rates: nothing was measured.
 
         None if an interrupted run did a part of the merge: the plan's time is then not that of this run.
         """

@@ -56,7 +56,9 @@ def with_reflinks(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
     nbytes = len(transfers) * TRANSFER_BYTES + (copy_threads(plan) * BUFFER_BYTES if nodes else 0)
     try:
         reduced = replace(budget, baseline=budget.baseline + nbytes)
-        schedule = make_schedule(graph, reduced, done={node: graph.nbytes(node) for node in nodes})
+        # without transfers the schedule is the same, and a second one would take as much memory again
+        done = {node: graph.nbytes(node) for node in nodes}
+        schedule = make_schedule(graph, reduced, done=done) if nodes else plan.schedule
     except BudgetError:  # the merge fits only without the threads that copy
         nodes, transfers, schedule = frozenset(), (), plan.schedule
     unshared: Counter[str] = Counter()

@@ -28,7 +28,7 @@ from ..model.open import is_remote
 from ..model.warnings import ModelWarning
 from ..recipe.types import Recipe, Stage
 from ..recipe.warnings import RecipeWarning
-from ..schedule.schedule import Schedule
+from ..schedule.schedule import DeviceBudget, Schedule
 from ..schedule.traffic import bytes_of_models, bytes_of_reads, downloaded, peak_of, read_again
 from .transfers import Transfer
 
@@ -182,7 +182,7 @@ class Plan:
 
     @property
     def computes(self) -> bool:
-        """Whether anything is computed; otherwise bytes are only copied, and torch is not needed."""
+        """Whether anything is computed; otherwise bytes are only copied."""
         return any(operation.kind is Kind.MERGE for operation in self.built.graph.operations)
 
     @property
@@ -205,7 +205,7 @@ class Plan:
             built.dtype,
             papers,
             _command(options),
-            _versions(computes=self.computes),
+            _versions(self.computes, self.schedule.budget.devices),
             options.keep_paths,
         )
 
@@ -312,7 +312,9 @@ def _command(options: Options) -> str:
     return " ".join(parts)
 
 
-def _versions(*, computes: bool) -> dict[str, str]:
+def _versions(computes: bool, devices: Sequence[DeviceBudget]) -> dict[str, str]:
     """Return the versions of mergeloom, Python and the libraries that make the output."""
-    libraries = ("torch", "safetensors") if computes else ("safetensors",)
-    return {"mergeloom": __version__, "Python": platform.python_version()} | {name: version(name) for name in libraries}
+    names = ["safetensors"]
+    if computes:
+        names = ["torch", *names] if any(device.separate for device in devices) else ["numpy", "llvmlite", *names]
+    return {"mergeloom": __version__, "Python": platform.python_version()} | {name: version(name) for name in names}

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 
 from ...errors import MergeloomError
 from ...io.reading import check_descriptors
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
 from ...methods.kernel.method import Method
-from ..cost.machine import (
-    check_address_space,
-    find_devices,
-    make_budget,
-    memory_remark,
-    prepare_to_compute,
-    usable_cores,
-)
-from ..cost.process_size import size_key
+from ..cost.devices import find_devices, torch_remark
+from ..cost.machine import check_address_space, make_budget, memory_remark, usable_cores
+from ..cost.prepare import prepare_to_compute
+from ..cost.process_size import GraphSize, size_key
 from ..files.folders import check_folders
 from ..files.sources import FileResolver, OutputModel
 from ..graph.build import BuiltGraph
@@ -98,6 +94,9 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
     found = [*ignored_revisions(loaded), *remarks, *built.warnings, *dict.fromkeys(files.warnings)]
     if remark := memory_remark(options.max_ram, options.machine):
         found.append(ModelWarning(ModelWarningKind.MACHINE, remark))
+    gpus = options.machine.memory_of_gpus if options.machine else None
+    if computes and (remark := torch_remark(options.device, gpus)):
+        found.append(ModelWarning(ModelWarningKind.MACHINE, remark))
     if options.strict and found:
         raise strict_error(found)
     findings: tuple[RecipeWarning | ModelWarning, ...] = (*loaded.warnings, *found)
@@ -109,7 +108,7 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph, recipe: Recip
 
     Args:
         options: options as given to `plan`.
-        computes: whether anything is computed; otherwise neither a device nor torch is needed.
+        computes: whether anything is computed; otherwise no device is needed.
         built: the graph with its models.
         recipe: the recipe that it was built from.
     """
@@ -117,10 +116,8 @@ def budget_of(options: Options, computes: bool, built: BuiltGraph, recipe: Recip
     threads = options.threads or (machine.cores if machine else None) or usable_cores()
     gpus = machine.memory_of_gpus if machine else None
     devices = find_devices(options.device if computes else "cpu", options.max_vram, threads, gpus)
-    if computes:
-        prepare_to_compute(built.graph, _MERGE_MODULES)
-    steps = sum(built.graph.operation(node).passes for node in built.graph)
+    compiling = prepare_to_compute(built.graph, devices, _MERGE_MODULES) if computes else 0
     total = machine.ram if machine else None
-    outputs = len(built.graph.outputs)
-    key = size_key(recipe.text, computes, steps, outputs, len(built.graph.reads), [device.name for device in devices])
-    return make_budget(options.max_ram, devices, computes, total, steps=steps, outputs=outputs, key=key)
+    size = GraphSize.of(built.graph)
+    key = size_key(recipe.text, computes, astuple(size), [device.name for device in devices])
+    return make_budget(options.max_ram, devices, computes, total, size=size, key=key, compiling=compiling)

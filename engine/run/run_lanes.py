@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from ...errors import EnvironmentFailure
+from ...io import platform
 from ...io.reading import FileStamps, Observe, Reader
-from ..cost.machine import CACHED_SHARE, available_ram
+from ..cost.machine import CACHED_SHARE, available_ram, resident_memory
 from ..execute.devices import open_devices
 from ..execute.ledger import Ledger
 from ..execute.replan import run_graph
@@ -58,6 +59,8 @@ def run_lanes(
                 allow_nonfinite=plan.stage.allow_nonfinite,
                 notify=notify,
                 ledger=ledger,
+                # inside another program, its memory would be measured too, which the budget does not limit
+                resident=resident_memory if platform.OWN_PROCESS else None,
             )
     finally:
         reader.close()

@@ -28,7 +28,7 @@ from ..schedule.schedule import Schedule, make_schedule
 from .buffers import ThreadBuffers, buffers_within
 from .bulk_copy import BulkCopier, digests_of_sources
 from .destination import refuse_other_unfinished, shard_files
-from .manifest import MANIFEST, facts_of, manifest_bytes, tensor_entries
+from .manifest import MANIFEST, facts_of, manifest_pieces, tensor_entries
 from .placement import copy_buffer_bytes, copy_threads, with_reflinks
 from .plan import Plan
 from .recovery.checks import CHECKS, Checked
@@ -272,10 +272,11 @@ class MergeSession:
     def execute(self, prepared: _Prepared) -> tuple[Measured, Mapping[int, list[bytes]]]:
         """Compute, copy and write what is left. Return the measurements, and the block digests by node."""
         start = time.perf_counter()
-        if not self.plan.computes:  # otherwise importing torch loads the same modules
+        if not self.plan.computes:  # otherwise planning has imported numpy
             preload_validator()
         group = TaskGroup("merge")
         sources = SourceDigests(self.plan.built.graph, prepared.recovered.sources)
+        prepared.recovered.sources.clear()  # the new journal has them
         writer = self._writer = ShardWriter(
             self.plan,
             self.out,
@@ -386,6 +387,6 @@ class MergeSession:
         prepared.sources.check()
         last = write_model_files(self.plan.made, self.plan.content, self.out)
         tensors = tensor_entries(self.plan, digests)
-        self.out.write_file(MANIFEST, manifest_bytes(self.plan, prepared.facts, tensors, self.out.small_files()))
+        self.out.write_file(MANIFEST, manifest_pieces(self.plan, prepared.facts, tensors, self.out.small_files()))
         last.append(MANIFEST)
         self.out.publish(last, lambda names: prepared.journal.append([Publishing(tuple(names)).to_json()]))

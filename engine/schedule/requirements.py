@@ -24,6 +24,8 @@ class Requirements:
         workspace: workspace of a compute thread in bytes, a multiple of the page size.
         workspace_node: node that requires that workspace, or None if nothing is computed.
         allocated: bytes that a compute thread allocates in addition to its workspace.
+        computes: whether any node has a kernel.
+        reduces: whether any kernel has passes whose partial results are kept.
     """
 
     slot: int = SMALLEST_SLOT
@@ -33,6 +35,8 @@ class Requirements:
     workspace: int = 0
     workspace_node: int | None = None
     allocated: int = 0
+    computes: bool = False
+    reduces: bool = False
 
     @property
     def node(self) -> int | None:
@@ -40,13 +44,17 @@ class Requirements:
         return self.slot_node if self.slot_node is not None else self.workspace_node
 
 
-def requirements(graph: MergeGraph, tile_elements: int, finished: Container[int]) -> Requirements:
+def requirements(
+    graph: MergeGraph, tile_elements: int, finished: Container[int], *, separate: bool = False
+) -> Requirements:
     """Return the requirements of the nodes that are not finished.
 
     Args:
         graph: graph to schedule.
         tile_elements: preferred number of elements in a compute tile.
         finished: nodes that an earlier run has written.
+        separate: whether the device has its own memory, where torch takes the workspace that kernels declare; the
+            compiled loops of the CPU take what `footprints` says.
     """
     result = Requirements()
     for node in graph:
@@ -58,13 +66,15 @@ def requirements(graph: MergeGraph, tile_elements: int, finished: Container[int]
         result.window = max(result.window, sources + (operation.kind is not Kind.COPY))
         if operation.kernel is None:
             continue
+        result.computes = True
+        result.reduces |= operation.kernel.reductions > 0
         elements = length(graph, node)
         alignment = min(operation.kernel.alignment, elements) * widest(graph, node)
         if alignment > result.slot:
             result.slot = _page_aligned(alignment)
             result.slot_node = node
         tile = min(tile_length(graph, node, tile_elements), elements)
-        workspace = operation.kernel.workspace(tile, work_bytes(graph, node))
+        workspace = operation.kernel.workspace(tile, work_bytes(graph, node)) if separate else 0
         measured = graph.footprints.get(node)
         if measured is not None:
             workspace = max(workspace, measured.workspace.at(tile))

@@ -16,7 +16,8 @@ from ...io.sizes import format_size
 from ..graph.graph import MergeGraph
 from .assignment import assign_devices
 from .requirements import SMALLEST_SLOT, Requirements, requirements
-from .simulate import Simulation, Step, orders
+from .simulate import Simulation, orders
+from .step_list import StepList
 from .tiling import chunk_count, chunk_elements, clusters, length, output_width
 
 TILE_ELEMENTS = 1 << 19
@@ -104,7 +105,7 @@ class Schedule:
         minimum_vram: smallest VRAM budget that works, in bytes; 0 if no device has its own memory.
     """
 
-    steps: list[Step] = field(repr=False)
+    steps: StepList = field(repr=False)
     chunk_elements: list[int] = field(repr=False)
     slot_bytes: int
     ram_slots: int
@@ -155,7 +156,10 @@ class Schedule:
         """Return the schedule of the best candidate, with no more slots than it can use."""
         budget, needs, simulation = problem.budget, problem.needs, candidate.simulation
         slot, window = candidate.slot, needs[0].window
-        ahead = simulation.max_step_working_set + window * (4 + 2 * sum(device.threads for device in budget.devices))
+        depth = 2 + sum(device.threads for device in budget.devices)  # chunks that are read, computed or written
+        if any(device.separate for device in budget.devices):
+            depth *= 2  # they are also uploaded and downloaded
+        ahead = simulation.max_step_working_set + window * depth
         ram_slots = min(candidate.ram_slots, simulation.total_slot_demand, simulation.peak + ahead)
         vram_slots = tuple(
             min(count, simulation.total_slot_demand, peak + ahead) if device.separate else 0
@@ -209,13 +213,15 @@ class Problem:
     def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
         """Return the problem, with the requirements of the nodes that are left."""
         finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
-        needs = tuple(requirements(graph, device.tile_elements, finished) for device in budget.devices)
+        needs = tuple(
+            requirements(graph, device.tile_elements, finished, separate=device.separate) for device in budget.devices
+        )
         return cls(graph, budget, done, needs, assign_devices(graph, len(budget.devices)))
 
     @property
     def partials(self) -> int:
         """RAM for the partial results of reductions, in bytes."""
-        return sum(device.threads * PARTIAL_BYTES for device, _ in self._in_ram())
+        return sum(device.threads * PARTIAL_BYTES for device, need in self._in_ram() if need.reduces)
 
     @property
     def fixed_ram(self) -> int:
@@ -245,7 +251,7 @@ class Problem:
     def _in_ram(self) -> list[tuple[DeviceBudget, Requirements]]:
         """Return the devices whose compute threads take RAM, with their requirements."""
         pairs = zip(self.budget.devices, self.needs, strict=True)
-        return [(device, need) for device, need in pairs if not device.separate and need.workspace]
+        return [(device, need) for device, need in pairs if not device.separate and need.computes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,16 +311,19 @@ def make_schedule(
     if any(device.separate for device in budget.devices):
         preferred = DEVICE_SLOT_BYTES
     else:
-        preferred = SLOT_BYTES if need.workspace else COPY_SLOT_BYTES
+        preferred = SLOT_BYTES if need.computes else COPY_SLOT_BYTES
     slot = slot_bytes or _choose_slot(problem, preferred)
     smallest = slot if slot_bytes else max(need.slot, min(slot, preferred // 4))
-    best = candidate = plan_for_slot(problem, slot)
-    unique = best.unique_bytes(graph)
+    best = plan_for_slot(problem, slot)
+    unique, bytes_read = best.unique_bytes(graph), best.simulation.bytes_read
     # smaller slots keep fewer bytes in flight, which leaves more room for what would be read again
-    while candidate.simulation.bytes_read > unique and candidate.slot // 2 >= smallest:
-        candidate = plan_for_slot(problem, candidate.slot // 2)
-        if candidate.simulation.bytes_read < WORTH * best.simulation.bytes_read:
+    while bytes_read > unique and slot // 2 >= smallest:
+        slot //= 2
+        candidate = plan_for_slot(problem, slot)
+        bytes_read = candidate.simulation.bytes_read
+        if bytes_read < WORTH * best.simulation.bytes_read:
             best = candidate
+        del candidate  # its steps would take memory while the next ones are simulated
     return Schedule.from_candidate(problem, best)
 
 
@@ -327,13 +336,14 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
     first = _first_chunks(graph, chunks, done)
     left = {node for node in graph if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    simulations = []
+    window = problem.needs[0].window
+    best: Simulation | None = None  # the others are not kept: each has all steps of the merge
     for order in orders(graph):
-        window = problem.needs[0].window
         simulation = Simulation(graph, chunks, ram_slots, vram_slots, problem.devices, window, first)
         simulation.run([node for node in order if node in left] if done else order)
-        simulations.append(simulation)
-    best = min(simulations, key=lambda simulation: (simulation.bytes_read, simulation.peak))
+        if best is None or (simulation.bytes_read, simulation.peak) < (best.bytes_read, best.peak):
+            best = simulation
+    assert best is not None
     return Candidate(slot, chunks, ram_slots, vram_slots, first, left, best)
 
 

@@ -11,55 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..graph.graph import Kind, MergeGraph
+from .step_list import NOTHING, CachedRange, Step, StepList
 from .tiling import ChunkedRead, chunk_count, clusters, source_width
 
-
-@dataclass(frozen=True, slots=True)
-class CachedRange:
-    """The chunks of one read that are cached: [0, vram) on its device, [low, high) in RAM."""
-
-    vram: int = 0
-    low: int = 0
-    high: int = 0
-
-    @property
-    def ram(self) -> int:
-        """Number of chunks in RAM."""
-        return self.high - self.low
-
-
-NOTHING = CachedRange()
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One pass of one node.
-
-    Args:
-        node: number of the node.
-        index: number of the pass, from 0; the last one makes the output.
-        first: number of the first chunk; more than 0 if an earlier run wrote the chunks before it.
-        device: number of the device that computes.
-        sources: distinct reads of the node.
-        keep: for each source, the chunks that stay cached after the step.
-        drop: sources that lose cached chunks before the step, with the chunks that stay cached.
-        bytes_read: for each source, tensor bytes read from files during the step.
-        uploaded: bytes copied to the device.
-        ram: peak number of slots held in RAM during the step if its chunks run one after another.
-        vram: peak number of slots held on the device, likewise.
-    """
-
-    node: int
-    index: int
-    first: int
-    device: int
-    sources: tuple[int, ...]
-    keep: tuple[CachedRange, ...]
-    drop: tuple[tuple[ChunkedRead, CachedRange], ...]
-    bytes_read: tuple[int, ...]
-    uploaded: int
-    ram: int
-    vram: int
+MAX_STALE = 1000
+"""Number of stale entries in the heap of a `SimulatedCache` that are removed, if there are more than live ones."""
 
 
 def orders(graph: MergeGraph) -> list[list[int]]:
@@ -112,6 +68,14 @@ class SimulatedCache:
             self.vram[device] += held.vram
         if held.ram:
             heapq.heappush(self._by_use, (-next_use, -source.read, -source.chunk_length))
+            if len(self._by_use) > 2 * len(self._entries) + MAX_STALE:
+                self._remove_stale()
+
+    def _remove_stale(self) -> None:
+        """Remove the stale entries of the heap: with room in RAM nothing else does, and every pass adds some."""
+        entries = self._entries.items()
+        self._by_use = [(-use, -source.read, -source.chunk_length) for source, (held, _, use) in entries if held.ram]
+        heapq.heapify(self._by_use)
 
     def take(self, source: ChunkedRead) -> CachedRange:
         """Remove a source from the cache; return the chunks that were cached."""
@@ -190,7 +154,7 @@ class Simulation:
     devices: list[int]
     window: int
     first: Mapping[int, int] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
+    steps: StepList = field(init=False)
     bytes_read: int = 0
     uploaded: int = 0
     peak: int = 0
@@ -198,26 +162,40 @@ class Simulation:
     max_step_working_set: int = 0  # highest number of slots of one step's sources, cached before or after it
     total_slot_demand: int = 0  # slots that would be taken if none were ever freed
     _cache: SimulatedCache = field(init=False)
-    _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)  # positions still to come, the next one last
+    # positions still to come of the sources that several nodes share, the next one last
+    _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.steps = StepList(self.graph.node_sources)
         self.vram_peaks = [0] * len(self.vram_slots)
         self._cache = SimulatedCache(len(self.vram_slots))
 
     def run(self, order: Sequence[int]) -> None:
         """Simulate the nodes in `order`."""
+        shared = self._shared_reads(order)
         for position in range(len(order) - 1, -1, -1):
             for source in self._sources(order[position]):
-                self._uses.setdefault(source, []).append(position)
+                if shared[source.read]:
+                    self._uses.setdefault(source, []).append(position)
         for position, node in enumerate(order):
             sources = self._sources(node)
             for source in sources:
-                self._uses[source].pop()
+                if shared[source.read]:
+                    self._uses[source].pop()
             self.total_slot_demand += chunk_count(self.graph, node, self.chunk_elements[node]) * (
                 len(sources) + (self.graph.operation(node).kind is not Kind.COPY)
             )
             for index in range(self.graph.operation(node).passes):
                 self._step(position, node, index, sources)
+
+    def _shared_reads(self, order: Sequence[int]) -> bytearray:
+        """Return for each read whether several of the nodes use it: 0 or 1. Most models share few reads, if any."""
+        seen, shared = bytearray(len(self.graph.reads)), bytearray(len(self.graph.reads))
+        for node in order:
+            for read in dict.fromkeys(self.graph.node_sources[node]):
+                shared[read] |= seen[read]
+                seen[read] = 1
+        return shared
 
     def _sources(self, node: int) -> tuple[ChunkedRead, ...]:
         """Return the distinct reads of a node, cut into its chunks."""
@@ -240,7 +218,7 @@ class Simulation:
         if skipped:
             next_uses = [None] * len(sources)  # its last pass skips chunks that would be kept
         elif last:
-            next_uses = [uses[-1] if (uses := self._uses[source]) else None for source in sources]
+            next_uses = [uses[-1] if (uses := self._uses.get(source)) else None for source in sources]
         else:
             next_uses = [position] * len(sources)
         count = chunk_count(self.graph, node, self.chunk_elements[node])

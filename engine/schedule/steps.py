@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..graph.graph import MergeGraph
 from .schedule import Schedule
-from .simulate import NOTHING, CachedRange
+from .step_list import NOTHING, CachedRange
 from .tiling import ChunkedRead
 from .traffic import output_names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]
 
     Chunks that are read ahead are not counted; `Schedule.peak_ram` includes them.
     """
-    weights = [_bytes_processed(graph, step.node, step.sources) for step in schedule.steps]
+    weights = array("Q", (_bytes_processed(graph, step.node, step.sources) for step in schedule.steps))
     total = sum(weights)
     if not total:
         return []
@@ -47,7 +48,7 @@ def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]
     vram = [0] * points
     steps = schedule.steps
     past = 0
-    for number, (step, weight) in enumerate(zip(steps, weights, strict=True)):
+    for number, weight in enumerate(weights):
         if not weight:
             continue
         begin = past * points // total
@@ -56,9 +57,9 @@ def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]
         for point in range(begin, min(end, points)):
             firsts[point] = firsts[point] or number + 1
             lasts[point] = number + 1
-            if highest[point] < 0 or step.ram > steps[highest[point]].ram:
+            if highest[point] < 0 or steps.ram[number] > steps.ram[highest[point]]:
                 highest[point] = number
-            vram[point] = max(vram[point], step.vram)
+            vram[point] = max(vram[point], steps.vram[number])
     fixed, slot = fixed_ram(schedule), schedule.slot_bytes
     held = max(
         (d.threads * w for d, w in zip(schedule.budget.devices, schedule.workspace, strict=True) if d.vram), default=0

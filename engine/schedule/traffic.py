@@ -72,8 +72,7 @@ def fixed_ram(schedule: Schedule) -> int:
 def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Peak | None:
     """Return the first step with the peak use of RAM, or of VRAM; None if no step uses any."""
     best, held = -1, 0
-    for number, step in enumerate(schedule.steps):
-        slots = step.vram if vram else step.ram
+    for number, slots in enumerate(schedule.steps.vram if vram else schedule.steps.ram):
         if slots > held:
             best, held = number, slots
     if best < 0:

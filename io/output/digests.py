@@ -79,6 +79,14 @@ def bytes_digest(data: bytes | memoryview) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
+def pieces_digest(pieces: Iterable[bytes]) -> str:
+    """Compute the XXH3-128 of bytes that come in pieces, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return str(digest.hexdigest())
+
+
 def file_digest(file: Path) -> str:
     """Compute the XXH3-128 of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()

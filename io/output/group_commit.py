@@ -13,6 +13,9 @@ from ..task_group import TaskGroup
 
 GROUP_BYTES = 1 << 30
 """Default maximum number of bytes that are written and not yet committed."""
+GROUP_RECORDS = 4096
+"""Maximum number of records that wait for their commit, unless a single `add` has more: each takes memory, and small
+tensors make many of them before `GROUP_BYTES` are written."""
 GROUP_SECONDS = 5.0
 """Maximum time in seconds that written bytes wait for their commit."""
 ABANDON_SECONDS = 1.0
@@ -30,13 +33,14 @@ class GroupCommit(Generic[Record]):
 
     Bytes are reserved before they are written, and stay reserved until they are committed. At most `group_bytes` are
     reserved at a time, except for a single reservation that is larger. Each commit takes about half of them, so the
-    writers can fill the other half meanwhile.
+    writers can fill the other half meanwhile. In the same way, nothing is reserved while `group_records` records wait.
 
     Args:
         sync: function that makes the shards with these numbers durable.
         append: function that makes records durable; called after `sync`.
         group: task group that gets the error of either; nothing is committed after an error.
         group_bytes: maximum number of bytes that a kill can lose.
+        group_records: maximum number of records that are added and not yet durable; each writer may add to it once.
         group_seconds: maximum time in seconds that written bytes wait for their commit.
     """
 
@@ -47,12 +51,14 @@ class GroupCommit(Generic[Record]):
         group: TaskGroup,
         *,
         group_bytes: int = GROUP_BYTES,
+        group_records: int = GROUP_RECORDS,
         group_seconds: float = GROUP_SECONDS,
     ) -> None:
         self._sync = sync
         self._append = append
         self._group = group
         self._limit = max(2, group_bytes)
+        self._max_records = max(2, group_records)
         self._seconds = group_seconds
         self._changed = threading.Condition()
         self._reserved = 0  # bytes reserved, written, or being committed
@@ -60,6 +66,7 @@ class GroupCommit(Generic[Record]):
         self._written = 0  # bytes that the next commit takes
         self._shards: set[int] = set()
         self._records: list[Record] = []
+        self._committing = 0  # number of records that the commit in progress makes durable
         self._oldest = 0.0
         self._closing = False
         self._stopped = False
@@ -71,6 +78,8 @@ class GroupCommit(Generic[Record]):
         """Number of commits."""
         self.peak = 0
         """Maximum number of bytes that were reserved at a time."""
+        self.peak_records = 0
+        """Maximum number of records that waited for their commit at a time."""
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
         self._thread.start()
 
@@ -108,9 +117,7 @@ class GroupCommit(Generic[Record]):
             self._waiting.append(ticket)
             self._changed.notify_all()  # a waiting thread makes a commit due
             try:
-                while not self._stopped and (
-                    self._waiting[0] is not ticket or (self._reserved and self._reserved + nbytes > self._limit)
-                ):
+                while not self._stopped and (self._waiting[0] is not ticket or not self._has_room(nbytes)):
                     self._changed.wait()
             finally:
                 self._waiting.remove(ticket)
@@ -119,6 +126,11 @@ class GroupCommit(Generic[Record]):
                 raise Aborted
             self._reserved += nbytes
             self.peak = max(self.peak, self._reserved)
+
+    def _has_room(self, nbytes: int) -> bool:
+        if self._reserved and self._reserved + nbytes > self._limit:
+            return False
+        return len(self._records) + self._committing < self._max_records
 
     def add(self, shards: Collection[int], reserved: int, records: Collection[Record], written: int) -> None:
         """Add reserved bytes that have been written to the next commit, with their records.
@@ -131,11 +143,12 @@ class GroupCommit(Generic[Record]):
         """
         with self._changed:
             self._reserved -= reserved - written
-            if not self._shards:
+            if not self._has_work:
                 self._oldest = time.monotonic()
             self._written += written
             self._shards.update(shards)
             self._records += records
+            self.peak_records = max(self.peak_records, len(self._records) + self._committing)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -169,13 +182,20 @@ class GroupCommit(Generic[Record]):
                 return
         callback()
 
+    @property
+    def _has_work(self) -> bool:
+        """Whether a commit has anything to do. Records may be added without a shard that has unsynced data: if they
+        did not count, a writer would wait forever for the commit that makes room for more records."""
+        return bool(self._shards or self._records)
+
     def _is_due(self) -> bool:
         if self._stopped or self._closing:
             return True
-        if not self._shards:
+        if not self._has_work:
             return False
         is_old = time.monotonic() - self._oldest >= self._seconds
-        return is_old or self._written >= self.max_reservation or bool(self._waiting)
+        is_full = self._written >= self.max_reservation or len(self._records) >= self._max_records // 2
+        return is_old or is_full or bool(self._waiting)
 
     def _run(self) -> None:
         try:
@@ -195,20 +215,24 @@ class GroupCommit(Generic[Record]):
         with self._changed:
             while not self._is_due():
                 left = self._oldest + self._seconds - time.monotonic()
-                self._changed.wait(max(0.0, left) if self._shards else None)
-            if self._stopped or not self._shards:
+                self._changed.wait(max(0.0, left) if self._has_work else None)
+            if self._stopped or not self._has_work:
                 return False
             shards, records, nbytes = self._shards, self._records, self._written
             self._shards, self._records, self._written = set(), [], 0
+            self._committing = len(records)
         start = time.perf_counter()
-        self._sync(shards)
+        if shards:
+            self._sync(shards)
         if self._stopped:
             return False
         self._append(records)
+        records.clear()
         self.seconds += time.perf_counter() - start
         self.commits += 1
         with self._changed:
             self._reserved -= nbytes
+            self._committing = 0
             self._changed.notify_all()
         return True
 

@@ -40,10 +40,11 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import xxhash
 
@@ -51,6 +52,60 @@ from ..platform import create_file, rename, sync_data, sync_directory, write_at
 
 FORMAT = 3
 _LONGEST_LINE = 64 << 20
+_PREFIX = 17
+"""Number of bytes before the JSON of a line: its digest and a space."""
+_PIECE_BYTES = 256 << 10
+"""Lines are written in pieces of about this many bytes."""
+
+
+class StoredRecords(Sequence[Mapping[str, Any]]):
+    """The records of a journal as JSON text, about 100 bytes for each. One is parsed at a time, when it is asked for.
+
+    A parsed record takes ten times as much memory, and the journal has one for each tensor that was read or written.
+    """
+
+    __slots__ = ("_ends", "_text")
+
+    def __init__(self) -> None:
+        self._text = bytearray()
+        self._ends = array("Q")
+
+    def append(self, content: bytes) -> None:
+        """Append a record, a JSON object."""
+        self._text += content
+        self._ends.append(len(self._text))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the records in bytes."""
+        return len(self._text) + len(self._ends) * self._ends.itemsize
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return map(self._parse, range(len(self._ends)))
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        numbers = range(len(self._ends))[index]
+        return self._parse(numbers) if isinstance(numbers, int) else list(map(self._parse, numbers))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another sequence has equal records."""
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # it is mutable
+
+    def _parse(self, number: int) -> Mapping[str, Any]:
+        start = self._ends[number - 1] if number else 0
+        record: Mapping[str, Any] = json.loads(self._text[start : self._ends[number]])
+        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +118,7 @@ class JournalContent:
     """
 
     facts: Mapping[str, Any]
-    records: tuple[Mapping[str, Any], ...]
+    records: Sequence[Mapping[str, Any]]
 
     @property
     def readable(self) -> bool:
@@ -108,18 +163,19 @@ class Journal:
             OSError: writing failed.
             ValueError: the journal is closed, or an earlier call has failed.
         """
-        lines = [_encode(record) for record in records]
-        if not lines:
-            return
-        data = b"".join(lines)
         with self._lock:
             if self._end < 0:
                 raise ValueError("the journal is closed")
             end, self._end = self._end, -1
-            write_at(self._descriptor, data, end)
-            sync_data(self._descriptor)
-            self._end = end + len(data)
-            self.records += len(lines)
+            count = 0
+            for piece, lines in _pieces(records):
+                write_at(self._descriptor, piece, end)
+                end += len(piece)
+                count += lines
+            if count:
+                sync_data(self._descriptor)
+            self._end = end
+            self.records += count
 
     def close(self) -> None:
         """Close the file. Calling it again has no effect."""
@@ -132,15 +188,32 @@ class Journal:
 
 def read_journal(path: Path) -> JournalContent | None:
     """Read a journal up to its first damaged line; None if it does not exist. Raises OSError if reading fails."""
-    records: list[Mapping[str, Any]] = []
     try:
         stream = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    records = StoredRecords()
     with stream:
-        while (record := _decode(stream.readline(_LONGEST_LINE))) is not None:
-            records.append(record)
-    return JournalContent(records[0], tuple(records[1:])) if records else JournalContent({}, ())
+        facts = _decode(stream.readline(_LONGEST_LINE))
+        if facts is None:
+            return JournalContent({}, ())
+        while _decode(line := stream.readline(_LONGEST_LINE)) is not None:
+            records.append(line[_PREFIX:-1])
+    return JournalContent(facts, records)
+
+
+def _pieces(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines of records in pieces, with the number of lines in each."""
+    piece, lines = bytearray(), 0
+    for record in records:
+        piece += _encode(record)
+        lines += 1
+        if len(piece) >= _PIECE_BYTES:
+            yield bytes(piece), lines
+            piece.clear()
+            lines = 0
+    if lines:
+        yield bytes(piece), lines
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:

@@ -188,5 +188,5 @@ def _excess_error(result: Result) -> BudgetError:
     limit = result.plan.schedule.budget.ram
     return BudgetError(
         f"{what}, but the process used {memory_size(result.peak_rss, up=True)} of RAM, more than the budget of "
-        f"{memory_size(limit)}: please report this with the recipe and the version of torch"
+        f"{memory_size(limit)}: please report this with the recipe"
     )

@@ -110,7 +110,7 @@ class Explanation:
         passes: number of passes over the sources.
         chunks: number of chunks.
         chunk: elements in a chunk (bytes, if nothing is computed).
-        tile: elements that are computed at once; 0 if nothing is computed.
+        tile: elements that are computed at once, which on the CPU are those of a chunk; 0 if nothing is computed.
         device: name of the device that computes.
         steps: numbers of the tensor's steps in the schedule, from 1.
         destinations: locations of the tensor, then of identical tensors that are made with it.
@@ -169,9 +169,7 @@ def explain(plan: Plan, name: str) -> Explanation:
         passes=operation.passes,
         chunks=schedule.chunks(graph, node),
         chunk=chunk,
-        tile=min(tile_length(graph, node, schedule.tile_elements[device]), graph.elements(node), chunk)
-        if merged
-        else 0,
+        tile=_tile(plan, node, device) if merged else 0,
         device=schedule.budget.devices[device].name if merged else "",
         steps=tuple(position for position, _ in steps),
         destinations=tuple(
@@ -343,6 +341,13 @@ def _sources_section(explanation: Explanation) -> Section:
     return Section("Sources", grid=Grid(header, rows, frozenset(("size", "offset", "read"))))
 
 
+def _tile(plan: Plan, node: int, device: int) -> int:
+    graph, schedule = plan.built.graph, plan.schedule
+    chunk = min(graph.elements(node), schedule.chunk_elements[node])
+    separate = schedule.budget.devices[device].separate
+    return min(tile_length(graph, node, schedule.tile_elements[device]), chunk) if separate else chunk
+
+
 def _work(explanation: Explanation) -> Section:
     fields = []
     if explanation.passes > 1:
@@ -351,7 +356,8 @@ def _work(explanation: Explanation) -> Section:
     chunks = plural(explanation.chunks, "chunk")
     if explanation.how == "merge":
         size = f"{chunks} of up to {explanation.chunk:,} elements" if explanation.chunks > 1 else "1 chunk"
-        fields.append(("chunks", f"{size}, tile {explanation.tile:,} elements"))
+        tile = f", tile {explanation.tile:,} elements" if explanation.device != "cpu" else ""
+        fields.append(("chunks", size + tile))
         fields.append(("device", explanation.device))
     else:
         fields.append(("chunks", f"{chunks} of up to {memory_size(explanation.chunk)}"))

@@ -191,10 +191,11 @@ def work_section(plan: Plan) -> Section:
         return Section("Work", [*fields, ("device", "none: tensors are only copied")])
     devices = schedule.budget.devices
     threads = plural(sum(device.threads for device in devices), "thread")
-    tiles = ", ".join(f"{elements:,}" for elements in dict.fromkeys(schedule.tile_elements))
+    tiles = [each for device, each in zip(devices, schedule.tile_elements, strict=True) if device.separate]
+    tile = "".join(f", tile {elements:,} elements" for elements in dict.fromkeys(tiles))
     fields += [
         ("device", f"{', '.join(device.name for device in devices)}, {threads}"),
-        ("chunk size", f"{memory_size(schedule.slot_bytes)}, tile {tiles} elements"),
+        ("chunk size", f"{memory_size(schedule.slot_bytes)}{tile}"),
     ]
     return Section("Work", fields)
 

@@ -16,6 +16,7 @@ from enum import Enum, IntEnum
 from typing import Any
 
 from ...errors import UsageError
+from .spec import HostError
 
 __all__ = ["Extent", "MethodDefinitionError", "Node", "Trace", "Type", "reachable"]
 
@@ -317,11 +318,14 @@ class HostCall:
     finite: bool = True
 
     def __call__(self, values: Sequence[Any]) -> Any:
-        """The result for the values of the leaves."""
+        """The result for the values of the leaves. Raises HostError if the function fails."""
         if self.finite and not all(isinstance(value, bool) or math.isfinite(value) for value in values):
             return math.nan
-        following = iter(values)
-        return self.function(*_filled(self.args, following))
+        arguments = _filled(self.args, iter(values))
+        try:
+            return self.function(*arguments)
+        except Exception as error:
+            raise HostError(f"{type(error).__name__}: {error}") from error
 
     def moved(self, nodes: Mapping[int, Node]) -> HostCall:
         """The same call with other nodes, by the ids of the present ones."""

@@ -9,7 +9,7 @@ from enum import Enum
 BLOCK = 1 << 15
 """Elements in one block of a reduction. Block boundaries do not depend on the tiles."""
 
-ARITHMETIC_VERSION = 2
+ARITHMETIC_VERSION = 3
 """Incremented by every change that alters the bytes of any output: a method, the blocks of a sum, rounding, random
 numbers. Only the version that started a merge can resume it."""
 
@@ -27,6 +27,10 @@ class MethodError(ValueError):
         super().__init__(message)
         self.parameters = tuple(parameters)
         self.index = index
+
+
+class HostError(Exception):
+    """A Python function of a method failed. The message names its error."""
 
 
 class Base(Enum):

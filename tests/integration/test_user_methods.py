@@ -13,6 +13,7 @@ from mergeloom.engine.run.manifest import read_manifest
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.errors import UsageError
+from tests.support.command_line import run, spawn
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.outputs import digests, read_model, same_tensors
 from tests.support.paths import ROOT
@@ -36,9 +37,9 @@ def method(t: Inputs, *, share: float = {share}) -> Array:
 pytestmark = pytest.mark.usefixtures("forget_methods")
 
 
-def mergeloom(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command, with another directory on Python's path."""
-    start = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else "import sys; "
+def mergeloom(*arguments: object, path: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, with another directory on Python's path."""
+    start = f"import sys; sys.path.insert(0, {str(path)!r}); "
     command = [sys.executable, "-c", f"{start}from mergeloom.__main__ import main; sys.exit(main())"]
     return subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=HANG_SECONDS
@@ -62,25 +63,25 @@ def mine(directory: Path, share: float = 0.5, name: str = "half") -> Path:
 
 def test_from_a_file(llamas: dict[str, Path], tmp_path: Path) -> None:
     file, what = mine(tmp_path), recipe(llamas, tmp_path)
-    done = mergeloom("merge", what, tmp_path / "out", "--methods", file, "--device", "cpu")
+    unknown = run("plan", what)
+    assert unknown.returncode == 2
+    assert "unknown merge method" in unknown.stderr
+    done = spawn("merge", what, tmp_path / "out", "--methods", file, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     linear = recipe(llamas, tmp_path, "linear", "parameters: {weight: 0.5}\n")
-    assert mergeloom("merge", linear, tmp_path / "linear", "--device", "cpu").returncode == 0
+    assert run("merge", linear, tmp_path / "linear", "--device", "cpu").returncode == 0
     same_tensors(read_model(tmp_path / "out"), read_model(tmp_path / "linear"))
     noted = read_manifest(tmp_path / "out")["methods"]
     assert list(noted) == ["half"]
     assert re.fullmatch(r"sha256:[0-9a-f]{64}", noted["half"])
     assert "methods" not in read_manifest(tmp_path / "linear")
     what = recipe(llamas, tmp_path)
-    explained = mergeloom("plan", what, "--methods", file, "--device", "cpu", "--explain", "model.norm.weight")
+    explained = run("plan", what, "--methods", file, "--device", "cpu", "--explain", "model.norm.weight")
     assert (explained.returncode, "half" in explained.stdout) == (0, True), explained.stderr
-    shown = mergeloom("methods", "half", "--methods", file)
+    shown = run("methods", "half", "--methods", file)
     assert shown.returncode == 0
     assert "The sum of the models, each times a share." in shown.stdout
-    assert "  half " in mergeloom("methods", "--methods", file).stdout
-    unknown = mergeloom("plan", what)
-    assert unknown.returncode == 2
-    assert "unknown merge method" in unknown.stderr
+    assert "  half " in run("methods", "--methods", file).stdout
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_a_file_with_a_mistake(llamas: dict[str, Path], tmp_path: Path, text: st
     if text is not None:
         file.write_text(text)
     for command in (("plan", recipe(llamas, tmp_path)), ("methods",)):
-        done = mergeloom(*command, "--methods", file)
+        done = run(*command, "--methods", file)
         assert done.returncode == 2
         assert f"mergeloom: --methods {file}: " in done.stderr
         assert says in done.stderr
@@ -144,10 +145,10 @@ def test_the_page_on_methods_keeps_its_word(llamas: dict[str, Path], tmp_path: P
         file.write_text(block)
         name = re.search(r'@merge_method\(\s*"(\w+)"', block)
         assert name is not None
-        shown = mergeloom("methods", name[1], "--methods", file)
+        shown = run("methods", name[1], "--methods", file)
         assert shown.returncode == 0, shown.stderr
         more = f"base_model: {llamas['base']}\n" if "Base.REQUIRED" in block else ""
-        done = mergeloom(
+        done = run(
             *("merge", recipe(llamas, tmp_path, name[1], more), tmp_path / name[1], "--methods", file),
             *("--device", "cpu"),
         )
@@ -174,7 +175,7 @@ def test_a_method_with_a_mistake_is_an_error_with_its_line(
     assert old in text
     file.write_text("from __future__ import annotations\n" + text.lstrip("\n").replace(old, new))
     for command in (("plan", recipe(llamas, tmp_path)), ("methods", "half")):
-        ended = mergeloom(*command, "--methods", file)
+        ended = run(*command, "--methods", file)
         assert ended.returncode == 2
         assert f"{file}:{line}: " in ended.stderr
         assert says in ended.stderr
@@ -186,7 +187,7 @@ def test_a_method_that_keeps_arrays_between_calls_is_an_error(llamas: dict[str, 
     file = tmp_path / "own.py"
     text = HALF.format(name="half", share=1)
     file.write_text("kept = []" + text.replace("    return", "    kept.append(t.models[0])\n    return kept[0] +"))
-    ended = mergeloom("plan", recipe(llamas, tmp_path), "--methods", file)
+    ended = run("plan", recipe(llamas, tmp_path), "--methods", file)
     assert ended.returncode == 2
     assert f"{file}:13: an array of another tensor: methods cannot keep arrays between calls" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -26,7 +26,7 @@ from tests.support.waiting import no_hang
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("headers", 4000), ("recipes", 600), ("plans", 500), ("indices", 400), ("configs", 250)]
+    ("kind", "count"), [("headers", 4000), ("recipes", 600), ("plans", 200), ("indices", 400), ("configs", 100)]
 )
 def test_mutated_inputs_end_with_an_error_of_ours_or_well(kind: str, count: int, tmp_path: Path) -> None:
     outcome = fuzz(kind, count, 1, tmp_path)  # `make soak` draws others

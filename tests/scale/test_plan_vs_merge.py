@@ -74,7 +74,7 @@ text = plan_text(found)
 said = found.to_dict()
 del said["inputs"]["unused"]
 print(json.dumps({"plan": said, "rss": process_memory().peak}))
-assert ("torch" in sys.modules) == found.computes
+assert "torch" not in sys.modules
 """
 
 

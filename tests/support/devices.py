@@ -37,7 +37,7 @@ class CountingDevice:
         self.held = 0
         self._lock = threading.Lock()
 
-    def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
+    def open(self, slots: int, slot_bytes: int, workspace: int, host: memoryview) -> None:
         """Allocate the arena and the workspaces, within the budget."""
         self.held = slots * slot_bytes + self.threads * workspace
         if self.held > self.budget:
@@ -47,7 +47,6 @@ class CountingDevice:
             (slots * slot_bytes,), 0xFF, dtype=torch.uint8
         )  # NaNs reveal a read of bytes that were never uploaded
         self.workspaces = [torch.empty(workspace, dtype=torch.uint8) for _ in range(self.threads)]
-        self.host = host
 
     def _operation(self) -> None:
         with self._lock:
@@ -64,11 +63,11 @@ class CountingDevice:
         assert 0 <= nbytes <= self.slot_bytes
         return self.arena[number * self.slot_bytes : number * self.slot_bytes + nbytes]
 
-    def upload(self, source: Tensor, number: int) -> None:
+    def upload(self, source: memoryview, number: int) -> None:
         """Copy into a slot."""
         self._operation()
-        self.slot(number, source.numel()).copy_(source)
-        self.uploaded += source.numel()
+        self.slot(number, len(source)).copy_(torch.frombuffer(source, dtype=torch.uint8))
+        self.uploaded += len(source)
 
     def uploads_begun(self) -> Marker:
         """Return a marker that has been reached: uploads are synchronous."""
@@ -78,11 +77,11 @@ class CountingDevice:
         """Count the computation."""
         self._operation()
 
-    def download(self, thread: int, number: int, target: Tensor) -> Marker:
+    def download(self, thread: int, number: int, target: memoryview) -> Marker:
         """Copy out of a slot."""
         self._operation()
-        target.copy_(self.slot(number, target.numel()))
-        self.downloaded += target.numel()
+        torch.frombuffer(target, dtype=torch.uint8).copy_(self.slot(number, len(target)))
+        self.downloaded += len(target)
         return Done()
 
     def peak(self) -> int:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.methods import Array, Inputs, add, host
+from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods.kernels import method_of
@@ -95,6 +97,9 @@ class World:
         else:
             operation = Operation(Kind.MERGE, kind, kernel=kernel_of(kind, InputSpec(len(sources), None, shape)))
         node = self.graph.add_node(operation, tuple(sources), dtype)
+        if operation.kernel is not None:
+            loops = Compiled(operation.kernel, [self.graph.reads[read].dtype.name for read in sources], dtype.name)
+            self.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
         for _ in range(outputs):
             self.graph.add_output(f"out{len(self.graph.outputs)}", node, 0)
         return node

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from mergeloom.cli.app import cli
 from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.reader import STAGE_KEYS
 from mergeloom.methods import merge_methods
+from tests.support.command_line import run
 from tests.support.models import encoder_dir, fine_tuned_encoder_dir
 from tests.support.paths import ROOT
 from tests.support.published.table import CASES
@@ -118,7 +117,13 @@ PAGES_THAT_RUN = [page for page in PAGES if re.search(r"^import mergeloom$", TEX
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
-def test_python_runs(page: Path, llamas: dict[str, Path], tmp_path: Path) -> None:
+def test_python_runs(
+    page: Path,
+    llamas: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Runs the page's Python with the page's recipes, under their names, and with small models."""
     blocks = FENCE.findall(TEXT[page])
     recipes = [text for language, text in blocks if language == "yaml"]
@@ -127,9 +132,9 @@ def test_python_runs(page: Path, llamas: dict[str, Path], tmp_path: Path) -> Non
     for name in re.findall(r'"(\S+\.yml)"', program):
         (tmp_path / name).write_text(names.get(name, recipes[0]))
     link_models(tmp_path, recipes, llamas)
-    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, page.name, "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
 
 
 def test_every_page_with_python_is_run() -> None:
@@ -234,7 +239,9 @@ def without_measurements(report: str) -> list[str]:
     return re.sub(r"\d+ threads?", "N threads", report.partition("\nMemory\n")[0]).splitlines()
 
 
-def test_the_example_of_the_readme_runs_as_printed(llamas: dict[str, Path], tmp_path: Path) -> None:
+def test_the_example_of_the_readme_runs_as_printed(
+    llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Runs the commands in order; a dry run prints what the page shows."""
     recipe = next(text for language, text in FENCE.findall(README) if language == "yaml")
     link_models(tmp_path, [recipe], llamas)
@@ -242,11 +249,10 @@ def test_the_example_of_the_readme_runs_as_printed(llamas: dict[str, Path], tmp_
     shown = "".join(text for language, text in FENCE.findall(README) if language == "console")
     commands = re.findall(r"^\$ mergeloom (.+)\n((?:(?!\$ ).*\n)*)", shown, re.MULTILINE)
     assert [command.split()[0] for command, _ in commands] == ["plan", "merge", "verify", "diff"]
+    monkeypatch.chdir(tmp_path)
     for command, output in commands:
         words = [*shlex.split(command), *(["--device", "cpu"] if command.startswith(("plan", "merge")) else [])]
-        ended = subprocess.run(
-            [sys.executable, "-m", "mergeloom", *words], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        ended = run(*words)
         assert ended.returncode == 0, ended.stderr
         if output:
             assert without_measurements(ended.stdout) == without_measurements(output)
@@ -290,7 +296,8 @@ def test_the_published_recipes_of_the_readme_are_counted() -> None:
 
 
 def test_the_documented_default_budgets_are_the_real_ones() -> None:
-    from mergeloom.engine.cost.machine import RAM_SHARE, VRAM_SHARE
+    from mergeloom.engine.cost.devices import VRAM_SHARE
+    from mergeloom.engine.cost.machine import RAM_SHARE
 
     page = (ROOT / "docs" / "command-line.md").read_text()
     options = {p.name: p for p in cli.commands["plan"].params if isinstance(p, click.Option)}

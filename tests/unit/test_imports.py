@@ -116,6 +116,48 @@ def test_every_module_of_the_package_is_found_without_an_installation() -> None:
         assert (ROOT / "mergeloom" / folder).resolve() == ROOT / folder
 
 
+WITH_TORCH = {
+    "mergeloom.engine.cost.measure_gpu",
+    "mergeloom.engine.cost.measure_torch_memory",
+    "mergeloom.engine.execute.devices.cuda",
+    "mergeloom.engine.execute.torch_compute",
+}
+"""Modules outside the torch backend that import torch at their top: those that only GPU merges import."""
+
+INSIDE = {"mergeloom.engine.cost.devices", "mergeloom.engine.cost.prepare"}
+"""Modules that import torch in a function."""
+
+
+def test_torch_is_imported_only_by_modules_for_gpus() -> None:
+    for module, path in SOURCES.items():
+        if module.startswith("mergeloom.methods.kernel.torch_backend") or module in WITH_TORCH:
+            continue
+        of_types = {
+            each
+            for node in ast.walk(ast.parse(path.read_text(), path))
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for each in range(node.lineno, (node.end_lineno or 0) + 1)
+        }
+        for line, name in imports(module):
+            if line not in of_types and name.split(".")[0] == "torch":
+                assert module in INSIDE, f"{module}:{line} imports torch"
+    for module in INSIDE:
+        assert "torch" not in loaded_by(f"import {module}")
+
+
+def test_the_modules_for_gpus_are_imported_late() -> None:
+    allowed = WITH_TORCH | {"mergeloom.methods.kernel.torch_backend"}
+    importing = "\n".join(f"import {module}" for module in SOURCES if not module.startswith(tuple(allowed)))
+    assert not loaded_by(importing.replace("import mergeloom.__main__\n", "")) & {"torch"}
+
+
+def test_llvm_is_imported_only_by_the_compiler() -> None:
+    for module in SOURCES:
+        for line, name in imports(module):
+            inside = module == "mergeloom.methods.kernel.fused.compiler"
+            assert inside or name.split(".")[0] != "llvmlite", f"{module}:{line} imports llvmlite"
+
+
 # ------------------------------------------------------------------------------------------------ what is loaded
 
 

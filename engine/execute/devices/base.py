@@ -6,7 +6,7 @@ uploads and downloads that overlap the computation.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ....errors import EnvironmentFailure
 from ....io.sizes import format_size
@@ -57,24 +57,25 @@ class Device(Protocol):
     separate: bool  # whether it has its own memory
     threads: int
 
-    def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
+    def open(self, slots: int, slot_bytes: int, workspace: int, host: memoryview) -> None:
         """Allocate all memory of a run.
 
         Args:
             slots: number of slots of the arena; 0 for a device without its own memory.
             slot_bytes: size of a slot in bytes.
             workspace: size of each compute thread's workspace in bytes.
-            host: arena in RAM, one-dimensional uint8, that uploads read and downloads write.
+            host: arena in RAM, which uploads read and downloads write.
         """
 
-    def workspace(self, thread: int) -> Tensor:
-        """Return the workspace of a compute thread: one-dimensional uint8."""
+    def workspace(self, thread: int) -> Any:
+        """Return the workspace of a compute thread, for its backend: a one-dimensional uint8 tensor in the device's own
+        memory, or a memoryview of RAM."""
 
     def slot(self, number: int, nbytes: int) -> Tensor:
         """Return the first `nbytes` bytes of a slot: one-dimensional uint8."""
 
-    def upload(self, source: Tensor, number: int) -> None:
-        """Start to copy `source` (uint8, in the host arena) to the start of a slot."""
+    def upload(self, source: memoryview, number: int) -> None:
+        """Start to copy `source`, bytes of the host arena, to the start of a slot."""
 
     def uploads_begun(self) -> Marker:
         """Return a marker that is reached once all uploads started so far are complete."""
@@ -82,8 +83,8 @@ class Device(Protocol):
     def begin(self, thread: int, after: Marker) -> None:
         """Make the next computation of a thread wait for `after`."""
 
-    def download(self, thread: int, number: int, target: Tensor) -> Marker:
-        """Start to copy from the start of a slot to `target` (host), after the thread's work so far."""
+    def download(self, thread: int, number: int, target: memoryview) -> Marker:
+        """Start to copy from the start of a slot to `target` in the host arena, after the thread's work so far."""
 
     def peak(self) -> int:
         """Return the highest number of bytes that were allocated on the device at one time."""

@@ -23,27 +23,21 @@ class CpuDevice:
     def __init__(self, threads: int) -> None:
         self.name = "cpu"
         self.threads = threads
-        self._workspaces: list[Tensor] = []
-        self._threads_before: int | None = None
+        self._workspaces: list[memoryview] = []
 
-    def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
-        """Allocate the workspaces, and keep torch from using threads of its own."""
-        import torch
+    def open(self, slots: int, slot_bytes: int, workspace: int, host: memoryview) -> None:
+        """Allocate the workspaces."""
+        self._workspaces = [memoryview(take_memory(workspace))[:workspace] for _ in range(self.threads)]
 
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        memory = [take_memory(workspace) for _ in range(self.threads)]
-        self._workspaces = [torch.frombuffer(each, dtype=torch.uint8)[:workspace] for each in memory]
-
-    def workspace(self, thread: int) -> Tensor:
-        """Return the workspace of a compute thread."""
+    def workspace(self, thread: int) -> memoryview:
+        """Return the workspace of a compute thread, aligned to pages."""
         return self._workspaces[thread]
 
     def slot(self, number: int, nbytes: int) -> Tensor:
         """Raise TypeError: the CPU has no memory of its own."""
         raise TypeError("the CPU computes in RAM: it has no slots, uploads or downloads")
 
-    def upload(self, source: Tensor, number: int) -> None:
+    def upload(self, source: memoryview, number: int) -> None:
         """Raise TypeError: the CPU has no memory of its own."""
         raise TypeError("the CPU computes in RAM: it has no slots, uploads or downloads")
 
@@ -54,7 +48,7 @@ class CpuDevice:
     def begin(self, thread: int, after: Marker) -> None:
         """Do nothing: the CPU has no uploads to wait for."""
 
-    def download(self, thread: int, number: int, target: Tensor) -> Marker:
+    def download(self, thread: int, number: int, target: memoryview) -> Marker:
         """Raise TypeError: the CPU has no memory of its own."""
         raise TypeError("the CPU computes in RAM: it has no slots, uploads or downloads")
 
@@ -63,9 +57,5 @@ class CpuDevice:
         return 0
 
     def close(self) -> None:
-        """Free the workspaces, and restore torch's number of threads."""
+        """Free the workspaces."""
         self._workspaces = []
-        if self._threads_before is not None:
-            import torch
-
-            torch.set_num_threads(self._threads_before)

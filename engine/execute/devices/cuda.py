@@ -90,7 +90,7 @@ class CudaDevice:
         self._slot_bytes = 0
         self._lock = threading.Lock()
 
-    def open(self, slots: int, slot_bytes: int, workspace: int, host: Tensor) -> None:
+    def open(self, slots: int, slot_bytes: int, workspace: int, host: memoryview) -> None:
         """Allocate the arena and the workspaces, and register the host arena for fast copies."""
         self._device_before = torch.cuda.current_device()
         torch.cuda.set_device(self.device)
@@ -109,7 +109,7 @@ class CudaDevice:
         self._in = torch.cuda.Stream(self.device)
         self._out = torch.cuda.Stream(self.device)
         self._compute = [torch.cuda.Stream(self.device) for _ in range(self.threads)]
-        self._pinned = _PINNED.pin(host, self.device)
+        self._pinned = _PINNED.pin(torch.frombuffer(host, dtype=torch.uint8), self.device)
 
     def workspace(self, thread: int) -> Tensor:
         """Return the workspace of a compute thread."""
@@ -121,10 +121,11 @@ class CudaDevice:
         start = number * self._slot_bytes
         return self._arena[start : start + nbytes]
 
-    def upload(self, source: Tensor, number: int) -> None:
+    def upload(self, source: memoryview, number: int) -> None:
         """Start to copy into a slot, on the upload stream."""
+        host = torch.frombuffer(source, dtype=torch.uint8)
         with torch.cuda.stream(self._in):
-            self.slot(number, source.numel()).copy_(source, non_blocking=True)
+            self.slot(number, len(source)).copy_(host, non_blocking=True)
 
     def uploads_begun(self) -> Marker:
         """Return an event that follows all uploads started so far."""
@@ -139,15 +140,16 @@ class CudaDevice:
         assert isinstance(after, _Event)
         stream.wait_event(after.event)
 
-    def download(self, thread: int, number: int, target: Tensor) -> Marker:
+    def download(self, thread: int, number: int, target: memoryview) -> Marker:
         """Start to copy out of a slot, on the download stream."""
         done = torch.cuda.Event()
         done.record(self._compute[thread])
         event = torch.cuda.Event()
+        host = torch.frombuffer(target, dtype=torch.uint8)
         with self._lock:
             self._out.wait_event(done)
             with torch.cuda.stream(self._out):
-                target.copy_(self.slot(number, target.numel()), non_blocking=True)
+                host.copy_(self.slot(number, len(target)), non_blocking=True)
             event.record(self._out)
         return _Event(event)
 

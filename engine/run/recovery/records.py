@@ -38,7 +38,7 @@ framing of lines). Digests are XXH3-128 in hexadecimal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -205,21 +205,19 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any]], JournalRecord | None]] = {
 }
 
 
-def parse_records(records: Iterable[Mapping[str, Any]], graph: MergeGraph, layout: Layout) -> list[JournalRecord]:
-    """Parse the records of a journal. Records that are unknown, malformed or do not fit the plan are ignored.
+def parse_records(records: Iterable[Mapping[str, Any]], graph: MergeGraph, layout: Layout) -> Iterator[JournalRecord]:
+    """Parse the records of a journal one by one. Those that are unknown, malformed or do not fit the plan are ignored.
 
     Args:
         records: records as the journal stores them.
         graph: merge graph, whose nodes and reads the records number.
         layout: layout of the output, whose shards the records number.
     """
-    parsed = []
     for stored in records:
         parse = _PARSERS.get(next(iter(stored), ""))
         record = parse(stored) if parse is not None else None
         if record is not None and (fitting := _fit(record, graph, layout)) is not None:
-            parsed.append(fitting)
-    return parsed
+            yield fitting
 
 
 def _fit(record: JournalRecord, graph: MergeGraph, layout: Layout) -> JournalRecord | None:

@@ -18,10 +18,20 @@ from ...graph.layout import Layout
 from ..buffers import ThreadBuffers
 from ..transfers import PART_BYTES, Transfer, source_of
 from .checks import CHECKS, Check, Checked, Read, run_checks
-from .records import BlocksWritten, JournalRecord, RangeCopied, SourceRange, block_count, parse_records
-from .source_digests import ranges_in_use, source_ranges, used_bytes
+from .records import (
+    BlocksWritten,
+    JournalRecord,
+    RangeCopied,
+    SourceRange,
+    SourceRead,
+    block_count,
+    parse_records,
+)
+from .source_digests import add_ranges, ranges_in_use, used_bytes
 
 _BLOCKS_PER_CHECK = 8
+
+_NO_TAIL = (0, 0, b"")
 
 Range = tuple[int, int]
 
@@ -88,18 +98,60 @@ def _part(transfer: Transfer, start: int, end: int) -> Transfer:
 
 @dataclass(slots=True)
 class _JournaledBlocks:
-    """The blocks of one node that the journal names as durable."""
+    """The blocks of one node that the journal names as durable.
 
-    blocks: dict[int, bytes] = field(default_factory=dict)
-    tail: tuple[int, int, bytes] = (0, 0, b"")  # number of the incomplete block, its durable bytes, their digest
+    Args:
+        blocks: digests of the node's first blocks, up to the first one that the journal does not have.
+        tail: number of the incomplete block, its durable bytes, and their digest.
+        beyond: digests of blocks after a gap, by number; None if there are none.
+    """
 
-    @property
-    def contiguous(self) -> int:
-        """Number of the node's first blocks that the journal has without a gap."""
-        number = 0
-        while number in self.blocks:
-            number += 1
-        return number
+    blocks: list[bytes] = field(default_factory=list)
+    tail: tuple[int, int, bytes] = _NO_TAIL
+    beyond: dict[int, bytes] | None = None
+
+    def add(self, record: BlocksWritten) -> None:
+        """Add the blocks of a record; a later record of a block replaces an earlier one."""
+        beyond = self.beyond or {}
+        for number, digest in enumerate(record.blocks, record.first):
+            if number < len(self.blocks):
+                self.blocks[number] = digest
+            else:
+                beyond[number] = digest
+        while (following := beyond.pop(len(self.blocks), None)) is not None:
+            self.blocks.append(following)
+        self.beyond = beyond or None
+        if record.tail is not None:
+            self.tail = max(self.tail, (record.end, record.tail.nbytes, record.tail.digest))
+
+
+@dataclass(slots=True)
+class _Journaled:
+    """Everything that the records of a journal name.
+
+    Args:
+        blocks: blocks of each node.
+        copied: copied ranges of each shard.
+        sources: digested ranges of each read.
+    """
+
+    blocks: dict[int, _JournaledBlocks] = field(default_factory=dict)
+    copied: dict[int, list[Range]] = field(default_factory=dict)
+    sources: dict[int, list[SourceRange]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Iterable[JournalRecord]) -> _Journaled:
+        """Collect what records name. They are not kept."""
+        found = cls()
+        for record in records:
+            match record:
+                case BlocksWritten(node):
+                    found.blocks.setdefault(node, _JournaledBlocks()).add(record)
+                case RangeCopied(shard, start, end):
+                    found.copied.setdefault(shard, []).append((start, end))
+                case SourceRead():
+                    add_ranges(found.sources, record)
+        return found
 
 
 def recover(
@@ -128,18 +180,19 @@ def recover(
     """
     if journal is None:
         return RecoveredState()
-    records = parse_records(journal.records, graph, layout)
-    journaled = _journaled_blocks(records)
-    blocks = _block_checks(journaled, graph, layout, shard_path)
-    copies = _copy_checks(_copied_ranges(records), graph, layout, shard_path, sharing)
+    journaled = _Journaled.of(parse_records(journal.records, graph, layout))
+    blocks = _block_checks(journaled.blocks, graph, layout, shard_path)
+    copied = {shard: _merge_ranges(ranges) for shard, ranges in journaled.copied.items()}
+    copies = _copy_checks(copied, graph, layout, shard_path, sharing)
     checked = run_checks([*blocks, *copies], buffers or ThreadBuffers(CHECKS, 2), watch)
     state = RecoveredState(checked=checked.nbytes, bytes_read=checked.bytes_read)
     damaged = {(check.node, number) for check in blocks for number in check.damaged}
     tails: dict[int, BlockDigests] = {check.node: check.tail for check in blocks if check.tail is not None}
     state.damaged = len(damaged)
-    for node, entry in journaled.items():
-        intact = next((number for number in range(entry.contiguous) if (node, number) in damaged), entry.contiguous)
-        known = [entry.blocks[number] for number in range(intact)]
+    for node, entry in journaled.blocks.items():
+        contiguous = len(entry.blocks)
+        intact = next((number for number in range(contiguous) if (node, number) in damaged), contiguous)
+        known = entry.blocks[:intact] if intact < contiguous else entry.blocks
         if intact == block_count(graph, node):
             state.complete[node] = known
         elif node in tails and (node, entry.tail[0]) not in damaged and entry.tail[0] == intact:
@@ -151,7 +204,7 @@ def recover(
         ranges.setdefault(copy.shard, []).extend(copy.equal)
         state.differing += copy.nbytes - sum(end - start for start, end in copy.equal)
     state.copied = {shard: merged for shard, equal in ranges.items() if (merged := _merge_ranges(equal))}
-    state.sources = ranges_in_use(source_ranges(records), used_bytes(graph, state.written(graph)))
+    state.sources = ranges_in_use(journaled.sources, used_bytes(graph, state.written(graph)))
     return state
 
 
@@ -183,11 +236,11 @@ class _BlockCheck(Check):
     offset: int
     size: int
     first: int
-    digests: list[bytes]
-    known: list[bytes] = field(default_factory=list)
+    digests: Sequence[bytes]
+    known: Sequence[bytes] = ()
     tail_bytes: int = 0
     tail_digest: bytes = b""
-    damaged: list[int] = field(default_factory=list)
+    damaged: tuple[int, ...] = ()
     tail: BlockDigests | None = None
 
     @property
@@ -202,14 +255,14 @@ class _BlockCheck(Check):
             if self._feed(read, digests, start, self.tail_bytes, start) and digests.tail() == self.tail_digest:
                 self.tail = digests
             else:
-                self.damaged.append(self.first)
+                self.damaged = (self.first,)
             return
         for number, expected in enumerate(self.digests, self.first):
             start = number * BLOCK_BYTES
             nbytes = min(BLOCK_BYTES, self.size - start)
             digests = BlockDigests(nbytes)
             if not self._feed(read, digests, start, nbytes, 0) or digests.blocks != [expected]:
-                self.damaged.append(number)
+                self.damaged = (*self.damaged, number)
 
     def _feed(self, read: Read, digests: BlockDigests, start: int, nbytes: int, position: int) -> bool:
         """Digest a range of the node's output. Return whether it could be read."""
@@ -228,17 +281,18 @@ def _block_checks(
     """Create the checks of all blocks that the journal names, in the order of shards and offsets."""
     checks: list[_BlockCheck] = []
     destinations = graph.destinations()
+    files = [shard_path(shard) for shard in range(len(layout.shards))]
     for node, entry in journaled.items():
-        known = [entry.blocks[number] for number in range(entry.contiguous)]
+        known = entry.blocks
         number, nbytes, digest = entry.tail
         size = graph.nbytes(node)
         for output in destinations[node]:
-            file, offset = shard_path(layout.shard_of[output]), layout.offset_of[output]
+            file, offset = files[layout.shard_of[output]], layout.offset_of[output]
             for first in range(0, len(known), _BLOCKS_PER_CHECK):
                 part = known[first : first + _BLOCKS_PER_CHECK]
                 checks.append(_BlockCheck(node, file, offset, size, first, part))
             if nbytes and number == len(known):
-                checks.append(_BlockCheck(node, file, offset, size, number, [], known, nbytes, digest))
+                checks.append(_BlockCheck(node, file, offset, size, number, (), known, nbytes, digest))
     return sorted(checks, key=lambda check: (check.file, check.offset, check.first))
 
 
@@ -310,27 +364,6 @@ def _copy_checks(
                     offset, nbytes = ref.offset + part - first, min(PART_BYTES, end - part)
                     checks.append(_CopyCheck(ref.file, offset, shard, shard_path(shard), part, nbytes))
     return sorted(checks, key=lambda check: (check.source, check.offset))
-
-
-def _journaled_blocks(records: Sequence[JournalRecord]) -> dict[int, _JournaledBlocks]:
-    """Collect the blocks that records name, by node."""
-    journaled: dict[int, _JournaledBlocks] = {}
-    for record in records:
-        if isinstance(record, BlocksWritten):
-            entry = journaled.setdefault(record.node, _JournaledBlocks())
-            entry.blocks.update(enumerate(record.blocks, record.first))
-            if record.tail is not None:
-                entry.tail = max(entry.tail, (record.end, record.tail.nbytes, record.tail.digest))
-    return journaled
-
-
-def _copied_ranges(records: Sequence[JournalRecord]) -> dict[int, list[Range]]:
-    """Collect the copied ranges that records name, by shard. Ranges that touch are merged."""
-    ranges: dict[int, list[Range]] = {}
-    for record in records:
-        if isinstance(record, RangeCopied):
-            ranges.setdefault(record.shard, []).append((record.start, record.end))
-    return {shard: _merge_ranges(unsorted) for shard, unsorted in ranges.items()}
 
 
 def _merge_ranges(ranges: Iterable[Range]) -> list[Range]:

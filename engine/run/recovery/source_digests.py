@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ....errors import CheckpointError
 from ...graph.graph import Kind, MergeGraph
 from ..buffers import ThreadBuffers
 from .checks import Check, Checked, Read, run_checks
-from .records import JournalRecord, SourceRange, SourceRead
+from .records import SourceRange, SourceRead
 
 _MODULUS = 1 << 128
 
@@ -131,13 +131,9 @@ def source_records(ranges: Ranges) -> Iterator[SourceRead]:
         yield SourceRead(read, tuple(digested))
 
 
-def source_ranges(records: Iterable[JournalRecord]) -> dict[int, list[SourceRange]]:
-    """Collect the ranges that journal records name, by read number."""
-    ranges: dict[int, list[SourceRange]] = {}
-    for record in records:
-        if isinstance(record, SourceRead):
-            ranges.setdefault(record.read, []).extend(record.ranges)
-    return ranges
+def add_ranges(ranges: dict[int, list[SourceRange]], record: SourceRead) -> None:
+    """Add the ranges of a journal record to those of its read."""
+    ranges.setdefault(record.read, []).extend(record.ranges)
 
 
 # ------------------------------------------------------------------------------------------------ resuming

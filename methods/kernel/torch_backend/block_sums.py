@@ -1,9 +1,9 @@
 """Sums over a tensor that do not depend on the tiles: in a fixed order within each block, then over the blocks.
 
-A complete block is split into rows of 2^11 elements. The rows are added in order in the work dtype. The result is
-summed in float64, and so are the sums of the blocks. This takes half the time of float64 sums. Rounding errors in
-float32 are unbiased and independent, so their total in a block is about 2^-29 of the sum of the absolute values. A
-tensor of up to 2^11 elements has none.
+A block is split into rows of 2^11 elements; the last row can be incomplete. The rows are added in order in the type of
+the summands. The result is summed in float64, and so are the sums of the blocks. This takes half the time of float64
+sums. Rounding errors in float32 are unbiased and independent, so their total in a block is about 2^-29 of the sum of
+the absolute values. A tensor of up to 2^11 elements has none.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from torch import Tensor
 from ..spec import BLOCK
 from .tile import Workspace
 
-_JOINT = 1 << 11  # columns per block that remain until `partial` folds all sums of a tile at once
-_MAX_ROWS = 64  # rows of a block that can be added in the work dtype
+_COLUMNS = 1 << 11  # columns per block, which `partial` folds for all sums of a tile at once
 
 
-def pairwise_fold(values: Tensor, width: int = 1) -> Tensor:
-    """Fold the last dimension of a tensor in place until at most `width` columns remain.
+def pairwise_fold(values: Tensor) -> Tensor:
+    """Fold the last dimension of a tensor in place until one column remains.
 
     Each step adds the second half to the first half; the middle column of an odd number is left unchanged.
     """
     columns = values.shape[-1]
-    while columns > width:
+    while columns > 1:
         half = columns // 2
         values[..., :half].add_(values[..., columns - half : columns])
         columns -= half
@@ -40,11 +39,27 @@ def _sums_in_order(dtype: torch.dtype) -> bool:
     torch releases up to now do so for up to 16 rows, but its documentation does not guarantee it.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.rand(2, BLOCK // _JOINT, _JOINT, dtype=dtype, generator=generator).sub_(0.5)
+    rows = torch.rand(2, BLOCK // _COLUMNS, _COLUMNS, dtype=dtype, generator=generator).sub_(0.5)
     in_order = rows[:, 0].clone()
     for row in range(1, rows.shape[1]):
         in_order.add_(rows[:, row])
     return torch.equal(torch.sum(rows, 1), in_order)
+
+
+def column_sums(values: Tensor, height: int) -> list[Tensor]:
+    """Add the rows of each block of `height` rows in order; returns one tensor of the columns' sums per block."""
+    complete = len(values) // height
+    result: list[Tensor] = []
+    for blocks in (
+        values[: complete * height].view(complete, height, values.shape[1]),
+        values[complete * height :][None],
+    ):
+        if blocks.numel():
+            sums = blocks[:, 0].clone()
+            for row in range(1, blocks.shape[1]):
+                sums.add_(blocks[:, row])
+            result += sums.unbind()
+    return result
 
 
 class BlockSums:
@@ -61,53 +76,43 @@ class BlockSums:
 
     def __init__(self, sums: int, elements: int, block: int, workspace: Workspace, device: torch.device) -> None:
         complete, rest = divmod(elements, block)
-        self._height = block // _JOINT if block % _JOINT == 0 and _JOINT < block <= _MAX_ROWS * _JOINT else 0
         self._split = complete * block
-        self._sums: list[Tensor] = []
-        self._rows = workspace.take(0, torch.float64)
+        self._parts: list[tuple[Tensor, Tensor]] = []
         if complete:
-            width = _JOINT if self._height else _folded_width(block)
-            self._sums.append(workspace.take(sums * complete * width, torch.float64).view(sums, complete, width))
-            if self._height:
-                self._rows = workspace.take(complete * _JOINT, torch.float64)
+            width = min(block, _COLUMNS)
+            columns = workspace.take(sums * complete * width, torch.float64).view(sums, complete, width)
+            self._parts.append((columns, workspace.take(complete * width, torch.float64)))
         if rest:
-            self._sums.append(torch.empty((sums, 1, _folded_width(rest)), dtype=torch.float64, device=device))
+            columns = torch.empty((sums, 1, min(rest, _COLUMNS)), dtype=torch.float64, device=device)
+            self._parts.append((columns, torch.empty(columns.shape[2], dtype=torch.float64, device=device)))
         self._at_once = device.type == "cpu" and block == BLOCK
-        self._blocks = complete
 
     def add(self, number: int, values: Tensor) -> None:
         """Sum tensor `number`, which has the tile's size and is not modified."""
         flat = values.view(-1)
-        parts = iter(self._sums)
-        if self._blocks:
-            into = next(parts)[number]
-            within = flat[: self._split].view(self._blocks, -1)
-            if self._height:
-                rows = self._rows.view(values.dtype)[: self._blocks * _JOINT].view(self._blocks, _JOINT)
-                self._add_rows(within.view(self._blocks, self._height, _JOINT), rows)
-                into.copy_(rows)
-            else:
-                into.copy_(pairwise_fold(within.clone(), into.shape[1]))
-        if flat.numel() > self._split:
-            into = next(parts)[number]
-            into.copy_(pairwise_fold(flat[self._split :].clone().view(1, -1), into.shape[1]))
+        parts = [part for part in (flat[: self._split], flat[self._split :]) if part.numel()]
+        for part, (columns, memory) in zip(parts, self._parts, strict=True):
+            blocks, width = columns.shape[1:]
+            rows = memory.view(values.dtype)[: blocks * width].view(blocks, width)
+            self._add_rows(part.view(blocks, -1), rows)
+            columns[number].copy_(rows)
 
-    def _add_rows(self, lines: Tensor, rows: Tensor) -> None:
-        if self._at_once and _sums_in_order(lines.dtype):
-            torch.sum(lines, [1], out=rows)
-            return
-        torch.add(lines[:, 0], lines[:, 1], out=rows)
-        for row in range(2, lines.shape[1]):
-            rows.add_(lines[:, row])
+    def _add_rows(self, blocks: Tensor, rows: Tensor) -> None:
+        """Add the rows of each block in order."""
+        height, rest = divmod(blocks.shape[1], _COLUMNS)
+        if height:
+            lines = blocks[:, : height * _COLUMNS].view(len(blocks), height, _COLUMNS)
+            if height == BLOCK // _COLUMNS and self._at_once and _sums_in_order(lines.dtype):
+                torch.sum(lines, [1], out=rows)
+            else:
+                rows.copy_(lines[:, 0])
+                for row in range(1, height):
+                    rows.add_(lines[:, row])
+            if rest:
+                rows[:, :rest].add_(blocks[:, height * _COLUMNS :])
+        else:
+            rows.copy_(blocks)
 
     def partial(self) -> Tensor:
         """The sums as a new tensor of shape (sums, blocks) on the tensors' device."""
-        columns = [pairwise_fold(sums)[..., 0] for sums in self._sums]
-        return torch.cat(columns, 1)
-
-
-def _folded_width(columns: int) -> int:
-    """The number of columns that `pairwise_fold` leaves for a width of `_JOINT`."""
-    while columns > _JOINT:
-        columns -= columns // 2
-    return columns
+        return torch.cat([pairwise_fold(columns)[..., 0] for columns, _ in self._parts], 1)

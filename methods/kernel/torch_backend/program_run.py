@@ -12,7 +12,7 @@ from ..expression import Extent, Node, Type
 from ..program import Instruction, Slot
 from ..reductions import ColumnSum, Count, Selection, Sum
 from . import counting
-from .block_sums import BlockSums, pairwise_fold
+from .block_sums import BlockSums, column_sums
 from .context import PassContext
 from .hashing import hashes
 from .operations import INTEGER_OPERATIONS, OPERATIONS
@@ -201,11 +201,7 @@ class ProgramRun:
         elif isinstance(reduction, Count):
             partials.append(torch.count_nonzero(values))
         elif isinstance(reduction, ColumnSum):
-            blocks = torch.split(values.view(-1, reduction.width), reduction.height)
-            # a copy even where the transposed block is contiguous, because other nodes can need the values
-            partials += [
-                pairwise_fold(block.t().clone(memory_format=torch.contiguous_format))[:, 0].clone() for block in blocks
-            ]
+            partials += column_sums(values.view(-1, reduction.width), reduction.height)
         else:
             self._count(instruction, number, reduction, values)
 

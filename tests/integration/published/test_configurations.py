@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.command_line import run
 from tests.support.outputs import read_model, same_tensors
-from tests.support.waiting import HANG_SECONDS
 
 
 def merge(recipe: dict[str, object], directory: Path) -> subprocess.CompletedProcess[str]:
-    """`mergeloom merge` of this recipe into `directory`/out, in a process of its own."""
+    """`mergeloom merge` of this recipe into `directory`/out."""
     file = directory / "recipe.yml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    command = [sys.executable, "-m", "mergeloom", "merge", str(file), str(directory / "out"), "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
+    return run("merge", file, directory / "out", "--device", "cpu")
 
 
 @pytest.mark.parametrize("tune", ["a", "b", "c"])

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeloom.engine.run.manifest import MANIFEST
+from mergeloom.engine.run.manifest import _pieces as pieces
 from mergeloom.engine.run.manifest import _self_digest as self_digest
-from mergeloom.engine.run.manifest import _to_bytes as to_bytes
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.verify import Verdict
@@ -74,4 +74,4 @@ def forge(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((out / MANIFEST).read_text())
     change(content)
     content["digest"] = self_digest(content)
-    (out / MANIFEST).write_bytes(to_bytes(content))
+    (out / MANIFEST).write_bytes(b"".join(pieces(content)))

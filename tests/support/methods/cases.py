@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -86,7 +87,19 @@ CASES = [
 
 
 def make(kind: str, models: int, shape: tuple[int, ...], base: int | None = None) -> list[Tensor]:
-    """Fine-tunes of one model. "lattice": bfloat16, whose differences are full of ties; else of the dtype named."""
+    """Fine-tunes of one model, not to be changed.
+
+    Args:
+        kind: "lattice" for bfloat16, whose differences are full of ties; otherwise a dtype, or "mixed".
+        models: number of inputs, the base included.
+        shape: shape of each.
+        base: index of the base, if there is one.
+    """
+    return list(_made(kind, models, shape, base))
+
+
+@lru_cache(maxsize=16)  # drawing them takes longer than most merges
+def _made(kind: str, models: int, shape: tuple[int, ...], base: int | None) -> tuple[Tensor, ...]:
     generator = numpy.random.default_rng(sum(shape) + models)  # torch's normal numbers depend on the instruction set
     start = torch.tensor(generator.standard_normal(shape, dtype=numpy.float32)) * 0.02
     made = []
@@ -101,4 +114,4 @@ def make(kind: str, models: int, shape: tuple[int, ...], base: int | None = None
         elif kind == "float64":
             x = x.double() + step.double() * 1e-7
         made.append(x)
-    return made
+    return tuple(made)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergeloom.io.safetensors.dtypes import DTYPES, Kind
 from mergeloom.methods import Array, Inputs, merge_methods
+from mergeloom.methods.kernel.fused.compiled import Compiled
+from mergeloom.methods.kernel.fused.passes import FusedPass
+from mergeloom.methods.kernel.fused.run import Chunk
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import Method
 from mergeloom.methods.kernel.spec import Absent, Base, InputSpec, Unit
@@ -55,6 +59,29 @@ class Run:
     used: int
 
 
+@dataclass
+class FusedRun:
+    """The result of running a kernel's compiled loops.
+
+    Args:
+        output: bytes of the merged tensor.
+        passes: number of passes over the chunks.
+        beyond: whether a value is NaN or beyond the largest number of the dtype.
+    """
+
+    output: bytes
+    passes: int
+    beyond: bool
+
+
+NAMES = {
+    getattr(torch, dtype.torch_name): name
+    for name, dtype in DTYPES.items()
+    if dtype.torch_name and dtype.kind is Kind.FLOAT
+}
+"""The names of floating-point dtypes in a safetensors header."""
+
+
 def run_kernel(
     kernel: Kernel,
     inputs: Sequence[Tensor],
@@ -80,18 +107,15 @@ def run_kernel(
                 parts = [x.view(-1, kernel.inputs.columns) for x in parts]
             yield Tile(parts, workspace, element=start, key=key, positions=positions or range(len(flat)))
 
-    state: Any = None
-    passes = 1
-    for index in range(kernel.reductions):
-        if not kernel.needed(index, state):
-            continue
-        passes += 1
+    def reduce(index: int, state: Any) -> Any:
         merged = None
         for tile in tiles():  # each tile as a chunk of its own
             run = Pass(kernel, index, state, workspace)
             run.reduce(tile)
             merged = kernel.merge(index, merged, run.result())
-        state = kernel.finish(index, merged, state)
+        return merged
+
+    passes, state = reduced(kernel, reduce)
     output = torch.empty(size, dtype=dtype, device=inputs[0].device)
     final = Pass(kernel, None, state, workspace)
     for tile in tiles():
@@ -100,6 +124,71 @@ def run_kernel(
         assert result.dtype == dtype
         output[tile.element : tile.element + tile.elements] = result.reshape(-1)
     return Run(output.view(shape), passes, declared, workspace.peak)
+
+
+def reduced(kernel: Kernel, reduce: Callable[[int, Any], Any]) -> tuple[int, Any]:
+    """Run the passes before the last one; returns the number of all passes, and the state.
+
+    Args:
+        kernel: the kernel.
+        reduce: computes the partial results of all elements in a pass.
+    """
+    state, passes = None, 1
+    for index in range(kernel.reductions):
+        if kernel.needed(index, state):
+            passes += 1
+            state = kernel.finish(index, reduce(index, state), state)
+    return passes, state
+
+
+def run_fused(
+    kernel: Kernel,
+    inputs: Sequence[Tensor],
+    chunk_elements: int | None = None,
+    *,
+    out: torch.dtype | None = None,
+    key: int = 0,
+    positions: Sequence[int] | None = None,
+) -> FusedRun:
+    """Run a kernel's compiled loops over chunks of about `chunk_elements` elements, or over one chunk if None.
+
+    Args:
+        kernel: the kernel.
+        inputs: its inputs.
+        chunk_elements: number of elements of a chunk, which is rounded to the kernel's alignment.
+        out: dtype of the output; the work dtype if None.
+        key: random key of the output tensor.
+        positions: position in the recipe of each input's model.
+    """
+    work = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
+    out = out or work
+    compiled = Compiled(kernel, [NAMES[x.dtype] for x in inputs], NAMES[out])
+    data = [(memoryview(x.contiguous().view(-1).view(torch.uint8).numpy()), x.element_size()) for x in inputs]
+    size = inputs[0].numel()
+    step = size if chunk_elements is None else max(1, chunk_elements // kernel.alignment) * kernel.alignment
+    scratch = torch.empty(compiled.scratch + 64, dtype=torch.uint8)
+    scratch = scratch[-scratch.data_ptr() % 64 :][: compiled.scratch]
+
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, size, max(1, step)):
+            count = min(step, size - start)
+            parts = [all_bytes[start * width : (start + count) * width] for all_bytes, width in data]
+            yield Chunk(parts, start, count, key, positions or range(len(inputs)))
+
+    def reduce(index: int, state: Any) -> Any:
+        merged = None
+        for chunk in chunks():
+            partial = FusedPass(compiled, index, state, scratch.numpy()).reduce(chunk)
+            merged = kernel.merge(index, merged, partial)
+        return merged
+
+    passes, state = reduced(kernel, reduce)
+    output = torch.full((size,), 77, dtype=torch.uint8).repeat_interleave(out.itemsize)
+    beyond = False
+    for chunk in chunks():
+        part = output[chunk.element * out.itemsize : (chunk.element + chunk.elements) * out.itemsize].numpy()
+        beyond |= FusedPass(compiled, None, state, scratch.numpy()).combine(chunk, memoryview(part))
+    return FusedRun(output.numpy().tobytes(), passes, beyond)
 
 
 def merge(

@@ -13,6 +13,7 @@ Values per tensor and per column are float64, and are rounded to float32 where t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +32,6 @@ __all__ = ["evaluate", "hashes", "rounded", "stored"]
 
 COLUMNS = 1 << 11
 """Columns of a block that remain to be added in float64."""
-
-ROWS = 64
-"""Rows of a block, at most, if they are added in order."""
 
 
 def evaluate(
@@ -166,10 +164,11 @@ class Evaluation:
             return float(np.count_nonzero(values))
         if isinstance(reduction, Sum):
             flat, block = values.reshape(-1), reduction.block
-            return _total([_block_sum(flat[start : start + block], block) for start in range(0, len(flat), block)])
+            return _total([_block_sum(flat[start : start + block]) for start in range(0, len(flat), block)])
         if isinstance(reduction, ColumnSum):
-            slices, height = values.reshape(self.shape[0], -1).astype(np.float64).T, reduction.height
-            sums = [_folded(slices[:, start : start + height])[:, 0] for start in range(0, self.shape[0], height)]
+            slices, height = values.reshape(self.shape[0], -1).astype(np.float64), reduction.height
+            starts = range(0, self.shape[0], height)
+            sums = [functools.reduce(np.add, slices[start : start + height]) for start in starts]
             return np.array([_total(column) for column in zip(*sums, strict=True)]).reshape(self.column_shape)
         assert isinstance(reduction, Selection)
         return Ranking(values.reshape(-1).astype(np.float32), reduction.targets)
@@ -242,24 +241,21 @@ def _one_of(results: Any, number: int) -> Any:
 # --- sums ------------------------------------------------------------------------------------------------------------
 
 
-def _folded(values: Numbers, width: int = 1) -> Numbers:
-    """Add the second half of the last dimension to the first, until at most `width` columns remain."""
-    while values.shape[-1] > width:
+def _folded(values: Numbers) -> Numbers:
+    """Add the second half of the last dimension to the first, until one column remains."""
+    while values.shape[-1] > 1:
         half = values.shape[-1] // 2
         first, middle, second = np.split(values, [half, values.shape[-1] - half], axis=-1)
         values = np.concatenate([first + second, middle], axis=-1)
     return values
 
 
-def _block_sum(values: Numbers, block: int) -> float:
-    """The sum of a block in a fixed order; `block` is the size of a complete one."""
-    height, rest = divmod(block, COLUMNS)
-    if len(values) == block and not rest and 1 < height <= ROWS:
-        columns = values[:COLUMNS]
-        for row in range(1, height):
-            columns = columns + values[row * COLUMNS : (row + 1) * COLUMNS]
-    else:
-        columns = _folded(values, COLUMNS)
+def _block_sum(values: Numbers) -> float:
+    """The sum of a block: rows are added in order, then the columns in float64. The last row can be incomplete."""
+    columns = values[:COLUMNS].copy()
+    for start in range(COLUMNS, len(values), COLUMNS):
+        row = values[start : start + COLUMNS]
+        columns[: len(row)] += row
     return float(_folded(columns.astype(np.float64))[0])
 
 

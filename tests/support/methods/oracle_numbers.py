@@ -14,6 +14,8 @@ Numbers = np.ndarray[Any, Any]
 
 def stored(values: Numbers, dtype: torch.dtype) -> bytes:
     """Numbers rounded once, with the canonical NaN of the dtype, as little-endian bytes."""
+    if dtype in EIGHT_BITS:
+        return _stored_in_eight_bits(values, dtype)
     nearest = rounded(values, dtype)
     nans = np.isnan(nearest)
     nearest = np.where(nans, 0.0, nearest)
@@ -25,6 +27,47 @@ def stored(values: Numbers, dtype: torch.dtype) -> bytes:
         bits, nan = nearest.astype(np.float32).view(np.uint32), np.uint32(0x7FC0_0000)
     bits = np.where(nans, nan, bits)
     return (bits >> np.uint32(16)).astype(np.uint16).tobytes() if dtype is torch.bfloat16 else bits.tobytes()
+
+
+EIGHT_BITS = {
+    torch.float8_e4m3fn: 0x7F,
+    torch.float8_e5m2: 0x7F,
+    torch.float8_e4m3fnuz: 0x80,
+    torch.float8_e5m2fnuz: 0x80,
+}
+"""The canonical NaN of the formats of 8 bits."""
+
+
+def _stored_in_eight_bits(values: Numbers, dtype: torch.dtype) -> bytes:
+    """The nearest of the format's numbers, found among all of them; of two equally near ones, the one with even bits.
+
+    Numbers that are nearer to the number after the largest one become infinite, or NaN in a format without infinities.
+    """
+    codes = np.arange(256, dtype=np.uint8)
+    table = torch.from_numpy(codes).view(dtype).to(torch.float64).numpy()
+    finite = codes[np.isfinite(table)]
+    finite = finite[np.argsort(table[finite], kind="stable")]
+    finite = finite[~((table[finite] == 0) & (finite != 0))]  # +0; the sign of a 0 is set below
+    numbers = table[finite]
+    following = 2 * numbers[-1] - numbers[-2]
+    wide = np.array(values, dtype=np.float64).reshape(-1)
+    kept = np.nan_to_num(wide, nan=0.0, posinf=4 * following, neginf=-4 * following)
+    grid = np.concatenate([[-following], numbers, [following]])
+    place = np.clip(np.searchsorted(grid, kept), 1, len(grid) - 1)
+    below, above = kept - grid[place - 1], grid[place] - kept
+    even = np.concatenate([[False], finite % 2 == 0, [False]])
+    even[[0, -1]] = not even[1]
+    chosen = np.where((below < above) | ((below == above) & even[place - 1]), place - 1, place)
+    beyond = (chosen == 0) | (chosen == len(grid) - 1)
+    result = finite[np.clip(chosen - 1, 0, len(finite) - 1)]
+    if np.isinf(table).any():
+        infinity = codes[np.isinf(table) & (codes < 128)][0]
+        result = np.where(beyond, np.where(kept < 0, infinity | 0x80, infinity), result)
+    else:
+        result = np.where(beyond, EIGHT_BITS[dtype], result)
+    if np.signbit(table[0x80]) and table[0x80] == 0:
+        result = np.where((result == 0) & np.signbit(wide), 0x80, result)
+    return np.where(np.isnan(wide), EIGHT_BITS[dtype], result).astype(np.uint8).tobytes()
 
 
 def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:
@@ -48,6 +91,9 @@ def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:
 
 def loaded(tensor: torch.Tensor, work: Any) -> Numbers:
     """The values of an input in the work dtype, which is exact."""
+    if tensor.dtype in EIGHT_BITS:
+        decoded: Numbers = tensor.to(torch.float32).numpy().astype(work)
+        return decoded
     if tensor.dtype is torch.bfloat16:
         bits = tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(work)

@@ -134,7 +134,8 @@ def model_stock(x: Sequence[Tensor], *, base: int, filter_wise: bool = False) ->
     cosine = torch.stack(cosines).mean(0)
     denominator = 1 + (n - 1) * cosine
     t = torch.where(denominator.abs() < 1e-6, 0.0, n * cosine / denominator)
-    return _sum([x[base], *(t / n * d for d in deltas)])
+    # the products that a cosine adds have both signs: its error is relative to the norms, and that of t to 1
+    return Expected([x[base] + sum(t / n * d for d in deltas)], x[base].abs() + sum(d.abs() for d in deltas))
 
 
 def nearswap(x: Sequence[Tensor], *, base: int, t: float) -> Expected:

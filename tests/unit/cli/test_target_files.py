@@ -20,6 +20,7 @@ from mergeloom.cli.target_files import TargetFile
 from mergeloom.errors import EnvironmentFailure, UsageError
 from tests.conftest import MakeModel
 from tests.support.outputs import digests
+from tests.support.waiting import HANG_SECONDS
 
 OLD_REPORT = (
     '{\n  "output": {\n    "tensors": 39,\n    "parameters": 1000,\n    "bytes": 2000,\n    "layers": 4\n  }\n}\n'
@@ -185,7 +186,7 @@ def test_a_named_pipe_is_written_to(recipe: Path, tmp_path: Path) -> None:
         reader = threading.Thread(target=lambda found=read: found.append(pipe.read_bytes()), daemon=True)
         reader.start()
         assert __main__.main(command) == 0
-        reader.join(30)
+        reader.join(HANG_SECONDS)
         assert read[0].startswith(b'{\n  "output"' if number == 0 else b"<!doctype html>")
     assert pipe.is_fifo()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeloom.engine.cost import measure_memory as module
-from mergeloom.engine.cost.measure_memory import allocations, footprint, measure_footprints
-from mergeloom.engine.execute.compute import Piece, check_inputs, combine_chunk, reduce_chunk
+from mergeloom.engine.cost import measure_torch_memory as module
+from mergeloom.engine.cost.measure_memory import measure_footprints
+from mergeloom.engine.cost.measure_torch_memory import allocations, footprint
+from mergeloom.engine.execute.torch_compute import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.schedule.requirements import PAGE
@@ -21,6 +23,7 @@ from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import Array, Inputs, add, host, merge_methods
 from mergeloom.methods.kernel.composition import Composition, Part
+from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import Method
 from mergeloom.methods.kernel.spec import InputSpec
@@ -46,13 +49,18 @@ def halves(shape: tuple[int, ...]) -> Kernel:
 
 def fine_tunes(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     """Flat inputs, other than those that are measured with."""
+    start, *steps = normal_numbers(shape)
+    scales = [0.0007 if i != case.base else 0 for i in range(case.models)]
+    tunes = [start * 0.02 + step * scale for step, scale in zip(steps, scales, strict=False)]
+    assert len(tunes) == case.models
+    return [torch.from_numpy(tune).to(dtype).view(-1) for tune in tunes]
+
+
+@cache
+def normal_numbers(shape: tuple[int, ...]) -> list[numpy.ndarray[Any, Any]]:
+    """The random numbers of a base model and of at most four fine-tunes."""
     generator = numpy.random.default_rng(7)
-    start = generator.standard_normal(shape, dtype=numpy.float32) * 0.02
-    found = []
-    for i in range(case.models):
-        step = generator.standard_normal(shape, dtype=numpy.float32) * (0.0007 if i != case.base else 0)
-        found.append(torch.from_numpy(start + step).to(dtype).view(-1))
-    return found
+    return [generator.standard_normal(shape, dtype=numpy.float32) for _ in range(5)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(str, CASES))
@@ -181,15 +189,41 @@ def test_a_schedule_reserves_what_was_measured(greedy: Method) -> None:
     sources = tuple(world.source(4096 * 64) for _ in range(3))
     operation = Operation(Kind.MERGE, "greedy", kernel=greedy.kernel(InputSpec(3, None, (4096 * 64,)), {}))
     world.graph.add_output("out", world.graph.add_node(operation, sources, F32), 0)
-    budget = Budget(1 << 40, 0, (DeviceBudget("cpu", None, 2),))
+    budget = Budget(1 << 40, 0, (DeviceBudget("test", 1 << 40, 2),))
     declared = make_schedule(world.graph, budget)
-    measure_footprints(world.graph)
+    measure_footprints(world.graph, separate=True)
     measured = make_schedule(world.graph, budget)
     found = world.graph.footprints[0]
     tile = min(tile_length(world.graph, 0, measured.tile_elements[0]), world.graph.elements(0))
     assert measured.workspace[0] == -(-found.workspace.at(tile) // PAGE) * PAGE > declared.workspace[0]
-    grown = measured.workspace[0] - declared.workspace[0] + -(-found.allocated.at(tile) // PAGE) * PAGE
-    assert measured.minimum_ram - declared.minimum_ram == 2 * grown
+    assert measured.minimum_vram - declared.minimum_vram == 2 * (measured.workspace[0] - declared.workspace[0])
+
+
+def test_the_cpu_reserves_what_compiled_loops_take() -> None:
+    world = World()
+    sources = tuple(world.source(4096 * 64) for _ in range(3))
+    operation = Operation(Kind.MERGE, "sum", kernel=kernel_of(greedy_sum, 3, None, (4096 * 64,)))
+    world.graph.add_output("out", world.graph.add_node(operation, sources, F32), 0)
+    measure_footprints(world.graph, separate=False)
+    loops = Compiled(kernel_of(greedy_sum, 3, None, (4096 * 64,)), ("F32",) * 3, "F32")
+    assert world.graph.footprints[0] == Footprint(Line(loops.scratch), Line(loops.allocated))
+    budgets = (DeviceBudget("cpu", None, 2), DeviceBudget("cpu", None, 3))
+    two, three = (make_schedule(world.graph, Budget(1 << 40, 0, (budget,))) for budget in budgets)
+    assert two.workspace[0] == -(-loops.scratch // PAGE) * PAGE
+    grown = two.workspace[0] + -(-loops.allocated // PAGE) * PAGE  # no partial results: there is one pass
+    assert three.minimum_ram - two.minimum_ram == grown
+
+
+def test_planning_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(loops: Compiled) -> None:
+        raise AssertionError("compiled while planning")
+
+    monkeypatch.setattr(Compiled, "prepare", refuse)
+    world = World()
+    world.node("above", [world.source(4096 * 64)])
+    world.graph.footprints.clear()
+    measure_footprints(world.graph, separate=False)
+    assert list(world.graph.footprints) == [0]
 
 
 def test_stages_are_measured_together() -> None:
@@ -239,8 +273,9 @@ def test_many_wide_inputs_are_measured_on_small_tiles() -> None:
 
 def test_graphs_without_arithmetic_need_nothing() -> None:
     graph = MergeGraph(())
-    measure_footprints(graph)
-    assert graph.footprints == {}
+    for separate in (False, True):
+        measure_footprints(graph, separate=separate)
+        assert graph.footprints == {}
 
 
 def test_buffers_at_one_offset_of_the_counting_workspace_share_memory() -> None:

@@ -36,6 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is measured for a moment only."""
     monkeypatch.setattr(probe, "SECONDS", 0.05)
     monkeypatch.setattr(computing_probe, "SECONDS", 0.02)
+    monkeypatch.setattr(computing_probe, "_COPIES", 16 << 20)
 
 
 @pytest.fixture
@@ -228,14 +229,6 @@ def test_every_method_can_be_measured(method: str, three: list[Path], monkeypatc
     rates = measured_rates(found.workload, None, {})
     assert rates.compute.origin == MEASURED
     assert any(note.startswith(f"{method}: ") and "ns per element" in note for note in rates.notes)
-
-
-def test_threads_of_torch_are_left_as_they_were(three: list[Path]) -> None:
-    import torch
-
-    before = torch.get_num_threads()
-    measured_rates(plan(linear(*three), CPU).workload, None, {})
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(("two", "serial"), [(2e9, 0.02), (1.5e9, 1 / 3), (1e9, 1.0), (0.9e9, 1.0)])

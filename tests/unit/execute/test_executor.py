@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -20,16 +20,24 @@ from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.passes import KernelRunner
 from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import ChunkTask
+from mergeloom.engine.graph.footprint import Footprint, Line
+from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
-from mergeloom.engine.schedule.simulate import CachedRange
+from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
-from mergeloom.errors import EnvironmentFailure
+from mergeloom.errors import EnvironmentFailure, UsageError
+from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.methods import host
+from mergeloom.methods.kernel.fused.compiled import Compiled
+from mergeloom.methods.kernel.kernel import Kernel
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice, FailureOnPurpose
 from tests.support.graphs import KERNELS, World
+from tests.support.methods.kernels import kernel_of
+from tests.support.waiting import HANG_SECONDS
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.booleans())
 def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
@@ -66,7 +74,7 @@ SIX_CHUNKS = [
 # in the first two, a step drops chunks of one length of a read, and a later one needs those of the other length
 @example([(6 * 9999, "F32", 4, FIVE_CHUNKS)], 8, True)
 @example([(8 * 9999, "F32", 4, SIX_CHUNKS)], 10, True)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(crowded(), st.sampled_from([2, 4, 6, 8, 10, 14, 18]), st.booleans())
 def test_chunks_of_two_lengths_are_read_as_planned(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
@@ -92,7 +100,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     assert device.uploaded == schedule.uploaded == 6 * SLOT
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.sampled_from([0, 1, 3, 20]), st.integers(1, 2), st.booleans())
 def test_devices_keep_what_the_schedule_promises(
     blueprint: Blueprint, ram: int, vram: int, count: int, serial: bool
@@ -161,7 +169,7 @@ def test_reading_computing_and_writing_overlap(separate: bool, monkeypatch: pyte
     def meet(lane: str, call: int) -> None:
         calls[lane] += 1
         if calls[lane] == call:
-            at_once.wait(60)  # breaks, and ends the run with an error, if the lanes take turns
+            at_once.wait(HANG_SECONDS)  # breaks, and ends the run with an error, if the lanes take turns
 
     class Meeting(World):
         def read(self, file: Path, offset: int, buffer: memoryview) -> None:
@@ -295,17 +303,81 @@ def test_opened_devices_are_closed_after_every_error() -> None:
         Executor(world.graph, schedule, [Recording(f"test:{n}", 64 << 20) for n in range(2)], world, world).run()
 
 
-def test_the_threads_of_torch_are_restored() -> None:
+def test_a_kernel_that_cannot_be_compiled_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes at once, although the first node's chunks never arrive."""
+    stuck = threading.Event()
+
+    class Slow(World):
+        def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+            stuck.wait(60)
+
+    def fail(loops: Compiled) -> None:
+        try:
+            raise RuntimeError("LLVM rejects the loop")
+        finally:
+            stuck.set()
+
+    world = Slow()
+    world.node("sum", [world.source(4 * ELEMENTS)])
+    monkeypatch.setattr(Compiled, "prepare", fail)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="LLVM rejects the loop"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+    assert threading.active_count() == before
+    assert not world.written
+
+
+def test_kernels_are_compiled_in_the_order_of_the_plan_while_chunks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: dict[Compiled, str] = {}
+    inputs: dict[Compiled, int] = {}
+    all_compiled = threading.Event()
+    make, prepare = Compiled.__init__, Compiled.prepare
+
+    def count(loops: Compiled, kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
+        inputs[loops] = len(dtypes)
+        make(loops, kernel, dtypes, out)
+
+    def note(loops: Compiled) -> None:
+        prepare(loops)
+        compiled.setdefault(loops, threading.current_thread().name)
+        if len(compiled) == 3:
+            all_compiled.set()
+
+    class Late(World):
+        def read(self, file: Path, offset: int, buffer: memoryview) -> None:
+            assert all_compiled.wait(60)
+            super().read(file, offset, buffer)
+
+    world = Late()
+    for number in (2, 3, 1):
+        world.node("sum", [world.source(ELEMENTS) for _ in range(number)])
+    monkeypatch.setattr(Compiled, "__init__", count)
+    monkeypatch.setattr(Compiled, "prepare", note)
+    schedule = with_slots(world, 2)
+    Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
+    world.check()
+    order = [len(world.graph.node_sources[step.node]) for step in schedule.steps]
+    assert [(inputs[loops], thread) for loops, thread in compiled.items()] == [(each, "compile-0") for each in order]
+
+
+def test_a_function_of_a_method_that_fails_is_an_error_of_the_user() -> None:
     world = World()
-    world.node("sum", [world.source(ELEMENTS), world.source(ELEMENTS)])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
-        execute(world, schedule, [CpuDevice(2)])
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    kernel = kernel_of(lambda t: t.other * host(lambda total: 1 / 0, t.sum(t.other)), 1, None, (ELEMENTS,))
+    source = world.source(ELEMENTS)
+    node = world.graph.add_node(Operation(Kind.MERGE, "failing", kernel=kernel), (source,), F32)
+    world.graph.add_output("out", node, 0)
+    loops = Compiled(kernel, ("F32",), "F32")
+    world.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
+    with pytest.raises(UsageError, match="merge method failing fails on tensor out: ZeroDivisionError: division by"):
+        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
+
+
+def test_scratch_memory_that_was_not_planned_is_refused() -> None:
+    world = World()
+    world.node("above", [world.source(ELEMENTS)])
+    schedule = replace(with_slots(world, 2), workspace=(0,))
+    with pytest.raises(MemoryError, match="a kernel needs more scratch memory than was planned"):
+        Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
 
 
 def test_a_failed_allocation_is_a_memory_error() -> None:

@@ -215,3 +215,38 @@ def test_abandoning_journals_nothing_more() -> None:
     assert recorder.group.error is None
     with pytest.raises(Aborted):
         recorder.write(1, 3)
+
+
+def test_few_records_wait_for_their_commit() -> None:
+    """Small tensors make many records before they have written many bytes."""
+    recorder = Recorder(group_records=10, group_seconds=1e6)
+    recorder.gate.clear()
+    threads = [threading.Thread(target=lambda: [recorder.write(1, number) for number in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: recorder.commits.peak_records >= 10)
+    recorder.gate.set()
+    for thread in threads:
+        thread.join()
+    recorder.commits.close()
+    assert sorted(recorder.journaled()) == sorted(list(range(50)) * 4)
+    assert recorder.commits.peak_records < 10 + len(threads)  # each may have reserved before the limit was reached
+    assert recorder.commits.commits >= 200 // (10 + len(threads))
+
+
+@pytest.mark.parametrize("shards", [set(), {0}])
+def test_records_without_unsynced_data_are_committed_when_the_limit_is_reached(shards: set[int]) -> None:
+    """A writer that waits for room would wait forever if only data made a commit due."""
+    recorder = Recorder(group_records=4, group_seconds=1e6)
+    for number in range(4):
+        recorder.commits.add(shards, 0, [number], 0)
+    writer = threading.Thread(target=recorder.commits.reserve, args=(0,), daemon=True)
+    writer.start()
+    try:
+        wait_until(lambda: not writer.is_alive())
+        recorder.commits.release(0)
+        recorder.commits.add(set(), 0, [4], 0)
+    finally:
+        recorder.commits.close()
+    assert recorder.journaled() == [0, 1, 2, 3, 4]
+    assert [kind for kind, _ in recorder.events].count("sync") <= len(shards) * 2  # nothing else needs to be synced

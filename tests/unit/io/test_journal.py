@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.io.output.journal import FORMAT, Journal, JournalContent, read_journal
+from mergeloom.io.output import journal as journal_module
+from mergeloom.io.output.journal import FORMAT, Journal, JournalContent, StoredRecords, read_journal
 from tests.support.faults import Fail, Kill, Stopped, watching
 
 FACTS = {"recipe": "línea: 1\n", "seed": 0}
@@ -118,3 +120,44 @@ def test_any_content_can_be_read(tmp_path: Path, contents: list[bytes]) -> None:
     found = read_journal(tmp_path / "journal")
     assert found is not None
     assert all(isinstance(json.loads(json.dumps(record)), dict) for record in (found.facts, *found.records))
+
+
+def test_records_are_kept_as_text(tmp_path: Path) -> None:
+    """A parsed record takes ten times as much memory, and a merge has one for each tensor that it reads or writes."""
+    count = 3000
+    records = [{"node": number, "first": 0, "blocks": [f"{number:032x}"]} for number in range(count)]
+    Journal(tmp_path / "journal", FACTS, records).close()
+    read_journal(tmp_path / "journal")
+    tracemalloc.start()
+    found = read_journal(tmp_path / "journal")
+    assert found is not None
+    for number, record in enumerate(found.records):
+        assert record["node"] == number
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 120 * count
+    assert peak < 250 * count  # the text is copied when it grows
+    assert isinstance(found.records, StoredRecords)
+    assert found.records.nbytes < 100 * count
+    assert found.records[-1] == records[-1]
+    assert found.records[5:7] == records[5:7]
+    assert found.records != records[:-1]
+    assert found.records != [*records[:-1], {}]
+
+
+def test_many_records_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_PIECE_BYTES", 1000)
+    records = [{"node": number} for number in range(500)]
+    kill = Kill(10**9)
+    with watching(kill):
+        journal = Journal(tmp_path / "journal", FACTS)
+        before = len(kill.calls)
+        journal.append(iter(records))
+    calls = kill.calls[before:]
+    assert len(calls) > 10
+    assert calls == ["write"] * (len(calls) - 1) + ["sync"]
+    assert journal.records == 500
+    journal.close()
+    found = read_journal(tmp_path / "journal")
+    assert found is not None
+    assert list(found.records) == records

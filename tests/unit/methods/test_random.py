@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import Array, Inputs
+from mergeloom.methods.kernel.random_streams import mix
 from mergeloom.methods.kernel.spec import BLOCK
 from mergeloom.methods.kernel.torch_backend import hashing
 from mergeloom.methods.kernel.torch_backend.passes import Pass
@@ -83,20 +84,20 @@ def test_small_densities_hold_on_average() -> None:
 
 
 def test_mean_over_seeds_approaches_task_arithmetic() -> None:
-    seeds, density = 200, 0.3
+    seeds, density, size = 200, 0.3, 200_000
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.zeros(SIZE), torch.randn(SIZE, generator=generator) * 1e-3]
+    inputs = [torch.zeros(size), torch.randn(size, generator=generator) * 1e-3]
     wanted = merge("task_arithmetic", inputs, {"weight": (0.0, 1.0)}, base=0)
     parameters = {"weight": (0.0, 1.0), "density": (0.0, density)}
-    mean = torch.zeros(SIZE, dtype=torch.float64)
+    mean = torch.zeros(size, dtype=torch.float64)
     for seed in range(seeds):
         mean += merge("dare_linear", inputs, parameters, base=0, key=seed).double() / seeds
     delta = wanted.double()
     # each element is delta / density with the chance density, so its mean has this standard deviation
     sigma = delta.abs() * math.sqrt((1 - density) / density / seeds)
     scores = (mean - delta) / sigma.clamp(min=1e-30)
-    assert abs(float(scores.mean())) <= SIGMAS / math.sqrt(SIZE)
-    assert abs(float((scores**2).mean()) - 1) <= SIGMAS * math.sqrt(2.2 / SIZE)
+    assert abs(float(scores.mean())) <= SIGMAS / math.sqrt(size)
+    assert abs(float((scores**2).mean()) - 1) <= SIGMAS * math.sqrt(2.2 / size)
     slope = float((mean * delta).sum() / (delta * delta).sum())
     spread = math.sqrt(float((sigma * delta).square().sum())) / float((delta * delta).sum())
     assert abs(slope - 1) <= SIGMAS * spread
@@ -120,7 +121,7 @@ def lowbias(element: int, key: int, position: int) -> int:
     """The hash of an element from -2^31 on, with Python's numbers."""
     limit = 1 << 32
     period, low = divmod(element, limit)
-    stream = hashing.mix(hashing.mix(hashing.mix(key) + position) + period)
+    stream = mix(mix(mix(key) + position) + period)
     x = (low * 0x9E3779B1 + stream) % limit
     x = (x ^ x >> 16) * 0x7FEB352D + (stream >> 32)
     x = (x % limit ^ x % limit >> 15) * 0x846CA68B % limit

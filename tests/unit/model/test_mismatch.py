@@ -23,6 +23,12 @@ ENCODER = list(read_model(encoder_dir()))
 LLAMA = tiny_llama(layers=2)
 
 
+def small_encoder() -> dict[str, torch.Tensor]:
+    """The encoder's tensors, of each dimension the first eight indices: enough where names count."""
+    values = read_model(encoder_dir())
+    return {name: value[tuple(slice(8) for _ in value.shape)].clone() for name, value in values.items()}
+
+
 def linear(*models: Path) -> dict[str, Any]:
     return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in models]}
 
@@ -130,7 +136,7 @@ def test_no_renaming_is_advised_where_none_helps(names: Iterable[str]) -> None:
 def test_models_with_other_names_are_rejected_with_the_way_to_rename(
     rename: Callable[[str], str], words: str, order: tuple[int, int], tmp_path: Path
 ) -> None:
-    values = read_model(encoder_dir())
+    values = small_encoder()
     config = {"model_type": "bert", "num_hidden_layers": 6}
     a = write_checkpoint(tmp_path / "a", values, config=config)
     b = write_checkpoint(tmp_path / "b", {rename(name): value for name, value in values.items()}, config=config)
@@ -195,7 +201,7 @@ def test_the_advice_names_and_leaves_out_what_only_one_model_has(method: str, tm
     """A masked language model and an embedding model have other names, one has a head, and the other a pooler."""
     values = {
         name: value.float()
-        for name, value in read_model(encoder_dir()).items()
+        for name, value in small_encoder().items()
         if "pooler" not in name and "position_ids" not in name
     }
     size = values["embeddings.LayerNorm.weight"].shape[0]

@@ -28,7 +28,7 @@ LEAVES = WORDS | st.none() | st.booleans() | st.integers(-3, 40) | st.floats() |
 TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(TREES, st.booleans())
 def test_any_data_gives_a_recipe_or_a_recipe_error(data: Any, strict: bool) -> None:
     try:
@@ -92,7 +92,7 @@ def test_the_valid_recipe_is_valid() -> None:
     assert recipe.output.out_dtype is F32
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(damaged(), st.booleans())
 def test_a_damaged_recipe_gives_a_recipe_or_a_recipe_error(text: str, strict: bool) -> None:
     try:

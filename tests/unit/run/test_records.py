@@ -64,7 +64,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MergeGra
 
 def parse(planned: tuple[MergeGraph, Layout], *stored: Any) -> list[JournalRecord]:
     """Parse records as a reader of the journal does."""
-    return parse_records(json.loads(json.dumps(stored)), *planned)
+    return list(parse_records(json.loads(json.dumps(stored)), *planned))
 
 
 @pytest.mark.parametrize(("record", "stored"), RECORDS, ids=IDS)

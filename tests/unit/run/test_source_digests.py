@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from mergeloom.engine.run.buffers import ThreadBuffers
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.checks import CHECKS
-from mergeloom.engine.run.recovery.records import SourceRead, parse_records
+from mergeloom.engine.run.recovery.records import JournalRecord, SourceRange, SourceRead, parse_records
 from mergeloom.engine.run.recovery.source_digests import (
     SourceDigests,
+    add_ranges,
     check_sources,
     ranges_in_use,
-    source_ranges,
     used_bytes,
 )
 from mergeloom.errors import CheckpointError, Interrupted
@@ -50,6 +50,15 @@ def read(graph: MergeGraph, digests: SourceDigests, number: int, start: int, end
     ref = graph.reads[number]
     data = ref.file.read_bytes()[ref.offset + start : ref.offset + end]
     digests.add(ref.file, ref.offset + start, memoryview(data))
+
+
+def source_ranges(records: Iterable[JournalRecord]) -> dict[int, list[SourceRange]]:
+    """The ranges that journal records name, by read number."""
+    ranges: dict[int, list[SourceRange]] = {}
+    for record in records:
+        if isinstance(record, SourceRead):
+            add_ranges(ranges, record)
+    return ranges
 
 
 def check(graph: MergeGraph, records: Sequence[SourceRead], used: dict[int, int]) -> int:

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule.simulate import CachedRange, Simulation
-from mergeloom.engine.schedule.tiling import chunk_elements
+from mergeloom.engine.schedule import simulate as simulate_module
+from mergeloom.engine.schedule.simulate import SimulatedCache, Simulation
+from mergeloom.engine.schedule.step_list import CachedRange
+from mergeloom.engine.schedule.tiling import ChunkedRead, chunk_elements
 from tests.support.graphs import World
 
 SLOT = 64
@@ -221,6 +223,29 @@ def test_sources_needed_at_the_same_time_are_the_only_choice(problem: Problem) -
 
 
 A, B, C = range(3)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(many_shared_sources())
+def test_removing_stale_entries_changes_nothing(problem: Problem) -> None:
+    found = []
+    for stale in (-1000, 0, 10**9):  # always, when there are more of them than live ones, never
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(simulate_module, "MAX_STALE", stale)
+            found.append(simulate(problem)[0].steps)
+    assert found[0] == found[1] == found[2]
+
+
+def test_stale_entries_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room in RAM nothing is dropped, and each pass of each node would leave some behind."""
+    monkeypatch.setattr(simulate_module, "MAX_STALE", 10)
+    cache = SimulatedCache(1)
+    for position in range(1000):
+        cache.put(ChunkedRead(position % 3, 16), CachedRange(0, 0, 1), 0, position)
+        assert len(cache._by_use) <= 10 + 2 * len(cache._entries)
+        cache.take(ChunkedRead(position % 3, 16))
+    cache.put(ChunkedRead(7, 16), CachedRange(0, 0, 1), 0, 1001)
+    assert cache.furthest() == (1001, ChunkedRead(7, 16))
 
 
 def picture(sizes: Sequence[int], nodes: Sequence[int], capacity: int) -> Iterator[tuple[Problem, Simulation, Names]]:

@@ -1,12 +1,13 @@
-"""Computes one chunk: runs a kernel over the tiles of a chunk, then rounds and checks the output."""
+"""Computes chunks with torch, on a device with its own memory: runs a kernel over tiles, rounds, checks the output."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...io.safetensors.dtypes import DType
 from ...methods.kernel.kernel import Kernel
@@ -14,9 +15,12 @@ from ...methods.kernel.spec import Unit
 from ...methods.kernel.torch_backend.passes import Pass
 from ...methods.kernel.torch_backend.rounding import canonical_nans, round_into
 from ...methods.kernel.torch_backend.tile import Tile, Workspace
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..graph.graph import MergeGraph
+from ..schedule.schedule import Schedule
+from ..schedule.tiling import tile_length
+from .computer import Failed, Outcome, task_inputs
+from .devices.base import Device
+from .tasks import ChunkTask
 
 _EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
@@ -54,17 +58,69 @@ class Piece:
             yield part, Tile(parts, workspace, element=self.element + start, key=self.key, positions=self.positions)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Infinities and NaNs that were found while a chunk was computed.
+class TorchComputer:
+    """The backend of a device with its own memory.
 
     Args:
-        nonfinite_inputs: numbers of the sources with a NaN or an infinity in the chunk.
-        overflowed: number of output elements that are not finite although all inputs are.
+        graph: graph to execute.
+        schedule: schedule of the graph.
+        device: device.
+        tile_elements: preferred number of elements in a tile.
     """
 
-    nonfinite_inputs: tuple[int, ...] = ()
-    overflowed: int = 0
+    def __init__(self, graph: MergeGraph, schedule: Schedule, device: Device, tile_elements: int) -> None:
+        self._graph = graph
+        self._schedule = schedule
+        self._device = device
+        self._tile_elements = tile_elements
+        self._workspaces: dict[int, Workspace] = {}
+
+    def open(self, arena: memoryview, failed: Failed) -> None:
+        """Do nothing: the device's slots hold the chunks."""
+
+    def begin(self, thread: int, task: ChunkTask) -> None:
+        """Make the thread's work on the device wait for the task's uploads."""
+        self._device.begin(thread, task.marker)
+
+    def check_inputs(self, thread: int, task: ChunkTask) -> tuple[int, ...]:
+        """Return the numbers of the sources that hold a NaN or an infinity in the chunk."""
+        return check_inputs(self._piece(task), self._workspace(thread))
+
+    def reduce(self, thread: int, task: ChunkTask, state: Any) -> Any:
+        """Return the partial result of the task's pass for the chunk."""
+        return reduce_chunk(self._piece(task), task.index, state, self._workspace(thread))
+
+    def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
+        """Compute the chunk of the output into the task's slot on the device."""
+        target = self._device.slot(task.out_device, task.out_nbytes)
+        out = target.view(torch_dtype(self._graph.node_dtype[task.node]))
+        return combine_chunk(self._piece(task), state, self._workspace(thread), out)
+
+    def close(self) -> None:
+        """Drop the workspaces."""
+        self._workspaces.clear()
+
+    def _piece(self, task: ChunkTask) -> Piece:
+        graph, kernel = self._graph, task.operation.kernel
+        assert kernel is not None
+        inputs = [
+            self._device.slot(cached.slot, cached.nbytes).view(torch_dtype(graph.reads[read].dtype))
+            for read, cached in zip(graph.node_sources[task.node], task_inputs(graph, task), strict=True)
+        ]
+        return Piece(
+            kernel=kernel,
+            inputs=inputs,
+            element=self._schedule.span(graph, task.node, task.chunk)[0],
+            key=graph.node_key[task.node],
+            positions=task.operation.positions,
+            tile=tile_length(graph, task.node, self._tile_elements),
+        )
+
+    def _workspace(self, thread: int) -> Workspace:
+        workspace = self._workspaces.get(thread)
+        if workspace is None:
+            workspace = self._workspaces[thread] = Workspace(self._device.workspace(thread), torch.float32)
+        return workspace
 
 
 def work_dtype(inputs: Sequence[Tensor]) -> torch.dtype:

@@ -1,0 +1,61 @@
+"""The interface between the executor and a backend, which computes the chunks of one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..graph.graph import MergeGraph
+from .cache import CachedChunk
+from .tasks import ChunkTask
+
+Failed = Callable[[BaseException], None]
+"""Function that ends the run with an error, called from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Infinities and NaNs that were found while a chunk was computed.
+
+    Args:
+        nonfinite_inputs: numbers of the sources with a NaN or an infinity in the chunk.
+        overflowed: number of output elements that are not finite although all inputs are.
+    """
+
+    nonfinite_inputs: tuple[int, ...] = ()
+    overflowed: int = 0
+
+
+class Computer(Protocol):
+    """The backend of one device. The device's compute threads call the methods that have a `thread`."""
+
+    def open(self, arena: memoryview, failed: Failed) -> None:
+        """Prepare for a run.
+
+        Args:
+            arena: arena in RAM.
+            failed: function for errors of threads that the backend starts.
+        """
+
+    def begin(self, thread: int, task: ChunkTask) -> None:
+        """Make a thread ready for a task, before any other method is called with it."""
+
+    def check_inputs(self, thread: int, task: ChunkTask) -> tuple[int, ...]:
+        """Return the numbers of the sources that hold a NaN or an infinity in the chunk; quick if there are none."""
+
+    def reduce(self, thread: int, task: ChunkTask, state: Any) -> Any:
+        """Return the partial result of the task's pass for the chunk."""
+
+    def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
+        """Compute the chunk of the output: into the task's slot on the device, or in RAM if it has none of its own."""
+
+    def close(self) -> None:
+        """End the threads that `open` started, and drop every reference to the arena and the workspaces."""
+
+
+def task_inputs(graph: MergeGraph, task: ChunkTask) -> list[CachedChunk]:
+    """Return the chunk of each source of a task's node, in recipe order. A source can occur more than once."""
+    sources = graph.node_sources[task.node]
+    chunks = dict(zip(dict.fromkeys(sources), task.inputs, strict=True))
+    return [chunks[read] for read in sources]

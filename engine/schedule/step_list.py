@@ -1,0 +1,233 @@
+"""The steps of a schedule in flat arrays: a merge of 100,000 tensors has a million steps, which count in its budget."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from .tiling import ChunkedRead
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRange:
+    """The chunks of one read that are cached: [0, vram) on its device, [low, high) in RAM."""
+
+    vram: int = 0
+    low: int = 0
+    high: int = 0
+
+    @property
+    def ram(self) -> int:
+        """Number of chunks in RAM."""
+        return self.high - self.low
+
+
+NOTHING = CachedRange()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of one node.
+
+    Args:
+        node: number of the node.
+        index: number of the pass, from 0; the last one makes the output.
+        first: number of the first chunk; more than 0 if an earlier run wrote the chunks before it.
+        device: number of the device that computes.
+        sources: distinct reads of the node.
+        keep: for each source, the chunks that stay cached after the step.
+        drop: sources that lose cached chunks before the step, with the chunks that stay cached.
+        bytes_read: for each source, tensor bytes read from files during the step.
+        uploaded: bytes copied to the device.
+        ram: peak number of slots held in RAM during the step if its chunks run one after another.
+        vram: peak number of slots held on the device, likewise.
+    """
+
+    node: int
+    index: int
+    first: int
+    device: int
+    sources: tuple[int, ...]
+    keep: tuple[CachedRange, ...]
+    drop: tuple[tuple[ChunkedRead, CachedRange], ...]
+    bytes_read: tuple[int, ...]
+    uploaded: int
+    ram: int
+    vram: int
+
+
+def step_list_bytes(steps: int, sources: int, *, separate: bool) -> int:
+    """Return the memory of a `StepList` in bytes, without the sources that are dropped for lack of RAM.
+
+    Args:
+        steps: number of steps.
+        sources: number of sources of all steps.
+        separate: whether a device with its own memory computes.
+    """
+    for_step, for_source = (40, 20) if separate else (24, 12)
+    return steps * for_step + sources * for_source
+
+
+class Column:
+    """Integers of 64 bits that are 0 or more. As long as all of them are 0, they take no memory.
+
+    Args:
+        typecode: type of the integers, as for `array`.
+    """
+
+    __slots__ = ("_values", "_zeros")
+
+    def __init__(self, typecode: str = "I") -> None:
+        self._values = array(typecode)
+        self._zeros = 0  # number of the integers while all are 0
+
+    def append(self, value: int) -> None:
+        """Append an integer. Raises OverflowError if its type can't hold it."""
+        if self._values:
+            self._values.append(value)
+        elif value:
+            self._values.frombytes(bytes(self._values.itemsize * self._zeros))
+            self._values.append(value)
+        else:
+            self._zeros += 1
+
+    def __getitem__(self, index: int) -> int:
+        return self._values[index] if self._values else 0
+
+    def __len__(self) -> int:
+        return len(self._values) or self._zeros
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the integers in bytes."""
+        return len(self._values) * self._values.itemsize
+
+
+class _Ranges:
+    """Cached ranges in three columns. Without a GPU, only that of `CachedRange.high` takes memory."""
+
+    __slots__ = ("high", "low", "vram")
+
+    def __init__(self) -> None:
+        self.vram, self.low, self.high = Column(), Column(), Column()
+
+    def append(self, held: CachedRange) -> None:
+        self.vram.append(held.vram)
+        self.low.append(held.low)
+        self.high.append(held.high)
+
+    def __getitem__(self, index: int) -> CachedRange:
+        high, vram = self.high[index], self.vram[index]
+        return CachedRange(vram, self.low[index], high) if high or vram else NOTHING
+
+    @property
+    def nbytes(self) -> int:
+        return self.vram.nbytes + self.low.nbytes + self.high.nbytes
+
+
+class StepList(Sequence[Step]):
+    """The steps of a schedule, in the order in which they are dispatched.
+
+    A step is stored as a few integers, about 50 bytes for three sources. Indexing and iteration make one `Step` at a
+    time, which the caller should not keep.
+
+    Args:
+        node_sources: for each node of the graph, the read numbers of its sources.
+    """
+
+    __slots__ = (
+        "_device", "_drop_held", "_drop_length", "_drop_read", "_drop_step", "_end", "_first", "_index", "_keep",
+        "_node", "_node_sources", "_read", "_uploaded", "ram", "vram",
+    )  # fmt: skip
+
+    def __init__(self, node_sources: Sequence[tuple[int, ...]]) -> None:
+        self._node_sources = node_sources
+        self._node = array("I")
+        self._index, self._first, self._device = Column(), Column(), Column()
+        self._uploaded = Column("Q")
+        self.ram, self.vram = Column(), Column()
+        """For each step, `Step.ram` and `Step.vram`."""
+        # one entry for each source of a step; those of step n are before _end[n]
+        self._end = array("Q")
+        self._read, self._keep = array("Q"), _Ranges()
+        # one entry for each source that a step drops, with the number of the step
+        self._drop_step, self._drop_read, self._drop_length = array("Q"), array("I"), array("Q")
+        self._drop_held = _Ranges()
+
+    def append(self, step: Step) -> None:
+        """Append a step, whose sources are the distinct reads of its node."""
+        self._node.append(step.node)
+        self._index.append(step.index)
+        self._first.append(step.first)
+        self._device.append(step.device)
+        self._uploaded.append(step.uploaded)
+        self.ram.append(step.ram)
+        self.vram.append(step.vram)
+        self._read.extend(step.bytes_read)
+        for held in step.keep:
+            self._keep.append(held)
+        self._end.append(len(self._read))
+        for source, held in step.drop:
+            self._drop_step.append(len(self._node) - 1)
+            self._drop_read.append(source.read)
+            self._drop_length.append(source.chunk_length)
+            self._drop_held.append(held)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the steps in bytes."""
+        arrays = (self._node, self._end, self._read, self._drop_step, self._drop_read, self._drop_length)
+        columns = (self._index, self._first, self._device, self._uploaded, self.ram, self.vram)
+        ranges = self._keep.nbytes + self._drop_held.nbytes
+        return sum(len(a) * a.itemsize for a in arrays) + sum(column.nbytes for column in columns) + ranges
+
+    def __len__(self) -> int:
+        return len(self._node)
+
+    def __iter__(self) -> Iterator[Step]:
+        return map(self._step, range(len(self._node)))
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        numbers = range(len(self._node))[index]
+        return self._step(numbers) if isinstance(numbers, int) else list(map(self._step, numbers))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StepList):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # it is mutable
+
+    def _step(self, number: int) -> Step:
+        node = self._node[number]
+        start, end = self._end[number - 1] if number else 0, self._end[number]
+        return Step(
+            node=node,
+            index=self._index[number],
+            first=self._first[number],
+            device=self._device[number],
+            sources=tuple(dict.fromkeys(self._node_sources[node])),
+            keep=tuple([self._keep[entry] for entry in range(start, end)]),
+            drop=self._dropped(number) if self._drop_step else (),
+            bytes_read=tuple(self._read[start:end]),
+            uploaded=self._uploaded[number],
+            ram=self.ram[number],
+            vram=self.vram[number],
+        )
+
+    def _dropped(self, number: int) -> tuple[tuple[ChunkedRead, CachedRange], ...]:
+        """Return what a step drops. The entries are in the order of the steps, so bisection finds those of one."""
+        entries = range(bisect_left(self._drop_step, number), bisect_right(self._drop_step, number))
+        return tuple(
+            (ChunkedRead(self._drop_read[entry], self._drop_length[entry]), self._drop_held[entry]) for entry in entries
+        )

@@ -1,0 +1,171 @@
+"""Converts between stored numbers and numbers to compute with, exactly and in the same way on every processor.
+
+float16 and the 8-bit formats have no arithmetic on CPUs, and bfloat16 has no type: they are loaded as integers and
+converted with integer arithmetic and one multiplication or addition, which is exact. Rounding is to the nearest, and of
+two equally near numbers to the even one. Every NaN is stored as one canonical NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .assembly import Function, literal
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A floating-point format.
+
+    Args:
+        stored: integer type of its bits.
+        mantissa: number of explicit bits of the significand.
+        bias: bias of the exponent.
+        largest: bits of the largest finite number.
+        nan: bits of the canonical NaN.
+        infinity: bits of infinity; None if the format has none, and larger numbers become NaN.
+        negative_zero: whether there is a -0; otherwise its bits are the NaN.
+    """
+
+    stored: str
+    mantissa: int
+    bias: int
+    largest: int
+    nan: int
+    infinity: int | None
+    negative_zero: bool = True
+
+    @property
+    def bits(self) -> int:
+        """Width in bits."""
+        return int(self.stored[1:])
+
+    @property
+    def maximum(self) -> float:
+        """The largest finite number."""
+        exponent = (self.largest >> self.mantissa) - self.bias
+        fraction = self.largest & ((1 << self.mantissa) - 1)
+        return float((1 + fraction / (1 << self.mantissa)) * 2.0**exponent)
+
+
+FORMATS: Mapping[str, Format] = {
+    "F64": Format("i64", 52, 1023, 0x7FEF_FFFF_FFFF_FFFF, 0x7FF8_0000_0000_0000, 0x7FF0_0000_0000_0000),
+    "F32": Format("i32", 23, 127, 0x7F7F_FFFF, 0x7FC0_0000, 0x7F80_0000),
+    "BF16": Format("i16", 7, 127, 0x7F7F, 0x7FC0, 0x7F80),
+    "F16": Format("i16", 10, 15, 0x7BFF, 0x7E00, 0x7C00),
+    "F8_E5M2": Format("i8", 2, 15, 0x7B, 0x7F, 0x7C),
+    "F8_E4M3": Format("i8", 3, 7, 0x7E, 0x7F, None),
+    "F8_E5M2FNUZ": Format("i8", 2, 16, 0x7F, 0x80, None, negative_zero=False),
+    "F8_E4M3FNUZ": Format("i8", 3, 8, 0x7F, 0x80, None, negative_zero=False),
+}
+"""The formats of floating-point numbers by their name in a safetensors header."""
+
+
+def decoded(f: Function, raw: str, name: str) -> tuple[str, str]:
+    """A stored number as a value to compute with, exactly.
+
+    Args:
+        f: function to write to.
+        raw: bits, of the format's integer type.
+        name: name of the format.
+
+    Returns:
+        The value and its type: double for F64, else float.
+    """
+    form = FORMATS[name]
+    if name in ("F64", "F32"):
+        type = "double" if name == "F64" else "float"
+        return f.value(f"bitcast {form.stored} {raw} to {type}"), type
+    wide = f.value(f"zext {form.stored} {raw} to i32")
+    if name == "BF16":
+        return f.value(f"bitcast i32 {f.value(f'shl i32 {wide}, 16')} to float"), "float"
+    sign_bit = 1 << (form.bits - 1)
+    magnitude = f.value(f"and i32 {wide}, {sign_bit - 1}")
+    shifted = f.value(f"shl i32 {magnitude}, {23 - form.mantissa}")
+    scaled = f.value(
+        f"fmul float {f.value(f'bitcast i32 {shifted} to float')}, {literal(2.0 ** (127 - form.bias), 'float')}"
+    )
+    if form.infinity is not None:
+        special = f.value(f"icmp uge i32 {magnitude}, {form.infinity}")
+        bits = f.value(f"or i32 {shifted}, {0x7F80_0000}")
+    else:
+        compared = magnitude if form.negative_zero else wide
+        special = f.value(f"icmp eq i32 {compared}, {form.nan}")
+        bits = str(0x7FC0_0000)
+    bits = f.value(f"select i1 {special}, i32 {bits}, i32 {f.value(f'bitcast float {scaled} to i32')}")
+    sign = f.value(f"shl i32 {f.value(f'and i32 {wide}, {sign_bit}')}, {32 - form.bits}")
+    return f.value(f"bitcast i32 {f.value(f'or i32 {bits}, {sign}')} to float"), "float"
+
+
+def encoded(f: Function, value: str, type: str, name: str) -> str:
+    """A number rounded once to a format, as bits of the format's integer type.
+
+    Args:
+        f: function to write to.
+        value: number of type float or double.
+        type: its type.
+        name: name of the format.
+    """
+    form = FORMATS[name]
+    nan = f.value(f"fcmp uno {type} {value}, {value}")
+    if name == "F64":
+        wide = value if type == "double" else f.value(f"fpext float {value} to double")
+        bits = f.value(f"bitcast double {wide} to i64")
+        return f.value(f"select i1 {nan}, i64 {form.nan}, i64 {bits}")
+    if type == "double":
+        single = f.value(f"fptrunc double {value} to float")
+        bits = f.value(f"bitcast float {single} to i32")
+        if name != "F32":
+            bits = _to_odd(f, value, single, bits)
+    else:
+        bits = f.value(f"bitcast float {value} to i32")
+    if name != "F32":
+        bits = _narrowed(f, bits, form)
+    bits = f.value(f"select i1 {nan}, i32 {form.nan}, i32 {bits}")
+    return bits if form.bits == 32 else f.value(f"trunc i32 {bits} to {form.stored}")
+
+
+def _to_odd(f: Function, value: str, single: str, bits: str) -> str:
+    """The bits of a double rounded to float "to odd", which a second rounding does not distort (Boldo and Melquiond,
+    2008)."""
+    back = f.value(f"fpext float {single} to double")
+    differs = f.value(f"fcmp one double {back}, {value}")
+    finite = f.value(f"fcmp one double {_magnitude(f, value, 'double')}, {literal(float('inf'), 'double')}")
+    inexact = f.value(f"zext i1 {f.value(f'and i1 {differs}, {finite}')} to i32")
+    larger = f.value(f"fcmp ogt double {_magnitude(f, back, 'double')}, {_magnitude(f, value, 'double')}")
+    away = f.value(f"and i32 {f.value(f'zext i1 {larger} to i32')}, {inexact}")
+    return f.value(f"or i32 {f.value(f'sub i32 {bits}, {away}')}, {inexact}")
+
+
+def _magnitude(f: Function, value: str, type: str) -> str:
+    suffix = "f64" if type == "double" else "f32"
+    return f.value(f"call {type} @llvm.fabs.{suffix}({type} {value})")
+
+
+def _narrowed(f: Function, bits: str, form: Format) -> str:
+    """The bits of a float rounded to a format of at most 16 bits, in an i32; NaNs are left to the caller."""
+    drop = 23 - form.mantissa
+    sign = f.value(f"lshr i32 {f.value(f'and i32 {bits}, {-(1 << 31)}')}, {32 - form.bits}")
+    magnitude = f.value(f"and i32 {bits}, {(1 << 31) - 1}")
+    odd = f.value(f"and i32 {f.value(f'lshr i32 {magnitude}, {drop}')}, 1")
+    nearest = f.value(f"add i32 {f.value(f'add i32 {magnitude}, {(1 << (drop - 1)) - 1}')}, {odd}")
+    code = f.value(f"lshr i32 {nearest}, {drop}")
+    if form.bias != 127:
+        code = f.value(f"sub i32 {code}, {(127 - form.bias) << form.mantissa}")
+        # adding the power of 2 whose last bit weighs as much as the format's smallest number rounds to such multiples
+        unit = (1 - form.bias - form.mantissa + 23 + 127) << 23
+        added = f.value(
+            f"fadd float {f.value(f'bitcast i32 {magnitude} to float')}, {f.value(f'bitcast i32 {unit} to float')}"
+        )
+        tiny = f.value(f"sub i32 {f.value(f'bitcast float {added} to i32')}, {unit}")
+        small = f.value(f"icmp ult i32 {magnitude}, {(128 - form.bias) << 23}")
+        code = f.value(f"select i1 {small}, i32 {tiny}, i32 {code}")
+        beyond = form.nan if form.infinity is None else form.infinity
+        over = f.value(f"icmp sgt i32 {code}, {form.largest}")
+        if not form.negative_zero:
+            sign = f.value(f"select i1 {f.value(f'icmp eq i32 {code}, 0')}, i32 0, i32 {sign}")
+            sign = f.value(f"select i1 {over}, i32 0, i32 {sign}")
+        code = f.value(f"select i1 {over}, i32 {beyond}, i32 {code}")
+        if form.infinity is None and form.negative_zero:
+            sign = f.value(f"select i1 {over}, i32 0, i32 {sign}")
+    return f.value(f"or i32 {code}, {sign}")

@@ -1,0 +1,157 @@
+"""Generates the loops of a pass: for each stage, one function that computes all nodes for a range of elements.
+
+A stage's function gets one argument, the address of its table: an array of i64 numbers and addresses. `Table` assigns
+the places, and the caller fills them. The range is divided into segments: rows, lines of columns, or parts that stay in
+the first-level cache. The loops over a segment are functions of their own, whose pointers do not overlap, so LLVM
+vectorizes them without checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..expression import Node
+from ..reductions import ColumnSum, Count, Sum
+from .assembly import Function
+from .operations import Types
+from .segment import Segment
+from .stages import Stage
+from .table import Table, Target
+
+SEGMENT = 1 << 11
+"""Elements of a segment, except for rows and lines of columns: a few such buffers fit the first-level cache."""
+_TARGETS = 16
+"""Targets that one loop computes: LLVM's time grows with the square of their number."""
+
+
+@dataclass(slots=True)
+class Loop:
+    """The function of one stage.
+
+    Args:
+        name: its name.
+        stage: what it computes.
+        table: places in its table.
+        text: LLVM assembly.
+        helpers: names of the helpers that it calls.
+    """
+
+    name: str
+    stage: Stage
+    table: Table
+    text: str
+    helpers: set[str] = field(default_factory=set)
+
+
+class Generator:
+    """Writes the function of one stage.
+
+    Args:
+        name: name of the function.
+        stage: what the stage computes.
+        targets: targets of the pass; used by its last stage.
+        dtypes: dtype of each input.
+        out: dtype of the output.
+        long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stage: Stage,
+        targets: Sequence[Target],
+        dtypes: Sequence[str],
+        out: str,
+        *,
+        long: bool,
+    ) -> None:
+        self.name = name
+        self.stage = stage
+        self.targets = list(targets) if stage.targets else []
+        self.table = Table()
+        self.helpers: set[str] = set()
+        self._types = Types("F64" in dtypes)
+        self._dtypes, self._out, self._long = dtypes, out, long
+
+    def loop(self) -> Loop:
+        """The function of the stage, with the functions of a segment before it."""
+        segments = self._segments()
+        text = "".join(segment.text() for segment in segments) + self._range(segments)
+        return Loop(self.name, self.stage, self.table, text, self.helpers)
+
+    def _segments(self) -> list[Segment]:
+        """The loops over a segment. The first one also computes what is not a target."""
+        parts = [self.targets[start : start + _TARGETS] for start in range(0, len(self.targets), _TARGETS)]
+        return [
+            Segment(
+                f"{self.name}_segment{number}",
+                self.stage if number == 0 else Stage(),
+                part,
+                self.table,
+                self._dtypes,
+                self._out,
+                long=self._long,
+            )
+            for number, part in enumerate(parts or [[]])
+        ]
+
+    def _range(self, segments: Sequence[Segment]) -> str:
+        """Compute all segments of a range, and reduce what each one has stored; returns whether a value is beyond."""
+        f = Function(self.name, "i32", [("ptr", "table")], exported=True)
+        count, segment = (f.load("%table", self.table.place(name), "i64") for name in ("elements", "segment"))
+        numbers, rows = (f.load("%table", self.table.place(name), "ptr") for name in ("numbers", "rows"))
+        keys = dict.fromkeys(key for each in segments for key in each.pointers)
+        passed = {key: f.load("%table", self.table.places[key], "ptr") for key in keys}
+        with f.loop(count, segment, [("i32", "0")]) as (offset, (beyond,), following):
+            size = f.smaller(f.value(f"sub i64 {count}, {offset}"), segment)
+            row = f.value(f"udiv i64 {offset}, {segment}")
+            fixed = f"ptr %table, ptr {numbers}, ptr {rows}, i64 {offset}, i64 {size}, i64 {row}"
+            for each in segments:
+                pointers = ", ".join([fixed, *(f"ptr {passed[key]}" for key in each.pointers)])
+                result = f.value(f"call i32 @{each.name}({pointers})")
+                beyond = f.value(f"or i32 {beyond}, {result}")
+            following.append(beyond)
+            for target in self.targets:
+                self._reduce(f, target, passed, size)
+            for node in self.stage.reduced:
+                self._reduce_row(f, node, passed, rows, row, size)
+        for target in self.targets:
+            if (name := self._sum_name(target)) is not None:
+                f.do(f"call void @{name.replace('feed', 'end')}(ptr {self._state(f, target)})")
+        return f.text(f"i32 {following[0]}")
+
+    def _sum_name(self, target: Target) -> str | None:
+        if isinstance(target.reduction, Sum):
+            return f"sum_feed_{self._types.of(target.node.type)}"
+        return "columns_feed_double" if isinstance(target.reduction, ColumnSum) else None
+
+    def _state(self, f: Function, target: Target) -> str:
+        return f.load("%table", self.table.place("state", target.number), "ptr")
+
+    def _reduce(self, f: Function, target: Target, passed: dict[tuple[Any, ...], str], size: str) -> None:
+        """Reduce the operand of a segment."""
+        if isinstance(target.reduction, (Count, type(None))):
+            return
+        operand = passed["operand", target.number]
+        if (name := self._sum_name(target)) is not None:
+            self.helpers.add(name)
+            f.do(f"call void @{name}(ptr {self._state(f, target)}, ptr {operand}, i64 {size})")
+            return
+        # the searches of a selection: addresses of their states, one after the other
+        self.helpers.add("select_feed")
+        searches = f.load("%table", self.table.place("searches", target.number), "i64")
+        states = self._state(f, target)
+        with f.loop(searches) as (i, _, _):
+            f.do(f"call void @select_feed(ptr {f.load(states, i, 'ptr')}, ptr {operand}, i64 {size})")
+
+    def _reduce_row(
+        self, f: Function, node: Node, passed: dict[tuple[Any, ...], str], rows: str, row: str, size: str
+    ) -> None:
+        operand = passed["row operand", id(node)]
+        name = "fold" if node.op == "row_sum" else f"row_max_{self._types.of(node.args[0].type)}"
+        self.helpers.add(name)
+        value = f.value(f"call double @{name}(ptr {operand}, i64 {size})")
+        place = f.load("%table", self.table.place("row value", id(node)), "i64")
+        f.store(value, rows, f.value(f"add i64 {place}, {row}"), "double")

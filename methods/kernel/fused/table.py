@@ -1,0 +1,46 @@
+"""The table of a loop: the numbers and addresses that its caller gives it, and what the loop computes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from ..expression import Node
+
+
+class Table:
+    """The places of numbers and addresses in the table of a stage, by key.
+
+    Attributes:
+        places: place of each key.
+        parameters: node and place among the parameters of each use of a number, such as a weight.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[Any, ...], int] = {}
+        self.parameters: list[tuple[str, Node]] = []
+
+    def place(self, *key: Hashable) -> int:
+        """The place of a key, assigned at its first use."""
+        return self.places.setdefault(key, len(self.places))
+
+    def parameter(self, kind: str, node: Node) -> int:
+        """A new place among the parameters. Every use has its own, so equal weights do not make other loops."""
+        self.parameters.append((kind, node))
+        return len(self.parameters) - 1
+
+
+@dataclass(slots=True)
+class Target:
+    """What a pass computes: a reduction, or the output.
+
+    Args:
+        node: node that is computed; the operand of a reduction.
+        reduction: the reduction; None for the output.
+        number: number of the reduction in the kernel.
+    """
+
+    node: Node
+    reduction: object = None
+    number: int = -1

@@ -1,0 +1,95 @@
+"""The generated code is vectorized, in the types of its expression, without contracted operations."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from mergeloom.methods import merge_methods
+from mergeloom.methods.kernel.fused import compiler
+from mergeloom.methods.kernel.fused.compiled import Compiled
+from mergeloom.methods.kernel.kernel import Kernel
+from mergeloom.methods.kernel.spec import InputSpec
+from tests.support.methods.cases import CASES, Case, make
+from tests.support.methods.kernels import run_fused
+
+INTEL = pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
+PROCESSORS = {"AVX2": ("haswell", ""), "AVX-512": ("skylake-avx512", "-prefer-256-bit")}
+LANES = {"AVX2": 8, "AVX-512": 16}
+
+
+def kernel_of_method(method: str, count: int, base: int | None = None) -> Kernel:
+    parameters: dict[str, Any] = {"t": 0.3} if method == "slerp" else {"weight": tuple(0.1 + i for i in range(count))}
+    if method in ("ties", "dare_ties"):
+        parameters["density"] = (0.5,) * count
+    return merge_methods()[method].kernel(InputSpec(count, base, (64, 4096)), parameters)
+
+
+def optimized(kernel: Kernel, dtypes: Sequence[str], processor: str) -> str:
+    """The assembly of a kernel's loops after LLVM's passes."""
+    compiled = Compiled(kernel, dtypes, "BF16")
+    return str(compiler.optimized(compiled.assembly, compiler.target_machine(*PROCESSORS[processor])))
+
+
+def vector_operations(text: str, operation: str) -> list[str]:
+    """The types of the vectors that an operation is applied to."""
+    return re.findall(rf"{operation} (<\d+ x \w+>)", text)
+
+
+@INTEL
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("count", [2, 8, 16, 32])
+def test_the_loop_over_elements_is_vectorized(count: int, processor: str) -> None:
+    """One multiplication per input and one addition for each but the first, all of vectors of float32."""
+    text = optimized(kernel_of_method("linear", count), ["BF16"] * count, processor)
+    body = re.search(r"^vector\.body.*?^\S", text, re.DOTALL | re.MULTILINE)
+    assert body is not None
+    products, sums = vector_operations(body[0], "fmul"), vector_operations(body[0], "fadd")
+    assert len(products) >= count
+    assert len(products) - len(sums) == len(products) // count  # unrolled or not
+    assert set(products + sums) == {f"<{LANES[processor]} x float>"}
+    assert "double" not in body[0]
+    assert not re.search(r"\b(fmul|fadd) float", body[0])
+
+
+@INTEL
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(("method", "base"), [("task_arithmetic", 0), ("ties", 0), ("dare_ties", 0), ("slerp", 0)])
+def test_loops_of_methods_compute_in_float32(method: str, base: int, processor: str) -> None:
+    kernel = kernel_of_method(method, 2 if method == "slerp" else 4, base)
+    text = optimized(kernel, ["BF16"] * kernel.inputs.count, processor)
+    bodies = re.findall(r"define internal[^@]*@(\w+_segment)\(.*?\n}", text, re.DOTALL)
+    loops = re.findall(r"^vector\.body.*?^\S", text, re.DOTALL | re.MULTILINE)
+    assert len(loops) >= max(1, len(bodies))
+    assert any(vector_operations(loop, "fsub|fmul") for loop in loops)
+
+
+@INTEL
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("case", [case for case in CASES[::3] if case.parameters], ids=str)
+def test_no_multiplication_and_addition_are_contracted(case: Case, processor: str) -> None:
+    inputs = make("mixed", case.models, (64, 512), case.base)
+    compiled = Compiled(case.kernel(inputs), ["F32", "F16", "BF16", "F16"][: case.models], "BF16")
+    machine = compiler.target_machine(*PROCESSORS[processor])
+    text = machine.emit_assembly(compiler.optimized(compiled.assembly, machine))
+    assert "mulps" in text
+    assert not re.search(r"\tvf(n?m(add|sub)|madd|msub)\w*\t", text)
+
+
+@INTEL
+@pytest.mark.parametrize("processor", ["AVX2", "AVX-512"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bytes_do_not_depend_on_the_instruction_set(
+    case: Case, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processor == "AVX-512" and "+avx512bw" not in compiler.target()[1]:
+        pytest.skip("this processor has no AVX-512")
+    inputs = make("mixed", case.models, (83, 517), case.base)
+    kernel = case.kernel(inputs)
+    own = run_fused(kernel, inputs, 1, key=5)
+    monkeypatch.setattr(compiler, "target", lambda: PROCESSORS[processor])
+    assert run_fused(kernel, inputs, 1, key=5) == own
