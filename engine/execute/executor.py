@@ -66,7 +66,7 @@ class Executor:
         *,
         ledger: Ledger | None = None,
         readers: int = 2,
-        writers: int = 1,
+        writers: int = 2,
         allow_nonfinite: bool = False,
         serial: bool = False,
         resident: Callable[[], int] | None = None,

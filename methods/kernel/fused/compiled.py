@@ -40,6 +40,7 @@ class Group:
         segment: elements of a segment; 0 for the complete range.
         rows: rows that it computes at a time if Python functions or sorts are between the stages; 0 for all.
         width: columns of the values with one number per column, repeated to at least a segment; 0 for none.
+        direct: whether segments are the rows of the blocks of sums.
     """
 
     def __init__(self, name: str, targets: Sequence[Target], kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
@@ -59,13 +60,23 @@ class Group:
         else:
             self.width = line * max(1, SEGMENT // line) if line else 0
             self.segment = self.width or (0 if targets[0].reduction is None else SEGMENT)
+        sums = [target.reduction.block for target in targets if isinstance(target.reduction, Sum)]
+        self.direct = self.segment == COLUMNS and not self.width and not any(block % COLUMNS for block in sums)
 
     @functools.cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The function of each stage."""
         long = self._inputs.rows * self._inputs.columns > PERIOD
         return tuple(
-            Generator(f"{self.name}_{number}", stage, self.targets, self._dtypes, self._out, long=long).loop()
+            Generator(
+                f"{self.name}_{number}",
+                stage,
+                self.targets,
+                self._dtypes,
+                self._out,
+                long=long,
+                direct=self.direct,
+            ).loop()
             for number, stage in enumerate(self.stages)
         )
 
@@ -176,7 +187,8 @@ class Buffers:
             if reduction is None or isinstance(reduction, Count):
                 continue
             size = 4 if isinstance(reduction, Selection) else 8 if target.node.type is Type.WIDE else work
-            self.addresses["operand", target.number] = take(segment * size)
+            if not (group.direct and isinstance(reduction, Sum)):
+                self.addresses["operand", target.number] = take(segment * size)
             if isinstance(reduction, (Sum, ColumnSum)):
                 width = COLUMNS if isinstance(reduction, Sum) else reduction.width
                 self.addresses["totals", target.number] = totals = take(width * size)
@@ -200,14 +212,17 @@ def aligned(nbytes: int) -> int:
 
 def _helpers(names: set[str]) -> Iterator[str]:
     """The assembly of the helpers with these names, and of those that they call, each once."""
-    sums = sorted(name.rsplit("_", 1)[1] for name in names if name.startswith("sum_feed"))
+    feeding = {name.rsplit("_", 1)[1] for name in names if name.startswith("sum_feed")}
+    sums = sorted(feeding | {name.rsplit("_", 1)[1] for name in names if name.startswith("sum_advance")})
     adding = {"double"} if names & {"fold", "columns_feed_double"} or sums else set()
-    for type in sorted(adding | set(sums)):
+    for type in sorted(adding | feeding):
         yield helpers.add_into_function(type)
     if sums or "fold" in names:
         yield helpers.fold_function()
     for type in sums:
-        yield helpers.sum_end_function(type) + helpers.feed_function("sum", type)
+        yield helpers.sum_end_function(type) + helpers.advance_function(type)
+        if type in feeding:
+            yield helpers.feed_function("sum", type)
     if "columns_feed_double" in names:
         yield helpers.columns_end_function() + helpers.feed_function("columns", "double")
     if "select_feed" in names:

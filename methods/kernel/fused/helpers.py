@@ -77,6 +77,16 @@ def feed_function(name: str, type: str) -> str:
     return f.text()
 
 
+def advance_function(type: str) -> str:
+    """``sum_advance_TYPE(state, count)``: counts values that a loop has added to the columns itself."""
+    f = Function(f"sum_advance_{type}", "void", [("ptr noalias", "state"), ("i64", "count")])
+    position = f.value(f"add i64 {f.load('%state', SumField.POSITION, 'i64')}, %count")
+    f.store(position, "%state", SumField.POSITION, "i64")
+    with f.when(f.value(f"icmp eq i64 {position}, {f.load('%state', SumField.BLOCK, 'i64')}")):
+        f.do(f"call void @sum_end_{type}(ptr %state)")
+    return f.text()
+
+
 def sum_end_function(type: str) -> str:
     """``sum_end_TYPE(state)``: stores the sum of a block, if it has elements, and begins the next one.
 

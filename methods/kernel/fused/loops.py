@@ -55,6 +55,7 @@ class Generator:
         dtypes: dtype of each input.
         out: dtype of the output.
         long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
+        direct: whether segments are the rows of the blocks of sums, so the loop can add to the columns.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Generator:
         out: str,
         *,
         long: bool,
+        direct: bool,
     ) -> None:
         self.name = name
         self.stage = stage
@@ -73,7 +75,7 @@ class Generator:
         self.table = Table()
         self.helpers: set[str] = set()
         self._types = Types("F64" in dtypes)
-        self._dtypes, self._out, self._long = dtypes, out, long
+        self._dtypes, self._out, self._long, self._direct = dtypes, out, long, direct
 
     def loop(self) -> Loop:
         """The function of the stage, with the functions of a segment before it."""
@@ -93,6 +95,7 @@ class Generator:
                 self._dtypes,
                 self._out,
                 long=self._long,
+                direct=self._direct,
             )
             for number, part in enumerate(parts or [[]])
         ]
@@ -133,6 +136,11 @@ class Generator:
     def _reduce(self, f: Function, target: Target, passed: dict[tuple[Any, ...], str], size: str) -> None:
         """Reduce the operand of a segment."""
         if isinstance(target.reduction, (Count, type(None))):
+            return
+        if self._direct and isinstance(target.reduction, Sum):
+            advance = f"sum_advance_{self._types.of(target.node.type)}"
+            self.helpers.add(advance)
+            f.do(f"call void @{advance}(ptr {self._state(f, target)}, i64 {size})")
             return
         operand = passed["operand", target.number]
         if (name := self._sum_name(target)) is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..expression import Extent, Node, Type
 from ..random_streams import STEP
-from ..reductions import Count, Selection
+from ..reductions import Count, Selection, Sum
 from .assembly import Function, literal
 from .formats import FORMATS, decoded, encoded
 from .operations import Types, converted, hashed, operation, used_type
@@ -26,6 +26,7 @@ class Segment:
         dtypes: dtype of each input.
         out: dtype of the output.
         long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
+        direct: whether the segment is a row of the blocks of sums, so the loop can add to the columns.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class Segment:
         out: str,
         *,
         long: bool,
+        direct: bool,
     ) -> None:
         self.name = name
         self.stage = stage
         self.targets = targets
         self.table = table
-        self.dtypes, self.out, self.long = dtypes, out, long
+        self.dtypes, self.out, self.long, self.direct = dtypes, out, long, direct
         self.types = Types("F64" in dtypes)
         self.pointers: dict[tuple[Any, ...], str] = {}
         self._values: dict[int, str] = {}
@@ -102,12 +104,17 @@ class Segment:
         """The keys of the pointers that the segment's function writes to."""
         keys: list[tuple[Any, ...]] = []
         for target in self.targets:
-            name = (
-                "output" if target.reduction is None else "count" if isinstance(target.reduction, Count) else "operand"
-            )
-            keys.append((name, target.number))
+            keys.append((self._sink(target), target.number))
         keys += [("row operand", id(node)) for node in self.stage.reduced]
         return keys + [("keys", id(node)) for node in self.stage.ranked]
+
+    def _sink(self, target: Target) -> str:
+        """The kind of the pointer through which a target is stored."""
+        if target.reduction is None:
+            return "output"
+        if isinstance(target.reduction, Count):
+            return "count"
+        return "totals" if self.direct and isinstance(target.reduction, Sum) else "operand"
 
     def _store_all(self, f: Function, i: str, carried: list[str]) -> None:
         for target in self.targets:
@@ -119,8 +126,11 @@ class Segment:
                 bits = f.value(f"bitcast float {single} to i32")
                 f.store(bits, f"%{self.pointers['operand', target.number]}", i, "i32")
             elif not isinstance(reduction, Count):
-                type = self.types.of(target.node.type)
-                f.store(value, f"%{self.pointers['operand', target.number]}", i, type)
+                type, sink = self.types.of(target.node.type), self._sink(target)
+                pointer = f"%{self.pointers[sink, target.number]}"
+                if sink == "totals":
+                    value = f.value(f"fadd {type} {f.load(pointer, i, type)}, {value}")
+                f.store(value, pointer, i, type)
         for node in self.stage.reduced:
             value, type = self._values[id(node.args[0])], self.types.of(node.args[0].type)
             kept = "double" if node.op == "row_sum" else type
