@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ...io.output.directory import OutputDirectory
     from .plan import Plan
 
-_WAIT_SECONDS = 0.5
 _MIN_CHUNK_BYTES = 64 << 10
 
 
@@ -91,8 +90,17 @@ class ShardWriter:
         except BaseException as error:
             if not isinstance(error, Aborted):
                 self._group.fail(error)
-            self._stopped = True  # the chunks after this one can never be digested
+            self._abort()  # the chunks after this one can never be digested
             raise
+
+    def _abort(self) -> None:
+        """Write nothing more, and wake the threads that wait for the digest of an earlier chunk."""
+        self._stopped = True
+        with self._lock:
+            tensors = list(self._tensors.values())
+        for tensor in tensors:
+            with tensor.digested:
+                tensor.digested.notify_all()
 
     def _write(self, node: int, offset: int, data: memoryview) -> None:
         tensor = self._tensor(node)
@@ -127,7 +135,7 @@ class ShardWriter:
             while not tensor.digests.reached(offset):
                 if self._stopped:
                     raise Aborted
-                tensor.digested.wait(_WAIT_SECONDS)
+                tensor.digested.wait()
             tensor.digests.feed(offset, chunk)
             if tail := tensor.digests.tail():
                 tensor.tails[offset + len(chunk)] = tail
@@ -152,7 +160,7 @@ class ShardWriter:
 
     def stop(self) -> None:
         """Start no more commits, and wake all threads that wait for one."""
-        self._stopped = True
+        self._abort()
         self.commits.stop()
 
     def abandon(self) -> bool:
