@@ -21,9 +21,6 @@ _COMPILER_BYTES_OF_NODE = 24 << 10
 _CODE_BYTES = 512 << 10
 """Memory of a kernel's code, in bytes."""
 
-_known: dict[tuple[Any, ...], Footprint] = {}
-"""Footprints that were found in this process."""
-
 
 def measure_footprints(graph: MergeGraph, *, separate: bool) -> None:
     """Find the footprints of a graph's kernels, and store them in its `footprints`.
@@ -64,13 +61,8 @@ def compiled_footprint(kernel: Kernel, dtypes: tuple[DType, ...], out: DType) ->
     """
     from ...methods.kernel.fused.compiled import Compiled
 
-    names = tuple(dtype.name for dtype in dtypes)
-    key = (kernel_class(kernel), kernel.inputs.shape, names, out.name)
-    result = _known.get(key)
-    if result is None:
-        compiled = Compiled(kernel, names, out.name)
-        result = _known[key] = Footprint(Line(compiled.scratch), Line(compiled.allocated))
-    return result
+    compiled = Compiled(kernel, [dtype.name for dtype in dtypes], out.name)
+    return Footprint(Line(compiled.scratch), Line(compiled.allocated))
 
 
 def compiler_memory(graph: MergeGraph) -> int:

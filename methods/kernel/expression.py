@@ -359,12 +359,13 @@ def _filled(args: Iterable[Any], following: Iterator[Any]) -> tuple[Any, ...]:
     return tuple(filled)
 
 
-def reachable(*outputs: Node, in_tile: bool = False) -> list[Node]:
+def reachable(*outputs: Node, in_tile: bool = False, given: Callable[[Node], bool] | None = None) -> list[Node]:
     """All nodes that the outputs depend on, operands first, each once.
 
     Args:
         outputs: nodes to start from.
         in_tile: whether to stop at constants and at nodes that earlier passes have computed; these are included.
+        given: says at which nodes to stop as well, because their values are there; None for no others.
     """
     order: list[Node] = []
     seen: set[int] = set()
@@ -376,6 +377,6 @@ def reachable(*outputs: Node, in_tile: bool = False) -> list[Node]:
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            if node.in_tile or not in_tile:
+            if (node.in_tile or not in_tile) and not (given and given(node)):
                 stack += [(arg, False) for arg in reversed(node.args)]
     return order

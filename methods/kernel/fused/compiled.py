@@ -17,7 +17,7 @@ from .helpers import COLUMNS
 from .loops import SEGMENT, Generator, Loop
 from .operations import DECLARATIONS
 from .stages import has_columns, in_loop, stages_of
-from .table import Target
+from .table import Target, Variant
 
 _SAMPLE = 1 << 16
 """Elements of a sample, at most."""
@@ -67,16 +67,9 @@ class Group:
     def loops(self) -> tuple[Loop, ...]:
         """The function of each stage."""
         long = self._inputs.rows * self._inputs.columns > PERIOD
+        variant = Variant(tuple(self._dtypes), self._out, long, self.direct)
         return tuple(
-            Generator(
-                f"{self.name}_{number}",
-                stage,
-                self.targets,
-                self._dtypes,
-                self._out,
-                long=long,
-                direct=self.direct,
-            ).loop()
+            Generator(f"{self.name}_{number}", stage, self.targets, variant).loop()
             for number, stage in enumerate(self.stages)
         )
 

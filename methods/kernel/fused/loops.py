@@ -18,7 +18,7 @@ from .assembly import Function
 from .operations import Types
 from .segment import Segment
 from .stages import Stage
-from .table import Table, Target
+from .table import Table, Target, Variant
 
 SEGMENT = 1 << 11
 """Elements of a segment, except for rows and lines of columns: a few such buffers fit the first-level cache."""
@@ -52,30 +52,17 @@ class Generator:
         name: name of the function.
         stage: what the stage computes.
         targets: targets of the pass; used by its last stage.
-        dtypes: dtype of each input.
-        out: dtype of the output.
-        long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
-        direct: whether segments are the rows of the blocks of sums, so the loop can add to the columns.
+        variant: what the loops of the group have in common.
     """
 
-    def __init__(
-        self,
-        name: str,
-        stage: Stage,
-        targets: Sequence[Target],
-        dtypes: Sequence[str],
-        out: str,
-        *,
-        long: bool,
-        direct: bool,
-    ) -> None:
+    def __init__(self, name: str, stage: Stage, targets: Sequence[Target], variant: Variant) -> None:
         self.name = name
         self.stage = stage
         self.targets = list(targets) if stage.targets else []
         self.table = Table()
         self.helpers: set[str] = set()
-        self._types = Types("F64" in dtypes)
-        self._dtypes, self._out, self._long, self._direct = dtypes, out, long, direct
+        self._types = Types("F64" in variant.dtypes)
+        self._variant = variant
 
     def loop(self) -> Loop:
         """The function of the stage, with the functions of a segment before it."""
@@ -87,16 +74,7 @@ class Generator:
         """The loops over a segment. The first one also computes what is not a target."""
         parts = [self.targets[start : start + _TARGETS] for start in range(0, len(self.targets), _TARGETS)]
         return [
-            Segment(
-                f"{self.name}_segment{number}",
-                self.stage if number == 0 else Stage(),
-                part,
-                self.table,
-                self._dtypes,
-                self._out,
-                long=self._long,
-                direct=self._direct,
-            )
+            Segment(f"{self.name}_segment{number}", Stage() if number else self.stage, part, self.table, self._variant)
             for number, part in enumerate(parts or [[]])
         ]
 
@@ -137,7 +115,7 @@ class Generator:
         """Reduce the operand of a segment."""
         if isinstance(target.reduction, (Count, type(None))):
             return
-        if self._direct and isinstance(target.reduction, Sum):
+        if self._variant.direct and isinstance(target.reduction, Sum):
             advance = f"sum_advance_{self._types.of(target.node.type)}"
             self.helpers.add(advance)
             f.do(f"call void @{advance}(ptr {self._state(f, target)}, i64 {size})")

@@ -12,7 +12,7 @@ from .assembly import Function, literal
 from .formats import FORMATS, decoded, encoded
 from .operations import Types, converted, hashed, operation, used_type
 from .stages import Stage, given, in_loop
-from .table import Table, Target
+from .table import Table, Target, Variant
 
 
 class Segment:
@@ -23,30 +23,16 @@ class Segment:
         stage: what the loop computes besides the targets.
         targets: targets to compute.
         table: table of the stage.
-        dtypes: dtype of each input.
-        out: dtype of the output.
-        long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
-        direct: whether the segment is a row of the blocks of sums, so the loop can add to the columns.
+        variant: what the loops of the group have in common.
     """
 
-    def __init__(
-        self,
-        name: str,
-        stage: Stage,
-        targets: Sequence[Target],
-        table: Table,
-        dtypes: Sequence[str],
-        out: str,
-        *,
-        long: bool,
-        direct: bool,
-    ) -> None:
+    def __init__(self, name: str, stage: Stage, targets: Sequence[Target], table: Table, variant: Variant) -> None:
         self.name = name
         self.stage = stage
         self.targets = targets
         self.table = table
-        self.dtypes, self.out, self.long, self.direct = dtypes, out, long, direct
-        self.types = Types("F64" in dtypes)
+        self.variant = variant
+        self.types = Types("F64" in variant.dtypes)
         self.pointers: dict[tuple[Any, ...], str] = {}
         self._values: dict[int, str] = {}
         self._hoisted: dict[tuple[str, int], str] = {}
@@ -114,7 +100,7 @@ class Segment:
             return "output"
         if isinstance(target.reduction, Count):
             return "count"
-        return "totals" if self.direct and isinstance(target.reduction, Sum) else "operand"
+        return "totals" if self.variant.direct and isinstance(target.reduction, Sum) else "operand"
 
     def _store_all(self, f: Function, i: str, carried: list[str]) -> None:
         for target in self.targets:
@@ -140,9 +126,9 @@ class Segment:
 
     def _store_output(self, f: Function, i: str, value: str, bad: str) -> str:
         """Store a rounded output element; return whether it or an earlier one is beyond the format's largest number."""
-        form, type = FORMATS[self.out], self.types.work
+        form, type = FORMATS[self.variant.out], self.types.work
         place = f.value(f"add i64 %offset, {i}")
-        f.store(encoded(f, value, type, self.out), f"%{self.pointers['output', -1]}", place, form.stored)
+        f.store(encoded(f, value, type, self.variant.out), f"%{self.pointers['output', -1]}", place, form.stored)
         suffix = "f64" if type == "double" else "f32"
         size = f.value(f"call {type} @llvm.fabs.{suffix}({type} {value})")
         largest = min(form.maximum, FORMATS["F64" if type == "double" else "F32"].maximum)
@@ -168,7 +154,7 @@ class Segment:
             if not arg.in_tile and arg.extent is not Extent.COLUMN and arg.op != "threshold":
                 self._hoisted[f"{position}", id(node)] = self._number(f, arg, self._type_of_use(node, arg))
         if node.op == "hash":
-            for stream in ("", " of the second stream")[: 1 + self.long]:
+            for stream in ("", " of the second stream")[: 1 + self.variant.long]:
                 # the segment's offset moves the hash of its first element
                 start = f.load("%numbers", self.table.parameter("start" + stream, node), "i64")
                 moved = f.value(f"add i64 {start}, {f.value(f'mul i64 %offset, {STEP}')}")
@@ -212,7 +198,7 @@ class Segment:
     def _element_value(self, f: Function, node: Node, i: str) -> str:
         op = node.op
         if op == "load":
-            name = self.dtypes[node.value]
+            name = self.variant.dtypes[node.value]
             pointer = f"%{self.pointers['input', node.value]}"
             raw = f.load(pointer, f.value(f"add i64 %offset, {i}"), FORMATS[name].stored)
             return converted(f, *decoded(f, raw, name), self.types.work)
@@ -230,7 +216,7 @@ class Segment:
     def _hash(self, f: Function, node: Node, i: str) -> str:
         index = f.value(f"trunc i64 {i} to i32")
         start, between = (self._hoisted[name, id(node)] for name in ("start", "between"))
-        if self.long:
+        if self.variant.long:
             place = f.value(f"lshr i64 {f.value(f'add i64 {self._first}, {i}')}, 32")
             first = f.value(f"lshr i64 {f.load('%table', self.table.place('element'), 'i64')}, 32")
             second = f.value(f"icmp ne i64 {place}, {first}")

@@ -84,19 +84,7 @@ def given(node: Node) -> bool:
 
 def in_loop(wanted: Sequence[Node]) -> list[Node]:
     """The nodes that a loop evaluates or is given for the wanted ones, operands first."""
-    order: list[Node] = []
-    seen: set[int] = set()
-    stack = [(node, False) for node in reversed(wanted)]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            if node.in_tile and not given(node):
-                stack += [(arg, False) for arg in reversed(node.args)]
-    return order
+    return reachable(*wanted, in_tile=True, given=given)
 
 
 def has_columns(nodes: Sequence[Node]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..expression import Node
 
@@ -44,3 +44,19 @@ class Target:
     node: Node
     reduction: object = None
     number: int = -1
+
+
+class Variant(NamedTuple):
+    """What the loops of a group have in common.
+
+    Args:
+        dtypes: dtype of each input.
+        out: dtype of the output.
+        long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
+        direct: whether segments are the rows of the blocks of sums, so the loop can add to the columns.
+    """
+
+    dtypes: tuple[str, ...]
+    out: str
+    long: bool
+    direct: bool

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import Array, Inputs
+from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.fused.finite import count_nonfinite, finite
 from mergeloom.methods.kernel.fused.formats import FORMATS
+from mergeloom.methods.kernel.fused.passes import FusedPass
+from mergeloom.methods.kernel.fused.run import Chunk
 from tests.support.methods import oracle
 from tests.support.methods.kernels import NAMES, kernel_of, run_fused
 
@@ -95,3 +98,15 @@ def test_nonfinite_elements_are_found(name: str) -> None:
             changed.view(torch.uint8)[place * width : (place + 1) * width] = bad.reshape(1).view(torch.uint8)
             assert not finite(memoryview(changed.view(torch.uint8).numpy()), name)
     assert finite(memoryview(b""), name)
+
+
+def test_random_numbers_of_a_range_with_two_streams() -> None:
+    """The high half of the index changes within the range, and within a segment of it."""
+    first, count, key = (1 << 32) - (1 << 15), 1 << 16, 0x1234_5678_9ABC_DEF1
+    kernel = kernel_of(lambda t: t.uniform(t.other) + 0.0 * t.other, 1, None, (1 << 21, 1 << 12))
+    compiled = Compiled(kernel, ["F32"], "F32")
+    out, zeros = np.empty(count, np.float32), np.zeros(count, np.float32)
+    scratch = np.empty(compiled.scratch + 64, np.uint8)
+    FusedPass(compiled, None, None, scratch).combine(Chunk([zeros], first, count, key, (5,)), out)
+    wanted = oracle.hashes(key, 5, np.arange(first, first + count))
+    assert np.array_equal(out, (wanted >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
