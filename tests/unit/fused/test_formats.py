@@ -101,7 +101,7 @@ def test_nonfinite_elements_are_found(name: str) -> None:
 
 
 def test_random_numbers_of_a_range_with_two_streams() -> None:
-    """The high half of the index changes within the range, and within a segment of it."""
+    """The high half of the index changes within the range."""
     first, count, key = (1 << 32) - (1 << 15), 1 << 16, 0x1234_5678_9ABC_DEF1
     kernel = kernel_of(lambda t: t.uniform(t.other) + 0.0 * t.other, 1, None, (1 << 21, 1 << 12))
     compiled = Compiled(kernel, ["F32"], "F32")
