@@ -1,0 +1,282 @@
+"""Accesses: which elements of a stored part a range of a value's elements needs, and in which order they are staged.
+
+A value is computed from parts, such as the codes and the scales of a quantized tensor. Value and part are seen as
+matrices: the last dimension is a row, all others are rows of it, and the last two dimensions make one matrix of a
+stack. An access translates a range of elements of the value into ranges of elements of the part. The bytes of these
+ranges are staged one after another; kernels find an element of the part by its place there.
+
+The functions are pure. `engine.graph.extents` adds widths and file offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+
+class Span(NamedTuple):
+    """A range of elements of a part.
+
+    Args:
+        start: index of its first element in the part; -1 for zeros that no file holds.
+        count: number of elements.
+    """
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The base of all accesses: the same elements of a part that has the value's shape."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the staged bytes are those of the value's elements, one for one."""
+        return True
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return whether a part of shape `part` can be used for a value of shape `shape`."""
+        return shape == part
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return the ranges of the part that elements [first, first + count) of the value need, in staging order.
+
+        Args:
+            shape: shape of the value.
+            part: shape of the part.
+            first: index of the first element.
+            count: number of elements, at least 1.
+        """
+        return [Span(first, count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned(Access):
+    """The same elements."""
+
+
+ALIGNED = Aligned()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows(Access):
+    """One element for each block of a matrix, such as a scale. Blocks at the edges are partial.
+
+    Staged are complete rows of the part, from the block of the range's first row on.
+
+    Args:
+        rows: rows of a block.
+        columns: columns of a block.
+    """
+
+    rows: int
+    columns: int
+
+    @property
+    def aligned(self) -> bool:
+        """False: several elements of the value share one of the part."""
+        return False
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return whether the part has one element for each block of each matrix."""
+        stack, rows, columns = matrices(shape)
+        wanted = stack * self.block_rows(rows) * -(-columns // self.columns)
+        return prod(part) == wanted and (not part or wanted == 0 or part[-1] == -(-columns // self.columns))
+
+    def block_rows(self, rows: int) -> int:
+        """Return the number of rows of blocks in a matrix with this number of rows."""
+        return -(-rows // self.rows)
+
+    def block_row(self, shape: Shape, row: int) -> int:
+        """Return the row of the part that holds the blocks of a row of the value."""
+        _, rows, _ = matrices(shape)
+        return row // rows * self.block_rows(rows) + row % rows // self.rows
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return one range: the rows of the part between the blocks of the first and of the last row."""
+        begin, end = row_range(shape, first, count)
+        width = -(-max(1, shape[-1] if shape else 1) // self.columns)
+        low, high = self.block_row(shape, begin), self.block_row(shape, end - 1) + 1
+        return [Span(low * width, (high - low) * width)]
+
+
+@dataclass(frozen=True, slots=True)
+class SameRows(Access):
+    """The same rows of a part that has other columns, such as LoRA's B. Staged are complete rows."""
+
+    @property
+    def aligned(self) -> bool:
+        """False: the columns differ."""
+        return False
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return whether the part has as many rows as the value."""
+        return len(part) > 0 and part[:-1] == shape[:-1]
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return one range: the rows of the range's first to last element."""
+        begin, end = row_range(shape, first, count)
+        return [Span(begin * part[-1], (end - begin) * part[-1])]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole(Access):
+    """All of the part for every range, such as LoRA's A."""
+
+    @property
+    def aligned(self) -> bool:
+        """False: every range uses all elements."""
+        return False
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return True: any part can be used as a whole."""
+        return True
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return one range, the complete part."""
+        return [Span(0, prod(part))]
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredRows(Access):
+    """Row r of the value is row `index[r]` of the part, such as a token's embedding; -1 stands for a row of zeros.
+
+    Args:
+        index: for each row of the value, the row of the part, or -1.
+    """
+
+    index: tuple[int, ...]
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return whether the columns are equal and the part has every row that the index names."""
+        rows = prod(part[:-1])
+        return (
+            len(shape) > 0
+            and len(part) > 0
+            and shape[-1] == part[-1]
+            and len(self.index) == prod(shape[:-1])
+            and all(-1 <= row < rows for row in self.index)
+        )
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return the ranges of the rows, those that follow each other in the part as one."""
+        columns = max(1, shape[-1])
+        pieces = []
+        for row, begin, length in row_pieces(columns, first, count):
+            source = self.index[row]
+            pieces.append(Span(-1 if source < 0 else source * columns + begin, length))
+        return coalesced(pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice(Access):
+    """A slice of a larger part: element (matrix, row, column) of the value is the element of the part at the index
+    ``offset + matrix * matrix_stride + row * stride + column``, such as one expert of a fused tensor.
+
+    Args:
+        offset: index of the first element.
+        stride: distance of two rows, at least the value's columns.
+        matrix_stride: distance of two matrices of a stack.
+    """
+
+    offset: int
+    stride: int
+    matrix_stride: int = 0
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return whether the last element lies in the part."""
+        stack, rows, columns = matrices(shape)
+        last = self.offset + (stack - 1) * self.matrix_stride + (rows - 1) * self.stride + columns - 1
+        return self.stride >= columns and (prod(shape) == 0 or last < prod(part))
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return the ranges of the rows, those that follow each other in the part as one."""
+        _, rows, columns = matrices(shape)
+        return coalesced(
+            Span(self.offset + row // rows * self.matrix_stride + row % rows * self.stride + begin, length)
+            for row, begin, length in row_pieces(max(1, columns), first, count)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TransposedSlice(Access):
+    """A transposed slice: element (matrix, row, column) of the value is the element of the part at the index
+    ``offset + matrix * matrix_stride + column * stride + row * step``.
+
+    For each matrix that the range touches and each of its columns, the elements of the range's rows are staged, those
+    between them included if `step` is more than 1.
+
+    Args:
+        offset: index of the first element.
+        stride: distance of two columns of the value.
+        step: distance of two rows of the value: 2 if two tensors are interleaved.
+        matrix_stride: distance of two matrices of a stack.
+    """
+
+    offset: int
+    stride: int
+    step: int = 1
+    matrix_stride: int = 0
+
+    @property
+    def aligned(self) -> bool:
+        """False: the order of the elements differs."""
+        return False
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return whether the last element lies in the part."""
+        stack, rows, columns = matrices(shape)
+        last = self.offset + (stack - 1) * self.matrix_stride + (columns - 1) * self.stride + (rows - 1) * self.step
+        return prod(shape) == 0 or last < prod(part)
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return one range for each column of each matrix, those that follow each other in the part as one."""
+        _, rows, columns = matrices(shape)
+        begin, end = row_range(shape, first, count)
+        pieces = []
+        for matrix in range(begin // rows, -(-end // rows)):
+            low, high = max(begin - matrix * rows, 0), min(end - matrix * rows, rows)
+            start = self.offset + matrix * self.matrix_stride + low * self.step
+            length = (high - low - 1) * self.step + 1
+            pieces += [Span(start + column * self.stride, length) for column in range(columns)]
+        return coalesced(pieces)
+
+
+def matrices(shape: Shape) -> tuple[int, int, int]:
+    """Return a shape as a stack of matrices: their number, and the rows and columns of each, all at least 1."""
+    rows, columns = ((1, 1, *shape)[-2:]) if shape else (1, 1)
+    return max(1, prod(shape[:-2])), max(1, rows), max(1, columns)
+
+
+def row_range(shape: Shape, first: int, count: int) -> tuple[int, int]:
+    """Return the rows [begin, end) that elements [first, first + count) are in."""
+    columns = max(1, shape[-1] if shape else 1)
+    return first // columns, -(-(first + count) // columns)
+
+
+def row_pieces(columns: int, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the row, the first column and the length of each part of elements [first, first + count) in one row."""
+    while count:
+        row, begin = divmod(first, columns)
+        length = min(columns - begin, count)
+        yield row, begin, length
+        first, count = first + length, count - length
+
+
+def coalesced(spans: Iterator[Span] | Sequence[Span]) -> list[Span]:
+    """Return the spans with those that continue the one before them, or that are zeros like it, made one."""
+    result: list[Span] = []
+    for span in spans:
+        if result:
+            last = result[-1]
+            both_zeros = last.start < 0 and span.start < 0
+            if both_zeros or (last.start >= 0 and span.start == last.start + last.count):
+                result[-1] = Span(last.start, last.count + span.count)
+                continue
+        result.append(span)
+    return result
