@@ -54,6 +54,10 @@ class Access:
         """
         return [Span(first, count)]
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements that are staged for any `count` elements in a row, at most."""
+        return count
+
 
 @dataclass(frozen=True, slots=True)
 class Aligned(Access):
@@ -104,6 +108,13 @@ class BlockRows(Access):
         low, high = self.block_row(shape, begin), self.block_row(shape, end - 1) + 1
         return [Span(low * width, (high - low) * width)]
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows of the part that `count` elements touch."""
+        stack, rows, columns = matrices(shape)
+        touched = most_rows(shape, count)
+        blocks = min(touched, 2 + (touched - 2) // self.rows + (touched - 2) // rows if touched > 1 else 1)
+        return min(blocks, stack * self.block_rows(rows)) * -(-columns // self.columns)
+
 
 @dataclass(frozen=True, slots=True)
 class SameRows(Access):
@@ -123,6 +134,10 @@ class SameRows(Access):
         begin, end = row_range(shape, first, count)
         return [Span(begin * part[-1], (end - begin) * part[-1])]
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows that `count` elements touch."""
+        return most_rows(shape, count) * part[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Whole(Access):
@@ -140,6 +155,10 @@ class Whole(Access):
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range, the complete part."""
         return [Span(0, prod(part))]
+
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the part."""
+        return prod(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +265,11 @@ class TransposedSlice(Access):
             pieces += [Span(start + column * self.stride, length) for column in range(columns)]
         return coalesced(pieces)
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows that `count` elements touch, with those between them."""
+        _, _, columns = matrices(shape)
+        return most_rows(shape, count) * self.step * columns
+
 
 def matrices(shape: Shape) -> tuple[int, int, int]:
     """Return a shape as a stack of matrices: their number, and the rows and columns of each, all at least 1."""
@@ -257,6 +281,12 @@ def row_range(shape: Shape, first: int, count: int) -> tuple[int, int]:
     """Return the rows [begin, end) that elements [first, first + count) are in."""
     columns = max(1, shape[-1] if shape else 1)
     return first // columns, -(-(first + count) // columns)
+
+
+def most_rows(shape: Shape, count: int) -> int:
+    """Return the number of rows that `count` elements in a row touch, at most."""
+    stack, rows, columns = matrices(shape)
+    return min(stack * rows, count if columns == 1 else 2 + (count - 2) // columns if count > 1 else 1)
 
 
 def row_pieces(columns: int, first: int, count: int) -> Iterator[tuple[int, int, int]]:
