@@ -27,9 +27,9 @@ class ByteRange(NamedTuple):
 
 
 def by_element(graph: MergeGraph, node: int) -> bool:
-    """Return whether ranges of a node are counted in elements; otherwise its bytes are copied, and bytes are counted."""
+    """Return whether ranges of a node are counted in elements; otherwise its bytes are copied, and counted."""
     operation = graph.operation(node)
-    return operation.kind is Kind.MERGE or bool(operation.accesses)
+    return operation.kind in (Kind.MERGE, Kind.RESULT) or bool(operation.accesses)
 
 
 def length(graph: MergeGraph, node: int) -> int:
@@ -62,7 +62,7 @@ def extent(graph: MergeGraph, node: int, place: int, first: int, count: int) -> 
         return [ByteRange(first * width, count * width)]
     part = graph.value_shape(graph.node_sources[node][place])
     return [
-        ByteRange(-1 if span.start < 0 else span.start * width, span.count * width)
+        ByteRange(-1 if span.start < 0 else span.start * width, span.length * width)
         for span in access.spans(graph.shape(node), part, first, count)
     ]
 
@@ -114,5 +114,5 @@ def _sums(access: Access, shape: Shape, part: Shape, size: int, chunk: int) -> a
     sums = array("q", [0])
     for first in range(0, size, chunk):
         spans = access.spans(shape, part, first, min(chunk, size - first))
-        sums.append(sums[-1] + sum(span.count for span in spans if span.start >= 0))
+        sums.append(sums[-1] + sum(span.length for span in spans if span.start >= 0))
     return sums

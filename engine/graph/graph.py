@@ -119,6 +119,8 @@ class MergeGraph:
         self._operation_numbers: dict[Operation, int] = {}
         self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
         self._results: dict[int, tuple[int, ...]] = {}
+        self._access_numbers: dict[Access, int] = {ALIGNED: 0}
+        self._operation_accesses: list[tuple[int, ...]] = []  # by operation; empty if all are aligned
 
     def add_read(self, model: int, name: str, ref: TensorRef) -> int:
         """Add the read of tensor `name` of a model, or find it; returns the read number."""
@@ -149,6 +151,10 @@ class MergeGraph:
         number = self._operation_numbers.setdefault(operation, len(self.operations))
         if number == len(self.operations):
             self.operations.append(operation)
+            numbers = self._access_numbers
+            self._operation_accesses.append(
+                tuple(numbers.setdefault(access, len(numbers)) for access in operation.accesses)
+            )
         node = self._node_numbers.setdefault((number, sources, dtype.name, key), len(self.node_operation))
         if node == len(self.node_operation):
             self.node_operation.append(number)
@@ -208,6 +214,18 @@ class MergeGraph:
         accesses = self.operation(node).accesses
         return accesses[place] if accesses else ALIGNED
 
+    def access_numbers(self, node: int) -> tuple[int, ...]:
+        """For each source of a node, the number of its access in the graph; empty if all are `ALIGNED`."""
+        return self._operation_accesses[self.node_operation[node]]
+
+    def places(self, node: int) -> tuple[int, ...]:
+        """The place among a node's sources of each distinct one: sources differ in the value or in the access."""
+        sources, accesses = self.node_sources[node], self.access_numbers(node)
+        first: dict[object, int] = {}
+        for place, value in enumerate(sources):
+            first.setdefault((value, accesses[place]) if accesses else value, place)
+        return tuple(first.values())
+
     def value_shape(self, value: Value) -> tuple[int, ...]:
         """The shape of a value."""
         return self.reads[value].shape if value >= 0 else self.node_shape[~value]
@@ -256,6 +274,16 @@ class MergeGraph:
                 if value >= 0:
                     consumers[value].append(node)
         return consumers
+
+    def users(self) -> dict[int, list[int]]:
+        """For each node that is a source of others, the nodes that use it; other tensors of a node are no users."""
+        users: dict[int, list[int]] = {}
+        for node in self.nodes():
+            if self.operation(node).kind is not Kind.RESULT:
+                for value in dict.fromkeys(self.node_sources[node]):
+                    if value < 0:
+                        users.setdefault(~value, []).append(node)
+        return users
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.nodes())

@@ -23,11 +23,11 @@ class Span(NamedTuple):
 
     Args:
         start: index of its first element in the part; -1 for zeros that no file holds.
-        count: number of elements.
+        length: number of elements.
     """
 
     start: int
-    count: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,8 @@ class BlockRows(Access):
         """Return the elements of the most rows of the part that `count` elements touch."""
         stack, rows, columns = matrices(shape)
         touched = most_rows(shape, count)
-        blocks = min(touched, 2 + (touched - 2) // self.rows + (touched - 2) // rows if touched > 1 else 1)
+        between = (touched - 2) // self.rows + (1 + (touched - 2) // rows if stack > 1 else 0)
+        blocks = min(touched, 2 + between) if touched > 1 else 1
         return min(blocks, stack * self.block_rows(rows)) * -(-columns // self.columns)
 
 
@@ -305,8 +306,8 @@ def coalesced(spans: Iterator[Span] | Sequence[Span]) -> list[Span]:
         if result:
             last = result[-1]
             both_zeros = last.start < 0 and span.start < 0
-            if both_zeros or (last.start >= 0 and span.start == last.start + last.count):
-                result[-1] = Span(last.start, last.count + span.count)
+            if both_zeros or (last.start >= 0 and span.start == last.start + last.length):
+                result[-1] = Span(last.start, last.length + span.length)
                 continue
         result.append(span)
     return result
