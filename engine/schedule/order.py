@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..graph.graph import MergeGraph
 from .tiling import clusters
 
 
-def orders(graph: MergeGraph) -> list[list[int]]:
-    """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
+def orders(graph: MergeGraph) -> Iterator[list[int]]:
+    """Yield orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
+    tasks, users, positions = graph.tasks(), graph.users(), _positions(graph)
+    by_position = sorted(tasks, key=positions.__getitem__)
+    shares = bool(clusters(graph))
+    tried: list[list[int]] = []
+    for number in range(3 if shares else 1):
+        order = by_position if number == 0 else tasks if number == 2 else _together(graph, by_position, positions)
+        if users:  # each node comes right before the first one that uses it
+            order = _sources_first(graph, [node for node in order if node not in users])
+        if order not in tried:
+            tried.append(order)
+            yield order
+
+
+def _positions(graph: MergeGraph) -> list[tuple[int, int]]:
+    """Return for each node the file and the offset of the first read that it is computed from."""
     files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
-    tasks = graph.tasks()
-    users = graph.users()
+    positions = []
+    for sources in graph.node_sources:
+        value = sources[0]
+        while value < 0:
+            value = graph.node_sources[~value][0]
+        positions.append((files[graph.reads[value].file], graph.reads[value].offset))
+    return positions
 
-    def position(node: int) -> tuple[int, int]:
-        value = graph.node_sources[node][0]
-        ref = graph.reads[value if value >= 0 else graph.reads_of(node)[0]]
-        return files[ref.file], ref.offset
 
-    def with_sources(order: list[int]) -> list[int]:
-        """Put each node right before the first one that uses it."""
-        return _sources_first(graph, [node for node in order if node not in users]) if users else order
-
-    by_position = sorted(tasks, key=position)
-    if not clusters(graph):
-        return [by_position]
+def _together(graph: MergeGraph, order: Sequence[int], positions: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the nodes with those that share reads one after another."""
     consumers = graph.consumers()
     together: list[int] = []
     seen: set[int] = set()
-    for start in by_position:
+    for start in order:
         stack = [start]
         while stack:
             node = stack.pop()
@@ -39,12 +50,8 @@ def orders(graph: MergeGraph) -> list[list[int]]:
             together.append(node)
             reads = [value for value in graph.node_sources[node] if value >= 0]
             neighbours = {other for read in reads for other in consumers[read]} - seen
-            stack.extend(sorted(neighbours, key=position, reverse=True))
-    found: list[list[int]] = []
-    for order in map(with_sources, (by_position, together, tasks)):
-        if order not in found:
-            found.append(order)
-    return found
+            stack.extend(sorted(neighbours, key=positions.__getitem__, reverse=True))
+    return together
 
 
 def _sources_first(graph: MergeGraph, order: Sequence[int]) -> list[int]:

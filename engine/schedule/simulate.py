@@ -285,7 +285,12 @@ class Simulation:
             return shape.nbytes, 0
         bytes_read, uploaded = [], 0
         places = self.graph.places(node)
-        for place, source, count, held in zip(places, this.sources, shape.counts, this.before, strict=True):
+        for number, (place, source, count, held) in enumerate(
+            zip(places, this.sources, shape.counts, this.before, strict=True)
+        ):
+            if not first and not this.separate and (held is NOTHING or held.ram == count):
+                bytes_read.append(shape.nbytes[number] if held is NOTHING else 0)
+                continue
             begin = first if source.chunk_length else int(first >= shape.count)
             needed = self._size(node, place, source, max(begin, held.vram), count)
             uploaded += needed if this.separate else 0
