@@ -28,10 +28,10 @@ from ..schedule.step_list import Step
 from ..schedule.tiling import output_width
 from .arena import HostArena
 from .cache import CachedChunk
+from .compute.runner import KernelRunner
 from .devices.base import Device, Marker
 from .lanes import Lane, Lanes
 from .ledger import RAM, Ledger
-from .passes import KernelRunner
 from .slot_allocator import SlotAllocator
 from .tasks import ChunkTask, Measured, NodeState, Progress, ReadTask, Sink, Source
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.engine.execute.arena import take_memory
+from mergeloom.engine.execute.compute.runner import KernelRunner
 from mergeloom.engine.execute.devices.base import Device, OutOfDeviceMemory
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
-from mergeloom.engine.execute.passes import KernelRunner
 from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import ChunkTask
 from mergeloom.engine.graph.footprint import Footprint, Line
