@@ -9,7 +9,8 @@ from ..schedule.schedule import DeviceBudget, Schedule, make_schedule, shrink
 from .devices.base import Device, OutOfDeviceMemory
 from .executor import Executor
 from .ledger import Ledger
-from .tasks import Measured, Progress, Sink, Source
+from .measurements import Measured, Progress
+from .tasks import Sink, Source
 
 SPARE = 0.9
 """Share of a GPU's free memory that is used if less is free than planned."""

@@ -20,7 +20,7 @@ from ...io.reading import FileStamps, Reader
 from ...io.sizes import format_size
 from ...io.task_group import TaskGroup
 from ..execute.executor import NOTIFY_SECONDS
-from ..execute.tasks import LaneTime
+from ..execute.lanes import LaneTime
 from ..graph.graph import MergeGraph
 from .buffers import ThreadBuffers
 from .recovery.records import JournalRecord, RangeCopied

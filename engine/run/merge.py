@@ -17,7 +17,7 @@ from ...io.units import data_size, duration, memory_size, plural
 from ..cost.estimate import Estimate, assumed_rates, estimate
 from ..cost.machine import process_memory
 from ..execute.check_buffers import check_buffers
-from ..execute.tasks import Measured, Progress
+from ..execute.measurements import Measured, Progress
 from ..model.open import is_remote
 from ..model.warnings import strict_error
 from .destination import refuse_input

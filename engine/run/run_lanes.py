@@ -11,8 +11,9 @@ from ...io.reading import FileStamps, Observe, Reader
 from ..cost.machine import CACHED_SHARE, available_ram, resident_memory
 from ..execute.devices import open_devices
 from ..execute.ledger import Ledger
+from ..execute.measurements import Measured, Progress
 from ..execute.replan import run_graph
-from ..execute.tasks import Measured, Progress, Sink
+from ..execute.tasks import Sink
 from ..schedule.schedule import Schedule
 from .plan import Plan
 

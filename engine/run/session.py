@@ -21,7 +21,7 @@ from ...io.output.shards import preload_validator
 from ...io.task_group import TaskGroup
 from ...io.units import data_size, listed, plural
 from ..execute.ledger import Ledger
-from ..execute.tasks import Measured, Progress
+from ..execute.measurements import Measured, Progress
 from ..files.write import write_model_files
 from ..graph.graph import Kind
 from ..schedule.schedule import Schedule, make_schedule

@@ -22,7 +22,7 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.header import Header, parse_header, read_data_start
 from ...io.safetensors.tensors import TensorRef
 from ...io.units import data_size, plural
-from ..execute.tasks import Progress
+from ..execute.measurements import Progress
 from .manifest import MANIFEST, identity_of, read_manifest
 
 THREADS = 4

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ..engine.execute.tasks import Progress
+    from ..engine.execute.measurements import Progress
 
 FRAME_SECONDS = 0.2
 """The interval at which the line on a terminal is redrawn."""

@@ -13,7 +13,8 @@ from .time import REMEDIES
 from .unused import unused_section
 
 if TYPE_CHECKING:
-    from ..engine.execute.tasks import LaneTime, Measured
+    from ..engine.execute.lanes import LaneTime
+    from ..engine.execute.measurements import Measured
     from ..engine.run.merge import Result
     from ..engine.run.plan import Plan
 

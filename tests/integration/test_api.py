@@ -17,7 +17,7 @@ import yaml
 
 import mergeloom
 from mergeloom.__main__ import main
-from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.execute.measurements import Progress
 from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.methods import merge_methods

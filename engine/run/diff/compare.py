@@ -20,7 +20,7 @@ from ....methods.kernel.spec import BLOCK
 from ...cost.machine import CACHED_SHARE, available_ram, make_budget, memory_remark, process_memory, usable_cores
 from ...cost.process_size import size_key
 from ...execute.ledger import Ledger, Reservation
-from ...execute.tasks import Progress
+from ...execute.measurements import Progress
 from ...model.open import is_remote, open_named
 from .pairs import Opened, Pair, pair_tensors
 from .result import Diff, Similarity, TensorDiff

@@ -13,7 +13,8 @@ import pytest
 
 import mergeloom
 from mergeloom.engine.cost.estimate import RATES
-from mergeloom.engine.execute.tasks import LaneTime, Measured
+from mergeloom.engine.execute.lanes import LaneTime
+from mergeloom.engine.execute.measurements import Measured
 from mergeloom.engine.graph.build import Unused
 from mergeloom.engine.run.merge import Result
 from mergeloom.engine.run.plan import Plan
