@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ...errors import UsageError
+from ...io.counters import IoCounters
 from ...io.task_group import TaskGroup
 from ...methods.kernel.spec import HostError
 from ..graph.graph import Kind, MergeGraph
@@ -36,7 +37,7 @@ from .arena import HostArena
 from .compute.runner import KernelRunner
 from .devices.base import Device, Marker
 from .ledger import Ledger
-from .measurements import Measured, Progress
+from .measurements import Measured
 from .memory import open_memory
 from .slot_allocator import SlotAllocator
 from .task_flow import TaskFlow
@@ -56,6 +57,7 @@ class Executor:
         devices: devices of the schedule's budget, in its order.
         source: reader of tensor bytes.
         sink: writer of output bytes.
+        counters: counters of the bytes read and written; new ones if None.
         ledger: ledger in which the buffers are reserved; one of its own if None.
         readers: number of read threads.
         writers: number of write threads.
@@ -72,6 +74,7 @@ class Executor:
         source: Source,
         sink: Sink,
         *,
+        counters: IoCounters | None = None,
         ledger: Ledger | None = None,
         readers: int = 2,
         writers: int = 2,
@@ -82,10 +85,10 @@ class Executor:
         self.graph = graph
         self.schedule = schedule
         self.devices = devices
-        self.progress = Progress()
-        self.measured = Measured()
+        self.measured = Measured(counters or IoCounters())
         self.ledger = ledger or Ledger()
         self.slots = SlotAllocator(graph, schedule, devices, resident=resident, discard=self._discard)
+        self._counters = self.measured.io
         self._source = source
         self._sink = sink
         self._serial = serial
@@ -104,11 +107,11 @@ class Executor:
 
     # --- the main thread ---------------------------------------------------------------------------------------
 
-    def run(self, notify: Callable[[Progress], None] | None = None) -> Measured:
+    def run(self, notify: Callable[[], None] | None = None) -> Measured:
         """Execute the schedule.
 
         Args:
-            notify: function that receives the progress about ten times a second, in this thread.
+            notify: function that is called about ten times a second, in this thread; if it raises, the run ends.
 
         Raises:
             MergeloomError: the first error of any lane.
@@ -118,7 +121,7 @@ class Executor:
             raise RuntimeError("this Executor has run already: its cache and counts are used up; make a new one")
         self._started = True
         start = time.perf_counter()
-        self._notify = notify or (lambda progress: None)
+        self._notify = notify or (lambda: None)
         with contextlib.ExitStack() as opened:
             self._arena = opened.enter_context(
                 open_memory(self.schedule, self.devices, self.ledger, computes=self._computes)
@@ -149,8 +152,6 @@ class Executor:
 
     def _measure(self, start: float, end: float) -> None:
         measured = self.measured
-        measured.bytes_read = self.progress.bytes_read
-        measured.bytes_written = self.progress.bytes_written
         measured.seconds = end - start
         measured.ram_peak = self.slots.ram.peak_bytes
         measured.vram_peak = max((device.peak() for device in self.devices), default=0)
@@ -172,7 +173,7 @@ class Executor:
             now = time.monotonic()
             if now - self._notified >= NOTIFY_SECONDS:
                 self._notified = now
-                self._notify(self.progress)
+                self._notify()
             if done:
                 return
 
@@ -207,8 +208,8 @@ class Executor:
     def _read(self, thread: int, read_task: ReadTask) -> None:
         target, read, offset, nbytes = read_task
         self._source.read(self.graph.reads[read].file, offset, self._arena.view(target.slot, nbytes))
+        self._counters.add(read=nbytes)
         with self._changed:
-            self.progress.bytes_read += nbytes
             self._flow.chunk_loaded(target)
 
     def _upload(self, thread: int, task: ChunkTask) -> None:
@@ -282,8 +283,8 @@ class Executor:
         data = self._arena.view(slot, task.out_nbytes)
         offset = self.schedule.span(self.graph, task.node, task.chunk)[0] * output_width(self.graph, task.node)
         self._sink.write(task.node, offset, data)
+        self._counters.add(written=task.out_nbytes * len(self._destinations[task.node]))
         with self._changed:
-            self.progress.bytes_written += task.out_nbytes * len(self._destinations[task.node])
             complete = self._flow.written(task)
             self._changed.notify_all()
         if complete:

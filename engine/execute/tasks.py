@@ -1,13 +1,15 @@
 """The tasks of a run, the states that they pass through, and the interfaces to what they read and write.
 
-kind                                states of a task, from its creation to its end
+The states of a task depend on its kind, and on the device:
 
-COPY                                PENDING LOADING                               COMPUTED WRITING DONE
-REQUIRE_EQUAL                       PENDING LOADING COMPUTING                     COMPUTED WRITING DONE
-MERGE in RAM, last pass             PENDING LOADING (WAITING) COMPUTING           COMPUTED WRITING DONE
-MERGE in RAM, another pass          PENDING LOADING (WAITING) COMPUTING                            DONE
-MERGE on a device, last pass        PENDING LOADING UPLOADING (WAITING) COMPUTING DOWNLOADING COMPUTED WRITING DONE
-MERGE on a device, another pass     PENDING LOADING UPLOADING (WAITING) COMPUTING                  DONE
+    COPY                             PENDING LOADING                               COMPUTED WRITING DONE
+    REQUIRE_EQUAL                    PENDING LOADING COMPUTING                     COMPUTED WRITING DONE
+    MERGE in RAM, last pass          PENDING LOADING (WAITING) COMPUTING           COMPUTED WRITING DONE
+    MERGE in RAM, another pass       PENDING LOADING (WAITING) COMPUTING                            DONE
+    MERGE on a device, last pass     PENDING LOADING UPLOADING (WAITING) COMPUTING DOWNLOADING COMPUTED WRITING DONE
+    MERGE on a device, another pass  PENDING LOADING UPLOADING (WAITING) COMPUTING                              DONE
+
+A task is WAITING only if its chunks are loaded before the pass before is complete.
 """
 
 from __future__ import annotations
