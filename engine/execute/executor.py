@@ -9,12 +9,13 @@ moves the task to the next state and hands it to the lane of that state.
 
 Locks, in the order in which a thread may take them; it holds at most one of each:
 
-1. ``Executor._changed`` guards the slots, the tasks, the nodes in progress, and the outcome.
+1. ``Executor._changed`` guards the slots, the tasks and the nodes in progress.
 2. The lock of a lane guards its queue. A task is queued under lock 1, so the chunks of a tensor reach the write lane in
    order. The lane's own threads take it alone.
 
-Neither is held while a lane works, nor while the source, the sink, a device, a kernel or `notify` is called. A node's
-reducer has a lock of its own, which is taken alone. No thread can take any of them twice: they are not re-entrant.
+Neither is held while a lane works, nor while the source, the sink, a device, a kernel or `notify` is called. The
+reducers of nodes, the counters and the outcome have locks of their own, which are taken alone. None of the locks is
+re-entrant.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ class Executor:
         measured.lanes = self._lanes.times(end)
 
     def _fail(self, error: BaseException) -> None:
+        self._outcome.fail(error)
         with self._changed:
-            self._outcome.fail(error)
             self._changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool]) -> None:

@@ -223,6 +223,7 @@ def _rehearse(inputs: _Inputs, notify: Callable[[Progress], None] | None, before
 
     with sources.blamed_for_errors():
         measured = run_lanes(planned, planned.schedule, _NullSink(), counters, watch, stamps=sources.stamps)
+    watch()
     sources.check()
     return Result(planned, None, measured, process_memory().peak, peak_before=before)
 
