@@ -24,7 +24,7 @@ from ...io.safetensors.dtypes import DType
 from ...methods.kernel.kernel import Kernel
 from ...methods.kernel.spec import HostError, Unit
 from ...methods.kernel.torch_backend.tile import Workspace
-from ..execute.torch_compute import (
+from ..execute.compute.torch_computer import (
     Piece,
     check_inputs,
     combine_chunk,

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...io.safetensors.dtypes import DType
-from ...methods.kernel.kernel import Kernel
-from ...methods.kernel.spec import Unit
-from ...methods.kernel.torch_backend.passes import Pass
-from ...methods.kernel.torch_backend.rounding import canonical_nans, round_into
-from ...methods.kernel.torch_backend.tile import Tile, Workspace
-from ..graph.graph import MergeGraph
-from ..schedule.schedule import Schedule
-from ..schedule.tiling import tile_length
-from .computer import Failed, Outcome, task_inputs
-from .devices.base import Device
-from .tasks import ChunkTask
+from ....io.safetensors.dtypes import DType
+from ....methods.kernel.kernel import Kernel
+from ....methods.kernel.spec import Unit
+from ....methods.kernel.torch_backend.passes import Pass
+from ....methods.kernel.torch_backend.rounding import canonical_nans, round_into
+from ....methods.kernel.torch_backend.tile import Tile, Workspace
+from ...graph.graph import MergeGraph
+from ...schedule.schedule import Schedule
+from ...schedule.tiling import tile_length
+from ..devices.base import Device
+from ..tasks import ChunkTask
+from .backend import Failed, Outcome, task_inputs
 
 _EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..graph.graph import MergeGraph
-from .cache import CachedChunk
-from .tasks import ChunkTask
+from ...graph.graph import MergeGraph
+from ..cache import CachedChunk
+from ..tasks import ChunkTask
 
 Failed = Callable[[BaseException], None]
 """Function that ends the run with an error, called from any thread."""

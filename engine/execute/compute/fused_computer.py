@@ -9,17 +9,17 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...methods.kernel.fused.compiled import Compiled
-from ...methods.kernel.fused.finite import count_nonfinite, finite
-from ...methods.kernel.fused.finite import prepare as prepare_finite
-from ...methods.kernel.fused.passes import FusedPass
-from ...methods.kernel.fused.run import Chunk
-from ..graph.graph import MergeGraph
-from ..schedule.schedule import Schedule
-from .computer import Failed, Outcome, task_inputs
-from .devices.base import Device
-from .lanes import Lane
-from .tasks import ChunkTask
+from ....methods.kernel.fused.compiled import Compiled
+from ....methods.kernel.fused.finite import count_nonfinite, finite
+from ....methods.kernel.fused.finite import prepare as prepare_finite
+from ....methods.kernel.fused.passes import FusedPass
+from ....methods.kernel.fused.run import Chunk
+from ...graph.graph import MergeGraph
+from ...schedule.schedule import Schedule
+from ..devices.base import Device
+from ..lanes import Lane
+from ..tasks import ChunkTask
+from .backend import Failed, Outcome, task_inputs
 
 
 class FusedComputer:

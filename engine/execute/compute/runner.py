@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import CheckpointError
-from ..graph.graph import MergeGraph
-from ..schedule.schedule import Schedule
-from .computer import Computer, Failed
-from .devices.base import Device
-from .tasks import ChunkTask
+from ....errors import CheckpointError
+from ...graph.graph import MergeGraph
+from ...schedule.schedule import Schedule
+from ..devices.base import Device
+from ..tasks import ChunkTask
+from .backend import Computer, Failed
 
 
 class KernelRunner:
@@ -93,10 +93,10 @@ class KernelRunner:
         """Return the backend of a device."""
         device = self._devices[number]
         if device.separate:
-            from .torch_compute import TorchComputer
+            from .torch_computer import TorchComputer
 
             return TorchComputer(self._graph, self._schedule, device, self._schedule.tile_elements[number])
-        from .fused_compute import FusedComputer
+        from .fused_computer import FusedComputer
 
         return FusedComputer(self._graph, self._schedule, device, number)
 
