@@ -57,5 +57,9 @@ class Computer(Protocol):
 def task_inputs(graph: MergeGraph, task: ChunkTask) -> list[CachedChunk]:
     """Return the chunk of each source of a task's node, in recipe order. A source can occur more than once."""
     sources = graph.node_sources[task.node]
-    chunks = dict(zip(dict.fromkeys(sources), task.inputs, strict=True))
-    return [chunks[read] for read in sources]
+    if len(task.inputs) == len(sources):
+        return task.inputs
+    accesses = graph.access_numbers(task.node) or (0,) * len(sources)
+    keys = list(zip(sources, accesses, strict=True))
+    chunks = dict(zip(dict.fromkeys(keys), task.inputs, strict=True))
+    return [chunks[key] for key in keys]

@@ -59,7 +59,7 @@ class FusedComputer:
     def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
         """Compute the chunk of the output into the task's slot."""
         chunk = self._chunk(task)
-        out = self._view(task.out, task.out_nbytes)
+        out = self._view(task.outputs[0].slot, task.outputs[0].nbytes)
         if not self._pass(thread, task, state).combine(chunk, out):
             return Outcome()
         nonfinite = self._nonfinite(chunk, task)
@@ -98,7 +98,7 @@ class FusedComputer:
     def _nonfinite(self, chunk: Chunk, task: ChunkTask) -> tuple[int, ...]:
         """Return the numbers of the inputs that hold a NaN or an infinity."""
         sources = self._graph.node_sources[task.node]
-        dtypes = [self._graph.reads[read].dtype.name for read in sources]
+        dtypes = [self._graph.value_dtype(value).name for value in sources]
         return tuple(
             number
             for number, (data, dtype) in enumerate(zip(chunk.inputs, dtypes, strict=True))
@@ -158,7 +158,7 @@ class _LoopsInPlanOrder:
         """Return the compiled loops of a node's kernel; compile them, or wait for them, if they are not ready."""
         graph, kernel = self._graph, self._graph.operation(node).kernel
         assert kernel is not None
-        dtypes = tuple(graph.reads[read].dtype.name for read in graph.node_sources[node])
+        dtypes = tuple(graph.value_dtype(value).name for value in graph.node_sources[node])
         out = graph.node_dtype[node].name
         with self._lock:
             loops = self._known.get((id(kernel), dtypes, out))

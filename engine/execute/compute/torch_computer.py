@@ -92,7 +92,7 @@ class TorchComputer:
 
     def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
         """Compute the chunk of the output into the task's slot on the device."""
-        target = self._device.slot(task.out_device, task.out_nbytes)
+        target = self._device.slot(task.outputs[0].on_device, task.outputs[0].nbytes)
         out = target.view(torch_dtype(self._graph.node_dtype[task.node]))
         return combine_chunk(self._piece(task), state, self._workspace(thread), out)
 
@@ -104,8 +104,8 @@ class TorchComputer:
         graph, kernel = self._graph, task.operation.kernel
         assert kernel is not None
         inputs = [
-            self._device.slot(cached.slot, cached.nbytes).view(torch_dtype(graph.reads[read].dtype))
-            for read, cached in zip(graph.node_sources[task.node], task_inputs(graph, task), strict=True)
+            self._device.slot(cached.slot, cached.nbytes).view(torch_dtype(graph.value_dtype(value)))
+            for value, cached in zip(graph.node_sources[task.node], task_inputs(graph, task), strict=True)
         ]
         return Piece(
             kernel=kernel,
