@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernel import Kernel, State
-from ..reductions import ColumnSum, Count, Sum
-from ..selection import Search, sample_indices
+from ..reduction.reductions import ColumnSum, Count, Sum
+from ..reduction.selection import Search, sample_indices
 from . import counting
 from .context import PassContext
 from .program_run import ProgramRun

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..expression import Extent, Node, Type
 from ..program import Instruction, Slot
-from ..reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.reductions import ColumnSum, Count, Selection, Sum
 from . import counting
 from .block_sums import BlockSums, column_sums
 from .context import PassContext
