@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import BudgetError
 from ...io.sizes import format_size, parse_size
 from ..cost.estimate import Estimate, Rates, estimate
-from ..schedule.schedule import Budget, Schedule, make_schedule
+from ..schedule.budget import Budget
+from ..schedule.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from .plan import Plan

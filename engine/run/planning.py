@@ -26,7 +26,8 @@ from ..model.warnings import ModelWarning, ModelWarningKind, strict_error
 from ..recipe.load import load_recipe
 from ..recipe.types import ModelReference, Recipe
 from ..recipe.warnings import RecipeWarning
-from ..schedule.schedule import Budget, make_schedule
+from ..schedule.budget import Budget
+from ..schedule.schedule import make_schedule
 from .plan import Options, Plan, RecipeLike
 
 OTHER_THREADS = 16

@@ -101,7 +101,7 @@ class InputSpec:
         access = self.access(index)
         if access.aligned:
             return count
-        return sum(span.count for span in access.spans(self.shape, self.part(index), first, count))
+        return sum(span.length for span in access.spans(self.shape, self.part(index), first, count))
 
     def resized(self, shape: Shape) -> InputSpec:
         """The same inputs for an output of another shape."""

@@ -22,7 +22,8 @@ from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import ChunkTask
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, Operation
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure, UsageError

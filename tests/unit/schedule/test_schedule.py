@@ -13,15 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.requirements import PAGE
-from mergeloom.engine.schedule.schedule import (
-    SLOT_BYTES,
-    WORTH,
-    Budget,
-    DeviceBudget,
-    Schedule,
-    make_schedule,
-)
+from mergeloom.engine.schedule.schedule import SLOT_BYTES, WORTH, Schedule, make_schedule
 from mergeloom.engine.schedule.simulate import Simulation, orders
 from mergeloom.engine.schedule.tiling import length, widest
 from mergeloom.errors import BudgetError
