@@ -110,7 +110,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
     """Run a kernel's passes over one tile; return its elements, its workspace and its allocations in bytes."""
     elements = kernel.inputs.rows * kernel.inputs.columns
     positions = operation.positions or tuple(range(len(dtypes)))
-    piece = Piece(kernel, _inputs(dtypes, elements), 0, 0x9E3779B97F4A7C15, positions, elements)
+    piece = Piece(kernel, _inputs(dtypes, elements), 0, 0x9E3779B97F4A7C15, positions, elements, elements)
     result = torch.empty(elements, dtype=torch_dtype(out))
     peak = 0
     taken = 0

@@ -3,8 +3,8 @@
     FP8_BLOCKS = Decoder("fp8 blocks", lambda codes, scales: codes * scales)
 
 A decoder is written in the vocabulary of merge methods. Its parts are arrays of the value's shape, whichever elements
-of them an access takes; the factors of a low-rank product are the exception, see `low_rank`. A decoder has no
-reductions and no random numbers, so a composition inlines it into the loops of a method.
+of them an access takes; the factors of a low-rank product are the exception, see `low_rank`. Reductions and random
+numbers need the inputs of a method, so a decoder has none, and a composition inlines it into a method's loops.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .expression import MethodDefinitionError, reachable
 from .kernel import Kernel
 from .language import Inputs, low_rank
 from .method import traced
 from .spec import InputSpec
 
 __all__ = ["Decoder", "low_rank"]
-
-_OF_ELEMENTS = frozenset(("reduce", "row_sum", "row_max", "row_rank", "hash"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +41,9 @@ class Decoder:
             parameters: numbers that the tensor's format or adapter gives, such as a scale; not those of a recipe.
 
         Raises:
-            MethodDefinitionError: the decoder uses an operation that does not exist or that a decoder must not use, or
-                returns no array.
+            MethodDefinitionError: the decoder uses an operation that does not exist, or returns no array.
         """
         inputs = replace(inputs, base=None)
         symbolic = Inputs(inputs)
         output = traced(f"decoder {self.name}", self.function, symbolic.inputs, parameters, symbolic.trace)
-        if used := sorted({node.op for node in reachable(output)} & _OF_ELEMENTS):
-            raise MethodDefinitionError(f"decoder {self.name} must compute each element by itself, without {used[0]}")
         return Kernel(inputs, output, (self, dict(parameters)))

@@ -90,7 +90,8 @@ class FusedPass:
             part(data, STORED[dtype].bits // 8) if inputs.access(index).aligned else data
             for index, (data, dtype) in enumerate(zip(chunk.inputs, self._compiled.dtypes, strict=True))
         ]
-        return chunk._replace(inputs=parts, staged=(chunk.element, chunk.elements))
+        own = [(chunk.element, chunk.elements)] * len(parts)
+        return chunk._replace(inputs=parts, staged=chunk.staged or own)
 
     def _magnitudes(self, name: str, chunk: Chunk) -> dict[int, Any]:
         """The bits of all magnitudes of a chunk for each selection of a group."""

@@ -30,8 +30,8 @@ class Chunk(NamedTuple):
         elements: number of elements.
         key: 64-bit random key of the output tensor.
         positions: position in the recipe of each input's model.
-        staged: first element and number of elements of the range that inputs which are not aligned are staged for; None
-            for the chunk's.
+        staged: for each input, the first element and the number of elements of the range that it is staged for, which
+            contains the chunk; empty if that is the chunk. Aligned inputs are always staged for the chunk.
         indices: index of each element in the tensor, int64, ascending, if they are not consecutive.
     """
 
@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
     elements: int
     key: int
     positions: Sequence[int]
-    staged: tuple[int, int] | None = None
+    staged: Sequence[tuple[int, int]] = ()
     indices: Any = None
 
 
@@ -90,10 +90,10 @@ class Run:
     def _prepare_fills(self, inputs: Sequence[int]) -> None:
         """Make the states of the fills."""
         chunk = self._chunk
-        staged = chunk.staged or (chunk.element, chunk.elements)
+        staged = chunk.staged or [(chunk.element, chunk.elements)] * len(inputs)
         runs = run_lengths(chunk.indices) if self.group.fills and chunk.indices is not None else None
         for fill in self.group.fills:
-            state = state_of(fill, self._compiled.kernel.inputs, inputs, chunk.element, staged)
+            state = state_of(fill, self._compiled.kernel.inputs, inputs, chunk.element, staged[fill.inputs[0]])
             if runs is not None:
                 gather(state, chunk.indices, runs)
             self._keep += [state, runs]

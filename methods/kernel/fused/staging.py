@@ -99,7 +99,7 @@ def state_of(fill: Fill, inputs: InputSpec, addresses: Sequence[int], start: int
         inputs: inputs of the kernel.
         addresses: address of the staged elements of each input.
         start: index of the chunk's first element.
-        staged: first element and number of elements of the range that the inputs are staged for.
+        staged: first element and number of elements of the range that the first of its inputs is staged for.
     """
     state = np.zeros(16, np.int64)
     index = fill.inputs[0]

@@ -70,7 +70,7 @@ class Pass:
         tile.workspace.reset()
         indices = sample_indices(self._reductions[number].size, tile.element, tile.elements)
         if len(indices):
-            self._run((number,), tile.gather(torch.from_numpy(indices)))
+            self._run((number,), tile.gather(torch.from_numpy(indices), self._context.kernel.inputs))
 
     def _collected(self, number: int, reduction: Any) -> Any:
         parts = self._context.partials[number]
