@@ -148,21 +148,39 @@ class MergeGraph:
             key: random key; 0 if the operation isn't random.
             shape: shape of the output; that of the first source if None.
         """
+        number = self._number(operation)
+        equal = (number, sources, dtype.name, key)
+        node = self._node_numbers.get(equal)
+        if node is None:
+            node = self._node_numbers[equal] = self.append_node(operation, sources, dtype, key, shape)
+        return node
+
+    def append_node(
+        self,
+        operation: Operation,
+        sources: tuple[Value, ...],
+        dtype: DType,
+        key: int = 0,
+        shape: tuple[int, ...] | None = None,
+    ) -> int:
+        """Add a node as `add_node` does, whether or not there is an equal one."""
+        self.node_operation.append(self._number(operation))
+        self.node_sources.append(sources)
+        self.node_dtype.append(dtype)
+        self.node_shape.append(self.value_shape(sources[0]) if shape is None else shape)
+        self.node_key.append(key)
+        return len(self.node_operation) - 1
+
+    def _number(self, operation: Operation) -> int:
+        """The number of an operation, which is added if it is new."""
         number = self._operation_numbers.setdefault(operation, len(self.operations))
         if number == len(self.operations):
             self.operations.append(operation)
-            numbers = self._access_numbers
+            known = self._access_numbers
             self._operation_accesses.append(
-                tuple(numbers.setdefault(access, len(numbers)) for access in operation.accesses)
+                tuple(known.setdefault(access, len(known)) for access in operation.accesses)
             )
-        node = self._node_numbers.setdefault((number, sources, dtype.name, key), len(self.node_operation))
-        if node == len(self.node_operation):
-            self.node_operation.append(number)
-            self.node_sources.append(sources)
-            self.node_dtype.append(dtype)
-            self.node_shape.append(self.value_shape(sources[0]) if shape is None else shape)
-            self.node_key.append(key)
-        return node
+        return number
 
     def add_results(self, node: int, results: Iterable[tuple[DType, tuple[int, ...]]]) -> tuple[int, ...]:
         """Add the other tensors that a node computes, with their dtypes and shapes; returns their node numbers."""
@@ -170,7 +188,11 @@ class MergeGraph:
         numbers = []
         for place, (dtype, shape) in enumerate(results, 1):
             numbers.append(self.add_node(operation, (~node,), dtype, place, shape))
-        self._results[node] = tuple(numbers)
+        return self.set_results(node, numbers)
+
+    def set_results(self, node: int, others: Iterable[int]) -> tuple[int, ...]:
+        """Set the nodes of kind `RESULT` that stand for the other tensors that a node computes; returns them."""
+        self._results[node] = tuple(others)
         return self._results[node]
 
     def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:
@@ -208,6 +230,11 @@ class MergeGraph:
     def results(self, node: int) -> tuple[int, ...]:
         """The node, and the nodes of the other tensors that it computes."""
         return (node, *self._results.get(node, ()))
+
+    def results_with(self, node: int) -> tuple[int, ...]:
+        """All tensors that are computed together with a node's output, that of the computing node first."""
+        computing = ~self.node_sources[node][0] if self.operation(node).kind is Kind.RESULT else node
+        return self.results(computing)
 
     def access(self, node: int, place: int) -> Access:
         """How a node's output uses the elements of the source at a place."""
@@ -262,9 +289,19 @@ class MergeGraph:
             outputs[output.node].append(number)
         return outputs
 
+    def node_names(self) -> list[str]:
+        """For each node, the label of its first output, or else of the first output that is computed from it."""
+        names = [""] * len(self.node_operation)
+        for output in reversed(self.outputs):
+            names[output.node] = output.label
+        users = self.users()
+        for node in sorted(users, reverse=True):  # users without an output have higher numbers
+            names[node] = names[node] or names[min(users[node])]
+        return names
+
     def label(self, node: int) -> str:
-        """The label of a node's first output, for display. Takes time linear in the number of outputs."""
-        return next(output.label for output in self.outputs if output.node == node)
+        """The name of a node, as in `node_names`, for display. Takes time linear in the number of outputs."""
+        return next((output.label for output in self.outputs if output.node == node), "") or self.node_names()[node]
 
     def consumers(self) -> list[list[int]]:
         """For each read, the nodes that use it themselves."""

@@ -85,8 +85,7 @@ def alternatives(plan: Plan, rates: Rates | None = None) -> list[Alternative]:
                 break
     if _vram(budget):
         before: Alternative | None = None
-        graph = plan.built.graph
-        minimum = sum(graph.reads[read].nbytes for read in {r for n in graph for r in graph.node_sources[n]})
+        minimum = sum(ref.nbytes for ref in plan.built.graph.reads)
         for vram in _sizes(plan.schedule.minimum_vram):
             devices = tuple(replace(d, vram=None if d.vram is None else vram) for d in budget.devices)
             other = _try(plan, replace(budget, devices=devices), bypassed, rates)

@@ -9,7 +9,6 @@ from ..graph.graph import MergeGraph
 from .schedule import Schedule
 from .step_list import NOTHING, CachedRange
 from .tiling import ChunkedRead, chunked_sources
-from .traffic import output_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class StepRow:
 def step_rows(graph: MergeGraph, schedule: Schedule) -> Iterator[StepRow]:
     """Yield one row for each step of a schedule, in the order in which the steps are dispatched."""
     cached: dict[ChunkedRead, CachedRange] = {}
-    names = output_names(graph)
+    names = graph.node_names()
 
     def chunks(source: ChunkedRead, ram: int, vram: int) -> SourceChunks:
         return SourceChunks(_label(graph, source.read), source.chunk_length, ram, vram)

@@ -56,18 +56,6 @@ class ReadAgain:
         return self.read / self.nbytes
 
 
-def output_names(graph: MergeGraph) -> list[str]:
-    """Return the name of each node's first output tensor, or of the first one that is computed from the node."""
-    names = [""] * len(graph.node_operation)
-    for output in reversed(graph.outputs):
-        names[output.node] = output.label
-    for node in reversed(graph.nodes()):  # an intermediate tensor has the name of the output that it is for
-        for value in graph.node_sources[node]:
-            if value < 0 and not names[~value]:
-                names[~value] = names[node]
-    return names
-
-
 def fixed_ram(schedule: Schedule) -> int:
     """Return the RAM held all the time in bytes: the program and the workspaces."""
     return schedule.fixed_ram
@@ -82,7 +70,7 @@ def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Pea
     if best < 0:
         return None
     step = schedule.steps[best]
-    tensor = output_names(graph)[step.node]
+    tensor = graph.node_names()[step.node]
     passes = graph.operation(step.node).passes
     return Peak(best + 1, tensor, step.index + 1, passes, held * schedule.slot_bytes)
 

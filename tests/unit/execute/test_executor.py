@@ -90,7 +90,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     a = world.source(3 * SLOT, "F8_E5M2")
     for kind in ("sum", "copy", "sum"):
         world.node(kind, [a])
-    monkeypatch.setattr("mergeloom.engine.schedule.schedule.orders", lambda graph: [list(graph)])
+    monkeypatch.setattr("mergeloom.engine.schedule.candidate.orders", lambda graph: [list(graph)])
     budget = DeviceBudget("test", 64 << 20, 1)
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, (budget,)), slot_bytes=SLOT)
     assert [step.keep for step in schedule.steps] == [(CachedRange(vram=3),), (CachedRange(0, 0, 3),), (CachedRange(),)]
