@@ -42,12 +42,14 @@ def add_ranks(out: Tensor, tile: Tile, factors: tuple[int, int], spec: InputSpec
         spec: inputs of the kernel.
     """
     rows, columns = _places(tile, spec)
-    left, right = (loaded(tile.inputs[index]).to(out.dtype) for index in factors)
-    rank = spec.part(factors[0])[-1]
     rows -= row_range(spec.shape, *tile.staged[factors[0]])[0]
+    rank = spec.part(factors[0])[-1]
+    left, right = (tile.inputs[index] for index in factors)
     out.zero_()
     for lefts, rights in zip(left.view(-1, rank).unbind(1), right.view(rank, -1).unbind(0), strict=True):
-        out.add_(lefts.index_select(0, rows).mul_(rights.index_select(0, columns)))
+        # converted after the selection, so the memory depends on the tile alone
+        products = loaded(_selected(lefts, rows)).to(out.dtype)
+        out.add_(products.mul_(loaded(_selected(rights, columns)).to(out.dtype)))
 
 
 def _places(tile: Tile, spec: InputSpec) -> tuple[Tensor, Tensor]:
