@@ -153,7 +153,7 @@ def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
     kernel = small_kernel(work, node, _ELEMENTS if device == "cpu" else _GPU_ELEMENTS)
     if kernel is None:
         return 0.0
-    inputs = _first_elements(work, node, kernel.inputs.rows * kernel.inputs.columns)
+    inputs = _first_elements(work, node, kernel)
     if device == "cpu":
         run = _cpu_passes(work.graph, node, kernel, inputs, threads)
     else:
@@ -164,14 +164,15 @@ def measure_node(work: Workload, node: int, device: str, threads: int) -> float:
     return runs * (kernel.reductions + 1) * sum(map(len, inputs)) / seconds
 
 
-def _first_elements(work: Workload, node: int, elements: int) -> list[bytearray]:
-    """Read the first elements of a node's sources."""
+def _first_elements(work: Workload, node: int, kernel: Kernel) -> list[bytearray]:
+    """Read as many elements of each of a node's sources, from its first one on, as are staged for all of a kernel."""
     from ...io.reading import Reader
 
     reader = Reader()
     inputs = []
     try:
-        for value in work.graph.node_sources[node]:
+        for place, value in enumerate(work.graph.node_sources[node]):
+            elements = kernel.inputs.staged(place, 0, kernel.inputs.rows * kernel.inputs.columns)
             if value < 0:
                 inputs.append(_normal(work.graph.value_dtype(value), elements))
                 continue

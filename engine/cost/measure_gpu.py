@@ -44,7 +44,7 @@ def gpu_passes(
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
     out = torch.empty(elements, dtype=torch_dtype(graph.node_dtype[node]), device=device)
     positions = graph.operation(node).positions or tuple(range(len(tensors)))
-    piece = Piece(kernel, tensors, 0, graph.node_key[node], positions, tile)
+    piece = Piece(kernel, tensors, 0, graph.node_key[node], positions, tile, elements)
 
     def run(thread: int) -> None:
         workspace, state = Workspace(memory, torch.float32), None

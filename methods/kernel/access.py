@@ -43,6 +43,10 @@ class Access:
         """Return whether a part of shape `part` can be used for a value of shape `shape`."""
         return shape == part
 
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the access and the shape of the part for a value of another shape, such as a small one to measure."""
+        return ALIGNED, shape
+
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return the ranges of the part that elements [first, first + count) of the value need, in staging order.
 
@@ -92,6 +96,11 @@ class BlockRows(Access):
         wanted = stack * self.block_rows(rows) * -(-columns // self.columns)
         return prod(part) == wanted and (not part or wanted == 0 or part[-1] == -(-columns // self.columns))
 
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the same access, and one element of the part for each block."""
+        stack, rows, columns = matrices(shape)
+        return self, (stack * self.block_rows(rows), -(-columns // self.columns))
+
     def block_rows(self, rows: int) -> int:
         """Return the number of rows of blocks in a matrix with this number of rows."""
         return -(-rows // self.rows)
@@ -130,6 +139,10 @@ class SameRows(Access):
         """Return whether the part has as many rows as the value."""
         return len(part) > 0 and part[:-1] == shape[:-1]
 
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the same access, and a part with as many columns."""
+        return self, (*shape[:-1], part[-1])
+
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range: the rows of the range's first to last element."""
         begin, end = row_range(shape, first, count)
@@ -150,8 +163,12 @@ class Whole(Access):
         return False
 
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return True: any part can be used as a whole."""
+        """Return True: all of any part can be used."""
         return True
+
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the same access, and a part with as many rows and the value's columns, such as LoRA's A."""
+        return self, (*part[:-1], *shape[-1:])
 
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range, the complete part."""
@@ -253,6 +270,12 @@ class TransposedSlice(Access):
         stack, rows, columns = matrices(shape)
         last = self.offset + (stack - 1) * self.matrix_stride + (columns - 1) * self.stride + (rows - 1) * self.step
         return prod(shape) == 0 or last < prod(part)
+
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the access to a part that has nothing but the value's matrices, and what lies between their rows."""
+        stack, rows, columns = matrices(shape)
+        height = rows * self.step
+        return TransposedSlice(0, height, self.step, height * columns), (stack, columns, height)
 
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range for each column of each matrix, those that follow each other in the part as one."""

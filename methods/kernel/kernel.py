@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from .expression import Extent, HostCall, Node, Trace, Type, reachable
+from .expression import Extent, HostCall, Node, Trace, inputs_of, reachable
 from .program import Program
-from .reductions import Reduction, row_block
+from .reduction.reductions import Reduction, row_block
 from .spec import BLOCK, InputSpec, Unit
 
 _ROW_OPERATIONS = frozenset(("row_sum", "row_max", "row_rank"))
@@ -65,7 +65,7 @@ class Kernel:
         alignment: number of elements that tile boundaries are a multiple of.
         reductions: maximum number of passes before the last one.
         random: whether the random key of the output tensor matters.
-        copies: index of the input that is the output, unchanged; None for any other kernel.
+        copies: index of the input whose elements are the output's, in their order; None for any other kernel.
         used: indices of the inputs that the output depends on; the first one if it depends on none.
         propagates_nonfinite: whether a NaN or an infinity in any input always reaches the output. If so, only the
             output is checked.
@@ -81,8 +81,9 @@ class Kernel:
         self.reduced = [node for node in nodes if node.op == "reduce"]
         self.alignment = self._bind_reductions(nodes)
         self.random = any(node.op == "hash" for node in nodes)
-        self.copies: int | None = output.value if output.op == "load" else None
-        self.used = tuple(sorted({node.value for node in nodes if node.op == "load"})) or (0,)
+        copied = output.op == "load" and inputs.access(output.value).aligned
+        self.copies: int | None = output.value if copied else None
+        self.used = tuple(sorted({index for node in nodes for index in inputs_of(node)})) or (0,)
         self.propagates_nonfinite = set(self.used) <= _always_propagated(nodes)[id(output)]
         self._scalars = [node for node in nodes if not node.in_tile and not node.constant and node.level]
         depth = output.level
@@ -115,7 +116,7 @@ class Kernel:
     def resized(self, shape: tuple[int, ...]) -> Kernel:
         """The kernel of the same method and parameters for another shape."""
         method, parameters = self.bound
-        kernel = method.kernel(replace(self.traced, shape=shape), parameters)
+        kernel = method.kernel(self.traced.resized(shape), parameters)
         return kernel if self.inputs.count == self.traced.count else kernel.with_used_inputs()
 
     def with_used_inputs(self) -> Kernel:
@@ -127,14 +128,13 @@ class Kernel:
 
         def leaf(node: Node) -> Node | None:
             if node.op == "load":
-                return trace.node("load", (), Type.NUMBER, value=used.index(node.value))
-            if node.op == "hash":
-                return trace.node("hash", (), Type.HASH, Extent.ELEMENT, (used.index(node.value[0]), node.value[1]))
-            return None
+                return trace.load(used.index(node.value))
+            if node.op == "low_rank":
+                left, right = node.value
+                return trace.low_rank(used.index(left), used.index(right))
+            return trace.hash(used.index(node.value[0])) if node.op == "hash" else None
 
-        base = self.inputs.base
-        inputs = InputSpec(len(used), used.index(base) if base in used else None, self.inputs.shape)
-        kernel = Kernel(inputs, trace.rebuilt(self.output, leaf), self.bound)
+        kernel = Kernel(self.inputs.selected(used), trace.rebuilt(self.output, leaf), self.bound)
         kernel.traced, kernel.kept = self.traced, used
         return kernel
 
@@ -251,8 +251,8 @@ def _always_propagated(nodes: Sequence[Node]) -> dict[int, frozenset[int]]:
     result: dict[int, frozenset[int]] = {}
     for node in nodes:
         args = [result[id(arg)] for arg in node.args]
-        if node.op == "load":
-            found = frozenset({node.value})
+        if node.op in ("load", "low_rank"):
+            found = frozenset(inputs_of(node))
         elif node.op in ("add", "sub", "mul"):
             found = args[0] | args[1]
         elif node.op in ("neg", "abs", "sqrt", "wide", "narrow", "single", "round") or node.op == "div":

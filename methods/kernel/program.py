@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .expression import COMPARISONS, Node, Type, reachable
-from .reductions import Reduction, Selection, Sum
+from .reduction.reductions import Reduction, Selection, Sum
 from .spec import BLOCK
 
 _BYTES = {Type.NUMBER: 0, Type.WIDE: 8, Type.FLAG: 1, Type.INTEGER: 8, Type.HASH: 4}

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ....io.safetensors.dtypes import DType
 from ....methods.kernel.kernel import Kernel
-from ....methods.kernel.spec import Unit
 from ....methods.kernel.torch_backend.passes import Pass
 from ....methods.kernel.torch_backend.rounding import canonical_nans, round_into
-from ....methods.kernel.torch_backend.tile import Tile, Workspace
+from ....methods.kernel.torch_backend.tile import Tile, Workspace, tiles
 from ...graph.graph import MergeGraph
 from ...schedule.schedule import Schedule
 from ...schedule.tiling import tile_length
@@ -31,11 +30,13 @@ class Piece:
 
     Args:
         kernel: kernel of the node.
-        inputs: chunk of each source: one-dimensional, in its stored dtype, all of one length.
+        inputs: what is staged of each source: one-dimensional, in its stored dtype.
         element: index of the chunk's first element in the tensor.
         key: random key of the node.
         positions: position in the recipe of each source's model.
         tile: number of elements in a tile.
+        elements: number of elements of the chunk.
+        staged: range that each source is staged for, see `tiles`; empty if that is the chunk.
     """
 
     kernel: Kernel
@@ -44,18 +45,22 @@ class Piece:
     key: int
     positions: Sequence[int]
     tile: int
+    elements: int
+    staged: Sequence[tuple[int, int]] = ()
 
     def tiles(self, workspace: Workspace) -> Iterator[tuple[slice, Tile]]:
         """Yield the tiles of the chunk in order; the workspace is empty at the start of each."""
-        count = self.inputs[0].numel()
-        columns = self.kernel.inputs.columns
-        for start in range(0, count, self.tile):
-            part = slice(start, min(start + self.tile, count))
-            workspace.reset()
-            parts = [tensor[part] for tensor in self.inputs]
-            if self.kernel.unit is not Unit.ELEMENT:
-                parts = [tensor.view(-1, columns) for tensor in parts]
-            yield part, Tile(parts, workspace, element=self.element + start, key=self.key, positions=self.positions)
+        return tiles(
+            self.kernel,
+            self.inputs,
+            workspace,
+            self.tile,
+            element=self.element,
+            elements=self.elements,
+            key=self.key,
+            positions=self.positions,
+            staged=self.staged,
+        )
 
 
 class TorchComputer:
@@ -107,10 +112,12 @@ class TorchComputer:
             self._device.slot(cached.slot, cached.nbytes).view(torch_dtype(graph.value_dtype(value)))
             for value, cached in zip(graph.node_sources[task.node], task_inputs(graph, task), strict=True)
         ]
+        element, elements = self._schedule.span(graph, task.node, task.chunk)
         return Piece(
             kernel=kernel,
             inputs=inputs,
-            element=self._schedule.span(graph, task.node, task.chunk)[0],
+            element=element,
+            elements=elements,
             key=graph.node_key[task.node],
             positions=task.operation.positions,
             tile=tile_length(graph, task.node, self._tile_elements),
@@ -159,8 +166,11 @@ def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
     """Return the sources that hold a NaN or an infinity in the chunk; quick if there are none."""
     exponents: dict[int, list[Tensor]] = {}
     extremes: dict[torch.dtype, list[Tensor]] = {}
-    for _, tile in piece.tiles(workspace):
-        for tensor in tile.inputs:
+    spec = piece.kernel.inputs
+    for part, tile in piece.tiles(workspace):
+        for number, tensor in enumerate(tile.inputs):
+            if part.start and not spec.access(number).aligned:
+                continue  # every tile has all that is staged
             workspace.reset()
             mask = _EXPONENT_BITS.get(tensor.dtype)
             if mask is not None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from ..expression import Extent, Node, Type
 from ..random_streams import STEP
-from ..reductions import Count, Selection, Sum
+from ..reduction.reductions import Count, Selection, Sum
 from .assembly import Function, literal
-from .formats import FORMATS, decoded, encoded
+from .formats import FORMATS, STORED, decoded, encoded
 from .operations import Types, converted, hashed, operation, used_type
 from .stages import Stage, given, in_loop
+from .staging import fill_of
 from .table import Table, Target, Variant
 
 
@@ -44,7 +45,9 @@ class Segment:
         wanted = [target.node for target in self.targets] + self.stage.wanted
         nodes = [node for node in in_loop(wanted) if node.in_tile]
         for node in nodes:
-            if node.op == "load":
+            if fill := fill_of(node, self.variant.inputs):
+                self._pointer("filled", fill)
+            elif node.op == "load":
                 self._pointer("input", node.value)
             if node.op == "row_rank" and given(node):
                 self._pointer("ranks", id(node))
@@ -197,10 +200,12 @@ class Segment:
 
     def _element_value(self, f: Function, node: Node, i: str) -> str:
         op = node.op
+        if fill := fill_of(node, self.variant.inputs):
+            return f.load(f"%{self.pointers['filled', fill]}", i, self.types.work)
         if op == "load":
             name = self.variant.dtypes[node.value]
             pointer = f"%{self.pointers['input', node.value]}"
-            raw = f.load(pointer, f.value(f"add i64 %offset, {i}"), FORMATS[name].stored)
+            raw = f.load(pointer, f.value(f"add i64 %offset, {i}"), STORED[name].stored)
             return converted(f, *decoded(f, raw, name), self.types.work)
         if op == "row_rank":
             pointer = f"%{self.pointers['ranks', id(node)]}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..expression import Node
+from ..spec import InputSpec
 
 
 class Table:
@@ -50,12 +51,14 @@ class Variant(NamedTuple):
     """What the loops of a group have in common.
 
     Args:
+        inputs: inputs of the kernel.
         dtypes: dtype of each input.
         out: dtype of the output.
         long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
         direct: whether segments are the rows of the blocks of sums, so the loop can add to the columns.
     """
 
+    inputs: InputSpec
     dtypes: tuple[str, ...]
     out: str
     long: bool

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernel import Kernel, State
-from ..reductions import ColumnSum, Count, Sum
-from ..selection import Search, sample_indices
+from ..reduction.reductions import ColumnSum, Count, Sum
+from ..reduction.selection import Search, sample_indices
 from . import counting
 from .context import PassContext
 from .program_run import ProgramRun
@@ -70,7 +70,7 @@ class Pass:
         tile.workspace.reset()
         indices = sample_indices(self._reductions[number].size, tile.element, tile.elements)
         if len(indices):
-            self._run((number,), tile.gather(torch.from_numpy(indices)))
+            self._run((number,), tile.gather(torch.from_numpy(indices), self._context.kernel.inputs))
 
     def _collected(self, number: int, reduction: Any) -> Any:
         parts = self._context.partials[number]

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..expression import Extent, Node, Type
 from ..program import Instruction, Slot
-from ..reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.reductions import ColumnSum, Count, Selection, Sum
 from . import counting
 from .block_sums import BlockSums, column_sums
 from .context import PassContext
 from .hashing import hashes
 from .operations import INTEGER_OPERATIONS, OPERATIONS
 from .rounding import round_into
+from .staging import add_ranks, loaded, staged_values
 from .tile import Tile
 
 _DTYPES = {Type.WIDE: torch.float64, Type.FLAG: torch.bool, Type.INTEGER: torch.int64, Type.HASH: torch.int32}
@@ -141,7 +142,15 @@ class ProgramRun:
     # --- operations that depend on the tile, or on scalars -----------------------------------------------------------
 
     def _load(self, instruction: Instruction, out: Tensor) -> None:
-        out.copy_(self.tile.inputs[instruction.node.value])
+        index, spec = instruction.node.value, self.owner.kernel.inputs
+        out.copy_(
+            loaded(self.tile.inputs[index])
+            if spec.access(index).aligned
+            else staged_values(self.tile, index, spec).view(out.shape)
+        )
+
+    def _low_rank(self, instruction: Instruction, out: Tensor) -> None:
+        add_ranks(out.view(-1), self.tile, instruction.node.value, self.owner.kernel.inputs)
 
     def _index(self, instruction: Instruction, out: Tensor) -> None:
         first = self.tile.element
@@ -223,6 +232,7 @@ class ProgramRun:
 
 _SPECIAL: Mapping[str, Callable[[ProgramRun, Instruction, Tensor], None]] = {
     "load": ProgramRun._load,
+    "low_rank": ProgramRun._low_rank,
     "index": ProgramRun._index,
     "hash": ProgramRun._hash,
     "selected": ProgramRun._selected,

@@ -82,7 +82,7 @@ def check_a_tile(case: Case, dtype: DType, name: torch.dtype) -> None:
     elements, width = 1024 * 512, 8 if dtype is F64 else 4
     found = footprint(Operation(Kind.MERGE, case.method, kernel=kernel), (dtype,) * case.models, BF16)
     assert found.workspace.at(elements) <= kernel.workspace(elements, width)  # the declaration holds
-    piece = Piece(kernel, fine_tunes(case, shape, name), 0, 5, tuple(range(case.models)), elements)
+    piece = Piece(kernel, fine_tunes(case, shape, name), 0, 5, tuple(range(case.models)), elements, elements)
     space = Workspace(torch.empty(kernel.workspace(elements, width), dtype=torch.uint8), torch.float32)
     out = torch.empty(elements, dtype=torch.bfloat16)
     allowed = found.allocated.at(elements) + MIB
@@ -112,7 +112,7 @@ def test_ramplus_counts_without_copies_of_the_tile() -> None:
     case = next(case for case in CASES if case.method == "ramplus_tl")
     shape, elements = (1024, 512), 1024 * 512
     kernel = bound(case, shape)
-    piece = Piece(kernel, fine_tunes(case, shape, torch.bfloat16), 0, 5, tuple(range(case.models)), elements)
+    piece = Piece(kernel, fine_tunes(case, shape, torch.bfloat16), 0, 5, tuple(range(case.models)), elements, elements)
     space = Workspace(torch.empty(kernel.workspace(elements, 4), dtype=torch.uint8), torch.float32)
     reduce_chunk(piece, 0, None, space)
     with allocations() as counting:
