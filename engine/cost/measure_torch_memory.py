@@ -136,7 +136,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
                 partial = measured(functools.partial(reduce_chunk, piece, index, state))
                 state = kernel.finish(index, partial, state)
         measured(lambda space: combine_chunk(piece, state, space, result))
-        measured(lambda space: (find_nonfinite(piece.inputs, elements), count_nonfinite(result, elements)))
+        measured(lambda space: (find_nonfinite(piece), count_nonfinite(result, elements)))
     return elements, taken, -(-peak // _STEP) * _STEP
 
 

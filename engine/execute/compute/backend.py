@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ...graph.extents import length, staged_whole
 from ...graph.graph import MergeGraph
+from ...schedule.schedule import Schedule
 from ..cache import CachedChunk
 from ..tasks import ChunkTask
 
@@ -52,6 +54,18 @@ class Computer(Protocol):
 
     def close(self) -> None:
         """End the threads that `open` started, and drop every reference to the arena and the workspaces."""
+
+
+def staged_ranges(graph: MergeGraph, schedule: Schedule, task: ChunkTask) -> tuple[tuple[int, int], ...]:
+    """Return for each source the first element and the number of elements of the output that it is staged for.
+
+    Empty if every source is staged for the task's chunk.
+    """
+    if not graph.access_numbers(task.node):
+        return ()
+    chunk, complete = schedule.span(graph, task.node, task.chunk), (0, length(graph, task.node))
+    places = range(len(graph.node_sources[task.node]))
+    return tuple(complete if staged_whole(graph, task.node, p, schedule.slot_bytes) else chunk for p in places)
 
 
 def task_inputs(graph: MergeGraph, task: ChunkTask) -> list[CachedChunk]:

@@ -19,7 +19,7 @@ from ...schedule.schedule import Schedule
 from ..devices.base import Device
 from ..lanes import Lane
 from ..tasks import ChunkTask
-from .backend import Failed, Outcome, task_inputs
+from .backend import Failed, Outcome, staged_ranges, task_inputs
 
 
 class FusedComputer:
@@ -89,20 +89,20 @@ class FusedComputer:
     def _chunk(self, task: ChunkTask) -> Chunk:
         element, elements = self._schedule.span(self._graph, task.node, task.chunk)
         inputs = [self._view(cached.slot, cached.nbytes) for cached in task_inputs(self._graph, task)]
-        return Chunk(inputs, element, elements, self._graph.node_key[task.node], task.operation.positions)
+        staged = staged_ranges(self._graph, self._schedule, task)
+        return Chunk(inputs, element, elements, self._graph.node_key[task.node], task.operation.positions, staged)
 
     def _view(self, slot: int, nbytes: int) -> memoryview:
         start = slot * self._schedule.slot_bytes
         return self._arena[start : start + nbytes]
 
     def _nonfinite(self, chunk: Chunk, task: ChunkTask) -> tuple[int, ...]:
-        """Return the numbers of the inputs that hold a NaN or an infinity."""
+        """Return the numbers of the inputs from files that hold a NaN or an infinity."""
         sources = self._graph.node_sources[task.node]
-        dtypes = [self._graph.value_dtype(value).name for value in sources]
         return tuple(
             number
-            for number, (data, dtype) in enumerate(zip(chunk.inputs, dtypes, strict=True))
-            if not finite(data, dtype)
+            for number, (data, value) in enumerate(zip(chunk.inputs, sources, strict=True))
+            if value >= 0 and not finite(data, self._graph.value_dtype(value).name)
         )
 
 
