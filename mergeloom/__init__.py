@@ -18,7 +18,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import diff, inspect, merge, plan, stack, verify
-    from .engine.execute.tasks import Progress
+    from .engine.execute.measurements import Progress
     from .engine.model.inspect import Inspection
     from .engine.model.warnings import ModelWarning
     from .engine.recipe.types import Recipe
@@ -80,7 +80,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("diff", "inspect", "merge", "plan", "stack", "verify"),
-    "engine.execute.tasks": ("Progress",),
+    "engine.execute.measurements": ("Progress",),
     "engine.model.inspect": ("Inspection",),
     "engine.model.warnings": ("ModelWarning",),
     "engine.recipe.types": ("Recipe",),

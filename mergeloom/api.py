@@ -18,7 +18,7 @@ from .methods import merge_methods, one_or_several
 from .planned import Plan, public_plan
 
 if TYPE_CHECKING:
-    from .engine.execute.tasks import Progress
+    from .engine.execute.measurements import Progress
     from .engine.model.inspect import Inspection
     from .engine.recipe.types import Recipe
     from .engine.run.diff.result import Diff

@@ -9,7 +9,7 @@ import torch
 
 from ...methods.kernel.kernel import Kernel
 from ...methods.kernel.torch_backend.tile import Workspace
-from ..execute.torch_compute import Piece, check_inputs, combine_chunk, reduce_chunk, torch_dtype
+from ..execute.compute.torch_computer import Piece, check_inputs, combine_chunk, reduce_chunk, torch_dtype
 from ..schedule.tiling import work_bytes
 from .workload import Workload
 

@@ -24,7 +24,7 @@ from ...io.safetensors.dtypes import DType
 from ...methods.kernel.kernel import Kernel
 from ...methods.kernel.spec import HostError, Unit
 from ...methods.kernel.torch_backend.tile import Workspace
-from ..execute.torch_compute import (
+from ..execute.compute.torch_computer import (
     Piece,
     check_inputs,
     combine_chunk,
@@ -136,7 +136,7 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
                 partial = measured(functools.partial(reduce_chunk, piece, index, state))
                 state = kernel.finish(index, partial, state)
         measured(lambda space: combine_chunk(piece, state, space, result))
-        measured(lambda space: (find_nonfinite(piece.inputs, elements), count_nonfinite(result, elements)))
+        measured(lambda space: (find_nonfinite(piece), count_nonfinite(result, elements)))
     return elements, taken, -(-peak // _STEP) * _STEP
 
 

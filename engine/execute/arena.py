@@ -183,9 +183,10 @@ class HostArena:
             self._map.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
 
     def close(self) -> None:
-        """Unmap the memory. Views that are still in use keep it mapped."""
+        """Unmap the memory. Views that are still in use keep the addresses, but not the bytes."""
         self.memory.release()
         try:
             self._map.close()
-        except BufferError:  # a view is still in use; the mapping ends with it
-            return
+        except BufferError:  # a view is still in use, such as one in the traceback of an error
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)

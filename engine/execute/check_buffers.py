@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
+from ...io.counters import IoCounters
 from ...io.reading import Reader
 from ...io.safetensors.dtypes import DType, Kind
 from ..graph.buffers import BufferCheck, StoredBuffer, buffer_warning
@@ -26,39 +26,30 @@ _ROUNDINGS = 4
 libraries round the frequencies of rotary embeddings differently."""
 
 
-@dataclass(slots=True)
-class CheckedBuffers:
-    """The result of the checks.
-
-    Args:
-        warnings: what is suspicious.
-        bytes_read: number of bytes that were read.
-    """
-
-    warnings: list[ModelWarning] = field(default_factory=list)
-    bytes_read: int = 0
-
-
-def check_buffers(checks: Iterable[BufferCheck], models: Sequence[str]) -> CheckedBuffers:
+def check_buffers(checks: Iterable[BufferCheck], models: Sequence[str], counters: IoCounters) -> list[ModelWarning]:
     """Compare the buffers that a merge copies from one model with those of the other models.
 
     Args:
         checks: the buffers.
         models: names of the models, by number.
+        counters: counters of the bytes that are read to check them.
+
+    Returns:
+        What is suspicious.
 
     Raises:
         CheckpointError: a file is missing or damaged.
         EnvironmentFailure: reading failed.
     """
-    result = CheckedBuffers()
+    warnings: list[ModelWarning] = []
     differing: dict[tuple[int, int], list[tuple[str, str]]] = {}
     reader = Reader()
     try:
         for check in checks:
             chosen = check.chosen
-            if check.is_sequence and (text := _not_a_sequence(reader, chosen, result)):
+            if check.is_sequence and (text := _not_a_sequence(reader, chosen, counters)):
                 name = models[chosen.model]
-                result.warnings.append(
+                warnings.append(
                     ModelWarning(
                         ModelWarningKind.BUFFER,
                         f"buffer {chosen.name} of {name} should be 0 to {chosen.ref.elements - 1}: {text}",
@@ -67,7 +58,7 @@ def check_buffers(checks: Iterable[BufferCheck], models: Sequence[str]) -> Check
                     )
                 )
             for other in check.others:
-                found = _difference(reader, chosen, other, result)
+                found = _difference(reader, chosen, other, counters)
                 if found is not None:
                     index, first, second = found
                     text = f"at {index} is {first:g} in {models[chosen.model]} and {second:g} in {models[other.model]}"
@@ -76,13 +67,13 @@ def check_buffers(checks: Iterable[BufferCheck], models: Sequence[str]) -> Check
         reader.close()
     for (model, _), found_texts in differing.items():
         names = [name for name, _ in found_texts]
-        result.warnings.append(buffer_warning(names, found_texts[0][1], models[model]))
-    return result
+        warnings.append(buffer_warning(names, found_texts[0][1], models[model]))
+    return warnings
 
 
-def _not_a_sequence(reader: Reader, buffer: StoredBuffer, result: CheckedBuffers) -> str:
+def _not_a_sequence(reader: Reader, buffer: StoredBuffer, counters: IoCounters) -> str:
     """Describe the first element that is not its own index; empty if there is none."""
-    for start, data in _chunks(reader, buffer, result):
+    for start, data in _chunks(reader, buffer, counters):
         for index, value in enumerate(_values(data, buffer.ref.dtype), start):
             if value != index:
                 return f"position {index} is {value:g}"
@@ -90,7 +81,7 @@ def _not_a_sequence(reader: Reader, buffer: StoredBuffer, result: CheckedBuffers
 
 
 def _difference(
-    reader: Reader, first: StoredBuffer, second: StoredBuffer, result: CheckedBuffers
+    reader: Reader, first: StoredBuffer, second: StoredBuffer, counters: IoCounters
 ) -> tuple[int, float, float] | None:
     """The first element that differs by more than rounding: its index and both values; None if there is none."""
     dtypes = (first.ref.dtype, second.ref.dtype)
@@ -98,7 +89,7 @@ def _difference(
     tolerance = 0.0
     if all(dtype.name in _PRECISION for dtype in dtypes):
         tolerance = _ROUNDINGS * 2.0 ** -min(_PRECISION[dtype.name] for dtype in dtypes)
-    pairs = zip(_chunks(reader, first, result), _chunks(reader, second, result), strict=True)
+    pairs = zip(_chunks(reader, first, counters), _chunks(reader, second, counters), strict=True)
     for (start, ours), (_, theirs) in pairs:
         if ours == theirs and (exact or dtypes[0] == dtypes[1]):
             continue
@@ -110,14 +101,14 @@ def _difference(
     return None
 
 
-def _chunks(reader: Reader, buffer: StoredBuffer, result: CheckedBuffers) -> Iterator[tuple[int, bytearray]]:
+def _chunks(reader: Reader, buffer: StoredBuffer, counters: IoCounters) -> Iterator[tuple[int, bytearray]]:
     """Read a buffer chunk by chunk: the index of each chunk's first element, and its bytes."""
     ref = buffer.ref
     for start in range(0, ref.elements, _ELEMENTS):
         count = min(_ELEMENTS, ref.elements - start)
         data = bytearray(ref.dtype.nbytes(count))
         reader.read(ref.file, ref.offset + ref.dtype.nbytes(start), memoryview(data))
-        result.bytes_read += len(data)
+        counters.add(checked=len(data))
         yield start, data
 
 

@@ -4,22 +4,30 @@ The main thread dispatches: it goes through the schedule's steps chunk by chunk 
 the order of the plan. It waits while too few are free. A chunk that has its slots depends on no later chunk, so the
 wait always ends, and no more is held than the schedule allows.
 
-Lock order: ``Executor._changed`` first, then the lock of a lane or of a node's state. A lane holds none of its locks
-while it calls back.
+From then on, the chunk's task goes from state to state (`TaskState`). A lane does the work of a state; then `TaskFlow`
+moves the task to the next state and hands it to the lane of that state.
+
+Locks, in the order in which a thread may take them; it holds at most one of each:
+
+1. ``Executor._changed`` guards the slots, the tasks and the nodes in progress.
+2. The lock of a lane guards its queue. A task is queued under lock 1, so the chunks of a tensor reach the write lane in
+   order. The lane's own threads take it alone.
+
+Neither is held while a lane works, nor while the source, the sink, a device, a kernel or `notify` is called. The
+reducers of nodes, the counters and the outcome have locks of their own, which are taken alone. None of the locks is
+re-entrant.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any
 
 from ...errors import UsageError
+from ...io.counters import IoCounters
 from ...io.task_group import TaskGroup
 from ...methods.kernel.spec import HostError
 from ..graph.extents import output_width
@@ -27,13 +35,15 @@ from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.step_list import Step
 from .arena import HostArena
-from .cache import CachedChunk
+from .compute.runner import KernelRunner
 from .devices.base import Device, Marker
-from .lanes import Lane, Lanes
-from .ledger import RAM, Ledger
-from .passes import KernelRunner
+from .ledger import Ledger
+from .measurements import Measured
+from .memory import open_memory
 from .slot_allocator import SlotAllocator
-from .tasks import ChunkTask, Measured, NodeState, Progress, ReadTask, Sink, Source
+from .task_flow import TaskFlow
+from .task_lanes import LaneWork, TaskLanes
+from .tasks import ChunkTask, OutputChunk, ReadTask, Sink, Source
 
 NOTIFY_SECONDS = 0.1
 """Seconds between two progress notifications."""
@@ -48,6 +58,7 @@ class Executor:
         devices: devices of the schedule's budget, in its order.
         source: reader of tensor bytes.
         sink: writer of output bytes.
+        counters: counters of the bytes read and written; new ones if None.
         ledger: ledger in which the buffers are reserved; one of its own if None.
         readers: number of read threads.
         writers: number of write threads.
@@ -64,6 +75,7 @@ class Executor:
         source: Source,
         sink: Sink,
         *,
+        counters: IoCounters | None = None,
         ledger: Ledger | None = None,
         readers: int = 2,
         writers: int = 2,
@@ -74,32 +86,33 @@ class Executor:
         self.graph = graph
         self.schedule = schedule
         self.devices = devices
-        self.progress = Progress()
-        self.measured = Measured()
+        self.measured = Measured(counters or IoCounters())
         self.ledger = ledger or Ledger()
         self.slots = SlotAllocator(graph, schedule, devices, resident=resident, discard=self._discard)
+        self._counters = self.measured.io
         self._source = source
         self._sink = sink
         self._serial = serial
         self._started = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
         self._outcome = TaskGroup("executor")
-        self._in_flight = 0
         self._notified = 0.0
         self._destinations = graph.destinations()
-        self._nodes: dict[int, NodeState] = {}
         self._threads = (readers, writers)
         self._computes = any(operation.kind is Kind.MERGE for operation in graph.operations)
-        self._passes = KernelRunner(graph, schedule, devices, allow_nonfinite=allow_nonfinite)
+        self._runner = KernelRunner(graph, schedule, devices, allow_nonfinite=allow_nonfinite)
+        self._lanes = TaskLanes(self._fail)
+        self._flow = TaskFlow(self.slots, devices, self._lanes)
+        self._arena: HostArena
         self._pending_uploads: list[deque[tuple[Marker, ChunkTask]]] = [deque() for _ in devices]
 
     # --- the main thread ---------------------------------------------------------------------------------------
 
-    def run(self, notify: Callable[[Progress], None] | None = None) -> Measured:
+    def run(self, notify: Callable[[], None] | None = None) -> Measured:
         """Execute the schedule.
 
         Args:
-            notify: function that receives the progress about ten times a second, in this thread.
+            notify: function that is called about ten times a second, in this thread; if it raises, the run ends.
 
         Raises:
             MergeloomError: the first error of any lane.
@@ -109,75 +122,45 @@ class Executor:
             raise RuntimeError("this Executor has run already: its cache and counts are used up; make a new one")
         self._started = True
         start = time.perf_counter()
-        self._notify = notify or (lambda progress: None)
+        self._notify = notify or (lambda: None)
         with contextlib.ExitStack() as opened:
-            self._open_memory(opened)
-            lanes = Lanes(self._fail)
+            self._arena = opened.enter_context(
+                open_memory(self.schedule, self.devices, self.ledger, computes=self._computes)
+            )
+            if self._computes:
+                opened.callback(self._runner.close)
+                self._runner.open(self._arena.memory, self._fail)
             try:
-                self._start_lanes(lanes)
+                self._start_lanes()
                 self._dispatch()
-                self._wait(lambda: self._in_flight == 0)
+                self._wait(lambda: self._flow.idle)
             finally:
                 end = time.perf_counter()
-                lanes.stop()
-            self._measure(lanes, start, end)
+                self._lanes.stop()
+            self._measure(start, end)
         return self.measured
 
-    def _start_lanes(self, lanes: Lanes) -> None:
-        """Start all lanes, in the order in which a chunk passes through them."""
-        readers, writers = self._threads
-        separate = [number for number, device in enumerate(self.devices) if device.separate]
-        self._read_lane: Lane[ReadTask] = lanes.start("read", readers, self._read)
-        self._upload_lanes: dict[int, Lane[ChunkTask]] = {
-            number: lanes.start("upload", 1, self._upload, functools.partial(self._settle_uploads, number, 0))
-            for number in separate
-        }
-        self._compute_lanes: list[Lane[ChunkTask]] = [
-            lanes.start("compute", device.threads, self._compute) for device in self.devices
-        ]
-        self._download_lanes: dict[int, Lane[ChunkTask]] = {
-            number: lanes.start("download", 1, self._download) for number in separate
-        }
-        self._write_lane: Lane[ChunkTask] = lanes.start("write", writers, self._write)
+    def _start_lanes(self) -> None:
+        work = LaneWork(
+            read=self._read,
+            upload=self._upload,
+            settle_uploads=self._settle_uploads,
+            compute=self._compute,
+            download=self._download,
+            write=self._write,
+        )
+        self._lanes.start(self.devices, *self._threads, work)
 
-    def _open_memory(self, opened: contextlib.ExitStack) -> None:
-        """Reserve and allocate the arena and the devices' memory; `opened` closes and releases them."""
-        schedule, ledger = self.schedule, self.ledger
-        opened.enter_context(ledger.allow(schedule.buffer_ram))
-        opened.enter_context(ledger.reserve("arena", schedule.ram_slots * schedule.slot_bytes))
-        if schedule.partials:
-            opened.enter_context(ledger.reserve("partial results", schedule.partials))
-        self._arena = HostArena(schedule.ram_slots, schedule.slot_bytes)
-        opened.callback(self._arena.close)
-        if not self._computes:
-            return
-        opened.callback(self._passes.close)
-        self._passes.open(self._arena.memory, self._fail)
-        for number, device in enumerate(self.devices):
-            memory = RAM
-            if device.separate:
-                memory = device.name
-                opened.enter_context(ledger.allow(schedule.buffer_vram(number), memory))
-                nbytes = schedule.vram_slots[number] * schedule.slot_bytes
-                opened.enter_context(ledger.reserve("arena", nbytes, memory))
-            nbytes = device.threads * schedule.workspace[number]
-            opened.enter_context(ledger.reserve("workspaces", nbytes, memory))
-            opened.push(functools.partial(_close, device))  # a device whose `open` fails is closed, too
-            slots, workspace = schedule.vram_slots[number], schedule.workspace[number]
-            device.open(slots, schedule.slot_bytes, workspace, self._arena.memory)
-
-    def _measure(self, lanes: Lanes, start: float, end: float) -> None:
+    def _measure(self, start: float, end: float) -> None:
         measured = self.measured
-        measured.bytes_read = self.progress.bytes_read
-        measured.bytes_written = self.progress.bytes_written
         measured.seconds = end - start
         measured.ram_peak = self.slots.ram.peak_bytes
         measured.vram_peak = max((device.peak() for device in self.devices), default=0)
-        measured.lanes = lanes.times(end)
+        measured.lanes = self._lanes.times(end)
 
     def _fail(self, error: BaseException) -> None:
+        self._outcome.fail(error)
         with self._changed:
-            self._outcome.fail(error)
             self._changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
@@ -191,7 +174,7 @@ class Executor:
             now = time.monotonic()
             if now - self._notified >= NOTIFY_SECONDS:
                 self._notified = now
-                self._notify(self.progress)
+                self._notify()
             if done:
                 return
 
@@ -201,199 +184,128 @@ class Executor:
             operation = self.graph.operation(step.node)
             chunks = self.schedule.chunks(self.graph, step.node)
             with self._changed:
-                self.slots.drop(step)
-                if step.index == 0:
-                    self._nodes[step.node] = NodeState(chunks)
-                if step.first:
-                    self._nodes[step.node].next_write = step.first
-                    self._nodes[step.node].unwritten -= step.first
+                self._flow.start_step(step, chunks)
             if chunks == 0:
                 if step.index == operation.passes - 1:
                     self._finish_node(step.node)
                 continue
             for chunk in range(step.first, chunks):
                 order += 1
-                task = ChunkTask(order, step, operation, chunk)
                 if self._serial:
-                    self._wait(lambda: self._in_flight == 0)
-                for read_task in self._take_slots(step, task):
-                    self._read_lane.put(order, read_task)
+                    self._wait(lambda: self._flow.idle)
+                self._start(step, ChunkTask(order, step, operation, chunk))
 
-    def _take_slots(self, step: Step, task: ChunkTask) -> list[ReadTask]:
-        """Take every slot that a task needs, waiting until they are free; return the chunks to read."""
+    def _start(self, step: Step, task: ChunkTask) -> None:
+        """Wait until every slot that a task needs is free, and start it."""
         self._wait(lambda: self.slots.available(step, task))
         with self._changed:
-            self._in_flight += 1
-            reads = self.slots.take(step, task)
-            if task.missing == 0:
-                self._loaded(task)
-            return reads
-
-    def _release_hosts(self, task: ChunkTask) -> None:
-        with self._changed:
-            self.slots.release_hosts(task)
-            self._changed.notify_all()
-
-    def _release_device(self, task: ChunkTask) -> None:
-        with self._changed:
-            self.slots.release_device(task)
-            self._changed.notify_all()
+            self._flow.start(step, task)
 
     def _discard(self, slot: int) -> None:
         self._arena.discard(slot)
 
-    # --- lanes -------------------------------------------------------------------------------------------------
+    # --- the work of the lanes, without a lock -----------------------------------------------------------------
 
     def _read(self, thread: int, read_task: ReadTask) -> None:
-        target, read, offset, nbytes = read_task
-        self._source.read(self.graph.reads[read].file, offset, self._arena.view(target.slot, nbytes))
-        with self._changed:
-            self.progress.bytes_read += nbytes
-            self._ready(target)
-
-    def _ready(self, cached: CachedChunk) -> None:
-        cached.ready = True
-        for task in cached.waiting:
-            task.missing -= 1
-            if task.missing == 0:
-                self._loaded(task)
-        cached.waiting = []
-
-    def _loaded(self, task: ChunkTask) -> None:
-        """Pass on a task whose source chunks have all been loaded."""
-        if task.operation.kind is Kind.COPY:
-            self._computed(task)
-        elif task.operation.kind is Kind.MERGE and self.devices[task.device].separate:
-            self._upload_lanes[task.device].put(task.order, task)
-        else:
-            self._computable(task)
-
-    def _computable(self, task: ChunkTask) -> None:
-        node = self._nodes[task.node]
-        with self._changed:
-            if node.index == task.index:
-                self._compute_lanes[task.device].put(task.order, task)
+        target, read, ranges = read_task
+        ref, view, done = self.graph.reads[read], self._arena.view(target.slot, target.nbytes), 0
+        for offset, nbytes in ranges:
+            part = view[done : done + nbytes]
+            done += nbytes
+            if offset < 0:
+                part[:] = bytes(nbytes)
             else:
-                node.waiting.append(task)
+                self._source.read(ref.file, ref.offset + offset, part)
+                self._counters.add(read=nbytes)
+        with self._changed:
+            self._flow.chunk_loaded(target)
 
     def _upload(self, thread: int, task: ChunkTask) -> None:
         device = self.devices[task.device]
         for host, on_device in task.uploads:
             device.upload(self._arena.view(host.slot, host.nbytes), on_device.slot)
         task.marker = device.uploads_begun()
+        self._pending_uploads[task.device].append((task.marker, task))
         with self._changed:
-            for _, on_device in task.uploads:
-                self._ready(on_device)
-        pending = self._pending_uploads[task.device]
-        pending.append((task.marker, task))
-        self._computable(task)
+            self._flow.uploaded(task)
         self._settle_uploads(task.device, 2)
 
-    def _settle_uploads(self, device: int, leave: int) -> None:
-        """Release the chunks in RAM whose upload is complete, except those of the last `leave` tasks."""
+    def _settle_uploads(self, device: int, leave: int = 0) -> None:
+        """Release the chunks in RAM whose upload is complete, except those of the last `leave` tasks.
+
+        Only the device's upload thread calls it.
+        """
         pending = self._pending_uploads[device]
         while len(pending) > leave:
             marker, task = pending.popleft()
             marker.wait()
-            self._release_hosts(task)
+            with self._changed:
+                self._flow.upload_settled(task)
+                self._changed.notify_all()
 
     def _compute(self, thread: int, task: ChunkTask) -> None:
         try:
-            self._compute_chunk(thread, task)
+            if task.last:
+                self._combine(thread, task)
+            else:
+                self._reduce(thread, task)
         except HostError as error:
             label = self.graph.label(task.node)
             raise UsageError(f"merge method {task.operation.method} fails on tensor {label}: {error}") from error
 
-    def _compute_chunk(self, thread: int, task: ChunkTask) -> None:
+    def _reduce(self, thread: int, task: ChunkTask) -> None:
+        """Reduce a chunk, and merge its partial result into its pass."""
+        reducer, kernel = self._flow.nodes[task.node].reducer, task.operation.kernel
+        assert kernel is not None
+        partial = self._runner.reduce(thread, task, reducer.state)
+        complete = reducer.merge(kernel, task.index, task.chunk, partial)
+        with self._changed:
+            self._flow.reduced(task, complete=complete)
+            self._changed.notify_all()
+
+    def _combine(self, thread: int, task: ChunkTask) -> None:
+        """Make a chunk of the output; a device with its own memory starts to copy it to RAM."""
+        device, overflowed = self.devices[task.device], 0
         if task.operation.kind is Kind.REQUIRE_EQUAL:
             views = [self._arena.view(cached.slot, cached.nbytes) for cached in task.inputs]
-            self._passes.compare(task, views, self._arena.view(task.out, task.out_nbytes))
-            self._release_hosts(task)
-            self._computed(task)
-            return
-        node, device = self._nodes[task.node], self.devices[task.device]
-        if not task.last:
-            self._reduced(task, self._passes.reduce(thread, task, node.state))
-            return
-        overflowed = self._passes.combine(thread, task, node.state)
-        if overflowed:
-            self._note_overflow(task, overflowed)
-        if device.separate:
-            target = self._arena.view(task.out, task.out_nbytes)
-            task.marker = device.download(thread, task.out_device, target)
-            self._download_lanes[task.device].put(task.order, task)
+            self._runner.compare(task, views, self._output(task.outputs[0]))
         else:
-            self._release_hosts(task)
-            self._computed(task)
-
-    def _reduced(self, task: ChunkTask, partial: Any) -> None:
-        """Merge a partial result into its pass; after the last one, start the next pass."""
-        node, kernel = self._nodes[task.node], task.operation.kernel
-        assert kernel is not None
-        complete = node.merge(kernel, task.index, task.chunk, partial)
-        if self.devices[task.device].separate:
-            self._release_device(task)
-        else:
-            self._release_hosts(task)
+            overflowed = self._runner.combine(thread, task, self._flow.nodes[task.node].reducer.state)
+            for output in task.outputs if device.separate else ():
+                task.marker = device.download(thread, output.on_device, self._output(output))
         with self._changed:
-            self._in_flight -= 1
-            if complete:
-                node.index += 1
-                waiting, node.waiting = node.waiting, []
-                for other in waiting:
-                    self._computable(other)
+            if overflowed and task.written:
+                name = self.graph.outputs[self._destinations[task.node][0]].label
+                self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + overflowed
+            self._flow.combined(task)
             self._changed.notify_all()
 
     def _download(self, thread: int, task: ChunkTask) -> None:
         task.marker.wait()
-        self._release_device(task)
-        self._computed(task)
-
-    def _computed(self, task: ChunkTask) -> None:
-        """Queue finished chunks for the write lane in the order of the tensor, since digests are computed there."""
         with self._changed:
-            node = self._nodes[task.node]
-            node.computed[task.chunk] = task
-            while (following := node.computed.pop(node.next_write, None)) is not None:
-                self._write_lane.put(following.order, following)
-                node.next_write += 1
-
-    def _write(self, thread: int, task: ChunkTask) -> None:
-        slot = task.inputs[0].slot if task.operation.kind is Kind.COPY else task.out
-        data = self._arena.view(slot, task.out_nbytes)
-        offset = self.schedule.span(self.graph, task.node, task.chunk)[0] * output_width(self.graph, task.node)
-        self._sink.write(task.node, offset, data)
-        if task.operation.kind is Kind.COPY:
-            self._release_hosts(task)
-        with self._changed:
-            self.slots.free_output(task)
-            self.progress.bytes_written += task.out_nbytes * len(self._destinations[task.node])
-            node = self._nodes[task.node]
-            node.unwritten -= 1
-            complete = node.unwritten == 0
-        if complete:
-            self._finish_node(task.node)
-        with self._changed:
-            self._in_flight -= 1
+            self._flow.downloaded(task)
             self._changed.notify_all()
 
+    def _write(self, thread: int, task: ChunkTask) -> None:
+        first, _ = self.schedule.span(self.graph, task.node, task.chunk)
+        for output in task.outputs:
+            self._sink.write(output.node, first * output_width(self.graph, output.node), self._output(output))
+            self._counters.add(written=output.nbytes * len(self._destinations[output.node]))
+        with self._changed:
+            complete = self._flow.written(task)
+            self._changed.notify_all()
+        if complete:
+            self._finish_node(task.node)
+            with self._changed:
+                self._flow.end(task)
+                self._changed.notify_all()
+
     def _finish_node(self, node: int) -> None:
-        self._sink.finished(node)
+        for result in self.graph.results(node):
+            if self._destinations[result]:
+                self._sink.finished(result)
         with self._changed:
-            del self._nodes[node]
+            del self._flow.nodes[node]
 
-    def _note_overflow(self, task: ChunkTask, count: int) -> None:
-        with self._changed:
-            name = self.graph.outputs[self._destinations[task.node][0]].label
-            self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + count
-
-
-def _close(
-    device: Device, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-) -> None:
-    """Close a device. If it fails again after an earlier error, the earlier error is raised."""
-    try:
-        device.close()
-    except RuntimeError:
-        if error is None:
-            raise
+    def _output(self, output: OutputChunk) -> memoryview:
+        return self._arena.view(output.slot, output.nbytes)

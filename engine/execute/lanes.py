@@ -6,13 +6,36 @@ import heapq
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 from ...errors import EnvironmentFailure
-from .tasks import LaneTime
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class LaneTime:
+    """The time that a lane's threads worked and waited.
+
+    Args:
+        threads: number of threads.
+        worked: seconds of work, summed over all threads.
+        waited: seconds of waiting, summed over all threads.
+        levels: seconds with 0, 1, 2, ... threads at work.
+    """
+
+    threads: int
+    worked: float
+    waited: float
+    levels: tuple[float, ...] = ()
+
+    @property
+    def effective_threads(self) -> int:
+        """Highest number of threads that were at work together for at least a twentieth of the time."""
+        total = sum(self.levels)
+        return max((n for n in range(len(self.levels)) if sum(self.levels[n:]) >= total / 20), default=0)
 
 
 class Lane(Generic[T]):
@@ -43,7 +66,7 @@ class Lane(Generic[T]):
         self._failed = failed
         self._idle = idle
         self._queue: list[tuple[int, int, T]] = []
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
         self._closed = False
         self._sequence = 0
         self._started = self._since = time.perf_counter()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from ...io.counters import IoCounters
 from ..graph.graph import MergeGraph
 from ..schedule.budget import DeviceBudget, shrink
 from ..schedule.schedule import Schedule, make_schedule
 from .devices.base import Device, OutOfDeviceMemory
 from .executor import Executor
 from .ledger import Ledger
-from .tasks import Measured, Progress, Sink, Source
+from .measurements import Measured
+from .tasks import Sink, Source
 
 SPARE = 0.9
 """Share of a GPU's free memory that is used if less is free than planned."""
@@ -25,7 +27,8 @@ def run_graph(
     *,
     done: Mapping[int, int] | None = None,
     allow_nonfinite: bool = False,
-    notify: Callable[[Progress], None] | None = None,
+    notify: Callable[[], None] | None = None,
+    counters: IoCounters | None = None,
     ledger: Ledger | None = None,
     resident: Callable[[], int] | None = None,
 ) -> Measured:
@@ -39,7 +42,8 @@ def run_graph(
         sink: writer of output bytes.
         done: bytes that an earlier run wrote, by node; the same as the schedule was made with.
         allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
-        notify: function that receives the progress about ten times a second.
+        notify: function that is called about ten times a second; if it raises, the run ends.
+        counters: counters of the bytes read and written; new ones if None.
         ledger: ledger in which the buffers are reserved; one of its own if None.
         resident: function that measures the process's resident memory in bytes, see `SlotAllocator`.
 
@@ -50,7 +54,15 @@ def run_graph(
     while True:
         devices = open_devices(schedule.budget.devices)
         executor = Executor(
-            graph, schedule, devices, source, sink, ledger=ledger, allow_nonfinite=allow_nonfinite, resident=resident
+            graph,
+            schedule,
+            devices,
+            source,
+            sink,
+            counters=counters,
+            ledger=ledger,
+            allow_nonfinite=allow_nonfinite,
+            resident=resident,
         )
         try:
             measured = executor.run(notify)

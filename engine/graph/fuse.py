@@ -207,16 +207,18 @@ class _Fusion:
             numbers[node] = len(parts)
             parts.append(Part(operation.kernel, sources, graph.node_key[node], operation.positions, rounding))
             methods.append((operation.method, operation.parameters))
-        key = (tuple(map(_identity, parts)), tuple(access for _, access in found.leaves))
+        loaded = tuple((access, access is ALIGNED or graph.value_shape(value)) for value, access in found.leaves)
+        key = (tuple(map(_identity, parts)), loaded)
         known = self._operations.get(key)
         if known is None:
-            kernel = Composition(InputSpec(len(found.leaves), None, graph.shape(root)), parts)
-            name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
-            described = tuple((f"{number}. {method}", values) for number, (method, values) in enumerate(methods))
             accesses = tuple(access for _, access in found.leaves)
             if all(access is ALIGNED for access in accesses):
                 accesses = ()
-            known = Operation(Kind.MERGE, name, described, kernel=kernel, accesses=accesses)
+            stored = tuple(graph.value_shape(value) for value, _ in found.leaves) if accesses else ()
+            kernel = Composition(InputSpec(len(found.leaves), None, graph.shape(root), accesses, stored), parts)
+            name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
+            described = tuple((f"{number}. {method}", values) for number, (method, values) in enumerate(methods))
+            known = Operation(Kind.MERGE, name, described, kernel=kernel)
             self._operations[key] = known
         return known
 

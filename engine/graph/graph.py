@@ -46,7 +46,7 @@ class Operation:
         base: index of the base model among the sources, or None.
         positions: for each source, the index of its model in the recipe, for random keys.
         kernel: the method bound to inputs and parameters; None if the source is copied.
-        accesses: for each source, how the output uses its elements; all `ALIGNED` if empty.
+        copied: for each source, how the output uses its elements if nothing is computed; all `ALIGNED` if empty.
     """
 
     kind: Kind
@@ -55,7 +55,12 @@ class Operation:
     base: int | None = None
     positions: tuple[int, ...] = ()
     kernel: Kernel | None = None
-    accesses: tuple[Access, ...] = ()
+    copied: tuple[Access, ...] = ()
+
+    @property
+    def accesses(self) -> tuple[Access, ...]:
+        """For each source, how the output uses its elements; empty if all are `ALIGNED`."""
+        return self.copied if self.kernel is None else self.kernel.inputs.accesses
 
     @property
     def passes(self) -> int:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import DiskSpaceError
-from ...io.output.clone import BLOCK, CopyStats, SharingRefused, refuses_to_share
+from ...io.counters import IoCounters
+from ...io.output.clone import BLOCK, SharingRefused, refuses_to_share
 from ...io.output.digests import BlockDigests
 from ...io.output.group_commit import GroupCommit
 from ...io.reading import FileStamps, Reader
 from ...io.sizes import format_size
 from ...io.task_group import TaskGroup
 from ..execute.executor import NOTIFY_SECONDS
-from ..execute.tasks import LaneTime
+from ..execute.lanes import LaneTime
 from ..graph.graph import MergeGraph
 from .buffers import ThreadBuffers
 from .recovery.records import JournalRecord, RangeCopied
@@ -42,9 +43,7 @@ class BulkCopier:
         commits: group commits that journal the transfers.
         buffers: buffers of the threads, one for each.
         group: task group that gets the errors.
-
-    Attributes:
-        stats: bytes shared and written so far.
+        counters: counters of the bytes that are shared, or read and written.
     """
 
     def __init__(
@@ -54,8 +53,9 @@ class BulkCopier:
         commits: GroupCommit[JournalRecord],
         buffers: ThreadBuffers,
         group: TaskGroup,
+        counters: IoCounters,
     ) -> None:
-        self.stats = CopyStats()
+        self._counters = counters
         self._out = out
         self._commits = commits
         self._lock = threading.Lock()
@@ -122,9 +122,9 @@ class BulkCopier:
             stats = self._out.receive(
                 transfer.shard, start, transfer.file, offset, nbytes, self._buffer_of[thread], share=transfer.shares
             )
-        with self._lock:
-            self.stats.add(stats)
-            if transfer.shares:
+        self._counters.add(read=stats.written, written=stats.written, shared=stats.shared)
+        if transfer.shares:
+            with self._lock:
                 self._unshared[transfer.file] -= stats.shared
         record = RangeCopied(transfer.shard, start, start + nbytes)
         self._commits.add({transfer.shard}, max_written, [record], stats.written)
@@ -134,8 +134,8 @@ class BulkCopier:
 
         The other sources are tried too: stopping now is better than stopping when the disk is full.
         """
+        self._counters.add_refused(refused.number, refused.nbytes)
         with self._lock:
-            self.stats.add(CopyStats(refused={refused.number: refused.nbytes}))
             if file in self._refusing:
                 return
             others = self._unshared.keys() - self._refusing - {file}
@@ -168,7 +168,7 @@ def digests_of_sources(
     nodes: Collection[int],
     buffers: ThreadBuffers,
     stamps: FileStamps,
-    count: Callable[[int], None],
+    counters: IoCounters,
     watch: Callable[[], None],
 ) -> dict[int, list[bytes]]:
     """Digest the sources of copying nodes: their copies in OUT must have the same digests.
@@ -178,7 +178,7 @@ def digests_of_sources(
         nodes: numbers of the copying nodes.
         buffers: buffers of the threads that read, one for each.
         stamps: expected stamps of the source files.
-        count: function that is called with the number of bytes read, from one thread at a time.
+        counters: counters of the bytes that are read.
         watch: function that is called at intervals from this thread; if it raises, the reading ends.
 
     Returns:
@@ -189,7 +189,6 @@ def digests_of_sources(
     """
     blocks: dict[int, list[bytes]] = {}
     reader = Reader(keep_cached=False, stamps=stamps)
-    lock = threading.Lock()
     group = TaskGroup("digest")
 
     def work(thread: int, node: int) -> None:
@@ -204,8 +203,7 @@ def digests_of_sources(
                 reader.read(ref.file, ref.offset + position, view)
                 digests.feed(position, view)
                 position += len(view)
-                with lock:
-                    count(len(view))
+                counters.add(read=len(view))
         blocks[node] = digests.blocks
 
     def file_position(node: int) -> tuple[Path, int]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...io.counters import IoCounters
 from ...io.hub.repository import HubFile
 from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES
@@ -17,7 +18,7 @@ from ...io.units import data_size, duration, memory_size, plural
 from ..cost.estimate import Estimate, assumed_rates, estimate
 from ..cost.machine import process_memory
 from ..execute.check_buffers import check_buffers
-from ..execute.tasks import Measured, Progress
+from ..execute.measurements import Measured, Progress
 from ..model.open import is_remote
 from ..model.warnings import strict_error
 from .destination import refuse_input
@@ -88,7 +89,7 @@ class Result:
                 "bytes_written": measured.bytes_written,
                 "bytes_shared": measured.bytes_shared,
                 "bytes_checked": measured.bytes_checked,
-                "refused": {errno.errorcode.get(n, str(n)): nbytes for n, nbytes in measured.refused.items()},
+                "refused": {errno.errorcode.get(n, str(n)): nbytes for n, nbytes in measured.io.refused.items()},
                 "seconds": measured.seconds,
                 "estimated_seconds": None if (estimated := self.estimate) is None else estimated.seconds,
                 "lanes": {
@@ -125,13 +126,13 @@ class _Inputs:
         plan: plan of the merge.
         fetch: function that downloads missing files.
         warn: function that is called with warnings.
-        bytes_checked: number of bytes that `prepare` has read.
+        counters: counters of the merge, for the bytes that `prepare` reads.
     """
 
     plan: Plan
     fetch: Callable[[Sequence[HubFile]], None]
     warn: Callable[[str], None]
-    bytes_checked: int = 0
+    counters: IoCounters
 
     def prepare(self) -> None:
         """Download what is missing, check the data as far as the plan could not, and report what is suspicious.
@@ -140,12 +141,12 @@ class _Inputs:
             CheckpointError: in strict mode, if anything is suspicious.
         """
         self.fetch(missing_files(self.plan))
-        found = check_buffers(self.plan.built.buffers, [model.name for model in self.plan.built.models])
-        if self.plan.options.strict and found.warnings:
-            raise strict_error(found.warnings)
-        for warning in found.warnings:
+        names = [model.name for model in self.plan.built.models]
+        warnings = check_buffers(self.plan.built.buffers, names, self.counters)
+        if self.plan.options.strict and warnings:
+            raise strict_error(warnings)
+        for warning in warnings:
             self.warn(str(warning))
-        self.bytes_checked = found.bytes_read
 
 
 def merge(
@@ -188,7 +189,7 @@ def merge(
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, options)
     before = process_memory().peak
     report = warn or (lambda text: tell(f"warning: {text}"))
-    inputs = _Inputs(planned, fetch_files, report)
+    inputs = _Inputs(planned, fetch_files, report, IoCounters())
     if path is None:
         return _rehearse(inputs, notify, before)
     refuse_input(planned, path)
@@ -200,13 +201,13 @@ def merge(
         planned,
         directory,
         fetch=inputs.prepare,
+        counters=inputs.counters,
         notify=notify or (lambda progress: None),
         say=tell,
         warn=report,
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)
-    measured.bytes_checked += inputs.bytes_checked
     return Result(session.plan, path, measured, process_memory().peak, session.earlier, before)
 
 
@@ -214,11 +215,16 @@ def _rehearse(inputs: _Inputs, notify: Callable[[Progress], None] | None, before
     """Do everything except writing."""
     inputs.prepare()
     planned = inputs.plan.in_lanes or inputs.plan
-    sources = SourceFiles(planned)
+    sources, counters = SourceFiles(planned), inputs.counters
+
+    def watch() -> None:
+        if notify is not None:
+            notify(Progress(counters.bytes_read, counters.bytes_written))
+
     with sources.blamed_for_errors():
-        measured = run_lanes(planned, planned.schedule, _NullSink(), notify, stamps=sources.stamps)
+        measured = run_lanes(planned, planned.schedule, _NullSink(), counters, watch, stamps=sources.stamps)
+    watch()
     sources.check()
-    measured.bytes_checked = inputs.bytes_checked
     return Result(planned, None, measured, process_memory().peak, peak_before=before)
 
 

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 from ...errors import EnvironmentFailure
 from ...io import platform
+from ...io.counters import IoCounters
 from ...io.reading import FileStamps, Observe, Reader
 from ..cost.machine import CACHED_SHARE, available_ram, resident_memory
 from ..execute.devices import open_devices
 from ..execute.ledger import Ledger
+from ..execute.measurements import Measured
 from ..execute.replan import run_graph
-from ..execute.tasks import Measured, Progress, Sink
+from ..execute.tasks import Sink
 from ..schedule.schedule import Schedule
 from .plan import Plan
 
@@ -23,7 +25,8 @@ def run_lanes(
     plan: Plan,
     schedule: Schedule,
     sink: Sink,
-    notify: Callable[[Progress], None] | None = None,
+    counters: IoCounters,
+    notify: Callable[[], None],
     *,
     stamps: FileStamps | None = None,
     done: Mapping[int, int] | None = None,
@@ -36,7 +39,8 @@ def run_lanes(
         plan: plan of the merge.
         schedule: the plan's schedule, or one of the part that is left to do.
         sink: sink that receives the output.
-        notify: function that is called at intervals with the progress; if it raises, the run ends.
+        counters: counters of the bytes read and written.
+        notify: function that is called at intervals; if it raises, the run ends.
         stamps: expected stamps of the source files; None to accept any.
         done: number of bytes of each node that need not be written, as the schedule was made with.
         observe: function that is called with every range of a source file that is read.
@@ -58,6 +62,7 @@ def run_lanes(
                 done=done,
                 allow_nonfinite=plan.stage.allow_nonfinite,
                 notify=notify,
+                counters=counters,
                 ledger=ledger,
                 # inside another program, its memory would be measured too, which the budget does not limit
                 resident=resident_memory if platform.OWN_PROCESS else None,

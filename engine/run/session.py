@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import Interrupted
+from ...io.counters import IoCounters
 from ...io.os_errors import translate_os_error
 from ...io.output.directory import OutputDirectory
 from ...io.output.group_commit import GROUP_BYTES, Aborted
@@ -21,7 +22,7 @@ from ...io.output.shards import preload_validator
 from ...io.task_group import TaskGroup
 from ...io.units import data_size, listed, plural
 from ..execute.ledger import Ledger
-from ..execute.tasks import Measured, Progress
+from ..execute.measurements import Measured, Progress
 from ..files.write import write_model_files
 from ..graph.graph import Kind
 from ..schedule.schedule import Schedule, make_schedule
@@ -31,7 +32,7 @@ from .destination import refuse_other_unfinished, shard_files
 from .manifest import MANIFEST, facts_of, manifest_pieces, tensor_entries
 from .placement import copy_buffer_bytes, copy_threads, with_reflinks
 from .plan import Plan
-from .recovery.checks import CHECKS, Checked
+from .recovery.checks import CHECKS
 from .recovery.records import Publishing
 from .recovery.recover import RecoveredState, recover
 from .recovery.source_digests import SourceDigests, check_sources, used_bytes
@@ -79,6 +80,7 @@ class MergeSession:
     Args:
         plan: plan of the merge.
         out: the locked output directory; the session releases it.
+        counters: counters of the merge; new ones if None.
         fetch: function that downloads missing input files; called once OUT is known to be usable.
         notify: function that is called at intervals with the progress of the complete merge.
         say: function that is called with messages for the user.
@@ -95,6 +97,7 @@ class MergeSession:
         plan: Plan,
         out: OutputDirectory,
         *,
+        counters: IoCounters | None = None,
         fetch: Callable[[], None] = lambda: None,
         notify: Callable[[Progress], None] = lambda progress: None,
         say: Callable[[str], None] = lambda text: None,
@@ -104,6 +107,7 @@ class MergeSession:
         self.plan = plan
         self.out = out
         self.earlier = Earlier()
+        self._counters = counters or IoCounters()
         self._fetch = fetch
         self._notify = notify
         self._say = say
@@ -205,19 +209,25 @@ class MergeSession:
         sharing = {transfer.file for transfer in plan.transfers if transfer.shares}
         buffers = self._buffers(CHECKS, each=2)
 
-        def watch(checked: Checked) -> None:
-            self._notify(Progress(bytes_checked=checked.nbytes, bytes_to_check=checked.total))
+        def watch(checked: int, total: int) -> None:
+            self._notify(Progress(bytes_checked=checked, bytes_to_check=total))
 
         with self.ledger.allow(self._memory):
             recovered = recover(
-                unfinished, graph, plan.layout, self.out.shard_path, sharing=sharing, buffers=buffers, watch=watch
+                unfinished,
+                graph,
+                plan.layout,
+                self.out.shard_path,
+                sharing=sharing,
+                buffers=buffers,
+                counters=self._counters,
+                watch=watch,
             )
         changed = sources.changed_since(unfinished.facts.get("stamps")) if unfinished is not None else []
         if changed:
             used = used_bytes(graph, recovered.written(graph))
             with self.ledger.allow(self._memory):
-                compared = check_sources(graph, changed, recovered.sources, used, buffers, watch)
-            recovered.bytes_read += compared
+                compared = check_sources(graph, changed, recovered.sources, used, buffers, self._counters, watch)
             names = ", ".join(file.name for file in changed[:3]) + (", ..." if len(changed) > 3 else "")
             unchanged = f"the {data_size(compared)} read from them are unchanged"
             same = unchanged if compared else "none of their data was used"
@@ -289,7 +299,7 @@ class MergeSession:
         )
         buffers = ThreadBuffers("copy buffers", copy_threads(self.plan), ledger=self.ledger)
         with self.ledger.allow(copy_buffer_bytes(self.plan)):  # before the copier's threads start, which reserve them
-            copier = BulkCopier(prepared.transfers, self.out, writer.commits, buffers, group)
+            copier = BulkCopier(prepared.transfers, self.out, writer.commits, buffers, group, self._counters)
             try:
                 measured, digests = self._execute(prepared, group, sources, writer, copier)
             except Aborted:
@@ -299,14 +309,8 @@ class MergeSession:
                 writer.stop()
                 copier.stop()
         group.check()
-        stats = copier.stats
         if (lane := copier.time()) is not None:
             measured.lanes["copy"] = lane
-        measured.bytes_shared += stats.shared
-        measured.bytes_read += stats.written
-        measured.bytes_written += stats.written
-        measured.bytes_checked = prepared.recovered.bytes_read
-        measured.refused = dict(stats.refused)
         measured.seconds = time.perf_counter() - start
         return measured, digests
 
@@ -320,17 +324,22 @@ class MergeSession:
     ) -> tuple[Measured, Mapping[int, list[bytes]]]:
         """Run the lanes and the bulk copies, and commit the rest."""
 
-        def watch(progress: Progress) -> None:
+        def watch() -> None:
             group.check()
-            read = progress.bytes_read + copier.stats.written + self.earlier.bytes_read
-            written = progress.bytes_written + copier.stats.written + self.earlier.bytes_written
-            earlier = self.earlier.bytes_read + self.earlier.bytes_written
-            self._notify(replace(progress, bytes_read=read, bytes_written=written, bytes_earlier=earlier))
+            counters, earlier = self._counters, self.earlier
+            self._notify(
+                Progress(
+                    counters.bytes_read + earlier.bytes_read,
+                    counters.bytes_written + earlier.bytes_written,
+                    bytes_earlier=earlier.bytes_read + earlier.bytes_written,
+                )
+            )
 
         measured = run_lanes(
             self.plan,
             prepared.schedule,
             writer,
+            self._counters,
             watch,
             stamps=prepared.sources.stamps,
             done=prepared.done,
@@ -338,39 +347,32 @@ class MergeSession:
             ledger=self.ledger,
         )
 
-        def watch_copies() -> None:
-            watch(Progress(measured.bytes_read, measured.bytes_written))
-
-        copier.wait(watch_copies)
-        watch_copies()
+        copier.wait(watch)
+        watch()
         if group.cancelled:
             raise Aborted
         writer.commits.close()
         digests = dict(writer.digests)
         if self.plan.digests:
-            digests |= self._digest_sources(digests.keys(), prepared.sources, measured, watch_copies)
+            digests |= self._digest_sources(digests.keys(), prepared.sources, watch)
         return measured, digests
 
     def _digest_sources(
-        self, known: Collection[int], sources: SourceFiles, measured: Measured, watch: Callable[[], None]
+        self, known: Collection[int], sources: SourceFiles, watch: Callable[[], None]
     ) -> dict[int, list[bytes]]:
         """Read and digest the sources of tensors that the lanes have not written.
 
         Args:
             known: nodes whose digests are known.
             sources: source files.
-            measured: measurements, which count the bytes that are read.
             watch: function that is called at intervals.
         """
         graph = self.plan.built.graph
         copies = {node for node in graph if graph.operation(node).kind is Kind.COPY and graph.nbytes(node)}
 
-        def count(nbytes: int) -> None:
-            measured.bytes_read += nbytes
-
         with self.ledger.allow(self.plan.schedule.buffer_ram):  # that of the copies is allowed already, and free
             buffers = self._buffers("digest buffers", each=1)
-            return digests_of_sources(graph, copies - set(known), buffers, sources.stamps, count, watch)
+            return digests_of_sources(graph, copies - set(known), buffers, sources.stamps, self._counters, watch)
 
     @property
     def _memory(self) -> int:

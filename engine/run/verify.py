@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import MergeloomError, UsageError
 from ...io.companions import LOADER_FOLDERS, is_loader_file
+from ...io.counters import IoCounters
 from ...io.open_source import open_source, read_range
 from ...io.os_errors import translating_os_errors
 from ...io.output.clone import BLOCK
@@ -22,7 +23,7 @@ from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.header import Header, parse_header, read_data_start
 from ...io.safetensors.tensors import TensorRef
 from ...io.units import data_size, plural
-from ..execute.tasks import Progress
+from ..execute.measurements import Progress
 from .manifest import MANIFEST, identity_of, read_manifest
 
 THREADS = 4
@@ -172,7 +173,7 @@ class Verification:
         self._tensors: dict[str, TensorRef] = {}
         self._models: dict[int, Checkpoint | str] = {}
         self._lock = threading.Lock()
-        self._progress = Progress()
+        self._counters = IoCounters()
         self._notify: Notify = lambda progress: None
         self._reader = Reader(keep_cached=False)
         self._check_shards()
@@ -305,9 +306,9 @@ class Verification:
             view = buffer[: ref.nbytes - position]
             self._reader.read(ref.file, ref.offset + position, view)
             if counts:
-                with self._lock:
-                    self._progress.bytes_read += len(view)
-                    self._notify(self._progress)
+                self._counters.add(read=len(view))
+                with self._lock:  # one call at a time, and its numbers only grow
+                    self._notify(Progress(self._counters.bytes_read))
             yield position, view
 
     # --- sources -----------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from ..graph.extents import bytes_of_chunks, output_width
 from ..graph.graph import MergeGraph
 from .assignment import assign_devices
 from .budget import Budget, DeviceBudget
+from .order import orders
 from .requirements import Requirements, requirements
-from .simulate import Simulation, orders
+from .simulate import Simulation
 from .tiling import chunk_count, chunk_elements, clusters
 
 PARTIAL_BYTES = 8 << 20
@@ -143,6 +144,8 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
         simulation.run([node for node in order if node in left] if done else order)
         if best is None or _rank(simulation) < _rank(best):
             best = simulation
+        if simulation.fits and simulation.bytes_read == simulation.bytes_once:
+            break  # no order reads less
     assert best is not None
     return Candidate(slot, chunks, ram_slots, vram_slots, first, left, best)
 

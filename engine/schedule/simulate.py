@@ -7,139 +7,34 @@ a node that others use stays in RAM until the last of them has used it: no file 
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..graph.extents import bytes_of_chunks, length
 from ..graph.graph import Kind, MergeGraph
+from .simulated_cache import SimulatedCache
 from .step_list import NOTHING, CachedRange, Step, StepList
-from .tiling import ChunkedRead, chunk_count, chunked_sources, clusters
-
-MAX_STALE = 1000
-"""Number of stale entries in the heap of a `SimulatedCache` that are removed, if there are more than live ones."""
-
-
-def orders(graph: MergeGraph) -> list[list[int]]:
-    """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
-    files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
-    tasks = graph.tasks()
-    users = graph.users()
-
-    def position(node: int) -> tuple[int, int]:
-        value = graph.node_sources[node][0]
-        ref = graph.reads[value if value >= 0 else graph.reads_of(node)[0]]
-        return files[ref.file], ref.offset
-
-    def with_sources(order: list[int]) -> list[int]:
-        """Put each node right before the first one that uses it."""
-        return _sources_first(graph, [node for node in order if node not in users]) if users else order
-
-    by_position = sorted(tasks, key=position)
-    if not clusters(graph):
-        return [by_position]
-    consumers = graph.consumers()
-    together: list[int] = []
-    seen: set[int] = set()
-    for start in by_position:
-        stack = [start]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            together.append(node)
-            reads = [value for value in graph.node_sources[node] if value >= 0]
-            neighbours = {other for read in reads for other in consumers[read]} - seen
-            stack.extend(sorted(neighbours, key=position, reverse=True))
-    return [with_sources(order) for order in (by_position, together, tasks)]
-
-
-def _sources_first(graph: MergeGraph, order: Sequence[int]) -> list[int]:
-    """Return the nodes of an order and all nodes that they use, each after its sources and as late as possible."""
-    done: set[int] = set()
-    result = []
-    for root in order:
-        stack = [(root, False)]
-        while stack:
-            node, ready = stack.pop()
-            if node in done:
-                continue
-            if ready:
-                done.add(node)
-                result.append(node)
-                continue
-            stack.append((node, True))
-            stack += [(~value, False) for value in reversed(graph.node_sources[node]) if value < 0]
-    return result
-
-
-class SimulatedCache:
-    """The chunks that are cached between steps, and the slots that they take.
-
-    Attributes:
-        ram: slots taken in RAM.
-        vram: slots taken on each device.
-
-    Outputs of nodes are held, too: they are taken by the steps that use them, but `furthest` never names them.
-    """
-
-    def __init__(self, devices: int) -> None:
-        self.ram = 0
-        self.vram = [0] * devices
-        self._entries: dict[ChunkedRead, tuple[CachedRange, int, int]] = {}  # with device and next use
-        # next uses and sources, negated: the heap has the furthest first; entries of sources taken since are stale
-        self._by_use: list[tuple[int, int, int, int]] = []
-
-    def put(self, source: ChunkedRead, held: CachedRange, device: int, next_use: int) -> None:
-        """Cache chunks of a source, until a step at position `next_use` takes them."""
-        if held.ram or held.vram:
-            self._entries[source] = held, device, next_use
-            self.ram += held.ram
-            self.vram[device] += held.vram
-        if held.ram and source.read >= 0:
-            heapq.heappush(self._by_use, _entry(next_use, source))
-            if len(self._by_use) > 2 * len(self._entries) + MAX_STALE:
-                self._remove_stale()
-
-    def _remove_stale(self) -> None:
-        """Remove the stale entries of the heap: with room in RAM nothing else does, and every pass adds some."""
-        entries = self._entries.items()
-        self._by_use = [_entry(use, source) for source, (held, _, use) in entries if held.ram and source.read >= 0]
-        heapq.heapify(self._by_use)
-
-    def take(self, source: ChunkedRead) -> CachedRange:
-        """Remove a source from the cache; return the chunks that were cached."""
-        held, device, _ = self._entries.pop(source, (NOTHING, 0, 0))
-        self.ram -= held.ram
-        self.vram[device] -= held.vram
-        return held
-
-    def furthest(self) -> tuple[int, ChunkedRead] | None:
-        """Return the source with chunks in RAM that is needed last, after its next use; None if no chunk is in RAM."""
-        while self._by_use:
-            next_use, read, chunk_length, access = (-number for number in self._by_use[0])
-            source = ChunkedRead(read, chunk_length, access)
-            held, _, current = self._entries.get(source, (NOTHING, 0, -1))
-            if held.ram and current == next_use:
-                return next_use, source
-            heapq.heappop(self._by_use)
-        return None
-
-    def drop(self, source: ChunkedRead, count: int) -> CachedRange:
-        """Drop the last `count` chunks of a source from RAM, or all if it has fewer; return those that stay cached."""
-        _, device, next_use = self._entries[source]
-        held = self.take(source)
-        kept = CachedRange(held.vram, held.low, held.high - min(count, held.ram))
-        self.put(source, kept, device, next_use)
-        return kept
-
-
-def _entry(next_use: int, source: ChunkedRead) -> tuple[int, int, int, int]:
-    return -next_use, -source.read, -source.chunk_length, -source.access
+from .tiling import ChunkedRead, chunk_count, chunked_sources
 
 
 @dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a step of a node needs, apart from which sources: equal for all nodes of a class.
+
+    Args:
+        count: number of chunks.
+        counts: for each distinct source, the number of chunks: 1 if all of it is staged at once.
+        writes: number of slots that each chunk takes for the output.
+        nbytes: for each distinct source, the bytes that all chunks need.
+    """
+
+    count: int
+    counts: tuple[int, ...]
+    writes: int
+    nbytes: tuple[int, ...]
+
+
+@dataclass(slots=True)
 class _Pass:
     """A step before the simulation has decided what stays cached after it.
 
@@ -147,11 +42,10 @@ class _Pass:
         node: number of the node.
         device: number of the device that computes it.
         separate: whether the computation reads its chunks from that device's own memory.
-        count: number of chunks.
-        writes: number of slots that each chunk takes for the output.
+        shape: what the step needs.
+        writes: number of slots that each chunk takes for the output in this pass.
         stays: whether the output stays in its slots, for the nodes that use it.
         sources: the distinct sources of the node.
-        counts: for each source, the number of chunks: 1 if all of it is staged at once.
         before: for each source, the chunks that are cached before the step.
         next_uses: for each source, the position of the next step that needs it; None if none does.
     """
@@ -159,11 +53,10 @@ class _Pass:
     node: int
     device: int
     separate: bool
-    count: int
+    shape: _Shape
     writes: int
     stays: bool
     sources: tuple[ChunkedRead, ...]
-    counts: tuple[int, ...]
     before: list[CachedRange]
     next_uses: list[int | None]
 
@@ -201,6 +94,7 @@ class Simulation:
     first: Mapping[int, int] = field(default_factory=dict)
     steps: StepList = field(init=False)
     bytes_read: int = 0
+    bytes_once: int = 0  # bytes that would be read if RAM held every chunk until its last use
     uploaded: int = 0
     peak: int = 0
     vram_peaks: list[int] = field(default_factory=list)
@@ -209,6 +103,7 @@ class Simulation:
     _cache: SimulatedCache = field(init=False)
     # positions still to come of the sources that several nodes share, the next one last
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)
+    _shapes: dict[Hashable, _Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.steps = StepList(self.graph.places)
@@ -227,18 +122,20 @@ class Simulation:
             for source in self._sources(order[position]):
                 if source.read < 0 or shared[source.read]:
                     self._uses.setdefault(source, []).append(position)
+        unread = dict.fromkeys(self._uses, True)
         for position, node in enumerate(order):
             sources = self._sources(node)
-            for source in sources:
+            shape = self._shape(node, sources)
+            for source, nbytes in zip(sources, shape.nbytes, strict=True):
                 if source.read < 0 or shared[source.read]:
                     self._uses[source].pop()
-            operation = self.graph.operation(node)
-            count = chunk_count(self.graph, node, self.chunk_elements[node])
-            counts = tuple([count if source.chunk_length else min(count, 1) for source in sources])
-            writes = (operation.kind is not Kind.COPY) * len(self.graph.results(node))
-            self.total_slot_demand += sum(counts) + count * writes
-            for index in range(operation.passes):
-                self._step(position, node, index, sources, counts, writes)
+                    self.bytes_once += nbytes * (source.read >= 0 and unread[source])
+                    unread[source] = False
+                else:
+                    self.bytes_once += nbytes
+            self.total_slot_demand += sum(shape.counts) + shape.count * shape.writes
+            for index in range(self.graph.operation(node).passes):
+                self._step(position, node, index, sources, shape)
 
     def _shared_reads(self, order: Sequence[int]) -> bytearray:
         """Return for each read whether several of the nodes use it: 0 or 1. Most models share few reads, if any."""
@@ -254,15 +151,31 @@ class Simulation:
         """Return the distinct sources of a node, cut into its chunks."""
         return chunked_sources(self.graph, node, self.chunk_elements[node], self.slot)
 
-    def _step(
-        self,
-        position: int,
-        node: int,
-        index: int,
-        sources: tuple[ChunkedRead, ...],
-        counts: tuple[int, ...],
-        writes: int,
-    ) -> None:
+    def _shape(self, node: int, sources: tuple[ChunkedRead, ...]) -> _Shape:
+        """Return what the steps of a node need."""
+        graph, chunk = self.graph, self.chunk_elements[node]
+        values, places = graph.node_sources[node], graph.places(node)
+        stored: tuple[object, ...] = tuple([graph.value_dtype(value).bits for value in values])
+        if graph.access_numbers(node):
+            stored += tuple(map(graph.value_shape, values))
+        key = (graph.node_operation[node], graph.node_shape[node], graph.node_dtype[node].bits, stored, places, chunk)
+        known = self._shapes.get(key)
+        if known is None:
+            count = chunk_count(graph, node, chunk)
+            known = self._shapes[key] = _Shape(
+                count,
+                tuple([count if source.chunk_length else min(count, 1) for source in sources]),
+                (graph.operation(node).kind is not Kind.COPY) * len(graph.results(node)),
+                tuple(self._size(node, place, source, 0, count) for place, source in zip(places, sources, strict=True)),
+            )
+        return known
+
+    def _size(self, node: int, place: int, source: ChunkedRead, begin: int, end: int) -> int:
+        """Return the bytes of the chunks [begin, end) of a node's source."""
+        chunk = self.chunk_elements[node] if source.chunk_length else length(self.graph, node)
+        return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end)
+
+    def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...], shape: _Shape) -> None:
         operation, device = self.graph.operation(node), self.devices[node]
         last = index == operation.passes - 1
         skipped = self.first.get(node, 0)
@@ -271,9 +184,10 @@ class Simulation:
         before = [self._cache.take(source) for source in sources]
         drop: list[tuple[ChunkedRead, CachedRange]] = []
         if not separate:  # an operation that computes nothing cannot use chunks on the device
-            in_ram = [CachedRange(0, held.low, held.high) for held in before]
-            drop = [(s, new) for s, old, new in zip(sources, before, in_ram, strict=True) if old.vram]
-            before = in_ram
+            for number, held in enumerate(before):
+                if held.vram:
+                    before[number] = CachedRange(0, held.low, held.high)
+                    drop.append((sources[number], before[number]))
         next_uses: list[int | None]
         if skipped:
             next_uses = [None] * len(sources)  # its last pass skips chunks that would be kept
@@ -281,41 +195,29 @@ class Simulation:
             next_uses = [uses[-1] if (uses := self._uses.get(source)) else None for source in sources]
         else:
             next_uses = [position] * len(sources)
-        count = chunk_count(self.graph, node, self.chunk_elements[node])
         output = ChunkedRead(~node, self.chunk_elements[node])
-        needed = self._uses.get(output) if last else None
-        this = _Pass(node, device, separate, count, writes * last, bool(needed), sources, counts, before, next_uses)
+        needed = self._uses.get(output) if last and self._uses else None
+        writes = shape.writes if last else 0
+        this = _Pass(node, device, separate, shape, writes, bool(needed), sources, before, next_uses)
         keep, evicted = self._keep(this, self._keep_on_device(this))
         ram, vram = self._peaks(this, keep)
         bytes_read, uploaded = self._bytes_moved(this, first)
-        self.max_step_working_set = max(
-            self.max_step_working_set,
-            sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True)) + count * this.stays,
-        )
+        working_set = sum([max(b.high - b.low, k.high - k.low) for b, k in zip(before, keep, strict=True)])
+        self.max_step_working_set = max(self.max_step_working_set, working_set + shape.count * this.stays)
         for source, held, next_use in zip(sources, keep, next_uses, strict=True):
             if next_use is not None:
                 self._cache.put(source, held, device, next_use)
         if needed:
-            self._cache.put(output, CachedRange(0, 0, count), device, needed[-1])
+            self._cache.put(output, CachedRange(0, 0, shape.count), device, needed[-1])
         self.bytes_read += sum(bytes_read)
         self.uploaded += uploaded
         self.peak = max(self.peak, ram)
         self.vram_peaks[device] = max(self.vram_peaks[device], vram)
-        self.steps.append(
-            Step(
-                node=node,
-                index=index,
-                first=first,
-                device=device,
-                places=self.graph.places(node),
-                keep=tuple(keep),
-                drop=(*drop, *evicted),
-                bytes_read=bytes_read,
-                uploaded=uploaded,
-                ram=ram,
-                vram=vram,
-            )
+        places = self.graph.places(node)
+        found = Step(
+            node, index, first, device, places, tuple(keep), (*drop, *evicted), bytes_read, uploaded, ram, vram
         )
+        self.steps.append(found)
 
     def _keep_on_device(self, this: _Pass) -> list[int]:
         """Return how many chunks of each source stay on the device: those needed next first."""
@@ -325,7 +227,7 @@ class Simulation:
             room -= sum(held.vram for held in this.before)
             for _, number in this.by_next_use():
                 before = this.before[number].vram
-                keep[number] = before + max(0, min(this.counts[number] - before, room))
+                keep[number] = before + max(0, min(this.shape.counts[number] - before, room))
                 room -= keep[number] - before
         return keep
 
@@ -340,13 +242,15 @@ class Simulation:
             vram: for each source, how many chunks stay on the device.
         """
         evicted: list[tuple[ChunkedRead, CachedRange]] = []
-        candidates = this.by_next_use()
+        counts, next_uses = this.shape.counts, this.next_uses
         low = [max(kept, held.vram) for kept, held in zip(vram, this.before, strict=True)]
         size = [held.ram for held in this.before]  # a cached chunk stays in its slot until the step has used it
-        for _, number in candidates:
-            size[number] = max(size[number], this.counts[number] - low[number])
-        output = this.count if this.stays else 0
+        for number, next_use in enumerate(next_uses):
+            if next_use is not None:
+                size[number] = max(size[number], counts[number] - low[number])
+        output = this.shape.count if this.stays else 0
         excess = self._cache.ram + sum(size) + output - (self.ram_slots - self._reserved)
+        candidates = this.by_next_use() if excess > 0 else []
         while excess > 0:
             furthest = self._cache.furthest()
             if furthest is not None and (not candidates or furthest[0] >= candidates[-1][0]):
@@ -361,11 +265,12 @@ class Simulation:
             else:
                 break
         keep = []
-        for number, next_use in enumerate(this.next_uses):
-            chunks = 0 if next_use is None else min(size[number], this.counts[number] - low[number])
-            keep.append(
-                CachedRange(vram[number], low[number], low[number] + chunks) if chunks else CachedRange(vram[number])
-            )
+        for number, next_use in enumerate(next_uses):
+            chunks = 0 if next_use is None else min(size[number], counts[number] - low[number])
+            if chunks:
+                keep.append(CachedRange(vram[number], low[number], low[number] + chunks))
+            else:
+                keep.append(CachedRange(vram[number]) if vram[number] else NOTHING)
         return keep, evicted
 
     @property
@@ -375,19 +280,21 @@ class Simulation:
 
     def _bytes_moved(self, this: _Pass, first: int) -> tuple[tuple[int, ...], int]:
         """Return the bytes read of each source and the bytes uploaded, by a pass that starts with chunk `first`."""
+        node, shape = this.node, this.shape
+        if not first and not this.separate and all(held is NOTHING for held in this.before):
+            return shape.nbytes, 0
         bytes_read, uploaded = [], 0
-        graph, node, chunk = self.graph, this.node, self.chunk_elements[this.node]
-        for place, source, count, held in zip(graph.places(node), this.sources, this.counts, this.before, strict=True):
-            begin = first if source.chunk_length else int(first >= this.count)
-            step = chunk if source.chunk_length else length(graph, node)
-
-            def size(low: int, high: int, place: int = place, step: int = step) -> int:
-                return bytes_of_chunks(graph, node, place, step, low, high)
-
-            needed = size(max(begin, held.vram), count)
-            if this.separate:
-                uploaded += needed
-            in_ram = size(max(begin, held.low, held.vram), held.high)
+        places = self.graph.places(node)
+        for number, (place, source, count, held) in enumerate(
+            zip(places, this.sources, shape.counts, this.before, strict=True)
+        ):
+            if not first and not this.separate and (held is NOTHING or held.ram == count):
+                bytes_read.append(shape.nbytes[number] if held is NOTHING else 0)
+                continue
+            begin = first if source.chunk_length else int(first >= shape.count)
+            needed = self._size(node, place, source, max(begin, held.vram), count)
+            uploaded += needed if this.separate else 0
+            in_ram = self._size(node, place, source, max(begin, held.low, held.vram), held.high)
             bytes_read.append(needed - in_ram)
         return tuple(bytes_read), uploaded
 
@@ -395,25 +302,30 @@ class Simulation:
         """Return the peak number of slots held during a step: in RAM, and on the device."""
         ram_others = self._cache.ram
         vram_others = self._cache.vram[this.device] if this.separate else 0
-        if this.count == 0:
+        count = this.shape.count
+        if count == 0:
             return ram_others, vram_others
-        points = {0, this.count - 1}
+        points = {0, count - 1}
         for held in (*this.before, *keep):
-            points |= {held.vram - 1, held.vram, held.low, held.high - 1, held.high}
+            if held is not NOTHING:
+                points |= {held.vram - 1, held.vram, held.low, held.high - 1, held.high}
         ram = vram = 0
         for chunk in points:
-            if not 0 <= chunk < this.count:
+            if not 0 <= chunk < count:
                 continue
             ram_now = ram_others + this.writes * (chunk + 1 if this.stays else 1)
             vram_now = vram_others + this.writes
             for source, old, new in zip(this.sources, this.before, keep, strict=True):
                 if not source.chunk_length:  # one chunk, held by the step from its start to its end
-                    ram_now += not old.vram
+                    ram_now += new.ram if this.separate and chunk else not old.vram
                     vram_now += 1
                     continue
                 on_device = chunk < old.vram
                 in_ram = not on_device and old.low <= chunk < old.high
-                ram_now += max(0, old.high - max(old.low, chunk)) + max(0, min(new.high, chunk) - new.low)
+                if old is not NOTHING:
+                    ram_now += max(0, old.high - max(old.low, chunk))
+                if new is not NOTHING:
+                    ram_now += max(0, min(new.high, chunk) - new.low)
                 ram_now += not on_device and not in_ram
                 vram_now += max(0, old.vram - chunk) + min(chunk, new.vram) + (not on_device)
             ram = max(ram, ram_now)

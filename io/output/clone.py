@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..platform import clone_range, copy_range, read_at, scratch_file, write_at
@@ -20,21 +20,11 @@ class CopyStats:
         shared: bytes whose disk blocks both files now share.
         kernel_copied: bytes that the kernel copied.
         user_copied: bytes that passed through this process.
-        refused: bytes that should have been shared but were refused, by error number.
     """
 
     shared: int = 0
     kernel_copied: int = 0
     user_copied: int = 0
-    refused: dict[int, int] = field(default_factory=dict)
-
-    def add(self, other: CopyStats) -> None:
-        """Add the bytes of `other`."""
-        self.shared += other.shared
-        self.kernel_copied += other.kernel_copied
-        self.user_copied += other.user_copied
-        for number, nbytes in other.refused.items():
-            self.refused[number] = self.refused.get(number, 0) + nbytes
 
     @property
     def written(self) -> int:

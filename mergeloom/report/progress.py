@@ -1,6 +1,6 @@
 """Shows the progress of a merge: a redrawn line on a terminal, a line every few seconds anywhere else.
 
-The engine calls back with its counters, and a separate thread draws them: pausing the terminal pauses the display but
+The engine calls back with its progress, and a separate thread draws it: pausing the terminal pauses the display but
 not the merge.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ..engine.execute.tasks import Progress
+    from ..engine.execute.measurements import Progress
 
 FRAME_SECONDS = 0.2
 """The interval at which the line on a terminal is redrawn."""
@@ -110,7 +110,7 @@ def _rounded(seconds: float) -> str:
 
 
 class Meter:
-    """Computes rates and the time left from the engine's counters.
+    """Computes rates and the time left from the engine's progress.
 
     Args:
         to_read: total bytes to read.
@@ -182,7 +182,7 @@ class Display:
         self._thread = None if quiet else threading.Thread(target=self._draw_loop, name="progress", daemon=True)
 
     def __call__(self, progress: Progress) -> None:
-        """Store the engine's counters, which it keeps updating."""
+        """Store the newest progress, which the next update shows."""
         self._progress = progress
 
     def print_above(self, text: str) -> None:

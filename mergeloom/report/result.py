@@ -13,7 +13,8 @@ from .time import REMEDIES
 from .unused import unused_section
 
 if TYPE_CHECKING:
-    from ..engine.execute.tasks import LaneTime, Measured
+    from ..engine.execute.lanes import LaneTime
+    from ..engine.execute.measurements import Measured
     from ..engine.run.merge import Result
     from ..engine.run.plan import Plan
 
@@ -73,7 +74,7 @@ def _reflink_fields(result: Result) -> Iterator[tuple[str, str]]:
         yield "reflinked", _compare(measured.bytes_shared, plan.bytes_shared, result.earlier.bytes_shared)
     for reason, nbytes in plan.unshared:
         yield "not reflinked", f"{data_size(nbytes)}: {reason}"
-    for number, nbytes in measured.refused.items():
+    for number, nbytes in measured.io.refused.items():
         reason = f"refused by the file system ({os.strerror(number)}), copied instead"
         yield "not reflinked", f"{data_size(nbytes)}: {reason}"
 

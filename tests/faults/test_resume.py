@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.execute.measurements import Progress
 from mergeloom.engine.run.manifest import MANIFEST
 from mergeloom.errors import CheckpointError, EnvironmentFailure, UsageError
 from mergeloom.io.output.directory import OutputDirectory

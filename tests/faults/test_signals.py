@@ -15,7 +15,7 @@ import pytest
 
 from mergeloom.cli.signals import GRACE_SECONDS
 from mergeloom.engine.execute.lanes import Lane
-from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.execute.measurements import Progress
 from mergeloom.engine.run.merge import merge
 from mergeloom.errors import EnvironmentFailure, Interrupted, MergeloomError
 from mergeloom.io.output.lock import WORK

@@ -17,7 +17,7 @@ import yaml
 
 import mergeloom
 from mergeloom.__main__ import main
-from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.execute.measurements import Progress
 from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.methods import merge_methods
@@ -73,7 +73,7 @@ def test_merge_a_plan(recipe: dict[str, Any], tmp_path: Path) -> None:
     result = mergeloom.merge(plan, tmp_path / "out", notify=calls.append)
     assert result.plan.built is plan.built
     assert result.measured.bytes_written == plan.schedule.bytes_written
-    assert calls[-1].bytes_written == plan.schedule.bytes_written
+    assert (calls[-1].bytes_read, calls[-1].bytes_written) == (plan.bytes_read, plan.bytes_written)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 4
 
 
@@ -85,7 +85,9 @@ def test_a_plan_keeps_its_options(recipe: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_a_rehearsal(recipe: dict[str, Any], tmp_path: Path) -> None:
-    result = mergeloom.merge(recipe, None)
+    calls: list[Progress] = []
+    result = mergeloom.merge(recipe, None, notify=calls.append)
+    assert (calls[-1].bytes_read, calls[-1].bytes_written) == (result.plan.bytes_read, result.plan.bytes_written)
     assert result.out is None
     assert result.measured.bytes_read == result.plan.schedule.bytes_read
     assert list(tmp_path.iterdir()) == []

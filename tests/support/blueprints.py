@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mergeloom.engine.execute.devices.base import Device
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.ledger import RAM
-from mergeloom.engine.execute.tasks import Measured
+from mergeloom.engine.execute.measurements import Measured
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.schedule import Schedule, make_schedule

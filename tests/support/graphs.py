@@ -76,10 +76,10 @@ class World:
         nodes = [(self.graph.operation(node).method, self.graph.node_sources[node]) for node in self.graph]
         return f"World(sources={sizes}, nodes={nodes})"
 
-    def source(self, elements: int, dtype: str = "F32") -> int:
-        """Add a source tensor; return its read number."""
+    def source(self, elements: int, dtype: str = "F32", seed: int | None = None) -> int:
+        """Add a source tensor; return its read number. Tensors with the same `seed` are equal."""
         number = len(self.tensors)
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator().manual_seed(number if seed is None else seed)
         tensor = torch.randint(-8, 8, (elements,), generator=generator).to(torch.float32)
         file = Path(f"file{number % 3}")
         data = self.files.get(file, b"")
@@ -90,10 +90,12 @@ class World:
         return self.graph.add_read(0, f"t{number}", ref)
 
     def node(self, kind: str, sources: Sequence[int], outputs: int = 1) -> int:
-        """Add a node of kind ``copy`` or of one of the `KERNELS`, with some outputs; return its number."""
+        """Add a node of kind ``copy``, ``equal`` or one of the `KERNELS`, with some outputs; return its number."""
         shape, dtype = self.graph.reads[sources[0]].shape, self.graph.reads[sources[0]].dtype
         if kind == "copy":
             operation = Operation(Kind.COPY, "copy")
+        elif kind == "equal":
+            operation = Operation(Kind.REQUIRE_EQUAL, "equal")
         else:
             operation = Operation(Kind.MERGE, kind, kernel=kernel_of(kind, InputSpec(len(sources), None, shape)))
         node = self.graph.add_node(operation, tuple(sources), dtype)
@@ -107,6 +109,8 @@ class World:
     def expected(self, node: int) -> bytes:
         """Return the expected output bytes of a node."""
         operation = self.graph.operation(node)
+        if operation.kind is not Kind.MERGE:
+            return _stored(self.tensors[self.graph.node_sources[node][0]], self.graph.node_dtype[node])
         total = sum(self.tensors[read] for read in self.graph.node_sources[node])
         assert isinstance(total, Tensor)
         if operation.method.startswith("above"):

@@ -120,7 +120,7 @@ WITH_TORCH = {
     "mergeloom.engine.cost.measure_gpu",
     "mergeloom.engine.cost.measure_torch_memory",
     "mergeloom.engine.execute.devices.cuda",
-    "mergeloom.engine.execute.torch_compute",
+    "mergeloom.engine.execute.compute.torch_computer",
 }
 """Modules outside the torch backend that import torch at their top: those that only GPU merges import."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ....errors import CheckpointError
+from ....io.counters import IoCounters
 from ....io.hub.repository import HubFile
 from ....io.reading import Reader, stat_fingerprints
 from ....io.sizes import Limit
@@ -20,7 +21,7 @@ from ....methods.kernel.spec import BLOCK
 from ...cost.machine import CACHED_SHARE, available_ram, make_budget, memory_remark, process_memory, usable_cores
 from ...cost.process_size import size_key
 from ...execute.ledger import Ledger, Reservation
-from ...execute.tasks import Progress
+from ...execute.measurements import Progress
 from ...model.open import is_remote, open_named
 from .pairs import Opened, Pair, pair_tensors
 from .result import Diff, Similarity, TensorDiff
@@ -103,7 +104,7 @@ class Comparison:
         self._max_ram = budget.ram
         self._remark = memory_remark(max_ram, None)
         self._lock = threading.Lock()
-        self._progress = Progress()
+        self._counters = IoCounters()
         self._notify: Notify = lambda progress: None
         self._ledger = Ledger()
         self._results: list[Similarity] = [Similarity(0, 0, 0, 0.0, 0.0, 0.0, 0.0)] * len(pairs)
@@ -167,9 +168,9 @@ class Comparison:
             width = ref.dtype.bits // 8
             parts.append(buffer[offset : offset + (end - start) * width])
             reader.read(ref.file, ref.offset + start * width, parts[-1])
-        with self._lock:
-            self._progress.bytes_read += sum(map(len, parts))
-            self._notify(self._progress)
+        self._counters.add(read=sum(map(len, parts)))
+        with self._lock:  # one call at a time, and its numbers only grow
+            self._notify(Progress(self._counters.bytes_read))
         sums = np.empty(SUMS)
         counted = [(0, 0)] * len(unit.pairs)
         for number, pair in enumerate(unit.pairs):
@@ -226,7 +227,7 @@ class Comparison:
             pairing.only_in_b,
             pairing.not_compared,
             tuple(self._warnings()),
-            self._progress.bytes_read,
+            self._counters.bytes_read,
             self._max_ram,
             self._memory.peak,
             process_memory().peak,

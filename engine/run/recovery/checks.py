@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from ....io.counters import IoCounters
 from ....io.output.group_commit import Aborted
 from ....io.reading import Reader
 from ....io.task_group import TaskGroup
@@ -18,21 +18,8 @@ CHECKS = "check buffers"
 """Name of the buffers of checks in the ledger; each thread holds two at one time."""
 Read = Callable[[Path, int, int], Iterator[memoryview]]
 """``read(file, offset, nbytes)`` yields the bytes of a range in chunks; the next chunk overwrites the last."""
-
-
-@dataclass(slots=True)
-class Checked:
-    """The progress of some checks.
-
-    Args:
-        total: number of bytes to check.
-        nbytes: number of bytes checked so far.
-        bytes_read: number of bytes read so far; a comparison of two files reads both.
-    """
-
-    total: int
-    nbytes: int = 0
-    bytes_read: int = 0
+Watch = Callable[[int, int], None]
+"""``watch(bytes_read, total)`` is called at intervals while checks run, with their total number of bytes to read."""
 
 
 class Check(ABC):
@@ -42,56 +29,57 @@ class Check(ABC):
 
     @property
     @abstractmethod
-    def nbytes(self) -> int:
-        """Size of the range in bytes."""
+    def bytes_to_read(self) -> int:
+        """Number of bytes that the check reads; a comparison of two files reads both."""
 
     @abstractmethod
     def run(self, read: Read) -> None:
         """Check the range, from any thread. An error ends all checks."""
 
 
-def run_checks(checks: Sequence[Check], buffers: ThreadBuffers, watch: Callable[[Checked], None]) -> Checked:
+def run_checks(checks: Sequence[Check], buffers: ThreadBuffers, counters: IoCounters, watch: Watch) -> int:
     """Run checks on several threads, each of which holds two buffers at one time.
 
     Args:
         checks: checks in the order in which they start.
         buffers: the threads' buffers.
+        counters: counters of the bytes that are read to check them.
         watch: function that is called at intervals from this thread; if it raises, the checks end.
+
+    Returns:
+        The number of bytes that were read.
 
     Raises:
         MergeloomError: a check failed, or a file could not be read.
     """
-    checked = Checked(sum(check.nbytes for check in checks))
-    if not checks:
-        return checked
-    return _Checker(checks, buffers, checked).wait(watch)
+    return _Checker(checks, buffers, counters).wait(watch) if checks else 0
 
 
 class _Checker:
-    def __init__(self, checks: Sequence[Check], buffers: ThreadBuffers, checked: Checked) -> None:
-        self._checked = checked
+    def __init__(self, checks: Sequence[Check], buffers: ThreadBuffers, counters: IoCounters) -> None:
+        self._total = sum(check.bytes_to_read for check in checks)
         self._buffers = buffers
+        self._counters = counters
+        self._before = counters.bytes_checked  # nothing else is checked meanwhile
         self._group = TaskGroup("check")
-        self._read_by = [0] * buffers.threads  # each thread counts for itself
-        self._done_by = [0] * buffers.threads
         self._reader = Reader(keep_cached=False)
         self._pool = WorkerPool(checks, buffers.threads, self._work, self._group)
 
-    def wait(self, watch: Callable[[Checked], None]) -> Checked:
+    def wait(self, watch: Watch) -> int:
         try:
             while not self._pool.wait(NOTIFY_SECONDS):
-                watch(self._count())
+                watch(self._bytes_read, self._total)
         finally:
             self._group.cancel()
             self._pool.stop()
             self._reader.close()
         self._group.check()
-        watch(self._count())
-        return self._checked
+        watch(self._bytes_read, self._total)
+        return self._bytes_read
 
-    def _count(self) -> Checked:
-        self._checked.nbytes, self._checked.bytes_read = sum(self._done_by), sum(self._read_by)
-        return self._checked
+    @property
+    def _bytes_read(self) -> int:
+        return self._counters.bytes_checked - self._before
 
     def _work(self, thread: int, check: Check) -> None:
         def read(file: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
@@ -101,8 +89,7 @@ class _Checker:
                         raise Aborted
                     chunk = buffer[: nbytes - start]
                     self._reader.read(file, offset + start, chunk)
-                    self._read_by[thread] += len(chunk)
+                    self._counters.add(checked=len(chunk))
                     yield chunk
 
         check.run(read)
-        self._done_by[thread] += check.nbytes

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ....errors import MergeloomError
+from ....io.counters import IoCounters
 from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
 from ....io.output.journal import JournalContent
 from ...graph.graph import Kind, MergeGraph
 from ...graph.layout import Layout
 from ..buffers import ThreadBuffers
 from ..transfers import PART_BYTES, Transfer, source_of
-from .checks import CHECKS, Check, Checked, Read, run_checks
+from .checks import CHECKS, Check, Read, Watch, run_checks
 from .records import (
     BlocksWritten,
     JournalRecord,
@@ -45,8 +46,6 @@ class RecoveredState:
         partial: digests of the first bytes of each node of which only these are written.
         copied: ranges of each shard that were bulk-copied, in ascending order and disjoint.
         sources: source ranges that the data was made from, with their digests, by read number.
-        checked: number of bytes of the shards that were checked.
-        bytes_read: number of bytes that were read to check them, from shards and sources.
         damaged: number of blocks that differ from their digests.
         differing: number of copied bytes that differ from their sources.
     """
@@ -55,8 +54,6 @@ class RecoveredState:
     partial: dict[int, BlockDigests] = field(default_factory=dict)
     copied: dict[int, list[Range]] = field(default_factory=dict)
     sources: dict[int, list[SourceRange]] = field(default_factory=dict)
-    checked: int = 0
-    bytes_read: int = 0
     damaged: int = 0
     differing: int = 0
 
@@ -162,7 +159,8 @@ def recover(
     *,
     sharing: Collection[Path] = (),
     buffers: ThreadBuffers | None = None,
-    watch: Callable[[Checked], None] = lambda checked: None,
+    counters: IoCounters | None = None,
+    watch: Watch = lambda checked, total: None,
 ) -> RecoveredState:
     """Check all data that a journal names as durable, and return what is intact.
 
@@ -173,6 +171,7 @@ def recover(
         shard_path: function that returns the path of a shard.
         sharing: source files that are reflinked; tensors of these files are reflinked again.
         buffers: buffers of the threads that read, two for each; two threads' if None.
+        counters: counters of the bytes that are read to check them; new ones if None.
         watch: function that is called at intervals; if it raises, the checks end.
 
     Raises:
@@ -184,8 +183,8 @@ def recover(
     blocks = _block_checks(journaled.blocks, graph, layout, shard_path)
     copied = {shard: _merge_ranges(ranges) for shard, ranges in journaled.copied.items()}
     copies = _copy_checks(copied, graph, layout, shard_path, sharing)
-    checked = run_checks([*blocks, *copies], buffers or ThreadBuffers(CHECKS, 2), watch)
-    state = RecoveredState(checked=checked.nbytes, bytes_read=checked.bytes_read)
+    run_checks([*blocks, *copies], buffers or ThreadBuffers(CHECKS, 2), counters or IoCounters(), watch)
+    state = RecoveredState()
     damaged = {(check.node, number) for check in blocks for number in check.damaged}
     tails: dict[int, BlockDigests] = {check.node: check.tail for check in blocks if check.tail is not None}
     state.damaged = len(damaged)
@@ -202,7 +201,7 @@ def recover(
     ranges: dict[int, list[Range]] = {}
     for copy in copies:
         ranges.setdefault(copy.shard, []).extend(copy.equal)
-        state.differing += copy.nbytes - sum(end - start for start, end in copy.equal)
+        state.differing += copy.length - sum(end - start for start, end in copy.equal)
     state.copied = {shard: merged for shard, equal in ranges.items() if (merged := _merge_ranges(equal))}
     state.sources = ranges_in_use(journaled.sources, used_bytes(graph, state.written(graph)))
     return state
@@ -244,7 +243,7 @@ class _BlockCheck(Check):
     tail: BlockDigests | None = None
 
     @property
-    def nbytes(self) -> int:
+    def bytes_to_read(self) -> int:
         if self.tail_bytes:
             return self.tail_bytes
         return min(len(self.digests) * BLOCK_BYTES, self.size - self.first * BLOCK_BYTES)
@@ -322,8 +321,8 @@ class _CopyCheck(Check):
     equal: list[Range] = field(default_factory=list)
 
     @property
-    def nbytes(self) -> int:
-        return self.length
+    def bytes_to_read(self) -> int:
+        return 2 * self.length
 
     def run(self, read: Read) -> None:
         position = self.target

@@ -10,16 +10,17 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from ....errors import CheckpointError
+from ....io.counters import IoCounters
 from ...graph.graph import Kind, MergeGraph
 from ..buffers import ThreadBuffers
-from .checks import Check, Checked, Read, run_checks
+from .checks import Check, Read, Watch, run_checks
 from .records import SourceRange, SourceRead
 
 _MODULUS = 1 << 128
@@ -176,7 +177,8 @@ def check_sources(
     ranges: Ranges,
     used: Mapping[int, int],
     buffers: ThreadBuffers,
-    watch: Callable[[Checked], None],
+    counters: IoCounters,
+    watch: Watch,
 ) -> int:
     """Compare the used bytes of source files with their digests.
 
@@ -186,6 +188,7 @@ def check_sources(
         ranges: ranges with at least one used byte, as the journal has them.
         used: number of the first bytes of each read that were used.
         buffers: buffers of the threads that read.
+        counters: counters of the bytes that are read to check them.
         watch: function that is called at intervals; if it raises, the comparison ends.
 
     Returns:
@@ -206,7 +209,7 @@ def check_sources(
         if ref.file in files and not _all_within(ref.offset, ref.offset + end, known.get(ref.file, [])):
             raise source_changed(ref.file, f"the journal has no digest of tensor {graph.read_names[read]}")
     checks.sort(key=lambda check: (check.file, check.offset, check.range.start))
-    return run_checks(checks, buffers, watch).nbytes
+    return run_checks(checks, buffers, counters, watch)
 
 
 def _all_within(start: int, end: int, ranges: Sequence[tuple[int, int]]) -> bool:
@@ -227,7 +230,7 @@ class _RangeCheck(Check):
     range: SourceRange
 
     @property
-    def nbytes(self) -> int:
+    def bytes_to_read(self) -> int:
         return self.range.end - self.range.start
 
     def run(self, read: Read) -> None:

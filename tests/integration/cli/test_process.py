@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.cost.machine import process_memory
-from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.execute.measurements import Progress
 from mergeloom.engine.run import session
 from mergeloom.engine.run.merge import Result, merge
 from mergeloom.engine.run.planning import plan

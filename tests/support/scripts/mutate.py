@@ -1,5 +1,5 @@
-"""Mutation testing: `make mutants` runs the tests against the scheduler, the cache, the ledger and the selection, each
-time with one small mistake in the code.
+"""Mutation testing: `make mutants` runs the tests against the scheduler, the states of tasks, the cache, the
+ledger and the selection, each time with one small mistake in the code.
 
     python -m tests.support.scripts.mutate [--each 150] [--seed 0] [--modules engine/schedule/schedule.py ...]
 
@@ -31,6 +31,7 @@ from tests.support.paths import ROOT
 
 _SCHEDULE = tuple(f"tests/unit/schedule/test_{name}.py" for name in ("eviction", "schedule", "steps", "traffic"))
 _EXECUTE = tuple(f"tests/unit/execute/test_{name}.py" for name in ("ledger", "cache", "executor"))
+_STATES = tuple(f"tests/unit/execute/test_{name}.py" for name in ("task_flow", "task_states", "executor"))
 TESTS = {
     "engine/schedule/schedule.py": (*_EXECUTE, *_SCHEDULE, "tests/unit/run/test_alternatives.py"),
     "engine/schedule/requirements.py": (*_SCHEDULE, *_EXECUTE),
@@ -38,6 +39,9 @@ TESTS = {
     "engine/execute/cache.py": _EXECUTE,
     "engine/execute/ledger.py": _EXECUTE,
     "engine/execute/slot_allocator.py": _EXECUTE,
+    "engine/execute/node_state.py": _STATES,
+    "engine/execute/task_flow.py": _STATES,
+    "engine/execute/tasks.py": _STATES,
     "engine/run/buffers.py": ("tests/unit/run/test_buffers.py",),
     "engine/run/recovery/records.py": ("tests/unit/run/test_records.py", "tests/unit/run/test_shard_writer.py"),
     "methods/kernel/reduction/selection.py": ("tests/unit/methods/test_selection.py",),

@@ -13,7 +13,7 @@ from torch import Tensor
 from mergeloom.engine.cost import measure_torch_memory as module
 from mergeloom.engine.cost.measure_memory import measure_footprints
 from mergeloom.engine.cost.measure_torch_memory import allocations, footprint
-from mergeloom.engine.execute.torch_compute import Piece, check_inputs, combine_chunk, reduce_chunk
+from mergeloom.engine.execute.compute.torch_computer import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget

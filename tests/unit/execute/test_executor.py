@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,21 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.execute.arena import take_memory
+from mergeloom.engine.execute.compute.runner import KernelRunner
 from mergeloom.engine.execute.devices.base import Device, OutOfDeviceMemory
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
-from mergeloom.engine.execute.passes import KernelRunner
 from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import ChunkTask
-from mergeloom.engine.graph.footprint import Footprint, Line
-from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
-from mergeloom.errors import EnvironmentFailure, UsageError
-from mergeloom.io.safetensors.dtypes import F32
-from mergeloom.methods import host
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
-from tests.support.devices import CountingDevice, FailureOnPurpose
+from tests.support.devices import CountingDevice
 from tests.support.graphs import KERNELS, World
-from tests.support.methods.kernels import kernel_of
 from tests.support.waiting import HANG_SECONDS
 
 
@@ -128,39 +120,6 @@ def test_two_devices_share_the_work() -> None:
     assert devices[0].uploaded == devices[1].uploaded > 0
 
 
-@pytest.mark.parametrize("operation", [1, 2, 5])
-def test_a_failing_device_ends_the_run_with_its_error(operation: int) -> None:
-    world = World()
-    world.node("above", [world.source(4 * ELEMENTS)])
-    budgets = (DeviceBudget("test", 64 << 20, 1),)
-    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets), slot_bytes=SLOT)
-    before = threading.active_count()
-    with pytest.raises(FailureOnPurpose):
-        Executor(world.graph, schedule, [CountingDevice("test", 64 << 20, fail_at=operation)], world, world).run()
-    assert threading.active_count() == before
-
-
-def test_a_failing_source_and_a_failing_sink_end_the_run() -> None:
-    class Broken(World):
-        def read(self, file: object, offset: int, buffer: memoryview) -> None:
-            raise OSError("no disk")
-
-    world = Broken()
-    world.node("copy", [world.source(4 * ELEMENTS)])
-    schedule = with_slots(world, 2)
-    with pytest.raises(OSError, match="no disk"):
-        Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
-
-    class Full(World):
-        def write(self, node: int, offset: int, data: memoryview) -> None:
-            raise OSError("no room")
-
-    world = Full()
-    world.node("sum", [world.source(4 * ELEMENTS)])
-    with pytest.raises(OSError, match="no room"):
-        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
-
-
 @pytest.mark.parametrize("separate", [False, True])
 def test_reading_computing_and_writing_overlap(separate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk is written while another one is computed and a third one is read: each waits for the other two."""
@@ -197,17 +156,6 @@ def test_reading_computing_and_writing_overlap(separate: bool, monkeypatch: pyte
     world.check()
     assert calls == {"read": 12, "compute": 12, "write": 12}
     assert not at_once.broken
-
-
-def test_nonfinite_inputs_are_refused_by_name() -> None:
-    from mergeloom.errors import CheckpointError
-
-    world = World()
-    world.node("sum", [world.source(ELEMENTS)])
-    file, data = next(iter(world.files.items()))
-    world.files[file] = data[:400] + b"\x00\x00\xc0\x7f" + data[404:]
-    with pytest.raises(CheckpointError, match="tensor t0 of m holds NaN"):
-        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
 
 
 @pytest.mark.parametrize("kind", ["sum", "above", "copy"])
@@ -278,56 +226,6 @@ def test_memory_freed_by_another_process_does_not_raise_the_budget() -> None:
     assert measured.vram_peak <= wanted[-1]
 
 
-def test_opened_devices_are_closed_after_every_error() -> None:
-    world = World()
-    world.node("above", [world.source(4 * ELEMENTS)])
-    budgets = tuple(DeviceBudget(f"test:{number}", 64 << 20, 1) for number in range(2))
-    schedule = make_schedule(world.graph, Budget(64 << 20, 0, budgets))
-    events: list[str] = []
-
-    class Recording(CountingDevice):
-        """A device that records its calls, and fails when it is closed."""
-
-        def open(self, slots: int, slot_bytes: int, workspace: int, host: Any) -> None:
-            events.append(f"open {self.name}")
-            super().open(slots, slot_bytes, workspace, host)
-
-        def close(self) -> None:
-            events.append(f"close {self.name}")
-            raise RuntimeError("the device is gone")
-
-    devices = [Recording("test:0", 64 << 20), Recording("test:1", 1000)]
-    with pytest.raises(OutOfDeviceMemory, match="test:1"):
-        Executor(world.graph, schedule, devices, world, world).run()
-    assert events == ["open test:0", "open test:1", "close test:1", "close test:0"]
-    with pytest.raises(RuntimeError, match="the device is gone"):  # where nothing else went wrong, it is said
-        Executor(world.graph, schedule, [Recording(f"test:{n}", 64 << 20) for n in range(2)], world, world).run()
-
-
-def test_a_kernel_that_cannot_be_compiled_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error comes at once, although the first node's chunks never arrive."""
-    stuck = threading.Event()
-
-    class Slow(World):
-        def read(self, file: Path, offset: int, buffer: memoryview) -> None:
-            stuck.wait(60)
-
-    def fail(loops: Compiled) -> None:
-        try:
-            raise RuntimeError("LLVM rejects the loop")
-        finally:
-            stuck.set()
-
-    world = Slow()
-    world.node("sum", [world.source(4 * ELEMENTS)])
-    monkeypatch.setattr(Compiled, "prepare", fail)
-    before = threading.active_count()
-    with pytest.raises(RuntimeError, match="LLVM rejects the loop"):
-        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
-    assert threading.active_count() == before
-    assert not world.written
-
-
 def test_kernels_are_compiled_in_the_order_of_the_plan_while_chunks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: dict[Compiled, str] = {}
     inputs: dict[Compiled, int] = {}
@@ -359,40 +257,3 @@ def test_kernels_are_compiled_in_the_order_of_the_plan_while_chunks_are_read(mon
     world.check()
     order = [len(world.graph.node_sources[step.node]) for step in schedule.steps]
     assert [(inputs[loops], thread) for loops, thread in compiled.items()] == [(each, "compile-0") for each in order]
-
-
-def test_a_function_of_a_method_that_fails_is_an_error_of_the_user() -> None:
-    world = World()
-    kernel = kernel_of(lambda t: t.other * host(lambda total: 1 / 0, t.sum(t.other)), 1, None, (ELEMENTS,))
-    source = world.source(ELEMENTS)
-    node = world.graph.add_node(Operation(Kind.MERGE, "failing", kernel=kernel), (source,), F32)
-    world.graph.add_output("out", node, 0)
-    loops = Compiled(kernel, ("F32",), "F32")
-    world.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
-    with pytest.raises(UsageError, match="merge method failing fails on tensor out: ZeroDivisionError: division by"):
-        Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
-
-
-def test_scratch_memory_that_was_not_planned_is_refused() -> None:
-    world = World()
-    world.node("above", [world.source(ELEMENTS)])
-    schedule = replace(with_slots(world, 2), workspace=(0,))
-    with pytest.raises(MemoryError, match="a kernel needs more scratch memory than was planned"):
-        Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
-
-
-def test_a_failed_allocation_is_a_memory_error() -> None:
-    with pytest.raises(MemoryError, match=f"cannot allocate {1 << 60} bytes"):
-        take_memory(1 << 60)
-
-
-def test_a_system_without_more_threads_is_an_error_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    world = World()
-    world.node("sum", [world.source(64), world.source(64)])
-    schedule = make_schedule(world.graph, Budget(64 << 20, 0, (DeviceBudget("cpu", None, 2),)))
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(EnvironmentFailure, match="no more threads can be started"):
-        Executor(world.graph, schedule, [CpuDevice(2)], world, world).run()

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download, try_to_load_from_cache
 
 import mergeloom
-from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.execute.measurements import Progress
 from mergeloom.engine.run import planning
 from mergeloom.engine.run.merge import fetch
 from mergeloom.io.companions import companion_files

@@ -212,10 +212,3 @@ def test_refusals_to_share_are_detected(tmp_path: Path, monkeypatch: pytest.Monk
     assert refuses_to_share(tmp_path / "file", tmp_path / "not there")
     monkeypatch.setattr(clone, "clone_range", lambda *arguments: 0)
     assert not refuses_to_share(tmp_path / "file", tmp_path)
-
-
-def test_copy_stats_add_up() -> None:
-    total = CopyStats(1, 2, 3, {5: 6})
-    total.add(CopyStats(10, 20, 30, {5: 60, 7: 8}))
-    assert total == CopyStats(11, 22, 33, {5: 66, 7: 8})
-    assert total.written == 55

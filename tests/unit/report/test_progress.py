@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mergeloom.engine.execute.tasks import Progress
+from mergeloom.engine.execute.measurements import Progress
 from mergeloom.report.progress import WINDOW_SECONDS, Display, Meter, State, draw_line
 from tests.support.waiting import no_hang, wait_until
 

@@ -13,11 +13,13 @@ import pytest
 
 import mergeloom
 from mergeloom.engine.cost.estimate import RATES
-from mergeloom.engine.execute.tasks import LaneTime, Measured
+from mergeloom.engine.execute.lanes import LaneTime
+from mergeloom.engine.execute.measurements import Measured
 from mergeloom.engine.graph.build import Unused
 from mergeloom.engine.run.merge import Result
 from mergeloom.engine.run.plan import Plan
 from mergeloom.engine.run.session import Earlier
+from mergeloom.io.counters import IoCounters
 from mergeloom.io.units import data_size
 from mergeloom.report import result as report_result
 from mergeloom.report.plan import headline, plan_sections, plan_text
@@ -197,11 +199,11 @@ def test_brackets_in_a_path_are_no_markup(make_model: MakeModel, monkeypatch: py
 # ------------------------------------------------------------------------------------------------ the summary
 
 
-def result_of(plan: Plan, **more: Any) -> Result:
+def result_of(plan: Plan, *, bytes_read: int | None = None, bytes_written: int | None = None, **more: Any) -> Result:
     """Make the result of a merge that went as planned."""
+    read, written = plan.schedule.bytes_read, plan.schedule.bytes_written
     measured = Measured(
-        bytes_read=plan.schedule.bytes_read,
-        bytes_written=plan.schedule.bytes_written,
+        IoCounters(read if bytes_read is None else bytes_read, written if bytes_written is None else bytes_written),
         seconds=10.0,
         lanes={"read": LaneTime(2, 18.0, 2.0), "compute": LaneTime(2, 4.0, 16.0), "write": LaneTime(1, 1.0, 9.0)},
     )

@@ -17,6 +17,7 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.recover import RecoveredState, recover
 from mergeloom.engine.run.shard_writer import ShardWriter, records_of
 from mergeloom.engine.run.transfers import Transfer, plan_transfers
+from mergeloom.io.counters import IoCounters
 from mergeloom.io.output.digests import tensor_digest
 from mergeloom.io.output.directory import OutputDirectory, ShardFile
 from mergeloom.io.output.group_commit import Aborted
@@ -43,7 +44,10 @@ class Writer:
         self.out = OutputDirectory.open(out)
         shards = [ShardFile(each.name, each.header, each.nbytes, each.computed) for each in self.layout.shards]
         self.out.begin(shards)
-        self.durable = recover(self.out.lock.journal, self.graph, self.layout, self.out.shard_path)
+        self.counters = IoCounters()
+        self.durable = recover(
+            self.out.lock.journal, self.graph, self.layout, self.out.shard_path, counters=self.counters
+        )
         self.journal = Journal(
             self.out.lock.journal_path, {"seed": 0}, (record.to_json() for record in records_of(self.durable))
         )
@@ -257,8 +261,7 @@ def test_copies_can_be_resumed(tmp_path: Path) -> None:
     writer = Writer(planned, tmp_path / "out")
     assert writer.durable.uncopied(whole) == []
     assert writer.durable.differing == 0
-    assert writer.durable.checked == sum(each.nbytes for each in whole)
-    assert writer.durable.bytes_read == 2 * writer.durable.checked
+    assert writer.counters == IoCounters(bytes_checked=2 * sum(each.nbytes for each in whole))
     writer.out.write(whole[0].shard, target + 700, memoryview(b"damaged"))
     writer.close()
     writer = Writer(planned, tmp_path / "out")

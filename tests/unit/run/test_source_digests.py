@@ -26,6 +26,7 @@ from mergeloom.engine.run.recovery.source_digests import (
     used_bytes,
 )
 from mergeloom.errors import CheckpointError, Interrupted
+from mergeloom.io.counters import IoCounters
 from tests.support.models import write_checkpoint
 
 SHAPES = {f"model.layers.{layer}.w.weight": (100, 64) for layer in range(2)}
@@ -65,7 +66,7 @@ def check(graph: MergeGraph, records: Sequence[SourceRead], used: dict[int, int]
     """Compare what the records say with the files."""
     files = {ref.file for ref in graph.reads}
     ranges = ranges_in_use(source_ranges(records), used)
-    return check_sources(graph, files, ranges, used, ThreadBuffers(CHECKS, 2), lambda checked: None)
+    return check_sources(graph, files, ranges, used, ThreadBuffers(CHECKS, 2), IoCounters(), lambda done, total: None)
 
 
 def bounds(record: SourceRead) -> list[tuple[int, int, int]]:
@@ -198,8 +199,8 @@ def test_a_comparison_can_be_interrupted(model: Path) -> None:
     read(graph, digests, 0, 0, NBYTES)
     ranges = source_ranges(digests.take())
 
-    def stop(checked: object) -> None:
+    def stop(done: int, total: int) -> None:
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        check_sources(graph, {graph.reads[0].file}, ranges, {0: NBYTES}, ThreadBuffers(CHECKS, 2), stop)
+        check_sources(graph, {graph.reads[0].file}, ranges, {0: NBYTES}, ThreadBuffers(CHECKS, 2), IoCounters(), stop)

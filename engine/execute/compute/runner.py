@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import CheckpointError
-from ..graph.graph import MergeGraph
-from ..schedule.schedule import Schedule
-from .computer import Computer, Failed
-from .devices.base import Device
-from .tasks import ChunkTask
+from ....errors import CheckpointError
+from ...graph.graph import MergeGraph
+from ...schedule.schedule import Schedule
+from ..devices.base import Device
+from ..tasks import ChunkTask
+from .backend import Computer, Failed
 
 
 class KernelRunner:
@@ -93,10 +93,10 @@ class KernelRunner:
         """Return the backend of a device."""
         device = self._devices[number]
         if device.separate:
-            from .torch_compute import TorchComputer
+            from .torch_computer import TorchComputer
 
             return TorchComputer(self._graph, self._schedule, device, self._schedule.tile_elements[number])
-        from .fused_compute import FusedComputer
+        from .fused_computer import FusedComputer
 
         return FusedComputer(self._graph, self._schedule, device, number)
 
@@ -110,8 +110,11 @@ class KernelRunner:
         return computer
 
     def _refuse_nonfinite(self, task: ChunkTask, inputs: Sequence[int]) -> None:
-        if inputs:
-            read = self._graph.node_sources[task.node][inputs[0]]
+        """Raise an error if an input from a file is not finite; an intermediate tensor may have overflowed."""
+        values = [self._graph.node_sources[task.node][number] for number in inputs]
+        reads = [value for value in values if value >= 0]
+        if reads:
+            read = reads[0]
             raise CheckpointError(
                 f"tensor {self._graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model "
                 "is damaged, or overflowed in training; to merge it anyway, put `allow_nonfinite: true` in the recipe"

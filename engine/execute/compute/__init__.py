@@ -1,0 +1,1 @@
+"""Computes chunks: the rules that hold for every backend, and the backends."""
