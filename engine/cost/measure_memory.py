@@ -75,7 +75,7 @@ def compiler_memory(graph: MergeGraph) -> int:
         kernel = operation.kernel
         if kernel is not None and operation.kind is Kind.MERGE:
             key = kernel_class(kernel)
-            largest[key] = largest.get(key) or len(reachable(kernel.output))
+            largest[key] = largest.get(key) or len(reachable(*kernel.outputs))
     if not largest:
         return 0
     return _COMPILER_BYTES + _COMPILER_BYTES_OF_NODE * max(largest.values()) + _CODE_BYTES * len(largest)
