@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .definition import Array, Base, Fraction, Inputs, NonNegative, add, host, maximum, merge_method
-from .kernel.reductions import total
+from .kernel.reduction.reductions import total
 from .task_vectors.common import agreement
 
 

@@ -17,7 +17,8 @@ def kernel_class(kernel: Kernel) -> tuple[Any, ...]:
         return tuple((kernel_class(part.kernel), part.sources, part.round_to) for part in kernel.parts)
     method, parameters = kernel.bound
     values = tuple((name, _class(value)) for name, value in sorted(parameters.items()))
-    return method.function, kernel.inputs.count, kernel.inputs.base, kernel.reductions, values
+    inputs = kernel.inputs
+    return method.function, inputs.count, inputs.base, tuple(map(type, inputs.accesses)), kernel.reductions, values
 
 
 def _class(value: Any) -> Any:

@@ -34,7 +34,7 @@ def gpu_passes(
         device: name of the GPU.
     """
     graph = work.graph
-    dtypes = [torch_dtype(graph.reads[read].dtype) for read in graph.node_sources[node]]
+    dtypes = [torch_dtype(graph.value_dtype(value)) for value in graph.node_sources[node]]
     tensors = [torch.frombuffer(data, dtype=dtype).to(device) for data, dtype in zip(inputs, dtypes, strict=True)]
     elements = kernel.inputs.rows * kernel.inputs.columns
     tile = max(1, work.schedule.tile_elements[0] // kernel.alignment) * kernel.alignment
@@ -44,7 +44,7 @@ def gpu_passes(
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
     out = torch.empty(elements, dtype=torch_dtype(graph.node_dtype[node]), device=device)
     positions = graph.operation(node).positions or tuple(range(len(tensors)))
-    piece = Piece(kernel, tensors, 0, graph.node_key[node], positions, tile)
+    piece = Piece(kernel, tensors, 0, graph.node_key[node], positions, tile, elements)
 
     def run(thread: int) -> None:
         workspace, state = Workspace(memory, torch.float32), None

@@ -110,7 +110,8 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
     """Run a kernel's passes over one tile; return its elements, its workspace and its allocations in bytes."""
     elements = kernel.inputs.rows * kernel.inputs.columns
     positions = operation.positions or tuple(range(len(dtypes)))
-    piece = Piece(kernel, _inputs(dtypes, elements), 0, 0x9E3779B97F4A7C15, positions, elements)
+    counts = [kernel.inputs.staged(index, 0, elements) for index in range(len(dtypes))]
+    piece = Piece(kernel, _inputs(dtypes, counts), 0, 0x9E3779B97F4A7C15, positions, elements, elements)
     result = torch.empty(elements, dtype=torch_dtype(out))
     peak = 0
     taken = 0
@@ -135,18 +136,24 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
                 partial = measured(functools.partial(reduce_chunk, piece, index, state))
                 state = kernel.finish(index, partial, state)
         measured(lambda space: combine_chunk(piece, state, space, result))
-        measured(lambda space: (find_nonfinite(piece.inputs, elements), count_nonfinite(result, elements)))
+        measured(lambda space: (find_nonfinite(piece), count_nonfinite(result, elements)))
     return elements, taken, -(-peak // _STEP) * _STEP
 
 
-def _inputs(dtypes: Sequence[DType], elements: int) -> list[Tensor]:
-    """Return synthetic inputs: one random tensor, and small random changes like those of fine-tuning."""
+def _inputs(dtypes: Sequence[DType], counts: Sequence[int]) -> list[Tensor]:
+    """Return synthetic inputs: one random tensor, and small random changes like those of fine-tuning.
+
+    Args:
+        dtypes: dtype of each input.
+        counts: number of elements of each input.
+    """
     generator = torch.Generator().manual_seed(0)
-    start = torch.rand(elements, generator=generator).sub_(0.5).mul_(0.1)
-    return [
-        torch.rand(elements, generator=generator).sub_(0.5).mul_(0.01 * (i > 0)).add_(start).to(torch_dtype(dtype))
-        for i, dtype in enumerate(dtypes)
-    ]
+    start = torch.rand(max(counts), generator=generator).sub_(0.5).mul_(0.1)
+    inputs = []
+    for i, (dtype, count) in enumerate(zip(dtypes, counts, strict=True)):
+        values = torch.rand(count, generator=generator).sub_(0.5).mul_(0.01 * (i > 0)).add_(start[:count])
+        inputs.append((values.abs_() if dtype.name == "F8_E8M0" else values).to(torch_dtype(dtype)))  # has no sign
+    return inputs
 
 
 class _Counting(Workspace):

@@ -30,10 +30,10 @@ from ...errors import UsageError
 from ...io.counters import IoCounters
 from ...io.task_group import TaskGroup
 from ...methods.kernel.spec import HostError
+from ..graph.extents import output_width
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.step_list import Step
-from ..schedule.tiling import output_width
 from .arena import HostArena
 from .compute.runner import KernelRunner
 from .devices.base import Device, Marker
@@ -43,7 +43,7 @@ from .memory import open_memory
 from .slot_allocator import SlotAllocator
 from .task_flow import TaskFlow
 from .task_lanes import LaneWork, TaskLanes
-from .tasks import ChunkTask, ReadTask, Sink, Source
+from .tasks import ChunkTask, OutputChunk, ReadTask, Sink, Source
 
 NOTIFY_SECONDS = 0.1
 """Seconds between two progress notifications."""
@@ -207,9 +207,16 @@ class Executor:
     # --- the work of the lanes, without a lock -----------------------------------------------------------------
 
     def _read(self, thread: int, read_task: ReadTask) -> None:
-        target, read, offset, nbytes = read_task
-        self._source.read(self.graph.reads[read].file, offset, self._arena.view(target.slot, nbytes))
-        self._counters.add(read=nbytes)
+        target, read, ranges = read_task
+        ref, view, done = self.graph.reads[read], self._arena.view(target.slot, target.nbytes), 0
+        for offset, nbytes in ranges:
+            part = view[done : done + nbytes]
+            done += nbytes
+            if offset < 0:
+                part[:] = bytes(nbytes)
+            else:
+                self._source.read(ref.file, ref.offset + offset, part)
+                self._counters.add(read=nbytes)
         with self._changed:
             self._flow.chunk_loaded(target)
 
@@ -258,16 +265,16 @@ class Executor:
 
     def _combine(self, thread: int, task: ChunkTask) -> None:
         """Make a chunk of the output; a device with its own memory starts to copy it to RAM."""
-        target, device, overflowed = self._arena.view(task.out, task.out_nbytes), self.devices[task.device], 0
+        device, overflowed = self.devices[task.device], 0
         if task.operation.kind is Kind.REQUIRE_EQUAL:
             views = [self._arena.view(cached.slot, cached.nbytes) for cached in task.inputs]
-            self._runner.compare(task, views, target)
+            self._runner.compare(task, views, self._output(task.outputs[0]))
         else:
             overflowed = self._runner.combine(thread, task, self._flow.nodes[task.node].reducer.state)
-            if device.separate:
-                task.marker = device.download(thread, task.out_device, target)
+            for output in task.outputs if device.separate else ():
+                task.marker = device.download(thread, output.on_device, self._output(output))
         with self._changed:
-            if overflowed:
+            if overflowed and task.written:
                 name = self.graph.outputs[self._destinations[task.node][0]].label
                 self.measured.overflowed[name] = self.measured.overflowed.get(name, 0) + overflowed
             self._flow.combined(task)
@@ -280,11 +287,10 @@ class Executor:
             self._changed.notify_all()
 
     def _write(self, thread: int, task: ChunkTask) -> None:
-        slot = task.inputs[0].slot if task.operation.kind is Kind.COPY else task.out
-        data = self._arena.view(slot, task.out_nbytes)
-        offset = self.schedule.span(self.graph, task.node, task.chunk)[0] * output_width(self.graph, task.node)
-        self._sink.write(task.node, offset, data)
-        self._counters.add(written=task.out_nbytes * len(self._destinations[task.node]))
+        first, _ = self.schedule.span(self.graph, task.node, task.chunk)
+        for output in task.outputs:
+            self._sink.write(output.node, first * output_width(self.graph, output.node), self._output(output))
+            self._counters.add(written=output.nbytes * len(self._destinations[output.node]))
         with self._changed:
             complete = self._flow.written(task)
             self._changed.notify_all()
@@ -295,6 +301,11 @@ class Executor:
                 self._changed.notify_all()
 
     def _finish_node(self, node: int) -> None:
-        self._sink.finished(node)
+        for result in self.graph.results(node):
+            if self._destinations[result]:
+                self._sink.finished(result)
         with self._changed:
             del self._flow.nodes[node]
+
+    def _output(self, output: OutputChunk) -> memoryview:
+        return self._arena.view(output.slot, output.nbytes)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..graph.extents import ByteRange, extent, length, output_width
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.step_list import Step
-from ..schedule.tiling import ChunkedRead, output_width, source_width
+from ..schedule.tiling import ChunkedRead, chunked_sources
 from .arena import MemoryWatch
 from .cache import ChunkCache
 from .devices.base import Device
 from .ledger import RAM
-from .tasks import ChunkTask, ReadTask
+from .tasks import ChunkTask, OutputChunk, ReadTask
 
 
 class SlotAllocator:
@@ -43,6 +44,8 @@ class SlotAllocator:
         self._graph = graph
         self._schedule = schedule
         self._devices = devices
+        self._destinations = graph.destinations()
+        self._users = graph.users()
         if any(device.separate for device in devices):
             resident = discard = None  # a GPU's driver pins all pages of the arena
         self.ram = ChunkCache(
@@ -73,50 +76,69 @@ class SlotAllocator:
 
     def available(self, step: Step, task: ChunkTask) -> bool:
         """Return whether all slots that a task needs are free."""
-        separate, sources = self._separate(task), self._sources(step, task)
+        separate, sources = self._separate(task), self._sources(task)
         ram, vram = self.ram, self.vram[task.device]
-        out = int(task.last and task.operation.kind is not Kind.COPY)
-        uploads = [source for source in sources if separate and vram.find(source, task.chunk) is None]
-        reads = [source for source in (uploads if separate else sources) if ram.find(source, task.chunk) is None]
-        return ram.has_free(len(reads) + out) and (not separate or vram.has_free(len(uploads) + out))
+        out = len(self._graph.results(task.node)) if task.last and task.operation.kind is not Kind.COPY else 0
+        uploads = reads = 0
+        for source in sources:
+            chunk = _chunk_of(source, task)
+            if separate and vram.find(source, chunk) is not None:
+                continue
+            uploads += separate
+            reads += ram.find(source, chunk) is None
+        return ram.has_free(reads + out) and (not separate or vram.has_free(uploads + out))
 
     def take(self, step: Step, task: ChunkTask) -> list[ReadTask]:
         """Take the slots of a task, and return the chunks that must be read for it."""
         separate = self._separate(task)
         ram, vram = self.ram, self.vram[task.device]
+        ended = task.chunk == self._schedule.chunks(self._graph, task.node) - 1
         reads = []
-        for source, held in zip(self._sources(step, task), step.keep, strict=True):
-            on_device = vram.find(source, task.chunk) if separate else None
+        for place, source, held in zip(step.places, self._sources(task), step.keep, strict=True):
+            chunk = _chunk_of(source, task)
+            stays = not source.chunk_length and not ended  # the next tasks of the step use the same chunk
+            on_device = vram.find(source, chunk) if separate else None
             if on_device is None:
-                offset, nbytes = self._extent(task, source.read)
-                host = ram.find(source, task.chunk)
+                host = ram.find(source, chunk)
                 if host is None:
-                    host = ram.load(source, task.chunk, nbytes)
-                    reads.append(ReadTask(host, source.read, offset, nbytes))
-                host.acquire(pinned=held.low <= task.chunk < held.high)
+                    ranges = self._ranges(task, place, source)
+                    host = ram.load(source, chunk, sum(each.nbytes for each in ranges))
+                    reads.append(ReadTask(host, source.read, ranges))
+                host.acquire(pinned=held.low <= chunk < held.high or (stays and not separate))
                 task.wait_for(host)
                 task.hosts.append(host)
                 if separate:
-                    on_device = vram.load(source, task.chunk, nbytes)
+                    on_device = vram.load(source, chunk, host.nbytes)
                     task.uploads.append((host, on_device))
                 else:
                     task.inputs.append(host)
             else:
                 task.wait_for(on_device)
             if on_device is not None:
-                on_device.acquire(pinned=task.chunk < held.vram)
+                on_device.acquire(pinned=chunk < held.vram or stays)
                 task.inputs.append(on_device)
         if task.last:
-            self._take_output(task, separate=separate)
+            self._take_outputs(task, separate=separate)
         return reads
 
-    def _take_output(self, task: ChunkTask, *, separate: bool) -> None:
-        _, size = self._schedule.span(self._graph, task.node, task.chunk)
-        task.out_nbytes = size * output_width(self._graph, task.node)
-        if task.operation.kind is not Kind.COPY:
-            task.out = self.ram.take()
-            if separate:
-                task.out_device = self.vram[task.device].take()
+    def _take_outputs(self, task: ChunkTask, *, separate: bool) -> None:
+        graph = self._graph
+        _, size = self._schedule.span(graph, task.node, task.chunk)
+        task.written = bool(self._destinations[task.node])
+        outputs = []
+        for node in graph.results(task.node):
+            nbytes = size * output_width(graph, node)
+            if task.operation.kind is Kind.COPY:
+                slot = task.inputs[0].slot
+            elif node in self._users:
+                source = ChunkedRead(~node, self._schedule.chunk_elements[node])
+                task.kept = self.ram.load(source, task.chunk, nbytes)
+                task.kept.acquire(pinned=True)
+                slot = task.kept.slot
+            else:
+                slot = self.ram.take()
+            outputs.append(OutputChunk(node, slot, self.vram[task.device].take() if separate else -1, nbytes))
+        task.outputs = tuple(outputs)
 
     def release_hosts(self, task: ChunkTask) -> None:
         """Release the source chunks of a task in RAM."""
@@ -125,26 +147,44 @@ class SlotAllocator:
         task.hosts = []
 
     def release_device(self, task: ChunkTask) -> None:
-        """Release the source chunks of a task on its device, and free the slot of its output there."""
+        """Release the source chunks of a task on its device, and free the slots of its outputs there."""
         for cached in task.inputs:
             self.vram[task.device].release(cached)
-        if task.out_device >= 0:
-            self.vram[task.device].free(task.out_device)
+        for output in task.outputs:
+            self.vram[task.device].free(output.on_device)
 
-    def free_output(self, task: ChunkTask) -> None:
-        """Free the slot of a task's output in RAM."""
-        if task.out >= 0:
-            self.ram.free(task.out)
+    def free_outputs(self, task: ChunkTask) -> None:
+        """Free the slots of a task's outputs in RAM, but for the chunk that other nodes use."""
+        if task.operation.kind is Kind.COPY:
+            return
+        for output in task.outputs:
+            if task.kept is not None and output.slot == task.kept.slot:
+                self.ram.release(task.kept)
+            else:
+                self.ram.free(output.slot)
 
     def _separate(self, task: ChunkTask) -> bool:
         return self._devices[task.device].separate and task.operation.kind is Kind.MERGE
 
-    def _sources(self, step: Step, task: ChunkTask) -> list[ChunkedRead]:
-        chunk_length = self._schedule.chunk_elements[task.node]
-        return [ChunkedRead(read, chunk_length) for read in step.sources]
+    def _sources(self, task: ChunkTask) -> tuple[ChunkedRead, ...]:
+        schedule = self._schedule
+        return chunked_sources(self._graph, task.node, schedule.chunk_elements[task.node], schedule.slot_bytes)
 
-    def _extent(self, task: ChunkTask, read: int) -> tuple[int, int]:
-        """Return the offset of a source's chunk in its file and the size of the chunk, in bytes."""
-        width = source_width(self._graph, task.node, read)
-        start, size = self._schedule.span(self._graph, task.node, task.chunk)
-        return self._graph.reads[read].offset + start * width, size * width
+    def _ranges(self, task: ChunkTask, place: int, source: ChunkedRead) -> list[ByteRange]:
+        """Return the ranges of a source tensor that a task stages.
+
+        Raises:
+            RuntimeError: if the source is a node's output, which must be cached.
+        """
+        if source.read < 0:
+            raise RuntimeError(f"chunk {task.chunk} of node {~source.read} is used, but is not cached")
+        if source.chunk_length:
+            first, count = self._schedule.span(self._graph, task.node, task.chunk)
+        else:
+            first, count = 0, length(self._graph, task.node)
+        return extent(self._graph, task.node, place, first, count)
+
+
+def _chunk_of(source: ChunkedRead, task: ChunkTask) -> int:
+    """Return the number of the chunk of a source that a task uses."""
+    return task.chunk if source.chunk_length else 0

@@ -120,7 +120,7 @@ class TaskFlow:
         """
         if task.operation.kind is Kind.COPY:
             self._slots.release_hosts(task)
-        self._slots.free_output(task)
+        self._slots.free_outputs(task)
         complete = self.nodes[task.node].written()
         if not complete:
             self.end(task)
@@ -159,5 +159,13 @@ class TaskFlow:
     def _computed(self, task: ChunkTask) -> None:
         """Pass on a task whose output chunk is in RAM, and the tasks of the chunks that have waited for this one."""
         self._enter(task, TaskState.COMPUTED)
+        if task.kept is not None:
+            self.chunk_loaded(task.kept)
+        if not task.written:
+            self._slots.free_outputs(task)
+            self.end(task)
+            if self.nodes[task.node].written():
+                del self.nodes[task.node]
+            return
         for ready in self.nodes[task.node].in_order(task):
             self._enter(ready, TaskState.WRITING)

@@ -9,16 +9,18 @@ The states of a task depend on its kind, and on the device:
     MERGE on a device, last pass     PENDING LOADING UPLOADING (WAITING) COMPUTING DOWNLOADING COMPUTED WRITING DONE
     MERGE on a device, another pass  PENDING LOADING UPLOADING (WAITING) COMPUTING                              DONE
 
-A task is WAITING only if its chunks are loaded before the pass before is complete.
+A task is WAITING only if its chunks are loaded before the pass before is complete. One whose output only other nodes
+use is not WRITING: nothing writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from ..graph.extents import ByteRange
 from ..graph.graph import Operation
 from ..schedule.step_list import Step
 from .cache import CachedChunk
@@ -66,7 +68,7 @@ TRANSITIONS: Mapping[TaskState, tuple[TaskState, ...]] = {
     TaskState.WAITING: (TaskState.COMPUTING,),
     TaskState.COMPUTING: (TaskState.DONE, TaskState.COMPUTED, TaskState.DOWNLOADING),
     TaskState.DOWNLOADING: (TaskState.COMPUTED,),
-    TaskState.COMPUTED: (TaskState.WRITING,),
+    TaskState.COMPUTED: (TaskState.WRITING, TaskState.DONE),
     TaskState.WRITING: (TaskState.DONE,),
     TaskState.DONE: (),
 }
@@ -79,13 +81,27 @@ class ReadTask(NamedTuple):
     Args:
         target: cached chunk whose slot receives the bytes.
         read: number of the read.
-        offset: offset of the chunk in the file in bytes.
-        nbytes: size of the chunk in bytes.
+        ranges: ranges of the tensor, which are put one after another.
     """
 
     target: CachedChunk
     read: int
-    offset: int
+    ranges: Sequence[ByteRange]
+
+
+class OutputChunk(NamedTuple):
+    """The chunk of one tensor that a task makes.
+
+    Args:
+        node: node of the tensor: the task's, or one of kind `RESULT`.
+        slot: slot in RAM; that of the source, if the source is copied.
+        on_device: slot on the device, or -1.
+        nbytes: size in bytes.
+    """
+
+    node: int
+    slot: int
+    on_device: int
     nbytes: int
 
 
@@ -105,15 +121,15 @@ class ChunkTask:
         inputs: chunk of each distinct source, in the memory that the computation reads.
         hosts: chunks in RAM to release once they were used.
         uploads: pairs of a chunk in RAM and its copy on the device.
-        out: slot in RAM for the output chunk, or -1.
-        out_device: slot on the device for the output chunk, or -1.
-        out_nbytes: size of the output chunk in bytes.
+        outputs: chunk of each tensor that the task makes; none before the last pass.
+        kept: chunk of the output that stays cached for the nodes that use it; None if none does.
+        written: whether a tensor of the output is made of the chunk.
         marker: point in the device's work to wait for.
     """
 
     __slots__ = (
-        "chunk", "device", "hosts", "index", "inputs", "last", "marker", "missing", "node", "operation", "order",
-        "out", "out_device", "out_nbytes", "state", "uploads",
+        "chunk", "device", "hosts", "index", "inputs", "kept", "last", "marker", "missing", "node", "operation",
+        "order", "outputs", "state", "uploads", "written",
     )  # fmt: skip
 
     def __init__(self, order: int, step: Step, operation: Operation, chunk: int) -> None:
@@ -129,9 +145,9 @@ class ChunkTask:
         self.inputs: list[CachedChunk] = []
         self.hosts: list[CachedChunk] = []
         self.uploads: list[tuple[CachedChunk, CachedChunk]] = []
-        self.out = -1
-        self.out_device = -1
-        self.out_nbytes = 0
+        self.outputs: tuple[OutputChunk, ...] = ()
+        self.kept: CachedChunk | None = None
+        self.written = True
         self.marker: Marker = Done()
 
     def __str__(self) -> str:

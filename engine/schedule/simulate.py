@@ -1,110 +1,40 @@
 """Simulates one order of the nodes in slots: the bytes read, the chunks kept in the cache, and the peak memory.
 
 A chunk that is needed again stays in its slot if there is room. If there is not, the chunks whose next use is furthest
-away are dropped and read again (Belady's rule). Chunks stay in a device's own memory first, then in RAM.
+away are dropped and read again (Belady's rule). Chunks stay in a device's own memory first, then in RAM. The output of
+a node that others use stays in RAM until the last of them has used it: no file holds it.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..graph.extents import bytes_of_chunks, length
 from ..graph.graph import Kind, MergeGraph
+from .simulated_cache import SimulatedCache
 from .step_list import NOTHING, CachedRange, Step, StepList
-from .tiling import ChunkedRead, chunk_count, clusters, source_width
-
-MAX_STALE = 1000
-"""Number of stale entries in the heap of a `SimulatedCache` that are removed, if there are more than live ones."""
-
-
-def orders(graph: MergeGraph) -> list[list[int]]:
-    """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
-    files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
-
-    def position(node: int) -> tuple[int, int]:
-        ref = graph.reads[graph.node_sources[node][0]]
-        return files[ref.file], ref.offset
-
-    by_position = sorted(graph, key=position)
-    if not clusters(graph):
-        return [by_position]
-    consumers = graph.consumers()
-    together: list[int] = []
-    seen: set[int] = set()
-    for start in by_position:
-        stack = [start]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            together.append(node)
-            neighbours = {other for read in graph.node_sources[node] for other in consumers[read]} - seen
-            stack.extend(sorted(neighbours, key=position, reverse=True))
-    return [by_position, together, list(graph)]
-
-
-class SimulatedCache:
-    """The chunks that are cached between steps, and the slots that they take.
-
-    Attributes:
-        ram: slots taken in RAM.
-        vram: slots taken on each device.
-    """
-
-    def __init__(self, devices: int) -> None:
-        self.ram = 0
-        self.vram = [0] * devices
-        self._entries: dict[ChunkedRead, tuple[CachedRange, int, int]] = {}  # with device and next use
-        # next uses and sources, negated: the heap has the furthest first; entries of sources taken since are stale
-        self._by_use: list[tuple[int, int, int]] = []
-
-    def put(self, source: ChunkedRead, held: CachedRange, device: int, next_use: int) -> None:
-        """Cache chunks of a source, until a step at position `next_use` takes them."""
-        if held.ram or held.vram:
-            self._entries[source] = held, device, next_use
-            self.ram += held.ram
-            self.vram[device] += held.vram
-        if held.ram:
-            heapq.heappush(self._by_use, (-next_use, -source.read, -source.chunk_length))
-            if len(self._by_use) > 2 * len(self._entries) + MAX_STALE:
-                self._remove_stale()
-
-    def _remove_stale(self) -> None:
-        """Remove the stale entries of the heap: with room in RAM nothing else does, and every pass adds some."""
-        entries = self._entries.items()
-        self._by_use = [(-use, -source.read, -source.chunk_length) for source, (held, _, use) in entries if held.ram]
-        heapq.heapify(self._by_use)
-
-    def take(self, source: ChunkedRead) -> CachedRange:
-        """Remove a source from the cache; return the chunks that were cached."""
-        held, device, _ = self._entries.pop(source, (NOTHING, 0, 0))
-        self.ram -= held.ram
-        self.vram[device] -= held.vram
-        return held
-
-    def furthest(self) -> tuple[int, ChunkedRead] | None:
-        """Return the source with chunks in RAM that is needed last, after its next use; None if no chunk is in RAM."""
-        while self._by_use:
-            next_use, read, chunk_length = (-number for number in self._by_use[0])
-            source = ChunkedRead(read, chunk_length)
-            held, _, current = self._entries.get(source, (NOTHING, 0, -1))
-            if held.ram and current == next_use:
-                return next_use, source
-            heapq.heappop(self._by_use)
-        return None
-
-    def drop(self, source: ChunkedRead, count: int) -> CachedRange:
-        """Drop the last `count` chunks of a source from RAM, or all if it has fewer; return those that stay cached."""
-        _, device, next_use = self._entries[source]
-        held = self.take(source)
-        kept = CachedRange(held.vram, held.low, held.high - min(count, held.ram))
-        self.put(source, kept, device, next_use)
-        return kept
+from .tiling import ChunkedRead, chunk_count, chunked_sources
 
 
 @dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a step of a node needs, apart from which sources: equal for all nodes of a class.
+
+    Args:
+        count: number of chunks.
+        counts: for each distinct source, the number of chunks: 1 if all of it is staged at once.
+        writes: number of slots that each chunk takes for the output.
+        nbytes: for each distinct source, the bytes that all chunks need.
+    """
+
+    count: int
+    counts: tuple[int, ...]
+    writes: int
+    nbytes: tuple[int, ...]
+
+
+@dataclass(slots=True)
 class _Pass:
     """A step before the simulation has decided what stays cached after it.
 
@@ -112,9 +42,10 @@ class _Pass:
         node: number of the node.
         device: number of the device that computes it.
         separate: whether the computation reads its chunks from that device's own memory.
-        count: number of chunks.
-        writes: whether each chunk takes a slot for its output.
-        sources: the distinct reads of the node.
+        shape: what the step needs.
+        writes: number of slots that each chunk takes for the output in this pass.
+        stays: whether the output stays in its slots, for the nodes that use it.
+        sources: the distinct sources of the node.
         before: for each source, the chunks that are cached before the step.
         next_uses: for each source, the position of the next step that needs it; None if none does.
     """
@@ -122,15 +53,20 @@ class _Pass:
     node: int
     device: int
     separate: bool
-    count: int
-    writes: bool
+    shape: _Shape
+    writes: int
+    stays: bool
     sources: tuple[ChunkedRead, ...]
     before: list[CachedRange]
     next_uses: list[int | None]
 
     def by_next_use(self) -> list[tuple[int, int]]:
-        """Return the next use and the number of each source that is needed again, the soonest first."""
-        return sorted((use, number) for number, use in enumerate(self.next_uses) if use is not None)
+        """Return the next use and the number of each read that is needed again, the soonest first."""
+        return sorted(
+            (use, number)
+            for number, (source, use) in enumerate(zip(self.sources, self.next_uses, strict=True))
+            if use is not None and source.read >= 0
+        )
 
 
 @dataclass(slots=True)
@@ -140,6 +76,7 @@ class Simulation:
     Args:
         graph: graph to schedule.
         chunk_elements: for each node, the elements in a chunk.
+        slot: size of a slot in bytes.
         ram_slots: number of slots in RAM.
         vram_slots: number of slots on each device.
         devices: number of the device of each node.
@@ -149,6 +86,7 @@ class Simulation:
 
     graph: MergeGraph
     chunk_elements: list[int]
+    slot: int
     ram_slots: int
     vram_slots: tuple[int, ...]
     devices: list[int]
@@ -156,6 +94,7 @@ class Simulation:
     first: Mapping[int, int] = field(default_factory=dict)
     steps: StepList = field(init=False)
     bytes_read: int = 0
+    bytes_once: int = 0  # bytes that would be read if RAM held every chunk until its last use
     uploaded: int = 0
     peak: int = 0
     vram_peaks: list[int] = field(default_factory=list)
@@ -164,45 +103,79 @@ class Simulation:
     _cache: SimulatedCache = field(init=False)
     # positions still to come of the sources that several nodes share, the next one last
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)
+    _shapes: dict[Hashable, _Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.steps = StepList(self.graph.node_sources)
+        self.steps = StepList(self.graph.places)
         self.vram_peaks = [0] * len(self.vram_slots)
         self._cache = SimulatedCache(len(self.vram_slots))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the steps fit the slots in RAM. They always do if no node uses another one."""
+        return self.peak <= self.ram_slots
 
     def run(self, order: Sequence[int]) -> None:
         """Simulate the nodes in `order`."""
         shared = self._shared_reads(order)
         for position in range(len(order) - 1, -1, -1):
             for source in self._sources(order[position]):
-                if shared[source.read]:
+                if source.read < 0 or shared[source.read]:
                     self._uses.setdefault(source, []).append(position)
+        unread = dict.fromkeys(self._uses, True)
         for position, node in enumerate(order):
             sources = self._sources(node)
-            for source in sources:
-                if shared[source.read]:
+            shape = self._shape(node, sources)
+            for source, nbytes in zip(sources, shape.nbytes, strict=True):
+                if source.read < 0 or shared[source.read]:
                     self._uses[source].pop()
-            self.total_slot_demand += chunk_count(self.graph, node, self.chunk_elements[node]) * (
-                len(sources) + (self.graph.operation(node).kind is not Kind.COPY)
-            )
+                    self.bytes_once += nbytes * (source.read >= 0 and unread[source])
+                    unread[source] = False
+                else:
+                    self.bytes_once += nbytes
+            self.total_slot_demand += sum(shape.counts) + shape.count * shape.writes
             for index in range(self.graph.operation(node).passes):
-                self._step(position, node, index, sources)
+                self._step(position, node, index, sources, shape)
 
     def _shared_reads(self, order: Sequence[int]) -> bytearray:
         """Return for each read whether several of the nodes use it: 0 or 1. Most models share few reads, if any."""
         seen, shared = bytearray(len(self.graph.reads)), bytearray(len(self.graph.reads))
         for node in order:
             for read in dict.fromkeys(self.graph.node_sources[node]):
-                shared[read] |= seen[read]
-                seen[read] = 1
+                if read >= 0:
+                    shared[read] |= seen[read]
+                    seen[read] = 1
         return shared
 
     def _sources(self, node: int) -> tuple[ChunkedRead, ...]:
-        """Return the distinct reads of a node, cut into its chunks."""
-        length = self.chunk_elements[node]
-        return tuple(ChunkedRead(read, length) for read in dict.fromkeys(self.graph.node_sources[node]))
+        """Return the distinct sources of a node, cut into its chunks."""
+        return chunked_sources(self.graph, node, self.chunk_elements[node], self.slot)
 
-    def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...]) -> None:
+    def _shape(self, node: int, sources: tuple[ChunkedRead, ...]) -> _Shape:
+        """Return what the steps of a node need."""
+        graph, chunk = self.graph, self.chunk_elements[node]
+        values, places = graph.node_sources[node], graph.places(node)
+        stored: tuple[object, ...] = tuple([graph.value_dtype(value).bits for value in values])
+        if graph.access_numbers(node):
+            stored += tuple(map(graph.value_shape, values))
+        key = (graph.node_operation[node], graph.node_shape[node], graph.node_dtype[node].bits, stored, places, chunk)
+        known = self._shapes.get(key)
+        if known is None:
+            count = chunk_count(graph, node, chunk)
+            known = self._shapes[key] = _Shape(
+                count,
+                tuple([count if source.chunk_length else min(count, 1) for source in sources]),
+                (graph.operation(node).kind is not Kind.COPY) * len(graph.results(node)),
+                tuple(self._size(node, place, source, 0, count) for place, source in zip(places, sources, strict=True)),
+            )
+        return known
+
+    def _size(self, node: int, place: int, source: ChunkedRead, begin: int, end: int) -> int:
+        """Return the bytes of the chunks [begin, end) of a node's source."""
+        chunk = self.chunk_elements[node] if source.chunk_length else length(self.graph, node)
+        return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end)
+
+    def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...], shape: _Shape) -> None:
         operation, device = self.graph.operation(node), self.devices[node]
         last = index == operation.passes - 1
         skipped = self.first.get(node, 0)
@@ -211,9 +184,10 @@ class Simulation:
         before = [self._cache.take(source) for source in sources]
         drop: list[tuple[ChunkedRead, CachedRange]] = []
         if not separate:  # an operation that computes nothing cannot use chunks on the device
-            in_ram = [CachedRange(0, held.low, held.high) for held in before]
-            drop = [(s, new) for s, old, new in zip(sources, before, in_ram, strict=True) if old.vram]
-            before = in_ram
+            for number, held in enumerate(before):
+                if held.vram:
+                    before[number] = CachedRange(0, held.low, held.high)
+                    drop.append((sources[number], before[number]))
         next_uses: list[int | None]
         if skipped:
             next_uses = [None] * len(sources)  # its last pass skips chunks that would be kept
@@ -221,37 +195,29 @@ class Simulation:
             next_uses = [uses[-1] if (uses := self._uses.get(source)) else None for source in sources]
         else:
             next_uses = [position] * len(sources)
-        count = chunk_count(self.graph, node, self.chunk_elements[node])
-        writes = last and operation.kind is not Kind.COPY
-        this = _Pass(node, device, separate, count, writes, sources, before, next_uses)
+        output = ChunkedRead(~node, self.chunk_elements[node])
+        needed = self._uses.get(output) if last and self._uses else None
+        writes = shape.writes if last else 0
+        this = _Pass(node, device, separate, shape, writes, bool(needed), sources, before, next_uses)
         keep, evicted = self._keep(this, self._keep_on_device(this))
         ram, vram = self._peaks(this, keep)
         bytes_read, uploaded = self._bytes_moved(this, first)
-        self.max_step_working_set = max(
-            self.max_step_working_set, sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True))
-        )
+        working_set = sum([max(b.high - b.low, k.high - k.low) for b, k in zip(before, keep, strict=True)])
+        self.max_step_working_set = max(self.max_step_working_set, working_set + shape.count * this.stays)
         for source, held, next_use in zip(sources, keep, next_uses, strict=True):
             if next_use is not None:
                 self._cache.put(source, held, device, next_use)
+        if needed:
+            self._cache.put(output, CachedRange(0, 0, shape.count), device, needed[-1])
         self.bytes_read += sum(bytes_read)
         self.uploaded += uploaded
         self.peak = max(self.peak, ram)
         self.vram_peaks[device] = max(self.vram_peaks[device], vram)
-        self.steps.append(
-            Step(
-                node=node,
-                index=index,
-                first=first,
-                device=device,
-                sources=tuple(source.read for source in sources),
-                keep=tuple(keep),
-                drop=(*drop, *evicted),
-                bytes_read=bytes_read,
-                uploaded=uploaded,
-                ram=ram,
-                vram=vram,
-            )
+        places = self.graph.places(node)
+        found = Step(
+            node, index, first, device, places, tuple(keep), (*drop, *evicted), bytes_read, uploaded, ram, vram
         )
+        self.steps.append(found)
 
     def _keep_on_device(self, this: _Pass) -> list[int]:
         """Return how many chunks of each source stay on the device: those needed next first."""
@@ -261,7 +227,7 @@ class Simulation:
             room -= sum(held.vram for held in this.before)
             for _, number in this.by_next_use():
                 before = this.before[number].vram
-                keep[number] = before + max(0, min(this.count - before, room))
+                keep[number] = before + max(0, min(this.shape.counts[number] - before, room))
                 room -= keep[number] - before
         return keep
 
@@ -276,12 +242,15 @@ class Simulation:
             vram: for each source, how many chunks stay on the device.
         """
         evicted: list[tuple[ChunkedRead, CachedRange]] = []
-        candidates = this.by_next_use()
+        counts, next_uses = this.shape.counts, this.next_uses
         low = [max(kept, held.vram) for kept, held in zip(vram, this.before, strict=True)]
         size = [held.ram for held in this.before]  # a cached chunk stays in its slot until the step has used it
-        for _, number in candidates:
-            size[number] = max(size[number], this.count - low[number])
-        excess = self._cache.ram + sum(size) - (self.ram_slots - self._reserved)
+        for number, next_use in enumerate(next_uses):
+            if next_use is not None:
+                size[number] = max(size[number], counts[number] - low[number])
+        output = this.shape.count if this.stays else 0
+        excess = self._cache.ram + sum(size) + output - (self.ram_slots - self._reserved)
+        candidates = this.by_next_use() if excess > 0 else []
         while excess > 0:
             furthest = self._cache.furthest()
             if furthest is not None and (not candidates or furthest[0] >= candidates[-1][0]):
@@ -296,11 +265,12 @@ class Simulation:
             else:
                 break
         keep = []
-        for number, next_use in enumerate(this.next_uses):
-            chunks = 0 if next_use is None else min(size[number], this.count - low[number])
-            keep.append(
-                CachedRange(vram[number], low[number], low[number] + chunks) if chunks else CachedRange(vram[number])
-            )
+        for number, next_use in enumerate(next_uses):
+            chunks = 0 if next_use is None else min(size[number], counts[number] - low[number])
+            if chunks:
+                keep.append(CachedRange(vram[number], low[number], low[number] + chunks))
+            else:
+                keep.append(CachedRange(vram[number]) if vram[number] else NOTHING)
         return keep, evicted
 
     @property
@@ -310,41 +280,54 @@ class Simulation:
 
     def _bytes_moved(self, this: _Pass, first: int) -> tuple[tuple[int, ...], int]:
         """Return the bytes read of each source and the bytes uploaded, by a pass that starts with chunk `first`."""
+        node, shape = this.node, this.shape
+        if not first and not this.separate and all(held is NOTHING for held in this.before):
+            return shape.nbytes, 0
         bytes_read, uploaded = [], 0
-        for source, held in zip(this.sources, this.before, strict=True):
-            nbytes = self.graph.reads[source.read].nbytes
-            chunk = source.chunk_length * source_width(self.graph, this.node, source.read)
-            needed = nbytes - _range_bytes(0, held.vram, chunk, nbytes) - _range_bytes(0, first, chunk, nbytes)
+        places = self.graph.places(node)
+        for number, (place, source, count, held) in enumerate(
+            zip(places, this.sources, shape.counts, this.before, strict=True)
+        ):
+            if not first and not this.separate and (held is NOTHING or held.ram == count):
+                bytes_read.append(shape.nbytes[number] if held is NOTHING else 0)
+                continue
+            begin = first if source.chunk_length else int(first >= shape.count)
+            needed = self._size(node, place, source, max(begin, held.vram), count)
             uploaded += needed if this.separate else 0
-            bytes_read.append(needed - _range_bytes(max(held.low, held.vram), held.high, chunk, nbytes))
+            in_ram = self._size(node, place, source, max(begin, held.low, held.vram), held.high)
+            bytes_read.append(needed - in_ram)
         return tuple(bytes_read), uploaded
 
     def _peaks(self, this: _Pass, keep: Sequence[CachedRange]) -> tuple[int, int]:
         """Return the peak number of slots held during a step: in RAM, and on the device."""
         ram_others = self._cache.ram
         vram_others = self._cache.vram[this.device] if this.separate else 0
-        if this.count == 0:
+        count = this.shape.count
+        if count == 0:
             return ram_others, vram_others
-        points = {0, this.count - 1}
+        points = {0, count - 1}
         for held in (*this.before, *keep):
-            points |= {held.vram - 1, held.vram, held.low, held.high - 1, held.high}
+            if held is not NOTHING:
+                points |= {held.vram - 1, held.vram, held.low, held.high - 1, held.high}
         ram = vram = 0
         for chunk in points:
-            if not 0 <= chunk < this.count:
+            if not 0 <= chunk < count:
                 continue
-            ram_now = ram_others + this.writes
+            ram_now = ram_others + this.writes * (chunk + 1 if this.stays else 1)
             vram_now = vram_others + this.writes
-            for old, new in zip(this.before, keep, strict=True):
+            for source, old, new in zip(this.sources, this.before, keep, strict=True):
+                if not source.chunk_length:  # one chunk, held by the step from its start to its end
+                    ram_now += new.ram if this.separate and chunk else not old.vram
+                    vram_now += 1
+                    continue
                 on_device = chunk < old.vram
                 in_ram = not on_device and old.low <= chunk < old.high
-                ram_now += max(0, old.high - max(old.low, chunk)) + max(0, min(new.high, chunk) - new.low)
+                if old is not NOTHING:
+                    ram_now += max(0, old.high - max(old.low, chunk))
+                if new is not NOTHING:
+                    ram_now += max(0, min(new.high, chunk) - new.low)
                 ram_now += not on_device and not in_ram
                 vram_now += max(0, old.vram - chunk) + min(chunk, new.vram) + (not on_device)
             ram = max(ram, ram_now)
             vram = max(vram, vram_now) if this.separate else 0
         return ram, vram
-
-
-def _range_bytes(begin: int, end: int, chunk: int, nbytes: int) -> int:
-    """Return the bytes of the chunks [begin, end) of a tensor, from the bytes of a chunk and of the tensor."""
-    return max(0, min(end * chunk, nbytes) - min(begin * chunk, nbytes))

@@ -23,11 +23,11 @@ class Span(NamedTuple):
 
     Args:
         start: index of its first element in the part; -1 for zeros that no file holds.
-        count: number of elements.
+        length: number of elements.
     """
 
     start: int
-    count: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,10 @@ class Access:
         """Return whether a part of shape `part` can be used for a value of shape `shape`."""
         return shape == part
 
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the access and the shape of the part for a value of another shape, such as a small one to measure."""
+        return ALIGNED, shape
+
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return the ranges of the part that elements [first, first + count) of the value need, in staging order.
 
@@ -53,6 +57,10 @@ class Access:
             count: number of elements, at least 1.
         """
         return [Span(first, count)]
+
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements that are staged for any `count` elements in a row, at most."""
+        return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +91,15 @@ class BlockRows(Access):
         return False
 
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return whether the part has one element for each block of each matrix."""
+        """Return whether the part has one element for each block of each matrix; of an empty value, none are used."""
         stack, rows, columns = matrices(shape)
-        wanted = stack * self.block_rows(rows) * -(-columns // self.columns)
-        return prod(part) == wanted and (not part or wanted == 0 or part[-1] == -(-columns // self.columns))
+        width = -(-columns // self.columns)
+        return 0 in shape or (prod(part) == stack * self.block_rows(rows) * width and part[-1:] in ((), (width,)))
+
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the same access, and one element of the part for each block."""
+        stack, rows, columns = matrices(shape)
+        return self, (stack * self.block_rows(rows), -(-columns // self.columns))
 
     def block_rows(self, rows: int) -> int:
         """Return the number of rows of blocks in a matrix with this number of rows."""
@@ -104,6 +117,14 @@ class BlockRows(Access):
         low, high = self.block_row(shape, begin), self.block_row(shape, end - 1) + 1
         return [Span(low * width, (high - low) * width)]
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows of the part that `count` elements touch."""
+        stack, rows, columns = matrices(shape)
+        touched = most_rows(shape, count)
+        between = (touched - 2) // self.rows + (1 + (touched - 2) // rows if stack > 1 else 0)
+        blocks = min(touched, 2 + between) if touched > 1 else 1
+        return min(blocks, stack * self.block_rows(rows)) * -(-columns // self.columns)
+
 
 @dataclass(frozen=True, slots=True)
 class SameRows(Access):
@@ -118,10 +139,18 @@ class SameRows(Access):
         """Return whether the part has as many rows as the value."""
         return len(part) > 0 and part[:-1] == shape[:-1]
 
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the same access, and a part with as many columns."""
+        return self, (*shape[:-1], part[-1])
+
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range: the rows of the range's first to last element."""
         begin, end = row_range(shape, first, count)
         return [Span(begin * part[-1], (end - begin) * part[-1])]
+
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows that `count` elements touch."""
+        return most_rows(shape, count) * part[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +163,20 @@ class Whole(Access):
         return False
 
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return True: any part can be used as a whole."""
+        """Return True: all of any part can be used."""
         return True
+
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the same access, and a part with as many rows and the value's columns, such as LoRA's A."""
+        return self, (*part[:-1], *shape[-1:])
 
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range, the complete part."""
         return [Span(0, prod(part))]
+
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the part."""
+        return prod(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +271,12 @@ class TransposedSlice(Access):
         last = self.offset + (stack - 1) * self.matrix_stride + (columns - 1) * self.stride + (rows - 1) * self.step
         return prod(shape) == 0 or last < prod(part)
 
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the access to a part that has nothing but the value's matrices, and what lies between their rows."""
+        stack, rows, columns = matrices(shape)
+        height = rows * self.step
+        return TransposedSlice(0, height, self.step, height * columns), (stack, columns, height)
+
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range for each column of each matrix, those that follow each other in the part as one."""
         _, rows, columns = matrices(shape)
@@ -246,6 +289,11 @@ class TransposedSlice(Access):
             pieces += [Span(start + column * self.stride, length) for column in range(columns)]
         return coalesced(pieces)
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows that `count` elements touch, with those between them."""
+        _, _, columns = matrices(shape)
+        return most_rows(shape, count) * self.step * columns
+
 
 def matrices(shape: Shape) -> tuple[int, int, int]:
     """Return a shape as a stack of matrices: their number, and the rows and columns of each, all at least 1."""
@@ -257,6 +305,12 @@ def row_range(shape: Shape, first: int, count: int) -> tuple[int, int]:
     """Return the rows [begin, end) that elements [first, first + count) are in."""
     columns = max(1, shape[-1] if shape else 1)
     return first // columns, -(-(first + count) // columns)
+
+
+def most_rows(shape: Shape, count: int) -> int:
+    """Return the number of rows that `count` elements in a row touch, at most."""
+    stack, rows, columns = matrices(shape)
+    return min(stack * rows, count if columns == 1 else 2 + (count - 2) // columns if count > 1 else 1)
 
 
 def row_pieces(columns: int, first: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -275,8 +329,8 @@ def coalesced(spans: Iterator[Span] | Sequence[Span]) -> list[Span]:
         if result:
             last = result[-1]
             both_zeros = last.start < 0 and span.start < 0
-            if both_zeros or (last.start >= 0 and span.start == last.start + last.count):
-                result[-1] = Span(last.start, last.count + span.count)
+            if both_zeros or (last.start >= 0 and span.start == last.start + last.length):
+                result[-1] = Span(last.start, last.length + span.length)
                 continue
         result.append(span)
     return result

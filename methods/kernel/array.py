@@ -172,6 +172,33 @@ class Array:
         return Array(self.trace.logical(op, a, b), self.trace)
 
 
+class Factor:
+    """An input that is no array of the output's shape: a factor of a low-rank product. `low_rank` alone takes it.
+
+    Args:
+        index: number of the input.
+        shape: its shape as it is stored.
+        rows: whether it has one row for each row of the output; otherwise all of it is used for each row.
+        columns: number of elements in a row of the output.
+        trace: trace that it belongs to.
+    """
+
+    __slots__ = ("columns", "index", "rows", "shape", "trace")
+
+    def __init__(self, index: int, shape: tuple[int, ...], rows: bool, columns: int, trace: Trace) -> None:
+        self.index, self.shape, self.rows, self.columns, self.trace = index, shape, rows, columns, trace
+
+    def refuse(self, *others: object) -> NoReturn:
+        """Raise MethodDefinitionError, as every operation on a factor does."""
+        raise definition_error(
+            f"an input of shape {list(self.shape)} that is used by row or as a unit is no array of the output's shape: "
+            "use low_rank(left, right)"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = __matmul__ = __rmatmul__ = __bool__ = refuse
+
+
 Operand = Array | float | bool
 """An operand of an array operation: an array or a Python number."""
 
@@ -184,6 +211,8 @@ def node_of(value: Any, trace: Trace) -> Node:
         return value.node
     if isinstance(value, (bool, int, float)):
         return trace.constant(value)
+    if isinstance(value, Factor):
+        value.refuse()
     raise refuse(f"an operand of type {type(value).__name__}")
 
 

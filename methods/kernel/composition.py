@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .expression import Extent, Node, Trace, Type
+from .expression import Node, Trace, Type
 from .kernel import Kernel
 from .spec import InputSpec
 
@@ -20,7 +20,7 @@ class Part:
 
     Args:
         kernel: the stage's kernel.
-        sources: for each input of the kernel, the index of a leaf, or ``~n`` for the result of part n.
+        sources: for each input of the kernel, the index of a leaf, or ``~n`` for the first output of part n.
         key: random key of the tensor that the kernel computes.
         positions: for each input, the index of its model in the stage.
         round_to: torch's name of the dtype that the result is rounded to; None to keep it in the work dtype.
@@ -34,7 +34,7 @@ class Part:
 
 
 class Composition(Kernel):
-    """The kernels of several stages; the output is the result of the last part.
+    """The kernels of several stages; the outputs are those of the last part.
 
     Args:
         inputs: leaves, which are read from files.
@@ -48,31 +48,47 @@ class Composition(Kernel):
     def resized(self, shape: tuple[int, ...]) -> Composition:
         """The same parts for tensors of another shape."""
         parts = [replace(part, kernel=part.kernel.resized(shape)) for part in self.parts]
-        return Composition(replace(self.inputs, shape=shape), parts)
+        return Composition(self.inputs.resized(shape), parts)
+
+    def with_used_inputs(self) -> Composition:
+        """The same parts without the leaves that the output does not depend on."""
+        used = self.used
+        if len(used) == self.inputs.count:
+            return self
+        # a part keeps its number of sources: one that the output does not depend on can be any leaf
+        moved = {leaf: used.index(leaf) if leaf in used else 0 for leaf in range(self.inputs.count)}
+        parts = [
+            replace(part, sources=tuple(moved.get(source, source) for source in part.sources)) for part in self.parts
+        ]
+        kernel = Composition(self.inputs.selected(used), parts)
+        kernel.traced, kernel.kept = self.traced, used
+        return kernel
 
 
-def _composed(parts: Sequence[Part]) -> Node:
-    """The output of the last part as an expression of the leaves."""
+def _composed(parts: Sequence[Part]) -> list[Node]:
+    """The outputs of the last part as expressions of the leaves."""
     trace = Trace()
     results: list[Node] = []
+    outputs: list[Node] = []
     for part in parts:
-        sources = [
-            results[~source] if source < 0 else trace.node("load", (), Type.NUMBER, Extent.ELEMENT, source)
-            for source in part.sources
-        ]
+        sources = [results[~source] if source < 0 else trace.load(source) for source in part.sources]
 
         def leaf(node: Node, part: Part = part, sources: Sequence[Node] = tuple(sources)) -> Node | None:
             if node.op == "load":
                 number: int = node.value
                 return sources[number]
+            if node.op == "low_rank":
+                left, right = (sources[index] for index in node.value)
+                if left.op != "load" or right.op != "load":
+                    raise ValueError("the factors of a low-rank product must be leaves, and not results of other parts")
+                return trace.low_rank(left.value, right.value)
             if node.op == "hash":
                 index, stream = node.value
-                drawn = stream or (part.key, part.positions[index])
-                return trace.node("hash", (), Type.HASH, Extent.ELEMENT, (index, drawn))
+                return trace.hash(index, stream or (part.key, part.positions[index]))
             return None
 
-        result = trace.rebuilt(part.kernel.output, leaf)
+        outputs = trace.rebuilt(part.kernel.outputs, leaf)
         if part.round_to is not None:
-            result = trace.node("round", (result,), Type.NUMBER, value=part.round_to)
-        results.append(result)
-    return results[-1]
+            outputs = [trace.node("round", (each,), Type.NUMBER, value=part.round_to) for each in outputs]
+        results.append(outputs[0])
+    return outputs

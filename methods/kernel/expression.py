@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import UsageError
 from .spec import HostError
 
-__all__ = ["Extent", "MethodDefinitionError", "Node", "Trace", "Type", "reachable"]
+__all__ = ["Extent", "MethodDefinitionError", "Node", "Trace", "Type", "inputs_of", "reachable"]
 
 
 class Type(Enum):
@@ -280,17 +280,36 @@ class Trace:
         call = HostCall(function, tuple(args), tuple(leaves), finite)
         return self.node("host", leaves, type, extent, call)
 
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def load(self, index: int) -> Node:
+        """An input as numbers of the work dtype."""
+        return self.node("load", (), Type.NUMBER, Extent.ELEMENT, index)
+
+    def low_rank(self, left: int, right: int) -> Node:
+        """The product of two inputs, of shapes (rows, rank) and (rank, columns), summed over the ranks in order."""
+        return self.node("low_rank", (), Type.NUMBER, Extent.ELEMENT, (left, right))
+
+    def hash(self, index: int, stream: tuple[int, int] | None = None) -> Node:
+        """Random bits for each element.
+
+        Args:
+            index: number of an input, whose position in the recipe the bits depend on.
+            stream: random key and position; None for those of the output tensor and of the input.
+        """
+        return self.node("hash", (), Type.HASH, Extent.ELEMENT, (index, stream))
+
     # --- composition -----------------------------------------------------------------------------------------------
 
-    def rebuilt(self, node: Node, leaf: Callable[[Node], Node | None]) -> Node:
+    def rebuilt(self, nodes: Sequence[Node], leaf: Callable[[Node], Node | None]) -> list[Node]:
         """Copy a graph of another trace into this one.
 
         Args:
-            node: output of the graph.
+            nodes: outputs of the graph.
             leaf: the replacement of a node, or None to copy it.
         """
         done: dict[int, Node] = {}
-        for each in reachable(node):
+        for each in reachable(*nodes):
             replacement = leaf(each)
             if replacement is None:
                 args = tuple(done[id(arg)] for arg in each.args)
@@ -298,7 +317,7 @@ class Trace:
                 rise = each.level - max((arg.level for arg in each.args), default=0)
                 replacement = self.node(each.op, args, each.type, each.extent, value, rise)
             done[id(each)] = replacement
-        return done[id(node)]
+        return [done[id(node)] for node in nodes]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -333,6 +352,16 @@ class HostCall:
         args = _filled(self.args, following)
         leaves = tuple(leaf for leaf in flatten(args) if isinstance(leaf, Node))
         return HostCall(self.function, args, leaves, self.finite)
+
+
+def inputs_of(node: Node) -> tuple[int, ...]:
+    """The numbers of the inputs that a node depends on, apart from those of its operands."""
+    if node.op == "load":
+        return (node.value,)
+    if node.op == "low_rank":
+        left, right = node.value
+        return left, right
+    return (node.value[0],) if node.op == "hash" and node.value[1] is None else ()
 
 
 def flatten(args: Iterable[Any]) -> Iterator[Any]:

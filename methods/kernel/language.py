@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .array import Array, Operand, clamp, common_trace, maximum, minimum, node_of, refuse, trace_of, where
+from .access import SameRows, Whole
+from .array import Array, Factor, Operand, clamp, common_trace, maximum, minimum, node_of, refuse, trace_of, where
 from .expression import Extent, Node, Trace, Type, definition_error, flatten, with_constants
 from .polynomials import exponential, logarithm
-from .reductions import ColumnSum, Count, Selection, Sum
+from .reduction.reductions import ColumnSum, Count, Selection, Sum
+from .reduction.target import Target
 from .spec import InputSpec, MethodError
-from .target import Target
 
 __all__ = [
     "Array",
@@ -90,6 +91,29 @@ def mean(terms: Sequence[Operand]) -> Array:
     return add(terms) / len(terms)
 
 
+def low_rank(left: Factor, right: Factor) -> Array:
+    """The product of two matrices: the sum over k of ``left[row, k] * right[k, column]``, starting at 0.
+
+    The ranks are added in order in the work dtype; each product and each sum is rounded.
+
+    Args:
+        left: input of shape (rows, rank) that is accessed by `SameRows`.
+        right: input of shape (rank, columns) that is accessed by `Whole`.
+
+    Raises:
+        MethodDefinitionError: the inputs are others, or their shapes do not fit.
+    """
+    if not isinstance(left, Factor) or not isinstance(right, Factor):
+        raise definition_error("low_rank takes two inputs: one with the output's rows, and one that is used as a unit")
+    rank, columns = left.shape[-1], left.columns
+    if not left.rows or right.rows or right.shape != (rank, columns):
+        raise definition_error(
+            f"low_rank takes an input of shape (rows, rank) and one of shape (rank, {columns}), and not of shapes "
+            f"{list(left.shape)} and {list(right.shape)}"
+        )
+    return Array(left.trace.low_rank(left.index, right.index), left.trace)
+
+
 def host(function: Callable[..., Any], *args: Any, outputs: int | None = None) -> Any:
     """Call a Python function of scalars between two passes, or once per row or column for sums over these.
 
@@ -127,12 +151,13 @@ class Inputs:
     """The inputs of one output tensor as symbolic arrays, and the reductions over its elements.
 
     Args:
-        spec: number, base and shape of the inputs.
+        spec: number, base, shape and accesses of the inputs.
 
     Attributes:
         models: inputs other than the base, in recipe order.
-        shape: shape of every input and of the output.
+        shape: shape of the output, and of every input that is an array.
         size: number of elements.
+        inputs: all inputs: arrays, and factors of low-rank products.
         columns: number of elements in a row: the last dimension; 1 for a 0-d tensor.
     """
 
@@ -142,15 +167,16 @@ class Inputs:
         self.size = spec.rows * spec.columns
         self.columns = spec.columns
         self._base = spec.base
-        self._loads = [self.trace.node("load", (), Type.NUMBER, value=index) for index in range(spec.count)]
-        self.models = [self._array(load) for index, load in enumerate(self._loads) if index != spec.base]
+        self.inputs: list[Any] = [self._input(spec, index) for index in range(spec.count)]
+        self.models = [each for index, each in enumerate(self.inputs) if index != spec.base]
 
     @property
     def base(self) -> Array:
         """The base model's input. Raises MethodError if there is none."""
         if self._base is None:
             raise MethodError("the method needs a base model among the inputs")
-        return self._array(self._loads[self._base])
+        base: Array = self.inputs[self._base]
+        return base
 
     @property
     def origin(self) -> Array:
@@ -162,7 +188,8 @@ class Inputs:
         """The only input besides the base. Raises MethodError if there are several."""
         if len(self.models) != 1:
             raise MethodError(f"the method takes exactly one input, got {len(self.models)}")
-        return self.models[0]
+        other: Array = self.models[0]
+        return other
 
     @property
     def index(self) -> Array:
@@ -177,8 +204,7 @@ class Inputs:
         node = node_of(model, self.trace)
         if node.op != "load":
             raise definition_error("uniform takes an input, such as one of t.models")
-        hashed = self.trace.node("hash", (), Type.HASH, Extent.ELEMENT, (node.value, None))
-        return self._array(self.trace.node("fraction", (hashed,), Type.NUMBER))
+        return self._array(self.trace.node("fraction", (self.trace.hash(node.value),), Type.NUMBER))
 
     # --- reductions to one value -------------------------------------------------------------------------------------
 
@@ -260,6 +286,12 @@ class Inputs:
         return self._array(self.trace.node("row_rank", (magnitudes,), Type.NUMBER))
 
     # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _input(self, spec: InputSpec, index: int) -> Any:
+        access = spec.access(index)
+        if isinstance(access, (SameRows, Whole)):
+            return Factor(index, spec.part(index), isinstance(access, SameRows), self.columns, self.trace)
+        return self._array(self.trace.load(index))
 
     def _array(self, node: Node) -> Array:
         return Array(node, self.trace)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -80,24 +80,12 @@ class Method:
         arguments = {p.argument: self._argument(p, inputs, parameters) for p in self.parameters}
         symbolic = Inputs(inputs)
         try:
-            result = self.function(symbolic, **arguments)
+            outputs = traced(f"merge method {self.name}", self.function, [symbolic], arguments, symbolic.trace)
         except MethodError as error:
             if error.index is not None:
                 error.index = inputs.others[error.index]
             raise
-        except MethodDefinitionError:
-            raise
-        except Exception as error:
-            line = _line_in(self.function, error)
-            raise MethodDefinitionError(f"{line}: merge method {self.name}: {type(error).__name__}: {error}") from error
-        if not isinstance(result, Array):
-            raise MethodDefinitionError(
-                f"{_line_in(self.function)}: merge method {self.name} must return an Array, such as t.base + x, and "
-                f"returns {type(result).__name__}; allowed: {ALLOWED}"
-            )
-        if result.trace is not symbolic.trace:
-            raise MethodDefinitionError(f"{_line_in(self.function)}: merge method {self.name} returns {KEPT}")
-        return Kernel(inputs, _per_element(result.node, result.trace), (self, dict(parameters)))
+        return Kernel(inputs, outputs, (self, dict(parameters)))
 
     def check(self) -> None:
         """Trace the method for sample inputs and parameters, so a mistake shows before a recipe uses the method.
@@ -141,6 +129,45 @@ class Method:
                     index=index if parameter.per_input else None,
                 )
         return tuple(value[index] for index in inputs.others) if parameter.per_input else value
+
+
+def traced(
+    name: str, function: Function, args: Sequence[Any], parameters: Mapping[str, Any], trace: Trace, count: int = 1
+) -> list[Node]:
+    """The nodes of the arrays that a function of symbolic arrays returns, each with one number of the work dtype per
+    element.
+
+    Args:
+        name: what the function is, for error messages.
+        function: the function.
+        args: its positional arguments.
+        parameters: its keyword arguments.
+        trace: trace of the symbolic arrays.
+        count: number of arrays that it returns, as a tuple if there are several.
+
+    Raises:
+        MethodError: the function raises it.
+        MethodDefinitionError: the function raises another exception, or does not return arrays of the trace.
+    """
+    try:
+        result = function(*args, **parameters)
+    except (MethodError, MethodDefinitionError):
+        raise
+    except Exception as error:
+        raise MethodDefinitionError(f"{_line_in(function, error)}: {name}: {type(error).__name__}: {error}") from error
+    results = result if count > 1 and isinstance(result, tuple) else (result,)
+    if len(results) != count:
+        found = f"{name} must return {count} arrays, and returns {len(results)}"
+        raise MethodDefinitionError(f"{_line_in(function)}: {found}")
+    for each in results:
+        if not isinstance(each, Array):
+            raise MethodDefinitionError(
+                f"{_line_in(function)}: {name} must return an Array, such as t.base + x, and returns "
+                f"{type(each).__name__}; allowed: {ALLOWED}"
+            )
+        if each.trace is not trace:
+            raise MethodDefinitionError(f"{_line_in(function)}: {name} returns {KEPT}")
+    return [_per_element(each.node, trace) for each in results]
 
 
 def _line_in(function: Function, error: BaseException | None = None) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+
+from .access import ALIGNED, Access, Shape
 
 BLOCK = 1 << 15
 """Elements in one block of a reduction. Block boundaries do not depend on the tiles."""
@@ -64,12 +66,57 @@ class InputSpec:
     Args:
         count: number of inputs, including the base.
         base: index of the base model's input, or None.
-        shape: shape of every input and of the output.
+        shape: shape of the output, and of every input without an access or part of its own.
+        accesses: which elements of each input a range of the output's elements needs; empty if all are `ALIGNED`.
+        parts: shape of each input as it is stored; empty if all have the output's shape.
+
+    Raises:
+        ValueError: there are accesses or parts for another number of inputs, or one does not fit the output's shape.
     """
 
     count: int
     base: int | None
-    shape: tuple[int, ...]
+    shape: Shape
+    accesses: tuple[Access, ...] = ()
+    parts: tuple[Shape, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.accesses) not in (0, self.count) or len(self.parts) not in (0, self.count):
+            raise ValueError(f"{self.count} inputs have {len(self.accesses)} accesses and {len(self.parts)} parts")
+        for index in range(self.count if self.accesses or self.parts else 0):
+            access, part = self.access(index), self.part(index)
+            if not access.part_shape_fits(self.shape, part):
+                raise ValueError(f"a part of shape {list(part)} does not fit {list(self.shape)} with {access}")
+
+    def access(self, index: int) -> Access:
+        """Which elements of an input a range of the output's elements needs."""
+        return self.accesses[index] if self.accesses else ALIGNED
+
+    def part(self, index: int) -> Shape:
+        """The shape of an input as it is stored."""
+        return self.parts[index] if self.parts else self.shape
+
+    def staged(self, index: int, first: int, count: int) -> int:
+        """The number of elements of an input that are staged for elements [first, first + count) of the output."""
+        access = self.access(index)
+        if access.aligned:
+            return count
+        return sum(span.length for span in access.spans(self.shape, self.part(index), first, count))
+
+    def resized(self, shape: Shape) -> InputSpec:
+        """The same inputs for an output of another shape."""
+        if not self.accesses and not self.parts:
+            return replace(self, shape=shape)
+        pairs = [self.access(index).resized(self.part(index), shape) for index in range(self.count)]
+        accesses, parts = (tuple(each) for each in zip(*pairs, strict=True))
+        return InputSpec(self.count, self.base, shape, accesses, parts)
+
+    def selected(self, indices: Sequence[int]) -> InputSpec:
+        """Some of the inputs."""
+        base = indices.index(self.base) if self.base in indices else None
+        accesses = tuple(self.accesses[index] for index in indices) if self.accesses else ()
+        parts = tuple(self.parts[index] for index in indices) if self.parts else ()
+        return InputSpec(len(indices), base, self.shape, accesses, parts)
 
     @property
     def others(self) -> tuple[int, ...]:

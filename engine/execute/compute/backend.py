@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ...graph.extents import length, staged_whole
 from ...graph.graph import MergeGraph
+from ...schedule.schedule import Schedule
 from ..cache import CachedChunk
 from ..tasks import ChunkTask
 
@@ -54,8 +56,24 @@ class Computer(Protocol):
         """End the threads that `open` started, and drop every reference to the arena and the workspaces."""
 
 
+def staged_ranges(graph: MergeGraph, schedule: Schedule, task: ChunkTask) -> tuple[tuple[int, int], ...]:
+    """Return for each source the first element and the number of elements of the output that it is staged for.
+
+    Empty if every source is staged for the task's chunk.
+    """
+    if not graph.access_numbers(task.node):
+        return ()
+    chunk, complete = schedule.span(graph, task.node, task.chunk), (0, length(graph, task.node))
+    places = range(len(graph.node_sources[task.node]))
+    return tuple(complete if staged_whole(graph, task.node, p, schedule.slot_bytes) else chunk for p in places)
+
+
 def task_inputs(graph: MergeGraph, task: ChunkTask) -> list[CachedChunk]:
     """Return the chunk of each source of a task's node, in recipe order. A source can occur more than once."""
     sources = graph.node_sources[task.node]
-    chunks = dict(zip(dict.fromkeys(sources), task.inputs, strict=True))
-    return [chunks[read] for read in sources]
+    if len(task.inputs) == len(sources):
+        return task.inputs
+    accesses = graph.access_numbers(task.node) or (0,) * len(sources)
+    keys = list(zip(sources, accesses, strict=True))
+    chunks = dict(zip(dict.fromkeys(keys), task.inputs, strict=True))
+    return [chunks[key] for key in keys]

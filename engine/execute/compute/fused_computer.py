@@ -19,7 +19,7 @@ from ...schedule.schedule import Schedule
 from ..devices.base import Device
 from ..lanes import Lane
 from ..tasks import ChunkTask
-from .backend import Failed, Outcome, task_inputs
+from .backend import Failed, Outcome, staged_ranges, task_inputs
 
 
 class FusedComputer:
@@ -59,7 +59,7 @@ class FusedComputer:
     def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
         """Compute the chunk of the output into the task's slot."""
         chunk = self._chunk(task)
-        out = self._view(task.out, task.out_nbytes)
+        out = self._view(task.outputs[0].slot, task.outputs[0].nbytes)
         if not self._pass(thread, task, state).combine(chunk, out):
             return Outcome()
         nonfinite = self._nonfinite(chunk, task)
@@ -89,20 +89,20 @@ class FusedComputer:
     def _chunk(self, task: ChunkTask) -> Chunk:
         element, elements = self._schedule.span(self._graph, task.node, task.chunk)
         inputs = [self._view(cached.slot, cached.nbytes) for cached in task_inputs(self._graph, task)]
-        return Chunk(inputs, element, elements, self._graph.node_key[task.node], task.operation.positions)
+        staged = staged_ranges(self._graph, self._schedule, task)
+        return Chunk(inputs, element, elements, self._graph.node_key[task.node], task.operation.positions, staged)
 
     def _view(self, slot: int, nbytes: int) -> memoryview:
         start = slot * self._schedule.slot_bytes
         return self._arena[start : start + nbytes]
 
     def _nonfinite(self, chunk: Chunk, task: ChunkTask) -> tuple[int, ...]:
-        """Return the numbers of the inputs that hold a NaN or an infinity."""
+        """Return the numbers of the inputs from files that hold a NaN or an infinity."""
         sources = self._graph.node_sources[task.node]
-        dtypes = [self._graph.reads[read].dtype.name for read in sources]
         return tuple(
             number
-            for number, (data, dtype) in enumerate(zip(chunk.inputs, dtypes, strict=True))
-            if not finite(data, dtype)
+            for number, (data, value) in enumerate(zip(chunk.inputs, sources, strict=True))
+            if value >= 0 and not finite(data, self._graph.value_dtype(value).name)
         )
 
 
@@ -158,7 +158,7 @@ class _LoopsInPlanOrder:
         """Return the compiled loops of a node's kernel; compile them, or wait for them, if they are not ready."""
         graph, kernel = self._graph, self._graph.operation(node).kernel
         assert kernel is not None
-        dtypes = tuple(graph.reads[read].dtype.name for read in graph.node_sources[node])
+        dtypes = tuple(graph.value_dtype(value).name for value in graph.node_sources[node])
         out = graph.node_dtype[node].name
         with self._lock:
             loops = self._known.get((id(kernel), dtypes, out))

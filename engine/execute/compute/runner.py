@@ -110,8 +110,11 @@ class KernelRunner:
         return computer
 
     def _refuse_nonfinite(self, task: ChunkTask, inputs: Sequence[int]) -> None:
-        if inputs:
-            read = self._graph.node_sources[task.node][inputs[0]]
+        """Raise an error if an input from a file is not finite; an intermediate tensor may have overflowed."""
+        values = [self._graph.node_sources[task.node][number] for number in inputs]
+        reads = [value for value in values if value >= 0]
+        if reads:
+            read = reads[0]
             raise CheckpointError(
                 f"tensor {self._graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model "
                 "is damaged, or overflowed in training; to merge it anyway, put `allow_nonfinite: true` in the recipe"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,15 @@ from torch import Tensor
 
 from ....io.safetensors.dtypes import DType
 from ....methods.kernel.kernel import Kernel
-from ....methods.kernel.spec import Unit
 from ....methods.kernel.torch_backend.passes import Pass
 from ....methods.kernel.torch_backend.rounding import canonical_nans, round_into
-from ....methods.kernel.torch_backend.tile import Tile, Workspace
+from ....methods.kernel.torch_backend.tile import Tile, Workspace, tiles
 from ...graph.graph import MergeGraph
 from ...schedule.schedule import Schedule
 from ...schedule.tiling import tile_length
 from ..devices.base import Device
 from ..tasks import ChunkTask
-from .backend import Failed, Outcome, task_inputs
+from .backend import Failed, Outcome, staged_ranges, task_inputs
 
 _EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
@@ -31,11 +30,14 @@ class Piece:
 
     Args:
         kernel: kernel of the node.
-        inputs: chunk of each source: one-dimensional, in its stored dtype, all of one length.
+        inputs: what is staged of each source: one-dimensional, in its stored dtype.
         element: index of the chunk's first element in the tensor.
         key: random key of the node.
         positions: position in the recipe of each source's model.
         tile: number of elements in a tile.
+        elements: number of elements of the chunk.
+        staged: range that each source is staged for, see `tiles`; empty if that is the chunk.
+        computed: numbers of the sources that other nodes computed: they are not checked.
     """
 
     kernel: Kernel
@@ -44,18 +46,23 @@ class Piece:
     key: int
     positions: Sequence[int]
     tile: int
+    elements: int
+    staged: Sequence[tuple[int, int]] = ()
+    computed: Collection[int] = ()
 
     def tiles(self, workspace: Workspace) -> Iterator[tuple[slice, Tile]]:
         """Yield the tiles of the chunk in order; the workspace is empty at the start of each."""
-        count = self.inputs[0].numel()
-        columns = self.kernel.inputs.columns
-        for start in range(0, count, self.tile):
-            part = slice(start, min(start + self.tile, count))
-            workspace.reset()
-            parts = [tensor[part] for tensor in self.inputs]
-            if self.kernel.unit is not Unit.ELEMENT:
-                parts = [tensor.view(-1, columns) for tensor in parts]
-            yield part, Tile(parts, workspace, element=self.element + start, key=self.key, positions=self.positions)
+        return tiles(
+            self.kernel,
+            self.inputs,
+            workspace,
+            self.tile,
+            element=self.element,
+            elements=self.elements,
+            key=self.key,
+            positions=self.positions,
+            staged=self.staged,
+        )
 
 
 class TorchComputer:
@@ -92,7 +99,7 @@ class TorchComputer:
 
     def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
         """Compute the chunk of the output into the task's slot on the device."""
-        target = self._device.slot(task.out_device, task.out_nbytes)
+        target = self._device.slot(task.outputs[0].on_device, task.outputs[0].nbytes)
         out = target.view(torch_dtype(self._graph.node_dtype[task.node]))
         return combine_chunk(self._piece(task), state, self._workspace(thread), out)
 
@@ -103,17 +110,22 @@ class TorchComputer:
     def _piece(self, task: ChunkTask) -> Piece:
         graph, kernel = self._graph, task.operation.kernel
         assert kernel is not None
+        sources = graph.node_sources[task.node]
         inputs = [
-            self._device.slot(cached.slot, cached.nbytes).view(torch_dtype(graph.reads[read].dtype))
-            for read, cached in zip(graph.node_sources[task.node], task_inputs(graph, task), strict=True)
+            self._device.slot(cached.slot, cached.nbytes).view(torch_dtype(graph.value_dtype(value)))
+            for value, cached in zip(sources, task_inputs(graph, task), strict=True)
         ]
+        element, elements = self._schedule.span(graph, task.node, task.chunk)
         return Piece(
             kernel=kernel,
             inputs=inputs,
-            element=self._schedule.span(graph, task.node, task.chunk)[0],
+            element=element,
+            elements=elements,
             key=graph.node_key[task.node],
             positions=task.operation.positions,
             tile=tile_length(graph, task.node, self._tile_elements),
+            staged=staged_ranges(graph, self._schedule, task),
+            computed=[number for number, value in enumerate(sources) if value < 0],
         )
 
     def _workspace(self, thread: int) -> Workspace:
@@ -149,7 +161,7 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -
     if not _beyond(extremes, largest(out.dtype)):
         return Outcome()
     canonical_nans(out)
-    nonfinite = find_nonfinite(piece.inputs, piece.tile)
+    nonfinite = find_nonfinite(piece)
     if not nonfinite:
         overflowed = count_nonfinite(out, piece.tile)
     return Outcome(nonfinite, overflowed)
@@ -159,8 +171,11 @@ def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
     """Return the sources that hold a NaN or an infinity in the chunk; quick if there are none."""
     exponents: dict[int, list[Tensor]] = {}
     extremes: dict[torch.dtype, list[Tensor]] = {}
-    for _, tile in piece.tiles(workspace):
-        for tensor in tile.inputs:
+    spec = piece.kernel.inputs
+    for part, tile in piece.tiles(workspace):
+        for number, tensor in enumerate(tile.inputs):
+            if part.start and not spec.access(number).aligned:
+                continue  # every tile has all that is staged
             workspace.reset()
             mask = _EXPONENT_BITS.get(tensor.dtype)
             if mask is not None:
@@ -172,12 +187,13 @@ def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:
                 extremes.setdefault(floats.dtype, []).extend((floats.amax(), floats.amin()))
     suspicious = any(bool((torch.stack(found) == mask).any()) for mask, found in exponents.items())
     suspicious |= any(_beyond(found, largest(dtype)) for dtype, found in extremes.items())
-    return find_nonfinite(piece.inputs, piece.tile) if suspicious else ()
+    return find_nonfinite(piece) if suspicious else ()
 
 
-def find_nonfinite(inputs: Sequence[Tensor], tile: int) -> tuple[int, ...]:
-    """Return the inputs that hold a NaN or an infinity, checking `tile` elements at a time."""
-    return tuple(number for number, tensor in enumerate(inputs) if count_nonfinite(tensor, tile))
+def find_nonfinite(piece: Piece) -> tuple[int, ...]:
+    """Return the numbers of the inputs from files that hold a NaN or an infinity."""
+    stored = [number for number in range(len(piece.inputs)) if number not in piece.computed]
+    return tuple(number for number in stored if count_nonfinite(piece.inputs[number], piece.tile))
 
 
 def count_nonfinite(values: Tensor, tile: int) -> int:

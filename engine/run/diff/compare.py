@@ -16,7 +16,7 @@ from ....io.reading import Reader, stat_fingerprints
 from ....io.sizes import Limit
 from ....io.task_group import TaskGroup
 from ....io.units import plural
-from ....methods.kernel.reductions import total
+from ....methods.kernel.reduction.reductions import total
 from ....methods.kernel.spec import BLOCK
 from ...cost.machine import CACHED_SHARE, available_ram, make_budget, memory_remark, process_memory, usable_cores
 from ...cost.process_size import size_key

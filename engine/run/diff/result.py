@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ....methods.kernel.reductions import total
+from ....methods.kernel.reduction.reductions import total
 from ...schedule.traffic import pattern_of
 
 

@@ -64,13 +64,13 @@ class Function:
 
     @contextmanager
     def loop(
-        self, count: str, step: str | int = 1, carried: Sequence[tuple[str, str]] = ()
+        self, count: str, step: str | int | list[str] = 1, carried: Sequence[tuple[str, str]] = ()
     ) -> Iterator[tuple[str, list[str], list[str]]]:
         """A loop over ``range(0, count, step)`` of i64.
 
         Args:
             count: end of the range.
-            step: step, more than 0.
+            step: step, more than 0; or a list that the body puts the step into, for parts of different lengths.
             carried: type and first value of each value that is carried from one iteration to the next.
 
         Yields:
@@ -87,7 +87,7 @@ class Function:
         values = [self._new() for _ in carried]
         following: list[str] = []
         yield index, values, following
-        advanced = self.value(f"add nuw nsw i64 {index}, {step}")
+        advanced = self.value(f"add nuw nsw i64 {index}, {step.pop() if isinstance(step, list) else step}")
         more = self.value(f"icmp ult i64 {advanced}, {count}")
         inside = self._block
         self.do(f"br i1 {more}, label %{label}, label %{label}.end")

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from ..expression import Type
 from ..kernel import Kernel
 from ..random_streams import PERIOD
-from ..reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.reductions import ColumnSum, Count, Selection, Sum
 from ..spec import BLOCK, Unit
 from . import helpers
 from .compiler import Library, library
+from .fills import fill_functions
 from .helpers import COLUMNS
 from .loops import SEGMENT, Generator, Loop
 from .operations import DECLARATIONS
 from .stages import has_columns, in_loop, stages_of
+from .staging import fill_of
 from .table import Target, Variant
 
 _SAMPLE = 1 << 16
@@ -33,7 +35,7 @@ class Group:
         targets: what it computes.
         kernel: kernel.
         dtypes: dtype of each input.
-        out: dtype of the output.
+        outs: dtype of each output.
 
     Attributes:
         stages: what the group computes in which loop.
@@ -41,25 +43,30 @@ class Group:
         rows: rows that it computes at a time if Python functions or sorts are between the stages; 0 for all.
         width: columns of the values with one number per column, repeated to at least a segment; 0 for none.
         direct: whether segments are the rows of the blocks of sums.
+        fills: what is filled before the loop over a segment.
     """
 
-    def __init__(self, name: str, targets: Sequence[Target], kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
+    def __init__(
+        self, name: str, targets: Sequence[Target], kernel: Kernel, dtypes: Sequence[str], outs: Sequence[str]
+    ) -> None:
         self.name = name
         self.targets = tuple(targets)
-        self._inputs, self._dtypes, self._out = kernel.inputs, dtypes, out
+        self._inputs, self._dtypes, self._outs = kernel.inputs, dtypes, outs
         wanted = [target.node for target in targets]
         self.stages = stages_of(wanted)
         by_row = any(stage.by_row for stage in self.stages)
         columns = max(1, kernel.inputs.columns)
         line = 0
-        if has_columns(in_loop(wanted + [node for stage in self.stages for node in stage.wanted])):
+        nodes = in_loop(wanted + [node for stage in self.stages for node in stage.wanted])
+        self.fills = tuple(dict.fromkeys(fill for node in nodes if (fill := fill_of(node, kernel.inputs))))
+        if has_columns(nodes):
             line = max(1, math.prod(kernel.inputs.shape[1:]))
         self.rows = max(1, BLOCK // columns) if by_row else 0
         if kernel.unit is Unit.ROW and (by_row or line):
             self.segment, self.width = columns, max(line, columns) if line else 0  # a vector is a row, and one column
         else:
             self.width = line * max(1, SEGMENT // line) if line else 0
-            self.segment = self.width or (0 if targets[0].reduction is None else SEGMENT)
+            self.segment = self.width or (SEGMENT if targets[0].reduction or self.fills else 0)
         sums = [target.reduction.block for target in targets if isinstance(target.reduction, Sum)]
         self.direct = self.segment == COLUMNS and not self.width and not any(block % COLUMNS for block in sums)
 
@@ -67,7 +74,7 @@ class Group:
     def loops(self) -> tuple[Loop, ...]:
         """The function of each stage."""
         long = self._inputs.rows * self._inputs.columns > PERIOD
-        variant = Variant(tuple(self._dtypes), self._out, long, self.direct)
+        variant = Variant(self._inputs, tuple(self._dtypes), tuple(self._outs), long, self.direct)
         return tuple(
             Generator(f"{self.name}_{number}", stage, self.targets, variant).loop()
             for number, stage in enumerate(self.stages)
@@ -80,13 +87,13 @@ class Compiled:
     Args:
         kernel: kernel.
         dtypes: dtype of each input by its name in a safetensors header.
-        out: dtype of the output by its name in a safetensors header.
+        outs: dtype of each output by its name in a safetensors header.
     """
 
-    def __init__(self, kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
+    def __init__(self, kernel: Kernel, dtypes: Sequence[str], *outs: str) -> None:
         self.kernel = kernel
         self.dtypes = tuple(dtypes)
-        self.out = out
+        self.outs = outs
         self.wide = "F64" in self.dtypes
         self._library: Library | None = None
 
@@ -98,8 +105,8 @@ class Compiled:
         for number, node in enumerate(kernel.reduced):
             name = f"{'select' if isinstance(node.value, Selection) else 'reduce'}_{node.level}"
             targets.setdefault(name, []).append(Target(node.args[0], node.value, number))
-        targets["output"] = [Target(kernel.output)]
-        return {name: Group(name, found, kernel, self.dtypes, self.out) for name, found in targets.items()}
+        targets["output"] = [Target(node, number=~number) for number, node in enumerate(kernel.outputs)]
+        return {name: Group(name, found, kernel, self.dtypes, self.outs) for name, found in targets.items()}
 
     # --- native code -------------------------------------------------------------------------------------------------
 
@@ -150,7 +157,8 @@ class Compiled:
         searches = sum(len(selection.targets) for selection in selections)
         rows = max((group.rows for group in self.groups.values()), default=0) * max(1, self.kernel.inputs.columns)
         ranked = any(stage.ranked for group in self.groups.values() for stage in group.stages)
-        sample = _SAMPLE * (8 * (1 + len(self.dtypes)) + 4 * len(selections)) if selections else 0
+        lists = 1 + 3 * any(group.fills for group in self.groups.values())
+        sample = _SAMPLE * (8 * (lists + len(self.dtypes)) + 4 * len(selections)) if selections else 0
         cut = BLOCK * 5 * len(selections)
         return sample + cut + 3 * 8 * _HISTOGRAM * searches + (40 * rows if ranked else 0) + (64 << 10)
 
@@ -187,6 +195,8 @@ class Buffers:
                 self.addresses["totals", target.number] = totals = take(width * size)
                 self.totals.append((totals, width, size))
                 self.addresses["wide", target.number] = take(COLUMNS * 8) if isinstance(reduction, Sum) else 0
+        for fill in group.fills:
+            self.addresses["filled", fill] = take(segment * work)
         for stage in group.stages:
             for node in stage.reduced:
                 self.addresses["row operand", id(node)] = take(columns * 8)
@@ -220,6 +230,7 @@ def _helpers(names: set[str]) -> Iterator[str]:
         yield helpers.columns_end_function() + helpers.feed_function("columns", "double")
     if "select_feed" in names:
         yield helpers.selection_function()
+    yield fill_functions({name for name in names if name.startswith("fill")})
     for name in sorted(names):
         if name.startswith("row_max"):
             yield helpers.row_max_function(name.removeprefix("row_max_"))

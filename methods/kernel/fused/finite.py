@@ -9,7 +9,7 @@ import numpy as np
 
 from .assembly import Function
 from .compiler import library
-from .formats import FORMATS, Format
+from .formats import STORED, Format, Integers
 from .rows import address
 
 _PART = 1 << 20
@@ -23,9 +23,9 @@ def finite(data: Any, dtype: str) -> bool:
         data: buffer of the elements.
         dtype: their dtype by its name in a safetensors header.
     """
-    form = FORMATS[dtype]
+    form = STORED[dtype]
     count = memoryview(data).nbytes * 8 // form.bits
-    if not count:
+    if not count or isinstance(form, Integers):
         return True
     table = np.array([address(data), count], np.int64)
     return not library(_assembly(form), ("any_nonfinite",)).functions["any_nonfinite"](table.ctypes.data)
@@ -33,7 +33,9 @@ def finite(data: Any, dtype: str) -> bool:
 
 def count_nonfinite(data: Any, dtype: str) -> int:
     """The number of elements that are NaN or infinite; see `finite`."""
-    form = FORMATS[dtype]
+    form = STORED[dtype]
+    if isinstance(form, Integers):
+        return 0
     bits = np.frombuffer(data, f"u{form.bits // 8}")
     total = 0
     for start in range(0, len(bits), _PART):
@@ -48,7 +50,9 @@ def count_nonfinite(data: Any, dtype: str) -> int:
 
 def prepare(dtype: str) -> None:
     """Compile what `finite` needs, or load it from the cache directory."""
-    library(_assembly(FORMATS[dtype]), ("any_nonfinite",))
+    form = STORED[dtype]
+    if not isinstance(form, Integers):
+        library(_assembly(form), ("any_nonfinite",))
 
 
 @functools.cache

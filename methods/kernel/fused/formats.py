@@ -48,6 +48,24 @@ class Format:
         return float((1 + fraction / (1 << self.mantissa)) * 2.0**exponent)
 
 
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """A format of integers, which are only read.
+
+    Args:
+        stored: integer type of their bits.
+        signed: whether they have a sign.
+    """
+
+    stored: str
+    signed: bool
+
+    @property
+    def bits(self) -> int:
+        """Width in bits."""
+        return int(self.stored[1:])
+
+
 FORMATS: Mapping[str, Format] = {
     "F64": Format("i64", 52, 1023, 0x7FEF_FFFF_FFFF_FFFF, 0x7FF8_0000_0000_0000, 0x7FF0_0000_0000_0000),
     "F32": Format("i32", 23, 127, 0x7F7F_FFFF, 0x7FC0_0000, 0x7F80_0000),
@@ -58,7 +76,18 @@ FORMATS: Mapping[str, Format] = {
     "F8_E5M2FNUZ": Format("i8", 2, 16, 0x7F, 0x80, None, negative_zero=False),
     "F8_E4M3FNUZ": Format("i8", 3, 8, 0x7F, 0x80, None, negative_zero=False),
 }
-"""The formats of floating-point numbers by their name in a safetensors header."""
+"""The formats that numbers are rounded to, by their name in a safetensors header."""
+
+POWERS = Format("i8", 0, 127, 0xFE, 0xFF, None, negative_zero=False)
+"""Powers of 2 without a sign, F8_E8M0: only read, as scales."""
+
+STORED: Mapping[str, Format | Integers] = {
+    **FORMATS,
+    "F8_E8M0": POWERS,
+    "U8": Integers("i8", signed=False),
+    "I8": Integers("i8", signed=True),
+}
+"""The formats that inputs can have, by their name in a safetensors header."""
 
 
 def decoded(f: Function, raw: str, name: str) -> tuple[str, str]:
@@ -72,7 +101,11 @@ def decoded(f: Function, raw: str, name: str) -> tuple[str, str]:
     Returns:
         The value and its type: double for F64, else float.
     """
-    form = FORMATS[name]
+    form = STORED[name]
+    if isinstance(form, Integers):
+        return f.value(f"{'sitofp' if form.signed else 'uitofp'} {form.stored} {raw} to float"), "float"
+    if form is POWERS:
+        return _power(f, raw), "float"
     if name in ("F64", "F32"):
         type = "double" if name == "F64" else "float"
         return f.value(f"bitcast {form.stored} {raw} to {type}"), type
@@ -95,6 +128,15 @@ def decoded(f: Function, raw: str, name: str) -> tuple[str, str]:
     bits = f.value(f"select i1 {special}, i32 {bits}, i32 {f.value(f'bitcast float {scaled} to i32')}")
     sign = f.value(f"shl i32 {f.value(f'and i32 {wide}, {sign_bit}')}, {32 - form.bits}")
     return f.value(f"bitcast i32 {f.value(f'or i32 {bits}, {sign}')} to float"), "float"
+
+
+def _power(f: Function, raw: str) -> str:
+    """2 to the power of the bits minus the bias; the smallest one is subnormal."""
+    exponent = f.value(f"zext i8 {raw} to i32")
+    smallest = f.value(f"icmp eq i32 {exponent}, 0")
+    nan = f.value(f"icmp eq i32 {exponent}, {POWERS.nan}")
+    bits = f.value(f"select i1 {smallest}, i32 {1 << 22}, i32 {f.value(f'shl i32 {exponent}, 23')}")
+    return f.value(f"bitcast i32 {f.value(f'select i1 {nan}, i32 {0x7FC0_0000}, i32 {bits}')} to float")
 
 
 def encoded(f: Function, value: str, type: str, name: str) -> str:

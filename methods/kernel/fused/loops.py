@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..expression import Node
-from ..reductions import ColumnSum, Count, Sum
+from ..reduction.reductions import ColumnSum, Count, Sum
 from .assembly import Function
 from .operations import Types
 from .segment import Segment
 from .stages import Stage
+from .staging import Fill
 from .table import Table, Target, Variant
 
 SEGMENT = 1 << 11
@@ -88,6 +89,9 @@ class Generator:
         with f.loop(count, segment, [("i32", "0")]) as (offset, (beyond,), following):
             size = f.smaller(f.value(f"sub i64 {count}, {offset}"), segment)
             row = f.value(f"udiv i64 {offset}, {segment}")
+            for key in keys:
+                if key[0] == "filled":
+                    self._fill(f, key[1], passed[key], offset, size)
             fixed = f"ptr %table, ptr {numbers}, ptr {rows}, i64 {offset}, i64 {size}, i64 {row}"
             for each in segments:
                 pointers = ", ".join([fixed, *(f"ptr {passed[key]}" for key in each.pointers)])
@@ -102,6 +106,14 @@ class Generator:
             if (name := self._sum_name(target)) is not None:
                 f.do(f"call void @{name.replace('feed', 'end')}(ptr {self._state(f, target)})")
         return f.text(f"i32 {following[0]}")
+
+    def _fill(self, f: Function, fill: Fill, buffer: str, offset: str, size: str) -> None:
+        """Fill a buffer with the values for the elements of a segment."""
+        name = fill.function(self._variant.dtypes, self._types.work)
+        self.helpers.add(name)
+        state = f.load("%table", self.table.place("fill", fill), "ptr")
+        first = f.value(f"add i64 {f.load('%table', self.table.place('element'), 'i64')}, {offset}")
+        f.do(f"call void @{name}(ptr {state}, ptr {buffer}, i64 {first}, i64 {size})")
 
     def _sum_name(self, target: Target) -> str | None:
         if isinstance(target.reduction, Sum):

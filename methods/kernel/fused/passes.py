@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..expression import Node
 from ..kernel import State
-from ..reductions import Selection
-from ..selection import Threshold, sample_indices
+from ..reduction.reductions import Selection
+from ..reduction.selection import Threshold, sample_indices
 from .compiled import Compiled
-from .formats import FORMATS
+from .formats import STORED
 from .rows import address
 from .run import Chunk, Run
 
@@ -37,14 +37,15 @@ class FusedPass:
         self._active: tuple[int, ...] = () if index is None else self._kernel.active(index, state)
         self._first = index is not None and self._kernel.step(index) == 0
 
-    def combine(self, chunk: Chunk, out: Any) -> bool:
-        """Write the output elements of a chunk to `out`, rounded once; NaNs are the canonical NaN of the dtype.
+    def combine(self, chunk: Chunk, *outs: Any) -> bool:
+        """Write the elements of a chunk of each output to a buffer, rounded once; NaNs are the dtype's canonical NaN.
 
         Returns:
-            Whether a value was NaN or beyond the largest number of the dtype.
+            Whether a value of any output was NaN or beyond the largest number of its dtype.
         """
         run = self._run("output", chunk)
-        run.addresses["output", -1] = address(out)
+        for number, out in enumerate(outs):
+            run.addresses["output", ~number] = address(out)
         return run.compute()
 
     def reduce(self, chunk: Chunk) -> list[Any]:
@@ -79,12 +80,19 @@ class FusedPass:
         indices = sample_indices(size, chunk.element, chunk.elements)
         if not len(indices):
             return {}
-        types = (FORMATS[dtype].bits // 8 for dtype in self._compiled.dtypes)
-        gathered = [
-            np.frombuffer(data, np.dtype(f"u{width}"), chunk.elements)[indices]
-            for data, width in zip(chunk.inputs, types, strict=True)
+        gathered = self._aligned(chunk, lambda data, width: np.frombuffer(data, np.dtype(f"u{width}"))[indices])
+        part = gathered._replace(elements=len(indices), indices=chunk.element + indices)
+        return self._magnitudes(name, part)
+
+    def _aligned(self, chunk: Chunk, part: Callable[[Any, int], Any]) -> Chunk:
+        """A chunk with a part of each aligned input, which a function takes of its data and bytes per element."""
+        inputs = self._kernel.inputs
+        parts = [
+            part(data, STORED[dtype].bits // 8) if inputs.access(index).aligned else data
+            for index, (data, dtype) in enumerate(zip(chunk.inputs, self._compiled.dtypes, strict=True))
         ]
-        return self._magnitudes(name, chunk._replace(inputs=gathered, elements=len(indices)))
+        own = [(chunk.element, chunk.elements)] * len(parts)
+        return chunk._replace(inputs=parts, staged=chunk.staged or own)
 
     def _magnitudes(self, name: str, chunk: Chunk) -> dict[int, Any]:
         """The bits of all magnitudes of a chunk for each selection of a group."""
@@ -110,12 +118,8 @@ class FusedPass:
         if not threshold.ties or not 0 <= within < chunk.elements:
             return min(begin, _FAR)
         size = min(block, chunk.elements - within)
-        widths = [FORMATS[dtype].bits // 8 for dtype in self._compiled.dtypes]
-        inputs = [
-            memoryview(data).cast("B")[within * width : (within + size) * width]
-            for data, width in zip(chunk.inputs, widths, strict=True)
-        ]
-        part = chunk._replace(inputs=inputs, element=begin, elements=size)
+        sliced = self._aligned(chunk, lambda data, width: memoryview(data).cast("B")[within * width :][: size * width])
+        part = sliced._replace(element=begin, elements=size)
         # another run uses the same scratch memory, so it comes first
         bits = self._magnitudes(f"select_{reduced.level}", part)[self._kernel.reduced.index(reduced)]
         equal = np.flatnonzero(bits == np.float32(threshold.value).view(np.int32))

@@ -10,13 +10,14 @@ import numpy as np
 from ..expression import Node
 from ..kernel import State
 from ..random_streams import STEP, streams
-from ..reductions import ColumnSum, Count, Selection, Sum
-from ..selection import Counts, Search, start
+from ..reduction.reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.selection import Counts, Search, start
 from .compiled import Buffers, Compiled, Group, aligned
-from .formats import FORMATS
+from .formats import FORMATS, STORED
 from .helpers import COLUMNS, SearchField, SumField
 from .loops import Loop
 from .rows import RowFunctions, address, array_at
+from .staging import gather, run_lengths, state_of
 from .table import Target
 
 
@@ -29,6 +30,9 @@ class Chunk(NamedTuple):
         elements: number of elements.
         key: 64-bit random key of the output tensor.
         positions: position in the recipe of each input's model.
+        staged: for each input, the first element and the number of elements of the range that it is staged for, which
+            contains the chunk; empty if that is the chunk. Aligned inputs are always staged for the chunk.
+        indices: index of each element in the tensor, int64, ascending, if they are not consecutive.
     """
 
     inputs: Sequence[Any]
@@ -36,6 +40,8 @@ class Chunk(NamedTuple):
     elements: int
     key: int
     positions: Sequence[int]
+    staged: Sequence[tuple[int, int]] = ()
+    indices: Any = None
 
 
 class Run:
@@ -70,8 +76,9 @@ class Run:
         if used > compiled.scratch or used > memoryview(scratch).nbytes:
             raise MemoryError(f"a kernel needs more scratch memory than it declares: {used} bytes")
         self.addresses: dict[tuple[object, ...], int] = dict(self._buffers.addresses)
-        for number, data in enumerate(chunk.inputs):
-            self.addresses["input", number] = address(data)
+        inputs = [address(data) for data in chunk.inputs]
+        self.addresses.update({("input", number): each for number, each in enumerate(inputs)})
+        self._prepare_fills(inputs)
         for start_address, count, size in self._buffers.totals:
             array_at(start_address, count, np.float64 if size == 8 else np.float32).fill(-0.0)
         self._results: dict[int, Any] = {}
@@ -79,6 +86,18 @@ class Run:
         for target in group.targets:
             if target.reduction is not None:
                 self._prepare(target, target.number in active)
+
+    def _prepare_fills(self, inputs: Sequence[int]) -> None:
+        """Make the states of the fills."""
+        chunk = self._chunk
+        staged = chunk.staged or [(chunk.element, chunk.elements)] * len(inputs)
+        runs = run_lengths(chunk.indices) if self.group.fills and chunk.indices is not None else None
+        for fill in self.group.fills:
+            state = state_of(fill, self._compiled.kernel.inputs, inputs, chunk.element, staged[fill.inputs[0]])
+            if runs is not None:
+                gather(state, chunk.indices, runs)
+            self._keep += [state, runs]
+            self.addresses["fill", fill] = state.ctypes.data
 
     # --- the reductions ----------------------------------------------------------------------------------------------
 
@@ -184,7 +203,7 @@ class Run:
         group, chunk = self.group, self._chunk
         columns = max(1, self._compiled.kernel.inputs.columns)
         step = group.rows * columns or chunk.elements
-        if keep and (group.rows or group.width):
+        if keep and (group.rows or group.width or group.fills):
             step = group.segment
         rows = RowFunctions(self._buffers, self._state, columns, np.float64 if self._compiled.wide else np.float32)
         beyond = False
@@ -219,9 +238,9 @@ class Run:
             return self._columns(key[1])
         moved = 0
         if key[0] == "input":
-            moved = first * FORMATS[self._compiled.dtypes[key[1]]].bits // 8
+            moved = first * STORED[self._compiled.dtypes[key[1]]].bits // 8
         elif key[0] == "output":
-            moved = first * FORMATS[self._compiled.out].bits // 8
+            moved = first * FORMATS[self._compiled.outs[~key[1]]].bits // 8
         elif key[0] == "operand" and keep:
             moved = first * 4
         return self.addresses[key] + moved

@@ -7,11 +7,12 @@ from typing import Any
 
 from ..expression import Extent, Node, Type
 from ..random_streams import STEP
-from ..reductions import Count, Selection, Sum
+from ..reduction.reductions import Count, Selection, Sum
 from .assembly import Function, literal
-from .formats import FORMATS, decoded, encoded
+from .formats import FORMATS, STORED, decoded, encoded
 from .operations import Types, converted, hashed, operation, used_type
 from .stages import Stage, given, in_loop
+from .staging import fill_of
 from .table import Table, Target, Variant
 
 
@@ -44,7 +45,9 @@ class Segment:
         wanted = [target.node for target in self.targets] + self.stage.wanted
         nodes = [node for node in in_loop(wanted) if node.in_tile]
         for node in nodes:
-            if node.op == "load":
+            if fill := fill_of(node, self.variant.inputs):
+                self._pointer("filled", fill)
+            elif node.op == "load":
                 self._pointer("input", node.value)
             if node.op == "row_rank" and given(node):
                 self._pointer("ranks", id(node))
@@ -106,7 +109,7 @@ class Segment:
         for target in self.targets:
             value, reduction = self._values[id(target.node)], target.reduction
             if reduction is None:
-                carried[0] = self._store_output(f, i, value, carried[0])
+                carried[0] = self._store_output(f, i, value, carried[0], target.number)
             elif isinstance(reduction, Selection):
                 single = converted(f, value, self.types.of(target.node.type), "float")
                 bits = f.value(f"bitcast float {single} to i32")
@@ -124,11 +127,12 @@ class Segment:
         for node in self.stage.ranked:
             self._store_key(f, i, node)
 
-    def _store_output(self, f: Function, i: str, value: str, bad: str) -> str:
+    def _store_output(self, f: Function, i: str, value: str, bad: str, number: int) -> str:
         """Store a rounded output element; return whether it or an earlier one is beyond the format's largest number."""
-        form, type = FORMATS[self.variant.out], self.types.work
+        name, type = self.variant.outs[~number], self.types.work
+        form = FORMATS[name]
         place = f.value(f"add i64 %offset, {i}")
-        f.store(encoded(f, value, type, self.variant.out), f"%{self.pointers['output', -1]}", place, form.stored)
+        f.store(encoded(f, value, type, name), f"%{self.pointers['output', number]}", place, form.stored)
         suffix = "f64" if type == "double" else "f32"
         size = f.value(f"call {type} @llvm.fabs.{suffix}({type} {value})")
         largest = min(form.maximum, FORMATS["F64" if type == "double" else "F32"].maximum)
@@ -197,10 +201,12 @@ class Segment:
 
     def _element_value(self, f: Function, node: Node, i: str) -> str:
         op = node.op
+        if fill := fill_of(node, self.variant.inputs):
+            return f.load(f"%{self.pointers['filled', fill]}", i, self.types.work)
         if op == "load":
             name = self.variant.dtypes[node.value]
             pointer = f"%{self.pointers['input', node.value]}"
-            raw = f.load(pointer, f.value(f"add i64 %offset, {i}"), FORMATS[name].stored)
+            raw = f.load(pointer, f.value(f"add i64 %offset, {i}"), STORED[name].stored)
             return converted(f, *decoded(f, raw, name), self.types.work)
         if op == "row_rank":
             pointer = f"%{self.pointers['ranks', id(node)]}"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..expression import Node
 from ..kernel import Kernel, State
-from ..reductions import Selection
-from ..selection import Search, start
+from ..reduction.reductions import Selection
+from ..reduction.selection import Search, start
 from .tile import Workspace
 
 

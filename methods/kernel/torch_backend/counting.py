@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..selection import Counts, Search, Threshold
+from ..reduction.selection import Counts, Search, Threshold
 
 _GATHER_PARTS = 1 << 3  # a tile is gathered in parts if more than this fraction (1/8) of its elements is selected
 _ROW_FLAGS = 1 << 7  # flags whose sum fits in a byte

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernel import Kernel, State
-from ..reductions import ColumnSum, Count, Sum
-from ..selection import Search, sample_indices
+from ..reduction.reductions import ColumnSum, Count, Sum
+from ..reduction.selection import Search, sample_indices
 from . import counting
 from .context import PassContext
 from .program_run import ProgramRun
@@ -35,8 +35,12 @@ class Pass:
         self._context = PassContext(kernel, state, workspace, self._sampling)
 
     def combine(self, tile: Tile) -> Tensor:
-        """The output elements of a tile in the work dtype, in a buffer of the workspace."""
-        return self._run(None, tile).result()
+        """The elements of the first output of a tile in the work dtype, in a buffer of the workspace."""
+        return self.combine_all(tile)[0]
+
+    def combine_all(self, tile: Tile) -> list[Tensor]:
+        """The elements of each output of a tile in the work dtype, in buffers of the workspace."""
+        return self._run(None, tile).results()
 
     def reduce(self, tile: Tile) -> None:
         """Add a tile to the partial results."""
@@ -70,7 +74,7 @@ class Pass:
         tile.workspace.reset()
         indices = sample_indices(self._reductions[number].size, tile.element, tile.elements)
         if len(indices):
-            self._run((number,), tile.gather(torch.from_numpy(indices)))
+            self._run((number,), tile.gather(torch.from_numpy(indices), self._context.kernel.inputs))
 
     def _collected(self, number: int, reduction: Any) -> Any:
         parts = self._context.partials[number]

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..expression import Extent, Node, Type
 from ..program import Instruction, Slot
-from ..reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.reductions import ColumnSum, Count, Selection, Sum
 from . import counting
 from .block_sums import BlockSums, column_sums
 from .context import PassContext
 from .hashing import hashes
 from .operations import INTEGER_OPERATIONS, OPERATIONS
 from .rounding import round_into
+from .staging import add_ranks, loaded, staged_values
 from .tile import Tile
 
 _DTYPES = {Type.WIDE: torch.float64, Type.FLAG: torch.bool, Type.INTEGER: torch.int64, Type.HASH: torch.int32}
@@ -80,10 +81,9 @@ class ProgramRun:
         for sums, numbers in self._sums.values():
             yield from zip(numbers, sums.partial(), strict=True)
 
-    def result(self) -> Tensor:
-        """The output elements in the work dtype."""
-        assert self.program.result is not None
-        return self._buffer(self.program.result, self._work)
+    def results(self) -> list[Tensor]:
+        """The elements of each output in the work dtype."""
+        return [self._buffer(slot, self._work) for slot in self.program.results]
 
     # --- operands and buffers ----------------------------------------------------------------------------------------
 
@@ -141,7 +141,15 @@ class ProgramRun:
     # --- operations that depend on the tile, or on scalars -----------------------------------------------------------
 
     def _load(self, instruction: Instruction, out: Tensor) -> None:
-        out.copy_(self.tile.inputs[instruction.node.value])
+        index, spec = instruction.node.value, self.owner.kernel.inputs
+        out.copy_(
+            loaded(self.tile.inputs[index])
+            if spec.access(index).aligned
+            else staged_values(self.tile, index, spec).view(out.shape)
+        )
+
+    def _low_rank(self, instruction: Instruction, out: Tensor) -> None:
+        add_ranks(out.view(-1), self.tile, instruction.node.value, self.owner.kernel.inputs)
 
     def _index(self, instruction: Instruction, out: Tensor) -> None:
         first = self.tile.element
@@ -223,6 +231,7 @@ class ProgramRun:
 
 _SPECIAL: Mapping[str, Callable[[ProgramRun, Instruction, Tensor], None]] = {
     "load": ProgramRun._load,
+    "low_rank": ProgramRun._low_rank,
     "index": ProgramRun._index,
     "hash": ProgramRun._hash,
     "selected": ProgramRun._selected,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from ..kernel import Kernel
+from ..spec import InputSpec, Unit
 
 if TYPE_CHECKING:
     import torch
@@ -60,51 +64,115 @@ class Workspace:
 
 
 class Tile:
-    """The same range of elements of every input.
+    """The same range of elements of every aligned input, and what is staged of the others.
 
     Args:
-        inputs: elements of each input in its stored dtype, shape (elements,) if the kernel's unit is the element,
-            else (rows, columns).
+        inputs: elements of each input in its stored dtype. Aligned inputs have the tile's shape; others have the shape
+            (elements,), and all elements that are staged for a range around the tile.
         workspace: scratch memory, which also holds the results.
         element: index of the first element in the tensor, in row-major order.
         key: 64-bit random key of the output tensor; combined with an input's position it gives the input's key.
         positions: position of each input's model in the recipe, for random keys.
+        shape: (elements,) if the kernel's unit is the element, else (rows, columns); None for that of the first input.
+        staged: for each input, the first element and the number of elements of the range that it is staged for; empty
+            if all are aligned.
+        indices: index of each element in the tensor, if they are not consecutive; then the shape is (elements,).
     """
 
-    __slots__ = ("element", "inputs", "key", "positions", "workspace")
+    __slots__ = ("element", "indices", "inputs", "key", "positions", "shape", "staged", "workspace")
 
     def __init__(
-        self, inputs: Sequence[Tensor], workspace: Workspace, *, element: int, key: int, positions: Sequence[int]
+        self,
+        inputs: Sequence[Tensor],
+        workspace: Workspace,
+        *,
+        element: int,
+        key: int,
+        positions: Sequence[int],
+        shape: Sequence[int] | None = None,
+        staged: Sequence[tuple[int, int]] = (),
+        indices: Tensor | None = None,
     ) -> None:
         self.inputs = inputs
         self.workspace = workspace
         self.element = element
         self.key = key
         self.positions = positions
-
-    @property
-    def shape(self) -> torch.Size:
-        """(elements,) or (rows, columns)."""
-        return self.inputs[0].shape
+        self.shape = tuple(inputs[0].shape if shape is None else shape)
+        self.staged = staged
+        self.indices = indices
 
     @property
     def elements(self) -> int:
         """The number of elements."""
-        return self.inputs[0].numel()
+        return math.prod(self.shape)
 
-    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Take an uninitialized workspace buffer of the tile's shape, by default in the work dtype."""
-        first = self.inputs[0]
-        buffer = self.workspace.take(first.numel(), dtype)
-        return buffer if first.ndim == 1 else buffer.view(first.shape)
+    def gather(self, indices: Tensor, spec: InputSpec) -> Tile:
+        """A flat tile of some elements, with the same workspace.
 
-    def load(self, index: int, out: Tensor | None = None) -> Tensor:
-        """Convert input `index` to the work dtype, which is exact, in `out` or in a new buffer."""
-        buffer = self.empty() if out is None else out
-        return buffer.copy_(self.inputs[index])
-
-    def gather(self, indices: Tensor) -> Tile:
-        """A flat tile of the elements at the given indices, with the same workspace."""
+        Args:
+            indices: index in the tile of each element.
+            spec: inputs of the kernel.
+        """
         indices = indices.to(self.inputs[0].device)
-        inputs = [x.reshape(-1).index_select(0, indices) for x in self.inputs]
-        return Tile(inputs, self.workspace, element=self.element, key=self.key, positions=self.positions)
+        return Tile(
+            [
+                x.reshape(-1).index_select(0, indices) if spec.access(number).aligned else x
+                for number, x in enumerate(self.inputs)
+            ],
+            self.workspace,
+            element=self.element,
+            key=self.key,
+            positions=self.positions,
+            shape=indices.shape,
+            staged=self.staged,
+            indices=indices + self.element,
+        )
+
+
+def tiles(
+    kernel: Kernel,
+    inputs: Sequence[Tensor],
+    workspace: Workspace,
+    length: int,
+    *,
+    element: int,
+    elements: int,
+    key: int,
+    positions: Sequence[int],
+    staged: Sequence[tuple[int, int]] = (),
+) -> Iterator[tuple[slice, Tile]]:
+    """Yield the tiles of a chunk in order, each with its range in the chunk; the workspace is empty at the start.
+
+    Args:
+        kernel: kernel.
+        inputs: one-dimensional tensor of each input in its stored dtype: the chunk's elements of an aligned input, and
+            what is staged of another one.
+        workspace: scratch memory.
+        length: number of elements of a tile, a multiple of the kernel's alignment.
+        element: index of the chunk's first element in the tensor.
+        elements: number of elements of the chunk.
+        key: as for `Tile`.
+        positions: as for `Tile`.
+        staged: as for `Tile`; empty if all inputs are staged for the chunk.
+    """
+    spec = kernel.inputs
+    staged = staged or [(element, elements)] * len(inputs)
+    for start in range(0, elements, max(1, length)):
+        part = slice(start, min(start + length, elements))
+        count = part.stop - start
+        workspace.reset()
+        shape = (count,) if kernel.unit is Unit.ELEMENT else (count // spec.columns, spec.columns)
+        parts = [x[part].view(shape) if spec.access(number).aligned else x for number, x in enumerate(inputs)]
+        yield (
+            part,
+            Tile(
+                parts,
+                workspace,
+                element=element + start,
+                key=key,
+                positions=positions,
+                shape=shape,
+                staged=staged,
+            ),
+        )

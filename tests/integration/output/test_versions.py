@@ -19,7 +19,8 @@ from mergeloom.engine.run.verify import verify
 from mergeloom.errors import UsageError
 from mergeloom.io.output.journal import FORMAT, Journal, read_journal
 from mergeloom.io.output.lock import WORK
-from mergeloom.methods.kernel import composition, expression, kernel, language, method, reductions, signature, spec
+from mergeloom.methods.kernel import composition, expression, kernel, language, method, signature, spec
+from mergeloom.methods.kernel.reduction import reductions
 from tests.support.models import FineTune, Random, write_checkpoint
 from tests.support.outputs import digests
 from tests.support.paths import ROOT

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergeloom.io.safetensors.dtypes import DTYPES, Kind
+from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.methods import Array, Inputs, merge_methods
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.fused.passes import FusedPass
 from mergeloom.methods.kernel.fused.run import Chunk
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.method import Method
-from mergeloom.methods.kernel.spec import Absent, Base, InputSpec, Unit
+from mergeloom.methods.kernel.spec import Absent, Base, InputSpec
 from mergeloom.methods.kernel.torch_backend.passes import Pass
-from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace
+from mergeloom.methods.kernel.torch_backend.tile import Tile, Workspace, tiles
 
 
 def method_of(function: Callable[[Inputs], Array]) -> Method:
@@ -47,16 +50,21 @@ class Run:
     """The result of running a kernel.
 
     Args:
-        output: merged tensor in the work dtype.
+        outputs: each merged tensor in the work dtype.
         passes: number of passes over the tiles.
         declared: declared workspace of the largest tile in bytes.
         used: peak use of the workspace in bytes.
     """
 
-    output: Tensor
+    outputs: list[Tensor]
     passes: int
     declared: int
     used: int
+
+    @property
+    def output(self) -> Tensor:
+        """The first merged tensor."""
+        return self.outputs[0]
 
 
 @dataclass
@@ -64,22 +72,23 @@ class FusedRun:
     """The result of running a kernel's compiled loops.
 
     Args:
-        output: bytes of the merged tensor.
+        outputs: bytes of each merged tensor.
         passes: number of passes over the chunks.
         beyond: whether a value is NaN or beyond the largest number of the dtype.
     """
 
-    output: bytes
+    outputs: list[bytes]
     passes: int
     beyond: bool
 
+    @property
+    def output(self) -> bytes:
+        """The bytes of the first merged tensor."""
+        return self.outputs[0]
 
-NAMES = {
-    getattr(torch, dtype.torch_name): name
-    for name, dtype in DTYPES.items()
-    if dtype.torch_name and dtype.kind is Kind.FLOAT
-}
-"""The names of floating-point dtypes in a safetensors header."""
+
+NAMES = {getattr(torch, dtype.torch_name): name for name, dtype in DTYPES.items() if dtype.torch_name}
+"""The names of torch's dtypes in a safetensors header."""
 
 
 def run_kernel(
@@ -87,43 +96,62 @@ def run_kernel(
     inputs: Sequence[Tensor],
     tile_elements: int | None = None,
     *,
+    chunk_elements: int | None = None,
     key: int = 0,
     positions: Sequence[int] | None = None,
 ) -> Run:
-    """Run a kernel over tiles of about `tile_elements` elements, or over one tile if None."""
-    shape = inputs[0].shape
-    flat = [x.reshape(-1) for x in inputs]
-    size = flat[0].numel()
+    """Run a kernel over tiles of about `tile_elements` elements, or over one tile if None.
+
+    Inputs that are not aligned are staged for chunks of about `chunk_elements` elements, or for one chunk if None.
+    """
+    shape, size = kernel.inputs.shape, math.prod(kernel.inputs.shape)
     dtype = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
-    step = size if tile_elements is None else max(1, tile_elements // kernel.alignment) * kernel.alignment
+    step, chunk = (
+        size if elements is None else max(1, elements // kernel.alignment) * kernel.alignment
+        for elements in (tile_elements, chunk_elements)
+    )
     declared = kernel.workspace(min(step, size), dtype.itemsize)
     workspace = Workspace(torch.empty(declared, dtype=torch.uint8, device=inputs[0].device), dtype)
 
-    def tiles() -> Any:
-        for start in range(0, size, max(1, step)):
-            workspace.reset()
-            parts = [x[start : start + step] for x in flat]
-            if kernel.unit is not Unit.ELEMENT:
-                parts = [x.view(-1, kernel.inputs.columns) for x in parts]
-            yield Tile(parts, workspace, element=start, key=key, positions=positions or range(len(flat)))
+    def all_tiles() -> Iterator[Tile]:
+        for start in range(0, size, max(1, chunk)):
+            count = min(chunk, size - start)
+            staged = [staged_elements(kernel.inputs, number, x, start, count) for number, x in enumerate(inputs)]
+            places = positions or range(len(inputs))
+            cut = tiles(kernel, staged, workspace, step, element=start, elements=count, key=key, positions=places)
+            for _, tile in cut:
+                yield tile
 
     def reduce(index: int, state: Any) -> Any:
         merged = None
-        for tile in tiles():  # each tile as a chunk of its own
+        for tile in all_tiles():  # the results of each tile are merged as those of a chunk
             run = Pass(kernel, index, state, workspace)
             run.reduce(tile)
             merged = kernel.merge(index, merged, run.result())
         return merged
 
     passes, state = reduced(kernel, reduce)
-    output = torch.empty(size, dtype=dtype, device=inputs[0].device)
+    outputs = [torch.empty(size, dtype=dtype, device=inputs[0].device) for _ in kernel.outputs]
     final = Pass(kernel, None, state, workspace)
-    for tile in tiles():
-        result = final.combine(tile)
-        assert result.shape == tile.shape
-        assert result.dtype == dtype
-        output[tile.element : tile.element + tile.elements] = result.reshape(-1)
-    return Run(output.view(shape), passes, declared, workspace.peak)
+    for tile in all_tiles():
+        for output, result in zip(outputs, final.combine_all(tile), strict=True):
+            assert result.shape == tile.shape
+            assert result.dtype == dtype
+            output[tile.element : tile.element + tile.elements] = result.reshape(-1)
+    return Run([output.view(shape) for output in outputs], passes, declared, workspace.peak)
+
+
+def staged_elements(spec: InputSpec, number: int, part: Tensor, first: int, count: int) -> Tensor:
+    """What is staged of a complete input for a range of the output's elements, one-dimensional."""
+    flat = part.contiguous().view(-1)
+    spans = spec.access(number).spans(spec.shape, spec.part(number), first, count)
+    pieces = [
+        torch.zeros(span.length, dtype=torch.uint8).repeat_interleave(flat.itemsize).view(flat.dtype)
+        if span.start < 0
+        else flat[span.start : span.start + span.length]
+        for span in spans
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat([x.view(torch.uint8) for x in pieces]).view(flat.dtype)
 
 
 def reduced(kernel: Kernel, reduce: Callable[[int, Any], Any]) -> tuple[int, Any]:
@@ -146,9 +174,11 @@ def run_fused(
     inputs: Sequence[Tensor],
     chunk_elements: int | None = None,
     *,
-    out: torch.dtype | None = None,
+    out: torch.dtype | Sequence[torch.dtype] | None = None,
     key: int = 0,
     positions: Sequence[int] | None = None,
+    threads: int = 1,
+    complete: bool = False,
 ) -> FusedRun:
     """Run a kernel's compiled loops over chunks of about `chunk_elements` elements, or over one chunk if None.
 
@@ -156,39 +186,55 @@ def run_fused(
         kernel: the kernel.
         inputs: its inputs.
         chunk_elements: number of elements of a chunk, which is rounded to the kernel's alignment.
-        out: dtype of the output; the work dtype if None.
+        out: dtype of the output, or of each output; the work dtype if None.
         key: random key of the output tensor.
         positions: position in the recipe of each input's model.
+        threads: number of threads that compute chunks at the same time.
+        complete: whether all elements of inputs that are not aligned are staged for each chunk.
     """
     work = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
-    out = out or work
-    compiled = Compiled(kernel, [NAMES[x.dtype] for x in inputs], NAMES[out])
-    data = [(memoryview(x.contiguous().view(-1).view(torch.uint8).numpy()), x.element_size()) for x in inputs]
-    size = inputs[0].numel()
+    outs = [out or work] if out is None or isinstance(out, torch.dtype) else out
+    compiled = Compiled(kernel, [NAMES[x.dtype] for x in inputs], *(NAMES[each] for each in outs))
+    size = math.prod(kernel.inputs.shape)
     step = size if chunk_elements is None else max(1, chunk_elements // kernel.alignment) * kernel.alignment
-    scratch = torch.empty(compiled.scratch + 64, dtype=torch.uint8)
-    scratch = scratch[-scratch.data_ptr() % 64 :][: compiled.scratch]
+    own = threading.local()
+
+    def scratch() -> Any:
+        if not hasattr(own, "scratch"):
+            memory = torch.empty(compiled.scratch + 64, dtype=torch.uint8)
+            own.scratch = memory[-memory.data_ptr() % 64 :][: compiled.scratch].numpy()
+        return own.scratch
 
     def chunks() -> Iterator[Chunk]:
         for start in range(0, size, max(1, step)):
             count = min(step, size - start)
-            parts = [all_bytes[start * width : (start + count) * width] for all_bytes, width in data]
-            yield Chunk(parts, start, count, key, positions or range(len(inputs)))
+            ranges = [
+                (0, size) if complete and not kernel.inputs.access(number).aligned else (start, count)
+                for number in range(len(inputs))
+            ]
+            staged = [staged_elements(kernel.inputs, number, x, *ranges[number]) for number, x in enumerate(inputs)]
+            parts = [memoryview(x.view(torch.uint8).numpy()) for x in staged]
+            yield Chunk(parts, start, count, key, positions or range(len(inputs)), ranges if complete else ())
 
     def reduce(index: int, state: Any) -> Any:
         merged = None
-        for chunk in chunks():
-            partial = FusedPass(compiled, index, state, scratch.numpy()).reduce(chunk)
+        for partial in pool.map(lambda chunk: FusedPass(compiled, index, state, scratch()).reduce(chunk), chunks()):
             merged = kernel.merge(index, merged, partial)
         return merged
 
-    passes, state = reduced(kernel, reduce)
-    output = torch.full((size,), 77, dtype=torch.uint8).repeat_interleave(out.itemsize)
-    beyond = False
-    for chunk in chunks():
-        part = output[chunk.element * out.itemsize : (chunk.element + chunk.elements) * out.itemsize].numpy()
-        beyond |= FusedPass(compiled, None, state, scratch.numpy()).combine(chunk, memoryview(part))
-    return FusedRun(output.numpy().tobytes(), passes, beyond)
+    def combine(chunk: Chunk) -> bool:
+        parts = [
+            memoryview(output[chunk.element * width : (chunk.element + chunk.elements) * width].numpy())
+            for output, width in zip(outputs, widths, strict=True)
+        ]
+        return FusedPass(compiled, None, state, scratch()).combine(chunk, *parts)
+
+    with ThreadPoolExecutor(threads) as pool:
+        passes, state = reduced(kernel, reduce)
+        widths = [each.itemsize for each in outs]
+        outputs = [torch.full((size * width,), 77, dtype=torch.uint8) for width in widths]
+        beyond = any(list(pool.map(combine, chunks())))
+    return FusedRun([output.numpy().tobytes() for output in outputs], passes, beyond)
 
 
 def merge(

@@ -24,8 +24,10 @@ import torch
 
 from mergeloom.methods.kernel.expression import Extent, HostCall, Node, Type
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.reductions import ColumnSum, Count, Selection, Sum
-from mergeloom.methods.kernel.target import Target
+from mergeloom.methods.kernel.reduction.reductions import ColumnSum, Count, Selection, Sum
+from mergeloom.methods.kernel.reduction.target import Target
+from mergeloom.methods.kernel.spec import InputSpec
+from tests.support.methods.oracle_accesses import expanded, low_rank_product
 from tests.support.methods.oracle_numbers import Numbers, hashes, loaded, rounded, stored
 
 __all__ = ["evaluate", "hashes", "rounded", "stored"]
@@ -37,16 +39,24 @@ COLUMNS = 1 << 11
 def evaluate(
     kernel: Kernel, inputs: Sequence[torch.Tensor], *, key: int = 0, positions: Sequence[int] | None = None
 ) -> Numbers:
-    """The output of a kernel in the work dtype.
+    """The first output of a kernel in the work dtype; see `evaluate_all`."""
+    return evaluate_all(kernel, inputs, key=key, positions=positions)[0]
+
+
+def evaluate_all(
+    kernel: Kernel, inputs: Sequence[torch.Tensor], *, key: int = 0, positions: Sequence[int] | None = None
+) -> list[Numbers]:
+    """The outputs of a kernel in the work dtype.
 
     Args:
         kernel: the kernel, of which only the expression graph is used.
-        inputs: its inputs.
+        inputs: its inputs, complete and in the shapes that they are stored in.
         key: random key of the output tensor.
         positions: position in the recipe of each input's model.
     """
     with np.errstate(all="ignore"):
-        return Evaluation(inputs, key, positions or range(len(inputs))).output(kernel.output)
+        evaluation = Evaluation(kernel.inputs, inputs, key, positions or range(len(inputs)))
+        return [evaluation.output(node) for node in kernel.outputs]
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -56,15 +66,16 @@ class Evaluation:
     """The values of the nodes of one expression graph.
 
     Args:
+        spec: shape and accesses of the inputs.
         inputs: as for `evaluate`.
         key: as for `evaluate`.
         positions: as for `evaluate`.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], key: int, positions: Sequence[int]) -> None:
+    def __init__(self, spec: InputSpec, inputs: Sequence[torch.Tensor], key: int, positions: Sequence[int]) -> None:
         self.work: Any = np.float64 if any(x.dtype is torch.float64 for x in inputs) else np.float32
-        self.inputs, self.key, self.positions = inputs, key, positions
-        self.shape = tuple(inputs[0].shape) or (1,)
+        self.spec, self.inputs, self.key, self.positions = spec, inputs, key, positions
+        self.shape = spec.shape or (1,)
         self.row_shape, self.column_shape = (*self.shape[:-1], 1), (1, *self.shape[1:])
         self.known: dict[int, Any] = {}
 
@@ -75,7 +86,7 @@ class Evaluation:
         result: Numbers = self.known[id(node)]
         assert result.shape == self.shape
         assert result.dtype == self.work
-        return result.reshape(self.inputs[0].shape)
+        return result.reshape(self.spec.shape)
 
     def _value(self, node: Node) -> Any:
         op = node.op
@@ -115,7 +126,12 @@ class Evaluation:
     # --- inputs and random numbers -----------------------------------------------------------------------------------
 
     def load(self, node: Node) -> Numbers:
-        return loaded(self.inputs[node.value], self.work).reshape(self.shape)
+        values = loaded(self.inputs[node.value], self.work)
+        return expanded(values, self.spec.access(node.value), self.shape).reshape(self.shape)
+
+    def low_rank(self, node: Node) -> Numbers:
+        left, right = (loaded(self.inputs[index], self.work) for index in node.value)
+        return low_rank_product(left, right).reshape(self.shape)
 
     def index(self, node: Node) -> Numbers:
         return np.arange(math.prod(self.shape), dtype=np.int64).reshape(self.shape)
@@ -318,8 +334,8 @@ def _keys(magnitudes: Numbers) -> Numbers:
 SPECIAL: Mapping[str, Callable[[Evaluation, Node], Any]] = {
     name: getattr(Evaluation, name)
     for name in (
-        *("load", "index", "hash", "fraction", "host", "item", "reduce", "threshold", "magnitude", "selected"),
-        *("row_sum", "row_max", "row_rank", "fill", "round"),
+        *("load", "low_rank", "index", "hash", "fraction", "host", "item", "reduce", "threshold", "magnitude"),
+        *("selected", "row_sum", "row_max", "row_rank", "fill", "round"),
     )
 }
 

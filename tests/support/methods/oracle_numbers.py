@@ -91,6 +91,12 @@ def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:
 
 def loaded(tensor: torch.Tensor, work: Any) -> Numbers:
     """The values of an input in the work dtype, which is exact."""
+    if tensor.dtype is torch.float8_e8m0fnu:
+        exponents = tensor.contiguous().view(torch.uint8).numpy()
+        powers: Numbers = np.where(exponents == 255, np.nan, np.ldexp(1.0, exponents.astype(np.int32) - 127)).astype(
+            work
+        )
+        return powers
     if tensor.dtype in EIGHT_BITS:
         decoded: Numbers = tensor.to(torch.float32).numpy().astype(work)
         return decoded

@@ -44,7 +44,7 @@ TESTS = {
     "engine/execute/tasks.py": _STATES,
     "engine/run/buffers.py": ("tests/unit/run/test_buffers.py",),
     "engine/run/recovery/records.py": ("tests/unit/run/test_records.py", "tests/unit/run/test_shard_writer.py"),
-    "methods/kernel/selection.py": ("tests/unit/methods/test_selection.py",),
+    "methods/kernel/reduction/selection.py": ("tests/unit/methods/test_selection.py",),
 }
 """The test files that run against each module's mutants, the quickest first."""
 SECONDS = 240

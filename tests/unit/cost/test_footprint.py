@@ -16,8 +16,9 @@ from mergeloom.engine.cost.measure_torch_memory import allocations, footprint
 from mergeloom.engine.execute.compute.torch_computer import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.requirements import PAGE
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.tiling import tile_length
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
@@ -81,7 +82,7 @@ def check_a_tile(case: Case, dtype: DType, name: torch.dtype) -> None:
     elements, width = 1024 * 512, 8 if dtype is F64 else 4
     found = footprint(Operation(Kind.MERGE, case.method, kernel=kernel), (dtype,) * case.models, BF16)
     assert found.workspace.at(elements) <= kernel.workspace(elements, width)  # the declaration holds
-    piece = Piece(kernel, fine_tunes(case, shape, name), 0, 5, tuple(range(case.models)), elements)
+    piece = Piece(kernel, fine_tunes(case, shape, name), 0, 5, tuple(range(case.models)), elements, elements)
     space = Workspace(torch.empty(kernel.workspace(elements, width), dtype=torch.uint8), torch.float32)
     out = torch.empty(elements, dtype=torch.bfloat16)
     allowed = found.allocated.at(elements) + MIB
@@ -111,7 +112,7 @@ def test_ramplus_counts_without_copies_of_the_tile() -> None:
     case = next(case for case in CASES if case.method == "ramplus_tl")
     shape, elements = (1024, 512), 1024 * 512
     kernel = bound(case, shape)
-    piece = Piece(kernel, fine_tunes(case, shape, torch.bfloat16), 0, 5, tuple(range(case.models)), elements)
+    piece = Piece(kernel, fine_tunes(case, shape, torch.bfloat16), 0, 5, tuple(range(case.models)), elements, elements)
     space = Workspace(torch.empty(kernel.workspace(elements, 4), dtype=torch.uint8), torch.float32)
     reduce_chunk(piece, 0, None, space)
     with allocations() as counting:

@@ -19,7 +19,8 @@ from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.ledger import RAM
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, Operation
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, UsageError
 from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.methods import host

@@ -15,7 +15,8 @@ from mergeloom.engine.execute.compute.runner import KernelRunner
 from mergeloom.engine.execute.devices.base import Device
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.io import task_group
 from mergeloom.io.counters import IoCounters
 from tests.support.blueprints import ELEMENTS, SLOT

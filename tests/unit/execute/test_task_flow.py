@@ -9,7 +9,8 @@ from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.slot_allocator import SlotAllocator
 from mergeloom.engine.execute.task_flow import TaskFlow
 from mergeloom.engine.execute.tasks import ChunkTask, ReadTask, TaskState
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from tests.support.blueprints import ELEMENTS, SLOT
 from tests.support.devices import CountingDevice
 from tests.support.graphs import World

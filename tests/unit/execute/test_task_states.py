@@ -14,7 +14,8 @@ from mergeloom.engine.execute.devices.base import Device
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.tasks import ChunkTask, TaskState
 from mergeloom.engine.graph.graph import Kind
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import Schedule, make_schedule
 from tests.support.blueprints import SLOT, Blueprint, blueprints, build, execute
 from tests.support.devices import CountingDevice
 from tests.support.graphs import World

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mergeloom.methods import Array, Inputs, add, where
 from mergeloom.methods.kernel import kernel as kernels
-from mergeloom.methods.kernel import selection
 from mergeloom.methods.kernel.expression import Type
-from mergeloom.methods.kernel.selection import Search, Threshold, initial_bracket, sample_indices
-from mergeloom.methods.kernel.target import Target
+from mergeloom.methods.kernel.reduction import selection
+from mergeloom.methods.kernel.reduction.selection import Search, Threshold, initial_bracket, sample_indices
+from mergeloom.methods.kernel.reduction.target import Target
 from mergeloom.methods.kernel.torch_backend import counting
 from tests.support.methods.kernels import kernel_of, run_kernel
 

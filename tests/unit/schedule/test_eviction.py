@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule import simulate as simulate_module
-from mergeloom.engine.schedule.simulate import SimulatedCache, Simulation
+from mergeloom.engine.schedule import simulated_cache
+from mergeloom.engine.schedule.simulate import Simulation
+from mergeloom.engine.schedule.simulated_cache import SimulatedCache
 from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead, chunk_elements
 from tests.support.graphs import World
@@ -74,7 +75,7 @@ def simulate(problem: Problem, *, short: int = 0) -> tuple[Simulation, Names]:
         numbers[node] = world.node(kind, [reads[source] for source in sources])
     devices = [0] * len(problem.nodes)
     chunks = chunk_elements(world.graph, SLOT)
-    simulation = Simulation(world.graph, chunks, problem.ram_slots, (0,), devices, problem.window)
+    simulation = Simulation(world.graph, chunks, SLOT, problem.ram_slots, (0,), devices, problem.window)
     simulation.run([numbers[node] for node in range(len(problem.nodes))])
     return simulation, {read: source for source, read in reads.items()}
 
@@ -231,14 +232,14 @@ def test_removing_stale_entries_changes_nothing(problem: Problem) -> None:
     found = []
     for stale in (-1000, 0, 10**9):  # always, when there are more of them than live ones, never
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(simulate_module, "MAX_STALE", stale)
+            patch.setattr(simulated_cache, "MAX_STALE", stale)
             found.append(simulate(problem)[0].steps)
     assert found[0] == found[1] == found[2]
 
 
 def test_stale_entries_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room in RAM nothing is dropped, and each pass of each node would leave some behind."""
-    monkeypatch.setattr(simulate_module, "MAX_STALE", 10)
+    monkeypatch.setattr(simulated_cache, "MAX_STALE", 10)
     cache = SimulatedCache(1)
     for position in range(1000):
         cache.put(ChunkedRead(position % 3, 16), CachedRange(0, 0, 1), 0, position)

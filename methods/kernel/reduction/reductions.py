@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .spec import BLOCK
+from ..spec import BLOCK
 from .target import Target
 
 if TYPE_CHECKING:

@@ -1,0 +1,73 @@
+"""Orders of the nodes that are worth simulating."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..graph.graph import MergeGraph
+from .tiling import clusters
+
+
+def orders(graph: MergeGraph) -> Iterator[list[int]]:
+    """Yield orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
+    tasks, users, positions = graph.tasks(), graph.users(), _positions(graph)
+    by_position = sorted(tasks, key=positions.__getitem__)
+    shares = bool(clusters(graph))
+    tried: list[list[int]] = []
+    for number in range(3 if shares else 1):
+        order = by_position if number == 0 else tasks if number == 2 else _together(graph, by_position, positions)
+        if users:  # each node comes right before the first one that uses it
+            order = _sources_first(graph, [node for node in order if node not in users])
+        if order not in tried:
+            tried.append(order)
+            yield order
+
+
+def _positions(graph: MergeGraph) -> list[tuple[int, int]]:
+    """Return for each node the file and the offset of the first read that it is computed from."""
+    files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
+    positions = []
+    for sources in graph.node_sources:
+        value = sources[0]
+        while value < 0:
+            value = graph.node_sources[~value][0]
+        positions.append((files[graph.reads[value].file], graph.reads[value].offset))
+    return positions
+
+
+def _together(graph: MergeGraph, order: Sequence[int], positions: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the nodes with those that share reads one after another."""
+    consumers = graph.consumers()
+    together: list[int] = []
+    seen: set[int] = set()
+    for start in order:
+        stack = [start]
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            together.append(node)
+            reads = [value for value in graph.node_sources[node] if value >= 0]
+            neighbours = {other for read in reads for other in consumers[read]} - seen
+            stack.extend(sorted(neighbours, key=positions.__getitem__, reverse=True))
+    return together
+
+
+def _sources_first(graph: MergeGraph, order: Sequence[int]) -> list[int]:
+    """Return the nodes of an order and all nodes that they use, each after its sources and as late as possible."""
+    done: set[int] = set()
+    result = []
+    for root in order:
+        stack = [(root, False)]
+        while stack:
+            node, ready = stack.pop()
+            if node in done:
+                continue
+            if ready:
+                done.add(node)
+                result.append(node)
+                continue
+            stack.append((node, True))
+            stack += [(~value, False) for value in reversed(graph.node_sources[node]) if value < 0]
+    return result

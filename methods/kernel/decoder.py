@@ -1,0 +1,73 @@
+"""Decoders compute a value from its stored parts, such as the codes and scales of a quantized tensor; encoders do the
+reverse.
+
+    FP8_BLOCKS = Decoder("fp8 blocks", lambda codes, scales: codes * scales)
+
+A decoder is written in the vocabulary of merge methods. Its parts are arrays of the value's shape, whichever elements
+of them an access takes; the factors of a low-rank product are the exception, see `low_rank`. Reductions and random
+numbers need the inputs of a method, so a decoder has none, and a composition inlines it into a method's loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .kernel import Kernel
+from .language import Inputs, low_rank
+from .method import traced
+from .spec import InputSpec
+
+__all__ = ["Decoder", "Encoder", "low_rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A function from parts to a value.
+
+    Args:
+        name: name of the format, for error messages.
+        function: ``function(*parts, **parameters)`` returns the value as an `Array`.
+    """
+
+    name: str
+    function: Callable[..., Any]
+
+    def kernel(self, inputs: InputSpec, parameters: Mapping[str, Any]) -> Kernel:
+        """Trace the decoder for the parts of one value.
+
+        Args:
+            inputs: parts, with their accesses and shapes; the base is ignored.
+            parameters: numbers that the tensor's format or adapter gives, such as a scale; not those of a recipe.
+
+        Raises:
+            MethodDefinitionError: the decoder uses an operation that does not exist, or returns no array.
+        """
+        inputs = replace(inputs, base=None)
+        symbolic = Inputs(inputs)
+        outputs = traced(f"decoder {self.name}", self.function, symbolic.inputs, parameters, symbolic.trace)
+        return Kernel(inputs, outputs, (self, dict(parameters)))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A function from a value to the numbers of several tensors that are stored in its place.
+
+    Args:
+        name: name of the format, for error messages.
+        function: ``function(value, **parameters)`` returns an `Array` for each tensor, as a tuple if there are several.
+        count: number of tensors.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    count: int
+
+    def kernel(self, inputs: InputSpec, parameters: Mapping[str, Any]) -> Kernel:
+        """Trace the encoder for one value, which is the only input; see `Decoder.kernel`."""
+        inputs = replace(inputs, base=None)
+        symbolic = Inputs(inputs)
+        name, count = f"encoder {self.name}", self.count
+        outputs = traced(name, self.function, symbolic.inputs, parameters, symbolic.trace, count)
+        return Kernel(inputs, outputs, (self, dict(parameters)))

@@ -1,0 +1,202 @@
+"""Native functions that fill a buffer with values that are computed from staged elements; see `staging`.
+
+``fill(state, out, first, count)`` computes the values of elements [first, first + count) of the output. Elements are
+taken row by row. Of a chunk whose elements are gathered, `first` counts from the chunk's first element, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from .assembly import Function, literal
+from .formats import STORED, decoded
+from .operations import converted
+from .staging import BlockField, Field, LowRankField, TransposedField
+
+_RANKS = 8
+"""Ranks that are added in one loop over the columns, which loads and stores the sums once."""
+
+
+def fill_functions(names: set[str]) -> str:
+    """The assembly of fills with these names, see `Fill.function`, and of what they call."""
+    called: dict[str, str] = {}
+    text = ""
+    for name in sorted(names):
+        _, kind, *dtypes, work = name.split(".")
+        text += _KINDS[kind](name, dtypes, work, called)
+    return "".join(called.values()) + text
+
+
+# --- pieces of rows --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _pieces(f: Function) -> Iterator[tuple[str, str, str, str]]:
+    """A loop over the parts of the elements that lie in one row, and follow each other.
+
+    Yields:
+        The row, the first column, the number of elements before the part, and its own.
+    """
+    columns, start, gathered = (
+        f.load("%state", field, "i64") for field in (Field.COLUMNS, Field.START, Field.GATHERED)
+    )
+    gathered = f.value(f"icmp ne i64 {gathered}, 0")
+    length: list[str] = []
+    with f.loop("%count", length) as (done, _, _):
+        place = f.value(f"add i64 %first, {done}")
+        in_chunk = f.value(f"sub i64 {place}, {start}")
+        listed, run = (_listed(f, field, in_chunk, gathered) for field in (Field.INDICES, Field.RUNS))
+        element = f.value(f"select i1 {gathered}, i64 {listed}, i64 {place}")
+        row, column = f.value(f"udiv i64 {element}, {columns}"), f.value(f"urem i64 {element}, {columns}")
+        room = f.smaller(f.value(f"sub i64 {columns}, {column}"), f.value(f"sub i64 %count, {done}"))
+        size = f.smaller(room, run)
+        yield row, column, done, size
+        length.append(size)
+
+
+def _listed(f: Function, field: Field, index: str, gathered: str) -> str:
+    """An item of a list; a large number if the elements are not gathered."""
+    item = f.at(f.load("%state", field, "ptr"), index, "i64")
+    pointer = f.value(f"select i1 {gathered}, ptr {item}, ptr {f.at('%state', Field.FAR, 'i64')}")
+    return f.load(pointer, 0, "i64")
+
+
+def _function(name: str) -> Function:
+    arguments = [("ptr noalias", "state"), ("ptr noalias", "out"), ("i64", "first"), ("i64", "count")]
+    return Function(name, "void", arguments)
+
+
+def _read(f: Function, pointer: str, index: str | int, dtype: str, work: str) -> str:
+    """A stored number as a number of the work dtype."""
+    raw = f.load(pointer, index, STORED[dtype].stored)
+    return converted(f, *decoded(f, raw, dtype), work)
+
+
+# --- the kinds -------------------------------------------------------------------------------------------------------
+
+
+def _blocks(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
+    """The element of each block, repeated."""
+    (dtype,) = dtypes
+    f = _function(name)
+    stored = STORED[dtype].stored
+    rows, data, origin = (f.load("%state", each, "i64") for each in (Field.ROWS, Field.DATA, Field.ORIGIN))
+    data = f.value(f"inttoptr i64 {data} to ptr")
+    height, width, matrix_rows, blocks = (f.load("%state", field, "i64") for field in BlockField)
+    with _pieces(f) as (row, column, done, size):
+        matrix, within = f.value(f"udiv i64 {row}, {rows}"), f.value(f"urem i64 {row}, {rows}")
+        before = f.value(f"sub i64 {f.value(f'mul i64 {matrix}, {matrix_rows}')}, {origin}")
+        line = f.value(f"add i64 {before}, {f.value(f'udiv i64 {within}, {height}')}")
+        source = f.at(data, f.value(f"mul i64 {line}, {blocks}"), stored)
+        repeat, convert = (f"{each}.{dtype}.{work}" for each in ("repeat", "convert"))
+        called[repeat], called[convert] = _repeat(repeat, dtype, work), _convert(convert, dtype, work)
+        singles = f.value(f"select i1 {f.value(f'icmp eq i64 {width}, 1')}, i64 {size}, i64 0")
+        others = f.value(f"sub i64 {size}, {singles}")
+        out, first = f.at("%out", done, work), f.at(source, column, stored)
+        f.do(f"call void @{convert}(ptr {out}, ptr {first}, i64 1, i64 {singles})")
+        f.do(f"call void @{repeat}(ptr {out}, ptr {source}, i64 {column}, i64 {others}, i64 {width})")
+    return f.text()
+
+
+def _repeat(name: str, dtype: str, work: str) -> str:
+    """``repeat(out, source, column, count, width)``: each element of the source for `width` columns."""
+    pointers = [("ptr noalias", "out"), ("ptr noalias", "source")]
+    f = Function(name, "void", [*pointers, ("i64", "column"), ("i64", "count"), ("i64", "width")])
+    block = f.value("udiv i64 %column, %width")
+    before = f.value("urem i64 %column, %width")
+    length: list[str] = []
+    with f.loop("%count", length, [("i64", block), ("i64", before)]) as (done, (block, before), following):
+        room = f.value(f"sub i64 %width, {before}")
+        size = f.smaller(room, f.value(f"sub i64 %count, {done}"))
+        value = _read(f, "%source", block, dtype, work)
+        out = f.at("%out", done, work)
+        with f.loop(size) as (i, _, _):
+            f.store(value, out, i, work)
+        length.append(size)
+        following += [f.value(f"add i64 {block}, 1"), "0"]
+    return f.text()
+
+
+def _convert(name: str, dtype: str, work: str) -> str:
+    """``convert(out, source, stride, count)``: elements that are `stride` elements apart."""
+    arguments = [("ptr noalias", "out"), ("ptr noalias", "source"), ("i64", "stride"), ("i64", "count")]
+    f = Function(name, "void", arguments)
+    with f.loop("%count") as (i, _, _):
+        f.store(_read(f, "%source", f.value(f"mul i64 {i}, %stride"), dtype, work), "%out", i, work)
+    return f.text()
+
+
+def _transposed(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
+    """The elements of a row, each in another staged column."""
+    (dtype,) = dtypes
+    f = _function(name)
+    rows, columns, data, origin = (
+        f.load("%state", field, "i64") for field in (Field.ROWS, Field.COLUMNS, Field.DATA, Field.ORIGIN)
+    )
+    data = f.value(f"inttoptr i64 {data} to ptr")
+    step, low, first, middle, last, last_matrix = (f.load("%state", field, "i64") for field in TransposedField)
+    with _pieces(f) as (row, column, done, size):
+        matrix = f.value(f"sub i64 {f.value(f'udiv i64 {row}, {rows}')}, {origin}")
+        is_first, is_last = f.value(f"icmp eq i64 {matrix}, 0"), f.value(f"icmp eq i64 {matrix}, {last_matrix}")
+        length = f.value(f"select i1 {is_last}, i64 {last}, i64 {middle}")
+        length = f.value(f"select i1 {is_first}, i64 {first}, i64 {length}")
+        before = f.value(f"mul i64 {f.value(f'sub i64 {matrix}, 1')}, {middle}")
+        before = f.value(f"mul i64 {f.value(f'add i64 {before}, {first}')}, {columns}")
+        before = f.value(f"select i1 {is_first}, i64 0, i64 {before}")
+        within = f.value(f"urem i64 {row}, {rows}")
+        within = f.value(f"sub i64 {within}, {f.value(f'select i1 {is_first}, i64 {low}, i64 0')}")
+        place = f.value(f"add i64 {f.value(f'mul i64 {column}, {length}')}, {f.value(f'mul i64 {within}, {step}')}")
+        source = f.at(data, f.value(f"add i64 {before}, {place}"), STORED[dtype].stored)
+        each = f"convert.{dtype}.{work}"
+        called[each] = _convert(each, dtype, work)
+        f.do(f"call void @{each}(ptr {f.at('%out', done, work)}, ptr {source}, i64 {length}, i64 {size})")
+    return f.text()
+
+
+def _low_rank(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
+    """The product of a row of the first factor and the columns of the second one, several ranks at a time."""
+    left, right = dtypes
+    f = _function(name)
+    columns, data, origin = (f.load("%state", field, "i64") for field in (Field.COLUMNS, Field.DATA, Field.ORIGIN))
+    data = f.value(f"inttoptr i64 {data} to ptr")
+    second, rank = f.load("%state", LowRankField.RIGHT, "ptr"), f.load("%state", LowRankField.RANK, "i64")
+    at_once = f.value(f"mul i64 {f.value(f'udiv i64 {rank}, {_RANKS}')}, {_RANKS}")
+    rest = f.value(f"sub i64 {rank}, {at_once}")
+    with _pieces(f) as (row, column, done, size):
+        out = f.at("%out", done, work)
+        with f.loop(size) as (i, _, _):
+            f.store(literal(0.0, work), out, i, work)
+        line = f.at(data, f.value(f"mul i64 {f.value(f'sub i64 {row}, {origin}')}, {rank}"), STORED[left].stored)
+        for ranks, begin, count in ((_RANKS, "0", at_once), (1, at_once, rest)):
+            each = f"add_ranks.{ranks}.{left}.{right}.{work}"
+            called[each] = _add_ranks(each, ranks, left, right, work)
+            with f.loop(count, ranks) as (k, _, _):
+                k = f.value(f"add i64 {begin}, {k}")
+                factors = f.at(line, k, STORED[left].stored)
+                place = f.value(f"add i64 {f.value(f'mul i64 {k}, {columns}')}, {column}")
+                source = f.at(second, place, STORED[right].stored)
+                f.do(f"call void @{each}(ptr {out}, ptr {factors}, ptr {source}, i64 {columns}, i64 {size})")
+    return f.text()
+
+
+def _add_ranks(name: str, ranks: int, left: str, right: str, work: str) -> str:
+    """``add_ranks(out, factors, lines, stride, count)``: adds a factor times its line to the sums, rank by rank."""
+    pointers = [("ptr noalias", each) for each in ("out", "factors", "lines")]
+    f = Function(name, "void", [*pointers, ("i64", "stride"), ("i64", "count")])
+    factors = [_read(f, "%factors", k, left, work) for k in range(ranks)]
+    lines = [f.at("%lines", f.value(f"mul i64 %stride, {k}"), STORED[right].stored) for k in range(ranks)]
+    with f.loop("%count") as (i, _, _):
+        total = f.load("%out", i, work)
+        for factor, line in zip(factors, lines, strict=True):
+            product = f.value(f"fmul {work} {factor}, {_read(f, line, i, right, work)}")
+            total = f.value(f"fadd {work} {total}, {product}")
+        f.store(total, "%out", i, work)
+    return f.text()
+
+
+_KINDS: Mapping[str, Callable[[str, Sequence[str], str, dict[str, str]], str]] = {
+    "blocks": _blocks,
+    "transposed": _transposed,
+    "low_rank": _low_rank,
+}

@@ -1,0 +1,148 @@
+"""Inputs that are staged in another order than the output's elements: what a loop reads them through.
+
+Before the loop over a segment, a function fills a buffer with the values for the segment's elements; the loop reads it
+as it reads an aligned input. Shapes, blocks and ranks are numbers in the state of the function, so all tensors of a
+format share its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..access import BlockRows, SameRows, TransposedSlice, matrices, row_range
+from ..expression import Node
+from ..spec import InputSpec
+
+_FAR = 1 << 62
+
+
+class Fill(NamedTuple):
+    """The values of a node that are computed from staged elements.
+
+    Args:
+        kind: ``blocks``, ``transposed`` or ``low_rank``.
+        inputs: number of each input that it reads.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+
+    def function(self, dtypes: Sequence[str], work: str) -> str:
+        """The name of the function that fills the buffer.
+
+        Args:
+            dtypes: dtype of each input of the kernel.
+            work: LLVM type of the values.
+        """
+        return ".".join(("fill", self.kind, *(dtypes[index] for index in self.inputs), work))
+
+
+class Field(IntEnum):
+    """The state of every fill."""
+
+    ROWS = 0  # rows of a matrix
+    COLUMNS = 1  # columns of a matrix
+    START = 2  # index of the chunk's first element
+    GATHERED = 3  # whether the chunk's elements are those of INDICES, and not consecutive
+    INDICES = 4  # address of the index of each element of the chunk
+    RUNS = 5  # address of the number of consecutive elements from each element of the chunk on
+    FAR = 6  # a number that is larger than any number of elements
+    DATA = 7  # address of the staged elements
+    ORIGIN = 8  # row of the part, or matrix, that the staged elements start with
+
+
+class BlockField(IntEnum):
+    """The further state of a fill with an element for each block."""
+
+    BLOCK_ROWS = 9
+    BLOCK_COLUMNS = 10
+    MATRIX_ROWS = 11  # rows of blocks in a matrix
+    WIDTH = 12  # blocks in a row
+
+
+class TransposedField(IntEnum):
+    """The further state of a fill from a transposed slice. Lengths are numbers of staged elements of one column."""
+
+    STEP = 9  # distance of two rows
+    LOW = 10  # first staged row of the first matrix
+    FIRST = 11  # length in the first matrix
+    MIDDLE = 12  # length in the matrices between the first and the last one
+    LAST = 13  # length in the last matrix
+    LAST_MATRIX = 14  # number of the last matrix, counted from the first one
+
+
+class LowRankField(IntEnum):
+    """The further state of a low-rank product."""
+
+    RIGHT = 9  # address of the second factor
+    RANK = 10
+
+
+def fill_of(node: Node, inputs: InputSpec) -> Fill | None:
+    """How the value of a node is filled; None if a loop computes it."""
+    if node.op == "low_rank":
+        return Fill("low_rank", node.value)
+    if node.op != "load" or inputs.access(node.value).aligned:
+        return None
+    return Fill("blocks" if isinstance(inputs.access(node.value), BlockRows) else "transposed", (node.value,))
+
+
+def state_of(fill: Fill, inputs: InputSpec, addresses: Sequence[int], start: int, staged: tuple[int, int]) -> Any:
+    """The state of a fill as an array of int64.
+
+    Args:
+        fill: fill.
+        inputs: inputs of the kernel.
+        addresses: address of the staged elements of each input.
+        start: index of the chunk's first element.
+        staged: first element and number of elements of the range that the first of its inputs is staged for.
+    """
+    state = np.zeros(16, np.int64)
+    index = fill.inputs[0]
+    access = inputs.access(index)
+    begin, end = row_range(inputs.shape, *staged)
+    _, rows, columns = matrices(inputs.shape)
+    state[Field.ROWS], state[Field.COLUMNS] = rows, columns
+    state[Field.START], state[Field.FAR], state[Field.DATA] = start, _FAR, addresses[index]
+    if isinstance(access, BlockRows):
+        state[Field.ORIGIN] = access.block_row(inputs.shape, begin)
+        state[BlockField.BLOCK_ROWS], state[BlockField.BLOCK_COLUMNS] = access.rows, access.columns
+        state[BlockField.MATRIX_ROWS] = access.block_rows(rows)
+        state[BlockField.WIDTH] = -(-columns // access.columns)
+    elif isinstance(access, TransposedSlice):
+        first, last = begin // rows, (end - 1) // rows
+        low, high = begin - first * rows, end - last * rows
+        lengths = [rows - low, rows, high] if first < last else [high - low] * 3
+        state[Field.ORIGIN], state[TransposedField.LAST_MATRIX] = first, last - first
+        state[TransposedField.STEP], state[TransposedField.LOW] = access.step, low
+        for field, length in zip((11, 12, 13), lengths, strict=True):
+            state[field] = (length - 1) * access.step + 1
+    elif isinstance(access, SameRows):
+        state[Field.ORIGIN] = begin
+        state[LowRankField.RIGHT], state[LowRankField.RANK] = addresses[fill.inputs[1]], inputs.part(index)[-1]
+    else:
+        raise TypeError(f"kernels cannot read an input with {access}")
+    return state
+
+
+def gather(state: Any, indices: Any, runs: Any) -> None:
+    """Make a fill take the elements with certain indices.
+
+    Args:
+        state: state of the fill.
+        indices: index of each element, int64.
+        runs: number of consecutive elements from each one on, int64; see `run_lengths`.
+    """
+    state[Field.GATHERED] = 1
+    state[Field.INDICES], state[Field.RUNS] = indices.ctypes.data, runs.ctypes.data
+
+
+def run_lengths(indices: Any) -> Any:
+    """For each of several ascending indices, the number of consecutive ones from it on."""
+    ends = np.append(np.flatnonzero(np.diff(indices) != 1) + 1, len(indices))
+    places = np.arange(len(indices))
+    return ends[np.searchsorted(ends, places, side="right")] - places

@@ -1,0 +1,92 @@
+"""Computes the values of inputs that are staged in another order than the output's elements, by index arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..access import BlockRows, TransposedSlice, matrices, row_range
+from ..spec import InputSpec
+from .tile import Tile
+
+
+def loaded(values: Tensor) -> Tensor:
+    """Stored numbers in a dtype that torch converts exactly."""
+    if values.dtype is not torch.float8_e8m0fnu:
+        return values
+    exponents = values.view(torch.uint8).to(torch.int32)
+    bits = torch.where(exponents == 0, 1 << 22, exponents << 23)  # the smallest power of 2 is subnormal
+    return torch.where(exponents == 255, 0x7FC0_0000, bits).view(torch.float32)
+
+
+def staged_values(tile: Tile, index: int, spec: InputSpec) -> Tensor:
+    """The stored number of an input for each element of a tile, of shape (elements,)."""
+    rows, columns = _places(tile, spec)
+    access, staged = spec.access(index), tile.staged[index]
+    if isinstance(access, BlockRows):
+        places = _in_blocks(access, spec, rows, columns, staged[0])
+    elif isinstance(access, TransposedSlice):
+        places = _in_columns(access, spec, rows, columns, staged)
+    else:
+        raise TypeError(f"kernels cannot read an input with {access}")
+    return loaded(_selected(tile.inputs[index], places))
+
+
+def add_ranks(out: Tensor, tile: Tile, factors: tuple[int, int], spec: InputSpec) -> None:
+    """Compute a low-rank product into `out`, rank by rank.
+
+    Args:
+        out: buffer of shape (elements,) in the work dtype.
+        tile: tile.
+        factors: numbers of the two inputs.
+        spec: inputs of the kernel.
+    """
+    rows, columns = _places(tile, spec)
+    rows -= row_range(spec.shape, *tile.staged[factors[0]])[0]
+    rank = spec.part(factors[0])[-1]
+    left, right = (tile.inputs[index] for index in factors)
+    out.zero_()
+    for lefts, rights in zip(left.view(-1, rank).unbind(1), right.view(rank, -1).unbind(0), strict=True):
+        # converted after the selection, so the memory depends on the tile alone
+        products = loaded(_selected(lefts, rows)).to(out.dtype)
+        out.add_(products.mul_(loaded(_selected(rights, columns)).to(out.dtype)))
+
+
+def _places(tile: Tile, spec: InputSpec) -> tuple[Tensor, Tensor]:
+    """The row and the column of each element of a tile, as int64."""
+    elements = tile.indices
+    if elements is None:
+        elements = torch.arange(tile.element, tile.element + tile.elements, device=tile.inputs[0].device)
+    rows = elements.div(spec.columns, rounding_mode="floor")
+    return rows, elements - rows * spec.columns
+
+
+def _in_blocks(access: BlockRows, spec: InputSpec, rows: Tensor, columns: Tensor, first: int) -> Tensor:
+    _, height, width = matrices(spec.shape)
+    origin = access.block_row(spec.shape, row_range(spec.shape, first, 1)[0])
+    stack = rows.div(height, rounding_mode="floor")
+    lines = (rows - stack * height).div_(access.rows, rounding_mode="floor").add_(stack * access.block_rows(height))
+    blocks = columns.div(access.columns, rounding_mode="floor")
+    return lines.sub_(origin).mul_(-(-width // access.columns)).add_(blocks)
+
+
+def _in_columns(
+    access: TransposedSlice, spec: InputSpec, rows: Tensor, columns: Tensor, staged: tuple[int, int]
+) -> Tensor:
+    _, height, width = matrices(spec.shape)
+    begin, end = row_range(spec.shape, *staged)
+    stack = rows.div(height, rounding_mode="floor")
+    low = (begin - stack * height).clamp_(min=0)  # first staged row of the matrix
+    length = ((end - stack * height).clamp_(max=height) - low - 1) * access.step + 1
+    first = begin // height
+    first_length = (min(end - first * height, height) - (begin - first * height) - 1) * access.step + 1
+    between = (stack - first - 1) * ((height - 1) * access.step + 1)
+    before = torch.where(stack == first, 0, (first_length + between) * width)
+    return before + columns * length + (rows - stack * height - low) * access.step
+
+
+def _selected(values: Tensor, places: Tensor) -> Tensor:
+    """The values at some places; torch does not select numbers of 8 bits by index, so their bytes are selected."""
+    if values.dtype.itemsize > 1:
+        return values.index_select(0, places)
+    return values.view(torch.uint8).index_select(0, places).view(values.dtype)

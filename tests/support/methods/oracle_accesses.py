@@ -1,0 +1,56 @@
+"""The oracle's view of stored parts: complete parts as arrays of the value's shape, without spans or staging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mergeloom.methods.kernel.access import Access, Aligned, BlockRows, GatheredRows, Slice, TransposedSlice
+from tests.support.methods.oracle_numbers import Numbers
+
+
+def expanded(part: Numbers, access: Access, shape: tuple[int, ...]) -> Numbers:
+    """The element of a part for each element of a value of a shape with at least one dimension."""
+    return _EXPANDED[type(access)](part, access, shape)
+
+
+def low_rank_product(left: Numbers, right: Numbers) -> Numbers:
+    """The sum over the ranks of a column of `left` times a row of `right`, each product and sum rounded."""
+    total: Numbers = np.zeros((*left.shape[:-1], right.shape[-1]), dtype=left.dtype)
+    for rank in range(left.shape[-1]):
+        total = total + left[..., rank : rank + 1] * right[rank]
+    return total
+
+
+def _blocks(part: Numbers, access: BlockRows, shape: tuple[int, ...]) -> Numbers:
+    rows, columns = shape[-2] if len(shape) > 1 else 1, shape[-1]
+    blocks = part.reshape(math.prod(shape[:-2]), math.ceil(rows / access.rows), math.ceil(columns / access.columns))
+    tall = np.repeat(blocks, access.rows, axis=1)[:, :rows]
+    return np.repeat(tall, access.columns, axis=2)[:, :, :columns].reshape(shape)
+
+
+def _gathered(part: Numbers, access: GatheredRows, shape: tuple[int, ...]) -> Numbers:
+    with_zeros = np.concatenate([part.reshape(-1, shape[-1]), np.zeros((1, shape[-1]), part.dtype)])
+    return with_zeros[list(access.index)].reshape(shape)
+
+
+def _strided(part: Numbers, access: Any, shape: tuple[int, ...], row: int, column: int) -> Numbers:
+    """A stack of matrices whose rows and columns have certain distances in the part."""
+    size = part.itemsize
+    stack = (math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, shape[-1])
+    if 0 in stack:
+        return np.zeros(shape, part.dtype)
+    strides = (access.matrix_stride * size, row * size, column * size)
+    return np.lib.stride_tricks.as_strided(part.reshape(-1)[access.offset :], stack, strides).reshape(shape)
+
+
+_EXPANDED: Mapping[type[Access], Callable[..., Numbers]] = {
+    Aligned: lambda part, access, shape: part.reshape(shape),
+    BlockRows: _blocks,
+    GatheredRows: _gathered,
+    Slice: lambda part, access, shape: _strided(part, access, shape, access.stride, 1),
+    TransposedSlice: lambda part, access, shape: _strided(part, access, shape, access.step, access.stride),
+}
