@@ -91,10 +91,10 @@ class BlockRows(Access):
         return False
 
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return whether the part has one element for each block of each matrix."""
+        """Return whether the part has one element for each block of each matrix; of an empty value, none are used."""
         stack, rows, columns = matrices(shape)
-        wanted = stack * self.block_rows(rows) * -(-columns // self.columns)
-        return prod(part) == wanted and (not part or wanted == 0 or part[-1] == -(-columns // self.columns))
+        width = -(-columns // self.columns)
+        return 0 in shape or (prod(part) == stack * self.block_rows(rows) * width and part[-1:] in ((), (width,)))
 
     def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
         """Return the same access, and one element of the part for each block."""

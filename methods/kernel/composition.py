@@ -20,7 +20,7 @@ class Part:
 
     Args:
         kernel: the stage's kernel.
-        sources: for each input of the kernel, the index of a leaf, or ``~n`` for the result of part n.
+        sources: for each input of the kernel, the index of a leaf, or ``~n`` for the first output of part n.
         key: random key of the tensor that the kernel computes.
         positions: for each input, the index of its model in the stage.
         round_to: torch's name of the dtype that the result is rounded to; None to keep it in the work dtype.
@@ -34,7 +34,7 @@ class Part:
 
 
 class Composition(Kernel):
-    """The kernels of several stages; the output is the result of the last part.
+    """The kernels of several stages; the outputs are those of the last part.
 
     Args:
         inputs: leaves, which are read from files.
@@ -65,10 +65,11 @@ class Composition(Kernel):
         return kernel
 
 
-def _composed(parts: Sequence[Part]) -> Node:
-    """The output of the last part as an expression of the leaves."""
+def _composed(parts: Sequence[Part]) -> list[Node]:
+    """The outputs of the last part as expressions of the leaves."""
     trace = Trace()
     results: list[Node] = []
+    outputs: list[Node] = []
     for part in parts:
         sources = [results[~source] if source < 0 else trace.load(source) for source in part.sources]
 
@@ -86,8 +87,8 @@ def _composed(parts: Sequence[Part]) -> Node:
                 return trace.hash(index, stream or (part.key, part.positions[index]))
             return None
 
-        result = trace.rebuilt(part.kernel.output, leaf)
+        outputs = trace.rebuilt(part.kernel.outputs, leaf)
         if part.round_to is not None:
-            result = trace.node("round", (result,), Type.NUMBER, value=part.round_to)
-        results.append(result)
-    return results[-1]
+            outputs = [trace.node("round", (each,), Type.NUMBER, value=part.round_to) for each in outputs]
+        results.append(outputs[0])
+    return outputs

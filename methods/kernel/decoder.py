@@ -1,4 +1,5 @@
-"""Decoders: functions that compute a value from its stored parts, such as the codes and scales of a quantized tensor.
+"""Decoders compute a value from its stored parts, such as the codes and scales of a quantized tensor; encoders do the
+reverse.
 
     FP8_BLOCKS = Decoder("fp8 blocks", lambda codes, scales: codes * scales)
 
@@ -18,7 +19,7 @@ from .language import Inputs, low_rank
 from .method import traced
 from .spec import InputSpec
 
-__all__ = ["Decoder", "low_rank"]
+__all__ = ["Decoder", "Encoder", "low_rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,5 +46,28 @@ class Decoder:
         """
         inputs = replace(inputs, base=None)
         symbolic = Inputs(inputs)
-        output = traced(f"decoder {self.name}", self.function, symbolic.inputs, parameters, symbolic.trace)
-        return Kernel(inputs, output, (self, dict(parameters)))
+        outputs = traced(f"decoder {self.name}", self.function, symbolic.inputs, parameters, symbolic.trace)
+        return Kernel(inputs, outputs, (self, dict(parameters)))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A function from a value to the numbers of several tensors that are stored in its place.
+
+    Args:
+        name: name of the format, for error messages.
+        function: ``function(value, **parameters)`` returns an `Array` for each tensor, as a tuple if there are several.
+        count: number of tensors.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    count: int
+
+    def kernel(self, inputs: InputSpec, parameters: Mapping[str, Any]) -> Kernel:
+        """Trace the encoder for one value, which is the only input; see `Decoder.kernel`."""
+        inputs = replace(inputs, base=None)
+        symbolic = Inputs(inputs)
+        name, count = f"encoder {self.name}", self.count
+        outputs = traced(name, self.function, symbolic.inputs, parameters, symbolic.trace, count)
+        return Kernel(inputs, outputs, (self, dict(parameters)))

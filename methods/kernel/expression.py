@@ -301,15 +301,15 @@ class Trace:
 
     # --- composition -----------------------------------------------------------------------------------------------
 
-    def rebuilt(self, node: Node, leaf: Callable[[Node], Node | None]) -> Node:
+    def rebuilt(self, nodes: Sequence[Node], leaf: Callable[[Node], Node | None]) -> list[Node]:
         """Copy a graph of another trace into this one.
 
         Args:
-            node: output of the graph.
+            nodes: outputs of the graph.
             leaf: the replacement of a node, or None to copy it.
         """
         done: dict[int, Node] = {}
-        for each in reachable(node):
+        for each in reachable(*nodes):
             replacement = leaf(each)
             if replacement is None:
                 args = tuple(done[id(arg)] for arg in each.args)
@@ -317,7 +317,7 @@ class Trace:
                 rise = each.level - max((arg.level for arg in each.args), default=0)
                 replacement = self.node(each.op, args, each.type, each.extent, value, rise)
             done[id(each)] = replacement
-        return done[id(node)]
+        return [done[id(node)] for node in nodes]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

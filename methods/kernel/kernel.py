@@ -55,41 +55,45 @@ class Kernel:
 
     Args:
         inputs: inputs of the output tensor.
-        output: node of the output.
+        outputs: node of each tensor that is computed, each with one number of the work dtype per element.
         bound: method and parameters that the kernel was traced from.
 
     Attributes:
+        output: node of the first tensor.
         traced: inputs of the method, of which `inputs` may be a part.
         kept: index among the traced inputs of each input.
         unit: unit that tiles do not split.
         alignment: number of elements that tile boundaries are a multiple of.
         reductions: maximum number of passes before the last one.
         random: whether the random key of the output tensor matters.
-        copies: index of the input whose elements are the output's, in their order; None for any other kernel.
+        copies: index of the input whose elements are those of the only output, in their order; None for others.
         used: indices of the inputs that the output depends on; the first one if it depends on none.
-        propagates_nonfinite: whether a NaN or an infinity in any input always reaches the output. If so, only the
-            output is checked.
+        propagates_nonfinite: whether a NaN or an infinity in any input always reaches an output. If so, only the
+            outputs are checked.
     """
 
-    def __init__(self, inputs: InputSpec, output: Node, bound: tuple[Traceable, Mapping[str, Any]]) -> None:
+    def __init__(self, inputs: InputSpec, outputs: Sequence[Node], bound: tuple[Traceable, Mapping[str, Any]]) -> None:
         self.inputs = self.traced = inputs
         self.kept = tuple(range(inputs.count))
-        self.output = output
+        self.outputs = tuple(outputs)
+        self.output = self.outputs[0]
         self.bound = bound
-        nodes = reachable(output)
+        nodes = reachable(*self.outputs)
         self.unit = Unit.ROW if any(node.op in _ROW_OPERATIONS for node in nodes) else Unit.ELEMENT
         self.reduced = [node for node in nodes if node.op == "reduce"]
         self.alignment = self._bind_reductions(nodes)
         self.random = any(node.op == "hash" for node in nodes)
-        copied = output.op == "load" and inputs.access(output.value).aligned
+        output = self.output
+        copied = len(self.outputs) == 1 and output.op == "load" and inputs.access(output.value).aligned
         self.copies: int | None = output.value if copied else None
         self.used = tuple(sorted({index for node in nodes for index in inputs_of(node)})) or (0,)
-        self.propagates_nonfinite = set(self.used) <= _always_propagated(nodes)[id(output)]
+        propagated = _always_propagated(nodes)
+        self.propagates_nonfinite = set(self.used) <= set().union(*(propagated[id(each)] for each in self.outputs))
         self._scalars = [node for node in nodes if not node.in_tile and not node.constant and node.level]
-        depth = output.level
+        self._depth = max(each.level for each in self.outputs)
         steps = [
             max((node.value.steps for node in self.reduced if node.level == level + 1), default=0)
-            for level in range(depth)
+            for level in range(self._depth)
         ]
         self._passes = [(level, step) for level, count in enumerate(steps) for step in range(count)]
         self.reductions = len(self._passes)
@@ -134,7 +138,7 @@ class Kernel:
                 return trace.low_rank(used.index(left), used.index(right))
             return trace.hash(used.index(node.value[0])) if node.op == "hash" else None
 
-        kernel = Kernel(self.inputs.selected(used), trace.rebuilt(self.output, leaf), self.bound)
+        kernel = Kernel(self.inputs.selected(used), trace.rebuilt(self.outputs, leaf), self.bound)
         kernel.traced, kernel.kept = self.traced, used
         return kernel
 
@@ -159,10 +163,10 @@ class Kernel:
         return self._passes[index][1]
 
     def program(self, active: tuple[int, ...] | None) -> Program:
-        """The program that computes the operands of some reductions, or the output if None."""
+        """The program that computes the operands of some reductions, or the outputs if None."""
         program = self._programs.get(active)
         if program is None:
-            targets = [self.output] if active is None else [self.reduced[number] for number in active]
+            targets = list(self.outputs) if active is None else [self.reduced[number] for number in active]
             program = self._programs[active] = Program(targets)
         return program
 
@@ -215,7 +219,7 @@ class Kernel:
 
     @functools.cached_property
     def _all_programs(self) -> list[Program]:
-        levels = range(self.output.level)
+        levels = range(self._depth)
         active = [tuple(n for n, node in enumerate(self.reduced) if node.level == level + 1) for level in levels]
         return [self.program(numbers) for numbers in (*active, None)]
 

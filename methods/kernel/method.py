@@ -80,12 +80,12 @@ class Method:
         arguments = {p.argument: self._argument(p, inputs, parameters) for p in self.parameters}
         symbolic = Inputs(inputs)
         try:
-            output = traced(f"merge method {self.name}", self.function, [symbolic], arguments, symbolic.trace)
+            outputs = traced(f"merge method {self.name}", self.function, [symbolic], arguments, symbolic.trace)
         except MethodError as error:
             if error.index is not None:
                 error.index = inputs.others[error.index]
             raise
-        return Kernel(inputs, output, (self, dict(parameters)))
+        return Kernel(inputs, outputs, (self, dict(parameters)))
 
     def check(self) -> None:
         """Trace the method for sample inputs and parameters, so a mistake shows before a recipe uses the method.
@@ -131,8 +131,11 @@ class Method:
         return tuple(value[index] for index in inputs.others) if parameter.per_input else value
 
 
-def traced(name: str, function: Function, args: Sequence[Any], parameters: Mapping[str, Any], trace: Trace) -> Node:
-    """The node of the array that a function of symbolic arrays returns, with one number of the work dtype per element.
+def traced(
+    name: str, function: Function, args: Sequence[Any], parameters: Mapping[str, Any], trace: Trace, count: int = 1
+) -> list[Node]:
+    """The nodes of the arrays that a function of symbolic arrays returns, each with one number of the work dtype per
+    element.
 
     Args:
         name: what the function is, for error messages.
@@ -140,10 +143,11 @@ def traced(name: str, function: Function, args: Sequence[Any], parameters: Mappi
         args: its positional arguments.
         parameters: its keyword arguments.
         trace: trace of the symbolic arrays.
+        count: number of arrays that it returns, as a tuple if there are several.
 
     Raises:
         MethodError: the function raises it.
-        MethodDefinitionError: the function raises another exception, or does not return an array of the trace.
+        MethodDefinitionError: the function raises another exception, or does not return arrays of the trace.
     """
     try:
         result = function(*args, **parameters)
@@ -151,14 +155,19 @@ def traced(name: str, function: Function, args: Sequence[Any], parameters: Mappi
         raise
     except Exception as error:
         raise MethodDefinitionError(f"{_line_in(function, error)}: {name}: {type(error).__name__}: {error}") from error
-    if not isinstance(result, Array):
-        raise MethodDefinitionError(
-            f"{_line_in(function)}: {name} must return an Array, such as t.base + x, and returns "
-            f"{type(result).__name__}; allowed: {ALLOWED}"
-        )
-    if result.trace is not trace:
-        raise MethodDefinitionError(f"{_line_in(function)}: {name} returns {KEPT}")
-    return _per_element(result.node, trace)
+    results = result if count > 1 and isinstance(result, tuple) else (result,)
+    if len(results) != count:
+        found = f"{name} must return {count} arrays, and returns {len(results)}"
+        raise MethodDefinitionError(f"{_line_in(function)}: {found}")
+    for each in results:
+        if not isinstance(each, Array):
+            raise MethodDefinitionError(
+                f"{_line_in(function)}: {name} must return an Array, such as t.base + x, and returns "
+                f"{type(each).__name__}; allowed: {ALLOWED}"
+            )
+        if each.trace is not trace:
+            raise MethodDefinitionError(f"{_line_in(function)}: {name} returns {KEPT}")
+    return [_per_element(each.node, trace) for each in results]
 
 
 def _line_in(function: Function, error: BaseException | None = None) -> str:

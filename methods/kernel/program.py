@@ -67,7 +67,7 @@ class Instruction:
 
 
 class Program:
-    """The instructions for the operands of some reductions, or for the output.
+    """The instructions for the operands of some reductions, or for the outputs.
 
     Args:
         targets: nodes to compute; those of reductions are reduced as soon as their operand is there.
@@ -75,7 +75,7 @@ class Program:
     Attributes:
         instructions: instructions in order.
         widths: number of buffers by bytes per element; 0 for the width of the work dtype.
-        result: slot of the output.
+        results: slot of each output.
         scalars: nodes of the scalars and columns that earlier passes have computed.
         sums: number of sums.
     """
@@ -84,7 +84,7 @@ class Program:
         self.instructions: list[Instruction] = []
         self.widths: Counter[int] = Counter()
         self.sums = sum(isinstance(target.value, Sum) for target in targets)
-        self.result: Slot | None = None
+        self.results: list[Slot] = []
         self._free: dict[int, list[int]] = {}
         wanted = [target.args[0] if target.op == "reduce" else target for target in targets]
         order = reachable(*wanted, in_tile=True)
@@ -106,7 +106,7 @@ class Program:
                 self._release(*scratch)
                 self._drop([node])
             else:
-                self.result = self._slots[id(node)]
+                self.results.append(self._slots[id(node)])
 
     def _compute(self, node: Node) -> None:
         op, args = node.op, node.args

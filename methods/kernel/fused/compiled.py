@@ -35,7 +35,7 @@ class Group:
         targets: what it computes.
         kernel: kernel.
         dtypes: dtype of each input.
-        out: dtype of the output.
+        outs: dtype of each output.
 
     Attributes:
         stages: what the group computes in which loop.
@@ -46,10 +46,12 @@ class Group:
         fills: what is filled before the loop over a segment.
     """
 
-    def __init__(self, name: str, targets: Sequence[Target], kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
+    def __init__(
+        self, name: str, targets: Sequence[Target], kernel: Kernel, dtypes: Sequence[str], outs: Sequence[str]
+    ) -> None:
         self.name = name
         self.targets = tuple(targets)
-        self._inputs, self._dtypes, self._out = kernel.inputs, dtypes, out
+        self._inputs, self._dtypes, self._outs = kernel.inputs, dtypes, outs
         wanted = [target.node for target in targets]
         self.stages = stages_of(wanted)
         by_row = any(stage.by_row for stage in self.stages)
@@ -72,7 +74,7 @@ class Group:
     def loops(self) -> tuple[Loop, ...]:
         """The function of each stage."""
         long = self._inputs.rows * self._inputs.columns > PERIOD
-        variant = Variant(self._inputs, tuple(self._dtypes), self._out, long, self.direct)
+        variant = Variant(self._inputs, tuple(self._dtypes), tuple(self._outs), long, self.direct)
         return tuple(
             Generator(f"{self.name}_{number}", stage, self.targets, variant).loop()
             for number, stage in enumerate(self.stages)
@@ -85,13 +87,13 @@ class Compiled:
     Args:
         kernel: kernel.
         dtypes: dtype of each input by its name in a safetensors header.
-        out: dtype of the output by its name in a safetensors header.
+        outs: dtype of each output by its name in a safetensors header.
     """
 
-    def __init__(self, kernel: Kernel, dtypes: Sequence[str], out: str) -> None:
+    def __init__(self, kernel: Kernel, dtypes: Sequence[str], *outs: str) -> None:
         self.kernel = kernel
         self.dtypes = tuple(dtypes)
-        self.out = out
+        self.outs = outs
         self.wide = "F64" in self.dtypes
         self._library: Library | None = None
 
@@ -103,8 +105,8 @@ class Compiled:
         for number, node in enumerate(kernel.reduced):
             name = f"{'select' if isinstance(node.value, Selection) else 'reduce'}_{node.level}"
             targets.setdefault(name, []).append(Target(node.args[0], node.value, number))
-        targets["output"] = [Target(kernel.output)]
-        return {name: Group(name, found, kernel, self.dtypes, self.out) for name, found in targets.items()}
+        targets["output"] = [Target(node, number=~number) for number, node in enumerate(kernel.outputs)]
+        return {name: Group(name, found, kernel, self.dtypes, self.outs) for name, found in targets.items()}
 
     # --- native code -------------------------------------------------------------------------------------------------
 

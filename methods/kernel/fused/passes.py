@@ -37,14 +37,15 @@ class FusedPass:
         self._active: tuple[int, ...] = () if index is None else self._kernel.active(index, state)
         self._first = index is not None and self._kernel.step(index) == 0
 
-    def combine(self, chunk: Chunk, out: Any) -> bool:
-        """Write the output elements of a chunk to `out`, rounded once; NaNs are the canonical NaN of the dtype.
+    def combine(self, chunk: Chunk, *outs: Any) -> bool:
+        """Write the elements of a chunk of each output to a buffer, rounded once; NaNs are the dtype's canonical NaN.
 
         Returns:
-            Whether a value was NaN or beyond the largest number of the dtype.
+            Whether a value of any output was NaN or beyond the largest number of its dtype.
         """
         run = self._run("output", chunk)
-        run.addresses["output", -1] = address(out)
+        for number, out in enumerate(outs):
+            run.addresses["output", ~number] = address(out)
         return run.compute()
 
     def reduce(self, chunk: Chunk) -> list[Any]:

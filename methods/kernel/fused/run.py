@@ -240,7 +240,7 @@ class Run:
         if key[0] == "input":
             moved = first * STORED[self._compiled.dtypes[key[1]]].bits // 8
         elif key[0] == "output":
-            moved = first * FORMATS[self._compiled.out].bits // 8
+            moved = first * FORMATS[self._compiled.outs[~key[1]]].bits // 8
         elif key[0] == "operand" and keep:
             moved = first * 4
         return self.addresses[key] + moved

@@ -109,7 +109,7 @@ class Segment:
         for target in self.targets:
             value, reduction = self._values[id(target.node)], target.reduction
             if reduction is None:
-                carried[0] = self._store_output(f, i, value, carried[0])
+                carried[0] = self._store_output(f, i, value, carried[0], target.number)
             elif isinstance(reduction, Selection):
                 single = converted(f, value, self.types.of(target.node.type), "float")
                 bits = f.value(f"bitcast float {single} to i32")
@@ -127,11 +127,12 @@ class Segment:
         for node in self.stage.ranked:
             self._store_key(f, i, node)
 
-    def _store_output(self, f: Function, i: str, value: str, bad: str) -> str:
+    def _store_output(self, f: Function, i: str, value: str, bad: str, number: int) -> str:
         """Store a rounded output element; return whether it or an earlier one is beyond the format's largest number."""
-        form, type = FORMATS[self.variant.out], self.types.work
+        name, type = self.variant.outs[~number], self.types.work
+        form = FORMATS[name]
         place = f.value(f"add i64 %offset, {i}")
-        f.store(encoded(f, value, type, self.variant.out), f"%{self.pointers['output', -1]}", place, form.stored)
+        f.store(encoded(f, value, type, name), f"%{self.pointers['output', number]}", place, form.stored)
         suffix = "f64" if type == "double" else "f32"
         size = f.value(f"call {type} @llvm.fabs.{suffix}({type} {value})")
         largest = min(form.maximum, FORMATS["F64" if type == "double" else "F32"].maximum)

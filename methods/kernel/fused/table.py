@@ -34,12 +34,12 @@ class Table:
 
 @dataclass(slots=True)
 class Target:
-    """What a pass computes: a reduction, or the output.
+    """What a pass computes: a reduction, or an output.
 
     Args:
         node: node that is computed; the operand of a reduction.
-        reduction: the reduction; None for the output.
-        number: number of the reduction in the kernel.
+        reduction: the reduction; None for an output.
+        number: number of the reduction in the kernel; ``~n`` for output n.
     """
 
     node: Node
@@ -53,13 +53,13 @@ class Variant(NamedTuple):
     Args:
         inputs: inputs of the kernel.
         dtypes: dtype of each input.
-        out: dtype of the output.
+        outs: dtype of each output.
         long: whether the tensor has more than 2^32 elements, so a range can have two streams of random numbers.
         direct: whether segments are the rows of the blocks of sums, so the loop can add to the columns.
     """
 
     inputs: InputSpec
     dtypes: tuple[str, ...]
-    out: str
+    outs: tuple[str, ...]
     long: bool
     direct: bool

@@ -35,8 +35,12 @@ class Pass:
         self._context = PassContext(kernel, state, workspace, self._sampling)
 
     def combine(self, tile: Tile) -> Tensor:
-        """The output elements of a tile in the work dtype, in a buffer of the workspace."""
-        return self._run(None, tile).result()
+        """The elements of the first output of a tile in the work dtype, in a buffer of the workspace."""
+        return self.combine_all(tile)[0]
+
+    def combine_all(self, tile: Tile) -> list[Tensor]:
+        """The elements of each output of a tile in the work dtype, in buffers of the workspace."""
+        return self._run(None, tile).results()
 
     def reduce(self, tile: Tile) -> None:
         """Add a tile to the partial results."""

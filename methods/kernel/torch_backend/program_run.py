@@ -81,10 +81,9 @@ class ProgramRun:
         for sums, numbers in self._sums.values():
             yield from zip(numbers, sums.partial(), strict=True)
 
-    def result(self) -> Tensor:
-        """The output elements in the work dtype."""
-        assert self.program.result is not None
-        return self._buffer(self.program.result, self._work)
+    def results(self) -> list[Tensor]:
+        """The elements of each output in the work dtype."""
+        return [self._buffer(slot, self._work) for slot in self.program.results]
 
     # --- operands and buffers ----------------------------------------------------------------------------------------
 

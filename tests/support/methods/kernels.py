@@ -50,16 +50,21 @@ class Run:
     """The result of running a kernel.
 
     Args:
-        output: merged tensor in the work dtype.
+        outputs: each merged tensor in the work dtype.
         passes: number of passes over the tiles.
         declared: declared workspace of the largest tile in bytes.
         used: peak use of the workspace in bytes.
     """
 
-    output: Tensor
+    outputs: list[Tensor]
     passes: int
     declared: int
     used: int
+
+    @property
+    def output(self) -> Tensor:
+        """The first merged tensor."""
+        return self.outputs[0]
 
 
 @dataclass
@@ -67,14 +72,19 @@ class FusedRun:
     """The result of running a kernel's compiled loops.
 
     Args:
-        output: bytes of the merged tensor.
+        outputs: bytes of each merged tensor.
         passes: number of passes over the chunks.
         beyond: whether a value is NaN or beyond the largest number of the dtype.
     """
 
-    output: bytes
+    outputs: list[bytes]
     passes: int
     beyond: bool
+
+    @property
+    def output(self) -> bytes:
+        """The bytes of the first merged tensor."""
+        return self.outputs[0]
 
 
 NAMES = {getattr(torch, dtype.torch_name): name for name, dtype in DTYPES.items() if dtype.torch_name}
@@ -121,14 +131,14 @@ def run_kernel(
         return merged
 
     passes, state = reduced(kernel, reduce)
-    output = torch.empty(size, dtype=dtype, device=inputs[0].device)
+    outputs = [torch.empty(size, dtype=dtype, device=inputs[0].device) for _ in kernel.outputs]
     final = Pass(kernel, None, state, workspace)
     for tile in all_tiles():
-        result = final.combine(tile)
-        assert result.shape == tile.shape
-        assert result.dtype == dtype
-        output[tile.element : tile.element + tile.elements] = result.reshape(-1)
-    return Run(output.view(shape), passes, declared, workspace.peak)
+        for output, result in zip(outputs, final.combine_all(tile), strict=True):
+            assert result.shape == tile.shape
+            assert result.dtype == dtype
+            output[tile.element : tile.element + tile.elements] = result.reshape(-1)
+    return Run([output.view(shape) for output in outputs], passes, declared, workspace.peak)
 
 
 def staged_elements(spec: InputSpec, number: int, part: Tensor, first: int, count: int) -> Tensor:
@@ -164,7 +174,7 @@ def run_fused(
     inputs: Sequence[Tensor],
     chunk_elements: int | None = None,
     *,
-    out: torch.dtype | None = None,
+    out: torch.dtype | Sequence[torch.dtype] | None = None,
     key: int = 0,
     positions: Sequence[int] | None = None,
     threads: int = 1,
@@ -176,15 +186,15 @@ def run_fused(
         kernel: the kernel.
         inputs: its inputs.
         chunk_elements: number of elements of a chunk, which is rounded to the kernel's alignment.
-        out: dtype of the output; the work dtype if None.
+        out: dtype of the output, or of each output; the work dtype if None.
         key: random key of the output tensor.
         positions: position in the recipe of each input's model.
         threads: number of threads that compute chunks at the same time.
         complete: whether all elements of inputs that are not aligned are staged for each chunk.
     """
     work = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
-    out = out or work
-    compiled = Compiled(kernel, [NAMES[x.dtype] for x in inputs], NAMES[out])
+    outs = [out or work] if out is None or isinstance(out, torch.dtype) else out
+    compiled = Compiled(kernel, [NAMES[x.dtype] for x in inputs], *(NAMES[each] for each in outs))
     size = math.prod(kernel.inputs.shape)
     step = size if chunk_elements is None else max(1, chunk_elements // kernel.alignment) * kernel.alignment
     own = threading.local()
@@ -213,14 +223,18 @@ def run_fused(
         return merged
 
     def combine(chunk: Chunk) -> bool:
-        part = output[chunk.element * out.itemsize : (chunk.element + chunk.elements) * out.itemsize].numpy()
-        return FusedPass(compiled, None, state, scratch()).combine(chunk, memoryview(part))
+        parts = [
+            memoryview(output[chunk.element * width : (chunk.element + chunk.elements) * width].numpy())
+            for output, width in zip(outputs, widths, strict=True)
+        ]
+        return FusedPass(compiled, None, state, scratch()).combine(chunk, *parts)
 
     with ThreadPoolExecutor(threads) as pool:
         passes, state = reduced(kernel, reduce)
-        output = torch.full((size,), 77, dtype=torch.uint8).repeat_interleave(out.itemsize)
+        widths = [each.itemsize for each in outs]
+        outputs = [torch.full((size * width,), 77, dtype=torch.uint8) for width in widths]
         beyond = any(list(pool.map(combine, chunks())))
-    return FusedRun(output.numpy().tobytes(), passes, beyond)
+    return FusedRun([output.numpy().tobytes() for output in outputs], passes, beyond)
 
 
 def merge(

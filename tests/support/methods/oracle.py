@@ -39,7 +39,14 @@ COLUMNS = 1 << 11
 def evaluate(
     kernel: Kernel, inputs: Sequence[torch.Tensor], *, key: int = 0, positions: Sequence[int] | None = None
 ) -> Numbers:
-    """The output of a kernel in the work dtype.
+    """The first output of a kernel in the work dtype; see `evaluate_all`."""
+    return evaluate_all(kernel, inputs, key=key, positions=positions)[0]
+
+
+def evaluate_all(
+    kernel: Kernel, inputs: Sequence[torch.Tensor], *, key: int = 0, positions: Sequence[int] | None = None
+) -> list[Numbers]:
+    """The outputs of a kernel in the work dtype.
 
     Args:
         kernel: the kernel, of which only the expression graph is used.
@@ -48,7 +55,8 @@ def evaluate(
         positions: position in the recipe of each input's model.
     """
     with np.errstate(all="ignore"):
-        return Evaluation(kernel.inputs, inputs, key, positions or range(len(inputs))).output(kernel.output)
+        evaluation = Evaluation(kernel.inputs, inputs, key, positions or range(len(inputs)))
+        return [evaluation.output(node) for node in kernel.outputs]
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
