@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..graph.extents import length, staged_bytes
 from ..graph.graph import Kind, MergeGraph
-from .tiling import alignment_of, tile_length, widest, work_bytes
+from .tiling import alignment_of, common_alignment, linked, tile_length, widest, work_bytes
 
 PAGE = 4096
 SMALLEST_SLOT = 64 << 10
@@ -58,6 +58,7 @@ def requirements(
             compiled loops of the CPU take what `footprints` says.
     """
     result = Requirements()
+    shared = {node: (common_alignment(graph, group), group) for group in linked(graph) for node in group}
     for node in graph.tasks():
         if node in finished:
             continue
@@ -65,7 +66,7 @@ def requirements(
         places = graph.places(node)
         result.largest = max(result.largest, length(graph, node) * widest(graph, node))
         result.window = max(result.window, len(places) + (operation.kind is not Kind.COPY) * len(graph.results(node)))
-        alignment = alignment_of(graph, node)
+        alignment, group = shared.get(node) or (alignment_of(graph, node), [node])
         if graph.access_numbers(node):
             staged = max(staged_bytes(graph, node, place, alignment) for place in places)
             _grow(result, staged, node)
@@ -74,7 +75,7 @@ def requirements(
         result.computes = True
         result.reduces |= operation.kernel.reductions > 0
         elements = length(graph, node)
-        _grow(result, alignment * widest(graph, node), node)
+        _grow(result, alignment * max(widest(graph, each) for each in group), node)
         tile = min(tile_length(graph, node, tile_elements), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node)) if separate else 0
         measured = graph.footprints.get(node)

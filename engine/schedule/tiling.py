@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -102,23 +103,33 @@ def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
                 chunks[node] = common
     for node in graph:
         if graph.access_numbers(node):
-            chunks[node] = _staged_length(graph, node, chunks[node], alignments[node], slot)
+            chunks[node] = _staged_length(graph, [node], chunks[node], alignments[node], slot)
+    for group in linked(graph):
+        alignment = common_alignment(graph, group)
+        shortest = min(chunks[node] for node in group) // alignment * alignment
+        longest = shortest or max(1, slot // (max(widths[node] for node in group) * alignment)) * alignment
+        common = _staged_length(graph, group, longest, alignment, slot)
+        for node in group:
+            chunks[node] = common
+    for node in graph:
         for other in graph.results(node)[1:]:
             chunks[other] = chunks[node]
     return chunks
 
 
-def _staged_length(graph: MergeGraph, node: int, chunk: int, alignment: int, slot: int) -> int:
-    """Return the longest chunk, up to `chunk` elements, for which every source fits a slot; complete rows if possible.
+def _staged_length(graph: MergeGraph, nodes: Sequence[int], chunk: int, alignment: int, slot: int) -> int:
+    """Return the longest chunk of nodes of one shape, up to `chunk` elements, for which every source fits a slot.
 
-    Sources that are staged by rows read a row twice if a chunk ends within it.
+    It is complete rows if possible: sources that are staged by rows read a row twice if a chunk ends within it.
     """
-    places = graph.places(node)
+    places = [(node, place) for node in nodes if graph.access_numbers(node) for place in graph.places(node)]
 
     def fits(elements: int) -> bool:
-        return all(staged_bytes(graph, node, place, elements) <= slot for place in places)
+        return all(staged_bytes(graph, node, place, elements) <= slot for node, place in places)
 
-    shape = graph.shape(node)
+    if not places:
+        return chunk
+    shape = graph.shape(nodes[0])
     for unit in (math.lcm(alignment, max(1, shape[-1] if shape else 1)), alignment):
         low, high = 0, chunk // unit
         while low < high:
@@ -127,6 +138,30 @@ def _staged_length(graph: MergeGraph, node: int, chunk: int, alignment: int, slo
         if low:
             return low * unit
     return alignment
+
+
+def linked(graph: MergeGraph) -> list[list[int]]:
+    """Return the groups of two or more nodes that are connected as source and user.
+
+    They have chunks of one length: a node uses the chunks that another one has left in the cache.
+    """
+    users = graph.users()
+    group_of: dict[int, list[int]] = {}
+    for source in users:
+        group = group_of.setdefault(source, [source])
+        for user in users[source]:
+            other = group_of.setdefault(user, [user])
+            if other is not group:
+                group, other = sorted((group, other), key=len, reverse=True)
+                group += other
+                group_of.update(dict.fromkeys(other, group))
+    return [sorted(group) for group in {id(group): group for group in group_of.values()}.values()]
+
+
+def common_alignment(graph: MergeGraph, nodes: Iterable[int]) -> int:
+    """Return the number that the elements of the chunks of linked nodes are a multiple of, at most their length."""
+    alignments = {node: alignment_of(graph, node) for node in nodes}
+    return min(math.lcm(*alignments.values()), max(1, *(length(graph, node) for node in alignments)))
 
 
 def clusters(graph: MergeGraph) -> list[list[int]]:

@@ -56,6 +56,8 @@ def kernel_of(kind: str, inputs: InputSpec) -> Kernel:
 def stored(tensor: Tensor, dtype: DType) -> bytes:
     """Return the bytes of a tensor in a file."""
     assert dtype.torch_name is not None
+    if tensor.numel() == 0:
+        return b""
     return tensor.to(getattr(torch, dtype.torch_name)).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

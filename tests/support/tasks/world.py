@@ -92,6 +92,10 @@ class TaskWorld(World):
             lines.append(f"{~node}: {method} of {sources} {accesses}: {shape} {dtype} {outputs}")
         return "\n".join(["TaskWorld", *lines])
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Let Hypothesis print a failing example as `repr` does, without its tensors."""
+        printer.text(repr(self))
+
     def fresh(self, graph: MergeGraph | None = None) -> TaskWorld:
         """The same tensors and expected outputs, of this graph or of another one, before anything is read."""
         made = replace(self, graph=graph or self.graph, reads=[], written={}, counts={})
@@ -129,7 +133,7 @@ class TaskWorld(World):
         first = self._value(operands[0], shape)
         result = first if kind in ("copy", "equal") else self._merged(kind, [self._value(o, shape) for o in operands])
         assert stored_dtype.torch_name is not None
-        self.computed[node] = torch.from_numpy(result).to(getattr(torch, stored_dtype.torch_name))
+        self.computed[node] = torch.from_numpy(result.copy(order="C")).to(getattr(torch, stored_dtype.torch_name))
         for _ in range(outputs):
             self.output(node)
         return node
