@@ -177,8 +177,9 @@ def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int])
 def _needless(graph: MergeGraph, left: set[int]) -> set[int]:
     """Return the nodes without an output of which every node that uses them is finished."""
     users = graph.users()
+    written = {output.node for output in graph.outputs} if users else set()
     needless: set[int] = set()
     for node in sorted(users, reverse=True):  # a node has a higher number than those that it uses
-        if all(user not in left or user in needless for user in users[node]):
+        if node not in written and all(user not in left or user in needless for user in users[node]):
             needless.add(node)
     return needless
