@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from ..graph.extents import bytes_of_chunks, output_width
@@ -26,6 +26,7 @@ class Problem:
         graph: graph to schedule.
         budget: limits of the schedule.
         done: for each node that an earlier run has started or finished, the bytes that it wrote.
+        again: nodes that an earlier run has finished, computed again for others that use them.
         needs: requirements of the graph on each device.
         devices: number of the device of each node.
     """
@@ -33,6 +34,7 @@ class Problem:
     graph: MergeGraph
     budget: Budget
     done: Mapping[int, int]
+    again: Set[int]
     needs: tuple[Requirements, ...]
     devices: list[int]
 
@@ -40,10 +42,11 @@ class Problem:
     def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
         """Return the problem, with the requirements of the nodes that are left."""
         finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
+        again = _computed_again(graph, finished)
         needs = tuple(
-            requirements(graph, device.tile_elements, finished, separate=device.separate) for device in budget.devices
+            requirements(graph, device.tile_elements, finished - again, separate=device.separate) for device in budget.devices
         )
-        return cls(graph, budget, done, needs, assign_devices(graph, len(budget.devices)))
+        return cls(graph, budget, done, again, needs, assign_devices(graph, len(budget.devices)))
 
     @property
     def partials(self) -> int:
@@ -91,7 +94,7 @@ class Candidate:
         ram_slots: number of slots that fit RAM.
         vram_slots: number of slots that fit each device's own memory.
         first: first chunk to write of each node that an earlier run has started.
-        left: nodes that still have chunks to write.
+        left: nodes that still have chunks to write, or are computed again.
         simulation: simulation of the order.
     """
 
@@ -136,11 +139,12 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
     first = _first_chunks(graph, chunks, done)
     left = {node for node in graph.tasks() if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    left -= _needless(graph, left)
+    left = left - _needless(graph, left) | problem.again
+    from_chunk = {node: chunk for node, chunk in first.items() if node not in problem.again}
     window = problem.needs[0].window
     best: Simulation | None = None  # the others are not kept: each has all steps of the merge
     for order in orders(graph):
-        simulation = Simulation(graph, chunks, slot, ram_slots, vram_slots, problem.devices, window, first)
+        simulation = Simulation(graph, chunks, slot, ram_slots, vram_slots, problem.devices, window, from_chunk)
         simulation.run([node for node in order if node in left] if done else order)
         if best is None or _rank(simulation) < _rank(best):
             best = simulation
@@ -172,6 +176,21 @@ def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int])
                 for result, nbytes in zip(results, written, strict=True)
             )
     return {node: chunk for node, chunk in first.items() if chunk}
+
+
+def _computed_again(graph: MergeGraph, finished: Set[int]) -> set[int]:
+    """Return the finished nodes that others use which are not finished: an output is not read back from its file."""
+    if not finished or not graph.users():
+        return set()
+    left = set(graph.tasks()) - finished
+    stack = list(left - _needless(graph, left))
+    again: set[int] = set()
+    while stack:
+        for value in graph.node_sources[stack.pop()]:
+            if value < 0 and ~value in finished and ~value not in again:
+                again.add(~value)
+                stack.append(~value)
+    return again
 
 
 def _needless(graph: MergeGraph, left: set[int]) -> set[int]:
