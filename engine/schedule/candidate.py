@@ -44,7 +44,8 @@ class Problem:
         finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
         again = _computed_again(graph, finished)
         needs = tuple(
-            requirements(graph, device.tile_elements, finished - again, separate=device.separate) for device in budget.devices
+            requirements(graph, device.tile_elements, finished - again, separate=device.separate)
+            for device in budget.devices
         )
         return cls(graph, budget, done, again, needs, assign_devices(graph, len(budget.devices)))
 
