@@ -1,4 +1,4 @@
-"""23 stages in one recipe: the values of 23 merges one after another, whether intermediates are kept or computed again."""
+"""23 stages in one recipe: the bytes of 23 merges, whether intermediates are kept or computed again."""
 
 from __future__ import annotations
 

@@ -136,12 +136,15 @@ def test_a_step_drops_its_own_cached_chunks_for_its_output() -> None:
 
 
 def test_an_intermediate_is_never_dropped_for_lack_of_room() -> None:
-    #  kept ── used at the end, while three chains go through RAM that cannot hold all they would keep
+    #  kept ─┬───────────────────────────── last      kept is needed furthest away, while the passes of the others
+    #        └─ first ─ second(b) ─ third(b) ─┘       would fill RAM with b
     world, shape = TaskWorld(), (4 * ELEMENTS,)
     a, b = (Operand((world.source(shape),)) for _ in range(2))
-    kept = world.task("sum", [a], shape, "F32", outputs=0)
-    middle = world.task("vote", [Operand((~kept,)), b], shape, "F32", outputs=1)
-    world.task("vote", [Operand((~kept,)), Operand((~middle,)), b], shape, "F32")
+    kept = Operand((~world.task("sum", [a], shape, "F32", outputs=0),))
+    before = kept
+    for _ in range(3):
+        before = Operand((~world.task("vote", [before, b], shape, "F32", outputs=0),))
+    world.task("sum", [kept, before], shape, "F32")
     world.measure()
     for extra in range(12):
         schedule = scheduled(world, extra)
