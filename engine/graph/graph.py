@@ -168,7 +168,13 @@ class MergeGraph:
         key: int = 0,
         shape: tuple[int, ...] | None = None,
     ) -> int:
-        """Add a node as `add_node` does, whether or not there is an equal one."""
+        """Add a node as `add_node` does, whether or not there is an equal one.
+
+        Raises:
+            ValueError: if the output of a node is used other than element for element.
+        """
+        if any(v < 0 and access is not ALIGNED for v, access in zip(sources, operation.accesses, strict=False)):
+            raise ValueError("the output of a node can only be used element for element")
         self.node_operation.append(self._number(operation))
         self.node_sources.append(sources)
         self.node_dtype.append(dtype)
