@@ -236,6 +236,10 @@ class MergeGraph:
         """The node, and the nodes of the other tensors that it computes."""
         return (node, *self._results.get(node, ()))
 
+    def result_dtypes(self, node: int) -> tuple[DType, ...]:
+        """The dtype of each tensor that a node computes."""
+        return tuple([self.node_dtype[result] for result in self.results(node)])
+
     def results_with(self, node: int) -> tuple[int, ...]:
         """All tensors that are computed together with a node's output, that of the computing node first."""
         computing = ~self.node_sources[node][0] if self.operation(node).kind is Kind.RESULT else node
