@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ...io.sizes import Limit
-from ..schedule.schedule import DeviceBudget
+from ..schedule.budget import DeviceBudget
 from .machine import limit_of
 
 VRAM_SHARE = 0.85

@@ -286,7 +286,7 @@ def _cores(work: Workload, rates: Rates, lanes: list[LaneEstimate]) -> LaneEstim
 
 def _fill(work: Workload, rates: Rates) -> float:
     """Return the seconds until the last lane starts: one chunk of every source passes through all lanes."""
-    schedule, reads = work.schedule, work.graph.reads
-    first = schedule.steps[0].sources if schedule.steps else ()
-    nbytes = sum(min(schedule.slot_bytes, reads[read].nbytes) for read in first)
+    schedule, graph = work.schedule, work.graph
+    first = graph.node_sources[schedule.steps[0].node] if schedule.steps else ()
+    nbytes = sum(min(schedule.slot_bytes, graph.value_nbytes(value)) for value in dict.fromkeys(first))
     return nbytes * (1 / rates.disk_read.per_second + 1 / rates.compute.per_second + 1 / rates.disk_write.per_second)

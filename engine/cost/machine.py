@@ -11,7 +11,8 @@ from ...errors import BudgetError, UsageError
 from ...io import platform
 from ...io.cgroups import cpu_limit, memory_left, memory_limit
 from ...io.sizes import Limit, Share, format_size, parse_memory
-from ..schedule.schedule import Budget, DeviceBudget, Schedule
+from ..schedule.budget import Budget, DeviceBudget
+from ..schedule.schedule import Schedule
 from .process_size import GraphSize, agreed_sizes, rounded
 
 RAM_SHARE = 0.7

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeloomError
+from ...io.safetensors.dtypes import DType
 from ...io.units import plural
 from ..graph.graph import Kind, MergeGraph
 from .estimate import EXTRAPOLATED, MEASURED, Rate, Rates
@@ -128,9 +129,9 @@ def node_groups(work: Workload) -> list[Group]:
         if operation.kind is not Kind.MERGE or not graph.elements(node):
             continue
         sources = graph.node_sources[node]
-        dtypes = tuple(graph.reads[read].dtype.name for read in sources)
+        dtypes = tuple(graph.value_dtype(value).name for value in sources)
         key = (operation.method, operation.passes, dtypes, graph.node_dtype[node].name)
-        nbytes = operation.passes * sum(graph.reads[read].nbytes for read in sources)
+        nbytes = operation.passes * sum(map(graph.value_nbytes, sources))
         known = groups.get(key, Group(operation.method, node, 0, 0))
         largest = max(known.node, node, key=lambda n: graph.elements(n))
         groups[key] = Group(operation.method, largest, known.nbytes + nbytes, known.elements + graph.elements(node))
@@ -170,14 +171,28 @@ def _first_elements(work: Workload, node: int, elements: int) -> list[bytearray]
     reader = Reader()
     inputs = []
     try:
-        for read in work.graph.node_sources[node]:
-            ref = work.graph.reads[read]
+        for value in work.graph.node_sources[node]:
+            if value < 0:
+                inputs.append(_normal(work.graph.value_dtype(value), elements))
+                continue
+            ref = work.graph.reads[value]
             data = bytearray(ref.dtype.nbytes(elements))
             reader.read(ref.file, ref.offset, memoryview(data))
             inputs.append(data)
     finally:
         reader.close()
     return inputs
+
+
+def _normal(dtype: DType, elements: int) -> bytearray:
+    """Return normal numbers as the elements of an intermediate tensor, which no file holds."""
+    import numpy as np
+
+    numbers = np.random.default_rng(0).normal(0, 0.02, elements)
+    if dtype.name in ("F64", "F16"):
+        return bytearray(numbers.astype(np.float64 if dtype.name == "F64" else np.float16))
+    single = numbers.astype(np.float32)  # the upper half of a float32 is a bfloat16
+    return bytearray(single if dtype.name == "F32" else single.view(np.uint16)[1::2])[: dtype.nbytes(elements)]
 
 
 def _cpu_passes(
@@ -190,7 +205,7 @@ def _cpu_passes(
     from ...methods.kernel.fused.run import Chunk
     from ..execute.arena import take_memory
 
-    dtypes = [graph.reads[read].dtype.name for read in graph.node_sources[node]]
+    dtypes = [graph.value_dtype(value).name for value in graph.node_sources[node]]
     out = graph.node_dtype[node]
     compiled = Compiled(kernel, dtypes, out.name)
     elements = kernel.inputs.rows * kernel.inputs.columns

@@ -34,7 +34,7 @@ def gpu_passes(
         device: name of the GPU.
     """
     graph = work.graph
-    dtypes = [torch_dtype(graph.reads[read].dtype) for read in graph.node_sources[node]]
+    dtypes = [torch_dtype(graph.value_dtype(value)) for value in graph.node_sources[node]]
     tensors = [torch.frombuffer(data, dtype=dtype).to(device) for data, dtype in zip(inputs, dtypes, strict=True)]
     elements = kernel.inputs.rows * kernel.inputs.columns
     tile = max(1, work.schedule.tile_elements[0] // kernel.alignment) * kernel.alignment

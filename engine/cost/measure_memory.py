@@ -39,7 +39,7 @@ def measure_footprints(graph: MergeGraph, *, separate: bool) -> None:
         operation = graph.operation(node)
         if operation.kernel is None or operation.kind is not Kind.MERGE or not graph.elements(node):
             continue
-        dtypes, out = tuple(graph.reads[read].dtype for read in graph.node_sources[node]), graph.node_dtype[node]
+        dtypes, out = tuple(graph.value_dtype(value) for value in graph.node_sources[node]), graph.node_dtype[node]
         key = (graph.node_operation[node], dtypes, out)
         result = found.get(key)
         if result is None:

@@ -17,7 +17,7 @@ from ...errors import BudgetError
 from ...io import platform
 from ...io.sizes import format_size
 from ..graph.graph import MergeGraph
-from ..schedule.schedule import DeviceBudget
+from ..schedule.budget import DeviceBudget
 from .machine import address_space, address_space_limit
 from .measure_memory import compiler_memory, measure_footprints
 

@@ -48,7 +48,7 @@ def computed_bytes(work: Workload) -> int:
     for node in graph:
         operation = graph.operation(node)
         if operation.kind is Kind.MERGE:
-            total += operation.passes * sum(graph.reads[read].nbytes for read in graph.node_sources[node])
+            total += operation.passes * sum(map(graph.value_nbytes, graph.node_sources[node]))
     return total
 
 

@@ -22,10 +22,10 @@ from typing import Any
 from ...errors import UsageError
 from ...io.task_group import TaskGroup
 from ...methods.kernel.spec import HostError
+from ..graph.extents import output_width
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.step_list import Step
-from ..schedule.tiling import output_width
 from .arena import HostArena
 from .cache import CachedChunk
 from .devices.base import Device, Marker

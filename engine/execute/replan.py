@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ..graph.graph import MergeGraph
-from ..schedule.schedule import DeviceBudget, Schedule, make_schedule, shrink
+from ..schedule.budget import DeviceBudget, shrink
+from ..schedule.schedule import Schedule, make_schedule
 from .devices.base import Device, OutOfDeviceMemory
 from .executor import Executor
 from .ledger import Ledger

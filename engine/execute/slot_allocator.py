@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..graph.extents import extent, output_width
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.step_list import Step
-from ..schedule.tiling import ChunkedRead, output_width, source_width
+from ..schedule.tiling import ChunkedRead, chunked_sources
 from .arena import MemoryWatch
 from .cache import ChunkCache
 from .devices.base import Device
@@ -85,10 +86,10 @@ class SlotAllocator:
         separate = self._separate(task)
         ram, vram = self.ram, self.vram[task.device]
         reads = []
-        for source, held in zip(self._sources(step, task), step.keep, strict=True):
+        for place, source, held in zip(step.places, self._sources(step, task), step.keep, strict=True):
             on_device = vram.find(source, task.chunk) if separate else None
             if on_device is None:
-                offset, nbytes = self._extent(task, source.read)
+                offset, nbytes = self._extent(task, place)
                 host = ram.find(source, task.chunk)
                 if host is None:
                     host = ram.load(source, task.chunk, nbytes)
@@ -139,12 +140,12 @@ class SlotAllocator:
     def _separate(self, task: ChunkTask) -> bool:
         return self._devices[task.device].separate and task.operation.kind is Kind.MERGE
 
-    def _sources(self, step: Step, task: ChunkTask) -> list[ChunkedRead]:
-        chunk_length = self._schedule.chunk_elements[task.node]
-        return [ChunkedRead(read, chunk_length) for read in step.sources]
+    def _sources(self, step: Step, task: ChunkTask) -> tuple[ChunkedRead, ...]:
+        schedule = self._schedule
+        return chunked_sources(self._graph, task.node, schedule.chunk_elements[task.node], schedule.slot_bytes)
 
-    def _extent(self, task: ChunkTask, read: int) -> tuple[int, int]:
+    def _extent(self, task: ChunkTask, place: int) -> tuple[int, int]:
         """Return the offset of a source's chunk in its file and the size of the chunk, in bytes."""
-        width = source_width(self._graph, task.node, read)
         start, size = self._schedule.span(self._graph, task.node, task.chunk)
-        return self._graph.reads[read].offset + start * width, size * width
+        ((offset, nbytes),) = extent(self._graph, task.node, place, start, size)
+        return self._graph.reads[self._graph.node_sources[task.node][place]].offset + offset, nbytes

@@ -88,8 +88,8 @@ def models_with_merged_embeddings(built: BuiltGraph) -> set[int]:
         if name in names.get(model, ())
     }
     merged: set[int] = set()
-    for sources in graph.node_sources:
-        if len(sources) > 1:
+    for node in dict.fromkeys(output.node for output in graph.outputs):
+        if len(sources := graph.reads_of(node)) > 1:
             models = {reads[read] for read in sources if read in reads}
             merged |= models if len(models) > 1 else set()
     return merged

@@ -169,7 +169,7 @@ def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[s
 def _card(content: OutputContent, output: OutputModel) -> str:
     graph = content.graph
     nodes = [graph.outputs[number].node for number in graph.outputs_in(output.folder)]
-    used = {graph.read_models[read] for node in nodes for read in graph.node_sources[node]}
+    used = {graph.read_models[read] for node in nodes for read in graph.reads_of(node)}
     local = content.local_names
     cards = {
         model.number: CardModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +25,7 @@ from .buffers import BufferCheck
 from .check_layers import LayerChecks, OutputLayer, missing_tensor
 from .duplicates import explained, find_duplicates
 from .filters import unmatched_filters
+from .fuse import fuse
 from .graph import MergeGraph
 from .partial import PartialTensor, partial_warnings
 from .quantized_outputs import check_quantized_outputs
@@ -67,7 +69,7 @@ class Saved:
         return self.stage.name or ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BuiltGraph:
     """The graph of a recipe, and the facts that determine the output's other files.
 
@@ -86,6 +88,7 @@ class BuiltGraph:
         intermediates: number of tensors that the stages before the last compute.
         buffers: the buffers that are compared between the models before the merge.
         parameters: parameters with filters or gradients, and how many tensors use each value.
+        unfused: the graph before nodes became parts of others; None if there are no such nodes.
     """
 
     graph: MergeGraph
@@ -102,10 +105,16 @@ class BuiltGraph:
     intermediates: int = 0
     buffers: tuple[BufferCheck, ...] = ()
     parameters: tuple[ParameterUse, ...] = ()
+    unfused: MergeGraph | None = None
 
     def __repr__(self) -> str:
         """One line with the number of models and tensors."""
         return f"<BuiltGraph: {len(self.graph.outputs):,} tensors from {len(self.models):,} models>"
+
+    @functools.cached_property
+    def inlined(self) -> MergeGraph:
+        """The graph in which every output is one expression of what files hold: what it is, however it is computed."""
+        return self.graph if self.unfused is None else fuse(self.unfused, inline=True)
 
     @property
     def layers(self) -> int:

@@ -61,15 +61,13 @@ def to_networkx(graph: MergeGraph, detail: Detail = "layer") -> networkx.DiGraph
         add("read", grouped(name), ref.nbytes, model=graph.models[model])
         for ref, model, name in zip(graph.reads, graph.read_models, graph.read_names, strict=True)
     ]
-    names = [""] * len(graph.node_operation)
-    for output in reversed(graph.outputs):
-        names[output.node] = output.label
+    names = graph.node_names()
     operations = []
     for node in graph:
         operation = graph.operation(node)
-        key = add(operation.kind.value, grouped(names[node]), graph.nbytes(node), method=operation.method)
-        found.add_edges_from((reads[read], key) for read in graph.node_sources[node])
-        operations.append(key)
+        operations.append(add(operation.kind.value, grouped(names[node]), graph.nbytes(node), method=operation.method))
+    for node, sources in enumerate(graph.node_sources):
+        found.add_edges_from((reads[v] if v >= 0 else operations[~v], operations[node]) for v in sources)
     for output in graph.outputs:
         found.add_edge(operations[output.node], add("output", grouped(output.label), graph.nbytes(output.node)))
     return found

@@ -1,28 +1,27 @@
-"""Builds the graph of a recipe with several stages, in which no intermediate tensor is stored.
+"""Builds the graph of a recipe with several stages, in which no intermediate tensor is written.
 
 Each stage has a graph of its own. To the next stage, its output is a checkpoint whose tensors are nodes instead of file
-ranges. The last stage's graph is then resolved down to the files: a copy of a copy becomes a copy of the source, and
-arithmetic on an intermediate result becomes a fused kernel.
+ranges. The graphs are then linked to one, in which a copy of a copy is a copy of the source, and fused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.dtypes import DType
+from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.tensors import TensorRef
-from ...methods.kernel.composition import Composition, Part
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
 from ..recipe.types import ModelReference, Recipe, Stage
 from .buffers import BufferCheck, StoredBuffer
 from .build import BuiltGraph, Saved, build_graph
-from .graph import Kind, MergeGraph, Operation
+from .fuse import fuse
+from .graph import Kind, MergeGraph, Operation, Value
 from .usage import Unused
 
 
@@ -79,7 +78,7 @@ def build_stages(
         config = config_of(stage, graph)
         if not last:
             checkpoints[stage.name or ""] = _as_checkpoint(number, stage, graph, config)
-    return _Flattener(recipe, built, methods).flatten()
+    return _Linker(recipe, built, methods).link()
 
 
 def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
@@ -111,27 +110,16 @@ def _stored_dtype(stage: Stage, graph: MergeGraph, node: int) -> DType:
     return nominal if nominal is not None and not kept and dtype.kind is nominal.kind else dtype
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    """A tensor in a file."""
+class _Linker:
+    """Links the graphs of all stages to one task graph that only reads files: stages are ordinary nodes.
 
-    model: int
-    name: str
-    ref: TensorRef
+    An intermediate tensor is in the work dtype, unless its stage has an ``out_dtype``, which rounds it.
 
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """The result of an operation on leaves and other results."""
-
-    operation: Operation
-    sources: tuple[_Leaf | _Result, ...]
-    key: int
-    round_to: DType | None
-
-
-class _Flattener:
-    """Combines the graphs of all stages into one graph that only reads files."""
+    Args:
+        recipe: the recipe.
+        built: graph of each stage, in order.
+        methods: the merge methods by name.
+    """
 
     def __init__(self, recipe: Recipe, built: list[BuiltGraph], methods: Mapping[str, Method]) -> None:
         self._recipe = recipe
@@ -145,30 +133,36 @@ class _Flattener:
                     references[model.reference] = len(self._models)
                     self._models.append(replace(model, number=len(self._models)))
         self._numbers = references
-        self._expressions: dict[tuple[int, int], _Leaf | _Result] = {}
-        self._operations: dict[Hashable, Operation] = {}
+        self._graph = MergeGraph(tuple(model.name for model in self._models))
+        self._wide: set[int] = set()  # nodes of the linked graph that are computed in float64
+        self._conversions: dict[tuple[int, ...], Operation] = {}
 
-    def flatten(self) -> BuiltGraph:
-        last = len(self._built) - 1
+    def link(self) -> BuiltGraph:
+        """Return the linked graph, fused, with the facts of the last stage."""
+        last, graph = len(self._built) - 1, self._graph
         final = self._built[last]
-        graph = MergeGraph(tuple(model.name for model in self._models))
+        saved = [number for number, stage in enumerate(self._recipe.stages[:-1]) if stage.save]
+        values = self._values([*saved, last])
         for output in final.graph.outputs:
             dtype = final.graph.node_dtype[output.node]
-            graph.add_output(output.name, self._add(graph, self._expression(last, output.node), dtype), output.group)
-        saved = [number for number, stage in enumerate(self._recipe.stages[:-1]) if stage.save]
+            graph.add_output(output.name, self._stored(values[last, output.node], dtype), output.group)
         for number in saved:
-            self._save(graph, number)
+            saving, found = self._recipe.stages[number], self._built[number].graph
+            for output in found.outputs:
+                node = self._stored(values[number, output.node], _stored_dtype(saving, found, output.node))
+                graph.add_output(output.name, node, output.group, saving.name or "")
         donor = final
         while self._recipe.stage(reference := donor.models[donor.donor].reference) is not None:
             stage = self._recipe.stage(reference)
             donor = self._built[next(n for n, found in enumerate(self._recipe.stages) if found is stage)]
         return replace(
             final,
-            graph=graph,
+            graph=fuse(graph),
+            unfused=graph,
             models=tuple(self._models),
             donor=self._numbers[reference],
             donor_config=final.models[final.donor].checkpoint.config,
-            unused=tuple(dict.fromkeys(self._unused(graph))),
+            unused=tuple(dict.fromkeys(self._unused())),
             warnings=tuple(warning for found in self._built for warning in found.warnings),
             parameters=tuple(use for found in self._built for use in found.parameters),
             saved=tuple(Saved(self._recipe.stages[number], self._built[number].layers) for number in saved),
@@ -176,31 +170,105 @@ class _Flattener:
             buffers=tuple(dict.fromkeys(self._buffers())),
         )
 
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    def _values(self, stages: list[int]) -> dict[tuple[int, int], Value]:
+        """Add what the outputs of some stages are computed from; return the value of each node of a stage by both."""
+        needed: list[set[int]] = [set() for _ in self._built]
+        for number in stages:
+            needed[number] |= {output.node for output in self._built[number].graph.outputs}
+        for number in range(len(self._built) - 1, -1, -1):
+            graph = self._built[number].graph
+            for node in needed[number]:
+                for read in graph.node_sources[node]:
+                    if isinstance(ref := graph.reads[read], StageRef):
+                        needed[ref.stage].add(ref.node)
+        values: dict[tuple[int, int], Value] = {}
+        for number, nodes in enumerate(needed):
+            for node in sorted(nodes):
+                values[number, node] = self._value(number, node, values)
+        return values
+
+    def _value(self, stage: int, node: int, values: Mapping[tuple[int, int], Value]) -> Value:
+        """Add a node of a stage, and return its value."""
+        built = self._built[stage]
+        graph, operation = built.graph, built.graph.operation(node)
+        sources: list[Value] = []
+        for read in graph.node_sources[node]:
+            ref = graph.reads[read]
+            if isinstance(ref, StageRef):
+                sources.append(values[ref.stage, ref.node])
+            else:
+                model = self._numbers[built.models[graph.read_models[read]].reference]
+                sources.append(self._graph.add_read(model, graph.read_names[read], ref))
+        rounded = self._recipe.stages[stage].out_dtype
+        copies = operation.kernel is not None and operation.kernel.copies is not None
+        if operation.kind is Kind.COPY or (copies and rounded is None):
+            return sources[0]
+        if operation.kind is Kind.REQUIRE_EQUAL:
+            return self._equal(operation, sources, graph.node_dtype[node])
+        value = sources[0] if copies else self._computed(operation, sources, graph.node_key[node])
+        return value if rounded is None else self._converted(value, rounded)
+
+    def _computed(self, operation: Operation, sources: list[Value], key: int) -> Value:
+        """Add a node that computes in the work dtype of its sources."""
+        graph = self._graph
+        wide = any(graph.reads[value].dtype == F64 if value >= 0 else ~value in self._wide for value in sources)
+        node = graph.add_node(operation, tuple(sources), F64 if wide else F32, key)
+        if wide:
+            self._wide.add(node)
+        return ~node
+
+    def _converted(self, value: Value, dtype: DType) -> Value:
+        """Add a node that rounds a value to a dtype, unless it is stored so."""
+        graph, shape = self._graph, self._graph.value_shape(value)
+        if value >= 0 and graph.reads[value].dtype == dtype:
+            return value
+        operation = self._conversions.get(shape)
+        if operation is None:
+            kernel = self._passthrough.kernel(InputSpec(1, None, shape), {})
+            operation = self._conversions[shape] = Operation(Kind.MERGE, "passthrough", kernel=kernel)
+        node = graph.add_node(operation, (value,), dtype)
+        if value < 0 and ~value in self._wide:
+            self._wide.add(node)
+        return ~node
+
+    def _equal(self, operation: Operation, sources: list[Value], dtype: DType) -> Value:
+        """Add a node of tensors that must be equal, those that earlier stages compare included."""
+        graph = self._graph
+        reads = [read for value in sources for read in ([value] if value >= 0 else graph.node_sources[~value])]
+        distinct = tuple(dict.fromkeys(reads))
+        return distinct[0] if len(distinct) == 1 else ~graph.add_node(operation, distinct, dtype)
+
+    def _stored(self, value: Value, dtype: DType) -> int:
+        """Add the node of an output that has a value, rounded to `dtype`."""
+        graph = self._graph
+        if value >= 0 and graph.reads[value].dtype == dtype:
+            return graph.add_node(Operation(Kind.COPY, "passthrough"), (value,), dtype)
+        if value < 0 and graph.operation(~value).kind is Kind.REQUIRE_EQUAL:
+            return ~value
+        return ~self._converted(value, dtype)
+
+    # --- facts -------------------------------------------------------------------------------------------------
+
     def _buffers(self) -> Iterator[BufferCheck]:
         """The buffers that are compared between the models, in all stages."""
         for found in self._built:
             for check in found.buffers:
-                chosen, *others = (self._stored(found, each) for each in (check.chosen, *check.others))
+                chosen, *others = (self._in_file(found, each) for each in (check.chosen, *check.others))
                 others = [each for each in dict.fromkeys(others) if each != chosen]
                 yield BufferCheck(check.name, chosen, tuple(others))
 
-    def _stored(self, built: BuiltGraph, buffer: StoredBuffer) -> StoredBuffer:
+    def _in_file(self, built: BuiltGraph, buffer: StoredBuffer) -> StoredBuffer:
         """A buffer of an input of a stage as it is stored in a file: stages only copy buffers."""
-        if isinstance(buffer.ref, StageRef):
-            leaf = next(_leaves(self._expression(buffer.ref.stage, buffer.ref.node)))
-            return StoredBuffer(leaf.model, leaf.name, leaf.ref)
+        while isinstance(ref := buffer.ref, StageRef):
+            built = self._built[ref.stage]
+            read = built.graph.node_sources[ref.node][0]
+            buffer = StoredBuffer(built.graph.read_models[read], built.graph.read_names[read], built.graph.reads[read])
         return buffer._replace(model=self._numbers[built.models[buffer.model].reference])
 
-    def _save(self, graph: MergeGraph, number: int) -> None:
-        """Add the outputs of a saved stage, in the dtypes that they would have if it were the only one."""
-        stage, found = self._recipe.stages[number], self._built[number].graph
-        for output in found.outputs:
-            dtype = _stored_dtype(stage, found, output.node)
-            node = self._add(graph, self._expression(number, output.node), dtype)
-            graph.add_output(output.name, node, output.group, stage.name or "")
-
-    def _unused(self, graph: MergeGraph) -> Iterator[Unused]:
-        """Every tensor in a file that the combined graph doesn't read, with the cause in one of the stages."""
+    def _unused(self) -> Iterator[Unused]:
+        """Every tensor in a file that the linked graph doesn't read, with the cause in one of the stages."""
         causes: dict[tuple[int, str], tuple[str, int | None]] = {}
         for found in self._built:
             numbers = {model.name: self._numbers.get(model.reference) for model in found.models}
@@ -208,13 +276,12 @@ class _Flattener:
                 number = numbers[unused.model]
                 if number is None:  # tensors of a stage are unused: their sources may be, too
                     indirect = f"{unused.model}: {unused.reason}", None
-                    leaves = {leaf for name in unused.tensors for leaf in self._leaves_of(unused.model, name)}
-                    causes = {(leaf.model, leaf.name): indirect for leaf in leaves} | causes
+                    causes = dict.fromkeys(self._stored_sources(unused.model, unused.tensors), indirect) | causes
                 elif unused.tensors:
                     causes |= {(number, name): (unused.cause, unused.layer) for name in unused.tensors}
                 else:
                     yield unused
-        read = set(zip(graph.read_models, graph.read_names, strict=True))
+        read = set(zip(self._graph.read_models, self._graph.read_names, strict=True))
         for model in self._models:
             names: dict[tuple[str, int | None], list[str]] = {}
             for name in model.checkpoint.tensors:
@@ -223,107 +290,22 @@ class _Flattener:
                     names.setdefault(cause, []).append(name)
             yield from (Unused(model.name, why, tuple(unread), layer) for (why, layer), unread in names.items())
 
-    def _leaves_of(self, stage: str, name: str) -> Iterator[_Leaf]:
-        """The file tensors that a tensor of a stage is computed from."""
+    def _stored_sources(self, stage: str, names: Collection[str]) -> Iterator[tuple[int, str]]:
+        """The tensors in files, by model and name, that some tensors of a stage are computed from."""
         number = next(number for number, found in enumerate(self._recipe.stages) if found.name == stage)
-        nodes = (output.node for output in self._built[number].graph.outputs if output.name == name)
-        return _leaves(self._expression(number, next(nodes)))
-
-    def _expression(self, stage: int, node: int) -> _Leaf | _Result:
-        """The expression of a node in terms of file tensors."""
-        expression = self._expressions.get((stage, node))
-        if expression is None:
-            expression = self._expressions[stage, node] = self._build_expression(stage, node)
-        return expression
-
-    def _build_expression(self, stage: int, node: int) -> _Leaf | _Result:
-        built = self._built[stage]
-        graph = built.graph
-        operation = graph.operation(node)
-        sources: list[_Leaf | _Result] = []
-        for read in graph.node_sources[node]:
-            ref = graph.reads[read]
-            if isinstance(ref, StageRef):
-                sources.append(self._expression(ref.stage, ref.node))
-            else:
-                model = self._numbers[built.models[graph.read_models[read]].reference]
-                sources.append(_Leaf(model, graph.read_names[read], ref))
-        rounds = self._recipe.stages[stage].out_dtype
-        copies = operation.kernel is not None and operation.kernel.copies is not None
-        if operation.kind is Kind.COPY or (copies and rounds is None):
-            return sources[0]
-        return _Result(operation, tuple(sources), graph.node_key[node], rounds)
-
-    def _add(self, graph: MergeGraph, expression: _Leaf | _Result, dtype: DType) -> int:
-        """Add the node that computes an expression, rounded to `dtype`, to the combined graph."""
-        if isinstance(expression, _Leaf):
-            if expression.ref.dtype == dtype:
-                return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, expression),), dtype)
-            expression = self._cast(expression, expression.ref.shape)
-        elif expression.round_to is not None and expression.round_to != dtype:
-            expression = self._cast(expression, self._shape(expression))
-        if all(isinstance(source, _Leaf) for source in expression.sources):
-            leaves = [source for source in expression.sources if isinstance(source, _Leaf)]
-            if expression.operation.kind is Kind.REQUIRE_EQUAL and len(set(leaves)) == 1:
-                return graph.add_node(Operation(Kind.COPY, "passthrough"), (self._read(graph, leaves[0]),), dtype)
-            reads = tuple(self._read(graph, leaf) for leaf in leaves)
-            return graph.add_node(expression.operation, reads, dtype, expression.key)
-        leaves = list(dict.fromkeys(_leaves(expression)))
-        operation = self._fuse(expression, leaves)
-        return graph.add_node(operation, tuple(self._read(graph, leaf) for leaf in leaves), dtype)
-
-    def _cast(self, expression: _Leaf | _Result, shape: tuple[int, ...]) -> _Result:
-        kernel = self._passthrough.kernel(InputSpec(1, None, shape), {})
-        key = ("cast", shape)
-        operation = self._operations.setdefault(key, Operation(Kind.MERGE, "passthrough", kernel=kernel))
-        return _Result(operation, (expression,), 0, None)
-
-    def _fuse(self, expression: _Result, leaves: list[_Leaf]) -> Operation:
-        """Fuse the operations of an expression into one, shared by expressions that differ only in their leaves."""
-        leaf_numbers = {leaf: number for number, leaf in enumerate(leaves)}
-        parts: list[Part] = []
-        numbers: dict[_Result, int] = {}
-        methods: list[tuple[str, Any]] = []
-
-        def add(result: _Result) -> int:
-            if result in numbers:
-                return numbers[result]
-            sources = tuple(
-                leaf_numbers[source] if isinstance(source, _Leaf) else ~add(source) for source in result.sources
-            )
-            kernel = result.operation.kernel
-            assert kernel is not None
-            rounding = result.round_to.torch_name if result.round_to and result is not expression else None
-            parts.append(Part(kernel, sources, result.key, result.operation.positions, rounding))
-            methods.append((result.operation.method, result.operation.parameters))
-            numbers[result] = len(parts) - 1
-            return numbers[result]
-
-        add(expression)
-        key = tuple((id(part.kernel), part.sources, part.key, part.positions, part.round_to) for part in parts)
-        operation = self._operations.get(key)
-        if operation is None:
-            kernel = Composition(InputSpec(len(leaves), None, self._shape(expression)), parts)
-            name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
-            described = tuple(
-                (f"{number}. {method}", parameters) for number, (method, parameters) in enumerate(methods)
-            )
-            operation = self._operations[key] = Operation(Kind.MERGE, name, described, kernel=kernel)
-        return operation
-
-    @staticmethod
-    def _shape(expression: _Result) -> tuple[int, ...]:
-        return next(_leaves(expression)).ref.shape
-
-    @staticmethod
-    def _read(graph: MergeGraph, leaf: _Leaf) -> int:
-        return graph.add_read(leaf.model, leaf.name, leaf.ref)
-
-
-def _leaves(expression: _Leaf | _Result) -> Iterator[_Leaf]:
-    """The leaves of an expression, in the order of the sources."""
-    if isinstance(expression, _Leaf):
-        yield expression
-        return
-    for source in expression.sources:
-        yield from _leaves(source)
+        wanted = set(names)
+        stack = [(number, output.node) for output in self._built[number].graph.outputs if output.name in wanted]
+        seen = set(stack)
+        while stack:
+            number, node = stack.pop()
+            built = self._built[number]
+            for read in built.graph.node_sources[node]:
+                ref = built.graph.reads[read]
+                if not isinstance(ref, StageRef):
+                    yield (
+                        self._numbers[built.models[built.graph.read_models[read]].reference],
+                        built.graph.read_names[read],
+                    )
+                elif (ref.stage, ref.node) not in seen:
+                    seen.add((ref.stage, ref.node))
+                    stack.append((ref.stage, ref.node))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import BudgetError
 from ...io.sizes import format_size, parse_size
 from ..cost.estimate import Estimate, Rates, estimate
-from ..schedule.schedule import Budget, Schedule, make_schedule
+from ..schedule.budget import Budget
+from ..schedule.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -84,8 +85,7 @@ def alternatives(plan: Plan, rates: Rates | None = None) -> list[Alternative]:
                 break
     if _vram(budget):
         before: Alternative | None = None
-        graph = plan.built.graph
-        minimum = sum(graph.reads[read].nbytes for read in {r for n in graph for r in graph.node_sources[n]})
+        minimum = sum(ref.nbytes for ref in plan.built.graph.reads)
         for vram in _sizes(plan.schedule.minimum_vram):
             devices = tuple(replace(d, vram=None if d.vram is None else vram) for d in budget.devices)
             other = _try(plan, replace(budget, devices=devices), bypassed, rates)

@@ -120,7 +120,7 @@ def _outputs_digest(plan: Plan) -> str:
     The digested JSON has keys and values of its own. It must not contain the name of a class, enum member or attribute:
     renaming one would make every unfinished merge a different merge.
     """
-    graph = plan.built.graph
+    graph = plan.built.inlined
     numbers = model_numbers(plan)
     digest = hashlib.blake2b(digest_size=16)
     for output in graph.outputs:

@@ -29,7 +29,8 @@ from ..model.open import is_remote
 from ..model.warnings import ModelWarning
 from ..recipe.types import Recipe, Stage
 from ..recipe.warnings import RecipeWarning
-from ..schedule.schedule import DeviceBudget, Schedule
+from ..schedule.budget import DeviceBudget
+from ..schedule.schedule import Schedule
 from ..schedule.traffic import bytes_of_models, bytes_of_reads, downloaded, peak_of, read_again
 from .transfers import Transfer
 

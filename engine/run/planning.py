@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
-from ...errors import MergeloomError
+from ...errors import BudgetError, MergeloomError
 from ...io.reading import check_descriptors
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
@@ -26,7 +26,8 @@ from ..model.warnings import ModelWarning, ModelWarningKind, strict_error
 from ..recipe.load import load_recipe
 from ..recipe.types import ModelReference, Recipe
 from ..recipe.warnings import RecipeWarning
-from ..schedule.schedule import Budget, make_schedule
+from ..schedule.budget import Budget
+from ..schedule.schedule import Schedule, make_schedule
 from .plan import Options, Plan, RecipeLike
 
 OTHER_THREADS = 16
@@ -82,8 +83,8 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
         check_folders(loaded, [each.stage for each in saved], files.output)
     layout = lay_out(built.graph, options.shard_size)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
-    budget = budget_of(options, computes, built, loaded)
-    schedule = make_schedule(built.graph, budget)
+    built, schedule = _scheduled(built, computes, options, loaded)
+    budget = schedule.budget
     if options.machine is None:
         check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
     remarks = [
@@ -101,6 +102,17 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
         raise strict_error(found)
     findings: tuple[RecipeWarning | ModelWarning, ...] = (*loaded.warnings, *found)
     return Plan(loaded, stage, built, files.output, layout, schedule, options, findings, saved=saved)
+
+
+def _scheduled(built: BuiltGraph, computes: bool, options: Options, loaded: Recipe) -> tuple[BuiltGraph, Schedule]:
+    """Return the schedule, and the graph that it is of: if RAM cannot hold intermediate tensors, one without them."""
+    try:
+        return built, make_schedule(built.graph, budget_of(options, computes, built, loaded))
+    except BudgetError:
+        if not any(value < 0 for sources in built.graph.node_sources for value in sources):
+            raise
+    built = replace(built, graph=built.inlined)
+    return built, make_schedule(built.graph, budget_of(options, computes, built, loaded))
 
 
 def budget_of(options: Options, computes: bool, built: BuiltGraph, recipe: Recipe) -> Budget:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+from ..graph.extents import length, staged_bytes
 from ..graph.graph import Kind, MergeGraph
-from .tiling import length, tile_length, widest, work_bytes
+from .tiling import alignment_of, tile_length, widest, work_bytes
 
 PAGE = 4096
 SMALLEST_SLOT = 64 << 10
@@ -57,22 +58,23 @@ def requirements(
             compiled loops of the CPU take what `footprints` says.
     """
     result = Requirements()
-    for node in graph:
+    for node in graph.tasks():
         if node in finished:
             continue
         operation = graph.operation(node)
-        sources = len(set(graph.node_sources[node]))
+        places = graph.places(node)
         result.largest = max(result.largest, length(graph, node) * widest(graph, node))
-        result.window = max(result.window, sources + (operation.kind is not Kind.COPY))
+        result.window = max(result.window, len(places) + (operation.kind is not Kind.COPY) * len(graph.results(node)))
+        alignment = alignment_of(graph, node)
+        if graph.access_numbers(node):
+            staged = max(staged_bytes(graph, node, place, alignment) for place in places)
+            _grow(result, staged, node)
         if operation.kernel is None:
             continue
         result.computes = True
         result.reduces |= operation.kernel.reductions > 0
         elements = length(graph, node)
-        alignment = min(operation.kernel.alignment, elements) * widest(graph, node)
-        if alignment > result.slot:
-            result.slot = _page_aligned(alignment)
-            result.slot_node = node
+        _grow(result, alignment * widest(graph, node), node)
         tile = min(tile_length(graph, node, tile_elements), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node)) if separate else 0
         measured = graph.footprints.get(node)
@@ -84,6 +86,13 @@ def requirements(
             result.workspace_node = node
     result.workspace = _page_aligned(result.workspace)
     return result
+
+
+def _grow(result: Requirements, nbytes: int, node: int) -> None:
+    """Require slots that hold a number of bytes."""
+    if nbytes > result.slot:
+        result.slot = _page_aligned(nbytes)
+        result.slot_node = node
 
 
 def _page_aligned(nbytes: int) -> int:

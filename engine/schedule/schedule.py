@@ -13,17 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from ...errors import BudgetError
 from ...io.sizes import format_size
+from ..graph.extents import length
 from ..graph.graph import MergeGraph
-from .assignment import assign_devices
-from .requirements import SMALLEST_SLOT, Requirements, requirements
-from .simulate import Simulation, orders
+from .budget import Budget
+from .candidate import Candidate, Problem, plan_for_slot
+from .requirements import SMALLEST_SLOT
 from .step_list import StepList
-from .tiling import chunk_count, chunk_elements, clusters, length, output_width
+from .tiling import chunk_count
 
-TILE_ELEMENTS = 1 << 19
-"""Elements of a tile on the CPU: its workspace stays in a core's cache."""
-DEVICE_TILE_ELEMENTS = 1 << 22
-"""Elements of a tile on a device with its own memory."""
 SLOT_BYTES = 4 << 20
 """Preferred size of a slot."""
 COPY_SLOT_BYTES = 1 << 20
@@ -32,50 +29,6 @@ DEVICE_SLOT_BYTES = 32 << 20
 """Preferred size of a slot for a device with its own memory, where a chunk is one copy over the bus."""
 WORTH = 0.95
 """Smaller slots are chosen if they reduce the bytes read at least to this share: each chunk costs time, too."""
-PARTIAL_BYTES = 8 << 20
-"""RAM set aside for each compute thread, for the partial results of reductions."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceBudget:
-    """The budget of a device that computes.
-
-    Args:
-        name: name of the device, such as ``cpu`` or ``cuda:0``.
-        vram: limit of the device's own memory in bytes, or None if it computes in RAM.
-        threads: number of compute threads, each with a workspace.
-    """
-
-    name: str
-    vram: int | None
-    threads: int
-
-    @property
-    def separate(self) -> bool:
-        """Whether the device has its own memory."""
-        return self.vram is not None
-
-    @property
-    def tile_elements(self) -> int:
-        """Preferred number of elements in a compute tile."""
-        return DEVICE_TILE_ELEMENTS if self.separate else TILE_ELEMENTS
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The limits of a schedule.
-
-    Args:
-        ram: limit of the process's resident memory in bytes.
-        baseline: bytes of RAM that the process takes without the engine's buffers.
-        devices: budgets of the devices that compute, at least one.
-        held: peak of the process's resident memory so far in bytes; 0 inside another program.
-    """
-
-    ram: int
-    baseline: int
-    devices: tuple[DeviceBudget, ...]
-    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,106 +144,6 @@ class Schedule:
         return replace(schedule, peak_vram=max((schedule.buffer_vram(number) for number in separate), default=0))
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A graph to schedule within a budget, and the minimum that it requires.
-
-    Args:
-        graph: graph to schedule.
-        budget: limits of the schedule.
-        done: for each node that an earlier run has started or finished, the bytes that it wrote.
-        needs: requirements of the graph on each device.
-        devices: number of the device of each node.
-    """
-
-    graph: MergeGraph
-    budget: Budget
-    done: Mapping[int, int]
-    needs: tuple[Requirements, ...]
-    devices: list[int]
-
-    @classmethod
-    def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
-        """Return the problem, with the requirements of the nodes that are left."""
-        finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
-        needs = tuple(
-            requirements(graph, device.tile_elements, finished, separate=device.separate) for device in budget.devices
-        )
-        return cls(graph, budget, done, needs, assign_devices(graph, len(budget.devices)))
-
-    @property
-    def partials(self) -> int:
-        """RAM for the partial results of reductions, in bytes."""
-        return sum(device.threads * PARTIAL_BYTES for device, need in self._in_ram() if need.reduces)
-
-    @property
-    def fixed_ram(self) -> int:
-        """RAM held all the time in bytes: the program, and the memory of compute threads."""
-        threads = sum(device.threads * (need.workspace + need.allocated) for device, need in self._in_ram())
-        return self.budget.baseline + threads + self.partials
-
-    @property
-    def minimum_ram(self) -> int:
-        """Smallest RAM budget that works, in bytes."""
-        return max(self.fixed_ram + self.needs[0].window * self.needs[0].slot, self.budget.held)
-
-    @property
-    def minimum_vram(self) -> int:
-        """Smallest VRAM budget that works on every device with its own memory, in bytes."""
-        separate = [pair for pair in zip(self.budget.devices, self.needs, strict=True) if pair[0].separate]
-        return max((need.window * need.slot + device.threads * need.workspace for device, need in separate), default=0)
-
-    def slot_memory(self) -> tuple[int, list[int | None]]:
-        """Return the bytes for slots in RAM and on each device; None for a device that computes in RAM."""
-        devices = [
-            None if device.vram is None else device.vram - device.threads * need.workspace
-            for device, need in zip(self.budget.devices, self.needs, strict=True)
-        ]
-        return self.budget.ram - self.fixed_ram, devices
-
-    def _in_ram(self) -> list[tuple[DeviceBudget, Requirements]]:
-        """Return the devices whose compute threads take RAM, with their requirements."""
-        pairs = zip(self.budget.devices, self.needs, strict=True)
-        return [(device, need) for device, need in pairs if not device.separate and need.computes]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """The best order of the nodes for one slot size.
-
-    Args:
-        slot: size of a slot in bytes.
-        chunks: for each node, the elements in a chunk.
-        ram_slots: number of slots that fit RAM.
-        vram_slots: number of slots that fit each device's own memory.
-        first: first chunk to write of each node that an earlier run has started.
-        left: nodes that still have chunks to write.
-        simulation: simulation of the order.
-    """
-
-    slot: int
-    chunks: list[int]
-    ram_slots: int
-    vram_slots: tuple[int, ...]
-    first: dict[int, int]
-    left: set[int]
-    simulation: Simulation
-
-    def unique_bytes(self, graph: MergeGraph) -> int:
-        """Return the bytes of all tensors that must be read at least once."""
-        return sum(graph.reads[read].nbytes for read in {r for node in self.left for r in graph.node_sources[node]})
-
-    def bytes_written(self, graph: MergeGraph) -> int:
-        """Return the bytes of all output tensors without those that an earlier run wrote."""
-        total = 0
-        for output in graph.outputs:
-            if output.node in self.left:
-                nbytes = graph.nbytes(output.node)
-                chunk = self.chunks[output.node] * output_width(graph, output.node)
-                total += nbytes - min(self.first.get(output.node, 0) * chunk, nbytes)
-        return total
-
-
 def make_schedule(
     graph: MergeGraph, budget: Budget, *, slot_bytes: int | None = None, done: Mapping[int, int] | None = None
 ) -> Schedule:
@@ -315,49 +168,21 @@ def make_schedule(
     slot = slot_bytes or _choose_slot(problem, preferred)
     smallest = slot if slot_bytes else max(need.slot, min(slot, preferred // 4))
     best = plan_for_slot(problem, slot)
+    while not best.simulation.fits and slot // 2 >= smallest:  # smaller slots hold the outputs that others use tighter
+        slot //= 2
+        best = plan_for_slot(problem, slot)
+    if not best.simulation.fits:
+        raise _too_small_for_outputs(problem, best)
     unique, bytes_read = best.unique_bytes(graph), best.simulation.bytes_read
     # smaller slots keep fewer bytes in flight, which leaves more room for what would be read again
     while bytes_read > unique and slot // 2 >= smallest:
         slot //= 2
         candidate = plan_for_slot(problem, slot)
         bytes_read = candidate.simulation.bytes_read
-        if bytes_read < WORTH * best.simulation.bytes_read:
+        if candidate.simulation.fits and bytes_read < WORTH * best.simulation.bytes_read:
             best = candidate
         del candidate  # its steps would take memory while the next ones are simulated
     return Schedule.from_candidate(problem, best)
-
-
-def plan_for_slot(problem: Problem, slot: int) -> Candidate:
-    """Return the best order of the nodes for a slot size, of the orders worth simulating."""
-    graph, done = problem.graph, problem.done
-    chunks = chunk_elements(graph, slot)
-    ram, devices = problem.slot_memory()
-    ram_slots = ram // slot
-    vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
-    first = _first_chunks(graph, chunks, done)
-    left = {node for node in graph if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    window = problem.needs[0].window
-    best: Simulation | None = None  # the others are not kept: each has all steps of the merge
-    for order in orders(graph):
-        simulation = Simulation(graph, chunks, ram_slots, vram_slots, problem.devices, window, first)
-        simulation.run([node for node in order if node in left] if done else order)
-        if best is None or (simulation.bytes_read, simulation.peak) < (best.bytes_read, best.peak):
-            best = simulation
-    assert best is not None
-    return Candidate(slot, chunks, ram_slots, vram_slots, first, left, best)
-
-
-def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int]) -> dict[int, int]:
-    """Return the first chunk to write of each started node; nodes that share sources restart unless finished."""
-    shared = {node for cluster in clusters(graph) for node in cluster} if done else set()
-    first = {}
-    for node, nbytes in done.items():
-        count = max(1, chunk_count(graph, node, chunks[node]))
-        if nbytes >= graph.nbytes(node):
-            first[node] = count
-        elif node not in shared:
-            first[node] = nbytes // (chunks[node] * output_width(graph, node))
-    return {node: chunk for node, chunk in first.items() if chunk}
 
 
 def _refuse_too_small(problem: Problem) -> None:
@@ -381,6 +206,15 @@ def _refuse_too_small(problem: Problem) -> None:
             )
 
 
+def _too_small_for_outputs(problem: Problem, candidate: Candidate) -> BudgetError:
+    """Return the error for RAM that cannot hold the outputs that other nodes use."""
+    needed = problem.fixed_ram + candidate.simulation.peak * candidate.slot
+    return BudgetError(
+        f"the merge does not fit {format_size(problem.budget.ram)} of RAM: intermediate tensors stay in RAM, which "
+        f"takes {format_size(needed, up=True)}; use --max-ram {format_size(needed, up=True)} or more"
+    )
+
+
 def _choose_slot(problem: Problem, preferred: int) -> int:
     """Return the largest slot size, up to the preferred one, that leaves slots to read ahead for every thread."""
     need = problem.needs[0]
@@ -392,9 +226,3 @@ def _choose_slot(problem: Problem, preferred: int) -> int:
     while slot > need.slot and room // slot < need.window * depth:
         slot //= 2
     return max(slot, need.slot)
-
-
-def shrink(budget: Budget, device: str, vram: int) -> Budget:
-    """Return the budget with less memory on one device."""
-    devices = tuple(replace(each, vram=vram) if each.name == device else each for each in budget.devices)
-    return replace(budget, devices=devices)

@@ -1,7 +1,8 @@
 """Simulates one order of the nodes in slots: the bytes read, the chunks kept in the cache, and the peak memory.
 
 A chunk that is needed again stays in its slot if there is room. If there is not, the chunks whose next use is furthest
-away are dropped and read again (Belady's rule). Chunks stay in a device's own memory first, then in RAM.
+away are dropped and read again (Belady's rule). Chunks stay in a device's own memory first, then in RAM. The output of
+a node that others use stays in RAM until the last of them has used it: no file holds it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..graph.extents import bytes_of_chunks, length
 from ..graph.graph import Kind, MergeGraph
 from .step_list import NOTHING, CachedRange, Step, StepList
-from .tiling import ChunkedRead, chunk_count, clusters, source_width
+from .tiling import ChunkedRead, chunk_count, chunked_sources, clusters
 
 MAX_STALE = 1000
 """Number of stale entries in the heap of a `SimulatedCache` that are removed, if there are more than live ones."""
@@ -21,12 +23,19 @@ MAX_STALE = 1000
 def orders(graph: MergeGraph) -> list[list[int]]:
     """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
     files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
+    tasks = graph.tasks()
+    users = graph.users()
 
     def position(node: int) -> tuple[int, int]:
-        ref = graph.reads[graph.node_sources[node][0]]
+        value = graph.node_sources[node][0]
+        ref = graph.reads[value if value >= 0 else graph.reads_of(node)[0]]
         return files[ref.file], ref.offset
 
-    by_position = sorted(graph, key=position)
+    def with_sources(order: list[int]) -> list[int]:
+        """Put each node right before the first one that uses it."""
+        return _sources_first(graph, [node for node in order if node not in users]) if users else order
+
+    by_position = sorted(tasks, key=position)
     if not clusters(graph):
         return [by_position]
     consumers = graph.consumers()
@@ -40,9 +49,29 @@ def orders(graph: MergeGraph) -> list[list[int]]:
                 continue
             seen.add(node)
             together.append(node)
-            neighbours = {other for read in graph.node_sources[node] for other in consumers[read]} - seen
+            reads = [value for value in graph.node_sources[node] if value >= 0]
+            neighbours = {other for read in reads for other in consumers[read]} - seen
             stack.extend(sorted(neighbours, key=position, reverse=True))
-    return [by_position, together, list(graph)]
+    return [with_sources(order) for order in (by_position, together, tasks)]
+
+
+def _sources_first(graph: MergeGraph, order: Sequence[int]) -> list[int]:
+    """Return the nodes of an order and all nodes that they use, each after its sources and as late as possible."""
+    done: set[int] = set()
+    result = []
+    for root in order:
+        stack = [(root, False)]
+        while stack:
+            node, ready = stack.pop()
+            if node in done:
+                continue
+            if ready:
+                done.add(node)
+                result.append(node)
+                continue
+            stack.append((node, True))
+            stack += [(~value, False) for value in reversed(graph.node_sources[node]) if value < 0]
+    return result
 
 
 class SimulatedCache:
@@ -51,6 +80,8 @@ class SimulatedCache:
     Attributes:
         ram: slots taken in RAM.
         vram: slots taken on each device.
+
+    Outputs of nodes are held, too: they are taken by the steps that use them, but `furthest` never names them.
     """
 
     def __init__(self, devices: int) -> None:
@@ -58,7 +89,7 @@ class SimulatedCache:
         self.vram = [0] * devices
         self._entries: dict[ChunkedRead, tuple[CachedRange, int, int]] = {}  # with device and next use
         # next uses and sources, negated: the heap has the furthest first; entries of sources taken since are stale
-        self._by_use: list[tuple[int, int, int]] = []
+        self._by_use: list[tuple[int, int, int, int]] = []
 
     def put(self, source: ChunkedRead, held: CachedRange, device: int, next_use: int) -> None:
         """Cache chunks of a source, until a step at position `next_use` takes them."""
@@ -66,15 +97,15 @@ class SimulatedCache:
             self._entries[source] = held, device, next_use
             self.ram += held.ram
             self.vram[device] += held.vram
-        if held.ram:
-            heapq.heappush(self._by_use, (-next_use, -source.read, -source.chunk_length))
+        if held.ram and source.read >= 0:
+            heapq.heappush(self._by_use, _entry(next_use, source))
             if len(self._by_use) > 2 * len(self._entries) + MAX_STALE:
                 self._remove_stale()
 
     def _remove_stale(self) -> None:
         """Remove the stale entries of the heap: with room in RAM nothing else does, and every pass adds some."""
         entries = self._entries.items()
-        self._by_use = [(-use, -source.read, -source.chunk_length) for source, (held, _, use) in entries if held.ram]
+        self._by_use = [_entry(use, source) for source, (held, _, use) in entries if held.ram and source.read >= 0]
         heapq.heapify(self._by_use)
 
     def take(self, source: ChunkedRead) -> CachedRange:
@@ -87,8 +118,8 @@ class SimulatedCache:
     def furthest(self) -> tuple[int, ChunkedRead] | None:
         """Return the source with chunks in RAM that is needed last, after its next use; None if no chunk is in RAM."""
         while self._by_use:
-            next_use, read, chunk_length = (-number for number in self._by_use[0])
-            source = ChunkedRead(read, chunk_length)
+            next_use, read, chunk_length, access = (-number for number in self._by_use[0])
+            source = ChunkedRead(read, chunk_length, access)
             held, _, current = self._entries.get(source, (NOTHING, 0, -1))
             if held.ram and current == next_use:
                 return next_use, source
@@ -104,6 +135,10 @@ class SimulatedCache:
         return kept
 
 
+def _entry(next_use: int, source: ChunkedRead) -> tuple[int, int, int, int]:
+    return -next_use, -source.read, -source.chunk_length, -source.access
+
+
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """A step before the simulation has decided what stays cached after it.
@@ -113,8 +148,10 @@ class _Pass:
         device: number of the device that computes it.
         separate: whether the computation reads its chunks from that device's own memory.
         count: number of chunks.
-        writes: whether each chunk takes a slot for its output.
-        sources: the distinct reads of the node.
+        writes: number of slots that each chunk takes for the output.
+        stays: whether the output stays in its slots, for the nodes that use it.
+        sources: the distinct sources of the node.
+        counts: for each source, the number of chunks: 1 if all of it is staged at once.
         before: for each source, the chunks that are cached before the step.
         next_uses: for each source, the position of the next step that needs it; None if none does.
     """
@@ -123,14 +160,20 @@ class _Pass:
     device: int
     separate: bool
     count: int
-    writes: bool
+    writes: int
+    stays: bool
     sources: tuple[ChunkedRead, ...]
+    counts: tuple[int, ...]
     before: list[CachedRange]
     next_uses: list[int | None]
 
     def by_next_use(self) -> list[tuple[int, int]]:
-        """Return the next use and the number of each source that is needed again, the soonest first."""
-        return sorted((use, number) for number, use in enumerate(self.next_uses) if use is not None)
+        """Return the next use and the number of each read that is needed again, the soonest first."""
+        return sorted(
+            (use, number)
+            for number, (source, use) in enumerate(zip(self.sources, self.next_uses, strict=True))
+            if use is not None and source.read >= 0
+        )
 
 
 @dataclass(slots=True)
@@ -140,6 +183,7 @@ class Simulation:
     Args:
         graph: graph to schedule.
         chunk_elements: for each node, the elements in a chunk.
+        slot: size of a slot in bytes.
         ram_slots: number of slots in RAM.
         vram_slots: number of slots on each device.
         devices: number of the device of each node.
@@ -149,6 +193,7 @@ class Simulation:
 
     graph: MergeGraph
     chunk_elements: list[int]
+    slot: int
     ram_slots: int
     vram_slots: tuple[int, ...]
     devices: list[int]
@@ -166,43 +211,58 @@ class Simulation:
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.steps = StepList(self.graph.node_sources)
+        self.steps = StepList(self.graph.places)
         self.vram_peaks = [0] * len(self.vram_slots)
         self._cache = SimulatedCache(len(self.vram_slots))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the steps fit the slots in RAM. They always do if no node uses another one."""
+        return self.peak <= self.ram_slots
 
     def run(self, order: Sequence[int]) -> None:
         """Simulate the nodes in `order`."""
         shared = self._shared_reads(order)
         for position in range(len(order) - 1, -1, -1):
             for source in self._sources(order[position]):
-                if shared[source.read]:
+                if source.read < 0 or shared[source.read]:
                     self._uses.setdefault(source, []).append(position)
         for position, node in enumerate(order):
             sources = self._sources(node)
             for source in sources:
-                if shared[source.read]:
+                if source.read < 0 or shared[source.read]:
                     self._uses[source].pop()
-            self.total_slot_demand += chunk_count(self.graph, node, self.chunk_elements[node]) * (
-                len(sources) + (self.graph.operation(node).kind is not Kind.COPY)
-            )
-            for index in range(self.graph.operation(node).passes):
-                self._step(position, node, index, sources)
+            operation = self.graph.operation(node)
+            count = chunk_count(self.graph, node, self.chunk_elements[node])
+            counts = tuple([count if source.chunk_length else min(count, 1) for source in sources])
+            writes = (operation.kind is not Kind.COPY) * len(self.graph.results(node))
+            self.total_slot_demand += sum(counts) + count * writes
+            for index in range(operation.passes):
+                self._step(position, node, index, sources, counts, writes)
 
     def _shared_reads(self, order: Sequence[int]) -> bytearray:
         """Return for each read whether several of the nodes use it: 0 or 1. Most models share few reads, if any."""
         seen, shared = bytearray(len(self.graph.reads)), bytearray(len(self.graph.reads))
         for node in order:
             for read in dict.fromkeys(self.graph.node_sources[node]):
-                shared[read] |= seen[read]
-                seen[read] = 1
+                if read >= 0:
+                    shared[read] |= seen[read]
+                    seen[read] = 1
         return shared
 
     def _sources(self, node: int) -> tuple[ChunkedRead, ...]:
-        """Return the distinct reads of a node, cut into its chunks."""
-        length = self.chunk_elements[node]
-        return tuple(ChunkedRead(read, length) for read in dict.fromkeys(self.graph.node_sources[node]))
+        """Return the distinct sources of a node, cut into its chunks."""
+        return chunked_sources(self.graph, node, self.chunk_elements[node], self.slot)
 
-    def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...]) -> None:
+    def _step(
+        self,
+        position: int,
+        node: int,
+        index: int,
+        sources: tuple[ChunkedRead, ...],
+        counts: tuple[int, ...],
+        writes: int,
+    ) -> None:
         operation, device = self.graph.operation(node), self.devices[node]
         last = index == operation.passes - 1
         skipped = self.first.get(node, 0)
@@ -222,17 +282,21 @@ class Simulation:
         else:
             next_uses = [position] * len(sources)
         count = chunk_count(self.graph, node, self.chunk_elements[node])
-        writes = last and operation.kind is not Kind.COPY
-        this = _Pass(node, device, separate, count, writes, sources, before, next_uses)
+        output = ChunkedRead(~node, self.chunk_elements[node])
+        needed = self._uses.get(output) if last else None
+        this = _Pass(node, device, separate, count, writes * last, bool(needed), sources, counts, before, next_uses)
         keep, evicted = self._keep(this, self._keep_on_device(this))
         ram, vram = self._peaks(this, keep)
         bytes_read, uploaded = self._bytes_moved(this, first)
         self.max_step_working_set = max(
-            self.max_step_working_set, sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True))
+            self.max_step_working_set,
+            sum(max(b.ram, k.ram) for b, k in zip(before, keep, strict=True)) + count * this.stays,
         )
         for source, held, next_use in zip(sources, keep, next_uses, strict=True):
             if next_use is not None:
                 self._cache.put(source, held, device, next_use)
+        if needed:
+            self._cache.put(output, CachedRange(0, 0, count), device, needed[-1])
         self.bytes_read += sum(bytes_read)
         self.uploaded += uploaded
         self.peak = max(self.peak, ram)
@@ -243,7 +307,7 @@ class Simulation:
                 index=index,
                 first=first,
                 device=device,
-                sources=tuple(source.read for source in sources),
+                places=self.graph.places(node),
                 keep=tuple(keep),
                 drop=(*drop, *evicted),
                 bytes_read=bytes_read,
@@ -261,7 +325,7 @@ class Simulation:
             room -= sum(held.vram for held in this.before)
             for _, number in this.by_next_use():
                 before = this.before[number].vram
-                keep[number] = before + max(0, min(this.count - before, room))
+                keep[number] = before + max(0, min(this.counts[number] - before, room))
                 room -= keep[number] - before
         return keep
 
@@ -280,8 +344,9 @@ class Simulation:
         low = [max(kept, held.vram) for kept, held in zip(vram, this.before, strict=True)]
         size = [held.ram for held in this.before]  # a cached chunk stays in its slot until the step has used it
         for _, number in candidates:
-            size[number] = max(size[number], this.count - low[number])
-        excess = self._cache.ram + sum(size) - (self.ram_slots - self._reserved)
+            size[number] = max(size[number], this.counts[number] - low[number])
+        output = this.count if this.stays else 0
+        excess = self._cache.ram + sum(size) + output - (self.ram_slots - self._reserved)
         while excess > 0:
             furthest = self._cache.furthest()
             if furthest is not None and (not candidates or furthest[0] >= candidates[-1][0]):
@@ -297,7 +362,7 @@ class Simulation:
                 break
         keep = []
         for number, next_use in enumerate(this.next_uses):
-            chunks = 0 if next_use is None else min(size[number], this.count - low[number])
+            chunks = 0 if next_use is None else min(size[number], this.counts[number] - low[number])
             keep.append(
                 CachedRange(vram[number], low[number], low[number] + chunks) if chunks else CachedRange(vram[number])
             )
@@ -311,12 +376,19 @@ class Simulation:
     def _bytes_moved(self, this: _Pass, first: int) -> tuple[tuple[int, ...], int]:
         """Return the bytes read of each source and the bytes uploaded, by a pass that starts with chunk `first`."""
         bytes_read, uploaded = [], 0
-        for source, held in zip(this.sources, this.before, strict=True):
-            nbytes = self.graph.reads[source.read].nbytes
-            chunk = source.chunk_length * source_width(self.graph, this.node, source.read)
-            needed = nbytes - _range_bytes(0, held.vram, chunk, nbytes) - _range_bytes(0, first, chunk, nbytes)
-            uploaded += needed if this.separate else 0
-            bytes_read.append(needed - _range_bytes(max(held.low, held.vram), held.high, chunk, nbytes))
+        graph, node, chunk = self.graph, this.node, self.chunk_elements[this.node]
+        for place, source, count, held in zip(graph.places(node), this.sources, this.counts, this.before, strict=True):
+            begin = first if source.chunk_length else int(first >= this.count)
+            step = chunk if source.chunk_length else length(graph, node)
+
+            def size(low: int, high: int, place: int = place, step: int = step) -> int:
+                return bytes_of_chunks(graph, node, place, step, low, high)
+
+            needed = size(max(begin, held.vram), count)
+            if this.separate:
+                uploaded += needed
+            in_ram = size(max(begin, held.low, held.vram), held.high)
+            bytes_read.append(needed - in_ram)
         return tuple(bytes_read), uploaded
 
     def _peaks(self, this: _Pass, keep: Sequence[CachedRange]) -> tuple[int, int]:
@@ -332,9 +404,13 @@ class Simulation:
         for chunk in points:
             if not 0 <= chunk < this.count:
                 continue
-            ram_now = ram_others + this.writes
+            ram_now = ram_others + this.writes * (chunk + 1 if this.stays else 1)
             vram_now = vram_others + this.writes
-            for old, new in zip(this.before, keep, strict=True):
+            for source, old, new in zip(this.sources, this.before, keep, strict=True):
+                if not source.chunk_length:  # one chunk, held by the step from its start to its end
+                    ram_now += not old.vram
+                    vram_now += 1
+                    continue
                 on_device = chunk < old.vram
                 in_ram = not on_device and old.low <= chunk < old.high
                 ram_now += max(0, old.high - max(old.low, chunk)) + max(0, min(new.high, chunk) - new.low)
@@ -343,8 +419,3 @@ class Simulation:
             ram = max(ram, ram_now)
             vram = max(vram, vram_now) if this.separate else 0
         return ram, vram
-
-
-def _range_bytes(begin: int, end: int, chunk: int, nbytes: int) -> int:
-    """Return the bytes of the chunks [begin, end) of a tensor, from the bytes of a chunk and of the tensor."""
-    return max(0, min(end * chunk, nbytes) - min(begin * chunk, nbytes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -37,7 +37,7 @@ class Step:
         index: number of the pass, from 0; the last one makes the output.
         first: number of the first chunk; more than 0 if an earlier run wrote the chunks before it.
         device: number of the device that computes.
-        sources: distinct reads of the node.
+        places: place among the node's sources of each distinct one.
         keep: for each source, the chunks that stay cached after the step.
         drop: sources that lose cached chunks before the step, with the chunks that stay cached.
         bytes_read: for each source, tensor bytes read from files during the step.
@@ -50,7 +50,7 @@ class Step:
     index: int
     first: int
     device: int
-    sources: tuple[int, ...]
+    places: tuple[int, ...]
     keep: tuple[CachedRange, ...]
     drop: tuple[tuple[ChunkedRead, CachedRange], ...]
     bytes_read: tuple[int, ...]
@@ -138,16 +138,16 @@ class StepList(Sequence[Step]):
     time, which the caller should not keep.
 
     Args:
-        node_sources: for each node of the graph, the read numbers of its sources.
+        places: function that returns the place of each distinct source of a node.
     """
 
     __slots__ = (
-        "_device", "_drop_held", "_drop_length", "_drop_read", "_drop_step", "_end", "_first", "_index", "_keep",
-        "_node", "_node_sources", "_read", "_uploaded", "ram", "vram",
+        "_device", "_drop_access", "_drop_held", "_drop_length", "_drop_read", "_drop_step", "_end", "_first", "_index",
+        "_keep", "_node", "_places", "_read", "_uploaded", "ram", "vram",
     )  # fmt: skip
 
-    def __init__(self, node_sources: Sequence[tuple[int, ...]]) -> None:
-        self._node_sources = node_sources
+    def __init__(self, places: Callable[[int], tuple[int, ...]]) -> None:
+        self._places = places
         self._node = array("I")
         self._index, self._first, self._device = Column(), Column(), Column()
         self._uploaded = Column("Q")
@@ -158,10 +158,11 @@ class StepList(Sequence[Step]):
         self._read, self._keep = array("Q"), _Ranges()
         # one entry for each source that a step drops, with the number of the step
         self._drop_step, self._drop_read, self._drop_length = array("Q"), array("I"), array("Q")
+        self._drop_access = Column()
         self._drop_held = _Ranges()
 
     def append(self, step: Step) -> None:
-        """Append a step, whose sources are the distinct reads of its node."""
+        """Append a step."""
         self._node.append(step.node)
         self._index.append(step.index)
         self._first.append(step.first)
@@ -177,13 +178,14 @@ class StepList(Sequence[Step]):
             self._drop_step.append(len(self._node) - 1)
             self._drop_read.append(source.read)
             self._drop_length.append(source.chunk_length)
+            self._drop_access.append(source.access)
             self._drop_held.append(held)
 
     @property
     def nbytes(self) -> int:
         """Memory of the steps in bytes."""
         arrays = (self._node, self._end, self._read, self._drop_step, self._drop_read, self._drop_length)
-        columns = (self._index, self._first, self._device, self._uploaded, self.ram, self.vram)
+        columns = (self._index, self._first, self._device, self._uploaded, self.ram, self.vram, self._drop_access)
         ranges = self._keep.nbytes + self._drop_held.nbytes
         return sum(len(a) * a.itemsize for a in arrays) + sum(column.nbytes for column in columns) + ranges
 
@@ -216,7 +218,7 @@ class StepList(Sequence[Step]):
             index=self._index[number],
             first=self._first[number],
             device=self._device[number],
-            sources=tuple(dict.fromkeys(self._node_sources[node])),
+            places=self._places(node),
             keep=tuple([self._keep[entry] for entry in range(start, end)]),
             drop=self._dropped(number) if self._drop_step else (),
             bytes_read=tuple(self._read[start:end]),
@@ -229,5 +231,9 @@ class StepList(Sequence[Step]):
         """Return what a step drops. The entries are in the order of the steps, so bisection finds those of one."""
         entries = range(bisect_left(self._drop_step, number), bisect_right(self._drop_step, number))
         return tuple(
-            (ChunkedRead(self._drop_read[entry], self._drop_length[entry]), self._drop_held[entry]) for entry in entries
+            (
+                ChunkedRead(self._drop_read[entry], self._drop_length[entry], self._drop_access[entry]),
+                self._drop_held[entry],
+            )
+            for entry in entries
         )

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from ..graph.graph import MergeGraph
 from .schedule import Schedule
 from .step_list import NOTHING, CachedRange
-from .tiling import ChunkedRead
-from .traffic import output_names
+from .tiling import ChunkedRead, chunked_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +16,7 @@ class SourceBytes:
     """The bytes that a step reads of one input tensor.
 
     Args:
-        tensor: label of the input tensor, ``model: name``.
+        tensor: label of the input tensor, ``model: name``, or of an intermediate one.
         nbytes: tensor bytes read from files; 0 if every chunk is cached.
     """
 
@@ -76,7 +75,7 @@ class StepRow:
 def step_rows(graph: MergeGraph, schedule: Schedule) -> Iterator[StepRow]:
     """Yield one row for each step of a schedule, in the order in which the steps are dispatched."""
     cached: dict[ChunkedRead, CachedRange] = {}
-    names = output_names(graph)
+    names = graph.node_names()
 
     def chunks(source: ChunkedRead, ram: int, vram: int) -> SourceChunks:
         return SourceChunks(_label(graph, source.read), source.chunk_length, ram, vram)
@@ -87,21 +86,22 @@ def step_rows(graph: MergeGraph, schedule: Schedule) -> Iterator[StepRow]:
             before = cached.pop(source, NOTHING)
             dropped.append(chunks(source, before.ram - stays.ram, before.vram - stays.vram))
             cached[source] = stays
-        chunk_length = schedule.chunk_elements[step.node]
+        sources = chunked_sources(graph, step.node, schedule.chunk_elements[step.node], schedule.slot_bytes)
         kept = []
-        for read, held in zip(step.sources, step.keep, strict=True):
-            source = ChunkedRead(read, chunk_length)
+        for source, held in zip(sources, step.keep, strict=True):
             cached[source] = held
             if held.ram or held.vram:
                 kept.append(chunks(source, held.ram, held.vram))
-        sources = zip(step.sources, step.bytes_read, strict=True)
         yield StepRow(
             step=number,
             tensor=names[step.node],
             index=step.index + 1,
             passes=graph.operation(step.node).passes,
             device=schedule.budget.devices[step.device].name,
-            read=tuple(SourceBytes(_label(graph, read), nbytes) for read, nbytes in sources),
+            read=tuple(
+                SourceBytes(_label(graph, source.read), nbytes)
+                for source, nbytes in zip(sources, step.bytes_read, strict=True)
+            ),
             uploaded=step.uploaded,
             kept=tuple(kept),
             dropped=tuple(dropped),
@@ -111,4 +111,6 @@ def step_rows(graph: MergeGraph, schedule: Schedule) -> Iterator[StepRow]:
 
 
 def _label(graph: MergeGraph, read: int) -> str:
+    if read < 0:
+        return f"{graph.operation(~read).method} (intermediate)"
     return f"{graph.models[graph.read_models[read]]}: {graph.read_names[read]}"

@@ -3,57 +3,66 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import NamedTuple
 
-from ..graph.graph import Kind, MergeGraph
+from ..graph.extents import by_element, length, staged_bytes, staged_whole
+from ..graph.graph import MergeGraph, Value
 
 
 class ChunkedRead(NamedTuple):
-    """A read in chunks of one length: the key of the cache, in the planner and in the executor.
+    """A value in chunks of one length: the key of the cache, in the planner and in the executor.
 
-    Nodes that share a read but not a chunk length cannot use each other's chunks.
+    Nodes that share a source but not a chunk length, or not the access, cannot use each other's chunks.
 
     Args:
-        read: number of the read.
-        chunk_length: elements in a chunk (bytes, if nothing is computed).
+        read: number of the read, or ``~node``.
+        chunk_length: elements in a chunk (bytes, if nothing is computed); 0 if all of it is staged at once.
+        access: number of the access in the graph.
     """
 
-    read: int
+    read: Value
     chunk_length: int
+    access: int = 0
 
 
-def length(graph: MergeGraph, node: int) -> int:
-    """Return the length of a node's tensors: elements, or bytes if nothing is computed."""
-    read = graph.reads[graph.node_sources[node][0]]
-    return read.elements if graph.operation(node).kind is Kind.MERGE else read.nbytes
+def chunked_sources(graph: MergeGraph, node: int, chunk: int, slot: int) -> tuple[ChunkedRead, ...]:
+    """Return the distinct sources of a node, cut into chunks of its output.
+
+    Args:
+        graph: graph that has the node.
+        node: number of the node.
+        chunk: elements in a chunk of the node's output (bytes, if nothing is computed).
+        slot: size of a slot in bytes.
+    """
+    sources, accesses = graph.node_sources[node], graph.access_numbers(node)
+    if not accesses:
+        return tuple([ChunkedRead(value, chunk) for value in dict.fromkeys(sources)])
+    return tuple(
+        ChunkedRead(sources[place], 0 if staged_whole(graph, node, place, slot) else chunk, accesses[place])
+        for place in graph.places(node)
+    )
 
 
 def chunk_count(graph: MergeGraph, node: int, chunk: int) -> int:
-    """Return the number of chunks of `chunk` elements in a node's tensors."""
+    """Return the number of chunks of `chunk` elements in a node's output."""
     return -(-length(graph, node) // chunk)
 
 
 def widest(graph: MergeGraph, node: int) -> int:
-    """Return the bytes per element of a node's widest tensor, its output included; 1 if nothing is computed."""
-    if graph.operation(node).kind is not Kind.MERGE:
+    """Return the bytes per element of the widest of a node's aligned tensors; 1 if bytes are counted."""
+    if not by_element(graph, node):
         return 1
-    widths = [graph.reads[read].dtype.bits for read in graph.node_sources[node]]
-    return max(*widths, graph.node_dtype[node].bits) // 8
-
-
-def output_width(graph: MergeGraph, node: int) -> int:
-    """Return the bytes per element of a node's output; 1 if nothing is computed."""
-    return graph.node_dtype[node].bits // 8 if graph.operation(node).kind is Kind.MERGE else 1
-
-
-def source_width(graph: MergeGraph, node: int, read: int) -> int:
-    """Return the bytes per element of one of a node's sources; 1 if nothing is computed."""
-    return graph.reads[read].dtype.bits // 8 if graph.operation(node).kind is Kind.MERGE else 1
+    widths = [graph.node_dtype[result].bits for result in graph.results(node)]
+    for place, value in enumerate(graph.node_sources[node]):
+        if graph.access(node, place).aligned:
+            widths.append(graph.value_dtype(value).bits)
+    return max(widths) // 8
 
 
 def work_bytes(graph: MergeGraph, node: int) -> int:
     """Return the bytes per element of a node's arithmetic: 8 if an input is float64, else 4."""
-    return 8 if any(graph.reads[read].dtype.name == "F64" for read in graph.node_sources[node]) else 4
+    return 8 if any(graph.value_dtype(value).name == "F64" for value in graph.node_sources[node]) else 4
 
 
 def tile_length(graph: MergeGraph, node: int, preferred: int) -> int:
@@ -70,12 +79,15 @@ def tile_length(graph: MergeGraph, node: int, preferred: int) -> int:
     return max(1, preferred // kernel.alignment) * kernel.alignment
 
 
+def alignment_of(graph: MergeGraph, node: int) -> int:
+    """Return the number that the elements of a node's chunks are a multiple of, at most its length."""
+    kernel = graph.operation(node).kernel
+    return 1 if kernel is None else min(kernel.alignment, max(1, length(graph, node)))
+
+
 def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
     """Return the elements in a chunk of each node; nodes that share a source get the same number if they can."""
-    alignments = [
-        1 if (kernel := graph.operation(node).kernel) is None else min(kernel.alignment, max(1, length(graph, node)))
-        for node in graph
-    ]
+    alignments = [alignment_of(graph, node) for node in graph]
     widths = [widest(graph, node) for node in graph]
     chunks = [
         max(1, slot // (width * alignment)) * alignment for width, alignment in zip(widths, alignments, strict=True)
@@ -84,21 +96,48 @@ def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
         alignment = math.lcm(*(alignments[node] for node in cluster))
         width = max(widths[node] for node in cluster)
         common = slot // (width * alignment) * alignment
-        kinds = {graph.operation(node).kind is Kind.MERGE for node in cluster}
+        kinds = {by_element(graph, node) for node in cluster}
         if common and len(kinds) == 1:
             for node in cluster:
                 chunks[node] = common
+    for node in graph:
+        if graph.access_numbers(node):
+            chunks[node] = _staged_length(graph, node, chunks[node], alignments[node], slot)
+        for other in graph.results(node)[1:]:
+            chunks[other] = chunks[node]
     return chunks
 
 
+def _staged_length(graph: MergeGraph, node: int, chunk: int, alignment: int, slot: int) -> int:
+    """Return the longest chunk, up to `chunk` elements, for which every source fits a slot; complete rows if possible.
+
+    Sources that are staged by rows read a row twice if a chunk ends within it.
+    """
+    places = graph.places(node)
+
+    def fits(elements: int) -> bool:
+        return all(staged_bytes(graph, node, place, elements) <= slot for place in places)
+
+    shape = graph.shape(node)
+    for unit in (math.lcm(alignment, max(1, shape[-1] if shape else 1)), alignment):
+        low, high = 0, chunk // unit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
+        if low:
+            return low * unit
+    return alignment
+
+
 def clusters(graph: MergeGraph) -> list[list[int]]:
-    """Return the groups of two or more nodes that are connected by common sources."""
+    """Return the groups of two or more nodes that are connected by common sources, or as source and consumer."""
     consumers = graph.consumers()
-    if all(len(nodes) < 2 for nodes in consumers):
+    users = graph.users()
+    if not users and all(len(nodes) < 2 for nodes in consumers):
         return []
     seen: set[int] = set()
     groups = []
-    for start in graph:
+    for start in graph.tasks():
         if start in seen:
             continue
         seen.add(start)
@@ -106,11 +145,12 @@ def clusters(graph: MergeGraph) -> list[list[int]]:
         while open_nodes:
             node = open_nodes.pop()
             cluster.append(node)
-            for read in graph.node_sources[node]:
-                for other in consumers[read]:
-                    if other not in seen:
-                        seen.add(other)
-                        open_nodes.append(other)
+            neighbours = [users.get(node, [])]
+            neighbours += [consumers[value] if value >= 0 else [~value] for value in graph.node_sources[node]]
+            for other in chain.from_iterable(neighbours):
+                if other not in seen:
+                    seen.add(other)
+                    open_nodes.append(other)
         if len(cluster) > 1:
             groups.append(sorted(cluster))
     return groups

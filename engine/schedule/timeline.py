@@ -39,7 +39,7 @@ def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]
 
     Chunks that are read ahead are not counted; `Schedule.peak_ram` includes them.
     """
-    weights = array("Q", (_bytes_processed(graph, step.node, step.sources) for step in schedule.steps))
+    weights = array("Q", (_bytes_processed(graph, step.node, step.places) for step in schedule.steps))
     total = sum(weights)
     if not total:
         return []
@@ -70,9 +70,10 @@ def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]
     ]
 
 
-def _bytes_processed(graph: MergeGraph, node: int, sources: Sequence[int]) -> int:
+def _bytes_processed(graph: MergeGraph, node: int, places: Sequence[int]) -> int:
     """Return the bytes of a step's sources and output: its width on the time axis."""
-    nbytes = sum(graph.reads[read].nbytes for read in sources)
+    sources = graph.node_sources[node]
+    nbytes = sum(graph.value_nbytes(sources[place]) for place in places)
     return nbytes + (graph.nbytes(node) if graph.operation(node).kind is not Kind.COPY else 0)
 
 

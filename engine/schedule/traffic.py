@@ -56,14 +56,6 @@ class ReadAgain:
         return self.read / self.nbytes
 
 
-def output_names(graph: MergeGraph) -> list[str]:
-    """Return the name of each node's first output tensor."""
-    names = [""] * len(graph.node_operation)
-    for output in reversed(graph.outputs):
-        names[output.node] = output.label
-    return names
-
-
 def fixed_ram(schedule: Schedule) -> int:
     """Return the RAM held all the time in bytes: the program and the workspaces."""
     return schedule.fixed_ram
@@ -78,7 +70,7 @@ def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Pea
     if best < 0:
         return None
     step = schedule.steps[best]
-    tensor = graph.label(step.node)
+    tensor = graph.node_names()[step.node]
     passes = graph.operation(step.node).passes
     return Peak(best + 1, tensor, step.index + 1, passes, held * schedule.slot_bytes)
 
@@ -99,8 +91,10 @@ def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
     """Return the bytes read of each input tensor, by read number; their sum is `Schedule.bytes_read`."""
     totals = [0] * len(graph.reads)
     for step in schedule.steps:
-        for read, count in zip(step.sources, step.bytes_read, strict=True):
-            totals[read] += count
+        sources = graph.node_sources[step.node]
+        for place, count in zip(step.places, step.bytes_read, strict=True):
+            if count:
+                totals[sources[place]] += count
     return totals
 
 
@@ -122,7 +116,7 @@ def read_again(graph: MergeGraph, schedule: Schedule, read: Sequence[int]) -> li
     method = [""] * len(graph.reads)
     for node, sources in enumerate(graph.node_sources):
         operation = graph.operation(node)
-        for source in set(sources):
+        for source in {value for value in sources if value >= 0}:
             passes[source] = max(passes[source], operation.passes)
             users[source] += 1
             method[source] = operation.method

@@ -148,7 +148,7 @@ def explain(plan: Plan, name: str) -> Explanation:
     if number is None:
         raise UsageError(_missing_tensor(plan, name))
     node = graph.outputs[number].node
-    operation = graph.operation(node)
+    operation = plan.built.inlined.operation(node)
     same = [number, *(other for other, output in enumerate(graph.outputs) if output.node == node and other != number)]
     chunk = schedule.chunk_elements[node]
     steps = [(position, step) for position, step in enumerate(schedule.steps, 1) if step.node == node]
@@ -166,7 +166,7 @@ def explain(plan: Plan, name: str) -> Explanation:
         stages=stages,
         slice=slice_of(plan, name),
         sources=_sources(plan, node, operation),
-        passes=operation.passes,
+        passes=graph.operation(node).passes,
         chunks=schedule.chunks(graph, node),
         chunk=chunk,
         tile=_tile(plan, node, device) if merged else 0,
@@ -182,8 +182,8 @@ def explain(plan: Plan, name: str) -> Explanation:
 def _sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, ...]:
     from ..engine.schedule.traffic import bytes_of_reads
 
-    graph = plan.built.graph
-    read = bytes_of_reads(graph, plan.schedule)
+    graph = plan.built.inlined
+    read = bytes_of_reads(plan.built.graph, plan.schedule)
     return tuple(
         Source(
             graph.models[graph.read_models[number]],

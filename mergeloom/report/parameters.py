@@ -42,7 +42,7 @@ class StageParameters:
 
 def stage_parameters(plan: Plan, node: int) -> tuple[StageParameters, ...]:
     """Return the parameters of a node, for each stage that its sources go through, in order."""
-    graph = plan.built.graph
+    graph = plan.built.inlined
     operation = graph.operation(node)
     models = [graph.models[graph.read_models[read]] for read in graph.node_sources[node]]
     if not isinstance(operation.kernel, Composition):

@@ -23,11 +23,11 @@ class Span(NamedTuple):
 
     Args:
         start: index of its first element in the part; -1 for zeros that no file holds.
-        count: number of elements.
+        length: number of elements.
     """
 
     start: int
-    count: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,10 @@ class Access:
             count: number of elements, at least 1.
         """
         return [Span(first, count)]
+
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements that are staged for any `count` elements in a row, at most."""
+        return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,14 @@ class BlockRows(Access):
         low, high = self.block_row(shape, begin), self.block_row(shape, end - 1) + 1
         return [Span(low * width, (high - low) * width)]
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows of the part that `count` elements touch."""
+        stack, rows, columns = matrices(shape)
+        touched = most_rows(shape, count)
+        between = (touched - 2) // self.rows + (1 + (touched - 2) // rows if stack > 1 else 0)
+        blocks = min(touched, 2 + between) if touched > 1 else 1
+        return min(blocks, stack * self.block_rows(rows)) * -(-columns // self.columns)
+
 
 @dataclass(frozen=True, slots=True)
 class SameRows(Access):
@@ -123,6 +135,10 @@ class SameRows(Access):
         begin, end = row_range(shape, first, count)
         return [Span(begin * part[-1], (end - begin) * part[-1])]
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows that `count` elements touch."""
+        return most_rows(shape, count) * part[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Whole(Access):
@@ -140,6 +156,10 @@ class Whole(Access):
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range, the complete part."""
         return [Span(0, prod(part))]
+
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the part."""
+        return prod(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +266,11 @@ class TransposedSlice(Access):
             pieces += [Span(start + column * self.stride, length) for column in range(columns)]
         return coalesced(pieces)
 
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the elements of the most rows that `count` elements touch, with those between them."""
+        _, _, columns = matrices(shape)
+        return most_rows(shape, count) * self.step * columns
+
 
 def matrices(shape: Shape) -> tuple[int, int, int]:
     """Return a shape as a stack of matrices: their number, and the rows and columns of each, all at least 1."""
@@ -257,6 +282,12 @@ def row_range(shape: Shape, first: int, count: int) -> tuple[int, int]:
     """Return the rows [begin, end) that elements [first, first + count) are in."""
     columns = max(1, shape[-1] if shape else 1)
     return first // columns, -(-(first + count) // columns)
+
+
+def most_rows(shape: Shape, count: int) -> int:
+    """Return the number of rows that `count` elements in a row touch, at most."""
+    stack, rows, columns = matrices(shape)
+    return min(stack * rows, count if columns == 1 else 2 + (count - 2) // columns if count > 1 else 1)
 
 
 def row_pieces(columns: int, first: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -275,8 +306,8 @@ def coalesced(spans: Iterator[Span] | Sequence[Span]) -> list[Span]:
         if result:
             last = result[-1]
             both_zeros = last.start < 0 and span.start < 0
-            if both_zeros or (last.start >= 0 and span.start == last.start + last.count):
-                result[-1] = Span(last.start, last.count + span.count)
+            if both_zeros or (last.start >= 0 and span.start == last.start + last.length):
+                result[-1] = Span(last.start, last.length + span.length)
                 continue
         result.append(span)
     return result

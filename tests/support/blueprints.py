@@ -9,7 +9,8 @@ from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.ledger import RAM
 from mergeloom.engine.execute.tasks import Measured
 from mergeloom.engine.graph.graph import Kind
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import Schedule, make_schedule
 from mergeloom.errors import BudgetError
 from tests.support.graphs import KERNELS, World
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...schedule.schedule import DeviceBudget
+from ...schedule.budget import DeviceBudget
 from .base import Device
 from .cpu import CpuDevice
 

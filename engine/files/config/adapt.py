@@ -96,7 +96,7 @@ def _quantized(built: BuiltGraph, *, by_name: bool) -> Iterator[str]:
         ):
             yield output.name
         elif has_quantized:
-            for read in graph.node_sources[output.node]:
+            for read in graph.reads_of(output.node):
                 if graph.read_names[read] in built.models[graph.read_models[read]].quantized:
                     yield output.name
 

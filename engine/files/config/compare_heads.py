@@ -43,7 +43,7 @@ def _labels(built: BuiltGraph) -> Iterator[ModelWarning]:
     for output in graph.outputs:
         if output.name not in outside:
             continue
-        numbers = sorted({graph.read_models[read] for read in graph.node_sources[output.node]} & set(labels))
+        numbers = sorted({graph.read_models[read] for read in graph.reads_of(output.node)} & set(labels))
         rows = graph.shape(output.node)[:1]
         merged = [(built.models[number].name, labels[number]) for number in numbers if (len(labels[number]),) == rows]
         for name, other in merged[1:]:

@@ -10,7 +10,7 @@ from ....errors import BudgetError
 from ....io.safetensors.tensors import TensorRef
 from ....io.sizes import format_size
 from ....methods.kernel.spec import BLOCK
-from ...schedule.schedule import Budget
+from ...schedule.budget import Budget
 from .pairs import Pair
 from .sums import SUMS, WORKSPACE_BYTES
 

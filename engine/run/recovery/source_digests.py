@@ -149,11 +149,12 @@ def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
     used: dict[int, int] = {}
     for node, position in done.items():
         operation = graph.operation(node)
-        for read in graph.node_sources[node] if position else ():
+        direct = all(value >= 0 for value in graph.node_sources[node]) and not graph.access_numbers(node)
+        for read in graph.reads_of(node) if position else ():
             ref = graph.reads[read]
-            if operation.kind is not Kind.MERGE:
+            if operation.kind is not Kind.MERGE and direct:
                 needed = position
-            elif operation.kernel is None or operation.passes > 1:
+            elif operation.kernel is None or operation.passes > 1 or not direct:
                 needed = ref.nbytes  # reductions read the complete tensor before the first byte is written
             else:
                 alignment = operation.kernel.alignment

@@ -105,7 +105,7 @@ def stack_maps(plan: Plan) -> tuple[list[StackMap], list[NonLayerTensors]]:
     for number in graph.outputs_in(""):
         output = graph.outputs[number]
         layer = _layer_of(models[plan.built.donor], output.name)
-        sources = graph.node_sources[output.node]
+        sources = graph.reads_of(output.node)
         if layer is None:
             others.setdefault(tuple(dict.fromkeys(graph.read_models[read] for read in sources)), []).append(number)
             continue

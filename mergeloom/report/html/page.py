@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ...engine.graph.graph import Kind
 from ...engine.run.alternatives import THIS
 from ...engine.schedule.timeline import timeline
-from ...engine.schedule.traffic import bytes_of_reads, fixed_ram, output_names, pattern_of
+from ...engine.schedule.traffic import bytes_of_reads, fixed_ram, pattern_of
 from ...io.units import data_size, duration, listed, memory_size, plural
 from ...version import __version__
 from ..alternatives import alternatives_section
@@ -265,7 +265,7 @@ def _memory(plan: Plan) -> str:
     moments = timeline(graph, schedule, _MOMENTS)
     if not moments:
         return section_html(section)
-    names = output_names(graph)
+    names = graph.node_names()
     labels = [names[moment.node] for moment in moments]
     vram = max((device.vram or 0 for device in schedule.budget.devices), default=0)
     ram = MemoryCurve(

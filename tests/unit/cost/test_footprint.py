@@ -16,8 +16,9 @@ from mergeloom.engine.cost.measure_torch_memory import allocations, footprint
 from mergeloom.engine.execute.torch_compute import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.requirements import PAGE
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.tiling import tile_length
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType

@@ -20,7 +20,7 @@ from mergeloom.engine.cost.process_size import OUTPUT_BYTES, READ_BYTES, SCHEDUL
 from mergeloom.engine.run import merge as merging
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from mergeloom.engine.schedule.schedule import DeviceBudget
+from mergeloom.engine.schedule.budget import DeviceBudget
 from mergeloom.engine.schedule.step_list import step_list_bytes
 from mergeloom.errors import UsageError
 from mergeloom.io import platform

@@ -10,7 +10,7 @@ import pytest
 
 from mergeloom.engine.cost import machine
 from mergeloom.engine.cost.process_size import MAX_STORED, agreed_sizes, size_key
-from mergeloom.engine.schedule.schedule import DeviceBudget
+from mergeloom.engine.schedule.budget import DeviceBudget
 from mergeloom.io import platform
 
 MIB = 1 << 20

@@ -18,7 +18,7 @@ from mergeloom.engine.run.diff.compare import Comparison
 from mergeloom.engine.run.diff.pairs import Pair
 from mergeloom.engine.run.diff.sums import WORKSPACE_BYTES
 from mergeloom.engine.run.diff.units import BUFFER_BYTES, Unit, divide_memory, make_units
-from mergeloom.engine.schedule.schedule import Budget
+from mergeloom.engine.schedule.budget import Budget
 from mergeloom.errors import BudgetError, CheckpointError
 from mergeloom.io.reading import Reader
 from mergeloom.io.safetensors.dtypes import DTYPES

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from tests.support.blueprints import SLOT, Blueprint, blueprints, build, execute
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import digests

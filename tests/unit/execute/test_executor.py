@@ -22,7 +22,8 @@ from mergeloom.engine.execute.replan import SPARE, run_graph
 from mergeloom.engine.execute.tasks import ChunkTask
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, Operation
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.errors import EnvironmentFailure, UsageError
@@ -89,7 +90,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     a = world.source(3 * SLOT, "F8_E5M2")
     for kind in ("sum", "copy", "sum"):
         world.node(kind, [a])
-    monkeypatch.setattr("mergeloom.engine.schedule.schedule.orders", lambda graph: [list(graph)])
+    monkeypatch.setattr("mergeloom.engine.schedule.candidate.orders", lambda graph: [list(graph)])
     budget = DeviceBudget("test", 64 << 20, 1)
     schedule = make_schedule(world.graph, Budget(64 << 20, 0, (budget,)), slot_bytes=SLOT)
     assert [step.keep for step in schedule.steps] == [(CachedRange(vram=3),), (CachedRange(0, 0, 3),), (CachedRange(),)]

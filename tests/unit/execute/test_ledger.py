@@ -10,7 +10,9 @@ from mergeloom.engine.execute.devices.base import Device
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.ledger import RAM, Ledger
-from mergeloom.engine.schedule.schedule import PARTIAL_BYTES, Budget, DeviceBudget, Schedule, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.candidate import PARTIAL_BYTES
+from mergeloom.engine.schedule.schedule import Schedule, make_schedule
 from mergeloom.errors import BudgetError
 from tests.support.blueprints import ELEMENTS, SLOT, execute
 from tests.support.devices import CountingDevice

@@ -15,7 +15,8 @@ from mergeloom.engine.cost.machine import process_memory, resident_memory
 from mergeloom.engine.execute.arena import MARGIN_BYTES, HostArena, MemoryWatch, Slots
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
-from mergeloom.engine.schedule.schedule import Budget, Schedule, make_schedule
+from mergeloom.engine.schedule.budget import Budget
+from mergeloom.engine.schedule.schedule import Schedule, make_schedule
 from tests.support.blueprints import CPU, ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 from tests.support.graphs import World
 from tests.support.waiting import no_hang, wait_until

@@ -123,7 +123,8 @@ def test_warnings_come_last(llamas: dict[str, Path]) -> None:
 
 
 def test_vram_is_shown_where_a_gpu_is_planned_for(llamas: dict[str, Path]) -> None:
-    from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+    from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+    from mergeloom.engine.schedule.schedule import make_schedule
 
     plan = mergeloom.plan(linear(llamas["a"], llamas["b"]))
     budget = Budget(1 << 30, 200 << 20, (DeviceBudget("cuda:0", 1 << 30, 2),))

@@ -74,7 +74,7 @@ def simulate(problem: Problem, *, short: int = 0) -> tuple[Simulation, Names]:
         numbers[node] = world.node(kind, [reads[source] for source in sources])
     devices = [0] * len(problem.nodes)
     chunks = chunk_elements(world.graph, SLOT)
-    simulation = Simulation(world.graph, chunks, problem.ram_slots, (0,), devices, problem.window)
+    simulation = Simulation(world.graph, chunks, SLOT, problem.ram_slots, (0,), devices, problem.window)
     simulation.run([numbers[node] for node in range(len(problem.nodes))])
     return simulation, {read: source for source, read in reads.items()}
 

@@ -13,15 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.requirements import PAGE
-from mergeloom.engine.schedule.schedule import (
-    SLOT_BYTES,
-    WORTH,
-    Budget,
-    DeviceBudget,
-    Schedule,
-    make_schedule,
-)
+from mergeloom.engine.schedule.schedule import SLOT_BYTES, WORTH, Schedule, make_schedule
 from mergeloom.engine.schedule.simulate import Simulation, orders
 from mergeloom.engine.schedule.tiling import length, widest
 from mergeloom.errors import BudgetError
@@ -122,7 +116,7 @@ def test_consumers_side_by_side_beat_the_disk_order(monkeypatch: pytest.MonkeyPa
         world.node("sum", [sources[first + 2], sources[first]])
     found = [with_slots(world, extra).bytes_reread // SLOT for extra in range(5)]
     assert found[-1] == 0
-    monkeypatch.setattr("mergeloom.engine.schedule.schedule.orders", lambda graph: orders(graph)[:1])
+    monkeypatch.setattr("mergeloom.engine.schedule.candidate.orders", lambda graph: orders(graph)[:1])
     by_place = [with_slots(world, extra).bytes_reread // SLOT for extra in range(5)]
     assert sum(by_place) > sum(found)
 

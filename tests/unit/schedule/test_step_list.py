@@ -8,36 +8,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeloom.engine.schedule.schedule import Budget, make_schedule
+from mergeloom.engine.schedule.budget import Budget
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.step_list import NOTHING, CachedRange, Column, Step, StepList
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from tests.support.blueprints import CPU
 from tests.support.graphs import World
 
-NODES = [(0, 1, 2), (3,), (4, 4, 5), ()]
-"""Sources of each node; the third one has a source twice."""
+NODES = [(0, 1, 2), (0,), (0, 2), ()]
+"""The places of each node's distinct sources; the third one has a source twice."""
 
 counts = st.integers(0, 2**32 - 1)
 large = st.integers(0, 2**63)
 ranges = st.builds(CachedRange, counts, counts, counts.filter(bool)) | st.just(NOTHING)
-drops = st.lists(st.tuples(st.builds(ChunkedRead, counts, large), ranges), max_size=3).map(tuple)
+drops = st.lists(st.tuples(st.builds(ChunkedRead, counts, large, st.just(0) | counts), ranges), max_size=3).map(tuple)
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
     """A step of one of the nodes. Most values are 0, as in most schedules."""
     node = draw(st.integers(0, len(NODES) - 1))
-    sources = tuple(dict.fromkeys(NODES[node]))
+    places = NODES[node]
     zero = st.just(0)
     return Step(
         node=node,
         index=draw(zero | counts),
         first=draw(zero | counts),
         device=draw(zero | counts),
-        sources=sources,
-        keep=tuple(draw(ranges) for _ in sources),
+        places=places,
+        keep=tuple(draw(ranges) for _ in places),
         drop=draw(st.just(()) | drops),
-        bytes_read=tuple(draw(large) for _ in sources),
+        bytes_read=tuple(draw(large) for _ in places),
         uploaded=draw(zero | large),
         ram=draw(counts),
         vram=draw(zero | counts),
@@ -46,7 +47,7 @@ def steps(draw: st.DrawFn) -> Step:
 
 def listed(expected: list[Step]) -> StepList:
     """The steps in flat arrays."""
-    found = StepList(NODES)
+    found = StepList(NODES.__getitem__)
     for step in expected:
         found.append(step)
     return found

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import mergeloom
 from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
-from mergeloom.engine.schedule.schedule import Budget, DeviceBudget, make_schedule
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.timeline import sparkline, timeline
 from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of
 from mergeloom.report.plan import plan_text, reread_lines

@@ -1,0 +1,118 @@
+"""Extents: which bytes of its sources a node needs for a range of its output.
+
+This is the only place that turns elements into byte ranges. The planner, the executor, the recovery and the reports
+call it.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from typing import NamedTuple
+
+from ...methods.kernel.access import ALIGNED, Access, BlockRows, Shape, Whole
+from .graph import Kind, MergeGraph
+
+
+class ByteRange(NamedTuple):
+    """A range of bytes of a stored tensor.
+
+    Args:
+        offset: offset of the first byte in the tensor; -1 for zeros that no file holds.
+        nbytes: number of bytes.
+    """
+
+    offset: int
+    nbytes: int
+
+
+def by_element(graph: MergeGraph, node: int) -> bool:
+    """Return whether ranges of a node are counted in elements; otherwise its bytes are copied, and counted."""
+    operation = graph.operation(node)
+    return operation.kind in (Kind.MERGE, Kind.RESULT) or bool(operation.accesses)
+
+
+def length(graph: MergeGraph, node: int) -> int:
+    """Return the length of a node's output: elements, or bytes if nothing is computed."""
+    return graph.elements(node) if by_element(graph, node) else graph.nbytes(node)
+
+
+def output_width(graph: MergeGraph, node: int) -> int:
+    """Return the bytes per element of a node's output; 1 if its bytes are counted."""
+    return graph.node_dtype[node].bits // 8 if by_element(graph, node) else 1
+
+
+def source_width(graph: MergeGraph, node: int, place: int) -> int:
+    """Return the bytes per element of one of a node's sources; 1 if bytes are counted."""
+    return graph.value_dtype(graph.node_sources[node][place]).bits // 8 if by_element(graph, node) else 1
+
+
+def extent(graph: MergeGraph, node: int, place: int, first: int, count: int) -> list[ByteRange]:
+    """Return the bytes of a source that a range of a node's output needs, in the order in which they are staged.
+
+    Args:
+        graph: the graph.
+        node: number of the node.
+        place: place of the source among the node's sources.
+        first: first element of the range (byte, if nothing is computed).
+        count: number of elements (bytes), at least 1.
+    """
+    access, width = graph.access(node, place), source_width(graph, node, place)
+    if access is ALIGNED:
+        return [ByteRange(first * width, count * width)]
+    part = graph.value_shape(graph.node_sources[node][place])
+    return [
+        ByteRange(-1 if span.start < 0 else span.start * width, span.length * width)
+        for span in access.spans(graph.shape(node), part, first, count)
+    ]
+
+
+def staged_whole(graph: MergeGraph, node: int, place: int, slot: int) -> bool:
+    """Return whether all of a source is staged at once, in a slot of `slot` bytes, and used for every chunk.
+
+    The scales of a quantized tensor are a few bytes for each chunk, so they are read once as a whole where that fits.
+    """
+    access = graph.access(node, place)
+    if isinstance(access, Whole):
+        return True
+    return isinstance(access, BlockRows) and graph.value_nbytes(graph.node_sources[node][place]) <= slot
+
+
+def staged_bytes(graph: MergeGraph, node: int, place: int, count: int) -> int:
+    """Return the bytes that are staged of a source for any `count` elements of a node's output, at most."""
+    width, access = source_width(graph, node, place), graph.access(node, place)
+    if access is ALIGNED:
+        return count * width
+    value = graph.node_sources[node][place]
+    return access.most(graph.shape(node), graph.value_shape(value), count) * width
+
+
+def bytes_of_chunks(graph: MergeGraph, node: int, place: int, chunk: int, begin: int, end: int) -> int:
+    """Return the bytes in files that the chunks [begin, end) of a node's output need of a source.
+
+    Args:
+        graph: the graph.
+        node: number of the node.
+        place: place of the source among the node's sources.
+        chunk: elements (bytes) in a chunk; the last chunk may be shorter.
+        begin: number of the first chunk.
+        end: number of the chunk after the last one.
+    """
+    if begin >= end:
+        return 0
+    width, access = source_width(graph, node, place), graph.access(node, place)
+    size = length(graph, node)
+    if access is ALIGNED:
+        return (min(end * chunk, size) - min(begin * chunk, size)) * width
+    sums = _sums(access, graph.shape(node), graph.value_shape(graph.node_sources[node][place]), size, chunk)
+    return (sums[min(end, len(sums) - 1)] - sums[min(begin, len(sums) - 1)]) * width
+
+
+@functools.lru_cache(maxsize=256)
+def _sums(access: Access, shape: Shape, part: Shape, size: int, chunk: int) -> array[int]:
+    """For each number of chunks, the elements in files that the first chunks need. Equal for a class of tensors."""
+    sums = array("q", [0])
+    for first in range(0, size, chunk):
+        spans = access.spans(shape, part, first, min(chunk, size - first))
+        sums.append(sums[-1] + sum(span.length for span in spans if span.start >= 0))
+    return sums

@@ -1,0 +1,225 @@
+"""Fuses a task graph: a node is computed within the kernel of the node that uses it, or once for all that do.
+
+A node that one other node uses becomes a part of that node's kernel, so its values never leave the registers. A node
+that several use is computed once, and its output stays in RAM until they have used it, unless computing it again is
+cheaper. Whatever is chosen, the bytes of the output are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Set
+from dataclasses import dataclass, field, replace
+
+from ...io.safetensors.dtypes import F64, DType
+from ...methods.kernel.access import ALIGNED, Access
+from ...methods.kernel.composition import Composition, Part
+from ...methods.kernel.spec import InputSpec
+from .graph import Kind, MergeGraph, Operation, Value
+
+Leaf = tuple[Value, Access]
+
+
+def fuse(graph: MergeGraph, *, inline: bool = False) -> MergeGraph:
+    """Return a graph with the same outputs, without the nodes that become a part of others.
+
+    The nodes of outputs have the lowest numbers, in the same order whether or not `inline` is set: the journal of a
+    merge names them, and the merge may be resumed with another budget.
+
+    Args:
+        graph: graph to fuse; each node has a higher number than those that it uses.
+        inline: whether every node that is no output becomes a part of others, so that none of them takes RAM.
+    """
+    if not graph.users():
+        return graph
+    return _Fusion(graph, set() if inline else _kept(graph)).fused()
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+def _kept(graph: MergeGraph) -> set[int]:
+    """Return the nodes whose output is computed once and kept for all nodes that use it."""
+    users = graph.users()
+    outputs = {output.node for output in graph.outputs}
+    wide = _wide(graph)
+    kept: set[int] = set()
+    kernel: dict[int, int] = {}  # the node whose kernel a node becomes a part of; -1 for several
+    reduced: set[int] = set()  # nodes over which a kernel that they become a part of reduces
+    below_wide: set[int] = set()  # nodes that a float64 kernel uses, directly or not
+    for node in reversed(graph.nodes()):
+        mine = users.get(node, [])
+        below_wide |= {node} if any(user in wide or user in below_wide for user in mine) else set()
+        kernels = {kernel[user] for user in mine}
+        kernel[node] = kernels.pop() if len(kernels) == 1 else -1
+        reduced |= {node} if any(_reductions(graph, user) or user in reduced for user in mine) else set()
+        if node in outputs or not mine:
+            kernel[node] = node
+        elif len(mine) > 1:
+            adds_a_pass = kernel[node] < 0 or node in reduced or _reductions(graph, node) > 0
+            # a float64 kernel computes its parts in float64, so a part in float32 would not have the same values
+            equal = node in wide or node not in below_wide
+            if adds_a_pass and equal and not _cheap(graph, node):
+                kept.add(node)
+                kernel[node] = node
+        if kernel[node] == node:
+            reduced.discard(node)
+    return kept
+
+
+def _reductions(graph: MergeGraph, node: int) -> int:
+    kernel = graph.operation(node).kernel
+    return 0 if kernel is None else kernel.reductions
+
+
+def _cheap(graph: MergeGraph, node: int) -> bool:
+    """Return whether computing a node again loads no more bytes than loading its output would."""
+    sources = graph.node_sources[node]
+    if _reductions(graph, node) or any(value < 0 for value in sources):
+        return False
+    return sum(map(graph.value_nbytes, dict.fromkeys(sources))) <= graph.nbytes(node)
+
+
+def _wide(graph: MergeGraph) -> set[int]:
+    """Return the nodes that are computed in float64: those that use a float64 tensor, directly or not."""
+    wide: set[int] = set()
+    for node, sources in enumerate(graph.node_sources):
+        if any(graph.reads[value].dtype == F64 if value >= 0 else ~value in wide for value in sources):
+            wide.add(node)
+    return wide
+
+
+# ------------------------------------------------------------------------------------------------ the fused graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The nodes that become one kernel.
+
+    Args:
+        nodes: the nodes, each after those that it uses; the last one is the node that they become.
+        leaves: the values that the kernel loads, in the order of the sources, with their numbers.
+    """
+
+    nodes: list[int]
+    leaves: dict[Leaf, int]
+
+
+@dataclass(slots=True)
+class _Fusion:
+    """Builds the fused graph.
+
+    Args:
+        graph: unfused graph.
+        kept: nodes whose output is kept for others, besides the outputs.
+    """
+
+    graph: MergeGraph
+    kept: Set[int]
+    _operations: dict[Hashable, Operation] = field(default_factory=dict)
+    _users: Mapping[int, list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._users = self.graph.users()
+
+    def fused(self) -> MergeGraph:
+        """Return the fused graph."""
+        graph, result = self.graph, MergeGraph(self.graph.models)
+        outputs = list(dict.fromkeys(other for output in graph.outputs for other in graph.results_with(output.node)))
+        nodes = [*outputs, *sorted(set(self.kept) - set(outputs))]
+        numbers: dict[Value, Value] = {~node: ~number for number, node in enumerate(nodes)}
+        for read in sorted({value for node in outputs for value in graph.reads_of(node)}):
+            model, name, ref = graph.read_models[read], graph.read_names[read], graph.reads[read]
+            numbers[read] = result.add_read(model, name, ref)
+        for node in nodes:
+            operation, leaves, dtype, key = self._kernel_of(node, numbers)
+            sources = tuple(numbers[value] for value, _ in leaves)
+            result.append_node(operation, sources, dtype, key, graph.shape(node))
+        for node in outputs:
+            if len(others := graph.results(node)) > 1:
+                result.set_results(~numbers[~node], [~numbers[~other] for other in others[1:]])
+        for output in graph.outputs:
+            result.add_output(output.name, ~numbers[~output.node], output.group, output.folder)
+        return result
+
+    def _kernel_of(self, node: int, boundary: Mapping[Value, Value]) -> tuple[Operation, tuple[Leaf, ...], DType, int]:
+        """Return the operation that computes a node with all its parts, its sources, its dtype and its random key."""
+        graph, dtype = self.graph, self.graph.node_dtype[node]
+        while (inner := self._converted(node, boundary)) is not None and (
+            not self._converts(inner) or graph.node_dtype[inner] == dtype
+        ):
+            node = inner  # the conversion is the rounding of the output
+        parts = self._parts(node, boundary)
+        if len(parts.nodes) == 1:
+            operation = graph.operation(node)
+            sources = graph.node_sources[node]
+            leaves = tuple((value, graph.access(node, place)) for place, value in enumerate(sources))
+            return operation, leaves, dtype, graph.node_key[node]
+        return self._composed(parts), tuple(parts.leaves), dtype, 0
+
+    def _converts(self, node: int) -> bool:
+        """Return whether a node only converts the dtype of its source."""
+        kernel = self.graph.operation(node).kernel
+        return kernel is not None and kernel.copies is not None
+
+    def _converted(self, node: int, boundary: Mapping[Value, Value]) -> int | None:
+        """Return the node that a node only converts, if it becomes a part of it."""
+        source = self.graph.node_sources[node][0]
+        return ~source if source < 0 and source not in boundary and self._converts(node) else None
+
+    def _parts(self, root: int, boundary: Mapping[Value, Value]) -> _Parts:
+        """Return the nodes that become the kernel of a node. `boundary` has the values that are loaded."""
+        found = _Parts([], {})
+        seen = {root}
+        stack = [(root, 0)]
+        while stack:
+            node, place = stack.pop()
+            sources = self.graph.node_sources[node]
+            if place == len(sources):
+                found.nodes.append(node)
+                continue
+            stack.append((node, place + 1))
+            value = sources[place]
+            if value >= 0 or value in boundary:
+                found.leaves.setdefault((value, self.graph.access(node, place)), len(found.leaves))
+            elif ~value not in seen:
+                seen.add(~value)
+                stack.append((~value, 0))
+        return found
+
+    def _composed(self, found: _Parts) -> Operation:
+        """Return the operation of several nodes, shared by all that differ only in what they load."""
+        graph, root = self.graph, found.nodes[-1]
+        parts: list[Part] = []
+        numbers: dict[int, int] = {}
+        methods: list[tuple[str, tuple[tuple[str, object], ...]]] = []
+        for node in found.nodes:
+            operation = graph.operation(node)
+            assert operation.kernel is not None
+            sources = tuple(
+                ~numbers[~value] if ~value in numbers else found.leaves[value, graph.access(node, place)]
+                for place, value in enumerate(graph.node_sources[node])
+            )
+            rounding = graph.node_dtype[node].torch_name if self._converts(node) and node != root else None
+            if rounding is not None and sources[0] < 0 and self._users[~graph.node_sources[node][0]] == [node]:
+                parts[~sources[0]] = replace(parts[~sources[0]], round_to=rounding)
+                numbers[node] = ~sources[0]
+                continue
+            numbers[node] = len(parts)
+            parts.append(Part(operation.kernel, sources, graph.node_key[node], operation.positions, rounding))
+            methods.append((operation.method, operation.parameters))
+        key = (tuple(map(_identity, parts)), tuple(access for _, access in found.leaves))
+        known = self._operations.get(key)
+        if known is None:
+            kernel = Composition(InputSpec(len(found.leaves), None, graph.shape(root)), parts)
+            name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
+            described = tuple((f"{number}. {method}", values) for number, (method, values) in enumerate(methods))
+            accesses = tuple(access for _, access in found.leaves)
+            if all(access is ALIGNED for access in accesses):
+                accesses = ()
+            known = Operation(Kind.MERGE, name, described, kernel=kernel, accesses=accesses)
+            self._operations[key] = known
+        return known
+
+
+def _identity(part: Part) -> Hashable:
+    return id(part.kernel), part.sources, part.key, part.positions, part.round_to

@@ -1,0 +1,181 @@
+"""Candidates for a schedule: the best order of the nodes for one slot size, and what a graph requires of a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..graph.extents import bytes_of_chunks, output_width
+from ..graph.graph import MergeGraph
+from .assignment import assign_devices
+from .budget import Budget, DeviceBudget
+from .requirements import Requirements, requirements
+from .simulate import Simulation, orders
+from .tiling import chunk_count, chunk_elements, clusters
+
+PARTIAL_BYTES = 8 << 20
+"""RAM set aside for each compute thread, for the partial results of reductions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A graph to schedule within a budget, and the minimum that it requires.
+
+    Args:
+        graph: graph to schedule.
+        budget: limits of the schedule.
+        done: for each node that an earlier run has started or finished, the bytes that it wrote.
+        needs: requirements of the graph on each device.
+        devices: number of the device of each node.
+    """
+
+    graph: MergeGraph
+    budget: Budget
+    done: Mapping[int, int]
+    needs: tuple[Requirements, ...]
+    devices: list[int]
+
+    @classmethod
+    def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
+        """Return the problem, with the requirements of the nodes that are left."""
+        finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
+        needs = tuple(
+            requirements(graph, device.tile_elements, finished, separate=device.separate) for device in budget.devices
+        )
+        return cls(graph, budget, done, needs, assign_devices(graph, len(budget.devices)))
+
+    @property
+    def partials(self) -> int:
+        """RAM for the partial results of reductions, in bytes."""
+        return sum(device.threads * PARTIAL_BYTES for device, need in self._in_ram() if need.reduces)
+
+    @property
+    def fixed_ram(self) -> int:
+        """RAM held all the time in bytes: the program, and the memory of compute threads."""
+        threads = sum(device.threads * (need.workspace + need.allocated) for device, need in self._in_ram())
+        return self.budget.baseline + threads + self.partials
+
+    @property
+    def minimum_ram(self) -> int:
+        """Smallest RAM budget that works, in bytes."""
+        return max(self.fixed_ram + self.needs[0].window * self.needs[0].slot, self.budget.held)
+
+    @property
+    def minimum_vram(self) -> int:
+        """Smallest VRAM budget that works on every device with its own memory, in bytes."""
+        separate = [pair for pair in zip(self.budget.devices, self.needs, strict=True) if pair[0].separate]
+        return max((need.window * need.slot + device.threads * need.workspace for device, need in separate), default=0)
+
+    def slot_memory(self) -> tuple[int, list[int | None]]:
+        """Return the bytes for slots in RAM and on each device; None for a device that computes in RAM."""
+        devices = [
+            None if device.vram is None else device.vram - device.threads * need.workspace
+            for device, need in zip(self.budget.devices, self.needs, strict=True)
+        ]
+        return self.budget.ram - self.fixed_ram, devices
+
+    def _in_ram(self) -> list[tuple[DeviceBudget, Requirements]]:
+        """Return the devices whose compute threads take RAM, with their requirements."""
+        pairs = zip(self.budget.devices, self.needs, strict=True)
+        return [(device, need) for device, need in pairs if not device.separate and need.computes]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The best order of the nodes for one slot size.
+
+    Args:
+        slot: size of a slot in bytes.
+        chunks: for each node, the elements in a chunk.
+        ram_slots: number of slots that fit RAM.
+        vram_slots: number of slots that fit each device's own memory.
+        first: first chunk to write of each node that an earlier run has started.
+        left: nodes that still have chunks to write.
+        simulation: simulation of the order.
+    """
+
+    slot: int
+    chunks: list[int]
+    ram_slots: int
+    vram_slots: tuple[int, ...]
+    first: dict[int, int]
+    left: set[int]
+    simulation: Simulation
+
+    def unique_bytes(self, graph: MergeGraph) -> int:
+        """Return the bytes of all tensors that must be read at least once."""
+        needed: dict[int, int] = {}  # most bytes that any node needs of each read
+        for node in self.left:
+            for place, value in enumerate(graph.node_sources[node]):
+                if value >= 0:
+                    nbytes = graph.reads[value].nbytes
+                    if graph.access_numbers(node):
+                        count = chunk_count(graph, node, self.chunks[node])
+                        nbytes = min(nbytes, bytes_of_chunks(graph, node, place, self.chunks[node], 0, count))
+                    needed[value] = max(needed.get(value, 0), nbytes)
+        return sum(needed.values())
+
+    def bytes_written(self, graph: MergeGraph) -> int:
+        """Return the bytes of all output tensors without those that an earlier run wrote."""
+        total = 0
+        for output in graph.outputs:
+            if output.node in self.left:
+                nbytes = graph.nbytes(output.node)
+                chunk = self.chunks[output.node] * output_width(graph, output.node)
+                total += nbytes - min(self.first.get(output.node, 0) * chunk, nbytes)
+        return total
+
+
+def plan_for_slot(problem: Problem, slot: int) -> Candidate:
+    """Return the best order of the nodes for a slot size, of the orders worth simulating."""
+    graph, done = problem.graph, problem.done
+    chunks = chunk_elements(graph, slot)
+    ram, devices = problem.slot_memory()
+    ram_slots = ram // slot
+    vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
+    first = _first_chunks(graph, chunks, done)
+    left = {node for node in graph.tasks() if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
+    left -= _needless(graph, left)
+    window = problem.needs[0].window
+    best: Simulation | None = None  # the others are not kept: each has all steps of the merge
+    for order in orders(graph):
+        simulation = Simulation(graph, chunks, slot, ram_slots, vram_slots, problem.devices, window, first)
+        simulation.run([node for node in order if node in left] if done else order)
+        if best is None or _rank(simulation) < _rank(best):
+            best = simulation
+    assert best is not None
+    return Candidate(slot, chunks, ram_slots, vram_slots, first, left, best)
+
+
+def _rank(simulation: Simulation) -> tuple[bool, int, int]:
+    return not simulation.fits, simulation.bytes_read, simulation.peak
+
+
+def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int]) -> dict[int, int]:
+    """Return the first chunk to write of each started node; nodes that share sources restart unless finished.
+
+    A node that computes several tensors continues where all of them are written.
+    """
+    shared = {node for cluster in clusters(graph) for node in cluster} if done else set()
+    first = {}
+    for node in graph.tasks() if done else ():
+        results = graph.results(node)
+        written = [done.get(result, 0) for result in results]
+        if all(nbytes >= graph.nbytes(result) for result, nbytes in zip(results, written, strict=True)):
+            first[node] = max(1, chunk_count(graph, node, chunks[node])) * any(result in done for result in results)
+        elif node not in shared:
+            first[node] = min(
+                nbytes // (chunks[node] * output_width(graph, result))
+                for result, nbytes in zip(results, written, strict=True)
+            )
+    return {node: chunk for node, chunk in first.items() if chunk}
+
+
+def _needless(graph: MergeGraph, left: set[int]) -> set[int]:
+    """Return the nodes without an output of which every node that uses them is finished."""
+    users = graph.users()
+    needless: set[int] = set()
+    for node in sorted(users, reverse=True):  # a node has a higher number than those that it uses
+        if all(user not in left or user in needless for user in users[node]):
+            needless.add(node)
+    return needless
