@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.safetensors.dtypes import Kind as ElementKind
+from ...io.safetensors.table import class_of
 from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
@@ -184,7 +185,7 @@ class _GraphBuilder:
             for place in ((*stage.non_layer.place, name),)
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
-        self.usage = TensorUsage()
+        self.usage = TensorUsage(self.graph)
         self.rules = TensorRules(stage, methods, self.graph, self.usage, seed)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
@@ -296,7 +297,7 @@ class _GraphBuilder:
             return
         if own is not None and self.donor not in part.models:
             model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
-            shape = model.checkpoint.tensors[source].shape
+            shape = class_of(model.checkpoint.tensors, source).shape
             if shape != own.shape and not is_buffer(name, shape):
                 message = shape_mismatch(name, self.donor, own.shape, model, shape, "" if chosen else key)
                 raise TensorMismatch(message, self.donor, model)
@@ -347,9 +348,13 @@ class _GraphBuilder:
         layers = [model.by_layer.get((stack, index), {}) for model, index in zip(part.models, indices, strict=True)]
         prefix = self.donor.layers.mains[stack].prefix
         own = part.models.index(self.donor) if self.donor in part.models else 0
-        rests = dict.fromkeys(rest for layer in (layers[own], *layers) for rest in layer)
+        rests = dict.fromkeys(chain.from_iterable((layers[own], *layers)))
+        unmoved = target == indices[own] and part.models[own].layers.mains[stack].prefix == prefix
         for rest in rests:
-            name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
+            # the same string as in the checkpoint, if the name is the same
+            name = layers[own].get(rest) if unmoved else None
+            if name is None:
+                name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
             self.rules.add(part, name, [layer.get(rest) for layer in layers], t, self._group)
         return rests
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...io.safetensors.table import class_of
 from ...io.units import listed, ranges
 from ..model.checks.mismatch import TensorMismatch
 from ..model.completeness import DAMAGED, incomplete_outside
@@ -219,7 +220,8 @@ def _shapes(model: Model, stack: int, index: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's parameters, by the part of the name after the layer's number."""
     tensors = model.checkpoint.tensors
     layer = model.by_layer.get((stack, index), {})
-    return {rest: tensors[name].shape for rest, name in layer.items() if not is_buffer(name, tensors[name].shape)}
+    shapes = {rest: class_of(tensors, name).shape for rest, name in layer.items()}
+    return {rest: shape for rest, shape in shapes.items() if not is_buffer(layer[rest], shape)}
 
 
 def missing_tensor(name: str, first: Model, second: Model) -> TensorMismatch:

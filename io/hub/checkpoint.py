@@ -18,18 +18,15 @@ from ..safetensors.checkpoint import (
     INDEX,
     INDEX_SUFFIX,
     MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
     SECONDARY,
     Checkpoint,
-    describe_no_weights,
-    follow_index,
-    merge_headers,
     open_checkpoint,
     read_config,
-    read_weight_map,
 )
 from ..safetensors.file_sets import SINGLE, check_file_set, stray_files, unlisted_shards
 from ..safetensors.header import Header, data_start, parse_header, read_header
+from ..safetensors.index import MAX_INDEX_BYTES, follow_index, merge_headers, read_weight_map
+from ..safetensors.other_weights import describe_no_weights
 from ..safetensors.tensors import TensorRef
 from ..small_files import check_size
 from .download import download
@@ -175,7 +172,7 @@ def _open(repository: Repository) -> HubCheckpoint:
     remarks += stray_files(index, ignored)
     return HubCheckpoint(
         path=snapshot,
-        tensors=MappingProxyType(tensors),
+        tensors=tensors,
         config=config,
         metadata=MappingProxyType(metadata),
         files=tuple(files[name].path for name in shards),

@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isinf
+from math import isinf, prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ...errors import CheckpointError
 from ..open_source import open_source, quoted, read_range
+from .columns import parse_columns
 from .dtypes import DTYPES, DType
+from .table import TensorTable
 from .tensors import TensorRef
 
 MAX_JSON_BYTES = 100_000_000
@@ -63,7 +65,7 @@ class Header:
         data_start: the offset of the tensor data in the file, in bytes.
     """
 
-    tensors: Mapping[str, TensorRef]
+    tensors: TensorTable
     metadata: Mapping[str, str]
     data_start: int
 
@@ -135,6 +137,16 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
     start = data_start(raw[:_PREFIX], file_size, file=file)
     if len(raw) < start:
         raise ValueError(f"got {len(raw)} bytes of a header of {start}")
+    columns = parse_columns(memoryview(raw)[_PREFIX:start])
+    if columns is not None and start + columns.ends[-1] == file_size:
+        table = TensorTable()
+        table.add(file, columns.names, columns.classes, (start, *(start + end for end in columns.ends[:-1])))
+        return Header(table, MappingProxyType(dict(columns.metadata)), start)
+    return _parse_any(raw, start, file_size, file)
+
+
+def _parse_any(raw: bytes, start: int, file_size: int, file: Path) -> Header:
+    """Parse a header of any form, with the data at `start`; see `parse_header`."""
     document = _parse_json(raw, start, file)
     metadata = _check_metadata(document.pop(_METADATA, None), file)
     in_order, last = True, start
@@ -146,7 +158,7 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
     if not in_order:
         document = dict(sorted(document.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_coverage(document, start, file_size, file)
-    return Header(MappingProxyType(document), MappingProxyType(metadata), start)
+    return Header(TensorTable.of(document), MappingProxyType(metadata), start)
 
 
 class _MalformedError(ValueError):
@@ -351,21 +363,21 @@ def build_header(
         texts = ",".join(f"{quote(key)}:{quote(value)}" for key, value in metadata.items())
         members.append(f'"{_METADATA}":{{{texts}}}')
     names = {_METADATA}
+    known: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # a file has few classes of tensors
     begin = 0
     for name, dtype, shape in tensors:
         if name in names:
             raise ValueError(f"{quoted(name)} is a duplicate name, or that of the metadata")
         names.add(name)
-        elements = 1
-        for dimension in shape:
-            if dimension < 0:
+        key = (dtype.name, tuple(shape))
+        found = known.get(key)
+        if found is None:
+            if any(dimension < 0 for dimension in shape):
                 raise ValueError(f"tensor {quoted(name)} has the invalid shape {quoted(tuple(shape))}")
-            elements *= dimension
-        end = begin + dtype.nbytes(elements)
-        dimensions = ",".join(map(str, shape))
-        members.append(
-            f'{quote(name)}:{{"dtype":"{dtype.name}","shape":[{dimensions}],"data_offsets":[{begin},{end}]}}'
-        )
+            text = f':{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+            found = known[key] = text, dtype.nbytes(prod(shape))
+        end = begin + found[1]
+        members.append(f"{quote(name)}{found[0]}{begin},{end}]}}")
         begin = end
     text = ("{" + ",".join(members) + "}").encode()
     size = _PREFIX + len(text)

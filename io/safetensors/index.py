@@ -1,0 +1,167 @@
+"""Reads the index of a sharded checkpoint, and combines the headers of its files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ...errors import CheckpointError
+from ..open_source import quoted
+from ..small_files import parse_json, read_small
+from .header import Header
+from .other_weights import PICKLES, describe_pickles, listed_names
+from .table import TensorTable
+
+MAX_INDEX_BYTES = 256_000_000
+"""The maximum size of an index in bytes, enough for about 2,000,000 tensors."""
+
+_SUFFIX = ".safetensors"
+_KEY = b'"weight_map"'
+_SPACE, _STRING = rb"[ \t\n\r]*", rb'"([^"\\\x00-\x1f]*)"'
+_BEGIN = re.compile(rb"%b%b:%b\{(?=%b\")" % (_KEY, _SPACE, _SPACE, _SPACE))
+_ENTRY = re.compile(rb"%b%b%b:%b%b%b(?:,(?=%b\")|(\}))" % (_SPACE, _STRING, _SPACE, _SPACE, _STRING, _SPACE, _SPACE))
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read the weight map of an index: tensor name -> shard, as a validated path relative to the index's directory."""
+    raw = read_small(index, MAX_INDEX_BYTES)
+    weight_map: Any = _scan(raw)
+    if weight_map is None:
+        document = parse_json(index, raw, _refuse_duplicates)
+        weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: has no weight_map object, so it is not a valid index: download it again")
+    if not weight_map:
+        raise CheckpointError(f"{index}: its weight_map is empty: download it again")
+    checked: dict[object, str] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{index}: expected a file name for tensor {quoted(name)}, got {quoted(shard)}")
+        if shard not in checked:
+            checked[shard] = _check_shard_name(index, name, shard)
+        weight_map[name] = checked[shard]
+    return weight_map
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("duplicate key")
+    return document
+
+
+def _scan(raw: bytes) -> dict[str, str] | None:
+    """Read the weight map of an index in the usual form, without escapes; None if it has another form or is invalid.
+
+    A JSON parser would take several times the memory of the result: the objects of an index of 250,000 tensors would be
+    most of the memory of a plan.
+    """
+    begin = _BEGIN.search(raw)
+    if begin is None or raw.count(_KEY) != 1:
+        return None
+    weight_map: dict[str, str] = {}
+    shards: dict[bytes, str] = {}
+    end, count, closed = begin.end(), 0, None
+    try:
+        for match in _ENTRY.finditer(raw, end):
+            name, shard, closed = match.groups()
+            if match.start() != end:
+                return None
+            if shard not in shards:
+                shards[shard] = shard.decode()
+            weight_map[name.decode()] = shards[shard]
+            end = match.end()
+            count += 1
+            if closed:
+                break
+        rest = json.loads((raw[: begin.end()] + b"}" + raw[end:]).decode(), object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError):
+        return None
+    is_complete = isinstance(rest, dict) and rest.get("weight_map") == {}
+    return weight_map if closed and len(weight_map) == count and is_complete else None
+
+
+def _check_shard_name(index: Path, name: str, shard: str) -> str:
+    prefix = f"{index}: names {quoted(shard)} as the file of tensor {quoted(name)}"
+    # By the rules of both POSIX and Windows, because the index may come from either.
+    parts = (*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts)
+    leaves = shard.startswith(("/", "\\")) or PureWindowsPath(shard).drive or ".." in parts
+    if leaves or "\0" in shard:
+        raise CheckpointError(f"{prefix}, which leads out of the model's directory: don't trust this model's files")
+    if shard.endswith(PICKLES):
+        raise CheckpointError(describe_pickles(index.parent, [shard]))
+    if not shard.endswith(_SUFFIX):
+        raise CheckpointError(f"{prefix}, which is not a .safetensors file: download the index again")
+    return str(PurePosixPath(shard))  # "./x" and "x" are one file
+
+
+def merge_headers(files: Sequence[Path], headers: Sequence[Header]) -> TensorTable:
+    """Map names to tensors for files without an index. Raises CheckpointError if a name occurs twice."""
+    tensors = TensorTable()
+    for file, header in zip(files, headers, strict=True):
+        for name in header.tensors if not tensors.isdisjoint(header.tensors) else ():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{file}: contains tensor {quoted(name)}, and so does {tensors[name].file}, and no index says "
+                    "which one to use: remove the file that doesn't belong to the model, or use the path of one file"
+                )
+        tensors.extend(header.tensors)
+    return tensors
+
+
+def follow_index(
+    index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Sequence[Header]
+) -> tuple[TensorTable, list[str]]:
+    """Map names to tensors for an index and its shards, with remarks on disagreements between the two.
+
+    A tensor that the index doesn't list is part of the checkpoint: transformers takes only the shards' names from the
+    index and loads all their tensors, so people know the model with this tensor. A tensor in several shards is taken
+    from the one that the index names, like in mergekit (transformers takes the last one). If the index names none of
+    them, it is an error.
+    """
+    tensors = TensorTable()
+    shard_of = {index.parent / shard: shard for shard in set(weight_map.values())}
+    unlisted: list[str] = []
+    copies: list[str] = []
+    for file, header in zip(files, headers, strict=True):
+        if set(map(weight_map.get, header.tensors)) <= {shard_of[file]}:
+            tensors.extend(header.tensors)
+            continue
+        chosen = []
+        for name in header.tensors:
+            listed = weight_map.get(name)
+            if listed is None:
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{index}: doesn't list tensor {quoted(name)}, which {tensors[name].file.name} and {file.name} "
+                        "both contain: add it to the index's weight_map to say which one to use"
+                    )
+                unlisted.append(name)
+            elif listed != shard_of[file]:
+                copies.append(name)
+                continue
+            chosen.append(name)
+        tensors.extend(header.tensors.of_names(chosen))
+    absent = [] if len(tensors) == len(weight_map) + len(unlisted) else [n for n in weight_map if n not in tensors]
+    if absent:
+        name = absent[0]
+        elsewhere = [file.name for file, header in zip(files, headers, strict=True) if name in header.tensors]
+        hint = f"; it is in {listed_names(elsewhere)} instead" if elsewhere else ""
+        more = f" (and {len(absent) - 1} more such tensors)" if len(absent) > 1 else ""
+        raise CheckpointError(
+            f"{index}: says that tensor {quoted(name)} is in {quoted(weight_map[name])}, which doesn't contain it{hint}"
+            f"{more}: the index and the files are from different versions; download both again"
+        )
+    remarks = []
+    if unlisted:
+        remarks.append(
+            f"{index.name} doesn't list {listed_names(unlisted)}, which its files contain: used, like in transformers"
+        )
+    if copies:
+        remarks.append(
+            f"{listed_names(copies)}: in several files; the copy in the file that {index.name} names is used"
+        )
+    return tensors, remarks

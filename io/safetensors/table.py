@@ -1,0 +1,198 @@
+"""The tensors of a checkpoint in columns.
+
+A checkpoint has up to millions of tensors, but only a handful of classes of them. So a table stores a few bytes for
+each tensor next to its name, and makes a `TensorRef` when one is asked for.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from itertools import groupby
+from operator import eq
+from pathlib import Path
+
+from .tensors import TensorClass, TensorRef
+
+
+class TensorTable(Mapping[str, TensorRef]):
+    """Stored tensors by name, those of a file together: about 170 bytes for each, most of them its name.
+
+    Attributes:
+        classes: the classes of the tensors, each once.
+    """
+
+    __slots__ = ("_files", "_firsts", "_members", "_numbers", "_offsets", "_rows", "classes")
+
+    def __init__(self) -> None:
+        self.classes: list[TensorClass] = []
+        self._numbers: dict[TensorClass, int] = {}
+        self._rows: dict[str, int] = {}
+        self._members = array("I")  # the number of each tensor's class
+        self._offsets = array("Q")
+        self._files: list[Path] = []
+        self._firsts: list[int] = []  # the first row of each file
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorRef]) -> TensorTable:
+        """Make a table of references; those of a file must be consecutive."""
+        table = cls()
+        for file, group in groupby(tensors.items(), lambda item: item[1].file):
+            names, refs = zip(*group, strict=True)
+            classes = [TensorClass(ref.dtype, ref.shape, ref.nbytes) for ref in refs]
+            table.add(file, names, classes, [ref.offset for ref in refs])
+        return table
+
+    def add(self, file: Path, names: Collection[str], classes: Sequence[TensorClass], offsets: Iterable[int]) -> None:
+        """Add tensors of one file, with names that the table doesn't have.
+
+        Args:
+            file: the safetensors file.
+            names: the names.
+            classes: the class of each tensor.
+            offsets: the position of each tensor's first byte in the file, in bytes.
+        """
+        first = len(self._rows)
+        self._files.append(file)
+        self._firsts.append(first)
+        self._rows.update(zip(names, range(first, first + len(names)), strict=True))
+        self._offsets.extend(offsets)
+        # equal classes are nearly always the same object, and comparing addresses is faster
+        distinct = dict(zip(map(id, classes), classes, strict=True))
+        numbers = {address: self._number(each) for address, each in distinct.items()}
+        self._members.extend(map(numbers.__getitem__, map(id, classes)))
+
+    def extend(self, other: TensorTable) -> None:
+        """Add all tensors of another table, with names that this one doesn't have."""
+        first = len(self._rows)
+        self._files += other._files
+        self._firsts += [first + row for row in other._firsts]
+        self._rows.update(zip(other._rows, range(first, first + len(other)), strict=True))
+        self._offsets.extend(other._offsets)
+        numbers = [self._number(each) for each in other.classes]
+        self._members.extend(map(numbers.__getitem__, other._members))
+
+    def of_names(self, names: Iterable[str]) -> TensorTable:
+        """A table of only these tensors, in this order."""
+        return TensorTable.of({name: self[name] for name in names})
+
+    def isdisjoint(self, other: TensorTable) -> bool:
+        """Whether no name is in both tables."""
+        return self._rows.keys().isdisjoint(other._rows)
+
+    def share_names(self, other: TensorTable) -> None:
+        """Use the strings of another table for equal names, so that they are in memory once."""
+        if len(self) == len(other) and all(map(eq, self._rows, other._rows)):
+            self._rows = other._rows  # neither table may change from now on
+        else:
+            known = dict(zip(other._rows, other._rows, strict=True))
+            self._rows = {known.get(name, name): row for name, row in self._rows.items()}
+
+    def shares_names(self, other: TensorTable) -> bool:
+        """Whether `share_names` found that two tables have the same names in the same order."""
+        return self._rows is other._rows
+
+    def class_of(self, name: str) -> TensorClass:
+        """The class of a tensor. Raises KeyError."""
+        return self.classes[self._members[self._rows[name]]]
+
+    def described(self, wanted: Callable[[TensorClass], bool]) -> Iterator[tuple[str, TensorClass]]:
+        """The names and classes of the tensors whose class is wanted."""
+        chosen = {number: each for number, each in enumerate(self.classes) if wanted(each)}
+        if chosen:
+            for name, number in zip(self._rows, self._members, strict=True):
+                if number in chosen:
+                    yield name, chosen[number]
+
+    def counts(self) -> list[tuple[TensorClass, int]]:
+        """The classes with the number of tensors in each."""
+        return [(self.classes[number], count) for number, count in Counter(self._members).items()]
+
+    def refs(self) -> Iterator[TensorRef]:
+        """The references of all tensors."""
+        for index, (file, first) in enumerate(zip(self._files, self._firsts, strict=True)):
+            end = self._firsts[index + 1] if index + 1 < len(self._firsts) else len(self._rows)
+            for row in range(first, end):
+                found = self.classes[self._members[row]]
+                yield TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
+
+    def items(self) -> ItemsView[str, TensorRef]:
+        """The names with their references."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[TensorRef]:
+        """The references."""
+        return _Values(self)
+
+    def __getitem__(self, name: str) -> TensorRef:
+        row = self._rows[name]
+        found = self.classes[self._members[row]]
+        file = self._files[bisect_right(self._firsts, row) - 1]
+        return TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        """One line with the numbers of tensors and files."""
+        return f"<TensorTable: {len(self):,} tensors in {len(self._files):,} files>"
+
+    def _number(self, found: TensorClass) -> int:
+        """The number of a class, which is added if it is new."""
+        number = self._numbers.setdefault(found, len(self.classes))
+        if number == len(self.classes):
+            self.classes.append(found)
+        return number
+
+
+class _Items(ItemsView[str, TensorRef]):
+    _mapping: TensorTable
+
+    def __iter__(self) -> Iterator[tuple[str, TensorRef]]:
+        return zip(self._mapping, self._mapping.refs(), strict=True)
+
+
+class _Values(ValuesView[TensorRef]):
+    _mapping: TensorTable
+
+    def __iter__(self) -> Iterator[TensorRef]:
+        return self._mapping.refs()
+
+
+def described(
+    tensors: Mapping[str, TensorRef], wanted: Callable[[TensorClass | TensorRef], bool]
+) -> Iterator[tuple[str, TensorClass | TensorRef]]:
+    """The names, dtypes and shapes of the tensors whose class is wanted.
+
+    Args:
+        tensors: all tensors; in a table, only classes are looked at, and no reference is made.
+        wanted: decides by dtype and shape only.
+    """
+    if isinstance(tensors, TensorTable):
+        return tensors.described(wanted)
+    return ((name, ref) for name, ref in tensors.items() if wanted(ref))
+
+
+def class_of(tensors: Mapping[str, TensorRef], name: str) -> TensorClass | TensorRef:
+    """The dtype and the shape of a tensor, without making a reference if it is in a table. Raises KeyError."""
+    return tensors.class_of(name) if isinstance(tensors, TensorTable) else tensors[name]
+
+
+def classes_of(tensors: Mapping[str, TensorRef]) -> Iterable[TensorClass | TensorRef]:
+    """The dtypes and shapes of tensors: each class of a table, or else all references."""
+    return tensors.classes if isinstance(tensors, TensorTable) else tensors.values()
+
+
+def total_bytes(tensors: Mapping[str, TensorRef]) -> int:
+    """The size of all tensors in bytes."""
+    if isinstance(tensors, TensorTable):
+        return sum(found.nbytes * count for found, count in tensors.counts())
+    return sum(ref.nbytes for ref in tensors.values())
