@@ -10,11 +10,11 @@ from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.safetensors.dtypes import Kind as ElementKind
-from ...io.safetensors.table import class_of
 from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
+from ..model.logical import kind_of
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
@@ -199,7 +199,7 @@ class _GraphBuilder:
             for module, parts in zip(self.modules.all, self.parts, strict=True):
                 self._build_module(module, parts)
         except RecipeError as error:
-            self._warn_of_filters(name for model in self.sources for name in model.checkpoint.tensors)
+            self._warn_of_filters(name for model in self.sources for name in model.tensors)
             raise explained(error, duplicates) from error
         self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
         self._check_chosen_head()
@@ -284,20 +284,20 @@ class _GraphBuilder:
         key = self._non_layer_key(name)
         chosen = self.non_layer.get(key)
         part = chosen or part
-        names = [name if name in model.checkpoint.tensors else None for model in part.models]
+        names = [name if name in model.tensors else None for model in part.models]
         if is_head(name):
             names = [
                 own_name if own_name is not None else tied_embedding(name, model.non_layer)
                 for own_name, model in zip(names, part.models, strict=True)
             ]
-        own = self.donor.checkpoint.tensors.get(name)
+        own = self.donor.tensors.get(name)
         if not any(names):
             if own is not None and not is_buffer(name, own.shape):
                 raise missing_tensor(name, self.donor, part.models[0])
             return
         if own is not None and self.donor not in part.models:
             model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
-            shape = class_of(model.checkpoint.tensors, source).shape
+            shape = kind_of(model.tensors, source).shape
             if shape != own.shape and not is_buffer(name, shape):
                 message = shape_mismatch(name, self.donor, own.shape, model, shape, "" if chosen else key)
                 raise TensorMismatch(message, self.donor, model)

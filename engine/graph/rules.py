@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from ...errors import CheckpointError
 from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
-from ...io.safetensors.table import class_of
 from ...io.safetensors.tensors import TensorClass, TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
 from ..model.checks.formats import format_name, unquantized
 from ..model.checks.mismatch import TensorMismatch
 from ..model.inputs import BoundSlice, Model
+from ..model.logical import LogicalTensor, kind_of
 from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
@@ -23,6 +23,7 @@ from .buffers import BufferChecks, StoredBuffer
 from .graph import Kind, MergeGraph, Operation
 from .partial import PartialTensor
 from .usage import TensorUsage
+from .values import TensorValues
 
 
 class Input(NamedTuple):
@@ -31,12 +32,14 @@ class Input(NamedTuple):
     source: int
     model: Model
     name: str
-    kind: TensorClass | TensorRef
+    kind: TensorClass | TensorRef | LogicalTensor
 
     @property
     def ref(self) -> TensorRef:
-        """The reference of the tensor."""
-        return self.model.checkpoint.tensors[self.name]
+        """The reference of the tensor, which is stored as it is."""
+        tensor = self.model.tensors[self.name]
+        assert isinstance(tensor, TensorRef)
+        return tensor
 
 
 class _Resolved(NamedTuple):
@@ -89,6 +92,7 @@ class TensorRules:
         self._seed = seed
         self.buffers = BufferChecks(graph.models)
         self._written: set[str] = set()
+        self._tensors = TensorValues(graph, methods["passthrough"])
         self._operations: dict[Hashable, Operation] = {}
         self._resolved: dict[Hashable, _Resolved] = {}
 
@@ -110,7 +114,7 @@ class TensorRules:
             CheckpointError: if the sources are incompatible.
         """
         inputs = [
-            Input(source, model, own_name, class_of(model.checkpoint.tensors, own_name))
+            Input(source, model, own_name, kind_of(model.tensors, own_name))
             for source, (model, own_name) in enumerate(zip(part.models, names, strict=True))
             if own_name is not None
         ]
@@ -143,6 +147,11 @@ class TensorRules:
                 if index not in found.kept:
                     self._usage.mark_unused(each.model, each.name, found.reason)
             inputs = [inputs[index] for index in found.kept]
+        if found.operation.kind is Kind.COPY and isinstance(inputs[0].kind, LogicalTensor):
+            for written, node in self._tensors.copies(inputs[0].model, inputs[0].name, name):
+                self._check_unwritten(written)
+                self._graph.add_output(written, node, group)
+            return
         random_key = self._random_key(name) if found.random else 0
         self._add(name, found.operation, inputs, found.dtype, group, random_key)
 
@@ -169,8 +178,9 @@ class TensorRules:
         used = [inputs[index] for index in kept]
         if kernel.copies is not None:
             (chosen,) = used
-            dtype = chosen.kind.dtype
-            if dtype == target or (self._output_dtype is None and chosen.name in chosen.model.quantized):
+            dtype, as_stored = chosen.kind.dtype, self._output_dtype is None
+            decoded = isinstance(chosen.kind, LogicalTensor) and chosen.kind.decode is not None
+            if (dtype == target and not decoded) or (as_stored and (decoded or chosen.name in chosen.model.quantized)):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)
             operation = self._pass(chosen)
@@ -234,15 +244,17 @@ class TensorRules:
     def _add(
         self, name: str, operation: Operation, inputs: Sequence[Input], dtype: DType, group: int, key: int = 0
     ) -> None:
+        self._check_unwritten(name)
+        values = tuple([self._tensors.value(each.model, each.name) for each in inputs])
+        self._graph.add_output(name, self._graph.add_node(operation, values, dtype, key), group)
+
+    def _check_unwritten(self, name: str) -> None:
+        """Record the name of an output tensor. Raises CheckpointError if it is there already."""
         if name in self._written:
             raise CheckpointError(
                 f"two tensors of the output have the name {name}: each must come from a single part of the recipe"
             )
         self._written.add(name)
-        reads = []
-        for each in inputs:
-            reads.append(self._graph.add_read(each.model.number, each.name, each.ref))
-        self._graph.add_output(name, self._graph.add_node(operation, tuple(reads), dtype, key), group)
 
     def _mark_unused(self, inputs: Iterable[Input], chosen: Input, reason: str) -> None:
         for each in inputs:
@@ -358,6 +370,8 @@ def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
 def _refuse_quantized(inputs: Iterable[Input]) -> None:
     """Raise CheckpointError if any of the tensors is quantized, since arithmetic needs the actual values."""
     for each in inputs:
+        if isinstance(each.kind, LogicalTensor):
+            continue
         dtype = each.kind.dtype
         reason = each.model.quantized.get(each.name)
         if reason is None and dtype.kind is ElementKind.FLOAT and dtype.bits % 8 == 0 and dtype.name != "F8_E8M0":

@@ -17,6 +17,7 @@ from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
+from ..model.logical import part_names
 from ..recipe.types import ModelReference, Recipe, Stage
 from .buffers import BufferCheck, StoredBuffer
 from .build import BuiltGraph, Saved, build_graph
@@ -61,6 +62,8 @@ def build_stages(
     """
     if len(recipe.stages) == 1:
         single = build_graph(recipe, recipe.output, methods, open_model, seed=seed)
+        if single.graph.users():
+            single = replace(single, graph=fuse(single.graph), unfused=single.graph)
         config_of(recipe.output, single)
         return single
     checkpoints: dict[str, Checkpoint] = {}
@@ -284,8 +287,8 @@ class _Linker:
         read = set(zip(self._graph.read_models, self._graph.read_names, strict=True))
         for model in self._models:
             names: dict[tuple[str, int | None], list[str]] = {}
-            for name in model.checkpoint.tensors:
-                if (model.number, name) not in read:
+            for name in model.tensors:
+                if any((model.number, part) not in read for part in part_names(model.tensors, name)):
                     cause = causes.get((model.number, name), ("no tensor of the output needs it", None))
                     names.setdefault(cause, []).append(name)
             yield from (Unused(model.name, why, tuple(unread), layer) for (why, layer), unread in names.items())

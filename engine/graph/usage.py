@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...io.units import plural
 from ..model.inputs import Model
+from ..model.logical import part_names
 from ..model.roles import is_head
 from .graph import MergeGraph
 
@@ -84,7 +85,7 @@ class TensorUsage:
         """The names of a model's tensors that no node reads."""
         pairs = zip(self._graph.read_models, self._graph.read_names, strict=True)
         read = {name for number, name in pairs if number == model.number}
-        return (name for name in model.checkpoint.tensors if name not in read)
+        return (name for name in model.tensors if not read.issuperset(part_names(model.tensors, name)))
 
 
 def _stray(model: Model, file: Path) -> str:

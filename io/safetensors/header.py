@@ -379,10 +379,10 @@ def build_header(
         end = begin + found[1]
         members.append(f"{quote(name)}{found[0]}{begin},{end}]}}")
         begin = end
-    text = ("{" + ",".join(members) + "}").encode()
-    size = _PREFIX + len(text)
+    encoded = ("{" + ",".join(members) + "}").encode()
+    size = _PREFIX + len(encoded)
     padding = -size % 8 if data_offset_modulo is None else (data_offset_modulo - size) % PAGE
-    nbytes = len(text) + padding
+    nbytes = len(encoded) + padding
     if nbytes > MAX_JSON_BYTES:
         raise ValueError(f"the header has {nbytes:,} bytes, more than the format's limit of {MAX_JSON_BYTES:,}")
-    return b"".join((nbytes.to_bytes(_PREFIX, "little"), text, b" " * padding))
+    return b"".join((nbytes.to_bytes(_PREFIX, "little"), encoded, b" " * padding))
