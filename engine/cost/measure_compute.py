@@ -207,11 +207,11 @@ def _cpu_passes(
     from ..execute.arena import take_memory
 
     dtypes = [graph.value_dtype(value).name for value in graph.node_sources[node]]
-    out = graph.node_dtype[node]
-    compiled = Compiled(kernel, dtypes, out.name)
+    results = graph.result_dtypes(node)
+    compiled = Compiled(kernel, dtypes, *(result.name for result in results))
     elements = kernel.inputs.rows * kernel.inputs.columns
     scratch = [memoryview(take_memory(compiled.scratch)) for _ in range(threads)]
-    outs = [memoryview(bytearray(out.nbytes(elements))) for _ in range(threads)]
+    outs = [[memoryview(bytearray(out.nbytes(elements))) for out in results] for _ in range(threads)]
     positions = graph.operation(node).positions or tuple(range(len(inputs)))
     chunk = Chunk([memoryview(data) for data in inputs], 0, elements, graph.node_key[node], positions)
 
@@ -224,7 +224,7 @@ def _cpu_passes(
             if kernel.needed(index, state):
                 partial = FusedPass(compiled, index, state, scratch[thread]).reduce(chunk)
                 state = kernel.finish(index, partial, state)
-        FusedPass(compiled, None, state, scratch[thread]).combine(chunk, outs[thread])
+        FusedPass(compiled, None, state, scratch[thread]).combine(chunk, *outs[thread])
 
     return run
 

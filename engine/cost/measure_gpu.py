@@ -42,7 +42,7 @@ def gpu_passes(
     if node in graph.footprints:
         nbytes = max(nbytes, graph.footprints[node].workspace.at(min(tile, elements)))
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    out = torch.empty(elements, dtype=torch_dtype(graph.node_dtype[node]), device=device)
+    outs = [torch.empty(elements, dtype=torch_dtype(dtype), device=device) for dtype in graph.result_dtypes(node)]
     positions = graph.operation(node).positions or tuple(range(len(tensors)))
     piece = Piece(kernel, tensors, 0, graph.node_key[node], positions, tile, elements)
 
@@ -53,7 +53,7 @@ def gpu_passes(
         for index in range(kernel.reductions):
             if kernel.needed(index, state):
                 state = kernel.finish(index, reduce_chunk(piece, index, state, workspace), state)
-        combine_chunk(piece, state, workspace, out)
+        combine_chunk(piece, state, workspace, outs)
         torch.cuda.synchronize()
 
     return run

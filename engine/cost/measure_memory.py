@@ -34,34 +34,34 @@ def measure_footprints(graph: MergeGraph, *, separate: bool) -> None:
     """
     if separate:
         from .measure_torch_memory import footprint as measured_footprint
-    found: dict[tuple[int, tuple[DType, ...], DType], Footprint] = {}
+    found: dict[tuple[int, tuple[DType, ...], tuple[DType, ...]], Footprint] = {}
     for node in graph:
         operation = graph.operation(node)
         if operation.kernel is None or operation.kind is not Kind.MERGE or not graph.elements(node):
             continue
-        dtypes, out = tuple(graph.value_dtype(value) for value in graph.node_sources[node]), graph.node_dtype[node]
-        key = (graph.node_operation[node], dtypes, out)
+        dtypes, outs = tuple(map(graph.value_dtype, graph.node_sources[node])), graph.result_dtypes(node)
+        key = (graph.node_operation[node], dtypes, outs)
         result = found.get(key)
         if result is None:
             if separate:
-                result = measured_footprint(operation, dtypes, out)
+                result = measured_footprint(operation, dtypes, outs)
             else:
-                result = compiled_footprint(operation.kernel, dtypes, out)
+                result = compiled_footprint(operation.kernel, dtypes, outs)
             found[key] = result
         graph.footprints[node] = result
 
 
-def compiled_footprint(kernel: Kernel, dtypes: tuple[DType, ...], out: DType) -> Footprint:
+def compiled_footprint(kernel: Kernel, dtypes: tuple[DType, ...], outs: tuple[DType, ...]) -> Footprint:
     """Return the memory of a thread that computes a kernel with compiled loops. Nothing is compiled.
 
     Args:
         kernel: kernel.
         dtypes: dtypes of the kernel's inputs.
-        out: dtype of the output.
+        outs: dtype of each output.
     """
     from ...methods.kernel.fused.compiled import Compiled
 
-    compiled = Compiled(kernel, [dtype.name for dtype in dtypes], out.name)
+    compiled = Compiled(kernel, [dtype.name for dtype in dtypes], *(out.name for out in outs))
     return Footprint(Line(compiled.scratch), Line(compiled.allocated))
 
 

@@ -52,21 +52,21 @@ _measured: dict[tuple[Any, ...], Footprint] = {}
 """Footprints that were measured in this process."""
 
 
-def footprint(operation: Operation, dtypes: Sequence[DType], out: DType) -> Footprint:
+def footprint(operation: Operation, dtypes: Sequence[DType], outs: Sequence[DType]) -> Footprint:
     """Return the memory of a thread that computes an operation, measured if it is not known.
 
     Args:
         operation: operation with a kernel.
         dtypes: dtypes of the kernel's inputs.
-        out: dtype of the output.
+        outs: dtype of each output.
     """
     kernel = operation.kernel
     assert kernel is not None
     shapes = small_shapes(kernel, dtypes)
-    key = (kernel_class(kernel), shapes, tuple(dtype.name for dtype in dtypes), out.name)
+    key = (kernel_class(kernel), shapes, tuple(dtype.name for dtype in dtypes), tuple(out.name for out in outs))
     result = _measured.get(key)
     if result is None:
-        result = _measured[key] = _measure(operation, shapes, dtypes, out)
+        result = _measured[key] = _measure(operation, shapes, dtypes, outs)
     return result
 
 
@@ -86,14 +86,16 @@ def small_shapes(kernel: Kernel, dtypes: Sequence[DType]) -> tuple[tuple[int, ..
     return (rows, columns), (min(2 * rows, -(-total // columns)), columns)
 
 
-def _measure(operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[DType], out: DType) -> Footprint:
+def _measure(
+    operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[DType], outs: Sequence[DType]
+) -> Footprint:
     kernel = operation.kernel
     assert kernel is not None
     points = []
     for shape in shapes:
         try:
             small = kernel if shape == kernel.inputs.shape else kernel.resized(shape)
-            points.append(_run(small, operation, dtypes, out))
+            points.append(_run(small, operation, dtypes, outs))
         except (MergeloomError, MemoryError):
             raise
         except Exception as error:
@@ -106,13 +108,13 @@ def _measure(operation: Operation, shapes: Sequence[tuple[int, ...]], dtypes: Se
     return Footprint(*lines)
 
 
-def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DType) -> tuple[int, int, int]:
+def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], outs: Sequence[DType]) -> tuple[int, int, int]:
     """Run a kernel's passes over one tile; return its elements, its workspace and its allocations in bytes."""
     elements = kernel.inputs.rows * kernel.inputs.columns
     positions = operation.positions or tuple(range(len(dtypes)))
     counts = [kernel.inputs.staged(index, 0, elements) for index in range(len(dtypes))]
     piece = Piece(kernel, _inputs(dtypes, counts), 0, 0x9E3779B97F4A7C15, positions, elements, elements)
-    result = torch.empty(elements, dtype=torch_dtype(out))
+    results = [torch.empty(elements, dtype=torch_dtype(out)) for out in outs]
     peak = 0
     taken = 0
 
@@ -135,8 +137,8 @@ def _run(kernel: Kernel, operation: Operation, dtypes: Sequence[DType], out: DTy
             if kernel.needed(index, state):
                 partial = measured(functools.partial(reduce_chunk, piece, index, state))
                 state = kernel.finish(index, partial, state)
-        measured(lambda space: combine_chunk(piece, state, space, result))
-        measured(lambda space: (find_nonfinite(piece), count_nonfinite(result, elements)))
+        measured(lambda space: combine_chunk(piece, state, space, results))
+        measured(lambda space: (find_nonfinite(piece), [count_nonfinite(result, elements) for result in results]))
     return elements, taken, -(-peak // _STEP) * _STEP
 
 

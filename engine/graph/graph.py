@@ -168,7 +168,13 @@ class MergeGraph:
         key: int = 0,
         shape: tuple[int, ...] | None = None,
     ) -> int:
-        """Add a node as `add_node` does, whether or not there is an equal one."""
+        """Add a node as `add_node` does, whether or not there is an equal one.
+
+        Raises:
+            ValueError: if the output of a node is used other than element for element.
+        """
+        if any(v < 0 and access is not ALIGNED for v, access in zip(sources, operation.accesses, strict=False)):
+            raise ValueError("the output of a node can only be used element for element")
         self.node_operation.append(self._number(operation))
         self.node_sources.append(sources)
         self.node_dtype.append(dtype)
@@ -235,6 +241,10 @@ class MergeGraph:
     def results(self, node: int) -> tuple[int, ...]:
         """The node, and the nodes of the other tensors that it computes."""
         return (node, *self._results.get(node, ()))
+
+    def result_dtypes(self, node: int) -> tuple[DType, ...]:
+        """The dtype of each tensor that a node computes."""
+        return tuple([self.node_dtype[result] for result in self.results(node)])
 
     def results_with(self, node: int) -> tuple[int, ...]:
         """All tensors that are computed together with a node's output, that of the computing node first."""

@@ -135,8 +135,7 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     ram_slots = ram // slot
     vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
     first = _first_chunks(graph, chunks, done)
-    left = {node for node in graph.tasks() if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    left -= _needless(graph, left)
+    left = _left(graph, chunks, first)
     window = problem.needs[0].window
     best: Simulation | None = None  # the others are not kept: each has all steps of the merge
     for order in orders(graph):
@@ -174,11 +173,21 @@ def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int])
     return {node: chunk for node, chunk in first.items() if chunk}
 
 
-def _needless(graph: MergeGraph, left: set[int]) -> set[int]:
-    """Return the nodes without an output of which every node that uses them is finished."""
-    users = graph.users()
-    needless: set[int] = set()
-    for node in sorted(users, reverse=True):  # a node has a higher number than those that it uses
-        if all(user not in left or user in needless for user in users[node]):
-            needless.add(node)
-    return needless
+def _left(graph: MergeGraph, chunks: list[int], first: dict[int, int]) -> set[int]:
+    """Return the nodes to execute: those with an output that is not complete, and all that they use.
+
+    A node whose output an earlier run has written is executed again if another one needs it: then it is not in `first`
+    any more.
+    """
+    used = graph.users()
+    computing = {graph.results_with(output.node)[0] for output in graph.outputs}
+    wanted = [node for node in graph.tasks() if node in computing or node not in used]
+    left = {node for node in wanted if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
+    stack = list(left) if used else []
+    while stack:
+        for value in graph.node_sources[stack.pop()]:
+            if value < 0 and (~value not in left or ~value in first):
+                first.pop(~value, None)
+                left.add(~value)
+                stack.append(~value)
+    return left

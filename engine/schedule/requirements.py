@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 
 from ..graph.extents import length, staged_bytes
 from ..graph.graph import Kind, MergeGraph
-from .tiling import alignment_of, tile_length, widest, work_bytes
+from .tiling import alignment_of, connected, tile_length, widest, work_bytes
 
 PAGE = 4096
 SMALLEST_SLOT = 64 << 10
@@ -84,6 +85,11 @@ def requirements(
         if workspace > result.workspace:
             result.workspace = workspace
             result.workspace_node = node
+    for group in connected(graph):
+        alignment = math.lcm(*(alignment_of(graph, node) for node in group))
+        for node in group:
+            staged = max(staged_bytes(graph, node, place, alignment) for place in graph.places(node))
+            _grow(result, max(staged, alignment * widest(graph, node)), node)
     result.workspace = _page_aligned(result.workspace)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -86,47 +87,72 @@ def alignment_of(graph: MergeGraph, node: int) -> int:
 
 
 def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
-    """Return the elements in a chunk of each node; nodes that share a source get the same number if they can."""
-    alignments = [alignment_of(graph, node) for node in graph]
-    widths = [widest(graph, node) for node in graph]
-    chunks = [
-        max(1, slot // (width * alignment)) * alignment for width, alignment in zip(widths, alignments, strict=True)
-    ]
+    """Return the elements in a chunk of each node; nodes that share a source get the same number if they can.
+
+    A node and those that use it always get the same number: `slot` is large enough for it (see `requirements`).
+    """
+    chunks = [_longest(graph, [node], slot) or alignment_of(graph, node) for node in graph]
+    together = {node: group for group in connected(graph) for node in group}
     for cluster in clusters(graph):
-        alignment = math.lcm(*(alignments[node] for node in cluster))
-        width = max(widths[node] for node in cluster)
-        common = slot // (width * alignment) * alignment
-        kinds = {by_element(graph, node) for node in cluster}
-        if common and len(kinds) == 1:
+        common = _longest(graph, cluster, slot)
+        if common and len({by_element(graph, node) for node in cluster}) == 1:
             for node in cluster:
                 chunks[node] = common
+            continue
+        for node in cluster:
+            if node in together:
+                chunks[node] = _longest(graph, together[node], slot)
     for node in graph:
-        if graph.access_numbers(node):
-            chunks[node] = _staged_length(graph, node, chunks[node], alignments[node], slot)
         for other in graph.results(node)[1:]:
             chunks[other] = chunks[node]
     return chunks
 
 
-def _staged_length(graph: MergeGraph, node: int, chunk: int, alignment: int, slot: int) -> int:
-    """Return the longest chunk, up to `chunk` elements, for which every source fits a slot; complete rows if possible.
+def _longest(graph: MergeGraph, nodes: Sequence[int], slot: int) -> int:
+    """Return the elements of the longest chunk that all of some nodes can have; 0 if a slot is too small.
 
-    Sources that are staged by rows read a row twice if a chunk ends within it.
+    Of a source that is staged by rows, a row is read twice if a chunk ends within it: chunks have complete rows if
+    they can.
     """
-    places = graph.places(node)
+    alignment = math.lcm(*(alignment_of(graph, node) for node in nodes))
+    longest = slot // (max(widest(graph, node) for node in nodes) * alignment)
+    staged = [node for node in nodes if graph.access_numbers(node)]
+    if not staged:
+        return longest * alignment
 
     def fits(elements: int) -> bool:
-        return all(staged_bytes(graph, node, place, elements) <= slot for place in places)
+        return all(staged_bytes(graph, node, p, elements) <= slot for node in staged for p in graph.places(node))
 
-    shape = graph.shape(node)
-    for unit in (math.lcm(alignment, max(1, shape[-1] if shape else 1)), alignment):
-        low, high = 0, chunk // unit
+    columns = math.lcm(*(max(1, (graph.shape(node) or (1,))[-1]) for node in staged))
+    for unit in (math.lcm(alignment, columns), alignment):
+        low, high = 0, longest * alignment // unit
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
         if low:
             return low * unit
-    return alignment
+    return 0
+
+
+def connected(graph: MergeGraph) -> list[list[int]]:
+    """Return the groups of two or more nodes that are connected as source and consumer."""
+    users, seen = graph.users(), set[int]()
+    groups = []
+    for start in users:
+        if start in seen:
+            continue
+        seen.add(start)
+        group, open_nodes = [], [start]
+        while open_nodes:
+            node = open_nodes.pop()
+            group.append(node)
+            sources = [~value for value in graph.node_sources[node] if value < 0]
+            for other in (*users.get(node, ()), *sources):
+                if other not in seen:
+                    seen.add(other)
+                    open_nodes.append(other)
+        groups.append(sorted(group))
+    return groups
 
 
 def clusters(graph: MergeGraph) -> list[list[int]]:

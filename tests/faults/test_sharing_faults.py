@@ -62,7 +62,7 @@ def test_what_is_refused_half_way_is_copied(
     planned, measured = result.plan, result.measured
     assert 0 < measured.bytes_shared < planned.bytes_shared
     missed = planned.bytes_shared - measured.bytes_shared
-    assert measured.refused == {number: missed}
+    assert measured.io.refused == {number: missed}
     assert result.to_dict()["measured"]["refused"] == {errno.errorcode[number]: missed}
     assert measured.bytes_read == planned.bytes_read + missed  # what has several places is read several times
     assert measured.bytes_written == planned.bytes_written + missed
@@ -109,7 +109,7 @@ def test_a_single_file_that_refuses_does_not_end_it(disk: Path, out: Path, monke
     monkeypatch.setattr(copying, "clone_range", refuse)
     monkeypatch.setattr(copies.shutil, "disk_usage", lambda path: usage(path)._replace(free=total))
     result = merge(recipe, out, ROOMY)
-    assert set(result.measured.refused) == {errno.ETXTBSY}
+    assert set(result.measured.io.refused) == {errno.ETXTBSY}
     assert result.measured.bytes_shared > result.plan.bytes_shared // 2
     assert intact(out)
 

@@ -57,13 +57,16 @@ class FusedComputer:
         return self._pass(thread, task, state).reduce(self._chunk(task))
 
     def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
-        """Compute the chunk of the output into the task's slot."""
+        """Compute the chunk of each output into its slot."""
         chunk = self._chunk(task)
-        out = self._view(task.outputs[0].slot, task.outputs[0].nbytes)
-        if not self._pass(thread, task, state).combine(chunk, out):
+        outs = [self._view(output.slot, output.nbytes) for output in task.outputs]
+        if not self._pass(thread, task, state).combine(chunk, *outs):
             return Outcome()
         nonfinite = self._nonfinite(chunk, task)
-        return Outcome(nonfinite, 0 if nonfinite else count_nonfinite(out, self._graph.node_dtype[task.node].name))
+        if nonfinite:
+            return Outcome(nonfinite)
+        dtypes = self._graph.result_dtypes(task.node)
+        return Outcome((), sum(count_nonfinite(out, dtype.name) for out, dtype in zip(outs, dtypes, strict=True)))
 
     def close(self) -> None:
         """End the compilation, and release the arena."""
@@ -159,11 +162,11 @@ class _LoopsInPlanOrder:
         graph, kernel = self._graph, self._graph.operation(node).kernel
         assert kernel is not None
         dtypes = tuple(graph.value_dtype(value).name for value in graph.node_sources[node])
-        out = graph.node_dtype[node].name
+        outs = tuple([dtype.name for dtype in graph.result_dtypes(node)])
         with self._lock:
-            loops = self._known.get((id(kernel), dtypes, out))
+            loops = self._known.get((id(kernel), dtypes, outs))
             if loops is None:
-                loops = self._known[id(kernel), dtypes, out] = _Loops(Compiled(kernel, dtypes, out))
+                loops = self._known[id(kernel), dtypes, outs] = _Loops(Compiled(kernel, dtypes, *outs))
         if not loops.ready:
             with loops.lock:
                 if not loops.ready:

@@ -99,9 +99,12 @@ class TorchComputer:
 
     def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
         """Compute the chunk of the output into the task's slot on the device."""
-        target = self._device.slot(task.outputs[0].on_device, task.outputs[0].nbytes)
-        out = target.view(torch_dtype(self._graph.node_dtype[task.node]))
-        return combine_chunk(self._piece(task), state, self._workspace(thread), out)
+        dtypes = map(torch_dtype, self._graph.result_dtypes(task.node))
+        outs = [
+            self._device.slot(output.on_device, output.nbytes).view(dtype)
+            for output, dtype in zip(task.outputs, dtypes, strict=True)
+        ]
+        return combine_chunk(self._piece(task), state, self._workspace(thread), outs)
 
     def close(self) -> None:
         """Drop the workspaces."""
@@ -149,22 +152,21 @@ def reduce_chunk(piece: Piece, index: int, state: Any, workspace: Workspace) -> 
     return run.result()
 
 
-def combine_chunk(piece: Piece, state: Any, workspace: Workspace, out: Tensor) -> Outcome:
-    """Compute the chunk of the output into `out`, which is one-dimensional and of the output's dtype."""
+def combine_chunk(piece: Piece, state: Any, workspace: Workspace, outs: Sequence[Tensor]) -> Outcome:
+    """Compute the chunk of each output into a tensor of `outs`, one-dimensional and of the output's dtype."""
     workspace.dtype = work_dtype(piece.inputs)
-    overflowed = 0
-    extremes: list[Tensor] = []
+    extremes: list[list[Tensor]] = [[] for _ in outs]
     run = Pass(piece.kernel, None, state, workspace)
     for part, tile in piece.tiles(workspace):
-        result = run.combine(tile).view(-1)
-        extremes.append(round_into(out[part], result))
-    if not _beyond(extremes, largest(out.dtype)):
+        for out, found, result in zip(outs, extremes, run.combine_all(tile), strict=True):
+            found.append(round_into(out[part], result.view(-1)))
+    suspicious = [out for out, found in zip(outs, extremes, strict=True) if _beyond(found, largest(out.dtype))]
+    if not suspicious:
         return Outcome()
-    canonical_nans(out)
+    for out in suspicious:
+        canonical_nans(out)
     nonfinite = find_nonfinite(piece)
-    if not nonfinite:
-        overflowed = count_nonfinite(out, piece.tile)
-    return Outcome(nonfinite, overflowed)
+    return Outcome(nonfinite, 0 if nonfinite else sum(count_nonfinite(out, piece.tile) for out in suspicious))
 
 
 def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:

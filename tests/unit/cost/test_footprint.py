@@ -80,7 +80,7 @@ def check_a_tile(case: Case, dtype: DType, name: torch.dtype) -> None:
     shape = (1024, 512)
     kernel = bound(case, shape)
     elements, width = 1024 * 512, 8 if dtype is F64 else 4
-    found = footprint(Operation(Kind.MERGE, case.method, kernel=kernel), (dtype,) * case.models, BF16)
+    found = footprint(Operation(Kind.MERGE, case.method, kernel=kernel), (dtype,) * case.models, (BF16,))
     assert found.workspace.at(elements) <= kernel.workspace(elements, width)  # the declaration holds
     piece = Piece(kernel, fine_tunes(case, shape, name), 0, 5, tuple(range(case.models)), elements, elements)
     space = Workspace(torch.empty(kernel.workspace(elements, width), dtype=torch.uint8), torch.float32)
@@ -100,7 +100,7 @@ def check_a_tile(case: Case, dtype: DType, name: torch.dtype) -> None:
                 assert reducing.peak <= allowed, index
                 state = kernel.finish(index, partial, state)
         with allocations() as combining:
-            combine_chunk(piece, state, space, out)
+            combine_chunk(piece, state, space, [out])
         assert combining.peak <= allowed
     finally:
         torch.set_num_threads(threads)
@@ -138,7 +138,7 @@ def test_without_torchs_counts_as_much_as_the_workspace_is_set_aside(monkeypatch
     operation = Operation(Kind.MERGE, "linear", kernel=halves((64, 1024)))
     monkeypatch.setattr(module, "_measured", {})
     monkeypatch.setattr(torch.autograd, "ProfilerConfig", None)
-    found = footprint(operation, (BF16, BF16), BF16)
+    found = footprint(operation, (BF16, BF16), (BF16,))
     assert found.allocated.at(1 << 16) >= found.workspace.at(1 << 16) == 2 * 4 * 64 * 1024
 
 
@@ -178,7 +178,7 @@ def greedy(monkeypatch: pytest.MonkeyPatch) -> Method:
 
 def test_what_a_kernel_declares_is_not_trusted(greedy: Method) -> None:
     kernel = greedy.kernel(InputSpec(3, None, (4096, 4096)), {})
-    found = footprint(Operation(Kind.MERGE, "greedy", kernel=kernel), (BF16,) * 3, BF16)
+    found = footprint(Operation(Kind.MERGE, "greedy", kernel=kernel), (BF16,) * 3, (BF16,))
     elements = 1 << 19
     assert found.workspace.at(elements) == 2 * 4 * elements  # the sum and a term
     assert found.allocated.at(elements) >= 24 * elements
@@ -236,13 +236,13 @@ def test_stages_are_measured_together() -> None:
     ]
     kernel = Composition(InputSpec(3, None, shape), parts)
     assert kernel.resized((64, 1024)).parts[1].kernel.inputs.shape == (64, 1024)
-    found = footprint(Operation(Kind.MERGE, "linear of linear", kernel=kernel), (BF16,) * 3, BF16)
+    found = footprint(Operation(Kind.MERGE, "linear of linear", kernel=kernel), (BF16,) * 3, (BF16,))
     assert 0 < found.workspace.at(1 << 19) <= kernel.workspace(1 << 19, 4)
 
 
 def test_a_small_kernel_is_measured_on_its_own_shape() -> None:
     kernel = halves((64, 1024))
-    found = footprint(Operation(Kind.MERGE, "linear", kernel=kernel), (BF16, BF16), BF16)
+    found = footprint(Operation(Kind.MERGE, "linear", kernel=kernel), (BF16, BF16), (BF16,))
     assert found.workspace == Line(2 * 4 * 64 * 1024)
     assert module.small_shapes(kernel, (BF16, BF16)) == ((64, 1024),)
 
@@ -251,7 +251,7 @@ def test_parameters_that_change_the_work_are_measured_apart() -> None:
     def measured(density: float) -> Footprint:
         parameters = {"weight": (0.0, 1.0, 1.0), "density": (0.0, density, density)}
         kernel = merge_methods()["dare_linear"].kernel(InputSpec(3, 0, (4096, 4096)), parameters)
-        return footprint(Operation(Kind.MERGE, "dare_linear", kernel=kernel), (BF16,) * 3, BF16)
+        return footprint(Operation(Kind.MERGE, "dare_linear", kernel=kernel), (BF16,) * 3, (BF16,))
 
     assert measured(0.3) is measured(0.7)
     assert measured(0.3).workspace.at(1 << 19) > measured(1.0).workspace.at(1 << 19)
@@ -262,7 +262,7 @@ def test_a_method_that_fails_on_test_values_is_an_error_of_the_user() -> None:
     operation = Operation(Kind.MERGE, "failing", kernel=kernel)
     says = r"merge method failing fails on a test tensor .*ZeroDivisionError: division by zero"
     with pytest.raises(UsageError, match=says):
-        footprint(operation, (BF16,), BF16)
+        footprint(operation, (BF16,), (BF16,))
 
 
 def test_many_wide_inputs_are_measured_on_small_tiles() -> None:

@@ -160,7 +160,7 @@ def test_an_interrupt_ends_the_threads(models: tuple[Path, Path], monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         comparison.run(notify)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("diff")]
-    assert comparison._progress.bytes_read < comparison.bytes_to_read
+    assert comparison._counters.bytes_read < comparison.bytes_to_read
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -100,7 +100,7 @@ def test_an_error_in_a_lane_ends_the_run_and_releases_everything(
         return arenas[-1]
 
     monkeypatch.setattr(memory, "HostArena", open_arena)
-    monkeypatch.setattr(CountingDevice, "close", closed.append)
+    monkeypatch.setattr(CountingDevice, "close", lambda device: closed.append(device))
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), call, late=late))
     before = threading.active_count()
     executor = Executor(world.graph, schedule, devices, world, world)

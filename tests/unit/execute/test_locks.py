@@ -81,8 +81,8 @@ def test_a_lock_that_is_taken_out_of_order_is_refused() -> None:
     condition = threading.Condition(outer)  # type: ignore[arg-type]
     with condition, inner:
         condition.notify_all()
-        for lock in (outer, inner, alone):
-            with pytest.raises(AssertionError, match=f"lock {lock.name} is taken while lock outer is held"):
+        for lock, other in ((outer, outer), (inner, inner), (alone, outer)):
+            with pytest.raises(AssertionError, match=f"lock {lock.name} is taken while lock {other.name} is held"):
                 lock.acquire()
         assert held_locks() == [outer, inner]
     with alone, pytest.raises(AssertionError, match="lock inner is taken while lock alone is held"):

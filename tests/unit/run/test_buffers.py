@@ -108,10 +108,10 @@ def test_copies_may_reserve_their_buffers_as_soon_as_they_start(
     limits = []
 
     class Observed(BulkCopier):
-        def __init__(self, transfers: Any, out: Any, commits: Any, buffers: ThreadBuffers, group: Any) -> None:
+        def __init__(self, transfers: Any, out: Any, commits: Any, buffers: ThreadBuffers, *others: Any) -> None:
             assert buffers.ledger is not None
             limits.append((buffers.ledger.limit(), buffers.threads * buffers.nbytes))
-            super().__init__(transfers, out, commits, buffers, group)
+            super().__init__(transfers, out, commits, buffers, *others)
 
     monkeypatch.setattr("mergeloom.engine.run.session.BulkCopier", Observed)
     models = write_models(tmp_path)
