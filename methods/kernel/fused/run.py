@@ -93,7 +93,8 @@ class Run:
         staged = chunk.staged or [(chunk.element, chunk.elements)] * len(inputs)
         runs = run_lengths(chunk.indices) if self.group.fills and chunk.indices is not None else None
         for fill in self.group.fills:
-            state = state_of(fill, self._compiled.kernel.inputs, inputs, chunk.element, staged[fill.inputs[0]])
+            spec, panel = self._compiled.kernel.inputs, self.addresses.get(("panel", fill), 0)
+            state = state_of(fill, spec, inputs, panel, chunk.element, staged[fill.inputs[0]])
             if runs is not None:
                 gather(state, chunk.indices, runs)
             self._keep += [state, runs]
