@@ -158,8 +158,8 @@ class _Fusion:
 
     def _converts(self, node: int) -> bool:
         """Return whether a node only converts the dtype of its source."""
-        kernel = self.graph.operation(node).kernel
-        return kernel is not None and kernel.copies is not None
+        operation = self.graph.operation(node)
+        return operation.kernel is not None and operation.kernel.copies is not None and not operation.accesses
 
     def _converted(self, node: int, boundary: Mapping[Value, Value]) -> int | None:
         """Return the node that a node only converts, if it becomes a part of it."""

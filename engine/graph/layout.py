@@ -20,7 +20,7 @@ from pathlib import Path
 from ...errors import UsageError
 from ...io.safetensors.dtypes import DType
 from ...io.safetensors.header import build_header
-from .graph import Kind, MergeGraph, Output
+from .graph import MergeGraph, Output
 
 LAYOUT_VERSION = 1
 """Version of the layout; increase it with every change of tensor offsets or shard headers."""
@@ -133,7 +133,7 @@ def _runs(graph: MergeGraph, numbers: Sequence[int]) -> tuple[list[list[int]], l
     loose: list[int] = []
     for number in numbers:
         output = graph.outputs[number]
-        if graph.operation(output.node).kind is not Kind.COPY:
+        if not graph.operation(output.node).copies_tensor:
             loose.append(number)
             continue
         ref = graph.reads[graph.node_sources[output.node][0]]
@@ -217,7 +217,7 @@ class _Packer:
         loose: list[_OpenShard] = []
         shard: _OpenShard | None = None
         for number in numbers:
-            if self._graph.operation(self._graph.outputs[number].node).kind is Kind.COPY:
+            if self._graph.operation(self._graph.outputs[number].node).copies_tensor:
                 roomy = [each for each in roomy if self._fits(each, number)]
                 width = max(8, self._graph.node_dtype[self._graph.outputs[number].node].bits) // 8
                 previous = next((each for each in roomy if each.end % width == 0), None)
@@ -253,7 +253,7 @@ def _build(
         computed: list[tuple[int, int]] = []
         for number in shard.outputs:
             layout.shard_of[number], layout.offset_of[number] = len(layout.shards) + index, offset
-            if graph.operation(graph.outputs[number].node).kind is not Kind.COPY and sizes[number]:
+            if not graph.operation(graph.outputs[number].node).copies_tensor and sizes[number]:
                 if computed and sum(computed[-1]) == offset:
                     computed[-1] = (computed[-1][0], computed[-1][1] + sizes[number])
                 else:

@@ -160,7 +160,7 @@ class Plan:
         """Bytes of the output that are computed rather than copied."""
         graph = self.built.graph
         nodes = (output.node for output in graph.outputs)
-        return sum(graph.nbytes(node) for node in nodes if graph.operation(node).kind is not Kind.COPY)
+        return sum(graph.nbytes(node) for node in nodes if not graph.operation(node).copies_tensor)
 
     @property
     def bytes_digested(self) -> int:
