@@ -124,7 +124,7 @@ def test_layers_filters_and_reports_see_values_only(pairs: list[Pair], capsys: p
     found = recipe("linear", [toy, pairs[1][0]]) | {"parameters": {"weight": weight, "normalize": False}}
     planned = plan(found)
     assert not planned.warnings
-    values = {use.name: use for use in planned.built.parameters}
+    values = {use.parameter: use for use in planned.built.parameters}
     assert "weight" in values
     assert json.dumps(planned.to_dict())
 
