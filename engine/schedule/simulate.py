@@ -170,10 +170,12 @@ class Simulation:
             )
         return known
 
-    def _size(self, node: int, place: int, source: ChunkedRead, begin: int, end: int) -> int:
-        """Return the bytes of the chunks [begin, end) of a node's source."""
+    def _size(
+        self, node: int, place: int, source: ChunkedRead, begin: int, end: int, *, zeros: bool = False
+    ) -> int:
+        """Return the bytes of the chunks [begin, end) of a node's source: in files, or those of zeros included."""
         chunk = self.chunk_elements[node] if source.chunk_length else length(self.graph, node)
-        return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end)
+        return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end, zeros=zeros)
 
     def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...], shape: _Shape) -> None:
         operation, device = self.graph.operation(node), self.devices[node]
@@ -292,9 +294,10 @@ class Simulation:
                 bytes_read.append(shape.nbytes[number] if held is NOTHING else 0)
                 continue
             begin = first if source.chunk_length else int(first >= shape.count)
-            needed = self._size(node, place, source, max(begin, held.vram), count)
-            uploaded += needed if this.separate else 0
-            in_ram = self._size(node, place, source, max(begin, held.low, held.vram), held.high)
+            begin = max(begin, held.vram)
+            needed = self._size(node, place, source, begin, count)
+            uploaded += self._size(node, place, source, begin, count, zeros=True) if this.separate else 0
+            in_ram = self._size(node, place, source, max(begin, held.low), held.high)
             bytes_read.append(needed - in_ram)
         return tuple(bytes_read), uploaded
 
