@@ -170,9 +170,7 @@ class Simulation:
             )
         return known
 
-    def _size(
-        self, node: int, place: int, source: ChunkedRead, begin: int, end: int, *, zeros: bool = False
-    ) -> int:
+    def _size(self, node: int, place: int, source: ChunkedRead, begin: int, end: int, *, zeros: bool = False) -> int:
         """Return the bytes of the chunks [begin, end) of a node's source: in files, or those of zeros included."""
         chunk = self.chunk_elements[node] if source.chunk_length else length(self.graph, node)
         return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end, zeros=zeros)

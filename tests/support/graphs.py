@@ -122,7 +122,7 @@ class World:
 
     def expected(self, node: int) -> bytes:
         """Return the expected output bytes of a node."""
-        return _stored(self._value(~node), self.graph.node_dtype[node])
+        return stored(self._value(~node), self.graph.node_dtype[node])
 
     def _value(self, value: int) -> Tensor:
         """The elements of a read, or of the output ``~n`` of node n."""
@@ -130,22 +130,13 @@ class World:
             return self.tensors[value]
         operation, sources = self.graph.operation(~value), self.graph.node_sources[~value]
         if operation.kind is not Kind.MERGE:
-<<<<<<< HEAD
             return self._value(sources[0])
         total = sum(self._value(source) for source in sources)
-=======
-            return stored(self.tensors[self.graph.node_sources[node][0]], self.graph.node_dtype[node])
-        total = sum(self.tensors[read] for read in self.graph.node_sources[node])
->>>>>>> graphtests
         assert isinstance(total, Tensor)
         if operation.method.startswith("above"):
             values = total.to(torch.int64)
             total = total + int((values * values.numel() > int(values.sum())).sum()) % 1024
-<<<<<<< HEAD
         return total
-=======
-        return stored(total, self.graph.node_dtype[node])
->>>>>>> graphtests
 
     # the executor's source and sink
 

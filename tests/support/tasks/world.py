@@ -185,7 +185,9 @@ class TaskWorld(World):
     def bytes_by_read(self) -> list[int]:
         """The bytes that were read of each source tensor."""
         found = [0] * len(self.graph.reads)
-        ends = {(ref.file, ref.offset): (n, ref.offset + ref.nbytes) for n, ref in enumerate(self.graph.reads) if ref.nbytes}
+        ends = {
+            (ref.file, ref.offset): (n, ref.offset + ref.nbytes) for n, ref in enumerate(self.graph.reads) if ref.nbytes
+        }
         starts = {file: sorted(offset for name, offset in ends if name == file) for file in self.files}
         for file, offset, nbytes in self.reads:
             start = starts[file][int(np.searchsorted(starts[file], offset, "right")) - 1]
