@@ -18,7 +18,7 @@ from .assembly import Function
 from .operations import Types
 from .segment import Segment
 from .stages import Stage
-from .staging import Fill
+from .staging.state import Fill
 from .table import Table, Target, Variant
 
 SEGMENT = 1 << 11

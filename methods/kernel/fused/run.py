@@ -17,7 +17,7 @@ from .formats import FORMATS, STORED
 from .helpers import COLUMNS, SearchField, SumField
 from .loops import Loop
 from .rows import RowFunctions, address, array_at
-from .staging import gather, run_lengths, state_of
+from .staging.state import gather, run_lengths, state_of
 from .table import Target
 
 
