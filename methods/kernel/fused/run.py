@@ -221,6 +221,7 @@ class Run:
         fixed = {
             "element": self._chunk.element + first,
             "elements": size,
+            "last": first + size == self._chunk.elements,
             "segment": max(1, size if keep else self.group.segment or size),
             "numbers": numbers.ctypes.data,
             "rows": self._buffers.rows,
