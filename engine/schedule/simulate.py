@@ -201,6 +201,11 @@ class Simulation:
         this = _Pass(node, device, separate, shape, writes, bool(needed), sources, before, next_uses)
         keep, evicted = self._keep(this, self._keep_on_device(this))
         ram, vram = self._peaks(this, keep)
+        while ram > self.ram_slots and (dropped := self._drop_before(this, ram - self.ram_slots)):
+            drop.append(dropped)
+            keep, more = self._keep(this, self._keep_on_device(this))
+            evicted += more
+            ram, vram = self._peaks(this, keep)
         bytes_read, uploaded = self._bytes_moved(this, first)
         working_set = sum([max(b.high - b.low, k.high - k.low) for b, k in zip(before, keep, strict=True)])
         self.max_step_working_set = max(self.max_step_working_set, working_set + shape.count * this.stays)
@@ -272,6 +277,17 @@ class Simulation:
             else:
                 keep.append(CachedRange(vram[number]) if vram[number] else NOTHING)
         return keep, evicted
+
+    def _drop_before(self, this: _Pass, count: int) -> tuple[ChunkedRead, CachedRange] | None:
+        """Drop up to `count` cached chunks of one of a step's sources, which the step reads again; None if it has none.
+
+        The outputs of nodes can take the room that the cached chunks had when they were kept.
+        """
+        for number, (source, held) in enumerate(zip(this.sources, this.before, strict=True)):
+            if held.ram and source.read >= 0:
+                this.before[number] = CachedRange(held.vram, held.low, held.high - min(count, held.ram))
+                return source, this.before[number]
+        return None
 
     @property
     def _reserved(self) -> int:

@@ -182,6 +182,11 @@ class StepList(Sequence[Step]):
             self._drop_held.append(held)
 
     @property
+    def nodes(self) -> set[int]:
+        """The nodes that have steps."""
+        return set(self._node)
+
+    @property
     def nbytes(self) -> int:
         """Memory of the steps in bytes."""
         arrays = (self._node, self._end, self._read, self._drop_step, self._drop_read, self._drop_length)

@@ -39,7 +39,7 @@ SHAPES: tuple[Shape, ...] = (
     (2, 0, 3),
 )
 PART_DTYPES = ("F32", "F32", "BF16", "F16", "F8_E5M2", "I8", "F64")
-NODE_DTYPES = ("F32", "F32", "F16", "BF16", "F64")
+NODE_DTYPES = ("F32", "F32", "BF16", "F64")
 ACCESSES = ("aligned", "aligned", "node", "node", "blocks", "low_rank", "gathered", "slice", "transposed", "again")
 
 
@@ -50,10 +50,13 @@ class Drawer:
     Args:
         draw: hypothesis's function.
         world: the world.
+        staged: whether the tasks are like those of stages, which can be fused: in the dtype of their arithmetic, but
+            for conversions.
     """
 
     draw: st.DrawFn
     world: TaskWorld
+    staged: bool = False
     parts: list[int] = field(default_factory=list)  # reads that may be used through other accesses, too
 
     def choose(self, *choices: int) -> int:
@@ -78,13 +81,29 @@ class Drawer:
             elif kind == "copy":
                 world.task(kind, chosen, shape, outputs=self.choose(1, 2))
                 continue
-            wide = kind != "copy" and draw(st.sampled_from(NODE_DTYPES))
-            node = world.task(kind, chosen, shape, wide or None, outputs=self.choose(0, 1, 1, 2))
+            node = world.task(kind, chosen, shape, self.dtype(chosen), outputs=self.choose(0, 0, 1, 2))
             nodes.append(Operand((~node,)))
+            if self.staged and draw(st.booleans()):
+                rounded = draw(st.sampled_from(NODE_DTYPES))
+                nodes.append(Operand((~world.task("convert", nodes[-1:], shape, rounded, self.choose(0, 0, 1)),)))
         users = world.graph.users()
         for node in world.graph.nodes():
             if node not in users and not any(output.node == node for output in world.graph.outputs):
                 world.output(node)
+
+    def dtype(self, operands: list[Operand]) -> str:
+        """The dtype of a task's output."""
+        if not self.staged:
+            return self.draw(st.sampled_from(NODE_DTYPES))
+        values = [value for operand in operands for value in operand.values]
+        return "F64" if any(self.wide(value) for value in values) else "F32"
+
+    def wide(self, value: int) -> bool:
+        """Whether a value is computed in float64, even if it is rounded to another dtype then."""
+        graph = self.world.graph
+        return graph.value_dtype(value).name == "F64" or (
+            value < 0 and any(self.wide(each) for each in graph.node_sources[~value])
+        )
 
     def operand(self, shape: Shape, pool: list[Operand], nodes: list[Operand]) -> Operand:
         """A node, an operand of another task, or a new one."""
@@ -162,9 +181,9 @@ class Drawer:
 
 
 @st.composite
-def task_worlds(draw: st.DrawFn, groups: int = 3) -> TaskWorld:
+def task_worlds(draw: st.DrawFn, groups: int = 3, staged: bool = False) -> TaskWorld:
     """Worlds with tasks on values of some shapes."""
-    drawer = Drawer(draw, TaskWorld())
+    drawer = Drawer(draw, TaskWorld(), staged)
     for _ in range(draw(st.integers(1, groups))):
         drawer.tasks()
     drawer.world.measure()

@@ -98,3 +98,23 @@ def run(world: TaskWorld, schedule: Schedule, *, serial: bool = False, resumed: 
     assert executor.slots.all_free
     check_ledger(executor, schedule, devices)
     return measured
+
+
+def resume(world: TaskWorld, complete: TaskWorld, ram: int, vram: int | None, written: Mapping[int, float]) -> None:
+    """Check the run that goes on where an earlier one has ended: it writes the rest, and no other byte.
+
+    Args:
+        world: graph that nothing has read yet.
+        complete: a world with an equal graph, all of whose output is written.
+        ram: see `scheduled`.
+        vram: see `scheduled`.
+        written: for each node that the earlier run has started, the share of its bytes that it wrote.
+    """
+    graph = world.graph
+    done = {node: int(share * graph.nbytes(node)) for node, share in written.items()}
+    for node, nbytes in done.items():
+        world.written[node] = bytearray(complete.written.get(node, b"")[:nbytes].ljust(graph.nbytes(node), b"\xee"))
+    run(world, scheduled(world, ram, vram, done=done), resumed=True)
+    for node, nbytes in done.items():
+        if nbytes == graph.nbytes(node):
+            assert node not in world.counts, "a complete tensor is written again"

@@ -36,8 +36,8 @@ def operands_of(t: Inputs) -> Iterator[Any]:
 
 
 def summed(t: Inputs) -> Array:
-    """The sum of the operands: one pass."""
-    return add(list(operands_of(t)))
+    """Three times the sum of the operands: one pass."""
+    return 3 * add(list(operands_of(t)))
 
 
 def voted(t: Inputs) -> Array:
@@ -47,7 +47,12 @@ def voted(t: Inputs) -> Array:
     return values + host(lambda number: number % 8, count)
 
 
-METHODS = {"sum": method_of(summed), "vote": method_of(voted)}
+def converted(t: Inputs) -> Array:
+    """The only operand, which changes nothing but its dtype."""
+    return next(operands_of(t))  # type: ignore[no-any-return]
+
+
+METHODS = {"sum": method_of(summed), "vote": method_of(voted), "convert": method_of(converted)}
 KERNELS = ("sum", "vote", "sum 48", "sum 9999", "vote 9999")
 """The kinds of kernels: a method, and the number of elements that its tiles are a multiple of, by default 16."""
 
@@ -115,7 +120,7 @@ class TaskWorld(World):
     def task(
         self, kind: str, operands: Sequence[Operand], shape: Shape, dtype: str | None = None, outputs: int = 1
     ) -> int:
-        """Add a node of kind ``copy``, ``equal`` or one of the `KERNELS`; return its number.
+        """Add a node of kind ``copy``, ``equal``, ``convert`` or one of the `KERNELS`; return its number.
 
         Args:
             kind: kind of the node.
@@ -164,7 +169,9 @@ class TaskWorld(World):
 
     def _merged(self, kind: str, operands: Sequence[Any]) -> Any:
         total = np.array(sum(operands), dtype=np.float64)
-        if kind.startswith("vote"):
+        if kind.startswith("sum"):
+            total = 3 * total
+        elif kind.startswith("vote"):
             above = total > np.float32(total.sum() * 2.0**-10)
             total = total + int(above.sum()) % 8
         return total
