@@ -21,14 +21,14 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
-from .buffers import BufferCheck
-from .check_layers import LayerChecks, OutputLayer, missing_tensor
-from .duplicates import explained, find_duplicates
-from .filters import unmatched_filters
+from .checks.buffers import BufferCheck
+from .checks.duplicates import explained, find_duplicates
+from .checks.filters import unmatched_filters
+from .checks.layers import LayerChecks, OutputLayer, missing_tensor
+from .checks.quantized_outputs import check_quantized_outputs
 from .fuse import fuse
 from .graph import MergeGraph
 from .partial import PartialTensor, partial_warnings
-from .quantized_outputs import check_quantized_outputs
 from .rules import TensorRules, shape_mismatch
 from .usage import TensorUsage, Unused
 

@@ -19,7 +19,7 @@ from ..model.logical import LogicalTensor, kind_of
 from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
-from .buffers import BufferChecks, StoredBuffer
+from .checks.buffers import BufferChecks, StoredBuffer
 from .graph import Kind, MergeGraph, Operation
 from .partial import PartialTensor
 from .usage import TensorUsage

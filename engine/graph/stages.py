@@ -19,8 +19,8 @@ from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
 from ..model.logical import part_names
 from ..recipe.types import ModelReference, Recipe, Stage
-from .buffers import BufferCheck, StoredBuffer
 from .build import BuiltGraph, Saved, build_graph
+from .checks.buffers import BufferCheck, StoredBuffer
 from .fuse import fuse
 from .graph import Kind, MergeGraph, Operation, Value
 from .usage import Unused

@@ -83,7 +83,7 @@ class TensorTable(Mapping[str, TensorRef]):
         return self._rows.keys().isdisjoint(other._rows)
 
     def share_names(self, other: TensorTable) -> None:
-        """Use the strings of another table for equal names, so that they are in memory once."""
+        """Use the strings of another table for equal names: each is in memory once."""
         if len(self) == len(other) and all(map(eq, self._rows, other._rows)):
             self._rows = other._rows  # neither table may change from now on
         else:

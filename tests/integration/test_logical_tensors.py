@@ -12,7 +12,7 @@ import mergeloom
 from mergeloom.engine.model import logical
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from tests.support import toy_format
+from tests.support.models import toy_format
 from tests.support.outputs import read_model
 
 Pair = tuple[Path, Path]

@@ -157,8 +157,8 @@ class Drawer:
         return read, access
 
     def again(self, shape: Shape) -> tuple[int, Access]:
-        """A slice of a part that others use, or rows of it, if one is large enough."""
-        stack, rows, columns = matrices(shape)
+        """A slice of a part that others use, or some rows, if one is large enough."""
+        _, rows, columns = matrices(shape)
         enough = [read for read in self.parts if self.world.tensors[read].numel() >= size(shape)]
         if not enough:
             return self.source(shape), ALIGNED

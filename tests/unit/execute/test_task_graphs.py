@@ -22,9 +22,7 @@ def test_planned_bytes_are_executed(world: TaskWorld, ram: int, vram: int | None
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(task_worlds(staged=True), SLOTS, MAYBE_SLOTS, st.booleans(), st.booleans())
-def test_fused_tasks_write_the_same(
-    world: TaskWorld, ram: int, vram: int | None, inline: bool, serial: bool
-) -> None:
+def test_fused_tasks_write_the_same(world: TaskWorld, ram: int, vram: int | None, inline: bool, serial: bool) -> None:
     fused = world.fresh(fuse(world.graph, inline=inline))
     assert not inline or fused.graph.users().keys() <= {output.node for output in fused.graph.outputs}
     run(fused, scheduled(fused, ram, vram), serial=serial)
