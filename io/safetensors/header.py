@@ -9,10 +9,12 @@ starts with "Stricter" says why.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isinf, prod
+from math import prod
 from pathlib import Path
+from sys import intern
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -20,8 +22,9 @@ from ...errors import CheckpointError
 from ..open_source import open_source, quoted, read_range
 from .columns import parse_columns
 from .dtypes import DTYPES, DType
+from .strict_json import parse_strictly
 from .table import TensorTable
-from .tensors import TensorRef
+from .tensors import TensorClass, TensorRef
 
 MAX_JSON_BYTES = 100_000_000
 """The format's limit on the size of the header's JSON in bytes."""
@@ -57,17 +60,30 @@ _FOREIGN = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed safetensors header.
+    """A parsed safetensors header: the tensors in columns, ordered by offset.
 
     Args:
-        tensors: the tensors by name, ordered by offset.
+        file: the file.
+        names: the names, interned.
+        classes: the class of each tensor.
+        offsets: the position of each tensor's first byte in the file, in bytes.
         metadata: the strings in ``__metadata__``; empty if there are none.
         data_start: the offset of the tensor data in the file, in bytes.
     """
 
-    tensors: TensorTable
+    file: Path
+    names: Sequence[str]
+    classes: Sequence[TensorClass]
+    offsets: Sequence[int]
     metadata: Mapping[str, str]
     data_start: int
+
+    @property
+    def tensors(self) -> TensorTable:
+        """The tensors by name, in a table of their own."""
+        table = TensorTable()
+        table.add(self.file, self.names, self.classes, self.offsets)
+        return table
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -85,9 +101,20 @@ def read_header(file: Path) -> Header:
         CheckpointError: the file is missing, not readable, or breaks a rule of the format.
         EnvironmentFailure: reading failed.
     """
+    raw, size = read_raw_header(file)
+    return parse_header(raw, size, file=file)
+
+
+def read_raw_header(file: Path) -> tuple[bytes, int]:
+    """Read the header of a safetensors file without parsing it; returns it and the size of the file in bytes.
+
+    Raises:
+        CheckpointError: the file is missing, not readable, or too short for its header.
+        EnvironmentFailure: reading failed.
+    """
     with open_source(file) as (descriptor, size):
         start = read_data_start(descriptor, size, file=file)
-        return parse_header(read_range(descriptor, 0, start, file=file), size, file=file)
+        return read_range(descriptor, 0, start, file=file), size
 
 
 # ------------------------------------------------------------------------------------------------ parsing
@@ -139,15 +166,14 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
         raise ValueError(f"got {len(raw)} bytes of a header of {start}")
     columns = parse_columns(memoryview(raw)[_PREFIX:start])
     if columns is not None and start + columns.ends[-1] == file_size:
-        table = TensorTable()
-        table.add(file, columns.names, columns.classes, (start, *(start + end for end in columns.ends[:-1])))
-        return Header(table, MappingProxyType(dict(columns.metadata)), start)
+        offsets = array("Q", map(start.__add__, (0, *columns.ends[:-1])))
+        return Header(file, columns.names, columns.classes, offsets, MappingProxyType(dict(columns.metadata)), start)
     return _parse_any(raw, start, file_size, file)
 
 
 def _parse_any(raw: bytes, start: int, file_size: int, file: Path) -> Header:
     """Parse a header of any form, with the data at `start`; see `parse_header`."""
-    document = _parse_json(raw, start, file)
+    document = {intern(name): entry for name, entry in _parse_json(raw, start, file).items()}
     metadata = _check_metadata(document.pop(_METADATA, None), file)
     in_order, last = True, start
     for name, entry in document.items():
@@ -158,11 +184,10 @@ def _parse_any(raw: bytes, start: int, file_size: int, file: Path) -> Header:
     if not in_order:
         document = dict(sorted(document.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_coverage(document, start, file_size, file)
-    return Header(TensorTable.of(document), MappingProxyType(metadata), start)
-
-
-class _MalformedError(ValueError):
-    """JSON that the standard library accepts but the format does not."""
+    refs = document.values()
+    classes = [TensorClass(ref.dtype, ref.shape, ref.nbytes) for ref in refs]
+    offsets = array("Q", (ref.offset for ref in refs))
+    return Header(file, tuple(document), classes, offsets, MappingProxyType(metadata), start)
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:
@@ -182,13 +207,7 @@ def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
         _refuse(file, f"its header starts with {quoted(first)}, not with '{{': {_DAMAGED}")
     try:
         text = str(memoryview(raw)[_PREFIX:end], "utf-8")
-        document: dict[str, Any] = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_real,
-            parse_constant=_constant,
-        )
+        document: dict[str, Any] = parse_strictly(text)
         if "\\ud" in text or "\\uD" in text:  # otherwise it can't contain a surrogate
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -200,33 +219,6 @@ def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
     except ValueError as error:
         _refuse(file, f"its header is not valid JSON ({error}): {_DAMAGED}")
     return document
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        # Stricter than the library, which takes the last of two tensors or metadata entries of one name: the format
-        # disallows duplicate keys, and different readers would see different models.
-        seen: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _MalformedError(f"duplicate key {quoted(duplicate)}")
-    return document
-
-
-def _integer(text: str) -> int | float:
-    # Like serde_json: -0 and numbers that don't fit 64 bits are floats. This also keeps long digit strings from int().
-    return int(text) if len(text) <= 20 and text != "-0" else _real(text)
-
-
-def _real(text: str) -> float:
-    value = float(text)
-    if isinf(value):
-        raise _MalformedError(f"the number {quoted(text)} is out of range")
-    return value
-
-
-def _constant(text: str) -> NoReturn:
-    raise _MalformedError(f"{text} is not valid JSON")
 
 
 def _check_metadata(metadata: Any, file: Path) -> dict[str, str]:
@@ -374,15 +366,15 @@ def build_header(
         if found is None:
             if any(dimension < 0 for dimension in shape):
                 raise ValueError(f"tensor {quoted(name)} has the invalid shape {quoted(tuple(shape))}")
-            text = f':{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
-            found = known[key] = text, dtype.nbytes(prod(shape))
+            fields = f':{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+            found = known[key] = fields, dtype.nbytes(prod(shape))
         end = begin + found[1]
         members.append(f"{quote(name)}{found[0]}{begin},{end}]}}")
         begin = end
-    encoded = ("{" + ",".join(members) + "}").encode()
-    size = _PREFIX + len(encoded)
+    text = ("{" + ",".join(members) + "}").encode()
+    size = _PREFIX + len(text)
     padding = -size % 8 if data_offset_modulo is None else (data_offset_modulo - size) % PAGE
-    nbytes = len(encoded) + padding
+    nbytes = len(text) + padding
     if nbytes > MAX_JSON_BYTES:
         raise ValueError(f"the header has {nbytes:,} bytes, more than the format's limit of {MAX_JSON_BYTES:,}")
-    return b"".join((nbytes.to_bytes(_PREFIX, "little"), encoded, b" " * padding))
+    return b"".join((nbytes.to_bytes(_PREFIX, "little"), text, b" " * padding))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -19,19 +18,16 @@ MAX_INDEX_BYTES = 256_000_000
 """The maximum size of an index in bytes, enough for about 2,000,000 tensors."""
 
 _SUFFIX = ".safetensors"
-_KEY = b'"weight_map"'
-_SPACE, _STRING = rb"[ \t\n\r]*", rb'"([^"\\\x00-\x1f]*)"'
-_BEGIN = re.compile(rb"%b%b:%b\{(?=%b\")" % (_KEY, _SPACE, _SPACE, _SPACE))
-_ENTRY = re.compile(rb"%b%b%b:%b%b%b(?:,(?=%b\")|(\}))" % (_SPACE, _STRING, _SPACE, _SPACE, _STRING, _SPACE, _SPACE))
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """Read the weight map of an index: tensor name -> shard, as a validated path relative to the index's directory."""
     raw = read_small(index, MAX_INDEX_BYTES)
-    weight_map: Any = _scan(raw)
-    if weight_map is None:
+    document = parse_json(index, raw)
+    if b"\\" in raw or raw.count(b'"') != 2 * _count_strings(document):  # twice as fast as the other parse
         document = parse_json(index, raw, _refuse_duplicates)
-        weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    weight_map = document.pop("weight_map", None) if isinstance(document, dict) else None
+    del raw
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: has no weight_map object, so it is not a valid index: download it again")
     if not weight_map:
@@ -41,9 +37,18 @@ def read_weight_map(index: Path) -> dict[str, str]:
         if not isinstance(shard, str):
             raise CheckpointError(f"{index}: expected a file name for tensor {quoted(name)}, got {quoted(shard)}")
         if shard not in checked:
-            checked[shard] = _check_shard_name(index, name, shard)
-        weight_map[name] = checked[shard]
+            checked[shard] = _check_shard_name(index, name, copied(shard))
+        if checked[shard] != shard:
+            weight_map[name] = checked[shard]
     return weight_map
+
+
+def copied(text: str) -> str:
+    """A copy of a string of a weight map, for paths, which intern and keep it.
+
+    The strings of a weight map are freed together, but each one that is kept would keep a page of them.
+    """
+    return "".join(list(text))
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -53,35 +58,15 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _scan(raw: bytes) -> dict[str, str] | None:
-    """Read the weight map of an index in the usual form, without escapes; None if it has another form or is invalid.
-
-    A JSON parser would take several times the memory of the result: the objects of an index of 250,000 tensors would be
-    most of the memory of a plan.
-    """
-    begin = _BEGIN.search(raw)
-    if begin is None or raw.count(_KEY) != 1:
-        return None
-    weight_map: dict[str, str] = {}
-    shards: dict[bytes, str] = {}
-    end, count, closed = begin.end(), 0, None
-    try:
-        for match in _ENTRY.finditer(raw, end):
-            name, shard, closed = match.groups()
-            if match.start() != end:
-                return None
-            if shard not in shards:
-                shards[shard] = shard.decode()
-            weight_map[name.decode()] = shards[shard]
-            end = match.end()
-            count += 1
-            if closed:
-                break
-        rest = json.loads((raw[: begin.end()] + b"}" + raw[end:]).decode(), object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError):
-        return None
-    is_complete = isinstance(rest, dict) and rest.get("weight_map") == {}
-    return weight_map if closed and len(weight_map) == count and is_complete else None
+def _count_strings(document: Any) -> int:
+    """The number of strings in a JSON document, if no object has a key twice."""
+    if isinstance(document, dict):
+        values = document.values()
+        others = (value for value in values if not isinstance(value, str))
+        return len(document) + sum(map(isinstance, values, repeat(str))) + sum(map(_count_strings, others))
+    if isinstance(document, list):
+        return sum(map(_count_strings, document))
+    return int(isinstance(document, str))
 
 
 def _check_shard_name(index: Path, name: str, shard: str) -> str:
@@ -98,24 +83,30 @@ def _check_shard_name(index: Path, name: str, shard: str) -> str:
     return str(PurePosixPath(shard))  # "./x" and "x" are one file
 
 
-def merge_headers(files: Sequence[Path], headers: Sequence[Header]) -> TensorTable:
-    """Map names to tensors for files without an index. Raises CheckpointError if a name occurs twice."""
+def merge_headers(files: Sequence[Path], headers: Iterable[Header]) -> tuple[TensorTable, dict[str, str]]:
+    """Combine the headers of files without an index; returns the tensors and the metadata.
+
+    Raises:
+        CheckpointError: a name occurs twice.
+    """
     tensors = TensorTable()
+    metadata: dict[str, str] = {}
     for file, header in zip(files, headers, strict=True):
-        for name in header.tensors if not tensors.isdisjoint(header.tensors) else ():
+        for name in header.names if not tensors.isdisjoint(header.names) else ():
             if name in tensors:
                 raise CheckpointError(
                     f"{file}: contains tensor {quoted(name)}, and so does {tensors[name].file}, and no index says "
                     "which one to use: remove the file that doesn't belong to the model, or use the path of one file"
                 )
-        tensors.extend(header.tensors)
-    return tensors
+        tensors.add(file, header.names, header.classes, header.offsets)
+        metadata = {**header.metadata, **metadata}
+    return tensors, metadata
 
 
 def follow_index(
-    index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Sequence[Header]
-) -> tuple[TensorTable, list[str]]:
-    """Map names to tensors for an index and its shards, with remarks on disagreements between the two.
+    index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Iterable[Header]
+) -> tuple[TensorTable, dict[str, str], list[str]]:
+    """Combine the headers of an index's shards; returns the tensors, the metadata, and remarks on disagreements.
 
     A tensor that the index doesn't list is part of the checkpoint: transformers takes only the shards' names from the
     index and loads all their tensors, so people know the model with this tensor. A tensor in several shards is taken
@@ -123,15 +114,16 @@ def follow_index(
     them, it is an error.
     """
     tensors = TensorTable()
+    metadata: dict[str, str] = {}
     shard_of = {index.parent / shard: shard for shard in set(weight_map.values())}
     unlisted: list[str] = []
-    copies: list[str] = []
+    copies: list[tuple[str, str]] = []  # names, and the files that the index doesn't name for them
     for file, header in zip(files, headers, strict=True):
-        if set(map(weight_map.get, header.tensors)) <= {shard_of[file]}:
-            tensors.extend(header.tensors)
+        metadata = {**header.metadata, **metadata}
+        if set(map(weight_map.get, header.names)) <= {shard_of[file]}:
+            tensors.add(file, header.names, header.classes, header.offsets)
             continue
-        chosen = []
-        for name in header.tensors:
+        for row, name in enumerate(header.names):
             listed = weight_map.get(name)
             if listed is None:
                 if name in tensors:
@@ -141,14 +133,13 @@ def follow_index(
                     )
                 unlisted.append(name)
             elif listed != shard_of[file]:
-                copies.append(name)
+                copies.append((name, file.name))
                 continue
-            chosen.append(name)
-        tensors.extend(header.tensors.of_names(chosen))
+            tensors.add(file, [name], header.classes[row : row + 1], header.offsets[row : row + 1])
     absent = [] if len(tensors) == len(weight_map) + len(unlisted) else [n for n in weight_map if n not in tensors]
     if absent:
         name = absent[0]
-        elsewhere = [file.name for file, header in zip(files, headers, strict=True) if name in header.tensors]
+        elsewhere = [found for copy, found in copies if copy == name]
         hint = f"; it is in {listed_names(elsewhere)} instead" if elsewhere else ""
         more = f" (and {len(absent) - 1} more such tensors)" if len(absent) > 1 else ""
         raise CheckpointError(
@@ -161,7 +152,6 @@ def follow_index(
             f"{index.name} doesn't list {listed_names(unlisted)}, which its files contain: used, like in transformers"
         )
     if copies:
-        remarks.append(
-            f"{listed_names(copies)}: in several files; the copy in the file that {index.name} names is used"
-        )
-    return tensors, remarks
+        names = listed_names(name for name, _ in copies)
+        remarks.append(f"{names}: in several files; the copy in the file that {index.name} names is used")
+    return tensors, metadata, remarks

@@ -9,12 +9,15 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
-from itertools import groupby
-from operator import eq
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from itertools import groupby, islice
+from operator import is_
 from pathlib import Path
+from sys import intern
 
 from .tensors import TensorClass, TensorRef
+
+_AT_ONCE = 512
 
 
 class TensorTable(Mapping[str, TensorRef]):
@@ -24,7 +27,7 @@ class TensorTable(Mapping[str, TensorRef]):
         classes: the classes of the tensors, each once.
     """
 
-    __slots__ = ("_files", "_firsts", "_members", "_numbers", "_offsets", "_rows", "classes")
+    __slots__ = ("_components", "_files", "_firsts", "_members", "_numbers", "_offsets", "_rows", "classes")
 
     def __init__(self) -> None:
         self.classes: list[TensorClass] = []
@@ -34,6 +37,7 @@ class TensorTable(Mapping[str, TensorRef]):
         self._offsets = array("Q")
         self._files: list[Path] = []
         self._firsts: list[int] = []  # the first row of each file
+        self._components: set[str] = set()  # see `components`; empty until it is called
 
     @classmethod
     def of(cls, tensors: Mapping[str, TensorRef]) -> TensorTable:
@@ -42,7 +46,7 @@ class TensorTable(Mapping[str, TensorRef]):
         for file, group in groupby(tensors.items(), lambda item: item[1].file):
             names, refs = zip(*group, strict=True)
             classes = [TensorClass(ref.dtype, ref.shape, ref.nbytes) for ref in refs]
-            table.add(file, names, classes, [ref.offset for ref in refs])
+            table.add(file, tuple(map(intern, names)), classes, [ref.offset for ref in refs])
         return table
 
     def add(self, file: Path, names: Collection[str], classes: Sequence[TensorClass], offsets: Iterable[int]) -> None:
@@ -50,13 +54,14 @@ class TensorTable(Mapping[str, TensorRef]):
 
         Args:
             file: the safetensors file.
-            names: the names.
+            names: the names, interned.
             classes: the class of each tensor.
             offsets: the position of each tensor's first byte in the file, in bytes.
         """
         first = len(self._rows)
-        self._files.append(file)
-        self._firsts.append(first)
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+            self._firsts.append(first)
         self._rows.update(zip(names, range(first, first + len(names)), strict=True))
         self._offsets.extend(offsets)
         # equal classes are nearly always the same object, and comparing addresses is faster
@@ -64,31 +69,17 @@ class TensorTable(Mapping[str, TensorRef]):
         numbers = {address: self._number(each) for address, each in distinct.items()}
         self._members.extend(map(numbers.__getitem__, map(id, classes)))
 
-    def extend(self, other: TensorTable) -> None:
-        """Add all tensors of another table, with names that this one doesn't have."""
-        first = len(self._rows)
-        self._files += other._files
-        self._firsts += [first + row for row in other._firsts]
-        self._rows.update(zip(other._rows, range(first, first + len(other)), strict=True))
-        self._offsets.extend(other._offsets)
-        numbers = [self._number(each) for each in other.classes]
-        self._members.extend(map(numbers.__getitem__, other._members))
-
-    def of_names(self, names: Iterable[str]) -> TensorTable:
-        """A table of only these tensors, in this order."""
-        return TensorTable.of({name: self[name] for name in names})
-
-    def isdisjoint(self, other: TensorTable) -> bool:
-        """Whether no name is in both tables."""
-        return self._rows.keys().isdisjoint(other._rows)
+    def isdisjoint(self, names: Iterable[str]) -> bool:
+        """Whether the table has none of these names."""
+        return self._rows.keys().isdisjoint(names)
 
     def share_names(self, other: TensorTable) -> None:
-        """Use the strings of another table for equal names: each is in memory once."""
-        if len(self) == len(other) and all(map(eq, self._rows, other._rows)):
-            self._rows = other._rows  # neither table may change from now on
-        else:
-            known = dict(zip(other._rows, other._rows, strict=True))
-            self._rows = {known.get(name, name): row for name, row in self._rows.items()}
+        """Store the rows of the names once if another table has the same ones; neither table may change afterwards.
+
+        The names themselves are interned, so they are in memory once in any case.
+        """
+        if len(self) == len(other) and all(map(is_, self._rows, other._rows)):
+            self._rows, self._components = other._rows, other._components
 
     def shares_names(self, other: TensorTable) -> bool:
         """Whether `share_names` found that two tables have the same names in the same order."""
@@ -118,6 +109,14 @@ class TensorTable(Mapping[str, TensorRef]):
                 found = self.classes[self._members[row]]
                 yield TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
 
+    def row(self, name: str) -> int:
+        """The position of a tensor in the table; -1 if it has no tensor of this name."""
+        return self._rows.get(name, -1)
+
+    def place(self, row: int) -> tuple[Path, int, TensorClass]:
+        """The file of the tensor at a position, its offset there in bytes, and its class."""
+        return self._files[bisect_right(self._firsts, row) - 1], self._offsets[row], self.classes[self._members[row]]
+
     def items(self) -> ItemsView[str, TensorRef]:
         """The names with their references."""
         return _Items(self)
@@ -127,10 +126,8 @@ class TensorTable(Mapping[str, TensorRef]):
         return _Values(self)
 
     def __getitem__(self, name: str) -> TensorRef:
-        row = self._rows[name]
-        found = self.classes[self._members[row]]
-        file = self._files[bisect_right(self._firsts, row) - 1]
-        return TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
+        file, offset, found = self.place(self._rows[name])
+        return TensorRef(file, offset, found.nbytes, found.dtype, found.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
@@ -167,6 +164,32 @@ class _Values(ValuesView[TensorRef]):
         return self._mapping.refs()
 
 
+class NameSet:
+    """Names of which most are in a table: one byte for each that is.
+
+    Args:
+        tensors: the tensors with most of the names; nothing is saved unless they are in a table.
+    """
+
+    __slots__ = ("_added", "_others", "_tensors")
+
+    def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
+        self._tensors = tensors if isinstance(tensors, TensorTable) else TensorTable()
+        self._added = bytearray(len(self._tensors))  # by row
+        self._others: set[str] = set()
+
+    def add(self, name: str) -> bool:
+        """Add a name; returns whether it is new."""
+        row = self._tensors.row(name)
+        if row < 0:
+            new = name not in self._others
+            self._others.add(name)
+            return new
+        new = not self._added[row]
+        self._added[row] = 1
+        return new
+
+
 def described(
     tensors: Mapping[str, TensorRef], wanted: Callable[[TensorClass | TensorRef], bool]
 ) -> Iterator[tuple[str, TensorClass | TensorRef]]:
@@ -179,6 +202,24 @@ def described(
     if isinstance(tensors, TensorTable):
         return tensors.described(wanted)
     return ((name, ref) for name, ref in tensors.items() if wanted(ref))
+
+
+def components(tensors: Mapping[str, TensorRef]) -> Set[str]:
+    """The components of all names, which dots separate; found once for tables that share names."""
+    if not isinstance(tensors, TensorTable):
+        return _components(tensors)
+    if not tensors._components:
+        tensors._components.update(_components(tensors))
+    return tensors._components
+
+
+def _components(names: Iterable[str]) -> set[str]:
+    """The components of names. Many names are split at once, which is faster."""
+    found: set[str] = set()
+    remaining = iter(names)
+    while some := tuple(islice(remaining, _AT_ONCE)):
+        found.update(".".join(some).split("."))
+    return found
 
 
 def class_of(tensors: Mapping[str, TensorRef], name: str) -> TensorClass | TensorRef:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergeloom.io.safetensors.dtypes import BF16, F32
-from mergeloom.io.safetensors.table import TensorTable, class_of, described
+from mergeloom.io.safetensors.table import NameSet, TensorTable, class_of, described
 from mergeloom.io.safetensors.tensors import TensorClass, TensorRef
 
 BYTES_OF_A_TENSOR = 80
@@ -37,12 +37,13 @@ def files(draw: st.DrawFn) -> dict[str, TensorRef]:
 
 @given(files(), files())
 def test_a_table_is_a_mapping_of_references(first: dict[str, TensorRef], second: dict[str, TensorRef]) -> None:
-    table = TensorTable.of(first)
     renamed = {f"u{name}": ref for name, ref in second.items()}
-    assert table.isdisjoint(TensorTable.of(renamed))
-    assert table.isdisjoint(TensorTable.of(second)) is (not first or not second)
-    table.extend(TensorTable.of(renamed))
     expected = first | renamed
+    table = TensorTable.of(first)
+    for name, ref in renamed.items():
+        assert table.isdisjoint([name])
+        table.add(ref.file, [name], [TensorClass(ref.dtype, ref.shape, ref.nbytes)], [ref.offset])
+        assert not table.isdisjoint(["absent", name])
     assert dict(table) == expected
     assert table == expected
     assert list(table.items()) == list(expected.items())
@@ -51,8 +52,6 @@ def test_a_table_is_a_mapping_of_references(first: dict[str, TensorRef], second:
     assert "absent" not in table
     with pytest.raises(KeyError):
         table["absent"]
-    chosen = list(expected)[::2]
-    assert dict(table.of_names(chosen)) == {name: expected[name] for name in chosen}
     for name, ref in expected.items():
         found = class_of(table, name)
         assert (found.dtype, found.shape, found.nbytes, found.elements) == (
@@ -71,7 +70,7 @@ def test_a_table_is_a_mapping_of_references(first: dict[str, TensorRef], second:
 
 
 @given(files(), st.booleans())
-def test_names_are_shared_without_changing_a_table(refs: dict[str, TensorRef], reverse: bool) -> None:
+def test_tables_share_names_only_in_the_same_order(refs: dict[str, TensorRef], reverse: bool) -> None:
     ours = {name: refs[name] for name in (sorted(refs, reverse=True) if reverse else refs)}
     copies = {"".join(list(name)): ref for name, ref in ours.items()}
     first, second = TensorTable.of(refs), TensorTable.of(copies)
@@ -79,7 +78,15 @@ def test_names_are_shared_without_changing_a_table(refs: dict[str, TensorRef], r
     assert list(second.items()) == list(ours.items())
     assert second.shares_names(first) is (list(ours) == list(refs))
     known = {id(name) for name in first}
-    assert all(id(name) in known for name in second)
+    assert all(id(name) in known for name in second)  # interned
+
+
+@given(files(), st.lists(st.sampled_from(["t0", "t1", "t2", "x", "y"])), st.booleans())
+def test_a_set_of_names_knows_what_was_added(refs: dict[str, TensorRef], names: list[str], in_table: bool) -> None:
+    found, expected = NameSet(TensorTable.of(refs) if in_table else refs), set[str]()
+    for name in names:
+        assert found.add(name) is (name not in expected)
+        expected.add(name)
 
 
 def test_tables_with_other_names_do_not_share_them() -> None:
