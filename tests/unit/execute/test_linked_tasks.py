@@ -9,8 +9,8 @@ from mergeloom.engine.schedule.budget import Budget
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import chunk_elements
-from mergeloom.methods.kernel.access import ALIGNED, BlockRows, GatheredRows
 from mergeloom.errors import BudgetError
+from mergeloom.methods.kernel.access import ALIGNED, BlockRows, GatheredRows
 from tests.support.blueprints import CPU, ELEMENTS, SLOT
 from tests.support.tasks.laws import resume, run, scheduled, smallest_slot
 from tests.support.tasks.world import Operand, TaskWorld
