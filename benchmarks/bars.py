@@ -40,6 +40,10 @@ PEAK = {"linear": 220 << 20}
 PEAK_OTHERS = 1 << 30
 START = {"mergeloom --help": 0.3, "mergeloom plan": 1.5}
 """Maximum seconds of each command."""
+PLAN = {1_000: 0.4, 10_000: 0.7, 101_000: 3.0, 252_000: 8.0}
+"""Maximum seconds of a plan of at most this many tensors."""
+PEAK_PLAN = 250 * 10**6
+"""Maximum peak RSS of these plans in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,16 @@ def of_scaling(results: dict[str, Any]) -> Iterator[Bar]:
         if row["part"] == "start" and row["label"] in START:
             limit, found = START[row["label"]], statistics.median(row["seconds"])
             yield Bar(f"`{row['label']}`", f"under {limit:g} s", f"{found:.2f} s", found < limit)
+        if row["part"] == "planning":
+            limit, found = PLAN[next(most for most in PLAN if row["x"] <= most)], statistics.median(row["seconds"])
+            what, peak = f"plan of {row['x']:,} tensors", row["peak_rss"]
+            yield Bar(what, f"at most {limit:g} s", f"{found:.2f} s", found <= limit)
+            yield Bar(
+                f"peak RSS of the {what}",
+                f"at most {PEAK_PLAN / 1e6:.0f} MB",
+                f"{peak / 1e6:.0f} MB",
+                peak <= PEAK_PLAN,
+            )
 
 
 def text(bars: list[Bar]) -> str:

@@ -1,10 +1,10 @@
 """Measure how plans and merges grow: with tensors, threads and models; and how long the commands take to start.
 
-    python -m benchmarks.scaling [--models DIRECTORY] [--parts start planning threads models tensors] [--runs 3]
+    python -m benchmarks.scaling [--models DIRECTORY] [--parts start planning rehearsal threads ...] [--runs 3]
 
-Every figure is the time of a process from start to end, with OUT on tmpfs: median, minimum and maximum. `planning` and
-`tensors` make checkpoints of their own: headers with sparse data for the first, half a gigabyte in ever more tensors
-for the second.
+Every figure is the time of a process from start to end, with OUT on tmpfs: median, minimum and maximum. Three parts
+make checkpoints of their own: `planning` true headers in shards of 4 GiB with sparse data, `rehearsal` twins of them
+with a thousandth of the bytes, and `tensors` half a gigabyte in ever more tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from benchmarks.compare import CASES, DOCUMENT, RESULTS, size
 from benchmarks.process import machine, run, shards, touch_memory, wait_for_quiet, warm
 from benchmarks.tables import put_between_markers
 
-PLANNED = (1_000, 10_000, 100_000)
+PLANNED = ((4, 80), (26, 125), (60, 553), (92, 896))
+"""Layers and experts of the mixtures of experts that are planned: about 1,000, 10,000, 100,000 and 250,000 tensors."""
+WIDTHS = (7168, 1536, 151_936)
+"""Width of the residual stream and of an expert, and vocabulary. The last mixture has 2.7T parameters."""
+SMALL_WIDTHS = (224, 48, 4_748)
+SHARD_BYTES = 4 << 30
 SPLIT = (32, 256, 2_048, 16_384)
 SPLIT_BYTES = 512 << 20
 
@@ -67,16 +72,33 @@ def start(models: Path, work: Path) -> Iterator[Point]:
 
 def planning(models: Path, work: Path) -> Iterator[Point]:
     """Plans of ever more output tensors, each of two inputs."""
-    from tests.support.models import write_checkpoint
-
-    for count in PLANNED:
-        shapes = {
-            f"model.layers.{number // 100}.mlp.experts.{number % 100}.w.weight": (64, 64) for number in range(count)
-        }
-        pair = [write_checkpoint(work / f"{name}{count}", shapes, fill=None, shard_bytes=1 << 26) for name in "ab"]
-        recipe = work / f"plan{count}.yml"
-        recipe.write_text(linear(*pair))
+    for count, recipe in _mixtures(work, WIDTHS, SHARD_BYTES):
         yield Point("planning", "linear of two models", count, ["plan", str(recipe), "--json"], merges=False)
+
+
+def rehearsal(models: Path, work: Path) -> Iterator[Point]:
+    """Merges without output of as many tensors as are planned, with a thousandth of the bytes."""
+    for count, recipe in _mixtures(work, SMALL_WIDTHS, SHARD_BYTES // 1000):
+        arguments = ["merge", str(recipe), "--no-output", "--quiet", "--max-ram", "2GiB"]
+        yield Point("rehearsal", "merge --no-output", count, arguments, merges=False)
+
+
+def _mixtures(work: Path, widths: tuple[int, int, int], shard_bytes: int) -> Iterator[tuple[int, Path]]:
+    """Pairs of mixtures of experts with sparse data: the number of tensors of each, and the recipe of their mean."""
+    from tests.support.models import qwen3_moe, write_checkpoint
+
+    hidden, intermediate, vocabulary = widths
+    for layers, experts in PLANNED:
+        model = qwen3_moe(
+            layers=layers, experts=experts, hidden=hidden, intermediate=intermediate, vocabulary=vocabulary
+        )
+        count = len(model.tensors)
+        pair = [write_checkpoint(work / f"{name}{count}", model, fill=None, shard_bytes=shard_bytes) for name in "ab"]
+        recipe = work / f"mixture{count}.yml"
+        recipe.write_text(linear(*pair))
+        yield count, recipe
+        for directory in pair:
+            shutil.rmtree(directory)
 
 
 def threads(models: Path, work: Path) -> Iterator[Point]:
@@ -119,6 +141,7 @@ def tensors(directory: Path, work: Path) -> Iterator[Point]:
 PARTS: dict[str, tuple[Callable[[Path, Path], Iterator[Point]], str]] = {
     "start": (start, "command"),
     "planning": (planning, "tensors planned"),
+    "rehearsal": (rehearsal, "tensors, a thousandth of the bytes"),
     "threads": (threads, "compute threads, 1B shapes"),
     "models": (models, "models merged, 1B shapes"),
     "tensors": (tensors, "tensors, 512 MiB for each of two models"),
@@ -128,7 +151,7 @@ PARTS: dict[str, tuple[Callable[[Path, Path], Iterator[Point]], str]] = {
 def measure(point: Point, runs: int, memory: int, quiet: float, out: Path) -> dict[str, Any]:
     """The runs of one point."""
     command = [str(Path(sys.executable).with_name("mergeloom")), *point.arguments]
-    seconds, peak = [], 0
+    seconds, cpu_seconds, peak = [], [], 0
     for _ in range(runs):
         wait_for_quiet(quiet)
         warm(point.inputs)
@@ -139,8 +162,10 @@ def measure(point: Point, runs: int, memory: int, quiet: float, out: Path) -> di
         finally:
             shutil.rmtree(out, ignore_errors=True)
         seconds.append(round(found.seconds, 3))
+        cpu_seconds.append(round(found.cpu_seconds, 3))
         peak = max(peak, found.peak_rss)
     row = {"part": point.part, "label": point.label, "x": point.x, "seconds": seconds, "peak_rss": peak}
+    row["cpu_seconds"] = cpu_seconds
     print(json.dumps(row), flush=True)
     return row
 
@@ -180,6 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(), "rows": []}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all modules, as no user's does
     out = Path(f"/dev/shm/mergeloom-bench-out-{os.getpid()}")
     for part in arguments.parts:
         with tempfile.TemporaryDirectory(prefix="mergeloom-bench-") as work:

@@ -35,7 +35,11 @@ def read_json(
     """
     if not required and not file.is_file():
         return None
-    raw = read_small(file, limit)
+    return parse_json(file, read_small(file, limit), hook)
+
+
+def parse_json(file: Path, raw: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parse the content of a JSON file; see `read_json`. Raises CheckpointError if it is not valid."""
     try:
         return json.loads(raw.decode(), object_pairs_hook=hook)
     except RecursionError:

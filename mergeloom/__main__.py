@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import traceback
@@ -14,6 +15,9 @@ from .errors import MergeloomError
 INTERNAL_ERROR = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+_NEW_OBJECTS = 50_000
+"""Objects to create before the garbage collector looks for cycles. Plans create millions that have none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +69,7 @@ def command() -> NoReturn:
     from .io import platform
 
     platform.OWN_PROCESS = True
+    gc.set_threshold(_NEW_OBJECTS)
     code = main()
     if "numpy" in sys.modules:  # which torch and the compiled loops import, too
         atexit._run_exitfuncs()

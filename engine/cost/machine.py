@@ -120,20 +120,33 @@ def resident_memory() -> int:
         return process_memory().now
 
 
-def total_ram() -> int:
-    """Return the RAM that this process may use in bytes: the machine's, or the cgroup's limit if that is lower."""
+def _system_memory(key: str, attribute: str) -> int:
+    """Return a figure about the machine's memory in bytes, where possible without psutil, which takes 10 ms to import.
+
+    Args:
+        key: name of the figure in ``/proc/meminfo``.
+        attribute: name of the figure in psutil.
+    """
+    file = Path("/proc/meminfo")
+    for line in file.read_text().splitlines() if file.exists() else ():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
     import psutil
 
-    total = int(psutil.virtual_memory().total)
+    return int(getattr(psutil.virtual_memory(), attribute))
+
+
+def total_ram() -> int:
+    """Return the RAM that this process may use in bytes: the machine's, or the cgroup's limit if that is lower."""
+    total = _system_memory("MemTotal", "total")
     limit = memory_limit()
     return total if limit is None else min(total, limit)
 
 
 def available_ram() -> int:
     """Return the RAM that is free for this process now in bytes, page cache included."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
+    available = _system_memory("MemAvailable", "available")
     left = memory_left()
     return available if left is None else max(0, min(available, left))
 

@@ -82,7 +82,7 @@ class TaskLanes:
             lanes[task.device].put(task.order, task)
 
     def put_read(self, order: int, read_task: ReadTask) -> None:
-        """Put a chunk to read into the read lane. It is no task's own: several tasks may wait for it."""
+        """Put a chunk to read into the read lane; several tasks may wait for it."""
         self._read.put(order, read_task)
 
     def stop(self) -> None:

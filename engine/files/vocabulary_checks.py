@@ -59,13 +59,13 @@ def embedding_names(model: Model) -> list[str]:
     return [
         name
         for name in model.non_layer
-        if len(model.checkpoint.tensors[name].shape) == 2 and (is_embedding(name) or is_head(name))
+        if len(model.tensors[name].shape) == 2 and (is_embedding(name) or is_head(name))
     ]
 
 
 def embedding_rows(model: Model) -> int | None:
     """The number of rows of a model's token embeddings, the largest if there are several; None without embeddings."""
-    return max((model.checkpoint.tensors[name].shape[0] for name in embedding_names(model)), default=None)
+    return max((model.tensors[name].shape[0] for name in embedding_names(model)), default=None)
 
 
 def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:

@@ -14,20 +14,21 @@ from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
+from ..model.logical import kind_of
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
-from .buffers import BufferCheck
-from .check_layers import LayerChecks, OutputLayer, missing_tensor
-from .duplicates import explained, find_duplicates
-from .filters import unmatched_filters
+from .checks.buffers import BufferCheck
+from .checks.duplicates import explained, find_duplicates
+from .checks.filters import unmatched_filters
+from .checks.layers import LayerChecks, OutputLayer, missing_tensor
+from .checks.quantized_outputs import check_quantized_outputs
 from .fuse import fuse
 from .graph import MergeGraph
 from .partial import PartialTensor, partial_warnings
-from .quantized_outputs import check_quantized_outputs
 from .rules import TensorRules, shape_mismatch
 from .usage import TensorUsage, Unused
 
@@ -184,7 +185,7 @@ class _GraphBuilder:
             for place in ((*stage.non_layer.place, name),)
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
-        self.usage = TensorUsage()
+        self.usage = TensorUsage(self.graph)
         self.rules = TensorRules(stage, methods, self.graph, self.usage, seed)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
@@ -198,7 +199,7 @@ class _GraphBuilder:
             for module, parts in zip(self.modules.all, self.parts, strict=True):
                 self._build_module(module, parts)
         except RecipeError as error:
-            self._warn_of_filters(name for model in self.sources for name in model.checkpoint.tensors)
+            self._warn_of_filters(name for model in self.sources for name in model.tensors)
             raise explained(error, duplicates) from error
         self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
         self._check_chosen_head()
@@ -283,20 +284,20 @@ class _GraphBuilder:
         key = self._non_layer_key(name)
         chosen = self.non_layer.get(key)
         part = chosen or part
-        names = [name if name in model.checkpoint.tensors else None for model in part.models]
+        names = [name if name in model.tensors else None for model in part.models]
         if is_head(name):
             names = [
                 own_name if own_name is not None else tied_embedding(name, model.non_layer)
                 for own_name, model in zip(names, part.models, strict=True)
             ]
-        own = self.donor.checkpoint.tensors.get(name)
+        own = self.donor.tensors.get(name)
         if not any(names):
             if own is not None and not is_buffer(name, own.shape):
                 raise missing_tensor(name, self.donor, part.models[0])
             return
         if own is not None and self.donor not in part.models:
             model, source = next((model, source) for model, source in zip(part.models, names, strict=True) if source)
-            shape = model.checkpoint.tensors[source].shape
+            shape = kind_of(model.tensors, source).shape
             if shape != own.shape and not is_buffer(name, shape):
                 message = shape_mismatch(name, self.donor, own.shape, model, shape, "" if chosen else key)
                 raise TensorMismatch(message, self.donor, model)
@@ -347,9 +348,13 @@ class _GraphBuilder:
         layers = [model.by_layer.get((stack, index), {}) for model, index in zip(part.models, indices, strict=True)]
         prefix = self.donor.layers.mains[stack].prefix
         own = part.models.index(self.donor) if self.donor in part.models else 0
-        rests = dict.fromkeys(rest for layer in (layers[own], *layers) for rest in layer)
+        rests = dict.fromkeys(chain.from_iterable((layers[own], *layers)))
+        unmoved = target == indices[own] and part.models[own].layers.mains[stack].prefix == prefix
         for rest in rests:
-            name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
+            # the same string as in the checkpoint, if the name is the same
+            name = layers[own].get(rest) if unmoved else None
+            if name is None:
+                name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
             self.rules.add(part, name, [layer.get(rest) for layer in layers], t, self._group)
         return rests
 

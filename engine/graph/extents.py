@@ -70,7 +70,7 @@ def extent(graph: MergeGraph, node: int, place: int, first: int, count: int) -> 
 def staged_whole(graph: MergeGraph, node: int, place: int, slot: int) -> bool:
     """Return whether all of a source is staged at once, in a slot of `slot` bytes, and used for every chunk.
 
-    The scales of a quantized tensor are a few bytes for each chunk, so they are read once as a whole where that fits.
+    The scales of a quantized tensor are a few bytes for each chunk, so all of them are read once where they fit.
     """
     access = graph.access(node, place)
     if isinstance(access, Whole):

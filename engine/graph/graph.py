@@ -58,6 +58,11 @@ class Operation:
     copied: tuple[Access, ...] = ()
 
     @property
+    def copies_tensor(self) -> bool:
+        """Whether the output is all bytes of a stored tensor, which a file system can share or copy itself."""
+        return self.kind is Kind.COPY and not self.copied
+
+    @property
     def accesses(self) -> tuple[Access, ...]:
         """For each source, how the output uses its elements; empty if all are `ALIGNED`."""
         return self.copied if self.kernel is None else self.kernel.inputs.accesses
@@ -168,7 +173,13 @@ class MergeGraph:
         key: int = 0,
         shape: tuple[int, ...] | None = None,
     ) -> int:
-        """Add a node as `add_node` does, whether or not there is an equal one."""
+        """Add a node as `add_node` does, whether or not there is an equal one.
+
+        Raises:
+            ValueError: if the output of a node is used other than element for element.
+        """
+        if any(v < 0 and access is not ALIGNED for v, access in zip(sources, operation.accesses, strict=False)):
+            raise ValueError("the output of a node can only be used element for element")
         self.node_operation.append(self._number(operation))
         self.node_sources.append(sources)
         self.node_dtype.append(dtype)
@@ -322,7 +333,7 @@ class MergeGraph:
         return consumers
 
     def users(self) -> dict[int, list[int]]:
-        """For each node that is a source of others, the nodes that use it; other tensors of a node are no users."""
+        """For each node that is a source of others, the nodes that use it, apart from those of kind `RESULT`."""
         users: dict[int, list[int]] = {}
         for node in self.nodes():
             if self.operation(node).kind is not Kind.RESULT:

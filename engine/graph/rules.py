@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 from ...errors import CheckpointError
 from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
-from ...io.safetensors.tensors import TensorRef
-from ...methods.kernel.kernel import Kernel
+from ...io.safetensors.tensors import TensorClass, TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
 from ..model.checks.formats import format_name, unquantized
 from ..model.checks.mismatch import TensorMismatch
 from ..model.inputs import BoundSlice, Model
+from ..model.logical import LogicalTensor, kind_of
 from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_embedding, is_head, is_optional
 from ..recipe.types import Stage
-from .buffers import BufferChecks, StoredBuffer
+from .checks.buffers import BufferChecks, StoredBuffer
 from .graph import Kind, MergeGraph, Operation
 from .partial import PartialTensor
 from .usage import TensorUsage
+from .values import TensorValues
 
 
 class Input(NamedTuple):
@@ -31,7 +32,32 @@ class Input(NamedTuple):
     source: int
     model: Model
     name: str
-    ref: TensorRef
+    kind: TensorClass | TensorRef | LogicalTensor
+
+    @property
+    def ref(self) -> TensorRef:
+        """The reference of the tensor, which is stored as it is."""
+        tensor = self.model.tensors[self.name]
+        assert isinstance(tensor, TensorRef)
+        return tensor
+
+
+class _Resolved(NamedTuple):
+    """The node of output tensors whose inputs are of the same classes, with the same parameters.
+
+    Args:
+        operation: the operation.
+        kept: indices of the inputs that the output depends on.
+        reason: why the others are not used.
+        dtype: dtype of the output.
+        random: whether the node needs a random key.
+    """
+
+    operation: Operation
+    kept: tuple[int, ...]
+    reason: str
+    dtype: DType
+    random: bool
 
 
 class TensorRules:
@@ -66,7 +92,9 @@ class TensorRules:
         self._seed = seed
         self.buffers = BufferChecks(graph.models)
         self._written: set[str] = set()
+        self._tensors = TensorValues(graph, methods["passthrough"])
         self._operations: dict[Hashable, Operation] = {}
+        self._resolved: dict[Hashable, _Resolved] = {}
 
     def add(
         self, part: BoundSlice, name: str, names: Sequence[str | None], t: float, group: int, *, copied: bool = False
@@ -86,18 +114,18 @@ class TensorRules:
             CheckpointError: if the sources are incompatible.
         """
         inputs = [
-            Input(source, model, own_name, model.checkpoint.tensors[own_name])
+            Input(source, model, own_name, kind_of(model.tensors, own_name))
             for source, (model, own_name) in enumerate(zip(part.models, names, strict=True))
             if own_name is not None
         ]
-        if is_buffer(name, inputs[0].ref.shape):
+        if is_buffer(name, inputs[0].kind.shape):
             self._add_buffer(part, name, inputs, group)
             return
         passed = copied or (len(inputs) < len(names) and self._without_some(part, name, inputs))
         if len(inputs) < len(names):
             self.partial.append(PartialTensor.of(name, part.models, names))
         _check_shapes(name, inputs)
-        if any(each.ref.dtype.kind is not ElementKind.FLOAT for each in inputs):
+        if any(each.kind.dtype.kind is not ElementKind.FLOAT for each in inputs):
             self._add_integers(part, name, inputs, t, group, passed=passed)
         else:
             self._add_floats(part, name, inputs, t, group, passed=passed)
@@ -107,23 +135,57 @@ class TensorRules:
     def _add_floats(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
     ) -> None:
-        target = self._output_dtype or promote(each.ref.dtype for each in inputs)
-        operation = self._pass(inputs[0]) if passed else self._bind(part, name, inputs, t)
+        values = None if passed else self._values(part, name, inputs, t)
+        quantized = [each.name in each.model.quantized for each in inputs]
+        classes = [(each.source, each.kind.dtype.name, each.kind.shape) for each in inputs]
+        key = (part, values and tuple(values.items()), *quantized, *classes)
+        found = self._resolved.get(key)
+        if found is None:
+            found = self._resolved[key] = self._resolve(part, name, inputs, values)
+        if len(found.kept) < len(inputs):
+            for index, each in enumerate(inputs):
+                if index not in found.kept:
+                    self._usage.mark_unused(each.model, each.name, found.reason)
+            inputs = [inputs[index] for index in found.kept]
+        if found.operation.kind is Kind.COPY and isinstance(inputs[0].kind, LogicalTensor):
+            for written, node in self._tensors.copies(inputs[0].model, inputs[0].name, name):
+                self._check_unwritten(written)
+                self._graph.add_output(written, node, group)
+            return
+        random_key = self._random_key(name) if found.random else 0
+        self._add(name, found.operation, inputs, found.dtype, group, random_key)
+
+    def _resolve(
+        self, part: BoundSlice, name: str, inputs: Sequence[Input], values: Mapping[str, Any] | None
+    ) -> _Resolved:
+        """Find the node for floating-point inputs of these classes.
+
+        Args:
+            part: the slice that contains the tensor.
+            name: name of the output tensor, for errors.
+            inputs: the inputs.
+            values: the method's parameters; None if the only input is passed through.
+        """
+        target = self._output_dtype or promote(each.kind.dtype for each in inputs)
+        operation = self._pass(inputs[0]) if values is None else self._bind(part, name, inputs, values)
         kernel = operation.kernel
         assert kernel is not None
-        if not passed:
-            inputs = self._used(inputs, kernel)
+        kept, reason = tuple(range(len(inputs))), ""
+        if values is not None:
+            kept, reason = tuple(kernel.kept), "it has no effect on the output, as with a weight of 0"
+            if kernel.copies is not None:
+                reason = f"{self._method.name} only uses that of {inputs[kept[0]].model.name}"
+        used = [inputs[index] for index in kept]
         if kernel.copies is not None:
-            (chosen,) = inputs
-            dtype = chosen.ref.dtype
-            if dtype == target or (self._output_dtype is None and chosen.name in chosen.model.quantized):
+            (chosen,) = used
+            dtype, as_stored = chosen.kind.dtype, self._output_dtype is None
+            decoded = isinstance(chosen.kind, LogicalTensor) and chosen.kind.decode is not None
+            if (dtype == target and not decoded) or (as_stored and (decoded or chosen.name in chosen.model.quantized)):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
-                self._add(name, copy, inputs, dtype, group)
-                return
+                return _Resolved(copy, kept, reason, dtype, random=False)
             operation = self._pass(chosen)
-        _refuse_quantized(inputs)
-        key = self._random_key(name) if kernel.random else 0
-        self._add(name, operation, inputs, target, group, key)
+        _refuse_quantized(used)
+        return _Resolved(operation, kept, reason, target, kernel.random)
 
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """Add a buffer, copied from the base model or else from the first model that has it."""
@@ -131,7 +193,7 @@ class TensorRules:
         stored = [StoredBuffer(each.model.number, each.name, each.ref) for each in (chosen, *inputs)]
         self.buffers.add(name, stored[0], stored[1:])
         self._mark_unused(inputs, chosen, f"not a parameter: copied from {chosen.model.name}")
-        self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.ref.dtype, group)
+        self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.kind.dtype, group)
 
     def _add_integers(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
@@ -139,17 +201,17 @@ class TensorRules:
         """Add a tensor without floating-point numbers: it is copied, and the merge checks that all inputs are equal."""
         first = inputs[0]
         for other in inputs[1:]:
-            if other.ref.dtype != first.ref.dtype:
+            if other.kind.dtype != first.kind.dtype:
                 message = (
-                    f"tensor {name} is {first.ref.dtype.name} in {first.model.name} and {other.ref.dtype.name} in "
+                    f"tensor {name} is {first.kind.dtype.name} in {first.model.name} and {other.kind.dtype.name} in "
                     f"{other.model.name}: integer tensors can only be copied, if all inputs are equal"
                 )
                 raise TensorMismatch(message, first.model, other.model)
         packed = [each for each in inputs if each.name in each.model.quantized]
-        if packed and not passed and (len(inputs) > 1 or _copied(self._bind(part, name, inputs, t)) is None):
+        if packed and not passed and (len(inputs) > 1 or not self._copies(part, name, inputs, t)):
             _refuse_quantized(packed)
         kind = Kind.COPY if len(inputs) == 1 else Kind.REQUIRE_EQUAL
-        self._add(name, Operation(kind, self._method.name), inputs, first.ref.dtype, group)
+        self._add(name, Operation(kind, self._method.name), inputs, first.kind.dtype, group)
 
     def _without_some(self, part: BoundSlice, name: str, inputs: Sequence[Input]) -> bool:
         """Whether a tensor that some sources lack is passed through from the only source that has it.
@@ -182,47 +244,45 @@ class TensorRules:
     def _add(
         self, name: str, operation: Operation, inputs: Sequence[Input], dtype: DType, group: int, key: int = 0
     ) -> None:
+        self._check_unwritten(name)
+        values = tuple([self._tensors.value(each.model, each.name) for each in inputs])
+        self._graph.add_output(name, self._graph.add_node(operation, values, dtype, key), group)
+
+    def _check_unwritten(self, name: str) -> None:
+        """Record the name of an output tensor. Raises CheckpointError if it is there already."""
         if name in self._written:
             raise CheckpointError(
                 f"two tensors of the output have the name {name}: each must come from a single part of the recipe"
             )
         self._written.add(name)
-        reads = []
-        for each in inputs:
-            self._usage.mark_used(each.model, each.name)
-            reads.append(self._graph.add_read(each.model.number, each.name, each.ref))
-        self._graph.add_output(name, self._graph.add_node(operation, tuple(reads), dtype, key), group)
 
     def _mark_unused(self, inputs: Iterable[Input], chosen: Input, reason: str) -> None:
         for each in inputs:
             if each is not chosen:
                 self._usage.mark_unused(each.model, each.name, reason)
 
-    def _used(self, inputs: Sequence[Input], kernel: Kernel) -> list[Input]:
-        """The inputs that the output depends on; the others, such as models of weight 0, are not read."""
-        used = [inputs[index] for index in kernel.kept]
-        reason = "it has no effect on the output, as with a weight of 0"
-        if kernel.copies is not None:
-            reason = f"{self._method.name} only uses that of {used[0].model.name}"
-        for each in inputs:
-            if each not in used:
-                self._usage.mark_unused(each.model, each.name, reason)
-        return used
+    def _copies(self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float) -> bool:
+        """Whether the stage's method returns one of these inputs unchanged."""
+        kernel = self._bind(part, name, inputs, self._values(part, name, inputs, t)).kernel
+        return kernel is not None and kernel.copies is not None
 
-    def _bind(self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float) -> Operation:
+    def _values(self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float) -> Mapping[str, Any]:
+        """The parameters of the stage's method for these inputs."""
+        return part.parameters.values(name, [(each.source, each.name) for each in inputs], t)
+
+    def _bind(self, part: BoundSlice, name: str, inputs: Sequence[Input], values: Mapping[str, Any]) -> Operation:
         """The operation of the stage's method on these inputs."""
         base = next((index for index, each in enumerate(inputs) if each.source == part.base), None)
-        values = part.parameters.values(name, [(each.source, each.name) for each in inputs], t)
         positions = tuple(each.model.number for each in inputs)
         try:
-            return self._operation(self._method, values, base, inputs[0].ref.shape, positions)
+            return self._operation(self._method, values, base, inputs[0].kind.shape, positions)
         except MethodError as error:
             named = [(each.source, each.name) for each in inputs]
             raise part.parameters.error(name, named, error) from error
 
     def _pass(self, source: Input) -> Operation:
         """The operation that only converts the dtype."""
-        return self._operation(self._methods["passthrough"], {"scale": (1.0,)}, None, source.ref.shape, (0,))
+        return self._operation(self._methods["passthrough"], {"scale": (1.0,)}, None, source.kind.shape, (0,))
 
     def _operation(
         self,
@@ -302,19 +362,17 @@ def shape_mismatch(
 def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
     first = inputs[0]
     for other in inputs[1:]:
-        if other.ref.shape != first.ref.shape:
-            message = shape_mismatch(name, first.model, first.ref.shape, other.model, other.ref.shape)
+        if other.kind.shape != first.kind.shape:
+            message = shape_mismatch(name, first.model, first.kind.shape, other.model, other.kind.shape)
             raise TensorMismatch(message, first.model, other.model)
-
-
-def _copied(operation: Operation) -> int | None:
-    return None if operation.kernel is None else operation.kernel.copies
 
 
 def _refuse_quantized(inputs: Iterable[Input]) -> None:
     """Raise CheckpointError if any of the tensors is quantized, since arithmetic needs the actual values."""
     for each in inputs:
-        dtype = each.ref.dtype
+        if isinstance(each.kind, LogicalTensor):
+            continue
+        dtype = each.kind.dtype
         reason = each.model.quantized.get(each.name)
         if reason is None and dtype.kind is ElementKind.FLOAT and dtype.bits % 8 == 0 and dtype.name != "F8_E8M0":
             continue

@@ -1,14 +1,17 @@
-"""Tracks which input tensors the graph uses, and the reasons why others are unused."""
+"""Finds the input tensors that the graph does not use, with the reasons."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...io.units import plural
 from ..model.inputs import Model
+from ..model.logical import part_names
 from ..model.roles import is_head
+from .graph import MergeGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,15 @@ class Unused:
 
 
 class TensorUsage:
-    """Records which input tensors are used, and why others aren't."""
+    """Records why output tensors don't need input tensors.
 
-    def __init__(self) -> None:
-        self._used: set[tuple[int, str]] = set()
+    Args:
+        graph: the graph, whose reads are the tensors that are used.
+    """
+
+    def __init__(self, graph: MergeGraph) -> None:
+        self._graph = graph
         self._reasons: dict[tuple[int, str], str] = {}
-
-    def mark_used(self, model: Model, name: str) -> None:
-        """Record that a node reads the tensor."""
-        self._used.add((model.number, name))
 
     def mark_unused(self, model: Model, name: str, reason: str) -> None:
         """Record why an output tensor doesn't need the tensor; another one may still use it."""
@@ -59,11 +62,11 @@ class TensorUsage:
             head: whether the output has a head.
             covered: whether a tensor name belongs to a module of the recipe.
         """
+        counts = Counter(self._graph.read_models)
         for model in models:
             causes: dict[tuple[str, int | None], list[str]] = {}
-            for name in model.checkpoint.tensors:
-                if (model.number, name) in self._used:
-                    continue
+            complete = counts[model.number] == len(model.checkpoint.tensors)
+            for name in () if complete else self._unread(model):
                 if model not in sources:
                     cause: tuple[str, int | None] = "the base model is not an input of this recipe", None
                 elif not covered(name):
@@ -77,6 +80,12 @@ class TensorUsage:
                 yield Unused(model.name, why, tuple(names), layer)
             for file in model.checkpoint.ignored:
                 yield Unused(model.name, _stray(model, file), ())
+
+    def _unread(self, model: Model) -> Iterator[str]:
+        """The names of a model's tensors that no node reads."""
+        pairs = zip(self._graph.read_models, self._graph.read_names, strict=True)
+        read = {name for number, name in pairs if number == model.number}
+        return (name for name in model.tensors if not read.issuperset(part_names(model.tensors, name)))
 
 
 def _stray(model: Model, file: Path) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...errors import CheckpointError
 from ...io.safetensors.checkpoint import Checkpoint
+from ...io.safetensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ..recipe.parameters import SliceParameters
 from ..recipe.types import (
@@ -22,7 +24,7 @@ from ..recipe.types import (
 )
 from .checks.identify import check_is_model
 from .layers import AmbiguousLayers, LayerMap, Stack, find_layers
-from .quantized import quantized_tensors
+from .logical import LogicalTensors, Tensors, tensors_of, unknown_quantized
 
 OpenModel = Callable[[ModelReference], Checkpoint]
 
@@ -35,6 +37,7 @@ class Model:
         number: index of the model in the recipe.
         reference: reference of the model in the recipe.
         checkpoint: the model's checkpoint.
+        tensors: what the model consists of: its stored tensors, or values that are computed from several of them.
         layers: the model's stacks of layers.
         by_layer: for each main stack and layer, the tensor names by the part after the layer's number.
         non_layer: names of the tensors outside the main stacks' layers, in file order.
@@ -45,6 +48,7 @@ class Model:
     number: int
     reference: ModelReference
     checkpoint: Checkpoint
+    tensors: Tensors
     layers: LayerMap
     by_layer: dict[tuple[int, int], dict[str, str]] = field(default_factory=dict)
     non_layer: list[str] = field(default_factory=list)
@@ -76,34 +80,79 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel, sta
     identified = True
     for number, reference in enumerate(references):
         checkpoint = open_model(reference)
+        for other in models[:1]:
+            _share_names(checkpoint, other.checkpoint)
         if checkpoint.files:  # the output of a stage has none
             check_is_model(reference.text, checkpoint)
+        tensors = tensors_of(checkpoint)
         try:
-            layers = find_layers(checkpoint.tensors, checkpoint.config)
+            layers = _layers_of(checkpoint, tensors, models)
         except CheckpointError as error:
             reason = needs_layers(stage)
             if not isinstance(error, AmbiguousLayers) or reason is not None:
                 needed = f" They are needed for {reason}." if reason and isinstance(error, AmbiguousLayers) else ""
                 raise CheckpointError(f"{reference.text}: {error}{needed}") from error
             layers, identified = LayerMap((), ()), False
-        models.append(Model(number, reference, checkpoint, layers))
-    for model in models:
+        models.append(Model(number, reference, checkpoint, tensors, layers))
+    for number, model in enumerate(models):
         if not identified:
             model.layers, model.identified = LayerMap((), ()), False
-        _sort_tensors(model)
-        model.quantized = quantized_tensors(model.checkpoint)
+        alike = next((other for other in models[:number] if _are_alike(other, model)), None)
+        if alike is None:
+            _sort_tensors(model)
+        else:  # no copies: most merges are of models of one architecture
+            model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
+        model.quantized = unknown_quantized(model.checkpoint, model.tensors)
     return tuple(models)
+
+
+def _share_names(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    """Store the names that two checkpoints have in common once."""
+    ours, theirs = checkpoint.tensors, other.tensors
+    if isinstance(ours, TensorTable) and isinstance(theirs, TensorTable):
+        ours.share_names(theirs)
+
+
+def _have_same_names(checkpoint: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints are known to have the same names in the same order."""
+    ours, theirs = checkpoint.tensors, other.tensors
+    return isinstance(ours, TensorTable) and isinstance(theirs, TensorTable) and ours.shares_names(theirs)
+
+
+def _layers_of(checkpoint: Checkpoint, tensors: Tensors, known: Iterable[Model]) -> LayerMap:
+    """The layers of a checkpoint, or those of a model with the same names and the same config.json. Raises as
+    `find_layers`."""
+    for model in known:
+        same = model.checkpoint.config == checkpoint.config and _have_same_names(checkpoint, model.checkpoint)
+        if same and model.layers.stacks and not isinstance(tensors, LogicalTensors):
+            return model.layers
+    return find_layers(tensors, checkpoint.config)
+
+
+def _are_alike(model: Model, other: Model) -> bool:
+    """Whether two models have the same names in the same layers."""
+    prefixes = [[stack.prefix for stack in each.layers.mains] for each in (model, other)]
+    stored = not any(isinstance(each.tensors, LogicalTensors) for each in (model, other))
+    return stored and prefixes[0] == prefixes[1] and _have_same_names(model.checkpoint, other.checkpoint)
 
 
 def _sort_tensors(model: Model) -> None:
     """Assign the tensors of a model to its layers."""
     stacks = {stack.prefix: index for index, stack in enumerate(model.layers.mains)}
-    for name in model.checkpoint.tensors:
+    beginning, tensors = "", dict[str, str]()
+    for name in model.tensors:
+        if beginning and name.startswith(beginning):  # the layer of the name before, as for most names
+            tensors[sys.intern(name[len(beginning) :])] = name
+            continue
         layer = model.layers.split(name)
         if layer is None:
             model.non_layer.append(name)
-        else:
-            model.by_layer.setdefault((stacks[layer.stack], layer.index), {})[layer.rest] = name
+            continue
+        tensors = model.by_layer.setdefault((stacks[layer.stack], layer.index), {})
+        tensors[layer.rest] = name
+        beginning = f"{layer.stack}.{layer.index}."
+        if any(prefix.startswith(beginning) for prefix in stacks):
+            beginning = ""
 
 
 def needs_layers(stage: Stage) -> str | None:

@@ -138,7 +138,7 @@ class LayerKinds:
             layers = tuple(layer for layer, tensors in enumerate(sets) if tensors in group)
             partial = sorted(rest for rest, count in counts.items() if count < len(layers) and not is_buffer(rest))
             stored = {rest: frozenset(layer for layer in layers if rest in sets[layer]) for rest in partial}
-            tensors_of = model.checkpoint.tensors
+            tensors_of = model.tensors
             shapes = {rest: tensors_of[model.by_layer[stack, min(own)][rest]].shape for rest, own in stored.items()}
             matrices = frozenset(rest for rest, shape in shapes.items() if len(shape) > 1)
             kind = LayerKind(layers, stored, matrices, stated)

@@ -225,12 +225,16 @@ def _scan(names: Iterable[str], depth: int) -> dict[str, set[int]]:
     A leading number is skipped: sentence-transformers numbers its modules (`0.auto_model.encoder.layer.3`).
     """
     numbered: defaultdict[str, set[int]] = defaultdict(set)
+    layer: str | None = None  # the beginning of the name before, with its number: neighbours are mostly of one layer
     for name in names:
+        if layer is not None and name.startswith(layer):
+            continue
         match = _NUMBER.search(name)
         for _ in range(depth - 1):
             match = match and _NUMBER.search(name, match.end())
         if match:
             numbered[name[: match.start()]].add(int(match[1]))
+        layer = f"{name[: match.end()]}." if match else None
     return dict(numbered)
 
 

@@ -7,14 +7,17 @@ a checkpoint. The parts are not tensors of the model, so nothing but the reads o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.dtypes import DType
-from ...io.safetensors.tensors import TensorRef
+from ...io.safetensors.table import class_of
+from ...io.safetensors.tensors import TensorClass, TensorRef
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.decoder import Decoder
+from .quantized import quantized_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,53 +67,54 @@ class LogicalTensor:
     decode: Decode | None = None
 
     @property
-    def stored(self) -> TensorRef | None:
-        """The stored tensor, if the value is just that."""
-        part = self.parts[0]
-        return part.ref if self.decode is None and part.access is ALIGNED else None
+    def format(self) -> str:
+        """Name of the format, for display."""
+        return "slice" if self.decode is None else self.decode.decoder.name
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the value."""
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of all stored parts."""
+        """Size of the value in its nominal dtype, in bytes."""
+        return self.dtype.nbytes(self.elements)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all parts in bytes, those of other values included."""
         return sum(part.ref.nbytes for part in self.parts)
 
 
-class LogicalTensors(Mapping[str, LogicalTensor]):
-    """The logical tensors of a model by name, in the order of their first parts in the files.
+class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
+    """The tensors of a model by name, in the order of their first parts in the files.
 
     Args:
         stored: the stored tensors by name.
-        found: the tensors that are not just stored tensors. Their parts are none of the model's tensors.
+        found: the values that are not just stored tensors. Their parts are none of the model's tensors.
+
+    Attributes:
+        parts: names of the stored tensors that are parts of a value.
     """
 
-    __slots__ = ("_found", "_names", "_stored")
-
-    def __init__(self, stored: Mapping[str, TensorRef], found: Iterable[LogicalTensor] = ()) -> None:
+    def __init__(self, stored: Mapping[str, TensorRef], found: Iterable[LogicalTensor]) -> None:
         self._stored = stored
         self._found = {tensor.name: tensor for tensor in found}
-        self._names: Mapping[str, object] = stored
-        if self._found:
-            first: dict[str, list[str]] = {}  # by stored tensor, the tensors whose first part it is
-            for tensor in self._found.values():
-                for number, part in enumerate(tensor.parts):
-                    first.setdefault(part.name, [])
-                    if number == 0:
-                        first[part.name].append(tensor.name)
-            self._names = dict.fromkeys(name for each in stored for name in first.get(each, [each]))
+        first: dict[str, list[str]] = {}  # by stored tensor, the values whose first part it is
+        for tensor in self._found.values():
+            for number, part in enumerate(tensor.parts):
+                first.setdefault(part.name, []).extend([tensor.name] if number == 0 else [])
+        self.parts: Collection[str] = first.keys()
+        self._names = dict.fromkeys(name for each in stored for name in first.get(each, [each]))
 
-    @property
-    def all_stored(self) -> bool:
-        """Whether every tensor is stored as it is."""
-        return not self._found
-
-    def __getitem__(self, name: str) -> LogicalTensor:
+    def __getitem__(self, name: str) -> TensorRef | LogicalTensor:
         found = self._found.get(name)
         if found is not None:
             return found
         if name not in self._names:
             raise KeyError(name)
-        ref = self._stored[name]
-        return LogicalTensor(name, ref.shape, ref.dtype, (Part(name, ref),))
+        return self._stored[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -122,17 +126,41 @@ class LogicalTensors(Mapping[str, LogicalTensor]):
         return len(self._names)
 
 
+Tensors = Mapping[str, TensorRef] | LogicalTensors
+"""The tensors of a model: all of them stored as they are, or some of them computed from parts."""
+
 Format = Callable[[Checkpoint], Iterable[LogicalTensor]]
-"""A function that finds the tensors of a format in a checkpoint: first by its config.json, then by their names."""
+"""A function that finds the values of a format in a checkpoint: first by its config.json, then by their names."""
 
 FORMATS: dict[str, Format] = {}
 """The known formats by name."""
 
 
-def logical_tensors(checkpoint: Checkpoint) -> LogicalTensors:
-    """Return the logical tensors of a checkpoint.
+def tensors_of(checkpoint: Checkpoint) -> Tensors:
+    """Return the tensors of a checkpoint: the stored ones, but for those that are parts of values in a known format.
 
     Raises:
-        CheckpointError: a tensor is of a format that is recognized, but its parts don't fit together.
+        CheckpointError: a value is of a known format, but its parts don't fit together.
     """
-    return LogicalTensors(checkpoint.tensors, [tensor for find in FORMATS.values() for tensor in find(checkpoint)])
+    if not checkpoint.files:  # the output of a stage
+        return checkpoint.tensors
+    found = [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
+    return LogicalTensors(checkpoint.tensors, found) if found else checkpoint.tensors
+
+
+def kind_of(tensors: Tensors, name: str) -> TensorClass | TensorRef | LogicalTensor:
+    """Return the dtype and the shape of a tensor, without making a reference if it is in a table. Raises KeyError."""
+    return tensors[name] if isinstance(tensors, LogicalTensors) else class_of(tensors, name)
+
+
+def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:
+    """Return the names of the stored tensors that a tensor is computed from."""
+    tensor = tensors[name] if isinstance(tensors, LogicalTensors) else None
+    return tuple([part.name for part in tensor.parts]) if isinstance(tensor, LogicalTensor) else (name,)
+
+
+def unknown_quantized(checkpoint: Checkpoint, tensors: Tensors) -> Mapping[str, str]:
+    """Return the quantized tensors that are in no known format, with what belongs to them, each with the reason."""
+    found = quantized_tensors(checkpoint)
+    known = tensors.parts if isinstance(tensors, LogicalTensors) else ()
+    return {name: reason for name, reason in found.items() if name not in known} if known else found

@@ -88,7 +88,7 @@ class StageModules:
         return any(self._layers.owner(name) == self._layers.module(module.name) for module in self.all)
 
     def _has_layerless(self, name: str) -> bool:
-        return any(self._claims(name, tensor) for tensor in self._donor.checkpoint.tensors)
+        return any(self._claims(name, tensor) for tensor in self._donor.tensors)
 
     def _claims(self, part: str, name: str) -> bool:
         """Whether a tensor belongs to a part without layers."""
@@ -103,9 +103,7 @@ def absent_part(first: Model, second: Model) -> str:
     """Advice for an error, if one of two models lacks a part of the other, such as a vision tower; else empty."""
     for model, other in ((first, second), (second, first)):
         parts = [(stack, part) for stack, part in model.layers.parts if is_side_module(stack.prefix)]
-        components = (
-            {component for name in other.checkpoint.tensors for component in name.split(".")} if parts else set()
-        )
+        components = {component for name in other.tensors for component in name.split(".")} if parts else set()
         absent = [part for _, part in parts if part.rpartition(".")[2] not in components]
         texts = [part for stack, part in model.layers.parts if stack in model.layers.mains]
         if absent and texts:

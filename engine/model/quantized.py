@@ -15,6 +15,7 @@ from functools import lru_cache
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.dtypes import DType
 from ...io.safetensors.dtypes import Kind as ElementKind
+from ...io.safetensors.table import described
 from ...io.safetensors.tensors import TensorRef
 from .checks.formats import declared_format
 from .roles import is_buffer
@@ -24,6 +25,8 @@ _SCALES = ("_scale_inv", "_scale", "_scales", ".absmax", ".SCB")
 _PACKED = ("qweight", "weight_packed")
 """Last components of packed weights' names; the module's other tensors belong to them, except the bias."""
 _PACKED_ENDINGS = ("_blocks", "_packed")
+_PARAMETERS = (".weight", ".bias")
+"""Endings of most names, which none of the others match."""
 _MARKERS = ("scaled_fp8",)
 """Tensors that say that all 8-bit floating-point numbers of a model have scales."""
 _PACKED_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -51,8 +54,8 @@ def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
     if declared is None:
         declared = next((f"the tensor {name} marks scaled FP8" for name in _MARKERS if name in tensors), None)
     codes: dict[str, list[str]] = {}
-    for name, ref in tensors.items():
-        if not _may_be_codes(ref.dtype) or is_buffer(name, ref.shape):
+    for name, ref in described(tensors, lambda each: _may_be_codes(each.dtype)):
+        if is_buffer(name, ref.shape):
             continue
         if declared is not None:
             reasons.setdefault(name, f"{declared}, and it is {ref.dtype.name}")
@@ -73,7 +76,7 @@ def _by_name(tensors: Mapping[str, TensorRef]) -> dict[str, str]:
     """The tensors whose names show that they are quantized, and their scales."""
     reasons: dict[str, str] = {}
     packed: dict[str, str] = {}
-    for name in tensors:
+    for name in (name for name in tensors if not name.endswith(_PARAMETERS)):
         for ending in _SCALES:
             scaled = name.removesuffix(ending)
             if scaled == name:

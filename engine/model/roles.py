@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from . import name_tables as tables
 
@@ -23,12 +24,13 @@ _LANGUAGE = re.compile(tables.word(tables.LANGUAGE))
 
 def is_head(name: str) -> bool:
     """Whether a tensor is a language model's output matrix, such as ``lm_head.weight``, at any depth."""
-    return bool(_HEAD.search(name)) and not _NUMBER.search(name) and not is_side_module(name)
+    # the number first: it rules out the tensors of all layers, and is found faster than a head isn't
+    return not _NUMBER.search(name) and bool(_HEAD.search(name)) and not is_side_module(name)
 
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor is the matrix of token embeddings, which a tied head shares."""
-    return bool(_EMBEDDING.search(name)) and not _NUMBER.search(name) and not is_side_module(name)
+    return not _NUMBER.search(name) and bool(_EMBEDDING.search(name)) and not is_side_module(name)
 
 
 def tied_embedding(head: str, names: Iterable[str]) -> str | None:
@@ -57,8 +59,14 @@ def is_buffer(name: str, shape: Sequence[int] | None = None) -> bool:
     The `shape` distinguishes GPT-2's causal mask ``attn.bias``, which is (1, 1, n, n), from a bias with that name.
     """
     is_square = shape is not None and len(shape) == 4 and tuple(shape[:2]) == (1, 1) and shape[2] == shape[3]
-    has_buffer_name = _BUFFER.fullmatch(name.rpartition(".")[2]) is not None or name.endswith("rope.freqs")
+    has_buffer_name = _is_buffer_component(name.rpartition(".")[2]) or name.endswith("rope.freqs")
     return has_buffer_name or (is_square and bool(_MASK.search(name)))
+
+
+@lru_cache(4096)
+def _is_buffer_component(last: str) -> bool:
+    """Whether the last component of a name is a buffer's. A model has few of them."""
+    return _BUFFER.fullmatch(last) is not None
 
 
 def is_after_layers(name: str, *, in_side_module: bool = False) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.hub.repository import HubFile
+from ...io.safetensors.table import total_bytes
 from ...io.safetensors.tensors import TensorRef
 from ...io.sizes import Limit
 from ...io.units import data_size, memory_size, plural
@@ -159,7 +160,7 @@ class Plan:
         """Bytes of the output that are computed rather than copied."""
         graph = self.built.graph
         nodes = (output.node for output in graph.outputs)
-        return sum(graph.nbytes(node) for node in nodes if graph.operation(node).kind is not Kind.COPY)
+        return sum(graph.nbytes(node) for node in nodes if not graph.operation(node).copies_tensor)
 
     @property
     def bytes_digested(self) -> int:
@@ -248,7 +249,7 @@ class Plan:
             "inputs": {
                 "models": [model.name for model in self.built.models],
                 "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
-                "bytes": sum(ref.nbytes for model in self.built.models for ref in model.checkpoint.tensors.values()),
+                "bytes": sum(total_bytes(model.checkpoint.tensors) for model in self.built.models),
                 "layers_identified": not self.built.matched_by_name,
                 "unused": [
                     {"model": unused.model, "reason": unused.reason, "tensors": list(unused.tensors)}

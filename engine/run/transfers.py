@@ -125,7 +125,7 @@ def written_ranges(graph: MergeGraph, layout: Layout, transfers: Sequence[Transf
     written = []
     for number, shard in enumerate(layout.shards):
         ranges = []
-        position = len(shard.header)
+        position = shard.data_start
         for first, end in [*shared.get(number, ()), (shard.nbytes, shard.nbytes)]:
             if first > position:
                 ranges.append((position, first - position))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..graph.extents import length, staged_bytes
 from ..graph.graph import Kind, MergeGraph
-from .tiling import alignment_of, common_alignment, linked, tile_length, widest, work_bytes
+from .tiling import alignment_of, common_alignment, connected, tile_length, widest, work_bytes
 
 PAGE = 4096
 SMALLEST_SLOT = 64 << 10
@@ -58,7 +58,6 @@ def requirements(
             compiled loops of the CPU take what `footprints` says.
     """
     result = Requirements()
-    shared = {node: (common_alignment(graph, group), group) for group in linked(graph) for node in group}
     for node in graph.tasks():
         if node in finished:
             continue
@@ -66,7 +65,7 @@ def requirements(
         places = graph.places(node)
         result.largest = max(result.largest, length(graph, node) * widest(graph, node))
         result.window = max(result.window, len(places) + (operation.kind is not Kind.COPY) * len(graph.results(node)))
-        alignment, group = shared.get(node) or (alignment_of(graph, node), [node])
+        alignment = alignment_of(graph, node)
         if graph.access_numbers(node):
             staged = max(staged_bytes(graph, node, place, alignment) for place in places)
             _grow(result, staged, node)
@@ -75,7 +74,7 @@ def requirements(
         result.computes = True
         result.reduces |= operation.kernel.reductions > 0
         elements = length(graph, node)
-        _grow(result, alignment * max(widest(graph, each) for each in group), node)
+        _grow(result, alignment * widest(graph, node), node)
         tile = min(tile_length(graph, node, tile_elements), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node)) if separate else 0
         measured = graph.footprints.get(node)
@@ -85,6 +84,11 @@ def requirements(
         if workspace > result.workspace:
             result.workspace = workspace
             result.workspace_node = node
+    for group in connected(graph):
+        alignment = common_alignment(graph, group)
+        for node in group:
+            staged = max(staged_bytes(graph, node, place, alignment) for place in graph.places(node))
+            _grow(result, max(staged, alignment * widest(graph, node)), node)
     result.workspace = _page_aligned(result.workspace)
     return result
 

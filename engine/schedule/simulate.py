@@ -23,7 +23,7 @@ class _Shape:
 
     Args:
         count: number of chunks.
-        counts: for each distinct source, the number of chunks: 1 if all of it is staged at once.
+        counts: for each distinct source, the number of chunks: 1 for one that is staged at once.
         writes: number of slots that each chunk takes for the output.
         nbytes: for each distinct source, the bytes that all chunks need.
     """

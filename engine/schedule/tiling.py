@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class ChunkedRead(NamedTuple):
 
     Args:
         read: number of the read, or ``~node``.
-        chunk_length: elements in a chunk (bytes, if nothing is computed); 0 if all of it is staged at once.
+        chunk_length: elements in a chunk (bytes, if nothing is computed); 0 if it is staged at once.
         access: number of the access in the graph.
     """
 
@@ -86,82 +86,79 @@ def alignment_of(graph: MergeGraph, node: int) -> int:
     return 1 if kernel is None else min(kernel.alignment, max(1, length(graph, node)))
 
 
+def common_alignment(graph: MergeGraph, nodes: Sequence[int]) -> int:
+    """Return the number that the elements of common chunks of some nodes are a multiple of, at most their length."""
+    alignment = math.lcm(*(alignment_of(graph, node) for node in nodes))
+    return min(alignment, max(1, *(length(graph, node) for node in nodes)))
+
+
 def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
-    """Return the elements in a chunk of each node; nodes that share a source get the same number if they can."""
-    alignments = [alignment_of(graph, node) for node in graph]
-    widths = [widest(graph, node) for node in graph]
-    chunks = [
-        max(1, slot // (width * alignment)) * alignment for width, alignment in zip(widths, alignments, strict=True)
-    ]
+    """Return the elements in a chunk of each node; nodes that share a source get the same number if they can.
+
+    A node and those that use it always get the same number: `slot` is large enough for it (see `requirements`).
+    """
+    chunks = [_longest(graph, [node], slot) or alignment_of(graph, node) for node in graph]
+    together = {node: group for group in connected(graph) for node in group}
     for cluster in clusters(graph):
-        alignment = math.lcm(*(alignments[node] for node in cluster))
-        width = max(widths[node] for node in cluster)
-        common = slot // (width * alignment) * alignment
-        kinds = {by_element(graph, node) for node in cluster}
-        if common and len(kinds) == 1:
+        common = _longest(graph, cluster, slot)
+        if common and len({by_element(graph, node) for node in cluster}) == 1:
             for node in cluster:
                 chunks[node] = common
-    for node in graph:
-        if graph.access_numbers(node):
-            chunks[node] = _staged_length(graph, [node], chunks[node], alignments[node], slot)
-    for group in linked(graph):
-        alignment = common_alignment(graph, group)
-        shortest = min(chunks[node] for node in group) // alignment * alignment
-        longest = shortest or max(1, slot // (max(widths[node] for node in group) * alignment)) * alignment
-        common = _staged_length(graph, group, longest, alignment, slot)
-        for node in group:
-            chunks[node] = common
+            continue
+        for node in cluster:
+            if node in together:
+                chunks[node] = _longest(graph, together[node], slot)
     for node in graph:
         for other in graph.results(node)[1:]:
             chunks[other] = chunks[node]
     return chunks
 
 
-def _staged_length(graph: MergeGraph, nodes: Sequence[int], chunk: int, alignment: int, slot: int) -> int:
-    """Return the longest chunk of nodes of one shape, up to `chunk` elements, for which every source fits a slot.
+def _longest(graph: MergeGraph, nodes: Sequence[int], slot: int) -> int:
+    """Return the elements of the longest chunk that all of some nodes can have; 0 if a slot is too small.
 
-    It is complete rows if possible: sources that are staged by rows read a row twice if a chunk ends within it.
+    Of a source that is staged by rows, a row is read twice if a chunk ends within it: chunks have complete rows if
+    they can.
     """
-    places = [(node, place) for node in nodes if graph.access_numbers(node) for place in graph.places(node)]
+    alignment = common_alignment(graph, nodes)
+    longest = slot // (max(widest(graph, node) for node in nodes) * alignment)
+    staged = [node for node in nodes if graph.access_numbers(node)]
+    if not staged:
+        return longest * alignment
 
     def fits(elements: int) -> bool:
-        return all(staged_bytes(graph, node, place, elements) <= slot for node, place in places)
+        return all(staged_bytes(graph, node, p, elements) <= slot for node in staged for p in graph.places(node))
 
-    if not places:
-        return chunk
-    shape = graph.shape(nodes[0])
-    for unit in (math.lcm(alignment, max(1, shape[-1] if shape else 1)), alignment):
-        low, high = 0, chunk // unit
+    columns = math.lcm(*(max(1, (graph.shape(node) or (1,))[-1]) for node in staged))
+    for unit in (math.lcm(alignment, columns), alignment):
+        low, high = 0, longest * alignment // unit
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
         if low:
             return low * unit
-    return alignment
+    return 0
 
 
-def linked(graph: MergeGraph) -> list[list[int]]:
-    """Return the groups of two or more nodes that are connected as source and user.
-
-    They have chunks of one length: a node uses the chunks that another one has left in the cache.
-    """
-    users = graph.users()
-    group_of: dict[int, list[int]] = {}
-    for source in users:
-        group = group_of.setdefault(source, [source])
-        for user in users[source]:
-            other = group_of.setdefault(user, [user])
-            if other is not group:
-                group, other = sorted((group, other), key=len, reverse=True)
-                group += other
-                group_of.update(dict.fromkeys(other, group))
-    return [sorted(group) for group in {id(group): group for group in group_of.values()}.values()]
-
-
-def common_alignment(graph: MergeGraph, nodes: Iterable[int]) -> int:
-    """Return the number that the elements of the chunks of linked nodes are a multiple of, at most their length."""
-    alignments = {node: alignment_of(graph, node) for node in nodes}
-    return min(math.lcm(*alignments.values()), max(1, *(length(graph, node) for node in alignments)))
+def connected(graph: MergeGraph) -> list[list[int]]:
+    """Return the groups of two or more nodes that are connected as source and consumer."""
+    users, seen = graph.users(), set[int]()
+    groups = []
+    for start in users:
+        if start in seen:
+            continue
+        seen.add(start)
+        group, open_nodes = [], [start]
+        while open_nodes:
+            node = open_nodes.pop()
+            group.append(node)
+            sources = [~value for value in graph.node_sources[node] if value < 0]
+            for other in (*users.get(node, ()), *sources):
+                if other not in seen:
+                    seen.add(other)
+                    open_nodes.append(other)
+        groups.append(sorted(group))
+    return groups
 
 
 def clusters(graph: MergeGraph) -> list[list[int]]:

@@ -9,17 +9,22 @@ starts with "Stricter" says why.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isinf
+from math import prod
 from pathlib import Path
+from sys import intern
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ...errors import CheckpointError
 from ..open_source import open_source, quoted, read_range
+from .columns import parse_columns
 from .dtypes import DTYPES, DType
-from .tensors import TensorRef
+from .strict_json import parse_strictly
+from .table import TensorTable
+from .tensors import TensorClass, TensorRef
 
 MAX_JSON_BYTES = 100_000_000
 """The format's limit on the size of the header's JSON in bytes."""
@@ -55,17 +60,30 @@ _FOREIGN = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed safetensors header.
+    """A parsed safetensors header: the tensors in columns, ordered by offset.
 
     Args:
-        tensors: the tensors by name, ordered by offset.
+        file: the file.
+        names: the names, interned.
+        classes: the class of each tensor.
+        offsets: the position of each tensor's first byte in the file, in bytes.
         metadata: the strings in ``__metadata__``; empty if there are none.
         data_start: the offset of the tensor data in the file, in bytes.
     """
 
-    tensors: Mapping[str, TensorRef]
+    file: Path
+    names: Sequence[str]
+    classes: Sequence[TensorClass]
+    offsets: Sequence[int]
     metadata: Mapping[str, str]
     data_start: int
+
+    @property
+    def tensors(self) -> TensorTable:
+        """The tensors by name, in a table of their own."""
+        table = TensorTable()
+        table.add(self.file, self.names, self.classes, self.offsets)
+        return table
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -83,9 +101,20 @@ def read_header(file: Path) -> Header:
         CheckpointError: the file is missing, not readable, or breaks a rule of the format.
         EnvironmentFailure: reading failed.
     """
+    raw, size = read_raw_header(file)
+    return parse_header(raw, size, file=file)
+
+
+def read_raw_header(file: Path) -> tuple[bytes, int]:
+    """Read the header of a safetensors file without parsing it; returns it and the size of the file in bytes.
+
+    Raises:
+        CheckpointError: the file is missing, not readable, or too short for its header.
+        EnvironmentFailure: reading failed.
+    """
     with open_source(file) as (descriptor, size):
         start = read_data_start(descriptor, size, file=file)
-        return parse_header(read_range(descriptor, 0, start, file=file), size, file=file)
+        return read_range(descriptor, 0, start, file=file), size
 
 
 # ------------------------------------------------------------------------------------------------ parsing
@@ -135,7 +164,16 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
     start = data_start(raw[:_PREFIX], file_size, file=file)
     if len(raw) < start:
         raise ValueError(f"got {len(raw)} bytes of a header of {start}")
-    document = _parse_json(raw, start, file)
+    columns = parse_columns(memoryview(raw)[_PREFIX:start])
+    if columns is not None and start + columns.ends[-1] == file_size:
+        offsets = array("Q", map(start.__add__, (0, *columns.ends[:-1])))
+        return Header(file, columns.names, columns.classes, offsets, MappingProxyType(dict(columns.metadata)), start)
+    return _parse_any(raw, start, file_size, file)
+
+
+def _parse_any(raw: bytes, start: int, file_size: int, file: Path) -> Header:
+    """Parse a header of any form, with the data at `start`; see `parse_header`."""
+    document = {intern(name): entry for name, entry in _parse_json(raw, start, file).items()}
     metadata = _check_metadata(document.pop(_METADATA, None), file)
     in_order, last = True, start
     for name, entry in document.items():
@@ -146,11 +184,10 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
     if not in_order:
         document = dict(sorted(document.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_coverage(document, start, file_size, file)
-    return Header(MappingProxyType(document), MappingProxyType(metadata), start)
-
-
-class _MalformedError(ValueError):
-    """JSON that the standard library accepts but the format does not."""
+    refs = document.values()
+    classes = [TensorClass(ref.dtype, ref.shape, ref.nbytes) for ref in refs]
+    offsets = array("Q", (ref.offset for ref in refs))
+    return Header(file, tuple(document), classes, offsets, MappingProxyType(metadata), start)
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:
@@ -170,13 +207,7 @@ def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
         _refuse(file, f"its header starts with {quoted(first)}, not with '{{': {_DAMAGED}")
     try:
         text = str(memoryview(raw)[_PREFIX:end], "utf-8")
-        document: dict[str, Any] = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_real,
-            parse_constant=_constant,
-        )
+        document: dict[str, Any] = parse_strictly(text)
         if "\\ud" in text or "\\uD" in text:  # otherwise it can't contain a surrogate
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -188,33 +219,6 @@ def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
     except ValueError as error:
         _refuse(file, f"its header is not valid JSON ({error}): {_DAMAGED}")
     return document
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        # Stricter than the library, which takes the last of two tensors or metadata entries of one name: the format
-        # disallows duplicate keys, and different readers would see different models.
-        seen: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _MalformedError(f"duplicate key {quoted(duplicate)}")
-    return document
-
-
-def _integer(text: str) -> int | float:
-    # Like serde_json: -0 and numbers that don't fit 64 bits are floats. This also keeps long digit strings from int().
-    return int(text) if len(text) <= 20 and text != "-0" else _real(text)
-
-
-def _real(text: str) -> float:
-    value = float(text)
-    if isinf(value):
-        raise _MalformedError(f"the number {quoted(text)} is out of range")
-    return value
-
-
-def _constant(text: str) -> NoReturn:
-    raise _MalformedError(f"{text} is not valid JSON")
 
 
 def _check_metadata(metadata: Any, file: Path) -> dict[str, str]:
@@ -351,21 +355,21 @@ def build_header(
         texts = ",".join(f"{quote(key)}:{quote(value)}" for key, value in metadata.items())
         members.append(f'"{_METADATA}":{{{texts}}}')
     names = {_METADATA}
+    known: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # a file has few classes of tensors
     begin = 0
     for name, dtype, shape in tensors:
         if name in names:
             raise ValueError(f"{quoted(name)} is a duplicate name, or that of the metadata")
         names.add(name)
-        elements = 1
-        for dimension in shape:
-            if dimension < 0:
+        key = (dtype.name, tuple(shape))
+        found = known.get(key)
+        if found is None:
+            if any(dimension < 0 for dimension in shape):
                 raise ValueError(f"tensor {quoted(name)} has the invalid shape {quoted(tuple(shape))}")
-            elements *= dimension
-        end = begin + dtype.nbytes(elements)
-        dimensions = ",".join(map(str, shape))
-        members.append(
-            f'{quote(name)}:{{"dtype":"{dtype.name}","shape":[{dimensions}],"data_offsets":[{begin},{end}]}}'
-        )
+            fields = f':{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+            found = known[key] = fields, dtype.nbytes(prod(shape))
+        end = begin + found[1]
+        members.append(f"{quote(name)}{found[0]}{begin},{end}]}}")
         begin = end
     text = ("{" + ",".join(members) + "}").encode()
     size = _PREFIX + len(text)

@@ -31,3 +31,23 @@ class TensorRef:
     def elements(self) -> int:
         """The number of elements: 1 for a 0-d tensor, 0 if a dimension is 0."""
         return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorClass:
+    """What the stored tensors of one dtype and shape have in common.
+
+    Args:
+        dtype: the dtype.
+        shape: the shape; () for a 0-d tensor.
+        nbytes: the size of the data in bytes.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements: 1 for a 0-d tensor, 0 if a dimension is 0."""
+        return prod(self.shape)

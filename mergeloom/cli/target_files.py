@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 import sys
 from pathlib import Path
@@ -152,7 +151,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _replace(path: Path, data: bytes) -> None:
     """Create or replace a regular file: write a temporary file in its directory, then rename it."""
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-    temporary = path.with_name(f".mergeloom-{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".mergeloom-{os.urandom(8).hex()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.graph.graph import Kind
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
+from ..io.safetensors.table import classes_of, total_bytes
 from ..io.units import big_number, data_size, memory_size, plural, short_number
 from .parameters import parameters_section
 from .sections import Grid, Section, plain
@@ -133,7 +134,7 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
     rereads = plan.schedule.bytes_reread > 0
     rows = []
     for model in plan.built.models:
-        refs = model.checkpoint.tensors.values()
+        tensors = model.checkpoint.tensors
         layers = " + ".join(str(stack.count) for stack in model.layers.mains) or (
             "0" if model.identified else "unknown"
         )
@@ -141,11 +142,11 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
             (
                 model.name + (" (base)" if model.reference == base else ""),
                 layers,
-                f"{len(refs):,}",
-                data_size(sum(ref.nbytes for ref in refs)),
+                f"{len(tensors):,}",
+                data_size(total_bytes(tensors)),
                 data_size(by_model[model.number][0]),
                 *([_times_read(*by_model[model.number])] if rereads else []),
-                ", ".join(sorted({ref.dtype.name for ref in refs})),
+                ", ".join(sorted({each.dtype.name for each in classes_of(tensors)})),
             )
         )
     header = ("model", "layers", "tensors", "size", "used", *(["read"] if rereads else []), "dtypes")

@@ -101,8 +101,11 @@ class World:
         return self.graph.add_read(0, f"t{number}", ref)
 
     def node(self, kind: str, sources: Sequence[int], outputs: int = 1) -> int:
-        """Add a node of kind ``copy``, ``equal`` or one of the `KERNELS`, with some outputs; return its number."""
-        shape, dtype = self.graph.reads[sources[0]].shape, self.graph.reads[sources[0]].dtype
+        """Add a node of kind ``copy``, ``equal`` or one of the `KERNELS`, with some outputs; return its number.
+
+        A source is a read, or the output ``~n`` of node n.
+        """
+        shape, dtype = self.graph.value_shape(sources[0]), self.graph.value_dtype(sources[0])
         if kind == "copy":
             operation = Operation(Kind.COPY, "copy")
         elif kind == "equal":
@@ -111,7 +114,7 @@ class World:
             operation = Operation(Kind.MERGE, kind, kernel=kernel_of(kind, InputSpec(len(sources), None, shape)))
         node = self.graph.add_node(operation, tuple(sources), dtype)
         if operation.kernel is not None:
-            loops = Compiled(operation.kernel, [self.graph.reads[read].dtype.name for read in sources], dtype.name)
+            loops = Compiled(operation.kernel, [self.graph.value_dtype(value).name for value in sources], dtype.name)
             self.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
         for _ in range(outputs):
             self.graph.add_output(f"out{len(self.graph.outputs)}", node, 0)
@@ -119,15 +122,21 @@ class World:
 
     def expected(self, node: int) -> bytes:
         """Return the expected output bytes of a node."""
-        operation = self.graph.operation(node)
+        return stored(self._value(~node), self.graph.node_dtype[node])
+
+    def _value(self, value: int) -> Tensor:
+        """The elements of a read, or of the output ``~n`` of node n."""
+        if value >= 0:
+            return self.tensors[value]
+        operation, sources = self.graph.operation(~value), self.graph.node_sources[~value]
         if operation.kind is not Kind.MERGE:
-            return stored(self.tensors[self.graph.node_sources[node][0]], self.graph.node_dtype[node])
-        total = sum(self.tensors[read] for read in self.graph.node_sources[node])
+            return self._value(sources[0])
+        total = sum(self._value(source) for source in sources)
         assert isinstance(total, Tensor)
         if operation.method.startswith("above"):
             values = total.to(torch.int64)
             total = total + int((values * values.numel() > int(values.sum())).sum()) % 1024
-        return stored(total, self.graph.node_dtype[node])
+        return total
 
     # the executor's source and sink
 
@@ -155,8 +164,12 @@ class World:
         for node in self.graph:
             if self.graph.elements(node) == 0:
                 continue
+            if not self.graph.destinations()[node]:
+                assert node not in self.written
+                continue
             assert bytes(self.written[node]) == self.expected(node), node
             assert bool((self.counts[node] == 1).all()), node
         assert sum(nbytes for _, _, nbytes in self.reads) >= sum(
-            self.graph.reads[read].nbytes for read in {r for sources in self.graph.node_sources for r in sources}
+            self.graph.reads[read].nbytes
+            for read in {value for sources in self.graph.node_sources for value in sources if value >= 0}
         )

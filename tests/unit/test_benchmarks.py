@@ -180,7 +180,9 @@ def test_broken_budgets_are_said() -> None:
 def test_a_point_of_each_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate(("base", "a", "b", "c")):
         models.write_checkpoint(tmp_path / name, models.tiny_llama(), fill=seed)
-    monkeypatch.setattr(scaling, "PLANNED", (100,))
+    monkeypatch.setattr(scaling, "PLANNED", ((2, 8),))
+    monkeypatch.setattr(scaling, "WIDTHS", (64, 16, 64))
+    monkeypatch.setattr(scaling, "SMALL_WIDTHS", (64, 16, 64))
     monkeypatch.setattr(scaling, "SPLIT", (4,))
     monkeypatch.setattr(scaling, "SPLIT_BYTES", 1 << 20)
     rows = []
@@ -191,9 +193,11 @@ def test_a_point_of_each_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert rows[-1]["seconds"][0] > 0
     assert not (tmp_path / "out").exists()
     text = scaling.text({"machine": process.machine(), "rows": rows})
-    assert "| 100 | `linear of two models` | " in text
+    assert "| 69 | `linear of two models` | " in text
+    assert "| 69 | `merge --no-output` | " in text
     assert "medians of 1 (smallest to largest)" in text
-    assert [bar.what for bar in bars.of_scaling({"rows": rows})] == ["`mergeloom --help`"]
+    found = [bar.what for bar in bars.of_scaling({"rows": rows})]
+    assert found == ["`mergeloom --help`", "plan of 69 tensors", "peak RSS of the plan of 69 tensors"]
 
 
 def test_bars_are_met_or_missed() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import CheckpointError
+from ...graph.graph import MergeGraph
 from ...model.layer_keys import LAYER_INDICES, LAYER_INDICES_FROM_1, NOT_PER_LAYER, PER_LAYER
 from ...model.layers import COUNT_KEYS
 from ...model.warnings import ModelWarning, ModelWarningKind
@@ -266,12 +267,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def check_layouts(models: Mapping[str, NamedConfig], tensors: Sequence[tuple[str, Sequence[int]]]) -> None:
+def check_layouts(models: Mapping[str, NamedConfig], graph: MergeGraph) -> None:
     """Check that models store their matrices in the same order of dimensions, where the shapes don't show it.
 
     Args:
         models: the models by name, and the model whose config.json is used.
-        tensors: names and shapes of the output's tensors.
+        graph: graph of the output.
 
     Raises:
         CheckpointError: a square matrix is stored transposed in one of the models.
@@ -281,7 +282,8 @@ def check_layouts(models: Mapping[str, NamedConfig], tensors: Sequence[tuple[str
         others = [name for name, model in models.items() if model.types and not model.types & table]
         if not transposed or not others:
             continue
-        for name, shape in tensors:
+        for output in graph.outputs:
+            name, shape = output.name, graph.shape(output.node)
             if len(shape) == (3 if what else 2) and shape[-1] == shape[-2] and what in name:
                 raise CheckpointError(
                     f"tensor {name} is stored transposed in {transposed[0]} ({_one(models[transposed[0]])}) compared "

@@ -80,9 +80,8 @@ def _compare(
     main = built.stacks[0].donor.config_path if built.stacks else ()
     reference = NamedConfig(used if chosen else built.models[built.donor].name, config, main)
     warnings = compare_configs(reference, list(named.values()), chosen=chosen, has_base=has_base)
-    graph = built.graph
-    shapes = [(output.name, graph.shape(output.node)) for output in graph.outputs] if len(named) > 1 else []
-    check_layouts({model.name: model for model in (reference, *named.values())}, shapes)
+    if len(named) > 1:
+        check_layouts({model.name: model for model in (reference, *named.values())}, built.graph)
     warnings += compare_heads(built)
     for stack in built.stacks[:1]:
         warnings += compare_layers(named, stack.inputs)

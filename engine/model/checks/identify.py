@@ -11,6 +11,7 @@ from ....io.open_source import quoted
 from ....io.safetensors.checkpoint import Checkpoint
 from ....io.safetensors.dtypes import Kind
 from ....io.safetensors.file_sets import ADAPTER, shard_number
+from ....io.safetensors.table import components, described
 from ....io.small_files import read_json
 from ....io.units import listed, plural
 from ..roles import is_buffer
@@ -90,9 +91,7 @@ def check_is_model(name: str, checkpoint: Checkpoint) -> None:
 
 def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
     """The reasons why a checkpoint is not a model that can be merged, as texts that continue its name."""
-    parts: set[str] = set()
-    for name in checkpoint.tensors:
-        parts.update(name.split("."))
+    parts = components(checkpoint.tensors)
     if (evidence := _adapter_evidence(checkpoint, parts)) is not None:
         yield _describe_adapter(checkpoint, evidence)
     for words, what, advice in (
@@ -191,7 +190,7 @@ def _empty_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     """Parameters without elements: those of a trainer that keeps only a part of each in a process."""
     empty = [
         name
-        for name, ref in checkpoint.tensors.items()
+        for name, ref in described(checkpoint.tensors, lambda each: not each.elements)
         if not ref.elements and ref.dtype.kind is Kind.FLOAT and ref.dtype.bits >= 16 and not is_buffer(name, ref.shape)
     ]
     # a parameter may have no rows, but keeps its other dimension

@@ -33,7 +33,7 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
     formats = [format_name(m.checkpoint, m.quantized) if m.quantized else None for m in error.models]
     if formats[0] != formats[1]:
         return CheckpointError(_describe_formats(error.models, formats))
-    names, others = first.checkpoint.tensors, second.checkpoint.tensors
+    names, others = first.tensors, second.tensors
     renamings = [(first, second, find_renaming(names, others)), (second, first, find_renaming(others, names))]
     larger = max(len(names), len(others))
     # models of two architectures have similar names, too: advice to rename would be wrong for them
@@ -41,7 +41,7 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
     if not found:
         return _different_types(error) or error
     model, other, renaming = min(found, key=lambda item: (-item[2].matches, item[2].cost))
-    equal = sum(name in other.checkpoint.tensors for name in model.checkpoint.tensors)
+    equal = sum(name in other.tensors for name in model.tensors)
     left, script = _leftovers(model, other, renaming)
     return CheckpointError(
         f"{model.name} and {other.name} have different names for the same tensors: only {equal} of the "
@@ -75,8 +75,8 @@ def _leftovers(model: Model, other: Model, renaming: Renaming) -> tuple[str, str
         other: the other model.
         renaming: the renaming.
     """
-    names = {renaming(name): name for name in model.checkpoint.tensors}
-    others = other.checkpoint.tensors
+    names = {renaming(name): name for name in model.tensors}
+    others = other.tensors
     own, foreign = find_leftovers(names, others), find_leftovers(others, names.keys())
     # models with different numbers of layers, or with a vision tower, need another recipe
     if any(is_vision(name) or any(map(str.isdigit, name.split("."))) for name in (*own, *foreign)):

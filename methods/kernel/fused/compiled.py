@@ -13,12 +13,12 @@ from ..reduction.reductions import ColumnSum, Count, Selection, Sum
 from ..spec import BLOCK, Unit
 from . import helpers
 from .compiler import Library, library
-from .fills import fill_functions
 from .helpers import COLUMNS
 from .loops import SEGMENT, Generator, Loop
 from .operations import DECLARATIONS
 from .stages import has_columns, in_loop, stages_of
-from .staging import fill_of
+from .staging.functions import fill_functions
+from .staging.state import fill_of, panel_elements
 from .table import Target, Variant
 
 _SAMPLE = 1 << 16
@@ -197,6 +197,8 @@ class Buffers:
                 self.addresses["wide", target.number] = take(COLUMNS * 8) if isinstance(reduction, Sum) else 0
         for fill in group.fills:
             self.addresses["filled", fill] = take(segment * work)
+            if fill.kind == "transposed":
+                self.addresses["panel", fill] = take(panel_elements(columns) * work)
         for stage in group.stages:
             for node in stage.reduced:
                 self.addresses["row operand", id(node)] = take(columns * 8)

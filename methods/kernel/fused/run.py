@@ -17,7 +17,7 @@ from .formats import FORMATS, STORED
 from .helpers import COLUMNS, SearchField, SumField
 from .loops import Loop
 from .rows import RowFunctions, address, array_at
-from .staging import gather, run_lengths, state_of
+from .staging.state import gather, run_lengths, state_of
 from .table import Target
 
 
@@ -93,7 +93,8 @@ class Run:
         staged = chunk.staged or [(chunk.element, chunk.elements)] * len(inputs)
         runs = run_lengths(chunk.indices) if self.group.fills and chunk.indices is not None else None
         for fill in self.group.fills:
-            state = state_of(fill, self._compiled.kernel.inputs, inputs, chunk.element, staged[fill.inputs[0]])
+            spec, panel = self._compiled.kernel.inputs, self.addresses.get(("panel", fill), 0)
+            state = state_of(fill, spec, inputs, panel, chunk.element, staged[fill.inputs[0]])
             if runs is not None:
                 gather(state, chunk.indices, runs)
             self._keep += [state, runs]
@@ -220,6 +221,7 @@ class Run:
         fixed = {
             "element": self._chunk.element + first,
             "elements": size,
+            "last": first + size == self._chunk.elements,
             "segment": max(1, size if keep else self.group.segment or size),
             "numbers": numbers.ctypes.data,
             "rows": self._buffers.rows,

@@ -13,6 +13,7 @@ from tests.support.models.shapes import (
     llama_3_8b,
     llama_3_70b,
     llama_tensors,
+    qwen3_moe,
     tiny_llama,
 )
 from tests.support.models.values import BITS, CHUNK, POOL, Fill, FineTune, Random, Values, encode, normal
@@ -41,6 +42,7 @@ __all__ = [
     "llama_tensors",
     "normal",
     "perturbed_encoder",
+    "qwen3_moe",
     "tiny_llama",
     "write_checkpoint",
     "write_tokenizer",

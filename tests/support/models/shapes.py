@@ -251,3 +251,65 @@ def _deepseek_config(*, layers: int, experts: int, hidden: int, mtp: bool, fp8: 
             "weight_block_size": [128, 128],
         }
     return config
+
+
+def qwen3_moe(
+    *, layers: int, experts: int, hidden: int = 2048, intermediate: int = 768, vocabulary: int = 151936
+) -> Model:
+    """A Qwen3 mixture of experts, in bfloat16: 9 tensors for each layer and 3 for each of its experts, and 3 outside.
+
+    Args:
+        layers: number of layers.
+        experts: number of experts in each layer.
+        hidden: width of the residual stream, a multiple of 64.
+        intermediate: width of an expert.
+        vocabulary: number of tokens.
+    """
+    head_dim, heads, kv_heads = 128, max(1, hidden // 64), 4
+    block: dict[str, Shape] = {
+        "self_attn.q_proj.weight": (heads * head_dim, hidden),
+        "self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
+        "self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
+        "self_attn.o_proj.weight": (hidden, heads * head_dim),
+        "self_attn.q_norm.weight": (head_dim,),
+        "self_attn.k_norm.weight": (head_dim,),
+        "mlp.gate.weight": (experts, hidden),
+    }
+    for expert in range(experts):
+        block[f"mlp.experts.{expert}.gate_proj.weight"] = (intermediate, hidden)
+        block[f"mlp.experts.{expert}.up_proj.weight"] = (intermediate, hidden)
+        block[f"mlp.experts.{expert}.down_proj.weight"] = (hidden, intermediate)
+    block["input_layernorm.weight"] = (hidden,)
+    block["post_attention_layernorm.weight"] = (hidden,)
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        tensors |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    tensors["model.norm.weight"] = (hidden,)
+    tensors["lm_head.weight"] = (vocabulary, hidden)
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "max_position_embeddings": 40960,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": intermediate,
+        "norm_topk_prob": True,
+        "num_attention_heads": heads,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": vocabulary,
+    }
+    return Model(tensors, config)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.io.safetensors.checkpoint import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, open_checkpoint
+from mergeloom.io.safetensors.checkpoint import MAX_CONFIG_BYTES, open_checkpoint
+from mergeloom.io.safetensors.index import MAX_INDEX_BYTES
 from tests.unit.safetensors.checkpoints import INDEX, SHARDS, refused, write, write_index
 
 # ------------------------------------------------------------------------------------------- index against shards

@@ -63,7 +63,8 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(0, 2))):
         document = draw(changed_values(document))
     order = draw(st.permutations(list(document)))
-    text = json.dumps({name: document[name] for name in order}, ensure_ascii=draw(st.booleans()))
+    separators = draw(st.sampled_from([(",", ":"), (", ", ": ")]))  # the first is the library's
+    text = json.dumps({name: document[name] for name in order}, ensure_ascii=draw(st.booleans()), separators=separators)
     for _ in range(draw(st.integers(0, 1))):
         begin = draw(st.integers(0, len(text)))
         end = begin + draw(st.integers(0, 3))

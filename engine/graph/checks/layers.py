@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...io.units import listed, ranges
-from ..model.checks.mismatch import TensorMismatch
-from ..model.completeness import DAMAGED, incomplete_outside
-from ..model.inputs import BoundSlice, Model
-from ..model.layer_kinds import LayerKind, LayerKinds
-from ..model.modules import absent_part
-from ..model.roles import is_buffer
-from ..model.warnings import ModelWarning, ModelWarningKind
-from .rules import shape_mismatch
+from ....io.units import listed, ranges
+from ...model.checks.mismatch import TensorMismatch
+from ...model.completeness import DAMAGED, incomplete_outside
+from ...model.inputs import BoundSlice, Model
+from ...model.layer_kinds import LayerKind, LayerKinds
+from ...model.logical import kind_of
+from ...model.modules import absent_part
+from ...model.roles import is_buffer
+from ...model.warnings import ModelWarning, ModelWarningKind
+from ..rules import shape_mismatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,9 +218,10 @@ class LayerChecks:
 
 def _shapes(model: Model, stack: int, index: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's parameters, by the part of the name after the layer's number."""
-    tensors = model.checkpoint.tensors
+    tensors = model.tensors
     layer = model.by_layer.get((stack, index), {})
-    return {rest: tensors[name].shape for rest, name in layer.items() if not is_buffer(name, tensors[name].shape)}
+    shapes = {rest: kind_of(tensors, name).shape for rest, name in layer.items()}
+    return {rest: shape for rest, shape in shapes.items() if not is_buffer(layer[rest], shape)}
 
 
 def missing_tensor(name: str, first: Model, second: Model) -> TensorMismatch:

@@ -1,4 +1,4 @@
-"""Native functions that fill a buffer with values that are computed from staged elements; see `staging`.
+"""Native functions that fill a buffer with values that are computed from staged elements; see `state`.
 
 ``fill(state, out, first, count)`` computes the values of elements [first, first + count) of the output. Elements are
 taken row by row. Of a chunk whose elements are gathered, `first` counts from the chunk's first element, too.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from .assembly import Function, literal
-from .formats import STORED, decoded
-from .operations import converted
-from .staging import BlockField, Field, LowRankField, TransposedField
+from ..assembly import Function, literal
+from ..formats import STORED, decoded
+from ..operations import converted
+from .state import PADDING, BlockField, Field, LowRankField, TransposedField
 
 _RANKS = 8
 """Ranks that are added in one loop over the columns, which loads and stores the sums once."""
@@ -128,29 +128,84 @@ def _convert(name: str, dtype: str, work: str) -> str:
 
 
 def _transposed(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
-    """The elements of a row, each in another staged column."""
+    """The elements of a row, each in another staged column.
+
+    Several rows are transposed at a time, into a panel; single elements that are gathered are not.
+    """
     (dtype,) = dtypes
+    transpose, convert = (f"{each}.{dtype}.{work}" for each in ("transpose", "convert"))
+    called[transpose], called[convert] = _transpose(transpose, dtype, work), _convert(convert, dtype, work)
     f = _function(name)
-    rows, columns, data, origin = (
-        f.load("%state", field, "i64") for field in (Field.ROWS, Field.COLUMNS, Field.DATA, Field.ORIGIN)
-    )
-    data = f.value(f"inttoptr i64 {data} to ptr")
-    step, low, first, middle, last, last_matrix = (f.load("%state", field, "i64") for field in TransposedField)
+    fields = (Field.COLUMNS, Field.GATHERED, TransposedField.STEP, TransposedField.HEIGHT)
+    columns, gathered, step, height = (f.load("%state", field, "i64") for field in fields)
+    panel = f.load("%state", TransposedField.PANEL, "ptr")
+    width = f.value(f"add i64 {columns}, {PADDING}")
     with _pieces(f) as (row, column, done, size):
-        matrix = f.value(f"sub i64 {f.value(f'udiv i64 {row}, {rows}')}, {origin}")
-        is_first, is_last = f.value(f"icmp eq i64 {matrix}, 0"), f.value(f"icmp eq i64 {matrix}, {last_matrix}")
-        length = f.value(f"select i1 {is_last}, i64 {last}, i64 {middle}")
-        length = f.value(f"select i1 {is_first}, i64 {first}, i64 {length}")
-        before = f.value(f"mul i64 {f.value(f'sub i64 {matrix}, 1')}, {middle}")
-        before = f.value(f"mul i64 {f.value(f'add i64 {before}, {first}')}, {columns}")
-        before = f.value(f"select i1 {is_first}, i64 0, i64 {before}")
-        within = f.value(f"urem i64 {row}, {rows}")
-        within = f.value(f"sub i64 {within}, {f.value(f'select i1 {is_first}, i64 {low}, i64 0')}")
-        place = f.value(f"add i64 {f.value(f'mul i64 {column}, {length}')}, {f.value(f'mul i64 {within}, {step}')}")
-        source = f.at(data, f.value(f"add i64 {before}, {place}"), STORED[dtype].stored)
-        each = f"convert.{dtype}.{work}"
-        called[each] = _convert(each, dtype, work)
-        f.do(f"call void @{each}(ptr {f.at('%out', done, work)}, ptr {source}, i64 {length}, i64 {size})")
+        source, length, left = _staged_row(f, row, columns, step, STORED[dtype].stored)
+        out = f.at("%out", done, work)
+        begin, end = (f.load("%state", field, "i64") for field in (TransposedField.BEGIN, TransposedField.END))
+        outside = f.value(f"or i1 {f.value(f'icmp ult i64 {row}, {begin}')}, {f.value(f'icmp uge i64 {row}, {end}')}")
+        usual = f.value(f"icmp eq i64 {gathered}, 0")
+        with f.when(f.value(f"and i1 {outside}, {usual}")):
+            count = f.smaller(left, height)
+            numbers = ", ".join(f"i64 {each}" for each in (width, length, step, count, columns))
+            f.do(f"call void @{transpose}(ptr {panel}, ptr {source}, {numbers})")
+            f.store(row, "%state", TransposedField.BEGIN, "i64")
+            f.store(f.value(f"add i64 {row}, {count}"), "%state", TransposedField.END, "i64")
+        copied = f.value(f"select i1 {usual}, i64 {size}, i64 0")
+        line = f.value(f"sub i64 {row}, {f.load('%state', TransposedField.BEGIN, 'i64')}")
+        place = f.value(f"add i64 {f.value(f'mul i64 {line}, {width}')}, {column}")
+        f.do(f"call void @copy.{work}(ptr {out}, ptr {f.at(panel, place, work)}, i64 {copied})")
+        first = f.at(source, f.value(f"mul i64 {column}, {length}"), STORED[dtype].stored)
+        others = f.value(f"sub i64 {size}, {copied}")
+        f.do(f"call void @{convert}(ptr {out}, ptr {first}, i64 {length}, i64 {others})")
+    called[f"copy.{work}"] = _copy(work)
+    return f.text()
+
+
+def _staged_row(f: Function, row: str, columns: str, step: str, stored: str) -> tuple[str, str, str]:
+    """The address of the first element of a row, the distance of two columns, and the rows that are staged from it on.
+
+    Both are those of the row's matrix: of the first and the last one, only some rows may be staged.
+    """
+    data = f.load("%state", Field.DATA, "ptr")
+    rows, origin = (f.load("%state", field, "i64") for field in (Field.ROWS, Field.ORIGIN))
+    fields = ("LOW", "FIRST", "MIDDLE", "LAST", "LAST_MATRIX")
+    low, first, middle, last, last_matrix = (f.load("%state", TransposedField[name], "i64") for name in fields)
+    matrix = f.value(f"sub i64 {f.value(f'udiv i64 {row}, {rows}')}, {origin}")
+    is_first, is_last = f.value(f"icmp eq i64 {matrix}, 0"), f.value(f"icmp eq i64 {matrix}, {last_matrix}")
+    length = f.value(f"select i1 {is_last}, i64 {last}, i64 {middle}")
+    length = f.value(f"select i1 {is_first}, i64 {first}, i64 {length}")
+    before = f.value(f"mul i64 {f.value(f'sub i64 {matrix}, 1')}, {middle}")
+    before = f.value(f"mul i64 {f.value(f'add i64 {before}, {first}')}, {columns}")
+    before = f.value(f"select i1 {is_first}, i64 0, i64 {before}")
+    skipped = f.value(f"select i1 {is_first}, i64 {low}, i64 0")
+    within = f.value(f"sub i64 {f.value(f'urem i64 {row}, {rows}')}, {skipped}")
+    place = f.value(f"mul i64 {within}, {step}")
+    source = f.at(data, f.value(f"add i64 {before}, {place}"), stored)
+    left = f.value(f"add i64 {f.value(f'sub i64 {length}, {place}')}, {f.value(f'sub i64 {step}, 1')}")
+    return source, length, f.value(f"udiv i64 {left}, {step}")
+
+
+def _transpose(name: str, dtype: str, work: str) -> str:
+    """``transpose(panel, source, width, length, step, rows, columns)``: some rows, of `width` elements each."""
+    pointers = [("ptr noalias", "panel"), ("ptr noalias", "source")]
+    numbers = [("i64", each) for each in ("width", "length", "step", "rows", "columns")]
+    f = Function(name, "void", [*pointers, *numbers])
+    with f.loop("%columns") as (column, _, _):
+        source = f.at("%source", f.value(f"mul i64 {column}, %length"), STORED[dtype].stored)
+        panel = f.at("%panel", column, work)
+        with f.loop("%rows") as (row, _, _):
+            value = _read(f, source, f.value(f"mul i64 {row}, %step"), dtype, work)
+            f.store(value, panel, f.value(f"mul i64 {row}, %width"), work)
+    return f.text()
+
+
+def _copy(work: str) -> str:
+    """``copy(out, source, count)``"""
+    f = Function(f"copy.{work}", "void", [("ptr noalias", "out"), ("ptr noalias", "source"), ("i64", "count")])
+    with f.loop("%count") as (i, _, _):
+        f.store(f.load("%source", i, work), "%out", i, work)
     return f.text()
 
 

@@ -1,9 +1,4 @@
-"""Inputs that are staged in another order than the output's elements: what a loop reads them through.
-
-Before the loop over a segment, a function fills a buffer with the values for the segment's elements; the loop reads it
-as it reads an aligned input. Shapes, blocks and ranks are numbers in the state of the function, so all tensors of a
-format share its code.
-"""
+"""What a fill reads: the values of which node it computes, and where the staged elements of these are."""
 
 from __future__ import annotations
 
@@ -13,11 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..access import BlockRows, SameRows, TransposedSlice, matrices, row_range
-from ..expression import Node
-from ..spec import InputSpec
+from ...access import BlockRows, SameRows, TransposedSlice, matrices, row_range
+from ...expression import Node
+from ...spec import InputSpec
 
 _FAR = 1 << 62
+_FIELDS = 19
+_PANEL = 1 << 17
+"""Elements of a panel, unless it has more than 4 rows."""
+PADDING = 16
+"""Elements after each row of a panel: the rows of a power of 2 columns would share a few lines of the cache."""
 
 
 class Fill(NamedTuple):
@@ -73,6 +73,10 @@ class TransposedField(IntEnum):
     MIDDLE = 12  # length in the matrices between the first and the last one
     LAST = 13  # length in the last matrix
     LAST_MATRIX = 14  # number of the last matrix, counted from the first one
+    PANEL = 15  # address of the panel: the values of some rows, in the output's order
+    HEIGHT = 16  # rows of the panel, at most
+    BEGIN = 17  # first row in the panel
+    END = 18  # the row after the last one in the panel
 
 
 class LowRankField(IntEnum):
@@ -91,17 +95,20 @@ def fill_of(node: Node, inputs: InputSpec) -> Fill | None:
     return Fill("blocks" if isinstance(inputs.access(node.value), BlockRows) else "transposed", (node.value,))
 
 
-def state_of(fill: Fill, inputs: InputSpec, addresses: Sequence[int], start: int, staged: tuple[int, int]) -> Any:
+def state_of(
+    fill: Fill, inputs: InputSpec, addresses: Sequence[int], panel: int, start: int, staged: tuple[int, int]
+) -> Any:
     """The state of a fill as an array of int64.
 
     Args:
         fill: fill.
         inputs: inputs of the kernel.
         addresses: address of the staged elements of each input.
+        panel: address of a panel; 0 for fills that need none.
         start: index of the chunk's first element.
         staged: first element and number of elements of the range that the first of its inputs is staged for.
     """
-    state = np.zeros(16, np.int64)
+    state = np.zeros(_FIELDS, np.int64)
     index = fill.inputs[0]
     access = inputs.access(index)
     begin, end = row_range(inputs.shape, *staged)
@@ -121,12 +128,23 @@ def state_of(fill: Fill, inputs: InputSpec, addresses: Sequence[int], start: int
         state[TransposedField.STEP], state[TransposedField.LOW] = access.step, low
         for field, length in zip((11, 12, 13), lengths, strict=True):
             state[field] = (length - 1) * access.step + 1
+        state[TransposedField.PANEL], state[TransposedField.HEIGHT] = panel, panel_height(columns)
     elif isinstance(access, SameRows):
         state[Field.ORIGIN] = begin
         state[LowRankField.RIGHT], state[LowRankField.RANK] = addresses[fill.inputs[1]], inputs.part(index)[-1]
     else:
         raise TypeError(f"kernels cannot read an input with {access}")
     return state
+
+
+def panel_height(columns: int) -> int:
+    """The rows of a panel: a column of that many is about a line of the cache, which is then loaded once."""
+    return max(4, min(32, _PANEL // columns))
+
+
+def panel_elements(columns: int) -> int:
+    """The elements of a panel."""
+    return panel_height(columns) * (columns + PADDING)
 
 
 def gather(state: Any, indices: Any, runs: Any) -> None:

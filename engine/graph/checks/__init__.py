@@ -1,0 +1,1 @@
+"""Checks of a graph against its models and its recipe, and the warnings that they cause."""

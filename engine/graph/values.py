@@ -1,0 +1,89 @@
+"""Adds the values of a model's tensors to a graph: reads, or nodes that compute them from their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from itertools import takewhile
+
+from ...io.safetensors.dtypes import F32, F64
+from ...methods.kernel.method import Method
+from ...methods.kernel.spec import InputSpec
+from ..model.inputs import Model
+from ..model.logical import LogicalTensor
+from .graph import Kind, MergeGraph, Operation, Value
+
+
+class TensorValues:
+    """The values of tensors in a graph.
+
+    Args:
+        graph: the graph that receives them.
+        passthrough: the method that returns its input.
+    """
+
+    def __init__(self, graph: MergeGraph, passthrough: Method) -> None:
+        self._graph = graph
+        self._passthrough = passthrough
+        self._operations: dict[Hashable, Operation] = {}
+
+    def value(self, model: Model, name: str) -> Value:
+        """Add the value of a model's tensor."""
+        tensor = model.tensors[name]
+        if not isinstance(tensor, LogicalTensor):
+            return self._graph.add_read(model.number, name, tensor)
+        reads = tuple(self._graph.add_read(model.number, part.name, part.ref) for part in tensor.parts)
+        wide = any(part.ref.dtype == F64 for part in tensor.parts)
+        return ~self._graph.add_node(self._decoding(tensor), reads, F64 if wide else F32, shape=tensor.shape)
+
+    def copies(self, model: Model, name: str, output: str) -> Iterator[tuple[str, int]]:
+        """Add nodes that copy what a tensor is stored as; yield the name of each tensor of the output, and its node.
+
+        Args:
+            model: the model.
+            name: name of the tensor.
+            output: name of the tensor in the output; those of its parts differ in the same way.
+        """
+        tensor = model.tensors[name]
+        if not isinstance(tensor, LogicalTensor):
+            read = self._graph.add_read(model.number, name, tensor)
+            yield output, self._graph.add_node(Operation(Kind.COPY, "passthrough"), (read,), tensor.dtype)
+            return
+        for part in tensor.parts:
+            read = self._graph.add_read(model.number, part.name, part.ref)
+            if tensor.decode is not None:
+                copy = Operation(Kind.COPY, "passthrough")
+                yield renamed(part.name, name, output), self._graph.add_node(copy, (read,), part.ref.dtype)
+            elif part.access.aligned:
+                copy = Operation(Kind.COPY, "passthrough", copied=(part.access,))
+                yield output, self._graph.add_node(copy, (read,), part.ref.dtype, shape=tensor.shape)
+            else:
+                node = self._graph.add_node(self._decoding(tensor), (read,), part.ref.dtype, shape=tensor.shape)
+                yield output, node
+
+    def _decoding(self, tensor: LogicalTensor) -> Operation:
+        """The operation that computes a value from its parts, shared by equal ones."""
+        decode, accesses = tensor.decode, tuple(part.access for part in tensor.parts)
+        parts = tuple(part.ref.shape for part in tensor.parts)
+        key = (decode, tensor.shape, accesses, parts)
+        known = self._operations.get(key)
+        if known is None:
+            inputs = InputSpec(len(parts), None, tensor.shape, accesses, parts)
+            if decode is None:
+                kernel, name = self._passthrough.kernel(inputs, {}), "passthrough"
+            else:
+                kernel, name = decode.decoder.kernel(inputs, dict(decode.parameters)), decode.decoder.name
+            given = () if decode is None else decode.parameters
+            known = self._operations[key] = Operation(Kind.MERGE, name, given, kernel=kernel)
+        return known
+
+
+def renamed(part: str, name: str, output: str) -> str:
+    """Return the name of a part in the output, where the tensor `name` that it belongs to is `output`.
+
+    A stack gives layers other numbers: the part of ``layers.3.w`` named ``layers.3.w_scale`` becomes that of
+    ``layers.7.w``, ``layers.7.w_scale``.
+    """
+    ends = zip(reversed(name), reversed(output), strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    before, after = name[: len(name) - same], output[: len(output) - same]
+    return after + part[len(before) :] if part.startswith(before) else part
