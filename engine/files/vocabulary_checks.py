@@ -88,7 +88,10 @@ def models_with_merged_embeddings(built: BuiltGraph) -> set[int]:
         if name in names.get(model, ())
     }
     merged: set[int] = set()
-    for node in dict.fromkeys(output.node for output in graph.outputs):
+    linked = bool(graph.users())
+    for node in dict.fromkeys(graph.outputs.nodes):
+        if not linked and reads.keys().isdisjoint(graph.node_sources[node]):
+            continue
         if len(sources := graph.reads_of(node)) > 1:
             models = {reads[read] for read in sources if read in reads}
             merged |= models if len(models) > 1 else set()

@@ -283,6 +283,11 @@ class SliceParameters:
         self._constant = all(constant)
         self._all: Mapping[str, Any] | None = None
 
+    @property
+    def constant(self) -> Mapping[str, Any] | None:
+        """What `values` returns for every tensor that all sources have, once it has found that; None if it differs."""
+        return self._all
+
     def values(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> Mapping[str, Any]:
         """The parameters of one output tensor, as `Method.kernel` takes them.
 

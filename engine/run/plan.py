@@ -159,8 +159,8 @@ class Plan:
     def bytes_computed(self) -> int:
         """Bytes of the output that are computed rather than copied."""
         graph = self.built.graph
-        nodes = (output.node for output in graph.outputs)
-        return sum(graph.nbytes(node) for node in nodes if graph.operation(node).kind is not Kind.COPY)
+        computed = graph.by_class(lambda n: graph.nbytes(n) if graph.operation(n).kind is not Kind.COPY else 0)
+        return sum(graph.outputs.of_nodes(computed))
 
     @property
     def bytes_digested(self) -> int:
@@ -230,11 +230,12 @@ class Plan:
     def output_dict(self, made: OutputModel | None = None) -> dict[str, Any]:
         """Return one of the models that are written, by default the output, as plain data. Sizes are in bytes."""
         graph, made = self.built.graph, made or self.made[0]
-        nodes = [graph.outputs[number].node for number in graph.outputs_in(made.folder)]
+        nodes = list(map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
+        elements, sizes = graph.by_class(graph.elements), graph.by_class(graph.nbytes)
         return {
             "tensors": len(nodes),
-            "parameters": sum(map(graph.elements, nodes)),
-            "bytes": sum(map(graph.nbytes, nodes)),
+            "parameters": sum(map(elements.__getitem__, nodes)),
+            "bytes": sum(map(sizes.__getitem__, nodes)),
             "layers": made.layers,
             "shards": len(self.layout.shards_in(made.folder)),
             "dtypes": sorted({graph.node_dtype[node].name for node in nodes}),

@@ -9,8 +9,9 @@ from ..graph.extents import bytes_of_chunks, output_width
 from ..graph.graph import MergeGraph
 from .assignment import assign_devices
 from .budget import Budget, DeviceBudget
+from .orders import orders
 from .requirements import Requirements, requirements
-from .simulate import Simulation, orders
+from .simulate import Simulation
 from .tiling import chunk_count, chunk_elements, clusters
 
 PARTIAL_BYTES = 8 << 20
@@ -104,11 +105,14 @@ class Candidate:
 
     def unique_bytes(self, graph: MergeGraph) -> int:
         """Return the bytes of all tensors that must be read at least once."""
+        if len(self.left) == len(graph.node_operation) and not any(each.accesses for each in graph.operations):
+            sizes = [each.nbytes for each in graph.reads.classes]
+            return sum(map(sizes.__getitem__, graph.reads.class_numbers))  # every read has a node that uses it
         needed: dict[int, int] = {}  # most bytes that any node needs of each read
         for node in self.left:
             for place, value in enumerate(graph.node_sources[node]):
                 if value >= 0:
-                    nbytes = graph.reads[value].nbytes
+                    nbytes = graph.reads.class_of(value).nbytes
                     if graph.access_numbers(node):
                         count = chunk_count(graph, node, self.chunks[node])
                         nbytes = min(nbytes, bytes_of_chunks(graph, node, place, self.chunks[node], 0, count))
@@ -117,12 +121,13 @@ class Candidate:
 
     def bytes_written(self, graph: MergeGraph) -> int:
         """Return the bytes of all output tensors without those that an earlier run wrote."""
-        total = 0
-        for output in graph.outputs:
-            if output.node in self.left:
-                nbytes = graph.nbytes(output.node)
-                chunk = self.chunks[output.node] * output_width(graph, output.node)
-                total += nbytes - min(self.first.get(output.node, 0) * chunk, nbytes)
+        sizes, total = graph.by_class(graph.nbytes), 0
+        for node in graph.outputs.nodes:
+            if node in self.left:
+                total += sizes[node]
+                if node in self.first:
+                    chunk = self.chunks[node] * output_width(graph, node)
+                    total -= min(self.first[node] * chunk, sizes[node])
         return total
 
 

@@ -13,65 +13,12 @@ from dataclasses import dataclass, field
 
 from ..graph.extents import bytes_of_chunks, length
 from ..graph.graph import Kind, MergeGraph
+from .alone import StepsAlone
 from .step_list import NOTHING, CachedRange, Step, StepList
-from .tiling import ChunkedRead, chunk_count, chunked_sources, clusters
+from .tiling import ChunkedRead, chunk_count, chunked_sources
 
 MAX_STALE = 1000
 """Number of stale entries in the heap of a `SimulatedCache` that are removed, if there are more than live ones."""
-
-
-def orders(graph: MergeGraph) -> list[list[int]]:
-    """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
-    files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
-    tasks = graph.tasks()
-    users = graph.users()
-
-    def position(node: int) -> tuple[int, int]:
-        value = graph.node_sources[node][0]
-        ref = graph.reads[value if value >= 0 else graph.reads_of(node)[0]]
-        return files[ref.file], ref.offset
-
-    def with_sources(order: list[int]) -> list[int]:
-        """Put each node right before the first one that uses it."""
-        return _sources_first(graph, [node for node in order if node not in users]) if users else order
-
-    by_position = sorted(tasks, key=position)
-    if not clusters(graph):
-        return [by_position]
-    consumers = graph.consumers()
-    together: list[int] = []
-    seen: set[int] = set()
-    for start in by_position:
-        stack = [start]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            together.append(node)
-            reads = [value for value in graph.node_sources[node] if value >= 0]
-            neighbours = {other for read in reads for other in consumers[read]} - seen
-            stack.extend(sorted(neighbours, key=position, reverse=True))
-    return [with_sources(order) for order in (by_position, together, tasks)]
-
-
-def _sources_first(graph: MergeGraph, order: Sequence[int]) -> list[int]:
-    """Return the nodes of an order and all nodes that they use, each after its sources and as late as possible."""
-    done: set[int] = set()
-    result = []
-    for root in order:
-        stack = [(root, False)]
-        while stack:
-            node, ready = stack.pop()
-            if node in done:
-                continue
-            if ready:
-                done.add(node)
-                result.append(node)
-                continue
-            stack.append((node, True))
-            stack += [(~value, False) for value in reversed(graph.node_sources[node]) if value < 0]
-    return result
 
 
 class SimulatedCache:
@@ -207,6 +154,7 @@ class Simulation:
     max_step_working_set: int = 0  # highest number of slots of one step's sources, cached before or after it
     total_slot_demand: int = 0  # slots that would be taken if none were ever freed
     _cache: SimulatedCache = field(init=False)
+    _alone: StepsAlone = field(init=False)
     # positions still to come of the sources that several nodes share, the next one last
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)
 
@@ -214,6 +162,7 @@ class Simulation:
         self.steps = StepList(self.graph.places)
         self.vram_peaks = [0] * len(self.vram_slots)
         self._cache = SimulatedCache(len(self.vram_slots))
+        self._alone = StepsAlone(self.graph, self.chunk_elements, self.slot)
 
     @property
     def fits(self) -> bool:
@@ -223,13 +172,17 @@ class Simulation:
     def run(self, order: Sequence[int]) -> None:
         """Simulate the nodes in `order`."""
         shared = self._shared_reads(order)
+        alone = self._alone.nodes(shared, self.first)
         for position in range(len(order) - 1, -1, -1):
-            for source in self._sources(order[position]):
+            for source in () if alone[order[position]] else self._sources(order[position]):
                 if source.read < 0 or shared[source.read]:
                     self._uses.setdefault(source, []).append(position)
         for position, node in enumerate(order):
+            if alone[node] and self._cache.ram <= self.ram_slots - self._reserved:
+                self._step_alone(node)
+                continue
             sources = self._sources(node)
-            for source in sources:
+            for source in () if alone[node] else sources:
                 if source.read < 0 or shared[source.read]:
                     self._uses[source].pop()
             operation = self.graph.operation(node)
@@ -249,6 +202,20 @@ class Simulation:
                     shared[read] |= seen[read]
                     seen[read] = 1
         return shared
+
+    def _step_alone(self, node: int) -> None:
+        """Simulate the only step of a node that finds nothing in the cache and leaves nothing there."""
+        device, found = self.devices[node], self._alone.step(node)
+        separate = self.vram_slots[device] > 0 and self.graph.operation(node).kind is Kind.MERGE
+        ram = self._cache.ram + found.slots
+        vram = self._cache.vram[device] + found.slots if separate else 0
+        uploaded = found.nbytes if separate else 0
+        self.total_slot_demand += found.demand
+        self.bytes_read += found.nbytes
+        self.uploaded += uploaded
+        self.peak = max(self.peak, ram)
+        self.vram_peaks[device] = max(self.vram_peaks[device], vram)
+        self.steps.append_alone(node, device, found.bytes_read, uploaded, ram, vram)
 
     def _sources(self, node: int) -> tuple[ChunkedRead, ...]:
         """Return the distinct sources of a node, cut into its chunks."""

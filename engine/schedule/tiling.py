@@ -7,7 +7,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..graph.extents import by_element, length, staged_bytes, staged_whole
-from ..graph.graph import MergeGraph, Value
+from ..graph.graph import Kind, MergeGraph, Value
 
 
 class ChunkedRead(NamedTuple):
@@ -87,11 +87,13 @@ def alignment_of(graph: MergeGraph, node: int) -> int:
 
 def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
     """Return the elements in a chunk of each node; nodes that share a source get the same number if they can."""
-    alignments = [alignment_of(graph, node) for node in graph]
-    widths = [widest(graph, node) for node in graph]
-    chunks = [
-        max(1, slot // (width * alignment)) * alignment for width, alignment in zip(widths, alignments, strict=True)
-    ]
+
+    def own(node: int) -> tuple[int, int, int]:
+        width, alignment = widest(graph, node), alignment_of(graph, node)
+        return width, alignment, max(1, slot // (width * alignment)) * alignment
+
+    found = graph.by_class(own)
+    widths, alignments, chunks = ([each[place] for each in found] for place in range(3))
     for cluster in clusters(graph):
         alignment = math.lcm(*(alignments[node] for node in cluster))
         width = max(widths[node] for node in cluster)
@@ -100,7 +102,8 @@ def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
         if common and len(kinds) == 1:
             for node in cluster:
                 chunks[node] = common
-    for node in graph:
+    staged = any(operation.accesses or operation.kind is Kind.RESULT for operation in graph.operations)
+    for node in graph if staged else ():
         if graph.access_numbers(node):
             chunks[node] = _staged_length(graph, node, chunks[node], alignments[node], slot)
         for other in graph.results(node)[1:]:
@@ -131,10 +134,10 @@ def _staged_length(graph: MergeGraph, node: int, chunk: int, alignment: int, slo
 
 def clusters(graph: MergeGraph) -> list[list[int]]:
     """Return the groups of two or more nodes that are connected by common sources, or as source and consumer."""
-    consumers = graph.consumers()
     users = graph.users()
-    if not users and all(len(nodes) < 2 for nodes in consumers):
+    if not users and not shares_reads(graph):
         return []
+    consumers = graph.consumers()
     seen: set[int] = set()
     groups = []
     for start in graph.tasks():
@@ -154,3 +157,15 @@ def clusters(graph: MergeGraph) -> list[list[int]]:
         if len(cluster) > 1:
             groups.append(sorted(cluster))
     return groups
+
+
+def shares_reads(graph: MergeGraph) -> bool:
+    """Return whether any read is a source of several nodes."""
+    seen = bytearray(len(graph.reads))
+    for sources in graph.node_sources:
+        for value in sources if len(sources) == 1 else dict.fromkeys(sources):
+            if value >= 0:
+                if seen[value]:
+                    return True
+                seen[value] = 1
+    return False

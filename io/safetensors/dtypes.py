@@ -31,6 +31,9 @@ class DType:
     kind: Kind
     torch_name: str | None
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def nbytes(self, elements: int) -> int:
         """The size of `elements` elements in bytes. Raises ValueError if that is not an integral number."""
         bits = self.bits * elements

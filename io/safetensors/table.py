@@ -118,6 +118,11 @@ class TensorTable(Mapping[str, TensorRef]):
                 found = self.classes[self._members[row]]
                 yield TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
 
+    def place(self, name: str) -> tuple[Path, int, TensorClass]:
+        """The file of a tensor, its offset there in bytes, and its class. Raises KeyError."""
+        row = self._rows[name]
+        return self._files[bisect_right(self._firsts, row) - 1], self._offsets[row], self.classes[self._members[row]]
+
     def items(self) -> ItemsView[str, TensorRef]:
         """The names with their references."""
         return _Items(self)
@@ -127,10 +132,8 @@ class TensorTable(Mapping[str, TensorRef]):
         return _Values(self)
 
     def __getitem__(self, name: str) -> TensorRef:
-        row = self._rows[name]
-        found = self.classes[self._members[row]]
-        file = self._files[bisect_right(self._firsts, row) - 1]
-        return TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
+        file, offset, found = self.place(name)
+        return TensorRef(file, offset, found.nbytes, found.dtype, found.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
