@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -79,9 +79,9 @@ class Outputs(Sequence[Output]):
 
     def in_folder(self, folder: str) -> list[int]:
         """The numbers of the outputs in a folder."""
-        ends = [first for first, _ in self._folders[1:]] + [len(self.names)]
-        runs = (range(first, end) for (first, name), end in zip(self._folders, ends, strict=True) if name == folder)
-        return list(chain.from_iterable(runs))
+        bounds = pairwise([*(first for first, _ in self._folders), len(self.names)])
+        runs = zip(self._folders, bounds, strict=True)
+        return list(chain.from_iterable(range(*run) for (_, name), run in runs if name == folder))
 
     @property
     def folders(self) -> list[str]:

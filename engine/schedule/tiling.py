@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ def clusters(graph: MergeGraph) -> list[list[int]]:
         while open_nodes:
             node = open_nodes.pop()
             cluster.append(node)
-            neighbours = [users.get(node, [])]
+            neighbours: list[Sequence[int]] = [users.get(node, [])]
             neighbours += [consumers[value] if value >= 0 else [~value] for value in graph.node_sources[node]]
             for other in chain.from_iterable(neighbours):
                 if other not in seen:

@@ -374,8 +374,8 @@ def build_header(
         if found is None:
             if any(dimension < 0 for dimension in shape):
                 raise ValueError(f"tensor {quoted(name)} has the invalid shape {quoted(tuple(shape))}")
-            text = f':{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
-            found = known[key] = text, dtype.nbytes(prod(shape))
+            fields = f':{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":['
+            found = known[key] = fields, dtype.nbytes(prod(shape))
         end = begin + found[1]
         members.append(f"{quote(name)}{found[0]}{begin},{end}]}}")
         begin = end

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.orders import orders
 from mergeloom.engine.schedule.requirements import PAGE
 from mergeloom.engine.schedule.schedule import SLOT_BYTES, WORTH, Schedule, make_schedule
-from mergeloom.engine.schedule.simulate import Simulation, orders
+from mergeloom.engine.schedule.simulate import Simulation
 from mergeloom.engine.schedule.tiling import length, widest
 from mergeloom.errors import BudgetError
 from tests.support.blueprints import CPU, ELEMENTS, SLOT, Blueprint, blueprints, build, minimum, with_slots
