@@ -187,7 +187,7 @@ class _GraphBuilder:
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.usage = TensorUsage(self.graph)
-        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed)
+        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}

@@ -116,13 +116,24 @@ class Reads(Sequence[TensorRef]):
         files: files of the tensors, each once.
     """
 
-    __slots__ = ("_class_of", "_file_of", "_files", "_offsets", "_others", "class_numbers", "classes", "files")
+    __slots__ = (
+        "_class_by_id",
+        "_class_of",
+        "_file_of",
+        "_files",
+        "_offsets",
+        "_others",
+        "class_numbers",
+        "classes",
+        "files",
+    )
 
     def __init__(self) -> None:
         self.classes: list[TensorClass] = []
         self.class_numbers = array("I")
         self.files: list[Path] = []
         self._class_of: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._class_by_id: dict[int, int] = {}  # of those in `classes`
         self._file_of: dict[Path, int] = {}
         self._files = array("I")
         self._offsets = array("Q")
@@ -136,11 +147,12 @@ class Reads(Sequence[TensorRef]):
 
     def append_stored(self, file: Path, offset: int, found: TensorClass) -> None:
         """Append the reference of a tensor of a class."""
-        key = found.dtype.name, found.shape
-        number = self._class_of.get(key)
+        number = self._class_by_id.get(id(found))
         if number is None:
-            number = self._class_of[key] = len(self.classes)
-            self.classes.append(found)
+            number = self._class_of.setdefault((found.dtype.name, found.shape), len(self.classes))
+            if number == len(self.classes):
+                self.classes.append(found)
+                self._class_by_id[id(found)] = number
         file_number = self._file_of.setdefault(file, len(self.files))
         if file_number == len(self.files):
             self.files.append(file)

@@ -107,10 +107,10 @@ class MergeGraph:
         self.outputs = Outputs()
         self.footprints: dict[int, Footprint] = {}
         self._latest_reads: dict[str, int] = {}  # by name
-        self._earlier_reads = array("q")  # for each read, the one before it with the same name; -1 if it is the first
+        self._earlier_reads = array("i")  # for each read, the one before it with the same name; -1 if it is the first
         self._operation_numbers: dict[Operation, int] = {}
-        self._latest_operation: tuple[Operation | None, int] = None, 0
-        self._first_users = array("q")  # by read; -1 if there is none
+        self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
+        self._first_users = array("i")  # by read; -1 if there is none
         self._first_users_of_nodes: dict[int, int] = {}
         self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
         self._class_numbers: dict[tuple[object, ...], int] = {}
@@ -231,8 +231,9 @@ class MergeGraph:
 
     def _number(self, operation: Operation) -> int:
         """The number of an operation, which is added if it is new."""
-        if self._latest_operation[0] is operation:  # hashing an operation takes longer than all else
-            return self._latest_operation[1]
+        known_number = self._operations_by_id.get(id(operation))
+        if known_number is not None:
+            return known_number
         number = self._operation_numbers.setdefault(operation, len(self.operations))
         if number == len(self.operations):
             self.operations.append(operation)
@@ -240,7 +241,7 @@ class MergeGraph:
             self._operation_accesses.append(
                 tuple(known.setdefault(access, len(known)) for access in operation.accesses)
             )
-        self._latest_operation = operation, number
+            self._operations_by_id[id(operation)] = number
         return number
 
     def add_results(self, node: int, results: Iterable[tuple[DType, tuple[int, ...]]]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ...errors import CheckpointError
 from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
-from ...io.safetensors.table import class_of
+from ...io.safetensors.table import NameSet, class_of
 from ...io.safetensors.tensors import TensorClass, TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
@@ -67,6 +67,7 @@ class TensorRules:
         graph: the graph that receives the tensors.
         usage: record of the used input tensors.
         seed: seed for methods that sample.
+        donor: tensors of the donor, which most output tensors have the names of.
 
     Attributes:
         buffers: the buffers among the tensors, which are compared between the models.
@@ -79,6 +80,7 @@ class TensorRules:
         graph: MergeGraph,
         usage: TensorUsage,
         seed: int,
+        donor: Mapping[str, TensorRef],
     ) -> None:
         self.partial: list[PartialTensor] = []
         self._output_dtype = stage.out_dtype or stage.dtype
@@ -89,7 +91,7 @@ class TensorRules:
         self._usage = usage
         self._seed = seed
         self.buffers = BufferChecks(graph.models)
-        self._written: set[str] = set()
+        self._written = NameSet(donor)
         self._operations: dict[Hashable, Operation] = {}
         self._resolved: dict[Hashable, _Resolved] = {}
         self._known: dict[tuple[object, ...], _Resolved] = {}  # by slice and the addresses of the inputs' classes
@@ -270,11 +272,10 @@ class TensorRules:
 
     def _check_unwritten(self, name: str) -> None:
         """Record the name of an output tensor. Raises CheckpointError if it is there already."""
-        if name in self._written:
+        if not self._written.add(name):
             raise CheckpointError(
                 f"two tensors of the output have the name {name}: each must come from a single part of the recipe"
             )
-        self._written.add(name)
 
     def _mark_unused(self, inputs: Iterable[Input], chosen: Input, reason: str) -> None:
         for each in inputs:

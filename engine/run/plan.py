@@ -221,7 +221,9 @@ class Plan:
         """Return for each model the bytes of its used tensors, and the bytes read from it, kernel copies included."""
         graph = self.built.graph
         counts = bytes_of_models(graph, read)
-        owners = {ref.file: model for model, ref in zip(graph.read_models, graph.reads, strict=True)}
+        files, _ = graph.reads.places() if self.transfers else ((), ())
+        models = graph.read_models if self.transfers else ()
+        owners = dict(zip(map(graph.reads.files.__getitem__, files), models, strict=True))
         for transfer in self.transfers:
             used, total = counts[owners[transfer.file]]
             counts[owners[transfer.file]] = used, total + transfer.nbytes - transfer.shared

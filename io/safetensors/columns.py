@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
+from sys import intern
 from typing import NamedTuple
 
 from .dtypes import DTYPES
@@ -71,6 +72,7 @@ def parse_columns(raw: bytes | memoryview) -> Columns | None:
     found = [each for each in map(_class_of, dtypes, shapes) if each is not None]
     if begin + length != len(text) or len(found) != len(names) or "__metadata__" in names:
         return None
+    names = tuple(map(intern, names))  # the index and other models have the same names
     expected = list(accumulate([each.nbytes for each in found]))
     if begins[0] != "0" or begins[1:] != ends[:-1] or list(map(int, ends)) != expected or len(set(names)) != len(names):
         return None

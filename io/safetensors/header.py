@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isinf, prod
 from pathlib import Path
+from sys import intern
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -147,7 +148,7 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
 
 def _parse_any(raw: bytes, start: int, file_size: int, file: Path) -> Header:
     """Parse a header of any form, with the data at `start`; see `parse_header`."""
-    document = _parse_json(raw, start, file)
+    document = {intern(name): entry for name, entry in _parse_json(raw, start, file).items()}
     metadata = _check_metadata(document.pop(_METADATA, None), file)
     in_order, last = True, start
     for name, entry in document.items():

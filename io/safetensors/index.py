@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from sys import intern
 from typing import Any
 
 from ...errors import CheckpointError
@@ -72,7 +73,7 @@ def _scan(raw: bytes) -> dict[str, str] | None:
                 return None
             if shard not in shards:
                 shards[shard] = shard.decode()
-            weight_map[name.decode()] = shards[shard]
+            weight_map[intern(name.decode())] = shards[shard]  # a header has the same name
             end = match.end()
             count += 1
             if closed:

@@ -11,8 +11,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from itertools import groupby
-from operator import eq
+from operator import is_
 from pathlib import Path
+from sys import intern
 
 from .tensors import TensorClass, TensorRef
 
@@ -42,7 +43,7 @@ class TensorTable(Mapping[str, TensorRef]):
         for file, group in groupby(tensors.items(), lambda item: item[1].file):
             names, refs = zip(*group, strict=True)
             classes = [TensorClass(ref.dtype, ref.shape, ref.nbytes) for ref in refs]
-            table.add(file, names, classes, [ref.offset for ref in refs])
+            table.add(file, tuple(map(intern, names)), classes, [ref.offset for ref in refs])
         return table
 
     def add(self, file: Path, names: Collection[str], classes: Sequence[TensorClass], offsets: Iterable[int]) -> None:
@@ -50,7 +51,7 @@ class TensorTable(Mapping[str, TensorRef]):
 
         Args:
             file: the safetensors file.
-            names: the names.
+            names: the names, interned.
             classes: the class of each tensor.
             offsets: the position of each tensor's first byte in the file, in bytes.
         """
@@ -83,12 +84,12 @@ class TensorTable(Mapping[str, TensorRef]):
         return self._rows.keys().isdisjoint(other._rows)
 
     def share_names(self, other: TensorTable) -> None:
-        """Use the strings of another table for equal names, so that they are in memory once."""
-        if len(self) == len(other) and all(map(eq, self._rows, other._rows)):
-            self._rows = other._rows  # neither table may change from now on
-        else:
-            known = dict(zip(other._rows, other._rows, strict=True))
-            self._rows = {known.get(name, name): row for name, row in self._rows.items()}
+        """Store the rows of the names once if another table has the same ones; neither table may change afterwards.
+
+        The names themselves are interned, so they are in memory once in any case.
+        """
+        if len(self) == len(other) and all(map(is_, self._rows, other._rows)):
+            self._rows = other._rows
 
     def shares_names(self, other: TensorTable) -> bool:
         """Whether `share_names` found that two tables have the same names in the same order."""
@@ -117,6 +118,10 @@ class TensorTable(Mapping[str, TensorRef]):
             for row in range(first, end):
                 found = self.classes[self._members[row]]
                 yield TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
+
+    def row(self, name: str) -> int | None:
+        """The position of a tensor in the table; None if it has no tensor of this name."""
+        return self._rows.get(name)
 
     def place(self, name: str) -> tuple[Path, int, TensorClass]:
         """The file of a tensor, its offset there in bytes, and its class. Raises KeyError."""
@@ -168,6 +173,32 @@ class _Values(ValuesView[TensorRef]):
 
     def __iter__(self) -> Iterator[TensorRef]:
         return self._mapping.refs()
+
+
+class NameSet:
+    """Names of which most are in a table: one byte for each that is.
+
+    Args:
+        tensors: the tensors with most of the names; nothing is saved unless they are in a table.
+    """
+
+    __slots__ = ("_added", "_others", "_tensors")
+
+    def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
+        self._tensors = tensors if isinstance(tensors, TensorTable) else TensorTable()
+        self._added = bytearray(len(self._tensors))  # by row
+        self._others: set[str] = set()
+
+    def add(self, name: str) -> bool:
+        """Add a name; returns whether it is new."""
+        row = self._tensors.row(name)
+        if row is None:
+            new = name not in self._others
+            self._others.add(name)
+            return new
+        new = not self._added[row]
+        self._added[row] = 1
+        return new
 
 
 def described(

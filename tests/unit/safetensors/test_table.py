@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergeloom.io.safetensors.dtypes import BF16, F32
-from mergeloom.io.safetensors.table import TensorTable, class_of, described
+from mergeloom.io.safetensors.table import NameSet, TensorTable, class_of, described
 from mergeloom.io.safetensors.tensors import TensorClass, TensorRef
 
 BYTES_OF_A_TENSOR = 80
@@ -71,7 +71,7 @@ def test_a_table_is_a_mapping_of_references(first: dict[str, TensorRef], second:
 
 
 @given(files(), st.booleans())
-def test_names_are_shared_without_changing_a_table(refs: dict[str, TensorRef], reverse: bool) -> None:
+def test_tables_share_names_only_in_the_same_order(refs: dict[str, TensorRef], reverse: bool) -> None:
     ours = {name: refs[name] for name in (sorted(refs, reverse=True) if reverse else refs)}
     copies = {"".join(list(name)): ref for name, ref in ours.items()}
     first, second = TensorTable.of(refs), TensorTable.of(copies)
@@ -79,7 +79,15 @@ def test_names_are_shared_without_changing_a_table(refs: dict[str, TensorRef], r
     assert list(second.items()) == list(ours.items())
     assert second.shares_names(first) is (list(ours) == list(refs))
     known = {id(name) for name in first}
-    assert all(id(name) in known for name in second)
+    assert all(id(name) in known for name in second)  # interned
+
+
+@given(files(), st.lists(st.sampled_from(["t0", "t1", "t2", "x", "y"])), st.booleans())
+def test_a_set_of_names_knows_what_was_added(refs: dict[str, TensorRef], names: list[str], in_table: bool) -> None:
+    found, expected = NameSet(TensorTable.of(refs) if in_table else refs), set[str]()
+    for name in names:
+        assert found.add(name) is (name not in expected)
+        expected.add(name)
 
 
 def test_tables_with_other_names_do_not_share_them() -> None:
