@@ -77,8 +77,10 @@ class Outputs(Sequence[Output]):
         """
         return map(values.__getitem__, self.nodes)
 
-    def in_folder(self, folder: str) -> list[int]:
+    def in_folder(self, folder: str) -> Sequence[int]:
         """The numbers of the outputs in a folder."""
+        if [folder] == [name for _, name in self._folders]:
+            return range(len(self.names))
         bounds = pairwise([*(first for first, _ in self._folders), len(self.names)])
         runs = zip(self._folders, bounds, strict=True)
         return list(chain.from_iterable(range(*run) for (_, name), run in runs if name == folder))

@@ -86,6 +86,7 @@ class MergeGraph:
             shapes, and with the same repetitions among their sources. A mixture of experts has a dozen classes, so what
             depends on the class alone is computed once.
         class_nodes: for each class, its first node.
+        shares_reads: whether any read is a source of several nodes.
         outputs: the output tensors, in the order of the model.
         footprints: for each measured class, the memory of a compute thread (see `cost.measure_memory`).
     """
@@ -103,11 +104,14 @@ class MergeGraph:
         self.node_key = array("Q")
         self.node_class = array("I")
         self.class_nodes: list[int] = []
+        self.shares_reads = False
         self._class_places: list[tuple[int, ...]] = []
         self.outputs = Outputs()
         self.footprints: dict[int, Footprint] = {}
-        self._latest_reads: dict[str, int] = {}  # by name
-        self._earlier_reads = array("i")  # for each read, the one before it with the same name; -1 if it is the first
+        self._read_numbers: dict[tuple[int, str], int] = {}
+        self._row_numbers: dict[
+            int, array[int]
+        ] = {}  # for each model and row of its table, the read; -1 if it has none
         self._operation_numbers: dict[Operation, int] = {}
         self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
         self._first_users = array("i")  # by read; -1 if there is none
@@ -115,39 +119,42 @@ class MergeGraph:
         self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
         self._class_numbers: dict[tuple[object, ...], int] = {}
         self._uses_nodes = False  # whether any source is a node
+        self._used = bytearray()  # for each read, whether a node uses it
         self._results: dict[int, tuple[int, ...]] = {}
         self._access_numbers: dict[Access, int] = {ALIGNED: 0}
         self._operation_accesses: list[tuple[int, ...]] = []  # by operation; empty if all are aligned
 
     def add_read(self, model: int, name: str, ref: TensorRef) -> int:
         """Add the read of tensor `name` of a model, or find it; returns the read number."""
-        number = self._find_read(model, name)
+        number = self._read_numbers.setdefault((model, name), len(self.reads))
         if number == len(self.reads):
             self.reads.append(ref)
+            self._append_read(model, name)
         return number
 
     def add_stored(self, model: int, name: str, tensors: Mapping[str, TensorRef]) -> int:
-        """Add the read of tensor `name` of a model with these tensors, or find it; returns the read number."""
+        """Add the read of tensor `name` of a model that has these tensors, or find it; returns the read number.
+
+        Of one model, the reads of all tensors are added in this way, or none of them.
+        """
         if not isinstance(tensors, TensorTable):
             return self.add_read(model, name, tensors[name])
-        number = self._find_read(model, name)
-        if number == len(self.reads):
-            self.reads.append_stored(*tensors.place(name))
+        numbers = self._row_numbers.get(model)
+        if numbers is None:
+            numbers = self._row_numbers[model] = array("i", [-1]) * len(tensors)
+        row = tensors.row(name)
+        number = numbers[row]
+        if number < 0:
+            number = numbers[row] = len(self.reads)
+            self.reads.append_stored(*tensors.place(row))
+            self._append_read(model, name)
         return number
 
-    def _find_read(self, model: int, name: str) -> int:
-        """The number of a read; the next number if it is new, which is recorded."""
-        latest = number = self._latest_reads.get(name, -1)
-        while number >= 0:  # over models that have the name
-            if self.read_models[number] == model:
-                return number
-            number = self._earlier_reads[number]
-        number = self._latest_reads[name] = len(self.reads)
-        self._earlier_reads.append(latest)
-        self._first_users.append(-1)
+    def _append_read(self, model: int, name: str) -> None:
         self.read_models.append(model)
         self.read_names.append(name)
-        return number
+        self._first_users.append(-1)
+        self._used.append(0)
 
     def add_node(
         self,
@@ -209,8 +216,15 @@ class MergeGraph:
         self.node_shape.append(shape)
         self.node_key.append(key)
         node = len(self.node_operation) - 1
-        self._uses_nodes |= min(sources) < 0
-        repeated = tuple(map(sources.index, sources)) if len(set(sources)) < len(sources) else ()
+        distinct = set(sources)
+        for value in distinct:
+            if value < 0:
+                self._uses_nodes = True
+            elif self._used[value]:
+                self.shares_reads = True
+            else:
+                self._used[value] = 1
+        repeated = tuple(map(sources.index, sources)) if len(distinct) < len(sources) else ()
         kind = (number, dtype.name, shape, repeated, *map(self._class_of_value, sources))
         self.node_class.append(self._class_numbers.setdefault(kind, len(self.class_nodes)))
         if self.node_class[node] == len(self.class_nodes):
@@ -261,7 +275,7 @@ class MergeGraph:
         """Add the output tensor `name` of a node, in a folder of OUT or in OUT itself."""
         self.outputs.add(name, node, group, folder)
 
-    def outputs_in(self, folder: str) -> list[int]:
+    def outputs_in(self, folder: str) -> Sequence[int]:
         """The numbers of the outputs in a folder of OUT, or in OUT itself."""
         return self.outputs.in_folder(folder)
 
@@ -285,10 +299,10 @@ class MergeGraph:
         """All node numbers."""
         return range(len(self.node_operation))
 
-    def tasks(self) -> list[int]:
+    def tasks(self) -> Sequence[int]:
         """The nodes that are executed: all but those of kind `RESULT`."""
         if all(operation.kind is not Kind.RESULT for operation in self.operations):
-            return list(self.nodes())
+            return self.nodes()
         return [node for node in self.nodes() if self.operation(node).kind is not Kind.RESULT]
 
     def results(self, node: int) -> tuple[int, ...]:

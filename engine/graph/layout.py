@@ -11,14 +11,13 @@ not worth it, go after longer ones or among the computed tensors, in shards whos
 from __future__ import annotations
 
 import json
-import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from ...errors import UsageError
-from ...io.safetensors.dtypes import DType
 from ...io.safetensors.header import build_header
 from .graph import Kind, MergeGraph
 
@@ -40,7 +39,7 @@ class Shard:
         outputs: numbers of the output tensors in the file, by offset.
         nbytes: size of the file in bytes, including the header.
         computed: ranges (offset, bytes) that are computed rather than copied.
-        packed: the final header, compressed to a tenth: the headers of 250,000 tensors have 34 MB.
+        build: function that builds the final header. The headers of 250,000 tensors have 34 MB, so they aren't kept.
     """
 
     name: str
@@ -48,12 +47,12 @@ class Shard:
     outputs: array[int] = field(repr=False)
     nbytes: int
     computed: tuple[tuple[int, int], ...] = field(repr=False)
-    packed: bytes = field(repr=False)
+    build: Callable[[], bytes] = field(repr=False)
 
     @property
     def header(self) -> bytes:
-        """The final header, which is unpacked at every use."""
-        return zlib.decompress(self.packed)
+        """The final header, which is built at every use."""
+        return self.build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,14 +252,10 @@ def _build(
 ) -> list[Shard]:
     """Build the shards of one folder, which follow those of `layout`, and add their outputs' locations to it."""
     built = []
-    names, nodes = graph.outputs.names, graph.outputs.nodes
     for index, shard in enumerate(shards):
-        entries: list[tuple[str, DType, Sequence[int]]] = [
-            (names[number], graph.node_dtype[nodes[number]], graph.node_shape[nodes[number]])
-            for number in shard.outputs
-        ]
-        header = build_header(entries, metadata, data_offset_modulo=shard.residue)
-        offset = len(header)
+        outputs = array("I", shard.outputs)
+        build = partial(_build_header, graph, outputs, metadata, shard.residue)
+        data_start = offset = len(build())
         computed: list[tuple[int, int]] = []
         for number in shard.outputs:
             layout.shard_of[number], layout.offset_of[number] = len(layout.shards) + index, offset
@@ -272,6 +267,12 @@ def _build(
             offset += sizes[number]
         name = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         path = f"{folder}/{name}" if folder else name
-        packed = zlib.compress(header, 1)
-        built.append(Shard(path, len(header), array("I", shard.outputs), offset, tuple(computed), packed))
+        built.append(Shard(path, data_start, outputs, offset, tuple(computed), build))
     return built
+
+
+def _build_header(graph: MergeGraph, outputs: Sequence[int], metadata: dict[str, str], residue: int) -> bytes:
+    """Build the header of a shard with these outputs, whose data starts at an offset modulo BLOCK."""
+    names, nodes = graph.outputs.names, graph.outputs.nodes
+    entries = ((names[n], graph.node_dtype[nodes[n]], graph.node_shape[nodes[n]]) for n in outputs)
+    return build_header(entries, metadata, data_offset_modulo=residue)

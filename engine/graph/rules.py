@@ -139,18 +139,17 @@ class TensorRules:
         """
         if part.parameters.constant is None or None in names:
             return False
-        sources = [(model, own) for model, own in zip(part.models, names, strict=True) if own is not None]
-        kinds = [class_of(model.checkpoint.tensors, own) for model, own in sources]
+        tensors = [model.checkpoint.tensors for model in part.models]
+        kinds = [class_of(each, own or "") for each, own in zip(tensors, names, strict=True)]
         found = self._known.get((part, *map(id, kinds)))
         if found is None or is_buffer(name, kinds[0].shape):
             return False
-        if len(found.kept) < len(sources):
-            for index, (model, own) in enumerate(sources):
-                if index not in found.kept:
-                    self._usage.mark_unused(model, own, found.reason)
-            sources = [sources[index] for index in found.kept]
+        for index, own in enumerate(names) if len(found.kept) < len(names) else ():
+            if index not in found.kept:
+                self._usage.mark_unused(part.models[index], own or "", found.reason)
         self._check_unwritten(name)
-        reads = [self._graph.add_stored(model.number, own, model.checkpoint.tensors) for model, own in sources]
+        add_stored = self._graph.add_stored
+        reads = [add_stored(part.models[index].number, names[index] or "", tensors[index]) for index in found.kept]
         key = self._random_key(name) if found.random else 0
         self._graph.add_output(name, self._graph.add_node(found.operation, tuple(reads), found.dtype, key), group)
         return True

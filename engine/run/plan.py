@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -232,7 +233,7 @@ class Plan:
     def output_dict(self, made: OutputModel | None = None) -> dict[str, Any]:
         """Return one of the models that are written, by default the output, as plain data. Sizes are in bytes."""
         graph, made = self.built.graph, made or self.made[0]
-        nodes = list(map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
+        nodes = array("I", map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
         elements, sizes = graph.by_class(graph.elements), graph.by_class(graph.nbytes)
         return {
             "tensors": len(nodes),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, replace
 
 from ...errors import BudgetError, MergeloomError
+from ...io.platform import return_large_blocks
 from ...io.reading import check_descriptors
 from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
@@ -63,6 +64,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
 def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Plan:
     """Plan the merge of a recipe; an error has the warnings about the models that were found before it."""
     check_descriptors()
+    return_large_blocks()  # before checkpoints are opened, whose indexes take much memory for a moment
     check_paths(loaded)
     stage = loaded.output
     opened: dict[ModelReference, Checkpoint] = {}

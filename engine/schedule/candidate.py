@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ..graph.extents import bytes_of_chunks, output_width
@@ -100,7 +100,7 @@ class Candidate:
     ram_slots: int
     vram_slots: tuple[int, ...]
     first: dict[int, int]
-    left: set[int]
+    left: Set[int] | Sequence[int]
     simulation: Simulation
 
     def unique_bytes(self, graph: MergeGraph) -> int:
@@ -139,8 +139,10 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     ram_slots = ram // slot
     vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
     first = _first_chunks(graph, chunks, done)
-    left = {node for node in graph.tasks() if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    left -= _needless(graph, left)
+    left: Set[int] | Sequence[int] = graph.tasks()
+    if first:
+        left = {node for node in left if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
+        left -= _needless(graph, left)
     window = problem.needs[0].window
     best: Simulation | None = None  # the others are not kept: each has all steps of the merge
     for order in orders(graph):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from ..graph.graph import MergeGraph
 from .tiling import clusters
 
 
-def orders(graph: MergeGraph) -> list[list[int]]:
+def orders(graph: MergeGraph) -> list[Sequence[int]]:
     """Return orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
     names = graph.reads.files
     ranks = {number: rank for rank, number in enumerate(sorted(range(len(names)), key=names.__getitem__))}
@@ -21,11 +22,11 @@ def orders(graph: MergeGraph) -> list[list[int]]:
         read = value if value >= 0 else graph.reads_of(node)[0]
         return ranks[files[read]] << 64 | offsets[read]
 
-    def with_sources(order: list[int]) -> list[int]:
+    def with_sources(order: Sequence[int]) -> Sequence[int]:
         """Put each node right before the first one that uses it."""
         return _sources_first(graph, [node for node in order if node not in users]) if users else order
 
-    by_position = sorted(tasks, key=position)
+    by_position = array("I", sorted(tasks, key=position))
     if not clusters(graph):
         return [by_position]
     consumers = graph.consumers()

@@ -196,7 +196,7 @@ class Simulation:
     def _shared_reads(self, order: Sequence[int]) -> bytearray:
         """Return for each read whether several of the nodes use it: 0 or 1. Most models share few reads, if any."""
         seen, shared = bytearray(len(self.graph.reads)), bytearray(len(self.graph.reads))
-        for node in order:
+        for node in order if self.graph.shares_reads else ():
             for read in dict.fromkeys(self.graph.node_sources[node]):
                 if read >= 0:
                     shared[read] |= seen[read]

@@ -136,7 +136,7 @@ def _staged_length(graph: MergeGraph, node: int, chunk: int, alignment: int, slo
 def clusters(graph: MergeGraph) -> list[list[int]]:
     """Return the groups of two or more nodes that are connected by common sources, or as source and consumer."""
     users = graph.users()
-    if not users and not shares_reads(graph):
+    if not users and not graph.shares_reads:
         return []
     consumers = graph.consumers()
     seen: set[int] = set()
@@ -158,15 +158,3 @@ def clusters(graph: MergeGraph) -> list[list[int]]:
         if len(cluster) > 1:
             groups.append(sorted(cluster))
     return groups
-
-
-def shares_reads(graph: MergeGraph) -> bool:
-    """Return whether any read is a source of several nodes."""
-    seen = bytearray(len(graph.reads))
-    for sources in graph.node_sources:
-        for value in sources if len(sources) == 1 else dict.fromkeys(sources):
-            if value >= 0:
-                if seen[value]:
-                    return True
-                seen[value] = 1
-    return False

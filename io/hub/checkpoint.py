@@ -149,7 +149,7 @@ def _open(repository: Repository) -> HubCheckpoint:
     if index is None:
         remarks = check_file_set(snapshot, shards)
         headers = _read_headers([files[name] for name in shards], {})
-        tensors = merge_headers([files[name].path for name in shards], headers)
+        tensors, metadata = merge_headers([files[name].path for name in shards], headers)
     else:
         weight_map = read_weight_map(snapshot / index)
         shards = sorted(set(weight_map.values()))
@@ -160,13 +160,11 @@ def _open(repository: Repository) -> HubCheckpoint:
                 f"{', '.join(map(quoted, absent[:4]))}: the upload is unfinished, or they are in another revision"
             )
         headers = _read_headers([files[name] for name in shards], _expected_lengths(weight_map))
-        tensors, remarks = follow_index(snapshot / index, weight_map, [files[name].path for name in shards], headers)
+        paths = [files[name].path for name in shards]
+        tensors, metadata, remarks = follow_index(snapshot / index, weight_map, paths, headers)
         remarks += unlisted_shards(index, shards)
     if not tensors:
         raise CheckpointError(f"{snapshot}: contains no tensors (searched {', '.join(map(quoted, shards[:4]))})")
-    metadata: dict[str, str] = {}
-    for header in headers:
-        metadata = {**header.metadata, **metadata}
     used = set(shards)
     ignored = [name for name in names if name.endswith(".safetensors") and name not in used]
     remarks += stray_files(index, ignored)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from ..open_source import quoted
 from ..reading import FileStamps, stat_fingerprints
 from ..small_files import read_json
 from .file_sets import ADAPTER, SINGLE, check_file_set, stray_files, unlisted_shards
-from .header import Header, read_header
+from .header import Header, parse_header, read_header, read_raw_header
 from .index import follow_index, merge_headers, read_weight_map
 from .other_weights import PICKLES, describe_no_weights, describe_pickles, listed_names
 from .tensors import TensorRef
@@ -30,7 +31,8 @@ INDEX = "model" + INDEX_SUFFIX
 """The file that maps each tensor to its shard."""
 SECONDARY = ("consolidated", ADAPTER)
 """Prefixes of files that are used only if there are no others: a copy of the weights in another format, an adapter."""
-_THREADS = 8  # to hide the latency of a network file system; parsing holds the GIL anyway
+_THREADS = 8  # to hide the latency of a network file system
+_AHEAD = 4 * _THREADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +89,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if index is None:
         remarks = check_file_set(path, [file.name for file in files]) if path.is_dir() else []
         stamps = stat_fingerprints(files)
-        headers = _read_headers(files)
-        tensors = merge_headers(files, headers)
+        tensors, metadata = merge_headers(files, _read_headers(files))
     else:
         weight_map = read_weight_map(index)
         files = _find_shards(index, sorted(set(weight_map.values())))
         stamps = stat_fingerprints(files)
-        headers = _read_headers(files)
-        tensors, remarks = follow_index(index, weight_map, files, headers)
+        tensors, metadata, remarks = follow_index(index, weight_map, files, _read_headers(files))
         remarks += unlisted_shards(index.name, (file.name for file in files))
     if not tensors:
         raise CheckpointError(f"{path}: contains no tensors (searched {listed_names(file.name for file in files)})")
-    metadata: dict[str, str] = {}
-    for header in headers:
-        metadata = {**header.metadata, **metadata}
     present = [directory / name for name in _list_names(directory) if name.endswith(_SUFFIX)] if path.is_dir() else []
     used = set(files)
     ignored = tuple(file for file in present if file not in used)
@@ -214,13 +211,21 @@ def _find_shards(index: Path, shards: Sequence[str]) -> list[Path]:
 # ------------------------------------------------------------------------------------------------ headers
 
 
-def _read_headers(files: Sequence[Path]) -> list[Header]:
+def _read_headers(files: Sequence[Path]) -> Iterator[Header]:
+    """Read headers in the order of their files, a few at a time in advance: all at once would take more memory.
+
+    Other threads only read: memory that they allocate for parsed headers would not be reused by this one.
+    """
     if len(files) == 1:
-        return [read_header(files[0])]
+        yield read_header(files[0])
+        return
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as pool:
-        pending = [pool.submit(read_header, file) for file in files]
+        pending: deque[Future[tuple[bytes, int]]] = deque()
         try:
-            return [future.result() for future in pending]  # the error of the first bad file
-        except BaseException:
+            for number, file in enumerate(files):
+                while len(pending) < _AHEAD and number + len(pending) < len(files):
+                    pending.append(pool.submit(read_raw_header, files[number + len(pending)]))
+                raw, size = pending.popleft().result()
+                yield parse_header(raw, size, file=file)
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise

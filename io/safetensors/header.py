@@ -86,9 +86,20 @@ def read_header(file: Path) -> Header:
         CheckpointError: the file is missing, not readable, or breaks a rule of the format.
         EnvironmentFailure: reading failed.
     """
+    raw, size = read_raw_header(file)
+    return parse_header(raw, size, file=file)
+
+
+def read_raw_header(file: Path) -> tuple[bytes, int]:
+    """Read the header of a safetensors file without parsing it; returns it and the size of the file in bytes.
+
+    Raises:
+        CheckpointError: the file is missing, not readable, or too short for its header.
+        EnvironmentFailure: reading failed.
+    """
     with open_source(file) as (descriptor, size):
         start = read_data_start(descriptor, size, file=file)
-        return parse_header(read_range(descriptor, 0, start, file=file), size, file=file)
+        return read_range(descriptor, 0, start, file=file), size
 
 
 # ------------------------------------------------------------------------------------------------ parsing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from sys import intern
 from typing import Any
@@ -20,10 +20,10 @@ MAX_INDEX_BYTES = 256_000_000
 """The maximum size of an index in bytes, enough for about 2,000,000 tensors."""
 
 _SUFFIX = ".safetensors"
-_KEY = b'"weight_map"'
-_SPACE, _STRING = rb"[ \t\n\r]*", rb'"([^"\\\x00-\x1f]*)"'
-_BEGIN = re.compile(rb"%b%b:%b\{(?=%b\")" % (_KEY, _SPACE, _SPACE, _SPACE))
-_ENTRY = re.compile(rb"%b%b%b:%b%b%b(?:,(?=%b\")|(\}))" % (_SPACE, _STRING, _SPACE, _SPACE, _STRING, _SPACE, _SPACE))
+_KEY = '"weight_map"'
+_SPACE, _STRING = r"[ \t\n\r]*", r'"([^"\\\x00-\x1f]*)"'
+_BEGIN = re.compile(rf'{_KEY}{_SPACE}:{_SPACE}\{{(?={_SPACE}")')
+_ENTRY = re.compile(rf'{_SPACE}{_STRING}{_SPACE}:{_SPACE}{_STRING}{_SPACE}(?:,(?={_SPACE}")|(\}}))')
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -60,25 +60,27 @@ def _scan(raw: bytes) -> dict[str, str] | None:
     A JSON parser would take several times the memory of the result: the objects of an index of 250,000 tensors would be
     most of the memory of a plan.
     """
-    begin = _BEGIN.search(raw)
-    if begin is None or raw.count(_KEY) != 1:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return None
+    begin = _BEGIN.search(text)
+    if begin is None or text.count(_KEY) != 1:
         return None
     weight_map: dict[str, str] = {}
-    shards: dict[bytes, str] = {}
+    shards: dict[str, str] = {}
     end, count, closed = begin.end(), 0, None
+    for match in _ENTRY.finditer(text, end):
+        name, shard, closed = match.groups()
+        if match.start() != end:
+            return None
+        weight_map[intern(name)] = shards.setdefault(shard, shard)  # a header has the same name
+        end = match.end()
+        count += 1
+        if closed:
+            break
     try:
-        for match in _ENTRY.finditer(raw, end):
-            name, shard, closed = match.groups()
-            if match.start() != end:
-                return None
-            if shard not in shards:
-                shards[shard] = shard.decode()
-            weight_map[intern(name.decode())] = shards[shard]  # a header has the same name
-            end = match.end()
-            count += 1
-            if closed:
-                break
-        rest = json.loads((raw[: begin.end()] + b"}" + raw[end:]).decode(), object_pairs_hook=_refuse_duplicates)
+        rest = json.loads(text[: begin.end()] + "}" + text[end:], object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError):
         return None
     is_complete = isinstance(rest, dict) and rest.get("weight_map") == {}
@@ -99,9 +101,14 @@ def _check_shard_name(index: Path, name: str, shard: str) -> str:
     return str(PurePosixPath(shard))  # "./x" and "x" are one file
 
 
-def merge_headers(files: Sequence[Path], headers: Sequence[Header]) -> TensorTable:
-    """Map names to tensors for files without an index. Raises CheckpointError if a name occurs twice."""
+def merge_headers(files: Sequence[Path], headers: Iterable[Header]) -> tuple[TensorTable, dict[str, str]]:
+    """Combine the headers of files without an index; returns the tensors and the metadata.
+
+    Raises:
+        CheckpointError: a name occurs twice.
+    """
     tensors = TensorTable()
+    metadata: dict[str, str] = {}
     for file, header in zip(files, headers, strict=True):
         for name in header.tensors if not tensors.isdisjoint(header.tensors) else ():
             if name in tensors:
@@ -110,13 +117,14 @@ def merge_headers(files: Sequence[Path], headers: Sequence[Header]) -> TensorTab
                     "which one to use: remove the file that doesn't belong to the model, or use the path of one file"
                 )
         tensors.extend(header.tensors)
-    return tensors
+        metadata = {**header.metadata, **metadata}
+    return tensors, metadata
 
 
 def follow_index(
-    index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Sequence[Header]
-) -> tuple[TensorTable, list[str]]:
-    """Map names to tensors for an index and its shards, with remarks on disagreements between the two.
+    index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Iterable[Header]
+) -> tuple[TensorTable, dict[str, str], list[str]]:
+    """Combine the headers of an index's shards; returns the tensors, the metadata, and remarks on disagreements.
 
     A tensor that the index doesn't list is part of the checkpoint: transformers takes only the shards' names from the
     index and loads all their tensors, so people know the model with this tensor. A tensor in several shards is taken
@@ -124,10 +132,12 @@ def follow_index(
     them, it is an error.
     """
     tensors = TensorTable()
+    metadata: dict[str, str] = {}
     shard_of = {index.parent / shard: shard for shard in set(weight_map.values())}
     unlisted: list[str] = []
-    copies: list[str] = []
+    copies: list[tuple[str, str]] = []  # names, and the files that the index doesn't name for them
     for file, header in zip(files, headers, strict=True):
+        metadata = {**header.metadata, **metadata}
         if set(map(weight_map.get, header.tensors)) <= {shard_of[file]}:
             tensors.extend(header.tensors)
             continue
@@ -142,14 +152,14 @@ def follow_index(
                     )
                 unlisted.append(name)
             elif listed != shard_of[file]:
-                copies.append(name)
+                copies.append((name, file.name))
                 continue
             chosen.append(name)
         tensors.extend(header.tensors.of_names(chosen))
     absent = [] if len(tensors) == len(weight_map) + len(unlisted) else [n for n in weight_map if n not in tensors]
     if absent:
         name = absent[0]
-        elsewhere = [file.name for file, header in zip(files, headers, strict=True) if name in header.tensors]
+        elsewhere = [found for copy, found in copies if copy == name]
         hint = f"; it is in {listed_names(elsewhere)} instead" if elsewhere else ""
         more = f" (and {len(absent) - 1} more such tensors)" if len(absent) > 1 else ""
         raise CheckpointError(
@@ -162,7 +172,6 @@ def follow_index(
             f"{index.name} doesn't list {listed_names(unlisted)}, which its files contain: used, like in transformers"
         )
     if copies:
-        remarks.append(
-            f"{listed_names(copies)}: in several files; the copy in the file that {index.name} names is used"
-        )
-    return tensors, remarks
+        names = listed_names(name for name, _ in copies)
+        remarks.append(f"{names}: in several files; the copy in the file that {index.name} names is used")
+    return tensors, metadata, remarks

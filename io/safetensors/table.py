@@ -9,13 +9,15 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
-from itertools import groupby
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from itertools import groupby, islice
 from operator import is_
 from pathlib import Path
 from sys import intern
 
 from .tensors import TensorClass, TensorRef
+
+_AT_ONCE = 512
 
 
 class TensorTable(Mapping[str, TensorRef]):
@@ -25,7 +27,7 @@ class TensorTable(Mapping[str, TensorRef]):
         classes: the classes of the tensors, each once.
     """
 
-    __slots__ = ("_files", "_firsts", "_members", "_numbers", "_offsets", "_rows", "classes")
+    __slots__ = ("_components", "_files", "_firsts", "_members", "_numbers", "_offsets", "_rows", "classes")
 
     def __init__(self) -> None:
         self.classes: list[TensorClass] = []
@@ -35,6 +37,7 @@ class TensorTable(Mapping[str, TensorRef]):
         self._offsets = array("Q")
         self._files: list[Path] = []
         self._firsts: list[int] = []  # the first row of each file
+        self._components: set[str] = set()  # see `components`; empty until it is called
 
     @classmethod
     def of(cls, tensors: Mapping[str, TensorRef]) -> TensorTable:
@@ -89,7 +92,7 @@ class TensorTable(Mapping[str, TensorRef]):
         The names themselves are interned, so they are in memory once in any case.
         """
         if len(self) == len(other) and all(map(is_, self._rows, other._rows)):
-            self._rows = other._rows
+            self._rows, self._components = other._rows, other._components
 
     def shares_names(self, other: TensorTable) -> bool:
         """Whether `share_names` found that two tables have the same names in the same order."""
@@ -119,13 +122,12 @@ class TensorTable(Mapping[str, TensorRef]):
                 found = self.classes[self._members[row]]
                 yield TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
 
-    def row(self, name: str) -> int | None:
-        """The position of a tensor in the table; None if it has no tensor of this name."""
-        return self._rows.get(name)
+    def row(self, name: str) -> int:
+        """The position of a tensor in the table; -1 if it has no tensor of this name."""
+        return self._rows.get(name, -1)
 
-    def place(self, name: str) -> tuple[Path, int, TensorClass]:
-        """The file of a tensor, its offset there in bytes, and its class. Raises KeyError."""
-        row = self._rows[name]
+    def place(self, row: int) -> tuple[Path, int, TensorClass]:
+        """The file of the tensor at a position, its offset there in bytes, and its class."""
         return self._files[bisect_right(self._firsts, row) - 1], self._offsets[row], self.classes[self._members[row]]
 
     def items(self) -> ItemsView[str, TensorRef]:
@@ -137,7 +139,7 @@ class TensorTable(Mapping[str, TensorRef]):
         return _Values(self)
 
     def __getitem__(self, name: str) -> TensorRef:
-        file, offset, found = self.place(name)
+        file, offset, found = self.place(self._rows[name])
         return TensorRef(file, offset, found.nbytes, found.dtype, found.shape)
 
     def __contains__(self, name: object) -> bool:
@@ -192,7 +194,7 @@ class NameSet:
     def add(self, name: str) -> bool:
         """Add a name; returns whether it is new."""
         row = self._tensors.row(name)
-        if row is None:
+        if row < 0:
             new = name not in self._others
             self._others.add(name)
             return new
@@ -213,6 +215,24 @@ def described(
     if isinstance(tensors, TensorTable):
         return tensors.described(wanted)
     return ((name, ref) for name, ref in tensors.items() if wanted(ref))
+
+
+def components(tensors: Mapping[str, TensorRef]) -> Set[str]:
+    """The components of all names, which dots separate; found once for tables that share names."""
+    if not isinstance(tensors, TensorTable):
+        return _components(tensors)
+    if not tensors._components:
+        tensors._components.update(_components(tensors))
+    return tensors._components
+
+
+def _components(names: Iterable[str]) -> set[str]:
+    """The components of names. Many names are split at once, which is faster."""
+    found: set[str] = set()
+    remaining = iter(names)
+    while some := tuple(islice(remaining, _AT_ONCE)):
+        found.update(".".join(some).split("."))
+    return found
 
 
 def class_of(tensors: Mapping[str, TensorRef], name: str) -> TensorClass | TensorRef:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from ....io.open_source import quoted
 from ....io.safetensors.checkpoint import Checkpoint
 from ....io.safetensors.dtypes import Kind
 from ....io.safetensors.file_sets import ADAPTER, shard_number
-from ....io.safetensors.table import described
+from ....io.safetensors.table import components, described
 from ....io.small_files import read_json
 from ....io.units import listed, plural
 from ..roles import is_buffer
@@ -72,7 +71,6 @@ _CONTROL_PARTS = frozenset(
 """Components of tensor names that only control nets have: diffusers', XLabs', and the original ones."""
 _EMBEDDING_NAMES = frozenset(["emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param.*", "string_to_token.*"])
 """Names of all tensors of a textual inversion, except for diffusers', which uses the token in angle brackets."""
-_AT_ONCE = 512
 _MODEL_FILES = ("model", "pytorch_model", "diffusion_pytorch_model", "consolidated")
 
 
@@ -93,7 +91,7 @@ def check_is_model(name: str, checkpoint: Checkpoint) -> None:
 
 def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
     """The reasons why a checkpoint is not a model that can be merged, as texts that continue its name."""
-    parts = _components(checkpoint.tensors)
+    parts = components(checkpoint.tensors)
     if (evidence := _adapter_evidence(checkpoint, parts)) is not None:
         yield _describe_adapter(checkpoint, evidence)
     for words, what, advice in (
@@ -114,15 +112,6 @@ def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
         )
     yield from wrapped_names(checkpoint, parts)
     yield from _empty_tensors(checkpoint)
-
-
-def _components(names: Iterable[str]) -> set[str]:
-    """The components of names. Many names are split at once, which is faster."""
-    parts: set[str] = set()
-    remaining = iter(names)
-    while some := tuple(islice(remaining, _AT_ONCE)):
-        parts.update(".".join(some).split("."))
-    return parts
 
 
 def _example(checkpoint: Checkpoint, parts: Collection[str]) -> str:
