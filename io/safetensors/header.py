@@ -9,9 +9,10 @@ starts with "Stricter" says why.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isinf, prod
+from math import prod
 from pathlib import Path
 from sys import intern
 from types import MappingProxyType
@@ -21,8 +22,9 @@ from ...errors import CheckpointError
 from ..open_source import open_source, quoted, read_range
 from .columns import parse_columns
 from .dtypes import DTYPES, DType
+from .strict_json import parse_strictly
 from .table import TensorTable
-from .tensors import TensorRef
+from .tensors import TensorClass, TensorRef
 
 MAX_JSON_BYTES = 100_000_000
 """The format's limit on the size of the header's JSON in bytes."""
@@ -58,17 +60,30 @@ _FOREIGN = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed safetensors header.
+    """A parsed safetensors header: the tensors in columns, ordered by offset.
 
     Args:
-        tensors: the tensors by name, ordered by offset.
+        file: the file.
+        names: the names, interned.
+        classes: the class of each tensor.
+        offsets: the position of each tensor's first byte in the file, in bytes.
         metadata: the strings in ``__metadata__``; empty if there are none.
         data_start: the offset of the tensor data in the file, in bytes.
     """
 
-    tensors: TensorTable
+    file: Path
+    names: Sequence[str]
+    classes: Sequence[TensorClass]
+    offsets: Sequence[int]
     metadata: Mapping[str, str]
     data_start: int
+
+    @property
+    def tensors(self) -> TensorTable:
+        """The tensors by name, in a table of their own."""
+        table = TensorTable()
+        table.add(self.file, self.names, self.classes, self.offsets)
+        return table
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -151,9 +166,8 @@ def parse_header(raw: bytes, file_size: int, *, file: Path) -> Header:
         raise ValueError(f"got {len(raw)} bytes of a header of {start}")
     columns = parse_columns(memoryview(raw)[_PREFIX:start])
     if columns is not None and start + columns.ends[-1] == file_size:
-        table = TensorTable()
-        table.add(file, columns.names, columns.classes, (start, *(start + end for end in columns.ends[:-1])))
-        return Header(table, MappingProxyType(dict(columns.metadata)), start)
+        offsets = array("Q", map(start.__add__, (0, *columns.ends[:-1])))
+        return Header(file, columns.names, columns.classes, offsets, MappingProxyType(dict(columns.metadata)), start)
     return _parse_any(raw, start, file_size, file)
 
 
@@ -170,11 +184,10 @@ def _parse_any(raw: bytes, start: int, file_size: int, file: Path) -> Header:
     if not in_order:
         document = dict(sorted(document.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_coverage(document, start, file_size, file)
-    return Header(TensorTable.of(document), MappingProxyType(metadata), start)
-
-
-class _MalformedError(ValueError):
-    """JSON that the standard library accepts but the format does not."""
+    refs = document.values()
+    classes = [TensorClass(ref.dtype, ref.shape, ref.nbytes) for ref in refs]
+    offsets = array("Q", (ref.offset for ref in refs))
+    return Header(file, tuple(document), classes, offsets, MappingProxyType(metadata), start)
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:
@@ -194,13 +207,7 @@ def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
         _refuse(file, f"its header starts with {quoted(first)}, not with '{{': {_DAMAGED}")
     try:
         text = str(memoryview(raw)[_PREFIX:end], "utf-8")
-        document: dict[str, Any] = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_real,
-            parse_constant=_constant,
-        )
+        document: dict[str, Any] = parse_strictly(text)
         if "\\ud" in text or "\\uD" in text:  # otherwise it can't contain a surrogate
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -212,33 +219,6 @@ def _parse_json(raw: bytes, end: int, file: Path) -> dict[str, Any]:
     except ValueError as error:
         _refuse(file, f"its header is not valid JSON ({error}): {_DAMAGED}")
     return document
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        # Stricter than the library, which takes the last of two tensors or metadata entries of one name: the format
-        # disallows duplicate keys, and different readers would see different models.
-        seen: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _MalformedError(f"duplicate key {quoted(duplicate)}")
-    return document
-
-
-def _integer(text: str) -> int | float:
-    # Like serde_json: -0 and numbers that don't fit 64 bits are floats. This also keeps long digit strings from int().
-    return int(text) if len(text) <= 20 and text != "-0" else _real(text)
-
-
-def _real(text: str) -> float:
-    value = float(text)
-    if isinf(value):
-        raise _MalformedError(f"the number {quoted(text)} is out of range")
-    return value
-
-
-def _constant(text: str) -> NoReturn:
-    raise _MalformedError(f"{text} is not valid JSON")
 
 
 def _check_metadata(metadata: Any, file: Path) -> dict[str, str]:

@@ -110,13 +110,13 @@ def merge_headers(files: Sequence[Path], headers: Iterable[Header]) -> tuple[Ten
     tensors = TensorTable()
     metadata: dict[str, str] = {}
     for file, header in zip(files, headers, strict=True):
-        for name in header.tensors if not tensors.isdisjoint(header.tensors) else ():
+        for name in header.names if not tensors.isdisjoint(header.names) else ():
             if name in tensors:
                 raise CheckpointError(
                     f"{file}: contains tensor {quoted(name)}, and so does {tensors[name].file}, and no index says "
                     "which one to use: remove the file that doesn't belong to the model, or use the path of one file"
                 )
-        tensors.extend(header.tensors)
+        tensors.add(file, header.names, header.classes, header.offsets)
         metadata = {**header.metadata, **metadata}
     return tensors, metadata
 
@@ -138,11 +138,10 @@ def follow_index(
     copies: list[tuple[str, str]] = []  # names, and the files that the index doesn't name for them
     for file, header in zip(files, headers, strict=True):
         metadata = {**header.metadata, **metadata}
-        if set(map(weight_map.get, header.tensors)) <= {shard_of[file]}:
-            tensors.extend(header.tensors)
+        if set(map(weight_map.get, header.names)) <= {shard_of[file]}:
+            tensors.add(file, header.names, header.classes, header.offsets)
             continue
-        chosen = []
-        for name in header.tensors:
+        for row, name in enumerate(header.names):
             listed = weight_map.get(name)
             if listed is None:
                 if name in tensors:
@@ -154,8 +153,7 @@ def follow_index(
             elif listed != shard_of[file]:
                 copies.append((name, file.name))
                 continue
-            chosen.append(name)
-        tensors.extend(header.tensors.of_names(chosen))
+            tensors.add(file, [name], header.classes[row : row + 1], header.offsets[row : row + 1])
     absent = [] if len(tensors) == len(weight_map) + len(unlisted) else [n for n in weight_map if n not in tensors]
     if absent:
         name = absent[0]

@@ -59,8 +59,9 @@ class TensorTable(Mapping[str, TensorRef]):
             offsets: the position of each tensor's first byte in the file, in bytes.
         """
         first = len(self._rows)
-        self._files.append(file)
-        self._firsts.append(first)
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+            self._firsts.append(first)
         self._rows.update(zip(names, range(first, first + len(names)), strict=True))
         self._offsets.extend(offsets)
         # equal classes are nearly always the same object, and comparing addresses is faster
@@ -68,23 +69,9 @@ class TensorTable(Mapping[str, TensorRef]):
         numbers = {address: self._number(each) for address, each in distinct.items()}
         self._members.extend(map(numbers.__getitem__, map(id, classes)))
 
-    def extend(self, other: TensorTable) -> None:
-        """Add all tensors of another table, with names that this one doesn't have."""
-        first = len(self._rows)
-        self._files += other._files
-        self._firsts += [first + row for row in other._firsts]
-        self._rows.update(zip(other._rows, range(first, first + len(other)), strict=True))
-        self._offsets.extend(other._offsets)
-        numbers = [self._number(each) for each in other.classes]
-        self._members.extend(map(numbers.__getitem__, other._members))
-
-    def of_names(self, names: Iterable[str]) -> TensorTable:
-        """A table of only these tensors, in this order."""
-        return TensorTable.of({name: self[name] for name in names})
-
-    def isdisjoint(self, other: TensorTable) -> bool:
-        """Whether no name is in both tables."""
-        return self._rows.keys().isdisjoint(other._rows)
+    def isdisjoint(self, names: Iterable[str]) -> bool:
+        """Whether the table has none of these names."""
+        return self._rows.keys().isdisjoint(names)
 
     def share_names(self, other: TensorTable) -> None:
         """Store the rows of the names once if another table has the same ones; neither table may change afterwards.
