@@ -17,7 +17,7 @@ from ..reading import FileStamps, stat_fingerprints
 from ..small_files import read_json
 from .file_sets import ADAPTER, SINGLE, check_file_set, stray_files, unlisted_shards
 from .header import Header, parse_header, read_header, read_raw_header
-from .index import follow_index, merge_headers, read_weight_map
+from .index import copied, follow_index, merge_headers, read_weight_map
 from .other_weights import PICKLES, describe_no_weights, describe_pickles, listed_names
 from .tensors import TensorRef
 
@@ -92,7 +92,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tensors, metadata = merge_headers(files, _read_headers(files))
     else:
         weight_map = read_weight_map(index)
-        files = _find_shards(index, sorted(set(weight_map.values())))
+        files = _find_shards(index, sorted(map(copied, set(weight_map.values()))))
         stamps = stat_fingerprints(files)
         tensors, metadata, remarks = follow_index(index, weight_map, files, _read_headers(files))
         remarks += unlisted_shards(index.name, (file.name for file in files))
