@@ -114,8 +114,7 @@ class MergeGraph:
         ] = {}  # for each model and row of its table, the read; -1 if it has none
         self._operation_numbers: dict[Operation, int] = {}
         self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
-        self._first_users = array("i")  # by read; -1 if there is none
-        self._first_users_of_nodes: dict[int, int] = {}
+        self._first_users = array("i"), array("i")  # by read, and by node: the first with it as first source; or -1
         self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
         self._class_numbers: dict[tuple[object, ...], int] = {}
         self._uses_nodes = False  # whether any source is a node
@@ -153,7 +152,7 @@ class MergeGraph:
     def _append_read(self, model: int, name: str) -> None:
         self.read_models.append(model)
         self.read_names.append(name)
-        self._first_users.append(-1)
+        self._first_users[0].append(-1)
         self._used.append(0)
 
     def add_node(
@@ -175,10 +174,11 @@ class MergeGraph:
         """
         number = self._number(operation)
         equal = (number, sources, dtype.name, key)
-        first = self._first_user(sources[0])
-        if first is None:
-            first = self.append_node(operation, sources, dtype, key, shape)
-            self._set_first_user(sources[0], first)
+        # most values are the first source of one node only, so few nodes are in `_node_numbers`
+        users, place = self._first_users[sources[0] < 0], max(sources[0], ~sources[0])
+        first = users[place]
+        if first < 0:
+            first = users[place] = self.append_node(operation, sources, dtype, key, shape)
             return first
         found = self.node_operation[first], self.node_sources[first], self.node_dtype[first].name, self.node_key[first]
         if found == equal:
@@ -187,17 +187,6 @@ class MergeGraph:
         if node is None:
             node = self._node_numbers[equal] = self.append_node(operation, sources, dtype, key, shape)
         return node
-
-    def _first_user(self, value: Value) -> int | None:
-        """The first node with a value as its first source. Few values have another one, so few nodes need a dict."""
-        node = self._first_users[value] if value >= 0 else self._first_users_of_nodes.get(~value, -1)
-        return None if node < 0 else node
-
-    def _set_first_user(self, value: Value, node: int) -> None:
-        if value >= 0:
-            self._first_users[value] = node
-        else:
-            self._first_users_of_nodes[~value] = node
 
     def append_node(
         self,
@@ -215,6 +204,7 @@ class MergeGraph:
         self.node_dtype.append(dtype)
         self.node_shape.append(shape)
         self.node_key.append(key)
+        self._first_users[1].append(-1)
         node = len(self.node_operation) - 1
         distinct = set(sources)
         for value in distinct:
