@@ -10,18 +10,24 @@ tensors at once, the first one is the node, and each other one is a node of kind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from ...io.safetensors.dtypes import DType
+from ...io.safetensors.table import TensorTable
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.access import ALIGNED, Access
 from ...methods.kernel.kernel import Kernel
+from .columns import Output, Outputs, Reads, Rows, grouped
 from .footprint import Footprint
 
+__all__ = ["Kind", "MergeGraph", "Operation", "Output", "Value"]
+
+T = TypeVar("T")
 Value = int
 """A source of a node: the number of a read, or ``~node``."""
 
@@ -68,28 +74,6 @@ class Operation:
         return 1 if self.kernel is None else self.kernel.reductions + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One tensor of the output model.
-
-    Args:
-        name: name of the tensor.
-        node: the node that computes the tensor.
-        group: group of tensors that keep the order of their source in the layout, such as a slice of the recipe.
-        folder: folder of the tensor's model in OUT: the name of a saved stage, or empty.
-    """
-
-    name: str
-    node: int
-    group: int
-    folder: str = ""
-
-    @property
-    def label(self) -> str:
-        """The unique name of the output: the tensor's name, with the folder as a prefix."""
-        return f"{self.folder}/{self.name}" if self.folder else self.name
-
-
 class MergeGraph:
     """Reads -> nodes -> outputs. Append-only while it is built, then read-only.
 
@@ -103,26 +87,43 @@ class MergeGraph:
         node_dtype: for each node, the dtype of its output.
         node_shape: for each node, the shape of its output.
         node_key: for each node, its random key; 0 if the operation isn't random.
+        node_class: for each node, the number of its class: nodes with equal operations on values of equal dtypes and
+            shapes, and with the same repetitions among their sources. A mixture of experts has a dozen classes, so what
+            depends on the class alone is computed once.
+        class_nodes: for each class, its first node.
+        shares_reads: whether any read is a source of several nodes.
         outputs: the output tensors, in the order of the model.
-        footprints: for each measured node, the memory of a compute thread (see `cost.measure_memory`).
+        footprints: for each measured class, the memory of a compute thread (see `cost.measure_memory`).
     """
 
     def __init__(self, models: tuple[str, ...]) -> None:
         self.models = models
-        self.reads: list[TensorRef] = []
-        self.read_models: list[int] = []
+        self.reads = Reads()
+        self.read_models = array("I")
         self.read_names: list[str] = []
         self.operations: list[Operation] = []
-        self.node_operation: list[int] = []
-        self.node_sources: list[tuple[Value, ...]] = []
+        self.node_operation = array("I")
+        self.node_sources = Rows()
         self.node_dtype: list[DType] = []
         self.node_shape: list[tuple[int, ...]] = []
-        self.node_key: list[int] = []
-        self.outputs: list[Output] = []
+        self.node_key = array("Q")
+        self.node_class = array("I")
+        self.class_nodes: list[int] = []
+        self.shares_reads = False
+        self._class_places: list[tuple[int, ...]] = []
+        self.outputs = Outputs()
         self.footprints: dict[int, Footprint] = {}
         self._read_numbers: dict[tuple[int, str], int] = {}
+        self._row_numbers: dict[
+            int, array[int]
+        ] = {}  # for each model and row of its table, the read; -1 if it has none
         self._operation_numbers: dict[Operation, int] = {}
+        self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
+        self._first_users = array("i"), array("i")  # by read, and by node: the first with it as first source; or -1
         self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
+        self._class_numbers: dict[tuple[object, ...], int] = {}
+        self._uses_nodes = False  # whether any source is a node
+        self._used = bytearray()  # for each read, whether a node uses it
         self._results: dict[int, tuple[int, ...]] = {}
         self._access_numbers: dict[Access, int] = {ALIGNED: 0}
         self._operation_accesses: list[tuple[int, ...]] = []  # by operation; empty if all are aligned
@@ -132,9 +133,32 @@ class MergeGraph:
         number = self._read_numbers.setdefault((model, name), len(self.reads))
         if number == len(self.reads):
             self.reads.append(ref)
-            self.read_models.append(model)
-            self.read_names.append(name)
+            self._append_read(model, name)
         return number
+
+    def add_stored(self, model: int, name: str, tensors: Mapping[str, TensorRef]) -> int:
+        """Add the read of tensor `name` of a model that has these tensors, or find it; returns the read number.
+
+        Of one model, the reads of all tensors are added in this way, or none of them.
+        """
+        if not isinstance(tensors, TensorTable):
+            return self.add_read(model, name, tensors[name])
+        numbers = self._row_numbers.get(model)
+        if numbers is None:
+            numbers = self._row_numbers[model] = array("i", [-1]) * len(tensors)
+        row = tensors.row(name)
+        number = numbers[row]
+        if number < 0:
+            number = numbers[row] = len(self.reads)
+            self.reads.append_stored(*tensors.place(row))
+            self._append_read(model, name)
+        return number
+
+    def _append_read(self, model: int, name: str) -> None:
+        self.read_models.append(model)
+        self.read_names.append(name)
+        self._first_users[0].append(-1)
+        self._used.append(0)
 
     def add_node(
         self,
@@ -155,6 +179,15 @@ class MergeGraph:
         """
         number = self._number(operation)
         equal = (number, sources, dtype.name, key)
+        # most values are the first source of one node only, so few nodes are in `_node_numbers`
+        users, place = self._first_users[sources[0] < 0], max(sources[0], ~sources[0])
+        first = users[place]
+        if first < 0:
+            first = users[place] = self.append_node(operation, sources, dtype, key, shape)
+            return first
+        found = self.node_operation[first], self.node_sources[first], self.node_dtype[first].name, self.node_key[first]
+        if found == equal:
+            return first
         node = self._node_numbers.get(equal)
         if node is None:
             node = self._node_numbers[equal] = self.append_node(operation, sources, dtype, key, shape)
@@ -173,17 +206,55 @@ class MergeGraph:
         Raises:
             ValueError: if the output of a node is used other than element for element.
         """
-        if any(v < 0 and access is not ALIGNED for v, access in zip(sources, operation.accesses, strict=False)):
+        number = self._number(operation)
+        accesses = self._operation_accesses[number]
+        if any(value < 0 and access for value, access in zip(sources, accesses, strict=False)):
             raise ValueError("the output of a node can only be used element for element")
-        self.node_operation.append(self._number(operation))
+        shape = self.value_shape(sources[0]) if shape is None else shape
+        self.node_operation.append(number)
         self.node_sources.append(sources)
         self.node_dtype.append(dtype)
-        self.node_shape.append(self.value_shape(sources[0]) if shape is None else shape)
+        self.node_shape.append(shape)
         self.node_key.append(key)
-        return len(self.node_operation) - 1
+        self._first_users[1].append(-1)
+        node = len(self.node_operation) - 1
+        distinct = set(sources)
+        for value in distinct:
+            if value < 0:
+                self._uses_nodes = True
+            elif self._used[value]:
+                self.shares_reads = True
+            else:
+                self._used[value] = 1
+        repeated = tuple(map(sources.index, sources)) if len(distinct) < len(sources) else ()
+        kind = (number, dtype.name, shape, repeated, *map(self._class_of_value, sources))
+        self.node_class.append(self._number_of_class(kind, node))
+        return node
+
+    def _number_of_class(self, kind: tuple[object, ...], node: int) -> int:
+        """The number of a class, which is added if this node is the first in it."""
+        number = self._class_numbers.setdefault(kind, len(self.class_nodes))
+        if number == len(self.class_nodes):
+            self.class_nodes.append(node)
+            self._class_places.append(self._find_places(node))
+        return number
+
+    def _class_of_value(self, value: Value) -> object:
+        """What the values of one dtype and shape have in common."""
+        return (
+            self.reads.class_numbers[value] if value >= 0 else (self.node_dtype[~value].name, self.node_shape[~value])
+        )
+
+    def by_class(self, function: Callable[[int], T]) -> list[T]:
+        """For each node, the value of a function that depends only on the class of a node."""
+        values = [function(node) for node in self.class_nodes]
+        return list(map(values.__getitem__, self.node_class))
 
     def _number(self, operation: Operation) -> int:
         """The number of an operation, which is added if it is new."""
+        known_number = self._operations_by_id.get(id(operation))
+        if known_number is not None:
+            return known_number
         number = self._operation_numbers.setdefault(operation, len(self.operations))
         if number == len(self.operations):
             self.operations.append(operation)
@@ -191,6 +262,7 @@ class MergeGraph:
             self._operation_accesses.append(
                 tuple(known.setdefault(access, len(known)) for access in operation.accesses)
             )
+            self._operations_by_id[id(operation)] = number
         return number
 
     def add_results(self, node: int, results: Iterable[tuple[DType, tuple[int, ...]]]) -> tuple[int, ...]:
@@ -204,15 +276,17 @@ class MergeGraph:
     def set_results(self, node: int, others: Iterable[int]) -> tuple[int, ...]:
         """Set the nodes of kind `RESULT` that stand for the other tensors that a node computes; returns them."""
         self._results[node] = tuple(others)
+        results = [(self.node_dtype[other].name, self.node_shape[other]) for other in self._results[node]]
+        self.node_class[node] = self._number_of_class((self.node_class[node], "results", *results), node)
         return self._results[node]
 
     def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:
         """Add the output tensor `name` of a node, in a folder of OUT or in OUT itself."""
-        self.outputs.append(Output(name, node, group, folder))
+        self.outputs.add(name, node, group, folder)
 
-    def outputs_in(self, folder: str) -> list[int]:
+    def outputs_in(self, folder: str) -> Sequence[int]:
         """The numbers of the outputs in a folder of OUT, or in OUT itself."""
-        return [number for number, output in enumerate(self.outputs) if output.folder == folder]
+        return self.outputs.in_folder(folder)
 
     def operation(self, node: int) -> Operation:
         """The operation of a node."""
@@ -234,8 +308,10 @@ class MergeGraph:
         """All node numbers."""
         return range(len(self.node_operation))
 
-    def tasks(self) -> list[int]:
+    def tasks(self) -> Sequence[int]:
         """The nodes that are executed: all but those of kind `RESULT`."""
+        if all(operation.kind is not Kind.RESULT for operation in self.operations):
+            return self.nodes()
         return [node for node in self.nodes() if self.operation(node).kind is not Kind.RESULT]
 
     def results(self, node: int) -> tuple[int, ...]:
@@ -262,6 +338,9 @@ class MergeGraph:
 
     def places(self, node: int) -> tuple[int, ...]:
         """The place among a node's sources of each distinct one: sources differ in the value or in the access."""
+        return self._class_places[self.node_class[node]]
+
+    def _find_places(self, node: int) -> tuple[int, ...]:
         sources, accesses = self.node_sources[node], self.access_numbers(node)
         first: dict[object, int] = {}
         for place, value in enumerate(sources):
@@ -270,15 +349,15 @@ class MergeGraph:
 
     def value_shape(self, value: Value) -> tuple[int, ...]:
         """The shape of a value."""
-        return self.reads[value].shape if value >= 0 else self.node_shape[~value]
+        return self.reads.class_of(value).shape if value >= 0 else self.node_shape[~value]
 
     def value_dtype(self, value: Value) -> DType:
         """The dtype in which a value is stored."""
-        return self.reads[value].dtype if value >= 0 else self.node_dtype[~value]
+        return self.reads.class_of(value).dtype if value >= 0 else self.node_dtype[~value]
 
     def value_nbytes(self, value: Value) -> int:
         """The size of a value in bytes."""
-        return self.reads[value].nbytes if value >= 0 else self.nbytes(~value)
+        return self.reads.class_of(value).nbytes if value >= 0 else self.nbytes(~value)
 
     def reads_of(self, node: int) -> tuple[int, ...]:
         """The distinct reads that a node's output is computed from, directly or through other nodes, in their order."""
@@ -297,18 +376,15 @@ class MergeGraph:
                 stack.extend(reversed(self.node_sources[~value]))
         return tuple(found)
 
-    def destinations(self) -> list[list[int]]:
+    def destinations(self) -> Sequence[Sequence[int]]:
         """For each node, the numbers of its outputs."""
-        outputs: list[list[int]] = [[] for _ in self.nodes()]
-        for number, output in enumerate(self.outputs):
-            outputs[output.node].append(number)
-        return outputs
+        return grouped(self.outputs.nodes, range(len(self.outputs)), len(self.node_operation))
 
     def node_names(self) -> list[str]:
         """For each node, the label of its first output, or else of the first output that is computed from it."""
         names = [""] * len(self.node_operation)
-        for output in reversed(self.outputs):
-            names[output.node] = output.label
+        for number in reversed(range(len(self.outputs))):
+            names[self.outputs.nodes[number]] = self.outputs.label(number)
         users = self.users()
         for node in sorted(users, reverse=True):  # users without an output have higher numbers
             names[node] = names[node] or names[min(users[node])]
@@ -316,21 +392,25 @@ class MergeGraph:
 
     def label(self, node: int) -> str:
         """The name of a node, as in `node_names`, for display. Takes time linear in the number of outputs."""
-        return next((output.label for output in self.outputs if output.node == node), "") or self.node_names()[node]
+        try:
+            return self.outputs.label(self.outputs.nodes.index(node))
+        except ValueError:
+            return self.node_names()[node]
 
-    def consumers(self) -> list[list[int]]:
+    def consumers(self) -> Sequence[Sequence[int]]:
         """For each read, the nodes that use it themselves."""
-        consumers: list[list[int]] = [[] for _ in self.reads]
+        reads, nodes = array("I"), array("I")
         for node, sources in enumerate(self.node_sources):
             for value in dict.fromkeys(sources):
                 if value >= 0:
-                    consumers[value].append(node)
-        return consumers
+                    reads.append(value)
+                    nodes.append(node)
+        return grouped(reads, nodes, len(self.reads))
 
     def users(self) -> dict[int, list[int]]:
         """For each node that is a source of others, the nodes that use it; other tensors of a node are no users."""
         users: dict[int, list[int]] = {}
-        for node in self.nodes():
+        for node in self.nodes() if self._uses_nodes else ():
             if self.operation(node).kind is not Kind.RESULT:
                 for value in dict.fromkeys(self.node_sources[node]):
                     if value < 0:

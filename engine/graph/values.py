@@ -9,7 +9,7 @@ from ...io.safetensors.dtypes import F32, F64
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
-from ..model.logical import LogicalTensor
+from ..model.logical import LogicalTensor, LogicalTensors
 from .graph import Kind, MergeGraph, Operation, Value
 
 
@@ -28,7 +28,10 @@ class TensorValues:
 
     def value(self, model: Model, name: str) -> Value:
         """Add the value of a model's tensor."""
-        tensor = model.tensors[name]
+        tensors = model.tensors
+        if not isinstance(tensors, LogicalTensors):
+            return self._graph.add_stored(model.number, name, tensors)
+        tensor = tensors[name]
         if not isinstance(tensor, LogicalTensor):
             return self._graph.add_read(model.number, name, tensor)
         reads = tuple(self._graph.add_read(model.number, part.name, part.ref) for part in tensor.parts)
@@ -45,7 +48,7 @@ class TensorValues:
         """
         tensor = model.tensors[name]
         if not isinstance(tensor, LogicalTensor):
-            read = self._graph.add_read(model.number, name, tensor)
+            read = self.value(model, name)
             yield output, self._graph.add_node(Operation(Kind.COPY, "passthrough"), (read,), tensor.dtype)
             return
         for part in tensor.parts:
