@@ -12,7 +12,6 @@ from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
-from ..model.checks.partial import PartialTensor, partial_warnings
 from ..model.checks.shapes import shape_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
@@ -24,12 +23,13 @@ from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .buffers import BufferCheck
-from .check_layers import LayerChecks, OutputLayer, missing_tensor
-from .duplicates import explained, find_duplicates
-from .filters import unmatched_filters
+from .checks.duplicates import explained, find_duplicates
+from .checks.filters import unmatched_filters
+from .checks.layers import LayerChecks, OutputLayer, missing_tensor
+from .checks.partial import PartialTensor, partial_warnings
+from .checks.quantized_outputs import check_quantized_outputs
 from .fuse import fuse
 from .graph import MergeGraph
-from .quantized_outputs import check_quantized_outputs
 from .rules import TensorRules
 from .usage import TensorUsage, Unused
 

@@ -11,67 +11,24 @@ tensors at once, the first one is the node, and each other one is a node of kind
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from math import prod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ...io.safetensors.dtypes import DType
 from ...io.safetensors.table import TensorTable
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.access import ALIGNED, Access
-from ...methods.kernel.kernel import Kernel
 from .columns import Output, Outputs, Reads, Rows, grouped
 from .footprint import Footprint
+from .operation import Kind, Operation
 
 __all__ = ["Kind", "MergeGraph", "Operation", "Output", "Value"]
 
 T = TypeVar("T")
 Value = int
 """A source of a node: the number of a read, or ``~node``."""
-
-
-class Kind(Enum):
-    """How an operation computes its output."""
-
-    COPY = "copy"  # the source's bytes, unchanged
-    REQUIRE_EQUAL = "same"  # the sources' bytes, which must be equal (integer tensors)
-    MERGE = "merge"  # a kernel: a method, a decoder, or several of them in one
-    RESULT = "result"  # another tensor that the node before it computes
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """An operation on the sources of a node, shared by all nodes with equal operations.
-
-    Args:
-        kind: how the output is computed.
-        method: name of the merge method, for display.
-        parameters: the resolved parameters as (name, value); a per-input value is a tuple.
-        base: index of the base model among the sources, or None.
-        positions: for each source, the index of its model in the recipe, for random keys.
-        kernel: the method bound to inputs and parameters; None if the source is copied.
-        copied: for each source, how the output uses its elements if nothing is computed; all `ALIGNED` if empty.
-    """
-
-    kind: Kind
-    method: str
-    parameters: tuple[tuple[str, Any], ...] = ()
-    base: int | None = None
-    positions: tuple[int, ...] = ()
-    kernel: Kernel | None = None
-    copied: tuple[Access, ...] = ()
-
-    @property
-    def accesses(self) -> tuple[Access, ...]:
-        """For each source, how the output uses its elements; empty if all are `ALIGNED`."""
-        return self.copied if self.kernel is None else self.kernel.inputs.accesses
-
-    @property
-    def passes(self) -> int:
-        """Number of passes over the sources: the reductions, and the pass that computes the output."""
-        return 1 if self.kernel is None else self.kernel.reductions + 1
 
 
 class MergeGraph:
@@ -249,6 +206,11 @@ class MergeGraph:
         """For each node, the value of a function that depends only on the class of a node."""
         values = [function(node) for node in self.class_nodes]
         return list(map(values.__getitem__, self.node_class))
+
+    def total(self, function: Callable[[int], int], nodes: Iterable[int]) -> int:
+        """The sum over nodes of a number that depends only on the class of a node."""
+        counts = Counter(map(self.node_class.__getitem__, nodes))
+        return sum(function(self.class_nodes[number]) * count for number, count in counts.items())
 
     def _number(self, operation: Operation) -> int:
         """The number of an operation, which is added if it is new."""

@@ -15,7 +15,6 @@ from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
 from ..model.checks.formats import format_name, unquantized
 from ..model.checks.mismatch import TensorMismatch
-from ..model.checks.partial import PartialTensor
 from ..model.checks.shapes import check_shapes
 from ..model.inputs import BoundSlice, Model
 from ..model.logical import LogicalTensor, kind_of
@@ -23,6 +22,7 @@ from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_optional
 from ..recipe.types import Stage
 from .buffers import BufferChecks, StoredBuffer
+from .checks.partial import PartialTensor
 from .graph import Kind, MergeGraph, Operation
 from .usage import TensorUsage
 from .values import TensorValues

@@ -160,8 +160,9 @@ class Plan:
     def bytes_computed(self) -> int:
         """Bytes of the output that are computed rather than copied."""
         graph = self.built.graph
-        computed = graph.by_class(lambda n: graph.nbytes(n) if graph.operation(n).kind is not Kind.COPY else 0)
-        return sum(graph.outputs.of_nodes(computed))
+        return graph.total(
+            lambda node: graph.nbytes(node) if graph.operation(node).kind is not Kind.COPY else 0, graph.outputs.nodes
+        )
 
     @property
     def bytes_digested(self) -> int:
@@ -234,11 +235,10 @@ class Plan:
         """Return one of the models that are written, by default the output, as plain data. Sizes are in bytes."""
         graph, made = self.built.graph, made or self.made[0]
         nodes = array("I", map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
-        elements, sizes = graph.by_class(graph.elements), graph.by_class(graph.nbytes)
         return {
             "tensors": len(nodes),
-            "parameters": sum(map(elements.__getitem__, nodes)),
-            "bytes": sum(map(sizes.__getitem__, nodes)),
+            "parameters": graph.total(graph.elements, nodes),
+            "bytes": graph.total(graph.nbytes, nodes),
             "layers": made.layers,
             "shards": len(self.layout.shards_in(made.folder)),
             "dtypes": sorted({graph.node_dtype[node].name for node in nodes}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 from ..graph.graph import MergeGraph
@@ -10,17 +11,20 @@ from .tiling import clusters
 
 def orders(graph: MergeGraph) -> Iterator[Sequence[int]]:
     """Yield orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
-    tasks, users, positions = graph.tasks(), graph.users(), _positions(graph)
-    by_position = sorted(tasks, key=positions.__getitem__)
+    tasks, users = graph.tasks(), graph.users()
+    by_position = array("I", sorted(tasks, key=_positions(graph).__getitem__))
     shares = bool(clusters(graph))
-    tried: list[Sequence[int]] = []
+    tried: list[array[int]] = []
     for number in range(3 if shares else 1):
-        order = by_position if number == 0 else list(tasks) if number == 2 else _together(graph, by_position, positions)
+        order: Sequence[int] = by_position
+        if number:  # the positions of all nodes take memory, so they are found again
+            order = tasks if number == 2 else _together(graph, by_position, _positions(graph))
         if users:  # each node comes right before the first one that uses it
             order = _sources_first(graph, [node for node in order if node not in users])
-        if order not in tried:
-            tried.append(order)
-            yield order
+        found = array("I", order)
+        if found not in tried:
+            tried.append(found)
+            yield found
 
 
 def _positions(graph: MergeGraph) -> list[int]:

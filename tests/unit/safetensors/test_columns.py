@@ -61,7 +61,7 @@ UNUSUAL = {
     "a name twice": ('"b"', '"a"'),
     "the metadata's name": ('"b"', '"__metadata__"'),
     "metadata twice": ('"format":"pt"', '"format":"pt","format":"pt"'),
-    "metadata that is no text": ('"pt"', "1"),
+    "metadata with a number": ('"pt"', "1"),
     "an escape in the metadata": ('"pt"', '"\\n"'),
     "metadata after the tensors": (USUAL, f'{{"a":{BYTE},"__metadata__":{{"format":"pt"}}}}'),
     "an unknown dtype": ('"F32"', '"F33"'),

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...io.units import listed, ranges
-from ..model.checks.mismatch import TensorMismatch
-from ..model.checks.shapes import shape_mismatch
-from ..model.completeness import DAMAGED, incomplete_outside
-from ..model.inputs import BoundSlice, Model
-from ..model.layer_kinds import LayerKind, LayerKinds
-from ..model.logical import kind_of
-from ..model.modules import absent_part
-from ..model.roles import is_buffer
-from ..model.warnings import ModelWarning, ModelWarningKind
+from ....io.units import listed, ranges
+from ...model.checks.mismatch import TensorMismatch
+from ...model.checks.shapes import shape_mismatch
+from ...model.completeness import DAMAGED, incomplete_outside
+from ...model.inputs import BoundSlice, Model
+from ...model.layer_kinds import LayerKind, LayerKinds
+from ...model.logical import kind_of
+from ...model.modules import absent_part
+from ...model.roles import is_buffer
+from ...model.warnings import ModelWarning, ModelWarningKind
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ...errors import CheckpointError
-from ..model.checks.formats import format_name, quantization_config, unquantized
-from ..model.inputs import Model
-from ..model.warnings import ModelWarning, ModelWarningKind
-from .graph import MergeGraph
+from ....errors import CheckpointError
+from ...model.checks.formats import format_name, quantization_config, unquantized
+from ...model.inputs import Model
+from ...model.warnings import ModelWarning, ModelWarningKind
+from ..graph import MergeGraph
 
 _UNRELATED = (
     "modules_to_not_convert",

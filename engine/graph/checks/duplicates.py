@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ...errors import RecipeError
-from ..model.inputs import BoundSlice
-from ..model.warnings import ModelWarning, ModelWarningKind
-from ..recipe.nodes import Keys
-from ..recipe.types import Recipe
+from ....errors import RecipeError
+from ...model.inputs import BoundSlice
+from ...model.warnings import ModelWarning, ModelWarningKind
+from ...recipe.nodes import Keys
+from ...recipe.types import Recipe
 
 
 class Duplicate(NamedTuple):

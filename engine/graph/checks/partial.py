@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ....io.units import plural
-from ..inputs import Model
-from ..warnings import ModelWarning, ModelWarningKind
+from ...model.inputs import Model
+from ...model.warnings import ModelWarning, ModelWarningKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from ..model.warnings import ModelWarning, ModelWarningKind
-from ..recipe.misplaced import nearest
-from ..recipe.nodes import Keys
-from ..recipe.types import Module, Recipe, Stage
+from ...model.warnings import ModelWarning, ModelWarningKind
+from ...recipe.misplaced import nearest
+from ...recipe.nodes import Keys
+from ...recipe.types import Module, Recipe, Stage
 
 _WILDCARDS = frozenset("*?^$[]|\\")
 _MOST_LINES = 5

@@ -1,0 +1,1 @@
+"""Checks of a stage: its layers, slices and filters, and the quantized tensors that it copies."""
