@@ -193,13 +193,13 @@ class Reads(Sequence[TensorRef]):
 
 
 class Rows(Sequence[tuple[int, ...]]):
-    """Tuples of integers of 64 bits, such as the sources of each node: 8 bytes for each integer, and 8 for a tuple."""
+    """Tuples of integers of 32 bits, such as the sources of each node: 4 bytes for each integer, and 4 for a tuple."""
 
     __slots__ = ("_ends", "values")
 
     def __init__(self, rows: Iterable[Iterable[int]] = ()) -> None:
-        self.values = array("q")
-        self._ends = array("Q", [0])
+        self.values = array("i")
+        self._ends = array("I", [0])
         for row in rows:
             self.append(row)
 

@@ -56,7 +56,7 @@ class MergeGraph:
     def __init__(self, models: tuple[str, ...]) -> None:
         self.models = models
         self.reads = Reads()
-        self.read_models = array("I")
+        self.read_models = array("H")
         self.read_names: list[str] = []
         self.operations: list[Operation] = []
         self.node_operation = array("I")
