@@ -47,7 +47,7 @@ class Shard:
     outputs: array[int] = field(repr=False)
     nbytes: int
     computed: tuple[tuple[int, int], ...] = field(repr=False)
-    build: Callable[[], bytes] = field(repr=False)
+    build: Callable[[], bytes] = field(repr=False, compare=False)
 
     @property
     def header(self) -> bytes:

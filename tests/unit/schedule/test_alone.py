@@ -18,7 +18,7 @@ from tests.support.counting import count_lines
 from tests.support.graphs import World, kernel_of
 
 GPUS = (DeviceBudget("cuda:0", 1 << 30, 1), DeviceBudget("cuda:1", 1 << 30, 1))
-LINES_OF_A_NODE = 45
+LINES_OF_A_NODE = 110
 """The most lines of Python that planning one more node may execute, if it shares nothing."""
 
 
