@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import TypeVar
 
@@ -93,13 +93,11 @@ class MergeGraph:
             self._append_read(model, name)
         return number
 
-    def add_stored(self, model: int, name: str, tensors: Mapping[str, TensorRef]) -> int:
+    def add_stored(self, model: int, name: str, tensors: TensorTable) -> int:
         """Add the read of tensor `name` of a model that has these tensors, or find it; returns the read number.
 
         Of one model, the reads of all tensors are added in this way, or none of them.
         """
-        if not isinstance(tensors, TensorTable):
-            return self.add_read(model, name, tensors[name])
         numbers = self._row_numbers.get(model)
         if numbers is None:
             numbers = self._row_numbers[model] = array("i", [-1]) * len(tensors)

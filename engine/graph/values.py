@@ -6,10 +6,11 @@ from collections.abc import Hashable, Iterator
 from itertools import takewhile
 
 from ...io.safetensors.dtypes import F32, F64
+from ...io.safetensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
-from ..model.logical import LogicalTensor, LogicalTensors
+from ..model.logical import LogicalTensor
 from .graph import Kind, MergeGraph, Operation, Value
 
 
@@ -29,7 +30,7 @@ class TensorValues:
     def value(self, model: Model, name: str) -> Value:
         """Add the value of a model's tensor."""
         tensors = model.tensors
-        if not isinstance(tensors, LogicalTensors):
+        if isinstance(tensors, TensorTable):
             return self._graph.add_stored(model.number, name, tensors)
         tensor = tensors[name]
         if not isinstance(tensor, LogicalTensor):
