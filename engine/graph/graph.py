@@ -44,10 +44,6 @@ class MergeGraph:
         node_dtype: for each node, the dtype of its output.
         node_shape: for each node, the shape of its output.
         node_key: for each node, its random key; 0 if the operation isn't random.
-        node_class: for each node, the number of its class: nodes with equal operations on values of equal dtypes and
-            shapes, and with the same repetitions among their sources. A mixture of experts has a dozen classes, so what
-            depends on the class alone is computed once.
-        class_nodes: for each class, its first node.
         shares_reads: whether any read is a source of several nodes.
         outputs: the output tensors, in the order of the model.
         footprints: for each measured class, the memory of a compute thread (see `cost.measure_memory`).
@@ -64,8 +60,8 @@ class MergeGraph:
         self.node_dtype: list[DType] = []
         self.node_shape: list[tuple[int, ...]] = []
         self.node_key = array("Q")
-        self.node_class = array("I")
-        self.class_nodes: list[int] = []
+        self._node_class = array("I")
+        self._class_nodes: list[int] = []
         self.shares_reads = False
         self._class_places: list[tuple[int, ...]] = []
         self.outputs = Outputs()
@@ -172,27 +168,38 @@ class MergeGraph:
         self.node_shape.append(shape)
         self.node_key.append(key)
         self._first_users[1].append(-1)
-        node = len(self.node_operation) - 1
-        distinct = set(sources)
-        for value in distinct:
+        for value in set(sources):
             if value < 0:
                 self._uses_nodes = True
             elif self._used[value]:
                 self.shares_reads = True
             else:
                 self._used[value] = 1
-        repeated = tuple(map(sources.index, sources)) if len(distinct) < len(sources) else ()
-        kind = (number, dtype.name, shape, repeated, *map(self._class_of_value, sources))
-        self.node_class.append(self._number_of_class(kind, node))
-        return node
+        return len(self.node_operation) - 1
 
-    def _number_of_class(self, kind: tuple[object, ...], node: int) -> int:
-        """The number of a class, which is added if this node is the first in it."""
-        number = self._class_numbers.setdefault(kind, len(self.class_nodes))
-        if number == len(self.class_nodes):
-            self.class_nodes.append(node)
-            self._class_places.append(self._find_places(node))
-        return number
+    @property
+    def node_class(self) -> array[int]:
+        """For each node, the number of its class: nodes with equal operations on values of equal dtypes and shapes.
+
+        A mixture of experts has a dozen classes, so what depends on the class alone is computed once. The classes are
+        found when they are asked for: a node can be added before those that it uses.
+        """
+        for node in range(len(self._node_class), len(self.node_operation)):
+            sources = self.node_sources[node]
+            repeated = tuple(map(sources.index, sources)) if len(set(sources)) < len(sources) else ()
+            results = [(self.node_dtype[other].name, self.node_shape[other]) for other in self.results(node)]
+            kind = (self.node_operation[node], *results, repeated, *map(self._class_of_value, sources))
+            number = self._class_numbers.setdefault(kind, len(self._class_nodes))
+            if number == len(self._class_nodes):
+                self._class_nodes.append(node)
+                self._class_places.append(self._find_places(node))
+            self._node_class.append(number)
+        return self._node_class
+
+    @property
+    def class_nodes(self) -> list[int]:
+        """For each class, its first node."""
+        return self._class_nodes if self.node_class else []
 
     def _class_of_value(self, value: Value) -> object:
         """What the values of one dtype and shape have in common."""
@@ -236,8 +243,9 @@ class MergeGraph:
     def set_results(self, node: int, others: Iterable[int]) -> tuple[int, ...]:
         """Set the nodes of kind `RESULT` that stand for the other tensors that a node computes; returns them."""
         self._results[node] = tuple(others)
-        results = [(self.node_dtype[other].name, self.node_shape[other]) for other in self._results[node]]
-        self.node_class[node] = self._number_of_class((self.node_class[node], "results", *results), node)
+        if len(self._node_class) > node:  # the classes are found again
+            del self._node_class[:], self._class_nodes[:], self._class_places[:]
+            self._class_numbers.clear()
         return self._results[node]
 
     def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:

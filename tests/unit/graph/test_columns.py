@@ -109,3 +109,33 @@ def test_a_node_takes_little_memory() -> None:
     tracemalloc.stop()
     assert len(graph.class_nodes) == 1
     assert used <= len(names) * BYTES_OF_A_NODE
+
+
+def test_nodes_are_of_one_class_if_nothing_but_their_values_differs() -> None:
+    graph = MergeGraph(("a",))
+    shapes = [(4,), (4,), (5,), (4,)]
+    reads = [graph.add_read(0, f"t{n}", TensorRef(Path("x"), n, 4, F32, shape)) for n, shape in enumerate(shapes)]
+    operation, other = Operation(Kind.REQUIRE_EQUAL, "linear"), Operation(Kind.REQUIRE_EQUAL, "ties")
+    pairs = [(0, 1), (1, 0), (2, 2), (0, 0), (3, 1)]
+    nodes = [graph.append_node(operation, (reads[a], reads[b]), F32) for a, b in pairs]
+    nodes.append(graph.append_node(other, (reads[0], reads[1]), F32))
+    nodes.append(graph.append_node(operation, (reads[0], reads[1]), BF16))
+    assert list(graph.node_class) == [0, 0, 1, 2, 0, 3, 4]
+    assert graph.class_nodes == [0, 2, 3, 5, 6]
+    assert graph.by_class(lambda node: graph.node_sources[node]) == [
+        graph.node_sources[n] for n in (0, 0, 2, 3, 0, 5, 6)
+    ]
+    graph.add_results(nodes[1], [(BF16, (4,))])
+    found = list(graph.node_class)
+    assert found[0] == found[4] != found[1]
+    assert graph.total(lambda node: 10 + node, nodes) == 3 * 10 + (10 + 1) + sum(10 + n for n in (2, 3, 5, 6))
+
+
+def test_a_node_can_be_added_before_one_that_it_uses() -> None:
+    graph = MergeGraph(("a",))
+    read = graph.add_read(0, "t", TensorRef(Path("x"), 0, 4, F32, (1,)))
+    operation = Operation(Kind.REQUIRE_EQUAL, "linear")
+    first = graph.append_node(operation, (~1,), F32, shape=(1,))
+    second = graph.append_node(operation, (read,), F32)
+    assert graph.node_class[first] != graph.node_class[second]
+    assert graph.users() == {second: [first]}
