@@ -3,7 +3,7 @@
     python -m benchmarks.compute_lane --models DIRECTORY --first ENVIRONMENT [--methods linear ...] [--runs 3]
 
 The figure is what `--report` says the compute lane's threads worked, summed over the threads, divided by the elements
-of the output. Both editions run with one thread; mergeloom also with two, held against the smaller of twice one thread
+of the output. Both editions run with one thread; mergeloom also with two, compared with the smaller of twice one thread
 and two threads that copy the same bytes in memory: a copy of N bytes reads N and writes N, so half of what the method
 reads and writes.
 """

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ...io.counters import IoCounters
 from ...io.reading import Reader
 from ...io.safetensors.dtypes import DType, Kind
-from ..graph.buffers import BufferCheck, StoredBuffer, buffer_warning
+from ..graph.checks.buffers import BufferCheck, StoredBuffer, buffer_warning
 from ..model.warnings import ModelWarning, ModelWarningKind
 
 _ELEMENTS = 1 << 15

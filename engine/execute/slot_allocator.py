@@ -45,7 +45,7 @@ class SlotAllocator:
         self._schedule = schedule
         self._devices = devices
         self._destinations = graph.destinations()
-        self._users = graph.users()
+        self._kept = _kept_outputs(graph, schedule)
         if any(device.separate for device in devices):
             resident = discard = None  # a GPU's driver pins all pages of the arena
         self.ram = ChunkCache(
@@ -130,7 +130,7 @@ class SlotAllocator:
             nbytes = size * output_width(graph, node)
             if task.operation.kind is Kind.COPY:
                 slot = task.inputs[0].slot
-            elif node in self._users:
+            elif node in self._kept:
                 source = ChunkedRead(~node, self._schedule.chunk_elements[node])
                 task.kept = self.ram.load(source, task.chunk, nbytes)
                 task.kept.acquire(pinned=True)
@@ -188,3 +188,10 @@ class SlotAllocator:
 def _chunk_of(source: ChunkedRead, task: ChunkTask) -> int:
     """Return the number of the chunk of a source that a task uses."""
     return task.chunk if source.chunk_length else 0
+
+
+def _kept_outputs(graph: MergeGraph, schedule: Schedule) -> set[int]:
+    """Return the nodes whose output is used by others that the schedule has: an earlier run may have finished some."""
+    users = graph.users()
+    scheduled = schedule.steps.nodes if users else set()
+    return {node for node in users if not scheduled.isdisjoint(users[node])}

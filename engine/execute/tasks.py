@@ -60,6 +60,8 @@ class TaskState(Enum):
     WRITING = "its output chunk is written"
     DONE = "is over"
 
+    __hash__ = object.__hash__  # that of Enum is a function in Python, which would run several times for each chunk
+
 
 TRANSITIONS: Mapping[TaskState, tuple[TaskState, ...]] = {
     TaskState.PENDING: (TaskState.LOADING,),

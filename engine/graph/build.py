@@ -22,7 +22,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
-from .buffers import BufferCheck
+from .checks.buffers import BufferCheck
 from .checks.duplicates import explained, find_duplicates
 from .checks.filters import unmatched_filters
 from .checks.layers import LayerChecks, OutputLayer, missing_tensor

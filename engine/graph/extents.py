@@ -70,7 +70,7 @@ def extent(graph: MergeGraph, node: int, place: int, first: int, count: int) -> 
 def staged_whole(graph: MergeGraph, node: int, place: int, slot: int) -> bool:
     """Return whether all of a source is staged at once, in a slot of `slot` bytes, and used for every chunk.
 
-    The scales of a quantized tensor are a few bytes for each chunk, so they are read once as a whole where that fits.
+    The scales of a quantized tensor are a few bytes for each chunk, so all of them are read once where they fit.
     """
     access = graph.access(node, place)
     if isinstance(access, Whole):
@@ -87,7 +87,9 @@ def staged_bytes(graph: MergeGraph, node: int, place: int, count: int) -> int:
     return access.most(graph.shape(node), graph.value_shape(value), count) * width
 
 
-def bytes_of_chunks(graph: MergeGraph, node: int, place: int, chunk: int, begin: int, end: int) -> int:
+def bytes_of_chunks(
+    graph: MergeGraph, node: int, place: int, chunk: int, begin: int, end: int, *, zeros: bool = False
+) -> int:
     """Return the bytes in files that the chunks [begin, end) of a node's output need of a source.
 
     Args:
@@ -97,12 +99,13 @@ def bytes_of_chunks(graph: MergeGraph, node: int, place: int, chunk: int, begin:
         chunk: elements (bytes) in a chunk; the last chunk may be shorter.
         begin: number of the first chunk.
         end: number of the chunk after the last one.
+        zeros: whether to count all bytes that are staged, those of zeros that no file holds included.
     """
     if begin >= end:
         return 0
     width, access = source_width(graph, node, place), graph.access(node, place)
     size = length(graph, node)
-    if access is ALIGNED:
+    if access is ALIGNED or (zeros and access.aligned):
         return (min(end * chunk, size) - min(begin * chunk, size)) * width
     sums = _sums(access, graph.shape(node), graph.value_shape(graph.node_sources[node][place]), size, chunk)
     return (sums[min(end, len(sums) - 1)] - sums[min(begin, len(sums) - 1)]) * width

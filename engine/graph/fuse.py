@@ -27,7 +27,7 @@ def fuse(graph: MergeGraph, *, inline: bool = False) -> MergeGraph:
 
     Args:
         graph: graph to fuse; each node has a higher number than those that it uses.
-        inline: whether every node that is no output becomes a part of others, so that none of them takes RAM.
+        inline: whether every node without an output becomes a part of others: then no intermediate tensor takes RAM.
     """
     if not graph.users():
         return graph
@@ -158,11 +158,11 @@ class _Fusion:
 
     def _converts(self, node: int) -> bool:
         """Return whether a node only converts the dtype of its source."""
-        kernel = self.graph.operation(node).kernel
-        return kernel is not None and kernel.copies is not None
+        operation = self.graph.operation(node)
+        return operation.kernel is not None and operation.kernel.copies is not None and not operation.accesses
 
     def _converted(self, node: int, boundary: Mapping[Value, Value]) -> int | None:
-        """Return the node that a node only converts, if it becomes a part of it."""
+        """Return the node that a node only converts, if both are in one kernel."""
         source = self.graph.node_sources[node][0]
         return ~source if source < 0 and source not in boundary and self._converts(node) else None
 

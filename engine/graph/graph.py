@@ -376,7 +376,7 @@ class MergeGraph:
         return grouped(reads, nodes, len(self.reads))
 
     def users(self) -> dict[int, list[int]]:
-        """For each node that is a source of others, the nodes that use it; other tensors of a node are no users."""
+        """For each node that is a source of others, the nodes that use it, apart from those of kind `RESULT`."""
         users: dict[int, list[int]] = {}
         for node in self.nodes() if self._uses_nodes else ():
             if self.operation(node).kind is not Kind.RESULT:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ...io.safetensors.header import build_header
-from .graph import Kind, MergeGraph
+from .graph import MergeGraph
 
 LAYOUT_VERSION = 1
 """Version of the layout; increase it with every change of tensor offsets or shard headers."""
@@ -112,7 +112,7 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
     if shard_size < 2 * BLOCK:
         raise UsageError(f"--shard-size {shard_size} is too small for a shard's header: use at least 64KB")
     sizes = array("Q", graph.outputs.of_nodes(graph.by_class(graph.nbytes)))
-    copied = bytearray(graph.outputs.of_nodes(graph.by_class(lambda node: graph.operation(node).kind is Kind.COPY)))
+    copied = bytearray(graph.outputs.of_nodes(graph.by_class(lambda node: graph.operation(node).copies_tensor)))
     layout = Layout((), array("I", bytes(4 * len(sizes))), array("Q", bytes(8 * len(sizes))))
     for folder in graph.outputs.folders:
         runs, loose = _runs(graph, graph.outputs_in(folder), copied)

@@ -42,6 +42,11 @@ class Operation:
     copied: tuple[Access, ...] = ()
 
     @property
+    def copies_tensor(self) -> bool:
+        """Whether the output is all bytes of a stored tensor, which a file system can share or copy itself."""
+        return self.kind is Kind.COPY and not self.copied
+
+    @property
     def accesses(self) -> tuple[Access, ...]:
         """For each source, how the output uses its elements; empty if all are `ALIGNED`."""
         return self.copied if self.kernel is None else self.kernel.inputs.accesses

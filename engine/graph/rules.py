@@ -21,7 +21,7 @@ from ..model.logical import LogicalTensor, kind_of
 from ..model.modules import absent_part
 from ..model.roles import is_buffer, is_optional
 from ..recipe.types import Stage
-from .buffers import BufferChecks, StoredBuffer
+from .checks.buffers import BufferChecks, StoredBuffer
 from .checks.partial import PartialTensor
 from .graph import Kind, MergeGraph, Operation
 from .usage import TensorUsage

@@ -19,8 +19,8 @@ from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
 from ..model.logical import part_names
 from ..recipe.types import ModelReference, Recipe, Stage
-from .buffers import BufferCheck, StoredBuffer
 from .build import BuiltGraph, Saved, build_graph
+from .checks.buffers import BufferCheck, StoredBuffer
 from .fuse import fuse
 from .graph import Kind, MergeGraph, Operation, Value
 from .usage import Unused
@@ -137,6 +137,7 @@ class _Linker:
                     self._models.append(replace(model, number=len(self._models)))
         self._numbers = references
         self._graph = MergeGraph(tuple(model.name for model in self._models))
+        self._outputs = [{output.node for output in found.graph.outputs} for found in built]
         self._wide: set[int] = set()  # nodes of the linked graph that are computed in float64
         self._conversions: dict[tuple[int, ...], Operation] = {}
 
@@ -182,9 +183,11 @@ class _Linker:
             needed[number] |= {output.node for output in self._built[number].graph.outputs}
         for number in range(len(self._built) - 1, -1, -1):
             graph = self._built[number].graph
-            for node in needed[number]:
-                for read in graph.node_sources[node]:
-                    if isinstance(ref := graph.reads[read], StageRef):
+            for node in range(len(graph.node_sources) - 1, -1, -1):  # users come after what they use
+                for value in graph.node_sources[node] if node in needed[number] else ():
+                    if value < 0:
+                        needed[number].add(~value)
+                    elif isinstance(ref := graph.reads[value], StageRef):
                         needed[ref.stage].add(ref.node)
         values: dict[tuple[int, int], Value] = {}
         for number, nodes in enumerate(needed):
@@ -197,27 +200,36 @@ class _Linker:
         built = self._built[stage]
         graph, operation = built.graph, built.graph.operation(node)
         sources: list[Value] = []
-        for read in graph.node_sources[node]:
-            ref = graph.reads[read]
-            if isinstance(ref, StageRef):
+        for value in graph.node_sources[node]:
+            if value < 0:
+                sources.append(values[stage, ~value])
+            elif isinstance(ref := graph.reads[value], StageRef):
                 sources.append(values[ref.stage, ref.node])
             else:
-                model = self._numbers[built.models[graph.read_models[read]].reference]
-                sources.append(self._graph.add_read(model, graph.read_names[read], ref))
-        rounded = self._recipe.stages[stage].out_dtype
-        copies = operation.kernel is not None and operation.kernel.copies is not None
-        if operation.kind is Kind.COPY or (copies and rounded is None):
+                model = self._numbers[built.models[graph.read_models[value]].reference]
+                sources.append(self._graph.add_read(model, graph.read_names[value], ref))
+        rounded = self._recipe.stages[stage].out_dtype if node in self._outputs[stage] else None
+        copies = operation.kernel is not None and operation.kernel.copies is not None and not operation.accesses
+        if operation.copies_tensor or (copies and rounded is None):
             return sources[0]
         if operation.kind is Kind.REQUIRE_EQUAL:
             return self._equal(operation, sources, graph.node_dtype[node])
-        value = sources[0] if copies else self._computed(operation, sources, graph.node_key[node])
-        return value if rounded is None else self._converted(value, rounded)
+        shape = graph.shape(node)
+        if operation.kind is Kind.COPY:
+            operation = self._picked(operation, sources[0], shape)
+        computed = sources[0] if copies else self._computed(operation, sources, graph.node_key[node], shape)
+        return computed if rounded is None else self._converted(computed, rounded)
 
-    def _computed(self, operation: Operation, sources: list[Value], key: int) -> Value:
+    def _picked(self, operation: Operation, source: Value, shape: tuple[int, ...]) -> Operation:
+        """The kernel that loads the elements which a copy with an access copies."""
+        inputs = InputSpec(1, None, shape, operation.copied, (self._graph.value_shape(source),))
+        return Operation(Kind.MERGE, operation.method, kernel=self._passthrough.kernel(inputs, {}))
+
+    def _computed(self, operation: Operation, sources: list[Value], key: int, shape: tuple[int, ...]) -> Value:
         """Add a node that computes in the work dtype of its sources."""
         graph = self._graph
         wide = any(graph.reads[value].dtype == F64 if value >= 0 else ~value in self._wide for value in sources)
-        node = graph.add_node(operation, tuple(sources), F64 if wide else F32, key)
+        node = graph.add_node(operation, tuple(sources), F64 if wide else F32, key, shape)
         if wide:
             self._wide.add(node)
         return ~node
@@ -302,7 +314,7 @@ class _Linker:
         while stack:
             number, node = stack.pop()
             built = self._built[number]
-            for read in built.graph.node_sources[node]:
+            for read in built.graph.reads_of(node):
                 ref = built.graph.reads[read]
                 if not isinstance(ref, StageRef):
                     yield (

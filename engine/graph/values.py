@@ -76,7 +76,8 @@ class TensorValues:
                 kernel, name = self._passthrough.kernel(inputs, {}), "passthrough"
             else:
                 kernel, name = decode.decoder.kernel(inputs, dict(decode.parameters)), decode.decoder.name
-            known = self._operations[key] = Operation(Kind.MERGE, name, kernel=kernel)
+            given = () if decode is None else decode.parameters
+            known = self._operations[key] = Operation(Kind.MERGE, name, given, kernel=kernel)
         return known
 
 

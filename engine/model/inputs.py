@@ -24,8 +24,7 @@ from ..recipe.types import (
 )
 from .checks.identify import check_is_model
 from .layers import AmbiguousLayers, LayerMap, Stack, find_layers
-from .logical import LogicalTensors, Tensors, tensors_of
-from .quantized import quantized_tensors
+from .logical import LogicalTensors, Tensors, tensors_of, unknown_quantized
 
 OpenModel = Callable[[ModelReference], Checkpoint]
 
@@ -103,10 +102,7 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel, sta
             _sort_tensors(model)
         else:  # no copies: most merges are of models of one architecture
             model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
-        known = model.tensors.parts if isinstance(model.tensors, LogicalTensors) else ()
-        model.quantized = {
-            name: reason for name, reason in quantized_tensors(model.checkpoint).items() if name not in known
-        }
+        model.quantized = unknown_quantized(model.checkpoint, model.tensors)
     return tuple(models)
 
 

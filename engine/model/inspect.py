@@ -16,8 +16,8 @@ from ...io.units import data_size, plural, short_number
 from .checks.formats import format_name
 from .checks.identify import not_a_model
 from .layers import LayerMap, Stack, find_layers
+from .logical import LogicalTensor, Tensors, tensors_of, unknown_quantized
 from .open import open_named
-from .quantized import quantized_tensors
 
 _FILES_SHOWN = 8
 _OUTSIDE_SHOWN = 12
@@ -31,38 +31,42 @@ class Inspection:
         checkpoint: the checkpoint.
         layers: the checkpoint's stacks of layers; None if they can't be determined.
         remarks: unusual properties of the checkpoint.
+        values: what the model consists of: its stored tensors, or values that are computed from several of them.
     """
 
     checkpoint: Checkpoint
     layers: LayerMap | None
     remarks: tuple[str, ...]
+    values: Tensors
 
     def __repr__(self) -> str:
         """One line with the path, layers and size."""
         layers = f"{plural(self.layers.main.count, 'layer')}, " if self.stacks and self.layers is not None else ""
-        size = f"{short_number(total_elements(self.tensors))} parameters, {data_size(total_bytes(self.tensors))}"
+        size = (
+            f"{short_number(total_elements(self.values.values()))} parameters, {data_size(total_bytes(self.tensors))}"
+        )
         remarks = f", {plural(len(self.remarks), 'remark')}" if self.remarks else ""
         path = os.fspath(self.checkpoint.path)
-        return f"<Inspection of {path!r}: {plural(len(self.tensors), 'tensor')}, {layers}{size}{remarks}>"
+        return f"<Inspection of {path!r}: {plural(len(self.values), 'tensor')}, {layers}{size}{remarks}>"
 
     @property
     def tensors(self) -> Sequence[TensorRef]:
-        """All tensors, in file order."""
+        """All stored tensors, in file order."""
         return tuple(self.checkpoint.tensors.values())
 
-    def in_stack(self, stack: Stack) -> list[tuple[str, TensorRef]]:
+    def in_stack(self, stack: Stack) -> list[tuple[str, TensorRef | LogicalTensor]]:
         """The tensors in the layers of a stack, extra layers included."""
         prefix = stack.prefix + "."
         return [
             (name, ref)
-            for name, ref in self.checkpoint.tensors.items()
+            for name, ref in self.values.items()
             if name.startswith(prefix) and name[len(prefix) :].split(".", 1)[0].isdigit()
         ]
 
-    def outside(self) -> list[tuple[str, TensorRef]]:
+    def outside(self) -> list[tuple[str, TensorRef | LogicalTensor]]:
         """The tensors outside all stacks of layers."""
         inside = {name for stack in self.stacks for name, _ in self.in_stack(stack)}
-        return [(name, ref) for name, ref in self.checkpoint.tensors.items() if name not in inside]
+        return [(name, ref) for name, ref in self.values.items() if name not in inside]
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -77,8 +81,8 @@ class Inspection:
             "path": os.fspath(checkpoint.path),
             "architectures": config.get("architectures"),
             "model_type": config.get("model_type"),
-            "tensors": len(checkpoint.tensors),
-            "parameters": total_elements(self.tensors),
+            "tensors": len(self.values),
+            "parameters": total_elements(self.values.values()),
             "bytes": total_bytes(self.tensors),
             "layers": self.layers.main.count if self.layers is not None else None,
             "stacks": [
@@ -107,17 +111,7 @@ class Inspection:
             "remarks": list(self.remarks),
         }
         if tensors:
-            data["tensor_list"] = [
-                {
-                    "name": name,
-                    "dtype": ref.dtype.name,
-                    "shape": list(ref.shape),
-                    "bytes": ref.nbytes,
-                    "file": ref.file.name,
-                    "offset": ref.offset,
-                }
-                for name, ref in checkpoint.tensors.items()
-            ]
+            data["tensor_list"] = [_listed(name, tensor) for name, tensor in self.values.items()]
         return data
 
     def by_dtype(self) -> dict[str, list[TensorRef]]:
@@ -147,13 +141,14 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     """
     _, checkpoint = open_named(os.fspath(model))
     remarks = list(checkpoint.remarks)
+    values = tensors_of(checkpoint)
     layers: LayerMap | None = None
     try:
-        layers = find_layers(checkpoint.tensors, checkpoint.config)
+        layers = find_layers(values, checkpoint.config)
     except CheckpointError as error:  # the rest of the inspection may show the cause
         remarks.append(str(error))
     remarks += [problem.partition("\n")[0].rstrip(":") for problem in islice(not_a_model(checkpoint), 1)]
-    quantized = quantized_tensors(checkpoint)
+    quantized = unknown_quantized(checkpoint, values)
     if quantized:
         name, reason = next(iter(quantized.items()))
         label = format_name(checkpoint, quantized)
@@ -161,14 +156,23 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         remarks.append(f"{count} quantized or a scale of a quantized one: {label} ({name}: {reason})")
     if checkpoint.config is None:
         remarks.append("there is no config.json next to the weights")
-    return Inspection(checkpoint, layers, tuple(remarks))
+    return Inspection(checkpoint, layers, tuple(remarks), values)
 
 
-def total_elements(refs: Iterable[TensorRef]) -> int:
+def _listed(name: str, tensor: TensorRef | LogicalTensor) -> dict[str, Any]:
+    """A tensor of ``inspect --json --tensors``."""
+    shown: dict[str, Any] = {"name": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+    if isinstance(tensor, TensorRef):
+        return shown | {"bytes": tensor.nbytes, "file": tensor.file.name, "offset": tensor.offset}
+    parts = [_listed(part.name, part.ref) for part in tensor.parts]
+    return shown | {"format": tensor.format, "bytes": sum(part["bytes"] for part in parts), "parts": parts}
+
+
+def total_elements(refs: Iterable[TensorRef | LogicalTensor]) -> int:
     """Number of elements of all `refs`."""
     return sum(ref.elements for ref in refs)
 
 
-def total_bytes(refs: Iterable[TensorRef]) -> int:
+def total_bytes(refs: Iterable[TensorRef | LogicalTensor]) -> int:
     """Size of all `refs` in bytes."""
     return sum(ref.nbytes for ref in refs)

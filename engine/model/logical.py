@@ -17,6 +17,7 @@ from ...io.safetensors.table import TensorTable
 from ...io.safetensors.tensors import TensorClass, TensorRef
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.decoder import Decoder
+from .quantized import quantized_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,11 @@ class LogicalTensor:
     dtype: DType
     parts: tuple[Part, ...]
     decode: Decode | None = None
+
+    @property
+    def format(self) -> str:
+        """Name of the format, for display."""
+        return "slice" if self.decode is None else self.decode.decoder.name
 
     @property
     def elements(self) -> int:
@@ -151,3 +157,10 @@ def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:
     """Return the names of the stored tensors that a tensor is computed from."""
     tensor = tensors[name] if isinstance(tensors, LogicalTensors) else None
     return tuple([part.name for part in tensor.parts]) if isinstance(tensor, LogicalTensor) else (name,)
+
+
+def unknown_quantized(checkpoint: Checkpoint, tensors: Tensors) -> Mapping[str, str]:
+    """Return the quantized tensors that are in no known format, with what belongs to them, each with the reason."""
+    found = quantized_tensors(checkpoint)
+    known = tensors.parts if isinstance(tensors, LogicalTensors) else ()
+    return {name: reason for name, reason in found.items() if name not in known} if known else found

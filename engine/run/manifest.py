@@ -17,11 +17,10 @@ from ...io.output.digests import BLOCK_BYTES, bytes_digest, pieces_digest, tenso
 from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.identity import file_identity
-from ...methods.kernel.composition import Composition, Part
-from ...methods.kernel.spec import ARITHMETIC_VERSION, InputSpec
+from ...methods.kernel.spec import ARITHMETIC_VERSION
 from ...methods.registry import code_of
 from ...version import __version__
-from ..graph.graph import Kind, Operation
+from ..graph.facts import operation_facts
 from ..graph.layout import LAYOUT_VERSION
 from ..recipe.overrides import recipe_difference
 from ..recipe.types import ModelReference
@@ -124,51 +123,20 @@ def _outputs_digest(plan: Plan) -> str:
     numbers = model_numbers(plan)
     digest = hashlib.blake2b(digest_size=16)
     for output in graph.outputs:
-        sources = [
-            (numbers[graph.read_models[read]], graph.read_names[read]) for read in graph.node_sources[output.node]
-        ]
+        results = graph.results_with(output.node)
+        reads = graph.node_sources[results[0]]
+        sources = [(numbers[graph.read_models[read]], graph.read_names[read]) for read in reads]
         entry = {
             "tensor": output.label,
             "dtype": graph.node_dtype[output.node].name,
             "shape": graph.shape(output.node),
-            "key": graph.node_key[output.node],
+            "key": graph.node_key[results[0]],
             "sources": sources,
-            **_operation_facts(graph.operation(output.node)),
+            **({"result": results.index(output.node)} if len(results) > 1 else {}),
+            **operation_facts(graph.operation(results[0])),
         }
         digest.update(json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
-
-
-_OPERATIONS = {Kind.COPY: "copy", Kind.REQUIRE_EQUAL: "same", Kind.MERGE: "merge"}
-
-
-def _operation_facts(operation: Operation) -> dict[str, Any]:
-    """Return everything that determines the values of an operation, apart from its sources."""
-    facts: dict[str, Any] = {
-        "operation": _OPERATIONS[operation.kind],
-        "base": operation.base,
-        "positions": operation.positions,
-    }
-    if not isinstance(operation.kernel, Composition):
-        return {**facts, "method": operation.method, "parameters": dict(operation.parameters)}
-    stages = zip(operation.kernel.parts, operation.parameters, strict=True)
-    return {**facts, "stages": [{"method": name, **_stage_facts(part, own)} for part, (name, own) in stages]}
-
-
-def _stage_facts(part: Part, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return everything that determines the values of one stage of a fused operation."""
-    return {
-        "parameters": dict(parameters),
-        "sources": part.sources,
-        "key": part.key,
-        "positions": part.positions,
-        "round_to": part.round_to,
-        "inputs": _inputs_facts(part.kernel.inputs),
-    }
-
-
-def _inputs_facts(inputs: InputSpec) -> dict[str, Any]:
-    return {"count": inputs.count, "base": inputs.base, "shape": inputs.shape}
 
 
 def other_version(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from ...errors import BudgetError
 from ...io.output.clone import BLOCK
 from ...io.platform import DISABLED, Mount, copies_in_kernel, mount_of, scratch_file, why_no_clone
 from ...io.sizes import format_size
-from ..graph.graph import Kind
 from ..schedule.schedule import make_schedule
 from .plan import Plan
 from .transfers import BUFFER_BYTES, TRANSFER_BYTES, plan_transfers, source_of
@@ -42,7 +41,7 @@ def with_reflinks(plan: Plan, out: Path, *, digests: bool = False) -> Plan:
     plan = plan.in_lanes or plan
     graph, budget = plan.built.graph, plan.schedule.budget
     destinations = graph.destinations()
-    copies = [node for node in graph if graph.operation(node).kind is Kind.COPY and graph.nbytes(node)]
+    copies = [node for node in graph if graph.operation(node).copies_tensor and graph.nbytes(node)]
     obstacles = why_not_shared({source_of(graph, node) for node in copies}, out)
     sharing = {file for file, reason in obstacles.items() if not reason}
     device, mounts = mount_of(out).device, _mounts(obstacles)

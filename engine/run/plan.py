@@ -161,7 +161,7 @@ class Plan:
         """Bytes of the output that are computed rather than copied."""
         graph = self.built.graph
         return graph.total(
-            lambda node: graph.nbytes(node) if graph.operation(node).kind is not Kind.COPY else 0, graph.outputs.nodes
+            lambda node: 0 if graph.operation(node).copies_tensor else graph.nbytes(node), graph.outputs.nodes
         )
 
     @property

@@ -24,7 +24,6 @@ from ...io.units import data_size, listed, plural
 from ..execute.ledger import Ledger
 from ..execute.measurements import Measured, Progress
 from ..files.write import write_model_files
-from ..graph.graph import Kind
 from ..schedule.schedule import Schedule, make_schedule
 from .buffers import ThreadBuffers, buffers_within
 from .bulk_copy import BulkCopier, digests_of_sources
@@ -368,7 +367,7 @@ class MergeSession:
             watch: function that is called at intervals.
         """
         graph = self.plan.built.graph
-        copies = {node for node in graph if graph.operation(node).kind is Kind.COPY and graph.nbytes(node)}
+        copies = {node for node in graph if graph.operation(node).copies_tensor and graph.nbytes(node)}
 
         with self.ledger.allow(self.plan.schedule.buffer_ram):  # that of the copies is allowed already, and free
             buffers = self._buffers("digest buffers", each=1)

@@ -24,7 +24,7 @@ class _Shape:
 
     Args:
         count: number of chunks.
-        counts: for each distinct source, the number of chunks: 1 if all of it is staged at once.
+        counts: for each distinct source, the number of chunks: 1 for one that is staged at once.
         writes: number of slots that each chunk takes for the output.
         nbytes: for each distinct source, the bytes that all chunks need.
     """
@@ -192,10 +192,10 @@ class Simulation:
             )
         return known
 
-    def _size(self, node: int, place: int, source: ChunkedRead, begin: int, end: int) -> int:
-        """Return the bytes of the chunks [begin, end) of a node's source."""
+    def _size(self, node: int, place: int, source: ChunkedRead, begin: int, end: int, *, zeros: bool = False) -> int:
+        """Return the bytes of the chunks [begin, end) of a node's source: in files, or those of zeros included."""
         chunk = self.chunk_elements[node] if source.chunk_length else length(self.graph, node)
-        return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end)
+        return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end, zeros=zeros)
 
     def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...], shape: _Shape) -> None:
         operation, device = self.graph.operation(node), self.devices[node]
@@ -223,6 +223,11 @@ class Simulation:
         this = _Pass(node, device, separate, shape, writes, bool(needed), sources, before, next_uses)
         keep, evicted = self._keep(this, self._keep_on_device(this))
         ram, vram = self._peaks(this, keep)
+        while ram > self.ram_slots and (dropped := self._drop_before(this, ram - self.ram_slots)):
+            drop.append(dropped)
+            keep, more = self._keep(this, self._keep_on_device(this))
+            evicted += more
+            ram, vram = self._peaks(this, keep)
         bytes_read, uploaded = self._bytes_moved(this, first)
         working_set = sum([max(b.high - b.low, k.high - k.low) for b, k in zip(before, keep, strict=True)])
         self.max_step_working_set = max(self.max_step_working_set, working_set + shape.count * this.stays)
@@ -295,6 +300,17 @@ class Simulation:
                 keep.append(CachedRange(vram[number]) if vram[number] else NOTHING)
         return keep, evicted
 
+    def _drop_before(self, this: _Pass, count: int) -> tuple[ChunkedRead, CachedRange] | None:
+        """Drop up to `count` cached chunks of one of a step's sources, which the step reads again; None if it has none.
+
+        The outputs of nodes can take the room that the cached chunks had when they were kept.
+        """
+        for number, (source, held) in enumerate(zip(this.sources, this.before, strict=True)):
+            if held.ram and source.read >= 0:
+                this.before[number] = CachedRange(held.vram, held.low, held.high - min(count, held.ram))
+                return source, this.before[number]
+        return None
+
     @property
     def _reserved(self) -> int:
         """Number of slots not used for caching: for the current chunks and, if RAM allows, for those read next."""
@@ -314,9 +330,10 @@ class Simulation:
                 bytes_read.append(shape.nbytes[number] if held is NOTHING else 0)
                 continue
             begin = first if source.chunk_length else int(first >= shape.count)
-            needed = self._size(node, place, source, max(begin, held.vram), count)
-            uploaded += needed if this.separate else 0
-            in_ram = self._size(node, place, source, max(begin, held.low, held.vram), held.high)
+            begin = max(begin, held.vram)
+            needed = self._size(node, place, source, begin, count)
+            uploaded += self._size(node, place, source, begin, count, zeros=True) if this.separate else 0
+            in_ram = self._size(node, place, source, max(begin, held.low), held.high)
             bytes_read.append(needed - in_ram)
         return tuple(bytes_read), uploaded
 

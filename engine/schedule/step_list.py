@@ -209,6 +209,11 @@ class StepList(Sequence[Step]):
         self._end.append(len(self._read))
 
     @property
+    def nodes(self) -> set[int]:
+        """The nodes that have steps."""
+        return set(self._node)
+
+    @property
     def nbytes(self) -> int:
         """Memory of the steps in bytes."""
         arrays = (self._node, self._end, self._read, self._drop_step, self._drop_read, self._drop_length)

@@ -18,7 +18,7 @@ class ChunkedRead(NamedTuple):
 
     Args:
         read: number of the read, or ``~node``.
-        chunk_length: elements in a chunk (bytes, if nothing is computed); 0 if all of it is staged at once.
+        chunk_length: elements in a chunk (bytes, if nothing is computed); 0 if it is staged at once.
         access: number of the access in the graph.
     """
 

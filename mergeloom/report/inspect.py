@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.model.inspect import Inspection, total_bytes, total_elements
+from ..engine.model.logical import LogicalTensor
 from ..engine.model.roles import is_head, tied_embedding
 from ..io.safetensors.tensors import TensorRef
 from ..io.units import big_number, data_size, listed, plural, ranges
@@ -32,8 +33,8 @@ def inspection_sections(inspection: Inspection, *, tensors: bool = False) -> lis
         sections.append(Section("Remarks", lines=inspection.remarks, warns=True))
     if tensors:
         rows = tuple(
-            (name, ref.dtype.name, str(list(ref.shape)), data_size(ref.nbytes), ref.file.name)
-            for name, ref in checkpoint.tensors.items()
+            (name, tensor.dtype.name, str(list(tensor.shape)), *_stored(tensor))
+            for name, tensor in inspection.values.items()
         )
         header = ("tensor", "dtype", "shape", "size", "file")
         sections.append(Section("Tensors", grid=Grid(header, rows, frozenset(("size",)))))
@@ -43,22 +44,27 @@ def inspection_sections(inspection: Inspection, *, tensors: bool = False) -> lis
 def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     config = inspection.checkpoint.config or {}
     architectures = config.get("architectures")
-    tensors = inspection.tensors
+    tensors, values = inspection.tensors, inspection.values
     fields = []
     if isinstance(architectures, list) and architectures:
         fields.append(("architecture", ", ".join(map(str, architectures))))
     fields += [
-        ("parameters", f"{big_number(total_elements(tensors))} in {plural(len(tensors), 'tensor')}"),
+        ("parameters", f"{big_number(total_elements(values.values()))} in {plural(len(values), 'tensor')}"),
         ("size", data_size(total_bytes(tensors))),
     ]
-    head = next((name for name in inspection.checkpoint.tensors if is_head(name)), None)
+    head = next((name for name in values if is_head(name)), None)
     if head is not None:
         fields.append(("head", head))
-    elif (
-        _is_tied(config) and (embedding := tied_embedding("lm_head.weight", inspection.checkpoint.tensors)) is not None
-    ):
+    elif _is_tied(config) and (embedding := tied_embedding("lm_head.weight", values)) is not None:
         fields.append(("head", f"tied to {embedding}"))
     return fields
+
+
+def _stored(tensor: TensorRef | LogicalTensor) -> tuple[str, str]:
+    """The size of a tensor, and the file that it is in, or the format that it is stored in."""
+    if isinstance(tensor, TensorRef):
+        return data_size(tensor.nbytes), tensor.file.name
+    return data_size(tensor.stored_bytes), f"{tensor.format} of {plural(len(tensor.parts), 'tensor')}"
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
@@ -99,7 +105,7 @@ def _dtypes(inspection: Inspection) -> Section:
     return Section("Dtypes", grid=Grid(header, rows, frozenset(header[1:])))
 
 
-def _non_layer_tensors(outside: Sequence[tuple[str, TensorRef]]) -> Section:
+def _non_layer_tensors(outside: Sequence[tuple[str, TensorRef | LogicalTensor]]) -> Section:
     rows = tuple(
         (name, ref.dtype.name, str(list(ref.shape)), data_size(ref.nbytes)) for name, ref in outside[:_NON_LAYER_SHOWN]
     )

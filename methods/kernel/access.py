@@ -1,7 +1,7 @@
 """Accesses: which elements of a stored part a range of a value's elements needs, and in which order they are staged.
 
 A value is computed from parts, such as the codes and the scales of a quantized tensor. Value and part are seen as
-matrices: the last dimension is a row, all others are rows of it, and the last two dimensions make one matrix of a
+matrices: the last dimension is a row, all others count rows, and the last two dimensions make one matrix of a
 stack. An access translates a range of elements of the value into ranges of elements of the part. The bytes of these
 ranges are staged one after another; kernels find an element of the part by its place there.
 

@@ -173,12 +173,12 @@ class Array:
 
 
 class Factor:
-    """An input that is no array of the output's shape: a factor of a low-rank product. `low_rank` alone takes it.
+    """An input of another shape than the output's: a factor of a low-rank product. `low_rank` alone takes it.
 
     Args:
         index: number of the input.
         shape: its shape as it is stored.
-        rows: whether it has one row for each row of the output; otherwise all of it is used for each row.
+        rows: whether it has one row for each row of the output; otherwise each row uses all elements.
         columns: number of elements in a row of the output.
         trace: trace that it belongs to.
     """
@@ -191,8 +191,8 @@ class Factor:
     def refuse(self, *others: object) -> NoReturn:
         """Raise MethodDefinitionError, as every operation on a factor does."""
         raise definition_error(
-            f"an input of shape {list(self.shape)} that is used by row or as a unit is no array of the output's shape: "
-            "use low_rank(left, right)"
+            f"an input of shape {list(self.shape)}, which is used by row or as a unit, cannot be used as an array: use "
+            "low_rank(left, right)"
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = refuse

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from ctypes import c_float
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any
 
 from ...errors import UsageError
+from .arithmetic import ARITHMETIC, COMPARISONS, nearest_float32
 from .spec import HostError
 
 __all__ = ["Extent", "MethodDefinitionError", "Node", "Trace", "Type", "inputs_of", "reachable"]
@@ -38,38 +38,6 @@ class Extent(IntEnum):
     ROW = 1
     COLUMN = 2
     ELEMENT = 3
-
-
-COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-}
-
-
-def divide(a: float, b: float) -> float:
-    """The quotient of two floats as IEEE 754 defines it, also for a divisor of 0."""
-    if b:
-        return a / b
-    return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
-
-
-ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": divide,
-    "minimum": lambda a, b: b if b < a else a,
-    "maximum": lambda a, b: b if b > a else a,
-}
-
-
-def _float32(x: float) -> float:
-    """The nearest float32."""
-    return c_float(x).value
 
 
 class MethodDefinitionError(UsageError):
@@ -251,8 +219,8 @@ class Trace:
     def single(self, a: Node) -> Node:
         """A number rounded to float32."""
         if a.constant:
-            return self.constant(_float32(a.value))
-        return self.node("single", (a,), Type.NUMBER) if a.in_tile else self.scalar(_float32, (a,))
+            return self.constant(nearest_float32(a.value))
+        return self.node("single", (a,), Type.NUMBER) if a.in_tile else self.scalar(nearest_float32, (a,))
 
     def narrow(self, a: Node) -> Node:
         """A number rounded to the work dtype."""

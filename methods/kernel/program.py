@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .expression import COMPARISONS, Node, Type, reachable
+from .arithmetic import COMPARISONS
+from .expression import Node, Type, reachable
 from .reduction.reductions import Reduction, Selection, Sum
 from .spec import BLOCK
 

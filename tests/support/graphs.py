@@ -53,10 +53,12 @@ def kernel_of(kind: str, inputs: InputSpec) -> Kernel:
     return kernel
 
 
-def _stored(tensor: Tensor, dtype: DType) -> bytes:
+def stored(tensor: Tensor, dtype: DType) -> bytes:
     """Return the bytes of a tensor in a file."""
     assert dtype.torch_name is not None
-    return tensor.to(getattr(torch, dtype.torch_name)).view(torch.uint8).numpy().tobytes()
+    if tensor.numel() == 0:
+        return b""
+    return tensor.to(getattr(torch, dtype.torch_name)).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(repr=False)
@@ -76,16 +78,25 @@ class World:
         nodes = [(self.graph.operation(node).method, self.graph.node_sources[node]) for node in self.graph]
         return f"World(sources={sizes}, nodes={nodes})"
 
-    def source(self, elements: int, dtype: str = "F32", seed: int | None = None) -> int:
-        """Add a source tensor; return its read number. Tensors with the same `seed` are equal."""
-        number = len(self.tensors)
+    def source(
+        self, shape: int | tuple[int, ...], dtype: str = "F32", seed: int | None = None, largest: int = 8
+    ) -> int:
+        """Add a source tensor of a shape, or with a number of elements; return its read number.
+
+        Args:
+            shape: shape of the tensor, or its length.
+            dtype: dtype of the tensor.
+            seed: tensors with the same seed are equal.
+            largest: largest magnitude of its elements.
+        """
+        number, dimensions = len(self.tensors), (shape,) if isinstance(shape, int) else shape
         generator = torch.Generator().manual_seed(number if seed is None else seed)
-        tensor = torch.randint(-8, 8, (elements,), generator=generator).to(torch.float32)
+        tensor = torch.randint(-largest, largest, dimensions, generator=generator).to(torch.float32)
         file = Path(f"file{number % 3}")
         data = self.files.get(file, b"")
-        stored = _stored(tensor, DTYPES[dtype])
-        ref = TensorRef(file, len(data), len(stored), DTYPES[dtype], (elements,))
-        self.files[file] = data + stored
+        values = stored(tensor, DTYPES[dtype])
+        ref = TensorRef(file, len(data), len(values), DTYPES[dtype], tuple(tensor.shape))
+        self.files[file] = data + values
         self.tensors.append(tensor)
         return self.graph.add_read(0, f"t{number}", ref)
 
@@ -111,7 +122,7 @@ class World:
 
     def expected(self, node: int) -> bytes:
         """Return the expected output bytes of a node."""
-        return _stored(self._value(~node), self.graph.node_dtype[node])
+        return stored(self._value(~node), self.graph.node_dtype[node])
 
     def _value(self, value: int) -> Tensor:
         """The elements of a read, or of the output ``~n`` of node n."""

@@ -1,1 +1,1 @@
-"""Checks of a stage: its layers, slices and filters, and the quantized tensors that it copies."""
+"""Checks of a graph against its models and its recipe, and the warnings that they cause."""

@@ -14,7 +14,7 @@ from ....errors import MergeloomError
 from ....io.counters import IoCounters
 from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
 from ....io.output.journal import JournalContent
-from ...graph.graph import Kind, MergeGraph
+from ...graph.graph import MergeGraph
 from ...graph.layout import Layout
 from ..buffers import ThreadBuffers
 from ..transfers import PART_BYTES, Transfer, source_of
@@ -67,7 +67,7 @@ class RecoveredState:
         done = self.written(graph)
         destinations = graph.destinations() if self.copied else []
         for node, outputs in enumerate(destinations):
-            if node not in self.complete and graph.operation(node).kind is Kind.COPY and graph.nbytes(node):
+            if node not in self.complete and graph.operation(node).copies_tensor and graph.nbytes(node):
                 starts = ((layout.shard_of[output], layout.offset_of[output]) for output in outputs)
                 if all(self._has_copy(shard, start, start + graph.nbytes(node)) for shard, start in starts):
                     done[node] = graph.nbytes(node)
@@ -353,7 +353,7 @@ def _copy_checks(
     for shard, ranges in copied.items():
         for output in layout.shards[shard].outputs:
             node = graph.outputs[output].node
-            if graph.operation(node).kind is not Kind.COPY or source_of(graph, node) in sharing:
+            if not graph.operation(node).copies_tensor or source_of(graph, node) in sharing:
                 continue
             ref = graph.reads[graph.node_sources[node][0]]
             first = layout.offset_of[output]

@@ -13,12 +13,12 @@ from ..reduction.reductions import ColumnSum, Count, Selection, Sum
 from ..spec import BLOCK, Unit
 from . import helpers
 from .compiler import Library, library
-from .fills import fill_functions
 from .helpers import COLUMNS
 from .loops import SEGMENT, Generator, Loop
 from .operations import DECLARATIONS
 from .stages import has_columns, in_loop, stages_of
-from .staging import fill_of, panel_elements
+from .staging.functions import fill_functions
+from .staging.state import fill_of, panel_elements
 from .table import Target, Variant
 
 _SAMPLE = 1 << 16

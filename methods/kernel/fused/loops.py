@@ -18,7 +18,7 @@ from .assembly import Function
 from .operations import Types
 from .segment import Segment
 from .stages import Stage
-from .staging import Fill
+from .staging.state import Fill
 from .table import Table, Target, Variant
 
 SEGMENT = 1 << 11
@@ -102,9 +102,11 @@ class Generator:
                 self._reduce(f, target, passed, size)
             for node in self.stage.reduced:
                 self._reduce_row(f, node, passed, rows, row, size)
-        for target in self.targets:
-            if (name := self._sum_name(target)) is not None:
-                f.do(f"call void @{name.replace('feed', 'end')}(ptr {self._state(f, target)})")
+        sums = [(target, name) for target in self.targets if (name := self._sum_name(target)) is not None]
+        if sums:  # a block can continue in the next range of rows
+            with f.when(f.value(f"icmp ne i64 {f.load('%table', self.table.place('last'), 'i64')}, 0")):
+                for target, name in sums:
+                    f.do(f"call void @{name.replace('feed', 'end')}(ptr {self._state(f, target)})")
         return f.text(f"i32 {following[0]}")
 
     def _fill(self, f: Function, fill: Fill, buffer: str, offset: str, size: str) -> None:

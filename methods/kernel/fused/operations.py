@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..expression import COMPARISONS, Node, Type
+from ..arithmetic import COMPARISONS
+from ..expression import Node, Type
 from ..random_streams import FIRST, SECOND, STEP
 from .assembly import Function, literal
 from .formats import decoded, encoded

@@ -17,7 +17,7 @@ from .formats import FORMATS, STORED
 from .helpers import COLUMNS, SearchField, SumField
 from .loops import Loop
 from .rows import RowFunctions, address, array_at
-from .staging import gather, run_lengths, state_of
+from .staging.state import gather, run_lengths, state_of
 from .table import Target
 
 
@@ -221,6 +221,7 @@ class Run:
         fixed = {
             "element": self._chunk.element + first,
             "elements": size,
+            "last": first + size == self._chunk.elements,
             "segment": max(1, size if keep else self.group.segment or size),
             "numbers": numbers.ctypes.data,
             "rows": self._buffers.rows,

@@ -12,7 +12,7 @@ from .assembly import Function, literal
 from .formats import FORMATS, STORED, decoded, encoded
 from .operations import Types, converted, hashed, operation, used_type
 from .stages import Stage, given, in_loop
-from .staging import fill_of
+from .staging.state import fill_of
 from .table import Table, Target, Variant
 
 

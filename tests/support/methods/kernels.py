@@ -207,14 +207,7 @@ def run_fused(
 
     def chunks() -> Iterator[Chunk]:
         for start in range(0, size, max(1, step)):
-            count = min(step, size - start)
-            ranges = [
-                (0, size) if complete and not kernel.inputs.access(number).aligned else (start, count)
-                for number in range(len(inputs))
-            ]
-            staged = [staged_elements(kernel.inputs, number, x, *ranges[number]) for number, x in enumerate(inputs)]
-            parts = [memoryview(x.view(torch.uint8).numpy()) for x in staged]
-            yield Chunk(parts, start, count, key, positions or range(len(inputs)), ranges if complete else ())
+            yield chunk_of(kernel.inputs, inputs, start, min(step, size - start), key, positions, complete)
 
     def reduce(index: int, state: Any) -> Any:
         merged = None
@@ -235,6 +228,26 @@ def run_fused(
         outputs = [torch.full((size * width,), 77, dtype=torch.uint8) for width in widths]
         beyond = any(list(pool.map(combine, chunks())))
     return FusedRun([output.numpy().tobytes() for output in outputs], passes, beyond)
+
+
+def chunk_of(
+    spec: InputSpec,
+    inputs: Sequence[Tensor],
+    start: int,
+    count: int,
+    key: int,
+    positions: Sequence[int] | None,
+    complete: bool,
+) -> Chunk:
+    """A chunk of the output, and what is staged of its inputs; see `run_fused`."""
+    complete_range = (0, math.prod(spec.shape))
+    ranges = [
+        complete_range if complete and not spec.access(number).aligned else (start, count)
+        for number in range(len(inputs))
+    ]
+    staged = [staged_elements(spec, number, x, *ranges[number]) for number, x in enumerate(inputs)]
+    parts = [memoryview(x.view(torch.uint8).numpy()) for x in staged]
+    return Chunk(parts, start, count, key, positions or range(len(inputs)), ranges if complete else ())
 
 
 def merge(

@@ -15,6 +15,7 @@ from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, SameRows, Slice, TransposedSlice, Whole
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.decoder import Decoder, low_rank
+from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
 
 Shape = tuple[int, ...]
@@ -156,7 +157,7 @@ MATRIX_KINDS = tuple(KINDS)
 def merged(
     method: str, models: Sequence[Stored], shape: Shape, parameters: Mapping[str, Any], base: int | None
 ) -> tuple[Composition, list[Tensor]]:
-    """The kernel that merges values, which it computes from their parts; and all parts, complete.
+    """A method's kernel of values that are computed from their parts; and all parts, complete.
 
     Args:
         method: name of the method.
@@ -165,6 +166,17 @@ def merged(
         parameters: parameters of the method.
         base: index of the base model.
     """
+    return composed(merge_methods()[method].kernel(InputSpec(len(models), base, shape), parameters), models)
+
+
+def composed(merge: Kernel, models: Sequence[Stored]) -> tuple[Composition, list[Tensor]]:
+    """A kernel whose inputs are computed from their parts; and all parts, complete.
+
+    Args:
+        merge: kernel of the values.
+        models: the inputs.
+    """
+    shape = merge.inputs.shape
     leaves: list[tuple[Access, Tensor]] = []
     parts: list[Part] = []
     sources = []
@@ -177,8 +189,7 @@ def merged(
         kernel = model.decoder.kernel(spec_of(model.parts, shape), model.parameters)
         parts.append(Part(kernel, places, round_to=model.round_to))
         sources.append(~(len(parts) - 1))
-    kernel = merge_methods()[method].kernel(InputSpec(len(models), base, shape), parameters)
-    parts.append(Part(kernel, tuple(sources), KEY, tuple(range(len(models)))))
+    parts.append(Part(merge, tuple(sources), KEY, tuple(range(len(models)))))
     return Composition(spec_of(leaves, shape), parts), [part for _, part in leaves]
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from mergeloom.methods import merge_methods
+from mergeloom.methods.kernel.access import SameRows, Whole
+from mergeloom.methods.kernel.decoder import Decoder, low_rank
 from mergeloom.methods.kernel.fused import compiler
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.kernels import run_fused
+from tests.support.methods.stored import KINDS, Maker, merged
 
 INTEL = pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
 PROCESSORS = {"AVX2": ("haswell", ""), "AVX-512": ("skylake-avx512", "-prefer-256-bit")}
@@ -93,3 +96,40 @@ def test_bytes_do_not_depend_on_the_instruction_set(
     own = run_fused(kernel, inputs, 1, key=5)
     monkeypatch.setattr(compiler, "target", lambda: PROCESSORS[processor])
     assert run_fused(kernel, inputs, 1, key=5) == own
+
+
+# ------------------------------------------------------------------------------------------------ stored parts
+
+
+@INTEL
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_low_rank_products_are_vectorized_and_not_contracted(processor: str) -> None:
+    shape = (64, 4096)
+    spec = InputSpec(2, None, shape, (SameRows(), Whole()), ((64, 32), (32, 4096)))
+    compiled = Compiled(Decoder("product", low_rank).kernel(spec, {}), ["BF16", "BF16"], "BF16")
+    machine = compiler.target_machine(*PROCESSORS[processor])
+    module = compiler.optimized(compiled.assembly, machine)
+    several = re.search(r"define internal[^@]*@add_ranks\.8\..*?\n}", str(module), re.DOTALL)
+    assert several is not None
+    body = re.search(r"^vector\.body.*?^\S", several[0], re.DOTALL | re.MULTILINE)
+    assert body is not None
+    products, sums = vector_operations(body[0], "fmul"), vector_operations(body[0], "fadd")
+    assert len(products) == len(sums) >= 8
+    assert set(products + sums) == {f"<{LANES[processor]} x float>"}
+    assert not re.search(r"\tvf(n?m(add|sub)|madd|msub)\w*\t", machine.emit_assembly(module))
+
+
+@INTEL
+@pytest.mark.parametrize("processor", ["AVX2", "AVX-512"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_parts_do_not_depend_on_the_instruction_set(
+    kind: str, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processor == "AVX-512" and "+avx512bw" not in compiler.target()[1]:
+        pytest.skip("this processor has no AVX-512")
+    shape = (83, 517)
+    models = [KINDS[kind](Maker(seed, shape)) for seed in (1, 2)]
+    kernel, parts = merged("slerp", models, shape, {"t": 0.3}, 0)
+    own = run_fused(kernel, parts, 1)
+    monkeypatch.setattr(compiler, "target", lambda: PROCESSORS[processor])
+    assert run_fused(kernel, parts, 1) == own

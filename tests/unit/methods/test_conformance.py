@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import Array, Inputs, maximum, merge_methods, sign, where
-from mergeloom.methods.kernel.expression import ARITHMETIC, reachable
+from mergeloom.methods.kernel.arithmetic import ARITHMETIC
+from mergeloom.methods.kernel.expression import reachable
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import BLOCK, InputSpec, MethodError, Unit
 from mergeloom.methods.kernel.torch_backend import counting

@@ -19,7 +19,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule import schedule
-from mergeloom.methods import Array, exp, log, merge_methods
+from mergeloom.methods import Array, Inputs, exp, log, merge_methods
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
@@ -228,6 +228,20 @@ def test_a_composition(first: str, second: str) -> None:
 def test_a_composition_of_any_inputs(first: str, second: str, kind: str, round_to: str | None) -> None:
     for shape in ((331, 517), (70_001,)):
         assert_same(composition(first, second, shape, round_to), make(kind, 4, shape, 0), None, 1 << 15)
+
+
+@pytest.mark.parametrize("shape", [(40, 9001), (60, 7168), (331, 1021)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(lambda t: t.other * t.sum(t.row_rank(t.other) * t.other), id="sum"),
+        pytest.param(lambda t: t.other * t.column_sum(t.row_rank(t.other) * t.other), id="sum of columns"),
+        pytest.param(lambda t: t.other * t.sum(t.other / t.row_sum(t.other)), id="sum of rows' shares"),
+    ],
+)
+def test_sums_of_what_is_computed_by_row(method: Callable[[Inputs], Array], shape: tuple[int, ...]) -> None:
+    """A block of a sum has more rows than are computed between two calls of Python functions."""
+    assert_same(kernel_of(method, 1, None, shape), make("float32", 1, shape), None, 1)
 
 
 # ------------------------------------------------------------------------------------------------ the pieces

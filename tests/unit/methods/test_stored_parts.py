@@ -21,8 +21,9 @@ from mergeloom.methods.kernel.fused.finite import count_nonfinite, finite
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import BLOCK, InputSpec
 from tests.support.methods import oracle
+from tests.support.methods.expressions import random_kernel
 from tests.support.methods.kernels import NAMES, method_of, run_fused, run_kernel
-from tests.support.methods.stored import ADAPTED, KEY, KINDS, SCALED, Maker, Stored, merged, spec_of
+from tests.support.methods.stored import ADAPTED, KEY, KINDS, SCALED, Maker, Stored, composed, merged, spec_of
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     *((300, 260), (1, 5000), (4001, 1), (3, 70, 130), (5, 9001), (9000, 7), (2, 3, 64, 32), (257,), (1,)),
@@ -83,6 +84,17 @@ def test_mixed_models(method: str, seed: int) -> None:
     kernel, parts = kernel_for(method, models, shape)
     lengths = [None, *(int(length) for length in generator.integers(1, 4 * BLOCK, 2))]
     assert_same(kernel, parts, lengths, threads=1 + seed % 3)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_expressions(seed: int) -> None:
+    """Any operation, by row, by column and by element, with selections and random numbers."""
+    generator = np.random.default_rng([7, seed])
+    shape = SHAPES[generator.integers(9)]
+    models = [KINDS[kind](Maker(seed, shape, bad=seed % 3 == 0)) for kind in generator.choice(list(KINDS), 3)]
+    merge = random_kernel(seed, 3, (None, 0)[seed % 2], shape)
+    kernel, parts = composed(merge, models)
+    assert_same(kernel, parts, [None, int(generator.integers(1, 4 * BLOCK))])
 
 
 @pytest.mark.parametrize("method", METHODS)

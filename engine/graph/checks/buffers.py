@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...io.safetensors.tensors import TensorRef
-from ...io.units import listed
-from ..model.warnings import ModelWarning, ModelWarningKind
+from ....io.safetensors.tensors import TensorRef
+from ....io.units import listed
+from ...model.warnings import ModelWarning, ModelWarningKind
 
 _COUNTERS = ("num_batches_tracked", "version", "_float_tensor")
 """Last components of the names of buffers that differ between any two training runs, or have no effect."""

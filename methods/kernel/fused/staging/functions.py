@@ -1,4 +1,4 @@
-"""Native functions that fill a buffer with values that are computed from staged elements; see `staging`.
+"""Native functions that fill a buffer with values that are computed from staged elements; see `state`.
 
 ``fill(state, out, first, count)`` computes the values of elements [first, first + count) of the output. Elements are
 taken row by row. Of a chunk whose elements are gathered, `first` counts from the chunk's first element, too.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from .assembly import Function, literal
-from .formats import STORED, decoded
-from .operations import converted
-from .staging import PADDING, BlockField, Field, LowRankField, TransposedField
+from ..assembly import Function, literal
+from ..formats import STORED, decoded
+from ..operations import converted
+from .state import PADDING, BlockField, Field, LowRankField, TransposedField
 
 _RANKS = 8
 """Ranks that are added in one loop over the columns, which loads and stores the sums once."""

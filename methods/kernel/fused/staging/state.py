@@ -1,9 +1,4 @@
-"""Inputs that are staged in another order than the output's elements: what a loop reads them through.
-
-Before the loop over a segment, a function fills a buffer with the values for the segment's elements; the loop reads it
-as it reads an aligned input. Shapes, blocks and ranks are numbers in the state of the function, so all tensors of a
-format share its code.
-"""
+"""What a fill reads: the values of which node it computes, and where the staged elements of these are."""
 
 from __future__ import annotations
 
@@ -13,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..access import BlockRows, SameRows, TransposedSlice, matrices, row_range
-from ..expression import Node
-from ..spec import InputSpec
+from ...access import BlockRows, SameRows, TransposedSlice, matrices, row_range
+from ...expression import Node
+from ...spec import InputSpec
 
 _FAR = 1 << 62
 _FIELDS = 19
