@@ -124,7 +124,7 @@ class SlotAllocator:
     def _take_outputs(self, task: ChunkTask, *, separate: bool) -> None:
         graph = self._graph
         _, size = self._schedule.span(graph, task.node, task.chunk)
-        task.written = bool(self._destinations[task.node])
+        task.written = bool(self._destinations[task.node]) and task.node not in self._schedule.again
         outputs = []
         for node in graph.results(task.node):
             nbytes = size * output_width(graph, node)

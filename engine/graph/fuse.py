@@ -39,9 +39,8 @@ def fuse(graph: MergeGraph, *, inline: bool = False) -> MergeGraph:
 
 def _kept(graph: MergeGraph) -> set[int]:
     """Return the nodes whose output is computed once and kept for all nodes that use it."""
-    users = graph.users()
     outputs = {output.node for output in graph.outputs}
-    wide = _wide(graph)
+    users, wide = _users_of(graph, outputs), _wide(graph)
     kept: set[int] = set()
     kernel: dict[int, int] = {}  # the node whose kernel a node becomes a part of; -1 for several
     reduced: set[int] = set()  # nodes over which a kernel that they become a part of reduces
@@ -64,6 +63,16 @@ def _kept(graph: MergeGraph) -> set[int]:
         if kernel[node] == node:
             reduced.discard(node)
     return kept
+
+
+def _users_of(graph: MergeGraph, outputs: Set[int]) -> dict[int, list[int]]:
+    """Return for each node the nodes that use it and that an output is computed from."""
+    users = graph.users()
+    live = {other for node in outputs for other in graph.results_with(node)}
+    for node in reversed(graph.nodes()):
+        if not live.isdisjoint(users.get(node, ())):
+            live.add(node)
+    return {node: [user for user in mine if user in live] for node, mine in users.items() if node in live}
 
 
 def _reductions(graph: MergeGraph, node: int) -> int:

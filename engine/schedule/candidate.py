@@ -26,6 +26,7 @@ class Problem:
         graph: graph to schedule.
         budget: limits of the schedule.
         done: for each node that an earlier run has started or finished, the bytes that it wrote.
+        again: nodes that an earlier run has finished, computed again for others that use them.
         needs: requirements of the graph on each device.
         devices: number of the device of each node.
     """
@@ -33,6 +34,7 @@ class Problem:
     graph: MergeGraph
     budget: Budget
     done: Mapping[int, int]
+    again: Set[int]
     needs: tuple[Requirements, ...]
     devices: list[int]
 
@@ -40,10 +42,12 @@ class Problem:
     def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
         """Return the problem, with the requirements of the nodes that are left."""
         finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
+        again = _computed_again(graph, finished)
         needs = tuple(
-            requirements(graph, device.tile_elements, finished, separate=device.separate) for device in budget.devices
+            requirements(graph, device.tile_elements, finished - again, separate=device.separate)
+            for device in budget.devices
         )
-        return cls(graph, budget, done, needs, assign_devices(graph, len(budget.devices)))
+        return cls(graph, budget, done, again, needs, assign_devices(graph, len(budget.devices)))
 
     @property
     def partials(self) -> int:
@@ -91,7 +95,7 @@ class Candidate:
         ram_slots: number of slots that fit RAM.
         vram_slots: number of slots that fit each device's own memory.
         first: first chunk to write of each node that an earlier run has started.
-        left: nodes that still have chunks to write.
+        left: nodes that still have chunks to write, or are computed again.
         simulation: simulation of the order.
     """
 
@@ -139,11 +143,15 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     ram_slots = ram // slot
     vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
     first = _first_chunks(graph, chunks, done)
-    left = _left(graph, chunks, first)
+    left: Set[int] | Sequence[int] = graph.tasks()
+    if first or graph.users():
+        started = {node for node in left if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
+        left = started - _needless(graph, started) | problem.again
+    from_chunk = {node: chunk for node, chunk in first.items() if node not in problem.again}
     window = problem.needs[0].window
     best: Simulation | None = None  # the others are not kept: each has all steps of the merge
     for order in orders(graph):
-        simulation = Simulation(graph, chunks, slot, ram_slots, vram_slots, problem.devices, window, first)
+        simulation = Simulation(graph, chunks, slot, ram_slots, vram_slots, problem.devices, window, from_chunk)
         simulation.run([node for node in order if node in left] if done else order)
         if best is None or _rank(simulation) < _rank(best):
             best = simulation
@@ -177,23 +185,27 @@ def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int])
     return {node: chunk for node, chunk in first.items() if chunk}
 
 
-def _left(graph: MergeGraph, chunks: list[int], first: dict[int, int]) -> Set[int] | Sequence[int]:
-    """Return the nodes to execute: those with an output that is not complete, and all that they use.
-
-    A node whose output an earlier run has written is executed again if another one needs it: then it is not in `first`
-    any more.
-    """
-    used = graph.users()
-    if not first and not used:
-        return graph.tasks()
-    computing = {graph.results_with(output.node)[0] for output in graph.outputs}
-    wanted = [node for node in graph.tasks() if node in computing or node not in used]
-    left = {node for node in wanted if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    stack = list(left) if used else []
+def _computed_again(graph: MergeGraph, finished: Set[int]) -> set[int]:
+    """Return the finished nodes that others use which are not finished: an output is not read back from its file."""
+    if not finished or not graph.users():
+        return set()
+    left = set(graph.tasks()) - finished
+    stack = list(left - _needless(graph, left))
+    again: set[int] = set()
     while stack:
         for value in graph.node_sources[stack.pop()]:
-            if value < 0 and (~value not in left or ~value in first):
-                first.pop(~value, None)
-                left.add(~value)
+            if value < 0 and ~value in finished and ~value not in again:
+                again.add(~value)
                 stack.append(~value)
-    return left
+    return again
+
+
+def _needless(graph: MergeGraph, left: set[int]) -> set[int]:
+    """Return the nodes without an output of which every node that uses them is finished."""
+    users = graph.users()
+    written = {output.node for output in graph.outputs} if users else set()
+    needless: set[int] = set()
+    for node in sorted(users, reverse=True):  # a node has a higher number than those that it uses
+        if node not in written and all(user not in left or user in needless for user in users[node]):
+            needless.add(node)
+    return needless

@@ -8,7 +8,7 @@ budget. Several orders of the nodes are simulated, and the best one is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from ...errors import BudgetError
@@ -56,6 +56,7 @@ class Schedule:
         minimum_ram: smallest RAM budget that works, in bytes.
         minimum_ram_node: node that requires it, or None.
         minimum_vram: smallest VRAM budget that works, in bytes; 0 if no device has its own memory.
+        again: nodes whose output an earlier run has written, computed again for others that use it.
     """
 
     steps: StepList = field(repr=False)
@@ -78,6 +79,7 @@ class Schedule:
     minimum_ram: int
     minimum_ram_node: int | None
     minimum_vram: int
+    again: Set[int] = frozenset()
 
     @property
     def buffer_ram(self) -> int:
@@ -139,6 +141,7 @@ class Schedule:
             minimum_ram=problem.minimum_ram,
             minimum_ram_node=needs[0].node,
             minimum_vram=problem.minimum_vram,
+            again=problem.again,
         )
         separate = [number for number, device in enumerate(budget.devices) if device.separate]
         return replace(schedule, peak_vram=max((schedule.buffer_vram(number) for number in separate), default=0))

@@ -111,11 +111,10 @@ def resume(world: TaskWorld, complete: TaskWorld, ram: int, vram: int | None, wr
         written: for each node that the earlier run has started, the share of its bytes that it wrote.
     """
     graph = world.graph
-    used = graph.users()
     done = {node: int(share * graph.nbytes(node)) for node, share in written.items()}
     for node, nbytes in done.items():
         world.written[node] = bytearray(complete.written.get(node, b"")[:nbytes].ljust(graph.nbytes(node), b"\xee"))
     run(world, scheduled(world, ram, vram, done=done), resumed=True)
     for node, nbytes in done.items():
-        if nbytes == graph.nbytes(node) and node not in used:  # those that others use are computed again
+        if nbytes == graph.nbytes(node):
             assert node not in world.counts, "a complete tensor is written again"

@@ -41,7 +41,7 @@ def summed(t: Inputs) -> Array:
 
 
 def voted(t: Inputs) -> Array:
-    """Three passes: the total, how many elements are above a share of the total, and the sum with that number."""
+    """Three passes: the total of all elements, how many exceed a share of the total, and the sum plus that number."""
     values = add(list(operands_of(t)))
     count = t.count(values > t.sum(values) * 2.0**-10)
     return values + host(lambda number: number % 8, count)

@@ -98,6 +98,21 @@ def test_an_output_that_only_complete_tasks_use_does_not_stay() -> None:
         resume(rest, complete, 0, None, {last: 1.0})
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_complete_output_is_computed_again_for_a_task_that_uses_it_and_not_written(share: float) -> None:
+    world, shape = TaskWorld(), (3 * ELEMENTS,)
+    source = Operand((world.source(shape),))
+    first = world.task("sum", [source], shape, "F32")
+    middle = world.task("sum", [Operand((~first,))], shape, "F32")
+    last = world.task("vote", [Operand((~middle,))], shape, "F32")
+    world.measure()
+    complete, rest = world.fresh(), world.fresh()
+    run(complete, scheduled(complete, 20))
+    with no_hang():
+        resume(rest, complete, 20, None, {first: 1.0, middle: 1.0, last: share})
+    assert rest.counts.keys() == {last}
+
+
 def test_a_step_drops_its_own_cached_chunks_for_its_output() -> None:
     #  a ─┬─ sum ── out0           4 chunks of a fit the cache after the first task, but the second one, whose output
     #     └─ vote ── sum ── out1   stays, needs their slots
@@ -121,12 +136,15 @@ def test_a_step_drops_its_own_cached_chunks_for_its_output() -> None:
 
 
 def test_an_intermediate_is_never_dropped_for_lack_of_room() -> None:
-    #  kept ── used at the end, while three chains go through RAM that cannot hold all they would keep
+    #  kept ─┬───────────────────────────── last      kept is needed furthest away, while the passes of the others
+    #        └─ first ─ second(b) ─ third(b) ─┘       would fill RAM with b
     world, shape = TaskWorld(), (4 * ELEMENTS,)
     a, b = (Operand((world.source(shape),)) for _ in range(2))
-    kept = world.task("sum", [a], shape, "F32", outputs=0)
-    middle = world.task("vote", [Operand((~kept,)), b], shape, "F32", outputs=1)
-    world.task("vote", [Operand((~kept,)), Operand((~middle,)), b], shape, "F32")
+    kept = Operand((~world.task("sum", [a], shape, "F32", outputs=0),))
+    before = kept
+    for _ in range(3):
+        before = Operand((~world.task("vote", [before, b], shape, "F32", outputs=0),))
+    world.task("sum", [kept, before], shape, "F32")
     world.measure()
     for extra in range(12):
         schedule = scheduled(world, extra)
