@@ -39,8 +39,9 @@ def gpu_passes(
     elements = kernel.inputs.rows * kernel.inputs.columns
     tile = max(1, work.schedule.tile_elements[0] // kernel.alignment) * kernel.alignment
     nbytes = kernel.workspace(min(tile, elements), work_bytes(graph, node))
-    if node in graph.footprints:
-        nbytes = max(nbytes, graph.footprints[node].workspace.at(min(tile, elements)))
+    measured = graph.footprints.get(graph.node_class[node])
+    if measured is not None:
+        nbytes = max(nbytes, measured.workspace.at(min(tile, elements)))
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
     outs = [torch.empty(elements, dtype=torch_dtype(dtype), device=device) for dtype in graph.result_dtypes(node)]
     positions = graph.operation(node).positions or tuple(range(len(tensors)))

@@ -35,7 +35,7 @@ def measure_footprints(graph: MergeGraph, *, separate: bool) -> None:
     if separate:
         from .measure_torch_memory import footprint as measured_footprint
     found: dict[tuple[int, tuple[DType, ...], tuple[DType, ...]], Footprint] = {}
-    for node in graph:
+    for number, node in enumerate(graph.class_nodes):
         operation = graph.operation(node)
         if operation.kernel is None or operation.kind is not Kind.MERGE or not graph.elements(node):
             continue
@@ -48,7 +48,7 @@ def measure_footprints(graph: MergeGraph, *, separate: bool) -> None:
             else:
                 result = compiled_footprint(operation.kernel, dtypes, outs)
             found[key] = result
-        graph.footprints[node] = result
+        graph.footprints[number] = result
 
 
 def compiled_footprint(kernel: Kernel, dtypes: tuple[DType, ...], outs: tuple[DType, ...]) -> Footprint:

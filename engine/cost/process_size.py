@@ -15,9 +15,9 @@ import os
 import platform
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import mul
 from pathlib import Path
 
 from ...version import __version__
@@ -57,9 +57,13 @@ class GraphSize:
     @classmethod
     def of(cls, graph: MergeGraph) -> GraphSize:
         """Return the size of a graph."""
-        passes = [graph.operation(node).passes for node in graph]
-        sources = sum(map(mul, passes, map(len, graph.node_sources)))
-        return cls(len(graph.reads), len(graph.outputs), sum(passes), sources)
+        steps = sources = 0
+        for number, count in Counter(graph.node_class).items():
+            node = graph.class_nodes[number]
+            passes = graph.operation(node).passes
+            steps += passes * count
+            sources += passes * len(graph.node_sources[node]) * count
+        return cls(len(graph.reads), len(graph.outputs), steps, sources)
 
     def nbytes(self, *, separate: bool = False) -> int:
         """Return the RAM that a merge takes for them after the process was measured, in bytes.

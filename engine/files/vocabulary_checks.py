@@ -70,29 +70,31 @@ def embedding_rows(model: Model) -> int | None:
 
 def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:
     """The models of a stage whose embeddings or heads its output is computed from."""
-    names = {model.number: set(embedding_names(model)) for model in built.models}
-    graph = built.graph
-    used = {
-        model for model, name in zip(graph.read_models, graph.read_names, strict=True) if name in names.get(model, ())
-    }
+    used = set(_reads_of_embeddings(built).values())
     return [model for model in built.models if model.number in used]
 
 
 def models_with_merged_embeddings(built: BuiltGraph) -> set[int]:
     """The numbers of the models of a stage whose embeddings or heads are merged with those of another model."""
-    names = {model.number: set(embedding_names(model)) for model in built.models}
-    graph = built.graph
-    reads = {
-        read: model
-        for read, (model, name) in enumerate(zip(graph.read_models, graph.read_names, strict=True))
-        if name in names.get(model, ())
-    }
+    graph, reads = built.graph, _reads_of_embeddings(built)
+    linked = bool(graph.users())
     merged: set[int] = set()
-    for node in dict.fromkeys(output.node for output in graph.outputs):
+    for node in dict.fromkeys(graph.outputs.nodes):
+        if not linked and reads.keys().isdisjoint(graph.node_sources[node]):
+            continue
         if len(sources := graph.reads_of(node)) > 1:
             models = {reads[read] for read in sources if read in reads}
             merged |= models if len(models) > 1 else set()
     return merged
+
+
+def _reads_of_embeddings(built: BuiltGraph) -> dict[int, int]:
+    """The reads of a stage that are embeddings or heads, with the number of their model."""
+    graph = built.graph
+    names = {model.number: set(embedding_names(model)) for model in built.models}
+    every = set().union(*names.values())
+    found = [read for read, name in enumerate(graph.read_names) if name in every]
+    return {read: model for read in found if graph.read_names[read] in names.get(model := graph.read_models[read], ())}
 
 
 def check_vocabularies(

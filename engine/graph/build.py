@@ -12,6 +12,7 @@ from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.safetensors.dtypes import Kind as ElementKind
 from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
+from ..model.checks.shapes import shape_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
 from ..model.logical import kind_of
@@ -25,11 +26,11 @@ from .checks.buffers import BufferCheck
 from .checks.duplicates import explained, find_duplicates
 from .checks.filters import unmatched_filters
 from .checks.layers import LayerChecks, OutputLayer, missing_tensor
+from .checks.partial import PartialTensor, partial_warnings
 from .checks.quantized_outputs import check_quantized_outputs
 from .fuse import fuse
 from .graph import MergeGraph
-from .partial import PartialTensor, partial_warnings
-from .rules import TensorRules, shape_mismatch
+from .rules import TensorRules
 from .usage import TensorUsage, Unused
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
@@ -186,7 +187,7 @@ class _GraphBuilder:
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.usage = TensorUsage(self.graph)
-        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed)
+        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
@@ -207,13 +208,13 @@ class _GraphBuilder:
             raise CheckpointError(
                 "the output has no tensors: no tensor of the models belongs to a module of the recipe"
             )
-        self._warn_of_filters(chain(self.graph.read_names, (output.name for output in self.graph.outputs)))
+        self._warn_of_filters(chain(self.graph.read_names, self.graph.outputs.names))
         if self.stage.files_from is None:
             self.warnings += check_quantized_outputs(self.graph, self.models, self.donor)
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = self.stage.out_dtype or self.stage.dtype
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
-        head = any(is_head(output.name) for output in self.graph.outputs)
+        head = any(map(is_head, self.graph.outputs.names))
         return BuiltGraph(
             graph=self.graph,
             models=self.models,
@@ -306,7 +307,7 @@ class _GraphBuilder:
     def _check_chosen_head(self) -> None:
         """Without any head, the chosen model's head is its embedding, so `embeddings` must choose the same model."""
         chosen = self.stage.non_layer.head
-        if chosen is None or any(is_head(output.name) for output in self.graph.outputs):
+        if chosen is None or any(map(is_head, self.graph.outputs.names)):
             return
         embeddings = {
             self.models[self.graph.read_models[read]].reference

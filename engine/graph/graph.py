@@ -10,89 +10,25 @@ tensors at once, the first one is the node, and each other one is a node of kind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
-from typing import Any
+from typing import TypeVar
 
 from ...io.safetensors.dtypes import DType
+from ...io.safetensors.table import TensorTable
 from ...io.safetensors.tensors import TensorRef
 from ...methods.kernel.access import ALIGNED, Access
-from ...methods.kernel.kernel import Kernel
+from .columns import Output, Outputs, Reads, Rows, grouped
 from .footprint import Footprint
+from .operation import Kind, Operation
 
+__all__ = ["Kind", "MergeGraph", "Operation", "Output", "Value"]
+
+T = TypeVar("T")
 Value = int
 """A source of a node: the number of a read, or ``~node``."""
-
-
-class Kind(Enum):
-    """How an operation computes its output."""
-
-    COPY = "copy"  # the source's bytes, unchanged
-    REQUIRE_EQUAL = "same"  # the sources' bytes, which must be equal (integer tensors)
-    MERGE = "merge"  # a kernel: a method, a decoder, or several of them in one
-    RESULT = "result"  # another tensor that the node before it computes
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """An operation on the sources of a node, shared by all nodes with equal operations.
-
-    Args:
-        kind: how the output is computed.
-        method: name of the merge method, for display.
-        parameters: the resolved parameters as (name, value); a per-input value is a tuple.
-        base: index of the base model among the sources, or None.
-        positions: for each source, the index of its model in the recipe, for random keys.
-        kernel: the method bound to inputs and parameters; None if the source is copied.
-        copied: for each source, how the output uses its elements if nothing is computed; all `ALIGNED` if empty.
-    """
-
-    kind: Kind
-    method: str
-    parameters: tuple[tuple[str, Any], ...] = ()
-    base: int | None = None
-    positions: tuple[int, ...] = ()
-    kernel: Kernel | None = None
-    copied: tuple[Access, ...] = ()
-
-    @property
-    def copies_tensor(self) -> bool:
-        """Whether the output is all bytes of a stored tensor, which a file system can share or copy itself."""
-        return self.kind is Kind.COPY and not self.copied
-
-    @property
-    def accesses(self) -> tuple[Access, ...]:
-        """For each source, how the output uses its elements; empty if all are `ALIGNED`."""
-        return self.copied if self.kernel is None else self.kernel.inputs.accesses
-
-    @property
-    def passes(self) -> int:
-        """Number of passes over the sources: the reductions, and the pass that computes the output."""
-        return 1 if self.kernel is None else self.kernel.reductions + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One tensor of the output model.
-
-    Args:
-        name: name of the tensor.
-        node: the node that computes the tensor.
-        group: group of tensors that keep the order of their source in the layout, such as a slice of the recipe.
-        folder: folder of the tensor's model in OUT: the name of a saved stage, or empty.
-    """
-
-    name: str
-    node: int
-    group: int
-    folder: str = ""
-
-    @property
-    def label(self) -> str:
-        """The unique name of the output: the tensor's name, with the folder as a prefix."""
-        return f"{self.folder}/{self.name}" if self.folder else self.name
 
 
 class MergeGraph:
@@ -108,26 +44,39 @@ class MergeGraph:
         node_dtype: for each node, the dtype of its output.
         node_shape: for each node, the shape of its output.
         node_key: for each node, its random key; 0 if the operation isn't random.
+        shares_reads: whether any read is a source of several nodes.
         outputs: the output tensors, in the order of the model.
-        footprints: for each measured node, the memory of a compute thread (see `cost.measure_memory`).
+        footprints: for each measured class, the memory of a compute thread (see `cost.measure_memory`).
     """
 
     def __init__(self, models: tuple[str, ...]) -> None:
         self.models = models
-        self.reads: list[TensorRef] = []
-        self.read_models: list[int] = []
+        self.reads = Reads()
+        self.read_models = array("H")
         self.read_names: list[str] = []
         self.operations: list[Operation] = []
-        self.node_operation: list[int] = []
-        self.node_sources: list[tuple[Value, ...]] = []
+        self.node_operation = array("I")
+        self.node_sources = Rows()
         self.node_dtype: list[DType] = []
         self.node_shape: list[tuple[int, ...]] = []
-        self.node_key: list[int] = []
-        self.outputs: list[Output] = []
+        self.node_key = array("Q")
+        self._node_class = array("I")
+        self._class_nodes: list[int] = []
+        self.shares_reads = False
+        self._class_places: list[tuple[int, ...]] = []
+        self.outputs = Outputs()
         self.footprints: dict[int, Footprint] = {}
         self._read_numbers: dict[tuple[int, str], int] = {}
+        self._row_numbers: dict[
+            int, array[int]
+        ] = {}  # for each model and row of its table, the read; -1 if it has none
         self._operation_numbers: dict[Operation, int] = {}
+        self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
+        self._first_users = array("i"), array("i")  # by read, and by node: the first with it as first source; or -1
         self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
+        self._class_numbers: dict[tuple[object, ...], int] = {}
+        self._uses_nodes = False  # whether any source is a node
+        self._used = bytearray()  # for each read, whether a node uses it
         self._results: dict[int, tuple[int, ...]] = {}
         self._access_numbers: dict[Access, int] = {ALIGNED: 0}
         self._operation_accesses: list[tuple[int, ...]] = []  # by operation; empty if all are aligned
@@ -137,9 +86,30 @@ class MergeGraph:
         number = self._read_numbers.setdefault((model, name), len(self.reads))
         if number == len(self.reads):
             self.reads.append(ref)
-            self.read_models.append(model)
-            self.read_names.append(name)
+            self._append_read(model, name)
         return number
+
+    def add_stored(self, model: int, name: str, tensors: TensorTable) -> int:
+        """Add the read of tensor `name` of a model that has these tensors, or find it; returns the read number.
+
+        Of one model, the reads of all tensors are added in this way, or none of them.
+        """
+        numbers = self._row_numbers.get(model)
+        if numbers is None:
+            numbers = self._row_numbers[model] = array("i", [-1]) * len(tensors)
+        row = tensors.row(name)
+        number = numbers[row]
+        if number < 0:
+            number = numbers[row] = len(self.reads)
+            self.reads.append_stored(*tensors.place(row))
+            self._append_read(model, name)
+        return number
+
+    def _append_read(self, model: int, name: str) -> None:
+        self.read_models.append(model)
+        self.read_names.append(name)
+        self._first_users[0].append(-1)
+        self._used.append(0)
 
     def add_node(
         self,
@@ -160,6 +130,15 @@ class MergeGraph:
         """
         number = self._number(operation)
         equal = (number, sources, dtype.name, key)
+        # most values are the first source of one node only, so few nodes are in `_node_numbers`
+        users, place = self._first_users[sources[0] < 0], max(sources[0], ~sources[0])
+        first = users[place]
+        if first < 0:
+            first = users[place] = self.append_node(operation, sources, dtype, key, shape)
+            return first
+        found = self.node_operation[first], self.node_sources[first], self.node_dtype[first].name, self.node_key[first]
+        if found == equal:
+            return first
         node = self._node_numbers.get(equal)
         if node is None:
             node = self._node_numbers[equal] = self.append_node(operation, sources, dtype, key, shape)
@@ -178,17 +157,71 @@ class MergeGraph:
         Raises:
             ValueError: if the output of a node is used other than element for element.
         """
-        if any(v < 0 and access is not ALIGNED for v, access in zip(sources, operation.accesses, strict=False)):
+        number = self._number(operation)
+        accesses = self._operation_accesses[number]
+        if any(value < 0 and access for value, access in zip(sources, accesses, strict=False)):
             raise ValueError("the output of a node can only be used element for element")
-        self.node_operation.append(self._number(operation))
+        shape = self.value_shape(sources[0]) if shape is None else shape
+        self.node_operation.append(number)
         self.node_sources.append(sources)
         self.node_dtype.append(dtype)
-        self.node_shape.append(self.value_shape(sources[0]) if shape is None else shape)
+        self.node_shape.append(shape)
         self.node_key.append(key)
+        self._first_users[1].append(-1)
+        for value in set(sources):
+            if value < 0:
+                self._uses_nodes = True
+            elif self._used[value]:
+                self.shares_reads = True
+            else:
+                self._used[value] = 1
         return len(self.node_operation) - 1
+
+    @property
+    def node_class(self) -> array[int]:
+        """For each node, the number of its class: nodes with equal operations on values of equal dtypes and shapes.
+
+        A mixture of experts has a dozen classes, so what depends on the class alone is computed once. The classes are
+        found when they are asked for: a node can be added before those that it uses.
+        """
+        for node in range(len(self._node_class), len(self.node_operation)):
+            sources = self.node_sources[node]
+            repeated = tuple(map(sources.index, sources)) if len(set(sources)) < len(sources) else ()
+            results = [(self.node_dtype[other].name, self.node_shape[other]) for other in self.results(node)]
+            kind = (self.node_operation[node], *results, repeated, *map(self._class_of_value, sources))
+            number = self._class_numbers.setdefault(kind, len(self._class_nodes))
+            if number == len(self._class_nodes):
+                self._class_nodes.append(node)
+                self._class_places.append(self._find_places(node))
+            self._node_class.append(number)
+        return self._node_class
+
+    @property
+    def class_nodes(self) -> list[int]:
+        """For each class, its first node."""
+        return self._class_nodes if self.node_class else []
+
+    def _class_of_value(self, value: Value) -> object:
+        """What the values of one dtype and shape have in common."""
+        return (
+            self.reads.class_numbers[value] if value >= 0 else (self.node_dtype[~value].name, self.node_shape[~value])
+        )
+
+    def by_class(self, function: Callable[[int], T]) -> list[T]:
+        """For each node, the value of a function that depends only on the class of a node."""
+        values = [function(node) for node in self.class_nodes]
+        return list(map(values.__getitem__, self.node_class))
+
+    def total(self, function: Callable[[int], int], nodes: Iterable[int]) -> int:
+        """The sum over nodes of a number that depends only on the class of a node."""
+        counts = Counter(map(self.node_class.__getitem__, nodes))
+        return sum(function(self.class_nodes[number]) * count for number, count in counts.items())
 
     def _number(self, operation: Operation) -> int:
         """The number of an operation, which is added if it is new."""
+        known_number = self._operations_by_id.get(id(operation))
+        if known_number is not None:
+            return known_number
         number = self._operation_numbers.setdefault(operation, len(self.operations))
         if number == len(self.operations):
             self.operations.append(operation)
@@ -196,6 +229,7 @@ class MergeGraph:
             self._operation_accesses.append(
                 tuple(known.setdefault(access, len(known)) for access in operation.accesses)
             )
+            self._operations_by_id[id(operation)] = number
         return number
 
     def add_results(self, node: int, results: Iterable[tuple[DType, tuple[int, ...]]]) -> tuple[int, ...]:
@@ -209,15 +243,18 @@ class MergeGraph:
     def set_results(self, node: int, others: Iterable[int]) -> tuple[int, ...]:
         """Set the nodes of kind `RESULT` that stand for the other tensors that a node computes; returns them."""
         self._results[node] = tuple(others)
+        if len(self._node_class) > node:  # the classes are found again
+            del self._node_class[:], self._class_nodes[:], self._class_places[:]
+            self._class_numbers.clear()
         return self._results[node]
 
     def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:
         """Add the output tensor `name` of a node, in a folder of OUT or in OUT itself."""
-        self.outputs.append(Output(name, node, group, folder))
+        self.outputs.add(name, node, group, folder)
 
-    def outputs_in(self, folder: str) -> list[int]:
+    def outputs_in(self, folder: str) -> Sequence[int]:
         """The numbers of the outputs in a folder of OUT, or in OUT itself."""
-        return [number for number, output in enumerate(self.outputs) if output.folder == folder]
+        return self.outputs.in_folder(folder)
 
     def operation(self, node: int) -> Operation:
         """The operation of a node."""
@@ -239,8 +276,10 @@ class MergeGraph:
         """All node numbers."""
         return range(len(self.node_operation))
 
-    def tasks(self) -> list[int]:
+    def tasks(self) -> Sequence[int]:
         """The nodes that are executed: all but those of kind `RESULT`."""
+        if all(operation.kind is not Kind.RESULT for operation in self.operations):
+            return self.nodes()
         return [node for node in self.nodes() if self.operation(node).kind is not Kind.RESULT]
 
     def results(self, node: int) -> tuple[int, ...]:
@@ -267,6 +306,9 @@ class MergeGraph:
 
     def places(self, node: int) -> tuple[int, ...]:
         """The place among a node's sources of each distinct one: sources differ in the value or in the access."""
+        return self._class_places[self.node_class[node]]
+
+    def _find_places(self, node: int) -> tuple[int, ...]:
         sources, accesses = self.node_sources[node], self.access_numbers(node)
         first: dict[object, int] = {}
         for place, value in enumerate(sources):
@@ -275,15 +317,15 @@ class MergeGraph:
 
     def value_shape(self, value: Value) -> tuple[int, ...]:
         """The shape of a value."""
-        return self.reads[value].shape if value >= 0 else self.node_shape[~value]
+        return self.reads.class_of(value).shape if value >= 0 else self.node_shape[~value]
 
     def value_dtype(self, value: Value) -> DType:
         """The dtype in which a value is stored."""
-        return self.reads[value].dtype if value >= 0 else self.node_dtype[~value]
+        return self.reads.class_of(value).dtype if value >= 0 else self.node_dtype[~value]
 
     def value_nbytes(self, value: Value) -> int:
         """The size of a value in bytes."""
-        return self.reads[value].nbytes if value >= 0 else self.nbytes(~value)
+        return self.reads.class_of(value).nbytes if value >= 0 else self.nbytes(~value)
 
     def reads_of(self, node: int) -> tuple[int, ...]:
         """The distinct reads that a node's output is computed from, directly or through other nodes, in their order."""
@@ -302,18 +344,15 @@ class MergeGraph:
                 stack.extend(reversed(self.node_sources[~value]))
         return tuple(found)
 
-    def destinations(self) -> list[list[int]]:
+    def destinations(self) -> Sequence[Sequence[int]]:
         """For each node, the numbers of its outputs."""
-        outputs: list[list[int]] = [[] for _ in self.nodes()]
-        for number, output in enumerate(self.outputs):
-            outputs[output.node].append(number)
-        return outputs
+        return grouped(self.outputs.nodes, range(len(self.outputs)), len(self.node_operation))
 
     def node_names(self) -> list[str]:
         """For each node, the label of its first output, or else of the first output that is computed from it."""
         names = [""] * len(self.node_operation)
-        for output in reversed(self.outputs):
-            names[output.node] = output.label
+        for number in reversed(range(len(self.outputs))):
+            names[self.outputs.nodes[number]] = self.outputs.label(number)
         users = self.users()
         for node in sorted(users, reverse=True):  # users without an output have higher numbers
             names[node] = names[node] or names[min(users[node])]
@@ -321,21 +360,25 @@ class MergeGraph:
 
     def label(self, node: int) -> str:
         """The name of a node, as in `node_names`, for display. Takes time linear in the number of outputs."""
-        return next((output.label for output in self.outputs if output.node == node), "") or self.node_names()[node]
+        try:
+            return self.outputs.label(self.outputs.nodes.index(node))
+        except ValueError:
+            return self.node_names()[node]
 
-    def consumers(self) -> list[list[int]]:
+    def consumers(self) -> Sequence[Sequence[int]]:
         """For each read, the nodes that use it themselves."""
-        consumers: list[list[int]] = [[] for _ in self.reads]
+        reads, nodes = array("I"), array("I")
         for node, sources in enumerate(self.node_sources):
             for value in dict.fromkeys(sources):
                 if value >= 0:
-                    consumers[value].append(node)
-        return consumers
+                    reads.append(value)
+                    nodes.append(node)
+        return grouped(reads, nodes, len(self.reads))
 
     def users(self) -> dict[int, list[int]]:
         """For each node that is a source of others, the nodes that use it, apart from those of kind `RESULT`."""
         users: dict[int, list[int]] = {}
-        for node in self.nodes():
+        for node in self.nodes() if self._uses_nodes else ():
             if self.operation(node).kind is not Kind.RESULT:
                 for value in dict.fromkeys(self.node_sources[node]):
                     if value < 0:

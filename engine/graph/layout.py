@@ -11,16 +11,15 @@ not worth it, go after longer ones or among the computed tensors, in shards whos
 from __future__ import annotations
 
 import json
-import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from ...errors import UsageError
-from ...io.safetensors.dtypes import DType
 from ...io.safetensors.header import build_header
-from .graph import MergeGraph, Output
+from .graph import MergeGraph
 
 LAYOUT_VERSION = 1
 """Version of the layout; increase it with every change of tensor offsets or shard headers."""
@@ -40,7 +39,7 @@ class Shard:
         outputs: numbers of the output tensors in the file, by offset.
         nbytes: size of the file in bytes, including the header.
         computed: ranges (offset, bytes) that are computed rather than copied.
-        packed: the final header, compressed to a tenth: the headers of 250,000 tensors have 34 MB.
+        build: function that builds the final header. The headers of 250,000 tensors have 34 MB, so they aren't kept.
     """
 
     name: str
@@ -48,12 +47,12 @@ class Shard:
     outputs: array[int] = field(repr=False)
     nbytes: int
     computed: tuple[tuple[int, int], ...] = field(repr=False)
-    packed: bytes = field(repr=False)
+    build: Callable[[], bytes] = field(repr=False, compare=False)
 
     @property
     def header(self) -> bytes:
-        """The final header, which is unpacked at every use."""
-        return zlib.decompress(self.packed)
+        """The final header, which is built at every use."""
+        return self.build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +111,31 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
     """
     if shard_size < 2 * BLOCK:
         raise UsageError(f"--shard-size {shard_size} is too small for a shard's header: use at least 64KB")
-    sizes = array("Q", [graph.nbytes(output.node) for output in graph.outputs])
+    sizes = array("Q", graph.outputs.of_nodes(graph.by_class(graph.nbytes)))
+    copied = bytearray(graph.outputs.of_nodes(graph.by_class(lambda node: graph.operation(node).copies_tensor)))
     layout = Layout((), array("I", bytes(4 * len(sizes))), array("Q", bytes(8 * len(sizes))))
-    for folder in dict.fromkeys(output.folder for output in graph.outputs):
-        runs, loose = _runs(graph, graph.outputs_in(folder))
-        packer = _Packer(graph, sizes, shard_size)
+    for folder in graph.outputs.folders:
+        runs, loose = _runs(graph, graph.outputs_in(folder), copied)
+        packer = _Packer(graph, sizes, copied, shard_size)
         for run in runs:
             packer.place_run(run)
         packer.place_loose(loose)
         shards = sorted((shard for shard in packer.shards if shard.outputs), key=lambda shard: min(shard.outputs))
-        built = _build(graph, shards, sizes, metadata or {"format": "pt"}, folder, layout)
+        built = _build(graph, shards, sizes, copied, metadata or {"format": "pt"}, folder, layout)
         layout = replace(layout, shards=(*layout.shards, *built))
     return layout
 
 
-def _runs(graph: MergeGraph, numbers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+def _runs(graph: MergeGraph, numbers: Sequence[int], copied: bytearray) -> tuple[list[list[int]], list[int]]:
     """Split outputs into runs that are contiguous in a source file, in the source's order, and all others."""
+    if not any(copied):
+        return [], list(numbers)
     files: dict[Path, int] = {}
     copies: list[tuple[int, int, int, int, int]] = []
     loose: list[int] = []
     for number in numbers:
         output = graph.outputs[number]
-        if not graph.operation(output.node).copies_tensor:
+        if not copied[number]:
             loose.append(number)
             continue
         ref = graph.reads[graph.node_sources[output.node][0]]
@@ -157,19 +159,14 @@ def _runs(graph: MergeGraph, numbers: Sequence[int]) -> tuple[list[list[int]], l
 class _Packer:
     """Assigns outputs to shards."""
 
-    def __init__(self, graph: MergeGraph, sizes: Sequence[int], shard_size: int) -> None:
+    def __init__(self, graph: MergeGraph, sizes: Sequence[int], copied: bytearray, shard_size: int) -> None:
         self._graph = graph
         self._sizes = sizes
-        self._entries = array("Q", map(self._entry, graph.outputs))
+        self._copied = copied
+        self._entries = array("Q", map(_entry_bound, graph.outputs.names, map(graph.shape, graph.outputs.nodes)))
         self._limit = shard_size
         self.shards: list[_OpenShard] = []
         self._by_end: dict[int, list[_OpenShard]] = {}
-
-    def _entry(self, output: Output) -> int:
-        """An upper bound for the size of an output's entry in a header, in bytes."""
-        name = json.encoder.encode_basestring(output.name).encode()
-        # keys and punctuation; two offsets; each dimension
-        return len(name) + 120 + 20 * len(self._graph.shape(output.node))
 
     def _add(self, shard: _OpenShard, number: int) -> None:
         shard.outputs.append(number)
@@ -217,9 +214,9 @@ class _Packer:
         loose: list[_OpenShard] = []
         shard: _OpenShard | None = None
         for number in numbers:
-            if self._graph.operation(self._graph.outputs[number].node).copies_tensor:
+            if self._copied[number]:
                 roomy = [each for each in roomy if self._fits(each, number)]
-                width = max(8, self._graph.node_dtype[self._graph.outputs[number].node].bits) // 8
+                width = max(8, self._bits(number)) // 8
                 previous = next((each for each in roomy if each.end % width == 0), None)
                 if previous is not None:
                     self._add(previous, number)
@@ -230,13 +227,25 @@ class _Packer:
                 loose.append(shard)
             self._add(shard, number)
         for shard in loose:
-            shard.outputs.sort(key=lambda number: -self._graph.node_dtype[self._graph.outputs[number].node].bits)
+            shard.outputs.sort(key=lambda number: -self._bits(number))
+
+    def _bits(self, number: int) -> int:
+        """Width of an output's elements."""
+        return self._graph.node_dtype[self._graph.outputs.nodes[number]].bits
+
+
+def _entry_bound(name: str, shape: Sequence[int]) -> int:
+    """An upper bound for the size of a tensor's entry in a header, in bytes."""
+    quoted = json.encoder.encode_basestring(name).encode()
+    # keys and punctuation; two offsets; each dimension
+    return len(quoted) + 120 + 20 * len(shape)
 
 
 def _build(
     graph: MergeGraph,
     shards: Sequence[_OpenShard],
     sizes: Sequence[int],
+    copied: bytearray,
     metadata: dict[str, str],
     folder: str,
     layout: Layout,
@@ -244,16 +253,13 @@ def _build(
     """Build the shards of one folder, which follow those of `layout`, and add their outputs' locations to it."""
     built = []
     for index, shard in enumerate(shards):
-        entries: list[tuple[str, DType, Sequence[int]]] = [
-            (graph.outputs[n].name, graph.node_dtype[graph.outputs[n].node], graph.shape(graph.outputs[n].node))
-            for n in shard.outputs
-        ]
-        header = build_header(entries, metadata, data_offset_modulo=shard.residue)
-        offset = len(header)
+        outputs = array("I", shard.outputs)
+        build = partial(_build_header, graph, outputs, metadata, shard.residue)
+        data_start = offset = len(build())
         computed: list[tuple[int, int]] = []
         for number in shard.outputs:
             layout.shard_of[number], layout.offset_of[number] = len(layout.shards) + index, offset
-            if not graph.operation(graph.outputs[number].node).copies_tensor and sizes[number]:
+            if sizes[number] and not copied[number]:
                 if computed and sum(computed[-1]) == offset:
                     computed[-1] = (computed[-1][0], computed[-1][1] + sizes[number])
                 else:
@@ -261,6 +267,12 @@ def _build(
             offset += sizes[number]
         name = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         path = f"{folder}/{name}" if folder else name
-        packed = zlib.compress(header, 1)
-        built.append(Shard(path, len(header), array("I", shard.outputs), offset, tuple(computed), packed))
+        built.append(Shard(path, data_start, outputs, offset, tuple(computed), build))
     return built
+
+
+def _build_header(graph: MergeGraph, outputs: Sequence[int], metadata: dict[str, str], residue: int) -> bytes:
+    """Build the header of a shard with these outputs, whose data starts at an offset modulo BLOCK."""
+    names, nodes = graph.outputs.names, graph.outputs.nodes
+    entries = ((names[n], graph.node_dtype[nodes[n]], graph.node_shape[nodes[n]]) for n in outputs)
+    return build_header(entries, metadata, data_offset_modulo=residue)

@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 from ...errors import CheckpointError
 from ...io.safetensors.dtypes import F32, F64, DType
 from ...io.safetensors.dtypes import Kind as ElementKind
+from ...io.safetensors.table import NameSet
 from ...io.safetensors.tensors import TensorClass, TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
 from ..model.checks.formats import format_name, unquantized
 from ..model.checks.mismatch import TensorMismatch
+from ..model.checks.shapes import check_shapes
 from ..model.inputs import BoundSlice, Model
 from ..model.logical import LogicalTensor, kind_of
 from ..model.modules import absent_part
-from ..model.roles import is_buffer, is_embedding, is_head, is_optional
+from ..model.roles import is_buffer, is_optional
 from ..recipe.types import Stage
 from .checks.buffers import BufferChecks, StoredBuffer
+from .checks.partial import PartialTensor
 from .graph import Kind, MergeGraph, Operation
-from .partial import PartialTensor
 from .usage import TensorUsage
 from .values import TensorValues
 
@@ -69,6 +71,7 @@ class TensorRules:
         graph: the graph that receives the tensors.
         usage: record of the used input tensors.
         seed: seed for methods that sample.
+        donor: tensors of the donor, which most output tensors have the names of.
 
     Attributes:
         buffers: the buffers among the tensors, which are compared between the models.
@@ -81,6 +84,7 @@ class TensorRules:
         graph: MergeGraph,
         usage: TensorUsage,
         seed: int,
+        donor: Mapping[str, TensorRef],
     ) -> None:
         self.partial: list[PartialTensor] = []
         self._output_dtype = stage.out_dtype or stage.dtype
@@ -91,10 +95,11 @@ class TensorRules:
         self._usage = usage
         self._seed = seed
         self.buffers = BufferChecks(graph.models)
-        self._written: set[str] = set()
+        self._written = NameSet(donor)
         self._tensors = TensorValues(graph, methods["passthrough"])
         self._operations: dict[Hashable, Operation] = {}
         self._resolved: dict[Hashable, _Resolved] = {}
+        self._known: dict[tuple[object, ...], _Resolved] = {}  # by slice and the addresses of the inputs' classes
 
     def add(
         self, part: BoundSlice, name: str, names: Sequence[str | None], t: float, group: int, *, copied: bool = False
@@ -113,6 +118,8 @@ class TensorRules:
             RecipeError: if the method can't be used as the recipe requires.
             CheckpointError: if the sources are incompatible.
         """
+        if not copied and self._add_known(part, name, names, group):
+            return
         inputs = [
             Input(source, model, own_name, kind_of(model.tensors, own_name))
             for source, (model, own_name) in enumerate(zip(part.models, names, strict=True))
@@ -124,11 +131,31 @@ class TensorRules:
         passed = copied or (len(inputs) < len(names) and self._without_some(part, name, inputs))
         if len(inputs) < len(names):
             self.partial.append(PartialTensor.of(name, part.models, names))
-        _check_shapes(name, inputs)
+        check_shapes(name, [(each.model, each.kind.shape) for each in inputs])
         if any(each.kind.dtype.kind is not ElementKind.FLOAT for each in inputs):
             self._add_integers(part, name, inputs, t, group, passed=passed)
         else:
             self._add_floats(part, name, inputs, t, group, passed=passed)
+
+    def _add_known(self, part: BoundSlice, name: str, names: Sequence[str | None], group: int) -> bool:
+        """Add an output tensor if one with inputs of the same classes was added before; returns whether there is one.
+
+        Nearly all tensors of a mixture of experts are added here: nothing that depends on their class is done again.
+        """
+        if part.parameters.constant is None or None in names:
+            return False
+        kinds = [kind_of(model.tensors, own or "") for model, own in zip(part.models, names, strict=True)]
+        found = self._known.get((part, *map(id, kinds)))
+        if found is None or is_buffer(name, kinds[0].shape):
+            return False
+        for index, own in enumerate(names) if len(found.kept) < len(names) else ():
+            if index not in found.kept:
+                self._usage.mark_unused(part.models[index], own or "", found.reason)
+        self._check_unwritten(name)
+        values = [self._tensors.value(part.models[index], names[index] or "") for index in found.kept]
+        key = self._random_key(name) if found.random else 0
+        self._graph.add_output(name, self._graph.add_node(found.operation, tuple(values), found.dtype, key), group)
+        return True
 
     # --- kinds of tensors --------------------------------------------------------------------------------------
 
@@ -142,6 +169,9 @@ class TensorRules:
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
+        in_tables = all(isinstance(each.kind, TensorClass) and not each.model.quantized for each in inputs)
+        if in_tables and values is not None and values is part.parameters.constant:
+            self._known[part, *(id(each.kind) for each in inputs)] = found
         if len(found.kept) < len(inputs):
             for index, each in enumerate(inputs):
                 if index not in found.kept:
@@ -250,11 +280,10 @@ class TensorRules:
 
     def _check_unwritten(self, name: str) -> None:
         """Record the name of an output tensor. Raises CheckpointError if it is there already."""
-        if name in self._written:
+        if not self._written.add(name):
             raise CheckpointError(
                 f"two tensors of the output have the name {name}: each must come from a single part of the recipe"
             )
-        self._written.add(name)
 
     def _mark_unused(self, inputs: Iterable[Input], chosen: Input, reason: str) -> None:
         for each in inputs:
@@ -331,40 +360,6 @@ def promote(dtypes: Iterable[DType]) -> DType:
     if len(wide) == 1:
         return wide.pop()
     return F32
-
-
-def shape_mismatch(
-    name: str, first: Model, first_shape: Sequence[int], second: Model, shape: Sequence[int], key: str = ""
-) -> str:
-    """The error message for a tensor whose shapes differ between two models.
-
-    Args:
-        name: name of the tensor.
-        first: the first model.
-        first_shape: shape of the tensor in the first model.
-        second: the second model.
-        shape: shape of the tensor in the second model.
-        key: key of `non_layer` that would take the tensor from the first model instead; empty if there is none.
-    """
-    if len(shape) == len(first_shape) == 2 and shape[1] == first_shape[1] and (is_embedding(name) or is_head(name)):
-        return (
-            f"tensor {name}: {first.name} has a vocabulary of {first_shape[0]} rows and {second.name} one of "
-            f"{shape[0]}: different vocabularies are not supported yet; if one only adds tokens to the other, give "
-            "both the same number of rows with transformers' resize_token_embeddings"
-            + (f"; or take it from {first.name} with `non_layer: {{{key}: {first.name}}}`" if key else "")
-        )
-    return (
-        f"tensor {name} has shape {list(first_shape)} in {first.name} and {list(shape)} in {second.name}: only models "
-        "of the same shape can be merged"
-    )
-
-
-def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
-    first = inputs[0]
-    for other in inputs[1:]:
-        if other.kind.shape != first.kind.shape:
-            message = shape_mismatch(name, first.model, first.kind.shape, other.model, other.kind.shape)
-            raise TensorMismatch(message, first.model, other.model)
 
 
 def _refuse_quantized(inputs: Iterable[Input]) -> None:

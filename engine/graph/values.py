@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator
 from itertools import takewhile
 
 from ...io.safetensors.dtypes import F32, F64
+from ...io.safetensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
@@ -28,7 +29,10 @@ class TensorValues:
 
     def value(self, model: Model, name: str) -> Value:
         """Add the value of a model's tensor."""
-        tensor = model.tensors[name]
+        tensors = model.tensors
+        if isinstance(tensors, TensorTable):
+            return self._graph.add_stored(model.number, name, tensors)
+        tensor = tensors[name]
         if not isinstance(tensor, LogicalTensor):
             return self._graph.add_read(model.number, name, tensor)
         reads = tuple(self._graph.add_read(model.number, part.name, part.ref) for part in tensor.parts)
@@ -45,7 +49,7 @@ class TensorValues:
         """
         tensor = model.tensors[name]
         if not isinstance(tensor, LogicalTensor):
-            read = self._graph.add_read(model.number, name, tensor)
+            read = self.value(model, name)
             yield output, self._graph.add_node(Operation(Kind.COPY, "passthrough"), (read,), tensor.dtype)
             return
         for part in tensor.parts:

@@ -13,7 +13,7 @@ from math import prod
 
 from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.dtypes import DType
-from ...io.safetensors.table import class_of
+from ...io.safetensors.table import TensorTable
 from ...io.safetensors.tensors import TensorClass, TensorRef
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.decoder import Decoder
@@ -150,7 +150,7 @@ def tensors_of(checkpoint: Checkpoint) -> Tensors:
 
 def kind_of(tensors: Tensors, name: str) -> TensorClass | TensorRef | LogicalTensor:
     """Return the dtype and the shape of a tensor, without making a reference if it is in a table. Raises KeyError."""
-    return tensors[name] if isinstance(tensors, LogicalTensors) else class_of(tensors, name)
+    return tensors.class_of(name) if isinstance(tensors, TensorTable) else tensors[name]
 
 
 def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:

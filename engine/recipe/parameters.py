@@ -281,7 +281,7 @@ class SliceParameters:
         for _, resolvers in self._per_input:
             constant += [resolver.constant for index, resolver in enumerate(resolvers) if index != self._base]
         self._constant = all(constant)
-        self._all: Mapping[str, Any] | None = None
+        self.constant: Mapping[str, Any] | None = None  # what `values` returns for all tensors, once it is known
 
     def values(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> Mapping[str, Any]:
         """The parameters of one output tensor, as `Method.kernel` takes them.
@@ -299,8 +299,8 @@ class SliceParameters:
             RecipeError: if a required parameter has no value.
         """
         complete = len(inputs) == len(self._sources)
-        if complete and self._all is not None:
-            return self._all
+        if complete and self.constant is not None:
+            return self.constant
         base = self._base
         try:
             values = {resolver.parameter.name: resolver(output, t) for resolver in self._shared}
@@ -310,7 +310,7 @@ class SliceParameters:
         except ParameterError as error:
             raise self._lookup_error(output, inputs, t) from error
         if complete and self._constant:
-            self._all = values
+            self.constant = values
         return values
 
     def gradients(self, output: str, inputs: Sequence[tuple[int, str]], t: float) -> Mapping[str, str]:

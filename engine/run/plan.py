@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -159,8 +160,9 @@ class Plan:
     def bytes_computed(self) -> int:
         """Bytes of the output that are computed rather than copied."""
         graph = self.built.graph
-        nodes = (output.node for output in graph.outputs)
-        return sum(graph.nbytes(node) for node in nodes if not graph.operation(node).copies_tensor)
+        return graph.total(
+            lambda node: 0 if graph.operation(node).copies_tensor else graph.nbytes(node), graph.outputs.nodes
+        )
 
     @property
     def bytes_digested(self) -> int:
@@ -221,7 +223,9 @@ class Plan:
         """Return for each model the bytes of its used tensors, and the bytes read from it, kernel copies included."""
         graph = self.built.graph
         counts = bytes_of_models(graph, read)
-        owners = {ref.file: model for model, ref in zip(graph.read_models, graph.reads, strict=True)}
+        files, _ = graph.reads.places() if self.transfers else ((), ())
+        models = graph.read_models if self.transfers else ()
+        owners = dict(zip(map(graph.reads.files.__getitem__, files), models, strict=True))
         for transfer in self.transfers:
             used, total = counts[owners[transfer.file]]
             counts[owners[transfer.file]] = used, total + transfer.nbytes - transfer.shared
@@ -230,11 +234,11 @@ class Plan:
     def output_dict(self, made: OutputModel | None = None) -> dict[str, Any]:
         """Return one of the models that are written, by default the output, as plain data. Sizes are in bytes."""
         graph, made = self.built.graph, made or self.made[0]
-        nodes = [graph.outputs[number].node for number in graph.outputs_in(made.folder)]
+        nodes = array("I", map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
         return {
             "tensors": len(nodes),
-            "parameters": sum(map(graph.elements, nodes)),
-            "bytes": sum(map(graph.nbytes, nodes)),
+            "parameters": graph.total(graph.elements, nodes),
+            "bytes": graph.total(graph.nbytes, nodes),
             "layers": made.layers,
             "shards": len(self.layout.shards_in(made.folder)),
             "dtypes": sorted({graph.node_dtype[node].name for node in nodes}),

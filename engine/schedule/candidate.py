@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ..graph.extents import bytes_of_chunks, output_width
@@ -106,16 +106,19 @@ class Candidate:
     ram_slots: int
     vram_slots: tuple[int, ...]
     first: dict[int, int]
-    left: set[int]
+    left: Set[int] | Sequence[int]
     simulation: Simulation
 
     def unique_bytes(self, graph: MergeGraph) -> int:
         """Return the bytes of all tensors that must be read at least once."""
+        if len(self.left) == len(graph.node_operation) and not any(each.accesses for each in graph.operations):
+            sizes = [each.nbytes for each in graph.reads.classes]
+            return sum(map(sizes.__getitem__, graph.reads.class_numbers))  # every read has a node that uses it
         needed: dict[int, int] = {}  # most bytes that any node needs of each read
         for node in self.left:
             for place, value in enumerate(graph.node_sources[node]):
                 if value >= 0:
-                    nbytes = graph.reads[value].nbytes
+                    nbytes = graph.reads.class_of(value).nbytes
                     if graph.access_numbers(node):
                         count = chunk_count(graph, node, self.chunks[node])
                         nbytes = min(nbytes, bytes_of_chunks(graph, node, place, self.chunks[node], 0, count))
@@ -124,12 +127,13 @@ class Candidate:
 
     def bytes_written(self, graph: MergeGraph) -> int:
         """Return the bytes of all output tensors without those that an earlier run wrote."""
-        total = 0
-        for output in graph.outputs:
-            if output.node in self.left:
-                nbytes = graph.nbytes(output.node)
-                chunk = self.chunks[output.node] * output_width(graph, output.node)
-                total += nbytes - min(self.first.get(output.node, 0) * chunk, nbytes)
+        sizes, total = graph.by_class(graph.nbytes), 0
+        for node in graph.outputs.nodes:
+            if node in self.left:
+                total += sizes[node]
+                if node in self.first:
+                    chunk = self.chunks[node] * output_width(graph, node)
+                    total -= min(self.first[node] * chunk, sizes[node])
         return total
 
 
@@ -141,8 +145,10 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     ram_slots = ram // slot
     vram_slots = tuple(0 if nbytes is None else nbytes // slot for nbytes in devices)
     first = _first_chunks(graph, chunks, done)
-    left = {node for node in graph.tasks() if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-    left = left - _needless(graph, left) | problem.again
+    left: Set[int] | Sequence[int] = graph.tasks()
+    if first or graph.users():
+        started = {node for node in left if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
+        left = started - _needless(graph, started) | problem.again
     from_chunk = {node: chunk for node, chunk in first.items() if node not in problem.again}
     window = problem.needs[0].window
     best: Simulation | None = None  # the others are not kept: each has all steps of the merge

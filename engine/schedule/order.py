@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 from ..graph.graph import MergeGraph
 from .tiling import clusters
 
 
-def orders(graph: MergeGraph) -> Iterator[list[int]]:
+def orders(graph: MergeGraph) -> Iterator[Sequence[int]]:
     """Yield orders worth simulating: by position of the sources in files, with consumers grouped, and as built."""
-    tasks, users, positions = graph.tasks(), graph.users(), _positions(graph)
-    by_position = sorted(tasks, key=positions.__getitem__)
+    tasks, users = graph.tasks(), graph.users()
+    by_position = array("I", sorted(tasks, key=_positions(graph).__getitem__))
     shares = bool(clusters(graph))
-    tried: list[list[int]] = []
+    tried: list[array[int]] = []
     for number in range(3 if shares else 1):
-        order = by_position if number == 0 else tasks if number == 2 else _together(graph, by_position, positions)
+        order: Sequence[int] = by_position
+        if number:  # the positions of all nodes take memory, so they are found again
+            order = tasks if number == 2 else _together(graph, by_position, _positions(graph))
         if users:  # each node comes right before the first one that uses it
             order = _sources_first(graph, [node for node in order if node not in users])
-        if order not in tried:
-            tried.append(order)
-            yield order
+        found = array("I", order)
+        if found not in tried:
+            tried.append(found)
+            yield found
 
 
-def _positions(graph: MergeGraph) -> list[tuple[int, int]]:
-    """Return for each node the file and the offset of the first read that it is computed from."""
-    files = {file: number for number, file in enumerate(sorted({ref.file for ref in graph.reads}))}
+def _positions(graph: MergeGraph) -> list[int]:
+    """Return for each node the place on the disk of the first read that it is computed from: its file and offset."""
+    names, (files, offsets) = graph.reads.files, graph.reads.places()
+    ranks = {number: rank for rank, number in enumerate(sorted(range(len(names)), key=names.__getitem__))}
     positions = []
     for sources in graph.node_sources:
         value = sources[0]
         while value < 0:
             value = graph.node_sources[~value][0]
-        positions.append((files[graph.reads[value].file], graph.reads[value].offset))
+        positions.append(ranks[files[value]] << 64 | offsets[value])
     return positions
 
 
-def _together(graph: MergeGraph, order: Sequence[int], positions: Sequence[tuple[int, int]]) -> list[int]:
+def _together(graph: MergeGraph, order: Sequence[int], positions: Sequence[int]) -> list[int]:
     """Return the nodes with those that share reads one after another."""
     consumers = graph.consumers()
     together: list[int] = []

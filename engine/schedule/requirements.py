@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..graph.extents import length, staged_bytes
@@ -46,7 +46,7 @@ class Requirements:
 
 
 def requirements(
-    graph: MergeGraph, tile_elements: int, finished: Container[int], *, separate: bool = False
+    graph: MergeGraph, tile_elements: int, finished: Collection[int], *, separate: bool = False
 ) -> Requirements:
     """Return the requirements of the nodes that are not finished.
 
@@ -58,10 +58,13 @@ def requirements(
             compiled loops of the CPU take what `footprints` says.
     """
     result = Requirements()
-    for node in graph.tasks():
-        if node in finished:
-            continue
+    nodes: Iterable[int] = graph.class_nodes
+    if finished:
+        nodes = {graph.node_class[node]: node for node in reversed(graph.nodes()) if node not in finished}.values()
+    for node in sorted(nodes):
         operation = graph.operation(node)
+        if operation.kind is Kind.RESULT:
+            continue
         places = graph.places(node)
         result.largest = max(result.largest, length(graph, node) * widest(graph, node))
         result.window = max(result.window, len(places) + (operation.kind is not Kind.COPY) * len(graph.results(node)))
@@ -77,7 +80,7 @@ def requirements(
         _grow(result, alignment * widest(graph, node), node)
         tile = min(tile_length(graph, node, tile_elements), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node)) if separate else 0
-        measured = graph.footprints.get(node)
+        measured = graph.footprints.get(graph.node_class[node])
         if measured is not None:
             workspace = max(workspace, measured.workspace.at(tile))
             result.allocated = max(result.allocated, _page_aligned(measured.allocated.at(tile)))

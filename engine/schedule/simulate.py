@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ..graph.extents import bytes_of_chunks, length
 from ..graph.graph import Kind, MergeGraph
+from .alone import StepsAlone
 from .simulated_cache import SimulatedCache
 from .step_list import NOTHING, CachedRange, Step, StepList
 from .tiling import ChunkedRead, chunk_count, chunked_sources
@@ -101,6 +102,7 @@ class Simulation:
     max_step_working_set: int = 0  # highest number of slots of one step's sources, cached before or after it
     total_slot_demand: int = 0  # slots that would be taken if none were ever freed
     _cache: SimulatedCache = field(init=False)
+    _alone: StepsAlone = field(init=False)
     # positions still to come of the sources that several nodes share, the next one last
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)
     _shapes: dict[Hashable, _Shape] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class Simulation:
         self.steps = StepList(self.graph.places)
         self.vram_peaks = [0] * len(self.vram_slots)
         self._cache = SimulatedCache(len(self.vram_slots))
+        self._alone = StepsAlone(self.graph, self.chunk_elements, self.slot)
 
     @property
     def fits(self) -> bool:
@@ -118,12 +121,16 @@ class Simulation:
     def run(self, order: Sequence[int]) -> None:
         """Simulate the nodes in `order`."""
         shared = self._shared_reads(order)
+        alone = self._alone.nodes(shared, self.first)
         for position in range(len(order) - 1, -1, -1):
-            for source in self._sources(order[position]):
+            for source in () if alone[order[position]] else self._sources(order[position]):
                 if source.read < 0 or shared[source.read]:
                     self._uses.setdefault(source, []).append(position)
         unread = dict.fromkeys(self._uses, True)
         for position, node in enumerate(order):
+            if alone[node] and self._cache.ram <= self.ram_slots - self._reserved:
+                self._step_alone(node)
+                continue
             sources = self._sources(node)
             shape = self._shape(node, sources)
             for source, nbytes in zip(sources, shape.nbytes, strict=True):
@@ -140,12 +147,27 @@ class Simulation:
     def _shared_reads(self, order: Sequence[int]) -> bytearray:
         """Return for each read whether several of the nodes use it: 0 or 1. Most models share few reads, if any."""
         seen, shared = bytearray(len(self.graph.reads)), bytearray(len(self.graph.reads))
-        for node in order:
+        for node in order if self.graph.shares_reads else ():
             for read in dict.fromkeys(self.graph.node_sources[node]):
                 if read >= 0:
                     shared[read] |= seen[read]
                     seen[read] = 1
         return shared
+
+    def _step_alone(self, node: int) -> None:
+        """Simulate the only step of a node that finds nothing in the cache and leaves nothing there."""
+        device, found = self.devices[node], self._alone.step(node)
+        separate = self.vram_slots[device] > 0 and self.graph.operation(node).kind is Kind.MERGE
+        ram = self._cache.ram + found.slots
+        vram = self._cache.vram[device] + found.slots if separate else 0
+        uploaded = found.nbytes if separate else 0
+        self.total_slot_demand += found.demand
+        self.bytes_read += found.nbytes
+        self.bytes_once += found.nbytes
+        self.uploaded += uploaded
+        self.peak = max(self.peak, ram)
+        self.vram_peaks[device] = max(self.vram_peaks[device], vram)
+        self.steps.append_alone(node, device, found.bytes_read, uploaded, ram, vram)
 
     def _sources(self, node: int) -> tuple[ChunkedRead, ...]:
         """Return the distinct sources of a node, cut into its chunks."""

@@ -94,6 +94,13 @@ class Column:
         else:
             self._zeros += 1
 
+    def append_zeros(self, count: int) -> None:
+        """Append `count` zeros."""
+        if self._values:
+            self._values.extend([0] * count)
+        else:
+            self._zeros += count
+
     def __getitem__(self, index: int) -> int:
         return self._values[index] if self._values else 0
 
@@ -121,6 +128,11 @@ class _Ranges:
         self.vram.append(held.vram)
         self.low.append(held.low)
         self.high.append(held.high)
+
+    def append_nothing(self, count: int) -> None:
+        """Append `count` ranges without chunks."""
+        for column in (self.vram, self.low, self.high):
+            column.append_zeros(count)
 
     def __getitem__(self, index: int) -> CachedRange:
         high, vram = self.high[index], self.vram[index]
@@ -181,6 +193,21 @@ class StepList(Sequence[Step]):
             self._drop_access.append(source.access)
             self._drop_held.append(held)
 
+    def append_alone(
+        self, node: int, device: int, bytes_read: Sequence[int], uploaded: int, ram: int, vram: int
+    ) -> None:
+        """Append the only step of a node, which finds nothing in the cache and leaves nothing there; see `Step`."""
+        self._node.append(node)
+        self._index.append(0)
+        self._first.append(0)
+        self._device.append(device)
+        self._uploaded.append(uploaded)
+        self.ram.append(ram)
+        self.vram.append(vram)
+        self._read.extend(bytes_read)
+        self._keep.append_nothing(len(bytes_read))
+        self._end.append(len(self._read))
+
     @property
     def nodes(self) -> set[int]:
         """The nodes that have steps."""
@@ -193,6 +220,13 @@ class StepList(Sequence[Step]):
         columns = (self._index, self._first, self._device, self._uploaded, self.ram, self.vram, self._drop_access)
         ranges = self._keep.nbytes + self._drop_held.nbytes
         return sum(len(a) * a.itemsize for a in arrays) + sum(column.nbytes for column in columns) + ranges
+
+    def bytes_read(self) -> Iterator[tuple[int, array[int]]]:
+        """For each step, its node and `Step.bytes_read`."""
+        start = 0
+        for node, end in zip(self._node, self._end, strict=True):
+            yield node, self._read[start:end]
+            start = end
 
     def __len__(self) -> int:
         return len(self._node)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..graph.extents import by_element, length, staged_bytes, staged_whole
-from ..graph.graph import MergeGraph, Value
+from ..graph.graph import Kind, MergeGraph, Value
 
 
 class ChunkedRead(NamedTuple):
@@ -97,7 +97,7 @@ def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
 
     A node and those that use it always get the same number: `slot` is large enough for it (see `requirements`).
     """
-    chunks = [_longest(graph, [node], slot) or alignment_of(graph, node) for node in graph]
+    chunks = graph.by_class(lambda node: _longest(graph, [node], slot) or alignment_of(graph, node))
     together = {node: group for group in connected(graph) for node in group}
     for cluster in clusters(graph):
         common = _longest(graph, cluster, slot)
@@ -108,7 +108,8 @@ def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
         for node in cluster:
             if node in together:
                 chunks[node] = _longest(graph, together[node], slot)
-    for node in graph:
+    several = any(operation.kind is Kind.RESULT for operation in graph.operations)
+    for node in graph if several else ():
         for other in graph.results(node)[1:]:
             chunks[other] = chunks[node]
     return chunks
@@ -163,10 +164,10 @@ def connected(graph: MergeGraph) -> list[list[int]]:
 
 def clusters(graph: MergeGraph) -> list[list[int]]:
     """Return the groups of two or more nodes that are connected by common sources, or as source and consumer."""
-    consumers = graph.consumers()
     users = graph.users()
-    if not users and all(len(nodes) < 2 for nodes in consumers):
+    if not users and not graph.shares_reads:
         return []
+    consumers = graph.consumers()
     seen: set[int] = set()
     groups = []
     for start in graph.tasks():
@@ -177,7 +178,7 @@ def clusters(graph: MergeGraph) -> list[list[int]]:
         while open_nodes:
             node = open_nodes.pop()
             cluster.append(node)
-            neighbours = [users.get(node, [])]
+            neighbours: list[Sequence[int]] = [users.get(node, [])]
             neighbours += [consumers[value] if value >= 0 else [~value] for value in graph.node_sources[node]]
             for other in chain.from_iterable(neighbours):
                 if other not in seen:

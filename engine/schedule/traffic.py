@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Pea
     if best < 0:
         return None
     step = schedule.steps[best]
-    tensor = graph.node_names()[step.node]
+    tensor = graph.label(step.node)
     passes = graph.operation(step.node).passes
     return Peak(best + 1, tensor, step.index + 1, passes, held * schedule.slot_bytes)
 
@@ -79,7 +80,7 @@ def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
     """Return the bytes copied back from the GPUs: those of every tensor that a GPU computes."""
     separate = [device.vram is not None for device in schedule.budget.devices]
     total = 0
-    for step in schedule.steps:
+    for step in schedule.steps if any(separate) else ():
         operation = graph.operation(step.node)
         if operation.kind is Kind.MERGE and step.index == operation.passes - 1 and separate[step.device]:
             done = step.first * schedule.chunk_elements[step.node] * graph.node_dtype[step.node].bits // 8
@@ -87,12 +88,12 @@ def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
     return total
 
 
-def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
+def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> Sequence[int]:
     """Return the bytes read of each input tensor, by read number; their sum is `Schedule.bytes_read`."""
-    totals = [0] * len(graph.reads)
-    for step in schedule.steps:
-        sources = graph.node_sources[step.node]
-        for place, count in zip(step.places, step.bytes_read, strict=True):
+    totals = array("Q", bytes(8 * len(graph.reads)))
+    for node, counts in schedule.steps.bytes_read():
+        sources = graph.node_sources[node]
+        for place, count in zip(graph.places(node), counts, strict=True):
             if count:
                 totals[sources[place]] += count
     return totals
@@ -101,8 +102,9 @@ def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> list[int]:
 def bytes_of_models(graph: MergeGraph, read: Sequence[int]) -> list[tuple[int, int]]:
     """Return, for each model, the bytes of its tensors that are used and the bytes that the read lane reads."""
     used, total = [0] * len(graph.models), [0] * len(graph.models)
-    for number, ref, nbytes in zip(graph.read_models, graph.reads, read, strict=True):
-        used[number] += ref.nbytes
+    sizes = [each.nbytes for each in graph.reads.classes]
+    for number, kind, nbytes in zip(graph.read_models, graph.reads.class_numbers, read, strict=True):
+        used[number] += sizes[kind]
         total[number] += nbytes
     return list(zip(used, total, strict=True))
 

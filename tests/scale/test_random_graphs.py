@@ -1,4 +1,4 @@
-"""2,000 random task graphs: planned bytes are executed bytes, chunk by chunk and all at once, on any device."""
+"""2,000 random task graphs: planned bytes are executed bytes, chunk by chunk or concurrently, on any device."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class World:
         node = self.graph.add_node(operation, tuple(sources), dtype)
         if operation.kernel is not None:
             loops = Compiled(operation.kernel, [self.graph.value_dtype(value).name for value in sources], dtype.name)
-            self.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
+            self.graph.footprints[self.graph.node_class[node]] = Footprint(Line(loops.scratch), Line(loops.allocated))
         for _ in range(outputs):
             self.graph.add_output(f"out{len(self.graph.outputs)}", node, 0)
         return node

@@ -86,6 +86,13 @@ def _quantized(built: BuiltGraph, *, by_name: bool) -> Iterator[str]:
     """
     graph = built.graph
     has_quantized = any(model.quantized for model in built.models)
+    dtypes = {dtype.name: dtype for dtype in graph.node_dtype}
+    plain = not any(
+        name in _PACKED or (dtype.kind is ElementKind.FLOAT and dtype.bits < 16) for name, dtype in dtypes.items()
+    )
+    if plain and not has_quantized:
+        yield from (name for name in graph.outputs.names if by_name and name.endswith(_SCALES))
+        return
     for output in graph.outputs:
         dtype = graph.node_dtype[output.node]
         is_narrow = dtype.kind is ElementKind.FLOAT and dtype.bits < 16
@@ -115,7 +122,7 @@ def adapt_config(config: dict[str, Any], built: BuiltGraph, *, is_mixed: bool) -
         if not isinstance(sections[-1].get(key), dict):
             break
         sections.append(sections[-1][key])
-    nodes = {output.name: output.node for output in built.graph.outputs}
+    nodes = dict(zip(built.graph.outputs.names, built.graph.outputs.nodes, strict=True))
     outside = list(dict.fromkeys(name for model in built.models for name in model.non_layer if name in nodes))
     warnings = [
         *_set_vocabulary(sections, built, nodes, outside),

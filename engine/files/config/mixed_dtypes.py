@@ -19,7 +19,7 @@ def mixed_dtypes(built: BuiltGraph) -> list[ModelWarning]:
         built: graph of a stage whose recipe does not set the dtype.
     """
     graph = built.graph
-    written = {graph.node_dtype[output.node].name for output in graph.outputs}
+    written = {dtype.name for dtype in graph.outputs.of_nodes(graph.node_dtype)}
     if len(written) < 2:
         return []
     by_dtype: dict[str, list[str]] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ....io.units import listed, ranges
 from ...model.checks.mismatch import TensorMismatch
+from ...model.checks.shapes import shape_mismatch
 from ...model.completeness import DAMAGED, incomplete_outside
 from ...model.inputs import BoundSlice, Model
 from ...model.layer_kinds import LayerKind, LayerKinds
@@ -14,7 +15,6 @@ from ...model.logical import kind_of
 from ...model.modules import absent_part
 from ...model.roles import is_buffer
 from ...model.warnings import ModelWarning, ModelWarningKind
-from ..rules import shape_mismatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)

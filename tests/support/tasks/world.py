@@ -41,7 +41,7 @@ def summed(t: Inputs) -> Array:
 
 
 def voted(t: Inputs) -> Array:
-    """Three passes: the total, how many elements are above a share of the total, and the sum with that number."""
+    """Three passes: the total of all elements, how many exceed a share of the total, and the sum plus that number."""
     values = add(list(operands_of(t)))
     count = t.count(values > t.sum(values) * 2.0**-10)
     return values + host(lambda number: number % 8, count)
@@ -115,7 +115,9 @@ class TaskWorld(World):
             if kernel is not None:
                 dtypes = [self.graph.value_dtype(value).name for value in self.graph.node_sources[node]]
                 loops = Compiled(kernel, dtypes, self.graph.node_dtype[node].name)
-                self.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
+                self.graph.footprints[self.graph.node_class[node]] = Footprint(
+                    Line(loops.scratch), Line(loops.allocated)
+                )
 
     def task(
         self, kind: str, operands: Sequence[Operand], shape: Shape, dtype: str | None = None, outputs: int = 1

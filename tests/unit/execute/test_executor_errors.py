@@ -195,7 +195,7 @@ def test_a_function_of_a_method_that_fails_is_an_error_of_the_user() -> None:
     node = world.graph.add_node(Operation(Kind.MERGE, "failing", kernel=kernel), (source,), F32)
     world.graph.add_output("out", node, 0)
     loops = Compiled(kernel, ("F32",), "F32")
-    world.graph.footprints[node] = Footprint(Line(loops.scratch), Line(loops.allocated))
+    world.graph.footprints[world.graph.node_class[node]] = Footprint(Line(loops.scratch), Line(loops.allocated))
     with pytest.raises(UsageError, match="merge method failing fails on tensor out: ZeroDivisionError: division by"):
         Executor(world.graph, with_slots(world, 2), [CpuDevice(1)], world, world).run()
 

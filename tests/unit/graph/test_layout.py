@@ -78,7 +78,9 @@ def test_any_graph_is_laid_out_by_the_rules(drawn: tuple[list[list[tuple[TensorR
         [(TensorRef(moved[ref.file], ref.offset, ref.nbytes, ref.dtype, ref.shape), copied) for ref, copied in members]
         for members in groups
     ]
-    assert lay_out(graph_of(renamed), limit) == layout
+    again = lay_out(graph_of(renamed), limit)
+    assert again == layout
+    assert [shard.header for shard in again.shards] == [shard.header for shard in layout.shards]
 
 
 def test_the_library_opens_every_shard(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mergeloom.engine.graph.columns import Reads
 from mergeloom.engine.graph.graph import MergeGraph
 from mergeloom.engine.graph.layout import lay_out
 from mergeloom.engine.run.buffers import ThreadBuffers
@@ -27,6 +28,7 @@ from mergeloom.engine.run.recovery.source_digests import (
 )
 from mergeloom.errors import CheckpointError, Interrupted
 from mergeloom.io.counters import IoCounters
+from mergeloom.io.safetensors.tensors import TensorRef
 from tests.support.models import write_checkpoint
 
 SHAPES = {f"model.layers.{layer}.w.weight": (100, 64) for layer in range(2)}
@@ -162,19 +164,27 @@ def test_journaled_ranges_are_not_digested_again(model: Path) -> None:
     assert again.take() == []
 
 
+def with_reads(graph: MergeGraph, changed: dict[int, TensorRef]) -> MergeGraph:
+    """The graph with other references for some reads."""
+    refs, graph.reads = list(graph.reads), Reads()
+    for number, ref in enumerate(refs):
+        graph.reads.append(changed.get(number, ref))
+    return graph
+
+
 def test_used_bytes_of_a_source(model: Path) -> None:
     """With one pass, the source of the first bytes; with several passes, the complete source."""
     simple = graph_of(model)
     assert used_bytes(simple, {}) == used_bytes(simple, {0: 0}) == {}
     assert used_bytes(simple, {0: 2}) == {0: NBYTES}  # a chunk has at least 32768 elements
     large = replace(simple.reads[0], shape=(1024, 64), nbytes=1024 * 64 * 4)
-    simple.reads[0] = large
+    simple = with_reads(simple, {0: large})
     assert used_bytes(simple, {0: 2}) == {0: 32768 * 4}
     assert used_bytes(simple, {0: 32768 * 2 + 2}) == {0: large.nbytes}
     base = {"base_model": str(model), "merge_method": "ties", "parameters": {"density": 0.5}}
     other = write_checkpoint(model.with_name("other"), SHAPES, dtype="F32", fill=2)
     passes = graph_of(other, **base)
-    passes.reads[0] = replace(passes.reads[0], shape=(1024, 64), nbytes=1024 * 64 * 4)
+    passes = with_reads(passes, {0: replace(passes.reads[0], shape=(1024, 64), nbytes=1024 * 64 * 4)})
     used = used_bytes(passes, {0: 2})
     assert set(used) == set(passes.node_sources[0])
     assert all(used[read] == passes.reads[read].nbytes for read in used)

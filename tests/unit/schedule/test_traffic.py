@@ -39,7 +39,7 @@ def read_by_tensor(world: World) -> list[int]:
 def test_each_tensor_is_read_as_often_as_planned(blueprint: Blueprint, extra: int) -> None:
     world = build(blueprint)
     schedule = with_slots(world, extra)
-    planned = bytes_of_reads(world.graph, schedule)
+    planned = list(bytes_of_reads(world.graph, schedule))
     assert sum(planned) == schedule.bytes_read
     Executor(world.graph, schedule, [CpuDevice(1)], world, world).run()
     assert read_by_tensor(world) == planned
@@ -56,7 +56,7 @@ def test_what_a_device_sends_back_is_planned(blueprint: Blueprint, ram: int, vra
     device = CountingDevice("test:0", budget.vram or 0)
     Executor(world.graph, schedule, [device], world, world).run()
     assert device.downloaded == downloaded(world.graph, schedule)
-    assert read_by_tensor(world) == bytes_of_reads(world.graph, schedule)
+    assert read_by_tensor(world) == list(bytes_of_reads(world.graph, schedule))
 
 
 @settings(max_examples=60, deadline=None)

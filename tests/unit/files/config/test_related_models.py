@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.engine.graph.partial import PartialTensor
+from mergeloom.engine.graph.checks.partial import PartialTensor
 from mergeloom.engine.model.warnings import ModelWarningKind
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan

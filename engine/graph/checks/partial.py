@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ...io.units import plural
-from ..model.inputs import Model
-from ..model.warnings import ModelWarning, ModelWarningKind
+from ....io.units import plural
+from ...model.inputs import Model
+from ...model.warnings import ModelWarning, ModelWarningKind
 
 
 @dataclass(frozen=True, slots=True)
