@@ -41,7 +41,9 @@ class Problem:
     @classmethod
     def of(cls, graph: MergeGraph, budget: Budget, done: Mapping[int, int]) -> Problem:
         """Return the problem, with the requirements of the nodes that are left."""
-        finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
+        finished = {
+            node for node in done if all(done.get(each, 0) >= graph.nbytes(each) for each in graph.results(node))
+        }
         again = _computed_again(graph, finished)
         needs = tuple(
             requirements(graph, device.tile_elements, finished - again, separate=device.separate)
@@ -203,7 +205,7 @@ def _computed_again(graph: MergeGraph, finished: Set[int]) -> set[int]:
 def _needless(graph: MergeGraph, left: set[int]) -> set[int]:
     """Return the nodes without an output of which every node that uses them is finished."""
     users = graph.users()
-    written = {output.node for output in graph.outputs} if users else set()
+    written = {graph.results_with(output.node)[0] for output in graph.outputs} if users else set()
     needless: set[int] = set()
     for node in sorted(users, reverse=True):  # a node has a higher number than those that it uses
         if node not in written and all(user not in left or user in needless for user in users[node]):

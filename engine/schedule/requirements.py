@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..graph.extents import length, staged_bytes
 from ..graph.graph import Kind, MergeGraph
-from .tiling import alignment_of, connected, tile_length, widest, work_bytes
+from .tiling import alignment_of, common_alignment, connected, tile_length, widest, work_bytes
 
 PAGE = 4096
 SMALLEST_SLOT = 64 << 10
@@ -89,7 +88,7 @@ def requirements(
             result.workspace = workspace
             result.workspace_node = node
     for group in connected(graph):
-        alignment = math.lcm(*(alignment_of(graph, node) for node in group))
+        alignment = common_alignment(graph, group)
         for node in group:
             staged = max(staged_bytes(graph, node, place, alignment) for place in graph.places(node))
             _grow(result, max(staged, alignment * widest(graph, node)), node)

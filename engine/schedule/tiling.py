@@ -86,6 +86,12 @@ def alignment_of(graph: MergeGraph, node: int) -> int:
     return 1 if kernel is None else min(kernel.alignment, max(1, length(graph, node)))
 
 
+def common_alignment(graph: MergeGraph, nodes: Sequence[int]) -> int:
+    """Return the number that the elements of common chunks of some nodes are a multiple of, at most their length."""
+    alignment = math.lcm(*(alignment_of(graph, node) for node in nodes))
+    return min(alignment, max(1, *(length(graph, node) for node in nodes)))
+
+
 def chunk_elements(graph: MergeGraph, slot: int) -> list[int]:
     """Return the elements in a chunk of each node; nodes that share a source get the same number if they can.
 
@@ -115,7 +121,7 @@ def _longest(graph: MergeGraph, nodes: Sequence[int], slot: int) -> int:
     Of a source that is staged by rows, a row is read twice if a chunk ends within it: chunks have complete rows if
     they can.
     """
-    alignment = math.lcm(*(alignment_of(graph, node) for node in nodes))
+    alignment = common_alignment(graph, nodes)
     longest = slot // (max(widest(graph, node) for node in nodes) * alignment)
     staged = [node for node in nodes if graph.access_numbers(node)]
     if not staged:

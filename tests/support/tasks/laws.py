@@ -10,7 +10,7 @@ from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.execute.measurements import Measured
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget
-from mergeloom.engine.schedule.requirements import requirements
+from mergeloom.engine.schedule.candidate import Problem
 from mergeloom.engine.schedule.schedule import Schedule, make_schedule
 from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded
 from mergeloom.errors import BudgetError
@@ -22,10 +22,10 @@ from tests.support.tasks.world import TaskWorld
 AMPLE = 1 << 40
 
 
-def smallest_slot(world: TaskWorld, devices: Sequence[DeviceBudget]) -> int:
-    """The slot size of the tests, or the smallest one that every task fits."""
-    slots = [requirements(world.graph, device.tile_elements, (), separate=device.separate).slot for device in devices]
-    return max(SLOT, *slots)
+def smallest_slot(world: TaskWorld, devices: Sequence[DeviceBudget], done: Mapping[int, int] | None = None) -> int:
+    """The slot size of the tests, or the smallest one that every task fits that is left."""
+    needs = Problem.of(world.graph, Budget(AMPLE, 0, tuple(devices)), done or {}).needs
+    return max(SLOT, *(need.slot for need in needs))
 
 
 def scheduled(
@@ -45,7 +45,7 @@ def scheduled(
         done: bytes that an earlier run wrote, by node.
     """
     devices = CPU if vram is None else tuple(DeviceBudget(f"test:{n}", AMPLE, 2) for n in range(count))
-    slot = smallest_slot(world, devices)
+    slot = smallest_slot(world, devices, done)
     ample = make_schedule(world.graph, Budget(AMPLE, 0, devices), slot_bytes=slot, done=done)
     if vram is not None:
         devices = tuple(DeviceBudget(each.name, ample.minimum_vram + vram * slot, 2) for each in devices)

@@ -33,6 +33,7 @@ def test_tasks_with_different_alignments_have_chunks_of_one_length(kinds: tuple[
     world = chain(*kinds)
     slot = smallest_slot(world, CPU)
     (length,) = set(chunk_elements(world.graph, slot))
+    assert slot == 4 * SLOT  # one chunk, although the least common multiple is longer
     assert length == 4 * ELEMENTS  # no slot of 64 KiB holds a multiple of both
     with no_hang():
         run(world, scheduled(world, 3), serial=True)
