@@ -165,7 +165,8 @@ class TensorRules:
         values = None if passed else self._values(part, name, inputs, t)
         quantized = [each.name in each.model.quantized for each in inputs]
         classes = [(each.source, each.kind.dtype.name, each.kind.shape, _decoded(each)) for each in inputs]
-        key = (part, values and tuple(values.items()), *quantized, *classes)
+        given = None if values is None else tuple(values.items())
+        key = (part, given, *quantized, *classes)
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
