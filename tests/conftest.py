@@ -37,7 +37,7 @@ LONG = (
     "tests/integration/stages/test_many_stages.py::test_a_merge_goes_on_without_the_intermediates",
     "tests/integration/output/test_save.py::test_killed_and_gone_on_with",
     "tests/integration/output/test_verify.py::test_every_flipped_bit_is_found",
-    "tests/integration/test_stages.py::test_slerp_ties_and_linear_fuse",
+    "tests/integration/graph/test_stages.py::test_slerp_ties_and_linear_fuse",
     "tests/integration/test_user_methods.py::test_the_page_on_methods_keeps_its_word",
     "tests/unit/cost/test_footprint.py::test_a_tile_of_any_method_takes_what_was_planned",
     "tests/unit/cost/test_footprint.py::test_a_tile_of_any_method_and_dtype_takes_what_was_planned",

@@ -164,8 +164,9 @@ class TensorRules:
     ) -> None:
         values = None if passed else self._values(part, name, inputs, t)
         quantized = [each.name in each.model.quantized for each in inputs]
-        classes = [(each.source, each.kind.dtype.name, each.kind.shape) for each in inputs]
-        key = (part, values and tuple(values.items()), *quantized, *classes)
+        classes = [(each.source, each.kind.dtype.name, each.kind.shape, _decoded(each)) for each in inputs]
+        given = None if values is None else tuple(values.items())
+        key = (part, given, *quantized, *classes)
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
@@ -209,7 +210,7 @@ class TensorRules:
         if kernel.copies is not None:
             (chosen,) = used
             dtype, as_stored = chosen.kind.dtype, self._output_dtype is None
-            decoded = isinstance(chosen.kind, LogicalTensor) and chosen.kind.decode is not None
+            decoded = _decoded(chosen)
             if (dtype == target and not decoded) or (as_stored and (decoded or chosen.name in chosen.model.quantized)):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)
@@ -360,6 +361,11 @@ def promote(dtypes: Iterable[DType]) -> DType:
     if len(wide) == 1:
         return wide.pop()
     return F32
+
+
+def _decoded(source: Input) -> bool:
+    """Return whether the values of a tensor are computed from several stored ones."""
+    return isinstance(source.kind, LogicalTensor) and source.kind.decode is not None
 
 
 def _refuse_quantized(inputs: Iterable[Input]) -> None:

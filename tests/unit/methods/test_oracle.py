@@ -18,7 +18,7 @@ from torch import Tensor
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from mergeloom.engine.schedule import schedule
+from mergeloom.engine.schedule import budget, schedule
 from mergeloom.methods import Array, Inputs, exp, log, merge_methods
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.kernel import Kernel
@@ -141,7 +141,7 @@ def assert_merges_like_the_oracle(
     wanted = wanted_bytes(directory, name, seed=3)
     patch.setattr(schedule, "SLOT_BYTES", 128 << 10)
     for threads, tile in sizes.items():
-        patch.setattr(schedule, "TILE_ELEMENTS", tile)
+        patch.setattr(budget, "TILE_ELEMENTS", tile)
         options = Options(max_ram=4 << 30, device="cpu", threads=threads, seed=3, keep_paths=True)
         planned = plan(recipe(directory, name), options)
         graph = planned.built.graph

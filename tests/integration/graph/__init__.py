@@ -1,0 +1,1 @@
+"""Graphs, end to end: stages, and values that are computed from parts."""
