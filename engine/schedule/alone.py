@@ -19,12 +19,14 @@ class StepAlone(NamedTuple):
     Args:
         bytes_read: for each source, the bytes read from files.
         nbytes: all of these bytes.
+        staged: bytes that are put into slots: those that are read, and zeros that no file holds.
         slots: number of slots that one chunk takes.
         demand: number of slots that all chunks take.
     """
 
     bytes_read: tuple[int, ...]
     nbytes: int
+    staged: int
     slots: int
     demand: int
 
@@ -76,12 +78,13 @@ class StepsAlone:
         graph, chunk = self._graph, self._chunk_elements[node]
         count = chunk_count(graph, node, chunk)
         writes = (graph.operation(node).kind is not Kind.COPY) * len(graph.results(node))
-        bytes_read, demand = [], count * writes
+        bytes_read, demand, staged = [], count * writes, 0
         sources = chunked_sources(graph, node, chunk, self._slot)
         for place, source in zip(graph.places(node), sources, strict=True):
             chunks = count if source.chunk_length else min(count, 1)
             step = chunk if source.chunk_length else length(graph, node)
             bytes_read.append(bytes_of_chunks(graph, node, place, max(1, step), 0, chunks))
+            staged += bytes_of_chunks(graph, node, place, max(1, step), 0, chunks, zeros=True)
             demand += chunks
         slots = writes + len(sources) if count else 0
-        return StepAlone(tuple(bytes_read), sum(bytes_read), slots, demand)
+        return StepAlone(tuple(bytes_read), sum(bytes_read), staged, slots, demand)

@@ -160,7 +160,7 @@ class Simulation:
         separate = self.vram_slots[device] > 0 and self.graph.operation(node).kind is Kind.MERGE
         ram = self._cache.ram + found.slots
         vram = self._cache.vram[device] + found.slots if separate else 0
-        uploaded = found.nbytes if separate else 0
+        uploaded = found.staged if separate else 0
         self.total_slot_demand += found.demand
         self.bytes_read += found.nbytes
         self.bytes_once += found.nbytes

@@ -82,7 +82,7 @@ def run(world: TaskWorld, schedule: Schedule, *, serial: bool = False, resumed: 
     executor = Executor(graph, schedule, devices, world, world, serial=serial)
     measured = executor.run()
     world.check(resumed=resumed)
-    planned = bytes_of_reads(graph, schedule)
+    planned = list(bytes_of_reads(graph, schedule))
     assert world.bytes_by_read() == planned
     assert measured.bytes_read == schedule.bytes_read == sum(planned)
     assert measured.bytes_written == schedule.bytes_written

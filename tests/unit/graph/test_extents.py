@@ -108,7 +108,7 @@ def test_every_source_of_every_chunk_fits_a_slot(world: TaskWorld, times: int) -
 @given(task_worlds())
 def test_each_task_comes_after_those_that_it_uses(world: TaskWorld) -> None:
     for order in orders(world.graph):
-        assert sorted(order) == world.graph.tasks()
+        assert sorted(order) == list(world.graph.tasks())
         position = {node: number for number, node in enumerate(order)}
         for node in order:
             assert all(position[~value] < position[node] for value in world.graph.node_sources[node] if value < 0)

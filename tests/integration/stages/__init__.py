@@ -1,1 +1,0 @@
-"""Recipes of several stages."""
