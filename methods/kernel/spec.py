@@ -11,7 +11,7 @@ from .access import ALIGNED, Access, Shape
 BLOCK = 1 << 15
 """Elements in one block of a reduction. Block boundaries do not depend on the tiles."""
 
-ARITHMETIC_VERSION = 3
+ARITHMETIC_VERSION = 4
 """Incremented by every change that alters the bytes of any output: a method, the blocks of a sum, rounding, random
 numbers. Only the version that started a merge can resume it."""
 

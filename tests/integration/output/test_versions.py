@@ -35,7 +35,7 @@ SHAPES = {
     "model.layers.1.w.weight": (8, 8),
     "model.norm.weight": (8,),
 }
-NOW = f"mergeloom {mergeloom.__version__} (arithmetic version 3, layout version 1"
+NOW = f"mergeloom {mergeloom.__version__} (arithmetic version 4, layout version 1"
 
 
 @pytest.fixture
