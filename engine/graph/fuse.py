@@ -40,7 +40,7 @@ def fuse(graph: MergeGraph, *, inline: bool = False) -> MergeGraph:
 def _kept(graph: MergeGraph) -> set[int]:
     """Return the nodes whose output is computed once and kept for all nodes that use it."""
     outputs = {output.node for output in graph.outputs}
-    users, wide = _users_of(graph, outputs), _wide(graph)
+    users, wide = _users_of(graph, outputs), _wide(graph, outputs)
     kept: set[int] = set()
     kernel: dict[int, int] = {}  # the node whose kernel a node becomes a part of; -1 for several
     reduced: set[int] = set()  # nodes over which a kernel that they become a part of reduces
@@ -55,8 +55,10 @@ def _kept(graph: MergeGraph) -> set[int]:
             kernel[node] = node
         elif len(mine) > 1:
             adds_a_pass = kernel[node] < 0 or node in reduced or _reductions(graph, node) > 0
-            # a float64 kernel computes its parts in float64, so a part in float32 would not have the same values
-            equal = node in wide or node not in below_wide
+            # a float64 kernel computes its parts in float64, and a kernel is one if it loads float64: a part that is
+            # kept in another dtype than it is computed in would not have the same values, nor would its users
+            as_computed = (graph.node_dtype[node] == F64) == (node in wide)
+            equal = as_computed and (node in wide or node not in below_wide)
             if adds_a_pass and equal and not _cheap(graph, node):
                 kept.add(node)
                 kernel[node] = node
@@ -88,12 +90,18 @@ def _cheap(graph: MergeGraph, node: int) -> bool:
     return sum(map(graph.value_nbytes, dict.fromkeys(sources))) <= graph.nbytes(node)
 
 
-def _wide(graph: MergeGraph) -> set[int]:
-    """Return the nodes that are computed in float64: those that use a float64 tensor, directly or not."""
+def _wide(graph: MergeGraph, outputs: Set[int]) -> set[int]:
+    """Return the nodes that are computed in float64: they load it, directly or through nodes that are not outputs.
+
+    Outputs are loaded in the dtype in which they are stored.
+    """
     wide: set[int] = set()
     for node, sources in enumerate(graph.node_sources):
-        if any(graph.reads[value].dtype == F64 if value >= 0 else ~value in wide for value in sources):
-            wide.add(node)
+        for value in sources:
+            loaded = value >= 0 or ~value in outputs
+            if graph.value_dtype(value) == F64 if loaded else ~value in wide:
+                wide.add(node)
+                break
     return wide
 
 

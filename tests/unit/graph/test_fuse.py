@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mergeloom.engine.execute.devices.cpu import CpuDevice
+from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.graph.fuse import fuse
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.safetensors.dtypes import DTYPES
@@ -137,6 +139,26 @@ def test_what_is_kept_changes_no_byte(world: Stages) -> None:
     assert intermediate <= most, "a node that is used once is kept"
     for each in (kept, inlined):
         run(each, scheduled(each, 20))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_is_rounded_after_float64_is_equal_in_both_forms(saved: bool) -> None:
+    #  a (float64) ─ linear ─ rounded ─┬─ slerp ─┬─ linear ─┬─ slerp: whatever is kept, a kernel computes in float64 if
+    #                                  └─ slerp ─┘─ linear ─┘         it would with all of its parts
+    world = Stages()
+    a, b, c = world.normal("F64"), world.normal("F32"), world.normal("F32")
+    rounded_once = world.rounded(world.stage("linear", [a, b, c]), "BF16")
+    if saved:
+        world.graph.add_output("saved", ~rounded_once, 0)
+    first, second = world.stage("slerp", [rounded_once, b]), world.stage("slerp", [rounded_once, c])
+    pair = [world.stage("linear", sources) for sources in ([first, second, b], [first, second, c])]
+    world.graph.add_output("last", ~world.rounded(world.stage("slerp", pair), "BF16"), 0)
+    found = []
+    for inline in (False, True):
+        each = world.fresh(fuse(world.graph, inline=inline))
+        Executor(each.graph, scheduled(each, 20), [CpuDevice(1)], each, each).run()
+        found.append({output.label: bytes(each.written[output.node]) for output in each.graph.outputs})
+    assert found[0] == found[1]
 
 
 def test_tasks_that_no_output_needs_are_left_out() -> None:
