@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TypeVar
 
@@ -77,6 +77,7 @@ class MergeGraph:
         self._class_numbers: dict[tuple[object, ...], int] = {}
         self._uses_nodes = False  # whether any source is a node
         self._used = bytearray()  # for each read, whether a node uses it
+        self._users: tuple[int, Mapping[int, list[int]]] = (0, {})  # after how many nodes they were found
         self._results: dict[int, tuple[int, ...]] = {}
         self._access_numbers: dict[Access, int] = {ALIGNED: 0}
         self._operation_accesses: list[tuple[int, ...]] = []  # by operation; empty if all are aligned
@@ -155,12 +156,15 @@ class MergeGraph:
         """Add a node as `add_node` does, whether or not there is an equal one.
 
         Raises:
-            ValueError: if the output of a node is used other than element for element.
+            ValueError: if the output of a node is copied, or used other than element for element, or is not the first
+                tensor that its node computes.
         """
         number = self._number(operation)
         accesses = self._operation_accesses[number]
-        if any(value < 0 and access for value, access in zip(sources, accesses, strict=False)):
-            raise ValueError("the output of a node can only be used element for element")
+        if operation.kind is not Kind.RESULT and min(sources) < 0:
+            self._refuse_use(operation, [value for value in sources if value < 0])
+            if any(value < 0 and access for value, access in zip(sources, accesses, strict=False)):
+                raise ValueError("the output of a node can only be used element for element")
         shape = self.value_shape(sources[0]) if shape is None else shape
         self.node_operation.append(number)
         self.node_sources.append(sources)
@@ -176,6 +180,14 @@ class MergeGraph:
             else:
                 self._used[value] = 1
         return len(self.node_operation) - 1
+
+    def _refuse_use(self, operation: Operation, values: Iterable[Value]) -> None:
+        """Raise ValueError if an operation can't use one of these nodes."""
+        if operation.kind is not Kind.MERGE:
+            raise ValueError(f"the output of a node can't be used by an operation of kind {operation.kind.name}")
+        for value in values:
+            if ~value < len(self.node_operation) and self.operation(~value).kind is Kind.RESULT:
+                raise ValueError("only the first of the tensors that a node computes can be used by others")
 
     @property
     def node_class(self) -> array[int]:
@@ -375,15 +387,17 @@ class MergeGraph:
                     nodes.append(node)
         return grouped(reads, nodes, len(self.reads))
 
-    def users(self) -> dict[int, list[int]]:
+    def users(self) -> Mapping[int, list[int]]:
         """For each node that is a source of others, the nodes that use it, apart from those of kind `RESULT`."""
-        users: dict[int, list[int]] = {}
-        for node in self.nodes() if self._uses_nodes else ():
-            if self.operation(node).kind is not Kind.RESULT:
-                for value in dict.fromkeys(self.node_sources[node]):
-                    if value < 0:
-                        users.setdefault(~value, []).append(node)
-        return users
+        if self._users[0] != len(self.node_operation):
+            users: dict[int, list[int]] = {}
+            for node in self.nodes() if self._uses_nodes else ():
+                if self.operation(node).kind is not Kind.RESULT:
+                    for value in dict.fromkeys(self.node_sources[node]):
+                        if value < 0:
+                            users.setdefault(~value, []).append(node)
+            self._users = len(self.node_operation), users
+        return self._users[1]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.nodes())

@@ -114,26 +114,30 @@ class Candidate:
         if len(self.left) == len(graph.node_operation) and not any(each.accesses for each in graph.operations):
             sizes = [each.nbytes for each in graph.reads.classes]
             return sum(map(sizes.__getitem__, graph.reads.class_numbers))  # every read has a node that uses it
-        needed: dict[int, int] = {}  # most bytes that any node needs of each read
+        needed: dict[int, dict[int, int]] = {}  # for each read, the bytes that each access to it needs
         for node in self.left:
+            accesses = graph.access_numbers(node)
             for place, value in enumerate(graph.node_sources[node]):
                 if value >= 0:
-                    nbytes = graph.reads.class_of(value).nbytes
-                    if graph.access_numbers(node):
+                    access, nbytes = 0, graph.reads.class_of(value).nbytes
+                    if accesses:
                         count = chunk_count(graph, node, self.chunks[node])
+                        access = accesses[place]
                         nbytes = min(nbytes, bytes_of_chunks(graph, node, place, self.chunks[node], 0, count))
-                    needed[value] = max(needed.get(value, 0), nbytes)
-        return sum(needed.values())
+                    of_read = needed.setdefault(value, {})
+                    of_read[access] = max(of_read.get(access, 0), nbytes)
+        return sum(min(graph.reads.class_of(read).nbytes, sum(each.values())) for read, each in needed.items())
 
     def bytes_written(self, graph: MergeGraph) -> int:
         """Return the bytes of all output tensors without those that an earlier run wrote."""
         sizes, total = graph.by_class(graph.nbytes), 0
         for node in graph.outputs.nodes:
-            if node in self.left:
+            computing = node if node in self.left else graph.results_with(node)[0]
+            if computing in self.left:
                 total += sizes[node]
-                if node in self.first:
+                if computing in self.first:
                     chunk = self.chunks[node] * output_width(graph, node)
-                    total -= min(self.first[node] * chunk, sizes[node])
+                    total -= min(self.first[computing] * chunk, sizes[node])
         return total
 
 

@@ -352,7 +352,7 @@ class Simulation:
         for chunk in points:
             if not 0 <= chunk < count:
                 continue
-            ram_now = ram_others + this.writes * (chunk + 1 if this.stays else 1)
+            ram_now = ram_others + this.writes + (chunk if this.stays else 0)
             vram_now = vram_others + this.writes
             for source, old, new in zip(this.sources, this.before, keep, strict=True):
                 if not source.chunk_length:  # one chunk, held by the step from its start to its end

@@ -83,8 +83,9 @@ def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
     for step in schedule.steps if any(separate) else ():
         operation = graph.operation(step.node)
         if operation.kind is Kind.MERGE and step.index == operation.passes - 1 and separate[step.device]:
-            done = step.first * schedule.chunk_elements[step.node] * graph.node_dtype[step.node].bits // 8
-            total += max(0, graph.nbytes(step.node) - done)
+            first = step.first * schedule.chunk_elements[step.node]
+            for result in graph.results(step.node):
+                total += max(0, graph.nbytes(result) - first * graph.node_dtype[result].bits // 8)
     return total
 
 

@@ -81,6 +81,10 @@ class Drawer:
             elif kind == "copy":
                 world.task(kind, chosen, shape, outputs=self.choose(1, 2))
                 continue
+            if not self.staged and draw(st.integers(0, 4)) == 0:
+                dtypes = draw(st.tuples(*[st.sampled_from(NODE_DTYPES)] * 3))
+                nodes.append(Operand((~world.several(chosen, shape, dtypes),)))
+                continue
             node = world.task(kind, chosen, shape, self.dtype(chosen), outputs=self.choose(0, 0, 1, 2))
             nodes.append(Operand((~node,)))
             if self.staged and draw(st.booleans()):

@@ -17,7 +17,8 @@ from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.methods import Array, Inputs, add, host
 from mergeloom.methods.kernel.access import ALIGNED, Access
 from mergeloom.methods.kernel.array import Factor
-from mergeloom.methods.kernel.decoder import low_rank
+from mergeloom.methods.kernel.composition import Composition, Part
+from mergeloom.methods.kernel.decoder import Encoder, low_rank
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
@@ -52,6 +53,8 @@ def converted(t: Inputs) -> Array:
     return next(operands_of(t))  # type: ignore[no-any-return]
 
 
+SEVERAL = Encoder("several", lambda value: (value, 2 * value, value - 2 * value), 3)
+"""A value, its double, and the value with the opposite sign."""
 METHODS = {"sum": method_of(summed), "vote": method_of(voted), "convert": method_of(converted)}
 KERNELS = ("sum", "vote", "sum 48", "sum 9999", "vote 9999")
 """The kinds of kernels: a method, and the number of elements that its tiles are a multiple of, by default 16."""
@@ -114,7 +117,7 @@ class TaskWorld(World):
             kernel = self.graph.operation(node).kernel
             if kernel is not None:
                 dtypes = [self.graph.value_dtype(value).name for value in self.graph.node_sources[node]]
-                loops = Compiled(kernel, dtypes, self.graph.node_dtype[node].name)
+                loops = Compiled(kernel, dtypes, *(dtype.name for dtype in self.graph.result_dtypes(node)))
                 self.graph.footprints[self.graph.node_class[node]] = Footprint(
                     Line(loops.scratch), Line(loops.allocated)
                 )
@@ -143,6 +146,34 @@ class TaskWorld(World):
         self.computed[node] = torch.from_numpy(result.copy(order="C")).to(getattr(torch, stored_dtype.torch_name))
         for _ in range(outputs):
             self.output(node)
+        return node
+
+    def several(self, operands: Sequence[Operand], shape: Shape, dtypes: tuple[str, str, str]) -> int:
+        """Add a node of kind ``sum`` that computes three tensors, all of them outputs; return its number.
+
+        Args:
+            operands: what is added up.
+            shape: shape of the tensors.
+            dtypes: dtype of each: the sum, its double, and the sum with the opposite sign.
+        """
+        values = tuple(value for operand in operands for value in operand.values)
+        accesses = tuple(access for operand in operands for access in operand.accesses)
+        if all(access is ALIGNED for access in accesses):
+            accesses = ()
+        summed = self._operation("sum", values, accesses, shape).kernel
+        assert summed is not None
+        parts = [Part(summed, tuple(range(len(values)))), Part(SEVERAL.kernel(InputSpec(1, None, shape), {}), (~0,))]
+        kernel = Composition(summed.inputs, parts)
+        kernel.alignment = 16
+        main, *others = (DTYPES[name] for name in dtypes)
+        node = self.graph.append_node(Operation(Kind.MERGE, "several", kernel=kernel), values, main, 0, shape)
+        results = [node, *self.graph.add_results(node, [(dtype, shape) for dtype in others])]
+        total = self._merged("sum", [self._value(operand, shape) for operand in operands])
+        values_of = (total, 2 * total, total - 2 * total)
+        for result, computed, dtype in zip(results, values_of, (main, *others), strict=True):
+            assert dtype.torch_name is not None
+            self.computed[result] = torch.from_numpy(computed).to(getattr(torch, dtype.torch_name))
+            self.output(result)
         return node
 
     def output(self, node: int) -> None:
