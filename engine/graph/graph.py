@@ -196,7 +196,8 @@ class MergeGraph:
         A mixture of experts has a dozen classes, so what depends on the class alone is computed once. The classes are
         found when they are asked for: a node can be added before those that it uses.
         """
-        for node in range(len(self._node_class), len(self.node_operation)):
+        known = len(self._node_class)
+        for node in range(known, len(self.node_operation)) if known < len(self.node_operation) else ():
             sources = self.node_sources[node]
             repeated = tuple(map(sources.index, sources)) if len(set(sources)) < len(sources) else ()
             results = [(self.node_dtype[other].name, self.node_shape[other]) for other in self.results(node)]

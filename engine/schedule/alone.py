@@ -42,6 +42,7 @@ class StepsAlone:
 
     def __init__(self, graph: MergeGraph, chunk_elements: list[int], slot: int) -> None:
         self._graph = graph
+        self._classes = graph.node_class
         self._chunk_elements = chunk_elements
         self._slot = slot
         self._found: dict[tuple[int, int], StepAlone] = {}
@@ -68,7 +69,7 @@ class StepsAlone:
 
     def step(self, node: int) -> StepAlone:
         """Return what such a step of a node takes."""
-        key = self._graph.node_class[node], self._chunk_elements[node]
+        key = self._classes[node], self._chunk_elements[node]
         found = self._found.get(key)
         if found is None:
             found = self._found[key] = self._find(node)

@@ -60,7 +60,8 @@ def requirements(
     result = Requirements()
     nodes: Iterable[int] = graph.class_nodes
     if finished:
-        nodes = {graph.node_class[node]: node for node in reversed(graph.nodes()) if node not in finished}.values()
+        classes = graph.node_class
+        nodes = {classes[node]: node for node in reversed(graph.nodes()) if node not in finished}.values()
     for node in sorted(nodes):
         operation = graph.operation(node)
         if operation.kind is Kind.RESULT:
