@@ -156,15 +156,11 @@ class MergeGraph:
         """Add a node as `add_node` does, whether or not there is an equal one.
 
         Raises:
-            ValueError: if the output of a node is copied, or used other than element for element, or is not the first
-                tensor that its node computes.
+            ValueError: if `operation` uses the output of a node in another way than `_check_use` allows.
         """
         number = self._number(operation)
-        accesses = self._operation_accesses[number]
         if operation.kind is not Kind.RESULT and min(sources) < 0:
-            self._refuse_use(operation, [value for value in sources if value < 0])
-            if any(value < 0 and access for value, access in zip(sources, accesses, strict=False)):
-                raise ValueError("the output of a node can only be used element for element")
+            self._check_use(operation, sources)
         shape = self.value_shape(sources[0]) if shape is None else shape
         self.node_operation.append(number)
         self.node_sources.append(sources)
@@ -181,12 +177,13 @@ class MergeGraph:
                 self._used[value] = 1
         return len(self.node_operation) - 1
 
-    def _refuse_use(self, operation: Operation, values: Iterable[Value]) -> None:
-        """Raise ValueError if an operation can't use one of these nodes."""
-        if operation.kind is not Kind.MERGE:
-            raise ValueError(f"the output of a node can't be used by an operation of kind {operation.kind.name}")
-        for value in values:
-            if ~value < len(self.node_operation) and self.operation(~value).kind is Kind.RESULT:
+    def _check_use(self, operation: Operation, sources: tuple[Value, ...]) -> None:
+        """Raise ValueError unless an operation computes with the first tensors of nodes, element for element."""
+        for value, access in zip(sources, operation.accesses or (ALIGNED,) * len(sources), strict=True):
+            known = 0 <= ~value < len(self.node_operation)
+            if value < 0 and (operation.kind is not Kind.MERGE or access is not ALIGNED):
+                raise ValueError("the output of a node can only be computed with, element for element")
+            if known and self.operation(~value).kind is Kind.RESULT:
                 raise ValueError("only the first of the tensors that a node computes can be used by others")
 
     @property
@@ -248,10 +245,8 @@ class MergeGraph:
     def add_results(self, node: int, results: Iterable[tuple[DType, tuple[int, ...]]]) -> tuple[int, ...]:
         """Add the other tensors that a node computes, with their dtypes and shapes; returns their node numbers."""
         operation = Operation(Kind.RESULT, self.operation(node).method)
-        numbers = []
-        for place, (dtype, shape) in enumerate(results, 1):
-            numbers.append(self.add_node(operation, (~node,), dtype, place, shape))
-        return self.set_results(node, numbers)
+        others = enumerate(results, 1)
+        return self.set_results(node, [self.add_node(operation, (~node,), d, place, s) for place, (d, s) in others])
 
     def set_results(self, node: int, others: Iterable[int]) -> tuple[int, ...]:
         """Set the nodes of kind `RESULT` that stand for the other tensors that a node computes; returns them."""

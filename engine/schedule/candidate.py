@@ -152,7 +152,8 @@ def plan_for_slot(problem: Problem, slot: int) -> Candidate:
     left: Set[int] | Sequence[int] = graph.tasks()
     if first or graph.users():
         started = {node for node in left if first.get(node, 0) < max(1, chunk_count(graph, node, chunks[node]))}
-        left = started - _needless(graph, started) | problem.again
+        active = started | problem.again
+        left = active - _needless(graph, active)
     from_chunk = {node: chunk for node, chunk in first.items() if node not in problem.again}
     window = problem.needs[0].window
     best: Simulation | None = None  # the others are not kept: each has all steps of the merge
@@ -196,14 +197,14 @@ def _computed_again(graph: MergeGraph, finished: Set[int]) -> set[int]:
     if not finished or not graph.users():
         return set()
     left = set(graph.tasks()) - finished
-    stack = list(left - _needless(graph, left))
-    again: set[int] = set()
+    needed = left - _needless(graph, left)
+    stack = list(needed)
     while stack:
         for value in graph.node_sources[stack.pop()]:
-            if value < 0 and ~value in finished and ~value not in again:
-                again.add(~value)
+            if value < 0 and ~value not in needed:
+                needed.add(~value)
                 stack.append(~value)
-    return again
+    return needed & set(finished)
 
 
 def _needless(graph: MergeGraph, left: set[int]) -> set[int]:

@@ -114,6 +114,19 @@ def test_a_complete_output_is_computed_again_for_a_task_that_uses_it_and_not_wri
     assert rest.counts.keys() == {last}
 
 
+def test_an_intermediate_is_computed_again_for_a_complete_output_that_is() -> None:
+    world, shape = TaskWorld(), (3 * ELEMENTS,)
+    inner = world.task("sum", [Operand((world.source(shape),))], shape, "F32", outputs=0)
+    middle = world.task("sum", [Operand((~inner,))], shape, "F32")
+    last = world.task("sum", [Operand((~middle,))], shape, "F32")
+    world.measure()
+    complete, rest = world.fresh(), world.fresh()
+    run(complete, scheduled(complete, 20))
+    with no_hang():
+        resume(rest, complete, 20, None, {middle: 1.0, last: 0.3})
+    assert rest.counts.keys() == {last}
+
+
 def test_a_step_drops_its_own_cached_chunks_for_its_output() -> None:
     #  a ─┬─ sum ── out0           4 chunks of a fit the cache after the first task, but the second one, whose output
     #     └─ vote ── sum ── out1   stays, needs their slots

@@ -134,7 +134,7 @@ def test_nodes_are_of_one_class_if_nothing_but_their_values_differs() -> None:
 def test_a_node_can_be_added_before_one_that_it_uses() -> None:
     graph = MergeGraph(("a",))
     read = graph.add_read(0, "t", TensorRef(Path("x"), 0, 4, F32, (1,)))
-    operation = Operation(Kind.REQUIRE_EQUAL, "linear")
+    operation = Operation(Kind.MERGE, "linear")
     first = graph.append_node(operation, (~1,), F32, shape=(1,))
     second = graph.append_node(operation, (read,), F32)
     assert graph.node_class[first] != graph.node_class[second]
