@@ -19,8 +19,8 @@ from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.model.layers import find_layers
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from mergeloom.io.safetensors.dtypes import DTYPES
 from mergeloom.io.safetensors.header import build_header, parse_header
+from mergeloom.io.tensors.dtypes import DTYPES
 from mergeloom.report.html.page import make_page
 
 Task = Callable[[], object]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeloomError
-from ...io.safetensors.dtypes import DType
+from ...io.tensors.dtypes import DType
 from ...io.units import plural
 from ..graph.graph import Kind, MergeGraph
 from .estimate import EXTRAPOLATED, MEASURED, Rate, Rates

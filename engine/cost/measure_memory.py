@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...io.safetensors.dtypes import DType
+from ...io.tensors.dtypes import DType
 from ...methods.kernel.expression import reachable
 from ...methods.kernel.kernel import Kernel
 from ..graph.footprint import Footprint, Line

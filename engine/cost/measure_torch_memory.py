@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MergeloomError, UsageError
-from ...io.safetensors.dtypes import DType
+from ...io.tensors.dtypes import DType
 from ...methods.kernel.kernel import Kernel
 from ...methods.kernel.spec import HostError, Unit
 from ...methods.kernel.torch_backend.tile import Workspace

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ...io.counters import IoCounters
 from ...io.reading import Reader
-from ...io.safetensors.dtypes import DType, Kind
+from ...io.tensors.dtypes import DType, Kind
 from ..graph.checks.buffers import BufferCheck, StoredBuffer, buffer_warning
 from ..model.warnings import ModelWarning, ModelWarningKind
 

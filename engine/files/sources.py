@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, companion_files
-from ...io.safetensors.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.warnings import ModelWarning, ModelWarningKind

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...io.safetensors.checkpoint import Checkpoint
+from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..model.open import is_remote
 from ..model.warnings import ModelWarning, ModelWarningKind

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
+from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, companion_files, file_kind
 from ...io.output.digests import file_digest
-from ...io.safetensors.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..model.open import is_remote
 from .vocabulary import equal_added_tokens, main_file_name

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...errors import CheckpointError, MergeloomError
-from ...io.safetensors.checkpoint import Checkpoint
+from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
 from ..model.roles import is_embedding, is_head
 from ..model.warnings import ModelWarning, ModelWarningKind

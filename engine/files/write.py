@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...io.checkpoint.checkpoint import INDEX, Checkpoint
 from ...io.companions import FileKind, companion_files
 from ...io.output.directory import OutputDirectory
 from ...io.output.shards import index_bytes
-from ...io.safetensors.checkpoint import INDEX, Checkpoint
 from ...version import __version__
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout

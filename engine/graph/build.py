@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
-from ...io.safetensors.dtypes import Kind as ElementKind
+from ...io.tensors.dtypes import Kind as ElementKind
 from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.checks.shapes import shape_mismatch

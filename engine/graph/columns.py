@@ -12,7 +12,7 @@ from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TypeVar, overload
 
-from ...io.safetensors.tensors import TensorClass, TensorRef
+from ...io.tensors.refs import TensorClass, TensorRef
 
 T = TypeVar("T")
 

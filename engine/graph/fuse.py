@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from ...io.safetensors.dtypes import F64, DType
+from ...io.tensors.dtypes import F64, DType
 from ...methods.kernel.access import ALIGNED, Access
 from ...methods.kernel.composition import Composition, Part
 from ...methods.kernel.spec import InputSpec

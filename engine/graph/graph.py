@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TypeVar
 
-from ...io.safetensors.dtypes import DType
-from ...io.safetensors.table import TensorTable
-from ...io.safetensors.tensors import TensorRef
+from ...io.tensors.dtypes import DType
+from ...io.tensors.refs import TensorRef
+from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access
 from .columns import Output, Outputs, Reads, Rows, grouped
 from .footprint import Footprint

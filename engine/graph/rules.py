@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
-from ...io.safetensors.dtypes import F32, F64, DType
-from ...io.safetensors.dtypes import Kind as ElementKind
-from ...io.safetensors.table import NameSet
-from ...io.safetensors.tensors import TensorClass, TensorRef
+from ...io.tensors.dtypes import F32, F64, DType
+from ...io.tensors.dtypes import Kind as ElementKind
+from ...io.tensors.refs import TensorClass, TensorRef
+from ...io.tensors.table import NameSet
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
 from ..model.checks.formats import format_name, unquantized

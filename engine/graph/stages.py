@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.dtypes import F32, F64, DType
-from ...io.safetensors.tensors import TensorRef
+from ...io.checkpoint.checkpoint import Checkpoint
+from ...io.tensors.dtypes import F32, F64, DType
+from ...io.tensors.refs import TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from itertools import takewhile
 
-from ...io.safetensors.dtypes import F32, F64
-from ...io.safetensors.table import TensorTable
+from ...io.tensors.dtypes import F32, F64
+from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...errors import CheckpointError
-from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.table import TensorTable
+from ...io.checkpoint.checkpoint import Checkpoint
+from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ..recipe.parameters import SliceParameters
 from ..recipe.types import (

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.tensors import TensorRef
+from ...io.checkpoint.checkpoint import Checkpoint
+from ...io.tensors.refs import TensorRef
 from ...io.units import data_size, plural, short_number
 from .checks.formats import format_name
 from .checks.identify import not_a_model

@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.dtypes import DType
-from ...io.safetensors.table import TensorTable
-from ...io.safetensors.tensors import TensorClass, TensorRef
+from ...io.checkpoint.checkpoint import Checkpoint
+from ...io.tensors.dtypes import DType
+from ...io.tensors.refs import TensorClass, TensorRef
+from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.decoder import Decoder
 from .quantized import quantized_tensors

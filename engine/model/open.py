@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from ...errors import CheckpointError, HubUnreachable, ModelNotFound, UsageError
+from ...io.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ...io.hub.http import NO_DIRECTORY
 from ...io.hub.repository import is_hub_id
 from ...io.output.lock import TO_FINISH, WORK, Content, classify
-from ...io.safetensors.checkpoint import Checkpoint, open_checkpoint
 from ..recipe.local import is_local, similar_path
 from ..recipe.misplaced import nearest
 from ..recipe.types import ModelReference, Recipe

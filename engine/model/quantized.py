@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.dtypes import DType
-from ...io.safetensors.dtypes import Kind as ElementKind
-from ...io.safetensors.table import described
-from ...io.safetensors.tensors import TensorRef
+from ...io.checkpoint.checkpoint import Checkpoint
+from ...io.tensors.dtypes import DType
+from ...io.tensors.dtypes import Kind as ElementKind
+from ...io.tensors.refs import TensorRef
+from ...io.tensors.table import described
 from .checks.formats import declared_format
 from .roles import is_buffer
 

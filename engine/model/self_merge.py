@@ -13,7 +13,7 @@ from itertools import groupby
 import yaml
 
 from ...errors import UsageError
-from ...io.safetensors.checkpoint import Checkpoint
+from ...io.checkpoint.checkpoint import Checkpoint
 from ..recipe.node_reader import DTYPES
 from ..recipe.types import ModelReference
 from .layers import LayerMap, find_layers

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ...errors import RecipeError
-from ...io.safetensors.dtypes import BF16, F16, F32, F64, DType
+from ...io.tensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.method import Method
 from ...methods.kernel.signature import Parameter
 from .local import is_local, range_problem

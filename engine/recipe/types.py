@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import RecipeError
-from ...io.safetensors.dtypes import DType
+from ...io.tensors.dtypes import DType
 from ...io.units import plural
 from ...methods.kernel.language import Array, Inputs
 from ...methods.kernel.method import Method

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, UsageError
+from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, file_kind
 from ...io.output.digests import bytes_digest, file_digest
 from ...io.output.lock import DirectoryStatus
-from ...io.safetensors.checkpoint import Checkpoint
 from ...io.units import plural
 from ..files.write import DESCRIPTIONS, local_companions, model_files
 from ..model.open import is_remote

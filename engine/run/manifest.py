@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
+from ...io.checkpoint.checkpoint import Checkpoint
+from ...io.checkpoint.identity import file_identity
 from ...io.hub.checkpoint import HubCheckpoint
 from ...io.json_pieces import equals_pieces, json_pieces
 from ...io.open_source import open_source, read_range
 from ...io.output.digests import BLOCK_BYTES, bytes_digest, pieces_digest, tensor_digest
 from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
-from ...io.safetensors.checkpoint import Checkpoint
-from ...io.safetensors.identity import file_identity
 from ...methods.kernel.spec import ARITHMETIC_VERSION
 from ...methods.registry import code_of
 from ...version import __version__

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...io.hub.repository import HubFile
-from ...io.safetensors.table import total_bytes
-from ...io.safetensors.tensors import TensorRef
 from ...io.sizes import Limit
+from ...io.tensors.refs import TensorRef
+from ...io.tensors.table import total_bytes
 from ...io.units import data_size, memory_size, plural
 from ...methods import merge_methods
 from ...version import __version__

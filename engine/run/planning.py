@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import astuple, replace
 
 from ...errors import BudgetError, MergeloomError
+from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.platform import return_large_blocks
 from ...io.reading import check_descriptors
-from ...io.safetensors.checkpoint import Checkpoint
 from ...methods import merge_methods
 from ...methods.kernel.method import Method
 from ..cost.devices import find_devices, torch_remark

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MergeloomError, UsageError
+from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import LOADER_FOLDERS, is_loader_file
 from ...io.counters import IoCounters
 from ...io.open_source import open_source, read_range
@@ -19,9 +20,8 @@ from ...io.os_errors import translating_os_errors
 from ...io.output.clone import BLOCK
 from ...io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
 from ...io.reading import Reader
-from ...io.safetensors.checkpoint import Checkpoint
 from ...io.safetensors.header import Header, parse_header, read_data_start
-from ...io.safetensors.tensors import TensorRef
+from ...io.tensors.refs import TensorRef
 from ...io.units import data_size, plural
 from ..execute.measurements import Progress
 from .manifest import MANIFEST, identity_of, read_manifest

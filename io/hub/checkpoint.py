@@ -12,9 +12,7 @@ from types import MappingProxyType
 from xxhash import xxh3_128
 
 from ...errors import CheckpointError, ModelNotFound
-from ..companions import LARGEST_COMPANION, file_kind
-from ..open_source import quoted
-from ..safetensors.checkpoint import (
+from ..checkpoint.checkpoint import (
     INDEX,
     INDEX_SUFFIX,
     MAX_CONFIG_BYTES,
@@ -23,12 +21,14 @@ from ..safetensors.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from ..safetensors.file_sets import SINGLE, check_file_set, stray_files, unlisted_shards
+from ..checkpoint.file_sets import SINGLE, check_file_set, stray_files, unlisted_shards
+from ..checkpoint.index import MAX_INDEX_BYTES, follow_index, merge_headers, read_weight_map
+from ..checkpoint.other_weights import describe_no_weights
+from ..companions import LARGEST_COMPANION, file_kind
+from ..open_source import quoted
 from ..safetensors.header import Header, data_start, parse_header, read_header
-from ..safetensors.index import MAX_INDEX_BYTES, follow_index, merge_headers, read_weight_map
-from ..safetensors.other_weights import describe_no_weights
-from ..safetensors.tensors import TensorRef
 from ..small_files import check_size
+from ..tensors.refs import TensorRef
 from .download import download
 from .http import HubLocation, in_parallel, read_file
 from .repository import NOT_CACHED, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_cache

@@ -1,1 +1,1 @@
-"""Checkpoints in the safetensors format: headers, dtypes, tensors, identity."""
+"""The safetensors format: the headers of its files."""

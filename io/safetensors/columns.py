@@ -13,8 +13,8 @@ from itertools import accumulate
 from sys import intern
 from typing import NamedTuple
 
-from .dtypes import DTYPES
-from .tensors import TensorClass
+from ..tensors.dtypes import DTYPES
+from ..tensors.refs import TensorClass
 
 _STRING = r'"[^"\\\x00-\x1f]*"'
 _NUMBER = "(0|[1-9][0-9]{0,17})"  # below 2^63

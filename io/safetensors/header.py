@@ -20,11 +20,11 @@ from typing import Any, NoReturn
 
 from ...errors import CheckpointError
 from ..open_source import open_source, quoted, read_range
+from ..tensors.dtypes import DTYPES, DType
+from ..tensors.refs import TensorClass, TensorRef
+from ..tensors.table import TensorTable
 from .columns import parse_columns
-from .dtypes import DTYPES, DType
 from .strict_json import parse_strictly
-from .table import TensorTable
-from .tensors import TensorClass, TensorRef
 
 MAX_JSON_BYTES = 100_000_000
 """The format's limit on the size of the header's JSON in bytes."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..engine.model.inspect import Inspection, total_bytes, total_elements
 from ..engine.model.logical import LogicalTensor
 from ..engine.model.roles import is_head, tied_embedding
-from ..io.safetensors.tensors import TensorRef
+from ..io.tensors.refs import TensorRef
 from ..io.units import big_number, data_size, listed, plural, ranges
 from .sections import Grid, Section
 

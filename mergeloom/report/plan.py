@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.graph.graph import Kind
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
-from ..io.safetensors.table import classes_of, total_bytes
+from ..io.tensors.table import classes_of, total_bytes
 from ..io.units import big_number, data_size, memory_size, plural, short_number
 from .parameters import parameters_section
 from .sections import Grid, Section, plain

@@ -42,7 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, chunks, and the samples of a file's identity, small enough for small tensors."""
     make_blocks_small(monkeypatch)
     monkeypatch.setattr("mergeloom.engine.schedule.schedule.SLOT_BYTES", 8 << 10)
-    monkeypatch.setattr("mergeloom.io.safetensors.identity.SAMPLE_BYTES", 16)
+    monkeypatch.setattr("mergeloom.io.checkpoint.identity.SAMPLE_BYTES", 16)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, MergeloomError
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import read_header
 from tests.support.counting import count_lines
 from tests.support.models import tiny_llama, write_checkpoint

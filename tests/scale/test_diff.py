@@ -14,7 +14,7 @@ import torch
 
 from mergeloom.engine.run.diff.pairs import Opened, pair_tensors
 from mergeloom.engine.run.diff.units import make_units
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from tests.support.models import encode, llama_3_1_405b, llama_3_2_1b, normal, write_checkpoint
 
 MIB = 1 << 20

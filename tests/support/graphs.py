@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
-from mergeloom.io.safetensors.dtypes import DTYPES, DType
-from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.tensors.dtypes import DTYPES, DType
+from mergeloom.io.tensors.refs import TensorRef
 from mergeloom.methods import Array, Inputs, add, host
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel

@@ -23,7 +23,7 @@ from mergeloom.engine.recipe.load import load_recipe, parse_recipe
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import MergeloomError
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import data_start, parse_header
 from mergeloom.methods import merge_methods
 from tests.support.counting import TooMuchWork, count_lines

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....io.safetensors.dtypes import DType
+from ....io.tensors.dtypes import DType
 from ....methods.kernel.kernel import Kernel
 from ....methods.kernel.torch_backend.passes import Pass
 from ....methods.kernel.torch_backend.rounding import canonical_nans, round_into

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ....io.safetensors.dtypes import Kind as ElementKind
+from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import plural
 from ...graph.build import BuiltGraph
 from ...model.roles import is_after_layers, is_buffer, is_embedding, is_head, tied_embedding

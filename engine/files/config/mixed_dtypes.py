@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ....io.safetensors.checkpoint import Checkpoint
-from ....io.safetensors.dtypes import Kind as ElementKind
+from ....io.checkpoint.checkpoint import Checkpoint
+from ....io.tensors.dtypes import Kind as ElementKind
 from ...graph.build import BuiltGraph
 from ...graph.stages import StageRef
 from ...model.warnings import ModelWarning, ModelWarningKind

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ....io.safetensors.tensors import TensorRef
+from ....io.tensors.refs import TensorRef
 from ....io.units import listed
 from ...model.warnings import ModelWarning, ModelWarningKind
 

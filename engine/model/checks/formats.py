@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ....io.safetensors.checkpoint import Checkpoint
+from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.small_files import read_small
 
 _SECTIONS = ("quantization_config", "compression_config", "quantization")

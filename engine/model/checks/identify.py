@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import CheckpointError
+from ....io.checkpoint.checkpoint import Checkpoint
+from ....io.checkpoint.file_sets import ADAPTER, shard_number
 from ....io.open_source import quoted
-from ....io.safetensors.checkpoint import Checkpoint
-from ....io.safetensors.dtypes import Kind
-from ....io.safetensors.file_sets import ADAPTER, shard_number
-from ....io.safetensors.table import components, described
 from ....io.small_files import read_json
+from ....io.tensors.dtypes import Kind
+from ....io.tensors.table import components, described
 from ....io.units import listed, plural
 from ..roles import is_buffer
 from .names import directory_of

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from ....io.safetensors.checkpoint import Checkpoint
+from ....io.checkpoint.checkpoint import Checkpoint
 from ..roles import is_buffer, is_optional
 
 _SPELLINGS = ((".gamma", ".weight"), (".beta", ".bias"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
+from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.open_source import quoted
-from ....io.safetensors.checkpoint import Checkpoint
 from ....io.units import listed, plural
 from .names import rename_script
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import CheckpointError
+from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.open_source import quoted
-from ....io.safetensors.checkpoint import Checkpoint
-from ....io.safetensors.tensors import TensorRef
+from ....io.tensors.refs import TensorRef
 from ....io.units import plural
 from ...model.checks.identify import check_is_model
 from ...model.layers import LayerMap, find_layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ....io.safetensors.dtypes import DType
+from ....io.tensors.dtypes import DType
 from ....methods.kernel.spec import BLOCK
 from .values import Floats, decode, decode_exactly, is_wide
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ....errors import BudgetError
-from ....io.safetensors.tensors import TensorRef
 from ....io.sizes import format_size
+from ....io.tensors.refs import TensorRef
 from ....methods.kernel.spec import BLOCK
 from ...schedule.budget import Budget
 from .pairs import Pair

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ....io.safetensors.dtypes import DType
+from ....io.tensors.dtypes import DType
 
 Floats = NDArray[np.float64]
 

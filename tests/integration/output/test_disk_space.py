@@ -14,8 +14,8 @@ from mergeloom.io import platform
 from mergeloom.io.output import directory as output
 from mergeloom.io.output.directory import OutputDirectory, ShardFile, missing_space
 from mergeloom.io.output.journal import Journal
-from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
+from mergeloom.io.tensors.dtypes import F32
 from tests.support.merges.destinations import write_models, write_recipe
 
 

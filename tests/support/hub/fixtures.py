@@ -12,12 +12,12 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 from mergeloom.errors import CheckpointError, MergeloomError
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, needed_files, open_hub_model
 from mergeloom.io.hub.repository import HubFile
-from mergeloom.io.safetensors.checkpoint import Checkpoint
-from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
+from mergeloom.io.tensors.dtypes import F32
 from tests.support import models
 from tests.support.hub.server import HubServer, serving
 

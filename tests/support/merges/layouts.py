@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.engine.graph.layout import BLOCK
-from mergeloom.io.safetensors.dtypes import DTYPES, F32
-from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.tensors.dtypes import DTYPES, F32
+from mergeloom.io.tensors.refs import TensorRef
 from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.spec import InputSpec
 

@@ -14,7 +14,7 @@ from mergeloom.engine.run.manifest import _self_digest as self_digest
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.verify import Verdict
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from tests.support.models import write_checkpoint
 
 SHAPES = {f"model.layers.{layer}.w.weight": (64, 50) for layer in range(4)} | {"model.norm.weight": (50,)}

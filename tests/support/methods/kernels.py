@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.tensors.dtypes import DTYPES
 from mergeloom.methods import Array, Inputs, merge_methods
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.fused.passes import FusedPass

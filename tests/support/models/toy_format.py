@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mergeloom.engine.model.logical import Decode, LogicalTensor, Part
-from mergeloom.io.safetensors.checkpoint import Checkpoint
-from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
+from mergeloom.io.tensors.dtypes import F32
 from mergeloom.methods.kernel.access import (
     ALIGNED,
     Access,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
-from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.tensors.dtypes import DTYPES
 from mergeloom.methods import Array, Inputs, add, host
 from mergeloom.methods.kernel.access import ALIGNED, Access
 from mergeloom.methods.kernel.array import Factor

@@ -21,7 +21,7 @@ from mergeloom.engine.schedule.requirements import PAGE
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.tiling import tile_length
 from mergeloom.errors import UsageError
-from mergeloom.io.safetensors.dtypes import BF16, F32, F64, DType
+from mergeloom.io.tensors.dtypes import BF16, F32, F64, DType
 from mergeloom.methods import Array, Inputs, add, host, merge_methods
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.fused.compiled import Compiled

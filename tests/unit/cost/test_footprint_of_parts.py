@@ -12,7 +12,7 @@ import torch
 from mergeloom.engine.cost.measure_torch_memory import allocations, footprint
 from mergeloom.engine.execute.compute.torch_computer import Piece, check_inputs, combine_chunk, reduce_chunk
 from mergeloom.engine.graph.graph import Kind, Operation
-from mergeloom.io.safetensors.dtypes import BF16, DTYPES
+from mergeloom.io.tensors.dtypes import BF16, DTYPES
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.fused.passes import FusedPass
 from mergeloom.methods.kernel.fused.run import Chunk

@@ -21,9 +21,9 @@ from mergeloom.engine.run.diff.units import BUFFER_BYTES, Unit, divide_memory, m
 from mergeloom.engine.schedule.budget import Budget
 from mergeloom.errors import BudgetError, CheckpointError
 from mergeloom.io.reading import Reader
-from mergeloom.io.safetensors.dtypes import DTYPES
-from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.io.task_group import TaskGroup
+from mergeloom.io.tensors.dtypes import DTYPES
+from mergeloom.io.tensors.refs import TensorRef
 from mergeloom.methods.kernel.spec import BLOCK
 from tests.support.models import FineTune, Random, tiny_llama, write_checkpoint
 from tests.support.waiting import HANG_SECONDS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mergeloom.engine.run.diff.values import can_decode, decode, decode_exactly, is_wide
-from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.tensors.dtypes import DTYPES
 
 NUMBERS = [name for name, dtype in DTYPES.items() if can_decode(dtype)]
 

@@ -22,7 +22,7 @@ from mergeloom.engine.graph.graph import Kind, Operation
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError, EnvironmentFailure, UsageError
-from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.tensors.dtypes import F32
 from mergeloom.methods import host
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mergeloom.engine.files.tokenizer_files import same_vocabulary_files
 from mergeloom.engine.files.vocabulary import difference, last_row, read_vocabulary
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.checkpoint import Checkpoint
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
 
 ROWS = {"<unk>": 0, "a": 1, "b": 2, "ab": 3}
 

@@ -12,9 +12,9 @@ from typing import Any
 from mergeloom.engine.graph.build import BuiltGraph, build_graph
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.recipe.load import load_recipe
-from mergeloom.io.safetensors.checkpoint import Checkpoint
-from mergeloom.io.safetensors.dtypes import DTYPES
-from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
+from mergeloom.io.tensors.dtypes import DTYPES
+from mergeloom.io.tensors.refs import TensorRef
 from mergeloom.methods import merge_methods
 
 Shape = tuple[int, ...]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeloom.errors import CheckpointError, RecipeError
-from mergeloom.io.safetensors.checkpoint import Checkpoint
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from tests.unit.graph.building import Shape, build, checkpoint, complete, decoder, pair, stacked
 
 

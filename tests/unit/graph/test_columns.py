@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mergeloom.engine.graph.columns import Output, Outputs, Reads, Rows, grouped
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
-from mergeloom.io.safetensors.dtypes import BF16, F32
-from mergeloom.io.safetensors.table import TensorTable
-from mergeloom.io.safetensors.tensors import TensorClass, TensorRef
+from mergeloom.io.tensors.dtypes import BF16, F32
+from mergeloom.io.tensors.refs import TensorClass, TensorRef
+from mergeloom.io.tensors.table import TensorTable
 
 BYTES_OF_A_NODE = 180
 """The most memory that a node may take with its two reads and its output in a graph, besides the names, in bytes."""

@@ -18,7 +18,7 @@ from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.graph.fuse import fuse
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
-from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.tensors.dtypes import DTYPES
 from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.composition import Composition
 from mergeloom.methods.kernel.spec import InputSpec

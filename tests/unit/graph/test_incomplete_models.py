@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mergeloom.io.safetensors.checkpoint import Checkpoint
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from tests.unit.graph.building import Shape, build, checkpoint, complete
 
 SMALL: dict[str, Shape] = {"input_layernorm.weight": (4,), "self_attn.k_proj.weight": (4, 4)}

@@ -9,7 +9,7 @@ import pytest
 from mergeloom.engine.model.modules import PROJECTOR
 from mergeloom.engine.model.warnings import ModelWarning, ModelWarningKind
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.checkpoint import Checkpoint
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from tests.unit.graph.building import Shape, build, checkpoint, complete, decoder, pair, stacked
 
 PLAIN: dict[str, Shape] = {"attn.q_proj.weight": (4, 4), "norm.weight": (4,)}

@@ -14,7 +14,7 @@ from mergeloom.engine.graph.graph import Kind, MergeGraph
 from mergeloom.engine.graph.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.header import parse_header
-from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.tensors.refs import TensorRef
 from tests.support.merges.layouts import covered, graph_of, graphs, source
 
 """Element type and shape of a tensor."""

@@ -6,7 +6,7 @@ import pytest
 
 from mergeloom.engine.graph.rules import promote
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.tensors.dtypes import DTYPES
 from tests.unit.graph.building import Shape, Shapes, build, checkpoint, complete, decoder, layers, pair, stacked
 
 BIAS = {"attn.q_proj.weight": (4, 4), "attn.q_proj.bias": (4,)}

@@ -13,10 +13,10 @@ import mergeloom
 from mergeloom.engine.execute.measurements import Progress
 from mergeloom.engine.run import planning
 from mergeloom.engine.run.merge import fetch
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from mergeloom.io.companions import companion_files
 from mergeloom.io.hub.checkpoint import HubCheckpoint, companions, needed_files, open_hub_model
 from mergeloom.io.hub.download import DownloadProgress, download
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from mergeloom.io.units import data_size, plural
 from tests.support.hub.fixtures import ID, INDEX, layer_files
 from tests.support.hub.server import HubServer

@@ -11,10 +11,10 @@ from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 from mergeloom import __main__
 from mergeloom.errors import CheckpointError, EnvironmentFailure, HubUnreachable, ModelNotFound
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from mergeloom.io.hub import http as hub_http
 from mergeloom.io.hub.checkpoint import HubCheckpoint, needed_files, open_hub_model
 from mergeloom.io.hub.download import download
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from tests.support.hub.fixtures import ID, description, layer_files, refused
 from tests.support.hub.server import HubServer
 

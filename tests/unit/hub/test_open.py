@@ -15,10 +15,10 @@ import mergeloom
 from mergeloom.engine.model.checks.identify import check_is_model
 from mergeloom.engine.run.finished import check_finished
 from mergeloom.errors import CheckpointError, ModelNotFound, UsageError
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from mergeloom.io.hub.checkpoint import HubCheckpoint, open_hub_model
 from mergeloom.io.hub.repository import is_hub_id
 from mergeloom.io.output.lock import classify
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
 from tests.support import models
 from tests.support.hub.fixtures import ID, INDEX, description, index_of, refused, single
 from tests.support.hub.server import HubServer

@@ -23,8 +23,8 @@ from mergeloom.io.output.directory import OutputDirectory
 from mergeloom.io.output.journal import Journal
 from mergeloom.io.output.lock import WORK, DirectoryStatus, OutputLock
 from mergeloom.io.output.shards import ShardFile, index_bytes
-from mergeloom.io.safetensors.dtypes import F32
 from mergeloom.io.safetensors.header import build_header
+from mergeloom.io.tensors.dtypes import F32
 from tests.support.faults import Fail, watching
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.outputs import open_files

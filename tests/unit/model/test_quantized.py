@@ -14,7 +14,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.checkpoint import Checkpoint
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from tests.support.models import Shape, deepseek_v3, write_checkpoint
 from tests.support.outputs import read_model, same_tensors
 from tests.unit.graph.building import checkpoint

@@ -17,9 +17,9 @@ from mergeloom.engine.recipe.load import parse_recipe
 from mergeloom.engine.recipe.types import ModelReference
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import UsageError
-from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
-from mergeloom.io.safetensors.dtypes import BF16
-from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mergeloom.io.tensors.dtypes import BF16
+from mergeloom.io.tensors.refs import TensorRef
 from mergeloom.methods import merge_methods
 from tests.conftest import MakeModel
 from tests.support import models

@@ -28,7 +28,7 @@ from mergeloom.engine.recipe.types import (
 )
 from mergeloom.engine.recipe.warnings import WarningKind
 from mergeloom.errors import RecipeError
-from mergeloom.io.safetensors.dtypes import BF16, F16, F64
+from mergeloom.io.tensors.dtypes import BF16, F16, F64
 from tests.unit.recipe.parsing import LINEAR, METHODS, MODELS, parse, ref, refused
 
 

@@ -14,7 +14,7 @@ from mergeloom.engine.recipe.types import (
     slices_of,
 )
 from mergeloom.errors import RecipeError
-from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.tensors.dtypes import F32
 from tests.unit.recipe.parsing import METHODS, parse
 
 WORDS = st.sampled_from(

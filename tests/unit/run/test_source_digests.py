@@ -28,7 +28,7 @@ from mergeloom.engine.run.recovery.source_digests import (
 )
 from mergeloom.errors import CheckpointError, Interrupted
 from mergeloom.io.counters import IoCounters
-from mergeloom.io.safetensors.tensors import TensorRef
+from mergeloom.io.tensors.refs import TensorRef
 from tests.support.models import write_checkpoint
 
 SHAPES = {f"model.layers.{layer}.w.weight": (100, 64) for layer in range(2)}

@@ -16,8 +16,8 @@ from mergeloom.engine.run import transfers as transfer
 from mergeloom.engine.run.transfers import Transfer, WorkerPool, plan_transfers, source_of, written_ranges
 from mergeloom.io.output.clone import shareable
 from mergeloom.io.output.group_commit import Aborted
-from mergeloom.io.safetensors.tensors import TensorRef
 from mergeloom.io.task_group import TaskGroup
+from mergeloom.io.tensors.refs import TensorRef
 from tests.support.merges.layouts import covered, graph_of, graphs, source
 
 

@@ -1,1 +1,1 @@
-"""Tests of the safetensors format: headers, checkpoints, identities."""
+"""Tests of the safetensors format: headers."""

@@ -10,8 +10,8 @@ import safetensors
 from hypothesis import strategies as st
 
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.header import Header, parse_header
+from mergeloom.io.tensors.dtypes import DTYPES, DType
 
 FILE = Path("x.safetensors")
 BYTE = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeloom.io.safetensors.columns import parse_columns
-from mergeloom.io.safetensors.dtypes import BF16, DType
 from mergeloom.io.safetensors.header import build_header, parse_header
+from mergeloom.io.tensors.dtypes import BF16, DType
 from tests.support.counting import count_lines
 from tests.unit.safetensors.headers import BYTE, FILE, NAMES, tensor_lists
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mergeloom.io.safetensors.dtypes import DTYPES, DType
 from mergeloom.io.safetensors.header import MAX_JSON_BYTES, Header
+from mergeloom.io.tensors.dtypes import DTYPES, DType
 from tests.unit.safetensors.headers import (
     BYTE,
     FILE,

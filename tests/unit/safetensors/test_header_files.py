@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeloom.errors import CheckpointError, EnvironmentFailure
-from mergeloom.io.safetensors.dtypes import BF16, DTYPES, F32, DType
 from mergeloom.io.safetensors.header import MAX_JSON_BYTES, PAGE, build_header, parse_header, read_header
+from mergeloom.io.tensors.dtypes import BF16, DTYPES, F32, DType
 from tests.unit.safetensors.headers import (
     DATA,
     FILE,
@@ -210,7 +210,7 @@ def test_parsing_takes_little_memory() -> None:
 
 def test_io_imports_no_torch() -> None:
     code = (
-        "import sys; from mergeloom.io.safetensors import checkpoint, header, identity; "
+        "import sys; from mergeloom.io.checkpoint import checkpoint, identity; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'safetensors', 'networkx')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,5 +1,5 @@
 """Fixtures for the tests of checkpoints."""
 
-from tests.unit.safetensors.checkpoints import sharded
+from tests.unit.checkpoint.checkpoints import sharded
 
 __all__ = ["sharded"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
-from mergeloom.io.safetensors.file_sets import check_file_set, shard_number, unlisted_shards
-from tests.unit.safetensors.checkpoints import INDEX, file_names, refused, write, write_index
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
+from mergeloom.io.checkpoint.file_sets import check_file_set, shard_number, unlisted_shards
+from tests.unit.checkpoint.checkpoints import INDEX, file_names, refused, write, write_index
 
 
 def names(prefix: str, *numbers: int, total: int = 3, suffix: str = ".safetensors") -> list[str]:

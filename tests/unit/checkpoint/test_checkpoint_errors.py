@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mergeloom.io.safetensors.checkpoint import MAX_CONFIG_BYTES, open_checkpoint
-from mergeloom.io.safetensors.index import MAX_INDEX_BYTES
-from tests.unit.safetensors.checkpoints import INDEX, SHARDS, refused, write, write_index
+from mergeloom.io.checkpoint.checkpoint import MAX_CONFIG_BYTES, open_checkpoint
+from mergeloom.io.checkpoint.index import MAX_INDEX_BYTES
+from tests.unit.checkpoint.checkpoints import INDEX, SHARDS, refused, write, write_index
 
 # ------------------------------------------------------------------------------------------- index against shards
 

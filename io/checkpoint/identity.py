@@ -7,7 +7,7 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 from ..open_source import open_source, read_range
-from .header import read_data_start
+from ..safetensors.header import read_data_start
 
 SAMPLES = 16
 SAMPLE_BYTES = 64 << 10

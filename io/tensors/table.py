@@ -15,7 +15,7 @@ from operator import is_
 from pathlib import Path
 from sys import intern
 
-from .tensors import TensorClass, TensorRef
+from .refs import TensorClass, TensorRef
 
 _AT_ONCE = 512
 

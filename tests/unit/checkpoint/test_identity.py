@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.dtypes import DTYPES
+from mergeloom.io.checkpoint.identity import SAMPLE_BYTES, SAMPLES, file_identity, sample_ranges
 from mergeloom.io.safetensors.header import build_header
-from mergeloom.io.safetensors.identity import SAMPLE_BYTES, SAMPLES, file_identity, sample_ranges
+from mergeloom.io.tensors.dtypes import DTYPES
 
 LARGE = 40 * SAMPLE_BYTES + 7
 """Bytes of data of which the samples leave gaps."""

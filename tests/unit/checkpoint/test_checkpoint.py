@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mergeloom.io.safetensors.checkpoint import open_checkpoint
-from tests.unit.safetensors.checkpoints import INDEX, SHARDS, file_names, refused, write, write_index
+from mergeloom.io.checkpoint.checkpoint import open_checkpoint
+from tests.unit.checkpoint.checkpoints import INDEX, SHARDS, file_names, refused, write, write_index
 
 # ------------------------------------------------------------------------------------------- layouts
 

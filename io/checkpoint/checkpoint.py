@@ -14,12 +14,12 @@ from typing import Any
 from ...errors import CheckpointError, ModelNotFound
 from ..open_source import quoted
 from ..reading import FileStamps, stat_fingerprints
+from ..safetensors.header import Header, parse_header, read_header, read_raw_header
 from ..small_files import read_json
+from ..tensors.refs import TensorRef
 from .file_sets import ADAPTER, SINGLE, check_file_set, stray_files, unlisted_shards
-from .header import Header, parse_header, read_header, read_raw_header
 from .index import copied, follow_index, merge_headers, read_weight_map
 from .other_weights import PICKLES, describe_no_weights, describe_pickles, listed_names
-from .tensors import TensorRef
 
 MAX_CONFIG_BYTES = 64_000_000
 """The maximum size of a config.json in bytes."""

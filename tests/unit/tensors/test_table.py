@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.io.safetensors.dtypes import BF16, F32
-from mergeloom.io.safetensors.table import NameSet, TensorTable, class_of, described
-from mergeloom.io.safetensors.tensors import TensorClass, TensorRef
+from mergeloom.io.tensors.dtypes import BF16, F32
+from mergeloom.io.tensors.refs import TensorClass, TensorRef
+from mergeloom.io.tensors.table import NameSet, TensorTable, class_of, described
 
 BYTES_OF_A_TENSOR = 80
 """The most memory that a tensor may take in a table in addition to its name, in bytes."""

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.checkpoint import Checkpoint, open_checkpoint
-from mergeloom.io.safetensors.dtypes import F32
+from mergeloom.io.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mergeloom.io.safetensors.header import build_header
+from mergeloom.io.tensors.dtypes import F32
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.errors import CheckpointError
-from mergeloom.io.safetensors.index import read_weight_map
-from tests.unit.safetensors.checkpoints import INDEX
+from mergeloom.io.checkpoint.index import read_weight_map
+from tests.unit.checkpoint.checkpoints import INDEX
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 SHARDS = st.sampled_from(["x.safetensors", "./x.safetensors", "sub/é.safetensors", 'a"b.safetensors'])

@@ -9,10 +9,10 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..open_source import quoted
+from ..safetensors.header import Header
 from ..small_files import parse_json, read_small
-from .header import Header
+from ..tensors.table import TensorTable
 from .other_weights import PICKLES, describe_pickles, listed_names
-from .table import TensorTable
 
 MAX_INDEX_BYTES = 256_000_000
 """The maximum size of an index in bytes, enough for about 2,000,000 tensors."""

@@ -1,0 +1,1 @@
+"""Checkpoints: which files belong to a model, their index, and the identity of each file."""

@@ -1,0 +1,1 @@
+"""Stored tensors: their dtypes, where they are, and tables of them."""

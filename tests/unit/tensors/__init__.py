@@ -1,0 +1,1 @@
+"""Tests of stored tensors and tables of them."""
