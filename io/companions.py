@@ -95,7 +95,7 @@ def companion_files(
     because the Hub's cache consists of them; links to directories are not.
 
     Args:
-        directory: the model's directory.
+        directory: the model's directory; a file, which stands for a model without companions, has none.
         kinds: the kinds to list.
         largest: the maximum size in bytes; larger files are left out.
 
@@ -103,6 +103,8 @@ def companion_files(
         CheckpointError: a companion is not readable, a broken link, a pipe or a device, or not valid JSON.
         EnvironmentFailure: reading failed.
     """
+    if directory.is_file():
+        return ()
     kind_of = {name: kind for name in _names(directory) if (kind := file_kind(name)) is not None}
     for kind, names in _code_files(directory, kind_of).items():
         kind_of |= dict.fromkeys(names, kind)

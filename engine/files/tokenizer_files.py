@@ -35,8 +35,8 @@ _SMALL = frozenset(
 
 
 def directory_of(checkpoint: Checkpoint) -> Path:
-    """The directory of a checkpoint, which contains its non-weight files."""
-    return checkpoint.path.parent if checkpoint.path.is_file() else checkpoint.path
+    """The directory of a checkpoint, which contains its non-weight files; for a file that stands alone, its path."""
+    return checkpoint.path if checkpoint.standalone or not checkpoint.path.is_file() else checkpoint.path.parent
 
 
 def tokenizer_directory(checkpoint: Checkpoint) -> Path:

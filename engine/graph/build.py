@@ -31,6 +31,7 @@ from .checks.quantized_outputs import check_quantized_outputs
 from .fuse import fuse
 from .graph import MergeGraph
 from .rules import TensorRules
+from .tensor_sources import TensorSources
 from .usage import TensorUsage, Unused
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
@@ -167,7 +168,8 @@ class _GraphBuilder:
         self.warnings: list[ModelWarning] = []
         sources = dict.fromkeys(stage_inputs(stage))
         base = stage.base_model
-        references = dict.fromkeys((*sources, *(() if base is None else (base,))))
+        named = (each.model for each in stage.tensors_from)
+        references = dict.fromkeys((*sources, *(() if base is None else (base,)), *named))
         self.models = open_models(references, open_model, stage)
         self.sources = self.models[: len(sources)]
         by_reference = {model.reference: model for model in self.models}
@@ -187,6 +189,7 @@ class _GraphBuilder:
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.usage = TensorUsage(self.graph)
+        self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
         self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
@@ -203,6 +206,7 @@ class _GraphBuilder:
             self._warn_of_filters(name for model in self.sources for name in model.tensors)
             raise explained(error, duplicates) from error
         self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
+        self.tensors_from.check_used()
         self._check_chosen_head()
         if not self.graph.outputs:
             raise CheckpointError(
@@ -215,6 +219,7 @@ class _GraphBuilder:
         wanted = self.stage.out_dtype or self.stage.dtype
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
         head = any(map(is_head, self.graph.outputs.names))
+        used = (*self.sources, *self.tensors_from.models)
         return BuiltGraph(
             graph=self.graph,
             models=self.models,
@@ -227,7 +232,7 @@ class _GraphBuilder:
             ),
             dtype=dtype,
             head=head,
-            unused=tuple(self.usage.unused(self.models, self.sources, head=head, covered=self.modules.covers)),
+            unused=tuple(self.usage.unused(self.models, used, head=head, covered=self.modules.covers)),
             warnings=(*self.warnings, *partial_warnings(self.rules.partial, self.models, self.stage.merge_method)),
             partial=tuple(self.rules.partial),
             buffers=tuple(self.rules.buffers.checks),
@@ -274,6 +279,8 @@ class _GraphBuilder:
                 if name not in seen:
                     seen.add(name)
                     yield name
+        taken = (name for name in self.tensors_from.names() if self.donor.layers.split(name) is None)
+        yield from (name for name in dict.fromkeys(taken) if name not in seen)
 
     def _non_layer_key(self, name: str) -> str:
         """The key under `non_layer:` for a tensor outside the layers."""
@@ -286,6 +293,8 @@ class _GraphBuilder:
         chosen = self.non_layer.get(key)
         part = chosen or part
         names = [name if name in model.tensors else None for model in part.models]
+        if self.tensors_from.add(self.rules, name, part.models, names, self._group):
+            return
         if is_head(name):
             names = [
                 own_name if own_name is not None else tied_embedding(name, model.non_layer)
@@ -356,7 +365,9 @@ class _GraphBuilder:
             name = layers[own].get(rest) if unmoved else None
             if name is None:
                 name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
-            self.rules.add(part, name, [layer.get(rest) for layer in layers], t, self._group)
+            names = [layer.get(rest) for layer in layers]
+            if not self.tensors_from.add(self.rules, name, part.models, names, self._group):
+                self.rules.add(part, name, names, t, self._group)
         return rests
 
     def _add_extras(self, part: BoundSlice, stack: int, count: int) -> None:

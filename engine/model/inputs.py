@@ -23,7 +23,8 @@ from ..recipe.types import (
     modules_of,
 )
 from .checks.identify import check_is_model
-from .layers import AmbiguousLayers, LayerMap, Stack, find_layers
+from .contents.diffusion import layers_of
+from .layers import AmbiguousLayers, LayerMap, Stack
 from .logical import LogicalTensors, Tensors, tensors_of, unknown_quantized
 
 OpenModel = Callable[[ModelReference], Checkpoint]
@@ -121,12 +122,12 @@ def _have_same_names(checkpoint: Checkpoint, other: Checkpoint) -> bool:
 
 def _layers_of(checkpoint: Checkpoint, tensors: Tensors, known: Iterable[Model]) -> LayerMap:
     """The layers of a checkpoint, or those of a model with the same names and the same config.json. Raises as
-    `find_layers`."""
+    `layers_of`."""
     for model in known:
         same = model.checkpoint.config == checkpoint.config and _have_same_names(checkpoint, model.checkpoint)
         if same and model.layers.stacks and not isinstance(tensors, LogicalTensors):
             return model.layers
-    return find_layers(tensors, checkpoint.config)
+    return layers_of(tensors, checkpoint.config)
 
 
 def _are_alike(model: Model, other: Model) -> bool:

@@ -16,7 +16,8 @@ from ...errors import UsageError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ..recipe.node_reader import DTYPES
 from ..recipe.types import ModelReference
-from .layers import LayerMap, find_layers
+from .contents.diffusion import layers_of
+from .layers import LayerMap
 
 Window = tuple[int, int]
 """The first layer and the one after the last."""
@@ -135,7 +136,7 @@ def stack_recipe(
     name = _printable(reference.text)
     if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    layers = find_layers(checkpoint.tensors, checkpoint.config)
+    layers = layers_of(checkpoint.tensors, checkpoint.config)
     if len(layers.mains) != 1:
         what = f"{len(layers.mains)} stacks of layers" if layers.mains else "no layers"
         raise UsageError(f"{name} has {what} instead of one: write the recipe by hand, with `modules`")

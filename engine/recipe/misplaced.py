@@ -11,7 +11,7 @@ from .nodes import Keys, Node
 STAGE_KEYS = (
     *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
     *("tokenizer_source", "tokenizer", "chat_template", "name", "save", "files_from", "non_layer", "allow_nonfinite"),
-    "allow_vocabulary_mismatch",
+    *("allow_vocabulary_mismatch", "tensors_from"),
 )
 """The keys at the top level of a stage."""
 

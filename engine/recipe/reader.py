@@ -13,6 +13,7 @@ import yaml
 from ...errors import RecipeError
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Base
+from .entries.tensor_sources import read_tensor_sources
 from .input_advice import (
     STACK,
     base_advice,
@@ -121,6 +122,7 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         chat_template=reader.optional(keys, place, "chat_template", lambda n, p: _chat_template(reader, n, p)),
         files_from=reader.optional(keys, place, "files_from", reader.reference),
         non_layer=reader.attempt(lambda: _non_layer(reader, keys, place), (*place, "non_layer")) or NonLayer(),
+        tensors_from=reader.optional(keys, place, "tensors_from", partial(read_tensor_sources, reader)) or (),
         allow_nonfinite=reader.optional(keys, place, "allow_nonfinite", reader.switch) or False,
         allow_vocabulary_mismatch=reader.optional(keys, place, "allow_vocabulary_mismatch", reader.switch) or False,
         save=reader.optional(keys, place, "save", reader.switch) or False,

@@ -186,6 +186,21 @@ class NonLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorSource:
+    """The model that the output tensors whose name contains `filter` are copied from.
+
+    Args:
+        filter: substring of tensor names.
+        model: reference of the model.
+        place: key path of the entry in the recipe.
+    """
+
+    filter: str
+    model: ModelReference
+    place: Keys = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """The output's chat template: ``auto`` (the most frequent of the models), a built-in name, or a Jinja template."""
 
@@ -211,6 +226,7 @@ class Stage:
         chat_template: the output's chat template, or None.
         files_from: source of the config, tokenizer and generation files, or None for the default.
         non_layer: sources of the tensors outside the layers, if not the slices.
+        tensors_from: sources of tensors that are copied instead of merged.
         allow_nonfinite: whether computed tensors may contain NaN and infinities; copied ones are never checked.
         allow_vocabulary_mismatch: whether embeddings are merged row by row although vocabularies differ.
         save: whether the result of an intermediate stage is written.
@@ -230,6 +246,7 @@ class Stage:
     chat_template: ChatTemplate | None = None
     files_from: ModelReference | None = None
     non_layer: NonLayer = NonLayer()
+    tensors_from: tuple[TensorSource, ...] = ()
     allow_nonfinite: bool = False
     allow_vocabulary_mismatch: bool = False
     save: bool = False
@@ -254,6 +271,8 @@ class Stage:
             yield self.tokenizer.model, (*self.place, "tokenizer")
         for key, model in self.non_layer.items():
             yield model, (*self.non_layer.place, key)
+        for tensors in self.tensors_from:
+            yield tensors.model, tensors.place
         for module in modules_of(self):
             for part in module.slices or ():
                 if part.base_model is not None:

@@ -17,7 +17,7 @@ from ..reading import FileStamps, stat_fingerprints
 from ..safetensors.header import Header, parse_header, read_header, read_raw_header
 from ..small_files import read_json
 from ..tensors.refs import TensorRef
-from .file_sets import ADAPTER, SINGLE, check_file_set, stray_files, unlisted_shards
+from .file_sets import ADAPTER, ONLY_FILES, check_file_set, loaded_with_config, stray_files, unlisted_shards
 from .index import copied, follow_index, merge_headers, read_weight_map
 from .other_weights import PICKLES, describe_no_weights, describe_pickles, listed_names
 
@@ -50,6 +50,7 @@ class Checkpoint:
             not used would be loaded by other programs.
         stamps: the stamps of the files before their headers were read; empty for files not downloaded yet.
         index: the index that lists the files; None without one.
+        standalone: whether the path is a file to which nothing else in its directory belongs, no config.json either.
     """
 
     path: Path
@@ -61,6 +62,12 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()
     stamps: FileStamps = field(default_factory=dict)
     index: Path | None = None
+    standalone: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether the model is one file of weights without a config.json, such as a checkpoint of a diffusion model."""
+        return self.config is None and self.index is None and len(self.files) <= 1
 
     def __repr__(self) -> str:
         """One line with the path and the number of tensors."""
@@ -71,8 +78,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Find a checkpoint's files and read their headers.
 
     The files of a directory are those that its index lists (``model.safetensors.index.json``, else the only
-    ``*.safetensors.index.json``); without an index, ``model.safetensors``; without that, all .safetensors files. Files
-    named ``consolidated*`` or ``adapter_model*`` are used only if there are no others.
+    ``*.safetensors.index.json``); without an index, ``model.safetensors`` or ``diffusion_pytorch_model.safetensors``;
+    without these, all .safetensors files. Files named ``consolidated*`` or ``adapter_model*`` are used only if there
+    are no others.
+
+    A file stands alone: the config.json and the other files next to it belong to it only if loaders expect its name
+    there (``model.safetensors``, ``diffusion_pytorch_model.safetensors``, a shard) and there is a config.json.
 
     Args:
         path: a directory, a .safetensors file, or an index (``*.safetensors.index.json``).
@@ -84,10 +95,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         EnvironmentFailure: reading failed.
     """
     directory, index, files = _find_weights(path)
-    config = read_config(directory / "config.json")
-    remarks: list[str] = []
+    standalone = index is None and not path.is_dir() and not _belongs_to_config(path)
+    config = None if standalone else read_config(directory / "config.json")
+    remarks: list[str] = _unused_config(path) if standalone else []
     if index is None:
-        remarks = check_file_set(path, [file.name for file in files]) if path.is_dir() else []
+        remarks += check_file_set(path, [file.name for file in files]) if path.is_dir() else []
         stamps = stat_fingerprints(files)
         tensors, metadata = merge_headers(files, _read_headers(files))
     else:
@@ -112,7 +124,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
         remarks=tuple(remarks),
         stamps=MappingProxyType(stamps),
         index=index,
+        standalone=standalone,
     )
+
+
+def _belongs_to_config(file: Path) -> bool:
+    """Whether a file of weights that is given by its path belongs to the config.json next to it."""
+    return loaded_with_config(file.name) and _exists(file.parent / "config.json")
+
+
+def _unused_config(file: Path) -> list[str]:
+    """Describe a config.json that may belong to a file that stands alone: the directory contains no other weights."""
+    others = [name for name in _list_names(file.parent) if name.endswith((_SUFFIX, INDEX_SUFFIX)) and name != file.name]
+    if others or not _exists(file.parent / "config.json"):
+        return []
+    return [
+        f"a file stands alone, so config.json next to {file.name} is not used: if it belongs to the model, give the "
+        "path of the directory"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ finding the files
@@ -144,8 +173,8 @@ def _find_weights(path: Path) -> tuple[Path, Path | None, list[Path]]:
         )
     if indexes:
         return path, path / indexes[0], []
-    if SINGLE in weights:  # like transformers, which ignores all other files
-        return path, None, [path / SINGLE]
+    if only := [name for name in ONLY_FILES if name in weights]:  # like transformers, which ignores all other files
+        return path, None, [path / only[0]]
     if weights:
         return path, None, [path / name for name in weights]
     raise CheckpointError(describe_no_weights(path, names))

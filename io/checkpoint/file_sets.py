@@ -16,6 +16,10 @@ _SHOWN = 4
 
 SINGLE = "model.safetensors"
 """The weights of a model that is not sharded."""
+ONLY_FILES = (SINGLE, "diffusion_pytorch_model.safetensors")
+"""Names of the weights of a model that is not sharded, for transformers and diffusers, which ignore all other files."""
+_WITH_CONFIG = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?:fp|bf)\d+)?\.safetensors")
+"""Names of files that belong to the config.json next to them: those of `ONLY_FILES`, and of their variants."""
 ADAPTER = "adapter_model"
 """Prefix of the files of a PEFT adapter."""
 
@@ -24,6 +28,11 @@ def shard_number(name: str) -> tuple[int, int] | None:
     """The number of a shard and the number of shards, as its name states them: ``model-00001-of-00002.safetensors``."""
     match = _find_number(name)
     return None if match is None else (int(match[1]), int(match[3]))
+
+
+def loaded_with_config(name: str) -> bool:
+    """Whether a file has a name under which loaders find the weights of a config.json: the usual ones, and shards."""
+    return _WITH_CONFIG.fullmatch(name) is not None or _find_number(name) is not None
 
 
 def _find_number(name: str) -> re.Match[str] | None:

@@ -21,7 +21,7 @@ from ..checkpoint.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from ..checkpoint.file_sets import SINGLE, check_file_set, stray_files, unlisted_shards
+from ..checkpoint.file_sets import ONLY_FILES, check_file_set, stray_files, unlisted_shards
 from ..checkpoint.index import MAX_INDEX_BYTES, follow_index, merge_headers, read_weight_map
 from ..checkpoint.other_weights import describe_no_weights
 from ..companions import LARGEST_COMPANION, file_kind
@@ -198,8 +198,8 @@ def _choose(repository: Repository, names: Sequence[str]) -> tuple[str | None, l
         )
     if indexes:
         return indexes[0], []
-    if SINGLE in weights:
-        return None, [SINGLE]
+    if only := [name for name in ONLY_FILES if name in weights]:
+        return None, only[:1]
     if not weights:
         raise CheckpointError(describe_no_weights(Path(repository.repo), names))
     return None, weights

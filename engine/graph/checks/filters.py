@@ -32,7 +32,7 @@ def unmatched_filters(
         if not any(substring in name for name in distinct):
             problem = f"filter {substring!r} matches no tensor name: its value is not used{_others(recipe, places[1:])}"
             location = recipe.origins.locate(places[0])
-            advice = _advice(substring, distinct)
+            advice = filter_advice(substring, distinct)
             yield ModelWarning(ModelWarningKind.FILTER, problem, advice, (substring,), location)
 
 
@@ -64,7 +64,7 @@ def _others(recipe: Recipe, places: Collection[Keys]) -> str:
     return f" (also on line{'s' if len(lines) > 1 else ''} {', '.join(lines[:_MOST_LINES])}{more})"
 
 
-def _advice(substring: str, names: Collection[str]) -> str:
+def filter_advice(substring: str, names: Collection[str]) -> str:
     """What to write instead of a filter that matches no name."""
     similar = _similar(substring, names)
     advice = [f"did you mean `{similar}`?"] if similar else []

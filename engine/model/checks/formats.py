@@ -120,7 +120,7 @@ def unquantized(model: str, checkpoint: Checkpoint) -> str:
 
 def _base_model(checkpoint: Checkpoint) -> str | None:
     """The ``base_model`` in the model card of a local checkpoint, or None."""
-    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    directory = checkpoint.path if checkpoint.standalone or checkpoint.path.is_dir() else checkpoint.path.parent
     card = directory / "README.md"
     if not card.is_file() or card.stat().st_size > _LARGEST_CARD:
         return None

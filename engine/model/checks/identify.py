@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +14,15 @@ from ....io.small_files import read_json
 from ....io.tensors.dtypes import Kind
 from ....io.tensors.table import components, described
 from ....io.units import listed, plural
+from ..contents.adapters import ADAPTER_PARTS, find_adapter
 from ..roles import is_buffer
 from .names import directory_of
 from .wrappers import wrapped_names
 
-_ADAPTER_PARTS = frozenset(
-    [
-        "lora_A",
-        "lora_B",
-        "lora_a",
-        "lora_b",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-        "lora_up",
-        "lora_down",
-        "hada_w1_a",
-        "hada_w1_b",
-        "hada_w2_a",
-        "hada_w2_b",
-        "lokr_w1",
-        "lokr_w2",
-        "lokr_w1_a",
-        "lokr_w1_b",
-        "lokr_w2_a",
-        "lokr_w2_b",
-        "ia3_l",
-        "oft_r",
-        "oft_R",
-        "oft_diag",
-        "oft_blocks",
-        "boft_R",
-        "boft_s",
-        "vera_lambda_b",
-        "vera_lambda_d",
-        "prompt_embeddings",
-        "trainable_tokens_delta",
-    ]
-)
-"""Components of tensor names that only adapters have: PEFT's, kohya's and LyCORIS's."""
 _OPTIMIZER_PARTS = frozenset(
     ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_sq_row", "exp_avg_sq_col", "square_avg"]
 )
 """Components of tensor names in the state of optimizers: Adam, SGD, Adafactor, RMSprop."""
-_CONTROL_PARTS = frozenset(
-    [
-        "controlnet_cond_embedding",
-        "controlnet_down_blocks",
-        "controlnet_mid_block",
-        "controlnet_blocks",
-        "input_hint_block",
-        "control_model",
-        "zero_convs",
-    ]
-)
-"""Components of tensor names that only control nets have: diffusers', XLabs', and the original ones."""
 _EMBEDDING_NAMES = frozenset(["emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param.*", "string_to_token.*"])
 """Names of all tensors of a textual inversion, except for diffusers', which uses the token in angle brackets."""
 _MODEL_FILES = ("model", "pytorch_model", "diffusion_pytorch_model", "consolidated")
@@ -94,13 +48,12 @@ def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
     parts = components(checkpoint.tensors)
     if (evidence := _adapter_evidence(checkpoint, parts)) is not None:
         yield _describe_adapter(checkpoint, evidence)
-    for words, what, advice in (
-        (_OPTIMIZER_PARTS, "is the state of an optimizer", "use the directory with the model's weights"),
-        (_CONTROL_PARTS, "is a control net", "merging control nets is not supported; use complete models"),
-    ):
-        if not words.isdisjoint(parts):
-            yield f"{what}, not a model (it has a tensor {_example(checkpoint, words)}): {advice}"
-    if all(name in _EMBEDDING_NAMES or (name[:1] == "<" and name[-1:] == ">") for name in checkpoint.tensors):
+    if not _OPTIMIZER_PARTS.isdisjoint(parts):
+        yield (
+            "is the state of an optimizer, not a model (it has a tensor "
+            f"{_example(checkpoint, _OPTIMIZER_PARTS)}): use the directory with the model's weights"
+        )
+    if is_textual_inversion(checkpoint.tensors):
         yield (
             f"contains the embeddings of a textual inversion, not a model (tensors: {listed(checkpoint.tensors)}): "
             "load them into the text encoder, and merge that"
@@ -112,6 +65,11 @@ def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
         )
     yield from wrapped_names(checkpoint, parts)
     yield from _empty_tensors(checkpoint)
+
+
+def is_textual_inversion(names: Iterable[str]) -> bool:
+    """Whether tensors are the embeddings of a textual inversion."""
+    return all(name in _EMBEDDING_NAMES or (name[:1] == "<" and name[-1:] == ">") for name in names)
 
 
 def _example(checkpoint: Checkpoint, parts: Collection[str]) -> str:
@@ -128,28 +86,38 @@ def _adapter_evidence(checkpoint: Checkpoint, parts: Collection[str]) -> str | N
     adapters = [name for name in (*files, *(file.name for file in checkpoint.ignored)) if name.startswith(ADAPTER)]
     if adapters and not any(name.startswith(_MODEL_FILES) for name in files):
         return f"its weights are in {adapters[0]}"
-    if _ADAPTER_PARTS.isdisjoint(parts):
-        return None
-    example = _example(checkpoint, _ADAPTER_PARTS)
-    if "base_layer" in parts or "parametrizations" in parts:  # the weights that the adapter changes are here, too
-        unmerged = "base_layer" in parts and "default" in parts
-        return f"it has both {_example(checkpoint, ('base_layer',))} and {example}" if unmerged else None
-    own = sum(not _ADAPTER_PARTS.isdisjoint(name.split(".")) for name in checkpoint.tensors)
-    return f"it has a tensor {example}" if 2 * own > len(checkpoint.tensors) else None
+    if {"base_layer", "default"} <= parts and not ADAPTER_PARTS.isdisjoint(parts):
+        return f"it has both {_example(checkpoint, ('base_layer',))} and {_example(checkpoint, ADAPTER_PARTS)}"
+    adapter = find_adapter(checkpoint.tensors)
+    return None if adapter is None else f"it has a tensor {quoted(adapter.example)}"
 
 
 def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
+    adapter = find_adapter(checkpoint.tensors)
     config = _adapter_config(checkpoint)
     base = config.get("base_model_name_or_path")
-    kind = str(config["peft_type"]) if "peft_type" in config else None
+    kind = str(config["peft_type"]) if "peft_type" in config else (adapter.kind if adapter is not None else None)
     what = {"LORA": "a LoRA adapter", None: "an adapter"}.get(kind, f"an adapter ({kind})")
     named = isinstance(base, str) and bool(base)
     of_base = f" of {base}" if named else ""
+    if adapter is not None and adapter.ranks:
+        evidence += f"; {adapter.title.partition(' of ')[2]}"
+    start = f"is {what}{of_base}, not a model ({evidence}): "
+    if adapter is not None and adapter.kind == "IP-Adapter":
+        return f"{start}it adds inputs to a diffusion model. Load it next to a merged model, and leave it out of merges"
+    start += (
+        "the mean of two adapters' matrices is not the mean of their changes. Adapters are not supported yet: merge it "
+        "into its base model first, and use the "
+    )
+    if adapter is not None and adapter.diffusion:
+        return (
+            f"{start}new file: ComfyUI does that for all kinds (Load LoRA, then Save Checkpoint), and for LoRA, "
+            "kohya's sd-scripts do, too (networks/merge_lora.py, sdxl_merge_lora.py and flux_merge_lora.py)"
+        )
     source = directory_of(checkpoint)
     target = source + "-merged" if not hasattr(checkpoint, "repository") else source.rpartition("/")[2] + "-merged"
     return (
-        f"is {what}{of_base}, not a model ({evidence}): the mean of two adapters' matrices is not the mean of their "
-        "changes. Adapters are not supported yet: merge it into its base model first, and use the new directory:\n\n"
+        f"{start}new directory:\n\n"
         "    from peft import PeftModel\n"
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"    base, adapter = {base if named else 'BASE MODEL'!r}, {source!r}\n"
@@ -161,7 +129,9 @@ def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
 
 
 def _adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The content of adapter_config.json; empty without one."""
+    """The content of adapter_config.json; empty without one, and for a file that nothing next to it belongs to."""
+    if checkpoint.standalone and not checkpoint.path.name.startswith(ADAPTER):
+        return {}
     if hasattr(checkpoint, "repository"):
         from ....io.hub.checkpoint import HubCheckpoint
         from ....io.hub.download import download

@@ -1,0 +1,1 @@
+"""Entries of a stage with a syntax of their own."""
