@@ -61,7 +61,7 @@ def model_card(
     parameters: int,
     dtype: str,
     base_model: CardModel | None = None,
-    library_name: str = "transformers",
+    library_name: str | None = "transformers",
 ) -> str:
     """The text of README.md. It depends only on the arguments and contains no dates.
 
@@ -76,7 +76,7 @@ def model_card(
         parameters: number of elements in all output tensors.
         dtype: torch name of the output dtype, or several names separated by commas.
         base_model: base model, or None.
-        library_name: library that loads the output.
+        library_name: library that loads the output, or None.
     """
     import yaml
 
@@ -107,11 +107,12 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(inputs: Sequence[CardModel], library_name: str) -> dict[str, object]:
+def _metadata(inputs: Sequence[CardModel], library_name: str | None) -> dict[str, object]:
     """The front matter that the Hub reads. Only Hub ids are base models there."""
     parents = list(dict.fromkeys(model.path for model in inputs if model.local is None))
     metadata: dict[str, object] = {"base_model": parents, "base_model_relation": "merge"} if parents else {}
-    metadata |= {"library_name": library_name, "tags": ["merge", "mergeloom"]}
+    metadata |= {} if library_name is None else {"library_name": library_name}
+    metadata["tags"] = ["merge", "mergeloom"]
     known = {model.license_name for model in inputs if model.license_name}
     if len(known) == 1 and all(model.license_name for model in inputs):
         metadata["license"] = known.pop()

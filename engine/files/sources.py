@@ -16,6 +16,7 @@ from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, companion_files
 from ...io.small_files import read_json
 from ..graph.build import BuiltGraph, Model, OutputStack
+from ..model.contents.diffusion import is_diffusion
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
@@ -177,12 +178,19 @@ class FileResolver:
         if stage.files_from is not None:
             config, stacks = self._overridden(stage, stage.files_from, built, files.config)
         if config is None:
+            if self._is_bare(built, files):
+                return None
             self._warn(ModelWarningKind.FILES, f"{files.config_from} has no config.json: no config.json is written")
             return None
         is_written = stage.save or stage is self._recipe.output
         derived = output_config(config, stage, built, stacks, files.config_from, is_written=is_written)
         self.warnings += derived.warnings
         return derived.config
+
+    def _is_bare(self, built: BuiltGraph, files: FileSources) -> bool:
+        """Whether a stage needs no config.json: its donor is a file that stands alone, or a diffusion model's."""
+        donor = built.models[built.donor]
+        return files.others.standalone or (donor.checkpoint.bare and is_diffusion(donor.tensors))
 
     def _overridden(
         self, stage: Stage, named: ModelReference, built: BuiltGraph, config: Mapping[str, Any] | None

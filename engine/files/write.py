@@ -14,6 +14,7 @@ from ...io.output.shards import index_bytes
 from ...version import __version__
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
+from ..model.contents.diffusion import is_diffusion
 from ..model.inputs import Model
 from ..recipe.local import is_local
 from ..recipe.types import Recipe
@@ -197,13 +198,15 @@ def _card(content: OutputContent, output: OutputModel) -> str:
         parameters=sum(map(graph.elements, nodes)),
         dtype=(None if output.folder else content.dtype) or ", ".join(dtypes),
         base_model=base,
-        library_name=_library(output.files),
+        library_name=_library(output.files, [graph.outputs[number].name for number in graph.outputs_in(output.folder)]),
     )
 
 
-def _library(files: FileSources) -> str:
-    """The Hub's name of the library that loads a model."""
-    if files.config is not None and "_class_name" in files.config:
+def _library(files: FileSources, names: Sequence[str]) -> str | None:
+    """The Hub's name of the library that loads a model with these tensors; None for other weights without a config."""
+    if "_class_name" in files.config if files.config is not None else is_diffusion(names):
         return "diffusers"
+    if files.config is None and files.others.bare:
+        return None
     is_embedder = (directory_of(files.others) / "modules.json").is_file()
     return "sentence-transformers" if is_embedder else "transformers"

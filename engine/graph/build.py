@@ -293,7 +293,9 @@ class _GraphBuilder:
         chosen = self.non_layer.get(key)
         part = chosen or part
         names = [name if name in model.tensors else None for model in part.models]
-        if self.tensors_from.add(self.rules, name, part.models, names, self._group):
+        if self.tensors_from.add(self.rules, name, part.models, names, self._group, copied=chosen is not None):
+            return
+        if self.usage.drop_ema_copy(name, part.models, names):
             return
         if is_head(name):
             names = [

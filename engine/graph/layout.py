@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from ...errors import UsageError
@@ -26,7 +27,8 @@ LAYOUT_VERSION = 1
 BLOCK = 4096
 SHORTEST_RUN = 1 << 20
 """The minimum size of a run that keeps its source's offset modulo 4096."""
-_HEADER_SLACK = 8 + BLOCK + 64  # length field, padding and metadata
+_HEADER_SLACK = 8 + BLOCK + 64  # length field, padding and the default metadata
+_DEFAULT_METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
     Args:
         graph: the graph with the outputs.
         shard_size: maximum size of a shard in bytes; a larger tensor gets a shard of its own.
-        metadata: metadata for the header of every shard.
+        metadata: metadata for the header of every shard; by default, the format.
 
     Raises:
         UsageError: for a shard size that is too small for a header.
@@ -116,12 +118,12 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
     layout = Layout((), array("I", bytes(4 * len(sizes))), array("Q", bytes(8 * len(sizes))))
     for folder in graph.outputs.folders:
         runs, loose = _runs(graph, graph.outputs_in(folder), copied)
-        packer = _Packer(graph, sizes, copied, shard_size)
+        packer = _Packer(graph, sizes, copied, shard_size - _metadata_bound(metadata))
         for run in runs:
             packer.place_run(run)
         packer.place_loose(loose)
         shards = sorted((shard for shard in packer.shards if shard.outputs), key=lambda shard: min(shard.outputs))
-        built = _build(graph, shards, sizes, copied, metadata or {"format": "pt"}, folder, layout)
+        built = _build(graph, shards, sizes, copied, metadata or _DEFAULT_METADATA, folder, layout)
         layout = replace(layout, shards=(*layout.shards, *built))
     return layout
 
@@ -232,6 +234,12 @@ class _Packer:
     def _bits(self, number: int) -> int:
         """Width of an output's elements."""
         return self._graph.node_dtype[self._graph.outputs.nodes[number]].bits
+
+
+def _metadata_bound(metadata: dict[str, str] | None) -> int:
+    """An upper bound for the size of metadata in a header beyond that of the default, in bytes."""
+    quoted = map(json.encoder.encode_basestring, chain.from_iterable((metadata or _DEFAULT_METADATA).items()))
+    return sum(len(text.encode()) + 2 for text in quoted) - len('"format":"pt",  ') if metadata else 0
 
 
 def _entry_bound(name: str, shape: Sequence[int]) -> int:

@@ -266,7 +266,7 @@ class TensorRules:
         message = (
             f"tensor {name} is in {inputs[0].model.name} but not in {lacking.name}: models of the same architecture "
             f"have the same tensors, and {self._method.name} has no rule for a missing one"
-            f"{absent_part(inputs[0].model, lacking) if self._advise_modules else ''}"
+            f"{absent_part(inputs[0].model, lacking, name) if self._advise_modules else ''}"
         )
         raise TensorMismatch(message, inputs[0].model, lacking)
 

@@ -60,7 +60,14 @@ class TensorSources:
                 usage.mark_unused(model, name, "`tensors_from` takes only other tensors of this model")
 
     def add(
-        self, rules: TensorRules, name: str, models: Sequence[Model], names: Sequence[str | None], group: int
+        self,
+        rules: TensorRules,
+        name: str,
+        models: Sequence[Model],
+        names: Sequence[str | None],
+        group: int,
+        *,
+        copied: bool = False,
     ) -> bool:
         """Add an output tensor if it is copied from the model that an entry names; returns whether it is.
 
@@ -70,14 +77,19 @@ class TensorSources:
             models: the models that it would be merged from otherwise.
             names: name of the tensor in each of them, or None.
             group: group of the output.
+            copied: whether `non_layer` takes the tensor from one of these models.
 
         Raises:
-            RecipeError: the entry's model has no such tensor, or two entries name different models.
+            RecipeError: the entry's model has no such tensor, or two entries or `non_layer` name different models.
         """
         part = self.part(name) if self._entries else None
         if part is None:
             return False
         (chosen,) = part.models
+        if copied and chosen not in models:
+            number = next(number for number, each in enumerate(self._entries) if each.filter in name)
+            message = f"matches {name}, which `non_layer` takes from {models[0].name}: leave it out of one of the two"
+            raise self._error(number, message)
         for model, own in zip(models, names, strict=True):
             if own is not None and (model is not chosen or own != name):
                 self._usage.mark_unused(model, own, f"`tensors_from` takes it from {chosen.name}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...io.units import plural
+from ..model.contents.diffusion import EMA
 from ..model.inputs import Model
 from ..model.logical import part_names
 from ..model.roles import is_head
@@ -50,6 +51,22 @@ class TensorUsage:
     def mark_unused(self, model: Model, name: str, reason: str) -> None:
         """Record why an output tensor doesn't need the tensor; another one may still use it."""
         self._reasons[model.number, name] = reason
+
+    def drop_ema_copy(self, name: str, models: Sequence[Model], names: Sequence[str | None]) -> bool:
+        """Record a tensor of an EMA copy that some models lack as unused; returns whether the tensor is one.
+
+        Args:
+            name: name of the output tensor.
+            models: the models that it would be merged from.
+            names: name of the tensor in each of them, or None.
+        """
+        if None not in names or not name.startswith(EMA):
+            return False
+        lacking = models[names.index(None)].name
+        for model, own in zip(models, names, strict=True):
+            if own is not None:
+                self.mark_unused(model, own, f"{lacking} has no EMA copy, which only training needs")
+        return True
 
     def unused(
         self, models: Sequence[Model], sources: Sequence[Model], *, head: bool, covered: Callable[[str], bool]

@@ -15,7 +15,9 @@ from ...io.tensors.refs import TensorRef
 from ...io.units import data_size, plural, short_number
 from .checks.formats import format_name
 from .checks.identify import not_a_model
-from .layers import LayerMap, Stack, find_layers
+from .contents.describe import Description, describe_checkpoint
+from .contents.diffusion import layers_of
+from .layers import LayerMap, Stack
 from .logical import LogicalTensor, Tensors, tensors_of, unknown_quantized
 from .open import open_named
 
@@ -32,12 +34,14 @@ class Inspection:
         layers: the checkpoint's stacks of layers; None if they can't be determined.
         remarks: unusual properties of the checkpoint.
         values: what the model consists of: its stored tensors, or values that are computed from several of them.
+        description: what the checkpoint is.
     """
 
     checkpoint: Checkpoint
     layers: LayerMap | None
     remarks: tuple[str, ...]
     values: Tensors
+    description: Description
 
     def __repr__(self) -> str:
         """One line with the path, layers and size."""
@@ -79,6 +83,7 @@ class Inspection:
         config = checkpoint.config or {}
         data: dict[str, Any] = {
             "path": os.fspath(checkpoint.path),
+            "content": self.description.to_dict(),
             "architectures": config.get("architectures"),
             "model_type": config.get("model_type"),
             "tensors": len(self.values),
@@ -142,11 +147,12 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     _, checkpoint = open_named(os.fspath(model))
     remarks = list(checkpoint.remarks)
     values = tensors_of(checkpoint)
+    description = describe_checkpoint(checkpoint)
     layers: LayerMap | None = None
     try:
-        layers = find_layers(values, checkpoint.config)
+        layers = layers_of(values, checkpoint.config)
     except CheckpointError as error:  # the rest of the inspection may show the cause
-        remarks.append(str(error))
+        remarks += [] if description.diffusion is not None else [str(error)]
     remarks += [problem.partition("\n")[0].rstrip(":") for problem in islice(not_a_model(checkpoint), 1)]
     quantized = unknown_quantized(checkpoint, values)
     if quantized:
@@ -154,9 +160,9 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         label = format_name(checkpoint, quantized)
         count = plural(len(quantized), "tensor")
         remarks.append(f"{count} quantized or a scale of a quantized one: {label} ({name}: {reason})")
-    if checkpoint.config is None:
+    if description.kind == "state dict" and not checkpoint.standalone:
         remarks.append("there is no config.json next to the weights")
-    return Inspection(checkpoint, layers, tuple(remarks), values)
+    return Inspection(checkpoint, layers, tuple(remarks), values, description)
 
 
 def _listed(name: str, tensor: TensorRef | LogicalTensor) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..recipe.types import Module, Recipe, Stage, modules_of
+from .contents.diffusion import part_of
 from .inputs import Model
 from .roles import is_side_module
 
@@ -99,8 +100,20 @@ class StageModules:
         return part == PROJECTOR and _PROJECTOR.search(name) is not None
 
 
-def absent_part(first: Model, second: Model) -> str:
-    """Advice for an error, if one of two models lacks a part of the other, such as a vision tower; else empty."""
+def absent_part(first: Model, second: Model, name: str) -> str:
+    """Advice for an error, if one of two models lacks a part of the other, such as a vision tower; else empty.
+
+    Args:
+        first: a model.
+        second: another model, which lacks a tensor of the first one.
+        name: name of the tensor.
+    """
+    label, prefix = part_of(name)
+    if prefix and not any(other.startswith(prefix) for other in second.tensors):
+        return (
+            f". {second.name} has no {label} (tensors named {prefix}*): to copy that of {first.name}, add "
+            f"`tensors_from: [{{filter: {prefix}, model: {first.name}}}]`"
+        )
     for model, other in ((first, second), (second, first)):
         parts = [(stack, part) for stack, part in model.layers.parts if is_side_module(stack.prefix)]
         components = {component for name in other.tensors for component in name.split(".")} if parts else set()

@@ -66,6 +66,12 @@ BUFFERS = (
     NamePattern(r"num_batches_tracked", "encoder.norm.num_batches_tracked"),  # batch normalization
     NamePattern(r"relative_position_index", "encoder.layer.0.attention.relative_position_index"),  # Swin, BEiT
     NamePattern(r"relative_coords_table", "encoder.layer.0.attention.relative_coords_table"),  # Swin v2
+    NamePattern(r"(?:sqrt_\w*|log_one_minus_)?alphas_cumprod(?:_prev)?", "alphas_cumprod"),  # Stable Diffusion
+    NamePattern(r"betas", "betas"),
+    NamePattern(r"posterior_(?:variance|log_variance_clipped|mean_coef[12])", "posterior_variance"),
+    NamePattern(r"lvlb_weights", "lvlb_weights"),
+    NamePattern(r"(?:log_)?sigmas", "denoiser.sigmas"),
+    NamePattern(r"num_updates", "model_ema.num_updates"),
     NamePattern(r"_float_tensor", "model.decoder.embed_positions._float_tensor"),  # fairseq
 )
 """Last components of the names of buffers: tensors that are not parameters."""

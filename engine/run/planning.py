@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 
@@ -16,10 +17,11 @@ from ..cost.machine import check_address_space, make_budget, memory_remark, usab
 from ..cost.prepare import prepare_to_compute
 from ..cost.process_size import GraphSize, size_key
 from ..files.folders import check_folders
-from ..files.sources import FileResolver, OutputModel
+from ..files.sources import FileResolver, FileSources, OutputModel
+from ..files.weights_file import output_metadata
 from ..graph.build import BuiltGraph
 from ..graph.graph import Kind
-from ..graph.layout import lay_out
+from ..graph.layout import Layout, lay_out
 from ..graph.stages import build_stages
 from ..model.open import open_input
 from ..model.paths import check_paths, ignored_revisions
@@ -83,7 +85,7 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
     saved = tuple(OutputModel(each.folder, each.stage, files.of_stage(each.stage), each.layers) for each in built.saved)
     if saved:
         check_folders(loaded, [each.stage for each in saved], files.output)
-    layout = lay_out(built.graph, options.shard_size)
+    layout = _lay_out(built, files.output, options)
     computes = any(operation.kind is Kind.MERGE for operation in built.graph.operations)
     built, schedule = _scheduled(built, computes, options, loaded)
     budget = schedule.budget
@@ -104,6 +106,18 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
         raise strict_error(found)
     findings: tuple[RecipeWarning | ModelWarning, ...] = (*loaded.warnings, *found)
     return Plan(loaded, stage, built, files.output, layout, schedule, options, findings, saved=saved)
+
+
+def _lay_out(built: BuiltGraph, files: FileSources, options: Options) -> Layout:
+    """Lay out the output. A merge of single files without config.json writes one file, as programs expect of them.
+
+    Only a shard size other than the default splits it.
+    """
+    donor = built.models[built.donor].checkpoint
+    if files.config is not None or not donor.bare:
+        return lay_out(built.graph, options.shard_size)
+    shard_size = sys.maxsize if options.shard_size == Options().shard_size else options.shard_size
+    return lay_out(built.graph, shard_size, output_metadata(donor))
 
 
 def _scheduled(built: BuiltGraph, computes: bool, options: Options, loaded: Recipe) -> tuple[BuiltGraph, Schedule]:

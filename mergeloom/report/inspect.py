@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..engine.model.contents.diffusion import DiffusionModel
 from ..engine.model.inspect import Inspection, total_bytes, total_elements
 from ..engine.model.logical import LogicalTensor
 from ..engine.model.roles import is_head, tied_embedding
@@ -25,8 +26,10 @@ def inspection_sections(inspection: Inspection, *, tensors: bool = False) -> lis
         tensors: whether to list every tensor.
     """
     checkpoint = inspection.checkpoint
-    sections = [Section(os.fspath(checkpoint.path), _facts(inspection)), _layers(inspection), _dtypes(inspection)]
-    if outside := inspection.outside():
+    sections = [Section(os.fspath(checkpoint.path), _facts(inspection))]
+    diffusion = inspection.description.diffusion
+    sections += [_layers(inspection) if diffusion is None else _parts(diffusion), _dtypes(inspection)]
+    if diffusion is None and (outside := inspection.outside()):
         sections.append(_non_layer_tensors(outside))
     sections.append(_files(inspection))
     if inspection.remarks:
@@ -43,12 +46,11 @@ def inspection_sections(inspection: Inspection, *, tensors: bool = False) -> lis
 
 def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     config = inspection.checkpoint.config or {}
-    architectures = config.get("architectures")
     tensors, values = inspection.tensors, inspection.values
-    fields = []
-    if isinstance(architectures, list) and architectures:
-        fields.append(("architecture", ", ".join(map(str, architectures))))
-    fields += [
+    description = inspection.description
+    fields = [
+        ("architecture" if description.kind == "model" else "content", description.title),
+        ("source", description.source_text),
         ("parameters", f"{big_number(total_elements(values.values()))} in {plural(len(values), 'tensor')}"),
         ("size", data_size(total_bytes(tensors))),
     ]
@@ -72,6 +74,15 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
     if config.get("tie_word_embeddings") is True:
         return True
     return any(_is_tied(value) for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))
+
+
+def _parts(model: DiffusionModel) -> Section:
+    rows = tuple(
+        (part.name, part.prefix, f"{part.tensors:,}", f"{part.elements:,}", data_size(part.nbytes))
+        for part in model.parts
+    )
+    header = ("part", "prefix", "tensors", "parameters", "size")
+    return Section("Parts", grid=Grid(header, rows, frozenset(header[2:])))
 
 
 def _layers(inspection: Inspection) -> Section:

@@ -101,7 +101,7 @@ def output_section(plan: Plan) -> Section:
             ("size", f"{data_size(output['bytes'])} in {plural(len(shards), 'file')}{largest}"),
             ("disk", f"{data_size(plan.disk)}; no temporary files"),
             ("dtype", ", ".join(output["dtypes"])),
-            ("config from", plan.files.config_from),
+            ("metadata from" if plan.files.config is None else "config from", plan.files.config_from),
             *([] if one_donor else [("tokenizer from", plan.files.tokenizer_from)]),
             *(("also saved", _saved_stage(stage.folder, plan.output_dict(stage))) for stage in plan.saved),
         ),

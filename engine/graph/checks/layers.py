@@ -228,6 +228,6 @@ def missing_tensor(name: str, first: Model, second: Model) -> TensorMismatch:
     """The error for a tensor that a slice's model has, and another slice's model lacks."""
     message = (
         f"tensor {name} is in {first.name} but not in {second.name}: slices of different models can be combined only "
-        f"if their tensors have the same names and shapes{absent_part(first, second)}"
+        f"if their tensors have the same names and shapes{absent_part(first, second, name)}"
     )
     return TensorMismatch(message, first, second)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ....io.small_files import read_json
 from ....io.tensors.dtypes import Kind
 from ....io.tensors.table import components, described
 from ....io.units import listed, plural
-from ..contents.adapters import ADAPTER_PARTS, find_adapter
+from ..contents.adapters import ADAPTER_PARTS, find_adapter, is_textual_inversion
 from ..roles import is_buffer
 from .names import directory_of
 from .wrappers import wrapped_names
@@ -23,8 +23,6 @@ _OPTIMIZER_PARTS = frozenset(
     ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_sq_row", "exp_avg_sq_col", "square_avg"]
 )
 """Components of tensor names in the state of optimizers: Adam, SGD, Adafactor, RMSprop."""
-_EMBEDDING_NAMES = frozenset(["emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param.*", "string_to_token.*"])
-"""Names of all tensors of a textual inversion, except for diffusers', which uses the token in angle brackets."""
 _MODEL_FILES = ("model", "pytorch_model", "diffusion_pytorch_model", "consolidated")
 
 
@@ -65,11 +63,6 @@ def not_a_model(checkpoint: Checkpoint) -> Iterator[str]:
         )
     yield from wrapped_names(checkpoint, parts)
     yield from _empty_tensors(checkpoint)
-
-
-def is_textual_inversion(names: Iterable[str]) -> bool:
-    """Whether tensors are the embeddings of a textual inversion."""
-    return all(name in _EMBEDDING_NAMES or (name[:1] == "<" and name[-1:] == ">") for name in names)
 
 
 def _example(checkpoint: Checkpoint, parts: Collection[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..contents.diffusion import INPUT_CONVOLUTION
 from ..inputs import Model
 from ..roles import is_embedding, is_head
 from .mismatch import TensorMismatch
@@ -29,9 +30,16 @@ def shape_mismatch(
             "both the same number of rows with transformers' resize_token_embeddings"
             + (f"; or take it from {first.name} with `non_layer: {{{key}: {first.name}}}`" if key else "")
         )
+    advice = ""
+    if INPUT_CONVOLUTION.fullmatch(name) and len(shape) == len(first_shape) == 4:
+        more = first if first_shape[1] > shape[1] else second
+        advice = (
+            "; if one is for inpainting, which has more input channels, copy this tensor from it: "
+            f"`tensors_from: [{{filter: {name}, model: {more.name}}}]`"
+        )
     return (
         f"tensor {name} has shape {list(first_shape)} in {first.name} and {list(shape)} in {second.name}: only models "
-        "of the same shape can be merged"
+        f"of the same shape can be merged{advice}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ....io.tensors.refs import TensorRef
@@ -57,6 +57,10 @@ _TARGETS = (
     (re.compile(r"lycoris_|lllite_|diffusion_model\.|(?:single_)?transformer_blocks\."), "diffusion model"),
 )
 """Beginnings of names that show which part of a diffusion model is changed; the first match counts."""
+
+
+_EMBEDDING_NAMES = frozenset(["emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param.*", "string_to_token.*"])
+"""Names of all tensors of a textual inversion, except for diffusers', which uses the token in angle brackets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,11 @@ def find_adapter(tensors: Mapping[str, TensorRef]) -> Adapter | None:
     if not own or 2 * (len(own) + others) <= len(tensors):
         return None
     return _describe(tensors, own, present)
+
+
+def is_textual_inversion(names: Iterable[str]) -> bool:
+    """Whether tensors are the embeddings of a textual inversion."""
+    return all(name in _EMBEDDING_NAMES or (name[:1] == "<" and name[-1:] == ">") for name in names)
 
 
 def _is_adapter_part(split: list[str], at: int, part: str) -> bool:

@@ -118,7 +118,7 @@ def find_diffusion_model(tensors: Mapping[str, TensorRef], config: Mapping[str, 
         return None
     members: dict[tuple[str, str], list[TensorRef]] = {}
     for name, ref in tensors.items():
-        members.setdefault((kind, "") if kind is not None else _part_of(name), []).append(ref)
+        members.setdefault((kind, "") if kind is not None else part_of(name), []).append(ref)
     inner = {name.removeprefix(_DENOISER) for name in tensors if kind is not None or name.startswith(_DENOISER)}
     family = _family(inner, members)
     counts = [sum(label == other for other, _ in members) for label, _ in members]
@@ -139,6 +139,11 @@ def find_diffusion_model(tensors: Mapping[str, TensorRef], config: Mapping[str, 
     return DiffusionModel(family, ordered, shape[1] if len(shape) == 4 else None)
 
 
+def is_diffusion(names: Collection[str]) -> bool:
+    """Whether tensor names are those of a diffusion model or of one of its parts, except for a text encoder."""
+    return bare_kind(names) is not None or _has_parts(names)
+
+
 def bare_kind(names: Iterable[str]) -> str | None:
     """The kind of a state dict that contains one part of a diffusion model without a prefix, or None."""
     beginnings = _beginnings(names)
@@ -152,7 +157,7 @@ def layers_of(tensors: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         AmbiguousLayers: several lists can be the main stack, as in a diffusion model.
         CheckpointError: no stack has the number of layers that `config` states.
     """
-    if config is None and (bare_kind(tensors) is not None or _has_parts(tensors)):
+    if config is None and is_diffusion(tensors):
         raise AmbiguousLayers(
             "it is a diffusion model, whose parts have layers of their own, so no layers can be counted across it. "
             "Use filters for values that differ between its parts, such as `{filter: input_blocks, value: 0.5}`"
@@ -160,21 +165,17 @@ def layers_of(tensors: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     return find_layers(tensors, config)
 
 
-def part_label(name: str) -> tuple[str, str]:
-    """The kind of the part that a tensor of a checkpoint with several parts belongs to, and the part's prefix."""
-    return _part_of(name)
-
-
 def _has_parts(names: Iterable[str]) -> bool:
     """Whether names have the prefixes of a diffusion checkpoint's parts: the denoiser, or VAE and text encoder."""
-    found = {_part_of(name)[0] for name in names if name.startswith(_STARTS)}
+    found = {part_of(name)[0] for name in names if name.startswith(_STARTS)}
     return "denoiser" in found or "control net" in found or {"VAE", "text encoder"} <= found
 
 
 _STARTS = (_DENOISER, "first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.", "control_")
 
 
-def _part_of(name: str) -> tuple[str, str]:
+def part_of(name: str) -> tuple[str, str]:
+    """The kind of the part that a tensor of a checkpoint with several parts belongs to, and its prefix, or empty."""
     for pattern, label in _PREFIXES:
         match = pattern.match(name)
         if match is not None:
