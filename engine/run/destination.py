@@ -81,7 +81,11 @@ def look_at(planned: Plan, out: Path) -> Destination:
 
 
 def refuse_input(planned: Plan, out: Path) -> None:
-    """Raise UsageError if `out` is one of the merge's inputs, is in a directory of one, or contains one."""
+    """Raise UsageError if `out` is one of the merge's inputs, is in a directory of one, contains one, or is a file."""
+    if out.suffix == ".safetensors" and not out.is_dir():
+        raise UsageError(
+            f"{out}: OUT is a directory, not a file: use {out.with_suffix('')}, in which files are written"
+        )
     target = out.resolve()
     for name, path in _inputs(planned):
         source = path.resolve()

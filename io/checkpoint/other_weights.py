@@ -23,6 +23,11 @@ def describe_no_weights(path: Path, names: Sequence[str]) -> str:
         )
     if pickles:
         return describe_pickles(path, pickles)
+    if "model_index.json" in names:
+        return (
+            f"{path}: is a pipeline of diffusers, whose parts are models of their own: merge them one by one "
+            f"({listed_names(name for name in names if '.' not in name)}), or use single files"
+        )
     if (path / "snapshots").is_dir():
         return f"{path}: is a model's folder in the Hub's cache: use one of the directories in {path / 'snapshots'}"
     others = [name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".npz"))]

@@ -102,6 +102,7 @@ class Explanation:
         nbytes: size in bytes.
         how: kind of the operation: ``copy``, ``same`` or ``merge``.
         method: name of the merge method.
+        tensors_from: filter of the recipe's `tensors_from` that chose the source; empty if none did.
         parameters: values for this tensor after gradients and filters; a tuple has one value for each source. If the
             tensor goes through several stages, the values of each: ``{"0. slerp": {"t": 0.5}, "1. ties": ...}``.
         stages: parameters of each stage that the tensor goes through, with the names of the stage's sources.
@@ -122,6 +123,7 @@ class Explanation:
     nbytes: int
     how: str
     method: str
+    tensors_from: str
     parameters: dict[str, Any]
     stages: tuple[StageParameters, ...]
     slice: SliceOf | None
@@ -162,6 +164,7 @@ def explain(plan: Plan, name: str) -> Explanation:
         nbytes=graph.nbytes(node),
         how=operation.kind.value,
         method=operation.method,
+        tensors_from=next((each.filter for each in plan.stage.tensors_from if each.filter in name), ""),
         parameters=stages[0].parameters if len(stages) == 1 else {each.label: each.parameters for each in stages},
         stages=stages,
         slice=slice_of(plan, name),
@@ -290,6 +293,8 @@ def explanation_sections(explanation: Explanation) -> list[Section]:
         ("tensor", f"{explanation.dtype}, {shape}, {data_size(explanation.nbytes)}"),
         ("method", _method(explanation)),
     ]
+    if explanation.tensors_from:
+        fields.append(("chosen by", f"tensors_from, filter {explanation.tensors_from!r}"))
     sections = [Section(explanation.name, fields)]
     if explanation.slice is not None:
         sections.append(_slice(explanation.slice))

@@ -79,7 +79,7 @@ def _adapter_evidence(checkpoint: Checkpoint, parts: Collection[str]) -> str | N
     adapters = [name for name in (*files, *(file.name for file in checkpoint.ignored)) if name.startswith(ADAPTER)]
     if adapters and not any(name.startswith(_MODEL_FILES) for name in files):
         return f"its weights are in {adapters[0]}"
-    if {"base_layer", "default"} <= parts and not ADAPTER_PARTS.isdisjoint(parts):
+    if "base_layer" in parts and "default" in parts and not ADAPTER_PARTS.isdisjoint(parts):
         return f"it has both {_example(checkpoint, ('base_layer',))} and {_example(checkpoint, ADAPTER_PARTS)}"
     adapter = find_adapter(checkpoint.tensors)
     return None if adapter is None else f"it has a tensor {quoted(adapter.example)}"

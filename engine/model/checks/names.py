@@ -232,6 +232,8 @@ def rename_script(checkpoint: Checkpoint, expression: str, drop: Sequence[str] =
         expression: Python code that computes the new name from `name`.
         drop: prefixes of the names of tensors to leave out.
     """
+    if checkpoint.standalone:
+        return _rename_file_script(checkpoint, expression, drop)
     source, download = directory_of(checkpoint), ""
     if hasattr(checkpoint, "repository"):
         folder = source.rpartition("/")[2]
@@ -255,4 +257,23 @@ def rename_script(checkpoint: Checkpoint, expression: str, drop: Sequence[str] =
         '        names = index["weight_map"].items()\n'
         f'        index["weight_map"] = {{rename(name): shard for name, shard in names{unless}}}\n'
         "        file.write_text(json.dumps(index))"
+    )
+
+
+def _rename_file_script(checkpoint: Checkpoint, expression: str, drop: Sequence[str]) -> str:
+    """Python code that copies a file that stands alone with other tensor names; see `rename_script`."""
+    source = checkpoint.path
+    target = source.with_name(f"{source.stem}-{'reduced' if expression == 'name' else 'renamed'}.safetensors")
+    unless = " if not name.startswith(drop)" if drop else ""
+    return (
+        "    import re\n"
+        "    from safetensors import safe_open\n"
+        "    from safetensors.torch import load_file, save_file\n"
+        f"    source, target = {str(source)!r}, {str(target)!r}\n"
+        f"    rename = lambda name: {expression}\n"
+        + (f"    drop = {tuple(drop)!r}\n" if drop else "")
+        + '    with safe_open(source, "pt") as file:\n'
+        "        metadata = file.metadata()\n"
+        f"    tensors = {{rename(name): tensor for name, tensor in load_file(source).items(){unless}}}\n"
+        "    save_file(tensors, target, metadata)"
     )

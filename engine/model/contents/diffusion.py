@@ -98,7 +98,7 @@ class DiffusionModel:
     def title(self) -> str:
         """Family and kind, such as ``SDXL checkpoint`` or ``Flux transformer``."""
         names = [part.name for part in self.parts if part.name != "other"]
-        kind = names[0] if len(names) == 1 and not self.parts[0].prefix else "checkpoint"
+        kind = names[0] if len(names) == 1 else "checkpoint"
         what = f"{self.family} {kind}" if self.family else f"diffusion {kind}"
         channels = self.input_channels
         return what if channels in (None, 4) else f"{what} with {channels} input channels"
@@ -159,7 +159,7 @@ def layers_of(tensors: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     """
     if config is None and is_diffusion(tensors):
         raise AmbiguousLayers(
-            "it is a diffusion model, whose parts have layers of their own, so no layers can be counted across it. "
+            "the layers can't be identified: it is a diffusion model, whose parts have layers of their own. "
             "Use filters for values that differ between its parts, such as `{filter: input_blocks, value: 0.5}`"
         )
     return find_layers(tensors, config)

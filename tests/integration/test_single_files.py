@@ -1,0 +1,396 @@
+"""Single files as models: a pair of diffusion checkpoints merges, and the output is one file like them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from mergeloom.engine.model.inspect import inspect_model
+from mergeloom.engine.run.diff.compare import Comparison
+from mergeloom.engine.run.merge import merge
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
+from mergeloom.engine.run.verify import verify
+from mergeloom.errors import CheckpointError, RecipeError, UsageError
+from mergeloom.report.explain import explain, explanation_sections
+from mergeloom.report.plan import plan_text
+from mergeloom.report.sections import plain
+from tests.support.merges.resumable import interrupt, run
+from tests.support.models import tiny_llama, write_checkpoint
+from tests.support.models.diffusion import DIFFUSERS_UNET, FLUX, VAE, Arrays, sd15, sdxl, values, write_file
+from tests.support.outputs import digests
+
+CPU = Options(device="cpu", threads=1, max_ram=4 << 30)
+CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
+METADATA = {
+    "format": "pt",
+    "modelspec.architecture": "stable-diffusion-v1",
+    "modelspec.title": "First",
+    "modelspec.hash_sha256": "0x12",
+    "ss_steps": "100",
+    "sd_merge_recipe": "{}",
+}
+
+
+def linear(*files: Path, weights: tuple[float, ...] = (0.25, 0.75), **more: Any) -> dict[str, Any]:
+    models = [
+        {"model": str(file), "parameters": {"weight": weight}} for file, weight in zip(files, weights, strict=True)
+    ]
+    return {"merge_method": "linear", "models": models, **more}
+
+
+def check_mean(found: npt.NDArray[Any], inputs: list[npt.NDArray[Any]], weights: tuple[float, ...]) -> None:
+    """Check a weighted mean with float64 arithmetic: half an ulp of the output, and what float32 sums lose."""
+    exact = sum(weight * value.astype(np.float64) for weight, value in zip(weights, inputs, strict=True))
+    bound = 2.0 ** -(np.finfo(found.dtype).nmant + 1) * np.abs(exact) + 2.0**-22 * sum(map(np.abs, inputs)) + 2.0**-25
+    assert (np.abs(found.astype(np.float64) - exact) <= bound).all()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints in a directory with other files that don't belong to them."""
+    directory = tmp_path / "checkpoints"
+    write_checkpoint(directory, tiny_llama(layers=2))  # a config.json and a model.safetensors of something else
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "LICENSE").write_text("of another model")
+    (directory / "README.md").write_text("---\nlicense: mit\n---\n")
+    write_file(directory / "vae.safetensors", values(VAE, 5))
+    return (
+        write_file(directory / "a.safetensors", sd15(0), **METADATA),
+        write_file(directory / "b.safetensors", sd15(1), format="pt"),
+    )
+
+
+def test_a_pair_of_checkpoints_merges_to_one_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = merge(linear(*pair), out, CPU)
+    assert result.plan.findings == ()
+    assert sorted(file.name for file in out.iterdir()) == [
+        *("README.md", "mergekit_config.yml", "mergeloom.json", "model.safetensors")
+    ]
+    found, first, second = load_file(out / "model.safetensors"), *map(load_file, pair)
+    assert found.keys() == first.keys()
+    for name, value in found.items():
+        assert value.dtype == first[name].dtype
+        if name.endswith(("position_ids", "betas", "cumprod")):
+            assert (value == first[name]).all()
+        else:
+            check_mean(value, [first[name], second[name]], (0.25, 0.75))
+    with safe_open(out / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {
+            "format": "pt",
+            "modelspec.architecture": "stable-diffusion-v1",
+            "ss_steps": "100",
+        }
+    card = (out / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "`a.safetensors`" in card
+    assert "Layers" not in card
+    assert "not stated by the models" in card
+
+
+def test_verify_diff_inspect_and_another_merge_take_the_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(linear(*pair), out, CPU)
+    assert verify(out, sources=True, models={file.name: str(file) for file in pair}).whole
+    different = Comparison(out, pair[0], threads=1).run()
+    assert len(different.tensors) == len(load_file(pair[0]))
+    inspection = inspect_model(out).to_dict()
+    assert inspection["content"]["kind"] == "diffusion model"
+    assert inspection["remarks"] == []
+    for number, again in enumerate((out, out / "model.safetensors")):
+        result = merge(linear(again, pair[1], weights=(0.5, 0.5)), tmp_path / f"again {number}", CPU)
+        assert result.plan.findings == ()
+        assert [shard.name for shard in result.plan.layout.shards] == ["model.safetensors"]
+        assert result.out is not None
+        found, first, second = map(load_file, (result.out / "model.safetensors", out / "model.safetensors", pair[1]))
+        check_mean(found[CONVOLUTION], [first[CONVOLUTION], second[CONVOLUTION]], (0.5, 0.5))
+        with safe_open(result.out / "model.safetensors", "numpy") as file:
+            assert file.metadata()["ss_steps"] == "100"
+
+
+def test_stages_and_task_vectors_of_single_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    third = write_file(tmp_path / "c.safetensors", sd15(2))
+    stages = [
+        linear(*pair, name="mean"),
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(third),
+            "models": [{"model": "mean", "parameters": {"weight": 1.0}}],
+            "parameters": {"lambda": 0.5},
+        },
+    ]
+    merge(stages, tmp_path / "out", CPU)
+    a, b, c = (load_file(file) for file in (*pair, third))
+    found = load_file(tmp_path / "out/model.safetensors")
+    check_mean(found[CONVOLUTION], [a[CONVOLUTION], b[CONVOLUTION], c[CONVOLUTION]], (0.125, 0.375, 0.5))
+    assert not (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize(("tensors", "title"), [(sdxl, "SDXL checkpoint"), (lambda n: values(FLUX, n), "Flux transf")])
+def test_other_architectures_merge_by_names(tensors: Any, title: str, tmp_path: Path) -> None:
+    files = [write_file(tmp_path / f"{number}.safetensors", tensors(number)) for number in (0, 1)]
+    assert inspect_model(files[0]).description.title.startswith(title)
+    result = merge(linear(*files), tmp_path / "out", CPU)
+    assert result.plan.built.matched_by_name
+    first, second = map(load_file, files)
+    for name, value in load_file(tmp_path / "out/model.safetensors").items():
+        check_mean(value, [first[name], second[name]], (0.25, 0.75))
+
+
+def test_filters_choose_parts(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    weight = [{"filter": "model.diffusion_model.", "value": 0.5}, {"value": 0}]
+    recipe = linear(*pair)
+    recipe["models"][0]["parameters"] = {"weight": [{"filter": "model.diffusion_model.", "value": 0.5}, {"value": 1}]}
+    recipe["models"][1]["parameters"] = {"weight": weight}
+    merge(recipe, tmp_path / "out", CPU)
+    found, first, second = load_file(tmp_path / "out/model.safetensors"), *map(load_file, pair)
+    for name, value in found.items():
+        if name.startswith("model.diffusion_model."):
+            check_mean(value, [first[name], second[name]], (0.5, 0.5))
+        else:
+            assert (value == first[name]).all(), name
+
+
+@pytest.mark.parametrize("key", ["slices", "gradient"])
+def test_layers_of_a_diffusion_model_are_rejected_with_filters_as_the_alternative(
+    key: str, pair: tuple[Path, Path]
+) -> None:
+    recipe = linear(*pair)
+    if key == "slices":
+        source = {"model": str(pair[0]), "layer_range": [0, 2]}
+        recipe = {"merge_method": "passthrough", "slices": [{"sources": [source]}]}
+    else:
+        recipe["models"][0]["parameters"] = {"weight": [0, 1]}
+    with pytest.raises(CheckpointError, match=r"it is a diffusion model, whose parts have layers .* Use filters"):
+        plan(recipe, CPU)
+
+
+def test_a_file_larger_than_the_default_shard_size_stays_in_one_piece(tmp_path: Path) -> None:
+    shapes = {f"model.diffusion_model.input_blocks.{n}.0.weight": (20_000, 25_000) for n in range(7)}
+    shapes |= {"first_stage_model.quant_conv.weight": (8, 8)}
+    files = []
+    for name in ("a", "b"):
+        write_checkpoint(tmp_path / name, shapes, fill=None)
+        files.append((tmp_path / name / "model.safetensors").rename(tmp_path / f"{name}.safetensors"))
+    whole = plan(linear(*files), CPU)
+    assert whole.layout.nbytes > 7 * 10**9
+    assert [shard.name for shard in whole.layout.shards] == ["model.safetensors"]
+    split = plan(linear(*files), Options(device="cpu", threads=1, max_ram=4 << 30, shard_size=2 * 10**9))
+    assert len(split.layout.shards) == 7
+    assert max(shard.nbytes for shard in split.layout.shards) <= 2 * 10**9
+
+
+def test_metadata_counts_towards_the_size_of_a_shard(tmp_path: Path) -> None:
+    files = [
+        write_file(tmp_path / f"{number}.safetensors", sd15(number), description="x" * 30_000) for number in (0, 1)
+    ]
+    planned = plan(linear(*files), Options(device="cpu", threads=1, max_ram=4 << 30, shard_size=60_000))
+    assert max(shard.nbytes for shard in planned.layout.shards) <= 60_000
+    assert len(planned.layout.shards) > 1
+
+
+def test_an_interrupted_merge_resumes(tmp_path: Path) -> None:
+    shapes = {f"model.diffusion_model.input_blocks.{n}.0.weight": (96, 128) for n in range(12)}
+    files = [write_file(tmp_path / f"{n}.safetensors", values(shapes, n, "float32"), note="kept") for n in (0, 1)]
+    run(linear(*files), tmp_path / "at once", CPU)
+    assert interrupt(linear(*files), tmp_path / "out", 2, CPU)
+    said: list[str] = []
+    run(linear(*files), tmp_path / "out", CPU, say=said.append)
+    assert said[0].startswith("resuming: ")
+    assert digests(tmp_path / "out") == digests(tmp_path / "at once")
+
+
+def test_a_file_with_the_usual_name_is_the_model_of_its_directory(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "a", tiny_llama(layers=2))
+    other = write_checkpoint(tmp_path / "b", tiny_llama(layers=2), fill=1)
+    planned = plan(linear(model / "model.safetensors", other), CPU)
+    assert planned.files.config is not None
+    assert planned.built.layers == 2
+    named = (other / "model.safetensors").rename(other / "tuned.safetensors")
+    planned = plan(linear(named, model), CPU)
+    assert planned.files.config is None
+    assert "give the path of the directory" in " ".join(planned.warnings)
+    assert planned.built.layers == 2
+
+
+def test_a_config_json_of_something_else_is_ignored(pair: tuple[Path, Path]) -> None:
+    planned = plan(linear(*pair), CPU)
+    assert planned.warnings == ()
+    assert planned.files.config is None
+    assert "metadata from" in plan_text(planned)
+
+
+def test_weights_of_diffusers_keep_their_config(tmp_path: Path) -> None:
+    config = {"_class_name": "UNet2DConditionModel", "in_channels": 4}
+    units = []
+    for number, name in enumerate(("a", "b")):
+        unit = write_checkpoint(tmp_path / name / "unet", DIFFUSERS_UNET, fill=number, config=config)
+        (unit / "model.safetensors").rename(unit / "diffusion_pytorch_model.safetensors")
+        write_checkpoint(tmp_path / "variant", DIFFUSERS_UNET, fill=number)
+        (tmp_path / "variant/model.safetensors").rename(unit / "diffusion_pytorch_model.fp16.safetensors")
+        units.append(unit)
+    planned = plan(linear(units[0], units[1] / "diffusion_pytorch_model.safetensors"), CPU)
+    assert planned.files.config is not None
+    assert planned.files.config["_class_name"] == "UNet2DConditionModel"
+    assert len(planned.built.graph.outputs) == len(DIFFUSERS_UNET)
+    assert inspect_model(units[0]).description.title == "UNet2DConditionModel of diffusers"
+
+
+def test_an_output_that_is_named_like_a_file_is_rejected(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="OUT is a directory, not a file"):
+        merge(linear(*pair), tmp_path / "merged.safetensors", CPU)
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------ EMA copies, parts
+
+
+@pytest.mark.parametrize("ema", [(True, True), (True, False), (False, True)])
+def test_an_ema_copy_is_merged_if_all_models_have_one(ema: tuple[bool, bool], tmp_path: Path) -> None:
+    files = [write_file(tmp_path / f"{n}.safetensors", sd15(n, ema=has)) for n, has in enumerate(ema)]
+    planned = plan(linear(*files), CPU)
+    names = [output.name for output in planned.built.graph.outputs]
+    copies = [name for name in load_file(files[ema.index(True)]) if name.startswith("model_ema.")]
+    assert copies
+    assert {name for name in names if name.startswith("model_ema.")} == (set(copies) if all(ema) else set())
+    dropped = [unused for unused in planned.built.unused if "has no EMA copy" in unused.reason]
+    assert sum(len(unused.tensors) for unused in dropped) == (0 if all(ema) else len(copies))
+
+
+def test_a_missing_part_is_named_with_the_entry_that_adds_it(tmp_path: Path) -> None:
+    with_vae = write_file(tmp_path / "a.safetensors", sd15(0))
+    without = write_file(tmp_path / "b.safetensors", sd15(1, vae=False))
+    with pytest.raises(CheckpointError) as caught:
+        plan(linear(with_vae, without), CPU)
+    entry = f"tensors_from: [{{filter: first_stage_model., model: {with_vae}}}]"
+    assert f"{without} has no VAE (tensors named first_stage_model.*)" in str(caught.value)
+    assert entry in str(caught.value)
+    for files in ((with_vae, without), (without, with_vae)):
+        taken = [{"filter": "first_stage_model.", "model": str(with_vae)}]
+        merge(linear(*files, tensors_from=taken), tmp_path / f"out {files[0].stem}", CPU)
+        found, source = load_file(tmp_path / f"out {files[0].stem}/model.safetensors"), load_file(with_vae)
+        assert found.keys() == source.keys()
+        assert all((found[name] == source[name]).all() for name in source if name.startswith("first_stage_model."))
+
+
+# ------------------------------------------------------------------------------------------------ tensors_from
+
+
+@pytest.fixture
+def inpainting(tmp_path: Path) -> Path:
+    """A checkpoint whose UNet has nine input channels."""
+    return write_file(tmp_path / "inpainting.safetensors", sd15(7, channels=9, dtype="float32"))
+
+
+def test_nine_input_channels_come_from_one_model(pair: tuple[Path, Path], inpainting: Path, tmp_path: Path) -> None:
+    taken = {"filter": CONVOLUTION, "model": str(inpainting)}
+    recipe = linear(*pair, tensors_from=[taken], dtype="float16")
+    result = merge(recipe, tmp_path / "out", CPU)
+    found: Arrays = load_file(tmp_path / "out/model.safetensors")
+    expected = load_file(inpainting)[CONVOLUTION]
+    assert expected.shape == (8, 9, 3, 3)
+    assert found[CONVOLUTION].dtype == np.float16
+    assert (found[CONVOLUTION] == expected.astype(np.float16)).all()
+    first, second = map(load_file, pair)
+    other = "model.diffusion_model.out.2.weight"
+    check_mean(found[other], [first[other], second[other]], (0.25, 0.75))
+    assert inspect_model(tmp_path / "out").description.title.startswith("Stable Diffusion checkpoint with 9 input ch")
+    unused = {reason.reason: reason.tensors for reason in result.plan.built.unused}
+    assert CONVOLUTION in unused[f"`tensors_from` takes it from {inpainting}"]
+    assert len(unused["`tensors_from` takes only other tensors of this model"]) == len(load_file(inpainting)) - 1
+    explained = explain(plan(recipe, CPU), CONVOLUTION)
+    assert explained.to_dict()["tensors_from"] == CONVOLUTION
+    assert [source.model for source in explained.sources] == [str(inpainting)]
+    assert f"tensors_from, filter '{CONVOLUTION}'" in plain(explanation_sections(explained))
+    assert "- `inpainting.safetensors`" in (tmp_path / "out/README.md").read_text()
+
+
+def test_other_input_channels_are_an_error_with_the_entry_to_add(pair: tuple[Path, Path], inpainting: Path) -> None:
+    with pytest.raises(CheckpointError, match="has shape") as caught:
+        plan(linear(pair[0], inpainting), CPU)
+    assert f"tensors_from: [{{filter: {CONVOLUTION}, model: {inpainting}}}]" in str(caught.value)
+    planned = plan(linear(pair[0], inpainting, tensors_from=[{"filter": CONVOLUTION, "model": str(inpainting)}]), CPU)
+    assert planned.warnings == ()
+
+
+def test_a_model_of_tensors_from_may_be_a_stage(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    third = write_file(tmp_path / "c.safetensors", sd15(2))
+    stages = [
+        linear(pair[0], third, weights=(0.5, 0.5), name="text encoders"),
+        linear(*pair, tensors_from={"filter": "cond_stage_model.", "model": "text encoders"}),
+    ]
+    merge(stages, tmp_path / "out", CPU)
+    a, b, c = (load_file(file) for file in (*pair, third))
+    found = load_file(tmp_path / "out/model.safetensors")
+    name = "cond_stage_model.transformer.text_model.encoder.layers.3.mlp.fc1.weight"
+    check_mean(found[name], [a[name], c[name]], (0.5, 0.5))
+    check_mean(found[CONVOLUTION], [a[CONVOLUTION], b[CONVOLUTION]], (0.25, 0.75))
+
+
+def test_a_layer_of_a_language_model_comes_from_another_one(tmp_path: Path) -> None:
+    models = [write_checkpoint(tmp_path / str(n), tiny_llama(layers=3), fill=n, dtype="F32") for n in range(3)]
+    taken = [{"filter": "layers.1.mlp", "model": str(models[2])}]
+    merge(linear(*models[:2], tensors_from=taken), tmp_path / "out", CPU)
+    found, first, second, third = (load_file(model / "model.safetensors") for model in (tmp_path / "out", *models))
+    for name, value in found.items():
+        if "layers.1.mlp" in name:
+            assert (value == third[name]).all()
+        else:
+            check_mean(value, [first[name], second[name]], (0.25, 0.75))
+    assert (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([("input_block.", "c")], r"filter 'input_block\.' matches no tensor of .*; did you mean `input_blocks\.`"),
+        (
+            [("out.2", "c"), ("out.2.weight", "a")],
+            r"filter 'out.2.weight' matches .*out.2.weight, which filter 'out.2' takes from",
+        ),
+        ([("cond_stage_model.", "v")], r"matches cond_stage_model\S*layers.11\S*, which .*v.safetensors does not have"),
+    ],
+)
+def test_mistakes_in_tensors_from(
+    entries: list[tuple[str, str]], message: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    partial = {name: value for name, value in sd15(3).items() if "layers.11" not in name}
+    models = {
+        "a": pair[0],
+        "c": write_file(tmp_path / "c.safetensors", sd15(2)),
+        "v": write_file(tmp_path / "v.safetensors", partial),
+    }
+    taken = [{"filter": text, "model": str(models[name])} for text, name in entries]
+    with pytest.raises(RecipeError, match=message) as caught:
+        plan(linear(*pair, tensors_from=taken), CPU)
+    assert "tensors_from[" in str(caught.value)
+
+
+def test_a_tensor_that_only_this_model_has_is_added(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = write_file(tmp_path / "e.safetensors", sd15(4, ema=True))
+    planned = plan(linear(*pair, tensors_from=[{"filter": "model_ema.decay", "model": str(other)}]), CPU)
+    names = [output.name for output in planned.built.graph.outputs]
+    assert set(names) == {*load_file(pair[0]), "model_ema.decay"}
+
+
+def test_a_filter_that_only_matches_layers_outside_the_slices_is_an_error(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "a", tiny_llama(layers=4))
+    recipe = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": str(model), "layer_range": [0, 2]}]}],
+        "tensors_from": [{"filter": "layers.3.mlp", "model": str(model)}],
+    }
+    with pytest.raises(RecipeError, match=r"filter 'layers.3.mlp' matches no tensor of the output"):
+        plan(recipe, CPU)
+    recipe["tensors_from"] = [{"filter": "embed_tokens", "model": str(model)}]
+    other = write_checkpoint(tmp_path / "b", tiny_llama(layers=4), fill=1)
+    recipe["non_layer"] = {"embeddings": str(other)}
+    with pytest.raises(RecipeError, match="which `non_layer` takes from"):
+        plan(recipe, CPU)
