@@ -13,7 +13,7 @@ from .tokenizer_files import directory_of
 from .write import CARD, CONFIG
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|mergeloom\.json", re.IGNORECASE)
+_OURS = re.compile(r"(?:diffusion_pytorch_)?model.*\.safetensors(\.index\.json)?|mergeloom\.json", re.IGNORECASE)
 
 
 def check_folders(recipe: Recipe, saved: Sequence[Stage], files: FileSources) -> None:

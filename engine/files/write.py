@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...io.checkpoint.checkpoint import INDEX, Checkpoint
+from ...io.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint
 from ...io.companions import FileKind, companion_files
 from ...io.output.directory import OutputDirectory
 from ...io.output.shards import index_bytes
@@ -144,8 +144,9 @@ def model_files(
         if output.files.config is not None:
             config = (json.dumps(output.files.config, indent=2) + "\n").encode()
             yield ModelFile(f"{within}{CONFIG}", config, last=True)
-        if len(content.layout.shards_in(output.folder)) > 1:
-            yield ModelFile(f"{within}{INDEX}", _index(content, output), last=True)
+        if len(shards := content.layout.shards_in(output.folder)) > 1:
+            stem = shards[0].name.rpartition("-00001-of-")[0]
+            yield ModelFile(f"{stem}{INDEX_SUFFIX}", _index(content, output), last=True)
 
 
 def _index(content: OutputContent, output: OutputModel) -> bytes:

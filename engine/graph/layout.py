@@ -100,13 +100,16 @@ class _OpenShard:
         return (self.residue + self.data) % BLOCK
 
 
-def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None = None) -> Layout:
+def lay_out(
+    graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None = None, *, stem: str = "model"
+) -> Layout:
     """Lay out the outputs of a graph, in its order except for runs, which keep the order of their source.
 
     Args:
         graph: the graph with the outputs.
         shard_size: maximum size of a shard in bytes; a larger tensor gets a shard of its own.
         metadata: metadata for the header of every shard; by default, the format.
+        stem: beginning of the shards' names, under which loaders look for them.
 
     Raises:
         UsageError: for a shard size that is too small for a header.
@@ -123,7 +126,7 @@ def lay_out(graph: MergeGraph, shard_size: int, metadata: dict[str, str] | None 
             packer.place_run(run)
         packer.place_loose(loose)
         shards = sorted((shard for shard in packer.shards if shard.outputs), key=lambda shard: min(shard.outputs))
-        built = _build(graph, shards, sizes, copied, metadata or _DEFAULT_METADATA, folder, layout)
+        built = _build(graph, shards, sizes, copied, metadata or _DEFAULT_METADATA, (folder, stem), layout)
         layout = replace(layout, shards=(*layout.shards, *built))
     return layout
 
@@ -255,10 +258,14 @@ def _build(
     sizes: Sequence[int],
     copied: bytearray,
     metadata: dict[str, str],
-    folder: str,
+    place: tuple[str, str],
     layout: Layout,
 ) -> list[Shard]:
-    """Build the shards of one folder, which follow those of `layout`, and add their outputs' locations to it."""
+    """Build the shards of one folder, which follow those of `layout`, and add their outputs' locations to it.
+
+    `place` is the folder and the beginning of the shards' names.
+    """
+    folder, stem = place
     built = []
     for index, shard in enumerate(shards):
         outputs = array("I", shard.outputs)
@@ -273,7 +280,9 @@ def _build(
                 else:
                     computed.append((offset, sizes[number]))
             offset += sizes[number]
-        name = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{stem}.safetensors"
+        if len(shards) > 1:
+            name = f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         path = f"{folder}/{name}" if folder else name
         built.append(Shard(path, data_start, outputs, offset, tuple(computed), build))
     return built

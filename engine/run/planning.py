@@ -18,7 +18,7 @@ from ..cost.prepare import prepare_to_compute
 from ..cost.process_size import GraphSize, size_key
 from ..files.folders import check_folders
 from ..files.sources import FileResolver, FileSources, OutputModel
-from ..files.weights_file import output_metadata
+from ..files.weights_file import output_metadata, weights_stem
 from ..graph.build import BuiltGraph
 from ..graph.graph import Kind
 from ..graph.layout import Layout, lay_out
@@ -115,7 +115,7 @@ def _lay_out(built: BuiltGraph, files: FileSources, options: Options) -> Layout:
     """
     donor = built.models[built.donor].checkpoint
     if files.config is not None or not donor.bare:
-        return lay_out(built.graph, options.shard_size)
+        return lay_out(built.graph, options.shard_size, stem=weights_stem(files.config))
     shard_size = sys.maxsize if options.shard_size == Options().shard_size else options.shard_size
     return lay_out(built.graph, shard_size, output_metadata(donor))
 

@@ -144,6 +144,16 @@ def test_other_architectures_merge_by_names(tensors: Any, title: str, tmp_path: 
         check_mean(value, [first[name], second[name]], (0.25, 0.75))
 
 
+def test_models_of_different_families_are_rejected_with_both_names(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = write_file(tmp_path / "xl.safetensors", sdxl(1))
+    with pytest.raises(CheckpointError) as caught:
+        plan(linear(pair[0], other), CPU)
+    kinds = "Stable Diffusion checkpoint and SDXL checkpoint"
+    assert str(caught.value).startswith(
+        f"{pair[0]} and {other} are of different architectures, by their tensor names: {kinds}"
+    )
+
+
 def test_filters_choose_parts(pair: tuple[Path, Path], tmp_path: Path) -> None:
     weight = [{"filter": "model.diffusion_model.", "value": 0.5}, {"value": 0}]
     recipe = linear(*pair)
@@ -241,6 +251,16 @@ def test_weights_of_diffusers_keep_their_config(tmp_path: Path) -> None:
     assert planned.files.config["_class_name"] == "UNet2DConditionModel"
     assert len(planned.built.graph.outputs) == len(DIFFUSERS_UNET)
     assert inspect_model(units[0]).description.title == "UNet2DConditionModel of diffusers"
+    for size, names in ((5 * 10**9, ["diffusion_pytorch_model.safetensors"]), (8_200, None)):
+        out = tmp_path / str(size)
+        options = Options(device="cpu", threads=1, max_ram=4 << 30, shard_size=size)
+        result = merge(linear(*units, weights=(0.5, 0.5)), out, options)
+        files = sorted(file.name for file in out.glob("*.safetensors"))
+        assert files == names if names else len(files) > 1
+        assert (out / "diffusion_pytorch_model.safetensors.index.json").exists() == (len(files) > 1)
+        assert "library_name: diffusers" in (out / "README.md").read_text()
+        assert inspect_model(out).to_dict()["tensors"] == len(DIFFUSERS_UNET)
+        assert {shard.name for shard in result.plan.layout.shards} == set(files)
 
 
 def test_an_output_that_is_named_like_a_file_is_rejected(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ....errors import CheckpointError
 from ....io.units import listed, plural
+from ..contents.diffusion import architecture_of, family_of
 from ..inputs import Model
 from ..roles import is_vision
 from .formats import format_name, unquantized
@@ -33,6 +34,9 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
     formats = [format_name(m.checkpoint, m.quantized) if m.quantized else None for m in error.models]
     if formats[0] != formats[1]:
         return CheckpointError(_describe_formats(error.models, formats))
+    families = [family_of(model.checkpoint.tensors, model.checkpoint.config) for model in error.models]
+    if all(families) and families[0] != families[1]:  # their text encoders have similar names
+        return _different_types(error) or error
     names, others = first.tensors, second.tensors
     renamings = [(first, second, find_renaming(names, others)), (second, first, find_renaming(others, names))]
     larger = max(len(names), len(others))
@@ -52,9 +56,13 @@ def explain_mismatch(error: TensorMismatch) -> CheckpointError:
 
 
 def _different_types(error: TensorMismatch) -> CheckpointError | None:
-    """The error for models of different architectures by their config.json; None if they may be of the same."""
+    """The error for models of different architectures by config.json or names; None if they may be of the same."""
     first, second = error.models
     types = [(model.checkpoint.config or {}).get("model_type") for model in (first, second)]
+    source = "their model_type"
+    if None in types:
+        types = [architecture_of(model.checkpoint.tensors, model.checkpoint.config) for model in (first, second)]
+        source = "their tensor names"
     if not all(isinstance(name, str) and name for name in types):
         return None
     short, long = sorted(map(str, types), key=len)
@@ -62,7 +70,7 @@ def _different_types(error: TensorMismatch) -> CheckpointError | None:
         return None
     name = re.match(r"tensor (\S+?):? ", str(error))
     return CheckpointError(
-        f"{first.name} and {second.name} are of different architectures, by their model_type: {types[0]} and "
+        f"{first.name} and {second.name} are of different architectures, by {source}: {types[0]} and "
         f"{types[1]}. Merge models of one architecture{f' (the first different tensor is {name[1]})' if name else ''}"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ....io.tensors.refs import TensorRef
@@ -12,7 +12,10 @@ from ..layers import AmbiguousLayers, LayerMap, find_layers
 
 EMA = "model_ema."
 """Prefix of an EMA copy of the denoiser, which training needs and programs that generate images don't read."""
-INPUT_CONVOLUTION = re.compile(r"(?:model\.diffusion_model\.input_blocks\.0\.0|(?:unet\.)?conv_in)\.weight")
+INPUT_CONVOLUTION = re.compile(
+    r"(?:(?:model\.diffusion_model\.)?input_blocks\.0\.0|(?:unet\.)?conv_in)\.weight"
+    r"|model_ema\.diffusion_modelinput_blocks00weight"
+)
 """The convolution with one input channel for each channel of the latent image, the mask and other conditions."""
 
 _DENOISER = "model.diffusion_model."
@@ -137,6 +140,18 @@ def find_diffusion_model(tensors: Mapping[str, TensorRef], config: Mapping[str, 
     shape = () if convolution is None or (kind is not None and kind != "UNet") else tensors[convolution].shape
     ordered = tuple(sorted(parts, key=lambda part: -part.nbytes))
     return DiffusionModel(family, ordered, shape[1] if len(shape) == 4 else None)
+
+
+def architecture_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | None) -> str | None:
+    """The architecture of a diffusion model without config.json by its tensor names, such as ``SDXL checkpoint``."""
+    found = find_diffusion_model(tensors, config)
+    return None if found is None else replace(found, input_channels=None).title
+
+
+def family_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | None) -> str:
+    """The family of a diffusion model without config.json, such as ``SDXL``; empty if it is not known."""
+    found = find_diffusion_model(tensors, config)
+    return "" if found is None else found.family
 
 
 def is_diffusion(names: Collection[str]) -> bool:

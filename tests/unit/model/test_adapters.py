@@ -1,4 +1,4 @@
-"""Adapters of diffusion models are recognized by their tensor names and rejected everywhere; control nets are models."""
+"""Adapters of diffusion models are recognized by their tensor names and rejected; control nets are models."""
 
 from __future__ import annotations
 
