@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from tests.unit.checkpoint.checkpoints import INDEX, SHARDS, file_names, refused, write, write_index
 
@@ -49,6 +51,51 @@ def test_a_single_file(tmp_path: Path) -> None:
         checkpoint = open_checkpoint(path)
         assert checkpoint.files == (file,)
         assert checkpoint.metadata == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("name", "standalone"),
+    [
+        ("model.safetensors", False),
+        ("model.fp16.safetensors", False),
+        ("diffusion_pytorch_model.safetensors", False),
+        ("model-00001-of-00002.safetensors", False),
+        ("my_model.safetensors", True),
+        ("modelA.safetensors", True),
+        ("v1-5-pruned-emaonly.safetensors", True),
+    ],
+)
+def test_a_file_stands_alone_unless_loaders_find_it_next_to_a_config(
+    name: str, standalone: bool, tmp_path: Path
+) -> None:
+    file = write(tmp_path / name, "a")
+    assert open_checkpoint(file).standalone
+    assert open_checkpoint(file).remarks == ()
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint = open_checkpoint(file)
+    assert (checkpoint.standalone, checkpoint.config is None) == (standalone, standalone)
+    remarks = [f"a file stands alone, so config.json next to {name} is not used: if it belongs to the model, give the "]
+    assert [remark[: len(remarks[0])] for remark in checkpoint.remarks] == (remarks if standalone else [])
+    write(tmp_path / "zzz.safetensors", "b")  # then the config.json hardly belongs to one of the files
+    assert open_checkpoint(file).remarks == ()
+    if "-of-" not in name:
+        assert not open_checkpoint(tmp_path).standalone
+
+
+def test_weights_of_diffusers_are_chosen_among_their_variants(tmp_path: Path) -> None:
+    file = write(tmp_path / "diffusion_pytorch_model.safetensors", "a")
+    variant = write(tmp_path / "diffusion_pytorch_model.fp16.safetensors", "a")
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.files, checkpoint.ignored) == ((file,), (variant,))
+
+
+def test_a_pipeline_of_diffusers_is_refused_with_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    for name in ("unet", "vae"):
+        write(tmp_path / name / "diffusion_pytorch_model.safetensors", "a")
+    assert "is a pipeline of diffusers, whose parts are models of their own: merge them one by one ('unet', 'vae')" in (
+        refused(tmp_path)
+    )
 
 
 def test_a_single_file_of_any_name(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 import mergeloom
 from mergeloom.engine.model.checks.identify import check_is_model
+from mergeloom.engine.model.inspect import inspect_model
 from mergeloom.engine.run.finished import check_finished
 from mergeloom.errors import CheckpointError, ModelNotFound, UsageError
 from mergeloom.io.checkpoint.checkpoint import open_checkpoint
@@ -37,9 +38,17 @@ def test_opening_transfers_less_than_a_hundredth(hub: HubServer, local: Path, co
     assert description(checkpoint, snapshot) == description(open_checkpoint(local), local)
 
 
+def test_inspect_names_the_repository_and_its_commit(model: HubCheckpoint) -> None:
+    found = inspect_model(ID).description
+    assert found.source == "hub"
+    assert found.source_text.startswith(f"repository {ID} on the Hub, commit {model.repository.commit[:12]}, 14 files")
+
+
 LAYOUTS: dict[str, dict[str, bytes]] = {
     "single": {"model.safetensors": single("a", "b"), "other.safetensors": single("c")},
     "single of another name": {"weights.safetensors": single("a")},
+    "variants of diffusers": {"diffusion_pytorch_model.safetensors": single("a"),
+                              "diffusion_pytorch_model.fp16.safetensors": single("a")},
     "united": {"b.safetensors": single("x", metadata={"made": "b"}), "a.safetensors": single("y")},
     "consolidated": {"a.safetensors": single("x"), "consolidated.safetensors": single("x")},
     "consolidated alone": {"consolidated.00.safetensors": single("x"), "original/model.safetensors": single("y")},
