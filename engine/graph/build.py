@@ -368,7 +368,8 @@ class _GraphBuilder:
             if name is None:
                 name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
             names = [layer.get(rest) for layer in layers]
-            if not self.tensors_from.add(self.rules, name, part.models, names, self._group):
+            taken = self.stage.tensors_from and self.tensors_from.add(self.rules, name, part.models, names, self._group)
+            if not taken:
                 self.rules.add(part, name, names, t, self._group)
         return rests
 

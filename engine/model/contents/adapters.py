@@ -43,8 +43,10 @@ _RANKS = re.compile(
     r"|lora_linear_layer\.down)(?:\.\w+)?(?:\.weight)?$"
 )
 """Endings of the names of the matrices whose first dimension is the rank."""
+_KOHYA = re.compile(r"(?:lora|oft|boft|hada|lokr|ia3|lycoris)_(?:unet|te\d?|transformer|prior)_|lycoris_\w+\.|lllite_")
+"""Beginnings of the names of kohya's and LyCORIS's tensors: the module's name with underscores instead of dots."""
 _DIFFUSION = re.compile(
-    r"(?:lora|lycoris|oft|boft|hada|lokr|lllite|ia3)_(?:unet|te\d?|transformer|prior)_|lycoris_|lllite_"
+    rf"{_KOHYA.pattern}"
     r"|(?:unet|text_encoder(?:_\d)?|diffusion_model|vae)\."
     r"|(?:base_model\.model\.)?(?:transformer\.)?(?:single_)?transformer_blocks\.|down_blocks\.|mid_block\.|up_blocks\."
 )
@@ -105,6 +107,8 @@ def find_adapter(tensors: Mapping[str, TensorRef]) -> Adapter | None:
     if all(name.startswith(_IP_ADAPTER) for name in tensors):
         return Adapter("IP-Adapter", next(iter(tensors)), (), {}, diffusion=True)
     present = components(tensors)
+    if all(_KOHYA.match(name) for name in tensors):
+        return _describe(tensors, {name: name.partition(".")[0] for name in tensors}, present, "LyCORIS")
     if (ADAPTER_PARTS.isdisjoint(present) and "lora" not in present) or not _WITH_WEIGHTS.isdisjoint(present):
         return None
     own: dict[str, str] = {}  # module by tensor
@@ -118,7 +122,7 @@ def find_adapter(tensors: Mapping[str, TensorRef]) -> Adapter | None:
             others += 1
     if not own or 2 * (len(own) + others) <= len(tensors):
         return None
-    return _describe(tensors, own, present)
+    return _describe(tensors, own, present, "LoRA")
 
 
 def is_textual_inversion(names: Iterable[str]) -> bool:
@@ -132,9 +136,13 @@ def _is_adapter_part(split: list[str], at: int, part: str) -> bool:
     return part == "lora" and at + 1 < len(split) and split[at + 1] in ("up", "down")
 
 
-def _describe(tensors: Mapping[str, TensorRef], own: Mapping[str, str], present: Collection[str]) -> Adapter:
-    kind = next((label for label, parts in _KINDS if not set(parts).isdisjoint(present)), "LoRA")
-    example = next(iter(own))
+def _describe(tensors: Mapping[str, TensorRef], own: Mapping[str, str], present: Collection[str], kind: str) -> Adapter:
+    """Describe an adapter by its tensors, each with its module, and the components of their names.
+
+    `kind` is the kind if no component shows another one.
+    """
+    kind = next((label for label, parts in _KINDS if not set(parts).isdisjoint(present)), kind)
+    example = next((name for name in own if not ADAPTER_PARTS.isdisjoint(name.split("."))), next(iter(own)))
     ranks = {tensors[name].shape[0] for name in own if _RANKS.search(name) and len(tensors[name].shape) >= 2}
     diffusion = any(_DIFFUSION.match(name) for name in own)
     targets = Counter(_target(module, diffusion=diffusion) for module in dict.fromkeys(own.values()))

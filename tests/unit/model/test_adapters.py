@@ -98,6 +98,13 @@ DIFFUSION: dict[str, tuple[dict[str, Shape], str, tuple[int, ...], dict[str, int
         (),
         {"text encoder": 1, "UNet": 1},
     ),
+    "full LyCORIS": (
+        {f"{UNET}.diff": (8, 8), f"{UNET}.diff_b": (8,), f"{TE}.w_norm": (8,)},
+        "LyCORIS",
+        (),
+        {"text encoder": 1, "UNet": 1},
+    ),
+    "GLoRA": ({f"{UNET}.{name}.weight": (8, 8) for name in ("a1", "a2", "b1", "b2")}, "LyCORIS", (), {"UNet": 1}),
     "diffusers": (
         {f"unet.down_blocks.0.attn1.to_q.lora.{side}.weight": (8, 8) for side in ("up", "down")},
         "LoRA",
