@@ -15,6 +15,7 @@ from ...methods.kernel.access import (
     Aligned,
     BlockRows,
     GatheredRows,
+    Nibbles,
     SameRows,
     Slice,
     TransposedSlice,
@@ -27,6 +28,7 @@ from .graph import Kind, Operation
 _ACCESSES: dict[type[Access], str] = {
     Aligned: "aligned",
     BlockRows: "block rows",
+    Nibbles: "nibbles",
     SameRows: "same rows",
     Whole: "whole",
     GatheredRows: "gathered rows",

@@ -52,7 +52,7 @@ class TensorValues:
             read = self.value(model, name)
             yield output, self._graph.add_node(Operation(Kind.COPY, "passthrough"), (read,), tensor.dtype)
             return
-        for part in tensor.parts:
+        for part in tensor.parts + tensor.companions:
             read = self._graph.add_read(model.number, part.name, part.ref)
             if tensor.decode is not None:
                 copy = Operation(Kind.COPY, "passthrough")

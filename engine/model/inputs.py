@@ -24,8 +24,9 @@ from ..recipe.types import (
 )
 from .checks.identify import check_is_model
 from .contents.diffusion import layers_of
+from .formats.registry import tensors_of, unknown_quantized
 from .layers import AmbiguousLayers, LayerMap, Stack
-from .logical import LogicalTensors, Tensors, tensors_of, unknown_quantized
+from .logical import LogicalTensors, Tensors
 
 OpenModel = Callable[[ModelReference], Checkpoint]
 

@@ -17,8 +17,9 @@ from .checks.formats import format_name
 from .checks.identify import not_a_model
 from .contents.describe import Description, describe_checkpoint
 from .contents.diffusion import layers_of
+from .formats.registry import tensors_of, unknown_quantized
 from .layers import LayerMap, Stack
-from .logical import LogicalTensor, Tensors, tensors_of, unknown_quantized
+from .logical import LogicalTensor, Tensors
 from .open import open_named
 
 _FILES_SHOWN = 8

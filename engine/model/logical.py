@@ -1,23 +1,21 @@
 """Logical tensors: what methods, layers, filters and reports see of a checkpoint, however its values are stored.
 
 Most tensors are stored as they are. A quantized tensor is stored in parts, such as codes and scales, from which a
-decoder computes its values; a tensor of fused experts is a slice of a larger one. A `Format` recognizes such tensors in
+decoder computes its values; a tensor of fused experts is a slice of a larger one. `formats` recognizes such tensors in
 a checkpoint. The parts are not tensors of the model, so nothing but the reads of the merge names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.tensors.dtypes import DType
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.decoder import Decoder
-from .quantized import quantized_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +56,8 @@ class LogicalTensor:
         dtype: nominal dtype: what the value would be stored as without a format of its own.
         parts: the stored tensors.
         decode: how the value is computed from them; None if the staged bytes of the only part are the value.
+        companions: stored tensors that belong to the parts without being part of the value, such as the scales of
+            activations. They are copied with the parts, and dropped if the value is computed.
     """
 
     name: str
@@ -65,6 +65,7 @@ class LogicalTensor:
     dtype: DType
     parts: tuple[Part, ...]
     decode: Decode | None = None
+    companions: tuple[Part, ...] = ()
 
     @property
     def format(self) -> str:
@@ -84,7 +85,7 @@ class LogicalTensor:
     @property
     def stored_bytes(self) -> int:
         """Size of all parts in bytes, those of other values included."""
-        return sum(part.ref.nbytes for part in self.parts)
+        return sum(part.ref.nbytes for part in self.parts + self.companions)
 
 
 class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
@@ -103,7 +104,7 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         self._found = {tensor.name: tensor for tensor in found}
         first: dict[str, list[str]] = {}  # by stored tensor, the values whose first part it is
         for tensor in self._found.values():
-            for number, part in enumerate(tensor.parts):
+            for number, part in enumerate(tensor.parts + tensor.companions):
                 first.setdefault(part.name, []).extend([tensor.name] if number == 0 else [])
         self.parts: Collection[str] = first.keys()
         self._names = dict.fromkeys(name for each in stored for name in first.get(each, [each]))
@@ -129,24 +130,6 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
 Tensors = Mapping[str, TensorRef] | LogicalTensors
 """The tensors of a model: all of them stored as they are, or some of them computed from parts."""
 
-Format = Callable[[Checkpoint], Iterable[LogicalTensor]]
-"""A function that finds the values of a format in a checkpoint: first by its config.json, then by their names."""
-
-FORMATS: dict[str, Format] = {}
-"""The known formats by name."""
-
-
-def tensors_of(checkpoint: Checkpoint) -> Tensors:
-    """Return the tensors of a checkpoint: the stored ones, but for those that are parts of values in a known format.
-
-    Raises:
-        CheckpointError: a value is of a known format, but its parts don't fit together.
-    """
-    if not checkpoint.files:  # the output of a stage
-        return checkpoint.tensors
-    found = [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
-    return LogicalTensors(checkpoint.tensors, found) if found else checkpoint.tensors
-
 
 def kind_of(tensors: Tensors, name: str) -> TensorClass | TensorRef | LogicalTensor:
     """Return the dtype and the shape of a tensor, without making a reference if it is in a table. Raises KeyError."""
@@ -157,10 +140,3 @@ def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:
     """Return the names of the stored tensors that a tensor is computed from."""
     tensor = tensors[name] if isinstance(tensors, LogicalTensors) else None
     return tuple([part.name for part in tensor.parts]) if isinstance(tensor, LogicalTensor) else (name,)
-
-
-def unknown_quantized(checkpoint: Checkpoint, tensors: Tensors) -> Mapping[str, str]:
-    """Return the quantized tensors that are in no known format, with what belongs to them, each with the reason."""
-    found = quantized_tensors(checkpoint)
-    known = tensors.parts if isinstance(tensors, LogicalTensors) else ()
-    return {name: reason for name, reason in found.items() if name not in known} if known else found

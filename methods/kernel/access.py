@@ -127,6 +127,48 @@ class BlockRows(Access):
 
 
 @dataclass(frozen=True, slots=True)
+class Nibbles(Access):
+    """Two elements in each byte of a part, the first one in the low four bits, such as the codes of 4-bit formats.
+
+    The part has the value's rows; each begins with a byte of its own. Staged are the bytes from the range's first
+    element to its last one.
+
+    Args:
+        numbers: what four bits are: ``U4``, an integer, or ``F4``, a floating-point number of the OCP format E2M1.
+    """
+
+    numbers: str
+
+    @property
+    def aligned(self) -> bool:
+        """False: a byte has two elements."""
+        return False
+
+    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
+        """Return whether the part has as many rows, and a byte for every two columns."""
+        return len(part) > 0 and part[:-1] == shape[:-1] and 2 * part[-1] >= shape[-1]
+
+    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
+        """Return the same access, and a part with as many bytes as the columns need."""
+        return self, ((*shape[:-1], -(-shape[-1] // 2)) if shape else (1,))
+
+    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
+        """Return one range: the bytes of the range's first to last element."""
+        low, high = (self.byte(shape, part, element) for element in (first, first + count - 1))
+        return [Span(low, high + 1 - low)]
+
+    def byte(self, shape: Shape, part: Shape, element: int) -> int:
+        """Return the index of the byte that an element is in."""
+        row, column = divmod(element, max(1, shape[-1]))
+        return row * part[-1] + column // 2
+
+    def most(self, shape: Shape, part: Shape, count: int) -> int:
+        """Return the bytes that `count` elements in a row touch at most, with those at the ends of rows."""
+        rows = most_rows(shape, count)
+        return min(prod(part), count // 2 + 1 + (rows - 1) * (part[-1] - shape[-1] // 2))
+
+
+@dataclass(frozen=True, slots=True)
 class SameRows(Access):
     """The same rows of a part that has other columns, such as LoRA's B. Staged are complete rows."""
 

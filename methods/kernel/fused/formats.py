@@ -89,6 +89,12 @@ STORED: Mapping[str, Format | Integers] = {
 }
 """The formats that inputs can have, by their name in a safetensors header."""
 
+NIBBLES: Mapping[str, Format | Integers] = {
+    "F4": Format("i4", 1, 1, 0x7, 0x8, None, negative_zero=True),
+    "U4": Integers("i4", signed=False),
+}
+"""The formats of four bits, of which two are in a byte. F4 is E2M1 of the OCP Microscaling Formats, without a NaN."""
+
 
 def decoded(f: Function, raw: str, name: str) -> tuple[str, str]:
     """A stored number as a value to compute with, exactly.
@@ -101,7 +107,7 @@ def decoded(f: Function, raw: str, name: str) -> tuple[str, str]:
     Returns:
         The value and its type: double for F64, else float.
     """
-    form = STORED[name]
+    form = STORED[name] if name in STORED else NIBBLES[name]
     if isinstance(form, Integers):
         return f.value(f"{'sitofp' if form.signed else 'uitofp'} {form.stored} {raw} to float"), "float"
     if form is POWERS:

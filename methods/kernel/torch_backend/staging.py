@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..access import BlockRows, TransposedSlice, matrices, row_range
+from ..access import BlockRows, Nibbles, TransposedSlice, matrices, row_range
 from ..spec import InputSpec
 from .tile import Tile
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The numbers of the OCP format E2M1 by their bits."""
 
 
 def loaded(values: Tensor) -> Tensor:
@@ -23,6 +26,8 @@ def staged_values(tile: Tile, index: int, spec: InputSpec) -> Tensor:
     """The stored number of an input for each element of a tile, of shape (elements,)."""
     rows, columns = _places(tile, spec)
     access, staged = spec.access(index), tile.staged[index]
+    if isinstance(access, Nibbles):
+        return _unpacked(access, tile.inputs[index], spec, index, rows, columns, staged[0])
     if isinstance(access, BlockRows):
         places = _in_blocks(access, spec, rows, columns, staged[0])
     elif isinstance(access, TransposedSlice):
@@ -30,6 +35,18 @@ def staged_values(tile: Tile, index: int, spec: InputSpec) -> Tensor:
     else:
         raise TypeError(f"kernels cannot read an input with {access}")
     return loaded(_selected(tile.inputs[index], places))
+
+
+def _unpacked(
+    access: Nibbles, values: Tensor, spec: InputSpec, index: int, rows: Tensor, columns: Tensor, first: int
+) -> Tensor:
+    """The numbers of four bits for elements in some rows and columns."""
+    part = spec.part(index)
+    places = rows * part[-1] - access.byte(spec.shape, part, first) + columns.div(2, rounding_mode="floor")
+    bits = (values.index_select(0, places) >> (columns % 2 * 4).to(torch.uint8)) & 15
+    if access.numbers == "U4":
+        return bits
+    return torch.tensor(_E2M1, device=values.device).index_select(0, bits.to(torch.int64))
 
 
 def add_ranks(out: Tensor, tile: Tile, factors: tuple[int, int], spec: InputSpec) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import mergeloom
-from mergeloom.engine.model import logical
+from mergeloom.engine.model.formats import registry
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from tests.support.models import toy_format
@@ -28,7 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(logical.FORMATS, "toy", toy_format.find)
+    monkeypatch.setitem(registry.FORMATS, "toy", toy_format.find)
 
 
 @pytest.fixture(scope="module")

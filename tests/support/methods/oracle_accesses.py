@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mergeloom.methods.kernel.access import Access, Aligned, BlockRows, GatheredRows, Slice, TransposedSlice
+from mergeloom.methods.kernel.access import Access, Aligned, BlockRows, GatheredRows, Nibbles, Slice, TransposedSlice
 from tests.support.methods.oracle_numbers import Numbers
 
 
@@ -37,6 +37,15 @@ def _gathered(part: Numbers, access: GatheredRows, shape: tuple[int, ...]) -> Nu
     return with_zeros[list(access.index)].reshape(shape)
 
 
+def _nibbles(part: Numbers, access: Nibbles, shape: tuple[int, ...]) -> Numbers:
+    bits = part.astype(np.uint8)
+    both = np.stack([bits % 16, bits // 16], axis=-1).reshape(*bits.shape[:-1], -1)[..., : shape[-1]]
+    if access.numbers == "U4":
+        return both.astype(part.dtype)
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], part.dtype)
+    return np.where(both >= 8, -sizes[both % 8], sizes[both % 8])
+
+
 def _strided(part: Numbers, access: Any, shape: tuple[int, ...], row: int, column: int) -> Numbers:
     """A stack of matrices whose rows and columns have certain distances in the part."""
     size = part.itemsize
@@ -51,6 +60,7 @@ _EXPANDED: Mapping[type[Access], Callable[..., Numbers]] = {
     Aligned: lambda part, access, shape: part.reshape(shape),
     BlockRows: _blocks,
     GatheredRows: _gathered,
+    Nibbles: _nibbles,
     Slice: lambda part, access, shape: _strided(part, access, shape, access.stride, 1),
     TransposedSlice: lambda part, access, shape: _strided(part, access, shape, access.step, access.stride),
 }

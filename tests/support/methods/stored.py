@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, SameRows, Slice, TransposedSlice, Whole
+from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles, SameRows, Slice, TransposedSlice, Whole
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.decoder import Decoder, low_rank
 from mergeloom.methods.kernel.kernel import Kernel
@@ -41,6 +41,8 @@ class Stored:
 
 SCALED = Decoder("scaled", lambda codes, scales: codes * scales)
 OFFSET = Decoder("offset", lambda codes, scales, zeros: (codes - zeros) * scales)
+PACKED = Decoder("packed", lambda codes, scales: (codes - 8.0) * scales)
+TWICE_SCALED = Decoder("twice scaled", lambda codes, scales, total: codes * (scales * total))
 ADAPTED = Decoder("adapted", lambda base, left, right, *, scale: base + scale * low_rank(left, right))
 ADAPTED_CODES = Decoder(
     "adapted codes", lambda codes, scales, left, right, *, scale: codes * scales + scale * low_rank(left, right)
@@ -107,6 +109,24 @@ class Maker:
         parts = [(ALIGNED, self.codes(self.shape, torch.int8)), (access, powers.view(torch.float8_e8m0fnu))]
         return Stored(SCALED, parts, {})
 
+    def packed(self) -> Stored:
+        """Integers of 4 bits with an offset, two in a byte, with a scale for each 32 columns."""
+        access, shape = self.blocks(1, 32)
+        return Stored(PACKED, [(Nibbles("U4"), self.nibbles()), (access, self.numbers(shape, torch.bfloat16, 0.1))], {})
+
+    def packed_floats(self) -> Stored:
+        """Floating-point numbers of 4 bits, two in a byte, with a scale for each 16 columns and one for all."""
+        access, shape = self.blocks(1, 16)
+        scales = self.codes(shape, torch.float8_e4m3fn)
+        total = self.numbers((self.stack, 1), torch.float32, 0.1)
+        parts = [(Nibbles("F4"), self.nibbles()), (access, scales)]
+        return Stored(TWICE_SCALED, [*parts, (BlockRows(self.rows, max(1, self.columns)), total)], {})
+
+    def nibbles(self) -> Tensor:
+        """Bytes with two numbers each, and in some rows more than the columns need."""
+        width = math.ceil(self.columns / 2) + int(self.random.integers(2))
+        return self.codes((*self.shape[:-1], width), torch.uint8)
+
     def groups(self) -> Stored:
         """Codes without a sign, with a scale and a zero for each group of rows of a column, and for each row."""
         access, shape = self.blocks(16, 1)
@@ -147,7 +167,7 @@ KINDS: Mapping[str, Callable[[Maker], Stored]] = {
     each.__name__: each
     for each in (
         *(Maker.plain, Maker.fp8_blocks, Maker.microscaled, Maker.groups, Maker.adapted, Maker.adapted_codes),
-        *(Maker.transposed, Maker.sliced),
+        *(Maker.transposed, Maker.sliced, Maker.packed, Maker.packed_floats),
     )
 }
 MATRIX_KINDS = tuple(KINDS)

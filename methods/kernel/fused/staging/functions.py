@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from ..assembly import Function, literal
 from ..formats import STORED, decoded
 from ..operations import converted
-from .state import PADDING, BlockField, Field, LowRankField, TransposedField
+from .state import PADDING, BlockField, Field, LowRankField, NibbleField, TransposedField
 
 _RANKS = 8
 """Ranks that are added in one loop over the columns, which loads and stores the sums once."""
@@ -124,6 +124,53 @@ def _convert(name: str, dtype: str, work: str) -> str:
     f = Function(name, "void", arguments)
     with f.loop("%count") as (i, _, _):
         f.store(_read(f, "%source", f.value(f"mul i64 {i}, %stride"), dtype, work), "%out", i, work)
+    return f.text()
+
+
+def _nibbles(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
+    """The elements of a row, two of which are in a byte."""
+    numbers = dtypes[0]
+    f = _function(name)
+    data, origin = f.load("%state", Field.DATA, "ptr"), f.load("%state", Field.ORIGIN, "i64")
+    width = f.load("%state", NibbleField.WIDTH, "i64")
+    half, pairs = (f"{each}.{numbers}.{work}" for each in ("nibble", "nibbles"))
+    called[half], called[pairs] = _half(half, numbers, work), _pairs(pairs, numbers, work)
+    with _pieces(f) as (row, column, done, size):
+        place = f.value(f"add i64 {f.value(f'mul i64 {row}, {width}')}, {f.value(f'lshr i64 {column}, 1')}")
+        place = f.value(f"sub i64 {place}, {origin}")
+        odd = f.smaller(f.value(f"and i64 {column}, 1"), size)
+        complete = f.value(f"lshr i64 {f.value(f'sub i64 {size}, {odd}')}, 1")
+        inner = f.value(f"shl i64 {complete}, 1")
+        last = f.value(f"sub i64 {size}, {f.value(f'add i64 {odd}, {inner}')}")
+        out = f.at("%out", done, work)
+        f.do(f"call void @{half}(ptr {out}, ptr {f.at(data, place, 'i8')}, i8 4, i64 {odd})")
+        place, out = f.value(f"add i64 {place}, {odd}"), f.at(out, odd, work)
+        f.do(f"call void @{pairs}(ptr {out}, ptr {f.at(data, place, 'i8')}, i64 {complete})")
+        place, out = f.value(f"add i64 {place}, {complete}"), f.at(out, inner, work)
+        f.do(f"call void @{half}(ptr {out}, ptr {f.at(data, place, 'i8')}, i8 0, i64 {last})")
+    return f.text()
+
+
+def _pairs(name: str, numbers: str, work: str) -> str:
+    """``nibbles(out, source, count)``: both elements of each byte."""
+    f = Function(name, "void", [("ptr noalias", "out"), ("ptr noalias", "source"), ("i64", "count")])
+    with f.loop("%count") as (i, _, _):
+        byte = f.load("%source", i, "i8")
+        first = f.value(f"shl i64 {i}, 1")
+        for place, bits in ((first, byte), (f.value(f"add i64 {first}, 1"), f.value(f"lshr i8 {byte}, 4"))):
+            raw = f.value(f"trunc i8 {bits} to i4")
+            f.store(converted(f, *decoded(f, raw, numbers), work), "%out", place, work)
+    return f.text()
+
+
+def _half(name: str, numbers: str, work: str) -> str:
+    """``nibble(out, source, shift, count)``: at most one element, that of a byte's bits from `shift` on."""
+    pointers = [("ptr noalias", "out"), ("ptr noalias", "source")]
+    f = Function(name, "void", [*pointers, ("i8", "shift"), ("i64", "count")])
+    with f.loop("%count") as (i, _, _):
+        bits = f.value(f"lshr i8 {f.load('%source', i, 'i8')}, %shift")
+        raw = f.value(f"trunc i8 {bits} to i4")
+        f.store(converted(f, *decoded(f, raw, numbers), work), "%out", i, work)
     return f.text()
 
 
@@ -252,6 +299,7 @@ def _add_ranks(name: str, ranks: int, left: str, right: str, work: str) -> str:
 
 _KINDS: Mapping[str, Callable[[str, Sequence[str], str, dict[str, str]], str]] = {
     "blocks": _blocks,
+    "nibbles": _nibbles,
     "transposed": _transposed,
     "low_rank": _low_rank,
 }

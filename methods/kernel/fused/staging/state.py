@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...access import BlockRows, SameRows, TransposedSlice, matrices, row_range
+from ...access import BlockRows, Nibbles, SameRows, TransposedSlice, matrices, row_range
 from ...expression import Node
 from ...spec import InputSpec
 
@@ -24,12 +24,14 @@ class Fill(NamedTuple):
     """The values of a node that are computed from staged elements.
 
     Args:
-        kind: ``blocks``, ``transposed`` or ``low_rank``.
+        kind: ``blocks``, ``nibbles``, ``transposed`` or ``low_rank``.
         inputs: number of each input that it reads.
+        numbers: what the input is, if its dtype does not say so.
     """
 
     kind: str
     inputs: tuple[int, ...]
+    numbers: str = ""
 
     def function(self, dtypes: Sequence[str], work: str) -> str:
         """The name of the function that fills the buffer.
@@ -38,7 +40,8 @@ class Fill(NamedTuple):
             dtypes: dtype of each input of the kernel.
             work: LLVM type of the values.
         """
-        return ".".join(("fill", self.kind, *(dtypes[index] for index in self.inputs), work))
+        read = (self.numbers,) if self.numbers else tuple(dtypes[index] for index in self.inputs)
+        return ".".join(("fill", self.kind, *read, work))
 
 
 class Field(IntEnum):
@@ -62,6 +65,12 @@ class BlockField(IntEnum):
     BLOCK_COLUMNS = 10
     MATRIX_ROWS = 11  # rows of blocks in a matrix
     WIDTH = 12  # blocks in a row
+
+
+class NibbleField(IntEnum):
+    """The further state of a fill with two elements in each byte. ORIGIN is the first staged byte."""
+
+    WIDTH = 9  # bytes in a row
 
 
 class TransposedField(IntEnum):
@@ -92,7 +101,10 @@ def fill_of(node: Node, inputs: InputSpec) -> Fill | None:
         return Fill("low_rank", node.value)
     if node.op != "load" or inputs.access(node.value).aligned:
         return None
-    return Fill("blocks" if isinstance(inputs.access(node.value), BlockRows) else "transposed", (node.value,))
+    access = inputs.access(node.value)
+    if isinstance(access, Nibbles):
+        return Fill("nibbles", (node.value,), access.numbers)
+    return Fill("blocks" if isinstance(access, BlockRows) else "transposed", (node.value,))
 
 
 def state_of(
@@ -120,6 +132,9 @@ def state_of(
         state[BlockField.BLOCK_ROWS], state[BlockField.BLOCK_COLUMNS] = access.rows, access.columns
         state[BlockField.MATRIX_ROWS] = access.block_rows(rows)
         state[BlockField.WIDTH] = -(-columns // access.columns)
+    elif isinstance(access, Nibbles):
+        state[Field.ORIGIN] = access.byte(inputs.shape, inputs.part(index), staged[0])
+        state[NibbleField.WIDTH] = inputs.part(index)[-1]
     elif isinstance(access, TransposedSlice):
         first, last = begin // rows, (end - 1) // rows
         low, high = begin - first * rows, end - last * rows

@@ -1,0 +1,140 @@
+"""What config.json says about the format of a model's quantized weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ....errors import CheckpointError
+from ....io.checkpoint.checkpoint import Checkpoint
+from ....io.open_source import quoted
+from ....io.tensors.dtypes import BF16, DTYPES, DType
+from ..checks.formats import quantization_config
+
+_BLOCKS = re.compile(r"(\d{1,6})x(\d{1,6})")
+_NOMINAL = {"bfloat16": BF16, "float16": DTYPES["F16"], "float32": DTYPES["F32"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How weights are quantized.
+
+    Args:
+        key: key in config.json that says so, for error messages.
+        bits: bits of a code.
+        is_float: whether codes are floating-point numbers.
+        strategy: what shares a scale: ``tensor``, ``channel``, ``block``, ``group``, or empty if it isn't stated.
+        block: rows and columns of a block; None if they aren't stated.
+        group: columns that share a scale; 0 if there are no groups.
+        symmetric: whether there are no zero points.
+    """
+
+    key: str
+    bits: int = 8
+    is_float: bool = True
+    strategy: str = ""
+    block: tuple[int, int] | None = None
+    group: int = 0
+    symmetric: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """The description of quantized weights in config.json.
+
+    Args:
+        key: its key; empty without a description.
+        method: value of ``quant_method``, or of ``quant_algo`` for ModelOpt, in lowercase.
+        form: value of ``format``, in lowercase.
+        weights: the ways in which weights are quantized.
+        expert_dtype: DeepSeek-V4's ``expert_dtype``; empty if it isn't stated.
+    """
+
+    key: str = ""
+    method: str = ""
+    form: str = ""
+    weights: tuple[Weights, ...] = ()
+    expert_dtype: str = ""
+
+    def of(self, bits: int, *, is_float: bool) -> Weights | None:
+        """The only way in which weights with such codes are quantized; None if none or several are described."""
+        found = [each for each in self.weights if each.bits == bits and each.is_float == is_float]
+        return found[0] if len(found) == 1 else None
+
+
+def declared_weights(checkpoint: Checkpoint) -> Declared:
+    """Read the description of quantized weights in config.json.
+
+    Raises:
+        CheckpointError: a key of the description has an invalid value.
+    """
+    found = quantization_config(checkpoint.config)
+    if found is None:
+        return Declared()
+    key, section = found
+    method = str(section.get("quant_method") or "").lower()
+    if method == "modelopt":
+        method = str(section.get("quant_algo") or method).lower()
+    experts = section.get("expert_dtype", (checkpoint.config or {}).get("expert_dtype"))
+    weights: tuple[Weights, ...] = ()
+    if isinstance(groups := section.get("config_groups"), Mapping):
+        weights = tuple(
+            _of_group(checkpoint, f"{key}.config_groups.{name}.weights", group["weights"])
+            for name, group in groups.items()
+            if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
+        )
+    elif method == "fp8":
+        size = section.get("weight_block_size")
+        block = None if size is None else _block(checkpoint, f"{key}.weight_block_size", size)
+        weights = (Weights(f"{key}.weight_block_size", strategy="block" if block else "", block=block),)
+    elif method == "fbgemm_fp8":
+        weights = (Weights(f"{key}.quant_method", strategy="channel"),)
+    return Declared(key, method, str(section.get("format") or "").lower(), weights, str(experts or "").lower())
+
+
+def _of_group(checkpoint: Checkpoint, key: str, weights: Mapping[str, Any]) -> Weights:
+    """The weights of a group of compressed-tensors."""
+    bits, group = weights.get("num_bits"), weights.get("group_size")
+    if not isinstance(bits, int):
+        raise CheckpointError(f"{checkpoint.path}: config.json: {key}.num_bits is {quoted(bits)}, not a number")
+    structure = weights.get("block_structure")
+    block = None if structure is None else _block(checkpoint, f"{key}.block_structure", structure)
+    return Weights(
+        key,
+        bits,
+        weights.get("type") == "float",
+        str(weights.get("strategy") or ""),
+        block,
+        group if isinstance(group, int) and group > 0 else 0,
+        weights.get("symmetric") is not False,
+    )
+
+
+def _block(checkpoint: Checkpoint, key: str, value: object) -> tuple[int, int]:
+    """The rows and columns of a block: ``[128, 128]`` or ``"128x128"``."""
+    numbers: Sequence[object] = value if isinstance(value, Sequence) else ()
+    if isinstance(value, str) and (match := _BLOCKS.fullmatch(value)):
+        numbers = [int(match[1]), int(match[2])]
+    if len(numbers) == 2 and all(type(number) is int and number > 0 for number in numbers):
+        rows, columns = numbers
+        assert isinstance(rows, int)
+        assert isinstance(columns, int)
+        return rows, columns
+    raise CheckpointError(
+        f"{checkpoint.path}: config.json: {key} is {quoted(value)}: expected rows and columns of a block, such as "
+        "[128, 128]"
+    )
+
+
+def nominal_dtype(checkpoint: Checkpoint) -> DType:
+    """The dtype of a model's values if they were not quantized: that of config.json, or else bfloat16."""
+    config = checkpoint.config or {}
+    sections = [config, *(value for key, value in config.items() if key.endswith("_config"))]
+    for section in sections:
+        for key in ("dtype", "torch_dtype"):
+            name = section.get(key) if isinstance(section, Mapping) else None
+            if isinstance(name, str) and name.removeprefix("torch.") in _NOMINAL:
+                return _NOMINAL[name.removeprefix("torch.")]
+    return BF16

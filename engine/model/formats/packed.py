@@ -1,0 +1,181 @@
+"""Finds weights in integers and in 4-bit formats: compressed-tensors, ModelOpt's NVFP4, DeepSeek-V4's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from ....errors import CheckpointError
+from ....io.checkpoint.checkpoint import Checkpoint
+from ....io.tensors.dtypes import DTYPES, DType
+from ....io.tensors.refs import TensorRef
+from ....io.tensors.table import described
+from ....methods.formats.scaled import (
+    INT4_PACKED,
+    INT8,
+    INT8_PACKED,
+    MXFP4,
+    NVFP4_DIVIDED,
+    NVFP4_MULTIPLIED,
+)
+from ....methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles, Shape, Slice
+from ....methods.kernel.decoder import Decoder
+from ..logical import Decode, LogicalTensor, Part
+from .declared import Declared, declared_weights, nominal_dtype
+from .fp8 import POWERS, companions
+
+_BYTES = DTYPES["U8"]
+_CODES = ("I8", "U8", "I32")
+_SCALES = ("F32", "BF16", "F16")
+_POWERS = ("F8_E8M0", "U8")
+
+_Found = tuple[Decoder, Shape, tuple[Part, ...]]
+
+
+def find_packed(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
+    """Find the weights whose codes are integers, or have four bits.
+
+    Weights with more than codes and scales, such as zero points or a permutation, are left out: they are not decoded.
+
+    Raises:
+        CheckpointError: the shapes of codes and scales do not fit together.
+    """
+    tensors = checkpoint.tensors
+    finder: _Finder | None = None
+    nominal = nominal_dtype(checkpoint)
+    for name, codes in described(tensors, lambda each: each.dtype.name in _CODES and len(each.shape) == 2):
+        finder = finder or _Finder(checkpoint)
+        found = finder.find(name, codes.dtype)
+        if found is not None:
+            decoder, shape, parts = found
+            module = name.rpartition(".")[0]
+            logical = f"{module}.weight" if name.endswith(".weight_packed") else name
+            yield LogicalTensor(logical, shape, nominal, parts, finder.decode(decoder), companions(name, tensors))
+
+
+class _Finder:
+    """Finds the parts of one weight at a time.
+
+    Args:
+        checkpoint: the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tensors: Mapping[str, TensorRef] = checkpoint.tensors
+        self._declared: Declared = declared_weights(checkpoint)
+        self._decodes: dict[int, Decode] = {}
+
+    def decode(self, decoder: Decoder) -> Decode:
+        """The use of a decoder, the same object for all tensors."""
+        return self._decodes.setdefault(id(decoder), Decode(decoder))
+
+    def part(self, name: str, access: Access = ALIGNED) -> Part:
+        """A stored tensor as it is."""
+        return Part(name, self._tensors[name], access)
+
+    def find(self, name: str, dtype: DType) -> _Found | None:
+        """The decoder, the shape and the parts of the weight whose codes have a name; None if they are not known."""
+        module, _, last = name.rpartition(".")
+        if any(f"{module}.{each}" in self._tensors for each in ("weight_zero_point", "weight_g_idx")):
+            return None
+        finders: dict[tuple[str, str], Callable[[str, str], _Found | None]] = {
+            ("weight_packed", "I32"): self._integers,
+            ("weight_packed", "U8"): self._packed_floats,
+            ("weight", "U8"): self._modelopt,
+            ("weight", "I8"): self._bytes,
+        }
+        find = finders.get((last, dtype.name))
+        return None if find is None else find(name, module)
+
+    def _integers(self, name: str, module: str) -> _Found | None:
+        """compressed-tensors' ``pack-quantized``: 4 or 8 bits, the first in the lowest bits of 32."""
+        scale = f"{module}.weight_scale"
+        weights = self._declared.of(4, is_float=False) or self._declared.of(8, is_float=False)
+        if weights is None or scale not in self._tensors or not weights.symmetric:
+            return None
+        codes, scales = self._tensors[name], self._tensors[scale]
+        rows, words = codes.shape
+        columns = words * 32 // weights.bits
+        if weights.group and scales.shape[1:]:
+            grouped = scales.shape[1] * weights.group
+            if -(-grouped * weights.bits // 32) == words:  # the last word is not full
+                columns = grouped
+        part = self._scales(name, (rows, columns), scale, weights.group or columns, weights.key, _SCALES)
+        raw = replace(codes, dtype=_BYTES, shape=(rows, 4 * words))
+        if weights.bits == 4:
+            return INT4_PACKED, (rows, columns), (Part(name, raw, Nibbles("U4")), part)
+        access = ALIGNED if columns == 4 * words else Slice(0, 4 * words)
+        return INT8_PACKED, (rows, columns), (Part(name, raw, access), part)
+
+    def _packed_floats(self, name: str, module: str) -> _Found | None:
+        """compressed-tensors' ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``."""
+        scale, total = f"{module}.weight_scale", f"{module}.weight_global_scale"
+        if scale not in self._tensors or self._declared.of(4, is_float=True) is None:
+            return None
+        codes, scales = self._tensors[name], self._tensors[scale]
+        shape = (codes.shape[0], 2 * codes.shape[1])
+        weights = self._declared.of(4, is_float=True)
+        assert weights is not None
+        part = Part(name, codes, Nibbles("F4"))
+        if total in self._tensors:
+            group = self._scales(name, shape, scale, weights.group or 16, weights.key, ("F8_E4M3",))
+            return NVFP4_DIVIDED, shape, (part, group, self._total(name, shape, total))
+        if scales.dtype.name not in _POWERS:
+            return None
+        return MXFP4, shape, (part, self._scales(name, shape, scale, weights.group or 32, weights.key, _POWERS))
+
+    def _modelopt(self, name: str, module: str) -> _Found | None:
+        """ModelOpt's NVFP4."""
+        scale, total = f"{module}.weight_scale", f"{module}.weight_scale_2"
+        if scale not in self._tensors or total not in self._tensors:
+            return None
+        codes = self._tensors[name]
+        shape = (codes.shape[0], 2 * codes.shape[1])
+        group = self._scales(name, shape, scale, 16, self._declared.key, ("F8_E4M3",))
+        return NVFP4_MULTIPLIED, shape, (Part(name, codes, Nibbles("F4")), group, self._total(name, shape, total))
+
+    def _bytes(self, name: str, module: str) -> _Found | None:
+        """compressed-tensors' ``int-quantized``, and DeepSeek-V4's experts: two numbers of E2M1 in each byte."""
+        codes, scale, power = self._tensors[name], f"{module}.weight_scale", f"{module}.scale"
+        weights = self._declared.of(8, is_float=False)
+        if weights is not None and weights.symmetric and scale in self._tensors:
+            group = self._scales(name, codes.shape, scale, weights.group or codes.shape[1], weights.key, _SCALES)
+            return INT8, codes.shape, (Part(name, codes), group)
+        if power in self._tensors and self._tensors[power].dtype == POWERS and self._declared.expert_dtype != "fp8":
+            shape = (codes.shape[0], 2 * codes.shape[1])
+            part = Part(name, replace(codes, dtype=_BYTES), Nibbles("F4"))
+            return MXFP4, shape, (part, self._scales(name, shape, power, 32, "expert_dtype", _POWERS))
+        return None
+
+    def _scales(self, name: str, shape: Shape, scale: str, group: int, key: str, dtypes: tuple[str, ...]) -> Part:
+        """Scales of groups of columns, or one for each row or for the tensor."""
+        ref = self._tensors[scale]
+        rows, columns = shape
+        if ref.dtype.name not in dtypes:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {scale} is {ref.dtype.name}, which is not a dtype of the scales of {name}: "
+                f"expected {' or '.join(dtypes)}. Download the model again"
+            )
+        if ref.dtype.name == "U8":
+            ref = replace(ref, dtype=POWERS)
+        if ref.elements == 1 and group == columns:
+            return Part(scale, replace(ref, shape=(1, 1)), BlockRows(rows, columns))
+        expected = (rows, -(-columns // group))
+        if ref.shape not in (expected, expected[:1] if group == columns else expected):
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {scale} of shape {list(ref.shape)} does not fit {name}, whose value has the "
+                f"shape {list(shape)}: with a scale for each {group} columns (config.json: {key}) it has the shape "
+                f"{list(expected)}. Download the model and its config.json again"
+            )
+        return Part(scale, replace(ref, shape=expected), BlockRows(1, group))
+
+    def _total(self, name: str, shape: Shape, total: str) -> Part:
+        """The scale of a complete tensor."""
+        ref = self._tensors[total]
+        if ref.elements != 1 or ref.dtype.name != "F32":
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {total} is {ref.dtype.name} of shape {list(ref.shape)}: expected one F32 "
+                f"for all of {name}. Download the model again"
+            )
+        return Part(total, replace(ref, shape=(1, 1)), BlockRows(*shape))

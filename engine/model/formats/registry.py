@@ -1,0 +1,36 @@
+"""The formats that mergeloom reads, and the tensors of a checkpoint in any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from ....io.checkpoint.checkpoint import Checkpoint
+from ..logical import LogicalTensor, LogicalTensors, Tensors
+from ..quantized import quantized_tensors
+from .fp8 import find_fp8
+from .packed import find_packed
+
+Format = Callable[[Checkpoint], Iterable[LogicalTensor]]
+"""A function that finds the values of a format in a checkpoint: first by its config.json, then by their names."""
+
+FORMATS: dict[str, Format] = {"fp8": find_fp8, "packed": find_packed}
+"""The known formats by name."""
+
+
+def tensors_of(checkpoint: Checkpoint) -> Tensors:
+    """Return the tensors of a checkpoint: the stored ones, but for those that are parts of values in a known format.
+
+    Raises:
+        CheckpointError: a value is of a known format, but its parts don't fit together.
+    """
+    if not checkpoint.files:  # the output of a stage
+        return checkpoint.tensors
+    found = [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
+    return LogicalTensors(checkpoint.tensors, found) if found else checkpoint.tensors
+
+
+def unknown_quantized(checkpoint: Checkpoint, tensors: Tensors) -> Mapping[str, str]:
+    """Return the quantized tensors that are in no known format, with what belongs to them, each with the reason."""
+    found = quantized_tensors(checkpoint)
+    known = tensors.parts if isinstance(tensors, LogicalTensors) else ()
+    return {name: reason for name, reason in found.items() if name not in known} if known else found

@@ -1,0 +1,1 @@
+"""Formats of quantized tensors, as functions from stored parts to values."""

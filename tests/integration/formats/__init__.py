@@ -1,0 +1,1 @@
+"""Merges of models in quantized formats."""

@@ -1,0 +1,86 @@
+"""Merges of quantized models equal the merges of models that store the decoded values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mergeloom
+from tests.support.models import quantized
+from tests.support.outputs import read_model
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"parameters": {"weight": 0.5}},
+    "slerp": {"parameters": {"t": 0.25}},
+    "ties": {"parameters": {"weight": 0.5, "density": 0.5}},
+    "della": {"parameters": {"weight": 0.5, "density": 0.5, "epsilon": 0.1}},
+}
+
+
+def recipe(method: str, models: list[Path], dtype: str | None) -> dict[str, Any]:
+    """A recipe of a method over some models, the first of which is the base."""
+    made: dict[str, Any] = {"merge_method": method, "models": [{"model": str(model)} for model in models]}
+    made |= RECIPES.get(method, {})
+    if method != "linear" and method != "passthrough":
+        made["base_model"] = str(models[0])
+    return made if dtype is None else made | {"dtype": dtype}
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """The bytes of each tensor."""
+    return {
+        name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in read_model(out).items() if tensor.dim()
+    }
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS)
+def test_decoded_values_equal_those_of_the_formats_library(tmp_path: Path, form: str) -> None:
+    model, values = quantized.write_pair(tmp_path, form, 1)
+    mergeloom.merge(recipe("passthrough", [model], "float32"), tmp_path / "out")
+    found, expected = read_model(tmp_path / "out"), read_model(values)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS)
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_merge_equals_that_of_the_values(tmp_path: Path, form: str, method: str) -> None:
+    pairs = [quantized.write_pair(tmp_path, form, seed) for seed in (1, 2, 3)]
+    mergeloom.merge(recipe(method, [model for model, _ in pairs], "bfloat16"), tmp_path / "quantized")
+    mergeloom.merge(recipe(method, [values for _, values in pairs], "bfloat16"), tmp_path / "values")
+    assert weights(tmp_path / "quantized") == weights(tmp_path / "values")
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_models_in_different_formats_merge(tmp_path: Path, method: str) -> None:
+    forms = ("fp8 blocks", "int4", "mxfp4")[: 2 if method == "slerp" else 3]
+    pairs = [quantized.write_pair(tmp_path, form, seed) for seed, form in enumerate(forms)]
+    mixed = [model for model, _ in pairs[:-1]] + [pairs[-1][1]]  # the last one is not quantized
+    mergeloom.merge(recipe(method, mixed, "bfloat16"), tmp_path / "quantized")
+    mergeloom.merge(recipe(method, [values for _, values in pairs], "bfloat16"), tmp_path / "values")
+    assert weights(tmp_path / "quantized") == weights(tmp_path / "values")
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS)
+def test_a_copy_keeps_codes_scales_and_what_belongs_to_them(tmp_path: Path, form: str) -> None:
+    model, _ = quantized.write_pair(tmp_path, form, 1)
+    mergeloom.merge(recipe("passthrough", [model], None), tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(model)
+    copied, original = (json.loads((each / "config.json").read_text()) for each in (tmp_path / "out", model))
+    assert copied["quantization_config"] == original["quantization_config"]
+
+
+def test_a_merged_model_is_bfloat16_and_its_config_says_so(tmp_path: Path) -> None:
+    models = [quantized.write_pair(tmp_path, "fp8 blocks", seed)[0] for seed in (1, 2)]
+    result = mergeloom.merge(recipe("linear", models, None), tmp_path / "out")
+    assert {tensor.dtype for tensor in read_model(tmp_path / "out").values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["torch_dtype"] == "bfloat16"
+    assert any("quantization_config" in str(warning) for warning in result.warnings)
