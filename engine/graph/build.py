@@ -27,7 +27,7 @@ from .checks.duplicates import explained, find_duplicates
 from .checks.filters import unmatched_filters
 from .checks.layers import LayerChecks, OutputLayer, missing_tensor
 from .checks.partial import PartialTensor, partial_warnings
-from .checks.quantized_outputs import check_quantized_outputs
+from .checks.quantized_outputs import check_quantized_outputs, decoding_warnings
 from .fuse import fuse
 from .graph import MergeGraph
 from .rules import TensorRules
@@ -215,6 +215,8 @@ class _GraphBuilder:
         self._warn_of_filters(chain(self.graph.read_names, self.graph.outputs.names))
         if self.stage.files_from is None:
             self.warnings += check_quantized_outputs(self.graph, self.models, self.donor)
+        if self.stage.out_dtype is None and self.stage.dtype is None:
+            self.warnings += decoding_warnings(self.graph, self.donor)
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = self.stage.out_dtype or self.stage.dtype
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)

@@ -55,8 +55,9 @@ class TensorValues:
         for part in tensor.parts + tensor.companions:
             read = self._graph.add_read(model.number, part.name, part.ref)
             if tensor.decode is not None:
-                copy = Operation(Kind.COPY, "passthrough")
-                yield renamed(part.name, name, output), self._graph.add_node(copy, (read,), part.ref.dtype)
+                copy, stored = Operation(Kind.COPY, "passthrough"), part.as_stored
+                node = self._graph.add_node(copy, (read,), stored.dtype, shape=stored.shape)
+                yield renamed(part.name, name, output), node
             elif part.access.aligned:
                 copy = Operation(Kind.COPY, "passthrough", copied=(part.access,))
                 yield output, self._graph.add_node(copy, (read,), part.ref.dtype, shape=tensor.shape)

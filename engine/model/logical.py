@@ -8,10 +8,10 @@ a checkpoint. The parts are not tensors of the model, so nothing but the reads o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from ...io.tensors.dtypes import DType
+from ...io.tensors.dtypes import DType, Kind
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access, Shape
@@ -26,11 +26,25 @@ class Part:
         name: name of the stored tensor.
         ref: the stored tensor.
         access: which of its elements a range of the value's elements needs.
+        stored: the same tensor with the dtype and shape of its header, if `ref` has others of the same size: packed
+            codes are bytes, and the only scale of a tensor is a matrix.
     """
 
     name: str
     ref: TensorRef
     access: Access = ALIGNED
+    stored: TensorRef | None = None
+
+    @classmethod
+    def seen_as(cls, name: str, stored: TensorRef, access: Access, shape: Shape, dtype: DType | None = None) -> Part:
+        """A stored tensor whose bytes are read as another shape, or dtype of another width."""
+        ref = replace(stored, shape=shape, dtype=dtype or stored.dtype)
+        return cls(name, ref, access, None if ref == stored else stored)
+
+    @property
+    def as_stored(self) -> TensorRef:
+        """The tensor as its header describes it."""
+        return self.ref if self.stored is None else self.stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,12 @@ class LogicalTensor:
         return "slice" if self.decode is None else self.decode.decoder.name
 
     @property
+    def quantized(self) -> bool:
+        """Whether the value is stored as codes, and not as a floating-point number of 16 bits or more."""
+        dtype = self.parts[0].ref.dtype
+        return self.decode is not None and (dtype.kind is not Kind.FLOAT or dtype.bits < 16)
+
+    @property
     def elements(self) -> int:
         """Number of elements of the value."""
         return prod(self.shape)
@@ -97,15 +117,19 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
 
     Attributes:
         parts: names of the stored tensors that are parts of a value.
+        codes: names of those that are parts of a quantized value or belong to it, each with the name of its format.
     """
 
     def __init__(self, stored: Mapping[str, TensorRef], found: Iterable[LogicalTensor]) -> None:
         self._stored = stored
         self._found = {tensor.name: tensor for tensor in found}
+        self.codes: dict[str, str] = {}
         first: dict[str, list[str]] = {}  # by stored tensor, the values whose first part it is
         for tensor in self._found.values():
             for number, part in enumerate(tensor.parts + tensor.companions):
                 first.setdefault(part.name, []).extend([tensor.name] if number == 0 else [])
+                if tensor.quantized:
+                    self.codes[part.name] = tensor.format
         self.parts: Collection[str] = first.keys()
         self._names = dict.fromkeys(name for each in stored for name in first.get(each, [each]))
 
@@ -140,3 +164,8 @@ def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:
     """Return the names of the stored tensors that a tensor is computed from."""
     tensor = tensors[name] if isinstance(tensors, LogicalTensors) else None
     return tuple([part.name for part in tensor.parts]) if isinstance(tensor, LogicalTensor) else (name,)
+
+
+def codes_of(tensors: Tensors) -> Mapping[str, str]:
+    """Return the stored tensors of quantized values in known formats, each with the name of its format."""
+    return tensors.codes if isinstance(tensors, LogicalTensors) else {}

@@ -146,7 +146,7 @@ class Nibbles(Access):
 
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
         """Return whether the part has as many rows, and a byte for every two columns."""
-        return len(part) > 0 and part[:-1] == shape[:-1] and 2 * part[-1] >= shape[-1]
+        return len(part) == len(shape) > 0 and part[:-1] == shape[:-1] and 2 * part[-1] >= shape[-1]
 
     def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
         """Return the same access, and a part with as many bytes as the columns need."""

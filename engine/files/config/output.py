@@ -15,6 +15,7 @@ from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
 from .compare_heads import compare_heads
 from .mixed_dtypes import mixed_dtypes
 from .rearrange import MergedConfig, merged_config, stated_layers
+from .skip_list import extend_skip_list
 
 
 def output_config(
@@ -43,6 +44,7 @@ def output_config(
     warnings = _compare(config, built, used, chosen=chosen, has_base=stage.base_model is not None)
     result: dict[str, Any] = copy.deepcopy(dict(config))
     warnings += drop_quantization(result, built, used)
+    warnings += extend_skip_list(result, built)
     wanted = stage.out_dtype or stage.dtype
     dtype = wanted.torch_name if wanted is not None else built.dtype
     if not stacks:  # config.json describes the layers already, but perhaps not the dtype and the head

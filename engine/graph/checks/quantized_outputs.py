@@ -1,14 +1,21 @@
-"""Checks that the output's config.json describes the quantized tensors that are copied to the output."""
+"""Checks that the output's config.json describes the quantized tensors that are copied, and reports decoded ones."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from ....errors import CheckpointError
+from ....io.tensors.dtypes import Kind as ElementKind
+from ....io.units import data_size, plural
 from ...model.checks.formats import format_name, quantization_config, unquantized
 from ...model.inputs import Model
+from ...model.logical import LogicalTensor, LogicalTensors, codes_of
 from ...model.warnings import ModelWarning, ModelWarningKind
-from ..graph import MergeGraph
+from ..columns import Output
+from ..graph import Kind, MergeGraph
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 _UNRELATED = (
     "modules_to_not_convert",
@@ -37,7 +44,7 @@ def check_quantized_outputs(graph: MergeGraph, models: Sequence[Model], donor: M
     Raises:
         CheckpointError: a model has another format than the donor, so its tensors would be read as something else.
     """
-    copied: dict[int, str] = {}
+    copied: dict[int, str] = _copied_codes(graph, models)
     values: dict[int, str] = {}
     if any(model.quantized for model in models):
         for number, name in zip(graph.read_models, graph.read_names, strict=True):
@@ -45,7 +52,7 @@ def check_quantized_outputs(graph: MergeGraph, models: Sequence[Model], donor: M
                 copied.setdefault(number, name)
             elif name in donor.quantized:
                 values.setdefault(number, name)
-    label = format_name(donor.checkpoint, donor.quantized) if donor.quantized else None
+    label = _format_of(donor)
     for number, name in values.items() if copied else ():
         raise CheckpointError(
             f"tensor {name} of {models[number].name} is not quantized, but config.json comes from {donor.name}, where "
@@ -54,13 +61,17 @@ def check_quantized_outputs(graph: MergeGraph, models: Sequence[Model], donor: M
         )
     for number, name in copied.items():
         model = models[number]
-        own = format_name(model.checkpoint, model.quantized)
+        own = _format_of(model)
         if model is not donor and own != label:
             described = "is not quantized" if label is None else f"is quantized with {label}"
+            codes = codes_of(model.tensors).get(name)
+            reason = model.quantized[name] if codes is None else f"it is a part of {codes}"
+            advice = unquantized(model.reference.text, model.checkpoint)
+            if codes is not None:
+                advice = "set dtype in the recipe, for example dtype: bfloat16, to decode it"
             raise CheckpointError(
-                f"tensor {name} of {model.name} is quantized ({own}; {model.quantized[name]}) and is copied, but "
-                f"config.json comes from {donor.name}, which {described}: loaders would read it as something else; "
-                f"{unquantized(model.reference.text, model.checkpoint)}"
+                f"tensor {name} of {model.name} is quantized ({own}; {reason}) and is copied, but config.json comes "
+                f"from {donor.name}, which {described}: loaders would read it as something else; {advice}"
             )
         if model is not donor and (keys := _different_settings(model, donor)):
             yield ModelWarning(
@@ -70,6 +81,72 @@ def check_quantized_outputs(graph: MergeGraph, models: Sequence[Model], donor: M
                 "use models that were quantized with the same settings",
                 tuple(keys),
             )
+
+
+def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
+    """The outputs that are not quantized, although tensors of their kind are quantized in the donor.
+
+    Tensors of a kind differ only in the numbers of layers and experts.
+    """
+    if not isinstance(donor.tensors, LogicalTensors):
+        return
+    kinds = {_kind(name) for name in donor.tensors if _is_coded(donor.tensors, name)}
+    for output in graph.outputs if kinds else ():
+        dtype = graph.node_dtype[output.node]
+        if dtype.kind is ElementKind.FLOAT and dtype.bits >= 16 and _kind(output.name) in kinds:
+            yield output
+
+
+def decoding_warnings(graph: MergeGraph, donor: Model) -> Iterator[ModelWarning]:
+    """Warn about quantized tensors that are decoded although the recipe does not ask for a dtype."""
+    decoded = list(decoded_outputs(graph, donor))
+    if not decoded:
+        return
+    nbytes = sum(graph.nbytes(output.node) for output in decoded)
+    stored = sum(_stored_bytes(donor, output.name) for output in decoded)
+    dtypes = sorted({graph.node_dtype[output.node].torch_name or "" for output in decoded})
+    size = f"{data_size(nbytes)} instead of {data_size(stored)}" if stored else data_size(nbytes)
+    yield ModelWarning(
+        ModelWarningKind.QUANTIZATION,
+        f"{plural(len(decoded), 'tensor')} of a kind that {donor.name} stores quantized ({_format_of(donor)}) "
+        f"{'is' if len(decoded) == 1 else 'are'} written in {' and '.join(dtypes)}: {size}",
+        f"set dtype: {dtypes[0]} in the recipe if you want that",
+    )
+
+
+def _is_coded(tensors: LogicalTensors, name: str) -> bool:
+    tensor = tensors[name]
+    return isinstance(tensor, LogicalTensor) and tensor.quantized
+
+
+def _stored_bytes(donor: Model, name: str) -> int:
+    """The bytes that the donor stores of a tensor; 0 if it has none of this name."""
+    tensor = donor.tensors.get(name)
+    return tensor.stored_bytes if isinstance(tensor, LogicalTensor) else 0
+
+
+def _kind(name: str) -> str:
+    """A name without the numbers of layers and experts."""
+    return _NUMBER.sub("*", name)
+
+
+def _copied_codes(graph: MergeGraph, models: Sequence[Model]) -> dict[int, str]:
+    """By model, a stored tensor in a known format that an output copies."""
+    copied: dict[int, str] = {}
+    if any(codes_of(model.tensors) for model in models):
+        for node in graph.outputs.nodes:
+            if graph.operation(node).kind is Kind.COPY:
+                for read in graph.reads_of(node):
+                    number, name = graph.read_models[read], graph.read_names[read]
+                    if name in codes_of(models[number].tensors):
+                        copied.setdefault(number, name)
+    return copied
+
+
+def _format_of(model: Model) -> str | None:
+    """The name of a model's format; None if it is not quantized."""
+    names = {**codes_of(model.tensors), **model.quantized}
+    return format_name(model.checkpoint, names) if names else None
 
 
 def _different_settings(model: Model, donor: Model) -> list[str]:

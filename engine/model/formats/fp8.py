@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
@@ -76,21 +75,21 @@ def _scale(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared
             f"{checkpoint.path}: {scale} is {ref.dtype.name}, which is not a dtype of scales: expected one of "
             f"{', '.join(_SCALE_DTYPES)}. Download the model again"
         )
-    if ref.dtype.name == "U8":
-        ref = replace(ref, dtype=POWERS)
+    dtype = POWERS if ref.dtype.name == "U8" else ref.dtype
     *stack, rows, columns = shape
     weights = declared.of(8, is_float=True)
     if ref.elements == 1 and not stack:
-        return Part(scale, replace(ref, shape=(1, 1)), BlockRows(rows, columns)), FP8_TENSOR
+        return Part.seen_as(scale, ref, BlockRows(max(1, rows), max(1, columns)), (1, 1), dtype), FP8_TENSOR
     if weights is not None and weights.block is not None:
         access = BlockRows(*weights.block)
         if not access.part_shape_fits(shape, ref.shape) or len(ref.shape) != len(shape):
             raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
-        return Part(scale, ref, access), FP8_BLOCKS
+        return Part.seen_as(scale, ref, access, ref.shape, dtype), FP8_BLOCKS
     if ref.shape in ((*stack, rows, 1), (*stack, rows)):
-        return Part(scale, replace(ref, shape=(*stack, rows, 1)), BlockRows(1, columns)), FP8_CHANNELS
+        return Part.seen_as(scale, ref, BlockRows(1, max(1, columns)), (*stack, rows, 1), dtype), FP8_CHANNELS
     if stack and ref.shape in (tuple(stack), (*stack, 1), (*stack, 1, 1)):
-        return Part(scale, replace(ref, shape=(*stack, 1, 1)), BlockRows(rows, columns)), FP8_TENSOR
+        access = BlockRows(max(1, rows), max(1, columns))
+        return Part.seen_as(scale, ref, access, (*stack, 1, 1), dtype), FP8_TENSOR
     raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
@@ -102,11 +101,11 @@ class _Finder:
             if -(-grouped * weights.bits // 32) == words:  # the last word is not full
                 columns = grouped
         part = self._scales(name, (rows, columns), scale, weights.group or columns, weights.key, _SCALES)
-        raw = replace(codes, dtype=_BYTES, shape=(rows, 4 * words))
-        if weights.bits == 4:
-            return INT4_PACKED, (rows, columns), (Part(name, raw, Nibbles("U4")), part)
-        access = ALIGNED if columns == 4 * words else Slice(0, 4 * words)
-        return INT8_PACKED, (rows, columns), (Part(name, raw, access), part)
+        access: Access = Nibbles("U4")
+        if weights.bits == 8:
+            access = ALIGNED if columns == 4 * words else Slice(0, 4 * words)
+        raw = Part.seen_as(name, codes, access, (rows, 4 * words), _BYTES)
+        return INT4_PACKED if weights.bits == 4 else INT8_PACKED, (rows, columns), (raw, part)
 
     def _packed_floats(self, name: str, module: str) -> _Found | None:
         """compressed-tensors' ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``."""
@@ -144,7 +143,7 @@ class _Finder:
             return INT8, codes.shape, (Part(name, codes), group)
         if power in self._tensors and self._tensors[power].dtype == POWERS and self._declared.expert_dtype != "fp8":
             shape = (codes.shape[0], 2 * codes.shape[1])
-            part = Part(name, replace(codes, dtype=_BYTES), Nibbles("F4"))
+            part = Part.seen_as(name, codes, Nibbles("F4"), codes.shape, _BYTES)
             return MXFP4, shape, (part, self._scales(name, shape, power, 32, "expert_dtype", _POWERS))
         return None
 
@@ -157,10 +156,9 @@ class _Finder:
                 f"{self._checkpoint.path}: {scale} is {ref.dtype.name}, which is not a dtype of the scales of {name}: "
                 f"expected {' or '.join(dtypes)}. Download the model again"
             )
-        if ref.dtype.name == "U8":
-            ref = replace(ref, dtype=POWERS)
+        dtype = POWERS if ref.dtype.name == "U8" else ref.dtype
         if ref.elements == 1 and group == columns:
-            return Part(scale, replace(ref, shape=(1, 1)), BlockRows(rows, columns))
+            return Part.seen_as(scale, ref, BlockRows(rows, columns), (1, 1), dtype)
         expected = (rows, -(-columns // group))
         if ref.shape not in (expected, expected[:1] if group == columns else expected):
             raise CheckpointError(
@@ -168,7 +166,7 @@ class _Finder:
                 f"shape {list(shape)}: with a scale for each {group} columns (config.json: {key}) it has the shape "
                 f"{list(expected)}. Download the model and its config.json again"
             )
-        return Part(scale, replace(ref, shape=expected), BlockRows(1, group))
+        return Part.seen_as(scale, ref, BlockRows(1, group), expected, dtype)
 
     def _total(self, name: str, shape: Shape, total: str) -> Part:
         """The scale of a complete tensor."""
@@ -178,4 +176,4 @@ class _Finder:
                 f"{self._checkpoint.path}: {total} is {ref.dtype.name} of shape {list(ref.shape)}: expected one F32 "
                 f"for all of {name}. Download the model again"
             )
-        return Part(total, replace(ref, shape=(1, 1)), BlockRows(*shape))
+        return Part.seen_as(total, ref, BlockRows(*shape), (1, 1))

@@ -14,6 +14,8 @@ from tests.support.methods.oracle_numbers import Numbers
 
 def expanded(part: Numbers, access: Access, shape: tuple[int, ...]) -> Numbers:
     """The element of a part for each element of a value of a shape with at least one dimension."""
+    if 0 in shape:
+        return np.zeros(shape, part.dtype)
     return _EXPANDED[type(access)](part, access, shape)
 
 
@@ -39,7 +41,7 @@ def _gathered(part: Numbers, access: GatheredRows, shape: tuple[int, ...]) -> Nu
 
 def _nibbles(part: Numbers, access: Nibbles, shape: tuple[int, ...]) -> Numbers:
     bits = part.astype(np.uint8)
-    both = np.stack([bits % 16, bits // 16], axis=-1).reshape(*bits.shape[:-1], -1)[..., : shape[-1]]
+    both = np.stack([bits % 16, bits // 16], axis=-1).reshape(*bits.shape[:-1], 2 * bits.shape[-1])[..., : shape[-1]]
     if access.numbers == "U4":
         return both.astype(part.dtype)
     sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], part.dtype)

@@ -120,7 +120,7 @@ class Maker:
         scales = self.codes(shape, torch.float8_e4m3fn)
         total = self.numbers((self.stack, 1), torch.float32, 0.1)
         parts = [(Nibbles("F4"), self.nibbles()), (access, scales)]
-        return Stored(TWICE_SCALED, [*parts, (BlockRows(self.rows, max(1, self.columns)), total)], {})
+        return Stored(TWICE_SCALED, [*parts, (BlockRows(max(1, self.rows), max(1, self.columns)), total)], {})
 
     def nibbles(self) -> Tensor:
         """Bytes with two numbers each, and in some rows more than the columns need."""

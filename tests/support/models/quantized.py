@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from torch import Tensor
 
 from tests.support.models import write_checkpoint
@@ -117,6 +119,10 @@ def compressed(form: str, scheme: Mapping[str, Any], scale_dtype: torch.dtype = 
         if form.startswith(("pack", "int")):
             read["weight_scale"] = read["weight_scale"].float()
         value = compressor.decompress(read, full)["weight"]
+        if form == "nvfp4-pack-quantized":  # the compressor multiplies in bfloat16
+            codes = unpack_fp4_from_uint8(read["weight_packed"], *weight.shape).float()
+            total = read["weight_global_scale"]
+            value = dequantize(codes, read["weight_scale"].float(), None, arguments, torch.float32, total)
         return Quantized({name: tensor.detach().contiguous() for name, tensor in stored.items()}, value.detach())
 
     return quantize

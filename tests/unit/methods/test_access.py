@@ -14,6 +14,7 @@ from mergeloom.methods.kernel.access import (
     Access,
     BlockRows,
     GatheredRows,
+    Nibbles,
     SameRows,
     Slice,
     Span,
@@ -128,6 +129,17 @@ def test_of_blocks_the_rows_are_staged_that_the_range_touches(shape: Shape) -> N
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape], ids=str)
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_of_half_bytes_the_bytes_are_staged_that_the_range_touches(shape: Shape, more: int) -> None:
+    width = -(-shape[-1] // 2) + more
+    bytes_of = np.arange(math.prod(shape[:-1]) * width).reshape(-1, width).repeat(2, axis=1)[:, : shape[-1]].reshape(-1)
+    for first, count in ranges(shape):
+        wanted = bytes_of[first : first + count]
+        found = staged(Nibbles("U4"), shape, (*shape[:-1], width), first, count)
+        assert found == list(range(wanted[0], wanted[-1] + 1))
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape], ids=str)
 @pytest.mark.parametrize("rank", [1, 4])
 def test_of_the_same_rows_all_columns_are_staged(shape: Shape, rank: int) -> None:
     part = (*shape[:-1], rank)
@@ -162,6 +174,8 @@ MISFITS: list[tuple[Access, Shape, Shape]] = [
     (ALIGNED, (3, 4), (4, 3)),
     (BlockRows(2, 2), (3, 4), (2, 3)),
     (BlockRows(2, 2), (3, 4), (4, 1)),
+    (Nibbles("U4"), (3, 5), (3, 2)),
+    (Nibbles("U4"), (3, 4), (4, 2)),
     (SameRows(), (3, 4), (4, 2)),
     (SameRows(), (), ()),
     (GatheredRows((0, 3)), (2, 4), (3, 4)),
