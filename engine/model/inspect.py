@@ -19,7 +19,7 @@ from .contents.describe import Description, describe_checkpoint
 from .contents.diffusion import layers_of
 from .formats.registry import tensors_of, unknown_quantized
 from .layers import LayerMap, Stack
-from .logical import LogicalTensor, Tensors
+from .logical import LogicalTensor, LogicalTensors, Tensors
 from .open import open_named
 
 _FILES_SHOWN = 8
@@ -108,6 +108,14 @@ class Inspection:
                 name: {"tensors": len(refs), "parameters": total_elements(refs), "bytes": total_bytes(refs)}
                 for name, refs in self.by_dtype().items()
             },
+            "formats": {
+                name: {
+                    "tensors": len(found),
+                    "parameters": total_elements(found),
+                    "bytes": sum(each.stored_bytes for each in found),
+                }
+                for name, found in self.formats().items()
+            },
             "files": [
                 {"name": file.name, "tensors": len(refs), "bytes": total_bytes(refs)}
                 for file, refs in self.by_file().items()
@@ -126,6 +134,14 @@ class Inspection:
         for ref in self.tensors:
             groups.setdefault(ref.dtype.name, []).append(ref)
         return dict(sorted(groups.items(), key=lambda item: -total_bytes(item[1])))
+
+    def formats(self) -> dict[str, list[LogicalTensor]]:
+        """The quantized tensors of each format that can be decoded."""
+        groups: dict[str, list[LogicalTensor]] = {}
+        for value in self.values.values() if isinstance(self.values, LogicalTensors) else ():
+            if isinstance(value, LogicalTensor) and value.quantized:
+                groups.setdefault(value.format, []).append(value)
+        return groups
 
     def by_file(self) -> dict[Path, list[TensorRef]]:
         """The tensors in each file, in the order of the file names."""

@@ -54,6 +54,10 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{big_number(total_elements(values.values()))} in {plural(len(values), 'tensor')}"),
         ("size", data_size(total_bytes(tensors))),
     ]
+    for name, found in inspection.formats().items():
+        size = data_size(sum(each.stored_bytes for each in found))
+        dtypes = " and ".join(sorted({each.dtype.name for each in found}))
+        fields.append(("quantized", f"{plural(len(found), 'tensor')} in {name} ({size}), decoded to {dtypes}"))
     head = next((name for name in values if is_head(name)), None)
     if head is not None:
         fields.append(("head", head))

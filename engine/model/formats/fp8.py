@@ -55,8 +55,10 @@ def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
 def scale_name(name: str, tensors: Mapping[str, TensorRef]) -> str | None:
     """The name of the scales of some codes; None if there are none that are known."""
     module = name.rpartition(".")[0]
-    known = (f"{name}_scale_inv", f"{name}_scale", f"{module}.scale", f"{module}.qscale_weight")
-    known += (f"{module}.scale_weight",)  # ComfyUI
+    known = (
+        *(f"{name}_scale_inv", f"{name}_scale", f"{module}.scale", f"{module}.qscale_weight"),
+        f"{module}.scale_weight",  # ComfyUI
+    )
     return next((each for each in known if each in tensors), None)
 
 

@@ -30,10 +30,11 @@ def recipe(method: str, models: list[Path], dtype: str | None) -> dict[str, Any]
     return made if dtype is None else made | {"dtype": dtype}
 
 
-def weights(out: Path) -> dict[str, bytes]:
-    """The bytes of each tensor."""
+def weights(out: Path) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
+    """The dtype, the shape and the bytes of each tensor."""
     return {
-        name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in read_model(out).items() if tensor.dim()
+        name: (tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in read_model(out).items()
     }
 
 
@@ -86,3 +87,36 @@ def test_a_merged_model_is_bfloat16_and_its_config_says_so(tmp_path: Path) -> No
     assert config["torch_dtype"] == "bfloat16"
     assert any("quantization_config" in str(warning) for warning in warnings)
     assert any("stores quantized (FP8" in str(warning) for warning in warnings)
+
+
+def test_modules_that_are_no_longer_quantized_are_listed(tmp_path: Path) -> None:
+    """Only the second model's MLPs count, so the first one's attention is copied."""
+    models = [quantized.write_pair(tmp_path, "fp8 blocks", seed) for seed in (1, 2)]
+    weight = [{"filter": "mlp", "value": 0.5}, {"value": 1.0}], [{"filter": "mlp", "value": 0.5}, {"value": 0.0}]
+    made = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(model), "parameters": {"weight": each}}
+            for (model, _), each in zip(models, weight, strict=True)
+        ],
+    }
+    mergeloom.merge(made, tmp_path / "out")
+    found, stored = weights(tmp_path / "out"), weights(models[0][0])
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert (found[name], found[f"{name}_scale_inv"]) == (stored[name], stored[f"{name}_scale_inv"])
+    assert found["model.layers.1.mlp.up_proj.weight"][0] == torch.bfloat16
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    modules = {f"model.layers.{layer}.mlp.{each}_proj" for layer in range(2) for each in ("up", "down")}
+    assert set(section.pop("modules_to_not_convert")) == modules
+    original = json.loads((models[0][0] / "config.json").read_text())["quantization_config"]
+    assert section == original
+
+
+def test_planned_bytes_are_executed_and_a_resumed_merge_is_the_same(tmp_path: Path) -> None:
+    models = [quantized.write_pair(tmp_path, form, 1)[0] for form in ("fp8 blocks", "nvfp4")]
+    made = recipe("linear", models, "float16")
+    planned = mergeloom.plan(made).to_dict()
+    result = mergeloom.merge(made, tmp_path / "out")
+    stored = sum(tensor.nbytes for model in models for tensor in read_model(model).values())
+    assert planned["bytes_read"] == result.measured.bytes_read == stored
+    assert planned["bytes_written"] == result.measured.bytes_written

@@ -73,7 +73,10 @@ def test_a_mixture_of_experts_with_a_prediction_head_in_fp8(make_model: MakeMode
     text = text_of(model)
     assert "4 + extra 4" in text
     assert "F8_E4M3" in text
-    assert "quantized" in text
+    assert " in FP8 blocks (" in text
+    found = inspection.to_dict()["formats"]
+    assert list(found) == ["FP8 blocks"]
+    assert found["FP8 blocks"]["tensors"] == sum(name.endswith("_scale_inv") for name in inspection.checkpoint.tensors)
 
 
 def test_what_is_odd_is_said_and_the_rest_is_shown(make_model: MakeModel) -> None:

@@ -325,8 +325,7 @@ def write_quantized(directory: Path, form: str, **config: Any) -> Path:
     return write_checkpoint(directory, shapes, dtype=dtypes, config=LLAMA.config | config)
 
 
-FORMS = ["bitsandbytes with 4 bits", "bitsandbytes with 8 bits", "GPTQ", "AWQ", "MLX", "compressed-tensors",
-         "FP8 in blocks"]  # fmt: skip
+FORMS = ["bitsandbytes with 4 bits", "bitsandbytes with 8 bits", "GPTQ", "AWQ", "MLX", "compressed-tensors"]
 
 
 @pytest.mark.parametrize("make", [linear, stack])
@@ -341,6 +340,21 @@ def test_quantized_and_unquantized(
     assert f"is quantized ({form};" in error
     assert "probably named big)" in error
     assert Q.format(0) in error
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_fp8_with_scales_and_unquantized(order: tuple[int, int], tmp_path: Path) -> None:
+    """They are averaged; a stack of both copies codes, so config.json must come from the quantized model."""
+    a = write_checkpoint(tmp_path / "a", LLAMA)
+    q = write_quantized(tmp_path / "big-FP8", "FP8 in blocks")
+    models = [(a, q)[index] for index in order]
+    assert plan(linear(*models), CPU).to_dict()["output"]["dtypes"] == ["BF16"]
+    if order == (0, 1):
+        error = refused(stack(*models))
+        assert f"config.json comes from {a}, which is not quantized: loaders would read it as something else" in error
+        assert error.endswith("set dtype in the recipe, for example dtype: bfloat16, to decode it")
+    else:
+        assert set(plan(stack(*models), CPU).to_dict()["output"]["dtypes"]) == {"BF16", "F8_E4M3", "F32"}
 
 
 def test_both_models_are_described(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ FORMATS: dict[str, Tensors] = {
     "mxfp4": {"p.up_blocks": ("U8", (8, 4)), "p.up_scales": ("U8", (8, 1)), "p.up_bias": ("BF16", (8,))},
     "f4": {"p.weight": ("F4", (8, 8)), "p.weight_scale": ("F8_E8M0", (8, 1))},
 }
+DECODED = {"fp8 in blocks", "fp8", "fp8 of ComfyUI", "fp8 of Mistral", "fp8 of DeepSeek-V4", "fp8 experts"}
+"""The formats of these that are decoded without a description in config.json: their scales leave no choice."""
 PLAIN = {"p.bias", "p.up_bias"}
 """The tensors of these formats that are not quantized, and belong to no quantized one."""
 LABELS = {
@@ -200,7 +202,19 @@ def test_an_unquantized_model_has_none() -> None:
     assert not quantized_tensors(opened(others | {"p.weight": ("BF16", (8, 8))}, FP8_CONFIG)).keys() - {"attn.bias"}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", DECODED)
+def test_known_scales_are_decoded(form: str, tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, FORMATS[form] | NORM, seed) for seed, name in enumerate("ab"))
+    models = [{"model": model, "parameters": {"weight": 0.5}} for model in (first, second)]
+    planned = plan({"merge_method": "linear", "models": models}, CPU)
+    expected = next(name for name, (dtype, _) in FORMATS[form].items() if dtype == "F8_E4M3")
+    dtypes = {output.name: planned.built.graph.node_dtype[output.node].name for output in planned.built.graph.outputs}
+    assert dtypes == {expected: "BF16", "model.norm.weight": "BF16"} | (
+        {"p.bias": "BF16"} if "p.bias" in FORMATS[form] else {}
+    )
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form not in DECODED])
 def test_arithmetic_is_refused_at_planning(form: str, tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, FORMATS[form] | NORM, seed) for seed, name in enumerate("ab"))
     models = [{"model": model, "parameters": {"weight": 0.5}} for model in (first, second)]
