@@ -285,7 +285,7 @@ class Slice(Access):
 @dataclass(frozen=True, slots=True)
 class TransposedSlice(Access):
     """A transposed slice: element (matrix, row, column) of the value is the element of the part at the index
-    ``offset + matrix * matrix_stride + column * stride + row * step``.
+    ``offset + matrix * matrix_stride + column * stride + row // group * step``.
 
     For each matrix that the range touches and each of its columns, the elements of the range's rows are staged, those
     between them included if `step` is more than 1.
@@ -293,14 +293,19 @@ class TransposedSlice(Access):
     Args:
         offset: index of the first element.
         stride: distance of two columns of the value.
-        step: distance of two rows of the value: 2 if two tensors are interleaved.
+        step: distance of two rows, or groups of rows, of the value: 2 if two tensors are interleaved.
         matrix_stride: distance of two matrices of a stack.
+        group: rows that share an element, such as a scale.
+        numbers: what four bits are if an element is a byte with those of two rows, the first in the low bits; see
+            `Nibbles`. Then `group` is 2. Empty for other elements.
     """
 
     offset: int
     stride: int
     step: int = 1
     matrix_stride: int = 0
+    group: int = 1
+    numbers: str = ""
 
     @property
     def aligned(self) -> bool:
@@ -310,14 +315,15 @@ class TransposedSlice(Access):
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
         """Return whether the last element lies in the part."""
         stack, rows, columns = matrices(shape)
-        last = self.offset + (stack - 1) * self.matrix_stride + (columns - 1) * self.stride + (rows - 1) * self.step
-        return prod(shape) == 0 or last < prod(part)
+        last = self.offset + (stack - 1) * self.matrix_stride + (columns - 1) * self.stride
+        return prod(shape) == 0 or last + (rows - 1) // self.group * self.step < prod(part)
 
     def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
         """Return the access to a part that has nothing but the value's matrices, and what lies between their rows."""
         stack, rows, columns = matrices(shape)
-        height = rows * self.step
-        return TransposedSlice(0, height, self.step, height * columns), (stack, columns, height)
+        height = -(-rows // self.group) * self.step
+        access = TransposedSlice(0, height, self.step, height * columns, self.group, self.numbers)
+        return access, (stack, columns, height)
 
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return one range for each column of each matrix, those that follow each other in the part as one."""
@@ -326,15 +332,22 @@ class TransposedSlice(Access):
         pieces = []
         for matrix in range(begin // rows, -(-end // rows)):
             low, high = max(begin - matrix * rows, 0), min(end - matrix * rows, rows)
-            start = self.offset + matrix * self.matrix_stride + low * self.step
-            length = (high - low - 1) * self.step + 1
+            start = self.offset + matrix * self.matrix_stride + low // self.group * self.step
+            length = self.staged_rows(low, high)
             pieces += [Span(start + column * self.stride, length) for column in range(columns)]
         return coalesced(pieces)
 
+    def staged_rows(self, low: int, high: int) -> int:
+        """Return the elements that are staged of a column for the rows [low, high) of a matrix."""
+        return ((high - 1) // self.group - low // self.group) * self.step + 1
+
     def most(self, shape: Shape, part: Shape, count: int) -> int:
         """Return the elements of the most rows that `count` elements touch, with those between them."""
-        _, _, columns = matrices(shape)
-        return most_rows(shape, count) * self.step * columns
+        stack, rows, columns = matrices(shape)
+        touched = most_rows(shape, count)
+        between = (touched - 2) // self.group + (1 + (touched - 2) // rows if stack > 1 else 0)
+        groups = min(touched, 2 + between) if touched > 1 else 1
+        return groups * self.step * columns
 
 
 def matrices(shape: Shape) -> tuple[int, int, int]:

@@ -8,12 +8,13 @@ from ....io.checkpoint.checkpoint import Checkpoint
 from ..logical import LogicalTensor, LogicalTensors, Tensors
 from ..quantized import quantized_tensors
 from .fp8 import find_fp8
+from .mxfp4_blocks import find_mxfp4_blocks
 from .packed import find_packed
 
 Format = Callable[[Checkpoint], Iterable[LogicalTensor]]
 """A function that finds the values of a format in a checkpoint: first by its config.json, then by their names."""
 
-FORMATS: dict[str, Format] = {"fp8": find_fp8, "packed": find_packed}
+FORMATS: dict[str, Format] = {"fp8": find_fp8, "packed": find_packed, "mxfp4 blocks": find_mxfp4_blocks}
 """The known formats by name."""
 
 

@@ -26,25 +26,27 @@ def staged_values(tile: Tile, index: int, spec: InputSpec) -> Tensor:
     """The stored number of an input for each element of a tile, of shape (elements,)."""
     rows, columns = _places(tile, spec)
     access, staged = spec.access(index), tile.staged[index]
+    values = tile.inputs[index]
     if isinstance(access, Nibbles):
-        return _unpacked(access, tile.inputs[index], spec, index, rows, columns, staged[0])
+        part = spec.part(index)
+        first = access.byte(spec.shape, part, staged[0])
+        places = columns.div(2, rounding_mode="floor").add_(rows * part[-1]).sub_(first)
+        return _halves(values, places, columns % 2, access.numbers)
     if isinstance(access, BlockRows):
         places = _in_blocks(access, spec, rows, columns, staged[0])
     elif isinstance(access, TransposedSlice):
         places = _in_columns(access, spec, rows, columns, staged)
+        if access.numbers:
+            return _halves(values, places, rows % matrices(spec.shape)[1] % 2, access.numbers)
     else:
         raise TypeError(f"kernels cannot read an input with {access}")
-    return loaded(_selected(tile.inputs[index], places))
+    return loaded(_selected(values, places))
 
 
-def _unpacked(
-    access: Nibbles, values: Tensor, spec: InputSpec, index: int, rows: Tensor, columns: Tensor, first: int
-) -> Tensor:
-    """The numbers of four bits for elements in some rows and columns."""
-    part = spec.part(index)
-    places = rows * part[-1] - access.byte(spec.shape, part, first) + columns.div(2, rounding_mode="floor")
-    bits = (values.index_select(0, places) >> (columns % 2 * 4).to(torch.uint8)) & 15
-    if access.numbers == "U4":
+def _halves(values: Tensor, places: Tensor, odd: Tensor, numbers: str) -> Tensor:
+    """Numbers of four bits: the low bits of a byte, or the high ones where `odd` is 1."""
+    bits = (values.index_select(0, places) >> (odd * 4).to(torch.uint8)) & 15
+    if numbers == "U4":
         return bits
     return torch.tensor(_E2M1, device=values.device).index_select(0, bits.to(torch.int64))
 
@@ -94,12 +96,15 @@ def _in_columns(
     begin, end = row_range(spec.shape, *staged)
     stack = rows.div(height, rounding_mode="floor")
     low = (begin - stack * height).clamp_(min=0)  # first staged row of the matrix
-    length = ((end - stack * height).clamp_(max=height) - low - 1) * access.step + 1
+    low = low.div_(access.group, rounding_mode="floor")
+    high = (end - stack * height).clamp_(max=height) - 1
+    length = (high.div_(access.group, rounding_mode="floor") - low) * access.step + 1
     first = begin // height
-    first_length = (min(end - first * height, height) - (begin - first * height) - 1) * access.step + 1
-    between = (stack - first - 1) * ((height - 1) * access.step + 1)
+    first_length = access.staged_rows(begin - first * height, min(end - first * height, height))
+    between = (stack - first - 1) * access.staged_rows(0, height)
     before = torch.where(stack == first, 0, (first_length + between) * width)
-    return before + columns * length + (rows - stack * height - low) * access.step
+    within = (rows - stack * height).div_(access.group, rounding_mode="floor")
+    return before + columns * length + (within - low) * access.step
 
 
 def _selected(values: Tensor, places: Tensor) -> Tensor:

@@ -42,10 +42,7 @@ def _gathered(part: Numbers, access: GatheredRows, shape: tuple[int, ...]) -> Nu
 def _nibbles(part: Numbers, access: Nibbles, shape: tuple[int, ...]) -> Numbers:
     bits = part.astype(np.uint8)
     both = np.stack([bits % 16, bits // 16], axis=-1).reshape(*bits.shape[:-1], 2 * bits.shape[-1])[..., : shape[-1]]
-    if access.numbers == "U4":
-        return both.astype(part.dtype)
-    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], part.dtype)
-    return np.where(both >= 8, -sizes[both % 8], sizes[both % 8])
+    return _numbers(both, access.numbers, part.dtype)
 
 
 def _strided(part: Numbers, access: Any, shape: tuple[int, ...], row: int, column: int) -> Numbers:
@@ -58,11 +55,30 @@ def _strided(part: Numbers, access: Any, shape: tuple[int, ...], row: int, colum
     return np.lib.stride_tricks.as_strided(part.reshape(-1)[access.offset :], stack, strides).reshape(shape)
 
 
+def _transposed(part: Numbers, access: TransposedSlice, shape: tuple[int, ...]) -> Numbers:
+    matrix, row, column = np.indices((math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, shape[-1]))
+    index = access.offset + matrix * access.matrix_stride + column * access.stride + row // access.group * access.step
+    found: Numbers = part.reshape(-1)[index]
+    if access.numbers:
+        found = _numbers(found.astype(np.uint8) >> (4 * (row % 2)).astype(np.uint8), access.numbers, part.dtype)
+    return found.reshape(shape)
+
+
+def _numbers(bits: Any, numbers: str, dtype: Any) -> Numbers:
+    """What the lowest four bits are."""
+    code = bits % 16
+    if numbers == "U4":
+        found: Numbers = code.astype(dtype)
+        return found
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype)
+    return np.where(code >= 8, -sizes[code % 8], sizes[code % 8])
+
+
 _EXPANDED: Mapping[type[Access], Callable[..., Numbers]] = {
     Aligned: lambda part, access, shape: part.reshape(shape),
     BlockRows: _blocks,
     GatheredRows: _gathered,
     Nibbles: _nibbles,
     Slice: lambda part, access, shape: _strided(part, access, shape, access.stride, 1),
-    TransposedSlice: lambda part, access, shape: _strided(part, access, shape, access.step, access.stride),
+    TransposedSlice: _transposed,
 }

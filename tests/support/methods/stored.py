@@ -157,6 +157,15 @@ class Maker:
         access = TransposedSlice(offset, height, step, height * self.columns)
         return Stored(None, [(access, self.numbers((self.stack, self.columns, height), torch.bfloat16))], {})
 
+    def transposed_packed(self) -> Stored:
+        """Floating-point numbers of 4 bits of two rows in a byte, with a power of 2 for each 32 rows, transposed."""
+        height, groups = math.ceil(self.rows / 2) + 1, math.ceil(self.rows / 32)
+        codes = TransposedSlice(0, height, 1, height * self.columns, 2, "F4")
+        powers = torch.from_numpy(self.random.integers(110, 135, (self.stack, self.columns, groups), dtype=np.uint8))
+        scales = TransposedSlice(0, groups, 1, groups * self.columns, 32)
+        stored = self.codes((self.stack, self.columns, height), torch.uint8)
+        return Stored(SCALED, [(codes, stored), (scales, powers.view(torch.float8_e8m0fnu))], {})
+
     def sliced(self) -> Stored:
         """A slice of wider matrices."""
         access = Slice(2, self.columns + 3, self.rows * (self.columns + 3))
@@ -167,7 +176,7 @@ KINDS: Mapping[str, Callable[[Maker], Stored]] = {
     each.__name__: each
     for each in (
         *(Maker.plain, Maker.fp8_blocks, Maker.microscaled, Maker.groups, Maker.adapted, Maker.adapted_codes),
-        *(Maker.transposed, Maker.sliced, Maker.packed, Maker.packed_floats),
+        *(Maker.transposed, Maker.sliced, Maker.packed, Maker.packed_floats, Maker.transposed_packed),
     )
 }
 MATRIX_KINDS = tuple(KINDS)

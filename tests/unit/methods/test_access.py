@@ -83,6 +83,13 @@ def transposed_slices(shape: Shape) -> list[tuple[TransposedSlice, Shape]]:
         (TransposedSlice(2, rows + 3, 1, columns * (rows + 3)), (stack, columns, rows + 3)),
         (TransposedSlice(1, 2 * rows, 2, columns * 2 * rows), (stack, columns, 2 * rows)),
         (TransposedSlice(4, 3 * rows + 2, 3, 2 * columns * (3 * rows + 2)), (2 * stack, columns, 3 * rows + 2)),
+        *(
+            (
+                TransposedSlice(0, -(-rows // group), 1, -(-rows // group) * columns, group),
+                (stack, columns, -(-rows // group)),
+            )
+            for group in (2, 3, 32)
+        ),
     ]
 
 
@@ -165,7 +172,7 @@ def test_of_transposed_slices_the_rows_of_each_column_are_staged(shape: Shape) -
                 touched = [line % rows for line in lines]
                 for column in range(columns):
                     start = access.offset + matrix * access.matrix_stride + column * access.stride
-                    begin, end = touched[0] * access.step, touched[-1] * access.step
+                    begin, end = (touched[place] // access.group * access.step for place in (0, -1))
                     wanted += range(start + begin, start + end + 1)
             assert staged(access, shape, part, first, count) == wanted
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..assembly import Function, literal
-from ..formats import STORED, decoded
+from ..formats import NIBBLES, STORED, decoded
 from ..operations import converted
 from .state import PADDING, BlockField, Field, LowRankField, NibbleField, TransposedField
 
@@ -177,48 +177,51 @@ def _half(name: str, numbers: str, work: str) -> str:
 def _transposed(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
     """The elements of a row, each in another staged column.
 
-    Several rows are transposed at a time, into a panel; single elements that are gathered are not.
+    Several rows are transposed at a time, into a panel; single elements that are gathered are a panel of one row.
     """
-    (dtype,) = dtypes
-    transpose, convert = (f"{each}.{dtype}.{work}" for each in ("transpose", "convert"))
-    called[transpose], called[convert] = _transpose(transpose, dtype, work), _convert(convert, dtype, work)
+    numbers, group = dtypes[0], int(dtypes[1]) if len(dtypes) > 1 else 1
+    stored = _stored(numbers)
+    transpose = ".".join(("transpose", *dtypes, work))
+    called[transpose] = _transpose(transpose, numbers, group, work)
     f = _function(name)
-    fields = (Field.COLUMNS, Field.GATHERED, TransposedField.STEP, TransposedField.HEIGHT)
-    columns, gathered, step, height = (f.load("%state", field, "i64") for field in fields)
+    fields = (Field.COLUMNS, Field.ROWS, Field.GATHERED, TransposedField.STEP, TransposedField.HEIGHT)
+    columns, rows, gathered, step, height = (f.load("%state", field, "i64") for field in fields)
     panel = f.load("%state", TransposedField.PANEL, "ptr")
     width = f.value(f"add i64 {columns}, {PADDING}")
     with _pieces(f) as (row, column, done, size):
-        source, length, left = _staged_row(f, row, columns, step, STORED[dtype].stored)
+        source, length, left = _staged_row(f, row, columns, step, stored, group)
+        phase = f.value(f"urem i64 {f.value(f'urem i64 {row}, {rows}')}, {group}")
         out = f.at("%out", done, work)
         begin, end = (f.load("%state", field, "i64") for field in (TransposedField.BEGIN, TransposedField.END))
         outside = f.value(f"or i1 {f.value(f'icmp ult i64 {row}, {begin}')}, {f.value(f'icmp uge i64 {row}, {end}')}")
         usual = f.value(f"icmp eq i64 {gathered}, 0")
         with f.when(f.value(f"and i1 {outside}, {usual}")):
             count = f.smaller(left, height)
-            numbers = ", ".join(f"i64 {each}" for each in (width, length, step, count, columns))
-            f.do(f"call void @{transpose}(ptr {panel}, ptr {source}, {numbers})")
+            given = ", ".join(f"i64 {each}" for each in (width, length, step, count, columns, phase))
+            f.do(f"call void @{transpose}(ptr {panel}, ptr {source}, {given})")
             f.store(row, "%state", TransposedField.BEGIN, "i64")
             f.store(f.value(f"add i64 {row}, {count}"), "%state", TransposedField.END, "i64")
         copied = f.value(f"select i1 {usual}, i64 {size}, i64 0")
         line = f.value(f"sub i64 {row}, {f.load('%state', TransposedField.BEGIN, 'i64')}")
         place = f.value(f"add i64 {f.value(f'mul i64 {line}, {width}')}, {column}")
         f.do(f"call void @copy.{work}(ptr {out}, ptr {f.at(panel, place, work)}, i64 {copied})")
-        first = f.at(source, f.value(f"mul i64 {column}, {length}"), STORED[dtype].stored)
+        first = f.at(source, f.value(f"mul i64 {column}, {length}"), stored)
         others = f.value(f"sub i64 {size}, {copied}")
-        f.do(f"call void @{convert}(ptr {out}, ptr {first}, i64 {length}, i64 {others})")
+        given = ", ".join(f"i64 {each}" for each in (0, length, step, 1, others, phase))
+        f.do(f"call void @{transpose}(ptr {out}, ptr {first}, {given})")
     called[f"copy.{work}"] = _copy(work)
     return f.text()
 
 
-def _staged_row(f: Function, row: str, columns: str, step: str, stored: str) -> tuple[str, str, str]:
+def _staged_row(f: Function, row: str, columns: str, step: str, stored: str, group: int) -> tuple[str, str, str]:
     """The address of the first element of a row, the distance of two columns, and the rows that are staged from it on.
 
     Both are those of the row's matrix: of the first and the last one, only some rows may be staged.
     """
     data = f.load("%state", Field.DATA, "ptr")
     rows, origin = (f.load("%state", field, "i64") for field in (Field.ROWS, Field.ORIGIN))
-    fields = ("LOW", "FIRST", "MIDDLE", "LAST", "LAST_MATRIX")
-    low, first, middle, last, last_matrix = (f.load("%state", TransposedField[name], "i64") for name in fields)
+    fields = ("LOW", "FIRST", "MIDDLE", "LAST", "LAST_MATRIX", "HIGH")
+    low, first, middle, last, last_matrix, high = (f.load("%state", TransposedField[name], "i64") for name in fields)
     matrix = f.value(f"sub i64 {f.value(f'udiv i64 {row}, {rows}')}, {origin}")
     is_first, is_last = f.value(f"icmp eq i64 {matrix}, 0"), f.value(f"icmp eq i64 {matrix}, {last_matrix}")
     length = f.value(f"select i1 {is_last}, i64 {last}, i64 {middle}")
@@ -227,25 +230,40 @@ def _staged_row(f: Function, row: str, columns: str, step: str, stored: str) -> 
     before = f.value(f"mul i64 {f.value(f'add i64 {before}, {first}')}, {columns}")
     before = f.value(f"select i1 {is_first}, i64 0, i64 {before}")
     skipped = f.value(f"select i1 {is_first}, i64 {low}, i64 0")
-    within = f.value(f"sub i64 {f.value(f'urem i64 {row}, {rows}')}, {skipped}")
-    place = f.value(f"mul i64 {within}, {step}")
-    source = f.at(data, f.value(f"add i64 {before}, {place}"), stored)
-    left = f.value(f"add i64 {f.value(f'sub i64 {length}, {place}')}, {f.value(f'sub i64 {step}, 1')}")
-    return source, length, f.value(f"udiv i64 {left}, {step}")
+    within = f.value(f"urem i64 {row}, {rows}")
+    place = f.value(f"sub i64 {f.value(f'udiv i64 {within}, {group}')}, {skipped}")
+    source = f.at(data, f.value(f"add i64 {before}, {f.value(f'mul i64 {place}, {step}')}"), stored)
+    end = f.value(f"select i1 {is_last}, i64 {high}, i64 {rows}")
+    return source, length, f.value(f"sub i64 {end}, {within}")
 
 
-def _transpose(name: str, dtype: str, work: str) -> str:
-    """``transpose(panel, source, width, length, step, rows, columns)``: some rows, of `width` elements each."""
+def _transpose(name: str, numbers: str, group: int, work: str) -> str:
+    """``transpose(panel, source, width, length, step, rows, columns, phase)``: some rows, of `width` elements each.
+
+    `phase` is the place of the first row in its group of rows.
+    """
     pointers = [("ptr noalias", "panel"), ("ptr noalias", "source")]
-    numbers = [("i64", each) for each in ("width", "length", "step", "rows", "columns")]
-    f = Function(name, "void", [*pointers, *numbers])
+    given = [("i64", each) for each in ("width", "length", "step", "rows", "columns", "phase")]
+    f = Function(name, "void", [*pointers, *given])
     with f.loop("%columns") as (column, _, _):
-        source = f.at("%source", f.value(f"mul i64 {column}, %length"), STORED[dtype].stored)
+        source = f.at("%source", f.value(f"mul i64 {column}, %length"), _stored(numbers))
         panel = f.at("%panel", column, work)
         with f.loop("%rows") as (row, _, _):
-            value = _read(f, source, f.value(f"mul i64 {row}, %step"), dtype, work)
+            place = f.value(f"add i64 %phase, {row}") if group > 1 else row
+            index = f.value(f"mul i64 {f.value(f'udiv i64 {place}, {group}')}, %step")
+            if numbers in NIBBLES:
+                shift = f.value(f"shl i64 {f.value(f'and i64 {place}, 1')}, 2")
+                bits = f.value(f"lshr i8 {f.load(source, index, 'i8')}, {f.value(f'trunc i64 {shift} to i8')}")
+                value = converted(f, *decoded(f, f.value(f"trunc i8 {bits} to i4"), numbers), work)
+            else:
+                value = _read(f, source, index, numbers, work)
             f.store(value, panel, f.value(f"mul i64 {row}, %width"), work)
     return f.text()
+
+
+def _stored(numbers: str) -> str:
+    """The integer type of a stored element: a byte for two numbers of four bits."""
+    return "i8" if numbers in NIBBLES else STORED[numbers].stored
 
 
 def _copy(work: str) -> str:

@@ -13,7 +13,7 @@ from ...expression import Node
 from ...spec import InputSpec
 
 _FAR = 1 << 62
-_FIELDS = 19
+_FIELDS = 20
 _PANEL = 1 << 17
 """Elements of a panel, unless it has more than 4 rows."""
 PADDING = 16
@@ -27,11 +27,13 @@ class Fill(NamedTuple):
         kind: ``blocks``, ``nibbles``, ``transposed`` or ``low_rank``.
         inputs: number of each input that it reads.
         numbers: what the input is, if its dtype does not say so.
+        group: rows that share an element.
     """
 
     kind: str
     inputs: tuple[int, ...]
     numbers: str = ""
+    group: int = 1
 
     def function(self, dtypes: Sequence[str], work: str) -> str:
         """The name of the function that fills the buffer.
@@ -41,7 +43,8 @@ class Fill(NamedTuple):
             work: LLVM type of the values.
         """
         read = (self.numbers,) if self.numbers else tuple(dtypes[index] for index in self.inputs)
-        return ".".join(("fill", self.kind, *read, work))
+        shared = (str(self.group),) if self.group > 1 else ()
+        return ".".join(("fill", self.kind, *read, *shared, work))
 
 
 class Field(IntEnum):
@@ -77,7 +80,7 @@ class TransposedField(IntEnum):
     """The further state of a fill from a transposed slice. Lengths are numbers of staged elements of one column."""
 
     STEP = 9  # distance of two rows
-    LOW = 10  # first staged row of the first matrix
+    LOW = 10  # first staged row, or group of rows, of the first matrix
     FIRST = 11  # length in the first matrix
     MIDDLE = 12  # length in the matrices between the first and the last one
     LAST = 13  # length in the last matrix
@@ -86,6 +89,7 @@ class TransposedField(IntEnum):
     HEIGHT = 16  # rows of the panel, at most
     BEGIN = 17  # first row in the panel
     END = 18  # the row after the last one in the panel
+    HIGH = 19  # the row after the last staged row of the last matrix
 
 
 class LowRankField(IntEnum):
@@ -104,7 +108,9 @@ def fill_of(node: Node, inputs: InputSpec) -> Fill | None:
     access = inputs.access(node.value)
     if isinstance(access, Nibbles):
         return Fill("nibbles", (node.value,), access.numbers)
-    return Fill("blocks" if isinstance(access, BlockRows) else "transposed", (node.value,))
+    if isinstance(access, TransposedSlice):
+        return Fill("transposed", (node.value,), access.numbers, access.group)
+    return Fill("blocks", (node.value,))
 
 
 def state_of(
@@ -138,11 +144,12 @@ def state_of(
     elif isinstance(access, TransposedSlice):
         first, last = begin // rows, (end - 1) // rows
         low, high = begin - first * rows, end - last * rows
-        lengths = [rows - low, rows, high] if first < last else [high - low] * 3
+        bounds = [(low, rows), (0, rows), (0, high)] if first < last else [(low, high)] * 3
         state[Field.ORIGIN], state[TransposedField.LAST_MATRIX] = first, last - first
-        state[TransposedField.STEP], state[TransposedField.LOW] = access.step, low
-        for field, length in zip((11, 12, 13), lengths, strict=True):
-            state[field] = (length - 1) * access.step + 1
+        state[TransposedField.STEP], state[TransposedField.LOW] = access.step, low // access.group
+        state[TransposedField.HIGH] = high
+        for field, bound in zip((11, 12, 13), bounds, strict=True):
+            state[field] = access.staged_rows(*bound)
         state[TransposedField.PANEL], state[TransposedField.HEIGHT] = panel, panel_height(columns)
     elif isinstance(access, SameRows):
         state[Field.ORIGIN] = begin
