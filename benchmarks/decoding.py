@@ -1,0 +1,122 @@
+"""Measures what it costs to decode: ns per element of a linear merge of two models, in the CPU time of one thread.
+
+    python -m benchmarks.decoding [--runs 5]
+
+Each chunk is combined by the compiled loop that a merge calls. The buffers are larger than the processor's caches. The
+bars are multiples of the merge of two bfloat16 models, which is measured in every round, alternately.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mergeloom.methods import merge_methods
+from mergeloom.methods.formats import scaled
+from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles
+from mergeloom.methods.kernel.composition import Composition, Part
+from mergeloom.methods.kernel.decoder import Decoder
+from mergeloom.methods.kernel.fused.compiled import Compiled
+from mergeloom.methods.kernel.fused.passes import FusedPass
+from mergeloom.methods.kernel.fused.run import Chunk
+from mergeloom.methods.kernel.spec import InputSpec
+
+ROWS, COLUMNS, CHUNKS = 128, 8192, 24
+BARS = {"FP8 blocks": 3.0, "INT4": 4.0}
+"""At most this many times the time of two models in bfloat16."""
+
+Stored = tuple[Access, str, tuple[int, int]]
+"""Access, dtype and shape of a part of one chunk."""
+
+FORMATS: dict[str, tuple[Decoder | None, Sequence[Stored]]] = {
+    "bfloat16": (None, [(ALIGNED, "BF16", (ROWS, COLUMNS))]),
+    "FP8 blocks": (
+        scaled.FP8_BLOCKS,
+        [(ALIGNED, "F8_E4M3", (ROWS, COLUMNS)), (BlockRows(128, 128), "F32", (1, COLUMNS // 128))],
+    ),
+    "FP8 channels": (
+        scaled.FP8_CHANNELS,
+        [(ALIGNED, "F8_E4M3", (ROWS, COLUMNS)), (BlockRows(1, COLUMNS), "F32", (ROWS, 1))],
+    ),
+    "INT4": (
+        scaled.INT4_PACKED,
+        [(Nibbles("U4"), "U8", (ROWS, COLUMNS // 2)), (BlockRows(1, 32), "BF16", (ROWS, COLUMNS // 32))],
+    ),
+    "MXFP4": (
+        scaled.MXFP4,
+        [(Nibbles("F4"), "U8", (ROWS, COLUMNS // 2)), (BlockRows(1, 32), "F8_E8M0", (ROWS, COLUMNS // 32))],
+    ),
+}
+_BYTES = {"BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "F32": 4, "U8": 1}
+
+
+def loop(decoder: Decoder | None, parts: Sequence[Stored]) -> Callable[[], float]:
+    """A function that merges all chunks of two models, and returns the seconds of CPU time."""
+    shape = (ROWS, COLUMNS)
+    accesses, dtypes, shapes = zip(*parts, strict=True)
+    stages = []
+    sources: list[int] = []
+    for model in range(2):
+        places = tuple(range(model * len(parts), (model + 1) * len(parts)))
+        if decoder is None:
+            sources += places
+        else:
+            stages.append(Part(decoder.kernel(InputSpec(len(parts), None, shape, accesses, shapes), {}), places))
+            sources.append(~(len(stages) - 1))
+    linear = merge_methods()["linear"].kernel(InputSpec(2, None, shape), {"weight": (0.4, 0.6)})
+    stages.append(Part(linear, tuple(sources)))
+    kernel = Composition(InputSpec(2 * len(parts), None, shape, accesses * 2, shapes * 2), stages)
+    compiled = Compiled(kernel, dtypes * 2, "BF16")
+    random = np.random.default_rng(1)
+    buffers = [[_numbers(random, dtype, size) for dtype, size in zip(dtypes, shapes, strict=True) for _ in range(2)]
+               for _ in range(CHUNKS)]  # fmt: skip
+    order = [2 * part + model for model in range(2) for part in range(len(parts))]
+    memory = np.zeros(compiled.scratch + 64, np.uint8)
+    scratch = memory[-memory.ctypes.data % 64 :][: compiled.scratch]
+    outs = [np.zeros(2 * ROWS * COLUMNS, np.uint8) for _ in range(CHUNKS)]
+    combine = FusedPass(compiled, None, None, scratch).combine
+
+    def run() -> float:
+        start = time.thread_time()
+        for chunk, out in zip(buffers, outs, strict=True):
+            inputs = [memoryview(chunk[place]) for place in order]
+            combine(Chunk(inputs, 0, ROWS * COLUMNS, 0, (0,) * len(inputs)), memoryview(out))
+        return time.thread_time() - start
+
+    run()  # compiles
+    return run
+
+
+def _numbers(random: np.random.Generator, dtype: str, shape: tuple[int, int]) -> np.ndarray:
+    """Finite numbers of a dtype as bytes."""
+    count = shape[0] * shape[1]
+    if dtype == "F32":
+        return random.random(count, np.float32).view(np.uint8)
+    if dtype == "BF16":
+        return (random.integers(0x3C00, 0x3F80, count, dtype=np.uint16)).view(np.uint8)
+    low, high = {"F8_E8M0": (118, 132), "F8_E4M3": (0, 0x7E), "U8": (0, 256)}[dtype]
+    return random.integers(low, high, count, dtype=np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    arguments = parser.parse_args()
+    loops = {name: loop(*found) for name, found in FORMATS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(arguments.runs):
+        for name, run in loops.items():
+            seconds[name].append(run())
+    elements = ROWS * COLUMNS * CHUNKS
+    ns = {name: 1e9 * statistics.median(each) / elements for name, each in seconds.items()}
+    print("| two models in | ns per element | times bfloat16 | bar |\n|---|---|---|---|")
+    for name, each in ns.items():
+        print(f"| {name} | {each:.2f} | {each / ns['bfloat16']:.1f} | {BARS.get(name, '')} |")
+
+
+if __name__ == "__main__":
+    main()
