@@ -9,7 +9,7 @@ module has any other tensor next to weight and bias, whatever its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from ...io.checkpoint.checkpoint import Checkpoint
@@ -46,10 +46,16 @@ _LONGEST_NAME = 8
 _PROJECTION = re.compile(r"(?:_proj|_weight)$")
 
 
-def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """The quantized tensors of a checkpoint and the tensors that belong to them, each with the reason."""
+def quantized_tensors(checkpoint: Checkpoint, known: Collection[str] = ()) -> Mapping[str, str]:
+    """The quantized tensors of a checkpoint and the tensors that belong to them, each with the reason.
+
+    Args:
+        checkpoint: the checkpoint.
+        known: names of tensors that are left out: codes whose format is known, and what belongs to them there. Whatever
+            else belongs to these codes is found.
+    """
     tensors = checkpoint.tensors
-    reasons = _by_name(tensors)
+    reasons = _by_name(tensors, known)
     declared = declared_format(checkpoint.config, checkpoint.metadata)
     if declared is None:
         declared = next((f"the tensor {name} marks scaled FP8" for name in _MARKERS if name in tensors), None)
@@ -57,26 +63,32 @@ def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
     for name, ref in described(tensors, lambda each: _may_be_codes(each.dtype)):
         if is_buffer(name, ref.shape):
             continue
-        if declared is not None:
+        if declared is not None and name not in known:
             reasons.setdefault(name, f"{declared}, and it is {ref.dtype.name}")
         if len(ref.shape) >= 2:
             codes.setdefault(name.rpartition(".")[0], []).append(name)
     modules = _modules_of_codes(codes)
-    for name, ref in tensors.items() if codes else ():
+    for name, ref in _others(tensors, known) if codes else ():
         owners = [*_owners(name, ref, codes, tensors)]
         if not owners and name not in reasons:  # few tensors of a quantized model are neither codes nor next to them
             owners += _distant_owners(name, ref, modules, tensors)
         for owner in owners:
             reasons.setdefault(name, f"it belongs to {owner}")
-            reasons.setdefault(owner, f"it is {tensors[owner].dtype.name}, and {name} belongs to it")
+            if owner not in known:
+                reasons.setdefault(owner, f"it is {tensors[owner].dtype.name}, and {name} belongs to it")
     return reasons
 
 
-def _by_name(tensors: Mapping[str, TensorRef]) -> dict[str, str]:
-    """The tensors whose names show that they are quantized, and their scales."""
+def _others(tensors: Mapping[str, TensorRef], known: Collection[str]) -> Iterable[tuple[str, TensorRef]]:
+    """The tensors but for those that are known; references are only made of the others."""
+    return ((name, tensors[name]) for name in tensors if name not in known) if known else tensors.items()
+
+
+def _by_name(tensors: Mapping[str, TensorRef], known: Collection[str]) -> dict[str, str]:
+    """The tensors whose names show that they are quantized, and their scales, but for those that are known."""
     reasons: dict[str, str] = {}
     packed: dict[str, str] = {}
-    for name in (name for name in tensors if not name.endswith(_PARAMETERS)):
+    for name in (name for name in tensors if not name.endswith(_PARAMETERS) and name not in known):
         for ending in _SCALES:
             scaled = name.removesuffix(ending)
             if scaled == name:

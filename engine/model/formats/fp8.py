@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.tensors.dtypes import DTYPES, DType
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.tensors.refs import TensorRef
-from ....io.tensors.table import described
+from ....io.tensors.table import class_of, components, described
 from ....methods.formats.scaled import FP8_BLOCKS, FP8_CHANNELS, FP8_TENSOR
 from ....methods.kernel.access import BlockRows, Shape
-from ....methods.kernel.decoder import Decoder
 from ..logical import Decode, LogicalTensor, Part
 from .declared import Declared, Weights, declared_weights, nominal_dtype
 
@@ -24,6 +24,7 @@ _COMPANIONS = (
     "weight_shape",
 )
 """Last components of names of what is only used while the model runs, or follows from the parts."""
+_BLOCKS, _CHANNELS, _TENSOR = (Decode(each) for each in (FP8_BLOCKS, FP8_CHANNELS, FP8_TENSOR))
 
 
 def is_fp8(dtype: DType) -> bool:
@@ -37,40 +38,72 @@ def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
     Raises:
         CheckpointError: a scale has a shape or dtype that does not fit its codes.
     """
-    tensors = checkpoint.tensors
-    declared, nominal, decodes = Declared(), nominal_dtype(checkpoint), dict[tuple[Decoder, Shape], Decode]()
+    tensors, nominal = checkpoint.tensors, nominal_dtype(checkpoint)
+    names, declared = SiblingNames(tensors), Declared()
+    uses: dict[tuple[int, int], _Use] = {}  # by class of codes and scales, of which there are few
     for number, (name, codes) in enumerate(described(tensors, lambda each: is_fp8(each.dtype))):
         if number == 0:
             declared = declared_weights(checkpoint)
-        scale = scale_name(name, tensors)
+        scale = names.scale(name)
         if scale is None or len(codes.shape) < 2:
             continue
-        part, decoder = _scale(checkpoint, name, codes.shape, scale, declared)
-        decode = decodes.setdefault((decoder, ()), Decode(decoder))
-        yield LogicalTensor(
-            name, codes.shape, nominal, (Part(name, tensors[name]), part), decode, companions(name, tensors)
-        )
+        kind = class_of(tensors, scale)
+        use = uses.get((id(codes), id(kind)))
+        if use is None:
+            use = uses[id(codes), id(kind)] = _use(checkpoint, name, codes.shape, scale, declared)
+        scales = Part.seen_as(scale, tensors[scale], use.access, use.shape, use.dtype)
+        parts = (Part(name, tensors[name]), scales)
+        yield LogicalTensor(name, codes.shape, nominal, parts, use.decode, names.companions(name))
 
 
-def scale_name(name: str, tensors: Mapping[str, TensorRef]) -> str | None:
-    """The name of the scales of some codes; None if there are none that are known."""
-    module = name.rpartition(".")[0]
-    known = (
-        *(f"{name}_scale_inv", f"{name}_scale", f"{module}.scale", f"{module}.qscale_weight"),
-        f"{module}.scale_weight",  # ComfyUI
-    )
-    return next((each for each in known if each in tensors), None)
+class SiblingNames:
+    """Finds what belongs to codes by name.
+
+    Args:
+        tensors: the tensors of a checkpoint.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
+        self._tensors = tensors
+        last = components(tensors)
+        self._companions = [each for each in _COMPANIONS if each in last]
+        self._in_module = [each for each in ("scale", "qscale_weight", "scale_weight") if each in last]
+
+    def scale(self, name: str) -> str | None:
+        """The name of the scales of some codes; None if there are none that are known."""
+        for suffix in ("_scale_inv", "_scale"):
+            if (scale := name + suffix) in self._tensors:
+                return scale
+        module = name.rpartition(".")[0]
+        return next((scale for each in self._in_module if (scale := f"{module}.{each}") in self._tensors), None)
+
+    def companions(self, name: str) -> tuple[Part, ...]:
+        """What belongs to codes without being part of their values: activation scales, or a shape."""
+        if not self._companions:
+            return ()
+        module = name.rpartition(".")[0]
+        found = (f"{module}.{last}" for last in self._companions)
+        return tuple(Part(each, self._tensors[each]) for each in found if each in self._tensors)
 
 
-def companions(name: str, tensors: Mapping[str, TensorRef]) -> tuple[Part, ...]:
-    """What belongs to codes without being part of their values: activation scales, or a shape."""
-    module = name.rpartition(".")[0]
-    found = (f"{module}.{last}" for last in _COMPANIONS)
-    return tuple(Part(each, tensors[each]) for each in found if each in tensors)
+class _Use(NamedTuple):
+    """How the scales of a class are used.
+
+    Args:
+        access: which scale belongs to an element.
+        shape: shape of the scales for this access.
+        dtype: dtype that their bits are read as.
+        decode: computes the values.
+    """
+
+    access: BlockRows
+    shape: Shape
+    dtype: DType
+    decode: Decode
 
 
-def _scale(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: Declared) -> tuple[Part, Decoder]:
-    """The scales of some codes as a part of the value, and how they are used."""
+def _use(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: Declared) -> _Use:
+    """How the scales of some codes are used."""
     ref = checkpoint.tensors[scale]
     if ref.dtype.name not in _SCALE_DTYPES:
         raise CheckpointError(
@@ -79,19 +112,19 @@ def _scale(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared
         )
     dtype = POWERS if ref.dtype.name == "U8" else ref.dtype
     *stack, rows, columns = shape
+    complete = BlockRows(max(1, rows), max(1, columns))
     weights = declared.of(8, is_float=True)
     if ref.elements == 1 and not stack:
-        return Part.seen_as(scale, ref, BlockRows(max(1, rows), max(1, columns)), (1, 1), dtype), FP8_TENSOR
+        return _Use(complete, (1, 1), dtype, _TENSOR)
     if weights is not None and weights.block is not None:
         access = BlockRows(*weights.block)
         if not access.part_shape_fits(shape, ref.shape) or len(ref.shape) != len(shape):
             raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
-        return Part.seen_as(scale, ref, access, ref.shape, dtype), FP8_BLOCKS
+        return _Use(access, ref.shape, dtype, _BLOCKS)
     if ref.shape in ((*stack, rows, 1), (*stack, rows)):
-        return Part.seen_as(scale, ref, BlockRows(1, max(1, columns)), (*stack, rows, 1), dtype), FP8_CHANNELS
+        return _Use(BlockRows(1, max(1, columns)), (*stack, rows, 1), dtype, _CHANNELS)
     if stack and ref.shape in (tuple(stack), (*stack, 1), (*stack, 1, 1)):
-        access = BlockRows(max(1, rows), max(1, columns))
-        return Part.seen_as(scale, ref, access, (*stack, 1, 1), dtype), FP8_TENSOR
+        return _Use(complete, (*stack, 1, 1), dtype, _TENSOR)
     raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
 
 

@@ -21,7 +21,7 @@ from ....methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles, Shape
 from ....methods.kernel.decoder import Decoder
 from ..logical import Decode, LogicalTensor, Part
 from .declared import Declared, declared_weights, nominal_dtype
-from .fp8 import POWERS, companions
+from .fp8 import POWERS, SiblingNames
 
 _BYTES = DTYPES["U8"]
 _CODES = ("I8", "U8", "I32")
@@ -49,7 +49,7 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
             decoder, shape, parts = found
             module = name.rpartition(".")[0]
             logical = f"{module}.weight" if name.endswith(".weight_packed") else name
-            yield LogicalTensor(logical, shape, nominal, parts, finder.decode(decoder), companions(name, tensors))
+            yield LogicalTensor(logical, shape, nominal, parts, finder.decode(decoder), finder.names.companions(name))
 
 
 class _Finder:
@@ -57,12 +57,16 @@ class _Finder:
 
     Args:
         checkpoint: the checkpoint.
+
+    Attributes:
+        names: finds what belongs to codes.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._tensors: Mapping[str, TensorRef] = checkpoint.tensors
         self._declared: Declared = declared_weights(checkpoint)
+        self.names = SiblingNames(checkpoint.tensors)
         self._decodes: dict[int, Decode] = {}
 
     def decode(self, decoder: Decoder) -> Decode:

@@ -32,6 +32,4 @@ def tensors_of(checkpoint: Checkpoint) -> Tensors:
 
 def unknown_quantized(checkpoint: Checkpoint, tensors: Tensors) -> Mapping[str, str]:
     """Return the quantized tensors that are in no known format, with what belongs to them, each with the reason."""
-    found = quantized_tensors(checkpoint)
-    known = tensors.parts if isinstance(tensors, LogicalTensors) else ()
-    return {name: reason for name, reason in found.items() if name not in known} if known else found
+    return quantized_tensors(checkpoint, tensors.parts if isinstance(tensors, LogicalTensors) else ())
