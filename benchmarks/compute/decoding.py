@@ -1,6 +1,6 @@
 """Measures what it costs to decode: ns per element of a linear merge of two models, in the CPU time of one thread.
 
-    python -m benchmarks.decoding [--runs 5]
+    python -m benchmarks.compute.decoding [--runs 5]
 
 Each chunk is combined by the compiled loop that a merge calls. The buffers are larger than the processor's caches. The
 bars are multiples of the merge of two bfloat16 models, which is measured in every round, alternately.

@@ -1,6 +1,6 @@
 """Measure the compute lane: nanoseconds of a thread per output element, in both editions, alternately, in one run.
 
-    python -m benchmarks.compute_lane --models DIRECTORY --first ENVIRONMENT [--methods linear ...] [--runs 3]
+    python -m benchmarks.compute.lane --models DIRECTORY --first ENVIRONMENT [--methods linear ...] [--runs 3]
 
 The figure is what `--report` says the compute lane's threads worked, summed over the threads, divided by the elements
 of the output. Both editions run with one thread; mergeloom also with two, compared with the smaller of twice one thread
