@@ -249,7 +249,8 @@ def diff(
         say: callback for messages, such as how much is downloaded.
 
     Raises:
-        CheckpointError: a model is missing, damaged, quantized or an adapter, or they have no tensor name in common.
+        CheckpointError: a model is missing, damaged, quantized in an unknown format or an adapter, or they have no
+            tensor name in common.
         BudgetError: the comparison exceeds the budget.
         EnvironmentFailure: reading or downloading failed.
         UsageError: an argument is invalid.

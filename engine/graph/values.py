@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from ...io.tensors.dtypes import F32, F64
+from ...io.tensors.refs import TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
 from ..model.logical import LogicalTensor
 from .graph import Kind, MergeGraph, Operation, Value
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedValue:
+    """A value of the output whose parts are copied, so its own numbers are nowhere.
+
+    Args:
+        name: name of the value in the output.
+        tensor: the value in the input.
+        parts: name of each part in the output.
+    """
+
+    name: str
+    tensor: LogicalTensor
+    parts: tuple[str, ...]
+
+    def tensor_of(self, tensors: Mapping[str, TensorRef]) -> LogicalTensor:
+        """Return the value of an output that stores these tensors."""
+        parts = zip(self.tensor.parts, self.parts, strict=True)
+        moved = tuple(replace(part, name=name, ref=tensors[name]) for part, name in parts)
+        return replace(self.tensor, name=self.name, parts=moved)
 
 
 class TensorValues:
@@ -35,9 +58,25 @@ class TensorValues:
         tensor = tensors[name]
         if not isinstance(tensor, LogicalTensor):
             return self._graph.add_read(model.number, name, tensor)
-        reads = tuple(self._graph.add_read(model.number, part.name, part.ref) for part in tensor.parts)
+        return ~self.computed(model.number, tensor)
+
+    def computed(self, model: int, tensor: LogicalTensor) -> int:
+        """Add the node that computes a value from its parts, in the work dtype.
+
+        Args:
+            model: number of the model.
+            tensor: the value.
+        """
+        reads = tuple(self._graph.add_read(model, part.name, part.ref) for part in tensor.parts)
         wide = any(part.ref.dtype == F64 for part in tensor.parts)
-        return ~self._graph.add_node(self._decoding(tensor), reads, F64 if wide else F32, shape=tensor.shape)
+        return self._graph.add_node(self._decoding(tensor), reads, F64 if wide else F32, shape=tensor.shape)
+
+    def picked(self, model: int, tensor: LogicalTensor) -> int:
+        """Add the node of a value whose elements are elements of its only part, in their order: it copies them."""
+        (part,) = tensor.parts
+        read = self._graph.add_read(model, part.name, part.ref)
+        copy = Operation(Kind.COPY, "passthrough", copied=(part.access,))
+        return self._graph.add_node(copy, (read,), part.ref.dtype, shape=tensor.shape)
 
     def copies(self, model: Model, name: str, output: str) -> Iterator[tuple[str, int]]:
         """Add nodes that copy what a tensor is stored as; yield the name of each tensor of the output, and its node.
@@ -52,15 +91,15 @@ class TensorValues:
             read = self.value(model, name)
             yield output, self._graph.add_node(Operation(Kind.COPY, "passthrough"), (read,), tensor.dtype)
             return
+        if tensor.picked:
+            yield output, self.picked(model.number, tensor)
+            return
         for part in tensor.parts + tensor.companions:
             read = self._graph.add_read(model.number, part.name, part.ref)
             if tensor.decode is not None:
                 copy, stored = Operation(Kind.COPY, "passthrough"), part.as_stored
                 node = self._graph.add_node(copy, (read,), stored.dtype, shape=stored.shape)
                 yield renamed(part.name, name, output), node
-            elif part.access.aligned:
-                copy = Operation(Kind.COPY, "passthrough", copied=(part.access,))
-                yield output, self._graph.add_node(copy, (read,), part.ref.dtype, shape=tensor.shape)
             else:
                 node = self._graph.add_node(self._decoding(tensor), (read,), part.ref.dtype, shape=tensor.shape)
                 yield output, node

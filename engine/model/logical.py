@@ -14,7 +14,7 @@ from math import prod
 from ...io.tensors.dtypes import DType, Kind
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import TensorTable
-from ...methods.kernel.access import ALIGNED, Access, Shape
+from ...methods.kernel.access import ALIGNED, Access, Shape, TransposedSlice
 from ...methods.kernel.decoder import Decoder
 
 
@@ -45,6 +45,13 @@ class Part:
     def as_stored(self) -> TensorRef:
         """The tensor as its header describes it."""
         return self.ref if self.stored is None else self.stored
+
+    def bytes_of(self, shape: Shape) -> int:
+        """Return the bytes of the part that a value of this shape is computed from, at most."""
+        count = prod(shape)
+        if count and not isinstance(self.access, TransposedSlice):  # stages what lies between its elements, too
+            count = self.access.most(shape, self.ref.shape, count)
+        return self.ref.dtype.nbytes(min(count, self.ref.elements))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,11 @@ class LogicalTensor:
         return self.decode is not None and (dtype.kind is not Kind.FLOAT or dtype.bits < 16)
 
     @property
+    def picked(self) -> bool:
+        """Whether its elements are elements of the only part, in their order: nothing has to be computed."""
+        return self.decode is None and self.parts[0].access.aligned
+
+    @property
     def elements(self) -> int:
         """Number of elements of the value."""
         return prod(self.shape)
@@ -104,8 +116,13 @@ class LogicalTensor:
 
     @property
     def stored_bytes(self) -> int:
-        """Size of all parts in bytes, those of other values included."""
-        return sum(part.ref.nbytes for part in self.parts + self.companions)
+        """Bytes of the parts that the value is computed from; those of a slice's other values are left out."""
+        return sum(part.bytes_of(self.shape) for part in self.parts + self.companions)
+
+    @property
+    def label(self) -> str:
+        """The nominal dtype, with the format if the value is decoded."""
+        return self.dtype.name if self.decode is None else f"{self.dtype.name} ({self.format})"
 
 
 class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
@@ -133,6 +150,14 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         self.parts: Collection[str] = first.keys()
         self._names = dict.fromkeys(name for each in stored for name in first.get(each, [each]))
 
+    def values_of_parts(self) -> dict[str, list[str]]:
+        """Return for each stored tensor that is a part the names of the values that are computed from it."""
+        values: dict[str, list[str]] = {}
+        for tensor in self._found.values():
+            for part in tensor.parts:
+                values.setdefault(part.name, []).append(tensor.name)
+        return values
+
     def __getitem__(self, name: str) -> TensorRef | LogicalTensor:
         found = self._found.get(name)
         if found is not None:
@@ -151,6 +176,16 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         return len(self._names)
 
 
+class StageTensors(dict[str, TensorRef]):
+    """The tensors of a stage's output.
+
+    Attributes:
+        found: the values of which the stage only copies the parts.
+    """
+
+    found: tuple[LogicalTensor, ...] = ()
+
+
 Tensors = Mapping[str, TensorRef] | LogicalTensors
 """The tensors of a model: all of them stored as they are, or some of them computed from parts."""
 
@@ -158,6 +193,11 @@ Tensors = Mapping[str, TensorRef] | LogicalTensors
 def kind_of(tensors: Tensors, name: str) -> TensorClass | TensorRef | LogicalTensor:
     """Return the dtype and the shape of a tensor, without making a reference if it is in a table. Raises KeyError."""
     return tensors.class_of(name) if isinstance(tensors, TensorTable) else tensors[name]
+
+
+def label_of(tensor: TensorClass | TensorRef | LogicalTensor) -> str:
+    """Return the dtype of a tensor for display, with the format that its values are decoded from."""
+    return tensor.label if isinstance(tensor, LogicalTensor) else tensor.dtype.name
 
 
 def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:

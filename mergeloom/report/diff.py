@@ -105,7 +105,8 @@ def _tensor_name(tensor: TensorDiff) -> str:
 
 
 def _dtypes(tensor: TensorDiff) -> tuple[str]:
-    return (" ".join(dict.fromkeys(tensor.dtypes)),)
+    pairs = zip(tensor.dtypes, tensor.formats, strict=True)
+    return (" ".join(dict.fromkeys(f"{dtype} ({form})" if form else dtype for dtype, form in pairs)),)
 
 
 def measures(similarity: Similarity) -> tuple[str, str, str]:

@@ -19,7 +19,9 @@ from mergeloom.cli.app import cli
 from mergeloom.errors import CheckpointError
 from tests.conftest import MakeModel
 from tests.support.models import tiny_llama, write_checkpoint
+from tests.support.paths import ROOT
 from tests.support.plans import linear
+from tests.unit.diff import test_computed
 from tests.unit.report.pages import Page
 
 COMMAND = [sys.executable, "-m", "mergeloom", "diff"]
@@ -152,6 +154,24 @@ def test_the_smallest_budget_that_a_message_names_works(tmp_path: Path) -> None:
     found = json.loads(ended.stdout)
     assert found["peak_rss"] <= found["peak_ram"] <= found["max_ram"] <= 128 << 20
     assert found["bytes_read"] == 2 * 2 * model.parameters
+
+
+def test_decoding_stays_within_the_smallest_budget(tmp_path: Path) -> None:
+    code = (
+        "import sys; from mergeloom.engine.model.formats import registry; from tests.unit.diff.test_computed import find;"
+        "registry.FORMATS['test'] = find; from mergeloom.__main__ import main; main(sys.argv[1:])"
+    )
+    stored, values = test_computed.make(1)
+    paths = [write_checkpoint(tmp_path / name, made) for name, made in (("parts", stored), ("values", values))]
+    command = [sys.executable, "-c", code, "diff", *map(str, paths), "--json", "--max-ram"]
+    refused = subprocess.run([*command, "1MiB"], capture_output=True, text=True, check=False, cwd=ROOT)
+    match = re.search(r"use --max-ram ([\d.]+MiB) or more", refused.stderr)
+    assert match is not None, refused.stderr
+    ended = subprocess.run([*command, match[1]], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert all(tensor["equal"] == 1 for tensor in found["tensors"])
+    assert found["peak_rss"] <= found["peak_ram"] <= found["max_ram"]
 
 
 def test_a_comparison_loads_no_torch(llamas: dict[str, Path], tmp_path: Path) -> None:

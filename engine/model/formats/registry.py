@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ....io.checkpoint.checkpoint import Checkpoint
-from ..logical import LogicalTensor, LogicalTensors, Tensors
+from ..logical import LogicalTensor, LogicalTensors, StageTensors, Tensors
 from ..quantized import quantized_tensors
 from .fp8 import find_fp8
 from .mxfp4_blocks import find_mxfp4_blocks
@@ -24,9 +24,10 @@ def tensors_of(checkpoint: Checkpoint) -> Tensors:
     Raises:
         CheckpointError: a value is of a known format, but its parts don't fit together.
     """
-    if not checkpoint.files:  # the output of a stage
-        return checkpoint.tensors
-    found = [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
+    if isinstance(checkpoint.tensors, StageTensors):
+        found: Sequence[LogicalTensor] = checkpoint.tensors.found
+    else:
+        found = [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
     return LogicalTensors(checkpoint.tensors, found) if found else checkpoint.tensors
 
 

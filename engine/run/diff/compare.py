@@ -1,4 +1,4 @@
-"""Compares two models chunk by chunk, within a memory budget. Every byte is read once."""
+"""Compares two models chunk by chunk, within a memory budget. Every byte that is a value is read once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from ....io.hub.repository import HubFile
 from ....io.reading import Reader, stat_fingerprints
 from ....io.sizes import Limit
 from ....io.task_group import TaskGroup
+from ....io.tensors.refs import TensorRef
 from ....io.units import plural
 from ....methods.kernel.reduction.reductions import total
 from ....methods.kernel.spec import BLOCK
 from ...cost.machine import CACHED_SHARE, available_ram, make_budget, memory_remark, process_memory, usable_cores
 from ...cost.process_size import size_key
+from ...execute.arena import take_memory
 from ...execute.ledger import Ledger, Reservation
 from ...execute.measurements import Progress
 from ...model.open import is_remote, open_named
@@ -72,12 +74,13 @@ class Comparison:
         result_bytes: RAM of the result for each tensor in bytes.
 
     Attributes:
-        bytes_to_read: size of the tensors to read, in bytes.
+        bytes_to_read: size of what is to be read of the tensors, in bytes.
         downloads: files of Hub models that `run` needs and the cache does not have.
 
     Raises:
         UsageError: a name is not valid.
-        CheckpointError: a model is missing, damaged, quantized or an adapter, or they have no tensor name in common.
+        CheckpointError: a model is missing, damaged, quantized in an unknown format or an adapter, or they have no
+            tensor name in common.
         BudgetError: the comparison exceeds the budget.
     """
 
@@ -95,12 +98,15 @@ class Comparison:
         self._pairing = pair_tensors(self._a, self._b)
         pairs = self._pairing.pairs
         self._units = make_units(pairs)
-        self.bytes_to_read = sum(unit.nbytes for unit in self._units)
         self.downloads = tuple(file for file in self._needed_files() if not file.present)
+        computed = self._pairing.computed
+        compiling = computed.prepare()
         key = size_key("diff", self._a.name, self._b.name)
-        budget = make_budget(max_ram, (), False, key=key)
+        budget = make_budget(max_ram, (), computed.decodes, key=key, compiling=compiling)
         budget = replace(budget, baseline=budget.baseline + len(pairs) * result_bytes)
-        self._memory = divide_memory(self._units, budget, threads or usable_cores())
+        decoding = computed.scratch + computed.allocated
+        self._memory = divide_memory(self._units, budget, threads or usable_cores(), decoding)
+        self.bytes_to_read = sum(unit.bytes_read(self._memory.buffer) for unit in self._units)
         self._max_ram = budget.ram
         self._remark = memory_remark(max_ram, None)
         self._lock = threading.Lock()
@@ -148,27 +154,36 @@ class Comparison:
     def _work(self, reader: Reader, group: TaskGroup) -> None:
         """Compare chunks until none is left or the group is cancelled."""
         nbytes = self._memory.buffer + WORKSPACE_BYTES
-        with self._ledger.reserve("diff buffers", nbytes), np.errstate(all="ignore"):
+        with self._ledger.reserve("diff buffers", nbytes + self._memory.decoding), np.errstate(all="ignore"):
             memory = memoryview(bytearray(nbytes))
             summer = BlockSummer(memory[:WORKSPACE_BYTES])
+            scratch = memoryview(take_memory(self._pairing.computed.scratch)) if self._memory.decoding else memory[:0]
             while not group.cancelled:
                 with self._lock:
                     chunk = next(self._chunks, None)
                 if chunk is None:
                     return
-                self._compare(reader, chunk, memory[WORKSPACE_BYTES:], summer)
+                self._compare(reader, chunk, memory[WORKSPACE_BYTES:], summer, scratch)
 
-    def _compare(self, reader: Reader, chunk: _Chunk, buffer: memoryview, summer: BlockSummer) -> None:
+    def _compare(
+        self, reader: Reader, chunk: _Chunk, buffer: memoryview, summer: BlockSummer, scratch: memoryview
+    ) -> None:
         """Read a chunk of all tensors of a unit, and sum its blocks."""
         opened, first, count = chunk
         unit = opened.unit
         start, end = first * BLOCK, min(unit.elements, (first + count) * BLOCK)
-        parts = []
-        for ref, offset in zip(unit.tensors, unit.layout(count), strict=False):
-            width = ref.dtype.bits // 8
+        *offsets, staging = unit.layout(count)
+        parts, nbytes = [], 0
+        for tensor, offset in zip(unit.tensors, offsets, strict=True):
+            width = tensor.dtype.bits // 8
             parts.append(buffer[offset : offset + (end - start) * width])
-            reader.read(ref.file, ref.offset + start * width, parts[-1])
-        self._counters.add(read=sum(map(len, parts)))
+            if isinstance(tensor, TensorRef):
+                reader.read(tensor.file, tensor.offset + start * width, parts[-1])
+                nbytes += len(parts[-1])
+            else:
+                load = self._pairing.computed.load
+                nbytes += load(tensor, start, parts[-1], buffer[staging:], scratch, reader.read)
+        self._counters.add(read=nbytes)
         with self._lock:  # one call at a time, and its numbers only grow
             self._notify(Progress(self._counters.bytes_read))
         sums = np.empty(SUMS)
@@ -204,13 +219,13 @@ class Comparison:
             return []
         from ....io.hub.checkpoint import needed_files
 
-        used = [tensor for unit in self._units for tensor in unit.tensors]
+        used = [ref for unit in self._units for ref in unit.refs]
         files = {file.path: file for checkpoint in remote for file in needed_files(checkpoint, used)}
         return list(files.values())
 
     def _check_unchanged(self) -> None:
         """Check that no source file has changed since its header was read."""
-        read = {tensor.file for unit in self._units for tensor in unit.tensors}
+        read = {ref.file for unit in self._units for ref in unit.refs}
         stamps = {**self._a.checkpoint.stamps, **self._b.checkpoint.stamps}
         for file, stamp in stat_fingerprints(read & stamps.keys()).items():
             if stamp != stamps[file]:
@@ -252,8 +267,10 @@ class Comparison:
 
 
 def _tensor_diff(pair: Pair, result: Similarity) -> TensorDiff:
-    dtypes = pair.a.dtype.name, pair.b.dtype.name
-    return TensorDiff(pair.name, pair.stack, pair.layer, pair.a.shape, dtypes, result, pair.tied_to)
+    tensors = [each if isinstance(each, TensorRef) else each.tensor for each in (pair.a, pair.b)]
+    a, b = (tensor.dtype.name for tensor in tensors)
+    formats = tuple("" if isinstance(tensor, TensorRef) else tensor.format for tensor in tensors)
+    return TensorDiff(pair.name, pair.stack, pair.layer, pair.a.shape, (a, b), result, pair.tied_to, formats)
 
 
 def _block(data: memoryview, block: int, width: int) -> memoryview:

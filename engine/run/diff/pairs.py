@@ -1,4 +1,4 @@
-"""Pairs the tensors of two models by name, and rejects models whose stored values have no meaning by themselves."""
+"""Pairs the tensors of two models by name, and rejects models whose values can't be computed from what they store."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.open_source import quoted
 from ....io.tensors.refs import TensorRef
 from ....io.units import plural
+from ....methods.kernel.fused.formats import STORED
 from ...model.checks.identify import check_is_model
+from ...model.formats.registry import tensors_of, unknown_quantized
 from ...model.layers import LayerMap, find_layers
-from ...model.quantized import quantized_tensors
+from ...model.logical import LogicalTensor, Tensors
 from ...model.roles import is_embedding, is_head, tied_embedding
+from .computed import ComputedTensor, ComputedTensors
 from .result import NotCompared
 from .values import can_decode
 
@@ -43,81 +46,113 @@ class Pair:
         name: name of the tensor.
         stack: prefix of the layers that contain the tensor; empty outside of layers.
         layer: number of the layer; None outside of layers.
-        a: stored tensor of A.
-        b: stored tensor of B.
+        a: tensor of A.
+        b: tensor of B.
         tied_to: for a head that one model lacks, name of the embedding that it is tied to there; otherwise empty.
     """
 
     name: str
     stack: str
     layer: int | None
-    a: TensorRef
-    b: TensorRef
+    a: TensorRef | ComputedTensor
+    b: TensorRef | ComputedTensor
     tied_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """The tensors of two models: pairs to compare, and all others."""
+    """The tensors of two models: pairs to compare, and all others.
+
+    Args:
+        pairs: tensors that both models have.
+        only_in_a: names of the tensors that only A has.
+        only_in_b: names of the tensors that only B has.
+        not_compared: tensors of both models that can't be compared.
+        computed: tensors in `pairs` that are not stored as they are.
+    """
 
     pairs: tuple[Pair, ...]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
     not_compared: tuple[NotCompared, ...]
+    computed: ComputedTensors
 
 
 def pair_tensors(a: Opened, b: Opened) -> Pairing:
     """Pair the tensors of two models by name. A head that one model ties to its embedding is paired with that.
 
     Raises:
-        CheckpointError: a model is quantized or an adapter, or the models have no tensor name in common.
+        CheckpointError: a model is quantized in an unknown format or an adapter, or the models have no tensor name in
+            common.
     """
-    for model in (a, b):
-        check_is_model(model.name, model.checkpoint)
-        _refuse_quantized(model)
-    ours, theirs = a.checkpoint.tensors, b.checkpoint.tensors
+    ours, theirs = (_tensors(model) for model in (a, b))
     found = [(name, ours[name], theirs[name], "") for name in ours if name in theirs]
     if not found:
         raise CheckpointError(
             f"{a.name} and {b.name} have no tensor name in common ({a.name} has {quoted(next(iter(ours)))}, {b.name} "
             f"has {quoted(next(iter(theirs)))}): choose two models of the same architecture"
         )
-    for head, embedding in _tied_heads(ours, b.checkpoint):
+    for head, embedding in _tied_heads(ours, theirs, b.checkpoint):
         found.append((head, ours[head], theirs[embedding], embedding))
-    for head, embedding in _tied_heads(theirs, a.checkpoint):
+    for head, embedding in _tied_heads(theirs, ours, a.checkpoint):
         found.append((head, ours[embedding], theirs[head], embedding))
-    locate = _Layers(a)
+    locate = _Layers(a, ours)
+    computed = ComputedTensors((a.name, b.name))
     pairs, not_compared = [], []
     for name, one, other, tied_to in found:
         if reason := _obstacle(one, other):
             not_compared.append(NotCompared(name, reason))
         else:
-            pairs.append(Pair(name, *locate(name), one, other, tied_to))
+            pairs.append(Pair(name, *locate(name), computed.add(0, one), computed.add(1, other), tied_to))
     names = {name for name, *_ in found}
     return Pairing(
         tuple(pairs),
         tuple(name for name in ours if name not in names),
         tuple(name for name in theirs if name not in names),
         tuple(not_compared),
+        computed,
     )
 
 
-def _obstacle(a: TensorRef, b: TensorRef) -> str:
+def _tensors(model: Opened) -> Tensors:
+    """The tensors of a model. Raises CheckpointError if it is not a model, or quantized in an unknown format."""
+    check_is_model(model.name, model.checkpoint)
+    tensors = tensors_of(model.checkpoint)
+    quantized = unknown_quantized(model.checkpoint, tensors)
+    if quantized:
+        name, reason = next(iter(quantized.items()))
+        raise CheckpointError(
+            f"{model.name} is quantized: {plural(len(quantized), 'tensor')} ({quoted(name)}: {reason}); comparing "
+            "quantized models is not supported yet: use a bfloat16 version of the model"
+        )
+    return tensors
+
+
+def _obstacle(a: TensorRef | LogicalTensor, b: TensorRef | LogicalTensor) -> str:
     """Return why two tensors can't be compared; empty if they can."""
     if a.shape != b.shape:
         return f"shape {list(a.shape)} in A, {list(b.shape)} in B"
-    if not can_decode(a.dtype) or not can_decode(b.dtype):
+    if not _has_values(a) or not _has_values(b):
         return f"dtype {a.dtype.name} in A, {b.dtype.name} in B"
     return ""
 
 
-def _tied_heads(tensors: Iterable[str], other: Checkpoint) -> Iterator[tuple[str, str]]:
+def _has_values(tensor: TensorRef | LogicalTensor) -> bool:
+    """Whether the values of a tensor are numbers that float64 can hold."""
+    if isinstance(tensor, TensorRef):
+        return can_decode(tensor.dtype)
+    if tensor.picked:
+        return can_decode(tensor.parts[0].ref.dtype)
+    return tensor.decode is not None or tensor.parts[0].ref.dtype.name in STORED
+
+
+def _tied_heads(tensors: Iterable[str], others: Tensors, other: Checkpoint) -> Iterator[tuple[str, str]]:
     """Yield each head that another model lacks because it is tied to an embedding there, with that embedding."""
     if _is_untied(other.config or {}):
         return
-    embeddings = [name for name in other.tensors if is_embedding(name)]
+    embeddings = [name for name in others if is_embedding(name)]
     for name in tensors:
-        if is_head(name) and name not in other.tensors:
+        if is_head(name) and name not in others:
             embedding = tied_embedding(name, embeddings)
             if embedding is not None:
                 yield name, embedding
@@ -135,9 +170,9 @@ def _is_untied(config: Mapping[str, Any]) -> bool:
 class _Layers:
     """Finds the layer of a tensor by its name, in any stack of layers of a model."""
 
-    def __init__(self, model: Opened) -> None:
+    def __init__(self, model: Opened, tensors: Tensors) -> None:
         try:
-            layers = find_layers(model.checkpoint.tensors, model.checkpoint.config)
+            layers = find_layers(tensors, model.checkpoint.config)
         except CheckpointError:  # the values can be compared without
             layers = LayerMap((), ())
         self._stacks = {stack.prefix for stack in layers.stacks if stack in layers.mains or stack.count > 1}
@@ -149,13 +184,3 @@ class _Layers:
             if prefix in self._stacks:
                 return prefix, int(match[1])
         return "", None
-
-
-def _refuse_quantized(model: Opened) -> None:
-    quantized = quantized_tensors(model.checkpoint)
-    if quantized:
-        name, reason = next(iter(quantized.items()))
-        raise CheckpointError(
-            f"{model.name} is quantized: {plural(len(quantized), 'tensor')} ({quoted(name)}: {reason}); comparing "
-            "quantized models is not supported yet: use a bfloat16 version of the model"
-        )

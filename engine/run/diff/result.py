@@ -101,9 +101,10 @@ class TensorDiff:
         stack: prefix of the layers that contain the tensor, such as ``model.layers``; empty outside of layers.
         layer: number of the layer; None outside of layers.
         shape: shape in both models.
-        dtypes: names of the dtypes in A and B.
+        dtypes: names of the dtypes in A and B; of a tensor that is stored in a format of its own, the nominal one.
         similarity: similarity of the values.
         tied_to: for a head that one model lacks, name of the embedding that it is tied to there; otherwise empty.
+        formats: formats that the values are stored in, in A and B; empty if they are stored as they are.
     """
 
     name: str
@@ -113,6 +114,7 @@ class TensorDiff:
     dtypes: tuple[str, str]
     similarity: Similarity
     tied_to: str = ""
+    formats: tuple[str, ...] = ("", "")
 
     @property
     def is_float(self) -> bool:
@@ -133,6 +135,7 @@ class TensorDiff:
             "kind": self.kind,
             "shape": list(self.shape),
             "dtypes": list(self.dtypes),
+            "formats": list(self.formats),
             "tied_to": self.tied_to,
             **self.similarity.to_dict(),
         }

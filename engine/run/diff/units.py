@@ -11,6 +11,7 @@ from ....io.sizes import format_size
 from ....io.tensors.refs import TensorRef
 from ....methods.kernel.spec import BLOCK
 from ...schedule.budget import Budget
+from .computed import ComputedTensor
 from .pairs import Pair
 from .sums import SUMS, WORKSPACE_BYTES
 
@@ -29,14 +30,14 @@ class PairIndex(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Pairs that share a stored tensor, which is read once for all of them; most units have one pair.
+    """Pairs that share a tensor, which is read once for all of them; most units have one pair.
 
     Args:
-        tensors: the stored tensors, all of one shape.
+        tensors: the tensors, all of one shape.
         pairs: the pairs.
     """
 
-    tensors: tuple[TensorRef, ...]
+    tensors: tuple[TensorRef | ComputedTensor, ...]
     pairs: tuple[PairIndex, ...]
 
     @property
@@ -50,9 +51,17 @@ class Unit:
         return -(-self.elements // BLOCK)
 
     @property
-    def nbytes(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+    def refs(self) -> list[TensorRef]:
+        """The stored tensors that are read."""
+        found = [(tensor,) if isinstance(tensor, TensorRef) else tensor.refs for tensor in self.tensors]
+        return [ref for refs in found for ref in refs]
+
+    def bytes_read(self, buffer: int) -> int:
+        """Size of what is read in chunks that fit into a buffer of `buffer` bytes, in bytes."""
+        chunk = self.chunk_blocks(buffer) * BLOCK
+        return sum(
+            tensor.nbytes if isinstance(tensor, TensorRef) else tensor.bytes_read(chunk) for tensor in self.tensors
+        )
 
     @property
     def sums_bytes(self) -> int:
@@ -67,14 +76,25 @@ class Unit:
             offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
         return offsets
 
+    def size(self, blocks: int) -> int:
+        """Size of the buffer for a chunk of this many blocks: the tensors, then what one of them is staged in."""
+        return self.layout(blocks)[-1] + max(
+            0 if isinstance(tensor, TensorRef) else tensor.staging(blocks * BLOCK)[-1] for tensor in self.tensors
+        )
+
     def chunk_blocks(self, buffer: int) -> int:
         """Number of blocks of a chunk that fits into a buffer of this size, at least 1."""
-        return max(1, min(self.blocks, buffer // self.layout(1)[-1]))
+        low = max(1, min(self.blocks, buffer // self.size(1)))
+        high = self.blocks if any(isinstance(tensor, ComputedTensor) for tensor in self.tensors) else low
+        while low < high:  # a part can be staged completely for a chunk of any size
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.size(middle) <= buffer else (low, middle - 1)
+        return low
 
 
 def make_units(pairs: Sequence[Pair]) -> tuple[Unit, ...]:
     """Group the pairs with elements into units, in the order of A's files."""
-    members: dict[TensorRef, list[int]] = {}
+    members: dict[TensorRef | ComputedTensor, list[int]] = {}
     for number, pair in enumerate(pairs):
         if pair.a.elements == 0:
             continue
@@ -102,17 +122,19 @@ class Memory:
         buffer: size of each thread's read buffer.
         sums: memory for each thread's sums of blocks.
         baseline: memory of the process without these.
+        decoding: memory that each thread decodes with.
     """
 
     threads: int
     buffer: int
     sums: int
     baseline: int
+    decoding: int = 0
 
     @property
     def of_thread(self) -> int:
         """The memory of one thread."""
-        return self.buffer + WORKSPACE_BYTES + self.sums
+        return self.buffer + WORKSPACE_BYTES + self.sums + self.decoding
 
     @property
     def peak(self) -> int:
@@ -120,15 +142,16 @@ class Memory:
         return self.baseline + self.threads * self.of_thread
 
 
-def divide_memory(units: Sequence[Unit], budget: Budget, threads: int) -> Memory:
-    """Divide a budget among at most `threads` threads.
+def divide_memory(units: Sequence[Unit], budget: Budget, threads: int, decoding: int = 0) -> Memory:
+    """Divide a budget among at most `threads` threads, each of which decodes with `decoding` bytes.
 
     Raises:
         BudgetError: if it is too small, with the smallest budget that works.
     """
     sums = max((unit.sums_bytes for unit in units), default=0)
-    smallest = max((unit.layout(1)[-1] for unit in units), default=0)
-    minimum = max(budget.baseline + smallest + WORKSPACE_BYTES + sums, budget.held)
+    smallest = max((unit.size(1) for unit in units), default=0)
+    fixed = WORKSPACE_BYTES + sums + decoding
+    minimum = max(budget.baseline + smallest + fixed, budget.held)
     if budget.ram < minimum:
         size = format_size(minimum, up=True)
         raise BudgetError(
@@ -136,7 +159,7 @@ def divide_memory(units: Sequence[Unit], budget: Budget, threads: int) -> Memory
             f"({format_size(budget.baseline)} for the program itself); use --max-ram {size} or more"
         )
     room = budget.ram - budget.baseline
-    threads = max(1, min(threads, len(units), room // (smallest + WORKSPACE_BYTES + sums)))
-    largest = max((unit.layout(unit.blocks)[-1] for unit in units), default=0)
-    buffer = min(BUFFER_BYTES, largest, room // threads - WORKSPACE_BYTES - sums)
-    return Memory(threads, max(smallest, buffer), sums, budget.baseline)
+    threads = max(1, min(threads, len(units), room // (smallest + fixed)))
+    largest = max((unit.size(unit.blocks) for unit in units), default=0)
+    buffer = min(BUFFER_BYTES, largest, room // threads - fixed)
+    return Memory(threads, max(smallest, buffer), sums, budget.baseline, decoding)
