@@ -18,6 +18,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mergeloom-cache-")  # of
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.examples import draw_few
 from tests.support import models
 from tests.support.disks import file_system
 
@@ -28,12 +29,21 @@ MakeModel = Callable[..., Path]
 LONG = (
     "tests/scale/",
     "tests/integration/test_mergekit.py",
+    "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[della",
+    "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[karcher",
+    "tests/integration/test_rearranged.py::test_it_runs_as_if_rearranged_by_hand[duplicated",
+    "tests/integration/test_weight_zero.py::test_the_masks_of_other_models_do_not_move[della",
+    "tests/integration/test_weight_zero.py::test_a_model_of_weight_0_is_not_read_and_changes_no_byte[breadcrumbs_ties",
+    "tests/integration/test_weight_zero.py::test_a_model_of_weight_0_is_not_read_and_changes_no_byte[d",
+    "tests/faults/test_tampering.py::test_an_input_of_which_used_bytes_have_changed_is_refused[first byte-ties",
+    "tests/faults/test_tampering.py::test_an_input_of_which_used_bytes_have_changed_is_refused[last byte-linear",
+    "tests/integration/test_diff.py::test_decoding_stays_within_the_smallest_budget",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[configuration",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[published",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",
     "tests/integration/cli/test_commands.py::test_interrupting_a_merge_leaves_nothing[engine.execute.executor.Executor._wait"
     "-stopped before anything was finished; nothing is left behind-SIGTERM",
-    "tests/integration/graph/test_many_stages.py::test_the_bytes_are_those_of_23_merges[computed again",
+    "tests/integration/graph/test_many_stages.py::test_the_bytes_are_those_of_23_merges",
     "tests/integration/graph/test_many_stages.py::test_a_merge_goes_on_without_the_intermediates",
     "tests/integration/output/test_save.py::test_killed_and_gone_on_with",
     "tests/integration/output/test_verify.py::test_every_flipped_bit_is_found",
@@ -43,7 +53,12 @@ LONG = (
     "tests/unit/cost/test_footprint.py::test_a_tile_of_any_method_and_dtype_takes_what_was_planned",
     "tests/unit/cost/test_machine.py::test_too_little_address_space_is_an_error",
     "tests/unit/fused/test_native_code.py::test_bytes_do_not_depend_on_the_instruction_set",
+    "tests/unit/fused/test_native_code.py::test_values_of_parts_do_not_depend_on_the_instruction_set[adapted-",
+    "tests/unit/fused/test_native_code.py::test_values_of_parts_do_not_depend_on_the_instruction_set[microscaled",
+    "tests/unit/fused/test_native_code.py::test_values_of_parts_do_not_depend_on_the_instruction_set[sliced",
     "tests/unit/methods/test_conformance.py::test_bytes_do_not_depend_on_the_instruction_set",
+    "tests/unit/methods/test_stored_parts.py::test_numbers_that_are_not_finite[della",
+    "tests/unit/methods/test_stored_parts.py::test_numbers_that_are_not_finite[model_stock",
     "tests/unit/methods/test_conformance.py::test_bytes_do_not_depend_on_tiles_or_threads",
     "tests/unit/methods/test_oracle.py::test_every_kind_of_input",
     "tests/unit/methods/test_oracle.py::test_a_merge_in_any_number_of_threads",
@@ -51,6 +66,10 @@ LONG = (
     "tests/unit/methods/test_oracle.py::test_a_composition_of_any_inputs",
     "tests/unit/test_benchmarks.py::test_budgets_of_small_models",
     "tests/unit/report/test_page.py::test_many_",
+    "tests/unit/report/test_page.py::test_a_browser_shows_it_without_an_error_or_a_request[dark-full",
+    "tests/unit/report/test_page.py::test_a_browser_shows_it_without_an_error_or_a_request[light-evil",
+    "tests/unit/report/test_page.py::test_a_browser_shows_it_without_an_error_or_a_request[light-stack",
+    "tests/unit/report/test_drawings.py::test_the_page_is_readable_at_any_width[700",
     "tests/unit/test_benchmarks.py::test_a_point_of_each_series",
     "tests/unit/test_benchmarks.py::test_merges_for_the_gpu_table",
     "tests/unit/test_growth.py::test_twice_the_size_is_twice_the_work[ties_on_gpu",
@@ -83,8 +102,11 @@ LONG = (
     "tests/integration/published/test_false_alarms.py::test_a_family_is_real_and_its_fine_tunes_merge_without_a_warning[Qwen2",
     "tests/faults/test_faults.py::test_killed",
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[dare_ties",
+    "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[linear",
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[slerp",
     "tests/faults/test_faults.py::test_power",
+    "tests/integration/cli/test_terminal.py::test_a_merge_is_complete_whatever_happens_to_its_messages[2>&-",
+    "tests/integration/cli/test_terminal.py::test_a_merge_is_complete_whatever_happens_to_its_messages[>/dev/full 2>&1",
     "tests/faults/test_signals.py::test_a_second_signal_ends_it_at_once_and_so_does_a_disk_that_hangs[15",
     "tests/faults/test_tampering.py::test_killed_at_random_and_tampered_with",
 )
@@ -93,6 +115,12 @@ LONG = (
 # Hypothesis measures seconds, too: how long an example takes, and how long it takes to draw one.
 settings.register_profile("no clocks", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clocks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let property tests draw fewer examples where the long tests don't run, either."""
+    if config.option.markexpr == "not slow":
+        draw_few()
 
 
 def pytest_sessionfinish() -> None:

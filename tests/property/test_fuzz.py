@@ -19,6 +19,7 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError, MergeloomError
 from mergeloom.io.checkpoint.checkpoint import open_checkpoint
 from mergeloom.io.safetensors.header import read_header
+from tests.examples import examples
 from tests.support.counting import count_lines
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.mutations import BYTES, LINES, fuzz
@@ -29,6 +30,7 @@ from tests.support.waiting import no_hang
     ("kind", "count"), [("headers", 4000), ("recipes", 600), ("plans", 200), ("indices", 400), ("configs", 100)]
 )
 def test_mutated_inputs_end_with_an_error_of_ours_or_well(kind: str, count: int, tmp_path: Path) -> None:
+    count = examples(count)
     outcome = fuzz(kind, count, 1, tmp_path)  # `make soak` draws others
     assert outcome.failures == []
     assert outcome.tried == count

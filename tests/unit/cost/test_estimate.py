@@ -34,6 +34,7 @@ from mergeloom.report.html.page import make_page
 from mergeloom.report.sections import plain
 from mergeloom.report.time import time_section
 from tests.conftest import MakeModel
+from tests.examples import examples
 from tests.support.plans import linear, slerp, stacked
 
 FAST = Rates(**{name: Rate(1e15, GIVEN) for name in RATES})  # type: ignore[arg-type]
@@ -174,7 +175,7 @@ def test_what_is_read_again_comes_from_the_page_cache_where_it_has_room(make_mod
 rates_of = st.builds(Rate, st.floats(1e6, 1e12), st.sampled_from([GIVEN, MEASURED, ASSUMED]))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.builds(Rates, *(7 * [rates_of]), st.floats(0, 1)), st.sampled_from(sorted(RATES)))
 def test_laws(mean: Plan, rates: Rates, name: str) -> None:
     found = estimate(mean.workload, rates)

@@ -24,13 +24,14 @@ from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
+from tests.examples import examples
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, execute, with_slots
 from tests.support.devices import CountingDevice
 from tests.support.graphs import KERNELS, World
 from tests.support.waiting import HANG_SECONDS
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.booleans())
 def test_cpu_keeps_what_the_schedule_promises(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
@@ -67,7 +68,7 @@ SIX_CHUNKS = [
 # in the first two, a step drops chunks of one length of a read, and a later one needs those of the other length
 @example([(6 * 9999, "F32", 4, FIVE_CHUNKS)], 8, True)
 @example([(8 * 9999, "F32", 4, SIX_CHUNKS)], 10, True)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(crowded(), st.sampled_from([2, 4, 6, 8, 10, 14, 18]), st.booleans())
 def test_chunks_of_two_lengths_are_read_as_planned(blueprint: Blueprint, extra: int, serial: bool) -> None:
     world = build(blueprint)
@@ -93,7 +94,7 @@ def test_a_copy_drops_what_it_cannot_use_from_the_device(monkeypatch: pytest.Mon
     assert device.uploaded == schedule.uploaded == 6 * SLOT
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.sampled_from([0, 1, 3, 20]), st.integers(1, 2), st.booleans())
 def test_devices_keep_what_the_schedule_promises(
     blueprint: Blueprint, ram: int, vram: int, count: int, serial: bool

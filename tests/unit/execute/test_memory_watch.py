@@ -17,6 +17,7 @@ from mergeloom.engine.execute.devices.cpu import CpuDevice
 from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.schedule.budget import Budget
 from mergeloom.engine.schedule.schedule import Schedule, make_schedule
+from tests.examples import examples
 from tests.support.blueprints import CPU, ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 from tests.support.graphs import World
 from tests.support.waiting import no_hang, wait_until
@@ -131,7 +132,7 @@ def run(world: World, schedule: Schedule, resident: Callable[[], int]) -> Execut
     return executor
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]))
 def test_any_merge_finishes_in_a_process_that_is_too_large(blueprint: Blueprint, extra: int) -> None:
     world = build(blueprint)
@@ -141,7 +142,7 @@ def test_any_merge_finishes_in_a_process_that_is_too_large(blueprint: Blueprint,
     assert executor.measured.bytes_read == schedule.bytes_read
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.integers())
 def test_any_merge_finishes_while_memory_comes_and_goes(blueprint: Blueprint, seed: int) -> None:
     chance = random.Random(seed)

@@ -16,6 +16,7 @@ from mergeloom.engine.execute.tasks import ChunkTask, TaskState
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.schedule import Schedule, make_schedule
+from tests.examples import examples
 from tests.support.blueprints import SLOT, Blueprint, blueprints, build, execute
 from tests.support.devices import CountingDevice
 from tests.support.graphs import World
@@ -106,7 +107,7 @@ def check_states(states: Recorded, schedule: Schedule, world: World, devices: li
 # one in which every kind of task occurs, with more slots than it needs, so passes are read ahead
 @example([(3 * SLOT // 4, "F32", 2, [("above", [0, 1], 1), ("sum", [1], 2), ("copy", [0], 1)])], 2, 20, False)
 @example([(3 * SLOT // 4, "F32", 2, [("above", [0, 1], 1), ("sum", [1], 2), ("copy", [0], 1)])], 0, 20, False)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.integers(0, 2), st.sampled_from([0, 1, 3, 20]), st.booleans())
 def test_every_task_passes_through_its_states(blueprint: Blueprint, count: int, extra: int, serial: bool) -> None:
     world = build(blueprint)

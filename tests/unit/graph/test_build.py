@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mergeloom.errors import CheckpointError, RecipeError
 from mergeloom.io.checkpoint.checkpoint import Checkpoint
+from tests.examples import examples
 from tests.unit.graph.building import Shape, build, checkpoint, complete, decoder, pair, stacked
 
 
@@ -239,7 +240,7 @@ def recipes(draw: st.DrawFn) -> tuple[dict[str, object], dict[str, Checkpoint]]:
     return recipe, models
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(recipes())
 def test_any_recipe_is_refused_or_accounts_for_every_tensor(
     drawn: tuple[dict[str, object], dict[str, Checkpoint]],

@@ -13,6 +13,7 @@ from mergeloom.engine.graph.graph import MergeGraph
 from mergeloom.engine.schedule.order import orders
 from mergeloom.engine.schedule.tiling import chunk_elements
 from mergeloom.methods.kernel.access import Access, SameRows, Whole
+from tests.examples import examples
 from tests.support.blueprints import CPU
 from tests.support.methods.oracle_accesses import expanded
 from tests.support.tasks.drawn import task_worlds
@@ -33,7 +34,7 @@ def needed(graph: MergeGraph, node: int, place: int) -> list[np.ndarray]:
     return list(expanded(numbers, access, shape).reshape(rows, shape[-1]).astype(np.int64) - 1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(task_worlds(groups=1), st.data())
 def test_ranges_hold_what_each_element_needs(world: TaskWorld, data: st.DataObject) -> None:
     graph = world.graph
@@ -57,7 +58,7 @@ def test_ranges_hold_what_each_element_needs(world: TaskWorld, data: st.DataObje
     assert sum(nbytes for _, nbytes in ranges) <= staged_bytes(graph, node, place, count)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(task_worlds(), st.data())
 def test_bytes_of_chunks_are_those_of_their_ranges(world: TaskWorld, data: st.DataObject) -> None:
     graph = world.graph
@@ -83,7 +84,7 @@ def test_bytes_of_chunks_are_those_of_their_ranges(world: TaskWorld, data: st.Da
             assert everything == sum(nbytes for _, nbytes in found)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(task_worlds(), st.sampled_from([1, 2, 16]))
 def test_every_source_of_every_chunk_fits_a_slot(world: TaskWorld, times: int) -> None:
     graph, slot = world.graph, times * smallest_slot(world, CPU)
@@ -104,7 +105,7 @@ def test_every_source_of_every_chunk_fits_a_slot(world: TaskWorld, times: int) -
                 assert sum(nbytes for _, nbytes in ranges) <= slot
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(task_worlds())
 def test_each_task_comes_after_those_that_it_uses(world: TaskWorld) -> None:
     for order in orders(world.graph):

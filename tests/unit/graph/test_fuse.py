@@ -22,6 +22,7 @@ from mergeloom.io.tensors.dtypes import DTYPES
 from mergeloom.methods import merge_methods
 from mergeloom.methods.kernel.composition import Composition
 from mergeloom.methods.kernel.spec import InputSpec
+from tests.examples import examples
 from tests.support.methods.oracle import evaluate, rounded
 from tests.support.tasks.laws import run, scheduled
 from tests.support.tasks.world import TaskWorld
@@ -127,7 +128,7 @@ def stages(draw: st.DrawFn) -> Stages:
     return world
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(stages())
 def test_what_is_kept_changes_no_byte(world: Stages) -> None:
     kept, inlined = (world.fresh(fuse(world.graph, inline=inline)) for inline in (False, True))

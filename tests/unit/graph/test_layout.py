@@ -15,6 +15,7 @@ from mergeloom.engine.graph.layout import BLOCK, SHORTEST_RUN, Layout, lay_out
 from mergeloom.errors import UsageError
 from mergeloom.io.safetensors.header import parse_header
 from mergeloom.io.tensors.refs import TensorRef
+from tests.examples import examples
 from tests.support.merges.layouts import covered, graph_of, graphs, source
 
 """Element type and shape of a tensor."""
@@ -53,7 +54,7 @@ def check(graph: MergeGraph, layout: Layout, limit: int) -> None:
                 assert ref.offset % (ref.dtype.bits // 8) == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(graphs())
 def test_any_graph_is_laid_out_by_the_rules(drawn: tuple[list[list[tuple[TensorRef, bool]]], int]) -> None:
     groups, limit = drawn

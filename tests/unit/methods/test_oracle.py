@@ -25,6 +25,7 @@ from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
 from mergeloom.methods.kernel.torch_backend.hashing import hashes
 from mergeloom.methods.kernel.torch_backend.rounding import canonical_nans, round_into
+from tests.examples import examples
 from tests.support.methods import oracle
 from tests.support.methods.cases import CASES, Case, make
 from tests.support.methods.expressions import SHAPES, hard_inputs, random_kernel
@@ -175,7 +176,7 @@ def assert_random_expression(seed: int) -> None:
     assert_same(random_kernel(seed, count, base, shape), inputs, None, 20_000)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(examples(20)))
 def test_a_random_expression(seed: int) -> None:
     assert_random_expression(seed)
 

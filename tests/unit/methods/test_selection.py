@@ -16,6 +16,7 @@ from mergeloom.methods.kernel.reduction import selection
 from mergeloom.methods.kernel.reduction.selection import Search, Threshold, initial_bracket, sample_indices
 from mergeloom.methods.kernel.reduction.target import Target
 from mergeloom.methods.kernel.torch_backend import counting
+from tests.examples import examples
 from tests.support.methods.kernels import kernel_of, run_kernel
 
 BLOCK = 64
@@ -55,7 +56,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(
     seed=st.integers(0, 1 << 30),
     size=st.integers(1, 1500),
@@ -156,7 +157,7 @@ def test_a_threshold_selects_ties_up_to_its_block() -> None:
             assert found == wanted
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(seed=st.integers(0, 1 << 30), size=st.integers(1, 700), levels=st.sampled_from([1, 3, 50, 1 << 31]))
 def test_devices_count_what_numpy_counts(seed: int, size: int, levels: int) -> None:
     """For a bracket that is an estimate or certain, for one of a single value, and for a share."""

@@ -20,6 +20,7 @@ from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.fused.finite import count_nonfinite, finite
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import BLOCK, InputSpec
+from tests.examples import examples
 from tests.support.methods import oracle
 from tests.support.methods.expressions import random_kernel
 from tests.support.methods.kernels import NAMES, method_of, run_fused, run_kernel
@@ -62,10 +63,10 @@ def assert_same(kernel: Kernel, parts: Sequence[Tensor], lengths: Sequence[int |
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_value_of_each_kind(kind: str, shape: tuple[int, ...]) -> None:
-    for seed in (1, 2):
-        kernel, parts = merged("passthrough", [KINDS[kind](Maker(seed, shape))], shape, {"scale": (0.3,)}, None)
-        assert_same(kernel, parts, (None, 1))
+@pytest.mark.parametrize("seed", range(1, examples(2) + 1))
+def test_a_value_of_each_kind(seed: int, kind: str, shape: tuple[int, ...]) -> None:
+    kernel, parts = merged("passthrough", [KINDS[kind](Maker(seed, shape))], shape, {"scale": (0.3,)}, None)
+    assert_same(kernel, parts, (None, 1))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not {*kind.split("_")} & {"adapted", "packed", "sliced"}])
@@ -75,7 +76,7 @@ def test_a_value_without_dimensions(kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(examples(6)))
 def test_mixed_models(method: str, seed: int) -> None:
     generator = np.random.default_rng([seed, len(method)])
     shape = SHAPES[:9][generator.integers(9)] if seed else (700, 301)  # large enough for a sample of a selection
@@ -86,7 +87,7 @@ def test_mixed_models(method: str, seed: int) -> None:
     assert_same(kernel, parts, lengths, threads=1 + seed % 3)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(examples(30)))
 def test_random_expressions(seed: int) -> None:
     """Any operation, by row, by column and by element, with selections and random numbers."""
     generator = np.random.default_rng([7, seed])

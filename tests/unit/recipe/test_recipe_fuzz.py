@@ -15,6 +15,7 @@ from mergeloom.engine.recipe.types import (
 )
 from mergeloom.errors import RecipeError
 from mergeloom.io.tensors.dtypes import F32
+from tests.examples import examples
 from tests.unit.recipe.parsing import METHODS, parse
 
 WORDS = st.sampled_from(
@@ -28,7 +29,7 @@ LEAVES = WORDS | st.none() | st.booleans() | st.integers(-3, 40) | st.floats() |
 TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(TREES, st.booleans())
 def test_any_data_gives_a_recipe_or_a_recipe_error(data: Any, strict: bool) -> None:
     try:
@@ -92,7 +93,7 @@ def test_the_valid_recipe_is_valid() -> None:
     assert recipe.output.out_dtype is F32
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(damaged(), st.booleans())
 def test_a_damaged_recipe_gives_a_recipe_or_a_recipe_error(text: str, strict: bool) -> None:
     try:
@@ -104,7 +105,7 @@ def test_a_damaged_recipe_gives_a_recipe_or_a_recipe_error(text: str, strict: bo
         assert slices_of(each)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.integers(0, len(GOOD)), st.integers(0, 12), st.text(alphabet="ab:-[]{}&*<\n 1'\"|@#", max_size=8))
 def test_damaged_text_gives_a_recipe_or_a_recipe_error(start: int, length: int, text: str) -> None:
     try:

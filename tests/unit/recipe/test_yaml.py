@@ -13,6 +13,7 @@ from mergeloom.engine.recipe import yaml as yaml_source
 from mergeloom.engine.recipe.nodes import MAX_DEPTH, MAX_NODES, Node, node_of
 from mergeloom.engine.recipe.yaml import parse_yaml, read_yaml
 from mergeloom.errors import RecipeError
+from tests.examples import examples
 from tests.support.counting import count_lines
 
 
@@ -225,7 +226,7 @@ def test_reads_back_what_pyyaml_writes(data: object, flow: bool) -> None:
     assert node_of(data).plain() == data
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.text(max_size=200) | st.text(alphabet="ab:-[]{}&*<!?|>'\"#%,\n ~0.1", max_size=80))
 def test_any_text_gives_nodes_or_a_recipe_error(text: str) -> None:
     try:
@@ -235,7 +236,7 @@ def test_any_text_gives_nodes_or_a_recipe_error(text: str) -> None:
     assert all(isinstance(document, Node) for document in documents)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.text(alphabet="ab: -[]{}\n1", max_size=60))
 def test_agrees_with_pyyaml(text: str) -> None:
     """If both accept a text whose keys are scalars, their results are equal."""

@@ -18,6 +18,7 @@ from mergeloom.io.output.clone import shareable
 from mergeloom.io.output.group_commit import Aborted
 from mergeloom.io.task_group import TaskGroup
 from mergeloom.io.tensors.refs import TensorRef
+from tests.examples import examples
 from tests.support.merges.layouts import covered, graph_of, graphs, source
 
 
@@ -47,7 +48,7 @@ def check(graph: MergeGraph, layout: Layout, nodes: set[int], transfers: Sequenc
     assert [(each.file, each.offset) for each in transfers] == sorted((each.file, each.offset) for each in transfers)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(graphs(), st.sampled_from([BLOCK, 3 * BLOCK, 1 << 20, 128 << 20]), st.randoms(use_true_random=False))
 def test_any_graph_is_moved_by_the_rules(
     drawn: tuple[list[list[tuple[TensorRef, bool]]], int], part: int, chance: object

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mergeloom.io.safetensors.columns import parse_columns
 from mergeloom.io.safetensors.header import build_header, parse_header
 from mergeloom.io.tensors.dtypes import BF16, DType
+from tests.examples import examples
 from tests.support.counting import count_lines
 from tests.unit.safetensors.headers import BYTE, FILE, NAMES, tensor_lists
 
@@ -27,7 +28,7 @@ def described(raw: bytes) -> list[tuple[str, str, list[int], list[int]]]:
     return [(name, each["dtype"], each["shape"], each["data_offsets"]) for name, each in document.items()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(tensor_lists(), st.dictionaries(NAMES, NAMES, max_size=3))
 def test_columns_are_what_the_json_says(tensors: list[tuple[str, DType, list[int]]], metadata: dict[str, str]) -> None:
     raw = build_header(tensors, metadata)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mergeloom.errors import CheckpointError, EnvironmentFailure
 from mergeloom.io.safetensors.header import MAX_JSON_BYTES, PAGE, build_header, parse_header, read_header
 from mergeloom.io.tensors.dtypes import BF16, DTYPES, F32, DType
+from tests.examples import examples
 from tests.unit.safetensors.headers import (
     DATA,
     FILE,
@@ -128,7 +129,7 @@ def test_read_header_tells_a_forbidden_file_from_a_failing_system(
 # ------------------------------------------------------------------------------------------- building
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(tensor_lists(), st.dictionaries(NAMES, NAMES, max_size=3), st.none() | st.integers(0, PAGE - 1), DATA)
 def test_the_library_opens_what_is_built_and_finds_the_same_tensors(
     tensors: list[tuple[str, DType, list[int]]], metadata: dict[str, str], modulo: int | None, data: Any

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.io.safetensors.header import Header, build_header
+from tests.examples import examples
 from tests.unit.safetensors.headers import (
     BYTE,
     DATA,
@@ -97,7 +98,7 @@ def changed_values(draw: st.DrawFn, document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(mutated_files())
 @example(file_bytes(f'{{"a":{BYTE},"a":{BYTE}}}', b"x"))
 def test_mutated_files_are_parsed_like_the_library_does(raw: bytes) -> None:
@@ -108,7 +109,7 @@ def test_mutated_files_are_parsed_like_the_library_does(raw: bytes) -> None:
         assert is_stricter(raw, found), found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.binary(max_size=64), st.integers(0, 70))
 def test_noise_is_parsed_like_the_library_does(noise: bytes, length: int) -> None:
     for raw in (noise, file_bytes(noise, length=length), file_bytes(b"{" + noise, length=length)):

@@ -13,6 +13,7 @@ from mergeloom.engine.schedule.alone import StepsAlone
 from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.schedule import Schedule, make_schedule
 from mergeloom.methods.kernel.spec import InputSpec
+from tests.examples import examples
 from tests.support.blueprints import CPU, SLOT, Blueprint, blueprints, build, minimum
 from tests.support.counting import count_lines
 from tests.support.graphs import World, kernel_of
@@ -22,7 +23,7 @@ LINES_OF_A_NODE = 110
 """The most lines of Python that planning one more node may execute, if it shares nothing."""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(blueprints(), st.sampled_from([CPU, GPUS[:1], GPUS]), st.integers(0, 8), st.data())
 def test_the_schedule_is_that_of_simulating_every_step(
     blueprint: Blueprint, devices: tuple[DeviceBudget, ...], extra: int, data: st.DataObject

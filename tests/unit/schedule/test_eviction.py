@@ -20,6 +20,7 @@ from mergeloom.engine.schedule.simulate import Simulation
 from mergeloom.engine.schedule.simulated_cache import SimulatedCache
 from mergeloom.engine.schedule.step_list import CachedRange
 from mergeloom.engine.schedule.tiling import ChunkedRead, chunk_elements
+from tests.examples import examples
 from tests.support.graphs import World
 
 SLOT = 64
@@ -196,7 +197,7 @@ def test_no_choice_reads_less(capacity: int) -> None:
     assert dropped > 20
 
 
-@settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(75), deadline=None, suppress_health_check=list(HealthCheck))
 @given(one_shared_source())
 def test_no_choice_of_parts_of_sources_reads_less(problem: Problem) -> None:
     """Sources of several sizes, of which some chunks may stay and others go."""
@@ -204,7 +205,7 @@ def test_no_choice_of_parts_of_sources_reads_less(problem: Problem) -> None:
     assert chunks_read(simulation) == optimum(problem)
 
 
-@settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(75), deadline=None, suppress_health_check=list(HealthCheck))
 @given(one_shared_source())
 def test_short_last_chunks_cost_no_more_than_full_ones(problem: Problem) -> None:
     """The rule counts slots: it keeps as many chunks as if the last ones were full."""
@@ -214,7 +215,7 @@ def test_short_last_chunks_cost_no_more_than_full_ones(problem: Problem) -> None
     assert [step.keep for step in simulation.steps] == [step.keep for step in full.steps]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(many_shared_sources())
 def test_sources_needed_at_the_same_time_are_the_only_choice(problem: Problem) -> None:
     """Sources with the same next use may go in any order; nothing is read more often than one such order does."""
@@ -226,7 +227,7 @@ def test_sources_needed_at_the_same_time_are_the_only_choice(problem: Problem) -
 A, B, C = range(3)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(many_shared_sources())
 def test_removing_stale_entries_changes_nothing(problem: Problem) -> None:
     found = []

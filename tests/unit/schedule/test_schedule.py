@@ -20,6 +20,7 @@ from mergeloom.engine.schedule.schedule import SLOT_BYTES, WORTH, Schedule, make
 from mergeloom.engine.schedule.simulate import Simulation
 from mergeloom.engine.schedule.tiling import length, widest
 from mergeloom.errors import BudgetError
+from tests.examples import examples
 from tests.support.blueprints import CPU, ELEMENTS, SLOT, Blueprint, blueprints, build, minimum, with_slots
 from tests.support.graphs import World
 
@@ -224,7 +225,7 @@ def test_device_memory_keeps_inputs_before_ram_does() -> None:
     assert (poor.bytes_reread, poor.uploaded) == (6 * SLOT, 9 * SLOT)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 2, 5, 20, 1000]))
 def test_simulation_keeps_every_budget(blueprint: Blueprint, extra: int) -> None:
     world = build(blueprint)
@@ -243,7 +244,7 @@ def test_simulation_keeps_every_budget(blueprint: Blueprint, extra: int) -> None
         assert length(graph, node) <= schedule.chunks(graph, node) * schedule.chunk_elements[node]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints())
 def test_with_room_each_source_is_read_once_for_each_chunk_length(blueprint: Blueprint) -> None:
     world = build(blueprint)

@@ -12,6 +12,7 @@ from mergeloom.engine.schedule.budget import Budget
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.engine.schedule.step_list import NOTHING, CachedRange, Column, Step, StepList
 from mergeloom.engine.schedule.tiling import ChunkedRead
+from tests.examples import examples
 from tests.support.blueprints import CPU
 from tests.support.graphs import World
 
@@ -53,7 +54,7 @@ def listed(expected: list[Step]) -> StepList:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(steps(), max_size=8))
 def test_every_step_comes_back(expected: list[Step]) -> None:
     found = listed(expected)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergeloom.engine.schedule.steps import SourceBytes, SourceChunks, step_rows
+from tests.examples import examples
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 from tests.support.graphs import World
 
@@ -35,7 +36,7 @@ def test_a_row_says_what_a_step_reads_and_keeps() -> None:
     assert first.ram == 3
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]))
 def test_rows_add_up_to_the_schedule(blueprint: Blueprint, extra: int) -> None:
     world = build(blueprint)

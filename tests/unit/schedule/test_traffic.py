@@ -18,6 +18,7 @@ from mergeloom.engine.schedule.timeline import sparkline, timeline
 from mergeloom.engine.schedule.traffic import bytes_of_reads, downloaded, fixed_ram, peak_of
 from mergeloom.report.plan import plan_text, reread_lines
 from tests.conftest import MakeModel
+from tests.examples import examples
 from tests.support.blueprints import ELEMENTS, SLOT, Blueprint, blueprints, build, with_slots
 from tests.support.devices import CountingDevice
 from tests.support.graphs import World
@@ -34,7 +35,7 @@ def read_by_tensor(world: World) -> list[int]:
     return [found[number] for number in range(len(world.graph.reads))]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]))
 def test_each_tensor_is_read_as_often_as_planned(blueprint: Blueprint, extra: int) -> None:
     world = build(blueprint)
@@ -45,7 +46,7 @@ def test_each_tensor_is_read_as_often_as_planned(blueprint: Blueprint, extra: in
     assert read_by_tensor(world) == planned
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(blueprints(), st.sampled_from([0, 3, 20]), st.sampled_from([0, 3, 20]))
 def test_what_a_device_sends_back_is_planned(blueprint: Blueprint, ram: int, vram: int) -> None:
     world = build(blueprint)
@@ -59,7 +60,7 @@ def test_what_a_device_sends_back_is_planned(blueprint: Blueprint, ram: int, vra
     assert read_by_tensor(world) == list(bytes_of_reads(world.graph, schedule))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(blueprints(), st.sampled_from([0, 1, 3, 20]), st.integers(1, 50))
 def test_the_timeline_and_the_peak_are_of_one_schedule(blueprint: Blueprint, extra: int, points: int) -> None:
     world = build(blueprint)
