@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...errors import CheckpointError, MergeloomError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
+from ..model.logical import part_names
 from ..model.roles import is_embedding, is_head
 from ..model.warnings import ModelWarning, ModelWarningKind
 from .tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
@@ -89,9 +90,12 @@ def models_with_merged_embeddings(built: BuiltGraph) -> set[int]:
 
 
 def _reads_of_embeddings(built: BuiltGraph) -> dict[int, int]:
-    """The reads of a stage that are embeddings or heads, with the number of their model."""
+    """The reads of a stage that are embeddings or heads, or parts of them, with the number of their model."""
     graph = built.graph
-    names = {model.number: set(embedding_names(model)) for model in built.models}
+    names = {
+        model.number: {part for name in embedding_names(model) for part in part_names(model.tensors, name)}
+        for model in built.models
+    }
     every = set().union(*names.values())
     found = [read for read, name in enumerate(graph.read_names) if name in every]
     return {read: model for read in found if graph.read_names[read] in names.get(model := graph.read_models[read], ())}

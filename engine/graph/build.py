@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -17,14 +17,15 @@ from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.layers import Stack
 from ..model.logical import kind_of
 from ..model.modules import StageModules
-from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
+from ..model.roles import is_buffer, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
 from .checks.buffers import BufferCheck
 from .checks.duplicates import explained, find_duplicates
-from .checks.filters import unmatched_filters
+from .checks.filters import names_of_values, unmatched_filters
+from .checks.heads import check_chosen_head
 from .checks.layers import LayerChecks, OutputLayer, missing_tensor
 from .checks.partial import PartialTensor, partial_warnings
 from .checks.quantized_outputs import check_quantized_outputs, decoding_warnings
@@ -33,6 +34,7 @@ from .graph import MergeGraph
 from .rules import TensorRules
 from .tensor_sources import TensorSources
 from .usage import TensorUsage, Unused
+from .values import CopiedValue
 
 __all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
 
@@ -91,6 +93,7 @@ class BuiltGraph:
         buffers: the buffers that are compared between the models before the merge.
         parameters: parameters with filters or gradients, and how many tensors use each value.
         unfused: the graph before nodes became parts of others; None if there are no such nodes.
+        copies: values of an intermediate output of which only the parts are copied, by their names.
     """
 
     graph: MergeGraph
@@ -108,6 +111,7 @@ class BuiltGraph:
     buffers: tuple[BufferCheck, ...] = ()
     parameters: tuple[ParameterUse, ...] = ()
     unfused: MergeGraph | None = None
+    copies: Mapping[str, CopiedValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line with the number of models and tensors."""
@@ -130,7 +134,13 @@ class BuiltGraph:
 
 
 def build_graph(
-    recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: OpenModel, *, seed: int = 0
+    recipe: Recipe,
+    stage: Stage,
+    methods: Mapping[str, Method],
+    open_model: OpenModel,
+    *,
+    seed: int = 0,
+    intermediate: bool = False,
 ) -> BuiltGraph:
     """Build the graph of one stage of a recipe.
 
@@ -140,12 +150,15 @@ def build_graph(
         methods: the merge methods by name.
         open_model: function that opens the Checkpoint of a ModelReference.
         seed: seed for methods that sample.
+        intermediate: whether the output is an input of other stages, which is not rounded to the stage's `dtype`, only
+            to an explicit `out_dtype`.
 
     Raises:
         RecipeError: if the recipe refers to layers or parts that the models don't have.
         CheckpointError: if the models are incompatible.
     """
-    builder = _GraphBuilder(recipe, stage, methods, open_model, seed)
+    builder = _GraphBuilder(recipe, stage, methods, open_model, seed, intermediate=intermediate)
+    builder.rules.decodes = stage.dtype is not None
     try:
         return builder.build()
     except TensorMismatch as error:
@@ -161,10 +174,17 @@ class _GraphBuilder:
     """Builds the graph of one stage."""
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: OpenModel, seed: int
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        methods: Mapping[str, Method],
+        open_model: OpenModel,
+        seed: int,
+        *,
+        intermediate: bool,
     ) -> None:
         self.recipe = recipe
-        self.stage = stage
+        self.stage = stage = replace(stage, dtype=None) if intermediate else stage
         self.warnings: list[ModelWarning] = []
         sources = dict.fromkeys(stage_inputs(stage))
         base = stage.base_model
@@ -191,6 +211,7 @@ class _GraphBuilder:
         self.usage = TensorUsage(self.graph)
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
         self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors)
+        self.rules.copies = {} if intermediate else None
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
@@ -207,12 +228,12 @@ class _GraphBuilder:
             raise explained(error, duplicates) from error
         self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
         self.tensors_from.check_used()
-        self._check_chosen_head()
+        check_chosen_head(self.recipe, self.stage, self.graph, self.models)
         if not self.graph.outputs:
             raise CheckpointError(
                 "the output has no tensors: no tensor of the models belongs to a module of the recipe"
             )
-        self._warn_of_filters(chain(self.graph.read_names, self.graph.outputs.names))
+        self._warn_of_filters(names_of_values(self.graph, self.models))
         if self.stage.files_from is None:
             self.warnings += check_quantized_outputs(self.graph, self.models, self.donor)
         if self.stage.out_dtype is None and self.stage.dtype is None:
@@ -238,6 +259,7 @@ class _GraphBuilder:
             warnings=(*self.warnings, *partial_warnings(self.rules.partial, self.models, self.stage.merge_method)),
             partial=tuple(self.rules.partial),
             buffers=tuple(self.rules.buffers.checks),
+            copies=self.rules.copies or {},
             parameters=summarize_uses(use for parts in self.parts for part in parts for use in part.parameters.uses()),
         )
 
@@ -316,24 +338,6 @@ class _GraphBuilder:
                 message = shape_mismatch(name, self.donor, own.shape, model, shape, "" if chosen else key)
                 raise TensorMismatch(message, self.donor, model)
         self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None)
-
-    def _check_chosen_head(self) -> None:
-        """Without any head, the chosen model's head is its embedding, so `embeddings` must choose the same model."""
-        chosen = self.stage.non_layer.head
-        if chosen is None or any(map(is_head, self.graph.outputs.names)):
-            return
-        embeddings = {
-            self.models[self.graph.read_models[read]].reference
-            for output in self.graph.outputs
-            if is_embedding(output.name)
-            for read in self.graph.node_sources[output.node]
-        }
-        if embeddings != {chosen}:
-            raise self.recipe.error(
-                (*self.stage.non_layer.place, "head"),
-                f"none of the models has a separate head: that of {chosen.text} is tied to its embeddings; set "
-                "`embeddings` to the same model",
-            )
 
     # --- layers ------------------------------------------------------------------------------------------------
 

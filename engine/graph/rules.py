@@ -25,7 +25,7 @@ from .checks.buffers import BufferChecks, StoredBuffer
 from .checks.partial import PartialTensor
 from .graph import Kind, MergeGraph, Operation
 from .usage import TensorUsage
-from .values import TensorValues
+from .values import CopiedValue, TensorValues
 
 
 class Input(NamedTuple):
@@ -42,6 +42,11 @@ class Input(NamedTuple):
         tensor = self.model.tensors[self.name]
         assert isinstance(tensor, TensorRef)
         return tensor
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the values are computed from several stored tensors."""
+        return isinstance(self.kind, LogicalTensor) and self.kind.decode is not None
 
 
 class _Resolved(NamedTuple):
@@ -75,6 +80,8 @@ class TensorRules:
 
     Attributes:
         buffers: the buffers among the tensors, which are compared between the models.
+        decodes: whether a value that is only copied is decoded, even if nothing rounds it.
+        copies: values whose parts are copied, by name; None if no stage uses the output.
     """
 
     def __init__(
@@ -95,6 +102,8 @@ class TensorRules:
         self._usage = usage
         self._seed = seed
         self.buffers = BufferChecks(graph.models)
+        self.decodes = False
+        self.copies: dict[str, CopiedValue] | None = None
         self._written = NameSet(donor)
         self._tensors = TensorValues(graph, methods["passthrough"])
         self._operations: dict[Hashable, Operation] = {}
@@ -164,7 +173,7 @@ class TensorRules:
     ) -> None:
         values = None if passed else self._values(part, name, inputs, t)
         quantized = [each.name in each.model.quantized for each in inputs]
-        classes = [(each.source, each.kind.dtype.name, each.kind.shape, _decoded(each)) for each in inputs]
+        classes = [(each.source, each.kind.dtype.name, each.kind.shape, each.decoded) for each in inputs]
         given = None if values is None else tuple(values.items())
         key = (part, given, *quantized, *classes)
         found = self._resolved.get(key)
@@ -179,12 +188,10 @@ class TensorRules:
                     self._usage.mark_unused(each.model, each.name, found.reason)
             inputs = [inputs[index] for index in found.kept]
         if found.operation.kind is Kind.COPY and isinstance(inputs[0].kind, LogicalTensor):
-            for written, node in self._tensors.copies(inputs[0].model, inputs[0].name, name):
-                self._check_unwritten(written)
-                self._graph.add_output(written, node, group)
-            return
-        random_key = self._random_key(name) if found.random else 0
-        self._add(name, found.operation, inputs, found.dtype, group, random_key)
+            self._copy(name, inputs[0], group)
+        else:
+            random_key = self._random_key(name) if found.random else 0
+            self._add(name, found.operation, inputs, found.dtype, group, random_key)
 
     def _resolve(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], values: Mapping[str, Any] | None
@@ -210,8 +217,8 @@ class TensorRules:
         if kernel.copies is not None:
             (chosen,) = used
             dtype, as_stored = chosen.kind.dtype, self._output_dtype is None
-            decoded = _decoded(chosen)
-            if (dtype == target and not decoded) or (as_stored and (decoded or chosen.name in chosen.model.quantized)):
+            keep = not self.decodes if chosen.decoded else chosen.name in chosen.model.quantized
+            if (dtype == target and not chosen.decoded) or (as_stored and keep):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)
             operation = self._pass(chosen)
@@ -221,10 +228,11 @@ class TensorRules:
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """Add a buffer, copied from the base model or else from the first model that has it."""
         chosen = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
-        stored = [StoredBuffer(each.model.number, each.name, each.ref) for each in (chosen, *inputs)]
-        self.buffers.add(name, stored[0], stored[1:])
         self._mark_unused(inputs, chosen, f"not a parameter: copied from {chosen.model.name}")
-        self._add(name, Operation(Kind.COPY, "passthrough"), [chosen], chosen.kind.dtype, group)
+        if not any(isinstance(each.kind, LogicalTensor) for each in inputs):
+            stored = [StoredBuffer(each.model.number, each.name, each.ref) for each in inputs]
+            self.buffers.add(name, stored[inputs.index(chosen)], stored)
+        self._copy(name, chosen, group)
 
     def _add_integers(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], t: float, group: int, *, passed: bool
@@ -278,6 +286,16 @@ class TensorRules:
         self._check_unwritten(name)
         values = tuple([self._tensors.value(each.model, each.name) for each in inputs])
         self._graph.add_output(name, self._graph.add_node(operation, values, dtype, key), group)
+
+    def _copy(self, name: str, source: Input, group: int) -> None:
+        """Add the tensors that a value is stored as."""
+        parts = []
+        for written, node in self._tensors.copies(source.model, source.name, name):
+            self._check_unwritten(written)
+            self._graph.add_output(written, node, group)
+            parts.append(written)
+        if self.copies is not None and isinstance(source.kind, LogicalTensor) and source.kind.decode:
+            self.copies[name] = CopiedValue(name, source.kind, tuple(parts))
 
     def _check_unwritten(self, name: str) -> None:
         """Record the name of an output tensor. Raises CheckpointError if it is there already."""
@@ -361,11 +379,6 @@ def promote(dtypes: Iterable[DType]) -> DType:
     if len(wide) == 1:
         return wide.pop()
     return F32
-
-
-def _decoded(source: Input) -> bool:
-    """Return whether the values of a tensor are computed from several stored ones."""
-    return isinstance(source.kind, LogicalTensor) and source.kind.decode is not None
 
 
 def _refuse_quantized(inputs: Iterable[Input]) -> None:

@@ -17,7 +17,7 @@ from ...io.tensors.refs import TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
-from ..model.logical import part_names
+from ..model.logical import StageTensors, part_names
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
 from .checks.buffers import BufferCheck, StoredBuffer
@@ -75,8 +75,7 @@ def build_stages(
 
     for number, stage in enumerate(recipe.stages):
         last = number == len(recipe.stages) - 1
-        # an intermediate result is not rounded to `dtype`, only to an explicit out_dtype
-        graph = build_graph(recipe, stage if last else replace(stage, dtype=None), methods, open_any, seed=seed)
+        graph = build_graph(recipe, stage, methods, open_any, seed=seed, intermediate=not last)
         built.append(graph)
         config = config_of(stage, graph)
         if not last:
@@ -87,7 +86,7 @@ def build_stages(
 def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
     """A stage's output as a checkpoint for the next stage, with the dtypes that it would have on disk."""
     graph = built.graph
-    tensors: dict[str, TensorRef] = {}
+    tensors = StageTensors()
     for index, output in enumerate(graph.outputs):
         dtype = _stored_dtype(stage, graph, output.node)
         elements = graph.elements(output.node)
@@ -100,6 +99,7 @@ def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping
             number,
             output.node,
         )
+    tensors.found = tuple(copy.tensor_of(tensors) for copy in built.copies.values())
     donor = built.models[built.donor].checkpoint
     return replace(
         donor, tensors=tensors, config=None if config is None else dict(config), files=(), ignored=(), remarks=()
@@ -308,7 +308,8 @@ class _Linker:
     def _stored_sources(self, stage: str, names: Collection[str]) -> Iterator[tuple[int, str]]:
         """The tensors in files, by model and name, that some tensors of a stage are computed from."""
         number = next(number for number, found in enumerate(self._recipe.stages) if found.name == stage)
-        wanted = set(names)
+        copies = self._built[number].copies
+        wanted = {part for name in names for part in (copies[name].parts if name in copies else (name,))}
         stack = [(number, output.node) for output in self._built[number].graph.outputs if output.name in wanted]
         seen = set(stack)
         while stack:

@@ -12,7 +12,7 @@ from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
-from ..model.logical import LogicalTensor
+from ..model.logical import LogicalTensor, Part
 from .graph import Kind, MergeGraph, Operation, Value
 
 
@@ -32,9 +32,16 @@ class CopiedValue:
 
     def tensor_of(self, tensors: Mapping[str, TensorRef]) -> LogicalTensor:
         """Return the value of an output that stores these tensors."""
-        parts = zip(self.tensor.parts, self.parts, strict=True)
-        moved = tuple(replace(part, name=name, ref=tensors[name]) for part, name in parts)
-        return replace(self.tensor, name=self.name, parts=moved)
+        own = (*self.tensor.parts, *self.tensor.companions)
+        moved = tuple(_moved(part, name, tensors[name]) for part, name in zip(own, self.parts, strict=True))
+        count = len(self.tensor.parts)
+        return replace(self.tensor, name=self.name, parts=moved[:count], companions=moved[count:])
+
+
+def _moved(part: Part, name: str, stored: TensorRef) -> Part:
+    """Return a part that is stored elsewhere, under another name."""
+    ref = replace(stored, dtype=part.ref.dtype, shape=part.ref.shape)
+    return replace(part, name=name, ref=ref, stored=None if part.stored is None else stored)
 
 
 class TensorValues:

@@ -19,7 +19,7 @@ from .contents.describe import Description, describe_checkpoint
 from .contents.diffusion import layers_of
 from .formats.registry import tensors_of, unknown_quantized
 from .layers import LayerMap, Stack
-from .logical import LogicalTensor, LogicalTensors, Tensors
+from .logical import LogicalTensor, LogicalTensors, Tensors, label_of
 from .open import open_named
 
 _FILES_SHOWN = 8
@@ -99,14 +99,14 @@ class Inspection:
                     "main": self.layers is not None and stack in self.layers.mains,
                     "config_key": ".".join((*stack.config_path, stack.config_key)) if stack.config_key else None,
                     "tensors": len(inside := self.in_stack(stack)),
-                    "bytes": total_bytes(ref for _, ref in inside),
+                    "bytes": stored_bytes(ref for _, ref in inside),
                 }
                 for stack in self.stacks
             ],
             "outside": [name for name, _ in self.outside()],
             "dtypes": {
-                name: {"tensors": len(refs), "parameters": total_elements(refs), "bytes": total_bytes(refs)}
-                for name, refs in self.by_dtype().items()
+                name: {"tensors": len(group), "parameters": total_elements(group), "bytes": stored_bytes(group)}
+                for name, group in self.by_dtype().items()
             },
             "formats": {
                 name: {
@@ -128,12 +128,12 @@ class Inspection:
             data["tensor_list"] = [_listed(name, tensor) for name, tensor in self.values.items()]
         return data
 
-    def by_dtype(self) -> dict[str, list[TensorRef]]:
-        """The tensors of each dtype, ordered by total size, the largest first."""
-        groups: dict[str, list[TensorRef]] = {}
-        for ref in self.tensors:
-            groups.setdefault(ref.dtype.name, []).append(ref)
-        return dict(sorted(groups.items(), key=lambda item: -total_bytes(item[1])))
+    def by_dtype(self) -> dict[str, list[TensorRef | LogicalTensor]]:
+        """The tensors of each dtype and format, ordered by the size of what is stored, the largest first."""
+        groups: dict[str, list[TensorRef | LogicalTensor]] = {}
+        for tensor in self.values.values():
+            groups.setdefault(label_of(tensor), []).append(tensor)
+        return dict(sorted(groups.items(), key=lambda item: -stored_bytes(item[1])))
 
     def formats(self) -> dict[str, list[LogicalTensor]]:
         """The quantized tensors of each format that can be decoded."""
@@ -144,7 +144,7 @@ class Inspection:
         return groups
 
     def by_file(self) -> dict[Path, list[TensorRef]]:
-        """The tensors in each file, in the order of the file names."""
+        """The stored tensors in each file, in the order of the file names."""
         files: dict[Path, list[TensorRef]] = {file: [] for file in self.checkpoint.files}
         for ref in self.tensors:
             files[ref.file].append(ref)
@@ -188,7 +188,7 @@ def _listed(name: str, tensor: TensorRef | LogicalTensor) -> dict[str, Any]:
     if isinstance(tensor, TensorRef):
         return shown | {"bytes": tensor.nbytes, "file": tensor.file.name, "offset": tensor.offset}
     parts = [_listed(part.name, part.ref) for part in tensor.parts]
-    return shown | {"format": tensor.format, "bytes": sum(part["bytes"] for part in parts), "parts": parts}
+    return shown | {"format": tensor.format, "bytes": tensor.stored_bytes, "parts": parts}
 
 
 def total_elements(refs: Iterable[TensorRef | LogicalTensor]) -> int:
@@ -196,6 +196,11 @@ def total_elements(refs: Iterable[TensorRef | LogicalTensor]) -> int:
     return sum(ref.elements for ref in refs)
 
 
-def total_bytes(refs: Iterable[TensorRef | LogicalTensor]) -> int:
+def total_bytes(refs: Iterable[TensorRef]) -> int:
     """Size of all `refs` in bytes."""
     return sum(ref.nbytes for ref in refs)
+
+
+def stored_bytes(tensors: Iterable[TensorRef | LogicalTensor]) -> int:
+    """Size in bytes of what all `tensors` are stored as."""
+    return sum(tensor.nbytes if isinstance(tensor, TensorRef) else tensor.stored_bytes for tensor in tensors)

@@ -154,7 +154,7 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         """Return for each stored tensor that is a part the names of the values that are computed from it."""
         values: dict[str, list[str]] = {}
         for tensor in self._found.values():
-            for part in tensor.parts:
+            for part in tensor.parts + tensor.companions:
                 values.setdefault(part.name, []).append(tensor.name)
         return values
 

@@ -17,7 +17,9 @@ from ...io.checkpoint.checkpoint import Checkpoint
 from ..recipe.node_reader import DTYPES
 from ..recipe.types import ModelReference
 from .contents.diffusion import layers_of
+from .formats.registry import tensors_of
 from .layers import LayerMap
+from .logical import Tensors
 
 Window = tuple[int, int]
 """The first layer and the one after the last."""
@@ -136,7 +138,8 @@ def stack_recipe(
     name = _printable(reference.text)
     if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    layers = layers_of(checkpoint.tensors, checkpoint.config)
+    tensors = tensors_of(checkpoint)
+    layers = layers_of(tensors, checkpoint.config)
     if len(layers.mains) != 1:
         what = f"{len(layers.mains)} stacks of layers" if layers.mains else "no layers"
         raise UsageError(f"{name} has {what} instead of one: write the recipe by hand, with `modules`")
@@ -147,7 +150,7 @@ def stack_recipe(
         slices = compose(one.windows, slices)
     summary = StackSummary(
         layers=rounds[-1].layers,
-        parameters=_parameters(checkpoint, layers, slices),
+        parameters=_parameters(tensors, layers, slices),
         rounds=rounds,
         slices=slices,
         warnings=_warnings(name, count, rounds, slices),
@@ -189,14 +192,14 @@ def _rounds(layers: int, passes: Sequence[tuple[int, int | None]], exact: bool) 
     return tuple(rounds)
 
 
-def _parameters(checkpoint: Checkpoint, layers: LayerMap, slices: Sequence[Window]) -> int:
+def _parameters(tensors: Tensors, layers: LayerMap, slices: Sequence[Window]) -> int:
     """Elements of all tensors: a layer's count once per use, all others (including extra layers) once."""
     times = [0] * layers.main.count
     for first, end in slices:
         for layer in range(first, end):
             times[layer] += 1
     total = 0
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in tensors.items():
         parsed = layers.split(name)
         total += tensor.elements * (1 if parsed is None or parsed.extra else times[parsed.index])
     return total

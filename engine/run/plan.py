@@ -252,7 +252,7 @@ class Plan:
             "saved": [{"folder": made.folder, **self.output_dict(made)} for made in self.saved],
             "inputs": {
                 "models": [model.name for model in self.built.models],
-                "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
+                "tensors": sum(len(model.tensors) for model in self.built.models),
                 "bytes": sum(total_bytes(model.checkpoint.tensors) for model in self.built.models),
                 "layers_identified": not self.built.matched_by_name,
                 "unused": [

@@ -14,10 +14,13 @@ from itertools import groupby, islice
 from operator import is_
 from pathlib import Path
 from sys import intern
+from typing import TypeVar
 
 from .refs import TensorClass, TensorRef
 
 _AT_ONCE = 512
+
+T = TypeVar("T")
 
 
 class TensorTable(Mapping[str, TensorRef]):
@@ -227,7 +230,7 @@ def class_of(tensors: Mapping[str, TensorRef], name: str) -> TensorClass | Tenso
     return tensors.class_of(name) if isinstance(tensors, TensorTable) else tensors[name]
 
 
-def classes_of(tensors: Mapping[str, TensorRef]) -> Iterable[TensorClass | TensorRef]:
+def classes_of(tensors: Mapping[str, T]) -> Iterable[TensorClass | T]:
     """The dtypes and shapes of tensors: each class of a table, or else all references."""
     return tensors.classes if isinstance(tensors, TensorTable) else tensors.values()
 

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher, get_close_matches
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from ..engine.graph.graph import Kind, Operation
+from ..engine.graph.graph import Kind
 from ..engine.recipe.parameters import layer_position
 from ..engine.recipe.types import modules_of
 from ..engine.schedule.tiling import tile_length
@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..io.units import data_size, listed, memory_size, plural
 from .parameters import StageParameters, stage_parameters, values_section
 from .sections import Grid, Section
+from .tensors.sources import Source, find_sources, sources_section
 
 if TYPE_CHECKING:
     from ..engine.recipe.types import Slice
@@ -47,33 +48,6 @@ class SliceOf:
     ranges: tuple[tuple[str, int, int], ...]
     layers: tuple[int, ...]
     position: float
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One input tensor.
-
-    Args:
-        model: name of the model in the recipe.
-        name: name of the tensor.
-        file: path of the file.
-        offset: offset of the tensor's first byte in the file.
-        nbytes: size in bytes.
-        dtype: stored dtype.
-        shape: shape of the tensor.
-        base: whether it belongs to the base model.
-        bytes_read: bytes read of the tensor for all outputs that need it, re-reads included.
-    """
-
-    model: str
-    name: str
-    file: str
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    base: bool
-    bytes_read: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +137,12 @@ def explain(plan: Plan, name: str) -> Explanation:
         dtype=graph.node_dtype[node].name,
         nbytes=graph.nbytes(node),
         how=operation.kind.value,
-        method=operation.method,
+        method=stages[0].method if len(stages) == 1 else operation.method,
         tensors_from=next((each.filter for each in plan.stage.tensors_from if each.filter in name), ""),
         parameters=stages[0].parameters if len(stages) == 1 else {each.label: each.parameters for each in stages},
         stages=stages,
         slice=slice_of(plan, name),
-        sources=_sources(plan, node, operation),
+        sources=find_sources(plan, node, operation),
         passes=graph.operation(node).passes,
         chunks=schedule.chunks(graph, node),
         chunk=chunk,
@@ -179,27 +153,6 @@ def explain(plan: Plan, name: str) -> Explanation:
             Destination(graph.outputs[n].label, layout.shards[layout.shard_of[n]].name, layout.offset_of[n])
             for n in same
         ),
-    )
-
-
-def _sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, ...]:
-    from ..engine.schedule.traffic import bytes_of_reads
-
-    graph = plan.built.inlined
-    read = bytes_of_reads(plan.built.graph, plan.schedule)
-    return tuple(
-        Source(
-            graph.models[graph.read_models[number]],
-            graph.read_names[number],
-            str(graph.reads[number].file),
-            graph.reads[number].offset,
-            graph.reads[number].nbytes,
-            graph.reads[number].dtype.name,
-            graph.reads[number].shape,
-            place == operation.base,
-            read[number],
-        )
-        for place, number in enumerate(graph.node_sources[node])
     )
 
 
@@ -298,7 +251,7 @@ def explanation_sections(explanation: Explanation) -> list[Section]:
     sections = [Section(explanation.name, fields)]
     if explanation.slice is not None:
         sections.append(_slice(explanation.slice))
-    sections.append(_sources_section(explanation))
+    sections.append(sources_section(explanation.sources))
     several = len(explanation.stages) > 1
     sections += [values_section(values, several=several) for values in explanation.stages if values.parameters]
     sections += [_work(explanation), _destinations(explanation)]
@@ -326,24 +279,6 @@ def _slice(part: SliceOf) -> Section:
         ("gradients", f"position {part.position:.4g}, from 0 (first layer of the slice) to 1 (last layer)"),
     ]
     return Section("Slice", fields)
-
-
-def _sources_section(explanation: Explanation) -> Section:
-    rows = tuple(
-        (
-            source.model + (" (base)" if source.base else ""),
-            source.name,
-            source.dtype,
-            str(list(source.shape)),
-            data_size(source.nbytes),
-            f"{source.offset:,}",
-            source.file.rpartition("/")[2],
-            f"{source.bytes_read / source.nbytes:.3g}x" if source.nbytes else "",
-        )
-        for source in explanation.sources
-    )
-    header = ("model", "tensor", "dtype", "shape", "size", "offset", "file", "read")
-    return Section("Sources", grid=Grid(header, rows, frozenset(("size", "offset", "read"))))
 
 
 def _tile(plan: Plan, node: int, device: int) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.model.contents.diffusion import DiffusionModel
-from ..engine.model.inspect import Inspection, total_bytes, total_elements
-from ..engine.model.logical import LogicalTensor
+from ..engine.model.inspect import Inspection, stored_bytes, total_bytes, total_elements
+from ..engine.model.logical import LogicalTensor, label_of
 from ..engine.model.roles import is_head, tied_embedding
 from ..io.tensors.refs import TensorRef
 from ..io.units import big_number, data_size, listed, plural, ranges
@@ -103,7 +103,7 @@ def _layers(inspection: Inspection) -> Section:
                 stack.prefix,
                 f"{stack.count}{extra}",
                 f"{len(inside):,}",
-                data_size(total_bytes(ref for _, ref in inside)),
+                data_size(stored_bytes(ref for _, ref in inside)),
                 key if stack in mains else "tensor names; recipes can't slice it",
             )
         )
@@ -113,8 +113,8 @@ def _layers(inspection: Inspection) -> Section:
 
 def _dtypes(inspection: Inspection) -> Section:
     rows = tuple(
-        (name, f"{len(refs):,}", f"{total_elements(refs):,}", data_size(total_bytes(refs)))
-        for name, refs in inspection.by_dtype().items()
+        (name, f"{len(group):,}", f"{total_elements(group):,}", data_size(stored_bytes(group)))
+        for name, group in inspection.by_dtype().items()
     )
     header = ("dtype", "tensors", "parameters", "size")
     return Section("Dtypes", grid=Grid(header, rows, frozenset(header[1:])))
@@ -122,7 +122,8 @@ def _dtypes(inspection: Inspection) -> Section:
 
 def _non_layer_tensors(outside: Sequence[tuple[str, TensorRef | LogicalTensor]]) -> Section:
     rows = tuple(
-        (name, ref.dtype.name, str(list(ref.shape)), data_size(ref.nbytes)) for name, ref in outside[:_NON_LAYER_SHOWN]
+        (name, label_of(tensor), str(list(tensor.shape)), data_size(stored_bytes([tensor])))
+        for name, tensor in outside[:_NON_LAYER_SHOWN]
     )
     more = (f"and {len(outside) - _NON_LAYER_SHOWN:,} more (--tensors lists all)",) if len(outside) > len(rows) else ()
     grid = Grid(("tensor", "dtype", "shape", "size"), rows, frozenset(("size",)))

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.recipe.parameters import gradient_value
 from ..io.units import listed, plural
-from ..methods.kernel.composition import Composition
+from ..methods.kernel.composition import Composition, Part
+from ..methods.kernel.decoder import Decoder
 from .sections import Grid, Section
 
 if TYPE_CHECKING:
+    from ..engine.graph.graph import MergeGraph
     from ..engine.recipe.parameter_uses import ParameterUse, Use
     from ..engine.recipe.types import Scalar
     from ..engine.run.plan import Plan
@@ -48,22 +50,50 @@ def stage_parameters(plan: Plan, node: int) -> tuple[StageParameters, ...]:
     if not isinstance(operation.kernel, Composition):
         method, own = operation.method, dict(operation.parameters)
         return (StageParameters(method, method, _stage_of(plan, method), own, tuple(models), operation.base),)
+    parts = operation.kernel.parts
     methods = [label.partition(". ")[2] for label, _ in operation.parameters]
     names = [_stage_of(plan, method) for method in methods]
     results = [name or label for (label, _), name in zip(operation.parameters, names, strict=True)]
+    for number, part in enumerate(parts):
+        if _loads_value(part):
+            results[number] = models[part.sources[0]]
+    stages = [number for number, part in enumerate(parts) if not _loads_value(part)]
+    merging = [methods[number] for number in stages]
     return tuple(
         StageParameters(
-            label,
-            method if methods.count(method) == 1 else label,
-            name,
-            dict(own),
-            tuple(models[source] if source >= 0 else results[~source] for source in part.sources),
-            part.kernel.inputs.base,
+            operation.parameters[number][0] if len(stages) > 1 else methods[number],
+            methods[number] if merging.count(methods[number]) == 1 else operation.parameters[number][0],
+            names[number],
+            dict(operation.parameters[number][1]),
+            tuple(models[source] if source >= 0 else results[~source] for source in parts[number].sources),
+            parts[number].kernel.inputs.base,
         )
-        for (label, own), method, name, part in zip(
-            operation.parameters, methods, names, operation.kernel.parts, strict=True
-        )
+        for number in stages
     )
+
+
+def _loads_value(part: Part) -> bool:
+    """Return whether a part of a kernel only computes a value of a model from what is stored."""
+    stored = all(source >= 0 for source in part.sources)
+    return stored and (isinstance(part.kernel.bound[0], Decoder) or bool(part.kernel.inputs.accesses))
+
+
+def methods_of(graph: MergeGraph, node: int) -> str:
+    """Return the methods that a node's values go through, the last one first: ``linear of ties``.
+
+    Args:
+        graph: a fused graph, whose intermediate tensors may be nodes of their own.
+        node: number of the node.
+    """
+    methods: dict[str, None] = {}
+    nodes = [node]
+    for each in nodes:  # grows: after a node come those that it uses
+        operation = graph.operation(each)
+        composed = isinstance(operation.kernel, Composition)
+        own = [name.partition(". ")[2] for name, _ in operation.parameters] if composed else [operation.method]
+        methods.update(dict.fromkeys(reversed(own)))
+        nodes += [~value for value in graph.node_sources[each] if value < 0 and ~value not in nodes]
+    return " of ".join(methods)
 
 
 def _stage_of(plan: Plan, method: str) -> str | None:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..engine.graph.graph import Kind
+from ..engine.model.logical import label_of
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
 from ..io.tensors.table import classes_of, total_bytes
 from ..io.units import big_number, data_size, memory_size, plural, short_number
-from .parameters import parameters_section
+from .parameters import methods_of, parameters_section
 from .sections import Grid, Section, plain
 from .unused import unused_section
 
@@ -134,7 +135,7 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
     rereads = plan.schedule.bytes_reread > 0
     rows = []
     for model in plan.built.models:
-        tensors = model.checkpoint.tensors
+        tensors, stored = model.tensors, model.checkpoint.tensors
         layers = " + ".join(str(stack.count) for stack in model.layers.mains) or (
             "0" if model.identified else "unknown"
         )
@@ -143,10 +144,10 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
                 model.name + (" (base)" if model.reference == base else ""),
                 layers,
                 f"{len(tensors):,}",
-                data_size(total_bytes(tensors)),
+                data_size(total_bytes(stored)),
                 data_size(by_model[model.number][0]),
                 *([_times_read(*by_model[model.number])] if rereads else []),
-                ", ".join(sorted({each.dtype.name for each in classes_of(tensors)})),
+                ", ".join(sorted(set(map(label_of, classes_of(tensors))))),
             )
         )
     header = ("model", "layers", "tensors", "size", "used", *(["read"] if rereads else []), "dtypes")
@@ -182,8 +183,8 @@ def work_section(plan: Plan) -> Section:
         )
     counts: Counter[str] = Counter()
     for output in graph.outputs:
-        operation = graph.operation(output.node)
-        counts[f"by {operation.method}" if operation.kind is Kind.MERGE else "copied"] += 1
+        merged = graph.operation(output.node).kind is Kind.MERGE
+        counts[f"by {methods_of(graph, output.node)}" if merged else "copied"] += 1
     if buffers := plan.built.buffers:
         fields.append(("data checks", f"{plural(len(buffers), 'buffer')}, before the merge starts"))
     tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())

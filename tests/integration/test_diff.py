@@ -158,7 +158,8 @@ def test_the_smallest_budget_that_a_message_names_works(tmp_path: Path) -> None:
 
 def test_decoding_stays_within_the_smallest_budget(tmp_path: Path) -> None:
     code = (
-        "import sys; from mergeloom.engine.model.formats import registry; from tests.unit.diff.test_computed import find;"
+        "import sys; from mergeloom.engine.model.formats import registry;"
+        "from tests.unit.diff.test_computed import find;"
         "registry.FORMATS['test'] = find; from mergeloom.__main__ import main; main(sys.argv[1:])"
     )
     stored, values = test_computed.make(1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.tensors.dtypes import Kind as ElementKind
 from ...graph.build import BuiltGraph
 from ...graph.stages import StageRef
+from ...model.inputs import Model
 from ...model.warnings import ModelWarning, ModelWarningKind
 
 _SHARE = 0.1
@@ -26,7 +26,7 @@ def mixed_dtypes(built: BuiltGraph) -> list[ModelWarning]:
     mains = []
     for number in sorted(set(graph.read_models)):
         model = built.models[number]
-        found = _main_dtypes(model.checkpoint) & written
+        found = _main_dtypes(model) & written
         if not any(isinstance(ref, StageRef) for ref in model.checkpoint.tensors.values()):
             mains.append(found)
         for dtype in sorted(found):
@@ -35,7 +35,7 @@ def mixed_dtypes(built: BuiltGraph) -> list[ModelWarning]:
         return []
     described = " and ".join(f"{dtype} (from {', '.join(names)})" for dtype, names in by_dtype.items())
     names = {dtype.name: dtype.torch_name for dtype in graph.node_dtype}
-    suggested = next(iter(sorted(_main_dtypes(built.models[built.donor].checkpoint) & set(by_dtype))), min(by_dtype))
+    suggested = next(iter(sorted(_main_dtypes(built.models[built.donor]) & set(by_dtype))), min(by_dtype))
     return [
         ModelWarning(
             ModelWarningKind.DTYPE,
@@ -45,10 +45,10 @@ def mixed_dtypes(built: BuiltGraph) -> list[ModelWarning]:
     ]
 
 
-def _main_dtypes(checkpoint: Checkpoint) -> set[str]:
-    """The names of the unquantized floating-point dtypes of large parts of a checkpoint."""
+def _main_dtypes(model: Model) -> set[str]:
+    """The names of the unquantized floating-point dtypes of large parts of a model."""
     sizes: dict[str, int] = {}
-    for ref in checkpoint.tensors.values():
-        if ref.dtype.kind is ElementKind.FLOAT and ref.dtype.bits >= 16:
-            sizes[ref.dtype.name] = sizes.get(ref.dtype.name, 0) + ref.nbytes
+    for tensor in model.tensors.values():
+        if tensor.dtype.kind is ElementKind.FLOAT and tensor.dtype.bits >= 16:
+            sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
     return {name for name, size in sizes.items() if size >= _SHARE * sum(sizes.values())}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 
+from ...model.inputs import Model
+from ...model.logical import LogicalTensors
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ...recipe.misplaced import nearest
 from ...recipe.nodes import Keys
 from ...recipe.types import Module, Recipe, Stage
+from ..graph import MergeGraph
+from ..values import renamed
 
 _WILDCARDS = frozenset("*?^$[]|\\")
 _MOST_LINES = 5
@@ -34,6 +39,25 @@ def unmatched_filters(
             location = recipe.origins.locate(places[0])
             advice = filter_advice(substring, distinct)
             yield ModelWarning(ModelWarningKind.FILTER, problem, advice, (substring,), location)
+
+
+def names_of_values(graph: MergeGraph, models: Sequence[Model]) -> Iterator[str]:
+    """Yield the names that filters are matched against: those of the tensors that a graph reads, and of its outputs.
+
+    A value that is computed from parts has a name of its own, also where its parts are copied to the output.
+    """
+    values = [model.tensors.values_of_parts() if isinstance(model.tensors, LogicalTensors) else {} for model in models]
+    if not any(values):
+        yield from chain(graph.read_names, graph.outputs.names)
+        return
+    for number, name in zip(graph.read_models, graph.read_names, strict=True):
+        yield from values[number].get(name, (name,))
+    for output in graph.outputs:
+        read = graph.node_sources[output.node][0]
+        copied = graph.operation(output.node).copies_tensor and read >= 0
+        part = graph.read_names[read] if copied else output.name
+        own = values[graph.read_models[read]].get(part, ()) if copied else ()
+        yield from [renamed(name, part, output.name) for name in own] or [output.name]
 
 
 def _filters(stage: Stage, modules: Iterable[Module]) -> dict[str, list[Keys]]:

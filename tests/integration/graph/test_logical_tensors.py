@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mergeloom
 from mergeloom.engine.model.formats import registry
@@ -110,6 +111,46 @@ def test_a_copy_without_dtype_keeps_parts_and_their_names(tmp_path: Path, pairs:
         found = copied[f"model.layers.2.self_attn.{name}.weight"]
         assert (found == values[f"model.layers.1.self_attn.{name}.weight"]).all()
     assert not any(name.endswith((".qkv", ".turned", ".rows")) for name in copied)
+
+
+def in_stages(directory: Path, first: str, other: Path, last: str = "") -> Path:
+    """The recipe of two stages, the first of which copies a model."""
+    last = (
+        last or f"merge_method: linear\nmodels: [{{model: first}}, {{model: {other}}}]\nparameters: {{weight: 0.5}}\n"
+    )
+    file = directory / "recipe.yml"
+    file.write_text(f"name: first\nmerge_method: passthrough\n{first}\n---\n{last}dtype: float32\n")
+    return file
+
+
+@pytest.mark.parametrize("keys", ["", "dtype: float32\n", "out_dtype: float32\n"])
+@pytest.mark.parametrize("save", ["", "save: true\n"])
+def test_a_stage_that_copies_parts_passes_on_their_values(
+    tmp_path: Path, pairs: list[Pair], keys: str, save: str
+) -> None:
+    (toy, plain), (other, _) = pairs[0], pairs[1]
+    first = in_stages(tmp_path, f"{keys}{save}models: [{{model: {toy}}}]", other)
+    mergeloom.merge(recipe("linear", [plain, other]), tmp_path / "expected")
+    mergeloom.merge(first, tmp_path / "out")
+    expected = weights(tmp_path / "expected")
+    assert weights(tmp_path / "out") == expected
+    if save:  # what the stage writes: the values if it says a dtype, and otherwise the parts
+        saved, stored = read_model(tmp_path / "out" / "first"), read_model(plain if keys else toy)
+        for name in stored if keys else [name for name in stored if ".mlp." in name]:
+            assert torch.equal(saved[name], stored[name])
+            assert saved[name].dtype == stored[name].dtype
+
+
+def test_a_stage_that_moves_layers_passes_on_their_values(tmp_path: Path, pairs: list[Pair]) -> None:
+    made = []
+    for toy in (pairs[0][0], pairs[0][1]):
+        parts = ", ".join(f"{{sources: [{{model: {toy}, layer_range: {part}}}]}}" for part in ("[0, 2]", "[0, 1]"))
+        last = "merge_method: passthrough\nslices: [{sources: [{model: first, layer_range: [1, 3]}]}]\n"
+        planned = plan(in_stages(tmp_path, f"slices: [{parts}]", toy, last))
+        mergeloom.merge(planned, out := tmp_path / toy.name)
+        unused = [(each.reason, sorted(each.tensors)) for each in planned.built.unused]
+        made.append((weights(out), unused))
+    assert made[0] == made[1]
 
 
 def test_layers_filters_and_reports_see_values_only(pairs: list[Pair], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.schedule.traffic import bytes_of_reads
+from mergeloom.report.plan import work_section
 from tests.support.merges.resumable import interrupt, run
 from tests.support.merges.small import make_blocks_small
 from tests.support.models import FineTune, Random, tiny_llama, write_checkpoint
@@ -59,6 +62,17 @@ def test_the_bytes_are_those_of_23_merges(
     assert planned.schedule.bytes_reread == 0
     assert planned.schedule.bytes_read == sum(ref.nbytes for ref in graph.reads)
     assert "a" not in {Path(graph.models[model]).name for model in graph.read_models}
+
+
+@pytest.mark.parametrize("inlined", [False, True])
+def test_the_plan_names_the_methods_of_all_stages(models: dict[str, Path], tmp_path: Path, inlined: bool) -> None:
+    planned = plan(write_recipe(tmp_path / "all.yml", models), OPTIONS)
+    if inlined:
+        planned = replace(planned, built=replace(planned.built, graph=planned.built.inlined))
+    (made,) = {text for name, text in work_section(planned).fields if name == "tensors"}
+    named = re.fullmatch(r"39 by (linear of ties of .+), in [\d,]+ steps", made)
+    assert named is not None, made
+    assert sorted(named[1].split(" of ")) == sorted({method for method, *_ in STAGES})
 
 
 def test_a_merge_goes_on_without_the_intermediates_that_it_had_kept(

@@ -22,7 +22,16 @@ from mergeloom.errors import BudgetError
 from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from mergeloom.io.reading import Reader
 from mergeloom.io.tensors.dtypes import DTYPES, F32, F64
-from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, GatheredRows, SameRows, Slice, TransposedSlice, Whole
+from mergeloom.methods.kernel.access import (
+    ALIGNED,
+    Access,
+    BlockRows,
+    GatheredRows,
+    SameRows,
+    Slice,
+    TransposedSlice,
+    Whole,
+)
 from tests.support.models import toy_format, write_checkpoint
 from tests.unit.diff.references import is_close, reference
 

@@ -1,0 +1,1 @@
+"""Describes what single tensors are made of."""
