@@ -150,6 +150,17 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         self.parts: Collection[str] = first.keys()
         self._names = dict.fromkeys(name for each in stored for name in first.get(each, [each]))
 
+    def elements_of_parts(self) -> dict[str, int]:
+        """Return for each part of a decoded value the elements that it stands for: those of the value, or 0.
+
+        Those of a value are counted for its first part.
+        """
+        elements: dict[str, int] = {}
+        for tensor in self._found.values():
+            for number, part in enumerate(tensor.parts + tensor.companions if tensor.decode is not None else ()):
+                elements[part.name] = elements.get(part.name, 0) + (tensor.elements if number == 0 else 0)
+        return elements
+
     def values_of_parts(self) -> dict[str, list[str]]:
         """Return for each stored tensor that is a part the names of the values that are computed from it."""
         values: dict[str, list[str]] = {}

@@ -26,6 +26,7 @@ from ..files.write import OutputContent
 from ..graph.build import BuiltGraph
 from ..graph.graph import Kind
 from ..graph.layout import Layout
+from ..model.logical import LogicalTensors
 from ..model.open import is_remote
 from ..model.warnings import ModelWarning
 from ..recipe.types import Recipe, Stage
@@ -237,12 +238,24 @@ class Plan:
         nodes = array("I", map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
         return {
             "tensors": len(nodes),
-            "parameters": graph.total(graph.elements, nodes),
+            "parameters": self._parameters(nodes),
             "bytes": graph.total(graph.nbytes, nodes),
             "layers": made.layers,
             "shards": len(self.layout.shards_in(made.folder)),
             "dtypes": sorted({graph.node_dtype[node].name for node in nodes}),
         }
+
+    def _parameters(self, nodes: Sequence[int]) -> int:
+        """Return the number of parameters of some outputs: where parts are copied, the elements of their value."""
+        graph, total = self.built.graph, self.built.graph.total(self.built.graph.elements, nodes)
+        values = [model.tensors for model in self.built.models]
+        elements = [each.elements_of_parts() if isinstance(each, LogicalTensors) else {} for each in values]
+        for node in nodes if any(elements) else ():
+            if graph.operation(node).copies_tensor:
+                read = graph.node_sources[node][0]
+                found = elements[graph.read_models[read]].get(graph.read_names[read])
+                total += 0 if found is None else found - graph.elements(node)
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, as ``plan --json`` prints it. Sizes are in bytes."""

@@ -21,7 +21,7 @@ from tests.conftest import MakeModel
 from tests.support.models import tiny_llama, write_checkpoint
 from tests.support.paths import ROOT
 from tests.support.plans import linear
-from tests.unit.diff import test_computed
+from tests.unit.diff.parts import make
 from tests.unit.report.pages import Page
 
 COMMAND = [sys.executable, "-m", "mergeloom", "diff"]
@@ -159,10 +159,10 @@ def test_the_smallest_budget_that_a_message_names_works(tmp_path: Path) -> None:
 def test_decoding_stays_within_the_smallest_budget(tmp_path: Path) -> None:
     code = (
         "import sys; from mergeloom.engine.model.formats import registry;"
-        "from tests.unit.diff.test_computed import find;"
+        "from tests.unit.diff.parts import find;"
         "registry.FORMATS['test'] = find; from mergeloom.__main__ import main; main(sys.argv[1:])"
     )
-    stored, values = test_computed.make(1)
+    stored, values = make(1)
     paths = [write_checkpoint(tmp_path / name, made) for name, made in (("parts", stored), ("values", values))]
     command = [sys.executable, "-c", code, "diff", *map(str, paths), "--json", "--max-ram"]
     refused = subprocess.run([*command, "1MiB"], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -146,10 +146,23 @@ def test_layers_that_do_not_fit_the_config_are_no_obstacle(tmp_path: Path) -> No
 
 
 def test_quantized_models_are_rejected(tmp_path: Path) -> None:
-    weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
-    error = refused(tmp_path, {"w.weight": weight, "w.weight_scale_inv": torch.ones(1, 1)})
-    assert "model is quantized: 2 tensors ('w.weight': w.weight_scale_inv is its scale)" in error
+    error = refused(tmp_path, {"w.weight": torch.ones(4, 4).to(torch.int8), "w.SCB": torch.ones(4)})
+    assert "model is quantized: 2 tensors ('w.weight': w.SCB is its scale)" in error
     assert "use a bfloat16 version" in error
+
+
+def test_a_model_in_fp8_is_compared_by_its_values(tmp_path: Path) -> None:
+    codes, scales = rows(0, 256, 130).to(torch.float8_e4m3fn), rows(1, 2, 2).exp()
+    block = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    stored = {"w.weight": codes, "w.weight_scale_inv": scales, "norm": rows(2)}
+    a = write_checkpoint(tmp_path / "a", stored, config={"quantization_config": block})
+    values = codes.float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :130]
+    b = write_checkpoint(tmp_path / "b", {"w.weight": values, "norm": rows(2)})
+    c = write_checkpoint(tmp_path / "c", {"w.weight": rows(3, 256, 130), "norm": rows(2)})
+    assert Comparison(a, b).run().equal
+    weight = next(tensor for tensor in Comparison(a, c).run().tensors if tensor.name == "w.weight")
+    assert is_close(weight.similarity, reference(values, rows(3, 256, 130)))
+    assert weight.formats[0].startswith("FP8") or "fp8" in weight.formats[0].lower()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int32], ids=str)
@@ -168,7 +181,7 @@ def test_a_leftover_quantization_config_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_adapters_are_rejected(tmp_path: Path) -> None:
     error = refused(tmp_path, {"base_model.model.layers.0.q_proj.lora_A.weight": rows(0)})
-    assert "model is an adapter, not a model (it has a tensor" in error
+    assert "model is an adapter (LoRA), not a model (it has a tensor" in error
     adapter = write_checkpoint(tmp_path / "ia3", {"w": rows(0)})
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))

@@ -72,7 +72,8 @@ def test_a_mixture_of_experts_with_a_prediction_head_in_fp8(make_model: MakeMode
     assert [stack["extra_layers"] for stack in inspection.to_dict()["stacks"]] == [[4]]
     text = text_of(model)
     assert "4 + extra 4" in text
-    assert "F8_E4M3" in text
+    assert "(FP8 blocks)" in text
+    assert "F8_E4M3" not in text
     assert " in FP8 blocks (" in text
     found = inspection.to_dict()["formats"]
     assert list(found) == ["FP8 blocks"]
