@@ -202,7 +202,7 @@ def test_an_unquantized_model_has_none() -> None:
     assert not quantized_tensors(opened(others | {"p.weight": ("BF16", (8, 8))}, FP8_CONFIG)).keys() - {"attn.bias"}
 
 
-@pytest.mark.parametrize("form", DECODED)
+@pytest.mark.parametrize("form", sorted(DECODED))
 def test_known_scales_are_decoded(form: str, tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, FORMATS[form] | NORM, seed) for seed, name in enumerate("ab"))
     models = [{"model": model, "parameters": {"weight": 0.5}} for model in (first, second)]
