@@ -146,7 +146,7 @@ def test_a_plan_says_what_it_rearranges(pairs: Any) -> None:
         assert section.lines == (f"{other}: {form} experts, merged in the layout of {base}",)
         assert not planned.built.unused
     found = explain(plan(linear(fused, other_separate), ROOMY), "model.layers.0.mlp.experts.gate_up_proj")
-    assert [source.parts for source in found.sources] == [1, 8]
+    assert [max(each.assembled for each in (source, *source.parts)) for source in found.sources] == [1, 8]
     assert found.method == "linear"
 
 
@@ -252,25 +252,20 @@ def test_a_quantized_donor_with_separate_experts_takes_fused_ones(pairs: Any, tm
         plan(linear(other_fused, donor), ROOMY)
 
 
-def test_diff_compares_experts_in_the_layout_of_the_first_model(pairs: Any) -> None:
-    (fused, separate), (other_fused, other_separate) = pairs("mixtral")
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text"])
+def test_diff_compares_experts_in_the_layout_of_the_first_model(model_type: str, pairs: Any) -> None:
+    (fused, separate), (other_fused, other_separate) = pairs(model_type, "2I == H")
     for a, b, alike in ((fused, other_separate, other_fused), (separate, other_fused, other_separate)):
         found, expected = mergeloom.diff(a, b), mergeloom.diff(a, alike)
-        assert found.tensors == expected.tensors
+        assert [(each.name, each.similarity) for each in found.tensors] == [
+            (each.name, each.similarity) for each in expected.tensors
+        ]
         assert not found.only_in_a
         assert not found.only_in_b
         assert not found.not_compared
-        assert found.bytes_read == expected.bytes_read
 
 
-def test_diff_says_which_experts_it_does_not_compare(pairs: Any, tmp_path: Path) -> None:
-    (fused, separate), _ = pairs("llama4_text", "2I == H")
-    for a, b in ((fused, separate), (separate, fused)):
-        found = mergeloom.diff(a, b)
-        names = {each.name for each in found.not_compared}
-        assert names == {name for name in read_all(a) if ".experts." in name}
-        assert {each.reason for each in found.not_compared} == {"stored in another order in B"}
-        assert len(found.tensors) + len(names) == len(read_all(a))
+def test_diff_says_that_it_does_not_compare_experts(pairs: Any, tmp_path: Path) -> None:
     (fused, _), (_, separate) = pairs("qwen3_moe")
     unknown = Path(shutil.copytree(separate, tmp_path / "unknown"))
     set_config(unknown, model_type=None)
