@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeloomError
+from ...io.tensors.assembled import read_tensor
 from ...io.tensors.dtypes import DType
 from ...io.units import plural
 from ..graph.graph import Kind, MergeGraph
@@ -178,7 +179,7 @@ def _first_elements(work: Workload, node: int, kernel: Kernel) -> list[bytearray
                 continue
             ref = work.graph.reads[value]
             data = bytearray(ref.dtype.nbytes(elements))
-            reader.read(ref.file, ref.offset, memoryview(data))
+            read_tensor(reader.read, ref, 0, memoryview(data))
             inputs.append(data)
     finally:
         reader.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...io.platform import cached_share, read_at, write_at
+from ...io.tensors.assembled import stored_ranges
 from .estimate import MEASURED, Rate, Rates, assumed_rates, with_given
 from .measure_compute import with_computing
 from .workload import Workload
@@ -141,12 +142,13 @@ def input_ranges(work: Workload, count: int = _SAMPLES) -> list[InputRange]:
     for ref in graph.reads:
         while wanted < count and wanted * total < (past + ref.nbytes) * count:
             inside = wanted * total // count - past
-            offset = (ref.offset + inside) // page * page
-            nbytes = min(_WINDOW, ref.offset + ref.nbytes - offset)
+            stored = stored_ranges(ref, inside, ref.nbytes)[0]
+            offset = stored.offset // page * page
+            nbytes = min(_WINDOW, stored.offset + stored.nbytes - offset)
             wanted += 1
-            share = _cached_share(ref.file, offset, nbytes)
+            share = _cached_share(stored.file, offset, nbytes)
             if share is not None:
-                ranges.append(InputRange(ref.file, offset, nbytes, share))
+                ranges.append(InputRange(stored.file, offset, nbytes, share))
         past += ref.nbytes
     return ranges
 

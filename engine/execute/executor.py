@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from ...errors import UsageError
 from ...io.counters import IoCounters
 from ...io.task_group import TaskGroup
+from ...io.tensors.assembled import read_tensor
 from ...methods.kernel.spec import HostError
 from ..graph.extents import output_width
 from ..graph.graph import Kind, MergeGraph
@@ -215,7 +216,7 @@ class Executor:
             if offset < 0:
                 part[:] = bytes(nbytes)
             else:
-                self._source.read(ref.file, ref.offset + offset, part)
+                read_tensor(self._source.read, ref, offset, part)
                 self._counters.add(read=nbytes)
         with self._changed:
             self._flow.chunk_loaded(target)

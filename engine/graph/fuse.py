@@ -233,7 +233,9 @@ class _Fusion:
                 accesses = ()
             stored = tuple(graph.value_shape(value) for value, _ in found.leaves) if accesses else ()
             kernel = Composition(InputSpec(len(found.leaves), None, graph.shape(root), accesses, stored), parts)
-            name = " of ".join(dict.fromkeys(method for method, _ in reversed(methods)))
+            loads = ("passthrough", ())  # converts the dtype, or loads a slice: not worth a word
+            shown = dict.fromkeys(each[0] for each in reversed(methods) if each != loads) or ["passthrough"]
+            name = " of ".join(shown)
             described = tuple((f"{number}. {method}", values) for number, (method, values) in enumerate(methods))
             known = Operation(Kind.MERGE, name, described, kernel=kernel)
             self._operations[key] = known

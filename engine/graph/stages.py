@@ -17,7 +17,7 @@ from ...io.tensors.refs import TensorRef
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
-from ..model.logical import StageTensors, part_names
+from ..model.logical import ArrangedTensors, part_names
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
 from .checks.buffers import BufferCheck, StoredBuffer
@@ -86,7 +86,7 @@ def build_stages(
 def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
     """A stage's output as a checkpoint for the next stage, with the dtypes that it would have on disk."""
     graph = built.graph
-    tensors = StageTensors()
+    tensors = ArrangedTensors()
     for index, output in enumerate(graph.outputs):
         dtype = _stored_dtype(stage, graph, output.node)
         elements = graph.elements(output.node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...errors import CheckpointError
@@ -24,6 +24,7 @@ from ..recipe.types import (
 )
 from .checks.identify import check_is_model
 from .contents.diffusion import layers_of
+from .experts.mapping import Mapped, NamedCheckpoint, in_layout_of
 from .formats.registry import tensors_of, unknown_quantized
 from .layers import AmbiguousLayers, LayerMap, Stack
 from .logical import LogicalTensors, Tensors
@@ -45,6 +46,7 @@ class Model:
         non_layer: names of the tensors outside the main stacks' layers, in file order.
         quantized: names of the quantized tensors and their scales, each with the reason.
         identified: whether the layers were identified; if not, all tensors are matched by name.
+        note: how the model's tensors are rearranged, for display; empty if they are merged as they are stored.
     """
 
     number: int
@@ -56,6 +58,7 @@ class Model:
     non_layer: list[str] = field(default_factory=list)
     quantized: Mapping[str, str] = field(default_factory=dict)
     identified: bool = True
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -70,7 +73,7 @@ class Model:
         return mains[number]
 
 
-def open_models(references: Iterable[ModelReference], open_model: OpenModel, stage: Stage) -> tuple[Model, ...]:
+def open_models(references: Collection[ModelReference], open_model: OpenModel, stage: Stage) -> tuple[Model, ...]:
     """Open the models of a stage and number them in this order.
 
     If the layers of one model can't be identified, the tensors of all models are matched by their complete names.
@@ -80,12 +83,7 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel, sta
     """
     models: list[Model] = []
     identified = True
-    for number, reference in enumerate(references):
-        checkpoint = open_model(reference)
-        for other in models[:1]:
-            _share_names(checkpoint, other.checkpoint)
-        if checkpoint.files:  # the output of a stage has none
-            check_is_model(reference.text, checkpoint)
+    for number, (reference, (checkpoint, note)) in enumerate(_in_donors_layout(references, open_model, stage)):
         tensors = tensors_of(checkpoint)
         try:
             layers = _layers_of(checkpoint, tensors, models)
@@ -95,7 +93,7 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel, sta
                 needed = f" They are needed for {reason}." if reason and isinstance(error, AmbiguousLayers) else ""
                 raise CheckpointError(f"{reference.text}: {error}{needed}") from error
             layers, identified = LayerMap((), ()), False
-        models.append(Model(number, reference, checkpoint, tensors, layers))
+        models.append(Model(number, reference, checkpoint, tensors, layers, note=note))
     for number, model in enumerate(models):
         if not identified:
             model.layers, model.identified = LayerMap((), ()), False
@@ -106,6 +104,27 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel, sta
             model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
         model.quantized = unknown_quantized(model.checkpoint, model.tensors)
     return tuple(models)
+
+
+def _in_donors_layout(
+    references: Collection[ModelReference], open_model: OpenModel, stage: Stage
+) -> list[tuple[ModelReference, Mapped]]:
+    """Open the models of a stage, with experts in the layout of the donor: the base model, or else the first one.
+
+    Raises:
+        CheckpointError: if a model can't be opened, or its experts can't be rearranged.
+    """
+    opened: list[NamedCheckpoint] = []
+    for reference in references:
+        checkpoint = open_model(reference)
+        for other in opened[:1]:
+            _share_names(checkpoint, other.checkpoint)
+        if checkpoint.files:  # the output of a stage has none
+            check_is_model(reference.text, checkpoint)
+        opened.append(NamedCheckpoint(reference.text, checkpoint))
+    found = list(references)
+    donor = opened[0 if stage.base_model is None else found.index(stage.base_model)]
+    return list(zip(found, (in_layout_of(donor, each) for each in opened), strict=True))
 
 
 def _share_names(checkpoint: Checkpoint, other: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .checks.formats import format_name
 from .checks.identify import not_a_model
 from .contents.describe import Description, describe_checkpoint
 from .contents.diffusion import layers_of
+from .experts.storage import ExpertStorage, storage_of
 from .formats.registry import tensors_of, unknown_quantized
 from .layers import LayerMap, Stack
 from .logical import LogicalTensor, LogicalTensors, Tensors, label_of
@@ -36,6 +37,7 @@ class Inspection:
         remarks: unusual properties of the checkpoint.
         values: what the model consists of: its stored tensors, or values that are computed from several of them.
         description: what the checkpoint is.
+        experts: how experts are stored.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +45,7 @@ class Inspection:
     remarks: tuple[str, ...]
     values: Tensors
     description: Description
+    experts: ExpertStorage = field(default_factory=ExpertStorage)
 
     def __repr__(self) -> str:
         """One line with the path, layers and size."""
@@ -104,6 +107,7 @@ class Inspection:
                 for stack in self.stacks
             ],
             "outside": [name for name, _ in self.outside()],
+            "experts": self.experts.to_dict(),
             "dtypes": {
                 name: {"tensors": len(group), "parameters": total_elements(group), "bytes": stored_bytes(group)}
                 for name, group in self.by_dtype().items()
@@ -179,7 +183,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         remarks.append(f"{count} quantized or a scale of a quantized one: {label} ({name}: {reason})")
     if description.kind == "state dict" and not checkpoint.standalone:
         remarks.append("there is no config.json next to the weights")
-    return Inspection(checkpoint, layers, tuple(remarks), values, description)
+    return Inspection(checkpoint, layers, tuple(remarks), values, description, storage_of(checkpoint.tensors))
 
 
 def _listed(name: str, tensor: TensorRef | LogicalTensor) -> dict[str, Any]:

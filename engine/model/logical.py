@@ -187,11 +187,11 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         return len(self._names)
 
 
-class StageTensors(dict[str, TensorRef]):
-    """The tensors of a stage's output.
+class ArrangedTensors(dict[str, TensorRef]):
+    """The tensors of a stage's output, or of a checkpoint that is seen in another layout than it is stored in.
 
     Attributes:
-        found: the values of which the stage only copies the parts.
+        found: the values that have some of them as parts.
     """
 
     found: tuple[LogicalTensor, ...] = ()

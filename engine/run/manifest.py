@@ -17,10 +17,12 @@ from ...io.json_pieces import equals_pieces, json_pieces
 from ...io.open_source import open_source, read_range
 from ...io.output.digests import BLOCK_BYTES, bytes_digest, pieces_digest, tensor_digest
 from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
+from ...io.tensors.assembled import files_of
 from ...methods.kernel.spec import ARITHMETIC_VERSION
 from ...methods.registry import code_of
 from ...version import __version__
 from ..graph.facts import operation_facts
+from ..graph.graph import MergeGraph
 from ..graph.layout import LAYOUT_VERSION
 from ..recipe.overrides import recipe_difference
 from ..recipe.types import ModelReference
@@ -40,6 +42,7 @@ __all__ = [
     "read_manifest",
     "source_name",
     "tensor_entries",
+    "used_files",
 ]
 
 _MAX_BYTES = 128 << 20
@@ -62,7 +65,7 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     """
     graph = plan.built.graph
     numbers = model_numbers(plan)
-    used = sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
+    used = used_files(graph)
     checkpoints = [model.checkpoint for model in plan.built.models]
     with ThreadPoolExecutor(8) as pool:
         identities = list(pool.map(lambda entry: identity_of(checkpoints[entry[0]], entry[1]), used))
@@ -81,6 +84,12 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "sources": sources,
         "outputs": _outputs_digest(plan),
     }
+
+
+def used_files(graph: MergeGraph) -> list[tuple[int, Path]]:
+    """Return the files that a graph reads, each with the number of its model in the graph."""
+    pairs = zip(graph.read_models, graph.reads, strict=True)
+    return sorted({(model, file) for model, ref in pairs for file in files_of(ref)})
 
 
 def model_numbers(plan: Plan) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from ...errors import BudgetError
 from ...io.sizes import format_size
+from ...methods.kernel.access import TransposedSlice
 from ..graph.extents import length
 from ..graph.graph import MergeGraph
 from .budget import Budget
@@ -27,6 +28,8 @@ COPY_SLOT_BYTES = 1 << 20
 """Preferred size of a slot if nothing is computed."""
 DEVICE_SLOT_BYTES = 32 << 20
 """Preferred size of a slot for a device with its own memory, where a chunk is one copy over the bus."""
+TURNED_SLOT_BYTES = 64 << 20
+"""Preferred size of a slot if matrices are transposed, so the range that a chunk reads of each stored row is long."""
 WORTH = 0.95
 """Smaller slots are chosen if they reduce the bytes read at least to this share: each chunk costs time, too."""
 
@@ -166,6 +169,8 @@ def make_schedule(
     need = problem.needs[0]
     if any(device.separate for device in budget.devices):
         preferred = DEVICE_SLOT_BYTES
+    elif any(isinstance(each, TransposedSlice) for operation in graph.operations for each in operation.accesses):
+        preferred = TURNED_SLOT_BYTES
     else:
         preferred = SLOT_BYTES if need.computes else COPY_SLOT_BYTES
     slot = slot_bytes or _choose_slot(problem, preferred)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from ...methods.kernel.access import TransposedSlice, matrices
 from ..graph.extents import by_element, length, staged_bytes, staged_whole
 from ..graph.graph import Kind, MergeGraph, Value
 
@@ -137,8 +138,24 @@ def _longest(graph: MergeGraph, nodes: Sequence[int], slot: int) -> int:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
         if low:
-            return low * unit
+            return _even(graph, staged, low, unit)
     return 0
+
+
+def _even(graph: MergeGraph, nodes: Sequence[int], most: int, unit: int) -> int:
+    """Return the elements of a chunk of at most `most` units that divides transposed matrices evenly, if it can.
+
+    Of a transposed matrix, a chunk reads a range of each stored row. With chunks of equal lengths, these ranges are
+    digested as one; a matrix that is shorter than a chunk is read at once.
+    """
+    turned = [node for node in nodes for each in graph.operation(node).accesses if isinstance(each, TransposedSlice)]
+    sizes = {rows * columns for _, rows, columns in (matrices(graph.shape(node)) for node in turned)}
+    if len(sizes) != 1:
+        return most * unit
+    (size,) = sizes
+    if size % unit == 0 and size <= most * unit:
+        return most * unit // size * size
+    return next((count * unit for count in range(most, most // 2, -1) if size % (count * unit) == 0), most * unit)
 
 
 def connected(graph: MergeGraph) -> list[list[int]]:

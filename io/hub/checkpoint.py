@@ -28,6 +28,7 @@ from ..companions import LARGEST_COMPANION, file_kind
 from ..open_source import quoted
 from ..safetensors.header import Header, data_start, parse_header, read_header
 from ..small_files import check_size
+from ..tensors.assembled import files_of
 from ..tensors.refs import TensorRef
 from .download import download
 from .http import HubLocation, in_parallel, read_file
@@ -94,7 +95,7 @@ def needed_files(checkpoint: Checkpoint, used: Iterable[TensorRef]) -> tuple[Hub
     """
     if not isinstance(checkpoint, HubCheckpoint):
         return ()
-    paths = sorted({tensor.file for tensor in used} & set(checkpoint.files))
+    paths = sorted({file for tensor in used for file in files_of(tensor)} & set(checkpoint.files))
     return tuple(_file_at(checkpoint.repository, path) for path in paths)
 
 

@@ -58,6 +58,8 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         size = data_size(sum(each.stored_bytes for each in found))
         dtypes = " and ".join(sorted({each.dtype.name for each in found}))
         fields.append(("quantized", f"{plural(len(found), 'tensor')} in {name} ({size}), decoded to {dtypes}"))
+    if experts := str(inspection.experts):
+        fields.append(("experts", experts))
     head = next((name for name in values if is_head(name)), None)
     if head is not None:
         fields.append(("head", head))

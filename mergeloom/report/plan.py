@@ -151,7 +151,8 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
             )
         )
     header = ("model", "layers", "tensors", "size", "used", *(["read"] if rereads else []), "dtypes")
-    return Section("Inputs", grid=Grid(header, tuple(rows), frozenset(header[1:-1])))
+    notes = tuple(f"{model.name}: {model.note}" for model in plan.built.models if model.note)
+    return Section("Inputs", grid=Grid(header, tuple(rows), frozenset(header[1:-1])), lines=notes)
 
 
 def _times_read(used: int, read: int) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from ....io.checkpoint.checkpoint import Checkpoint
-from ..logical import LogicalTensor, LogicalTensors, StageTensors, Tensors
+from ..logical import ArrangedTensors, LogicalTensor, LogicalTensors, Tensors
 from ..quantized import quantized_tensors
 from .fp8 import find_fp8
 from .mxfp4_blocks import find_mxfp4_blocks
@@ -24,10 +24,11 @@ def tensors_of(checkpoint: Checkpoint) -> Tensors:
     Raises:
         CheckpointError: a value is of a known format, but its parts don't fit together.
     """
-    if isinstance(checkpoint.tensors, StageTensors):
-        found: Sequence[LogicalTensor] = checkpoint.tensors.found
-    else:
-        found = [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
+    found: list[LogicalTensor] = []
+    if isinstance(checkpoint.tensors, ArrangedTensors):
+        found += checkpoint.tensors.found
+    if checkpoint.files:  # the output of a stage has none
+        found += [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
     return LogicalTensors(checkpoint.tensors, found) if found else checkpoint.tensors
 
 

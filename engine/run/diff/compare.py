@@ -15,6 +15,7 @@ from ....io.hub.repository import HubFile
 from ....io.reading import Reader, stat_fingerprints
 from ....io.sizes import Limit
 from ....io.task_group import TaskGroup
+from ....io.tensors.assembled import files_of, read_tensor
 from ....io.tensors.refs import TensorRef
 from ....io.units import plural
 from ....methods.kernel.reduction.reductions import total
@@ -24,6 +25,7 @@ from ...cost.process_size import size_key
 from ...execute.arena import take_memory
 from ...execute.ledger import Ledger, Reservation
 from ...execute.measurements import Progress
+from ...model.experts.mapping import NamedCheckpoint, in_layout_of
 from ...model.open import is_remote, open_named
 from .pairs import Opened, Pair, pair_tensors
 from .result import Diff, Similarity, TensorDiff
@@ -95,6 +97,13 @@ class Comparison:
     ) -> None:
         named = [open_named(os.fspath(model)) for model in (a, b)]
         self._a, self._b = (Opened(reference.text, checkpoint) for reference, checkpoint in named)
+        self._layout_remark = ""
+        try:
+            mapped = in_layout_of(*(NamedCheckpoint(each.name, each.checkpoint) for each in (self._a, self._b)))
+        except CheckpointError as error:  # all other tensors can be compared
+            self._layout_remark = f"experts are not compared: {error}"
+        else:
+            self._b = Opened(self._b.name, mapped.checkpoint)
         self._pairing = pair_tensors(self._a, self._b)
         pairs = self._pairing.pairs
         self._units = make_units(pairs)
@@ -178,7 +187,7 @@ class Comparison:
             width = tensor.dtype.bits // 8
             parts.append(buffer[offset : offset + (end - start) * width])
             if isinstance(tensor, TensorRef):
-                reader.read(tensor.file, tensor.offset + start * width, parts[-1])
+                read_tensor(reader.read, tensor, start * width, parts[-1])
                 nbytes += len(parts[-1])
             else:
                 load = self._pairing.computed.load
@@ -225,7 +234,7 @@ class Comparison:
 
     def _check_unchanged(self) -> None:
         """Check that no source file has changed since its header was read."""
-        read = {ref.file for unit in self._units for ref in unit.refs}
+        read = {file for unit in self._units for ref in unit.refs for file in files_of(ref)}
         stamps = {**self._a.checkpoint.stamps, **self._b.checkpoint.stamps}
         for file, stamp in stat_fingerprints(read & stamps.keys()).items():
             if stamp != stamps[file]:
@@ -251,8 +260,7 @@ class Comparison:
     def _warnings(self) -> Iterator[str]:
         for model in {opened.name: opened for opened in (self._a, self._b)}.values():
             yield from (f"{model.name}: {remark}" for remark in model.checkpoint.remarks)
-        if self._remark is not None:
-            yield self._remark
+        yield from (remark for remark in (self._layout_remark, self._remark) if remark)
         found = [
             (pair.name, result.nonfinite)
             for pair, result in zip(self._pairing.pairs, self._results, strict=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ....io.tensors.assembled import read_tensor
 from ....io.tensors.dtypes import DType
 from ....io.tensors.refs import TensorRef
 from ....methods import merge_methods
@@ -188,7 +189,7 @@ class ComputedTensors:
             if offset < 0:
                 target[:] = bytes(nbytes)
             else:
-                read(ref.file, ref.offset + offset, target)
+                read_tensor(read, ref, offset, target)
                 total += nbytes
         return buffer[:done], total
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import threading
 from array import array
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import xxhash
 
 from ....errors import CheckpointError
 from ....io.counters import IoCounters
+from ....io.tensors.assembled import AssembledRef, files_of, stored_parts, stored_ranges
+from ....io.tensors.refs import TensorRef
 from ...graph.graph import Kind, MergeGraph
 from ..buffers import ThreadBuffers
 from .checks import Check, Read, Watch, run_checks
@@ -75,13 +78,18 @@ class SourceDigests:
         return list(source_records(pending))
 
     def _covers(self, read: int, start: int, end: int) -> bool:
-        return end <= self._prefix[read] or any(
-            low <= start and end <= high for low, high in self._islands.get(read, ())
-        )
+        if end <= self._prefix[read]:
+            return True
+        islands = self._islands.get(read, [])
+        before = bisect_right(islands, start, key=itemgetter(0))
+        return before > 0 and end <= islands[before - 1][1]
 
     def _cover(self, read: int, start: int, end: int) -> None:
         islands = self._islands.setdefault(read, [])
-        insort(islands, (start, end))
+        first = bisect_left(islands, start, key=itemgetter(1))  # the islands that the range touches become one with it
+        last = bisect_right(islands, end, key=itemgetter(0))
+        touched = islands[first:last]
+        islands[first:last] = [(min([start, *(low for low, _ in touched)]), max([end, *(high for _, high in touched)]))]
         while islands and islands[0][0] <= self._prefix[read]:
             self._prefix[read] = max(self._prefix[read], islands.pop(0)[1])
         if not islands:
@@ -92,23 +100,29 @@ class _Reads:
     """An index of the reads by file and offset."""
 
     def __init__(self, graph: MergeGraph) -> None:
-        reads = graph.reads
-        by_file: dict[Path, array[int]] = {}
-        for number, ref in enumerate(reads):
-            if ref.nbytes:
-                by_file.setdefault(ref.file, array("q")).append(number)
         self._numbers: dict[Path, array[int]] = {}
-        self._offsets: dict[Path, array[int]] = {}
-        for file, unsorted in by_file.items():
-            numbers = sorted(unsorted, key=lambda number: reads[number].offset)
-            self._numbers[file] = array("q", numbers)
-            self._offsets[file] = array("q", (reads[number].offset for number in numbers))
+        self._offsets: dict[Path, array[int]] = {}  # of the parts of the reads, ascending
+        self._starts: dict[Path, array[int]] = {}  # of each part in its tensor
+        for number, ref in enumerate(graph.reads):
+            start = 0
+            for part in stored_parts(ref) if ref.nbytes else ():
+                self._numbers.setdefault(part.file, array("q")).append(number)
+                self._offsets.setdefault(part.file, array("q")).append(part.offset)
+                self._starts.setdefault(part.file, array("q")).append(start)
+                start += part.nbytes
+        for file, offsets in self._offsets.items():
+            order = sorted(range(len(offsets)), key=offsets.__getitem__)
+            for columns in (self._numbers, self._offsets, self._starts):
+                columns[file] = array("q", map(columns[file].__getitem__, order))
 
     def at(self, file: Path, offset: int) -> tuple[int, int]:
-        """Return the read at a position of a file, and the offset in its tensor. Equal reads share the first."""
+        """Return the read at a position of a file, and the offset in its tensor. Equal reads share the first.
+
+        Offsets in a tensor are those of its parts in stored order (see `io.tensors.assembled`).
+        """
         offsets = self._offsets[file]
-        start = offsets[bisect_right(offsets, offset) - 1]
-        return self._numbers[file][bisect_left(offsets, start)], offset - start
+        part = bisect_left(offsets, offsets[bisect_right(offsets, offset) - 1])
+        return self._numbers[file][part], self._starts[file][part] + offset - offsets[part]
 
 
 def _insert(ranges: list[SourceRange], added: SourceRange) -> None:
@@ -153,7 +167,9 @@ def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
         direct = all(value >= 0 for value in graph.node_sources[node]) and not graph.access_numbers(node)
         for read in graph.reads_of(node) if position else ():
             ref = graph.reads[read]
-            if operation.kind is not Kind.MERGE and direct:
+            if isinstance(ref, AssembledRef) and ref.interleaved:
+                needed = ref.nbytes  # the first bytes in stored order are not those of the tensor
+            elif operation.kind is not Kind.MERGE and direct:
                 needed = position
             elif operation.kernel is None or operation.passes > 1 or not direct:
                 needed = ref.nbytes  # reductions read the complete tensor before the first byte is written
@@ -201,14 +217,20 @@ def check_sources(
     known: dict[Path, list[tuple[int, int]]] = {}
     for read, digested in ranges.items():
         ref = graph.reads[read]
-        if ref.file in files:
-            checks += [_RangeCheck(ref.file, ref.offset, graph.read_names[read], each) for each in digested]
-            known.setdefault(ref.file, []).extend((ref.offset + each.start, ref.offset + each.end) for each in digested)
+        file = next((file for file in files_of(ref) if file in files), None)
+        if file is not None:
+            checks += [_RangeCheck(file, ref, graph.read_names[read], each) for each in digested]
+            for each in digested:
+                for part in stored_ranges(ref, each.start, each.end):
+                    known.setdefault(part.file, []).append((part.offset, part.offset + part.nbytes))
     for read, end in used.items():
-        ref = graph.reads[read]
-        if ref.file in files and not _all_within(ref.offset, ref.offset + end, known.get(ref.file, [])):
-            raise source_changed(ref.file, f"the journal has no digest of tensor {graph.read_names[read]}")
-    checks.sort(key=lambda check: (check.file, check.offset, check.range.start))
+        for part in stored_ranges(graph.reads[read], 0, end):
+            within = part.file not in files or _all_within(
+                part.offset, part.offset + part.nbytes, known.get(part.file, [])
+            )
+            if not within:
+                raise source_changed(part.file, f"the journal has no digest of tensor {graph.read_names[read]}")
+    checks.sort(key=lambda check: (check.ref.file, check.ref.offset, check.range.start))
     return run_checks(checks, buffers, counters, watch)
 
 
@@ -224,8 +246,8 @@ def _all_within(start: int, end: int, ranges: Sequence[tuple[int, int]]) -> bool
 class _RangeCheck(Check):
     """Compares a range of a source tensor with its digest."""
 
-    file: Path
-    offset: int  # offset of the tensor in the file
+    file: Path  # the changed file, which holds the tensor or one of its parts
+    ref: TensorRef
     name: str
     range: SourceRange
 
@@ -237,8 +259,9 @@ class _RangeCheck(Check):
         digest = 0
         for start in range(self.range.start, self.range.end, self.range.chunk):
             chunk = xxhash.xxh3_128(seed=start)
-            for data in read(self.file, self.offset + start, min(self.range.chunk, self.range.end - start)):
-                chunk.update(data)
+            for part in stored_ranges(self.ref, start, min(start + self.range.chunk, self.range.end)):
+                for data in read(*part):
+                    chunk.update(data)
             digest += chunk.intdigest()
         if digest % _MODULUS != self.range.digest:
             raise source_changed(self.file, f"tensor {self.name} differs from what was read before")

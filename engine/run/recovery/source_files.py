@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ....errors import CheckpointError
 from ....io.reading import FileStamps, source_changed, stat_fingerprints
-from ..manifest import source_name
+from ..manifest import source_name, used_files
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -31,7 +31,7 @@ class SourceFiles:
     def __init__(self, plan: Plan) -> None:
         graph = plan.built.graph
         self._plan = plan
-        self._files = sorted({(graph.read_models[number], ref.file) for number, ref in enumerate(graph.reads)})
+        self._files = used_files(graph)
         self.stamps: FileStamps = stat_fingerprints(sorted({file for _, file in self._files}))
         for model in plan.built.models:
             for file, stamp in model.checkpoint.stamps.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...engine.model.logical import LogicalTensor, LogicalTensors
+from ...io.tensors.assembled import stored_parts
 from ...io.units import data_size
 from ..sections import Grid, Section
 
@@ -33,6 +34,7 @@ class Source:
         bytes_read: bytes read of the tensor for all outputs that need it, re-reads included.
         format: format that the value is computed from; empty for a stored tensor.
         parts: stored tensors that the value is computed from; empty for a stored tensor.
+        assembled: number of stored tensors that the bytes are assembled from; file and offset are the first one's.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Source:
     bytes_read: int
     format: str = ""
     parts: tuple[Source, ...] = ()
+    assembled: int = 1
 
 
 def find_sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, ...]:
@@ -66,6 +69,7 @@ def find_sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, .
             graph.reads[number].shape,
             place == operation.base,
             read[number],
+            assembled=sum(1 for _ in stored_parts(graph.reads[number])),
         )
         leaves[graph.read_models[number], stored.name, graph.access(node, place)] = stored
     bases = _base_reads(plan, node)
@@ -133,6 +137,6 @@ def _stored_row(model: str, name: str, source: Source) -> tuple[str, ...]:
         str(list(source.shape)),
         data_size(source.nbytes),
         f"{source.offset:,}",
-        source.file.rpartition("/")[2],
+        source.file.rpartition("/")[2] + (f" (first of {source.assembled:,})" if source.assembled > 1 else ""),
         f"{source.bytes_read / source.nbytes:.3g}x" if source.nbytes else "",
     )
