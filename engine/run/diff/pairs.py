@@ -89,7 +89,8 @@ def pair_tensors(a: Opened, b: Opened) -> Pairing:
     locate = _Layers(a)
     pairs, not_compared = [], []
     for name, one, other, tied_to in found:
-        if reason := _obstacle(one, other):
+        views = [side for side, model in (("A", a), ("B", b)) if name in model.checkpoint.views]
+        if reason := f"not contiguous in {views[0]}" if views else _obstacle(one, other):
             not_compared.append(NotCompared(name, reason))
         else:
             pairs.append(Pair(name, *locate(name), one, other, tied_to))
