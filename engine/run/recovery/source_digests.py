@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,16 +57,16 @@ class SourceDigests:
         """
         if not data:
             return
-        read, start = self._reads.at(file, offset)
-        end = start + len(data)
-        with self._lock:
-            if self._covers(read, start, end):
-                return
-        digest = xxhash.xxh3_128_intdigest(data, seed=start)
-        with self._lock:
-            if not self._covers(read, start, end):
-                self._cover(read, start, end)
-                _insert(self._pending.setdefault(read, []), SourceRange(start, end, len(data), digest))
+        for read, start in self._reads.at(file, offset, len(data)):
+            end = start + len(data)
+            with self._lock:
+                if self._covers(read, start, end):
+                    continue
+            digest = xxhash.xxh3_128_intdigest(data, seed=start)
+            with self._lock:
+                if not self._covers(read, start, end):
+                    self._cover(read, start, end)
+                    _insert(self._pending.setdefault(read, []), SourceRange(start, end, len(data), digest))
 
     def take(self) -> list[SourceRead]:
         """Return journal records of the ranges that were digested since the last call."""
@@ -88,27 +88,82 @@ class SourceDigests:
             del self._islands[read]
 
 
+@dataclass(frozen=True, slots=True)
+class SharedPart:
+    """A part of a tensor whose bytes are inside a part of another tensor, with which their digests are kept.
+
+    Args:
+        start: offset of the part in its tensor.
+        nbytes: size of the part.
+        owner: number of the other read.
+        owner_start: offset of the part's bytes in the other tensor.
+    """
+
+    start: int
+    nbytes: int
+    owner: int
+    owner_start: int
+
+
+class _Columns:
+    """Parts of tensors in one file: the number of the read, the start in its tensor, and offset and end in the file."""
+
+    def __init__(self) -> None:
+        self.numbers, self.starts, self.offsets, self.ends = (array("q") for _ in range(4))
+
+    def add(self, number: int, start: int, offset: int, end: int) -> None:
+        """Add a part."""
+        self.numbers.append(number)
+        self.starts.append(start)
+        self.offsets.append(offset)
+        self.ends.append(end)
+
+    def in_order(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the parts by offset, of equal ones the longest first."""
+        order = sorted(range(len(self.ends)), key=lambda place: -self.ends[place])
+        order.sort(key=self.offsets.__getitem__)
+        for place in order:
+            yield self.numbers[place], self.starts[place], self.offsets[place], self.ends[place]
+
+
 class _Reads:
-    """An index of the reads by file and offset."""
+    """An index of the reads by file and offset. Of tensors that share bytes, only those inside no other one count.
+
+    Attributes:
+        shared: the parts of reads that are inside others, by number of the read.
+    """
 
     def __init__(self, graph: MergeGraph) -> None:
-        reads = graph.reads
-        by_file: dict[Path, array[int]] = {}
-        for number, ref in enumerate(reads):
+        self.shared: dict[int, list[SharedPart]] = {}
+        self._columns: dict[Path, _Columns] = {}
+        parts: dict[Path, _Columns] = {}
+        for number, ref in enumerate(graph.reads):
             if ref.nbytes:
-                by_file.setdefault(ref.file, array("q")).append(number)
-        self._numbers: dict[Path, array[int]] = {}
-        self._offsets: dict[Path, array[int]] = {}
-        for file, unsorted in by_file.items():
-            numbers = sorted(unsorted, key=lambda number: reads[number].offset)
-            self._numbers[file] = array("q", numbers)
-            self._offsets[file] = array("q", (reads[number].offset for number in numbers))
+                parts.setdefault(ref.file, _Columns()).add(number, 0, ref.offset, ref.offset + ref.nbytes)
+        for file, unsorted in parts.items():
+            kept = self._columns[file] = _Columns()
+            for number, start, offset, end in unsorted.in_order():
+                if kept.ends and end <= kept.ends[-1]:
+                    owner_start = kept.starts[-1] + offset - kept.offsets[-1]
+                    inside = SharedPart(start, end - offset, kept.numbers[-1], owner_start)
+                    self.shared.setdefault(number, []).append(inside)
+                else:
+                    kept.add(number, start, offset, end)
 
-    def at(self, file: Path, offset: int) -> tuple[int, int]:
-        """Return the read at a position of a file, and the offset in its tensor. Equal reads share the first."""
-        offsets = self._offsets[file]
-        start = offsets[bisect_right(offsets, offset) - 1]
-        return self._numbers[file][bisect_left(offsets, start)], offset - start
+    def at(self, file: Path, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """Return the reads that a range of a file is in, each with the range's offset in its tensor."""
+        parts = self._columns[file]
+        found = []
+        place = bisect_right(parts.offsets, offset) - 1
+        while place >= 0 and parts.ends[place] >= offset + nbytes:
+            found.append((parts.numbers[place], parts.starts[place] + offset - parts.offsets[place]))
+            place -= 1
+        return found
+
+
+def shared_parts(graph: MergeGraph) -> dict[int, list[SharedPart]]:
+    """Return the parts of reads whose bytes are inside those of other reads, by number of the read."""
+    return _Reads(graph).shared
 
 
 def _insert(ranges: list[SourceRange], added: SourceRange) -> None:
@@ -165,9 +220,15 @@ def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
     return used
 
 
-def ranges_in_use(ranges: Ranges, used: Mapping[int, int]) -> dict[int, list[SourceRange]]:
-    """Return the ranges with at least one used byte."""
-    kept = {read: [each for each in ranges.get(read, ()) if each.start < end] for read, end in used.items()}
+def ranges_in_use(graph: MergeGraph, ranges: Ranges, used: Mapping[int, int]) -> dict[int, list[SourceRange]]:
+    """Return the ranges with at least one used byte, in the tensor itself or in one that shares its bytes."""
+    ends = dict(used)
+    for read, parts in shared_parts(graph).items():
+        for part in parts:
+            if used.get(read, 0) > part.start:
+                end = part.owner_start + min(part.nbytes, used[read] - part.start)
+                ends[part.owner] = max(ends.get(part.owner, 0), end)
+    kept = {read: [each for each in ranges.get(read, ()) if each.start < end] for read, end in ends.items()}
     return {read: in_use for read, in_use in kept.items() if in_use}
 
 
