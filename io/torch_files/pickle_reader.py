@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from .objects import GLOBALS, Attributed, Global, Storage, Unsupported, set_items, shown, storage_of
 
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_500_000
 """The maximum number of opcodes of a pickle: about 35 for a tensor."""
 _MAX_MARKS = 100  # levels of nesting
 _MAX_LINE = 512  # bytes of a module's or a name's line

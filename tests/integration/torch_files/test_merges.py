@@ -136,11 +136,29 @@ def test_copies_are_verified_with_their_sources(tmp_path: Path, monkeypatch: pyt
         mergeloom.merge(recipe("passthrough", model), tmp_path / "out")
 
 
-def test_a_view_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
-    state = tensors(1) | {"model.norm.weight": torch.zeros(1, dtype=torch.bfloat16).expand(16)}
-    model = write_torch_model(tmp_path / "torch", state)
-    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' .*strides \[0\].*call \.contiguous\(\)"):
-        mergeloom.merge(recipe("passthrough", model), tmp_path / "out")
+UNREADABLE = {
+    "expanded": (torch.zeros(1, dtype=torch.bfloat16).expand(16), r"\[0\], and mergeloom can't read tensors"),
+    "integers": (torch.zeros(4, 6, dtype=torch.int64).t(), r"\[1, 6\], and mergeloom can't read I64 tensors"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_view_that_cannot_be_read_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    tensor, reason = UNREADABLE[case]
+    model = write_torch_model(tmp_path / "torch", tensors(1) | {"model.norm.weight": tensor})
+    for use in (lambda: mergeloom.plan(recipe("passthrough", model)), lambda: mergeloom.inspect(model)):
+        with pytest.raises(CheckpointError, match=rf"'model\.norm\.weight' .*strides {reason}.*\.contiguous\(\)"):
+            use()
+
+
+def test_an_adapter_is_refused_as_one(tmp_path: Path) -> None:
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    names = [f"base_model.model.model.layers.0.q_proj.lora_{each}.weight" for each in "AB"]
+    torch.save({name: torch.ones(4, 4) for name in names}, directory / "adapter_model.bin")
+    for path, reason in ((directory, "is an adapter"), (directory / "adapter_model.bin", r"is an adapter \(LoRA\)")):
+        with pytest.raises(CheckpointError, match=reason):
+            mergeloom.plan(recipe("passthrough", path))
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -126,7 +126,7 @@ BOMBS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_memory_and_work_are_bounded(bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Per opcode, as a file may have two million of them."""
+    """Per opcode, as a file may have 1.5 million of them."""
     monkeypatch.setattr(pickle_reader, "MAX_OPCODES", 20_000)
     piece = BOMBS[bomb]
 
