@@ -138,7 +138,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     """Inspect a checkpoint: tensors, layers, dtypes, sizes and files. Reads only headers.
 
     Args:
-        model: a directory, a .safetensors file, an index, or a Hub id.
+        model: a directory, a .safetensors or PyTorch file, an index, or a Hub id.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -194,7 +194,7 @@ def stack(
     """Write the recipe of a self-merge by overlapping windows of a model's layers. Reads only headers.
 
     Args:
-        model: a directory, a .safetensors file, an index, or a Hub id.
+        model: a directory, a .safetensors or PyTorch file, an index, or a Hub id.
         window: number of layers in each window, for all passes or for each.
         step: number of layers from the start of one window to the next, for all passes or for each; by default half a
             window.
@@ -241,7 +241,8 @@ def diff(
     """Compare the values of two models, tensor by tensor. Reads every byte once.
 
     Args:
-        a: first model: a directory, a .safetensors file, an index, or a Hub id, whose missing files are downloaded.
+        a: first model: a directory, a .safetensors or PyTorch file, an index, or a Hub id, whose missing files are
+            downloaded.
         b: second model.
         max_ram: limit of the process's resident memory; by default a share of the machine's RAM.
         threads: maximum number of threads; by default the cores available to the process.

@@ -100,6 +100,8 @@ LONG = (
     "tests/unit/cost/test_measure.py::test_every_method_can_be_measured[near",
     "tests/integration/published/test_false_alarms.py::test_a_family_is_real_and_its_fine_tunes_merge_without_a_warning[Llama-",
     "tests/integration/published/test_false_alarms.py::test_a_family_is_real_and_its_fine_tunes_merge_without_a_warning[Qwen2",
+    "tests/unit/torch_files/test_mutations.py::test_twenty_thousand_mutated_files",
+    "tests/unit/torch_files/test_files.py::test_a_file_of_more_than_4_gib_has_64_bit_offsets",
     "tests/faults/test_faults.py::test_killed",
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[dare_ties",
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[linear",

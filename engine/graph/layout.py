@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ...io.safetensors.header import build_header
+from ...io.torch_files.reader import is_torch_name
 from .graph import MergeGraph
 
 LAYOUT_VERSION = 1
@@ -144,6 +145,9 @@ def _runs(graph: MergeGraph, numbers: Sequence[int], copied: bytearray) -> tuple
             loose.append(number)
             continue
         ref = graph.reads[graph.node_sources[output.node][0]]
+        if is_torch_name(ref.file.name):  # its tensors have gaps between them: nearly all would get their own shards
+            loose.append(number)
+            continue
         copies.append((output.group, files.setdefault(ref.file, len(files)), ref.offset, ref.nbytes, number))
     runs: list[list[int]] = []
     end: tuple[int, int] | None = None

@@ -88,6 +88,7 @@ class Inspection:
         data: dict[str, Any] = {
             "path": os.fspath(checkpoint.path),
             "content": self.description.to_dict(),
+            "format": checkpoint.kind,
             "architectures": config.get("architectures"),
             "model_type": config.get("model_type"),
             "tensors": len(self.values),
@@ -159,7 +160,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     """Inspect a checkpoint.
 
     Args:
-        model: a directory, a .safetensors file, an index, or a Hub repository.
+        model: a directory, a file of weights, an index, or a Hub repository.
 
     Raises:
         UsageError: if the name is not valid.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,12 +12,15 @@ from typing import Any
 from ...errors import CheckpointError, ModelNotFound
 from ..open_source import quoted
 from ..reading import FileStamps, stat_fingerprints
-from ..safetensors.header import Header, parse_header, read_header, read_raw_header
 from ..small_files import read_json
 from ..tensors.refs import TensorRef
+from ..tensors.views import View
+from ..torch_files.reader import is_torch_name
+from .contents import SAFETENSORS, Extras, read_contents
 from .file_sets import ADAPTER, ONLY_FILES, check_file_set, loaded_with_config, stray_files, unlisted_shards
 from .index import copied, follow_index, merge_headers, read_weight_map
-from .other_weights import PICKLES, describe_no_weights, describe_pickles, listed_names
+from .other_weights import describe_no_weights, describe_training_state, listed_names
+from .torch_names import TORCH_INDEX_SUFFIX, choose_torch_files, is_training_state, torch_files
 
 MAX_CONFIG_BYTES = 64_000_000
 """The maximum size of a config.json in bytes."""
@@ -31,8 +32,6 @@ INDEX = "model" + INDEX_SUFFIX
 """The file that maps each tensor to its shard."""
 SECONDARY = ("consolidated", ADAPTER)
 """Prefixes of files that are used only if there are no others: a copy of the weights in another format, an adapter."""
-_THREADS = 8  # to hide the latency of a network file system
-_AHEAD = 4 * _THREADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Checkpoint:
     """A model on disk.
 
     Args:
-        path: the path that was opened: a directory, a .safetensors file or an index.
+        path: the path that was opened: a directory, a file of weights or an index.
         tensors: the tensors by name, ordered by file name and offset.
         config: the content of config.json; None if there is none.
         metadata: the merged ``__metadata__`` of the files; if they differ, the first file wins.
@@ -51,6 +50,9 @@ class Checkpoint:
         stamps: the stamps of the files before their headers were read; empty for files not downloaded yet.
         index: the index that lists the files; None without one.
         standalone: whether the path is a file to which nothing else in its directory belongs, no config.json either.
+        views: the tensors whose elements are not in the order of their shape, by name. `tensors` has the range of each
+            as a one-dimensional tensor.
+        kind: name of the files' format, for display.
     """
 
     path: Path
@@ -63,6 +65,8 @@ class Checkpoint:
     stamps: FileStamps = field(default_factory=dict)
     index: Path | None = None
     standalone: bool = False
+    views: Mapping[str, View] = field(default_factory=dict)
+    kind: str = SAFETENSORS
 
     @property
     def bare(self) -> bool:
@@ -80,16 +84,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     The files of a directory are those that its index lists (``model.safetensors.index.json``, else the only
     ``*.safetensors.index.json``); without an index, ``model.safetensors`` or ``diffusion_pytorch_model.safetensors``;
     without these, all .safetensors files. Files named ``consolidated*`` or ``adapter_model*`` are used only if there
-    are no others.
+    are no others. A directory without safetensors files may have those of PyTorch instead: see `choose_torch_files`.
 
     A file stands alone: the config.json and the other files next to it belong to it only if loaders expect its name
     there (``model.safetensors``, ``diffusion_pytorch_model.safetensors``, a shard) and there is a config.json.
 
     Args:
-        path: a directory, a .safetensors file, or an index (``*.safetensors.index.json``).
+        path: a directory, a .safetensors, .bin, .pt, .pth or .ckpt file, or an index (``*.safetensors.index.json``,
+            ``*.bin.index.json``).
 
     Raises:
-        CheckpointError: the path does not exist, the weights are pickles, a file is missing or damaged, the index leads
+        CheckpointError: the path does not exist, a file is missing or damaged, the index leads
             out of the directory or disagrees with its shards, two files contain a tensor of the same name, or files
             without an index are an incomplete set.
         EnvironmentFailure: reading failed.
@@ -98,22 +103,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     standalone = index is None and not path.is_dir() and not _belongs_to_config(path)
     config = None if standalone else read_config(directory / "config.json")
     remarks: list[str] = _unused_config(path) if standalone else []
+    extras = Extras()
     if index is None:
         remarks += check_file_set(path, [file.name for file in files]) if path.is_dir() else []
         stamps = stat_fingerprints(files)
-        tensors, metadata = merge_headers(files, _read_headers(files))
+        tensors, metadata = merge_headers(files, extras.collect(read_contents(files)))
     else:
         weight_map = read_weight_map(index)
         files = _find_shards(index, sorted(map(copied, set(weight_map.values()))))
         stamps = stat_fingerprints(files)
-        tensors, metadata, remarks = follow_index(index, weight_map, files, _read_headers(files))
+        contents = extras.collect(read_contents(files))
+        tensors, metadata, remarks = follow_index(index, weight_map, files, contents)
         remarks += unlisted_shards(index.name, (file.name for file in files))
     if not tensors:
         raise CheckpointError(f"{path}: contains no tensors (searched {listed_names(file.name for file in files)})")
-    present = [directory / name for name in _list_names(directory) if name.endswith(_SUFFIX)] if path.is_dir() else []
+    names = _list_names(directory) if path.is_dir() else []
+    alike = [name for name in names if name.endswith(_SUFFIX)]
+    if is_torch_name(files[0].name):
+        alike += torch_files(names)
     used = set(files)
-    ignored = tuple(file for file in present if file not in used)
-    remarks += stray_files(index.name if index else None, (file.name for file in ignored))
+    ignored = tuple(directory / name for name in alike if directory / name not in used)
+    remarks += stray_files(index.name if index else None, (file.name for file in ignored)) + extras.remarks()
     return Checkpoint(
         path=path,
         tensors=tensors,
@@ -125,6 +135,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         stamps=MappingProxyType(stamps),
         index=index,
         standalone=standalone,
+        views=MappingProxyType(extras.views(tensors)),
+        kind=extras.kind,
     )
 
 
@@ -152,13 +164,17 @@ def _find_weights(path: Path) -> tuple[Path, Path | None, list[Path]]:
     if not _exists(path):
         raise ModelNotFound(_describe_missing(path))
     if not path.is_dir():
-        if path.name.endswith(PICKLES):
-            raise CheckpointError(describe_pickles(path.parent, [path.name]))
-        if path.name.endswith(INDEX_SUFFIX):
+        if is_torch_name(path.name) and is_training_state(path.name):
+            raise CheckpointError(describe_training_state(path))
+        if path.name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)):
             return path.parent, path, []
         return path.parent, None, [path]
     names = _list_names(path)
     weights = [name for name in names if name.endswith((_SUFFIX, INDEX_SUFFIX))]
+    if all(name.startswith(SECONDARY) for name in weights):
+        index, files = choose_torch_files(names)
+        if index or files:
+            return path, path / index if index else None, [path / name for name in files]
     # Some models include a second copy of the weights, in the publisher's format (Mistral's consolidated.safetensors).
     weights = [name for name in weights if not name.startswith(SECONDARY)] or weights
     indexes = [name for name in weights if name.endswith(INDEX_SUFFIX)]
@@ -235,26 +251,3 @@ def _find_shards(index: Path, shards: Sequence[str]) -> list[Path]:
             f"{listed_names(missing)}: download them (`hf download` resumes)"
         )
     return [index.parent / shard for shard in shards]
-
-
-# ------------------------------------------------------------------------------------------------ headers
-
-
-def _read_headers(files: Sequence[Path]) -> Iterator[Header]:
-    """Read headers in the order of their files, a few at a time in advance: all at once would take more memory.
-
-    Other threads only read: memory that they allocate for parsed headers would not be reused by this one.
-    """
-    if len(files) == 1:
-        yield read_header(files[0])
-        return
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as pool:
-        pending: deque[Future[tuple[bytes, int]]] = deque()
-        try:
-            for number, file in enumerate(files):
-                while len(pending) < _AHEAD and number + len(pending) < len(files):
-                    pending.append(pool.submit(read_raw_header, files[number + len(pending)]))
-                raw, size = pending.popleft().result()
-                yield parse_header(raw, size, file=file)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -18,8 +18,8 @@ SINGLE = "model.safetensors"
 """The weights of a model that is not sharded."""
 ONLY_FILES = (SINGLE, "diffusion_pytorch_model.safetensors")
 """Names of the weights of a model that is not sharded, for transformers and diffusers, which ignore all other files."""
-_WITH_CONFIG = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?:fp|bf)\d+)?\.safetensors")
-"""Names of files that belong to the config.json next to them: those of `ONLY_FILES`, and of their variants."""
+_WITH_CONFIG = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?:fp|bf)\d+)?\.safetensors|pytorch_model\.bin")
+"""Names of files that belong to the config.json next to them: those of `ONLY_FILES`, their variants, and PyTorch's."""
 ADAPTER = "adapter_model"
 """Prefix of the files of a PEFT adapter."""
 

@@ -8,6 +8,7 @@ from xxhash import xxh3_128
 
 from ..open_source import open_source, read_range
 from ..safetensors.header import read_data_start
+from ..torch_files.reader import is_torch_name, read_torch_file
 
 SAMPLES = 16
 SAMPLE_BYTES = 64 << 10
@@ -16,7 +17,9 @@ _CHUNK = 1 << 20  # bytes of a header to read at a time: headers can be 100 MB
 
 
 def file_identity(file: Path) -> str:
-    """Compute a safetensors file's identity: the XXH3-128 of its size, header and data samples, in hexadecimal.
+    """Compute a weight file's identity: the XXH3-128 of its size, header and data samples, in hexadecimal.
+
+    The header of a PyTorch file is everything but the values of its tensors, and its samples are of the entire file.
 
     The samples are `SAMPLES` ranges of `SAMPLE_BYTES` bytes, evenly spaced over the data; data no longer than all
     samples together is read completely. Path and timestamps do not count, so a copy has the identity of its original.
@@ -26,9 +29,12 @@ def file_identity(file: Path) -> str:
         CheckpointError: the file is missing, not readable, or shorter than its header says.
         EnvironmentFailure: reading failed.
     """
+    header, samples = xxh3_128(), xxh3_128()
+    in_torch = is_torch_name(file.name)
+    if in_torch:
+        header.update(read_torch_file(file).digest)
     with open_source(file) as (descriptor, size):
-        start = read_data_start(descriptor, size, file=file)
-        header, samples = xxh3_128(), xxh3_128()
+        start = 0 if in_torch else read_data_start(descriptor, size, file=file)
         for offset in range(0, start, _CHUNK):
             header.update(read_range(descriptor, offset, min(_CHUNK, start - offset), file=file))
         for offset, nbytes in sample_ranges(start, size):

@@ -9,10 +9,11 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..open_source import quoted
-from ..safetensors.header import Header
 from ..small_files import parse_json, read_small
 from ..tensors.table import TensorTable
-from .other_weights import PICKLES, describe_pickles, listed_names
+from .contents import Contents
+from .other_weights import listed_names
+from .torch_names import TORCH_INDEX_SUFFIX
 
 MAX_INDEX_BYTES = 256_000_000
 """The maximum size of an index in bytes, enough for about 2,000,000 tensors."""
@@ -76,14 +77,13 @@ def _check_shard_name(index: Path, name: str, shard: str) -> str:
     leaves = shard.startswith(("/", "\\")) or PureWindowsPath(shard).drive or ".." in parts
     if leaves or "\0" in shard:
         raise CheckpointError(f"{prefix}, which leads out of the model's directory: don't trust this model's files")
-    if shard.endswith(PICKLES):
-        raise CheckpointError(describe_pickles(index.parent, [shard]))
-    if not shard.endswith(_SUFFIX):
-        raise CheckpointError(f"{prefix}, which is not a .safetensors file: download the index again")
+    suffix = ".bin" if index.name.endswith(TORCH_INDEX_SUFFIX) else _SUFFIX
+    if not shard.endswith(suffix):
+        raise CheckpointError(f"{prefix}, which is not a {suffix} file: download the index again")
     return str(PurePosixPath(shard))  # "./x" and "x" are one file
 
 
-def merge_headers(files: Sequence[Path], headers: Iterable[Header]) -> tuple[TensorTable, dict[str, str]]:
+def merge_headers(files: Sequence[Path], headers: Iterable[Contents]) -> tuple[TensorTable, dict[str, str]]:
     """Combine the headers of files without an index; returns the tensors and the metadata.
 
     Raises:
@@ -104,7 +104,7 @@ def merge_headers(files: Sequence[Path], headers: Iterable[Header]) -> tuple[Ten
 
 
 def follow_index(
-    index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Iterable[Header]
+    index: Path, weight_map: Mapping[str, str], files: Sequence[Path], headers: Iterable[Contents]
 ) -> tuple[TensorTable, dict[str, str], list[str]]:
     """Combine the headers of an index's shards; returns the tensors, the metadata, and remarks on disagreements.
 

@@ -1,4 +1,4 @@
-"""Describes directories whose weights mergeloom doesn't read: pickles, adapters, files of other programs."""
+"""Describes directories whose weights mergeloom doesn't read: adapters, unknown pickles, files of other programs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from ..open_source import quoted
 from .file_sets import ADAPTER
+from .torch_names import is_training_state
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of files that are or may be Python pickles."""
-_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles of a training run
 
 
 def describe_no_weights(path: Path, names: Sequence[str]) -> str:
     """Describe what a directory without safetensors files contains instead, as an error."""
-    pickles = [name for name in names if name.endswith(PICKLES) and not name.startswith(_NOT_WEIGHTS)]
+    pickles = [name for name in names if name.endswith(PICKLES) and not is_training_state(name)]
     if pickles and all(name.startswith(ADAPTER) for name in pickles):
         return (
             f"{path}: is an adapter ({listed_names(pickles)}), not a model: merge it into its base model with PEFT's "
@@ -39,14 +39,17 @@ def describe_no_weights(path: Path, names: Sequence[str]) -> str:
 
 def describe_pickles(directory: Path, names: Sequence[str]) -> str:
     return (
-        f"{directory}: its weights are Python pickles ({listed_names(names)}), which can run any code when they are "
-        "loaded: mergeloom never opens them. If you trust them, convert them once:\n\n"
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"    source, target = {str(directory)!r}, {str(directory) + '-safetensors'!r}\n"
-        '    model = AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto")\n'
-        "    model.save_pretrained(target, safe_serialization=True)\n"
-        "    AutoTokenizer.from_pretrained(source).save_pretrained(target)\n\n"
-        "(with the model's own class if it is not a causal language model), and use the new directory"
+        f"{directory}: has {listed_names(names)}, whose names don't say whether they are the weights of the model: use "
+        "the path of the right file (.bin, .pt, .pth or .ckpt), or name it pytorch_model.bin. Files that torch.save "
+        "didn't write can't be read: save the model as safetensors (`save_pretrained`)"
+    )
+
+
+def describe_training_state(file: Path) -> str:
+    """Describe a file of a training run that was given as a model, as an error."""
+    return (
+        f"{file}: is a part of the state of a training run, not the weights of a model, and is never opened: use the "
+        "path of the model's directory or of its weights"
     )
 
 

@@ -21,18 +21,22 @@ from ..checkpoint.checkpoint import (
     open_checkpoint,
     read_config,
 )
+from ..checkpoint.contents import Contents, Extras
 from ..checkpoint.file_sets import ONLY_FILES, check_file_set, stray_files, unlisted_shards
 from ..checkpoint.index import MAX_INDEX_BYTES, follow_index, merge_headers, read_weight_map
 from ..checkpoint.other_weights import describe_no_weights
+from ..checkpoint.torch_names import choose_torch_files, torch_files
 from ..companions import LARGEST_COMPANION, file_kind
 from ..open_source import quoted
 from ..safetensors.header import Header, data_start, parse_header, read_header
 from ..small_files import check_size
 from ..tensors.assembled import files_of
 from ..tensors.refs import TensorRef
+from ..torch_files.reader import is_torch_name
 from .download import download
 from .http import HubLocation, in_parallel, read_file
 from .repository import NOT_CACHED, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_cache
+from .torch_file import read_hub_torch_file
 
 MAX_HEADERS_BYTES = 256_000_000
 """The maximum size of all headers of a model in bytes, enough for about 2,000,000 tensors."""
@@ -147,9 +151,10 @@ def _open(repository: Repository) -> HubCheckpoint:
     download(file for file, _ in small)
     config = read_config(snapshot / "config.json") if "config.json" in files else None
     remarks: list[str] = []
+    extras = Extras()
     if index is None:
         remarks = check_file_set(snapshot, shards)
-        headers = _read_headers([files[name] for name in shards], {})
+        headers = extras.collect(_read_headers([files[name] for name in shards], {}))
         tensors, metadata = merge_headers([files[name].path for name in shards], headers)
     else:
         weight_map = read_weight_map(snapshot / index)
@@ -160,15 +165,18 @@ def _open(repository: Repository) -> HubCheckpoint:
                 f"{snapshot / index}: {len(absent)} of the {len(shards)} files that it names aren't in the repository: "
                 f"{', '.join(map(quoted, absent[:4]))}: the upload is unfinished, or they are in another revision"
             )
-        headers = _read_headers([files[name] for name in shards], _expected_lengths(weight_map))
+        headers = extras.collect(_read_headers([files[name] for name in shards], _expected_lengths(weight_map)))
         paths = [files[name].path for name in shards]
         tensors, metadata, remarks = follow_index(snapshot / index, weight_map, paths, headers)
         remarks += unlisted_shards(index, shards)
     if not tensors:
         raise CheckpointError(f"{snapshot}: contains no tensors (searched {', '.join(map(quoted, shards[:4]))})")
     used = set(shards)
-    ignored = [name for name in names if name.endswith(".safetensors") and name not in used]
-    remarks += stray_files(index, ignored)
+    alike = [name for name in names if name.endswith(".safetensors")]
+    if is_torch_name(shards[0]):
+        alike += torch_files(names)
+    ignored = [name for name in alike if name not in used]
+    remarks += stray_files(index, ignored) + extras.remarks()
     return HubCheckpoint(
         path=snapshot,
         tensors=tensors,
@@ -178,6 +186,8 @@ def _open(repository: Repository) -> HubCheckpoint:
         ignored=tuple(files[name].path for name in ignored),
         remarks=tuple(remarks),
         index=None if index is None else snapshot / index,
+        views=MappingProxyType(extras.views(tensors)),
+        kind=extras.kind,
         repository=repository,
     )
 
@@ -188,6 +198,10 @@ def _choose(repository: Repository, names: Sequence[str]) -> tuple[str | None, l
     The rules are those of `checkpoint._find_weights` for a directory; a test compares the two.
     """
     weights = [name for name in names if name.endswith((".safetensors", INDEX_SUFFIX))]
+    if all(name.startswith(SECONDARY) for name in weights):
+        index, shards = choose_torch_files(names)
+        if index or shards:
+            return index, shards
     weights = [name for name in weights if not name.startswith(SECONDARY)] or weights
     indexes = [name for name in weights if name.endswith(INDEX_SUFFIX)]
     if INDEX in indexes:
@@ -217,9 +231,11 @@ def _expected_lengths(weight_map: Mapping[str, str]) -> dict[str, int]:
     return {shard: min(length, _LARGEST_GUESS) for shard, length in lengths.items()}
 
 
-def _read_headers(files: Sequence[HubFile], expected: Mapping[str, int]) -> list[Header]:
+def _read_headers(files: Sequence[HubFile], expected: Mapping[str, int]) -> Sequence[Contents]:
     """Read the headers of files concurrently, from the disk, the cache or the Hub, in the order of the files."""
     limit = _HeaderLimit(MAX_HEADERS_BYTES)
+    if is_torch_name(files[0].name):  # each needs many requests, which are concurrent
+        return [read_hub_torch_file(file, limit.count) for file in files]
     return in_parallel(
         lambda file, stop: _read_header(file, expected.get(file.name, _FIRST_REQUEST), limit, stop),
         files,

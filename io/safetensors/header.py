@@ -49,7 +49,7 @@ _FOREIGN = (
     (b"version ", "a Git LFS pointer, not the weights: run `git lfs pull`, or download the file itself"),
     (
         b"PK\3\4",
-        "a PyTorch pickle archive, which mergeloom never opens: download the safetensors file",
+        "a PyTorch pickle archive: rename it to pytorch_model.bin, or download the safetensors file",
     ),
     (b"GGUF", "a GGUF file, which mergeloom can't read: download the model's safetensors files"),
     (b"\x89HDF", "an HDF5 file, which mergeloom can't read: download the model's safetensors files"),

@@ -14,7 +14,7 @@ from .output import print_json
 def inspect(model: str, tensors: bool, as_json: bool) -> None:
     """Show a checkpoint's tensors, layers, dtypes and sizes.
 
-    MODEL is a directory, a .safetensors file, or an index. Reads headers only.
+    MODEL is a directory, a .safetensors or PyTorch file, or an index. Reads headers only.
     """
     from ..engine.model.inspect import inspect_model
     from ..report.inspect import inspection_sections

@@ -10,6 +10,7 @@ from ..engine.model.contents.diffusion import DiffusionModel
 from ..engine.model.inspect import Inspection, stored_bytes, total_bytes, total_elements
 from ..engine.model.logical import LogicalTensor, label_of
 from ..engine.model.roles import is_head, tied_embedding
+from ..io.checkpoint.contents import SAFETENSORS
 from ..io.tensors.refs import TensorRef
 from ..io.units import big_number, data_size, listed, plural, ranges
 from .sections import Grid, Section
@@ -54,6 +55,8 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{big_number(total_elements(values.values()))} in {plural(len(values), 'tensor')}"),
         ("size", data_size(total_bytes(tensors))),
     ]
+    if inspection.checkpoint.kind != SAFETENSORS:
+        fields.insert(2, ("format", inspection.checkpoint.kind))
     for name, found in inspection.formats().items():
         size = data_size(sum(each.stored_bytes for each in found))
         dtypes = " and ".join(sorted({each.dtype.name for each in found}))

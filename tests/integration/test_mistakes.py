@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def leaving_index(directory: Path) -> object:
 def only_pickles(directory: Path) -> object:
     old = directory / "old"
     old.mkdir()
-    (old / "pytorch_model.bin").write_bytes(b"never opened")
+    (old / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": [1.0]}))
     shutil.copy(directory / "a" / "config.json", old)
     return linear("a", "old")
 
@@ -151,7 +152,7 @@ MISTAKES = {
     "a truncated shard": Mistake(4, ("model-00002-of-00002.safetensors",), truncated_shard),
     "a header that lies about offsets": Mistake(4, ("model-00001-of-00002.safetensors",), lying_header),
     "an index that names ../x": Mistake(4, ("model.safetensors.index.json", "../b", "leads out of"), leaving_index),
-    "a model of pickles only": Mistake(4, ("pytorch_model.bin", "save_pretrained"), only_pickles),
+    "a pickle of another program": Mistake(4, ("pytorch_model.bin", "was not written by torch.save"), only_pickles),
     "a YAML alias bomb": Mistake(2, ("recipe.yml", "aliases"), alias_bomb),
     "an empty recipe": Mistake(2, ("recipe.yml", "empty"), lambda d: ""),
     "no YAML": Mistake(2, ("recipe.yml:2",), lambda d: "merge_method: linear\nmodels: [\n"),

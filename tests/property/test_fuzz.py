@@ -43,8 +43,8 @@ def test_mutated_inputs_end_with_an_error_of_ours_or_well(kind: str, count: int,
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
-def test_no_pickle_is_opened(name: str, tmp_path: Path) -> None:
-    """It would write a file, if it were."""
+def test_no_pickle_is_run(name: str, tmp_path: Path) -> None:
+    """It would write a file, if it were unpickled."""
     witness = tmp_path / "witness"
 
     class Evil:

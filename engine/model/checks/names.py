@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ....io.checkpoint.checkpoint import Checkpoint
+from ....io.checkpoint.contents import SAFETENSORS
 from ..roles import is_buffer, is_optional
 
 _SPELLINGS = ((".gamma", ".weight"), (".beta", ".bias"))
@@ -221,7 +222,7 @@ def directory_of(checkpoint: Checkpoint) -> str:
     if hasattr(checkpoint, "repository"):
         return str(checkpoint.repository.repo)
     path = checkpoint.path
-    return str(path.parent if path.suffix in (".safetensors", ".json") else path)
+    return str(path.parent if path in checkpoint.files or path.suffix == ".json" else path)
 
 
 def rename_script(checkpoint: Checkpoint, expression: str, drop: Sequence[str] = ()) -> str:
@@ -240,15 +241,31 @@ def rename_script(checkpoint: Checkpoint, expression: str, drop: Sequence[str] =
         source, download = folder, f"    # first: hf download {source} --local-dir {folder}\n"
     target = source + ("-reduced" if expression == "name" else "-renamed")
     unless = " if not name.startswith(drop)" if drop else ""
+    begin = f"    source, target = {source!r}, {target!r}\n    rename = lambda name: {expression}\n" + (
+        f"    drop = {tuple(drop)!r}\n" if drop else ""
+    )
+    if checkpoint.kind != SAFETENSORS:
+        return (
+            f"{download}"
+            "    import re, shutil, torch\n"
+            "    from pathlib import Path\n"
+            "    from safetensors.torch import save_file\n"
+            f"{begin}"
+            '    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.bin*", "*.pt", "*.pth", "*.ckpt"))\n'
+            f"    for file in {[file.name for file in checkpoint.files]!r}:\n"
+            '        saved = torch.load(Path(source, file), "cpu", weights_only=True)\n'
+            '        saved = saved.get("state_dict", saved)\n'
+            f"        tensors = {{rename(name): tensor for name, tensor in saved.items(){unless}}}\n"
+            "        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}\n"
+            '        save_file(tensors, Path(target, Path(file).stem + ".safetensors"), {"format": "pt"})'
+        )
     return (
         f"{download}"
         "    import json, re, shutil\n"
         "    from pathlib import Path\n"
         "    from safetensors.torch import load_file, save_file\n"
-        f"    source, target = {source!r}, {target!r}\n"
-        f"    rename = lambda name: {expression}\n"
-        + (f"    drop = {tuple(drop)!r}\n" if drop else "")
-        + "    shutil.copytree(source, target)\n"
+        f"{begin}"
+        "    shutil.copytree(source, target)\n"
         '    for file in Path(source).glob("*.safetensors"):\n'
         f"        tensors = {{rename(name): tensor for name, tensor in load_file(file).items(){unless}}}\n"
         '        save_file(tensors, Path(target, file.name), {"format": "pt"})\n'

@@ -74,6 +74,12 @@ def in_layout_of(donor: NamedCheckpoint, other: NamedCheckpoint) -> Mapped:
     if to_fused:
         tensors, added = fused_tensors(other.name, tensors, to_fused, layout, sizes)
         values += added
+    lost = next((name for name in other.checkpoint.views if name not in tensors), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{_difference(donor, target, other, own)}: tensor {lost} of {other.name} is not contiguous, so it can't be "
+            "rearranged: call .contiguous() on it and save the model again"
+        )
     if values:
         tensors = ArrangedTensors(tensors)
         tensors.found = tuple(values)

@@ -1,1 +1,1 @@
-"""Finds the values of quantized checkpoints: which stored tensors are codes, scales, or belong to them."""
+"""Finds the values of tensors that are quantized, or stored in another order: which stored tensors belong to them."""

@@ -10,11 +10,17 @@ from ..quantized import quantized_tensors
 from .fp8 import find_fp8
 from .mxfp4_blocks import find_mxfp4_blocks
 from .packed import find_packed
+from .strided import find_views
 
 Format = Callable[[Checkpoint], Iterable[LogicalTensor]]
 """A function that finds the values of a format in a checkpoint: first by its config.json, then by their names."""
 
-FORMATS: dict[str, Format] = {"fp8": find_fp8, "packed": find_packed, "mxfp4 blocks": find_mxfp4_blocks}
+FORMATS: dict[str, Format] = {
+    "view": find_views,
+    "fp8": find_fp8,
+    "packed": find_packed,
+    "mxfp4 blocks": find_mxfp4_blocks,
+}
 """The known formats by name."""
 
 

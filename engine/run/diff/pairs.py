@@ -100,7 +100,8 @@ def pair_tensors(a: Opened, b: Opened) -> Pairing:
     computed = ComputedTensors((a.name, b.name))
     pairs, not_compared = [], []
     for name, one, other, tied_to in found:
-        if reason := _obstacle(one, other):
+        views = [side for side, model in (("A", a), ("B", b)) if name in model.checkpoint.views]
+        if reason := f"not contiguous in {views[0]}" if views else _obstacle(one, other):
             not_compared.append(NotCompared(name, reason))
         else:
             pairs.append(Pair(name, *locate(name), computed.add(0, one), computed.add(1, other), tied_to))

@@ -203,7 +203,7 @@ def recover(
         ranges.setdefault(copy.shard, []).extend(copy.equal)
         state.differing += copy.length - sum(end - start for start, end in copy.equal)
     state.copied = {shard: merged for shard, equal in ranges.items() if (merged := _merge_ranges(equal))}
-    state.sources = ranges_in_use(journaled.sources, used_bytes(graph, state.written(graph)))
+    state.sources = ranges_in_use(graph, journaled.sources, used_bytes(graph, state.written(graph)))
     return state
 
 

@@ -60,16 +60,16 @@ class SourceDigests:
         """
         if not data:
             return
-        read, start = self._reads.at(file, offset)
-        end = start + len(data)
-        with self._lock:
-            if self._covers(read, start, end):
-                return
-        digest = xxhash.xxh3_128_intdigest(data, seed=start)
-        with self._lock:
-            if not self._covers(read, start, end):
-                self._cover(read, start, end)
-                _insert(self._pending.setdefault(read, []), SourceRange(start, end, len(data), digest))
+        for read, start in self._reads.at(file, offset, len(data)):
+            end = start + len(data)
+            with self._lock:
+                if self._covers(read, start, end):
+                    continue
+            digest = xxhash.xxh3_128_intdigest(data, seed=start)
+            with self._lock:
+                if not self._covers(read, start, end):
+                    self._cover(read, start, end)
+                    _insert(self._pending.setdefault(read, []), SourceRange(start, end, len(data), digest))
 
     def take(self) -> list[SourceRead]:
         """Return journal records of the ranges that were digested since the last call."""
@@ -96,33 +96,84 @@ class SourceDigests:
             del self._islands[read]
 
 
+@dataclass(frozen=True, slots=True)
+class SharedPart:
+    """A part of a tensor whose bytes are inside a part of another tensor, with which their digests are kept.
+
+    Args:
+        start: offset of the part in its tensor.
+        nbytes: size of the part.
+        owner: number of the other read.
+        owner_start: offset of the part's bytes in the other tensor.
+    """
+
+    start: int
+    nbytes: int
+    owner: int
+    owner_start: int
+
+
+class _Columns:
+    """Parts of tensors in one file: the number of the read, the start in its tensor, and offset and end in the file."""
+
+    def __init__(self) -> None:
+        self.numbers, self.starts, self.offsets, self.ends = (array("q") for _ in range(4))
+
+    def add(self, number: int, start: int, offset: int, end: int) -> None:
+        """Add a part."""
+        self.numbers.append(number)
+        self.starts.append(start)
+        self.offsets.append(offset)
+        self.ends.append(end)
+
+    def in_order(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the parts by offset, of equal ones the longest first."""
+        order = sorted(range(len(self.ends)), key=lambda place: -self.ends[place])
+        order.sort(key=self.offsets.__getitem__)
+        for place in order:
+            yield self.numbers[place], self.starts[place], self.offsets[place], self.ends[place]
+
+
 class _Reads:
-    """An index of the reads by file and offset."""
+    """An index of the reads by file and offset. Of tensors that share bytes, only those inside no other one count.
+
+    Attributes:
+        shared: the parts of reads that are inside others, by number of the read.
+    """
 
     def __init__(self, graph: MergeGraph) -> None:
-        self._numbers: dict[Path, array[int]] = {}
-        self._offsets: dict[Path, array[int]] = {}  # of the parts of the reads, ascending
-        self._starts: dict[Path, array[int]] = {}  # of each part in its tensor
+        self.shared: dict[int, list[SharedPart]] = {}
+        self._columns: dict[Path, _Columns] = {}
+        parts: dict[Path, _Columns] = {}
         for number, ref in enumerate(graph.reads):
             start = 0
             for part in stored_parts(ref) if ref.nbytes else ():
-                self._numbers.setdefault(part.file, array("q")).append(number)
-                self._offsets.setdefault(part.file, array("q")).append(part.offset)
-                self._starts.setdefault(part.file, array("q")).append(start)
+                parts.setdefault(part.file, _Columns()).add(number, start, part.offset, part.offset + part.nbytes)
                 start += part.nbytes
-        for file, offsets in self._offsets.items():
-            order = sorted(range(len(offsets)), key=offsets.__getitem__)
-            for columns in (self._numbers, self._offsets, self._starts):
-                columns[file] = array("q", map(columns[file].__getitem__, order))
+        for file, unsorted in parts.items():
+            kept = self._columns[file] = _Columns()
+            for number, start, offset, end in unsorted.in_order():
+                if kept.ends and end <= kept.ends[-1]:
+                    owner_start = kept.starts[-1] + offset - kept.offsets[-1]
+                    inside = SharedPart(start, end - offset, kept.numbers[-1], owner_start)
+                    self.shared.setdefault(number, []).append(inside)
+                else:
+                    kept.add(number, start, offset, end)
 
-    def at(self, file: Path, offset: int) -> tuple[int, int]:
-        """Return the read at a position of a file, and the offset in its tensor. Equal reads share the first.
+    def at(self, file: Path, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """Return the reads that a range of a file is in, each with the range's offset in its tensor."""
+        parts = self._columns[file]
+        found = []
+        place = bisect_right(parts.offsets, offset) - 1
+        while place >= 0 and parts.ends[place] >= offset + nbytes:
+            found.append((parts.numbers[place], parts.starts[place] + offset - parts.offsets[place]))
+            place -= 1
+        return found
 
-        Offsets in a tensor are those of its parts in stored order (see `io.tensors.assembled`).
-        """
-        offsets = self._offsets[file]
-        part = bisect_left(offsets, offsets[bisect_right(offsets, offset) - 1])
-        return self._numbers[file][part], self._starts[file][part] + offset - offsets[part]
+
+def shared_parts(graph: MergeGraph) -> dict[int, list[SharedPart]]:
+    """Return the parts of reads whose bytes are inside those of other reads, by number of the read."""
+    return _Reads(graph).shared
 
 
 def _insert(ranges: list[SourceRange], added: SourceRange) -> None:
@@ -181,9 +232,15 @@ def used_bytes(graph: MergeGraph, done: Mapping[int, int]) -> dict[int, int]:
     return used
 
 
-def ranges_in_use(ranges: Ranges, used: Mapping[int, int]) -> dict[int, list[SourceRange]]:
-    """Return the ranges with at least one used byte."""
-    kept = {read: [each for each in ranges.get(read, ()) if each.start < end] for read, end in used.items()}
+def ranges_in_use(graph: MergeGraph, ranges: Ranges, used: Mapping[int, int]) -> dict[int, list[SourceRange]]:
+    """Return the ranges with at least one used byte, in the tensor itself or in one that shares its bytes."""
+    ends = dict(used)
+    for read, parts in shared_parts(graph).items():
+        for part in parts:
+            if used.get(read, 0) > part.start:
+                end = part.owner_start + min(part.nbytes, used[read] - part.start)
+                ends[part.owner] = max(ends.get(part.owner, 0), end)
+    kept = {read: [each for each in ranges.get(read, ()) if each.start < end] for read, end in ends.items()}
     return {read: in_use for read, in_use in kept.items() if in_use}
 
 

@@ -14,6 +14,9 @@ CONFIGURATIONS: dict[str, str] = {
     **METHODS,
     # ---------------------------------------------------------------------------------------------- layers
     "passthrough": "merge_method: passthrough\nmodels: [{model: a}]\n",
+    "linear, with weights in pickles": (
+        "merge_method: linear\nmodels: [{model: pickled}, {model: a}]\nparameters: {weight: 0.5}\n"
+    ),
     "passthrough, a stack": """\
 slices:
   - sources: [{model: a, layer_range: [0, 3]}]
@@ -343,7 +346,6 @@ merge_method: passthrough
         "name: other\nmerge_method: passthrough\nmodels: [{model: b}]\n",
         "no stage uses 'one', 'other'",
     ),
-    "weights in pickles": ("merge_method: passthrough\nmodels: [{model: pickled}]\n", "pickles"),
 }
 """What mergekit runs and mergeloom refuses, with what it says: the table in docs/mergekit.md has the reasons."""
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from mergeloom.io.checkpoint.checkpoint import MAX_CONFIG_BYTES, open_checkpoint
 from mergeloom.io.checkpoint.index import MAX_INDEX_BYTES
@@ -93,7 +94,7 @@ def test_a_shard_name_that_is_no_safetensors_file_is_refused(name: str, tmp_path
 
 def test_an_index_that_names_pickles_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": "pytorch_model.bin"})
-    assert "pickles" in refused(tmp_path)
+    assert "'pytorch_model.bin' as the file of tensor 'a', which is not a .safetensors file" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["\ud800.safetensors", "x" * 300 + ".safetensors"], ids=["surrogate", "too long"])
@@ -203,14 +204,20 @@ def test_other_formats_are_named(tmp_path: Path) -> None:
     assert "has 'model.gguf'" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
-def test_pickles_are_refused_with_how_to_convert_them(name: str, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / name)  # opening it would wait for ever
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
+def test_pickles_of_other_names_are_used_by_their_path_only(name: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / name)
+    error = refused(tmp_path)
+    assert f"has '{name}', whose names don't say whether they are the weights" in error
+    assert "use the path of the right file" in error
+    assert list(open_checkpoint(tmp_path / name).tensors) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+def test_a_pipe_is_not_opened(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)  # reading it would wait for ever
     for path in (tmp_path, tmp_path / name):
-        error = refused(path)
-        assert f"pickles ('{name}')" in error
-        assert "safe_serialization=True" in error
-        assert f"{str(tmp_path)!r}" in error
+        assert "is not a regular file" in refused(path)
 
 
 def test_pickles_next_to_safetensors_are_ignored(sharded: Path) -> None:
@@ -219,6 +226,8 @@ def test_pickles_next_to_safetensors_are_ignored(sharded: Path) -> None:
     assert list(open_checkpoint(sharded).tensors) == ["c", "a", "b"]
 
 
-def test_pickles_of_a_training_run_are_not_weights(tmp_path: Path) -> None:
-    (tmp_path / "training_args.bin").touch()
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"])
+def test_pickles_of_a_training_run_are_not_weights(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
     assert "has no weights" in refused(tmp_path)
+    assert "is a part of the state of a training run" in refused(tmp_path / name)

@@ -57,7 +57,7 @@ def graph_of(directory: Path, *, interleaved: bool) -> MergeGraph:
 
 
 def check(graph: MergeGraph, ranges: dict[int, list[SourceRange]], used: dict[int, int], files: set[Path]) -> int:
-    in_use = ranges_in_use(ranges, used)
+    in_use = ranges_in_use(graph, ranges, used)
     return check_sources(graph, files, in_use, used, ThreadBuffers(CHECKS, 2), IoCounters(), lambda done, total: None)
 
 

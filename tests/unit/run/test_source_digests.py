@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mergeloom.engine.graph.columns import Reads
 from mergeloom.engine.graph.graph import MergeGraph
@@ -20,16 +21,19 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.checks import CHECKS
 from mergeloom.engine.run.recovery.records import JournalRecord, SourceRange, SourceRead, parse_records
 from mergeloom.engine.run.recovery.source_digests import (
+    SharedPart,
     SourceDigests,
     add_ranges,
     check_sources,
     ranges_in_use,
+    shared_parts,
     used_bytes,
 )
 from mergeloom.errors import CheckpointError, Interrupted
 from mergeloom.io.counters import IoCounters
 from mergeloom.io.tensors.refs import TensorRef
 from tests.support.models import write_checkpoint
+from tests.support.models.torch_files import write_torch_model
 
 SHAPES = {f"model.layers.{layer}.w.weight": (100, 64) for layer in range(2)}
 NBYTES = 100 * 64 * 4
@@ -67,7 +71,7 @@ def source_ranges(records: Iterable[JournalRecord]) -> dict[int, list[SourceRang
 def check(graph: MergeGraph, records: Sequence[SourceRead], used: dict[int, int]) -> int:
     """Compare what the records say with the files."""
     files = {ref.file for ref in graph.reads}
-    ranges = ranges_in_use(source_ranges(records), used)
+    ranges = ranges_in_use(graph, source_ranges(records), used)
     return check_sources(graph, files, ranges, used, ThreadBuffers(CHECKS, 2), IoCounters(), lambda done, total: None)
 
 
@@ -214,3 +218,30 @@ def test_a_comparison_can_be_interrupted(model: Path) -> None:
 
     with pytest.raises(Interrupted):
         check_sources(graph, {graph.reads[0].file}, ranges, {0: NBYTES}, ThreadBuffers(CHECKS, 2), IoCounters(), stop)
+
+
+def test_tensors_that_share_bytes_are_digested_once_or_twice(tmp_path: Path) -> None:
+    """One inside another counts as its part; of two that overlap in part, each has digests of all its bytes."""
+    values = torch.arange(100 * 64, dtype=torch.float32).reshape(100, 64)
+    state = {"a.weight": values[:60], "b.weight": values[40:], "c.weight": values[50:55]}
+    model = write_torch_model(tmp_path / "model", state)
+    (model / "config.json").unlink()
+    graph = graph_of(model)
+    numbers = {name: graph.read_names.index(name) for name in state}
+    inside = SharedPart(0, 5 * 256, numbers["b.weight"], 10 * 256)
+    assert shared_parts(graph) == {numbers["c.weight"]: [inside]}
+    digests = SourceDigests(graph)
+    read(graph, digests, numbers["c.weight"], 0, 5 * 256)
+    read(graph, digests, numbers["b.weight"], 20 * 256, 60 * 256)
+    records = digests.take()
+    assert {record.read: bounds(record) for record in records} == {
+        numbers["a.weight"]: [(50 * 256, 55 * 256, 5 * 256)],
+        numbers["b.weight"]: [(10 * 256, 15 * 256, 5 * 256), (20 * 256, 60 * 256, 40 * 256)],
+    }
+    assert check(graph, records, {numbers["c.weight"]: 5 * 256}) == 5 * 256
+    file = graph.reads[0].file
+    data = bytearray(file.read_bytes())
+    data[graph.reads[numbers["c.weight"]].offset] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"b\.weight differs"):
+        check(graph, records, {numbers["c.weight"]: 5 * 256})

@@ -1,0 +1,1 @@
+"""PyTorch checkpoint files, as ``torch.save`` writes them: where their tensors lie, read without running anything."""

@@ -1,0 +1,1 @@
+"""Tests of merges whose inputs are PyTorch checkpoint files."""
