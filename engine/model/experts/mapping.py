@@ -77,8 +77,8 @@ def in_layout_of(donor: NamedCheckpoint, other: NamedCheckpoint) -> Mapped:
     lost = next((name for name in other.checkpoint.views if name not in tensors), None)
     if lost is not None:
         raise CheckpointError(
-            f"{_difference(donor, target, other, own)}: tensor {lost} of {other.name} is not contiguous, so it can't be "
-            "rearranged: call .contiguous() on it and save the model again"
+            f"{_difference(donor, target, other, own)}: tensor {lost} of {other.name} is not contiguous, so it "
+            "can't be rearranged: call .contiguous() on it and save the model again"
         )
     if values:
         tensors = ArrangedTensors(tensors)

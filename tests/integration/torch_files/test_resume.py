@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mergeloom.errors import UsageError
+from mergeloom.io.torch_files.reader import read_torch_file
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.resumable import SHAPES, interrupt, recipe, run
 from tests.support.merges.small import make_blocks_small
@@ -76,8 +77,11 @@ def test_touched_files_are_compared_with_what_was_read(models: list[Path], tmp_p
 def test_a_changed_file_is_refused(models: list[Path], tmp_path: Path) -> None:
     interrupt(recipe(models), tmp_path / "out", 10)
     file = models[1] / "pytorch_model.bin"
-    data = bytearray(file.read_bytes())
-    data[-2000:] = bytes(2000)
+    data, found = bytearray(file.read_bytes()), read_torch_file(file)
+    for offset, kind in zip(
+        found.offsets, found.classes, strict=True
+    ):  # values only: a legacy file has sizes between them
+        data[offset : offset + kind.nbytes] = bytes(kind.nbytes)
     file.write_bytes(data)
     with pytest.raises(UsageError, match=r"the source file pytorch_model\.bin of .*/a\."):
         run(recipe(models), tmp_path / "out")
