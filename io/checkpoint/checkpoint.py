@@ -53,6 +53,7 @@ class Checkpoint:
         views: the tensors whose elements are not in the order of their shape, by name. `tensors` has the range of each
             as a one-dimensional tensor.
         kind: name of the files' format, for display.
+        stored: the names in the files of the tensors that have other names in `tensors`, by these.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Checkpoint:
     standalone: bool = False
     views: Mapping[str, View] = field(default_factory=dict)
     kind: str = SAFETENSORS
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bare(self) -> bool:

@@ -25,6 +25,7 @@ class Source:
     Args:
         model: name of the model in the recipe.
         name: name of the tensor.
+        stored: name of the tensor in the file, which a `rename` of the recipe replaces by `name`.
         file: path of the file, that of the first part if there are several.
         offset: offset of the tensor's first byte in the file.
         nbytes: size in bytes of what is stored.
@@ -39,6 +40,7 @@ class Source:
 
     model: str
     name: str
+    stored: str
     file: str
     offset: int
     nbytes: int
@@ -59,9 +61,11 @@ def find_sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, .
     read = bytes_of_reads(plan.built.graph, plan.schedule)
     leaves: dict[tuple[int, str, Access], Source] = {}
     for place, number in enumerate(graph.node_sources[node]):
+        name = graph.read_names[number]
         stored = Source(
             graph.models[graph.read_models[number]],
-            graph.read_names[number],
+            name,
+            plan.built.models[graph.read_models[number]].checkpoint.stored.get(name, name),
             str(graph.reads[number].file),
             graph.reads[number].offset,
             graph.reads[number].nbytes,
@@ -97,7 +101,7 @@ def _computed(value: LogicalTensor, parts: tuple[Source, ...], *, base: bool) ->
     """Return the source of a value that is computed from parts."""
     first, read = parts[0], sum(part.bytes_read for part in parts)
     kind = value.dtype.name, value.shape, base, read, value.format, parts
-    return Source(first.model, value.name, first.file, first.offset, value.stored_bytes, *kind)
+    return Source(first.model, value.name, value.name, first.file, first.offset, value.stored_bytes, *kind)
 
 
 def _base_reads(plan: Plan, node: int) -> set[tuple[int, str]]:
@@ -120,12 +124,17 @@ def sources_section(sources: Sequence[Source]) -> Section:
     for source in sources:
         model = source.model + (" (base)" if source.base else "")
         if not source.parts:
-            rows.append(_stored_row(model, source.name, source))
+            rows.append(_stored_row(model, source.name + _renamed(source), source))
             continue
         rows.append((model, source.name, f"{source.dtype} ({source.format})", str(list(source.shape)), *[""] * 4))
-        rows += [_stored_row("", f"  from {part.name}", part) for part in source.parts]
+        rows += [_stored_row("", f"  from {part.name}{_renamed(part)}", part) for part in source.parts]
     header = ("model", "tensor", "dtype", "shape", "size", "offset", "file", "read")
     return Section("Sources", grid=Grid(header, tuple(rows), frozenset(("size", "offset", "read"))))
+
+
+def _renamed(source: Source) -> str:
+    """The name in the file, if a recipe gives the tensor another one."""
+    return f" (stored as {source.stored})" if source.stored != source.name else ""
 
 
 def _stored_row(model: str, name: str, source: Source) -> tuple[str, ...]:
