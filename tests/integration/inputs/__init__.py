@@ -1,0 +1,1 @@
+"""Merges of checkpoints in the forms that people have: single files, fused experts."""
