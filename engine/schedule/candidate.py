@@ -132,9 +132,10 @@ class Candidate:
     def bytes_written(self, graph: MergeGraph) -> int:
         """Return the bytes of all output tensors without those that an earlier run wrote."""
         sizes, total = graph.by_class(graph.nbytes), 0
+        left = self.left if isinstance(self.left, range) else frozenset(self.left)
         for node in graph.outputs.nodes:
-            computing = node if node in self.left else graph.results_with(node)[0]
-            if computing in self.left:
+            computing = node if node in left else graph.results_with(node)[0]
+            if computing in left:
                 total += sizes[node]
                 if computing in self.first:
                     total -= bytes_before(graph, node, self.first[computing] * self.chunks[node])
