@@ -144,10 +144,17 @@ class _Fusion:
         outputs = list(dict.fromkeys(other for output in graph.outputs for other in graph.results_with(output.node)))
         nodes = [*outputs, *sorted(set(self.kept) - set(outputs))]
         numbers: dict[Value, Value] = {~node: ~number for number, node in enumerate(nodes)}
-        for read in sorted({value for node in outputs for value in graph.reads_of(node)}):
+        results = {node for node in outputs if graph.operation(node).kind is Kind.RESULT}
+        for read in sorted({value for node in outputs if node not in results for value in graph.reads_of(node)}):
             model, name, ref = graph.read_models[read], graph.read_names[read], graph.reads[read]
             numbers[read] = result.add_read(model, name, ref)
         for node in nodes:
+            if node in results:
+                computing, place = numbers[graph.node_sources[node][0]], graph.node_key[node]
+                result.append_node(
+                    graph.operation(node), (computing,), graph.node_dtype[node], place, graph.shape(node)
+                )
+                continue
             operation, leaves, dtype, key = self._kernel_of(node, numbers)
             sources = tuple(numbers[value] for value, _ in leaves)
             result.append_node(operation, sources, dtype, key, graph.shape(node))
