@@ -33,6 +33,15 @@ ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {
 }
 
 
+def next_power(x: float) -> float:
+    """x, or the next power of 2 of a larger magnitude, with x's sign; 0, NaN and infinities are unchanged."""
+    if x == 0 or not math.isfinite(x):
+        return x
+    fraction, exponent = math.frexp(abs(x))
+    exponent -= fraction == 0.5
+    return math.copysign(math.ldexp(1.0, max(exponent, -1022)) if exponent < 1024 else math.inf, x)
+
+
 def nearest_float32(x: float) -> float:
     """The nearest float32."""
     return c_float(x).value

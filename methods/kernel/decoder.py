@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .kernel import Kernel
-from .language import Inputs, low_rank
+from .language import Inputs, block_max, low_rank, next_power_of_two, rounded
 from .method import traced
 from .spec import InputSpec
 
-__all__ = ["Decoder", "Encoder", "low_rank"]
+__all__ = ["Decoder", "Encoder", "block_max", "low_rank", "next_power_of_two", "rounded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class Encoder:
     Args:
         name: name of the format, for error messages.
         function: ``function(value, **parameters)`` returns an `Array` for each tensor, as a tuple if there are several.
+            The first tensor has the value's shape. One that is computed from maxima of blocks alone, see `block_max`,
+            has one element for each block.
         count: number of tensors.
     """
 

@@ -15,10 +15,11 @@ from enum import Enum, IntEnum
 from typing import Any
 
 from ...errors import UsageError
-from .arithmetic import ARITHMETIC, COMPARISONS, nearest_float32
+from .access import BlockRows
+from .arithmetic import ARITHMETIC, COMPARISONS, nearest_float32, next_power
 from .spec import HostError
 
-__all__ = ["Extent", "MethodDefinitionError", "Node", "Trace", "Type", "inputs_of", "reachable"]
+__all__ = ["Extent", "MethodDefinitionError", "Node", "Trace", "Type", "blocks_of", "inputs_of", "reachable"]
 
 
 class Type(Enum):
@@ -37,7 +38,8 @@ class Extent(IntEnum):
     TENSOR = 0
     ROW = 1
     COLUMN = 2
-    ELEMENT = 3
+    BLOCK = 3
+    ELEMENT = 4
 
 
 class MethodDefinitionError(UsageError):
@@ -80,7 +82,7 @@ class Node:
     @property
     def in_tile(self) -> bool:
         """Whether a tile's program computes the node: it is neither constant nor known from earlier passes."""
-        return self.extent in (Extent.ROW, Extent.ELEMENT) and not self.constant
+        return self.extent in (Extent.ROW, Extent.BLOCK, Extent.ELEMENT) and not self.constant
 
 
 class Trace:
@@ -108,8 +110,7 @@ class Trace:
         if found is None:
             extents = {arg.extent for arg in args}
             if extent is None:
-                mixed = {Extent.ROW, Extent.COLUMN} <= extents
-                extent = Extent.ELEMENT if mixed else max(extents, default=Extent.ELEMENT)
+                extent = Extent.ELEMENT if _mixed(args) else max(extents, default=Extent.ELEMENT)
             level = max((arg.level for arg in args), default=0) + rise
             found = self._nodes[key] = Node(op, tuple(args), type, extent, value, level)
         return found
@@ -171,12 +172,13 @@ class Trace:
         return self.node(op, (a, b), Type.FLAG)
 
     def unary(self, op: str, a: Node) -> Node:
-        """``neg``, ``abs`` or ``sqrt`` of a number, or ``not`` of a flag."""
+        """``neg``, ``abs``, ``sqrt`` or ``next_power`` of a number, or ``not`` of a flag."""
         functions: dict[str, Callable[[Any], Any]] = {
             "neg": lambda x: -x,
             "abs": abs,
             "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
             "not": lambda x: not x,
+            "next_power": next_power,
         }
         if op != "not":
             a = self.number(a)
@@ -320,6 +322,20 @@ class HostCall:
         args = _filled(self.args, following)
         leaves = tuple(leaf for leaf in flatten(args) if isinstance(leaf, Node))
         return HostCall(self.function, args, leaves, self.finite)
+
+
+def blocks_of(node: Node) -> BlockRows:
+    """The blocks that a node with one value per block has a value for."""
+    while node.op != "block_max":
+        node = next(arg for arg in node.args if arg.extent is Extent.BLOCK)
+    blocks: BlockRows = node.value
+    return blocks
+
+
+def _mixed(args: Sequence[Node]) -> bool:
+    """Whether operands have one value per row, per column and per block, or per block of different sizes."""
+    extents = {arg.extent for arg in args} & {Extent.ROW, Extent.COLUMN, Extent.BLOCK}
+    return len(extents) > 1 or len({blocks_of(arg) for arg in args if arg.extent is Extent.BLOCK}) > 1
 
 
 def inputs_of(node: Node) -> tuple[int, ...]:

@@ -13,13 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from .expression import Extent, HostCall, Node, Trace, inputs_of, reachable
+from .expression import Extent, HostCall, Node, Trace, blocks_of, inputs_of, reachable
 from .program import Program
-from .reduction.reductions import Reduction, row_block
-from .spec import BLOCK, InputSpec, Unit
+from .reduction.reductions import Reduction, block_in_rows, row_block
+from .spec import BLOCK, InputSpec, Unit, rows_of_blocks
 
 _ROW_OPERATIONS = frozenset(("row_sum", "row_max", "row_rank"))
-_NOT_BY_ELEMENT = _ROW_OPERATIONS | {"index", "hash", "selected"}
+_NOT_BY_ELEMENT = _ROW_OPERATIONS | {"index", "hash", "selected", "block_max"}
+
+_KEEPING = frozenset(
+    ("neg", "abs", "sqrt", "wide", "narrow", "single", "round", "fill", "block_max", "next_power", "div")
+)
+"""Operations whose result is not finite if their first operand is not."""
 
 
 class Traceable(Protocol):
@@ -55,14 +60,16 @@ class Kernel:
 
     Args:
         inputs: inputs of the output tensor.
-        outputs: node of each tensor that is computed, each with one number of the work dtype per element.
+        outputs: node of each tensor that is computed, with one number of the work dtype per element, or per block.
         bound: method and parameters that the kernel was traced from.
 
     Attributes:
-        output: node of the first tensor.
+        output: node of the first tensor, which has one number per element.
+        blocks: for each tensor, the blocks that it has one element for; None if it has one for each element.
         traced: inputs of the method, of which `inputs` may be a part.
         kept: index among the traced inputs of each input.
         unit: unit that tiles do not split.
+        height: number of rows that tile boundaries are a multiple of, if the unit is not the element.
         alignment: number of elements that tile boundaries are a multiple of.
         reductions: maximum number of passes before the last one.
         random: whether the random key of the output tensor matters.
@@ -77,9 +84,13 @@ class Kernel:
         self.kept = tuple(range(inputs.count))
         self.outputs = tuple(outputs)
         self.output = self.outputs[0]
+        self.blocks = tuple(blocks_of(node) if node.extent is Extent.BLOCK else None for node in self.outputs)
         self.bound = bound
         nodes = reachable(*self.outputs)
-        self.unit = Unit.ROW if any(node.op in _ROW_OPERATIONS for node in nodes) else Unit.ELEMENT
+        heights = {node.value.rows for node in nodes if node.op == "block_max"}
+        by_row = any(node.op in _ROW_OPERATIONS for node in nodes)
+        self.unit = Unit.BLOCK_ROW if heights else Unit.ROW if by_row else Unit.ELEMENT
+        self.height = rows_of_blocks(inputs.shape, heights) if heights else 1
         self.reduced = [node for node in nodes if node.op == "reduce"]
         self.alignment = self._bind_reductions(nodes)
         self.random = any(node.op == "hash" for node in nodes)
@@ -101,16 +112,33 @@ class Kernel:
 
     def _bind_reductions(self, nodes: Sequence[Node]) -> int:
         """Set the blocks of the reductions, and return the alignment of the tiles."""
-        by_row = self.unit is Unit.ROW
         columns = max(1, self.inputs.columns)
-        block = row_block(columns) if by_row else BLOCK
+        block = BLOCK
+        if self.unit is Unit.ROW:
+            block = row_block(columns)
+        elif self.unit is Unit.BLOCK_ROW:
+            block = block_in_rows(self.height, columns)
         for node in self.reduced:
             reduction: Reduction = node.value
             if hasattr(reduction, "sampled"):
                 reduction.sampled = _by_element(node.args[0])
             reduction.bind(block)
         blocks = {node.value.block for node in self.reduced}
-        return math.lcm(*blocks, columns) if by_row else math.lcm(*blocks or (BLOCK,))
+        return math.lcm(*blocks or (BLOCK,)) if self.unit is Unit.ELEMENT else math.lcm(*blocks, self.height * columns)
+
+    def written(self, number: int, first: int, count: int) -> tuple[int, int]:
+        """The first element and the number of elements of an output that are computed with a range of the first's.
+
+        Args:
+            number: number of the output.
+            first: index of the range's first element, a multiple of the alignment.
+            count: number of elements of the range.
+        """
+        blocks = self.blocks[number]
+        if blocks is None or not count:
+            return (first, count) if blocks is None else (0, 0)
+        (span,) = blocks.spans(self.inputs.shape, (), first, count)
+        return span.start, span.length
 
     def __repr__(self) -> str:
         """One line with the method, the shape and the number of passes."""
@@ -251,7 +279,8 @@ def _item(value: Any, node: Node) -> Any:
 
 
 def _always_propagated(nodes: Sequence[Node]) -> dict[int, frozenset[int]]:
-    """For each node, the inputs of which a NaN or an infinity in an element always makes that element not finite."""
+    """For each node, the inputs of which a NaN or an infinity in an element always makes that element not finite, or
+    its block."""
     result: dict[int, frozenset[int]] = {}
     for node in nodes:
         args = [result[id(arg)] for arg in node.args]
@@ -259,7 +288,7 @@ def _always_propagated(nodes: Sequence[Node]) -> dict[int, frozenset[int]]:
             found = frozenset(inputs_of(node))
         elif node.op in ("add", "sub", "mul"):
             found = args[0] | args[1]
-        elif node.op in ("neg", "abs", "sqrt", "wide", "narrow", "single", "round") or node.op == "div":
+        elif node.op in _KEEPING or (node.op == "maximum" and node.args[0].op in ("abs", "block_max")):
             found = args[0]
         elif node.op == "where":
             found = args[1] & args[2]

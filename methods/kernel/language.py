@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .access import SameRows, Whole
+from .access import BlockRows, SameRows, Whole
 from .array import Array, Factor, Operand, clamp, common_trace, maximum, minimum, node_of, refuse, trace_of, where
 from .expression import Extent, Node, Trace, Type, definition_error, flatten, with_constants
 from .polynomials import exponential, logarithm
@@ -77,6 +77,43 @@ def single(x: Array) -> Array:
     return Array(x.trace.single(x.trace.number(x.node)), x.trace)
 
 
+def next_power_of_two(x: Array) -> Array:
+    """x, or the next power of 2 of a larger magnitude, with x's sign; 0, NaN and infinities are unchanged.
+
+    For a number below the normal ones of the dtype, this is the smallest normal number.
+    """
+    return Array(x.trace.unary("next_power", x.trace.number(x.node)), x.trace)
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """Numbers rounded once to a dtype by its name in torch: bfloat16, float16, float32 or float64."""
+    node = x.trace.number(x.node)
+    if node.extent is not Extent.BLOCK:
+        node = _filled(node, x.trace)
+    return Array(x.trace.node("round", (node,), Type.NUMBER, value=dtype), x.trace)
+
+
+def block_max(x: Array, rows: int, columns: int) -> Array:
+    """The largest magnitude in each block of the matrix; NaN if the block has a NaN.
+
+    What is computed from it, scalars and constants has one value per block. It is repeated for all elements of a block
+    where it meets an array. The blocks at the right and at the lower edge of each matrix of a stack are partial.
+
+    Args:
+        x: array.
+        rows: rows of a block, at least 1.
+        columns: columns of a block, at least 1.
+
+    Raises:
+        MethodDefinitionError: the array has one value per row or column, or a block has no elements.
+    """
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0):
+        raise definition_error(f"block_max takes the rows and the columns of a block, and not {rows!r} and {columns!r}")
+    magnitudes = x.trace.unary("abs", _filled(x.trace.number(x.node), x.trace))
+    node = x.trace.node("block_max", (magnitudes,), magnitudes.type, Extent.BLOCK, BlockRows(rows, columns))
+    return Array(node, x.trace)
+
+
 def add(terms: Sequence[Operand]) -> Array:
     """The sum of the terms, added in order."""
     trace = common_trace(*terms)
@@ -134,7 +171,7 @@ def host(function: Callable[..., Any], *args: Any, outputs: int | None = None) -
     if trace is None:
         raise definition_error("host needs a scalar, such as t.sum(x), among its arguments")
     extents = {array.node.extent for array in arrays}
-    if Extent.ELEMENT in extents:
+    if extents & {Extent.BLOCK, Extent.ELEMENT}:
         raise definition_error("host takes scalars, such as t.sum(x), and not arrays")
     if {Extent.ROW, Extent.COLUMN} <= extents:
         raise definition_error("host takes values per row or values per column, and not both")
@@ -222,7 +259,7 @@ class Inputs:
             raise refuse("count of an array that is not a comparison")
         if node.constant:
             return self._constant(float(self.size if node.value else 0))
-        return self._reduce(self._filled(node), Count(), Type.WIDE)
+        return self._reduce(_filled(node, self.trace), Count(), Type.WIDE)
 
     def column_sum(self, x: Array) -> Array:
         """The sum over the first dimension, for each index of the others: in fixed blocks, in float64."""
@@ -301,15 +338,7 @@ class Inputs:
 
     def _element(self, x: Array) -> Node:
         """The node of an array of numbers with one value per element."""
-        return self._filled(self.trace.number(node_of(x, self.trace)))
-
-    def _filled(self, node: Node) -> Node:
-        """An array with one value per element; scalars and constants, such as an array times 0, are repeated."""
-        if node.extent in (Extent.ROW, Extent.COLUMN):
-            raise definition_error("a reduction needs an array with one value per element")
-        if node.extent is Extent.ELEMENT:
-            return node
-        return self.trace.node("fill", (node,), Type.FLAG if node.type is Type.FLAG else Type.NUMBER, Extent.ELEMENT)
+        return _filled(self.trace.number(node_of(x, self.trace)), self.trace)
 
     def _reduce(self, node: Node, reduction: Any, type: Type) -> Array:
         return self._array(self.trace.node("reduce", (node,), type, Extent.TENSOR, reduction, rise=1))
@@ -320,6 +349,16 @@ class Inputs:
         selection = self.trace.node("reduce", (magnitudes,), Type.WIDE, Extent.TENSOR, Selection(self.size), rise=1)
         number = selection.value.add(target)
         return self.trace.node("threshold", (selection,), Type.WIDE, Extent.TENSOR, number)
+
+
+def _filled(node: Node, trace: Trace) -> Node:
+    """An array with one value per element; those per block, scalars and constants are repeated."""
+    if node.extent in (Extent.ROW, Extent.COLUMN):
+        raise definition_error("a reduction needs an array with one value per element")
+    if node.extent is Extent.ELEMENT:
+        return node
+    type = node.type if node.in_tile or node.type is Type.FLAG else Type.NUMBER
+    return trace.node("fill", (node,), type, Extent.ELEMENT)
 
 
 def _require_int(k: object) -> None:

@@ -135,7 +135,7 @@ def traced(
     name: str, function: Function, args: Sequence[Any], parameters: Mapping[str, Any], trace: Trace, count: int = 1
 ) -> list[Node]:
     """The nodes of the arrays that a function of symbolic arrays returns, each with one number of the work dtype per
-    element.
+    element; those of all but the first may have one per block.
 
     Args:
         name: what the function is, for error messages.
@@ -167,7 +167,7 @@ def traced(
             )
         if each.trace is not trace:
             raise MethodDefinitionError(f"{_line_in(function)}: {name} returns {KEPT}")
-    return [_per_element(each.node, trace) for each in results]
+    return [_as_output(each.node, trace, first=number == 0) for number, each in enumerate(results)]
 
 
 def _line_in(function: Function, error: BaseException | None = None) -> str:
@@ -181,10 +181,10 @@ def _line_in(function: Function, error: BaseException | None = None) -> str:
     return f"{code.co_filename}:{line}"
 
 
-def _per_element(node: Node, trace: Trace) -> Node:
-    """A result as one number of the work dtype per element."""
+def _as_output(node: Node, trace: Trace, *, first: bool) -> Node:
+    """A result as one number of the work dtype per element, or per block if it is not the first one."""
     number = trace.narrow(trace.number(node)) if node.in_tile else node
-    if number.extent is Extent.ELEMENT:
+    if number.extent is Extent.ELEMENT or (number.extent is Extent.BLOCK and not first):
         return number
     return trace.node("fill", (number,), Type.NUMBER, Extent.ELEMENT)
 

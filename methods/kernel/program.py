@@ -28,6 +28,7 @@ _SCRATCH: dict[str, tuple[int, ...]] = {
     "minimum": (1,),
     "maximum": (1,),
     "round": (),
+    "block_max": (),
     "selected": (1,),
 }
 """Bytes per element of the scratch buffers of operations."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from .access import ALIGNED, Access, Shape
+from .access import ALIGNED, Access, Shape, matrices
 
 BLOCK = 1 << 15
 """Elements in one block of a reduction. Block boundaries do not depend on the tiles."""
@@ -57,6 +58,7 @@ class Unit(Enum):
 
     ELEMENT = "element"
     ROW = "row"
+    BLOCK_ROW = "row of blocks"
 
 
 @dataclass(frozen=True)
@@ -135,3 +137,17 @@ class InputSpec:
     def columns(self) -> int:
         """The number of elements in a row: the last dimension; 1 for a 0-d tensor."""
         return self.shape[-1] if self.shape else 1
+
+
+def rows_of_blocks(shape: Shape, heights: Iterable[int]) -> int:
+    """The number of rows that ranges of complete rows of blocks start at a multiple of.
+
+    Blocks start anew in each matrix of a stack, so this is a complete matrix if its last row of blocks is partial.
+
+    Args:
+        shape: shape of the tensor.
+        heights: rows of the blocks.
+    """
+    stack, rows, _ = matrices(shape)
+    height = math.lcm(*heights)
+    return rows if height > rows or (stack > 1 and rows % height) else height

@@ -157,9 +157,11 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, outs: Sequence
     workspace.dtype = work_dtype(piece.inputs)
     extremes: list[list[Tensor]] = [[] for _ in outs]
     run = Pass(piece.kernel, None, state, workspace)
-    for part, tile in piece.tiles(workspace):
-        for out, found, result in zip(outs, extremes, run.combine_all(tile), strict=True):
-            found.append(round_into(out[part], result.view(-1)))
+    for _, tile in piece.tiles(workspace):
+        for number, (out, found, result) in enumerate(zip(outs, extremes, run.combine_all(tile), strict=True)):
+            begin, _ = piece.kernel.written(number, piece.element, piece.elements)
+            first, count = piece.kernel.written(number, tile.element, tile.elements)
+            found.append(round_into(out[first - begin : first - begin + count], result.view(-1)))
     suspicious = [out for out, found in zip(outs, extremes, strict=True) if _beyond(found, largest(out.dtype))]
     if not suspicious:
         return Outcome()

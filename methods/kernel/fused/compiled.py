@@ -6,18 +6,20 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from ..expression import Type
+from ..access import matrices
+from ..expression import Node, Type, blocks_of
 from ..kernel import Kernel
 from ..random_streams import PERIOD
 from ..reduction.reductions import ColumnSum, Count, Selection, Sum
-from ..spec import BLOCK, Unit
+from ..spec import BLOCK, Unit, rows_of_blocks
 from . import helpers
 from .compiler import Library, library
 from .helpers import COLUMNS
 from .loops import SEGMENT, Generator, Loop
-from .operations import DECLARATIONS
+from .operations import DECLARATIONS, Types
 from .stages import has_columns, in_loop, stages_of
 from .staging.functions import fill_functions
+from .staging.lines import bytes_of_column, line_functions
 from .staging.state import fill_of, panel_elements
 from .table import Target, Variant
 
@@ -40,7 +42,8 @@ class Group:
     Attributes:
         stages: what the group computes in which loop.
         segment: elements of a segment; 0 for the complete range.
-        rows: rows that it computes at a time if Python functions or sorts are between the stages; 0 for all.
+        rows: rows that it computes at a time, at most, if something is computed between the stages; 0 for all.
+        lines: nodes with one value per block that have lines, by their ids.
         width: columns of the values with one number per column, repeated to at least a segment; 0 for none.
         direct: whether segments are the rows of the blocks of sums.
         fills: what is filled before the loop over a segment.
@@ -62,13 +65,40 @@ class Group:
         if has_columns(nodes):
             line = max(1, math.prod(kernel.inputs.shape[1:]))
         self.rows = max(1, BLOCK // columns) if by_row else 0
-        if kernel.unit is Unit.ROW and (by_row or line):
+        self.lines = {id(node): node for stage in self.stages for node in (*stage.blocked, *stage.lined)}
+        if self.lines:
+            self.rows = rows_of_blocks(kernel.inputs.shape, {blocks_of(node).rows for node in self.lines.values()})
+        if kernel.unit is not Unit.ELEMENT and (by_row or line):
             self.segment, self.width = columns, max(line, columns) if line else 0  # a vector is a row, and one column
         else:
             self.width = line * max(1, SEGMENT // line) if line else 0
             self.segment = self.width or (SEGMENT if targets[0].reduction or self.fills else 0)
         sums = [target.reduction.block for target in targets if isinstance(target.reduction, Sum)]
         self.direct = self.segment == COLUMNS and not self.width and not any(block % COLUMNS for block in sums)
+
+    def ranges(self, element: int, elements: int) -> Iterator[tuple[int, int]]:
+        """The first element and the number of elements of each range that is computed at a time.
+
+        Ranges of blocks end where a matrix of a stack ends, because its last blocks can be partial.
+
+        Args:
+            element: index in the tensor of the first element.
+            elements: number of elements.
+        """
+        columns, (_, height, _) = max(1, self._inputs.columns), matrices(self._inputs.shape)
+        first = 0
+        while first < elements:
+            size = self.rows * columns or elements
+            if self.lines:
+                row = (element + first) // columns % height
+                size = min(self.rows - row % self.rows, height - row) * columns
+            yield first, min(size, elements - first)
+            first += size
+
+    def line_bytes(self, node: Node, rows: int) -> int:
+        """The bytes of the lines of a node for a number of rows, the first of which is the first of a row of blocks."""
+        size = bytes_of_column(node, Types("F64" in self._dtypes))
+        return -(-rows // blocks_of(node).rows) * max(1, self._inputs.columns) * size
 
     @functools.cached_property
     def loops(self) -> tuple[Loop, ...]:
@@ -150,6 +180,11 @@ class Compiled:
         Buffers(self, group, take)
         return size
 
+    def cut_elements(self, selection: Selection) -> int:
+        """The elements of which the block is computed again in which a selection ends, at most."""
+        unit = self.kernel.height * max(1, self.kernel.inputs.columns)
+        return BLOCK if self.kernel.unit is not Unit.BLOCK_ROW else selection.block + 2 * unit
+
     @property
     def allocated(self) -> int:
         """The bytes that a thread allocates besides, at most: numpy's temporaries and the results of a pass."""
@@ -159,7 +194,7 @@ class Compiled:
         ranked = any(stage.ranked for group in self.groups.values() for stage in group.stages)
         lists = 1 + 3 * any(group.fills for group in self.groups.values())
         sample = _SAMPLE * (8 * (lists + len(self.dtypes)) + 4 * len(selections)) if selections else 0
-        cut = BLOCK * 5 * len(selections)
+        cut = 5 * sum(self.cut_elements(selection) for selection in selections)
         return sample + cut + 3 * 8 * _HISTOGRAM * searches + (40 * rows if ranked else 0) + (64 << 10)
 
 
@@ -199,6 +234,8 @@ class Buffers:
             self.addresses["filled", fill] = take(segment * work)
             if fill.kind == "transposed":
                 self.addresses["panel", fill] = take(panel_elements(columns) * work)
+        for key, node in group.lines.items():
+            self.addresses["lines", key] = take(group.line_bytes(node, group.rows))
         for stage in group.stages:
             for node in stage.reduced:
                 self.addresses["row operand", id(node)] = take(columns * 8)
@@ -233,6 +270,7 @@ def _helpers(names: set[str]) -> Iterator[str]:
     if "select_feed" in names:
         yield helpers.selection_function()
     yield fill_functions({name for name in names if name.startswith("fill")})
+    yield line_functions({name for name in names if name.startswith("block")})
     for name in sorted(names):
         if name.startswith("row_max"):
             yield helpers.row_max_function(name.removeprefix("row_max_"))

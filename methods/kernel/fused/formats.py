@@ -75,15 +75,15 @@ FORMATS: Mapping[str, Format] = {
     "F8_E4M3": Format("i8", 3, 7, 0x7E, 0x7F, None),
     "F8_E5M2FNUZ": Format("i8", 2, 16, 0x7F, 0x80, None, negative_zero=False),
     "F8_E4M3FNUZ": Format("i8", 3, 8, 0x7F, 0x80, None, negative_zero=False),
+    "F8_E8M0": Format("i8", 0, 127, 0xFE, 0xFF, None, negative_zero=False),
 }
 """The formats that numbers are rounded to, by their name in a safetensors header."""
 
-POWERS = Format("i8", 0, 127, 0xFE, 0xFF, None, negative_zero=False)
-"""Powers of 2 without a sign, F8_E8M0: only read, as scales."""
+POWERS = FORMATS["F8_E8M0"]
+"""Powers of 2 without a sign: scales of blocks. There is no 0, which becomes the smallest power."""
 
 STORED: Mapping[str, Format | Integers] = {
     **FORMATS,
-    "F8_E8M0": POWERS,
     "U8": Integers("i8", signed=False),
     "I8": Integers("i8", signed=True),
 }
@@ -167,10 +167,25 @@ def encoded(f: Function, value: str, type: str, name: str) -> str:
             bits = _to_odd(f, value, single, bits)
     else:
         bits = f.value(f"bitcast float {value} to i32")
-    if name != "F32":
+    if form is POWERS:
+        bits = _nearest_power(f, bits)
+    elif name != "F32":
         bits = _narrowed(f, bits, form)
     bits = f.value(f"select i1 {nan}, i32 {form.nan}, i32 {bits}")
     return bits if form.bits == 32 else f.value(f"trunc i32 {bits} to {form.stored}")
+
+
+def _nearest_power(f: Function, bits: str) -> str:
+    """The exponent of a float rounded to the nearest power of 2, of two equally near ones to that with an even code.
+
+    That of a number with a sign is the NaN.
+    """
+    odd = f.value(f"and i32 {f.value(f'lshr i32 {bits}, 23')}, 1")
+    nearest = f.value(f"add i32 {f.value(f'add i32 {bits}, {(1 << 22) - 1}')}, {odd}")
+    code = f.value(f"lshr i32 {nearest}, 23")
+    second = f.value(f"zext i1 {f.value(f'icmp ugt i32 {bits}, {3 << 21}')} to i32")  # the first is subnormal
+    code = f.value(f"select i1 {f.value(f'icmp ult i32 {bits}, {1 << 23}')}, i32 {second}, i32 {code}")
+    return f.value(f"select i1 {f.value(f'icmp slt i32 {bits}, 0')}, i32 {POWERS.nan}, i32 {code}")
 
 
 def _to_odd(f: Function, value: str, single: str, bits: str) -> str:

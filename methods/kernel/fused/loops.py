@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..expression import Node
+from ..expression import Extent, Node, blocks_of
 from ..reduction.reductions import ColumnSum, Count, Sum
 from .assembly import Function
 from .operations import Types
 from .segment import Segment
 from .stages import Stage
+from .staging.lines import Lines, expand_name, pick_name
 from .staging.state import Fill
 from .table import Table, Target, Variant
 
@@ -59,16 +60,19 @@ class Generator:
     def __init__(self, name: str, stage: Stage, targets: Sequence[Target], variant: Variant) -> None:
         self.name = name
         self.stage = stage
-        self.targets = list(targets) if stage.targets else []
+        found = list(targets) if stage.targets else []
+        self.targets = [target for target in found if target.node.extent is not Extent.BLOCK]
+        self.picked = [target for target in found if target.node.extent is Extent.BLOCK]
         self.table = Table()
         self.helpers: set[str] = set()
         self._types = Types("F64" in variant.dtypes)
         self._variant = variant
 
     def loop(self) -> Loop:
-        """The function of the stage, with the functions of a segment before it."""
-        segments = self._segments()
-        text = "".join(segment.text() for segment in segments) + self._range(segments)
+        """The function of the stage, with the functions that it calls before it."""
+        segments, lines = self._segments(), self._lines()
+        functions = [each.text() for each in lines] + [each.text() for each in segments]
+        text = "".join(functions) + self._range(segments, lines)
         return Loop(self.name, self.stage, self.table, text, self.helpers)
 
     def _segments(self) -> list[Segment]:
@@ -79,14 +83,29 @@ class Generator:
             for number, part in enumerate(parts or [[]])
         ]
 
-    def _range(self, segments: Sequence[Segment]) -> str:
+    def _lines(self) -> list[Lines]:
+        """The loops over the lines of the blocks of each size."""
+        sizes = dict.fromkeys(blocks_of(node) for node in self.stage.lined)
+        groups = [[node for node in self.stage.lined if blocks_of(node) == size] for size in sizes]
+        return [
+            Lines(f"{self.name}_lines{number}", nodes, self.table, self._types) for number, nodes in enumerate(groups)
+        ]
+
+    def _range(self, segments: Sequence[Segment], lines: Sequence[Lines]) -> str:
         """Compute all segments of a range, and reduce what each one has stored; returns whether a value is beyond."""
         f = Function(self.name, "i32", [("ptr", "table")], exported=True)
         count, segment = (f.load("%table", self.table.place(name), "i64") for name in ("elements", "segment"))
         numbers, rows = (f.load("%table", self.table.place(name), "ptr") for name in ("numbers", "rows"))
         keys = dict.fromkeys(key for each in segments for key in each.pointers)
         passed = {key: f.load("%table", self.table.places[key], "ptr") for key in keys}
-        with f.loop(count, segment, [("i32", "0")]) as (offset, (beyond,), following):
+        for line in lines:
+            given = ", ".join(f"ptr {f.load('%table', self.table.place(*key), 'ptr')}" for key in line.pointers)
+            cells = self._cells(f, line.pointers[0][1], count, segment)
+            f.do(f"call void @{line.name}(ptr {numbers}, i64 {cells}, {given})")
+        first = "0"
+        for target in self.picked:
+            first = f.value(f"or i32 {first}, {self._pick(f, target, count, segment)}")
+        with f.loop(count, segment, [("i32", first)]) as (offset, (beyond,), following):
             size = f.smaller(f.value(f"sub i64 {count}, {offset}"), segment)
             row = f.value(f"udiv i64 {offset}, {segment}")
             for key in keys:
@@ -102,12 +121,37 @@ class Generator:
                 self._reduce(f, target, passed, size)
             for node in self.stage.reduced:
                 self._reduce_row(f, node, passed, rows, row, size)
+        for node in self.stage.blocked:
+            expand = expand_name(self._types.of(node.type))
+            self.helpers.add(expand)
+            cells, width = self._cells(f, id(node), count, segment), self._block_columns(f, node)
+            f.do(f"call void @{expand}(ptr {passed['lines', id(node)]}, i64 {cells}, i64 {segment}, i64 {width})")
         sums = [(target, name) for target in self.targets if (name := self._sum_name(target)) is not None]
         if sums:  # a block can continue in the next range of rows
             with f.when(f.value(f"icmp ne i64 {f.load('%table', self.table.place('last'), 'i64')}, 0")):
                 for target, name in sums:
                     f.do(f"call void @{name.replace('feed', 'end')}(ptr {self._state(f, target)})")
         return f.text(f"i32 {following[0]}")
+
+    def _cells(self, f: Function, node: int, count: str, segment: str) -> str:
+        """The number of columns of all lines of a node: a line for each row of blocks that the range has rows of."""
+        height = f.load("%table", self.table.place("block rows", node), "i64")
+        below = f.value(f"add i64 {f.value(f'udiv i64 {count}, {segment}')}, {f.value(f'sub i64 {height}, 1')}")
+        return f.value(f"mul i64 {f.value(f'udiv i64 {below}, {height}')}, {segment}")
+
+    def _block_columns(self, f: Function, node: Node) -> str:
+        return f.load("%table", self.table.place("block columns", id(node)), "i64")
+
+    def _pick(self, f: Function, target: Target, count: str, segment: str) -> str:
+        """Store an output with one element per block; returns whether one is beyond the format's largest number."""
+        name = pick_name(self._types.work, self._variant.outs[~target.number])
+        self.helpers.add(name)
+        lines, out = (
+            f.load("%table", self.table.place(*key), "ptr")
+            for key in (("lines", id(target.node)), ("output", target.number))
+        )
+        cells, width = self._cells(f, id(target.node), count, segment), self._block_columns(f, target.node)
+        return f.value(f"call i32 @{name}(ptr {lines}, ptr {out}, i64 {cells}, i64 {segment}, i64 {width})")
 
     def _fill(self, f: Function, fill: Fill, buffer: str, offset: str, size: str) -> None:
         """Fill a buffer with the values for the elements of a segment."""

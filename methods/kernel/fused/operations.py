@@ -50,6 +50,19 @@ def converted(f: Function, value: str, before: str, after: str) -> str:
     return f.value(f"{'fpext' if after == 'double' else 'fptrunc'} {before} {value} to {after}")
 
 
+def parameter(f: Function, place: int, type: str) -> str:
+    """A number of a loop, which is stored as double, as a float, a double or a flag."""
+    value = f.load("%numbers", place, "double")
+    if type == "i1":
+        return f.value(f"fcmp une double {value}, {literal(0.0, 'double')}")
+    return converted(f, value, "double", type)
+
+
+def type_of_use(node: Node, arg: Node, types: Types) -> str:
+    """The type in which a node uses a constant or scalar."""
+    return "i1" if arg.type is Type.FLAG else used_type(node, types)
+
+
 def operation(f: Function, node: Node, args: Sequence[str], types: Types) -> str:
     """The value of a node whose result depends on its operands only.
 
@@ -111,6 +124,16 @@ def _round(f: Function, node: Node, args: Sequence[str], types: Types) -> str:
     return converted(f, value, type, types.work)
 
 
+def _next_power(f: Function, node: Node, args: Sequence[str], types: Types) -> str:
+    """The bits of the significand, which are added to a number, carry to its exponent unless all of its own are 0."""
+    type = types.of(node.type)
+    stored, mantissa = ("i64", (1 << 52) - 1) if type == "double" else ("i32", (1 << 23) - 1)
+    bits = f.value(f"add {stored} {f.value(f'bitcast {type} {args[0]} to {stored}')}, {mantissa}")
+    power = f.value(f"bitcast {stored} {f.value(f'and {stored} {bits}, {-mantissa - 1}')} to {type}")
+    nan = f.value(f"fcmp uno {type} {args[0]}, {args[0]}")
+    return f.value(f"select i1 {nan}, {type} {args[0]}, {type} {power}")
+
+
 def _fraction(f: Function, node: Node, args: Sequence[str], types: Types) -> str:
     number = f.value(f"sitofp i32 {f.value(f'lshr i32 {args[0]}, 8')} to {types.work}")
     return f.value(f"fmul {types.work} {number}, {literal(2.0**-24, types.work)}")
@@ -130,6 +153,7 @@ _OTHERS: Mapping[str, Callable[[Function, Node, Sequence[str], Types], str]] = {
     "narrow": _convert,
     "single": _single,
     "round": _round,
+    "next_power": _next_power,
     "fraction": _fraction,
     "to_wide": lambda f, node, args, types: f.value(f"sitofp i64 {args[0]} to double"),
     "bits": lambda f, node, args, types: f.value(f"bitcast double {args[0]} to i64"),

@@ -11,6 +11,7 @@ from ..expression import Node
 from ..kernel import State
 from ..reduction.reductions import Selection
 from ..reduction.selection import Threshold, sample_indices
+from ..spec import Unit
 from .compiled import Compiled
 from .formats import STORED
 from .rows import address
@@ -117,12 +118,15 @@ class FusedPass:
         within = begin - chunk.element
         if not threshold.ties or not 0 <= within < chunk.elements:
             return min(begin, _FAR)
-        size = min(block, chunk.elements - within)
-        sliced = self._aligned(chunk, lambda data, width: memoryview(data).cast("B")[within * width :][: size * width])
-        part = sliced._replace(element=begin, elements=size)
+        kernel = self._kernel
+        unit = 1 if kernel.unit is Unit.ELEMENT else kernel.height * max(1, kernel.inputs.columns)
+        # the magnitudes can depend on complete rows, or rows of blocks
+        low, high = within - within % unit, min(-(-(within + block) // unit) * unit, chunk.elements)
+        sliced = self._aligned(chunk, lambda data, width: memoryview(data).cast("B")[low * width : high * width])
+        part = sliced._replace(element=chunk.element + low, elements=high - low)
         # another run uses the same scratch memory, so it comes first
         bits = self._magnitudes(f"select_{reduced.level}", part)[self._kernel.reduced.index(reduced)]
-        equal = np.flatnonzero(bits == np.float32(threshold.value).view(np.int32))
+        equal = np.flatnonzero(bits[within - low :] == np.float32(threshold.value).view(np.int32))
         return begin + int(equal[threshold.ties - 1]) + 1
 
     def _scalar(self, node: Node) -> Any:

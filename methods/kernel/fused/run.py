@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..expression import Node
+from ..expression import Node, blocks_of
 from ..kernel import State
 from ..random_streams import STEP, streams
 from ..reduction.reductions import ColumnSum, Count, Selection, Sum
@@ -203,20 +203,29 @@ class Run:
         """
         group, chunk = self.group, self._chunk
         columns = max(1, self._compiled.kernel.inputs.columns)
-        step = group.rows * columns or chunk.elements
-        if keep and (group.rows or group.width or group.fills):
+        ranges = list(group.ranges(chunk.element, chunk.elements))
+        if keep and not group.lines and (group.rows or group.width or group.fills):
             step = group.segment
+            ranges = [(first, min(step, chunk.elements - first)) for first in range(0, chunk.elements, step)]
         rows = RowFunctions(self._buffers, self._state, columns, np.float64 if self._compiled.wide else np.float32)
         beyond = False
-        for first in range(0, chunk.elements, max(1, step)):
-            size = min(step, chunk.elements - first)
+        for first, size in ranges:
             for loop, numbers in zip(group.loops, self._numbers, strict=True):
                 rows.before(loop, size // columns)
-                beyond |= self._call(loop, numbers, first, size, keep)
+                for node in loop.stage.blocked:
+                    array_at(self.addresses["lines", id(node)], group.line_bytes(node, size // columns), np.uint8)[
+                        :
+                    ] = 0
+                if keep and group.lines and loop is group.loops[-1]:
+                    for row in range(size // columns):
+                        beyond |= self._call(loop, numbers, first + row * columns, columns, keep, row)
+                else:
+                    beyond |= self._call(loop, numbers, first, size, keep and not group.lines)
                 rows.after(loop, size // columns)
         return beyond
 
-    def _call(self, loop: Loop, numbers: Any, first: int, size: int, keep: bool) -> bool:
+    def _call(self, loop: Loop, numbers: Any, first: int, size: int, keep: bool, row: int = 0) -> bool:
+        """Call a loop for a range, which starts at a row of the range that the lines are for."""
         self._set_streams(loop, numbers, self._chunk.element + first, size)
         fixed = {
             "element": self._chunk.element + first,
@@ -224,25 +233,36 @@ class Run:
             "last": first + size == self._chunk.elements,
             "segment": max(1, size if keep else self.group.segment or size),
             "numbers": numbers.ctypes.data,
-            "rows": self._buffers.rows,
+            "rows": self._buffers.rows + 8 * row,
             "width": max(1, self.group.width),
         }
         table = np.zeros(len(loop.table.places), np.int64)
         for key, place in loop.table.places.items():
-            table[place] = fixed[key[0]] if len(key) == 1 else self._place(key, first, keep)
+            table[place] = fixed[key[0]] if len(key) == 1 else self._place(key, first, keep, row)
         return bool(self._compiled.function(loop.name)(table.ctypes.data))
 
-    def _place(self, key: tuple[Any, ...], first: int, keep: bool) -> int:
+    def _place(self, key: tuple[Any, ...], first: int, keep: bool, row: int) -> int:
         """The entry of a table for a range that starts at element `first` of the chunk."""
         if key[0] == "row value":
             return self._buffers.row_values[key[1]]
         if key[0] == "columns":
             return self._columns(key[1])
+        if key[0] in ("block rows", "block columns"):
+            blocks = blocks_of(self.group.lines[key[1]])
+            return blocks.rows if key[0] == "block rows" else blocks.columns
         moved = 0
         if key[0] == "input":
             moved = first * STORED[self._compiled.dtypes[key[1]]].bits // 8
         elif key[0] == "output":
-            moved = first * FORMATS[self._compiled.outs[~key[1]]].bits // 8
+            kernel, chunk = self._compiled.kernel, self._chunk
+            begin, _ = kernel.written(~key[1], chunk.element, 1)
+            place, _ = kernel.written(~key[1], chunk.element + first, 1)
+            moved = (place - begin) * FORMATS[self._compiled.outs[~key[1]]].bits // 8
+        elif key[0] == "lines":
+            node = self.group.lines[key[1]]
+            moved = self.group.line_bytes(node, row // blocks_of(node).rows * blocks_of(node).rows)
+        elif key[0] == "ranks":
+            moved = row * max(1, self._compiled.kernel.inputs.columns) * (8 if self._compiled.wide else 4)
         elif key[0] == "operand" and keep:
             moved = first * 4
         return self.addresses[key] + moved

@@ -10,8 +10,9 @@ from ..random_streams import STEP
 from ..reduction.reductions import Count, Selection, Sum
 from .assembly import Function, literal
 from .formats import FORMATS, STORED, decoded, encoded
-from .operations import Types, converted, hashed, operation, used_type
+from .operations import Types, converted, hashed, operation, parameter, type_of_use, used_type
 from .stages import Stage, given, in_loop
+from .staging.lines import BITS, loaded
 from .staging.state import fill_of
 from .table import Table, Target, Variant
 
@@ -51,6 +52,8 @@ class Segment:
                 self._pointer("input", node.value)
             if node.op == "row_rank" and given(node):
                 self._pointer("ranks", id(node))
+            if node.extent is Extent.BLOCK:
+                self._pointer("lines", id(node))
             for arg in node.args:
                 if arg.extent is Extent.COLUMN and not arg.constant:
                     self._pointer("columns", id(arg))
@@ -66,6 +69,9 @@ class Segment:
         self._first = f.value(f"add i64 {f.load('%table', self.table.place('element'), 'i64')}, %offset")
         for node in nodes:
             self._hoist(f, node)
+        for node in (*self.stage.blocked, *(each for each in nodes if each.extent is Extent.BLOCK)):
+            line = f.value(f"udiv i64 %row, {f.load('%table', self.table.place('block rows', id(node)), 'i64')}")
+            self._hoisted["first of line", id(node)] = f.value(f"mul i64 {line}, %count")
         for node in nodes:
             if node.extent is Extent.ROW:
                 self._values[id(node)] = self._row_value(f, node)
@@ -95,6 +101,7 @@ class Segment:
         for target in self.targets:
             keys.append((self._sink(target), target.number))
         keys += [("row operand", id(node)) for node in self.stage.reduced]
+        keys += [("lines", id(node)) for node in self.stage.blocked]
         return keys + [("keys", id(node)) for node in self.stage.ranked]
 
     def _sink(self, target: Target) -> str:
@@ -126,6 +133,8 @@ class Segment:
             f.store(converted(f, value, type, kept), f"%{self.pointers['row operand', id(node)]}", i, kept)
         for node in self.stage.ranked:
             self._store_key(f, i, node)
+        for node in self.stage.blocked:
+            self._store_maximum(f, i, node)
 
     def _store_output(self, f: Function, i: str, value: str, bad: str, number: int) -> str:
         """Store a rounded output element; return whether it or an earlier one is beyond the format's largest number."""
@@ -138,6 +147,19 @@ class Segment:
         largest = min(form.maximum, FORMATS["F64" if type == "double" else "F32"].maximum)
         beyond = f.value(f"fcmp ugt {type} {size}, {literal(largest, type)}")
         return f.value(f"or i32 {bad}, {f.value(f'zext i1 {beyond} to i32')}")
+
+    def _store_maximum(self, f: Function, i: str, node: Node) -> None:
+        """Store the magnitude in the line of its block, if it is larger than those of its column so far."""
+        type = self.types.of(node.type)
+        pointer, place = f"%{self.pointers['lines', id(node)]}", self._place_in_line(f, node, i)
+        bits = f.value(f"bitcast {type} {self._values[id(node.args[0])]} to {BITS[type]}")
+        before = f.load(pointer, place, BITS[type])
+        larger = f.value(f"icmp ugt {BITS[type]} {bits}, {before}")
+        kept = f.value(f"select i1 {larger}, {BITS[type]} {bits}, {BITS[type]} {before}")
+        f.store(kept, pointer, place, BITS[type])
+
+    def _place_in_line(self, f: Function, node: Node, i: str) -> str:
+        return f.value(f"add i64 {self._hoisted['first of line', id(node)]}, {i}")
 
     def _store_key(self, f: Function, i: str, node: Node) -> None:
         """Store a key that sorts like the magnitude, then the column; all NaNs are the largest magnitude."""
@@ -156,7 +178,8 @@ class Segment:
             return
         for position, arg in enumerate(node.args):
             if not arg.in_tile and arg.extent is not Extent.COLUMN and arg.op != "threshold":
-                self._hoisted[f"{position}", id(node)] = self._number(f, arg, self._type_of_use(node, arg))
+                place = self.table.parameter("number", arg)
+                self._hoisted[f"{position}", id(node)] = parameter(f, place, type_of_use(node, arg, self.types))
         if node.op == "hash":
             for stream in ("", " of the second stream")[: 1 + self.variant.long]:
                 # the segment's offset moves the hash of its first element
@@ -177,17 +200,6 @@ class Segment:
                 width = f.load("%table", self.table.place("width"), "i64")
                 self._hoisted["line", id(arg)] = f.value(f"urem i64 {self._first}, {width}")
 
-    def _type_of_use(self, node: Node, arg: Node) -> str:
-        return "i1" if arg.type is Type.FLAG else used_type(node, self.types)
-
-    def _number(self, f: Function, node: Node, type: str) -> str:
-        """A constant or scalar in the type in which it is used."""
-        place = self.table.parameter("number", node)
-        value = f.load("%numbers", place, "double")
-        if type == "i1":
-            return f.value(f"fcmp une double {value}, {literal(0.0, 'double')}")
-        return converted(f, value, "double", type)
-
     def _row_index(self, f: Function, node: Node) -> str:
         line = self.table.place("row value", id(node))
         first = f.load("%table", line, "i64")
@@ -201,6 +213,9 @@ class Segment:
 
     def _element_value(self, f: Function, node: Node, i: str) -> str:
         op = node.op
+        if node.extent is Extent.BLOCK:
+            place = self._place_in_line(f, node, i)
+            return loaded(f, f"%{self.pointers['lines', id(node)]}", place, node, self.types)
         if fill := fill_of(node, self.variant.inputs):
             return f.load(f"%{self.pointers['filled', fill]}", i, self.types.work)
         if op == "load":

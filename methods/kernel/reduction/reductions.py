@@ -147,6 +147,14 @@ def total(sums: Iterable[float]) -> float:
         return math.nan
 
 
+def block_in_rows(height: int, columns: int) -> int:
+    """The number of elements in a block of a method that works by rows of blocks, at least `BLOCK`: complete rows whose
+    number divides that of a row of blocks, or several rows of blocks."""
+    if height * columns < BLOCK:
+        return row_block(height * columns)
+    return next(rows for rows in range(1, height + 1) if height % rows == 0 and rows * columns >= BLOCK) * columns
+
+
 def row_block(columns: int) -> int:
     """The number of elements in a block of a method that works by row: complete rows, at least `BLOCK` elements."""
     return -(-BLOCK // columns) * columns if columns else BLOCK

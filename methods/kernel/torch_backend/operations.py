@@ -41,6 +41,14 @@ def _maximum(out: Tensor, a: Tensor, b: Tensor, flags: Tensor) -> None:
     torch.where(torch.gt(b, a, out=flags), b, a, out=out)
 
 
+def _next_power(out: Tensor, a: Tensor) -> None:
+    integers, mantissa = (torch.int64, (1 << 52) - 1) if a.dtype is torch.float64 else (torch.int32, (1 << 23) - 1)
+    powers = (
+        a.view(integers).add(mantissa).bitwise_and_(-mantissa - 1).view(a.dtype)
+    )  # a significand other than 0 carries
+    torch.where(torch.eq(a, a), powers, a, out=out)
+
+
 def _row_sum(out: Tensor, a: Tensor, work: Tensor) -> None:
     out.copy_(pairwise_fold(work.copy_(a)))
 
@@ -95,6 +103,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "bits": lambda out, a: out.copy_(a.view(torch.int64)),
     "from_bits": lambda out, a: out.copy_(a.view(torch.float64)),
     "fraction": _fraction,
+    "next_power": _next_power,
     "row_sum": _row_sum,
     "row_max": _row_max,
     "row_rank": _row_rank,

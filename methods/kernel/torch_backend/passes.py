@@ -39,7 +39,7 @@ class Pass:
         return self.combine_all(tile)[0]
 
     def combine_all(self, tile: Tile) -> list[Tensor]:
-        """The elements of each output of a tile in the work dtype, in buffers of the workspace."""
+        """The elements of each output of a tile in the work dtype, mostly in buffers of the workspace."""
         return self._run(None, tile).results()
 
     def reduce(self, tile: Tile) -> None:

@@ -13,6 +13,7 @@ from ..program import Instruction, Slot
 from ..reduction.reductions import ColumnSum, Count, Selection, Sum
 from . import counting
 from .block_sums import BlockSums, column_sums
+from .blocks import block_maxima, one_per_block
 from .context import PassContext
 from .hashing import hashes
 from .operations import INTEGER_OPERATIONS, OPERATIONS
@@ -82,8 +83,13 @@ class ProgramRun:
             yield from zip(numbers, sums.partial(), strict=True)
 
     def results(self) -> list[Tensor]:
-        """The elements of each output in the work dtype."""
-        return [self._buffer(slot, self._work) for slot in self.program.results]
+        """The elements of each output in the work dtype: in the shape of the tile, or flat with one per block."""
+        kernel, tile = self.owner.kernel, self.tile
+        values = [self._buffer(slot, self._work) for slot in self.program.results]
+        return [
+            each if blocks is None else one_per_block(each, blocks, kernel.inputs.shape, tile.element)
+            for each, blocks in zip(values, kernel.blocks, strict=True)
+        ]
 
     # --- operands and buffers ----------------------------------------------------------------------------------------
 
@@ -177,6 +183,10 @@ class ProgramRun:
         round_into(rounded, values)
         out.copy_(rounded)
 
+    def _block_max(self, instruction: Instruction, out: Tensor) -> None:
+        (magnitudes,) = self._operands(instruction)
+        block_maxima(out, magnitudes, instruction.node.value, self.owner.kernel.inputs.shape, self.tile.element)
+
     def _host(self, instruction: Instruction, out: Tensor) -> None:
         """Call a Python function for each row, which waits for the device."""
         call, rows = instruction.node.value, out.shape[0]
@@ -236,6 +246,7 @@ _SPECIAL: Mapping[str, Callable[[ProgramRun, Instruction, Tensor], None]] = {
     "hash": ProgramRun._hash,
     "selected": ProgramRun._selected,
     "round": ProgramRun._round,
+    "block_max": ProgramRun._block_max,
     "host": ProgramRun._host,
     "item": ProgramRun._item,
 }

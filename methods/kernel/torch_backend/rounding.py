@@ -20,10 +20,23 @@ def round_into(out: Tensor, values: Tensor) -> Tensor:
         bits = nearest.view(torch.int32)
         inexact = ((back != values) & torch.isfinite(values)).to(torch.int32)
         away = (back.abs() > values.abs()).to(torch.int32) * inexact
-        out.copy_(((bits - away) | inexact).view(torch.float32))
+        values = ((bits - away) | inexact).view(torch.float32)
+    if out.dtype is torch.float8_e8m0fnu:
+        out.view(torch.uint8).copy_(_nearest_powers(values))
     else:
         out.copy_(values)
     return extremes
+
+
+def _nearest_powers(values: Tensor) -> Tensor:
+    """The codes of float32 numbers rounded to the nearest power of 2; NaN for those with a sign.
+
+    torch's own conversion drops the sign.
+    """
+    bits = values.to(torch.float32).view(torch.int32)
+    codes = (bits + ((1 << 22) - 1) + ((bits >> 23) & 1)) >> 23
+    codes = torch.where(bits < 1 << 23, (bits > 3 << 21).to(torch.int32), codes)  # the smallest power is subnormal
+    return torch.where((bits < 0) | (bits > 0xFF << 23), 0xFF, codes)
 
 
 def canonical_nans(out: Tensor) -> None:
@@ -36,4 +49,4 @@ def canonical_nans(out: Tensor) -> None:
         out.masked_fill_(nans, float("nan"))
 
 
-_CANONICAL = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7F}
+_CANONICAL = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7F, torch.float8_e8m0fnu: 0xFF}

@@ -27,9 +27,12 @@ from mergeloom.methods import (
     where,
     wide,
 )
+from mergeloom.methods.kernel.decoder import block_max, next_power_of_two, rounded
 from mergeloom.methods.kernel.expression import Extent
 from mergeloom.methods.kernel.kernel import Kernel
-from tests.support.methods.kernels import kernel_of
+from mergeloom.methods.kernel.method import traced
+from mergeloom.methods.kernel.spec import InputSpec
+from tests.support.methods.kernels import kernel_of, method_of
 
 SHAPES = ((300, 128), (83, 517), (70, 4, 128), (1 << 16,), (40, 4096), (40_001, 1), (6, 7), (1, 1), (5,), ())
 """Most have several blocks; those of powers of two have several tiles for any method."""
@@ -48,6 +51,21 @@ FUNCTIONS: Sequence[Callable[..., float]] = (
 def random_kernel(seed: int, count: int, base: int | None, shape: tuple[int, ...]) -> Kernel:
     """The kernel of a random method."""
     return kernel_of(lambda t: Expressions(random.Random(seed), t).element(4), count, base, shape)
+
+
+def random_block_kernel(seed: int, count: int, shape: tuple[int, ...]) -> Kernel:
+    """The kernel of a random function of an encoder, with an output per element and two per block."""
+
+    def function(t: Inputs) -> Any:
+        draw = random.Random(seed)
+        expressions = Expressions(draw, t, ((4, 16), (7, 30), (128, 128)))
+        first = expressions.element(3)
+        return first * 1.0, expressions.block(2), expressions.block(1)
+
+    spec = InputSpec(count, None, shape)
+    inputs = Inputs(spec)
+    nodes = traced("random blocks", function, [inputs], {}, inputs.trace, 3)
+    return Kernel(spec, nodes, (method_of(function), {}))
 
 
 def hard_inputs(seed: int, count: int, shape: tuple[int, ...], *, finite: bool) -> list[torch.Tensor]:
@@ -86,11 +104,13 @@ class Expressions:
     Args:
         draw: source of random choices.
         t: inputs.
+        blocks: rows and columns of the blocks that there are maxima of; none if empty.
     """
 
-    def __init__(self, draw: random.Random, t: Inputs) -> None:
+    def __init__(self, draw: random.Random, t: Inputs, blocks: Sequence[tuple[int, int]] = ()) -> None:
         self.draw = draw
         self.t = t
+        self.blocks = blocks
 
     def choose(self, *options: Callable[[], Any]) -> Any:
         """The result of one of the functions."""
@@ -139,7 +159,7 @@ class Expressions:
             lambda: self.row(depth),
             lambda: self.column(depth),
             lambda: self.element(depth),
-            lambda: self.element(depth),
+            lambda: self.block(depth) if self.blocks else self.element(depth),
         )
 
     def flag(self, depth: int) -> Array:
@@ -227,6 +247,24 @@ class Expressions:
             lambda: self.called([self.row(d), t.row_max(self.leaf())]),
             lambda: self.called([self.row(d), self.scalar(d)]),
             lambda: where(self.compare(self.row(d), 0.5), self.row(0), self.scalar(d)),
+        )
+
+    def block(self, depth: int) -> Array:
+        """One number per block."""
+        d, (rows, columns) = depth - 1, self.draw.choice(self.blocks)
+        if depth <= 0:
+            return block_max(self.leaf(), rows, columns)
+        largest = block_max(self.whole(d), rows, columns)
+        other = block_max(self.leaf(), rows, columns)
+        return self.choose(  # type: ignore[no-any-return]
+            lambda: largest,
+            lambda: self.arithmetic(largest, self.draw.choice([self.draw.choice(CONSTANTS), other])),
+            lambda: self.arithmetic(self.scalar(d), largest),
+            lambda: self.extreme(largest, other),
+            lambda: next_power_of_two(self.unary(largest)),
+            lambda: rounded(self.unary(largest), "bfloat16"),
+            lambda: where(self.compare(largest, 0.5), other, self.scalar(d)),
+            lambda: largest * self.compare(largest, other) + other,
         )
 
     def column(self, depth: int) -> Array:

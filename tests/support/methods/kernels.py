@@ -131,14 +131,19 @@ def run_kernel(
         return merged
 
     passes, state = reduced(kernel, reduce)
-    outputs = [torch.empty(size, dtype=dtype, device=inputs[0].device) for _ in kernel.outputs]
+    sizes = [kernel.written(number, 0, size)[1] for number in range(len(kernel.outputs))]
+    outputs = [torch.empty(each, dtype=dtype, device=inputs[0].device) for each in sizes]
     final = Pass(kernel, None, state, workspace)
     for tile in all_tiles():
-        for output, result in zip(outputs, final.combine_all(tile), strict=True):
-            assert result.shape == tile.shape
+        for number, (output, result) in enumerate(zip(outputs, final.combine_all(tile), strict=True)):
+            first, count = kernel.written(number, tile.element, tile.elements)
+            assert result.shape == (tile.shape if kernel.blocks[number] is None else (count,))
             assert result.dtype == dtype
-            output[tile.element : tile.element + tile.elements] = result.reshape(-1)
-    return Run([output.view(shape) for output in outputs], passes, declared, workspace.peak)
+            output[first : first + count] = result.reshape(-1)
+    shaped = [
+        output.view(shape) if blocks is None else output for output, blocks in zip(outputs, kernel.blocks, strict=True)
+    ]
+    return Run(shaped, passes, declared, workspace.peak)
 
 
 def staged_elements(spec: InputSpec, number: int, part: Tensor, first: int, count: int) -> Tensor:
@@ -216,16 +221,16 @@ def run_fused(
         return merged
 
     def combine(chunk: Chunk) -> bool:
-        parts = [
-            memoryview(output[chunk.element * width : (chunk.element + chunk.elements) * width].numpy())
-            for output, width in zip(outputs, widths, strict=True)
-        ]
+        ranges = [kernel.written(number, chunk.element, chunk.elements) for number in range(len(outs))]
+        found = zip(outputs, widths, ranges, strict=True)
+        parts = [memoryview(output[first * w : (first + count) * w].numpy()) for output, w, (first, count) in found]
         return FusedPass(compiled, None, state, scratch()).combine(chunk, *parts)
 
     with ThreadPoolExecutor(threads) as pool:
         passes, state = reduced(kernel, reduce)
         widths = [each.itemsize for each in outs]
-        outputs = [torch.full((size * width,), 77, dtype=torch.uint8) for width in widths]
+        sizes = [kernel.written(number, 0, size)[1] * width for number, width in enumerate(widths)]
+        outputs = [torch.full((each,), 77, dtype=torch.uint8) for each in sizes]
         beyond = any(list(pool.map(combine, chunks())))
     return FusedRun([output.numpy().tobytes() for output in outputs], passes, beyond)
 

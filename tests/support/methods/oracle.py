@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergeloom.methods.kernel.access import BlockRows
 from mergeloom.methods.kernel.expression import Extent, HostCall, Node, Type
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.reduction.reductions import ColumnSum, Count, Selection, Sum
@@ -56,7 +57,7 @@ def evaluate_all(
     """
     with np.errstate(all="ignore"):
         evaluation = Evaluation(kernel.inputs, inputs, key, positions or range(len(inputs)))
-        return [evaluation.output(node) for node in kernel.outputs]
+        return [evaluation.output(node, blocks) for node, blocks in zip(kernel.outputs, kernel.blocks, strict=True)]
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -79,14 +80,17 @@ class Evaluation:
         self.row_shape, self.column_shape = (*self.shape[:-1], 1), (1, *self.shape[1:])
         self.known: dict[int, Any] = {}
 
-    def output(self, node: Node) -> Numbers:
-        """The value of a node with one value per element."""
+    def output(self, node: Node, blocks: BlockRows | None = None) -> Numbers:
+        """The value of a node with one value per element, or flat with one for each block."""
         for each in _in_order(node):
             self.known[id(each)] = self._value(each)
         result: Numbers = self.known[id(node)]
         assert result.shape == self.shape
         assert result.dtype == self.work
-        return result.reshape(self.spec.shape)
+        if blocks is None:
+            return result.reshape(self.spec.shape)
+        matrices = result.reshape(-1, *((1, *self.shape)[-2:]))
+        return matrices[:, :: blocks.rows, :: blocks.columns].reshape(-1)
 
     def _value(self, node: Node) -> Any:
         op = node.op
@@ -214,6 +218,21 @@ class Evaluation:
         np.put_along_axis(ranks, order, places, axis=-1)
         return ranks
 
+    def block_max(self, node: Node) -> Numbers:
+        height, width = node.value.rows, node.value.columns
+        rows, columns = (1, *self.shape)[-2:]
+        matrices = self._whole(node).reshape(-1, rows, columns)
+        padded = np.pad(matrices, ((0, 0), (0, -rows % height), (0, -columns % width)))
+        blocks = padded.reshape(len(padded), -(-rows // height), height, -1, width)
+        return expanded(blocks.max(axis=(2, 4)), node.value, self.shape)
+
+    def next_power(self, node: Node) -> Numbers:
+        (values,) = self._operands(node)
+        fractions, exponents = np.frexp(np.abs(values))
+        powers = np.maximum(np.ldexp(values.dtype.type(1), exponents - (fractions == 0.5)), np.finfo(values.dtype).tiny)
+        powers = np.copysign(powers, values)
+        return np.where(np.isfinite(values) & (values != 0), powers, values).astype(self._dtype(node.type))
+
     def fill(self, node: Node) -> Numbers:
         return self._whole(node).astype(self._dtype(node.type))
 
@@ -335,7 +354,7 @@ SPECIAL: Mapping[str, Callable[[Evaluation, Node], Any]] = {
     name: getattr(Evaluation, name)
     for name in (
         *("load", "low_rank", "index", "hash", "fraction", "host", "item", "reduce", "threshold", "magnitude"),
-        *("selected", "row_sum", "row_max", "row_rank", "fill", "round"),
+        *("selected", "row_sum", "row_max", "row_rank", "block_max", "next_power", "fill", "round"),
     )
 }
 

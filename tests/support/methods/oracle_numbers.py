@@ -16,6 +16,8 @@ def stored(values: Numbers, dtype: torch.dtype) -> bytes:
     """Numbers rounded once, with the canonical NaN of the dtype, as little-endian bytes."""
     if dtype in EIGHT_BITS:
         return _stored_in_eight_bits(values, dtype)
+    if dtype is torch.float8_e8m0fnu:
+        return _stored_powers(values)
     nearest = rounded(values, dtype)
     nans = np.isnan(nearest)
     nearest = np.where(nans, 0.0, nearest)
@@ -68,6 +70,19 @@ def _stored_in_eight_bits(values: Numbers, dtype: torch.dtype) -> bytes:
     if np.signbit(table[0x80]) and table[0x80] == 0:
         result = np.where((result == 0) & np.signbit(wide), 0x80, result)
     return np.where(np.isnan(wide), EIGHT_BITS[dtype], result).astype(np.uint8).tobytes()
+
+
+def _stored_powers(values: Numbers) -> bytes:
+    """The nearest power of 2 from 2^-127 to 2^127; of two equally near ones, the one with the even code."""
+    powers = np.ldexp(1.0, np.arange(-127, 129))  # the last one is beyond
+    wide = np.array(values, dtype=np.float64).reshape(-1)
+    kept = np.where(wide > 0, np.minimum(wide, powers[-1]), 1.0)
+    above = np.clip(np.searchsorted(powers, kept), 1, len(powers) - 1)
+    up, down = powers[above] - kept, kept - powers[above - 1]
+    code = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, above - 1)
+    code = np.where(kept <= powers[0], 0, code)
+    code = np.where((wide == 0) & ~np.signbit(wide), 0, code)
+    return np.where(np.isnan(wide) | np.signbit(wide), 255, code).astype(np.uint8).tobytes()
 
 
 def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mergeloom.methods import merge_methods
+from mergeloom.methods.formats.fp8_encoder import FP8_BLOCKS
 from mergeloom.methods.kernel.access import SameRows, Whole
 from mergeloom.methods.kernel.decoder import Decoder, low_rank
 from mergeloom.methods.kernel.fused import compiler
@@ -133,3 +134,29 @@ def test_values_of_parts_do_not_depend_on_the_instruction_set(
     own = run_fused(kernel, parts, 1)
     monkeypatch.setattr(compiler, "target", lambda: PROCESSORS[processor])
     assert run_fused(kernel, parts, 1) == own
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+@INTEL
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_loops_over_blocks_are_vectorized(processor: str) -> None:
+    """Maxima are those of integers, of which a vector is compared at a time; scales are computed for complete lines."""
+    parameters = {"rows": 128, "columns": 128, "scale_dtype": "F8_E8M0"}
+    kernel = FP8_BLOCKS.kernel(InputSpec(1, None, (256, 4096)), parameters)
+    compiled = Compiled(kernel, ["BF16"], "F8_E4M3", "F8_E8M0")
+    text = str(compiler.optimized(compiled.assembly, compiler.target_machine(*PROCESSORS[processor])))
+    functions = dict(re.findall(r"define [^@]*@([\w.]+)\((.*?\n})", text, re.DOTALL))
+    bodies = {
+        name: re.findall(r"^vector\.body.*?^\S", function, re.DOTALL | re.MULTILINE)
+        for name, function in functions.items()
+    }
+    lanes = LANES[processor]
+    (found,), (lines,), (codes,) = (bodies[f"output_{name}"] for name in ("0_segment0", "1_lines0", "1_segment0"))
+    assert f"llvm.umax.v{lanes}i32" in found
+    assert f"llvm.umax.v{lanes}i32" in bodies["block_expand.float"][0]
+    assert vector_operations(lines, "fdiv") == [f"<{lanes} x float>"] * lines.count("fdiv")
+    assert vector_operations(codes, "fdiv") == [f"<{lanes} x float>"] * codes.count("fdiv")
+    assert codes.count("fdiv") == codes.count(f"store <{lanes} x i8>") >= 1  # the scale's division is in the lines
+    assert not any("double" in body for found in bodies.values() for body in found)
