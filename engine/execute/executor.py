@@ -30,7 +30,7 @@ from ...errors import UsageError
 from ...io.counters import IoCounters
 from ...io.task_group import TaskGroup
 from ...methods.kernel.spec import HostError
-from ..graph.extents import output_width
+from ..graph.extents import made
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.step_list import Step
@@ -287,9 +287,9 @@ class Executor:
             self._changed.notify_all()
 
     def _write(self, thread: int, task: ChunkTask) -> None:
-        first, _ = self.schedule.span(self.graph, task.node, task.chunk)
+        first, size = self.schedule.span(self.graph, task.node, task.chunk)
         for output in task.outputs:
-            self._sink.write(output.node, first * output_width(self.graph, output.node), self._output(output))
+            self._sink.write(output.node, made(self.graph, output.node, first, size).offset, self._output(output))
             self._counters.add(written=output.nbytes * len(self._destinations[output.node]))
         with self._changed:
             complete = self._flow.written(task)

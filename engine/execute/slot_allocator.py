@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..graph.extents import ByteRange, extent, length, output_width
+from ..graph.extents import ByteRange, extent, length, made
 from ..graph.graph import Kind, MergeGraph
 from ..schedule.schedule import Schedule
 from ..schedule.step_list import Step
@@ -123,11 +123,11 @@ class SlotAllocator:
 
     def _take_outputs(self, task: ChunkTask, *, separate: bool) -> None:
         graph = self._graph
-        _, size = self._schedule.span(graph, task.node, task.chunk)
+        first, size = self._schedule.span(graph, task.node, task.chunk)
         task.written = bool(self._destinations[task.node]) and task.node not in self._schedule.again
         outputs = []
         for node in graph.results(task.node):
-            nbytes = size * output_width(graph, node)
+            nbytes = made(graph, node, first, size).nbytes
             if task.operation.kind is Kind.COPY:
                 slot = task.inputs[0].slot
             elif node in self._kept:

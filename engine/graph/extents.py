@@ -1,4 +1,4 @@
-"""Extents: which bytes of its sources a node needs for a range of its output.
+"""Extents: which bytes of its sources a node needs for a range of its output, and which bytes of its tensors it makes.
 
 This is the only place that turns elements into byte ranges. The planner, the executor, the recovery and the reports
 call it.
@@ -40,6 +40,45 @@ def length(graph: MergeGraph, node: int) -> int:
 def output_width(graph: MergeGraph, node: int) -> int:
     """Return the bytes per element of a node's output; 1 if its bytes are counted."""
     return graph.node_dtype[node].bits // 8 if by_element(graph, node) else 1
+
+
+def made(graph: MergeGraph, node: int, first: int, count: int) -> ByteRange:
+    """Return the bytes of a tensor that are computed with a range of the elements of the node that computes it.
+
+    Args:
+        graph: the graph.
+        node: number of the node, which may be of kind `RESULT`.
+        first: first element of the range (byte, if nothing is computed), where a chunk starts.
+        count: number of elements (bytes).
+    """
+    width, access = output_width(graph, node), graph.operation(node).made
+    if access is ALIGNED or not count:
+        return ByteRange(first * width if count else 0, count * width)
+    computing = ~graph.node_sources[node][0]
+    (span,) = access.spans(graph.shape(computing), graph.shape(node), first, count)
+    return ByteRange(span.start * width, span.length * width)
+
+
+def bytes_before(graph: MergeGraph, node: int, first: int) -> int:
+    """Return the bytes of a tensor that are made with the elements before one where a chunk starts."""
+    computing = graph.results_with(node)[0]
+    return made(graph, node, 0, min(first, length(graph, computing))).nbytes
+
+
+def most_made(graph: MergeGraph, node: int, count: int) -> int:
+    """Return the bytes that any `count` elements of a node make of its tensors with one element per block, at most.
+
+    Those of other tensors are `output_width` for each element.
+    """
+    shape = graph.shape(node)
+    return max(
+        (
+            graph.operation(result).made.most(shape, graph.shape(result), count) * output_width(graph, result)
+            for result in graph.results(node)
+            if graph.operation(result).made is not ALIGNED
+        ),
+        default=0,
+    )
 
 
 def source_width(graph: MergeGraph, node: int, place: int) -> int:

@@ -22,7 +22,7 @@ from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access
 from .columns import Output, Outputs, Reads, Rows, grouped
 from .footprint import Footprint
-from .operation import Kind, Operation
+from .operation import Kind, Operation, result_of
 
 __all__ = ["Kind", "MergeGraph", "Operation", "Output", "Value"]
 
@@ -243,10 +243,10 @@ class MergeGraph:
         return number
 
     def add_results(self, node: int, results: Iterable[tuple[DType, tuple[int, ...]]]) -> tuple[int, ...]:
-        """Add the other tensors that a node computes, with their dtypes and shapes; returns their node numbers."""
-        operation = Operation(Kind.RESULT, self.operation(node).method)
-        others = enumerate(results, 1)
-        return self.set_results(node, [self.add_node(operation, (~node,), d, place, s) for place, (d, s) in others])
+        """Add the other tensors that a node computes, with dtypes and shapes; return their nodes. See `result_of`."""
+        own = self.operation(node), self.node_shape[node]
+        others = [(result_of(*own, place, s), d, place, s) for place, (d, s) in enumerate(results, 1)]
+        return self.set_results(node, [self.add_node(o, (~node,), d, place, s) for o, d, place, s in others])
 
     def set_results(self, node: int, others: Iterable[int]) -> tuple[int, ...]:
         """Set the nodes of kind `RESULT` that stand for the other tensors that a node computes; returns them."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from ...methods.kernel.access import Access
+from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.kernel import Kernel
 
 
@@ -31,6 +31,7 @@ class Operation:
         positions: for each source, the index of its model in the recipe, for random keys.
         kernel: the method bound to inputs and parameters; None if the source is copied.
         copied: for each source, how the output uses its elements if nothing is computed; all `ALIGNED` if empty.
+        made: which elements of a `RESULT` are made with a range of the elements of the node before it.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Operation:
     positions: tuple[int, ...] = ()
     kernel: Kernel | None = None
     copied: tuple[Access, ...] = ()
+    made: Access = ALIGNED
 
     @property
     def copies_tensor(self) -> bool:
@@ -55,3 +57,22 @@ class Operation:
     def passes(self) -> int:
         """Number of passes over the sources: the reductions, and the pass that computes the output."""
         return 1 if self.kernel is None else self.kernel.reductions + 1
+
+
+def result_of(operation: Operation, shape: Shape, place: int, own: Shape) -> Operation:
+    """Return the operation that stands for another tensor that an operation computes.
+
+    Args:
+        operation: the operation.
+        shape: shape of the first tensor.
+        place: number of the tensor, from 1.
+        own: shape of the tensor.
+
+    Raises:
+        ValueError: the tensor does not have one element for each of the first one's, or for each of its blocks.
+    """
+    blocks = None if operation.kernel is None else operation.kernel.blocks[place]
+    made: Access = blocks or ALIGNED
+    if not made.part_shape_fits(shape, own) or (0 in shape and 0 not in own):
+        raise ValueError(f"a tensor of shape {list(own)} cannot be computed with one of {list(shape)} by {made}")
+    return Operation(Kind.RESULT, operation.method, made=made)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from ..graph.extents import bytes_of_chunks, output_width
+from ...methods.kernel.access import ALIGNED
+from ..graph.extents import bytes_before, bytes_of_chunks, output_width
 from ..graph.graph import MergeGraph
 from .assignment import assign_devices
 from .budget import Budget, DeviceBudget
@@ -136,8 +137,7 @@ class Candidate:
             if computing in self.left:
                 total += sizes[node]
                 if computing in self.first:
-                    chunk = self.chunks[node] * output_width(graph, node)
-                    total -= min(self.first[computing] * chunk, sizes[node])
+                    total -= bytes_before(graph, node, self.first[computing] * self.chunks[node])
         return total
 
 
@@ -186,10 +186,21 @@ def _first_chunks(graph: MergeGraph, chunks: list[int], done: Mapping[int, int])
             first[node] = max(1, chunk_count(graph, node, chunks[node])) * any(result in done for result in results)
         elif node not in shared:
             first[node] = min(
-                nbytes // (chunks[node] * output_width(graph, result))
+                _chunks_before(graph, result, chunks[node], nbytes)
                 for result, nbytes in zip(results, written, strict=True)
             )
     return {node: chunk for node, chunk in first.items() if chunk}
+
+
+def _chunks_before(graph: MergeGraph, node: int, chunk: int, nbytes: int) -> int:
+    """Return the number of chunks that are complete in the first bytes of a tensor."""
+    if graph.operation(node).made is ALIGNED:
+        return nbytes // (chunk * output_width(graph, node))
+    low, high = 0, chunk_count(graph, graph.results_with(node)[0], chunk)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bytes_before(graph, node, middle * chunk) <= nbytes else (low, middle - 1)
+    return low
 
 
 def _computed_again(graph: MergeGraph, finished: Set[int]) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ..graph.extents import length, staged_bytes
+from ..graph.extents import length, most_made, staged_bytes
 from ..graph.graph import Kind, MergeGraph
 from .tiling import alignment_of, common_alignment, connected, tile_length, widest, work_bytes
 
@@ -78,7 +78,7 @@ def requirements(
         result.computes = True
         result.reduces |= operation.kernel.reductions > 0
         elements = length(graph, node)
-        _grow(result, alignment * widest(graph, node), node)
+        _grow(result, max(alignment * widest(graph, node), most_made(graph, node, alignment)), node)
         tile = min(tile_length(graph, node, tile_elements), elements)
         workspace = operation.kernel.workspace(tile, work_bytes(graph, node)) if separate else 0
         measured = graph.footprints.get(graph.node_class[node])
@@ -92,7 +92,8 @@ def requirements(
         alignment = common_alignment(graph, group)
         for node in group:
             staged = max(staged_bytes(graph, node, place, alignment) for place in graph.places(node))
-            _grow(result, max(staged, alignment * widest(graph, node)), node)
+            made = most_made(graph, node, alignment)
+            _grow(result, max(staged, made, alignment * widest(graph, node)), node)
     result.workspace = _page_aligned(result.workspace)
     return result
 

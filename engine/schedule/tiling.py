@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from ..graph.extents import by_element, length, staged_bytes, staged_whole
+from ...methods.kernel.access import ALIGNED
+from ..graph.extents import by_element, length, most_made, staged_bytes, staged_whole
 from ..graph.graph import Kind, MergeGraph, Value
 
 
@@ -51,10 +52,14 @@ def chunk_count(graph: MergeGraph, node: int, chunk: int) -> int:
 
 
 def widest(graph: MergeGraph, node: int) -> int:
-    """Return the bytes per element of the widest of a node's aligned tensors; 1 if bytes are counted."""
+    """Return the bytes per element of the widest of a node's aligned tensors; 1 if bytes are counted.
+
+    Sources with another access are staged in `staged_bytes`, and tensors with one element per block in `most_made`.
+    """
     if not by_element(graph, node):
         return 1
-    widths = [graph.node_dtype[result].bits for result in graph.results(node)]
+    results = graph.results(node)
+    widths = [graph.node_dtype[result].bits for result in results if graph.operation(result).made is ALIGNED]
     for place, value in enumerate(graph.node_sources[node]):
         if graph.access(node, place).aligned:
             widths.append(graph.value_dtype(value).bits)
@@ -121,13 +126,16 @@ def _longest(graph: MergeGraph, nodes: Sequence[int], slot: int) -> int:
     Of a source that is staged by rows, a row is read twice if a chunk ends within it: chunks have complete rows if
     they can.
     """
+    blocked = [node for node in nodes if most_made(graph, node, 1)]
     alignment = common_alignment(graph, nodes)
     longest = slot // (max(widest(graph, node) for node in nodes) * alignment)
     staged = [node for node in nodes if graph.access_numbers(node)]
-    if not staged:
+    if not staged and not blocked:
         return longest * alignment
 
     def fits(elements: int) -> bool:
+        if any(most_made(graph, node, elements) > slot for node in blocked):
+            return False
         return all(staged_bytes(graph, node, p, elements) <= slot for node in staged for p in graph.places(node))
 
     columns = math.lcm(*(max(1, (graph.shape(node) or (1,))[-1]) for node in staged))

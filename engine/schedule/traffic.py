@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...io.units import memory_size, plural
+from ..graph.extents import bytes_before
 from ..graph.graph import Kind, MergeGraph
 from .schedule import Schedule
 
@@ -85,7 +86,7 @@ def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
         if operation.kind is Kind.MERGE and step.index == operation.passes - 1 and separate[step.device]:
             first = step.first * schedule.chunk_elements[step.node]
             for result in graph.results(step.node):
-                total += max(0, graph.nbytes(result) - first * graph.node_dtype[result].bits // 8)
+                total += graph.nbytes(result) - bytes_before(graph, result, first)
     return total
 
 

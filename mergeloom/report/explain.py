@@ -150,10 +150,11 @@ def explain(plan: Plan, name: str) -> Explanation:
     if number is None:
         raise UsageError(_missing_tensor(plan, name))
     node = graph.outputs[number].node
-    operation = plan.built.inlined.operation(node)
+    computing = graph.results_with(node)[0]
+    operation = plan.built.inlined.operation(computing)
     same = [number, *(other for other, output in enumerate(graph.outputs) if output.node == node and other != number)]
     chunk = schedule.chunk_elements[node]
-    steps = [(position, step) for position, step in enumerate(schedule.steps, 1) if step.node == node]
+    steps = [(position, step) for position, step in enumerate(schedule.steps, 1) if step.node == computing]
     device = steps[0][1].device if steps else 0
     merged = operation.kind is Kind.MERGE
     stages = stage_parameters(plan, node)
@@ -168,11 +169,11 @@ def explain(plan: Plan, name: str) -> Explanation:
         parameters=stages[0].parameters if len(stages) == 1 else {each.label: each.parameters for each in stages},
         stages=stages,
         slice=slice_of(plan, name),
-        sources=_sources(plan, node, operation),
-        passes=graph.operation(node).passes,
-        chunks=schedule.chunks(graph, node),
+        sources=_sources(plan, computing, operation),
+        passes=graph.operation(computing).passes,
+        chunks=schedule.chunks(graph, computing),
         chunk=chunk,
-        tile=_tile(plan, node, device) if merged else 0,
+        tile=_tile(plan, computing, device) if merged else 0,
         device=schedule.budget.devices[device].name if merged else "",
         steps=tuple(position for position, _ in steps),
         destinations=tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,13 +15,13 @@ from mergeloom.engine.graph.footprint import Footprint, Line
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.tensors.dtypes import DTYPES
 from mergeloom.methods import Array, Inputs, add, host
-from mergeloom.methods.kernel.access import ALIGNED, Access
+from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows
 from mergeloom.methods.kernel.array import Factor
 from mergeloom.methods.kernel.composition import Composition, Part
-from mergeloom.methods.kernel.decoder import Encoder, low_rank
+from mergeloom.methods.kernel.decoder import Encoder, block_max, low_rank, next_power_of_two
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.spec import InputSpec
+from mergeloom.methods.kernel.spec import InputSpec, Unit
 from tests.support.graphs import World, stored
 from tests.support.methods.kernels import method_of
 from tests.support.methods.oracle_accesses import expanded, low_rank_product
@@ -55,6 +55,16 @@ def converted(t: Inputs) -> Array:
 
 SEVERAL = Encoder("several", lambda value: (value, 2 * value, value - 2 * value), 3)
 """A value, its double, and the value with the opposite sign."""
+BLOCKED = Encoder(
+    "blocked",
+    lambda value, *, rows, columns: (
+        value,
+        block_max(value, rows, columns),
+        next_power_of_two(block_max(value, 2 * rows, columns)) + (block_max(value, 2 * rows, columns) == 0),
+    ),
+    3,
+)
+"""A value, the maxima of its blocks, and powers of 2 above those of blocks with twice as many rows; 1 for zeros."""
 METHODS = {"sum": method_of(summed), "vote": method_of(voted), "convert": method_of(converted)}
 KERNELS = ("sum", "vote", "sum 48", "sum 9999", "vote 9999")
 """The kinds of kernels: a method, and the number of elements that its tiles are a multiple of, by default 16."""
@@ -156,25 +166,65 @@ class TaskWorld(World):
             shape: shape of the tensors.
             dtypes: dtype of each: the sum, its double, and the sum with the opposite sign.
         """
+        node, total = self._several(operands, shape, dtypes, SEVERAL, {}, (shape, shape))
+        self._expect(node, dtypes, (total, 2 * total, total - 2 * total))
+        return node
+
+    def blocked(
+        self, operands: Sequence[Operand], shape: Shape, dtypes: tuple[str, str, str], blocks: tuple[int, int]
+    ) -> int:
+        """Add a node of kind ``sum`` with two more tensors that have one element per block; return its number.
+
+        Args:
+            operands: what is added up.
+            shape: shape of the sum.
+            dtypes: dtype of each: the sum, the maxima, and powers of 2.
+            blocks: rows and columns of a block.
+        """
+        accesses = BlockRows(*blocks), BlockRows(2 * blocks[0], blocks[1])
+        shapes = [access.resized((), shape)[1] if size(shape) else (0,) for access in accesses]
+        parameters = {"rows": blocks[0], "columns": blocks[1]}
+        node, total = self._several(operands, shape, dtypes, BLOCKED, parameters, (shapes[0], shapes[1]))
+        maxima = [largest_of_blocks(total, access) for access in accesses]
+        _, exponents = np.frexp(maxima[1])
+        above = np.ldexp(1.0, exponents)
+        powers = np.where(maxima[1] == 0, 1.0, np.where(maxima[1] == above / 2, maxima[1], above))
+        values = (total, *(x.reshape(s) for x, s in zip((maxima[0], powers), shapes, strict=True)))
+        self._expect(node, dtypes, values)
+        return node
+
+    def _several(
+        self,
+        operands: Sequence[Operand],
+        shape: Shape,
+        dtypes: Sequence[str],
+        encoder: Encoder,
+        parameters: Mapping[str, int],
+        shapes: tuple[Shape, Shape],
+    ) -> tuple[int, Any]:
+        """Add a node that encodes a sum as three tensors; return its number and the sum."""
         values = tuple(value for operand in operands for value in operand.values)
         accesses = tuple(access for operand in operands for access in operand.accesses)
         if all(access is ALIGNED for access in accesses):
             accesses = ()
         summed = self._operation("sum", values, accesses, shape).kernel
         assert summed is not None
-        parts = [Part(summed, tuple(range(len(values)))), Part(SEVERAL.kernel(InputSpec(1, None, shape), {}), (~0,))]
-        kernel = Composition(summed.inputs, parts)
-        kernel.alignment = 16
+        last = Part(encoder.kernel(InputSpec(1, None, shape), parameters), (~0,))
+        kernel = Composition(summed.inputs, [Part(summed, tuple(range(len(values)))), last])
+        if kernel.unit is Unit.ELEMENT:
+            kernel.alignment = 16
         main, *others = (DTYPES[name] for name in dtypes)
-        node = self.graph.append_node(Operation(Kind.MERGE, "several", kernel=kernel), values, main, 0, shape)
-        results = [node, *self.graph.add_results(node, [(dtype, shape) for dtype in others])]
-        total = self._merged("sum", [self._value(operand, shape) for operand in operands])
-        values_of = (total, 2 * total, total - 2 * total)
-        for result, computed, dtype in zip(results, values_of, (main, *others), strict=True):
-            assert dtype.torch_name is not None
-            self.computed[result] = torch.from_numpy(computed).to(getattr(torch, dtype.torch_name))
+        node = self.graph.append_node(Operation(Kind.MERGE, encoder.name, kernel=kernel), values, main, 0, shape)
+        self.graph.add_results(node, zip(others, shapes, strict=True))
+        return node, self._merged("sum", [self._value(operand, shape) for operand in operands])
+
+    def _expect(self, node: int, dtypes: Sequence[str], values: Sequence[Any]) -> None:
+        """Make outputs of all tensors of a node, with these values."""
+        for result, computed, name in zip(self.graph.results(node), values, dtypes, strict=True):
+            torch_name = DTYPES[name].torch_name
+            assert torch_name is not None
+            self.computed[result] = torch.from_numpy(computed).to(getattr(torch, torch_name))
             self.output(result)
-        return node
 
     def output(self, node: int) -> None:
         """Add an output of a node."""
@@ -243,6 +293,25 @@ def kernel_of(kind: str, inputs: InputSpec) -> Kernel:
     kernel = METHODS[name].kernel(inputs, {})
     kernel.alignment = int(alignment or 16)
     return kernel
+
+
+def largest_of_blocks(values: Any, blocks: BlockRows) -> Any:
+    """The largest magnitude of each block, of shape (stack, rows of blocks, blocks)."""
+    rows, columns = (1, *values.shape)[-2:]
+    if 0 in values.shape:
+        return np.zeros((0, 0, 0))
+    return np.array(
+        [
+            [
+                [
+                    np.abs(matrix[row : row + blocks.rows, column : column + blocks.columns]).max()
+                    for column in range(0, columns, blocks.columns)
+                ]
+                for row in range(0, rows, blocks.rows)
+            ]
+            for matrix in values.reshape(-1, rows, columns)
+        ]
+    )
 
 
 def size(shape: Shape) -> int:

@@ -1,0 +1,1 @@
+"""Nodes that store values in quantized formats, as codes and scales."""

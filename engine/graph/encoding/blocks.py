@@ -1,0 +1,59 @@
+"""Adds nodes that store values as FP8 blocks: codes, and one scale for each block."""
+
+from __future__ import annotations
+
+from ....io.tensors.dtypes import DTYPES, DType
+from ....methods.formats.fp8_encoder import FP8_BLOCKS
+from ....methods.kernel.access import BlockRows
+from ....methods.kernel.spec import InputSpec
+from ..graph import Kind, MergeGraph, Operation
+
+
+class BlockEncoders:
+    """The encoders of a graph. Equal ones share an operation.
+
+    Args:
+        graph: the graph that receives the nodes.
+    """
+
+    def __init__(self, graph: MergeGraph) -> None:
+        self._graph = graph
+        self._operations: dict[tuple[object, ...], Operation] = {}
+
+    def fp8(self, node: int, blocks: BlockRows, scales: DType, *, power_of_two: bool = False) -> tuple[int, int]:
+        """Add the nodes that store a node's output; fusing computes both in one kernel with it.
+
+        Args:
+            node: number of the node. Its output is not rounded to the node's dtype before.
+            blocks: rows and columns of a block.
+            scales: dtype of the scales: F32, BF16 or F8_E8M0.
+            power_of_two: whether scales of other dtypes than F8_E8M0 are powers of 2, too.
+
+        Returns:
+            The node of the codes, with the shape of the node's output, and that of the scales, whose last two
+            dimensions count blocks.
+        """
+        shape = self._graph.shape(node)
+        parameters = {
+            "rows": blocks.rows,
+            "columns": blocks.columns,
+            "scale_dtype": scales.name,
+            "power_of_two": power_of_two,
+        }
+        given = tuple(parameters.items())
+        operation = self._operations.get((shape, given))
+        if operation is None:
+            kernel = FP8_BLOCKS.kernel(InputSpec(1, None, shape), parameters)
+            operation = self._operations[shape, given] = Operation(Kind.MERGE, FP8_BLOCKS.name, given, kernel=kernel)
+        codes = self._graph.add_node(operation, (~node,), DTYPES["F8_E4M3"], shape=shape)
+        others = self._graph.results(codes)[1:]
+        if not others:
+            others = self._graph.add_results(codes, [(scales, _counts(shape, blocks))])
+        return codes, others[0]
+
+
+def _counts(shape: tuple[int, ...], blocks: BlockRows) -> tuple[int, ...]:
+    """The numbers of blocks of each matrix in its last dimensions."""
+    sizes = (blocks.rows, blocks.columns)[-len(shape) :] if shape else ()
+    before = shape[: len(shape) - len(sizes)]
+    return (*before, *(-(-count // size) for count, size in zip(shape[len(before) :], sizes, strict=True)))
