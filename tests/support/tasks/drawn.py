@@ -81,7 +81,7 @@ class Drawer:
             elif kind == "copy":
                 world.task(kind, chosen, shape, outputs=self.choose(1, 2))
                 continue
-            if not self.staged and draw(st.integers(0, 4)) == 0:
+            if draw(st.integers(0, 4)) == 0:
                 nodes.append(Operand((~self.blocked(chosen, shape),)))
                 continue
             if not self.staged and draw(st.integers(0, 4)) == 0:
@@ -102,8 +102,8 @@ class Drawer:
         """Add a task with a tensor of codes and two that have one element per block."""
         draw, (_, _, columns) = self.draw, matrices(shape)
         block = draw(st.sampled_from([(1, 1), (1, 32), (3, 5), (16, 40), (64, 128), (1, columns)]))
-        dtypes = draw(st.tuples(*[st.sampled_from(NODE_DTYPES)] * 2))
-        return self.world.blocked(chosen, shape, (*dtypes, draw(st.sampled_from(("F8_E8M0", "F32")))), block)
+        dtypes = self.dtype(chosen), draw(st.sampled_from(NODE_DTYPES)), draw(st.sampled_from(("F8_E8M0", "F32")))
+        return self.world.blocked(chosen, shape, dtypes, block)
 
     def dtype(self, operands: list[Operand]) -> str:
         """The dtype of a task's output."""
