@@ -67,7 +67,8 @@ class Group:
         self.rows = max(1, BLOCK // columns) if by_row else 0
         self.lines = {id(node): node for stage in self.stages for node in (*stage.blocked, *stage.lined)}
         if self.lines:
-            self.rows = rows_of_blocks(kernel.inputs.shape, {blocks_of(node).rows for node in self.lines.values()})
+            height = rows_of_blocks(kernel.inputs.shape, {blocks_of(node).rows for node in self.lines.values()})
+            self.rows = height * max(1, BLOCK // (height * columns))
         if kernel.unit is not Unit.ELEMENT and (by_row or line):
             self.segment, self.width = columns, max(line, columns) if line else 0  # a vector is a row, and one column
         else:

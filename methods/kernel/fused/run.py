@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -203,10 +203,10 @@ class Run:
         """
         group, chunk = self.group, self._chunk
         columns = max(1, self._compiled.kernel.inputs.columns)
-        ranges = list(group.ranges(chunk.element, chunk.elements))
+        ranges: Iterable[tuple[int, int]] = group.ranges(chunk.element, chunk.elements)
         if keep and not group.lines and (group.rows or group.width or group.fills):
             step = group.segment
-            ranges = [(first, min(step, chunk.elements - first)) for first in range(0, chunk.elements, step)]
+            ranges = ((first, min(step, chunk.elements - first)) for first in range(0, chunk.elements, step))
         rows = RowFunctions(self._buffers, self._state, columns, np.float64 if self._compiled.wide else np.float32)
         beyond = False
         for first, size in ranges:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergeloom.engine.cost.measure_compute import measure_node, node_groups
 from mergeloom.engine.graph import build, stages
 from mergeloom.engine.graph.build import BuiltGraph
 from mergeloom.engine.graph.columns import Outputs
@@ -164,6 +165,13 @@ def test_the_smallest_budget_is_enough(
     assert tight.schedule.peak_ram <= smallest
     run(tight, tmp_path / "out")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_the_speed_of_the_kernels_is_measured(models: list[Path], scales: str) -> None:
+    planned = plan(recipe(models, "slerp"), OPTIONS)
+    groups = node_groups(planned.workload)
+    assert [group.method for group in groups] == ["fp8 blocks of slerp", "slerp"]
+    assert all(measure_node(planned.workload, group.node, "cpu", 1) > 0 for group in groups)
 
 
 def test_scales_are_explained_as_the_tensor_that_they_are_computed_with(models: list[Path], scales: str) -> None:
