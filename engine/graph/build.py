@@ -19,6 +19,7 @@ from ..model.logical import kind_of
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_embedding, is_head, tied_embedding
 from ..model.warnings import ModelWarning, ModelWarningKind
+from ..recipe.entries.dtype_lookup import nominal_dtype
 from ..recipe.parameter_uses import ParameterUse, summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
@@ -81,7 +82,7 @@ class BuiltGraph:
         donor: index of the model that config and tokenizer come from.
         donor_config: the config.json that the output's is based on, or None: the donor's, as updated by earlier stages.
         stacks: the output's stacks of layers, the main one first.
-        dtype: torch's name of the output's dtype; None if it is mixed and the recipe doesn't set it.
+        dtype: torch's name of the output's dtype; None if it is mixed and the recipe doesn't set it for all tensors.
         head: whether a head (``lm_head``) is written.
         unused: input tensors that no output needs, with the reasons.
         warnings: warnings about the models and the recipe's filters.
@@ -149,7 +150,7 @@ def build_graph(
     try:
         return builder.build()
     except TensorMismatch as error:
-        cause = explain_mismatch(error)
+        cause = explain_mismatch(error, None if stage.modules is None else builder.modules.donor_names)
         cause.add_warnings(builder.warnings)
         raise cause from error
     except MergeloomError as error:
@@ -218,7 +219,7 @@ class _GraphBuilder:
         if self.stage.out_dtype is None and self.stage.dtype is None:
             self.warnings += decoding_warnings(self.graph, self.donor)
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
-        wanted = self.stage.out_dtype or self.stage.dtype
+        wanted = nominal_dtype(self.stage)
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
         head = any(map(is_head, self.graph.outputs.names))
         used = (*self.sources, *self.tensors_from.models)
@@ -253,12 +254,12 @@ class _GraphBuilder:
     def _build_module(self, module: Module, parts: Sequence[BoundSlice]) -> None:
         """Add the tensors of one module: those before the layers, the layers slice by slice, those after them."""
         stacks = self.modules.stacks(module)
-        names = [name for name in self._non_layer_names(parts[0], parts[-1]) if self.modules.belongs(module, name)]
+        names = [each for each in self._non_layer_names(module, parts) if self.modules.belongs(module, each)]
         after = {name for name in names if self.donor.layers.is_after(name)}
         self._group += 1
         for name in names:
             if name not in after:
-                self._add_non_layer(parts[0], name)
+                self._add_non_layer(module, parts[0], name)
         for number in stacks:
             count = 0
             for part in parts:
@@ -268,16 +269,16 @@ class _GraphBuilder:
         self._group += 1
         for name in names:
             if name in after:
-                self._add_non_layer(parts[-1], name)
+                self._add_non_layer(module, parts[-1], name)
 
     # --- outside the layers ------------------------------------------------------------------------------------
 
-    def _non_layer_names(self, first: BoundSlice, last: BoundSlice) -> Iterator[str]:
+    def _non_layer_names(self, module: Module, parts: Sequence[BoundSlice]) -> Iterator[str]:
         """The names of all tensors outside the layers, the donor's first."""
         seen: set[str] = set()
         others = [model for part in self.non_layer.values() for model in part.models]
-        for model in (self.donor, *first.models, *last.models, *others):
-            for name in model.non_layer:
+        for model in (self.donor, *parts[0].models, *parts[-1].models, *others):
+            for name in self.modules.names(module, model):
                 if name not in seen:
                     seen.add(name)
                     yield name
@@ -290,11 +291,11 @@ class _GraphBuilder:
             return "head"
         return "norm" if self.donor.layers.is_after(name) else "embeddings"
 
-    def _add_non_layer(self, part: BoundSlice, name: str) -> None:
+    def _add_non_layer(self, module: Module, part: BoundSlice, name: str) -> None:
         key = self._non_layer_key(name)
         chosen = self.non_layer.get(key)
         part = chosen or part
-        names = [name if name in model.tensors else None for model in part.models]
+        names = [self.modules.name_in(module, model, name) for model in part.models]
         if self.tensors_from.add(self.rules, name, part.models, names, self._group, copied=chosen is not None):
             return
         if self.usage.drop_ema_copy(name, part.models, names):
@@ -315,7 +316,7 @@ class _GraphBuilder:
             if shape != own.shape and not is_buffer(name, shape):
                 message = shape_mismatch(name, self.donor, own.shape, model, shape, "" if chosen else key)
                 raise TensorMismatch(message, self.donor, model)
-        self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None)
+        self.rules.add(part, name, names, 0.0, self._group, copied=chosen is not None or part.is_copied)
 
     def _check_chosen_head(self) -> None:
         """Without any head, the chosen model's head is its embedding, so `embeddings` must choose the same model."""
@@ -372,7 +373,7 @@ class _GraphBuilder:
             names = [layer.get(rest) for layer in layers]
             taken = self.stage.tensors_from and self.tensors_from.add(self.rules, name, part.models, names, self._group)
             if not taken:
-                self.rules.add(part, name, names, t, self._group)
+                self.rules.add(part, name, names, t, self._group, copied=part.is_copied)
         return rests
 
     def _add_extras(self, part: BoundSlice, stack: int, count: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
-from ...io.tensors.dtypes import F32, F64, DType
+from ...io.tensors.dtypes import DType
 from ...io.tensors.dtypes import Kind as ElementKind
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import NameSet
@@ -18,8 +18,9 @@ from ..model.checks.mismatch import TensorMismatch
 from ..model.checks.shapes import check_shapes
 from ..model.inputs import BoundSlice, Model
 from ..model.logical import LogicalTensor, kind_of
-from ..model.modules import absent_part
+from ..model.modules import absent_part, lone_projector
 from ..model.roles import is_buffer, is_optional
+from ..recipe.entries.dtype_lookup import OutputDtypes, Stored, promote
 from ..recipe.types import Stage
 from .checks.buffers import BufferChecks, StoredBuffer
 from .checks.partial import PartialTensor
@@ -87,7 +88,7 @@ class TensorRules:
         donor: Mapping[str, TensorRef],
     ) -> None:
         self.partial: list[PartialTensor] = []
-        self._output_dtype = stage.out_dtype or stage.dtype
+        self._dtypes = OutputDtypes(stage)
         self._advise_modules = stage.modules is None
         self._methods = methods
         self._method = methods[stage.merge_method]
@@ -99,7 +100,8 @@ class TensorRules:
         self._tensors = TensorValues(graph, methods["passthrough"])
         self._operations: dict[Hashable, Operation] = {}
         self._resolved: dict[Hashable, _Resolved] = {}
-        self._known: dict[tuple[object, ...], _Resolved] = {}  # by slice and the addresses of the inputs' classes
+        # by slice, rule for the dtype, and the addresses of the inputs' classes
+        self._known: dict[tuple[object, ...], _Resolved] = {}
 
     def add(
         self, part: BoundSlice, name: str, names: Sequence[str | None], t: float, group: int, *, copied: bool = False
@@ -145,7 +147,7 @@ class TensorRules:
         if part.parameters.constant is None or None in names:
             return False
         kinds = [kind_of(model.tensors, own or "") for model, own in zip(part.models, names, strict=True)]
-        found = self._known.get((part, *map(id, kinds)))
+        found = self._known.get((part, self._dtypes.key(name), *map(id, kinds)))
         if found is None or is_buffer(name, kinds[0].shape):
             return False
         for index, own in enumerate(names) if len(found.kept) < len(names) else ():
@@ -166,13 +168,13 @@ class TensorRules:
         quantized = [each.name in each.model.quantized for each in inputs]
         classes = [(each.source, each.kind.dtype.name, each.kind.shape, _decoded(each)) for each in inputs]
         given = None if values is None else tuple(values.items())
-        key = (part, given, *quantized, *classes)
+        key = (part, self._dtypes.key(name), given, *quantized, *classes)
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
         in_tables = all(isinstance(each.kind, TensorClass) and not each.model.quantized for each in inputs)
         if in_tables and values is not None and values is part.parameters.constant:
-            self._known[part, *(id(each.kind) for each in inputs)] = found
+            self._known[part, self._dtypes.key(name), *(id(each.kind) for each in inputs)] = found
         if len(found.kept) < len(inputs):
             for index, each in enumerate(inputs):
                 if index not in found.kept:
@@ -197,7 +199,11 @@ class TensorRules:
             inputs: the inputs.
             values: the method's parameters; None if the only input is passed through.
         """
-        target = self._output_dtype or promote(each.kind.dtype for each in inputs)
+        wanted = self._dtypes.of(name)
+        donor = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
+        target = wanted if isinstance(wanted, DType) else promote(each.kind.dtype for each in inputs)
+        if wanted is Stored.SAME:
+            target = donor.kind.dtype
         operation = self._pass(inputs[0]) if values is None else self._bind(part, name, inputs, values)
         kernel = operation.kernel
         assert kernel is not None
@@ -209,13 +215,16 @@ class TensorRules:
         used = [inputs[index] for index in kept]
         if kernel.copies is not None:
             (chosen,) = used
-            dtype, as_stored = chosen.kind.dtype, self._output_dtype is None
+            dtype, as_stored = chosen.kind.dtype, wanted is None or (wanted is Stored.SAME and chosen is donor)
             decoded = _decoded(chosen)
             if (dtype == target and not decoded) or (as_stored and (decoded or chosen.name in chosen.model.quantized)):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)
             operation = self._pass(chosen)
         _refuse_quantized(used)
+        if wanted is Stored.SAME:
+            _refuse_format(donor)
+            _refuse_quantized([donor], ", and out_dtype `same` needs its dtype")
         return _Resolved(operation, kept, reason, target, kernel.random)
 
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
@@ -262,13 +271,14 @@ class TensorRules:
                 return False
             if rule is Absent.BASE_PRESENT and part.base in have:
                 return alone
+        first = inputs[0].model
         lacking = next(model for source, model in enumerate(part.models) if source not in have)
         message = (
-            f"tensor {name} is in {inputs[0].model.name} but not in {lacking.name}: models of the same architecture "
+            f"tensor {name} is in {first.name} but not in {lacking.name}: models of the same architecture "
             f"have the same tensors, and {self._method.name} has no rule for a missing one"
-            f"{absent_part(inputs[0].model, lacking, name) if self._advise_modules else ''}"
+            f"{absent_part(first, lacking, name) if self._advise_modules else lone_projector(name, first)}"
         )
-        raise TensorMismatch(message, inputs[0].model, lacking)
+        raise TensorMismatch(message, first, lacking)
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
@@ -349,27 +359,28 @@ class TensorRules:
         return int.from_bytes(digest, "little")
 
 
-def promote(dtypes: Iterable[DType]) -> DType:
-    """Promote floating-point dtypes as torch does; different 8-bit dtypes give float32."""
-    distinct = set(dtypes)
-    if len(distinct) == 1:
-        return distinct.pop()
-    wide = {dtype for dtype in distinct if dtype.bits >= 16}
-    for candidate in (F64, F32):
-        if candidate in wide:
-            return candidate
-    if len(wide) == 1:
-        return wide.pop()
-    return F32
-
-
 def _decoded(source: Input) -> bool:
     """Return whether the values of a tensor are computed from several stored ones."""
     return isinstance(source.kind, LogicalTensor) and source.kind.decode is not None
 
 
-def _refuse_quantized(inputs: Iterable[Input]) -> None:
-    """Raise CheckpointError if any of the tensors is quantized, since arithmetic needs the actual values."""
+def _refuse_format(donor: Input) -> None:
+    """Raise CheckpointError if a tensor that determines the stored dtype has none, since it is stored in a format."""
+    if _decoded(donor) and isinstance(donor.kind, LogicalTensor):
+        raise CheckpointError(
+            f"tensor {donor.name} of {donor.model.name} is stored in the format {donor.kind.format}, which is not "
+            "written yet, and out_dtype `same` needs it: set a dtype for this tensor, such as `{filter: "
+            f"{donor.name}, value: bfloat16}}`"
+        )
+
+
+def _refuse_quantized(inputs: Iterable[Input], why: str = "") -> None:
+    """Raise CheckpointError if any of the tensors is quantized, since arithmetic needs the actual values.
+
+    Args:
+        inputs: the tensors.
+        why: another reason why a quantized tensor can't be used, or empty.
+    """
     for each in inputs:
         if isinstance(each.kind, LogicalTensor):
             continue
@@ -381,7 +392,7 @@ def _refuse_quantized(inputs: Iterable[Input]) -> None:
         checkpoint = each.model.checkpoint
         label = format_name(checkpoint, each.model.quantized or (each.name,))
         raise CheckpointError(
-            f"tensor {each.name} of {each.model.name} is quantized ({label}; {reason}): dequantization is not "
+            f"tensor {each.name} of {each.model.name} is quantized ({label}; {reason}){why}: dequantization is not "
             f"supported yet; {unquantized(each.model.reference.text, checkpoint)}. passthrough without dtype copies "
             "the tensor unchanged"
         )

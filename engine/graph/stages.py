@@ -18,6 +18,7 @@ from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
 from ..model.logical import part_names
+from ..recipe.entries.dtype_lookup import nominal_dtype, rounds
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
 from .checks.buffers import BufferCheck, StoredBuffer
@@ -89,7 +90,7 @@ def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping
     graph = built.graph
     tensors: dict[str, TensorRef] = {}
     for index, output in enumerate(graph.outputs):
-        dtype = _stored_dtype(stage, graph, output.node)
+        dtype = _stored_dtype(stage, graph, output.name, output.node)
         elements = graph.elements(output.node)
         tensors[output.name] = StageRef(
             Path(stage.name or "stage"),
@@ -106,9 +107,16 @@ def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping
     )
 
 
-def _stored_dtype(stage: Stage, graph: MergeGraph, node: int) -> DType:
-    """The dtype of a stage's tensor if the stage's output is written."""
-    nominal, dtype = stage.out_dtype or stage.dtype, graph.node_dtype[node]
+def _stored_dtype(stage: Stage, graph: MergeGraph, name: str, node: int) -> DType:
+    """The dtype of a stage's tensor if the stage's output is written.
+
+    Args:
+        stage: the stage.
+        graph: graph of the stage without its `dtype`.
+        name: name of the output tensor.
+        node: node that computes it.
+    """
+    nominal, dtype = nominal_dtype(stage) if rounds(stage, name) else stage.dtype, graph.node_dtype[node]
     kept = graph.operation(node).kind is Kind.REQUIRE_EQUAL
     return nominal if nominal is not None and not kept and dtype.kind is nominal.kind else dtype
 
@@ -137,7 +145,10 @@ class _Linker:
                     self._models.append(replace(model, number=len(self._models)))
         self._numbers = references
         self._graph = MergeGraph(tuple(model.name for model in self._models))
-        self._outputs = [{output.node for output in found.graph.outputs} for found in built]
+        self._rounded = [
+            {output.node for output in found.graph.outputs if rounds(stage, output.name)}
+            for stage, found in zip(recipe.stages, built, strict=True)
+        ]
         self._wide: set[int] = set()  # nodes of the linked graph that are computed in float64
         self._conversions: dict[tuple[int, ...], Operation] = {}
 
@@ -153,7 +164,7 @@ class _Linker:
         for number in saved:
             saving, found = self._recipe.stages[number], self._built[number].graph
             for output in found.outputs:
-                node = self._stored(values[number, output.node], _stored_dtype(saving, found, output.node))
+                node = self._stored(values[number, output.node], _stored_dtype(saving, found, output.name, output.node))
                 graph.add_output(output.name, node, output.group, saving.name or "")
         donor = final
         while self._recipe.stage(reference := donor.models[donor.donor].reference) is not None:
@@ -208,7 +219,7 @@ class _Linker:
             else:
                 model = self._numbers[built.models[graph.read_models[value]].reference]
                 sources.append(self._graph.add_read(model, graph.read_names[value], ref))
-        rounded = self._recipe.stages[stage].out_dtype if node in self._outputs[stage] else None
+        rounded = graph.node_dtype[node] if node in self._rounded[stage] else None
         copies = operation.kernel is not None and operation.kernel.copies is not None and not operation.accesses
         if operation.copies_tensor or (copies and rounded is None):
             return sources[0]

@@ -69,7 +69,7 @@ class TensorUsage:
         return True
 
     def unused(
-        self, models: Sequence[Model], sources: Sequence[Model], *, head: bool, covered: Callable[[str], bool]
+        self, models: Sequence[Model], sources: Sequence[Model], *, head: bool, covered: Callable[[Model, str], bool]
     ) -> Iterator[Unused]:
         """Every input tensor that no node reads, with the cause, and every other file.
 
@@ -77,7 +77,7 @@ class TensorUsage:
             models: all input models.
             sources: the models that slices take tensors from.
             head: whether the output has a head.
-            covered: whether a tensor name belongs to a module of the recipe.
+            covered: whether a tensor of a model belongs to a module of the recipe.
         """
         counts = Counter(self._graph.read_models)
         for model in models:
@@ -86,7 +86,7 @@ class TensorUsage:
             for name in () if complete else self._unread(model):
                 if model not in sources:
                     cause: tuple[str, int | None] = "the base model is not an input of this recipe", None
-                elif not covered(name):
+                elif not covered(model, name):
                     cause = "no module of the recipe includes this part of the model", None
                 elif reason := self._reasons.get((model.number, name)):
                     cause = reason, None

@@ -101,7 +101,7 @@ def open_models(references: Iterable[ModelReference], open_model: OpenModel, sta
             model.layers, model.identified = LayerMap((), ()), False
         alike = next((other for other in models[:number] if _are_alike(other, model)), None)
         if alike is None:
-            _sort_tensors(model)
+            sort_tensors(model)
         else:  # no copies: most merges are of models of one architecture
             model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
         model.quantized = unknown_quantized(model.checkpoint, model.tensors)
@@ -138,7 +138,7 @@ def _are_alike(model: Model, other: Model) -> bool:
     return stored and prefixes[0] == prefixes[1] and _have_same_names(model.checkpoint, other.checkpoint)
 
 
-def _sort_tensors(model: Model) -> None:
+def sort_tensors(model: Model) -> None:
     """Assign the tensors of a model to its layers."""
     stacks = {stack.prefix: index for index, stack in enumerate(model.layers.mains)}
     beginning, tensors = "", dict[str, str]()
@@ -187,6 +187,7 @@ class BoundSlice:
         base: index of the base model in `models` if the method uses one, or None.
         base_any_method: index of the base model in `models`, whether or not the method uses one, or None.
         parameters: lookup of the method's parameters for each tensor.
+        is_copied: whether the base model is the only source, whose tensors are copied, instead of using the method.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class BoundSlice:
         self.slice = part
         self.models = [models[source.model] for source in part.sources]
         self.base = base_index(stage, part, method)
+        self.is_copied = self.base is not None and len(part.sources) == 1
         reference = part.base_model or stage.base_model
         self.base_any_method = next((i for i, source in enumerate(part.sources) if source.model == reference), None)
         self.parameters = SliceParameters(recipe, stage, module, part, method, self.base)

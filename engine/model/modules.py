@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection, Iterable, Mapping
 
 from ..recipe.types import Module, Recipe, Stage, modules_of
 from .contents.diffusion import part_of
 from .inputs import Model
+from .layers import Stack
+from .naming.parts import PROJECTOR_NAME, AmbiguousNames, match_part
 from .roles import is_side_module
 
 SHARED = "shared"
 """mergekit's name for the tensors that encoder and decoder share: T5's ``shared.weight`` and its head."""
 PROJECTOR = "multi_modal_projector"
 """mergekit's name for the projector between vision encoder and text model, whatever its name in the model."""
-_PROJECTOR = re.compile(r"(?<![a-z])(?:projector|connector|aligner|merger|resampler)(?![a-z])")
 
 
 class StageModules:
@@ -33,6 +34,8 @@ class StageModules:
         self._layers = donor.layers
         names = {module.name for module in self.all} if stage.modules is not None else set()
         self._layerless = {name for name in names if self._layers.module(name) is None and self._has_layerless(name)}
+        self._matched: dict[tuple[str, int], Mapping[str, str] | None] = {}
+        self._covered: dict[int, Collection[str]] = {}
 
     def stacks(self, module: Module) -> list[int]:
         """The numbers of the main stacks that a module's slices refer to. Raises RecipeError."""
@@ -80,9 +83,91 @@ class StageModules:
             return module is next(each for each in self.all if each.name not in self._layerless)
         return stack == self._layers.module(module.name)
 
-    def covers(self, name: str) -> bool:
-        """Whether a tensor belongs to any of the modules."""
-        if self._stage.modules is None or self._layers.owner(name) is None:
+    def names(self, module: Module, model: Model) -> Iterable[str]:
+        """The donor's names for a model's tensors outside the main stacks' layers that may belong to a module.
+
+        Raises:
+            RecipeError: if they can't be matched with the donor's.
+        """
+        matched = self._match(module, model)
+        return model.non_layer if matched is None else matched
+
+    def name_in(self, module: Module, model: Model, name: str) -> str | None:
+        """The name that a tensor outside the main stacks' layers has in a model of a module; None if it lacks it.
+
+        Args:
+            module: the module.
+            model: the model.
+            name: the donor's name for the tensor.
+
+        Raises:
+            RecipeError: as `names`.
+        """
+        matched = self._match(module, model)
+        if matched is None:
+            return name if name in model.tensors else None
+        return matched.get(name)
+
+    def donor_names(self, model: Model) -> dict[str, str]:
+        """The names of all tensors of a model, by the donor's names for them; what is not matched keeps its name."""
+        stacks = {stack.prefix: number for number, stack in enumerate(model.layers.mains)}
+        found: dict[str, str] = {}
+        for name in model.tensors:
+            layer = model.layers.split(name)
+            wanted = () if layer is None else self._layers.mains[stacks[layer.stack] : stacks[layer.stack] + 1]
+            found[f"{wanted[0].prefix}{name[len(layer.stack) :]}" if layer and wanted else name] = name
+        for module in self.all:
+            for new, name in (self._match(module, model) or {}).items():
+                if new != name:
+                    found.pop(name, None)
+                    found[new] = name
+        return found
+
+    def _match(self, module: Module, model: Model) -> Mapping[str, str] | None:
+        """The names of a model by the donor's names for them; None if they are the same."""
+        key = module.name, model.number
+        if key not in self._matched:
+            stack = None if self._stage.modules is None or model is self._donor else self._layers.module(module.name)
+            own = None if stack is None else self._counterpart(stack, module, model)
+            try:
+                matched = None if stack is None or own is None else match_part(self._donor, stack, model, own)
+            except AmbiguousNames as error:
+                raise self._recipe.error(
+                    module.place,
+                    f"{error}: name them as in {self._donor.name} with `rename` in the entry of {model.name}",
+                ) from error
+            self._matched[key] = matched
+        return self._matched[key]
+
+    def _counterpart(self, stack: Stack, module: Module, model: Model) -> Stack | None:
+        """The stack of a model that is merged with a stack of the donor."""
+        mains = self._layers.mains
+        if stack in mains:
+            number = mains.index(stack)
+            return model.layers.mains[number] if number < len(model.layers.mains) else None
+        return model.layers.module(stack.prefix) or model.layers.module(module.name)
+
+    def covers(self, model: Model, name: str) -> bool:
+        """Whether a tensor of a model belongs to any of the modules."""
+        if self._stage.modules is None:
+            return True
+        if model is self._donor or not model.layers.mains:
+            return self._covers(name)
+        layer = model.layers.split(name)
+        if layer is not None:
+            number = next(n for n, stack in enumerate(model.layers.mains) if stack.prefix == layer.stack)
+            wanted = self._layers.mains[number : number + 1]
+            return any(self._layers.module(module.name) in wanted for module in self.all)
+        if model.number not in self._covered:
+            matched = [self._match(module, model) for module in self.all]
+            known = {own for names in matched if names is not None for own in names.values()}
+            same = (each for each in model.non_layer if each in self._donor.tensors and self._covers(each))
+            self._covered[model.number] = known.union(same)
+        return name in self._covered[model.number]
+
+    def _covers(self, name: str) -> bool:
+        """Whether a tensor of the donor belongs to any of the modules."""
+        if self._layers.owner(name) is None:
             return True
         if any(self._claims(part, name) for part in self._layerless):
             return True
@@ -97,7 +182,14 @@ class StageModules:
             return False
         if part == SHARED:
             return len(self._layers.mains) > 1 and self._layers.owner(name) is None
-        return part == PROJECTOR and _PROJECTOR.search(name) is not None
+        return part == PROJECTOR and PROJECTOR_NAME.search(name) is not None
+
+
+def lone_projector(name: str, model: Model) -> str:
+    """Advice for a tensor of a projector that only one model of a module has; empty for any other tensor."""
+    if PROJECTOR_NAME.search(name) is None:
+        return ""
+    return f". List only {model.name} under a module `{PROJECTOR}`"
 
 
 def absent_part(first: Model, second: Model, name: str) -> str:
@@ -121,7 +213,7 @@ def absent_part(first: Model, second: Model, name: str) -> str:
         texts = [part for stack, part in model.layers.parts if stack in model.layers.mains]
         if absent and texts:
             inside = tuple(f"{part}." for part in absent)  # Qwen2.5-VL's projector is visual.merger
-            if any(_PROJECTOR.search(name) and not name.startswith(inside) for name in model.non_layer):
+            if any(PROJECTOR_NAME.search(name) and not name.startswith(inside) for name in model.non_layer):
                 absent.append(PROJECTOR)
             return (
                 f". {other.name} has no {absent[0]}: to merge only the parts that both have, use {model.name} as "

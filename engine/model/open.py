@@ -13,6 +13,7 @@ from ...io.output.lock import TO_FINISH, WORK, Content, classify
 from ..recipe.local import is_local, similar_path
 from ..recipe.misplaced import nearest
 from ..recipe.types import ModelReference, Recipe
+from .naming.renaming import renamed
 from .paths import path_problem, places_of, siblings_note
 
 
@@ -69,11 +70,12 @@ def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
     """Open a model of a recipe.
 
     Raises:
-        RecipeError: the model is neither here nor on the Hub, and a directory or a stage has a similar name.
+        RecipeError: the model is neither here nor on the Hub, and a directory or a stage has a similar name, or its
+            tensors can't be renamed as the recipe says.
         MergeloomError: as `open_model`; the message begins with the model's line in the recipe.
     """
     try:
-        return open_model(reference)
+        checkpoint = open_model(reference)
     except (ModelNotFound, HubUnreachable) as error:
         place = places_of(recipe).get(reference)
         if place is None:
@@ -89,6 +91,8 @@ def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
         if place is None:
             raise
         raise type(error)(str(recipe.error(place, str(error)))) from error
+    rename = recipe.renames.get(reference)
+    return checkpoint if rename is None else renamed(recipe, reference, rename, checkpoint)
 
 
 def _similar(reference: ModelReference) -> str | None:

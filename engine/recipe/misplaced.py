@@ -114,6 +114,8 @@ def key_advice(key: str, keys: Mapping[str, Node], known: Collection[str], path:
         return "write it in a list under `slices`: `- sources: [...]`"
     if "filter" in known and key == "model":
         return "a condition holds for all models: write the value in the `parameters` of this model"
+    if key == "rename":
+        return "write it next to the name of a model: `- model: ...` and below it `rename: [[prefix, replacement]]`"
     if key in _TOKENIZER_KEYS:
         return f"write it under `tokenizer`: {_TOKENIZER_KEYS[key]}"
     if key in STAGE_KEYS and "merge_method" not in known:

@@ -10,6 +10,7 @@ from ...errors import RecipeError
 from ...io.tensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.method import Method
 from ...methods.kernel.signature import Parameter
+from .entries.renames import Renames
 from .local import is_local, range_problem
 from .misplaced import (
     MISSING,
@@ -83,6 +84,7 @@ class NodeReader:
         warnings: the warnings.
         mistakes: the errors, to be reported together.
         repeated: key paths of entries that hold an anchor for use elsewhere, which are not reported.
+        renames: the renamings of models.
     """
 
     def __init__(self, origins: Origins, strict: bool, methods: Mapping[str, Method]) -> None:
@@ -90,6 +92,7 @@ class NodeReader:
         self.mistakes: list[RecipeError] = []
         self.repeated: set[Keys] = set()
         self.methods = methods
+        self.renames = Renames(self.error)
         self._origins = origins
         self._strict = strict
         self._named: set[Keys] = set()
@@ -179,11 +182,11 @@ class NodeReader:
             raise self.error(f"expected true or false, got {describe_node(node)}", path)
         return node.value
 
-    def dtype(self, node: Node, path: Keys) -> DType:
-        """A dtype by its name in torch, with or without ``torch.``."""
-        name = self.text(node, path, f"one of {', '.join(DTYPES)}").removeprefix("torch.")
+    def dtype(self, node: Node, path: Keys, known: Collection[str] = DTYPES) -> DType:
+        """A dtype by its name in torch, with or without ``torch.``; errors list the `known` names."""
+        name = self.text(node, path, f"one of {', '.join(known)}").removeprefix("torch.")
         if name not in DTYPES:
-            raise self.error(f"unknown dtype {describe(name)}; {dtype_advice(name, DTYPES)}", path)
+            raise self.error(f"unknown dtype {describe(name)}; {dtype_advice(name, known)}", path)
         return DTYPES[name]
 
     def reference(self, node: Node, path: Keys) -> ModelReference:
@@ -200,16 +203,20 @@ class NodeReader:
         if "lora" in keys and keys["lora"].value is not None:
             raise self.error(_NO_ADAPTERS, (*path, "lora"), unsupported=True)
         if "model" in keys:
-            self.check_keys(keys, path, ("model", "lora", "override_architecture"))
-            return self.reference(keys["model"], (*path, "model"))
+            self.check_keys(keys, path, ("model", "lora", "rename", "override_architecture"))
+            model = self.reference(keys["model"], (*path, "model"))
+            self.renames.read(model, keys, path)
+            return model
         if "path" not in keys:
             raise self.error("expected a model, got a mapping without `path`", path)
-        self.check_keys(keys, path, ("path", "revision", "lora"))
+        self.check_keys(keys, path, ("path", "revision", "lora", "rename"))
         name = self.text(keys["path"], (*path, "path"), "a directory or a Hub id")
         revision = self.optional(keys, path, "revision", lambda n, p: self.text(n, p, "a branch, tag or commit"))
         if not name.strip() or (revision is not None and not revision.strip()):
             raise self.error("`path` and `revision` can't be empty", path)
-        return ModelReference(name, revision)
+        model = ModelReference(name, revision)
+        self.renames.read(model, keys, path)
+        return model
 
     def layer_range(self, node: Node, path: Keys, model: str | None = None) -> tuple[int, int]:
         """The first layer of a model, and the one after the last, of the model with this path."""

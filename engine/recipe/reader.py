@@ -13,6 +13,8 @@ import yaml
 from ...errors import RecipeError
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Base
+from .entries.chat_template import read_chat_template
+from .entries.dtype_reader import read_output_dtype
 from .entries.tensor_sources import read_tensor_sources
 from .input_advice import (
     STACK,
@@ -30,7 +32,6 @@ from .order import in_order
 from .parameters import describe
 from .types import (
     UNKNOWN_METHOD,
-    ChatTemplate,
     ModelReference,
     Module,
     NonLayer,
@@ -47,7 +48,6 @@ from .yaml import YamlSource
 
 NON_LAYER_ALIAS = "outside"
 """The former name of `non_layer`, which recipes may still use."""
-CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 OTHER_TOOLS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genome": "mergekit-evolve"}
 
 
@@ -79,6 +79,7 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     ordered: tuple[Stage, ...] | None = ()
     if not reader.incomplete(()):
         ordered = reader.attempt(lambda: in_order(stages, reader.error, reader.warn), ())
+    reader.attempt(lambda: reader.renames.check_stages(stages), ())
     if reader.mistakes or ordered is None:
         error = RecipeError.together(reader.mistakes)
         error.add_warnings(shortened(reader.warnings))
@@ -86,7 +87,7 @@ def recipe_of(source: YamlSource, file: Path | None, *, strict: bool, methods: M
     text = source.text or yaml.safe_dump_all(
         [node.plain() for node in source.documents], sort_keys=False, allow_unicode=True, width=10**9
     )
-    return Recipe(ordered, tuple(shortened(reader.warnings)), text, origins)
+    return Recipe(ordered, tuple(shortened(reader.warnings)), text, origins, reader.renames.found)
 
 
 def _place(node: Node, index: int, count: int) -> Keys:
@@ -117,9 +118,9 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         modules=reader.optional(keys, place, "modules", lambda n, p: _modules(reader, n, p, method)),
         parameters=reader.settings(keys, place, method),
         dtype=reader.optional(keys, place, "dtype", reader.dtype),
-        out_dtype=reader.optional(keys, place, "out_dtype", reader.dtype),
+        out_dtype=reader.optional(keys, place, "out_dtype", partial(read_output_dtype, reader)),
         tokenizer=reader.attempt(lambda: _tokenizer(reader, keys, place), (*place, "tokenizer")),
-        chat_template=reader.optional(keys, place, "chat_template", lambda n, p: _chat_template(reader, n, p)),
+        chat_template=reader.optional(keys, place, "chat_template", partial(read_chat_template, reader)),
         files_from=reader.optional(keys, place, "files_from", reader.reference),
         non_layer=reader.attempt(lambda: _non_layer(reader, keys, place), (*place, "non_layer")) or NonLayer(),
         tensors_from=reader.optional(keys, place, "tensors_from", partial(read_tensor_sources, reader)) or (),
@@ -238,19 +239,6 @@ def _non_layer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> NonL
     return NonLayer(embeddings, norm, head, path)
 
 
-def _chat_template(reader: NodeReader, node: Node, path: Keys) -> ChatTemplate:
-    text = reader.text(node, path, f"auto, one of {', '.join(CHAT_TEMPLATES)}, or a Jinja template")
-    if text == "auto":
-        return ChatTemplate("auto", text)
-    if text in CHAT_TEMPLATES:
-        return ChatTemplate("name", text)
-    if "{{" in text or "{%" in text:
-        return ChatTemplate("text", text)
-    close = nearest(text, ("auto", *CHAT_TEMPLATES))
-    advice = f"did you mean `{close}`?" if close else f"use auto, {', '.join(CHAT_TEMPLATES)}, or a Jinja template"
-    raise reader.error(f"unknown chat template {describe(text)}; {advice}", path)
-
-
 def _modules(reader: NodeReader, node: Node, path: Keys, method: Method) -> tuple[Module, ...]:
     modules = reader.mapping(node, path, "a mapping of modules by name")
     if not modules:
@@ -339,14 +327,17 @@ def _entry(node: Node) -> str:
 
 
 def _source(reader: NodeReader, node: Node, path: Keys, method: Method, *, ranged: bool) -> Source | None:
-    known = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")
+    required = ("model", "layer_range") if ranged else ("model",)
+    known = (*required, "rename", "parameters")
     if isinstance(node.value, str) and not ranged:
         raise reader.error(f"write `- model: {node.value}` to list a model", path)
     keys = reader.mapping(node, path, f"a mapping with `model`{' and `layer_range`' if ranged else ''}")
-    for key in known[:-1]:
+    for key in required:
         reader.attempt(partial(reader.required, keys, path, key, known), (*path, key))
     reader.check_keys(keys, path, known)
     reference = reader.optional(keys, path, "model", reader.reference)
+    if reference is not None:
+        reader.attempt(partial(reader.renames.read, reference, keys, path), (*path, "rename"))
     name = None if reference is None else reference.path
     layers = reader.optional(keys, path, "layer_range", lambda n, p: reader.layer_range(n, p, name)) if ranged else None
     settings = reader.settings(keys, path, method, model=reference or ModelReference("?"))
@@ -373,6 +364,8 @@ def _check_inputs(reader: NodeReader, stage: Stage, part: Slice, method: Method)
         if index is not None:
             _report_base_parameters(reader, part.sources[index], method, *causes)
     others = [source.model.text for number, source in enumerate(part.sources) if number != index]
+    if stage.modules is not None and index is not None and not others:
+        return  # a module that is copied from the base model
     if len(others) < method.minimum or (method.maximum is not None and len(others) > method.maximum):
         upper = " or more" if method.maximum is None else f" to {method.maximum}"
         number = f"{method.minimum}{'' if method.maximum == method.minimum else upper}"

@@ -17,6 +17,8 @@ from ...io.units import plural
 from ...methods.kernel.language import Array, Inputs
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base
+from .entries.output_dtype import OutputDtype
+from .entries.rename import Rename
 from .nodes import Keys, Origins
 from .warnings import RecipeWarning
 
@@ -221,7 +223,7 @@ class Stage:
         modules: modules of the output, or None.
         parameters: the settings for the entire stage; like all settings, without unknown or ineffective ones.
         dtype: dtype of the inputs in arithmetic, and of the output if `out_dtype` is None.
-        out_dtype: dtype of the output, or None.
+        out_dtype: dtype of the output or of each of its tensors, or None.
         tokenizer: source of the output's tokenizer, or None if the recipe doesn't set it.
         chat_template: the output's chat template, or None.
         files_from: source of the config, tokenizer and generation files, or None for the default.
@@ -241,7 +243,7 @@ class Stage:
     modules: tuple[Module, ...] | None = None
     parameters: Settings = field(default_factory=dict)
     dtype: DType | None = None
-    out_dtype: DType | None = None
+    out_dtype: OutputDtype | None = None
     tokenizer: TokenizerSource | None = None
     chat_template: ChatTemplate | None = None
     files_from: ModelReference | None = None
@@ -290,12 +292,14 @@ class Recipe:
         warnings: problems that do not prevent the merge.
         text: text of the file; for a recipe given as data, or changed by overrides, that data as YAML.
         origins: the lines and the overrides that its entries come from.
+        renames: other names for the tensors of models.
     """
 
     stages: tuple[Stage, ...]
     warnings: tuple[RecipeWarning, ...]
     text: str
     origins: Origins = field(default=Origins(), repr=False)
+    renames: Mapping[ModelReference, Rename] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         """One line with the file, and the method of the output."""

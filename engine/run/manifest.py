@@ -79,14 +79,29 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "arithmetic": ARITHMETIC_VERSION,
         "layout": LAYOUT_VERSION,
         "sources": sources,
+        **({"renames": renames} if (renames := _renames(plan)) else {}),
         "outputs": _outputs_digest(plan),
     }
 
 
 def model_numbers(plan: Plan) -> tuple[int, ...]:
-    """Return the number of each input model in the facts. Spellings of one path, such as `a` and `./a`, share one."""
-    numbers: dict[Path, int] = {}
-    return tuple(numbers.setdefault(model.checkpoint.path.resolve(), len(numbers)) for model in plan.built.models)
+    """Return the number of each input model in the facts.
+
+    Spellings of one path, such as `a` and `./a`, share one, unless the recipe gives their tensors different names.
+    """
+    numbers: dict[tuple[Path, object], int] = {}
+    renames = plan.recipe.renames
+    keys = ((model.checkpoint.path.resolve(), renames.get(model.reference)) for model in plan.built.models)
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+
+def _renames(plan: Plan) -> dict[str, list[list[str]]]:
+    """Return the pairs of prefix and replacement of each renamed model, by its number in the facts."""
+    found: dict[str, list[list[str]]] = {}
+    for number, model in zip(model_numbers(plan), plan.built.models, strict=True):
+        if (rename := plan.recipe.renames.get(model.reference)) is not None:
+            found[str(number)] = [list(pair) for pair in rename.pairs]
+    return found
 
 
 def model_references(plan: Plan) -> list[ModelReference]:
@@ -122,6 +137,8 @@ def _outputs_digest(plan: Plan) -> str:
     graph = plan.built.inlined
     numbers = model_numbers(plan)
     digest = hashlib.blake2b(digest_size=16)
+    if renames := _renames(plan):  # other tensors may have the same names with other pairs
+        digest.update(json.dumps({"renames": renames}, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     for output in graph.outputs:
         results = graph.results_with(output.node)
         reads = graph.node_sources[results[0]]

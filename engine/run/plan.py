@@ -255,6 +255,11 @@ class Plan:
                 "tensors": sum(len(model.checkpoint.tensors) for model in self.built.models),
                 "bytes": sum(total_bytes(model.checkpoint.tensors) for model in self.built.models),
                 "layers_identified": not self.built.matched_by_name,
+                "renamed": [
+                    {"model": model.name, "pairs": [list(pair) for pair in rename.pairs]}
+                    for model in self.built.models
+                    if (rename := self.recipe.renames.get(model.reference)) is not None
+                ],
                 "unused": [
                     {"model": unused.model, "reason": unused.reason, "tensors": list(unused.tensors)}
                     for unused in self.built.unused

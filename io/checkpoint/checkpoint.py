@@ -51,6 +51,7 @@ class Checkpoint:
         stamps: the stamps of the files before their headers were read; empty for files not downloaded yet.
         index: the index that lists the files; None without one.
         standalone: whether the path is a file to which nothing else in its directory belongs, no config.json either.
+        stored: the names in the files of the tensors that have other names in `tensors`, by these.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     stamps: FileStamps = field(default_factory=dict)
     index: Path | None = None
     standalone: bool = False
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bare(self) -> bool:

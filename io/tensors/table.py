@@ -69,6 +69,19 @@ class TensorTable(Mapping[str, TensorRef]):
         numbers = {address: self._number(each) for address, each in distinct.items()}
         self._members.extend(map(numbers.__getitem__, map(id, classes)))
 
+    def renamed(self, names: Iterable[str]) -> TensorTable:
+        """Make a table of the same tensors with other names, which are unique and in the order of the rows."""
+        table = TensorTable()
+        table.classes, table._numbers, table._members, table._offsets = (
+            self.classes,
+            self._numbers,
+            self._members,
+            self._offsets,
+        )
+        table._files, table._firsts = self._files, self._firsts
+        table._rows = {intern(name): row for row, name in enumerate(names)}
+        return table
+
     def isdisjoint(self, names: Iterable[str]) -> bool:
         """Whether the table has none of these names."""
         return self._rows.keys().isdisjoint(names)

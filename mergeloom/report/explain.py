@@ -56,6 +56,7 @@ class Source:
     Args:
         model: name of the model in the recipe.
         name: name of the tensor.
+        stored: name of the tensor in the file, which a `rename` of the recipe replaces by `name`.
         file: path of the file.
         offset: offset of the tensor's first byte in the file.
         nbytes: size in bytes.
@@ -67,6 +68,7 @@ class Source:
 
     model: str
     name: str
+    stored: str
     file: str
     offset: int
     nbytes: int
@@ -188,10 +190,12 @@ def _sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, ...]:
 
     graph = plan.built.inlined
     read = bytes_of_reads(plan.built.graph, plan.schedule)
+    stored = [model.checkpoint.stored for model in plan.built.models]
     return tuple(
         Source(
             graph.models[graph.read_models[number]],
             graph.read_names[number],
+            stored[graph.read_models[number]].get(graph.read_names[number], graph.read_names[number]),
             str(graph.reads[number].file),
             graph.reads[number].offset,
             graph.reads[number].nbytes,
@@ -333,7 +337,7 @@ def _sources_section(explanation: Explanation) -> Section:
     rows = tuple(
         (
             source.model + (" (base)" if source.base else ""),
-            source.name,
+            source.name + (f" (stored as {source.stored})" if source.stored != source.name else ""),
             source.dtype,
             str(list(source.shape)),
             data_size(source.nbytes),

@@ -44,6 +44,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         Section(headline(plan)),
         output_section(plan),
         inputs_section(plan, read),
+        renamed_section(plan),
         work_section(plan),
         parameters_section(plan),
         reread_section(plan, read),
@@ -58,6 +59,17 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
 def warnings_section(plan: Plan) -> Section | None:
     """List the plan's warnings; None if there are none."""
     return Section("Warnings", lines=plan.warnings, warns=True) if plan.warnings else None
+
+
+def renamed_section(plan: Plan) -> Section | None:
+    """List the prefixes that the recipe replaces in each model; None if there are none."""
+    lines = []
+    for model in plan.built.models:
+        rename = plan.recipe.renames.get(model.reference)
+        if rename is not None:
+            pairs = ", ".join(f"{old!r} {f'becomes {new!r}' if new else 'is removed'}" for old, new in rename.pairs)
+            lines.append(f"{model.name}: {pairs} ({plural(len(model.checkpoint.stored), 'tensor')})")
+    return Section("Renamed", lines=lines) if lines else None
 
 
 def reread_section(plan: Plan, read: Sequence[int]) -> Section | None:

@@ -315,18 +315,31 @@ def _set_prediction_layers(
 # --- dtype -----------------------------------------------------------------------------------------------------
 
 
-def _set_stated_dtype(config: dict[str, Any], built: BuiltGraph) -> Iterator[ModelWarning]:
-    """Set the dtype that config.json states to the output's most frequent one, if no tensor has the stated dtype."""
+def main_dtype(built: BuiltGraph) -> str | None:
+    """torch's name of the floating-point dtype of most of the output's parameters; None if it has none."""
+    sizes = _sizes_by_dtype(built)
+    return max(sizes, key=lambda name: sizes[name], default=None)
+
+
+def _sizes_by_dtype(built: BuiltGraph) -> dict[str, int]:
+    """The number of the output's parameters of each unquantized floating-point dtype, by torch's name."""
     graph = built.graph
     sizes: dict[str, int] = {}
     for output in graph.outputs:
         dtype = graph.node_dtype[output.node]
         if dtype.kind is ElementKind.FLOAT and dtype.bits >= 16 and dtype.torch_name:
             sizes[dtype.torch_name] = sizes.get(dtype.torch_name, 0) + graph.elements(output.node)
+    return sizes
+
+
+def _set_stated_dtype(config: dict[str, Any], built: BuiltGraph) -> Iterator[ModelWarning]:
+    """Set the dtype that config.json states to the output's most frequent one, if no tensor has the stated dtype."""
+    sizes = _sizes_by_dtype(built)
     key = next((key for key in ("torch_dtype", "dtype") if isinstance(config.get(key), str)), None)
     if key is None or not sizes or config[key] in sizes:
         return
-    stated, dtype_name = config[key], max(sizes, key=lambda name: sizes[name])
+    stated, dtype_name = config[key], main_dtype(built)
+    assert dtype_name is not None
     set_dtype(config, dtype_name)
     yield ModelWarning(
         ModelWarningKind.CONFIG_CHANGED,

@@ -126,7 +126,7 @@ def compare_configs(
 
 
 def _type_conflicts(models: Sequence[NamedConfig]) -> Iterator[tuple[str, bool]]:
-    """Describe model types that differ, and whether the first model's text part is a variant of the other model.
+    """Describe model types that differ, and whether one model is a variant of the other model's text part.
 
     A text model and the text part of another one may have a type in common, such as ``gemma3_text``.
     """
@@ -134,7 +134,7 @@ def _type_conflicts(models: Sequence[NamedConfig]) -> Iterator[tuple[str, bool]]
     for model in models:
         if first is not None and model.types and not first.types & model.types:
             text = f"model_type is {_one(first)} in {first.name} and {_one(model)} in {model.name}"
-            yield text, _is_text_part(first, model)
+            yield text, _is_text_part(first, model) or _is_text_part(model, first)
 
 
 def _is_text_part(whole: NamedConfig, text: NamedConfig) -> bool:

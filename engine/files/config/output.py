@@ -9,8 +9,9 @@ from typing import Any
 from ...graph.build import BuiltGraph, OutputStack
 from ...model.layers import Stack
 from ...model.warnings import ModelWarning
+from ...recipe.entries.dtype_lookup import nominal_dtype
 from ...recipe.types import Stage
-from .adapt import adapt_config, drop_quantization
+from .adapt import adapt_config, drop_quantization, main_dtype
 from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
 from .compare_heads import compare_heads
 from .mixed_dtypes import mixed_dtypes
@@ -45,8 +46,10 @@ def output_config(
     result: dict[str, Any] = copy.deepcopy(dict(config))
     warnings += drop_quantization(result, built, used)
     warnings += extend_skip_list(result, built)
-    wanted = stage.out_dtype or stage.dtype
+    wanted = nominal_dtype(stage)
     dtype = wanted.torch_name if wanted is not None else built.dtype
+    if dtype is None and stage.out_dtype is not None and not stage.out_dtype.is_constant:
+        dtype = main_dtype(built)
     if not stacks:  # config.json describes the layers already, but perhaps not the dtype and the head
         count = stated_layers(config, None) or 0
         stacks = (OutputStack(Stack("", count), tuple(range(count)), ()),)
@@ -69,7 +72,7 @@ def output_config(
         warnings += merged.warnings
     is_mixed = wanted is None and built.dtype is None
     warnings += adapt_config(result, built, is_mixed=is_mixed)
-    if is_mixed and is_written:
+    if is_mixed and is_written and stage.out_dtype is None:
         warnings += mixed_dtypes(built)
     return MergedConfig(result, tuple(warnings))
 

@@ -49,6 +49,9 @@ def _filters(stage: Stage, modules: Iterable[Module]) -> dict[str, list[Keys]]:
             for condition in setting if isinstance(setting, tuple) else ():
                 if condition.filter and condition.filter != "*":
                     found.setdefault(condition.filter, []).append(condition.place)
+    for rule in stage.out_dtype.rules if stage.out_dtype is not None else ():
+        if rule.filter and rule.filter != "*":
+            found.setdefault(rule.filter, []).append(rule.place)
     return {substring: list(dict.fromkeys(places)) for substring, places in found.items()}
 
 

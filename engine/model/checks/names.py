@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class Renaming:
     def __call__(self, name: str) -> str:
         """The new name of a tensor."""
         return _replace_prefix(self.rules, respell(name) if self.spellings else name)
+
+    @property
+    def entry(self) -> str | None:
+        """The line of a recipe that renames the tensors in the model's entry; None if prefixes aren't enough."""
+        return None if self.spellings else rename_entry(self.rules)
 
     @property
     def cost(self) -> tuple[int, int, int]:
@@ -222,6 +228,15 @@ def directory_of(checkpoint: Checkpoint) -> str:
         return str(checkpoint.repository.repo)
     path = checkpoint.path
     return str(path.parent if path.suffix in (".safetensors", ".json") else path)
+
+
+def rename_entry(pairs: Iterable[tuple[str, str]]) -> str:
+    """The line of a recipe that renames tensors in the model's entry.
+
+    Args:
+        pairs: prefixes and their replacements, the longest prefix first.
+    """
+    return f"rename: {json.dumps([list(pair) for pair in pairs])}"  # YAML, too
 
 
 def rename_script(checkpoint: Checkpoint, expression: str, drop: Sequence[str] = ()) -> str:

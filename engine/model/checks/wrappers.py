@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.open_source import quoted
 from ....io.units import listed, plural
-from .names import rename_script
+from .names import rename_entry, rename_script
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """Components that wrappers insert into names, at any depth: torch.compile, FSDP, checkpointing, Lightning Fabric."""
@@ -38,6 +39,42 @@ _PARTS_OF_MODELS = ("language_model.",)
 """Prefixes that models with other inputs have, which may have been saved with the configuration of their text part."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Wrapper:
+    """What a wrapper adds to the names of tensors.
+
+    Args:
+        prefix: the prefix to name in the error.
+        inserted: components that are removed wherever they are.
+        outer: prefixes that are removed after that, in this order.
+        count: number of names that change.
+    """
+
+    prefix: str
+    inserted: tuple[str, ...]
+    outer: tuple[str, ...]
+    count: int
+
+    @property
+    def code(self) -> str:
+        """Python code that computes the new name from `name`."""
+        pattern = "|".join(self.inserted)
+        code = f're.sub(r"\\b(?:{pattern})\\.", "", name)' if pattern else "name"
+        return code + "".join(f".removeprefix({outer!r})" for outer in self.outer)
+
+    def pairs(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """The prefixes to remove, the longest first; empty if more than prefixes must be removed."""
+        prefixes: set[str] = set()
+        for name in names:
+            new = re.sub(rf"\b(?:{'|'.join(self.inserted)})\.", "", name) if self.inserted else name
+            for outer in self.outer:
+                new = new.removeprefix(outer)
+            if not name.endswith(new):
+                return []
+            prefixes.add(name.removesuffix(new))
+        return [(prefix, "") for prefix in sorted(prefixes - {""}, key=lambda each: (-len(each), each))]
+
+
 def wrapped_names(checkpoint: Checkpoint, parts: Collection[str]) -> Iterator[str]:
     """The reason why names with the prefix of a wrapper can't be merged, as a text that continues the model's name.
 
@@ -46,29 +83,26 @@ def wrapped_names(checkpoint: Checkpoint, parts: Collection[str]) -> Iterator[st
         parts: components of the names of its tensors.
     """
     if (wrapped := _unwrapping(checkpoint, parts)) is not None:
-        yield _describe_wrapper(checkpoint, *wrapped)
+        yield _describe_wrapper(checkpoint, wrapped)
     elif (misplaced := _unexpected_prefix(checkpoint)) is not None:
         yield _describe_prefix(checkpoint, *misplaced)
 
 
-def _unwrapping(checkpoint: Checkpoint, parts: Collection[str]) -> tuple[str, str, int] | None:
-    """The prefix of a wrapper in tensor names, Python code that removes it from `name`, and the number of names."""
+def _unwrapping(checkpoint: Checkpoint, parts: Collection[str]) -> _Wrapper | None:
+    """What a wrapper has added to the names; None if nothing."""
     names = checkpoint.tensors
-    inserted = [wrapper for wrapper in _WRAPPERS if wrapper in parts]
+    inserted = tuple(wrapper for wrapper in _WRAPPERS if wrapper in parts)
     if inserted:
-        pattern = "|".join(inserted)
         count = sum(not set(inserted).isdisjoint(name.split(".")) for name in names)
-        code = f're.sub(r"\\b(?:{pattern})\\.", "", name)'
         prefix = inserted[0] + "."
     else:
         prefix = next((prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in names)), "")
-        code, count = "name", len(names)
+        count = len(names)
     if not prefix:
         return None
-    for outer in _WRAPPER_PREFIXES:
-        if all(re.sub("|".join(rf"\b{w}\." for w in _WRAPPERS), "", name).startswith(outer) for name in names):
-            code += f".removeprefix({outer!r})"
-    return prefix, code, count
+    bare = [re.sub("|".join(rf"\b{w}\." for w in _WRAPPERS), "", name) for name in names]
+    outer = tuple(outer for outer in _WRAPPER_PREFIXES if all(name.startswith(outer) for name in bare))
+    return _Wrapper(prefix, inserted, outer, count)
 
 
 def _unexpected_prefix(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
@@ -115,12 +149,13 @@ def _embeddings(architecture: str) -> tuple[str, ...]:
     return _DECODER_EMBEDDINGS if _DECODER.fullmatch(architecture) else ()
 
 
-def _describe_wrapper(checkpoint: Checkpoint, prefix: str, code: str, count: int) -> str:
-    example = next(name for name in checkpoint.tensors if prefix in name)
+def _describe_wrapper(checkpoint: Checkpoint, wrapper: _Wrapper) -> str:
+    names, prefix = checkpoint.tensors, wrapper.prefix
+    example = next(name for name in names if prefix in name)
     return (
         f"has names with {prefix!r}, which a wrapper such as DDP, FSDP, torch.compile or PEFT adds during training: "
-        f"{count} of its {plural(len(checkpoint.tensors), 'tensor')}, such as {quoted(example)}. "
-        + _advise(checkpoint, code)
+        f"{wrapper.count} of its {plural(len(names), 'tensor')}, such as {quoted(example)}. "
+        + _advise(checkpoint, wrapper.pairs(names), wrapper.code)
     )
 
 
@@ -132,12 +167,13 @@ def _describe_prefix(checkpoint: Checkpoint, prefix: str, architecture: str, emb
         f"has names with {prefix!r}, which a module around the model adds during training (a Lightning module, say): "
         f"{architecture} (config.json) has {quoted(embedding)}, not {quoted(prefix + embedding)}, and "
         f"{len(names) - len(others)} of the {plural(len(names), 'tensor')} have the prefix.{kept} "
-        + _advise(checkpoint, f"name.removeprefix({prefix!r})")
+        + _advise(checkpoint, [(prefix, "")], "")
     )
 
 
-def _advise(checkpoint: Checkpoint, code: str) -> str:
-    return (
-        "No program would find them by these names in the output. Rename them in a copy of the model, and use that:\n\n"
-        + rename_script(checkpoint, code)
-    )
+def _advise(checkpoint: Checkpoint, pairs: Collection[tuple[str, str]], code: str) -> str:
+    """What to do: a line of the recipe if prefixes are enough, or else a script that runs `code` on each name."""
+    problem = "No program would find them by these names in the output."
+    if pairs:
+        return f"{problem} Rename them in the recipe's entry of the model:\n\n    {rename_entry(pairs)}"
+    return f"{problem} Rename them in a copy of the model, and use that:\n\n{rename_script(checkpoint, code)}"

@@ -24,6 +24,7 @@ from ...execute.ledger import Ledger, Reservation
 from ...execute.measurements import Progress
 from ...model.open import is_remote, open_named
 from .pairs import Opened, Pair, pair_tensors
+from .parts import with_names_of
 from .result import Diff, Similarity, TensorDiff
 from .sums import SUMS, WORKSPACE_BYTES, BlockSummer
 from .units import Unit, divide_memory, make_units
@@ -91,6 +92,7 @@ class Comparison:
         result_bytes: int = RESULT_BYTES,
     ) -> None:
         named = [open_named(os.fspath(model)) for model in (a, b)]
+        named[1] = named[1][0], with_names_of(named[1][1], named[0][1])
         self._a, self._b = (Opened(reference.text, checkpoint) for reference, checkpoint in named)
         self._pairing = pair_tensors(self._a, self._b)
         pairs = self._pairing.pairs

@@ -26,6 +26,7 @@ from ..plan import (
     memory_section,
     output_section,
     reads_text,
+    renamed_section,
     reread_section,
     warnings_section,
     work_section,
@@ -105,6 +106,7 @@ def page_parts(
         yield section_html(alternatives_section(others))
     yield _optional(reread_section(plan, read))
     yield section_html(inputs_section(plan, read))
+    yield _optional(renamed_section(plan))
     yield section_html(_largest(plan))
     yield section_html(output_section(plan))
     yield section_html(work_section(plan))

@@ -12,8 +12,9 @@ import mergeloom
 from mergeloom.engine.model.formats import registry
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
+from mergeloom.errors import CheckpointError
 from tests.support.models import toy_format
-from tests.support.outputs import read_model
+from tests.support.outputs import read_model, same_tensors
 
 Pair = tuple[Path, Path]
 
@@ -94,6 +95,22 @@ def test_the_output_has_the_values_of_the_toy_and_the_names_of_the_model(tmp_pat
     decoded, expected = read_model(tmp_path / "out"), read_model(plain)
     assert decoded.keys() == expected.keys()
     assert all((decoded[name] == expected[name]).all() for name in expected)
+
+
+def test_the_stored_dtype_of_a_decoded_tensor_is_used_for_copies_only(tmp_path: Path, pairs: list[Pair]) -> None:
+    toy, plain = pairs[0]
+    copied = {"merge_method": "passthrough", "out_dtype": "same", "models": [{"model": str(toy)}]}
+    mergeloom.merge(copied, tmp_path / "out")
+    mergeloom.merge({**copied, "out_dtype": None}, tmp_path / "plain")
+    assert same_tensors(read_model(tmp_path / "out"), read_model(tmp_path / "plain"))
+    scaled = copied | {"parameters": {"scale": 2}}
+    with pytest.raises(
+        CheckpointError, match="is stored in the format .*, which is not written yet, and out_dtype `same`"
+    ):
+        mergeloom.plan(scaled)
+    base = {"merge_method": "linear", "base_model": str(plain), "models": [{"model": str(toy)}, {"model": str(plain)}]}
+    planned = mergeloom.plan(base | {"out_dtype": "same", "parameters": {"weight": 1}})
+    assert planned.output_dict()["dtypes"] == ["F32"]
 
 
 def test_a_copy_without_dtype_keeps_parts_and_their_names(tmp_path: Path, pairs: list[Pair]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.files.chat_templates import BUILT_IN, find_template, syntax_error, with_template
-from mergeloom.engine.recipe.reader import CHAT_TEMPLATES
+from mergeloom.engine.recipe.entries.chat_template import CHAT_TEMPLATES
 from mergeloom.errors import CheckpointError
 
 CHAT = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergeloom.engine.graph.rules import promote
+from mergeloom.engine.recipe.entries.dtype_lookup import promote
 from mergeloom.errors import CheckpointError
 from mergeloom.io.tensors.dtypes import DTYPES
 from tests.unit.graph.building import Shape, Shapes, build, checkpoint, complete, decoder, layers, pair, stacked

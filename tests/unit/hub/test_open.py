@@ -14,15 +14,18 @@ from huggingface_hub import constants
 import mergeloom
 from mergeloom.engine.model.checks.identify import check_is_model
 from mergeloom.engine.model.inspect import inspect_model
+from mergeloom.engine.model.open import open_input
+from mergeloom.engine.recipe.types import ModelReference
 from mergeloom.engine.run.finished import check_finished
 from mergeloom.errors import CheckpointError, ModelNotFound, UsageError
 from mergeloom.io.checkpoint.checkpoint import open_checkpoint
-from mergeloom.io.hub.checkpoint import HubCheckpoint, open_hub_model
+from mergeloom.io.hub.checkpoint import HubCheckpoint, needed_files, open_hub_model
 from mergeloom.io.hub.repository import is_hub_id
 from mergeloom.io.output.lock import classify
 from tests.support import models
 from tests.support.hub.fixtures import ID, INDEX, description, index_of, refused, single
 from tests.support.hub.server import HubServer
+from tests.unit.recipe.parsing import parse
 
 
 def test_opening_transfers_less_than_a_hundredth(hub: HubServer, local: Path, contents: dict[str, bytes]) -> None:
@@ -117,10 +120,21 @@ def test_an_adapter_is_named_with_its_base(hub: HubServer) -> None:
     assert f"save_pretrained('{ID.rpartition('/')[2]}-merged')" in error
 
 
-def test_a_wrapped_model_is_downloaded_before_it_is_renamed(hub: HubServer) -> None:
-    hub.add(ID, {"model.safetensors": single("module.a", "module.b")})
+def test_a_wrapped_model_is_downloaded_before_a_script_renames_it(hub: HubServer) -> None:
+    hub.add(ID, {"model.safetensors": single("a._orig_mod.w", "b._orig_mod.w")})
     with pytest.raises(CheckpointError, match=rf"# first: hf download {ID} --local-dir"):
         check_is_model(ID, open_hub_model(ID))
+
+
+def test_a_model_is_renamed_without_a_download(hub: HubServer) -> None:
+    hub.add(ID, {"model.safetensors": single("module.a", "module.b")})
+    text = f"merge_method: linear\nmodels: [{{model: {ID}, rename: [[module., '']]}}]\nparameters: {{weight: 1}}\n"
+    recipe = parse(text)
+    opened = open_input(recipe, ModelReference(ID))
+    assert list(opened.tensors) == ["a", "b"]
+    check_is_model(ID, opened)
+    (file,) = needed_files(opened, opened.tensors.values())
+    assert (file.name, file.present) == ("model.safetensors", False)
 
 
 def test_a_header_longer_than_the_first_request(hub: HubServer) -> None:

@@ -168,7 +168,8 @@ def test_control_nets_merge(tensors: dict[str, Shape], tmp_path: Path) -> None:
 
 def test_advice_for_a_file_with_a_wrapper_only_copies_this_file(tmp_path: Path) -> None:
     values = read_model(write_checkpoint(tmp_path / "original", LLAMA))
-    a = write_checkpoint(tmp_path / "a", {f"module.{name}": value for name, value in values.items()})
+    wrapped = {name.replace("self_attn.", "_orig_mod.self_attn."): value for name, value in values.items()}
+    a = write_checkpoint(tmp_path / "a", wrapped)
     file = (a / "model.safetensors").rename(a / "x.safetensors")
     script = refused(file).partition("\n\n")[2]
     exec("\n".join(line[4:] for line in script.splitlines()), {})

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from mergeloom.engine.model.checks.names import Renaming, find_renaming, shortest_prefixes
 from mergeloom.engine.run.merge import merge
-from mergeloom.engine.run.plan import Options
-from mergeloom.engine.run.planning import plan
-from mergeloom.errors import CheckpointError
 from tests.support.models import Shape, encoder_dir, tiny_llama, write_checkpoint
 from tests.support.outputs import read_model, same_tensors
+from tests.unit.model.refusing import CPU, linear, refused
 
-CPU = Options(device="cpu", threads=1)
 ENCODER = list(read_model(encoder_dir()))
 LLAMA = tiny_llama(layers=2)
 
@@ -29,30 +27,19 @@ def small_encoder() -> dict[str, torch.Tensor]:
     return {name: value[tuple(slice(8) for _ in value.shape)].clone() for name, value in values.items()}
 
 
-def linear(*models: Path) -> dict[str, Any]:
-    return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in models]}
-
-
-def stack(*models: Path) -> dict[str, Any]:
-    slices = [{"sources": [{"model": str(model), "layer_range": [0, 1]}]} for model in models]
-    return {"merge_method": "passthrough", "slices": slices}
-
-
-def refused(recipe: dict[str, Any]) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        plan(recipe, CPU)
-    return str(caught.value)
-
-
 def evaluate(renaming: Renaming, name: str) -> str:
     """The name that the advised code computes."""
     return str(eval(renaming.expression, {"re": re, "name": name}))
 
 
-def follow(error: str) -> None:
-    """Run the scripts in an error."""
+def follow(error: str) -> dict[str, Any]:
+    """Run the scripts in an error, or return the key of a recipe's entry that it shows."""
+    if "Rename them in the recipe's entry" in error:
+        entry: dict[str, Any] = yaml.safe_load(error.split("\n\n")[1])
+        return entry
     script = error.partition("\n\n")[2].partition("\n\nThe first difference: tensor ")[0]
     exec("\n".join(line[4:] for line in script.splitlines()), {})
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------ other names
@@ -146,9 +133,10 @@ def test_models_with_other_names_are_rejected_with_the_way_to_rename(
         f"{b} and {a} have different names for the same tensors: only {equal} of the 104 tensors of"
     )
     assert f"in {a}, but {words}, 104 would be." in error
-    follow(error)
-    renamed = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "b-renamed")}]}
-    merge(renamed, tmp_path / "out", CPU)
+    entry = follow(error)
+    assert bool(entry) == ("gamma" not in words)
+    model = {"model": str(b), **entry} if entry else {"model": str(tmp_path / "b-renamed")}
+    merge({"merge_method": "passthrough", "models": [model]}, tmp_path / "out", CPU)
     assert same_tensors(read_model(tmp_path / "out"), values)
 
 
@@ -185,11 +173,12 @@ def test_the_advice_for_old_and_new_names_of_a_vision_language_model_works(
     assert "have different names for the same tensors: only 0 of the 23 tensors" in error
     assert ", 23 would be." in error
     assert "leave out" not in error
-    follow(error)
-    (made,) = tmp_path.glob("*-renamed")
-    source, first = (old, new) if made.name == "old-renamed" else (new, old)
-    assert made.name == source.name + "-renamed"
-    merge(linear(first, made), tmp_path / "out", CPU)
+    entry = follow(error)
+    source = old if f"recipe's entry of {old}:" in error else new
+    first = new if source == old else old
+    recipe = linear(first, source)
+    recipe["models"][1] |= entry
+    merge(recipe, tmp_path / "out", CPU)
     expected = [read_model(new), values]
     if first == old:
         expected = [{old_llava(name): value for name, value in each.items()} for each in expected]
@@ -271,6 +260,3 @@ def test_a_text_model_and_one_with_a_vision_tower_are_not_advised_to_rename(tmp_
     a = write_checkpoint(tmp_path / "a", LLAMA)
     b = write_checkpoint(tmp_path / "b", names | tower, config=config)
     assert "different names for the same tensors" not in refused(linear(a, b))
-
-
-# ------------------------------------------------------------------------------------------------ quantization

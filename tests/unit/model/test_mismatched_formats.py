@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.run.planning import plan
-from tests.support.models import Shape, write_checkpoint
-from tests.unit.model.test_mismatch import CPU, LLAMA, linear, refused, stack
+from tests.support.models import Shape, tiny_llama, write_checkpoint
+from tests.unit.model.refusing import CPU, linear, refused, stack
 
+LLAMA = tiny_llama(layers=2)
 Q = "model.layers.{}.self_attn.q_proj"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mergeloom.engine.recipe.entries.output_dtype import OutputDtype
 from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.types import (
     ChatTemplate,
@@ -68,7 +69,7 @@ out_dtype: torch.bfloat16
             ),
             parameters={"normalize": True},
             dtype=F16,
-            out_dtype=BF16,
+            out_dtype=OutputDtype.of(BF16),
         )
         assert recipe.output.base_model is not None
         assert recipe.output.base_model.text == "base/model"

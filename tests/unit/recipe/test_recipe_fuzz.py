@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.recipe.entries.output_dtype import OutputDtype
 from mergeloom.engine.recipe.load import load_recipe
 from mergeloom.engine.recipe.types import (
     Recipe,
@@ -89,7 +90,7 @@ out_dtype: float32
 def test_the_valid_recipe_is_valid() -> None:
     recipe = parse(GOOD, strict=True)
     assert recipe.warnings == ()
-    assert recipe.output.out_dtype is F32
+    assert recipe.output.out_dtype == OutputDtype.of(F32)
 
 
 @settings(deadline=None, max_examples=150)

@@ -109,3 +109,13 @@ def test_a_tensor_takes_little_memory() -> None:
     tracemalloc.stop()
     assert len(table) == len(names)
     assert used <= len(names) * BYTES_OF_A_TENSOR
+
+
+@given(files())
+def test_a_table_with_other_names_has_the_same_tensors(refs: dict[str, TensorRef]) -> None:
+    table = TensorTable.of(refs)
+    renamed = table.renamed(f"x.{name}" for name in refs)
+    assert list(renamed.items()) == [(f"x.{name}", ref) for name, ref in refs.items()]
+    assert list(table.items()) == list(refs.items())
+    assert renamed.counts() == table.counts()
+    assert all(renamed[f"x.{name}"] == ref for name, ref in refs.items())

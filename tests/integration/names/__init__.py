@@ -1,0 +1,1 @@
+"""Models whose tensors have other names."""

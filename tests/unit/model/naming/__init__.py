@@ -1,0 +1,1 @@
+"""Tests of tensor names: renamed ones, and those of parts with other prefixes."""
