@@ -131,7 +131,13 @@ class BuiltGraph:
 
 
 def build_graph(
-    recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: OpenModel, *, seed: int = 0
+    recipe: Recipe,
+    stage: Stage,
+    methods: Mapping[str, Method],
+    open_model: OpenModel,
+    *,
+    seed: int = 0,
+    encodes: bool = True,
 ) -> BuiltGraph:
     """Build the graph of one stage of a recipe.
 
@@ -141,12 +147,13 @@ def build_graph(
         methods: the merge methods by name.
         open_model: function that opens the Checkpoint of a ModelReference.
         seed: seed for methods that sample.
+        encodes: whether tensors that the donor stores quantized stay so; see `TensorRules`.
 
     Raises:
         RecipeError: if the recipe refers to layers or parts that the models don't have.
         CheckpointError: if the models are incompatible.
     """
-    builder = _GraphBuilder(recipe, stage, methods, open_model, seed)
+    builder = _GraphBuilder(recipe, stage, methods, open_model, seed, encodes=encodes)
     try:
         return builder.build()
     except TensorMismatch as error:
@@ -162,7 +169,14 @@ class _GraphBuilder:
     """Builds the graph of one stage."""
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, methods: Mapping[str, Method], open_model: OpenModel, seed: int
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        methods: Mapping[str, Method],
+        open_model: OpenModel,
+        seed: int,
+        *,
+        encodes: bool,
     ) -> None:
         self.recipe = recipe
         self.stage = stage
@@ -191,7 +205,8 @@ class _GraphBuilder:
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.usage = TensorUsage(self.graph)
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
-        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors)
+        names = self.donor.checkpoint.tensors
+        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, names, encodes=encodes)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}

@@ -76,8 +76,9 @@ def build_stages(
 
     for number, stage in enumerate(recipe.stages):
         last = number == len(recipe.stages) - 1
-        # an intermediate result is not rounded to `dtype`, only to an explicit out_dtype
-        graph = build_graph(recipe, stage if last else replace(stage, dtype=None), methods, open_any, seed=seed)
+        # an intermediate result is not rounded to `dtype` or encoded, only rounded to an explicit out_dtype
+        own = stage if last else replace(stage, dtype=None)
+        graph = build_graph(recipe, own, methods, open_any, seed=seed, encodes=last)
         built.append(graph)
         config = config_of(stage, graph)
         if not last:

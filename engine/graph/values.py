@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from itertools import takewhile
+from typing import NamedTuple
 
 from ...io.tensors.dtypes import F32, F64
+from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
-from ..model.logical import LogicalTensor
+from ..model.logical import Encoding, LogicalTensor
 from .graph import Kind, MergeGraph, Operation, Value
+
+
+class Input(NamedTuple):
+    """The tensor of one source of a slice."""
+
+    source: int
+    model: Model
+    name: str
+    kind: TensorClass | TensorRef | LogicalTensor
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the values are computed from several stored tensors."""
+        return isinstance(self.kind, LogicalTensor) and self.kind.decoded
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How other values are stored in the tensor's format; None if they can't be, or it has none."""
+        return self.kind.encoding if isinstance(self.kind, LogicalTensor) else None
+
+    @property
+    def ref(self) -> TensorRef:
+        """The reference of the tensor, which is stored as it is."""
+        tensor = self.model.tensors[self.name]
+        assert isinstance(tensor, TensorRef)
+        return tensor
 
 
 class TensorValues:
