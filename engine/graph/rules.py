@@ -7,47 +7,27 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
-from ...io.tensors.dtypes import DType
+from ...io.tensors.dtypes import F32, DType
 from ...io.tensors.dtypes import Kind as ElementKind
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import NameSet
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
-from ..model.checks.formats import format_name, unquantized
 from ..model.checks.mismatch import TensorMismatch
 from ..model.checks.shapes import check_shapes
-from ..model.inputs import BoundSlice, Model
-from ..model.logical import LogicalTensor, kind_of
+from ..model.inputs import BoundSlice
+from ..model.logical import Encoding, LogicalTensor, kind_of
 from ..model.modules import absent_part, lone_projector
 from ..model.roles import is_buffer, is_optional
 from ..recipe.entries.dtype_lookup import OutputDtypes, Stored, promote
 from ..recipe.types import Stage
 from .checks.buffers import BufferChecks, StoredBuffer
 from .checks.partial import PartialTensor
+from .checks.quantized_inputs import refuse_format, refuse_quantized
+from .encoding.outputs import EncodedOutputs
 from .graph import Kind, MergeGraph, Operation
 from .usage import TensorUsage
-from .values import CopiedValue, TensorValues
-
-
-class Input(NamedTuple):
-    """The tensor of one source of a slice."""
-
-    source: int
-    model: Model
-    name: str
-    kind: TensorClass | TensorRef | LogicalTensor
-
-    @property
-    def ref(self) -> TensorRef:
-        """The reference of the tensor, which is stored as it is."""
-        tensor = self.model.tensors[self.name]
-        assert isinstance(tensor, TensorRef)
-        return tensor
-
-    @property
-    def decoded(self) -> bool:
-        """Whether the values are computed from several stored tensors."""
-        return isinstance(self.kind, LogicalTensor) and self.kind.decode is not None
+from .values import CopiedValue, Input, TensorValues
 
 
 class _Resolved(NamedTuple):
@@ -59,6 +39,7 @@ class _Resolved(NamedTuple):
         reason: why the others are not used.
         dtype: dtype of the output.
         random: whether the node needs a random key.
+        encoding: how the output is stored as codes and scales; None if it is stored in `dtype`.
     """
 
     operation: Operation
@@ -66,6 +47,7 @@ class _Resolved(NamedTuple):
     reason: str
     dtype: DType
     random: bool
+    encoding: Encoding | None = None
 
 
 class TensorRules:
@@ -82,7 +64,8 @@ class TensorRules:
     Attributes:
         buffers: the buffers among the tensors, which are compared between the models.
         decodes: whether a value that is only copied is decoded, even if nothing rounds it.
-        copies: values whose parts are copied, by name; None if no stage uses the output.
+        copies: values whose parts are copied, by name; None if no stage uses the output. Only then are values that the
+            donor stores quantized stored in its format, unless the recipe sets a dtype.
     """
 
     def __init__(
@@ -107,6 +90,7 @@ class TensorRules:
         self.copies: dict[str, CopiedValue] | None = None
         self._written = NameSet(donor)
         self._tensors = TensorValues(graph, methods["passthrough"])
+        self._encoders = EncodedOutputs(graph)
         self._operations: dict[Hashable, Operation] = {}
         self._resolved: dict[Hashable, _Resolved] = {}
         # by slice, rule for the dtype, and the addresses of the inputs' classes
@@ -175,12 +159,13 @@ class TensorRules:
     ) -> None:
         values = None if passed else self._values(part, name, inputs, t)
         quantized = [each.name in each.model.quantized for each in inputs]
-        classes = [(each.source, each.kind.dtype.name, each.kind.shape, each.decoded) for each in inputs]
+        classes = [(each.source, each.kind.dtype.name, each.kind.shape, each.decoded, each.encoding) for each in inputs]
         given = None if values is None else tuple(values.items())
         key = (part, self._dtypes.key(name), given, *quantized, *classes)
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
+        donor = _donor(part, inputs)
         in_tables = all(isinstance(each.kind, TensorClass) and not each.model.quantized for each in inputs)
         if in_tables and values is not None and values is part.parameters.constant:
             self._known[part, self._dtypes.key(name), *(id(each.kind) for each in inputs)] = found
@@ -191,9 +176,16 @@ class TensorRules:
             inputs = [inputs[index] for index in found.kept]
         if found.operation.kind is Kind.COPY and isinstance(inputs[0].kind, LogicalTensor):
             self._copy(name, inputs[0], group)
-        else:
-            random_key = self._random_key(name) if found.random else 0
+            return
+        random_key = self._random_key(name) if found.random else 0
+        if found.encoding is None:
             self._add(name, found.operation, inputs, found.dtype, group, random_key)
+            return
+        values_of = tuple([self._tensors.value(each.model, each.name) for each in inputs])
+        node = self._graph.add_node(found.operation, values_of, F32, random_key)
+        for written, stored in self._encoders.add(node, found.encoding, donor, name):
+            self._check_unwritten(written)
+            self._graph.add_output(written, stored, group)
 
     def _resolve(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], values: Mapping[str, Any] | None
@@ -207,7 +199,7 @@ class TensorRules:
             values: the method's parameters; None if the only input is passed through.
         """
         wanted = self._dtypes.of(name)
-        donor = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
+        donor = _donor(part, inputs)
         target = wanted if isinstance(wanted, DType) else promote(each.kind.dtype for each in inputs)
         if wanted is Stored.SAME:
             target = donor.kind.dtype
@@ -228,11 +220,12 @@ class TensorRules:
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)
             operation = self._pass(chosen)
-        _refuse_quantized(used)
+        refuse_quantized(used)
         if wanted is Stored.SAME:
-            _refuse_format(donor)
-            _refuse_quantized([donor], ", and out_dtype `same` needs its dtype")
-        return _Resolved(operation, kept, reason, target, kernel.random)
+            refuse_format(donor, encodes=self.copies is None)
+            refuse_quantized([donor], ", and out_dtype `same` needs its dtype")
+        encoding = donor.encoding if self.copies is None and not isinstance(wanted, DType) else None
+        return _Resolved(operation, kept, reason, target, kernel.random, encoding)
 
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """Add a buffer, copied from the base model or else from the first model that has it."""
@@ -257,7 +250,7 @@ class TensorRules:
                 raise TensorMismatch(message, first.model, other.model)
         packed = [each for each in inputs if each.name in each.model.quantized]
         if packed and not passed and (len(inputs) > 1 or not self._copies(part, name, inputs, t)):
-            _refuse_quantized(packed)
+            refuse_quantized(packed)
         kind = Kind.COPY if len(inputs) == 1 else Kind.REQUIRE_EQUAL
         self._add(name, Operation(kind, self._method.name), inputs, first.kind.dtype, group)
 
@@ -377,35 +370,6 @@ class TensorRules:
         return int.from_bytes(digest, "little")
 
 
-def _refuse_format(donor: Input) -> None:
-    """Raise CheckpointError if a tensor that determines the stored dtype has none, since it is stored in a format."""
-    if donor.decoded and isinstance(donor.kind, LogicalTensor):
-        raise CheckpointError(
-            f"tensor {donor.name} of {donor.model.name} is stored in the format {donor.kind.format}, which is not "
-            "written yet, and out_dtype `same` needs it: set a dtype for this tensor, such as `{filter: "
-            f"{donor.name}, value: bfloat16}}`"
-        )
-
-
-def _refuse_quantized(inputs: Iterable[Input], why: str = "") -> None:
-    """Raise CheckpointError if any of the tensors is quantized, since arithmetic needs the actual values.
-
-    Args:
-        inputs: the tensors.
-        why: another reason why a quantized tensor can't be used, or empty.
-    """
-    for each in inputs:
-        if isinstance(each.kind, LogicalTensor):
-            continue
-        dtype = each.kind.dtype
-        reason = each.model.quantized.get(each.name)
-        if reason is None and dtype.kind is ElementKind.FLOAT and dtype.bits % 8 == 0 and dtype.name != "F8_E8M0":
-            continue
-        reason = reason or f"it is {dtype.name}"
-        checkpoint = each.model.checkpoint
-        label = format_name(checkpoint, each.model.quantized or (each.name,))
-        raise CheckpointError(
-            f"tensor {each.name} of {each.model.name} is quantized ({label}; {reason}){why}: dequantization is not "
-            f"supported yet; {unquantized(each.model.reference.text, checkpoint)}. passthrough without dtype copies "
-            "the tensor unchanged"
-        )
+def _donor(part: BoundSlice, inputs: Sequence[Input]) -> Input:
+    """The tensor whose stored form counts for the output: the base model's, or else the first one."""
+    return next((each for each in inputs if each.source == part.base_any_method), inputs[0])

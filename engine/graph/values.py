@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import NamedTuple
 
 from ...io.tensors.dtypes import F32, F64
-from ...io.tensors.refs import TensorRef
+from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
-from ..model.logical import LogicalTensor, Part
+from ..model.logical import Encoding, LogicalTensor, Part
 from .graph import Kind, MergeGraph, Operation, Value
 
 
@@ -42,6 +43,32 @@ def _moved(part: Part, name: str, stored: TensorRef) -> Part:
     """Return a part that is stored elsewhere, under another name."""
     ref = replace(stored, dtype=part.ref.dtype, shape=part.ref.shape)
     return replace(part, name=name, ref=ref, stored=None if part.stored is None else stored)
+
+
+class Input(NamedTuple):
+    """The tensor of one source of a slice."""
+
+    source: int
+    model: Model
+    name: str
+    kind: TensorClass | TensorRef | LogicalTensor
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the values are computed from several stored tensors."""
+        return isinstance(self.kind, LogicalTensor) and self.kind.decoded
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How other values are stored in the tensor's format; None if they can't be, or it has none."""
+        return self.kind.encoding if isinstance(self.kind, LogicalTensor) else None
+
+    @property
+    def ref(self) -> TensorRef:
+        """The reference of the tensor, which is stored as it is."""
+        tensor = self.model.tensors[self.name]
+        assert isinstance(tensor, TensorRef)
+        return tensor
 
 
 class TensorValues:

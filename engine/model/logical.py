@@ -14,7 +14,7 @@ from math import prod
 from ...io.tensors.dtypes import DType, Kind
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import TensorTable
-from ...methods.kernel.access import ALIGNED, Access, Shape, TransposedSlice
+from ...methods.kernel.access import ALIGNED, Access, BlockRows, Shape, TransposedSlice
 from ...methods.kernel.decoder import Decoder
 
 
@@ -68,6 +68,21 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How values are stored as FP8 blocks: F8_E4M3 codes, and a scale for each block.
+
+    Args:
+        blocks: rows and columns of a block.
+        scales: dtype of the scales: F32, BF16 or F8_E8M0.
+        power_of_two: whether scales of other dtypes than F8_E8M0 are powers of 2, too.
+    """
+
+    blocks: BlockRows
+    scales: DType
+    power_of_two: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LogicalTensor:
     """A value of a model: what a method merges.
 
@@ -79,6 +94,7 @@ class LogicalTensor:
         decode: how the value is computed from them; None if the staged bytes of the only part are the value.
         companions: stored tensors that belong to the parts without being part of the value, such as the scales of
             activations. They are copied with the parts, and dropped if the value is computed.
+        encoding: how other values are stored in the same format; None if they can't be.
     """
 
     name: str
@@ -87,11 +103,17 @@ class LogicalTensor:
     parts: tuple[Part, ...]
     decode: Decode | None = None
     companions: tuple[Part, ...] = ()
+    encoding: Encoding | None = None
 
     @property
     def format(self) -> str:
         """Name of the format, for display."""
         return "slice" if self.decode is None else self.decode.decoder.name
+
+    @property
+    def decoded(self) -> bool:
+        """Whether a decoder computes the value."""
+        return self.decode is not None
 
     @property
     def quantized(self) -> bool:

@@ -50,6 +50,7 @@ class Declared:
         form: value of ``format``, in lowercase.
         weights: the ways in which weights are quantized.
         expert_dtype: DeepSeek-V4's ``expert_dtype``; empty if it isn't stated.
+        power_of_two: whether scales are powers of two, whatever their dtype.
     """
 
     key: str = ""
@@ -57,6 +58,7 @@ class Declared:
     form: str = ""
     weights: tuple[Weights, ...] = ()
     expert_dtype: str = ""
+    power_of_two: bool = False
 
     def of(self, bits: int, *, is_float: bool) -> Weights | None:
         """The only way in which weights with such codes are quantized; None if none or several are described."""
@@ -91,7 +93,8 @@ def declared_weights(checkpoint: Checkpoint) -> Declared:
         weights = (Weights(f"{key}.weight_block_size", strategy="block" if block else "", block=block),)
     elif method == "fbgemm_fp8":
         weights = (Weights(f"{key}.quant_method", strategy="channel"),)
-    return Declared(key, method, str(section.get("format") or "").lower(), weights, str(experts or "").lower())
+    form, powers = str(section.get("format") or "").lower(), section.get("scale_fmt") == "ue8m0"
+    return Declared(key, method, form, weights, str(experts or "").lower(), powers)
 
 
 def _of_group(checkpoint: Checkpoint, key: str, weights: Mapping[str, Any]) -> Weights:

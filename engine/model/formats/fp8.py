@@ -11,9 +11,10 @@ from ....io.tensors.dtypes import DTYPES, DType
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.tensors.refs import TensorRef
 from ....io.tensors.table import class_of, components, described
+from ....methods.formats.fp8_encoder import SCALE_DTYPES
 from ....methods.formats.scaled import FP8_BLOCKS, FP8_CHANNELS, FP8_TENSOR
 from ....methods.kernel.access import BlockRows, Shape
-from ..logical import Decode, LogicalTensor, Part
+from ..logical import Decode, Encoding, LogicalTensor, Part
 from .declared import Declared, Weights, declared_weights, nominal_dtype
 
 POWERS = DTYPES["F8_E8M0"]
@@ -53,7 +54,9 @@ def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
             use = uses[id(codes), id(kind)] = _use(checkpoint, name, codes.shape, scale, declared)
         scales = Part.seen_as(scale, tensors[scale], use.access, use.shape, use.dtype)
         parts = (Part(name, tensors[name]), scales)
-        yield LogicalTensor(name, codes.shape, nominal, parts, use.decode, names.companions(name))
+        yield LogicalTensor(
+            name, codes.shape, nominal, parts, use.decode, names.companions(name), _encoding(use, codes.dtype, scales)
+        )
 
 
 class SiblingNames:
@@ -94,12 +97,20 @@ class _Use(NamedTuple):
         shape: shape of the scales for this access.
         dtype: dtype that their bits are read as.
         decode: computes the values.
+        power_of_two: whether scales in other dtypes than F8_E8M0 are powers of two.
     """
 
     access: BlockRows
     shape: Shape
     dtype: DType
     decode: Decode
+    power_of_two: bool
+
+
+def _encoding(use: _Use, codes: DType, scales: Part) -> Encoding | None:
+    """How other values are stored like these; None for scales in bytes, one for all of a tensor, or another FP8."""
+    plain = codes.name == "F8_E4M3" and use.dtype.name in SCALE_DTYPES and scales.stored is None
+    return Encoding(use.access, use.dtype, use.power_of_two) if plain and use.decode is not _TENSOR else None
 
 
 def _use(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: Declared) -> _Use:
@@ -115,16 +126,16 @@ def _use(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: 
     complete = BlockRows(max(1, rows), max(1, columns))
     weights = declared.of(8, is_float=True)
     if ref.elements == 1 and not stack:
-        return _Use(complete, (1, 1), dtype, _TENSOR)
+        return _Use(complete, (1, 1), dtype, _TENSOR, declared.power_of_two)
     if weights is not None and weights.block is not None:
         access = BlockRows(*weights.block)
         if not access.part_shape_fits(shape, ref.shape) or len(ref.shape) != len(shape):
             raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
-        return _Use(access, ref.shape, dtype, _BLOCKS)
+        return _Use(access, ref.shape, dtype, _BLOCKS, declared.power_of_two)
     if ref.shape in ((*stack, rows, 1), (*stack, rows)):
-        return _Use(BlockRows(1, max(1, columns)), (*stack, rows, 1), dtype, _CHANNELS)
+        return _Use(BlockRows(1, max(1, columns)), (*stack, rows, 1), dtype, _CHANNELS, declared.power_of_two)
     if stack and ref.shape in (tuple(stack), (*stack, 1), (*stack, 1, 1)):
-        return _Use(complete, (*stack, 1, 1), dtype, _TENSOR)
+        return _Use(complete, (*stack, 1, 1), dtype, _TENSOR, declared.power_of_two)
     raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
 
 

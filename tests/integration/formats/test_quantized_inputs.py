@@ -77,8 +77,8 @@ def test_a_copy_keeps_codes_scales_and_what_belongs_to_them(tmp_path: Path, form
     assert copied["quantization_config"] == original["quantization_config"]
 
 
-def test_a_merged_model_is_bfloat16_and_its_config_says_so(tmp_path: Path) -> None:
-    models = [quantized.write_pair(tmp_path, "fp8 blocks", seed)[0] for seed in (1, 2)]
+def test_a_format_that_is_not_written_becomes_bfloat16_and_config_says_so(tmp_path: Path) -> None:
+    models = [quantized.write_pair(tmp_path, "int4", seed)[0] for seed in (1, 2)]
     warnings = mergeloom.plan(recipe("linear", models, None)).warnings
     mergeloom.merge(recipe("linear", models, None), tmp_path / "out")
     assert {tensor.dtype for tensor in read_model(tmp_path / "out").values()} == {torch.bfloat16}
@@ -86,7 +86,7 @@ def test_a_merged_model_is_bfloat16_and_its_config_says_so(tmp_path: Path) -> No
     assert "quantization_config" not in config
     assert config["torch_dtype"] == "bfloat16"
     assert any("quantization_config" in str(warning) for warning in warnings)
-    assert any("stores quantized (FP8" in str(warning) for warning in warnings)
+    assert any("stores quantized (compressed-tensors" in str(warning) for warning in warnings)
 
 
 def test_modules_that_are_no_longer_quantized_are_listed(tmp_path: Path) -> None:
@@ -100,6 +100,7 @@ def test_modules_that_are_no_longer_quantized_are_listed(tmp_path: Path) -> None
             for (model, _), each in zip(models, weight, strict=True)
         ],
     }
+    made["out_dtype"] = [{"filter": "mlp", "value": "bfloat16"}, {"value": "same"}]
     mergeloom.merge(made, tmp_path / "out")
     found, stored = weights(tmp_path / "out"), weights(models[0][0])
     name = "model.layers.1.self_attn.o_proj.weight"

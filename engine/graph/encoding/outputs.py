@@ -1,0 +1,45 @@
+"""Adds the outputs of a tensor that is stored as codes and scales, with the names that its donor has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...model.logical import Encoding, LogicalTensor
+from ..graph import Kind, MergeGraph, Operation
+from ..values import Input, renamed
+from .blocks import BlockEncoders
+
+
+class EncodedOutputs:
+    """Adds encoded tensors to a graph.
+
+    Args:
+        graph: the graph that receives the nodes.
+    """
+
+    def __init__(self, graph: MergeGraph) -> None:
+        self._graph = graph
+        self._encoders = BlockEncoders(graph)
+
+    def add(self, node: int, encoding: Encoding, donor: Input, name: str) -> Iterator[tuple[str, int]]:
+        """Add nodes that store a node's output like a tensor of the donor.
+
+        Args:
+            node: number of the node.
+            encoding: how it is stored.
+            donor: tensor that is stored in this way.
+            name: name of the output tensor.
+
+        Yields:
+            The name and the node of each tensor of the output: codes, scales, and copies of what belongs to those of
+            the donor, such as the scales of activations.
+        """
+        tensor = donor.kind
+        assert isinstance(tensor, LogicalTensor)
+        nodes = self._encoders.fp8(node, encoding.blocks, encoding.scales, power_of_two=encoding.power_of_two)
+        for part, made in zip(tensor.parts, nodes, strict=True):
+            yield renamed(part.name, donor.name, name), made
+        for part in tensor.companions:
+            read = self._graph.add_read(donor.model.number, part.name, part.ref)
+            copy = Operation(Kind.COPY, "passthrough")
+            yield renamed(part.name, donor.name, name), self._graph.add_node(copy, (read,), part.ref.dtype)

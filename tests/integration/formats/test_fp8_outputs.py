@@ -1,0 +1,128 @@
+"""Merges that are written as FP8 blocks: codes and scales equal those of an independent encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mergeloom
+from mergeloom.errors import CheckpointError
+from tests.support.models import quantized
+from tests.support.outputs import digests, read_model
+
+WRITTEN: dict[str, tuple[str, int | None, Callable[[Tensor], Tensor]]] = {
+    "fp8 blocks": ("weight_scale_inv", 32, lambda each: each),
+    "fp8 blocks, bf16 scales": ("weight_scale_inv", 32, lambda each: each.to(torch.bfloat16)),
+    "fp8 blocks, e8m0 scales": ("scale", 32, quantized.powers_of_two),
+    "fp8 rows": ("weight_scale", None, lambda each: each),
+}
+"""By format: the name of the scales, the rows of a block (None for a row each), and how scales are rounded."""
+
+
+def linear(models: list[Path], **more: Any) -> dict[str, Any]:
+    entries = [{"model": str(model), "parameters": {"weight": 0.5}} for model in models]
+    return {"merge_method": "linear", "models": entries} | more
+
+
+def ties(models: list[Path], **more: Any) -> dict[str, Any]:
+    made = linear(models, **more) | {"merge_method": "ties", "base_model": str(models[0])}
+    return made | {"parameters": {"density": 0.5}}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("make", [linear, ties])
+def test_codes_and_scales_equal_those_of_the_reference(
+    tmp_path: Path, form: str, make: Callable[..., dict[str, Any]]
+) -> None:
+    """The values are those of a merge of decoded models to float32; the test divides, clamps and casts them."""
+    ending, rows, rounded = WRITTEN[form]
+    pairs = [quantized.write_pair(tmp_path, form, seed) for seed in (1, 2, 3)]
+    mergeloom.merge(make([model for model, _ in pairs]), tmp_path / "out")
+    mergeloom.merge(make([values for _, values in pairs], dtype="float32"), tmp_path / "values")
+    found, values = read_model(tmp_path / "out"), read_model(tmp_path / "values")
+    stored = read_model(pairs[0][0])
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()
+    }
+    for module in quantized.weights(1):
+        value = values[f"{module}.weight"]
+        codes, scales, _ = quantized.blocks(value, rows or 1, 48 if rows else value.shape[1], rounded)
+        assert torch.equal(found[f"{module}.{ending}"].float(), scales.float()), module
+        assert torch.equal(found[f"{module}.weight"].view(torch.uint8), codes.view(torch.uint8)), module
+    configs = [json.loads((each / "config.json").read_text()) for each in (tmp_path / "out", pairs[0][0])]
+    assert configs[0] == configs[1]
+
+
+def test_slerp_is_within_half_a_step_of_float64(tmp_path: Path) -> None:
+    pairs = [quantized.write_pair(tmp_path, "fp8 blocks", seed) for seed in (1, 2)]
+    made = linear([model for model, _ in pairs]) | {"merge_method": "slerp", "base_model": str(pairs[0][0])}
+    mergeloom.merge(made | {"parameters": {"t": 0.3}}, tmp_path / "out")
+    found = read_model(tmp_path / "out")
+    first, second = (read_model(values) for _, values in pairs)
+    for module in quantized.weights(1):
+        a, b = (values[f"{module}.weight"].double() for values in (first, second))
+        angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+        value = (torch.sin(0.7 * angle) * a + torch.sin(0.3 * angle) * b) / torch.sin(angle)
+        scales = found[f"{module}.weight_scale_inv"].double().repeat_interleave(32, 0).repeat_interleave(48, 1)
+        scales = scales[: value.shape[0], : value.shape[1]]
+        decoded = found[f"{module}.weight"].double() * scales
+        half = torch.maximum(value.abs() * 2.0**-4, scales * 2.0**-10)
+        assert ((decoded - value).abs() <= half * (1 + 1e-5)).all()
+
+
+def test_a_dtype_decodes_and_a_filter_list_chooses(tmp_path: Path) -> None:
+    models = [quantized.write_pair(tmp_path, "fp8 blocks", seed)[0] for seed in (1, 2)]
+    mergeloom.merge(linear(models, dtype="bfloat16"), tmp_path / "plain")
+    assert {tensor.dtype for tensor in read_model(tmp_path / "plain").values()} == {torch.bfloat16}
+    chosen = [{"filter": "self_attn", "value": "bfloat16"}, {"value": "same"}]
+    mergeloom.merge(linear(models, out_dtype=chosen), tmp_path / "mixed")
+    found = read_model(tmp_path / "mixed")
+    section = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization_config"]
+    assert section["modules_to_not_convert"] == [f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)]
+    for layer in range(2):
+        assert found[f"model.layers.{layer}.self_attn.o_proj.weight"].dtype == torch.bfloat16
+        assert f"model.layers.{layer}.self_attn.o_proj.weight_scale_inv" not in found
+        assert found[f"model.layers.{layer}.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("form", ["int4", "mxfp4", "fp8 tensor", "fp8 blocks, byte scales"])
+def test_same_is_refused_for_formats_that_are_not_written(tmp_path: Path, form: str) -> None:
+    models = [quantized.write_pair(tmp_path, form, seed)[0] for seed in (1, 2)]
+    with pytest.raises(
+        CheckpointError, match=r"which mergeloom reads but does not write, and out_dtype `same` needs"
+    ) as caught:
+        mergeloom.plan(linear(models, out_dtype="same"))
+    assert "value: bfloat16}, {value: same}]`" in str(caught.value)
+    assert "become 10.2KB)" in str(caught.value)
+
+
+def test_an_intermediate_stage_keeps_values(tmp_path: Path) -> None:
+    """The second stage merges the values of the first one, which are not rounded to FP8."""
+    pairs = [quantized.write_pair(tmp_path, "fp8 blocks", seed) for seed in (1, 2, 3)]
+    for column, name in ((0, "out"), (1, "values")):
+        models = [pair[column] for pair in pairs]
+        first = linear(models[:2]) | {"name": "first"}
+        last = {"merge_method": "linear", "models": [
+            {"model": each, "parameters": {"weight": 0.5}} for each in ("first", str(models[2]))]}  # fmt: skip
+        last["dtype"] = "float32"
+        mergeloom.merge([first, last], tmp_path / name)
+    found, expected = read_model(tmp_path / "out"), read_model(tmp_path / "values")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_planned_bytes_are_executed_for_any_budget(tmp_path: Path) -> None:
+    models = [quantized.write_pair(tmp_path, "fp8 blocks", seed)[0] for seed in (1, 2)]
+    planned = mergeloom.plan(linear(models)).to_dict()
+    result = mergeloom.merge(linear(models), tmp_path / "out")
+    smallest = mergeloom.merge(linear(models), tmp_path / "small", max_ram=planned["minimum_ram"])
+    for measured in (result.measured, smallest.measured):
+        assert measured.bytes_written == planned["bytes_written"]
+        assert measured.bytes_read == planned["bytes_read"]
+    assert digests(tmp_path / "out") == digests(tmp_path / "small")
