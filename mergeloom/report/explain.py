@@ -131,7 +131,7 @@ def explain(plan: Plan, name: str) -> Explanation:
     steps = [(position, step) for position, step in enumerate(schedule.steps, 1) if step.node == computing]
     device = steps[0][1].device if steps else 0
     merged = operation.kind is Kind.MERGE
-    stages = stage_parameters(plan, node)
+    stages = stage_parameters(plan, computing)
     return Explanation(
         name=name,
         shape=graph.shape(node),
