@@ -51,12 +51,26 @@ def renamed(recipe: Recipe, reference: ModelReference, rename: Rename, checkpoin
             f"config.json of {model} refers to {stated} by this name in its description of quantized tensors: the "
             "tensors of a quantized model can't be renamed; use a copy whose config.json has the new names",
         )
+    return with_names(checkpoint, names)
+
+
+def with_names(checkpoint: C, names: Mapping[str, str]) -> C:
+    """Return a checkpoint with other names for its tensors.
+
+    Args:
+        checkpoint: the checkpoint.
+        names: its names by the new ones, in the order of its tensors.
+    """
+    tensors, views = checkpoint.tensors, checkpoint.views
     table = (
         tensors.renamed(names) if isinstance(tensors, TensorTable) else dict(zip(names, tensors.values(), strict=True))
     )
-    views = {new: checkpoint.views[name] for new, name in names.items() if name in checkpoint.views}
-    stored = {new: name for new, name in names.items() if new != name}
-    return replace(checkpoint, tensors=table, views=views, stored=stored)
+    return replace(
+        checkpoint,
+        tensors=table,
+        views={new: views[name] for new, name in names.items() if name in views},
+        stored={new: name for new, name in names.items() if new != name},
+    )
 
 
 def _rename(name: str, pairs: Sequence[tuple[str, str]]) -> tuple[int, str]:

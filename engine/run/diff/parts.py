@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
-from ....io.tensors.refs import TensorRef
-from ....io.tensors.table import TensorTable
 from ...model.inputs import Model, sort_tensors
 from ...model.layers import find_layers
 from ...model.naming.parts import AmbiguousNames, match_part, prefix_change
+from ...model.naming.renaming import with_names
 from ...recipe.types import ModelReference
 
 
@@ -32,18 +28,11 @@ def with_names_of(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         matched = {name: new for new, name in match_part(donor, stack, model, own).items()}
     except AmbiguousNames:
         return checkpoint
-    names = dict.fromkeys(
-        f"{stack.prefix}{name[len(own.prefix) :]}" if model.layers.split(name) else matched.get(name, name)
+    names = {
+        f"{stack.prefix}{name[len(own.prefix) :]}" if model.layers.split(name) else matched.get(name, name): name
         for name in checkpoint.tensors
-    )
-    return replace(checkpoint, tensors=_renamed(checkpoint, names)) if len(names) == len(model.tensors) else checkpoint
-
-
-def _renamed(checkpoint: Checkpoint, names: Mapping[str, object]) -> Mapping[str, TensorRef]:
-    tensors = checkpoint.tensors
-    return (
-        tensors.renamed(names) if isinstance(tensors, TensorTable) else dict(zip(names, tensors.values(), strict=True))
-    )
+    }
+    return with_names(checkpoint, names) if len(names) == len(model.tensors) else checkpoint
 
 
 def _model(checkpoint: Checkpoint) -> Model | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import mergeloom
 from tests.support.models.vision import FAMILIES, write_model, write_text
@@ -30,3 +31,21 @@ def test_the_text_part_is_compared_with_the_text_model(kind: str, tmp_path: Path
         assert tensor.name.endswith(other.name.rpartition("layers.")[2].rpartition("model.")[2])
         assert np.isclose(tensor.similarity.products, float(np.sum(a * b)), rtol=1e-9)
         assert np.isclose(other.similarity.products, tensor.similarity.products, rtol=1e-9)
+
+
+def test_views_of_pickled_tensors_keep_belonging_to_their_tensors(tmp_path: Path) -> None:
+    """A transposed tensor is stored as a range in another order, which is not compared element by element."""
+    family = FAMILIES["llava"]
+    model, text = write_model(family, tmp_path / "model", 1), write_text(family, tmp_path / "text", 2)
+    values = read_model(text)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((text / "config.json").read_bytes())
+    torch.save(values | {name: values[name].t().contiguous().t()}, pickled / "pytorch_model.bin")
+    found, plain = mergeloom.diff(model, pickled), mergeloom.diff(model, text)
+    (left,) = found.not_compared
+    assert left.name == f"language_model.{name}"
+    similar = {tensor.name: tensor.similarity for tensor in plain.tensors}
+    del similar[left.name]
+    assert {tensor.name: tensor.similarity for tensor in found.tensors} == similar
