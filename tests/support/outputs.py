@@ -32,7 +32,7 @@ def read_model(directory: Path) -> dict[str, Tensor]:
         assert content["weight_map"] == homes
         assert content["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     else:
-        assert set(homes.values()) == {"model.safetensors"}
+        assert set(homes.values()) in ({"model.safetensors"}, {"diffusion_pytorch_model.safetensors"})
     return found
 
 

@@ -353,7 +353,7 @@ def test_interrupting_a_merge_leaves_nothing(place: str, message: str, name: str
         "import os, signal, sys; from mergeloom.cli import signals; import mergeloom.engine.run.merge as m\n"
         "from mergeloom.engine.execute import executor; import mergeloom\n"
         f"from mergeloom.__main__ import main; signals.GRACE_SECONDS = {HANG_SECONDS}\n"
-        f"def stop(*arguments):\n    os.kill(os.getpid(), signal.{name})\n"
+        f"def stop(*arguments, **named):\n    os.kill(os.getpid(), signal.{name})\n"
         f"mergeloom.{place} = stop\nsys.exit(main(sys.argv[1:]))"
     )
     arguments = [sys.executable, "-c", script, "merge", str(recipe), str(tmp_path / "out")]
