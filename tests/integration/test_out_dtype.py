@@ -126,7 +126,7 @@ def test_a_quantized_donor_is_rejected_where_its_dtype_is_needed(tmp_path: Path)
     assert plan(copied, CPU).bytes_computed == 0
     scaled = copied | {"parameters": {"scale": 0.5}}
     with pytest.raises(
-        CheckpointError, match=r"tensor .*up_proj.weight.* is stored in the format FP8 .*, which is not"
+        CheckpointError, match=r"tensor .*up_proj.weight.* is stored in the format FP8 .*, and out_dtype `same`"
     ):
         plan(scaled, CPU)
 
