@@ -105,9 +105,8 @@ def test_the_stored_dtype_of_a_decoded_tensor_is_used_for_copies_only(tmp_path: 
     mergeloom.merge({**copied, "out_dtype": None}, tmp_path / "plain")
     assert same_tensors(read_model(tmp_path / "out"), read_model(tmp_path / "plain"))
     scaled = copied | {"parameters": {"scale": 2}}
-    with pytest.raises(
-        CheckpointError, match="is stored in the format .*, which is not written yet, and out_dtype `same`"
-    ):
+    message = "is stored in the format .*, which mergeloom reads but does not write, and out_dtype `same` needs it"
+    with pytest.raises(CheckpointError, match=message):
         mergeloom.plan(scaled)
     base = {"merge_method": "linear", "base_model": str(plain), "models": [{"model": str(toy)}, {"model": str(plain)}]}
     planned = mergeloom.plan(base | {"out_dtype": "same", "parameters": {"weight": 1}})
