@@ -11,9 +11,8 @@ from ...io.tensors.dtypes import F32, DType
 from ...io.tensors.dtypes import Kind as ElementKind
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import NameSet
-from ...methods.kernel.kernel import Kernel
 from ...methods.kernel.method import Method
-from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
+from ...methods.kernel.spec import Absent, MethodError
 from ..model.checks.mismatch import TensorMismatch
 from ..model.checks.shapes import check_shapes
 from ..model.inputs import BoundSlice
@@ -27,6 +26,7 @@ from .checks.partial import PartialTensor
 from .checks.quantized_inputs import refuse_format, refuse_quantized
 from .encoding.outputs import EncodedOutputs
 from .graph import Kind, MergeGraph, Operation
+from .operation import Operations
 from .usage import TensorUsage
 from .values import CopiedValue, Input, TensorValues
 
@@ -94,8 +94,7 @@ class TensorRules:
         self.written = NameSet(donor)
         self._tensors = TensorValues(graph, methods["passthrough"])
         self._encoders = EncodedOutputs(graph)
-        self._operations: dict[Hashable, Operation] = {}
-        self._kernels: dict[Hashable, Kernel] = {}  # of expressions that are the same for all shapes
+        self._operations = Operations()
         self._resolved: dict[Hashable, _Resolved] = {}
         # by slice, rule for the dtype, and the addresses of the inputs' classes
         self._known: dict[tuple[object, ...], _Resolved] = {}
@@ -330,49 +329,14 @@ class TensorRules:
         base = next((index for index, each in enumerate(inputs) if each.source == part.base), None)
         positions = tuple(each.model.number for each in inputs)
         try:
-            return self._operation(self._method, values, base, inputs[0].kind.shape, positions)
+            return self._operations.of(self._method, values, base, inputs[0].kind.shape, positions)
         except MethodError as error:
             named = [(each.source, each.name) for each in inputs]
             raise part.parameters.error(name, named, error) from error
 
     def _pass(self, source: Input) -> Operation:
         """The operation that only converts the dtype."""
-        return self._operation(self._methods["passthrough"], {"scale": (1.0,)}, None, source.kind.shape, (0,))
-
-    def _operation(
-        self,
-        method: Method,
-        values: Mapping[str, Any],
-        base: int | None,
-        shape: tuple[int, ...],
-        positions: tuple[int, ...],
-    ) -> Operation:
-        """Bind a method to its inputs and parameters; equal operations are the same object. Raises MethodError."""
-        if method.base is Base.NONE:
-            base = None
-        parameters = tuple(values.items())
-        key = (method.name, parameters, base, shape, positions)
-        known = self._operations.get(key)
-        if known is not None:
-            return known
-        alike = (method.name, parameters, base, len(positions))
-        if alike in self._kernels:
-            kernel = self._kernels[alike].resized(shape)
-        else:
-            kernel = method.kernel(InputSpec(len(positions), base, shape), dict(values)).with_used_inputs()
-            if kernel.any_shape:
-                self._kernels[alike] = kernel
-        shown = tuple(
-            (name, tuple(value[index] for index in kernel.kept) if isinstance(value, tuple) else value)
-            for name, value in parameters
-        )
-        drawn = tuple(positions[index] for index in kernel.kept) if kernel.random else ()
-        operation = Operation(Kind.MERGE, method.name, shown, kernel.inputs.base, drawn, kernel)
-        if not kernel.random:  # only the number of models matters, not which
-            equal = (method.name, parameters, base, shape, len(positions))
-            operation = self._operations.setdefault(equal, operation)
-        self._operations[key] = operation
-        return operation
+        return self._operations.of(self._methods["passthrough"], {"scale": (1.0,)}, None, source.kind.shape, (0,))
 
     def random_key(self, name: str) -> int:
         """A 64-bit key derived from the seed and the output tensor's name."""
