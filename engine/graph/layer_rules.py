@@ -111,7 +111,9 @@ class LayerRules:
         self._nodes.update(zip(layer.keys, nodes, strict=True))
         self._random = self._random or any(_is_random(graph, node) for node in nodes)
 
-    def _layer(self, part: BoundSlice, tensors: Mapping[str, str], sources: Sequence[Sequence[str | None]]) -> _Layer | None:
+    def _layer(
+        self, part: BoundSlice, tensors: Mapping[str, str], sources: Sequence[Sequence[str | None]]
+    ) -> _Layer | None:
         """A layer of stored tensors that all sources have; None if other facts about its tensors matter."""
         stored: list[StoredTensors] = []
         for model, own in zip(part.models, sources, strict=True):
