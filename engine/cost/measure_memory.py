@@ -5,6 +5,7 @@ Compiled loops know what they take. The memory of torch's operations is measured
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from ...io.tensors.dtypes import DType
@@ -34,13 +35,16 @@ def measure_footprints(graph: MergeGraph, *, separate: bool) -> None:
     """
     if separate:
         from .measure_torch_memory import footprint as measured_footprint
-    found: dict[tuple[int, tuple[DType, ...], tuple[DType, ...]], Footprint] = {}
+    found: dict[Hashable, Footprint] = {}
     for number, node in enumerate(graph.class_nodes):
         operation = graph.operation(node)
         if operation.kernel is None or operation.kind is not Kind.MERGE or not graph.elements(node):
             continue
         dtypes, outs = tuple(map(graph.value_dtype, graph.node_sources[node])), graph.result_dtypes(node)
-        key = (graph.node_operation[node], dtypes, outs)
+        same: Hashable = graph.node_operation[node]
+        if operation.kernel.any_shape and not separate:  # kernels for other shapes have the same expressions
+            same = tuple(map(id, operation.kernel.outputs))
+        key = (same, dtypes, outs)
         result = found.get(key)
         if result is None:
             if separate:

@@ -78,11 +78,9 @@ def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:
 def models_with_merged_embeddings(built: BuiltGraph) -> set[int]:
     """The numbers of the models of a stage whose embeddings or heads are merged with those of another model."""
     graph, reads = built.graph, _reads_of_embeddings(built)
-    linked = bool(graph.users())
+    using = (node for read in reads for node in graph.node_sources.having(read))
     merged: set[int] = set()
-    for node in dict.fromkeys(graph.outputs.nodes):
-        if not linked and reads.keys().isdisjoint(graph.node_sources[node]):
-            continue
+    for node in dict.fromkeys(graph.outputs.nodes if graph.users() else using):
         if len(sources := graph.reads_of(node)) > 1:
             models = {reads[read] for read in sources if read in reads}
             merged |= models if len(models) > 1 else set()

@@ -32,6 +32,7 @@ from .checks.partial import PartialTensor, partial_warnings
 from .checks.quantized_outputs import check_quantized_outputs, decoding_warnings
 from .fuse import fuse
 from .graph import MergeGraph
+from .layer_rules import LayerRules
 from .rules import TensorRules
 from .tensor_sources import TensorSources
 from .usage import TensorUsage, Unused
@@ -213,10 +214,12 @@ class _GraphBuilder:
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
         self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors)
         self.rules.copies = {} if intermediate else None
+        self.layer_rules = LayerRules(self.graph, self.rules, self.tensors_from if stage.tensors_from else None)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
         self._group = 0
+        self._has_head = False
 
     def build(self) -> BuiltGraph:
         duplicates = list(find_duplicates(self.recipe, (part for parts in self.parts for part in parts)))
@@ -242,8 +245,7 @@ class _GraphBuilder:
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = nominal_dtype(self.stage)
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)
-        head = any(map(is_head, self.graph.outputs.names))
-        used = (*self.sources, *self.tensors_from.models)
+        used, head = (*self.sources, *self.tensors_from.models), self._has_head
         return BuiltGraph(
             graph=self.graph,
             models=self.models,
@@ -279,9 +281,7 @@ class _GraphBuilder:
         names = [each for each in self._non_layer_names(module, parts) if self.modules.belongs(module, each)]
         after = {name for name in names if self.donor.layers.is_after(name)}
         self._group += 1
-        for name in names:
-            if name not in after:
-                self._add_non_layer(module, parts[0], name)
+        self._add_outside(module, parts[0], [name for name in names if name not in after])
         for number in stacks:
             count = 0
             for part in parts:
@@ -289,9 +289,7 @@ class _GraphBuilder:
                 count = self._add_slice(part, number, count)
             self._add_extras(parts[-1], number, count)
         self._group += 1
-        for name in names:
-            if name in after:
-                self._add_non_layer(module, parts[-1], name)
+        self._add_outside(module, parts[-1], [name for name in names if name in after])
 
     # --- outside the layers ------------------------------------------------------------------------------------
 
@@ -312,6 +310,13 @@ class _GraphBuilder:
         if is_head(name):
             return "head"
         return "norm" if self.donor.layers.is_after(name) else "embeddings"
+
+    def _add_outside(self, module: Module, part: BoundSlice, names: Iterable[str]) -> None:
+        """Add tensors outside the layers. A head is one of them, so only these names are searched for it."""
+        before = len(self.graph.outputs)
+        for name in names:
+            self._add_non_layer(module, part, name)
+        self._has_head |= any(map(is_head, self.graph.outputs.names[before:]))
 
     def _add_non_layer(self, module: Module, part: BoundSlice, name: str) -> None:
         key = self._non_layer_key(name)
@@ -369,15 +374,12 @@ class _GraphBuilder:
         own = part.models.index(self.donor) if self.donor in part.models else 0
         rests = dict.fromkeys(chain.from_iterable((layers[own], *layers)))
         unmoved = target == indices[own] and part.models[own].layers.mains[stack].prefix == prefix
-        for rest in rests:
-            # the same string as in the checkpoint, if the name is the same
-            name = layers[own].get(rest) if unmoved else None
-            if name is None:
-                name = f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}"
-            names = [layer.get(rest) for layer in layers]
-            taken = self.stage.tensors_from and self.tensors_from.add(self.rules, name, part.models, names, self._group)
-            if not taken:
-                self.rules.add(part, name, names, t, self._group, copied=part.is_copied)
+        # the same strings as in the checkpoint, if the names are the same
+        known = layers[own] if unmoved else {}
+        tensors = {
+            rest: known.get(rest) or (f"{prefix}.{target}.{rest}" if rest else f"{prefix}.{target}") for rest in rests
+        }
+        self.layer_rules.add(part, tensors, [list(map(layer.get, rests)) for layer in layers], t, self._group)
         return rests
 
     def _add_extras(self, part: BoundSlice, stack: int, count: int) -> None:

@@ -7,7 +7,7 @@ cheaper. Whatever is chosen, the bytes of the output are the same.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from ...io.tensors.dtypes import F64, DType
@@ -133,6 +133,7 @@ class _Fusion:
     graph: MergeGraph
     kept: Set[int]
     _operations: dict[Hashable, Operation] = field(default_factory=dict)
+    _kernels: dict[Hashable, Composition] = field(default_factory=dict)  # of expressions that fit all shapes
     _users: Mapping[int, list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,12 +173,12 @@ class _Fusion:
             not self._converts(inner) or graph.node_dtype[inner] == dtype
         ):
             node = inner  # the conversion is the rounding of the output
-        parts = self._parts(node, boundary)
-        if len(parts.nodes) == 1:
+        if all(value >= 0 or value in boundary for value in graph.node_sources[node]):
             operation = graph.operation(node)
             sources = graph.node_sources[node]
             leaves = tuple((value, graph.access(node, place)) for place, value in enumerate(sources))
             return operation, leaves, dtype, graph.node_key[node]
+        parts = self._parts(node, boundary)
         return self._composed(parts), tuple(parts.leaves), dtype, 0
 
     def _converts(self, node: int) -> bool:
@@ -239,7 +240,7 @@ class _Fusion:
             if all(access is ALIGNED for access in accesses):
                 accesses = ()
             stored = tuple(graph.value_shape(value) for value, _ in found.leaves) if accesses else ()
-            kernel = Composition(InputSpec(len(found.leaves), None, graph.shape(root), accesses, stored), parts)
+            kernel = self._kernel(InputSpec(len(found.leaves), None, graph.shape(root), accesses, stored), parts)
             loads = ("passthrough", ())  # converts the dtype, or loads a slice: not worth a word
             shown = dict.fromkeys(each[0] for each in reversed(methods) if each != loads) or ["passthrough"]
             name = " of ".join(shown)
@@ -248,6 +249,17 @@ class _Fusion:
             self._operations[key] = known
         return known
 
+    def _kernel(self, inputs: InputSpec, parts: Sequence[Part]) -> Composition:
+        """Return the kernel of several parts: a known one, if only the shape is another."""
+        if inputs.accesses or not all(part.kernel.any_shape for part in parts):
+            return Composition(inputs, parts)
+        key = inputs.count, tuple((tuple(map(id, part.kernel.outputs)), *_identity(part)[1:]) for part in parts)
+        known = self._kernels.get(key)
+        if known is None:
+            known = self._kernels[key] = Composition(inputs, parts)
+            return known
+        return known.with_parts(parts, inputs.shape)
 
-def _identity(part: Part) -> Hashable:
+
+def _identity(part: Part) -> tuple[Hashable, ...]:
     return id(part.kernel), part.sources, part.key, part.positions, part.round_to

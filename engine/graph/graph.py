@@ -20,7 +20,7 @@ from ...io.tensors.dtypes import DType
 from ...io.tensors.refs import TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access
-from .columns import Output, Outputs, Reads, Rows, grouped
+from .columns import Output, Outputs, Reads, Rows, StoredTensors, grouped
 from .footprint import Footprint
 from .operation import Kind, Operation, result_of
 
@@ -52,8 +52,7 @@ class MergeGraph:
     def __init__(self, models: tuple[str, ...]) -> None:
         self.models = models
         self.reads = Reads()
-        self.read_models = array("H")
-        self.read_names: list[str] = []
+        self.read_models, self.read_names = self.reads.models, self.reads.names
         self.operations: list[Operation] = []
         self.node_operation = array("I")
         self.node_sources = Rows()
@@ -62,21 +61,17 @@ class MergeGraph:
         self.node_key = array("Q")
         self._node_class = array("I")
         self._class_nodes: list[int] = []
+        self._repeated: dict[int, array[int]] = {}  # by first node, the nodes that some nodes repeat
         self.shares_reads = False
         self._class_places: list[tuple[int, ...]] = []
         self.outputs = Outputs()
         self.footprints: dict[int, Footprint] = {}
-        self._read_numbers: dict[tuple[int, str], int] = {}
-        self._row_numbers: dict[
-            int, array[int]
-        ] = {}  # for each model and row of its table, the read; -1 if it has none
         self._operation_numbers: dict[Operation, int] = {}
         self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
-        self._first_users = array("i"), array("i")  # by read, and by node: the first with it as first source; or -1
+        self._first_users = array("i")  # for each node, the first node with it as its first source; or -1
         self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
         self._class_numbers: dict[tuple[object, ...], int] = {}
         self._uses_nodes = False  # whether any source is a node
-        self._used = bytearray()  # for each read, whether a node uses it
         self._users: tuple[int, Mapping[int, list[int]]] = (0, {})  # after how many nodes they were found
         self._results: dict[int, tuple[int, ...]] = {}
         self._access_numbers: dict[Access, int] = {ALIGNED: 0}
@@ -84,33 +79,11 @@ class MergeGraph:
 
     def add_read(self, model: int, name: str, ref: TensorRef) -> int:
         """Add the read of tensor `name` of a model, or find it; returns the read number."""
-        number = self._read_numbers.setdefault((model, name), len(self.reads))
-        if number == len(self.reads):
-            self.reads.append(ref)
-            self._append_read(model, name)
-        return number
+        return self.reads.find(model, name, ref)
 
     def add_stored(self, model: int, name: str, tensors: TensorTable) -> int:
-        """Add the read of tensor `name` of a model that has these tensors, or find it; returns the read number.
-
-        Of one model, the reads of all tensors are added in this way, or none of them.
-        """
-        numbers = self._row_numbers.get(model)
-        if numbers is None:
-            numbers = self._row_numbers[model] = array("i", [-1]) * len(tensors)
-        row = tensors.row(name)
-        number = numbers[row]
-        if number < 0:
-            number = numbers[row] = len(self.reads)
-            self.reads.append_stored(*tensors.place(row))
-            self._append_read(model, name)
-        return number
-
-    def _append_read(self, model: int, name: str) -> None:
-        self.read_models.append(model)
-        self.read_names.append(name)
-        self._first_users[0].append(-1)
-        self._used.append(0)
+        """Add the read of tensor `name` of a model that has these tensors, or find it (see `Reads.find_stored`)."""
+        return self.reads.find_stored(model, name, tensors)
 
     def add_node(
         self,
@@ -132,7 +105,7 @@ class MergeGraph:
         number = self._number(operation)
         equal = (number, sources, dtype.name, key)
         # most values are the first source of one node only, so few nodes are in `_node_numbers`
-        users, place = self._first_users[sources[0] < 0], max(sources[0], ~sources[0])
+        users, place = self._first_users if sources[0] < 0 else self.reads.first_users, max(sources[0], ~sources[0])
         first = users[place]
         if first < 0:
             first = users[place] = self.append_node(operation, sources, dtype, key, shape)
@@ -167,15 +140,35 @@ class MergeGraph:
         self.node_dtype.append(dtype)
         self.node_shape.append(shape)
         self.node_key.append(key)
-        self._first_users[1].append(-1)
+        self._first_users.append(-1)
+        used = self.reads.used
         for value in set(sources):
             if value < 0:
                 self._uses_nodes = True
-            elif self._used[value]:
+            elif used[value]:
                 self.shares_reads = True
             else:
-                self._used[value] = 1
+                used[value] = 1
         return len(self.node_operation) - 1
+
+    def repeat_nodes(self, like: array[int], tensors: Sequence[StoredTensors], keys: Iterable[int]) -> range:
+        """Add nodes with the operations of others, each on the next tensor of each model; returns the node numbers.
+
+        Args:
+            like: nodes to repeat. The sources of each are consecutive reads: of one tensor of each model, in order.
+            tensors: for each model, tensors of the classes of these reads, of which no reads were added before.
+            keys: random key of each node.
+        """
+        begin, end, reads = len(self.node_operation), len(self.node_operation) + len(like), len(self.reads)
+        self.reads.repeat(self.node_sources.firsts(like), tensors, begin)
+        self.node_sources.extend(reads, len(tensors), len(like))
+        self.node_operation.extend(map(self.node_operation.__getitem__, like))
+        self.node_dtype.extend(map(self.node_dtype.__getitem__, like))
+        self.node_shape.extend(map(self.node_shape.__getitem__, like))
+        self.node_key.extend(keys)
+        self._first_users.extend([-1] * len(like))
+        self._repeated[begin] = like
+        return range(begin, end)
 
     def _check_use(self, operation: Operation, sources: tuple[Value, ...]) -> None:
         """Raise ValueError unless an operation computes with the first tensors of nodes, element for element."""
@@ -193,12 +186,14 @@ class MergeGraph:
         A mixture of experts has a dozen classes, so what depends on the class alone is computed once. The classes are
         found when they are asked for: a node can be added before those that it uses.
         """
-        known = len(self._node_class)
-        for node in range(known, len(self.node_operation)) if known < len(self.node_operation) else ():
+        while (node := len(self._node_class)) < len(self.node_operation):
+            if (repeated := self._repeated.pop(node, None)) is not None:
+                self._node_class.extend(array("I", map(self._node_class.__getitem__, repeated)))
+                continue
             sources = self.node_sources[node]
-            repeated = tuple(map(sources.index, sources)) if len(set(sources)) < len(sources) else ()
+            same = tuple(map(sources.index, sources)) if len(set(sources)) < len(sources) else ()
             results = [(self.node_dtype[other].name, self.node_shape[other]) for other in self.results(node)]
-            kind = (self.node_operation[node], *results, repeated, *map(self._class_of_value, sources))
+            kind = (self.node_operation[node], *results, same, *map(self._class_of_value, sources))
             number = self._class_numbers.setdefault(kind, len(self._class_nodes))
             if number == len(self._class_nodes):
                 self._class_nodes.append(node)
@@ -254,6 +249,7 @@ class MergeGraph:
         if len(self._node_class) > node:  # the classes are found again
             del self._node_class[:], self._class_nodes[:], self._class_places[:]
             self._class_numbers.clear()
+        self._repeated.clear()
         return self._results[node]
 
     def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:

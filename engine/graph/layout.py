@@ -172,7 +172,7 @@ class _Packer:
         self._graph = graph
         self._sizes = sizes
         self._copied = copied
-        self._entries = array("Q", map(_entry_bound, graph.outputs.names, map(graph.shape, graph.outputs.nodes)))
+        self._entries = array("Q", map(_entry_bound, graph.outputs.names, graph.outputs.of_nodes(graph.node_shape)))
         self._limit = shard_size
         self.shards: list[_OpenShard] = []
         self._by_end: dict[int, list[_OpenShard]] = {}
@@ -221,22 +221,27 @@ class _Packer:
         """
         roomy = list(self.shards)
         loose: list[_OpenShard] = []
-        shard: _OpenShard | None = None
+        shard = _OpenShard(0)
+        sizes, entries, copied, limit = self._sizes, self._entries, self._copied, self._limit
         for number in numbers:
-            if self._copied[number]:
+            if copied[number]:
                 roomy = [each for each in roomy if self._fits(each, number)]
                 width = max(8, self._bits(number)) // 8
                 previous = next((each for each in roomy if each.end % width == 0), None)
                 if previous is not None:
                     self._add(previous, number)
                     continue
-            if shard is None or not self._fits(shard, number):
+            size, entry = sizes[number], entries[number]
+            if not shard.outputs or shard.data + shard.header + size + entry > limit:  # see `_fits`
                 shard = _OpenShard(0)
                 self.shards.append(shard)
                 loose.append(shard)
-            self._add(shard, number)
+            shard.outputs.append(number)
+            shard.data += size
+            shard.header += entry
         for shard in loose:
-            shard.outputs.sort(key=lambda number: -self._bits(number))
+            if len(set(map(self._bits, shard.outputs))) > 1:
+                shard.outputs.sort(key=lambda number: -self._bits(number))
 
     def _bits(self, number: int) -> int:
         """Width of an output's elements."""
@@ -271,25 +276,41 @@ def _build(
     """
     folder, stem = place
     built = []
+    shard_of, offset_of = layout.shard_of, layout.offset_of
     for index, shard in enumerate(shards):
         outputs = array("I", shard.outputs)
         build = partial(_build_header, graph, outputs, metadata, shard.residue)
         data_start = offset = len(build())
-        computed: list[tuple[int, int]] = []
-        for number in shard.outputs:
-            layout.shard_of[number], layout.offset_of[number] = len(layout.shards) + index, offset
-            if sizes[number] and not copied[number]:
-                if computed and sum(computed[-1]) == offset:
-                    computed[-1] = (computed[-1][0], computed[-1][1] + sizes[number])
-                else:
-                    computed.append((offset, sizes[number]))
+        at = len(layout.shards) + index
+        for number in outputs:
+            shard_of[number] = at
+            offset_of[number] = offset
             offset += sizes[number]
+        computed = _computed_ranges(outputs, sizes, copied, data_start)
         name = f"{stem}.safetensors"
         if len(shards) > 1:
             name = f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         path = f"{folder}/{name}" if folder else name
-        built.append(Shard(path, data_start, outputs, offset, tuple(computed), build))
+        built.append(Shard(path, data_start, outputs, offset, computed, build))
     return built
+
+
+def _computed_ranges(
+    outputs: Sequence[int], sizes: Sequence[int], copied: bytearray, offset: int
+) -> tuple[tuple[int, int], ...]:
+    """The ranges (offset, bytes) of a shard that are computed; its data starts at `offset`."""
+    if not any(map(copied.__getitem__, outputs)):
+        nbytes = sum(map(sizes.__getitem__, outputs))
+        return ((offset, nbytes),) if nbytes else ()
+    ranges: list[tuple[int, int]] = []
+    for number in outputs:
+        if sizes[number] and not copied[number]:
+            if ranges and sum(ranges[-1]) == offset:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + sizes[number])
+            else:
+                ranges.append((offset, sizes[number]))
+        offset += sizes[number]
+    return tuple(ranges)
 
 
 def _build_header(graph: MergeGraph, outputs: Sequence[int], metadata: dict[str, str], residue: int) -> bytes:

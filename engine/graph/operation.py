@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.kernel import Kernel
+from ...methods.kernel.method import Method
+from ...methods.kernel.spec import Base, InputSpec
 
 
 class Kind(Enum):
@@ -76,3 +79,61 @@ def result_of(operation: Operation, shape: Shape, place: int, own: Shape) -> Ope
     if not made.part_shape_fits(shape, own) or (0 in shape and 0 not in own):
         raise ValueError(f"a tensor of shape {list(own)} cannot be computed with one of {list(shape)} by {made}")
     return Operation(Kind.RESULT, operation.method, made=made)
+
+
+class Operations:
+    """Binds methods to inputs and parameters. Equal operations are the same object."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Operation] = {}
+        self._kernels: dict[Hashable, Kernel] = {}  # of expressions that are the same for all shapes
+
+    def of(
+        self,
+        method: Method,
+        values: Mapping[str, Any],
+        base: int | None,
+        shape: tuple[int, ...],
+        positions: tuple[int, ...],
+    ) -> Operation:
+        """Bind a method.
+
+        Args:
+            method: the method.
+            values: the parameters (see `Method.kernel`).
+            base: index of the base model among the inputs, or None.
+            shape: shape of the output.
+            positions: for each input, the index of its model in the recipe.
+
+        Raises:
+            MethodError: a value or the number of inputs is invalid.
+        """
+        if method.base is Base.NONE:
+            base = None
+        parameters = tuple(values.items())
+        key = (method.name, parameters, base, shape, positions)
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        kernel = self._kernel(method, parameters, InputSpec(len(positions), base, shape))
+        shown = tuple(
+            (name, tuple(value[index] for index in kernel.kept) if isinstance(value, tuple) else value)
+            for name, value in parameters
+        )
+        drawn = tuple(positions[index] for index in kernel.kept) if kernel.random else ()
+        operation = Operation(Kind.MERGE, method.name, shown, kernel.inputs.base, drawn, kernel)
+        if not kernel.random:  # only the number of models matters, not which
+            equal = (method.name, parameters, base, shape, len(positions))
+            operation = self._known.setdefault(equal, operation)
+        self._known[key] = operation
+        return operation
+
+    def _kernel(self, method: Method, parameters: tuple[tuple[str, Any], ...], inputs: InputSpec) -> Kernel:
+        """The kernel of a method without inputs that it doesn't use; traced once if it is the same for all shapes."""
+        key = (method.name, parameters, inputs.base, inputs.count)
+        if key in self._kernels:
+            return self._kernels[key].resized(inputs.shape)
+        kernel = method.kernel(inputs, dict(parameters)).with_used_inputs()
+        if kernel.any_shape:
+            self._kernels[key] = kernel
+        return kernel

@@ -12,7 +12,7 @@ from ...io.tensors.dtypes import Kind as ElementKind
 from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import NameSet
 from ...methods.kernel.method import Method
-from ...methods.kernel.spec import Absent, Base, InputSpec, MethodError
+from ...methods.kernel.spec import Absent, MethodError
 from ..model.checks.mismatch import TensorMismatch
 from ..model.checks.shapes import check_shapes
 from ..model.inputs import BoundSlice
@@ -26,6 +26,7 @@ from .checks.partial import PartialTensor
 from .checks.quantized_inputs import refuse_format, refuse_quantized
 from .encoding.outputs import EncodedOutputs
 from .graph import Kind, MergeGraph, Operation
+from .operation import Operations
 from .usage import TensorUsage
 from .values import CopiedValue, Input, TensorValues
 
@@ -66,6 +67,8 @@ class TensorRules:
         decodes: whether a value that is only copied is decoded, even if nothing rounds it.
         copies: values whose parts are copied, by name; None if no stage uses the output. Only then are values that the
             donor stores quantized stored in its format, unless the recipe sets a dtype.
+        written: the names of the output tensors.
+        dtypes: the dtype that the recipe sets for each output tensor.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class TensorRules:
         donor: Mapping[str, TensorRef],
     ) -> None:
         self.partial: list[PartialTensor] = []
-        self._dtypes = OutputDtypes(stage)
+        self.dtypes = OutputDtypes(stage)
         self._advise_modules = stage.modules is None
         self._methods = methods
         self._method = methods[stage.merge_method]
@@ -88,10 +91,10 @@ class TensorRules:
         self.buffers = BufferChecks(graph.models)
         self.decodes = False
         self.copies: dict[str, CopiedValue] | None = None
-        self._written = NameSet(donor)
+        self.written = NameSet(donor)
         self._tensors = TensorValues(graph, methods["passthrough"])
         self._encoders = EncodedOutputs(graph)
-        self._operations: dict[Hashable, Operation] = {}
+        self._operations = Operations()
         self._resolved: dict[Hashable, _Resolved] = {}
         # by slice, rule for the dtype, and the addresses of the inputs' classes
         self._known: dict[tuple[object, ...], _Resolved] = {}
@@ -140,7 +143,7 @@ class TensorRules:
         if part.parameters.constant is None or None in names:
             return False
         kinds = [kind_of(model.tensors, own or "") for model, own in zip(part.models, names, strict=True)]
-        found = self._known.get((part, self._dtypes.key(name), *map(id, kinds)))
+        found = self._known.get((part, self.dtypes.key(name), *map(id, kinds)))
         if found is None or is_buffer(name, kinds[0].shape):
             return False
         for index, own in enumerate(names) if len(found.kept) < len(names) else ():
@@ -148,7 +151,7 @@ class TensorRules:
                 self._usage.mark_unused(part.models[index], own or "", found.reason)
         self._check_unwritten(name)
         values = [self._tensors.value(part.models[index], names[index] or "") for index in found.kept]
-        key = self._random_key(name) if found.random else 0
+        key = self.random_key(name) if found.random else 0
         self._graph.add_output(name, self._graph.add_node(found.operation, tuple(values), found.dtype, key), group)
         return True
 
@@ -161,14 +164,14 @@ class TensorRules:
         quantized = [each.name in each.model.quantized for each in inputs]
         classes = [(each.source, each.kind.dtype.name, each.kind.shape, each.decoded, each.encoding) for each in inputs]
         given = None if values is None else tuple(values.items())
-        key = (part, self._dtypes.key(name), given, *quantized, *classes)
+        key = (part, self.dtypes.key(name), given, *quantized, *classes)
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
         donor = _donor(part, inputs)
         in_tables = all(isinstance(each.kind, TensorClass) and not each.model.quantized for each in inputs)
         if in_tables and values is not None and values is part.parameters.constant:
-            self._known[part, self._dtypes.key(name), *(id(each.kind) for each in inputs)] = found
+            self._known[part, self.dtypes.key(name), *(id(each.kind) for each in inputs)] = found
         if len(found.kept) < len(inputs):
             for index, each in enumerate(inputs):
                 if index not in found.kept:
@@ -177,7 +180,7 @@ class TensorRules:
         if found.operation.kind is Kind.COPY and isinstance(inputs[0].kind, LogicalTensor):
             self._copy(name, inputs[0], group)
             return
-        random_key = self._random_key(name) if found.random else 0
+        random_key = self.random_key(name) if found.random else 0
         if found.encoding is None:
             self._add(name, found.operation, inputs, found.dtype, group, random_key)
             return
@@ -198,7 +201,7 @@ class TensorRules:
             inputs: the inputs.
             values: the method's parameters; None if the only input is passed through.
         """
-        wanted = self._dtypes.of(name)
+        wanted = self.dtypes.of(name)
         donor = _donor(part, inputs)
         target = wanted if isinstance(wanted, DType) else promote(each.kind.dtype for each in inputs)
         if wanted is Stored.SAME:
@@ -302,7 +305,7 @@ class TensorRules:
 
     def _check_unwritten(self, name: str) -> None:
         """Record the name of an output tensor. Raises CheckpointError if it is there already."""
-        if not self._written.add(name):
+        if not self.written.add(name):
             raise CheckpointError(
                 f"two tensors of the output have the name {name}: each must come from a single part of the recipe"
             )
@@ -326,45 +329,16 @@ class TensorRules:
         base = next((index for index, each in enumerate(inputs) if each.source == part.base), None)
         positions = tuple(each.model.number for each in inputs)
         try:
-            return self._operation(self._method, values, base, inputs[0].kind.shape, positions)
+            return self._operations.of(self._method, values, base, inputs[0].kind.shape, positions)
         except MethodError as error:
             named = [(each.source, each.name) for each in inputs]
             raise part.parameters.error(name, named, error) from error
 
     def _pass(self, source: Input) -> Operation:
         """The operation that only converts the dtype."""
-        return self._operation(self._methods["passthrough"], {"scale": (1.0,)}, None, source.kind.shape, (0,))
+        return self._operations.of(self._methods["passthrough"], {"scale": (1.0,)}, None, source.kind.shape, (0,))
 
-    def _operation(
-        self,
-        method: Method,
-        values: Mapping[str, Any],
-        base: int | None,
-        shape: tuple[int, ...],
-        positions: tuple[int, ...],
-    ) -> Operation:
-        """Bind a method to its inputs and parameters; equal operations are the same object. Raises MethodError."""
-        if method.base is Base.NONE:
-            base = None
-        parameters = tuple(values.items())
-        key = (method.name, parameters, base, shape, positions)
-        known = self._operations.get(key)
-        if known is not None:
-            return known
-        kernel = method.kernel(InputSpec(len(positions), base, shape), dict(values)).with_used_inputs()
-        shown = tuple(
-            (name, tuple(value[index] for index in kernel.kept) if isinstance(value, tuple) else value)
-            for name, value in parameters
-        )
-        drawn = tuple(positions[index] for index in kernel.kept) if kernel.random else ()
-        operation = Operation(Kind.MERGE, method.name, shown, kernel.inputs.base, drawn, kernel)
-        if not kernel.random:  # only the number of models matters, not which
-            equal = (method.name, parameters, base, shape, len(positions))
-            operation = self._operations.setdefault(equal, operation)
-        self._operations[key] = operation
-        return operation
-
-    def _random_key(self, name: str) -> int:
+    def random_key(self, name: str) -> int:
         """A 64-bit key derived from the seed and the output tensor's name."""
         digest = hashlib.blake2b(f"{self._seed}\0{name}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")

@@ -7,13 +7,15 @@ ranges. The graphs are then linked to one, in which a copy of a copy is a copy o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.tensors.dtypes import F32, F64, DType
-from ...io.tensors.refs import TensorRef
+from ...io.tensors.refs import TensorClass
+from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
@@ -25,19 +27,6 @@ from .checks.buffers import BufferCheck, StoredBuffer
 from .fuse import fuse
 from .graph import Kind, MergeGraph, Operation, Value
 from .usage import Unused
-
-
-@dataclass(frozen=True, slots=True)
-class StageRef(TensorRef):
-    """A tensor that an earlier stage computes; its file and offset have no meaning.
-
-    Args:
-        stage: index of the stage in the recipe.
-        node: node of the stage's graph that computes the tensor.
-    """
-
-    stage: int
-    node: int
 
 
 def build_stages(
@@ -80,30 +69,36 @@ def build_stages(
         built.append(graph)
         config = config_of(stage, graph)
         if not last:
-            checkpoints[stage.name or ""] = _as_checkpoint(number, stage, graph, config)
+            checkpoints[stage.name or ""] = _as_checkpoint(stage, graph, config)
     return _Linker(recipe, built, methods).link()
 
 
-def _as_checkpoint(number: int, stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
-    """A stage's output as a checkpoint for the next stage, with the dtypes that it would have on disk."""
-    graph = built.graph
-    tensors = ArrangedTensors()
-    for index, output in enumerate(graph.outputs):
-        dtype = _stored_dtype(stage, graph, output.name, output.node)
-        elements = graph.elements(output.node)
-        tensors[output.name] = StageRef(
-            Path(stage.name or "stage"),
-            index,
-            dtype.nbytes(elements),
-            dtype,
-            graph.shape(output.node),
-            number,
-            output.node,
-        )
-    tensors.found = tuple(copy.tensor_of(tensors) for copy in built.copies.values())
+def _as_checkpoint(stage: Stage, built: BuiltGraph, config: Mapping[str, Any] | None) -> Checkpoint:
+    """A stage's output as a checkpoint for the next stage, with the dtypes that it would have on disk.
+
+    The offset of a tensor is the number of its output in the stage's graph.
+    """
+    graph, outputs = built.graph, built.graph.outputs
+
+    classes: list[TensorClass] = []
+    known: dict[tuple[str, tuple[int, ...]], TensorClass] = {}
+    for name, node in zip(outputs.names, outputs.nodes, strict=True):
+        dtype, shape = _stored_dtype(stage, graph, name, node), graph.shape(node)
+        if (dtype.name, shape) not in known:
+            known[dtype.name, shape] = TensorClass(dtype, shape, dtype.nbytes(graph.elements(node)))
+        classes.append(known[dtype.name, shape])
+    tensors = TensorTable()
+    tensors.add(Path(stage.name or "stage"), tuple(map(intern, outputs.names)), classes, range(len(outputs)))
+    arranged = ArrangedTensors(tensors if built.copies else {})
+    arranged.found = tuple(copy.tensor_of(tensors) for copy in built.copies.values())
     donor = built.models[built.donor].checkpoint
     return replace(
-        donor, tensors=tensors, config=None if config is None else dict(config), files=(), ignored=(), remarks=()
+        donor,
+        tensors=arranged if arranged.found else tensors,
+        config=None if config is None else dict(config),
+        files=(),
+        ignored=(),
+        remarks=(),
     )
 
 
@@ -144,6 +139,12 @@ class _Linker:
                     references[model.reference] = len(self._models)
                     self._models.append(replace(model, number=len(self._models)))
         self._numbers = references
+        names = {stage.name: number for number, stage in enumerate(recipe.stages)}
+        # for each stage and each of its models, the number of the stage whose output the model is
+        self._stages = [
+            [None if (stage := recipe.stage(model.reference)) is None else names[stage.name] for model in found.models]
+            for found in built
+        ]
         self._graph = MergeGraph(tuple(model.name for model in self._models))
         self._rounded = [
             {output.node for output in found.graph.outputs if rounds(stage, output.name)}
@@ -187,6 +188,15 @@ class _Linker:
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
+    def _computing(self, number: int, read: int) -> tuple[int, int] | None:
+        """The stage and its node that compute what a stage reads; None if it reads a file."""
+        graph = self._built[number].graph
+        stage = self._stages[number][graph.read_models[read]]
+        if stage is None:
+            return None
+        _, offsets = graph.reads.places()
+        return stage, self._built[stage].graph.outputs.nodes[offsets[read]]
+
     def _values(self, stages: list[int]) -> dict[tuple[int, int], Value]:
         """Add what the outputs of some stages are computed from; return the value of each node of a stage by both."""
         needed: list[set[int]] = [set() for _ in self._built]
@@ -198,8 +208,8 @@ class _Linker:
                 for value in graph.node_sources[node] if node in needed[number] else ():
                     if value < 0:
                         needed[number].add(~value)
-                    elif isinstance(ref := graph.reads[value], StageRef):
-                        needed[ref.stage].add(ref.node)
+                    elif (computing := self._computing(number, value)) is not None:
+                        needed[computing[0]].add(computing[1])
         values: dict[tuple[int, int], Value] = {}
         for number, nodes in enumerate(needed):
             for node in sorted(nodes):
@@ -214,11 +224,10 @@ class _Linker:
         for value in graph.node_sources[node]:
             if value < 0:
                 sources.append(values[stage, ~value])
-            elif isinstance(ref := graph.reads[value], StageRef):
-                sources.append(values[ref.stage, ref.node])
+            elif (computing := self._computing(stage, value)) is not None:
+                sources.append(values[computing])
             else:
-                model = self._numbers[built.models[graph.read_models[value]].reference]
-                sources.append(self._graph.add_read(model, graph.read_names[value], ref))
+                sources.append(self._read(built, value))
         rounded = graph.node_dtype[node] if node in self._rounded[stage] else None
         copies = operation.kernel is not None and operation.kernel.copies is not None and not operation.accesses
         if operation.copies_tensor or (copies and rounded is None):
@@ -230,6 +239,17 @@ class _Linker:
             operation = self._picked(operation, sources[0], shape)
         computed = sources[0] if copies else self._computed(operation, sources, graph.node_key[node], shape)
         return computed if rounded is None else self._converted(computed, rounded)
+
+    def _read(self, built: BuiltGraph, read: int) -> Value:
+        """Add a read of a file by a stage."""
+        graph = built.graph
+        model, name = (
+            self._models[self._numbers[built.models[graph.read_models[read]].reference]],
+            graph.read_names[read],
+        )
+        if isinstance(model.tensors, TensorTable):
+            return self._graph.add_stored(model.number, name, model.tensors)
+        return self._graph.add_read(model.number, name, graph.reads[read])
 
     def _picked(self, operation: Operation, source: Value, shape: tuple[int, ...]) -> Operation:
         """The kernel that loads the elements which a copy with an access copies."""
@@ -279,19 +299,19 @@ class _Linker:
 
     def _buffers(self) -> Iterator[BufferCheck]:
         """The buffers that are compared between the models, in all stages."""
-        for found in self._built:
+        for number, found in enumerate(self._built):
             for check in found.buffers:
-                chosen, *others = (self._in_file(found, each) for each in (check.chosen, *check.others))
+                chosen, *others = (self._in_file(number, each) for each in (check.chosen, *check.others))
                 others = [each for each in dict.fromkeys(others) if each != chosen]
                 yield BufferCheck(check.name, chosen, tuple(others))
 
-    def _in_file(self, built: BuiltGraph, buffer: StoredBuffer) -> StoredBuffer:
+    def _in_file(self, number: int, buffer: StoredBuffer) -> StoredBuffer:
         """A buffer of an input of a stage as it is stored in a file: stages only copy buffers."""
-        while isinstance(ref := buffer.ref, StageRef):
-            built = self._built[ref.stage]
-            read = built.graph.node_sources[ref.node][0]
-            buffer = StoredBuffer(built.graph.read_models[read], built.graph.read_names[read], built.graph.reads[read])
-        return buffer._replace(model=self._numbers[built.models[buffer.model].reference])
+        while (stage := self._stages[number][buffer.model]) is not None:
+            number, graph = stage, self._built[stage].graph
+            read = graph.node_sources[graph.outputs.nodes[buffer.ref.offset]][0]
+            buffer = StoredBuffer(graph.read_models[read], graph.read_names[read], graph.reads[read])
+        return buffer._replace(model=self._numbers[self._built[number].models[buffer.model].reference])
 
     def _unused(self) -> Iterator[Unused]:
         """Every tensor in a file that the linked graph doesn't read, with the cause in one of the stages."""
@@ -327,12 +347,12 @@ class _Linker:
             number, node = stack.pop()
             built = self._built[number]
             for read in built.graph.reads_of(node):
-                ref = built.graph.reads[read]
-                if not isinstance(ref, StageRef):
+                computing = self._computing(number, read)
+                if computing is None:
                     yield (
                         self._numbers[built.models[built.graph.read_models[read]].reference],
                         built.graph.read_names[read],
                     )
-                elif (ref.stage, ref.node) not in seen:
-                    seen.add((ref.stage, ref.node))
-                    stack.append((ref.stage, ref.node))
+                elif computing not in seen:
+                    seen.add(computing)
+                    stack.append(computing)

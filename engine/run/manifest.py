@@ -21,7 +21,7 @@ from ...io.tensors.assembled import files_of
 from ...methods.kernel.spec import ARITHMETIC_VERSION
 from ...methods.registry import code_of
 from ...version import __version__
-from ..graph.facts import operation_facts
+from ..graph.exports.facts import operation_facts
 from ..graph.graph import MergeGraph
 from ..graph.layout import LAYOUT_VERSION
 from ..recipe.overrides import recipe_difference

@@ -5,7 +5,7 @@ What such a step takes depends only on the class of its node, so it is found onc
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from ..graph.extents import bytes_of_chunks, length
@@ -22,6 +22,7 @@ class StepAlone(NamedTuple):
         staged: bytes that are put into slots: those that are read, and zeros that no file holds.
         slots: number of slots that one chunk takes.
         demand: number of slots that all chunks take.
+        computes: whether the node computes anything, on a device's own memory if the device has it.
     """
 
     bytes_read: tuple[int, ...]
@@ -29,6 +30,7 @@ class StepAlone(NamedTuple):
     staged: int
     slots: int
     demand: int
+    computes: bool
 
 
 class StepsAlone:
@@ -67,13 +69,14 @@ class StepsAlone:
                     alone[node] = 0
         return alone
 
-    def step(self, node: int) -> StepAlone:
-        """Return what such a step of a node takes."""
-        key = self._classes[node], self._chunk_elements[node]
-        found = self._found.get(key)
-        if found is None:
-            found = self._found[key] = self._find(node)
-        return found
+    def steps(self, nodes: Sequence[int]) -> list[StepAlone]:
+        """Return what such a step of each of some nodes takes."""
+        chunks = map(self._chunk_elements.__getitem__, nodes)
+        keys = list(zip(map(self._classes.__getitem__, nodes), chunks, strict=True))
+        for key, node in dict(zip(keys, nodes, strict=True)).items():
+            if key not in self._found:
+                self._found[key] = self._find(node)
+        return list(map(self._found.__getitem__, keys))
 
     def _find(self, node: int) -> StepAlone:
         graph, chunk = self._graph, self._chunk_elements[node]
@@ -88,4 +91,5 @@ class StepsAlone:
             staged += bytes_of_chunks(graph, node, place, max(1, step), 0, chunks, zeros=True)
             demand += chunks
         slots = writes + len(sources) if count else 0
-        return StepAlone(tuple(bytes_read), sum(bytes_read), staged, slots, demand)
+        computes = graph.operation(node).kind is Kind.MERGE
+        return StepAlone(tuple(bytes_read), sum(bytes_read), staged, slots, demand, computes)

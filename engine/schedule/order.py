@@ -32,8 +32,7 @@ def _positions(graph: MergeGraph) -> list[int]:
     names, (files, offsets) = graph.reads.files, graph.reads.places()
     ranks = {number: rank for rank, number in enumerate(sorted(range(len(names)), key=names.__getitem__))}
     positions = []
-    for sources in graph.node_sources:
-        value = sources[0]
+    for value in graph.node_sources.firsts(graph.nodes()):
         while value < 0:
             value = graph.node_sources[~value][0]
         positions.append(ranks[files[value]] << 64 | offsets[value])

@@ -88,9 +88,13 @@ def requirements(
         if workspace > result.workspace:
             result.workspace = workspace
             result.workspace_node = node
+    classes, known = graph.node_class, set[tuple[int, int]]()
     for group in connected(graph):
         alignment = common_alignment(graph, group)
         for node in group:
+            if (classes[node], alignment) in known:
+                continue
+            known.add((classes[node], alignment))
             staged = max(staged_bytes(graph, node, place, alignment) for place in graph.places(node))
             made = most_made(graph, node, alignment)
             _grow(result, max(staged, made, alignment * widest(graph, node)), node)

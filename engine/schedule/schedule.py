@@ -196,7 +196,7 @@ def make_schedule(
 def _refuse_too_small(problem: Problem) -> None:
     graph, budget, node = problem.graph, problem.budget, problem.needs[0].node
     if node is None and len(graph.node_sources):
-        node = max(graph, key=lambda n: len(graph.node_sources[n]))
+        node = max(graph.class_nodes, key=lambda n: len(graph.node_sources[n]))
     reason = "" if node is None else f", required by {graph.label(node)}"
     minimum_ram, minimum_vram = problem.minimum_ram, problem.minimum_vram
     if budget.ram < minimum_ram:

@@ -7,67 +7,20 @@ a node that others use stays in RAM until the last of them has used it: no file 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..graph.extents import bytes_of_chunks, length
 from ..graph.graph import Kind, MergeGraph
 from .alone import StepsAlone
+from .passes import Pass, StepShape, undisturbed
 from .simulated_cache import SimulatedCache
-from .step_list import NOTHING, CachedRange, Step, StepList
+from .step_list import NOTHING, CachedRange, StepList
 from .tiling import ChunkedRead, chunk_count, chunked_sources
 
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What a step of a node needs, apart from which sources: equal for all nodes of a class.
-
-    Args:
-        count: number of chunks.
-        counts: for each distinct source, the number of chunks: 1 for one that is staged at once.
-        writes: number of slots that each chunk takes for the output.
-        nbytes: for each distinct source, the bytes that all chunks need.
-    """
-
-    count: int
-    counts: tuple[int, ...]
-    writes: int
-    nbytes: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Pass:
-    """A step before the simulation has decided what stays cached after it.
-
-    Args:
-        node: number of the node.
-        device: number of the device that computes it.
-        separate: whether the computation reads its chunks from that device's own memory.
-        shape: what the step needs.
-        writes: number of slots that each chunk takes for the output in this pass.
-        stays: whether the output stays in its slots, for the nodes that use it.
-        sources: the distinct sources of the node.
-        before: for each source, the chunks that are cached before the step.
-        next_uses: for each source, the position of the next step that needs it; None if none does.
-    """
-
-    node: int
-    device: int
-    separate: bool
-    shape: _Shape
-    writes: int
-    stays: bool
-    sources: tuple[ChunkedRead, ...]
-    before: list[CachedRange]
-    next_uses: list[int | None]
-
-    def by_next_use(self) -> list[tuple[int, int]]:
-        """Return the next use and the number of each read that is needed again, the soonest first."""
-        return sorted(
-            (use, number)
-            for number, (source, use) in enumerate(zip(self.sources, self.next_uses, strict=True))
-            if use is not None and source.read >= 0
-        )
+_AT_ONCE = 4096
+"""Number of steps that are simulated together if they share nothing: the lists take memory."""
 
 
 @dataclass(slots=True)
@@ -103,15 +56,18 @@ class Simulation:
     total_slot_demand: int = 0  # slots that would be taken if none were ever freed
     _cache: SimulatedCache = field(init=False)
     _alone: StepsAlone = field(init=False)
+    # slots not used for caching: for the current chunks and, if RAM allows, for those read next
+    _reserved: int = field(init=False)
     # positions still to come of the sources that several nodes share, the next one last
     _uses: dict[ChunkedRead, list[int]] = field(default_factory=dict)
-    _shapes: dict[Hashable, _Shape] = field(default_factory=dict)
+    _shapes: dict[tuple[int, int], StepShape] = field(default_factory=dict)  # by class and chunk
 
     def __post_init__(self) -> None:
         self.steps = StepList(self.graph.places)
         self.vram_peaks = [0] * len(self.vram_slots)
         self._cache = SimulatedCache(len(self.vram_slots))
         self._alone = StepsAlone(self.graph, self.chunk_elements, self.slot)
+        self._reserved = self.window * (2 if self.ram_slots >= 4 * self.window else 1)
 
     @property
     def fits(self) -> bool:
@@ -127,10 +83,16 @@ class Simulation:
                 if source.read < 0 or shared[source.read]:
                     self._uses.setdefault(source, []).append(position)
         unread = dict.fromkeys(self._uses, True)
-        for position, node in enumerate(order):
-            if alone[node] and self._cache.ram <= self.ram_slots - self._reserved:
-                self._step_alone(node)
+        flags = bytes(map(alone.__getitem__, order))
+        position = 0
+        while position < len(order):
+            if flags[position] and self._cache.ram <= self.ram_slots - self._reserved:
+                end = flags.find(0, position, position + _AT_ONCE)
+                nodes = order[position : end if end >= 0 else position + _AT_ONCE]
+                self._steps_alone(nodes)
+                position += len(nodes)
                 continue
+            node = order[position]
             sources = self._sources(node)
             shape = self._shape(node, sources)
             for source, nbytes in zip(sources, shape.nbytes, strict=True):
@@ -143,6 +105,7 @@ class Simulation:
             self.total_slot_demand += sum(shape.counts) + shape.count * shape.writes
             for index in range(self.graph.operation(node).passes):
                 self._step(position, node, index, sources, shape)
+            position += 1
 
     def _shared_reads(self, order: Sequence[int]) -> bytearray:
         """Return for each read whether several of the nodes use it: 0 or 1. Most models share few reads, if any."""
@@ -154,41 +117,45 @@ class Simulation:
                     seen[read] = 1
         return shared
 
-    def _step_alone(self, node: int) -> None:
-        """Simulate the only step of a node that finds nothing in the cache and leaves nothing there."""
-        device, found = self.devices[node], self._alone.step(node)
-        separate = self.vram_slots[device] > 0 and self.graph.operation(node).kind is Kind.MERGE
-        ram = self._cache.ram + found.slots
-        vram = self._cache.vram[device] + found.slots if separate else 0
-        uploaded = found.staged if separate else 0
-        self.total_slot_demand += found.demand
-        self.bytes_read += found.nbytes
-        self.bytes_once += found.nbytes
-        self.uploaded += uploaded
-        self.peak = max(self.peak, ram)
-        self.vram_peaks[device] = max(self.vram_peaks[device], vram)
-        self.steps.append_alone(node, device, found.bytes_read, uploaded, ram, vram)
+    def _steps_alone(self, nodes: Sequence[int]) -> None:
+        """Simulate the only steps of nodes that find nothing in the cache and leave nothing there."""
+        steps, devices = self._alone.steps(nodes), list(map(self.devices.__getitem__, nodes))
+        separate = [step.computes and self.vram_slots[device] > 0 for step, device in zip(steps, devices, strict=True)]
+        ram = [self._cache.ram + step.slots for step in steps]
+        vram = uploaded = [0] * len(steps)
+        if any(separate):
+            held = map(self._cache.vram.__getitem__, devices)
+            vram = [on * (before + step.slots) for on, before, step in zip(separate, held, steps, strict=True)]
+            uploaded = [on * step.staged for on, step in zip(separate, steps, strict=True)]
+            for device, slots in set(zip(devices, vram, strict=True)):
+                self.vram_peaks[device] = max(self.vram_peaks[device], slots)
+        counts = Counter(map(id, steps))  # a step is equal for all nodes of a class
+        for address, step in dict(zip(map(id, steps), steps, strict=True)).items():
+            self.total_slot_demand += step.demand * counts[address]
+            self.bytes_read += step.nbytes * counts[address]
+            self.bytes_once += step.nbytes * counts[address]
+        self.uploaded += sum(uploaded)
+        self.peak = max(self.peak, *ram)
+        self.steps.extend_alone(nodes, devices, [step.bytes_read for step in steps], uploaded, ram, vram)
 
     def _sources(self, node: int) -> tuple[ChunkedRead, ...]:
         """Return the distinct sources of a node, cut into its chunks."""
         return chunked_sources(self.graph, node, self.chunk_elements[node], self.slot)
 
-    def _shape(self, node: int, sources: tuple[ChunkedRead, ...]) -> _Shape:
+    def _shape(self, node: int, sources: tuple[ChunkedRead, ...]) -> StepShape:
         """Return what the steps of a node need."""
         graph, chunk = self.graph, self.chunk_elements[node]
-        values, places = graph.node_sources[node], graph.places(node)
-        stored: tuple[object, ...] = tuple([graph.value_dtype(value).bits for value in values])
-        if graph.access_numbers(node):
-            stored += tuple(map(graph.value_shape, values))
-        key = (graph.node_operation[node], graph.node_shape[node], graph.node_dtype[node].bits, stored, places, chunk)
+        key = graph.node_class[node], chunk
         known = self._shapes.get(key)
         if known is None:
+            places = graph.places(node)
             count = chunk_count(graph, node, chunk)
-            known = self._shapes[key] = _Shape(
+            known = self._shapes[key] = StepShape(
                 count,
                 tuple([count if source.chunk_length else min(count, 1) for source in sources]),
                 (graph.operation(node).kind is not Kind.COPY) * len(graph.results(node)),
                 tuple(self._size(node, place, source, 0, count) for place, source in zip(places, sources, strict=True)),
+                CachedRange(0, 0, count),
             )
         return known
 
@@ -197,7 +164,7 @@ class Simulation:
         chunk = self.chunk_elements[node] if source.chunk_length else length(self.graph, node)
         return bytes_of_chunks(self.graph, node, place, max(1, chunk), begin, end, zeros=zeros)
 
-    def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...], shape: _Shape) -> None:
+    def _step(self, position: int, node: int, index: int, sources: tuple[ChunkedRead, ...], shape: StepShape) -> None:
         operation, device = self.graph.operation(node), self.devices[node]
         last = index == operation.passes - 1
         skipped = self.first.get(node, 0)
@@ -220,33 +187,39 @@ class Simulation:
         output = ChunkedRead(~node, self.chunk_elements[node])
         needed = self._uses.get(output) if last and self._uses else None
         writes = shape.writes if last else 0
-        this = _Pass(node, device, separate, shape, writes, bool(needed), sources, before, next_uses)
-        keep, evicted = self._keep(this, self._keep_on_device(this))
-        ram, vram = self._peaks(this, keep)
-        while ram > self.ram_slots and (dropped := self._drop_before(this, ram - self.ram_slots)):
-            drop.append(dropped)
-            keep, more = self._keep(this, self._keep_on_device(this))
-            evicted += more
+        room, others = self.ram_slots - self._reserved, self._cache.ram
+        found = None
+        if not separate and not skipped:
+            found = undisturbed(shape, before, next_uses, writes, others, room, stays=bool(needed))
+        if found is not None and found.ram <= self.ram_slots:
+            keep, bytes_read, ram, working_set = found
+            uploaded = vram = 0
+        else:
+            this = Pass(node, device, separate, shape, writes, bool(needed), sources, before, next_uses)
+            keep, evicted = self._keep(this, self._keep_on_device(this))
             ram, vram = self._peaks(this, keep)
-        bytes_read, uploaded = self._bytes_moved(this, first)
-        working_set = sum([max(b.high - b.low, k.high - k.low) for b, k in zip(before, keep, strict=True)])
-        self.max_step_working_set = max(self.max_step_working_set, working_set + shape.count * this.stays)
+            while ram > self.ram_slots and (dropped := self._drop_before(this, ram - self.ram_slots)):
+                drop.append(dropped)
+                keep, more = self._keep(this, self._keep_on_device(this))
+                evicted += more
+                ram, vram = self._peaks(this, keep)
+            drop += evicted
+            bytes_read, uploaded = self._bytes_moved(this, first)
+            working_set = sum([max(b.high - b.low, k.high - k.low) for b, k in zip(before, keep, strict=True)])
+            working_set += shape.count * this.stays
+        self.max_step_working_set = max(self.max_step_working_set, working_set)
         for source, held, next_use in zip(sources, keep, next_uses, strict=True):
             if next_use is not None:
                 self._cache.put(source, held, device, next_use)
         if needed:
-            self._cache.put(output, CachedRange(0, 0, shape.count), device, needed[-1])
+            self._cache.put(output, shape.complete, device, needed[-1])
         self.bytes_read += sum(bytes_read)
         self.uploaded += uploaded
         self.peak = max(self.peak, ram)
         self.vram_peaks[device] = max(self.vram_peaks[device], vram)
-        places = self.graph.places(node)
-        found = Step(
-            node, index, first, device, places, tuple(keep), (*drop, *evicted), bytes_read, uploaded, ram, vram
-        )
-        self.steps.append(found)
+        self.steps.append_pass(node, index, first, device, keep, drop, bytes_read, uploaded, ram, vram)
 
-    def _keep_on_device(self, this: _Pass) -> list[int]:
+    def _keep_on_device(self, this: Pass) -> list[int]:
         """Return how many chunks of each source stay on the device: those needed next first."""
         keep = [0] * len(this.sources)
         if this.separate:
@@ -258,7 +231,7 @@ class Simulation:
                 room -= keep[number] - before
         return keep
 
-    def _keep(self, this: _Pass, vram: list[int]) -> tuple[list[CachedRange], list[tuple[ChunkedRead, CachedRange]]]:
+    def _keep(self, this: Pass, vram: list[int]) -> tuple[list[CachedRange], list[tuple[ChunkedRead, CachedRange]]]:
         """Return the chunks of each source that stay cached, and the other sources that lose chunks for them.
 
         If RAM cannot hold everything that is needed again, the chunks with the furthest next use go, whether they
@@ -300,7 +273,7 @@ class Simulation:
                 keep.append(CachedRange(vram[number]) if vram[number] else NOTHING)
         return keep, evicted
 
-    def _drop_before(self, this: _Pass, count: int) -> tuple[ChunkedRead, CachedRange] | None:
+    def _drop_before(self, this: Pass, count: int) -> tuple[ChunkedRead, CachedRange] | None:
         """Drop up to `count` cached chunks of one of a step's sources, which the step reads again; None if it has none.
 
         The outputs of nodes can take the room that the cached chunks had when they were kept.
@@ -311,12 +284,7 @@ class Simulation:
                 return source, this.before[number]
         return None
 
-    @property
-    def _reserved(self) -> int:
-        """Number of slots not used for caching: for the current chunks and, if RAM allows, for those read next."""
-        return self.window * (2 if self.ram_slots >= 4 * self.window else 1)
-
-    def _bytes_moved(self, this: _Pass, first: int) -> tuple[tuple[int, ...], int]:
+    def _bytes_moved(self, this: Pass, first: int) -> tuple[tuple[int, ...], int]:
         """Return the bytes read of each source and the bytes uploaded, by a pass that starts with chunk `first`."""
         node, shape = this.node, this.shape
         if not first and not this.separate and all(held is NOTHING for held in this.before):
@@ -337,7 +305,7 @@ class Simulation:
             bytes_read.append(needed - in_ram)
         return tuple(bytes_read), uploaded
 
-    def _peaks(self, this: _Pass, keep: Sequence[CachedRange]) -> tuple[int, int]:
+    def _peaks(self, this: Pass, keep: Sequence[CachedRange]) -> tuple[int, int]:
         """Return the peak number of slots held during a step: in RAM, and on the device."""
         ram_others = self._cache.ram
         vram_others = self._cache.vram[this.device] if this.separate else 0

@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 from typing import overload
 
 from .tiling import ChunkedRead
@@ -101,6 +102,19 @@ class Column:
         else:
             self._zeros += count
 
+    def extend(self, values: Sequence[int]) -> None:
+        """Append integers, as `append` does."""
+        if any(values):
+            if not self._values:
+                self._values.frombytes(bytes(self._values.itemsize * self._zeros))
+            self._values.extend(values)
+        else:
+            self.append_zeros(len(values))
+
+    def first_highest(self) -> int:
+        """The position of the first of the highest integers; -1 if all are 0."""
+        return self._values.index(max(self._values)) if self._values else -1
+
     def __getitem__(self, index: int) -> int:
         return self._values[index] if self._values else 0
 
@@ -124,10 +138,11 @@ class _Ranges:
     def __init__(self) -> None:
         self.vram, self.low, self.high = Column(), Column(), Column()
 
-    def append(self, held: CachedRange) -> None:
-        self.vram.append(held.vram)
-        self.low.append(held.low)
-        self.high.append(held.high)
+    def extend(self, ranges: Sequence[CachedRange]) -> None:
+        """Append cached ranges."""
+        self.vram.extend([held.vram for held in ranges])
+        self.low.extend([held.low for held in ranges])
+        self.high.extend([held.high for held in ranges])
 
     def append_nothing(self, count: int) -> None:
         """Append `count` ranges without chunks."""
@@ -175,38 +190,72 @@ class StepList(Sequence[Step]):
 
     def append(self, step: Step) -> None:
         """Append a step."""
-        self._node.append(step.node)
-        self._index.append(step.index)
-        self._first.append(step.first)
-        self._device.append(step.device)
-        self._uploaded.append(step.uploaded)
-        self.ram.append(step.ram)
-        self.vram.append(step.vram)
-        self._read.extend(step.bytes_read)
-        for held in step.keep:
-            self._keep.append(held)
-        self._end.append(len(self._read))
-        for source, held in step.drop:
-            self._drop_step.append(len(self._node) - 1)
+        self.append_pass(
+            step.node, step.index, step.first, step.device, step.keep, step.drop, step.bytes_read, step.uploaded,
+            step.ram, step.vram,
+        )  # fmt: skip
+
+    def append_pass(
+        self,
+        node: int,
+        index: int,
+        first: int,
+        device: int,
+        keep: Sequence[CachedRange],
+        drop: Sequence[tuple[ChunkedRead, CachedRange]],
+        bytes_read: Sequence[int],
+        uploaded: int,
+        ram: int,
+        vram: int,
+    ) -> None:
+        """Append a step with these attributes (see `Step`)."""
+        for source, held in drop:
+            self._drop_step.append(len(self._node))
             self._drop_read.append(source.read)
             self._drop_length.append(source.chunk_length)
             self._drop_access.append(source.access)
-            self._drop_held.append(held)
-
-    def append_alone(
-        self, node: int, device: int, bytes_read: Sequence[int], uploaded: int, ram: int, vram: int
-    ) -> None:
-        """Append the only step of a node, which finds nothing in the cache and leaves nothing there; see `Step`."""
+            self._drop_held.extend([held])
         self._node.append(node)
-        self._index.append(0)
-        self._first.append(0)
+        self._index.append(index)
+        self._first.append(first)
         self._device.append(device)
         self._uploaded.append(uploaded)
         self.ram.append(ram)
         self.vram.append(vram)
         self._read.extend(bytes_read)
-        self._keep.append_nothing(len(bytes_read))
+        self._keep.extend(keep)
         self._end.append(len(self._read))
+
+    def extend_alone(
+        self,
+        nodes: Sequence[int],
+        devices: Sequence[int],
+        bytes_read: Sequence[tuple[int, ...]],
+        uploaded: Sequence[int],
+        ram: Sequence[int],
+        vram: Sequence[int],
+    ) -> None:
+        """Append the only step of each of some nodes, which find nothing in the cache and leave nothing there.
+
+        Args:
+            nodes: the nodes.
+            devices: for each node, as in `Step`.
+            bytes_read: likewise.
+            uploaded: likewise.
+            ram: likewise.
+            vram: likewise.
+        """
+        self._node.extend(nodes)
+        self._index.append_zeros(len(nodes))
+        self._first.append_zeros(len(nodes))
+        self._device.extend(devices)
+        self._uploaded.extend(uploaded)
+        self.ram.extend(ram)
+        self.vram.extend(vram)
+        end = len(self._read)
+        self._end.extend(islice(accumulate(map(len, bytes_read), initial=end), 1, None))
+        self._read.extend(chain.from_iterable(bytes_read))
+        self._keep.append_nothing(len(self._read) - end)
 
     @property
     def nodes(self) -> set[int]:
@@ -221,12 +270,9 @@ class StepList(Sequence[Step]):
         ranges = self._keep.nbytes + self._drop_held.nbytes
         return sum(len(a) * a.itemsize for a in arrays) + sum(column.nbytes for column in columns) + ranges
 
-    def bytes_read(self) -> Iterator[tuple[int, array[int]]]:
-        """For each step, its node and `Step.bytes_read`."""
-        start = 0
-        for node, end in zip(self._node, self._end, strict=True):
-            yield node, self._read[start:end]
-            start = end
+    def bytes_read(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The node of each step, and `Step.bytes_read` of all steps one after another."""
+        return self._node, self._read
 
     def __len__(self) -> int:
         return len(self._node)

@@ -60,10 +60,10 @@ def widest(graph: MergeGraph, node: int) -> int:
         return 1
     results = graph.results(node)
     widths = [graph.node_dtype[result].bits for result in results if graph.operation(result).made is ALIGNED]
-    for place, value in enumerate(graph.node_sources[node]):
-        if graph.access(node, place).aligned:
-            widths.append(graph.value_dtype(value).bits)
-    return max(widths) // 8
+    sources: Sequence[Value] = graph.node_sources[node]
+    if accesses := graph.operation(node).accesses:
+        sources = [value for value, access in zip(sources, accesses, strict=True) if access.aligned]
+    return max([*widths, *(graph.value_dtype(value).bits for value in sources)]) // 8
 
 
 def work_bytes(graph: MergeGraph, node: int) -> int:

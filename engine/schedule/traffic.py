@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...io.units import memory_size, plural
@@ -65,16 +65,14 @@ def fixed_ram(schedule: Schedule) -> int:
 
 def peak_of(graph: MergeGraph, schedule: Schedule, *, vram: bool = False) -> Peak | None:
     """Return the first step with the peak use of RAM, or of VRAM; None if no step uses any."""
-    best, held = -1, 0
-    for number, slots in enumerate(schedule.steps.vram if vram else schedule.steps.ram):
-        if slots > held:
-            best, held = number, slots
+    slots = schedule.steps.vram if vram else schedule.steps.ram
+    best = slots.first_highest()
     if best < 0:
         return None
     step = schedule.steps[best]
     tensor = graph.label(step.node)
     passes = graph.operation(step.node).passes
-    return Peak(best + 1, tensor, step.index + 1, passes, held * schedule.slot_bytes)
+    return Peak(best + 1, tensor, step.index + 1, passes, slots[best] * schedule.slot_bytes)
 
 
 def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
@@ -93,12 +91,26 @@ def downloaded(graph: MergeGraph, schedule: Schedule) -> int:
 def bytes_of_reads(graph: MergeGraph, schedule: Schedule) -> Sequence[int]:
     """Return the bytes read of each input tensor, by read number; their sum is `Schedule.bytes_read`."""
     totals = array("Q", bytes(8 * len(graph.reads)))
-    for node, counts in schedule.steps.bytes_read():
-        sources = graph.node_sources[node]
-        for place, count in zip(graph.places(node), counts, strict=True):
-            if count:
-                totals[sources[place]] += count
+    nodes, counts = schedule.steps.bytes_read()
+    for value, count in zip(_distinct_sources(graph, nodes), counts, strict=True):
+        if count:
+            totals[value] += count
     return totals
+
+
+def _distinct_sources(graph: MergeGraph, nodes: Sequence[int]) -> Iterator[int]:
+    """Return the distinct sources of some nodes, one node after another."""
+    repeating = {number for number, node in enumerate(graph.class_nodes) if _repeats(graph, node)}
+    classes = graph.node_class
+    for node, sources in zip(nodes, graph.node_sources.of(nodes), strict=True):
+        if repeating and classes[node] in repeating:
+            yield from [sources[place] for place in graph.places(node)]
+        else:
+            yield from sources
+
+
+def _repeats(graph: MergeGraph, node: int) -> bool:
+    return len(graph.places(node)) < len(graph.node_sources[node])
 
 
 def bytes_of_models(graph: MergeGraph, read: Sequence[int]) -> list[tuple[int, int]]:

@@ -133,6 +133,22 @@ class TensorTable(Mapping[str, TensorRef]):
         """The file of the tensor at a position, its offset there in bytes, and its class."""
         return self._files[bisect_right(self._firsts, row) - 1], self._offsets[row], self.classes[self._members[row]]
 
+    def rows(self, names: Iterable[str]) -> list[int]:
+        """The positions of tensors in the table. Raises KeyError."""
+        return list(map(self._rows.__getitem__, names))
+
+    def class_numbers(self, rows: Iterable[int]) -> Iterator[int]:
+        """For each position, the index of the tensor's class in `classes`."""
+        return map(self._members.__getitem__, rows)
+
+    def places(self, rows: Sequence[int]) -> tuple[list[Path], list[int]]:
+        """For each position, the file of the tensor and its offset there in bytes."""
+        offsets = list(map(self._offsets.__getitem__, rows))
+        first, last = (bisect_right(self._firsts, row) - 1 for row in (min(rows), max(rows)))
+        if first == last:
+            return [self._files[first]] * len(rows), offsets
+        return [self._files[bisect_right(self._firsts, row) - 1] for row in rows], offsets
+
     def items(self) -> ItemsView[str, TensorRef]:
         """The names with their references."""
         return _Items(self)
@@ -204,6 +220,15 @@ class NameSet:
         new = not self._added[row]
         self._added[row] = 1
         return new
+
+    def add_all(self, names: Collection[str]) -> bool:
+        """Add names, which are different, if all of them are in the table and new; returns whether they are."""
+        rows = list(map(self._tensors.row, names))
+        if -1 in rows or any(map(self._added.__getitem__, rows)):
+            return False
+        for row in rows:
+            self._added[row] = 1
+        return True
 
 
 def described(

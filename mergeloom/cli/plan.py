@@ -75,7 +75,7 @@ def plan(
     known_rates = parse_rates(rates) if rates is not None else {}
     planned = _make_plan(recipe, out, machine, options)
     if graph_file is not None and graph_format is not None:
-        from ..engine.graph.export import export_graph
+        from ..engine.graph.exports.export import export_graph
 
         graph_file.write(export_graph(planned.built.graph, graph_format, graph_detail))
     if explain is not None:

@@ -6,6 +6,7 @@ Of an intermediate tensor, only the results of its reductions are kept. It is in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,12 +44,21 @@ class Composition(Kernel):
 
     def __init__(self, inputs: InputSpec, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
-        super().__init__(inputs, _composed(self.parts), parts[-1].kernel.bound)
+        uses_shape = bool(inputs.accesses) or not all(part.kernel.any_shape for part in parts)
+        super().__init__(inputs, _composed(self.parts), parts[-1].kernel.bound, uses_shape=uses_shape)
 
     def resized(self, shape: tuple[int, ...]) -> Composition:
         """The same parts for tensors of another shape."""
-        parts = [replace(part, kernel=part.kernel.resized(shape)) for part in self.parts]
-        return Composition(self.inputs.resized(shape), parts)
+        return self.with_parts([replace(part, kernel=part.kernel.resized(shape)) for part in self.parts], shape)
+
+    def with_parts(self, parts: Sequence[Part], shape: tuple[int, ...]) -> Composition:
+        """The composition of these parts, which are `self.parts` for tensors of another shape."""
+        if not self.any_shape:
+            return Composition(self.inputs.resized(shape), parts)
+        kernel = copy.copy(self)
+        kernel.parts = tuple(parts)
+        kernel.inputs, kernel.traced = self.inputs.resized(shape), self.traced.resized(shape)
+        return kernel
 
     def with_used_inputs(self) -> Composition:
         """The same parts without the leaves that the output does not depend on."""

@@ -7,10 +7,12 @@ random keys, never on the boundaries of the tiles.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Protocol
 
 from .expression import Extent, HostCall, Node, Trace, blocks_of, inputs_of, reachable
@@ -62,6 +64,7 @@ class Kernel:
         inputs: inputs of the output tensor.
         outputs: node of each tensor that is computed, with one number of the work dtype per element, or per block.
         bound: method and parameters that the kernel was traced from.
+        uses_shape: whether the expressions are others for other shapes of the output.
 
     Attributes:
         output: node of the first tensor, which has one number per element.
@@ -77,9 +80,17 @@ class Kernel:
         used: indices of the inputs that the output depends on; the first one if it depends on none.
         propagates_nonfinite: whether a NaN or an infinity in any input always reaches an output. If so, only the
             outputs are checked.
+        any_shape: whether the expressions and the passes are the same for any shape of the output.
     """
 
-    def __init__(self, inputs: InputSpec, outputs: Sequence[Node], bound: tuple[Traceable, Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        inputs: InputSpec,
+        outputs: Sequence[Node],
+        bound: tuple[Traceable, Mapping[str, Any]],
+        *,
+        uses_shape: bool = True,
+    ) -> None:
         self.inputs = self.traced = inputs
         self.kept = tuple(range(inputs.count))
         self.outputs = tuple(outputs)
@@ -109,6 +120,8 @@ class Kernel:
         self._passes = [(level, step) for level, count in enumerate(steps) for step in range(count)]
         self.reductions = len(self._passes)
         self._programs: dict[tuple[int, ...] | None, Program] = {}
+        called = [node.value.function for node in nodes if node.op == "host"]
+        self.any_shape = not uses_shape and self.unit is Unit.ELEMENT and all(map(_is_plain, called))
 
     def _bind_reductions(self, nodes: Sequence[Node]) -> int:
         """Set the blocks of the reductions, and return the alignment of the tiles."""
@@ -147,6 +160,10 @@ class Kernel:
 
     def resized(self, shape: tuple[int, ...]) -> Kernel:
         """The kernel of the same method and parameters for another shape."""
+        if self.any_shape:
+            kernel = copy.copy(self)
+            kernel.inputs, kernel.traced = self.inputs.resized(shape), self.traced.resized(shape)
+            return kernel
         method, parameters = self.bound
         kernel = method.kernel(self.traced.resized(shape), parameters)
         return kernel if self.inputs.count == self.traced.count else kernel.with_used_inputs()
@@ -166,7 +183,8 @@ class Kernel:
                 return trace.low_rank(used.index(left), used.index(right))
             return trace.hash(used.index(node.value[0])) if node.op == "hash" else None
 
-        kernel = Kernel(self.inputs.selected(used), trace.rebuilt(self.outputs, leaf), self.bound)
+        outputs = trace.rebuilt(self.outputs, leaf)
+        kernel = Kernel(self.inputs.selected(used), outputs, self.bound, uses_shape=not self.any_shape)
         kernel.traced, kernel.kept = self.traced, used
         return kernel
 
@@ -250,6 +268,29 @@ class Kernel:
         levels = range(self._depth)
         active = [tuple(n for n, node in enumerate(self.reduced) if node.level == level + 1) for level in levels]
         return [self.program(numbers) for numbers in (*active, None)]
+
+
+def _is_plain(value: Any, within: frozenset[int] = frozenset()) -> bool:
+    """Whether a function holds nothing but numbers and other such functions, so it cannot ask for a shape when called.
+
+    Args:
+        value: the function, or what a function holds.
+        within: ids of the functions that hold it.
+    """
+    if isinstance(value, FunctionType):
+        if id(value) in within:
+            return True
+        try:
+            held = [cell.cell_contents for cell in value.__closure__ or ()]
+        except ValueError:  # a variable that has no value yet
+            return False
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        return all(_is_plain(each, within | {id(value)}) for each in held)
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(each, within) for each in value)
+    if isinstance(value, BuiltinFunctionType):
+        return isinstance(value.__self__, ModuleType)
+    return value is None or isinstance(value, (bool, int, float, str, type))
 
 
 def _by_element(node: Node) -> bool:

@@ -192,20 +192,42 @@ class Inputs:
 
     Attributes:
         models: inputs other than the base, in recipe order.
-        shape: shape of the output, and of every input that is an array.
-        size: number of elements.
         inputs: all inputs: arrays, and factors of low-rank products.
-        columns: number of elements in a row: the last dimension; 1 for a 0-d tensor.
+        uses_shape: whether the method has asked for the shape: if not, its expression is the same for any shape.
+        shared: whether a kernel for any shape was made, so there is no single shape anymore.
     """
 
     def __init__(self, spec: InputSpec) -> None:
         self.trace = Trace()
-        self.shape = spec.shape
-        self.size = spec.rows * spec.columns
-        self.columns = spec.columns
+        self._spec = spec
+        self.uses_shape = bool(spec.accesses)
+        self.shared = False
         self._base = spec.base
         self.inputs: list[Any] = [self._input(spec, index) for index in range(spec.count)]
         self.models = [each for index, each in enumerate(self.inputs) if index != spec.base]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the output, and of every input that is an array."""
+        return self._asked.shape
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self._asked.rows * self._asked.columns
+
+    @property
+    def columns(self) -> int:
+        """The number of elements in a row: the last dimension; 1 for a 0-d tensor."""
+        return self._asked.columns
+
+    @property
+    def _asked(self) -> InputSpec:
+        """The inputs, for a method that asks for their shape."""
+        if self.shared:
+            raise definition_error("a function that is called between passes must get the shape from the method")
+        self.uses_shape = True
+        return self._spec
 
     @property
     def base(self) -> Array:
@@ -327,7 +349,7 @@ class Inputs:
     def _input(self, spec: InputSpec, index: int) -> Any:
         access = spec.access(index)
         if isinstance(access, (SameRows, Whole)):
-            return Factor(index, spec.part(index), isinstance(access, SameRows), self.columns, self.trace)
+            return Factor(index, spec.part(index), isinstance(access, SameRows), spec.columns, self.trace)
         return self._array(self.trace.load(index))
 
     def _array(self, node: Node) -> Array:

@@ -85,7 +85,9 @@ class Method:
             if error.index is not None:
                 error.index = inputs.others[error.index]
             raise
-        return Kernel(inputs, outputs, (self, dict(parameters)))
+        kernel = Kernel(inputs, outputs, (self, dict(parameters)), uses_shape=symbolic.uses_shape)
+        symbolic.shared = kernel.any_shape
+        return kernel
 
     def check(self) -> None:
         """Trace the method for sample inputs and parameters, so a mistake shows before a recipe uses the method.

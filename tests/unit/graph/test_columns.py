@@ -86,6 +86,26 @@ def test_rows_are_a_sequence(expected: list[tuple[int, ...]]) -> None:
         found[len(expected)]
 
 
+@given(
+    st.lists(st.lists(st.integers(-3, 9), max_size=3).map(tuple), max_size=4),
+    st.integers(0, 5),
+    st.integers(1, 3),
+    st.integers(0, 4),
+    st.integers(-3, 9),
+)
+def test_rows_are_extended_and_searched(
+    expected: list[tuple[int, ...]], first: int, width: int, count: int, value: int
+) -> None:
+    found = Rows(expected)
+    found.extend(first, width, count)
+    expected = expected + [tuple(range(first + width * n, first + width * (n + 1))) for n in range(count)]
+    assert list(found) == expected
+    assert list(found.having(value)) == [n for n, row in enumerate(expected) for each in row if each == value]
+    filled = [n for n, row in enumerate(expected) if row]
+    assert list(found.firsts(filled)) == [expected[n][0] for n in filled]
+    assert list(map(tuple, found.of(filled))) == [expected[n] for n in filled]
+
+
 @given(st.lists(st.integers(0, 4)))
 def test_groups_have_their_members_in_order(keys: list[int]) -> None:
     members = [10 + position for position in range(len(keys))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import networkx
 import pytest
 
-from mergeloom.engine.graph.export import Format, export_graph, layer_of, to_networkx
+from mergeloom.engine.graph.exports.export import Format, export_graph, layer_of, to_networkx
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from tests.support.plans import linear

@@ -78,6 +78,16 @@ def test_an_index_beyond_the_end_is_an_error() -> None:
             found[number]
 
 
+@given(st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=4))
+def test_columns_are_extended(parts: list[list[int]]) -> None:
+    found, expected = Column(), [value for part in parts for value in part]
+    for part in parts:
+        found.extend(part)
+    assert list(found) == expected
+    assert found.first_highest() == (expected.index(max(expected)) if any(expected) else -1)
+    assert not found.nbytes or any(expected)
+
+
 def test_a_column_of_zeros_takes_no_memory() -> None:
     column = Column()
     for value in (0, 0, 0):

@@ -89,6 +89,34 @@ def test_a_set_of_names_knows_what_was_added(refs: dict[str, TensorRef], names: 
         expected.add(name)
 
 
+@given(files(), st.lists(st.sampled_from(["t0", "t1", "t2", "x"]), max_size=2), st.data())
+def test_names_are_added_together_if_all_are_new(
+    refs: dict[str, TensorRef], before: list[str], data: st.DataObject
+) -> None:
+    found = NameSet(TensorTable.of(refs))
+    for name in before:
+        found.add(name)
+    names = data.draw(st.lists(st.sampled_from([*refs, "x", "y"]), unique=True))
+    new = all(name in refs and name not in before for name in names)
+    assert found.add_all(names) is new
+    for name in names:
+        assert found.add(name) is (not new and name not in before)
+
+
+@given(files(), st.data())
+def test_rows_of_several_tensors(refs: dict[str, TensorRef], data: st.DataObject) -> None:
+    table = TensorTable.of(refs)
+    names = data.draw(st.lists(st.sampled_from(sorted(refs)), min_size=1)) if refs else []
+    rows = table.rows(names)
+    assert rows == [list(refs).index(name) for name in names]
+    numbers = table.class_numbers(rows)
+    assert [table.classes[number] for number in numbers] == [table.class_of(name) for name in names]
+    if names:
+        assert table.places(rows) == ([refs[name].file for name in names], [refs[name].offset for name in names])
+    with pytest.raises(KeyError):
+        table.rows([*names, "absent"])
+
+
 def test_tables_with_other_names_do_not_share_them() -> None:
     ref = TensorRef(Path("x"), 8, 4, F32, (1,))
     first, second = TensorTable.of({"a": ref, "b": ref}), TensorTable.of({"a": ref, "c": ref})

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...version import __version__
-from .graph import MergeGraph
+from ....version import __version__
+from ..graph import MergeGraph
 
 if TYPE_CHECKING:
     import networkx

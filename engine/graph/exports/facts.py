@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
-from ...methods.kernel.access import (
+from ....methods.kernel.access import (
     Access,
     Aligned,
     BlockRows,
@@ -21,9 +21,9 @@ from ...methods.kernel.access import (
     TransposedSlice,
     Whole,
 )
-from ...methods.kernel.composition import Composition, Part
-from ...methods.kernel.spec import InputSpec
-from .graph import Kind, Operation
+from ....methods.kernel.composition import Composition, Part
+from ....methods.kernel.spec import InputSpec
+from ..graph import Kind, Operation
 
 _ACCESSES: dict[type[Access], str] = {
     Aligned: "aligned",

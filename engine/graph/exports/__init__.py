@@ -1,0 +1,1 @@
+"""The task graph as plain data: for other tools, and to recognize an unfinished merge."""
