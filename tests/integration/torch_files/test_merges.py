@@ -164,9 +164,8 @@ def test_an_adapter_is_refused_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_script_that_renames_tensors_writes_safetensors(shards: int, tmp_path: Path) -> None:
     state = tensors(1)
-    model = write_torch_model(
-        tmp_path / "torch", {f"module.{name}": each for name, each in state.items()}, shards=shards
-    )
+    wrapped = {name.replace(".", "._orig_mod.", 1): each for name, each in state.items()}  # not a prefix
+    model = write_torch_model(tmp_path / "torch", wrapped, shards=shards)
     with pytest.raises(CheckpointError) as caught:
         mergeloom.merge(recipe("passthrough", model), tmp_path / "out")
     script = textwrap.dedent(str(caught.value).partition(":\n\n")[2])
