@@ -172,7 +172,7 @@ def test_a_source_that_was_touched_is_told(models: list[Path], tmp_path: Path) -
     said: list[str] = []
     run(recipe(models), out, say=said.append)
     assert re.fullmatch(
-        r"warning: written to or replaced since the merge began: model\.safetensors; the \d+KB read from them "
+        r"warning: written to or replaced since the merge began: model\.safetensors; the [\d.]+KB read from them "
         r"are unchanged, so the merge resumes",
         said[0],
     )
