@@ -12,6 +12,7 @@ from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.passes import StepShape, undisturbed
 from mergeloom.engine.schedule.schedule import Schedule, make_schedule
 from mergeloom.engine.schedule.step_list import NOTHING, CachedRange
+from tests.examples import examples
 from tests.support.blueprints import CPU, SLOT, Blueprint, blueprints, build, minimum
 from tests.support.tasks.drawn import task_worlds
 from tests.support.tasks.laws import scheduled
@@ -20,7 +21,7 @@ from tests.support.tasks.world import TaskWorld
 BOTH = (DeviceBudget("cpu", None, 1), DeviceBudget("cuda:0", 1 << 30, 1))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(blueprints(), st.sampled_from([CPU, BOTH]), st.integers(0, 12), st.data())
 def test_the_schedule_is_that_of_the_general_way(
     blueprint: Blueprint, devices: tuple[DeviceBudget, ...], extra: int, data: st.DataObject
@@ -39,7 +40,7 @@ def test_the_schedule_is_that_of_the_general_way(
         assert schedule() == found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(task_worlds(), st.integers(0, 40))
 def test_outputs_that_others_use_stay_likewise(world: TaskWorld, extra: int) -> None:
     found = scheduled(world, extra)
