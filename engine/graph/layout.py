@@ -19,8 +19,8 @@ from itertools import chain
 from pathlib import Path
 
 from ...errors import UsageError
+from ...io.checkpoint.torch_names import is_torch_name
 from ...io.safetensors.header import build_header
-from ...io.torch_files.reader import is_torch_name
 from .graph import MergeGraph
 
 LAYOUT_VERSION = 1

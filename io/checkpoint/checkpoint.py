@@ -15,12 +15,11 @@ from ..reading import FileStamps, stat_fingerprints
 from ..small_files import read_json
 from ..tensors.refs import TensorRef
 from ..tensors.views import View
-from ..torch_files.reader import is_torch_name
 from .contents import SAFETENSORS, Extras, read_contents
 from .file_sets import ADAPTER, ONLY_FILES, check_file_set, loaded_with_config, stray_files, unlisted_shards
 from .index import copied, follow_index, merge_headers, read_weight_map
 from .other_weights import describe_no_weights, describe_training_state, listed_names
-from .torch_names import TORCH_INDEX_SUFFIX, choose_torch_files, is_training_state, torch_files
+from .torch_names import TORCH_INDEX_SUFFIX, choose_torch_files, is_torch_name, is_training_state, torch_files
 
 MAX_CONFIG_BYTES = 64_000_000
 """The maximum size of a config.json in bytes."""

@@ -6,13 +6,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ..safetensors.header import Header, parse_header, read_header, read_raw_header
 from ..tensors.refs import TensorClass, TensorRef
 from ..tensors.views import View
-from ..torch_files.reader import is_torch_name, read_torch_file
-from ..torch_files.state_dict import TorchFile
+from .torch_names import is_torch_name
+
+if TYPE_CHECKING:
+    from ..torch_files.state_dict import TorchFile
 
 SAFETENSORS = "safetensors"
 """Name of the format with a header."""
@@ -55,9 +57,10 @@ class Extras:
     def collect(self, contents: Iterable[Contents]) -> Iterator[Contents]:
         """Yield the contents of files, and remember what is needed of them."""
         for each in contents:
-            if isinstance(each, TorchFile):
-                self.kind = each.kind
-                self._files.append(each)
+            if not isinstance(each, Header):
+                file = cast("TorchFile", each)  # whose class is only loaded for such files
+                self.kind = file.kind
+                self._files.append(file)
             yield each
 
     def remarks(self) -> list[str]:
@@ -79,6 +82,8 @@ def read_contents(files: Sequence[Path]) -> Iterator[Contents]:
         EnvironmentFailure: reading failed.
     """
     if files and is_torch_name(files[0].name):
+        from ..torch_files.reader import read_torch_file
+
         return map(read_torch_file, files)
     return _read_headers(files)
 

@@ -8,7 +8,7 @@ from xxhash import xxh3_128
 
 from ..open_source import open_source, read_range
 from ..safetensors.header import read_data_start
-from ..torch_files.reader import is_torch_name, read_torch_file
+from .torch_names import is_torch_name
 
 SAMPLES = 16
 SAMPLE_BYTES = 64 << 10
@@ -32,6 +32,8 @@ def file_identity(file: Path) -> str:
     header, samples = xxh3_128(), xxh3_128()
     in_torch = is_torch_name(file.name)
     if in_torch:
+        from ..torch_files.reader import read_torch_file
+
         header.update(read_torch_file(file).digest)
     with open_source(file) as (descriptor, size):
         start = 0 if in_torch else read_data_start(descriptor, size, file=file)

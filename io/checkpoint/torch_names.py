@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of PyTorch checkpoint files."""
 TORCH_SINGLE = "pytorch_model.bin"
 """The weights of a model that is not sharded."""
 TORCH_INDEX_SUFFIX = ".bin.index.json"
@@ -41,3 +44,8 @@ def torch_files(names: Sequence[str]) -> list[str]:
 def is_training_state(name: str) -> bool:
     """Return whether a file is a part of the state of a training run, by its name."""
     return name.startswith(_NOT_WEIGHTS)
+
+
+def is_torch_name(name: str) -> bool:
+    """Return whether a file may be a PyTorch checkpoint, by its name."""
+    return os.path.splitext(name)[1] in SUFFIXES  # noqa: PTH122  a name, not a path

@@ -25,18 +25,16 @@ from ..checkpoint.contents import Contents, Extras
 from ..checkpoint.file_sets import ONLY_FILES, check_file_set, stray_files, unlisted_shards
 from ..checkpoint.index import MAX_INDEX_BYTES, follow_index, merge_headers, read_weight_map
 from ..checkpoint.other_weights import describe_no_weights
-from ..checkpoint.torch_names import choose_torch_files, torch_files
+from ..checkpoint.torch_names import choose_torch_files, is_torch_name, torch_files
 from ..companions import LARGEST_COMPANION, file_kind
 from ..open_source import quoted
 from ..safetensors.header import Header, data_start, parse_header, read_header
 from ..small_files import check_size
 from ..tensors.assembled import files_of
 from ..tensors.refs import TensorRef
-from ..torch_files.reader import is_torch_name
 from .download import download
 from .http import HubLocation, in_parallel, read_file
 from .repository import NOT_CACHED, HubFile, Repository, cached_snapshot, find_repository, header_cache, write_cache
-from .torch_file import read_hub_torch_file
 
 MAX_HEADERS_BYTES = 256_000_000
 """The maximum size of all headers of a model in bytes, enough for about 2,000,000 tensors."""
@@ -235,6 +233,8 @@ def _read_headers(files: Sequence[HubFile], expected: Mapping[str, int]) -> Sequ
     """Read the headers of files concurrently, from the disk, the cache or the Hub, in the order of the files."""
     limit = _HeaderLimit(MAX_HEADERS_BYTES)
     if is_torch_name(files[0].name):  # each needs many requests, which are concurrent
+        from .torch_file import read_hub_torch_file
+
         return [read_hub_torch_file(file, limit.count) for file in files]
     return in_parallel(
         lambda file, stop: _read_header(file, expected.get(file.name, _FIRST_REQUEST), limit, stop),

@@ -6,7 +6,6 @@ Both hold a pickle that describes the tensors, and their storages as plain bytes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,6 @@ from .pickle_reader import PickleReader
 from .source import CONVERT, DAMAGED, Metadata, ReadRanges
 from .state_dict import TorchFile, describe, find_tensors
 from .zip_archive import Entry, read_archive
-
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-"""Suffixes of PyTorch checkpoint files."""
 
 _ZIP = b"PK\3\4"
 _PICKLE = 0x80
@@ -188,8 +184,3 @@ def _find_storages(source: Metadata, position: int, storages: Sequence[Storage])
         if int.from_bytes(raw, "little") != storage.elements:
             source.refuse(f"storage {quoted(storage.key)} has another size than its tensors need: {DAMAGED}")
     return starts
-
-
-def is_torch_name(name: str) -> bool:
-    """Return whether a file may be a PyTorch checkpoint, by its name."""
-    return os.path.splitext(name)[1] in SUFFIXES  # noqa: PTH122  a name, not a path
