@@ -18,6 +18,7 @@ from ...io.tensors.refs import TensorRef
 from ...io.tensors.table import total_bytes
 from ...io.units import data_size, memory_size, plural
 from ...methods import merge_methods
+from ...methods.kernel.access import ALIGNED
 from ...version import __version__
 from ..cost.machine import Machine
 from ..cost.workload import Workload
@@ -246,12 +247,14 @@ class Plan:
         }
 
     def _parameters(self, nodes: Sequence[int]) -> int:
-        """Return the number of parameters of some outputs: where parts are copied, the elements of their value."""
+        """Return the number of parameters of some outputs: of codes with scales, the elements of their value."""
         graph, total = self.built.graph, self.built.graph.total(self.built.graph.elements, nodes)
         values = [model.tensors for model in self.built.models]
         elements = [each.elements_of_parts() if isinstance(each, LogicalTensors) else {} for each in values]
         for node in nodes if any(elements) else ():
-            if graph.operation(node).copies_tensor:
+            if graph.operation(node).made is not ALIGNED:  # scales of codes
+                total -= graph.elements(node)
+            elif graph.operation(node).copies_tensor:
                 read = graph.node_sources[node][0]
                 found = elements[graph.read_models[read]].get(graph.read_names[read])
                 total += 0 if found is None else found - graph.elements(node)

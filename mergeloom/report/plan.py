@@ -196,8 +196,9 @@ def work_section(plan: Plan) -> Section:
         )
     counts: Counter[str] = Counter()
     for output in graph.outputs:
-        merged = graph.operation(output.node).kind is Kind.MERGE
-        counts[f"by {methods_of(graph, output.node)}" if merged else "copied"] += 1
+        computing = graph.results_with(output.node)[0]
+        merged = graph.operation(computing).kind is Kind.MERGE
+        counts[f"by {methods_of(graph, computing)}" if merged else "copied"] += 1
     if buffers := plan.built.buffers:
         fields.append(("data checks", f"{plural(len(buffers), 'buffer')}, before the merge starts"))
     tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())

@@ -51,5 +51,5 @@ def _encoded(value: Array, *, rows: int, columns: int, scale_dtype: str, power_o
     return clamp(single(value / scale), -LARGEST, LARGEST), scale
 
 
-FP8_BLOCKS = Encoder("fp8 blocks", _encoded, 2)
+FP8_BLOCKS = Encoder("FP8 encoding", _encoded, 2)
 """Parameters: see `_encoded`."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import mergeloom
 from mergeloom.errors import CheckpointError
+from mergeloom.report.plan import plan_sections
+from mergeloom.report.sections import plain
 from tests.support.models import quantized
 from tests.support.outputs import digests, read_model
 
@@ -119,7 +121,11 @@ def test_an_intermediate_stage_keeps_values(tmp_path: Path) -> None:
 
 def test_planned_bytes_are_executed_for_any_budget(tmp_path: Path) -> None:
     models = [quantized.write_pair(tmp_path, "fp8 blocks", seed)[0] for seed in (1, 2)]
-    planned = mergeloom.plan(linear(models)).to_dict()
+    plan = mergeloom.plan(linear(models))
+    planned = plan.to_dict()
+    inspected = mergeloom.inspect(models[0]).to_dict()
+    assert planned["output"]["parameters"] == inspected["parameters"]
+    assert "12 by FP8 encoding of linear of FP8 blocks, 4 by linear" in plain(plan_sections(plan))
     result = mergeloom.merge(linear(models), tmp_path / "out")
     smallest = mergeloom.merge(linear(models), tmp_path / "small", max_ram=planned["minimum_ram"])
     for measured in (result.measured, smallest.measured):

@@ -170,7 +170,7 @@ def test_the_smallest_budget_is_enough(
 def test_the_speed_of_the_kernels_is_measured(models: list[Path], scales: str) -> None:
     planned = plan(recipe(models, "slerp"), OPTIONS)
     groups = node_groups(planned.workload)
-    assert [group.method for group in groups] == ["fp8 blocks of slerp", "slerp"]
+    assert [group.method for group in groups] == ["FP8 encoding of slerp", "slerp"]
     assert all(measure_node(planned.workload, group.node, "cpu", 1) > 0 for group in groups)
 
 
