@@ -164,11 +164,12 @@ class TensorRules:
         quantized = [each.name in each.model.quantized for each in inputs]
         classes = [(each.source, each.kind.dtype.name, each.kind.shape, each.decoded, each.encoding) for each in inputs]
         given = None if values is None else tuple(values.items())
-        key = (part, self.dtypes.key(name), given, *quantized, *classes)
+        donor = _donor(part, inputs)
+        alike = [each.stored_like(donor) for each in inputs if each.encoding is not None]
+        key = (part, self.dtypes.key(name), given, *quantized, *classes, *alike)
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
-        donor = _donor(part, inputs)
         in_tables = all(isinstance(each.kind, TensorClass) and not each.model.quantized for each in inputs)
         if in_tables and values is not None and values is part.parameters.constant:
             self._known[part, self.dtypes.key(name), *(id(each.kind) for each in inputs)] = found
@@ -217,8 +218,11 @@ class TensorRules:
         used = [inputs[index] for index in kept]
         if kernel.copies is not None:
             (chosen,) = used
-            dtype, as_stored = chosen.kind.dtype, wanted is None or (wanted is Stored.SAME and chosen is donor)
-            keep = not self.decodes if chosen.decoded else chosen.name in chosen.model.quantized
+            alike = chosen is donor or chosen.stored_like(donor)
+            dtype, as_stored = chosen.kind.dtype, wanted is None or (wanted is Stored.SAME and alike)
+            keep = chosen.name in chosen.model.quantized
+            if chosen.decoded:  # in another form than the donor's, the values are encoded again if they can be
+                keep = not self.decodes and (alike or donor.encoding is None)
             if (dtype == target and not chosen.decoded) or (as_stored and keep):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)

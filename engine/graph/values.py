@@ -63,6 +63,15 @@ class Input(NamedTuple):
         """How other values are stored in the tensor's format; None if they can't be, or it has none."""
         return self.kind.encoding if isinstance(self.kind, LogicalTensor) else None
 
+    def stored_like(self, other: Input) -> bool:
+        """Whether the tensor is stored like another one, in a format that can be written, under similar names."""
+        if self.encoding is None or self.encoding != other.encoding:
+            return False
+        assert isinstance(self.kind, LogicalTensor)
+        assert isinstance(other.kind, LogicalTensor)
+        names = tuple(renamed(part.name, self.name, other.name) for part in self.kind.parts)
+        return names == tuple(part.name for part in other.kind.parts)
+
     @property
     def ref(self) -> TensorRef:
         """The reference of the tensor, which is stored as it is."""

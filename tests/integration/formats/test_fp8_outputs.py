@@ -132,3 +132,28 @@ def test_planned_bytes_are_executed_for_any_budget(tmp_path: Path) -> None:
         assert measured.bytes_written == planned["bytes_written"]
         assert measured.bytes_read == planned["bytes_read"]
     assert digests(tmp_path / "out") == digests(tmp_path / "small")
+
+
+@pytest.mark.parametrize("out_dtype", [None, "same"])
+def test_what_only_one_model_contributes_is_copied_or_stored_like_the_donors(
+    tmp_path: Path, out_dtype: str | None
+) -> None:
+    """Codes of the donor's format are copied exactly; those of a model with other scales get the donor's."""
+    donor, alike = (quantized.write_pair(tmp_path, "fp8 blocks", seed)[0] for seed in (1, 2))
+    more = {} if out_dtype is None else {"out_dtype": out_dtype}
+    other, values = quantized.write_pair(tmp_path, "fp8 blocks, e8m0 scales", 3)
+    for model, name in ((alike, "alike"), (other, "other")):
+        pairs = ((donor, 0.0), (model, 1.0))
+        models = [{"model": str(each), "parameters": {"weight": weight}} for each, weight in pairs]
+        mergeloom.merge({"merge_method": "linear", "models": models} | more, tmp_path / name)
+    found, stored = read_model(tmp_path / "alike"), read_model(alike)
+    for module in quantized.weights(1):
+        for ending in ("weight", "weight_scale_inv"):
+            name = f"{module}.{ending}"
+            assert torch.equal(found[name].view(torch.uint8), stored[name].view(torch.uint8)), name
+    found, decoded = read_model(tmp_path / "other"), read_model(values)
+    for module in quantized.weights(1):
+        codes, scales, _ = quantized.blocks(decoded[f"{module}.weight"], 32, 48)
+        assert torch.equal(found[f"{module}.weight_scale_inv"], scales)
+        assert torch.equal(found[f"{module}.weight"].view(torch.uint8), codes.view(torch.uint8))
+        assert f"{module}.scale" not in found
