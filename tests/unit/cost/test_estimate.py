@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mergeloom.engine.cost import machine
 from mergeloom.engine.cost.estimate import (
     ASSUMED,
     GIVEN,
@@ -158,7 +159,11 @@ def test_a_stack_computes_nothing(llamas: dict[str, Path]) -> None:
     assert [one.name for one in found.lanes] == ["read", "write", *SHARED]
 
 
-def test_what_is_read_again_comes_from_the_page_cache_where_it_has_room(make_model: MakeModel) -> None:
+def test_what_is_read_again_comes_from_the_page_cache_where_it_has_room(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the process of many tests grows between two plans
+    monkeypatch.setattr(machine, "process_memory", lambda: machine.ProcessMemory(1 << 27, 1 << 27))
     tensors = {f"model.layers.{i}.w.weight": (2048, 2048) for i in range(3)}
     a, b = (make_model(name, tensors, dtype="F32", fill=None) for name in "ab")
     there = Options(device="cpu", machine=Machine(ram=64 << 30))
