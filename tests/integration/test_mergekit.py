@@ -28,6 +28,8 @@ from tests.support.models.zoo import WORDS, write_zoo
 from tests.support.outputs import config_of, digests, read_model
 from tests.support.paths import ROOT
 
+RUN = ROOT / "tests" / "support" / "mergekit" / "run.py"
+"""The script that runs mergekit, in its own environment."""
 MERGEKIT = Path(os.environ.get("MERGEKIT_ENV", ROOT / ".venv-mergekit")).absolute()
 OPTIONS = Options(device="cpu", threads=1, max_ram=4 << 30)
 
@@ -141,6 +143,11 @@ class Theirs:
     outputs: dict[str, Path]
 
 
+def test_the_script_that_runs_mergekit_exists() -> None:
+    """The comparison is skipped without mergekit, so nothing else would find a script that has moved."""
+    assert RUN.is_file()
+
+
 @pytest.fixture(scope="session")
 def theirs(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Theirs:
     """Run mergekit, once for all configurations."""
@@ -152,7 +159,7 @@ def theirs(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Theirs:
     directory = tmp_path_factory.mktemp("mergekit")
     outputs = {name: directory / str(number) for number, name in enumerate(texts)}
     jobs = [{"name": name, "text": text, "out": str(outputs[name])} for name, text in texts.items()]
-    command = [str(python), "-I", str(ROOT / "tests" / "run_mergekit.py")]
+    command = [str(python), "-I", str(RUN)]
     done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, cwd=zoo, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout.splitlines()[-1])
