@@ -17,6 +17,7 @@ import numpy as np
 
 from mergeloom.methods import merge_methods
 from mergeloom.methods.formats import scaled
+from mergeloom.methods.formats.fp8_encoder import FP8_BLOCKS
 from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.decoder import Decoder
@@ -26,7 +27,7 @@ from mergeloom.methods.kernel.fused.run import Chunk
 from mergeloom.methods.kernel.spec import InputSpec
 
 ROWS, COLUMNS, CHUNKS = 128, 8192, 24
-BARS = {"FP8 blocks": 3.0, "INT4": 4.0}
+BARS = {"FP8 blocks": 3.0, "FP8 blocks, to FP8 blocks": 6.0, "INT4": 4.0}
 """At most this many times the time of two models in bfloat16."""
 
 Stored = tuple[Access, str, tuple[int, int]]
@@ -54,8 +55,14 @@ FORMATS: dict[str, tuple[Decoder | None, Sequence[Stored]]] = {
 _BYTES = {"BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "F32": 4, "U8": 1}
 
 
-def loop(decoder: Decoder | None, parts: Sequence[Stored]) -> Callable[[], float]:
-    """A function that merges all chunks of two models, and returns the seconds of CPU time."""
+def loop(decoder: Decoder | None, parts: Sequence[Stored], *, encoded: bool = False) -> Callable[[], float]:
+    """A function that merges all chunks of two models, and returns the seconds of CPU time.
+
+    Args:
+        decoder: decoder of both models; None for values.
+        parts: parts of one model.
+        encoded: whether the output is stored as FP8 blocks of 128 x 128 with scales in F32, and not as bfloat16.
+    """
     shape = (ROWS, COLUMNS)
     accesses, dtypes, shapes = zip(*parts, strict=True)
     stages = []
@@ -69,22 +76,27 @@ def loop(decoder: Decoder | None, parts: Sequence[Stored]) -> Callable[[], float
             sources.append(~(len(stages) - 1))
     linear = merge_methods()["linear"].kernel(InputSpec(2, None, shape), {"weight": (0.4, 0.6)})
     stages.append(Part(linear, tuple(sources)))
+    dtypes_out = ["BF16"]
+    if encoded:
+        given = {"rows": 128, "columns": 128, "scale_dtype": "F32", "power_of_two": False}
+        stages.append(Part(FP8_BLOCKS.kernel(InputSpec(1, None, shape), given), (~(len(stages) - 1),)))
+        dtypes_out = ["F8_E4M3", "F32"]
     kernel = Composition(InputSpec(2 * len(parts), None, shape, accesses * 2, shapes * 2), stages)
-    compiled = Compiled(kernel, dtypes * 2, "BF16")
+    compiled = Compiled(kernel, dtypes * 2, *dtypes_out)
     random = np.random.default_rng(1)
     buffers = [[_numbers(random, dtype, size) for dtype, size in zip(dtypes, shapes, strict=True) for _ in range(2)]
                for _ in range(CHUNKS)]  # fmt: skip
     order = [2 * part + model for model in range(2) for part in range(len(parts))]
     memory = np.zeros(compiled.scratch + 64, np.uint8)
     scratch = memory[-memory.ctypes.data % 64 :][: compiled.scratch]
-    outs = [np.zeros(2 * ROWS * COLUMNS, np.uint8) for _ in range(CHUNKS)]
+    outs = [[np.zeros(2 * ROWS * COLUMNS, np.uint8) for _ in dtypes_out] for _ in range(CHUNKS)]
     combine = FusedPass(compiled, None, None, scratch).combine
 
     def run() -> float:
         start = time.thread_time()
         for chunk, out in zip(buffers, outs, strict=True):
             inputs = [memoryview(chunk[place]) for place in order]
-            combine(Chunk(inputs, 0, ROWS * COLUMNS, 0, (0,) * len(inputs)), memoryview(out))
+            combine(Chunk(inputs, 0, ROWS * COLUMNS, 0, (0,) * len(inputs)), *map(memoryview, out))
         return time.thread_time() - start
 
     run()  # compiles
@@ -107,6 +119,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     loops = {name: loop(*found) for name, found in FORMATS.items()}
+    loops["FP8 blocks, to FP8 blocks"] = loop(*FORMATS["FP8 blocks"], encoded=True)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(arguments.runs):
         for name, run in loops.items():
