@@ -160,7 +160,6 @@ def build_graph(
         CheckpointError: if the models are incompatible.
     """
     builder = _GraphBuilder(recipe, stage, methods, open_model, seed, intermediate=intermediate)
-    builder.rules.decodes = stage.dtype is not None
     try:
         return builder.build()
     except TensorMismatch as error:
@@ -186,6 +185,7 @@ class _GraphBuilder:
         intermediate: bool,
     ) -> None:
         self.recipe = recipe
+        decodes = intermediate and stage.dtype is not None
         self.stage = stage = replace(stage, dtype=None) if intermediate else stage
         self.warnings: list[ModelWarning] = []
         sources = dict.fromkeys(stage_inputs(stage))
@@ -212,8 +212,8 @@ class _GraphBuilder:
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.usage = TensorUsage(self.graph)
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
-        self.rules = TensorRules(stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors)
-        self.rules.copies = {} if intermediate else None
+        given = stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors
+        self.rules = TensorRules(*given, intermediate=intermediate, decodes=decodes)
         self.layer_rules = LayerRules(self.graph, self.rules, self.tensors_from if stage.tensors_from else None)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
@@ -262,7 +262,7 @@ class _GraphBuilder:
             warnings=(*self.warnings, *partial_warnings(self.rules.partial, self.models, self.stage.merge_method)),
             partial=tuple(self.rules.partial),
             buffers=tuple(self.rules.buffers.checks),
-            copies=self.rules.copies or {},
+            copies=self.rules.copies,
             parameters=summarize_uses(use for parts in self.parts for part in parts for use in part.parameters.uses()),
         )
 

@@ -61,12 +61,13 @@ class TensorRules:
         usage: record of the used input tensors.
         seed: seed for methods that sample.
         donor: tensors of the donor, which most output tensors have the names of.
+        intermediate: whether other stages use the output. If not, values that the donor stores quantized are stored in
+            its format, unless the recipe sets a dtype.
+        decodes: whether a value that is only copied is decoded, even if nothing rounds it.
 
     Attributes:
         buffers: the buffers among the tensors, which are compared between the models.
-        decodes: whether a value that is only copied is decoded, even if nothing rounds it.
-        copies: values whose parts are copied, by name; None if no stage uses the output. Only then are values that the
-            donor stores quantized stored in its format, unless the recipe sets a dtype.
+        copies: values of an intermediate output whose parts are copied, by name.
         written: the names of the output tensors.
         dtypes: the dtype that the recipe sets for each output tensor.
     """
@@ -79,6 +80,9 @@ class TensorRules:
         usage: TensorUsage,
         seed: int,
         donor: Mapping[str, TensorRef],
+        *,
+        intermediate: bool,
+        decodes: bool,
     ) -> None:
         self.partial: list[PartialTensor] = []
         self.dtypes = OutputDtypes(stage)
@@ -89,8 +93,9 @@ class TensorRules:
         self._usage = usage
         self._seed = seed
         self.buffers = BufferChecks(graph.models)
-        self.decodes = False
-        self.copies: dict[str, CopiedValue] | None = None
+        self.copies: dict[str, CopiedValue] = {}
+        self._intermediate = intermediate
+        self._decodes = decodes
         self.written = NameSet(donor)
         self._tensors = TensorValues(graph, methods["passthrough"])
         self._encoders = EncodedOutputs(graph)
@@ -222,16 +227,16 @@ class TensorRules:
             dtype, as_stored = chosen.kind.dtype, wanted is None or (wanted is Stored.SAME and alike)
             keep = chosen.name in chosen.model.quantized
             if chosen.decoded:  # in another form than the donor's, the values are encoded again if they can be
-                keep = not self.decodes and (alike or donor.encoding is None)
+                keep = not self._decodes and (alike or donor.encoding is None)
             if (dtype == target and not chosen.decoded) or (as_stored and keep):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)
             operation = self._pass(chosen)
         refuse_quantized(used)
         if wanted is Stored.SAME:
-            refuse_format(donor, encodes=self.copies is None)
+            refuse_format(donor, encodes=not self._intermediate)
             refuse_quantized([donor], ", and out_dtype `same` needs its dtype")
-        encoding = donor.encoding if self.copies is None and not isinstance(wanted, DType) else None
+        encoding = None if self._intermediate or isinstance(wanted, DType) else donor.encoding
         return _Resolved(operation, kept, reason, target, kernel.random, encoding)
 
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
@@ -304,7 +309,7 @@ class TensorRules:
             self._check_unwritten(written)
             self._graph.add_output(written, node, group)
             parts.append(written)
-        if self.copies is not None and isinstance(source.kind, LogicalTensor) and source.kind.decode:
+        if self._intermediate and isinstance(source.kind, LogicalTensor) and source.kind.decoded:
             self.copies[name] = CopiedValue(name, source.kind, tuple(parts))
 
     def _check_unwritten(self, name: str) -> None:

@@ -10,7 +10,7 @@ from ...errors import RecipeError
 from ...io.tensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.method import Method
 from ...methods.kernel.signature import Parameter
-from .entries.renames import Renames
+from .entries.rename_reader import Renames
 from .local import is_local, range_problem
 from .misplaced import (
     MISSING,

@@ -194,7 +194,7 @@ class Inputs:
         models: inputs other than the base, in recipe order.
         inputs: all inputs: arrays, and factors of low-rank products.
         uses_shape: whether the method has asked for the shape: if not, its expression is the same for any shape.
-        shared: whether a kernel for any shape was made, so there is no single shape anymore.
+        shared: whether a kernel for any shape was made, so asking for the shape is an error.
     """
 
     def __init__(self, spec: InputSpec) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .selection import SelectionState
 
 
-class Reduction:
+class Reduction(ABC):
     """A reduction of one array over all tiles, in one or more passes, its steps.
 
     Attributes:
@@ -51,9 +52,9 @@ class Reduction:
         """Add the partial result of the tiles that follow those of `merged`."""
         return merged + partial
 
+    @abstractmethod
     def finish(self, step: int, merged: Any, state: Any) -> Any:
         """The state after the pass of a step; `merged` is None for a tensor without elements."""
-        raise NotImplementedError
 
     def value(self, state: Any) -> Any:
         """The result: a number, or one number per column."""
