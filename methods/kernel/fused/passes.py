@@ -116,6 +116,8 @@ class FusedPass:
         block = reduced.value.block
         begin: int = threshold.block * block
         within = begin - chunk.element
+        if chunk.indices is not None:  # no operand that is sampled depends on a selection: the result is not used
+            return min(begin, _FAR)
         if not threshold.ties or not 0 <= within < chunk.elements:
             return min(begin, _FAR)
         kernel = self._kernel

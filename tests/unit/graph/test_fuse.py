@@ -142,6 +142,19 @@ def test_what_is_kept_changes_no_byte(world: Stages) -> None:
         run(each, scheduled(each, 20))
 
 
+def test_a_selection_over_a_selection_is_sampled_next_to_one_over_inputs() -> None:
+    #  a, b, c ─ linear ─ rounded ─ ties ─┬─ saved     the selections of the last node over c and the model stock are
+    #  a, b, c ─ model_stock ─────────────┴─ ties      sampled; the one over the first ties depends on one itself
+    world = Stages()
+    a, b, c = world.normal("BF16"), world.normal("F32"), world.normal("F32")
+    first = world.stage("ties", [a, b, world.rounded(world.stage("linear", [a, b, c]), "BF16")])
+    world.saved(first, "BF16")
+    world.saved(world.stage("ties", [c, world.stage("model_stock", [a, b, c]), first]), "BF16")
+    for inline in (False, True):
+        each = world.fresh(fuse(world.graph, inline=inline))
+        run(each, scheduled(each, 20))
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_what_is_rounded_after_float64_is_equal_in_both_forms(saved: bool) -> None:
     #  a (float64) ─ linear ─ rounded ─┬─ slerp ─┬─ linear ─┬─ slerp: whatever is kept, a kernel computes in float64 if
