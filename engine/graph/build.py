@@ -212,7 +212,8 @@ class _GraphBuilder:
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.usage = TensorUsage(self.graph)
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
-        given = stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors
+        owners = {reference: model.number for reference, model in by_reference.items()}
+        given = stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors, owners
         self.rules = TensorRules(*given, intermediate=intermediate, decodes=decodes)
         self.layer_rules = LayerRules(self.graph, self.rules, self.tensors_from if stage.tensors_from else None)
         self.layer_sources: dict[int, list[int]] = {}

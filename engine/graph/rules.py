@@ -20,7 +20,7 @@ from ..model.logical import Encoding, LogicalTensor, kind_of
 from ..model.modules import absent_part, lone_projector
 from ..model.roles import is_buffer, is_optional
 from ..recipe.entries.dtype_lookup import OutputDtypes, Stored, promote
-from ..recipe.types import Stage
+from ..recipe.types import ModelReference, Stage
 from .checks.buffers import BufferChecks, StoredBuffer
 from .checks.partial import PartialTensor
 from .checks.quantized_inputs import refuse_format, refuse_quantized
@@ -61,6 +61,7 @@ class TensorRules:
         usage: record of the used input tensors.
         seed: seed for methods that sample.
         donor: tensors of the donor, which most output tensors have the names of.
+        owners: numbers of the models that have parts of other models' values.
         intermediate: whether other stages use the output. If not, values that the donor stores quantized are stored in
             its format, unless the recipe sets a dtype.
         decodes: whether a value that is only copied is decoded, even if nothing rounds it.
@@ -80,6 +81,7 @@ class TensorRules:
         usage: TensorUsage,
         seed: int,
         donor: Mapping[str, TensorRef],
+        owners: Mapping[ModelReference, int],
         *,
         intermediate: bool,
         decodes: bool,
@@ -97,8 +99,8 @@ class TensorRules:
         self._intermediate = intermediate
         self._decodes = decodes
         self.written = NameSet(donor)
-        self._tensors = TensorValues(graph, methods["passthrough"])
-        self._encoders = EncodedOutputs(graph)
+        self._tensors = TensorValues(graph, methods["passthrough"], owners)
+        self._encoders = EncodedOutputs(graph, self._tensors)
         self._operations = Operations()
         self._resolved: dict[Hashable, _Resolved] = {}
         # by slice, rule for the dtype, and the addresses of the inputs' classes

@@ -14,6 +14,7 @@ from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model
 from ..model.logical import Encoding, LogicalTensor, Part
+from ..recipe.types import ModelReference
 from .graph import Kind, MergeGraph, Operation, Value
 
 
@@ -86,11 +87,13 @@ class TensorValues:
     Args:
         graph: the graph that receives them.
         passthrough: the method that returns its input.
+        owners: numbers of the models that have parts of other models' values.
     """
 
-    def __init__(self, graph: MergeGraph, passthrough: Method) -> None:
+    def __init__(self, graph: MergeGraph, passthrough: Method, owners: Mapping[ModelReference, int]) -> None:
         self._graph = graph
         self._passthrough = passthrough
+        self._owners = owners
         self._operations: dict[Hashable, Operation] = {}
 
     def value(self, model: Model, name: str) -> Value:
@@ -103,6 +106,11 @@ class TensorValues:
             return self._graph.add_read(model.number, name, tensor)
         return ~self.computed(model.number, tensor)
 
+    def read(self, model: int, part: Part) -> int:
+        """Add the read of a part of a value of the model with this number."""
+        owner = model if part.owner is None else self._owners[part.owner]
+        return self._graph.add_read(owner, part.name, part.ref)
+
     def computed(self, model: int, tensor: LogicalTensor) -> int:
         """Add the node that computes a value from its parts, in the work dtype.
 
@@ -110,14 +118,14 @@ class TensorValues:
             model: number of the model.
             tensor: the value.
         """
-        reads = tuple(self._graph.add_read(model, part.name, part.ref) for part in tensor.parts)
+        reads = tuple(self.read(model, part) for part in tensor.parts)
         wide = any(part.ref.dtype == F64 for part in tensor.parts)
         return self._graph.add_node(self._decoding(tensor), reads, F64 if wide else F32, shape=tensor.shape)
 
     def picked(self, model: int, tensor: LogicalTensor) -> int:
         """Add the node of a value whose elements are elements of its only part, in their order: it copies them."""
         (part,) = tensor.parts
-        read = self._graph.add_read(model, part.name, part.ref)
+        read = self.read(model, part)
         copy = Operation(Kind.COPY, "passthrough", copied=(part.access,))
         return self._graph.add_node(copy, (read,), part.ref.dtype, shape=tensor.shape)
 
@@ -138,7 +146,7 @@ class TensorValues:
             yield output, self.picked(model.number, tensor)
             return
         for part in tensor.parts + tensor.companions:
-            read = self._graph.add_read(model.number, part.name, part.ref)
+            read = self.read(model.number, part)
             if tensor.decode is not None:
                 copy, stored = Operation(Kind.COPY, "passthrough"), part.as_stored
                 node = self._graph.add_node(copy, (read,), stored.dtype, shape=stored.shape)

@@ -16,6 +16,7 @@ from ...io.tensors.refs import TensorClass, TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access, BlockRows, Shape, TransposedSlice
 from ...methods.kernel.decoder import Decoder
+from ..recipe.types import ModelReference
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,14 @@ class Part:
         access: which of its elements a range of the value's elements needs.
         stored: the same tensor with the dtype and shape of its header, if `ref` has others of the same size: packed
             codes are bytes, and the only scale of a tensor is a matrix.
+        owner: the model that has the tensor, if it is another than that of the value, such as an adapter.
     """
 
     name: str
     ref: TensorRef
     access: Access = ALIGNED
     stored: TensorRef | None = None
+    owner: ModelReference | None = None
 
     @classmethod
     def seen_as(cls, name: str, stored: TensorRef, access: Access, shape: Shape, dtype: DType | None = None) -> Part:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...model.logical import Encoding, LogicalTensor
 from ..graph import Kind, MergeGraph, Operation
-from ..values import Input, renamed
+from ..values import Input, TensorValues, renamed
 from .blocks import BlockEncoders
 
 
@@ -15,10 +15,12 @@ class EncodedOutputs:
 
     Args:
         graph: the graph that receives the nodes.
+        values: adds what is copied.
     """
 
-    def __init__(self, graph: MergeGraph) -> None:
+    def __init__(self, graph: MergeGraph, values: TensorValues) -> None:
         self._graph = graph
+        self._values = values
         self._encoders = BlockEncoders(graph)
 
     def add(self, node: int, encoding: Encoding, donor: Input, name: str) -> Iterator[tuple[str, int]]:
@@ -40,6 +42,6 @@ class EncodedOutputs:
         for part, made in zip(tensor.parts, nodes, strict=True):
             yield renamed(part.name, donor.name, name), made
         for part in tensor.companions:
-            read = self._graph.add_read(donor.model.number, part.name, part.ref)
+            read = self._values.read(donor.model.number, part)
             copy = Operation(Kind.COPY, "passthrough")
             yield renamed(part.name, donor.name, name), self._graph.add_node(copy, (read,), part.ref.dtype)

@@ -116,7 +116,7 @@ class ComputedTensors:
         known = self._known.get(tensor)
         if known is None:
             if self._values is None:
-                self._values = TensorValues(self._graph, merge_methods()["passthrough"])
+                self._values = TensorValues(self._graph, merge_methods()["passthrough"], {})
             add = self._values.picked if tensor.picked else self._values.computed
             known = self._known[tensor] = ComputedTensor(self._graph, add(model, tensor), tensor)
         return known
