@@ -69,7 +69,7 @@ class MergeGraph:
         self._operation_numbers: dict[Operation, int] = {}
         self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
         self._first_users = array("i")  # for each node, the first node with it as its first source; or -1
-        self._node_numbers: dict[tuple[int, tuple[Value, ...], str, int], int] = {}
+        self._node_numbers: dict[tuple[object, ...], int] = {}
         self._class_numbers: dict[tuple[object, ...], int] = {}
         self._uses_nodes = False  # whether any source is a node
         self._users: tuple[int, Mapping[int, list[int]]] = (0, {})  # after how many nodes they were found
@@ -103,7 +103,7 @@ class MergeGraph:
             shape: shape of the output; that of the first source if None.
         """
         number = self._number(operation)
-        equal = (number, sources, dtype.name, key)
+        equal = (number, sources, dtype.name, key, shape)
         # most values are the first source of one node only, so few nodes are in `_node_numbers`
         users, place = self._first_users if sources[0] < 0 else self.reads.first_users, max(sources[0], ~sources[0])
         first = users[place]
@@ -111,7 +111,7 @@ class MergeGraph:
             first = users[place] = self.append_node(operation, sources, dtype, key, shape)
             return first
         found = self.node_operation[first], self.node_sources[first], self.node_dtype[first].name, self.node_key[first]
-        if found == equal:
+        if (*found, None if shape is None else self.node_shape[first]) == equal:
             return first
         node = self._node_numbers.get(equal)
         if node is None:

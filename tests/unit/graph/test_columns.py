@@ -15,6 +15,7 @@ from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.tensors.dtypes import BF16, F32
 from mergeloom.io.tensors.refs import TensorClass, TensorRef
 from mergeloom.io.tensors.table import TensorTable
+from mergeloom.methods.kernel.access import Slice
 
 BYTES_OF_A_NODE = 180
 """The most memory that a node may take with its two reads and its output in a graph, besides the names, in bytes."""
@@ -159,3 +160,12 @@ def test_a_node_can_be_added_before_one_that_it_uses() -> None:
     second = graph.append_node(operation, (read,), F32)
     assert graph.node_class[first] != graph.node_class[second]
     assert graph.users() == {second: [first]}
+
+
+def test_slices_of_one_tensor_with_other_shapes_are_other_nodes() -> None:
+    graph = MergeGraph(("model",))
+    read = graph.add_read(0, "experts", TensorRef(Path("m"), 0, 96, F32, (6, 4)))
+    slices = Operation(Kind.COPY, "passthrough", copied=(Slice(0, 4),))
+    nodes = [graph.add_node(slices, (read,), F32, shape=shape) for shape in ((2, 4), (3, 4), (2, 4), (3, 4))]
+    assert nodes == [0, 1, 0, 1]
+    assert [graph.shape(node) for node in nodes[:2]] == [(2, 4), (3, 4)]
