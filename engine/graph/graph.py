@@ -20,7 +20,9 @@ from ...io.tensors.dtypes import DType
 from ...io.tensors.refs import TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access
-from .columns import Output, Outputs, Reads, Rows, StoredTensors, grouped
+from .columns.outputs import Output, Outputs
+from .columns.reads import Reads, StoredTensors
+from .columns.rows import Rows, grouped
 from .footprint import Footprint
 from .operation import Kind, Operation, result_of
 

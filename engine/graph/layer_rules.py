@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ...io.tensors.table import TensorTable
 from ..model.inputs import BoundSlice
 from ..model.roles import is_buffer
-from .columns import StoredTensors
+from .columns.reads import StoredTensors
 from .graph import MergeGraph
 from .rules import TensorRules
 from .tensor_sources import TensorSources

@@ -12,7 +12,7 @@ from ...model.checks.formats import format_name, quantization_config, unquantize
 from ...model.inputs import Model
 from ...model.logical import LogicalTensor, LogicalTensors, codes_of
 from ...model.warnings import ModelWarning, ModelWarningKind
-from ..columns import Output
+from ..columns.outputs import Output
 from ..graph import Kind, MergeGraph
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")

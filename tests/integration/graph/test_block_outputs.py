@@ -14,7 +14,7 @@ from torch import Tensor
 from mergeloom.engine.cost.measure_compute import measure_node, node_groups
 from mergeloom.engine.graph import build, stages
 from mergeloom.engine.graph.build import BuiltGraph
-from mergeloom.engine.graph.columns import Outputs
+from mergeloom.engine.graph.columns.outputs import Outputs
 from mergeloom.engine.graph.encoding.blocks import BlockEncoders
 from mergeloom.engine.graph.graph import Kind
 from mergeloom.engine.run.plan import Options

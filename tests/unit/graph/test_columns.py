@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.engine.graph.columns import Output, Outputs, Reads, Rows, grouped
+from mergeloom.engine.graph.columns.outputs import Output, Outputs
+from mergeloom.engine.graph.columns.reads import Reads
+from mergeloom.engine.graph.columns.rows import Rows, grouped
 from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.tensors.dtypes import BF16, F32
 from mergeloom.io.tensors.refs import TensorClass, TensorRef

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergeloom.engine.graph.columns import Reads
+from mergeloom.engine.graph.columns.reads import Reads
 from mergeloom.engine.graph.graph import MergeGraph
 from mergeloom.engine.graph.layout import lay_out
 from mergeloom.engine.run.buffers import ThreadBuffers
