@@ -228,6 +228,8 @@ class _Linker:
                 sources.append(values[computing])
             else:
                 sources.append(self._read(built, value))
+        if len(graph.results_with(node)) > 1:
+            return self._encoded(graph, node, sources)
         rounded = graph.node_dtype[node] if node in self._rounded[stage] else None
         copies = operation.kernel is not None and operation.kernel.copies is not None and not operation.accesses
         if operation.copies_tensor or (copies and rounded is None):
@@ -239,6 +241,17 @@ class _Linker:
             operation = self._picked(operation, sources[0], shape)
         computed = sources[0] if copies else self._computed(operation, sources, graph.node_key[node], shape)
         return computed if rounded is None else self._converted(computed, rounded)
+
+    def _encoded(self, graph: MergeGraph, node: int, sources: list[Value]) -> Value:
+        """Add a node that computes several tensors, such as codes and scales, or find one of the others."""
+        linked = self._graph
+        if graph.operation(node).kind is Kind.RESULT:
+            return ~linked.results(~sources[0])[graph.results_with(node).index(node)]
+        made = linked.add_node(graph.operation(node), tuple(sources), graph.node_dtype[node], shape=graph.shape(node))
+        if len(linked.results(made)) == 1:
+            others = graph.results(node)[1:]
+            linked.add_results(made, [(graph.node_dtype[other], graph.shape(other)) for other in others])
+        return ~made
 
     def _read(self, built: BuiltGraph, read: int) -> Value:
         """Add a read of a file by a stage."""
@@ -291,7 +304,7 @@ class _Linker:
         graph = self._graph
         if value >= 0 and graph.reads[value].dtype == dtype:
             return graph.add_node(Operation(Kind.COPY, "passthrough"), (value,), dtype)
-        if value < 0 and graph.operation(~value).kind is Kind.REQUIRE_EQUAL:
+        if value < 0 and (graph.operation(~value).kind is Kind.REQUIRE_EQUAL or len(graph.results_with(~value)) > 1):
             return ~value
         return ~self._converted(value, dtype)
 

@@ -119,6 +119,23 @@ def test_an_intermediate_stage_keeps_values(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("last_dtype", [{}, {"out_dtype": "same"}])
+def test_the_last_stage_is_stored_like_its_donor(tmp_path: Path, last_dtype: dict[str, Any]) -> None:
+    """Its codes are those of the unrounded values of the stage before it."""
+    pairs = [quantized.write_pair(tmp_path, "fp8 blocks", seed) for seed in (1, 2, 3)]
+    for column, name, more in ((0, "out", last_dtype), (1, "values", {"dtype": "float32"})):
+        models = [pair[column] for pair in pairs]
+        first = linear(models[:2]) | {"name": "first"}
+        last = linear([models[2], Path("first")]) | more
+        mergeloom.merge([first, last], tmp_path / name)
+    found, values = read_model(tmp_path / "out"), read_model(tmp_path / "values")
+    assert len(found) == len(read_model(pairs[2][0]))
+    for module in quantized.weights(1):
+        codes, scales, _ = quantized.blocks(values[f"{module}.weight"], 32, 48)
+        assert torch.equal(found[f"{module}.weight_scale_inv"], scales)
+        assert torch.equal(found[f"{module}.weight"].view(torch.uint8), codes.view(torch.uint8))
+
+
 def test_planned_bytes_are_executed_for_any_budget(tmp_path: Path) -> None:
     models = [quantized.write_pair(tmp_path, "fp8 blocks", seed)[0] for seed in (1, 2)]
     plan = mergeloom.plan(linear(models))
