@@ -10,10 +10,12 @@ The functions are pure. `engine.graph.extents` adds widths and file offsets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
+
+from .gather.row_index import RowIndex
 
 Shape = tuple[int, ...]
 
@@ -225,31 +227,33 @@ class Whole(Access):
 class GatheredRows(Access):
     """Row r of the value is row `index[r]` of the part, such as a token's embedding; -1 stands for a row of zeros.
 
+    The elements of a vector are rows, too, if the index has as many.
+
     Args:
         index: for each row of the value, the row of the part, or -1.
     """
 
-    index: tuple[int, ...]
+    index: RowIndex
+
+    @classmethod
+    def of(cls, rows: Iterable[int]) -> GatheredRows:
+        """Return the access for these rows of the part."""
+        return cls(RowIndex(rows))
 
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
         """Return whether the columns are equal and the part has every row that the index names."""
-        rows = prod(part[:-1])
-        return (
-            len(shape) > 0
-            and len(part) > 0
-            and shape[-1] == part[-1]
-            and len(self.index) == prod(shape[:-1])
-            and all(-1 <= row < rows for row in self.index)
-        )
+        vector = len(shape) == len(part) == 1 and len(self.index) == shape[0]
+        same = vector or (shape[-1:] == part[-1:] != () and len(self.index) == prod(shape[:-1]))
+        return same and self.index.highest < (part[0] if vector else prod(part[:-1]))
 
     def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
         """Return the ranges of the rows, those that follow each other in the part as one."""
-        columns = max(1, shape[-1])
-        pieces = []
-        for row, begin, length in row_pieces(columns, first, count):
-            source = self.index[row]
-            pieces.append(Span(-1 if source < 0 else source * columns + begin, length))
-        return coalesced(pieces)
+        columns = max(1, prod(shape) // len(self.index))
+        spans = []
+        for row, source, length in self.index.runs(first // columns, -(-(first + count) // columns)):
+            low, high = max(first, row * columns), min(first + count, (row + length) * columns)
+            spans.append(Span(-1 if source < 0 else low + (source - row) * columns, high - low))
+        return spans
 
 
 @dataclass(frozen=True, slots=True)

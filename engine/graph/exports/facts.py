@@ -46,11 +46,18 @@ def operation_facts(operation: Operation) -> dict[str, Any]:
         "positions": operation.positions,
     }
     if operation.accesses:
-        facts["accesses"] = [[_ACCESSES[type(access)], *astuple(access)] for access in operation.accesses]
+        facts["accesses"] = [_access_facts(access) for access in operation.accesses]
     if not isinstance(operation.kernel, Composition):
         return {**facts, "method": operation.method, "parameters": dict(operation.parameters)}
     stages = zip(operation.kernel.parts, operation.parameters, strict=True)
     return {**facts, "stages": [{"method": name, **_stage_facts(part, own)} for part, (name, own) in stages]}
+
+
+def _access_facts(access: Access) -> list[Any]:
+    """Return everything that determines an access; of the 10^5 rows of a vocabulary, a digest."""
+    if isinstance(access, GatheredRows):
+        return [_ACCESSES[GatheredRows], len(access.index), access.index.digest]
+    return [_ACCESSES[type(access)], *astuple(access)]
 
 
 def _stage_facts(part: Part, parameters: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def find(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
         return Part(name, checkpoint.tensors[name], access)
 
     embedding = "model.embed_tokens.weight"
-    yield LogicalTensor(embedding, (VOCABULARY, HIDDEN), F32, (part(f"{embedding}.rows", GatheredRows(ORDER)),))
+    yield LogicalTensor(embedding, (VOCABULARY, HIDDEN), F32, (part(f"{embedding}.rows", GatheredRows.of(ORDER)),))
     for layer in range(2):
         prefix = f"model.layers.{layer}"
         up, down = f"{prefix}.mlp.up_proj.weight", f"{prefix}.mlp.down_proj.weight"

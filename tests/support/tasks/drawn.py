@@ -191,7 +191,7 @@ class Drawer:
         while len(index) < size(shape[:-1]):
             first = random.randint(-1, rows - 1)
             index += [first] if first < 0 else range(first, min(rows, first + random.choice([1, 1, 4])))
-        return GatheredRows(tuple(index[: size(shape[:-1])]))
+        return GatheredRows.of(tuple(index[: size(shape[:-1])]))
 
 
 @st.composite

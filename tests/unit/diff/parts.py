@@ -43,7 +43,7 @@ def find(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
     yield from value("wide", ("wide.codes", aligned), ("wide.scales", BlockRows(*BLOCK)), decode=scaled)
     parts = ("adapted.base", aligned), ("adapted.b", SameRows()), ("adapted.a", Whole())
     yield from value("adapted", *parts, decode=Decode(toy_format.ADAPTED))
-    yield from value("gathered", ("gathered.rows", GatheredRows(ORDER)))
+    yield from value("gathered", ("gathered.rows", GatheredRows.of(ORDER)))
     yield from value("sliced", ("fused", Slice(5, 2 * COLUMNS + 3)))
     yield from value("turned", ("turned.pairs", TransposedSlice(1, 2 * ROWS, 2)))
     yield from value("integers", ("integers.all", Slice(COLUMNS, COLUMNS)))

@@ -67,7 +67,7 @@ def test_a_copy_of_a_shared_read_leaves_linked_tasks_linked() -> None:
 
 def test_rows_of_zeros_are_uploaded_but_not_read() -> None:
     world, shape = TaskWorld(), (3, ELEMENTS)
-    part = Operand((world.source((2, ELEMENTS)),), (GatheredRows((-1, 1, -1)),))
+    part = Operand((world.source((2, ELEMENTS)),), (GatheredRows.of((-1, 1, -1)),))
     world.task("sum", [part], shape, "F32")
     world.measure()
     schedule = scheduled(world, 0, 0)
@@ -170,7 +170,7 @@ def test_one_read_through_two_accesses_is_cached_twice() -> None:
     #  rows 0 and 1 and rows 1 and 0 of a part: chunks of one length of one read, with different bytes
     world, shape = TaskWorld(), (2, ELEMENTS)
     part = world.source(shape)
-    straight, turned = (Operand((part,), (GatheredRows(index),)) for index in ((0, 1), (1, 0)))
+    straight, turned = (Operand((part,), (GatheredRows.of(index),)) for index in ((0, 1), (1, 0)))
     for operands in ([straight], [turned], [straight, turned, Operand((part,), (ALIGNED,))]):
         world.task("vote", operands, shape, "F32")
     world.measure()

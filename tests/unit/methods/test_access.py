@@ -104,7 +104,7 @@ def test_gathered_rows_are_staged_in_the_values_order(shape: Shape) -> None:
     stack, rows, columns = stack_of(shape)
     generator = np.random.default_rng(1)
     for index in (range(stack * rows), generator.integers(-1, 5, stack * rows), [-1] * (stack * rows)):
-        access = GatheredRows(tuple(int(row) for row in index))
+        access = GatheredRows.of(tuple(int(row) for row in index))
         part = np.concatenate([np.arange(99 * columns).reshape(99, columns), np.full((1, columns), -1)])
         wanted = part[list(access.index)].reshape(-1)
         for first, count in ranges(shape):
@@ -185,9 +185,9 @@ MISFITS: list[tuple[Access, Shape, Shape]] = [
     (Nibbles("U4"), (3, 4), (4, 2)),
     (SameRows(), (3, 4), (4, 2)),
     (SameRows(), (), ()),
-    (GatheredRows((0, 3)), (2, 4), (3, 4)),
-    (GatheredRows((0,)), (2, 4), (3, 4)),
-    (GatheredRows((0, 1)), (2, 4), (3, 5)),
+    (GatheredRows.of((0, 3)), (2, 4), (3, 4)),
+    (GatheredRows.of((0,)), (2, 4), (3, 4)),
+    (GatheredRows.of((0, 1)), (2, 4), (3, 5)),
     (Slice(5, 4), (2, 4), (3, 4)),
     (Slice(0, 3), (2, 4), (3, 4)),
     (TransposedSlice(1, 2), (2, 4), (4, 2)),

@@ -126,7 +126,7 @@ def test_a_method_loads_inputs_in_another_order() -> None:
     transposed = Maker(1, shape).transposed().parts[0]
     table = Maker(2, (9, 700)).plain().parts[0][1]
     index = tuple(int(row) for row in np.random.default_rng(3).integers(-1, 9, 60))
-    models = [transposed, (GatheredRows(index), table)]
+    models = [transposed, (GatheredRows.of(index), table)]
     kernel = method_of(method).kernel(spec_of(models, shape), {})
     assert_same(kernel, [part for _, part in models], (None, 1))
 
