@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from ...io.companions import companion_files
+from ..model.vocabularies.tokenizer_files import directory_of
 from ..recipe.types import Recipe, Stage
 from .sources import FileSources
-from .tokenizer_files import directory_of
 from .write import CARD, CONFIG
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -17,6 +17,14 @@ from ...io.companions import FileKind, companion_files
 from ...io.small_files import read_json
 from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.contents.diffusion import is_diffusion
+from ..model.vocabularies.tokenizer_files import (
+    GENERATION,
+    check_companions,
+    generation_config,
+    has_file,
+    tokenizer_directory,
+)
+from ..model.vocabularies.vocabulary import read_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.types import ModelReference, Recipe, Stage
 from .chat_templates import BUILT_IN, REPLACED, find_template, syntax_error
@@ -32,14 +40,6 @@ from .token_checks import (
     check_tokenizer_rows,
     stated_vocabulary,
 )
-from .tokenizer_files import (
-    GENERATION,
-    check_companions,
-    generation_config,
-    has_file,
-    tokenizer_directory,
-)
-from .vocabulary import read_vocabulary
 from .vocabulary_checks import (
     TokenizerModel,
     VocabularyRule,

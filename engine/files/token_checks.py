@@ -14,10 +14,10 @@ from ...errors import CheckpointError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..model.open import is_remote
+from ..model.vocabularies.tokenizer_files import GENERATION, generation_config, main_file, small_files_directory
+from ..model.vocabularies.vocabulary import added_tokens, last_row, read_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
 from .chat_templates import find_template
-from .tokenizer_files import GENERATION, generation_config, main_file, small_files_directory
-from .vocabulary import added_tokens, last_row, read_vocabulary
 
 CONFIG = "config.json"
 _ROLES = ("eos", "bos", "pad")

@@ -10,9 +10,9 @@ from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
 from ..model.logical import part_names
 from ..model.roles import is_embedding, is_head
+from ..model.vocabularies.tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
+from ..model.vocabularies.vocabulary import Difference, Vocabulary, difference, read_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
-from .tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
-from .vocabulary import Difference, Vocabulary, difference, read_vocabulary
 
 ALLOW = "allow_vocabulary_mismatch"
 """The recipe key that merges embeddings row by row although vocabularies differ."""

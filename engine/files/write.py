@@ -16,6 +16,7 @@ from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 from ..model.contents.diffusion import is_diffusion
 from ..model.inputs import Model
+from ..model.vocabularies.tokenizer_files import directory_of, tokenizer_directory
 from ..recipe.local import is_local
 from ..recipe.types import Recipe
 from .card import CardMethod, CardModel, model_card
@@ -23,7 +24,6 @@ from .chat_templates import REPLACED, with_template
 from .licenses import license_of
 from .published import published_names, published_recipe
 from .sources import FileSources, OutputModel
-from .tokenizer_files import directory_of, tokenizer_directory
 
 CARD = "README.md"
 RECIPE = "mergekit_config.yml"

@@ -9,8 +9,8 @@ from typing import Any
 from ....io.small_files import read_json
 from ...graph.build import BuiltGraph
 from ...model.inputs import Model
+from ...model.vocabularies.tokenizer_files import POOLING, has_file, small_files_directory
 from ...model.warnings import ModelWarning, ModelWarningKind
-from ..tokenizer_files import POOLING, has_file, small_files_directory
 
 _CLASSIFIER = re.compile(r"For\w*Classification$")
 _GENERIC = re.compile(r"label[_ ]?\d+|\d+")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.engine.files.tokenizer_files import same_vocabulary_files
-from mergeloom.engine.files.vocabulary import difference, last_row, read_vocabulary
+from mergeloom.engine.model.vocabularies.tokenizer_files import same_vocabulary_files
+from mergeloom.engine.model.vocabularies.vocabulary import difference, last_row, read_vocabulary
 from mergeloom.errors import CheckpointError
 from mergeloom.io.checkpoint.checkpoint import Checkpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.files import vocabulary_checks
-from mergeloom.engine.files.vocabulary import Difference, Vocabulary, read_vocabulary
+from mergeloom.engine.model.vocabularies.vocabulary import Difference, Vocabulary, read_vocabulary
 from mergeloom.engine.model.warnings import ModelWarning, ModelWarningKind
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options

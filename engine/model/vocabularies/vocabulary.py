@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
-from ...io.output.digests import file_digest
-from ...io.small_files import read_json, read_small
+from ....errors import CheckpointError
+from ....io.output.digests import file_digest
+from ....io.small_files import read_json, read_small
 
 _TEXTS = (
     *("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "spm.model"),

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointError
-from ...io.checkpoint.checkpoint import Checkpoint
-from ...io.companions import FileKind, companion_files, file_kind
-from ...io.output.digests import file_digest
-from ...io.small_files import read_json
-from ..model.open import is_remote
+from ....errors import CheckpointError
+from ....io.checkpoint.checkpoint import Checkpoint
+from ....io.companions import FileKind, companion_files, file_kind
+from ....io.output.digests import file_digest
+from ....io.small_files import read_json
+from ..open import is_remote
 from .vocabulary import equal_added_tokens, main_file_name
 
 if TYPE_CHECKING:
-    from ...io.hub.repository import HubFile
+    from ....io.hub.repository import HubFile
 
 GENERATION = "generation_config.json"
 POOLING = "1_Pooling/config.json"
@@ -50,7 +50,7 @@ def small_files_directory(checkpoint: Checkpoint) -> Path:
     Offline, files that are not in the cache are left out, since only checks need them.
     """
     if is_remote(checkpoint):
-        from ...io.hub.http import is_offline  # local models do not need the network libraries
+        from ....io.hub.http import is_offline  # local models do not need the network libraries
 
         if is_offline():
             return directory_of(checkpoint)
@@ -120,7 +120,7 @@ def _same(first: Checkpoint, second: Checkpoint, name: str) -> bool:
         return hub[0].etag == hub[1].etag
     for file, path in zip(hub, reversed(paths), strict=True):
         if file is not None:
-            from ...io.hub.download import has_hash
+            from ....io.hub.download import has_hash
 
             return has_hash(path, file)
     return paths[0].stat().st_size == paths[1].stat().st_size and file_digest(paths[0]) == file_digest(paths[1])
@@ -134,8 +134,8 @@ def _hub_files(checkpoint: Checkpoint) -> Mapping[str, HubFile]:
 def _download(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> Path:
     """Download the companion files of a model on the Hub whose name is wanted, and return the model's directory."""
     if is_remote(checkpoint):
-        from ...io.hub.checkpoint import companions
-        from ...io.hub.download import download
+        from ....io.hub.checkpoint import companions
+        from ....io.hub.download import download
 
         download(file for file in companions(checkpoint) if wanted(file.name))
     return directory_of(checkpoint)
