@@ -10,7 +10,7 @@ import functools
 from array import array
 from typing import NamedTuple
 
-from ...methods.kernel.access import ALIGNED, Access, BlockRows, Shape, Whole
+from ...methods.kernel.access import ALIGNED, Access, BlockRows, Shape
 from .graph import Kind, MergeGraph
 
 
@@ -111,10 +111,10 @@ def staged_whole(graph: MergeGraph, node: int, place: int, slot: int) -> bool:
 
     The scales of a quantized tensor are a few bytes for each chunk, so all of them are read once where they fit.
     """
-    access = graph.access(node, place)
-    if isinstance(access, Whole):
-        return True
-    return isinstance(access, BlockRows) and graph.value_nbytes(graph.node_sources[node][place]) <= slot
+    access, source = graph.access(node, place), graph.node_sources[node][place]
+    if not isinstance(access, BlockRows):
+        return access.whole(graph.shape(node), graph.value_shape(source))
+    return graph.value_nbytes(source) <= slot
 
 
 def staged_bytes(graph: MergeGraph, node: int, place: int, count: int) -> int:

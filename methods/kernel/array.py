@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from .access import FactorAccess
 from .expression import MethodDefinitionError, Node, Trace, Type, definition_error
+from .spec import InputSpec
 
 ALLOWED = (
     "+ - * /, abs, sqrt, exp, log, comparisons, & | ~, where, minimum, maximum, clamp, sign, add, mean, uniform, "
@@ -177,16 +179,24 @@ class Factor:
 
     Args:
         index: number of the input.
-        shape: its shape as it is stored.
-        rows: whether it has one row for each row of the output; otherwise each row uses all elements.
-        columns: number of elements in a row of the output.
+        spec: inputs of the output.
+        access: access to it.
         trace: trace that it belongs to.
+
+    Attributes:
+        shape: its shape as it is stored.
+        by_row: whether it is a left factor.
+        lines: rows or columns of a matrix that it has elements for.
+        rank: number of elements for each of them.
+        columns: number of elements in a row of the output.
     """
 
-    __slots__ = ("columns", "index", "rows", "shape", "trace")
+    __slots__ = ("by_row", "columns", "index", "lines", "rank", "shape", "trace")
 
-    def __init__(self, index: int, shape: tuple[int, ...], rows: bool, columns: int, trace: Trace) -> None:
-        self.index, self.shape, self.rows, self.columns, self.trace = index, shape, rows, columns, trace
+    def __init__(self, index: int, spec: InputSpec, access: FactorAccess, trace: Trace) -> None:
+        self.index, self.shape, self.trace = index, spec.part(index), trace
+        self.by_row, self.columns = access.by_row, spec.columns
+        self.lines, self.rank = access.size(spec.shape, self.shape)
 
     def refuse(self, *others: object) -> NoReturn:
         """Raise MethodDefinitionError, as every operation on a factor does."""
@@ -243,6 +253,30 @@ def maximum(a: Operand, b: Operand) -> Array:
 def clamp(x: Operand, low: Operand, high: Operand) -> Array:
     """`x`, limited to the range from `low` to `high`; a NaN stays a NaN."""
     return minimum(maximum(x, low), high)
+
+
+def low_rank(left: Factor, right: Factor) -> Array:
+    """The product of two matrices: the sum over k of ``left[row, k] * right[k, column]``, starting at 0.
+
+    The ranks are added in order in the work dtype; each product and each sum is rounded. Of a stack, each matrix is a
+    product of its own.
+
+    Args:
+        left: input with `rank` elements for each row of the output: accessed by `SameRows` or `RowFactor`.
+        right: input with `rank` elements for each column: accessed by `Whole` or `ColumnFactor`.
+
+    Raises:
+        MethodDefinitionError: the inputs are others, or their shapes do not fit.
+    """
+    if not isinstance(left, Factor) or not isinstance(right, Factor):
+        raise definition_error("low_rank takes two inputs: one with the output's rows, and one that is used as a unit")
+    fits = left.rank == right.rank and right.lines in (left.columns, max(1, left.columns))
+    if not left.by_row or right.by_row or not fits:
+        raise definition_error(
+            f"low_rank takes an input of shape (rows, rank) and one of shape (rank, {left.columns}), and not of shapes "
+            f"{list(left.shape)} and {list(right.shape)}"
+        )
+    return Array(left.trace.low_rank(left.index, right.index), left.trace)
 
 
 def common_trace(*values: Any) -> Trace:

@@ -14,8 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .access import BlockRows, SameRows, Whole
-from .array import Array, Factor, Operand, clamp, common_trace, maximum, minimum, node_of, refuse, trace_of, where
+from .access import BlockRows, FactorAccess
+from .array import (
+    Array,
+    Factor,
+    Operand,
+    clamp,
+    common_trace,
+    low_rank,
+    maximum,
+    minimum,
+    node_of,
+    refuse,
+    trace_of,
+    where,
+)
 from .expression import Extent, Node, Trace, Type, definition_error, flatten, with_constants
 from .polynomials import exponential, logarithm
 from .reduction.reductions import ColumnSum, Count, Selection, Sum
@@ -30,6 +43,7 @@ __all__ = [
     "exp",
     "host",
     "log",
+    "low_rank",
     "maximum",
     "mean",
     "minimum",
@@ -126,29 +140,6 @@ def add(terms: Sequence[Operand]) -> Array:
 def mean(terms: Sequence[Operand]) -> Array:
     """The sum of the terms, added in order, divided by their number."""
     return add(terms) / len(terms)
-
-
-def low_rank(left: Factor, right: Factor) -> Array:
-    """The product of two matrices: the sum over k of ``left[row, k] * right[k, column]``, starting at 0.
-
-    The ranks are added in order in the work dtype; each product and each sum is rounded.
-
-    Args:
-        left: input of shape (rows, rank) that is accessed by `SameRows`.
-        right: input of shape (rank, columns) that is accessed by `Whole`.
-
-    Raises:
-        MethodDefinitionError: the inputs are others, or their shapes do not fit.
-    """
-    if not isinstance(left, Factor) or not isinstance(right, Factor):
-        raise definition_error("low_rank takes two inputs: one with the output's rows, and one that is used as a unit")
-    rank, columns = left.shape[-1], left.columns
-    if not left.rows or right.rows or right.shape != (rank, columns):
-        raise definition_error(
-            f"low_rank takes an input of shape (rows, rank) and one of shape (rank, {columns}), and not of shapes "
-            f"{list(left.shape)} and {list(right.shape)}"
-        )
-    return Array(left.trace.low_rank(left.index, right.index), left.trace)
 
 
 def host(function: Callable[..., Any], *args: Any, outputs: int | None = None) -> Any:
@@ -348,8 +339,8 @@ class Inputs:
 
     def _input(self, spec: InputSpec, index: int) -> Any:
         access = spec.access(index)
-        if isinstance(access, (SameRows, Whole)):
-            return Factor(index, spec.part(index), isinstance(access, SameRows), spec.columns, self.trace)
+        if isinstance(access, FactorAccess):
+            return Factor(index, spec, access, self.trace)
         return self._array(self.trace.load(index))
 
     def _array(self, node: Node) -> Array:

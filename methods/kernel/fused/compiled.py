@@ -233,8 +233,8 @@ class Buffers:
                 self.addresses["wide", target.number] = take(COLUMNS * 8) if isinstance(reduction, Sum) else 0
         for fill in group.fills:
             self.addresses["filled", fill] = take(segment * work)
-            if fill.kind == "transposed":
-                self.addresses["panel", fill] = take(panel_elements(columns) * work)
+            if fill.kind in ("transposed", "low_rank"):
+                self.addresses["panel", fill] = take(panel_elements(fill, inputs) * work)
         for key, node in group.lines.items():
             self.addresses["lines", key] = take(group.line_bytes(node, group.rows))
         for stage in group.stages:

@@ -94,7 +94,7 @@ class Run:
         runs = run_lengths(chunk.indices) if self.group.fills and chunk.indices is not None else None
         for fill in self.group.fills:
             spec, panel = self._compiled.kernel.inputs, self.addresses.get(("panel", fill), 0)
-            state = state_of(fill, spec, inputs, panel, chunk.element, staged[fill.inputs[0]])
+            state = state_of(fill, spec, inputs, panel, (chunk.element, chunk.elements), staged)
             if runs is not None:
                 gather(state, chunk.indices, runs)
             self._keep += [state, runs]

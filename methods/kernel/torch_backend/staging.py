@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..access import BlockRows, Nibbles, TransposedSlice, matrices, row_range
+from ..access import BlockRows, FactorAccess, Nibbles, TransposedSlice, matrices, row_range
 from ..spec import InputSpec
 from .tile import Tile
 
@@ -61,14 +61,24 @@ def add_ranks(out: Tensor, tile: Tile, factors: tuple[int, int], spec: InputSpec
         spec: inputs of the kernel.
     """
     rows, columns = _places(tile, spec)
-    rows -= row_range(spec.shape, *tile.staged[factors[0]])[0]
-    rank = spec.part(factors[0])[-1]
-    left, right = (tile.inputs[index] for index in factors)
+    height = matrices(spec.shape)[1]
+    stack = rows.div(height, rounding_mode="floor")
+    rows -= stack * height
+    sides, rank = [], 0
+    for index, lines in zip(factors, (rows, columns), strict=True):
+        access = spec.access(index)
+        assert isinstance(access, FactorAccess)
+        _, rank = access.size(spec.shape, spec.part(index))
+        found = access.strides(spec.shape, spec.part(index), *tile.staged[index])
+        places = lines.mul_(found.line).add_(stack * found.matrix).add_(found.origin)
+        sides.append((tile.inputs[index].view(-1), places, found.rank))
     out.zero_()
-    for lefts, rights in zip(left.view(-1, rank).unbind(1), right.view(rank, -1).unbind(0), strict=True):
+    for _ in range(rank):
         # converted after the selection, so the memory depends on the tile alone
-        products = loaded(_selected(lefts, rows)).to(out.dtype)
-        out.add_(products.mul_(loaded(_selected(rights, columns)).to(out.dtype)))
+        lefts, rights = (loaded(_selected(values, places)).to(out.dtype) for values, places, _ in sides)
+        out.add_(lefts.mul_(rights))
+        for _, places, step in sides:
+            places += step
 
 
 def _places(tile: Tile, spec: InputSpec) -> tuple[Tensor, Tensor]:

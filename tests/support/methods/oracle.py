@@ -28,7 +28,7 @@ from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.reduction.reductions import ColumnSum, Count, Selection, Sum
 from mergeloom.methods.kernel.reduction.target import Target
 from mergeloom.methods.kernel.spec import InputSpec
-from tests.support.methods.oracle_accesses import expanded, low_rank_product
+from tests.support.methods.oracle_accesses import expanded, factor, low_rank_product
 from tests.support.methods.oracle_numbers import Numbers, hashes, loaded, rounded, stored
 
 __all__ = ["evaluate", "hashes", "rounded", "stored"]
@@ -134,7 +134,11 @@ class Evaluation:
         return expanded(values, self.spec.access(node.value), self.shape).reshape(self.shape)
 
     def low_rank(self, node: Node) -> Numbers:
-        left, right = (loaded(self.inputs[index], self.work) for index in node.value)
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.work)
+        left, right = (
+            factor(loaded(self.inputs[index], self.work), self.spec.access(index), self.shape) for index in node.value
+        )
         return low_rank_product(left, right).reshape(self.shape)
 
     def index(self, node: Node) -> Numbers:

@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from mergeloom.methods.kernel.access import Access, Aligned, BlockRows, GatheredRows, Nibbles, Slice, TransposedSlice
+from mergeloom.methods.kernel.access import (
+    Access,
+    Aligned,
+    BlockRows,
+    ColumnFactor,
+    GatheredRows,
+    Nibbles,
+    RowFactor,
+    Slice,
+    TransposedSlice,
+    Whole,
+)
 from tests.support.methods.oracle_numbers import Numbers
 
 
@@ -19,11 +30,24 @@ def expanded(part: Numbers, access: Access, shape: tuple[int, ...]) -> Numbers:
     return _EXPANDED[type(access)](part, access, shape)
 
 
+def factor(part: Numbers, access: Access, shape: tuple[int, ...]) -> Numbers:
+    """A factor of a low-rank product for each matrix of a value: of shape (stack, lines, rank), or (1, lines, rank)."""
+    stack, rows, columns = (math.prod(shape[:-2]), *((1, *shape))[-2:])
+    if isinstance(access, RowFactor | ColumnFactor):
+        matrix, line, k = np.indices((stack, rows if isinstance(access, RowFactor) else columns, access.rank))
+        index = access.offset + matrix * access.matrix_stride + line * access.stride + k * access.rank_stride
+        strided: Numbers = part.reshape(-1)[index]
+        return strided
+    if isinstance(access, Whole):
+        return part.T[np.newaxis]
+    return part.reshape(stack, rows, part.shape[-1])
+
+
 def low_rank_product(left: Numbers, right: Numbers) -> Numbers:
-    """The sum over the ranks of a column of `left` times a row of `right`, each product and sum rounded."""
-    total: Numbers = np.zeros((*left.shape[:-1], right.shape[-1]), dtype=left.dtype)
+    """The sum over the ranks of the products of factors, see `factor`; each product and each sum is rounded."""
+    total: Numbers = np.zeros((len(left), left.shape[1], right.shape[1]), dtype=left.dtype)
     for rank in range(left.shape[-1]):
-        total = total + left[..., rank : rank + 1] * right[rank]
+        total = total + left[:, :, rank, np.newaxis] * right[:, np.newaxis, :, rank]
     return total
 
 

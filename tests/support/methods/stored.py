@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from mergeloom.methods import merge_methods
-from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles, SameRows, Slice, TransposedSlice, Whole
+from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles, Slice, TransposedSlice
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.decoder import Decoder, low_rank
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
+from tests.support.methods.factors import LAYOUTS
 
 Shape = tuple[int, ...]
 KEY = 0x1234_5678_9ABC_DEF1
@@ -56,11 +57,12 @@ class Maker:
         seed: seed of the random numbers.
         shape: shape of the values.
         bad: whether some of the stored numbers are NaN or infinite.
+        layouts: names of the ways to store factors to choose from.
     """
 
-    def __init__(self, seed: int, shape: Shape, *, bad: bool = False) -> None:
+    def __init__(self, seed: int, shape: Shape, *, bad: bool = False, layouts: Sequence[str] = tuple(LAYOUTS)) -> None:
         self.random = np.random.default_rng(seed)
-        self.shape, self.bad = shape, bad
+        self.shape, self.bad, self.layouts = shape, bad, layouts
         rows, self.columns = ((1, 1, *shape))[-2:]
         self.stack, self.rows = math.prod(shape[:-2]), rows
 
@@ -138,9 +140,10 @@ class Maker:
     def factors(self) -> list[tuple[Access, Tensor]]:
         """The factors of a low-rank product."""
         rank = int(self.random.choice([1, 3, 8, 19]))
+        layout = self.random.choice(list(self.layouts))
         dtypes = [(torch.bfloat16, torch.float32)[self.random.integers(2)] for _ in range(2)]
-        left = self.numbers((*self.shape[:-1], rank), dtypes[0])
-        return [(SameRows(), left), (Whole(), self.numbers((rank, self.columns), dtypes[1]))]
+        pairs = zip(LAYOUTS[layout](self.shape, rank), dtypes, strict=True)
+        return [(access, self.numbers(part, dtype)) for (access, part), dtype in pairs]
 
     def adapted(self) -> Stored:
         """A value with an adapter."""

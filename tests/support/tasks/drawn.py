@@ -12,13 +12,12 @@ from mergeloom.methods.kernel.access import (
     Access,
     BlockRows,
     GatheredRows,
-    SameRows,
     Slice,
     TransposedSlice,
-    Whole,
     matrices,
 )
 from tests.support.blueprints import ELEMENTS
+from tests.support.methods.factors import LAYOUTS
 from tests.support.tasks.world import KERNELS, Operand, Shape, TaskWorld, size
 
 SHAPES: tuple[Shape, ...] = (
@@ -129,8 +128,8 @@ class Drawer:
             return draw(st.sampled_from(pool))
         if kind == "low_rank":
             rank = self.choose(1, 3, 8)
-            left, right = (*shape[:-1], rank), (rank, shape[-1])
-            found = Operand((self.source(left, 2), self.source(right, 2)), (SameRows(), Whole()))
+            (left, first), (right, second) = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](shape, rank)
+            found = Operand((self.source(first, 2), self.source(second, 2)), (left, right))
         elif size(shape) == 0 or kind not in ("blocks", "gathered", "slice", "transposed", "again"):
             found = Operand((self.source(shape),))
             self.parts.append(found.values[0])

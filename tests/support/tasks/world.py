@@ -24,7 +24,7 @@ from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec, Unit
 from tests.support.graphs import World, stored
 from tests.support.methods.kernels import method_of
-from tests.support.methods.oracle_accesses import expanded, low_rank_product
+from tests.support.methods.oracle_accesses import expanded, factor, low_rank_product
 
 Shape = tuple[int, ...]
 
@@ -243,7 +243,8 @@ class TaskWorld(World):
         """An operand as an array of a shape."""
         arrays = [self.values_of(value).to(torch.float64).numpy() for value in operand.values]
         if len(arrays) == 2:
-            return low_rank_product(*arrays).reshape(shape)
+            left, right = (factor(*each, shape) for each in zip(arrays, operand.accesses, strict=True))
+            return low_rank_product(left, right).reshape(shape)
         return expanded(arrays[0], operand.accesses[0], shape)
 
     def values_of(self, value: int) -> Tensor:

@@ -12,10 +12,10 @@ from mergeloom.engine.graph.extents import by_element, bytes_of_chunks, extent, 
 from mergeloom.engine.graph.graph import MergeGraph
 from mergeloom.engine.schedule.order import orders
 from mergeloom.engine.schedule.tiling import chunk_elements
-from mergeloom.methods.kernel.access import Access, SameRows, Whole
+from mergeloom.methods.kernel.access import Access, FactorAccess
 from tests.examples import examples
 from tests.support.blueprints import CPU
-from tests.support.methods.oracle_accesses import expanded
+from tests.support.methods.oracle_accesses import expanded, factor
 from tests.support.tasks.drawn import task_worlds
 from tests.support.tasks.laws import smallest_slot
 from tests.support.tasks.world import TaskWorld
@@ -27,10 +27,11 @@ def needed(graph: MergeGraph, node: int, place: int) -> list[np.ndarray]:
     shape, part = graph.shape(node), graph.value_shape(graph.node_sources[node][place])
     rows = math.prod(shape[:-1])
     numbers = np.arange(math.prod(part), dtype=np.float64).reshape(part) + 1  # the oracle's zeros are 0
-    if isinstance(access, Whole):
-        return [numbers.reshape(-1).astype(np.int64) - 1] * rows
-    if isinstance(access, SameRows):
-        return list(numbers.reshape(rows, part[-1]).astype(np.int64) - 1)
+    if isinstance(access, FactorAccess):
+        lines = factor(numbers, access, shape).astype(np.int64) - 1
+        if access.by_row:
+            return list(lines.reshape(rows, -1))
+        return [matrix.reshape(-1) for matrix in lines for _ in range(rows // len(lines))]
     return list(expanded(numbers, access, shape).reshape(rows, shape[-1]).astype(np.int64) - 1)
 
 
@@ -51,7 +52,7 @@ def test_ranges_hold_what_each_element_needs(world: TaskWorld, data: st.DataObje
     by_row, columns = needed(graph, node, place), graph.shape(node)[-1]
     for row in range(first // columns, (first + count - 1) // columns + 1):
         own = by_row[row]
-        if len(own) == columns and not isinstance(graph.access(node, place), SameRows | Whole):
+        if len(own) == columns and not isinstance(graph.access(node, place), FactorAccess):
             own = own[max(0, first - row * columns) : first + count - row * columns]
         assert held >= set(own[own >= 0].tolist())
     assert all(offset % width == nbytes % width == 0 for offset, nbytes in ranges if offset >= 0)

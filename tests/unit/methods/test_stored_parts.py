@@ -154,7 +154,8 @@ def test_codes_that_are_not_finite_are_found(name: str, bad: int | None) -> None
 def test_a_value_that_is_not_finite_in_any_part_reaches_the_output() -> None:
     """Then only the output is checked; methods that choose among values can lose one."""
     shape = (64, 96)
-    models = [KINDS[kind](Maker(1, shape)) for kind in ("fp8_blocks", "adapted_codes", "transposed")]
+    maker = Maker(1, shape, layouts=("plain", "transposed", "experts", "turned experts"))  # every element is used
+    models = [KINDS[kind](maker) for kind in ("fp8_blocks", "adapted_codes", "transposed")]
     chosen = Decoder("chosen", lambda codes, scales: where(scales > 0, codes, 0.0))
     assert not chosen.kernel(spec_of(models[0].parts, shape), {}).propagates_nonfinite
     kernel, parts = kernel_for("linear", models, shape)

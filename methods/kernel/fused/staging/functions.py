@@ -6,16 +6,14 @@ taken row by row. Of a chunk whose elements are gathered, `first` counts from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
-from ..assembly import Function, literal
+from ..assembly import Function
 from ..formats import NIBBLES, STORED, decoded
 from ..operations import converted
-from .state import PADDING, BlockField, Field, LowRankField, NibbleField, TransposedField
-
-_RANKS = 8
-"""Ranks that are added in one loop over the columns, which loads and stores the sums once."""
+from .pieces import copy_function, fill_function, pieces, read_number, stored_type
+from .products import products
+from .state import PADDING, BlockField, Field, NibbleField, TransposedField
 
 
 def fill_functions(names: set[str]) -> str:
@@ -28,63 +26,18 @@ def fill_functions(names: set[str]) -> str:
     return "".join(called.values()) + text
 
 
-# --- pieces of rows --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _pieces(f: Function) -> Iterator[tuple[str, str, str, str]]:
-    """A loop over the parts of the elements that lie in one row, and follow each other.
-
-    Yields:
-        The row, the first column, the number of elements before the part, and its own.
-    """
-    columns, start, gathered = (
-        f.load("%state", field, "i64") for field in (Field.COLUMNS, Field.START, Field.GATHERED)
-    )
-    gathered = f.value(f"icmp ne i64 {gathered}, 0")
-    length: list[str] = []
-    with f.loop("%count", length) as (done, _, _):
-        place = f.value(f"add i64 %first, {done}")
-        in_chunk = f.value(f"sub i64 {place}, {start}")
-        listed, run = (_listed(f, field, in_chunk, gathered) for field in (Field.INDICES, Field.RUNS))
-        element = f.value(f"select i1 {gathered}, i64 {listed}, i64 {place}")
-        row, column = f.value(f"udiv i64 {element}, {columns}"), f.value(f"urem i64 {element}, {columns}")
-        room = f.smaller(f.value(f"sub i64 {columns}, {column}"), f.value(f"sub i64 %count, {done}"))
-        size = f.smaller(room, run)
-        yield row, column, done, size
-        length.append(size)
-
-
-def _listed(f: Function, field: Field, index: str, gathered: str) -> str:
-    """An item of a list; a large number if the elements are not gathered."""
-    item = f.at(f.load("%state", field, "ptr"), index, "i64")
-    pointer = f.value(f"select i1 {gathered}, ptr {item}, ptr {f.at('%state', Field.FAR, 'i64')}")
-    return f.load(pointer, 0, "i64")
-
-
-def _function(name: str) -> Function:
-    arguments = [("ptr noalias", "state"), ("ptr noalias", "out"), ("i64", "first"), ("i64", "count")]
-    return Function(name, "void", arguments)
-
-
-def _read(f: Function, pointer: str, index: str | int, dtype: str, work: str) -> str:
-    """A stored number as a number of the work dtype."""
-    raw = f.load(pointer, index, STORED[dtype].stored)
-    return converted(f, *decoded(f, raw, dtype), work)
-
-
 # --- the kinds -------------------------------------------------------------------------------------------------------
 
 
 def _blocks(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
     """The element of each block, repeated."""
     (dtype,) = dtypes
-    f = _function(name)
+    f = fill_function(name)
     stored = STORED[dtype].stored
     rows, data, origin = (f.load("%state", each, "i64") for each in (Field.ROWS, Field.DATA, Field.ORIGIN))
     data = f.value(f"inttoptr i64 {data} to ptr")
     height, width, matrix_rows, blocks = (f.load("%state", field, "i64") for field in BlockField)
-    with _pieces(f) as (row, column, done, size):
+    with pieces(f) as (row, column, done, size):
         matrix, within = f.value(f"udiv i64 {row}, {rows}"), f.value(f"urem i64 {row}, {rows}")
         before = f.value(f"sub i64 {f.value(f'mul i64 {matrix}, {matrix_rows}')}, {origin}")
         line = f.value(f"add i64 {before}, {f.value(f'udiv i64 {within}, {height}')}")
@@ -109,7 +62,7 @@ def _repeat(name: str, dtype: str, work: str) -> str:
     with f.loop("%count", length, [("i64", block), ("i64", before)]) as (done, (block, before), following):
         room = f.value(f"sub i64 %width, {before}")
         size = f.smaller(room, f.value(f"sub i64 %count, {done}"))
-        value = _read(f, "%source", block, dtype, work)
+        value = read_number(f, "%source", block, dtype, work)
         out = f.at("%out", done, work)
         with f.loop(size) as (i, _, _):
             f.store(value, out, i, work)
@@ -123,19 +76,19 @@ def _convert(name: str, dtype: str, work: str) -> str:
     arguments = [("ptr noalias", "out"), ("ptr noalias", "source"), ("i64", "stride"), ("i64", "count")]
     f = Function(name, "void", arguments)
     with f.loop("%count") as (i, _, _):
-        f.store(_read(f, "%source", f.value(f"mul i64 {i}, %stride"), dtype, work), "%out", i, work)
+        f.store(read_number(f, "%source", f.value(f"mul i64 {i}, %stride"), dtype, work), "%out", i, work)
     return f.text()
 
 
 def _nibbles(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
     """The elements of a row, two of which are in a byte."""
     numbers = dtypes[0]
-    f = _function(name)
+    f = fill_function(name)
     data, origin = f.load("%state", Field.DATA, "ptr"), f.load("%state", Field.ORIGIN, "i64")
     width = f.load("%state", NibbleField.WIDTH, "i64")
     half, pairs = (f"{each}.{numbers}.{work}" for each in ("nibble", "nibbles"))
     called[half], called[pairs] = _half(half, numbers, work), _pairs(pairs, numbers, work)
-    with _pieces(f) as (row, column, done, size):
+    with pieces(f) as (row, column, done, size):
         place = f.value(f"add i64 {f.value(f'mul i64 {row}, {width}')}, {f.value(f'lshr i64 {column}, 1')}")
         place = f.value(f"sub i64 {place}, {origin}")
         odd = f.smaller(f.value(f"and i64 {column}, 1"), size)
@@ -180,15 +133,15 @@ def _transposed(name: str, dtypes: Sequence[str], work: str, called: dict[str, s
     Several rows are transposed at a time, into a panel; single elements that are gathered are a panel of one row.
     """
     numbers, group = dtypes[0], int(dtypes[1]) if len(dtypes) > 1 else 1
-    stored = _stored(numbers)
+    stored = stored_type(numbers)
     transpose = ".".join(("transpose", *dtypes, work))
     called[transpose] = _transpose(transpose, numbers, group, work)
-    f = _function(name)
+    f = fill_function(name)
     fields = (Field.COLUMNS, Field.ROWS, Field.GATHERED, TransposedField.STEP, TransposedField.HEIGHT)
     columns, rows, gathered, step, height = (f.load("%state", field, "i64") for field in fields)
     panel = f.load("%state", TransposedField.PANEL, "ptr")
     width = f.value(f"add i64 {columns}, {PADDING}")
-    with _pieces(f) as (row, column, done, size):
+    with pieces(f) as (row, column, done, size):
         source, length, left = _staged_row(f, row, columns, step, stored, group)
         phase = f.value(f"urem i64 {f.value(f'urem i64 {row}, {rows}')}, {group}")
         out = f.at("%out", done, work)
@@ -209,7 +162,7 @@ def _transposed(name: str, dtypes: Sequence[str], work: str, called: dict[str, s
         others = f.value(f"sub i64 {size}, {copied}")
         given = ", ".join(f"i64 {each}" for each in (0, length, step, 1, others, phase))
         f.do(f"call void @{transpose}(ptr {out}, ptr {first}, {given})")
-    called[f"copy.{work}"] = _copy(work)
+    called[f"copy.{work}"] = copy_function(work)
     return f.text()
 
 
@@ -246,7 +199,7 @@ def _transpose(name: str, numbers: str, group: int, work: str) -> str:
     given = [("i64", each) for each in ("width", "length", "step", "rows", "columns", "phase")]
     f = Function(name, "void", [*pointers, *given])
     with f.loop("%columns") as (column, _, _):
-        source = f.at("%source", f.value(f"mul i64 {column}, %length"), _stored(numbers))
+        source = f.at("%source", f.value(f"mul i64 {column}, %length"), stored_type(numbers))
         panel = f.at("%panel", column, work)
         with f.loop("%rows") as (row, _, _):
             place = f.value(f"add i64 %phase, {row}") if group > 1 else row
@@ -256,62 +209,8 @@ def _transpose(name: str, numbers: str, group: int, work: str) -> str:
                 bits = f.value(f"lshr i8 {f.load(source, index, 'i8')}, {f.value(f'trunc i64 {shift} to i8')}")
                 value = converted(f, *decoded(f, f.value(f"trunc i8 {bits} to i4"), numbers), work)
             else:
-                value = _read(f, source, index, numbers, work)
+                value = read_number(f, source, index, numbers, work)
             f.store(value, panel, f.value(f"mul i64 {row}, %width"), work)
-    return f.text()
-
-
-def _stored(numbers: str) -> str:
-    """The integer type of a stored element: a byte for two numbers of four bits."""
-    return "i8" if numbers in NIBBLES else STORED[numbers].stored
-
-
-def _copy(work: str) -> str:
-    """``copy(out, source, count)``"""
-    f = Function(f"copy.{work}", "void", [("ptr noalias", "out"), ("ptr noalias", "source"), ("i64", "count")])
-    with f.loop("%count") as (i, _, _):
-        f.store(f.load("%source", i, work), "%out", i, work)
-    return f.text()
-
-
-def _low_rank(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
-    """The product of a row of the first factor and the columns of the second one, several ranks at a time."""
-    left, right = dtypes
-    f = _function(name)
-    columns, data, origin = (f.load("%state", field, "i64") for field in (Field.COLUMNS, Field.DATA, Field.ORIGIN))
-    data = f.value(f"inttoptr i64 {data} to ptr")
-    second, rank = f.load("%state", LowRankField.RIGHT, "ptr"), f.load("%state", LowRankField.RANK, "i64")
-    at_once = f.value(f"mul i64 {f.value(f'udiv i64 {rank}, {_RANKS}')}, {_RANKS}")
-    rest = f.value(f"sub i64 {rank}, {at_once}")
-    with _pieces(f) as (row, column, done, size):
-        out = f.at("%out", done, work)
-        with f.loop(size) as (i, _, _):
-            f.store(literal(0.0, work), out, i, work)
-        line = f.at(data, f.value(f"mul i64 {f.value(f'sub i64 {row}, {origin}')}, {rank}"), STORED[left].stored)
-        for ranks, begin, count in ((_RANKS, "0", at_once), (1, at_once, rest)):
-            each = f"add_ranks.{ranks}.{left}.{right}.{work}"
-            called[each] = _add_ranks(each, ranks, left, right, work)
-            with f.loop(count, ranks) as (k, _, _):
-                k = f.value(f"add i64 {begin}, {k}")
-                factors = f.at(line, k, STORED[left].stored)
-                place = f.value(f"add i64 {f.value(f'mul i64 {k}, {columns}')}, {column}")
-                source = f.at(second, place, STORED[right].stored)
-                f.do(f"call void @{each}(ptr {out}, ptr {factors}, ptr {source}, i64 {columns}, i64 {size})")
-    return f.text()
-
-
-def _add_ranks(name: str, ranks: int, left: str, right: str, work: str) -> str:
-    """``add_ranks(out, factors, lines, stride, count)``: adds a factor times its line to the sums, rank by rank."""
-    pointers = [("ptr noalias", each) for each in ("out", "factors", "lines")]
-    f = Function(name, "void", [*pointers, ("i64", "stride"), ("i64", "count")])
-    factors = [_read(f, "%factors", k, left, work) for k in range(ranks)]
-    lines = [f.at("%lines", f.value(f"mul i64 %stride, {k}"), STORED[right].stored) for k in range(ranks)]
-    with f.loop("%count") as (i, _, _):
-        total = f.load("%out", i, work)
-        for factor, line in zip(factors, lines, strict=True):
-            product = f.value(f"fmul {work} {factor}, {_read(f, line, i, right, work)}")
-            total = f.value(f"fadd {work} {total}, {product}")
-        f.store(total, "%out", i, work)
     return f.text()
 
 
@@ -319,5 +218,5 @@ _KINDS: Mapping[str, Callable[[str, Sequence[str], str, dict[str, str]], str]] =
     "blocks": _blocks,
     "nibbles": _nibbles,
     "transposed": _transposed,
-    "low_rank": _low_rank,
+    "low_rank": products,
 }

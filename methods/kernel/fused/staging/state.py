@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...access import BlockRows, Nibbles, SameRows, TransposedSlice, matrices, row_range
+from ...access import BlockRows, FactorAccess, Nibbles, TransposedSlice, matrices, row_range
 from ...expression import Node
 from ...spec import InputSpec
 
 _FAR = 1 << 62
-_FIELDS = 20
+_FIELDS = 27
 _PANEL = 1 << 17
 """Elements of a panel, unless it has more than 4 rows."""
+PRODUCT_ROWS, PRODUCT_COLUMNS = 4, 32
+"""Rows and columns of a low-rank product that are computed at a time, in registers and from the first-level cache."""
 PADDING = 16
 """Elements after each row of a panel: the rows of a power of 2 columns would share a few lines of the cache."""
 
@@ -95,8 +97,24 @@ class TransposedField(IntEnum):
 class LowRankField(IntEnum):
     """The further state of a low-rank product."""
 
-    RIGHT = 9  # address of the second factor
-    RANK = 10
+    RANK = 9
+    RIGHT = 10  # address of the staged elements of the right factor
+    LEFT_ORIGIN = 11  # for each factor: see `Strides`
+    LEFT_MATRIX = 12
+    LEFT_LINE = 13
+    LEFT_RANK = 14
+    RIGHT_ORIGIN = 15
+    RIGHT_MATRIX = 16
+    RIGHT_LINE = 17
+    RIGHT_RANK = 18
+    PANEL = 19  # address of the panel: the products of some rows
+    HEIGHT = 20  # rows of the panel, at most
+    BEGIN = 21  # first row in the panel
+    END = 22  # the row after the last one in the panel
+    AFTER = 23  # the row after the last one that has elements of the chunk
+    COLUMN = 24  # first column in the panel
+    WIDTH = 25  # columns in the panel
+    PITCH = 26  # distance of two rows of the panel
 
 
 def fill_of(node: Node, inputs: InputSpec) -> Fill | None:
@@ -114,7 +132,12 @@ def fill_of(node: Node, inputs: InputSpec) -> Fill | None:
 
 
 def state_of(
-    fill: Fill, inputs: InputSpec, addresses: Sequence[int], panel: int, start: int, staged: tuple[int, int]
+    fill: Fill,
+    inputs: InputSpec,
+    addresses: Sequence[int],
+    panel: int,
+    chunk: tuple[int, int],
+    staged: Sequence[tuple[int, int]],
 ) -> Any:
     """The state of a fill as an array of int64.
 
@@ -123,23 +146,23 @@ def state_of(
         inputs: inputs of the kernel.
         addresses: address of the staged elements of each input.
         panel: address of a panel; 0 for fills that need none.
-        start: index of the chunk's first element.
-        staged: first element and number of elements of the range that the first of its inputs is staged for.
+        chunk: first element and number of elements of the chunk.
+        staged: for each input, first element and number of elements of the range that it is staged for.
     """
     state = np.zeros(_FIELDS, np.int64)
     index = fill.inputs[0]
     access = inputs.access(index)
-    begin, end = row_range(inputs.shape, *staged)
+    begin, end = row_range(inputs.shape, *staged[index])
     _, rows, columns = matrices(inputs.shape)
     state[Field.ROWS], state[Field.COLUMNS] = rows, columns
-    state[Field.START], state[Field.FAR], state[Field.DATA] = start, _FAR, addresses[index]
+    state[Field.START], state[Field.FAR], state[Field.DATA] = chunk[0], _FAR, addresses[index]
     if isinstance(access, BlockRows):
         state[Field.ORIGIN] = access.block_row(inputs.shape, begin)
         state[BlockField.BLOCK_ROWS], state[BlockField.BLOCK_COLUMNS] = access.rows, access.columns
         state[BlockField.MATRIX_ROWS] = access.block_rows(rows)
         state[BlockField.WIDTH] = -(-columns // access.columns)
     elif isinstance(access, Nibbles):
-        state[Field.ORIGIN] = access.byte(inputs.shape, inputs.part(index), staged[0])
+        state[Field.ORIGIN] = access.byte(inputs.shape, inputs.part(index), staged[index][0])
         state[NibbleField.WIDTH] = inputs.part(index)[-1]
     elif isinstance(access, TransposedSlice):
         first, last = begin // rows, (end - 1) // rows
@@ -151,12 +174,48 @@ def state_of(
         for field, bound in zip((11, 12, 13), bounds, strict=True):
             state[field] = access.staged_rows(*bound)
         state[TransposedField.PANEL], state[TransposedField.HEIGHT] = panel, panel_height(columns)
-    elif isinstance(access, SameRows):
-        state[Field.ORIGIN] = begin
-        state[LowRankField.RIGHT], state[LowRankField.RANK] = addresses[fill.inputs[1]], inputs.part(index)[-1]
+    elif isinstance(access, FactorAccess):
+        state[LowRankField.RIGHT], state[LowRankField.PANEL] = addresses[fill.inputs[1]], panel
+        _set_product(state, fill, inputs, chunk, staged)
     else:
         raise TypeError(f"kernels cannot read an input with {access}")
     return state
+
+
+def _set_product(
+    state: Any, fill: Fill, inputs: InputSpec, chunk: tuple[int, int], staged: Sequence[tuple[int, int]]
+) -> None:
+    """Set the state of a low-rank product, apart from addresses."""
+    state[LowRankField.RANK] = _rank(fill, inputs)
+    for field, index in zip((LowRankField.LEFT_ORIGIN, LowRankField.RIGHT_ORIGIN), fill.inputs, strict=True):
+        access = inputs.access(index)
+        assert isinstance(access, FactorAccess)
+        state[field : field + 4] = access.strides(inputs.shape, inputs.part(index), *staged[index])
+    begin, end = row_range(inputs.shape, *chunk)
+    columns = int(state[Field.COLUMNS])
+    state[LowRankField.AFTER], state[LowRankField.HEIGHT] = end, product_height(inputs)
+    one_row = end - begin == 1
+    state[LowRankField.COLUMN] = chunk[0] % columns if one_row else 0
+    state[LowRankField.WIDTH] = chunk[1] if one_row else columns
+    state[LowRankField.PITCH] = _pitch(columns)
+
+
+def _rank(fill: Fill, inputs: InputSpec) -> int:
+    access = inputs.access(fill.inputs[0])
+    assert isinstance(access, FactorAccess)
+    return access.size(inputs.shape, inputs.part(fill.inputs[0]))[1]
+
+
+def _pitch(columns: int) -> int:
+    """The distance of two rows of products."""
+    return -(-columns // PRODUCT_COLUMNS) * PRODUCT_COLUMNS + PADDING
+
+
+def product_height(inputs: InputSpec) -> int:
+    """The rows of products that are computed at a time: then the right factor is read once for all of them."""
+    _, rows, columns = matrices(inputs.shape)
+    height = max(8, min(32, _PANEL // columns, rows))
+    return -(-height // PRODUCT_ROWS) * PRODUCT_ROWS
 
 
 def panel_height(columns: int) -> int:
@@ -164,9 +223,13 @@ def panel_height(columns: int) -> int:
     return max(4, min(32, _PANEL // columns))
 
 
-def panel_elements(columns: int) -> int:
-    """The elements of a panel."""
-    return panel_height(columns) * (columns + PADDING)
+def panel_elements(fill: Fill, inputs: InputSpec) -> int:
+    """The elements of a panel; with those of low-rank products are the numbers of the factors."""
+    columns = matrices(inputs.shape)[2]
+    if fill.kind == "transposed":
+        return panel_height(columns) * (columns + PADDING)
+    height = product_height(inputs)
+    return height * _pitch(columns) + _rank(fill, inputs) * (height + PRODUCT_COLUMNS)
 
 
 def gather(state: Any, indices: Any, runs: Any) -> None:

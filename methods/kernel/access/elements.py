@@ -1,76 +1,13 @@
-"""Accesses: which elements of a stored part a range of a value's elements needs, and in which order they are staged.
-
-A value is computed from parts, such as the codes and the scales of a quantized tensor. Value and part are seen as
-matrices: the last dimension is a row, all others count rows, and the last two dimensions make one matrix of a
-stack. An access translates a range of elements of the value into ranges of elements of the part. The bytes of these
-ranges are staged one after another; kernels find an element of the part by its place there.
-
-The functions are pure. `engine.graph.extents` adds widths and file offsets.
-"""
+"""Accesses to parts that have an element for each element of the value, or for each of its blocks or rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
-from .gather.row_index import RowIndex
-
-Shape = tuple[int, ...]
-
-
-class Span(NamedTuple):
-    """A range of elements of a part.
-
-    Args:
-        start: index of its first element in the part; -1 for zeros that no file holds.
-        length: number of elements.
-    """
-
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """The base of all accesses: the same elements of a part that has the value's shape."""
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the staged bytes are those of the value's elements, one for one."""
-        return True
-
-    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return whether a part of shape `part` can be used for a value of shape `shape`."""
-        return shape == part
-
-    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
-        """Return the access and the shape of the part for a value of another shape, such as a small one to measure."""
-        return ALIGNED, shape
-
-    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
-        """Return the ranges of the part that elements [first, first + count) of the value need, in staging order.
-
-        Args:
-            shape: shape of the value.
-            part: shape of the part.
-            first: index of the first element.
-            count: number of elements, at least 1.
-        """
-        return [Span(first, count)]
-
-    def most(self, shape: Shape, part: Shape, count: int) -> int:
-        """Return the elements that are staged for any `count` elements in a row, at most."""
-        return count
-
-
-@dataclass(frozen=True, slots=True)
-class Aligned(Access):
-    """The same elements."""
-
-
-ALIGNED = Aligned()
+from ..gather.row_index import RowIndex
+from .base import Access, Shape, Span, coalesced, matrices, most_rows, row_pieces, row_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,59 +105,6 @@ class Nibbles(Access):
         """Return the bytes that `count` elements in a row touch at most, with those at the ends of rows."""
         rows = most_rows(shape, count)
         return min(prod(part), count // 2 + 1 + (rows - 1) * (part[-1] - shape[-1] // 2))
-
-
-@dataclass(frozen=True, slots=True)
-class SameRows(Access):
-    """The same rows of a part that has other columns, such as LoRA's B. Staged are complete rows."""
-
-    @property
-    def aligned(self) -> bool:
-        """False: the columns differ."""
-        return False
-
-    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return whether the part has as many rows as the value."""
-        return len(part) > 0 and part[:-1] == shape[:-1]
-
-    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
-        """Return the same access, and a part with as many columns."""
-        return self, (*shape[:-1], part[-1])
-
-    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
-        """Return one range: the rows of the range's first to last element."""
-        begin, end = row_range(shape, first, count)
-        return [Span(begin * part[-1], (end - begin) * part[-1])]
-
-    def most(self, shape: Shape, part: Shape, count: int) -> int:
-        """Return the elements of the most rows that `count` elements touch."""
-        return most_rows(shape, count) * part[-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Whole(Access):
-    """All of the part for every range, such as LoRA's A."""
-
-    @property
-    def aligned(self) -> bool:
-        """False: every range uses all elements."""
-        return False
-
-    def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return True: all of any part can be used."""
-        return True
-
-    def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
-        """Return the same access, and a part with as many rows and the value's columns, such as LoRA's A."""
-        return self, (*part[:-1], *shape[-1:])
-
-    def spans(self, shape: Shape, part: Shape, first: int, count: int) -> list[Span]:
-        """Return one range, the complete part."""
-        return [Span(0, prod(part))]
-
-    def most(self, shape: Shape, part: Shape, count: int) -> int:
-        """Return the elements of the part."""
-        return prod(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,44 +236,3 @@ class TransposedSlice(Access):
         between = (touched - 2) // self.group + (1 + (touched - 2) // rows if stack > 1 else 0)
         groups = min(touched, 2 + between) if touched > 1 else 1
         return groups * self.step * columns
-
-
-def matrices(shape: Shape) -> tuple[int, int, int]:
-    """Return a shape as a stack of matrices: their number, and the rows and columns of each, all at least 1."""
-    rows, columns = ((1, 1, *shape)[-2:]) if shape else (1, 1)
-    return max(1, prod(shape[:-2])), max(1, rows), max(1, columns)
-
-
-def row_range(shape: Shape, first: int, count: int) -> tuple[int, int]:
-    """Return the rows [begin, end) that elements [first, first + count) are in."""
-    columns = max(1, shape[-1] if shape else 1)
-    return first // columns, -(-(first + count) // columns)
-
-
-def most_rows(shape: Shape, count: int) -> int:
-    """Return the number of rows that `count` elements in a row touch, at most."""
-    stack, rows, columns = matrices(shape)
-    return min(stack * rows, count if columns == 1 else 2 + (count - 2) // columns if count > 1 else 1)
-
-
-def row_pieces(columns: int, first: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the row, the first column and the length of each part of elements [first, first + count) in one row."""
-    while count:
-        row, begin = divmod(first, columns)
-        length = min(columns - begin, count)
-        yield row, begin, length
-        first, count = first + length, count - length
-
-
-def coalesced(spans: Iterator[Span] | Sequence[Span]) -> list[Span]:
-    """Return the spans with those that continue the one before them, or that are zeros like it, made one."""
-    result: list[Span] = []
-    for span in spans:
-        if result:
-            last = result[-1]
-            both_zeros = last.start < 0 and span.start < 0
-            if both_zeros or (last.start >= 0 and span.start == last.start + last.length):
-                result[-1] = Span(last.start, last.length + span.length)
-                continue
-        result.append(span)
-    return result
