@@ -29,6 +29,7 @@ MakeModel = Callable[..., Path]
 LONG = (
     "tests/scale/",
     "tests/integration/test_mergekit.py",
+    "tests/unit/adapters/test_products.py::test_any_factors_in_any_chunks",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[della",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[karcher",
     "tests/integration/test_rearranged.py::test_it_runs_as_if_rearranged_by_hand[duplicated",

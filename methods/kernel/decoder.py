@@ -4,8 +4,8 @@ reverse.
     FP8_BLOCKS = Decoder("fp8 blocks", lambda codes, scales: codes * scales)
 
 A decoder is written in the vocabulary of merge methods. Its parts are arrays of the value's shape, whichever elements
-of them an access takes; the factors of a low-rank product are the exception, see `low_rank`. Reductions and random
-numbers need the inputs of a method, so a decoder has none, and a composition inlines it into a method's loops.
+of them an access takes; the factors of a low-rank product are the exception, see `low_rank`. A composition inlines a
+decoder into a method's loops.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ class Decoder:
     Args:
         name: name of the format, for error messages.
         function: ``function(*parts, **parameters)`` returns the value as an `Array`.
+        reduces: whether the function takes `Inputs` before the parts, for their reductions.
     """
 
     name: str
     function: Callable[..., Any]
+    reduces: bool = False
 
     def kernel(self, inputs: InputSpec, parameters: Mapping[str, Any]) -> Kernel:
         """Trace the decoder for the parts of one value.
@@ -46,7 +48,8 @@ class Decoder:
         """
         inputs = replace(inputs, base=None)
         symbolic = Inputs(inputs)
-        outputs = traced(f"decoder {self.name}", self.function, symbolic.inputs, parameters, symbolic.trace)
+        given = [symbolic, *symbolic.inputs] if self.reduces else symbolic.inputs
+        outputs = traced(f"decoder {self.name}", self.function, given, parameters, symbolic.trace)
         return Kernel(inputs, outputs, (self, dict(parameters)))
 
 

@@ -33,7 +33,8 @@ class BlockRows(Access):
         """Return whether the part has one element for each block of each matrix; of an empty value, none are used."""
         stack, rows, columns = matrices(shape)
         width = -(-columns // self.columns)
-        return 0 in shape or (prod(part) == stack * self.block_rows(rows) * width and part[-1:] in ((), (width,)))
+        complete = part[-1:] in ((), (width,)) or (width == 1 and len(part) == 1)
+        return 0 in shape or (prod(part) == stack * self.block_rows(rows) * width and complete)
 
     def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:
         """Return the same access, and one element of the part for each block."""
