@@ -200,7 +200,7 @@ def test_replaced_rows_are_the_parts_bit_for_bit() -> None:
     """Zeros keep their signs, in the base's rows and in those that replace them."""
     base = torch.where(torch.rand((6, 50), generator=torch.Generator().manual_seed(1)) < 0.5, -0.0, random((6, 50), 2))
     rows = torch.where(torch.rand((2, 50), generator=torch.Generator().manual_seed(3)) < 0.5, -0.0, random((2, 50), 4))
-    parts = [(GatheredRows((0, 1, -1, 3, -1, 5)), base), (GatheredRows((-1, -1, 1, -1, 0, -1)), rows)]
+    parts = [(GatheredRows.of((0, 1, -1, 3, -1, 5)), base), (GatheredRows.of((-1, -1, 1, -1, 0, -1)), rows)]
     found = assert_same(REPLACED_ROWS.kernel(spec_of(parts, (6, 50)), {}), [base, rows])
     wanted = base.float().clone()
     wanted[2], wanted[4] = rows[1].float(), rows[0].float()
