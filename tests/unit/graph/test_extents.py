@@ -99,7 +99,7 @@ def test_every_source_of_every_chunk_fits_a_slot(world: TaskWorld, times: int) -
             if value < 0:
                 assert chunks[~value] == chunk, "linked tasks have chunks of two lengths"
             if staged_whole(graph, node, place, slot):
-                assert graph.value_nbytes(value) <= slot
+                assert staged_bytes(graph, node, place, total) <= slot
                 continue
             for first in range(0, total, chunk):
                 ranges = extent(graph, node, place, first, min(chunk, total - first))
