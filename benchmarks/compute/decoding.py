@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from mergeloom.methods import merge_methods
 from mergeloom.methods.formats import scaled
+from mergeloom.methods.formats.adapters import Term, adapted, scale_name
 from mergeloom.methods.formats.fp8_encoder import FP8_BLOCKS
-from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles
+from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles, SameRows, Whole
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.decoder import Decoder
 from mergeloom.methods.kernel.fused.compiled import Compiled
@@ -33,7 +34,19 @@ BARS = {"FP8 blocks": 3.0, "FP8 blocks, to FP8 blocks": 6.0, "INT4": 4.0}
 Stored = tuple[Access, str, tuple[int, int]]
 """Access, dtype and shape of a part of one chunk."""
 
-FORMATS: dict[str, tuple[Decoder | None, Sequence[Stored]]] = {
+SCALE = {scale_name(0): 0.5}
+
+
+def lora(rank: int) -> list[Stored]:
+    """A matrix in bfloat16 and the factors of an adapter."""
+    return [
+        (ALIGNED, "BF16", (ROWS, COLUMNS)),
+        (SameRows(), "BF16", (ROWS, rank)),
+        (Whole(), "BF16", (rank, COLUMNS)),
+    ]
+
+
+FORMATS: dict[str, tuple[Decoder | None, Sequence[Stored]] | tuple[Decoder, Sequence[Stored], Mapping[str, float]]] = {
     "bfloat16": (None, [(ALIGNED, "BF16", (ROWS, COLUMNS))]),
     "FP8 blocks": (
         scaled.FP8_BLOCKS,
@@ -51,16 +64,29 @@ FORMATS: dict[str, tuple[Decoder | None, Sequence[Stored]]] = {
         scaled.MXFP4,
         [(Nibbles("F4"), "U8", (ROWS, COLUMNS // 2)), (BlockRows(1, 32), "F8_E8M0", (ROWS, COLUMNS // 32))],
     ),
+    "bfloat16 + LoRA of rank 16": (adapted(None, 1, (Term.LORA,)), lora(16), SCALE),
+    "bfloat16 + LoRA of rank 64": (adapted(None, 1, (Term.LORA,)), lora(64), SCALE),
+    "bfloat16 + DoRA of rank 16": (
+        adapted(None, 1, (Term.DORA_ROWS,)),
+        [*lora(16), (BlockRows(1, COLUMNS), "F32", (ROWS, 1))],
+        SCALE,
+    ),
 }
-_BYTES = {"BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "F32": 4, "U8": 1}
 
 
-def loop(decoder: Decoder | None, parts: Sequence[Stored], *, encoded: bool = False) -> Callable[[], float]:
+def loop(
+    decoder: Decoder | None,
+    parts: Sequence[Stored],
+    parameters: Mapping[str, float] | None = None,
+    *,
+    encoded: bool = False,
+) -> Callable[[], float]:
     """A function that merges all chunks of two models, and returns the seconds of CPU time.
 
     Args:
         decoder: decoder of both models; None for values.
         parts: parts of one model.
+        parameters: parameters of the decoder.
         encoded: whether the output is stored as FP8 blocks of 128 x 128 with scales in F32, and not as bfloat16.
     """
     shape = (ROWS, COLUMNS)
@@ -72,7 +98,9 @@ def loop(decoder: Decoder | None, parts: Sequence[Stored], *, encoded: bool = Fa
         if decoder is None:
             sources += places
         else:
-            stages.append(Part(decoder.kernel(InputSpec(len(parts), None, shape, accesses, shapes), {}), places))
+            stages.append(
+                Part(decoder.kernel(InputSpec(len(parts), None, shape, accesses, shapes), parameters or {}), places)
+            )
             sources.append(~(len(stages) - 1))
     linear = merge_methods()["linear"].kernel(InputSpec(2, None, shape), {"weight": (0.4, 0.6)})
     stages.append(Part(linear, tuple(sources)))
@@ -126,9 +154,10 @@ def main() -> None:
             seconds[name].append(run())
     elements = ROWS * COLUMNS * CHUNKS
     ns = {name: 1e9 * statistics.median(each) / elements for name, each in seconds.items()}
-    print("| two models in | ns per element | times bfloat16 | bar |\n|---|---|---|---|")
+    least = {name: 1e9 * min(each) / elements for name, each in seconds.items()}
+    print("| two models in | ns per element | least | times bfloat16 | bar |\n|---|---|---|---|---|")
     for name, each in ns.items():
-        print(f"| {name} | {each:.2f} | {each / ns['bfloat16']:.1f} | {BARS.get(name, '')} |")
+        print(f"| {name} | {each:.2f} | {least[name]:.2f} | {each / ns['bfloat16']:.1f} | {BARS.get(name, '')} |")
 
 
 if __name__ == "__main__":

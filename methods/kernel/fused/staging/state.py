@@ -16,6 +16,8 @@ _FAR = 1 << 62
 _FIELDS = 27
 _PANEL = 1 << 17
 """Elements of a panel, unless it has more than 4 rows."""
+_PRODUCTS = 1 << 18
+"""Elements of a panel of low-rank products, unless it has more than 16 rows."""
 PRODUCT_ROWS, PRODUCT_COLUMNS = 4, 32
 """Rows and columns of a low-rank product that are computed at a time, in registers and from the first-level cache."""
 PADDING = 16
@@ -107,7 +109,7 @@ class LowRankField(IntEnum):
     RIGHT_MATRIX = 16
     RIGHT_LINE = 17
     RIGHT_RANK = 18
-    PANEL = 19  # address of the panel: the products of some rows
+    PANEL = 19  # address of the panel: the products of some rows, then the packed factors
     HEIGHT = 20  # rows of the panel, at most
     BEGIN = 21  # first row in the panel
     END = 22  # the row after the last one in the panel
@@ -214,7 +216,7 @@ def _pitch(columns: int) -> int:
 def product_height(inputs: InputSpec) -> int:
     """The rows of products that are computed at a time: then the right factor is read once for all of them."""
     _, rows, columns = matrices(inputs.shape)
-    height = max(8, min(32, _PANEL // columns, rows))
+    height = min(max(16, min(32, _PRODUCTS // columns)), rows)
     return -(-height // PRODUCT_ROWS) * PRODUCT_ROWS
 
 
