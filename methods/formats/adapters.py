@@ -15,6 +15,7 @@ from typing import Any
 from ..kernel.array import Array
 from ..kernel.decoder import Decoder, low_rank
 from ..kernel.language import Inputs, single, sqrt, wide
+from ..kernel.spec import MethodError
 
 
 class Term(Enum):
@@ -38,6 +39,8 @@ def adapted(base: Decoder | None, parts: int, terms: tuple[Term, ...]) -> Decode
         base: decoder of the base's value; None if its only part is the value.
         parts: number of parts of the base's value.
         terms: what is added, in order. A DoRA term applies to the value with all terms before it.
+
+    Tracing the decoder raises MethodError if DoRA by column is used for a stack of matrices.
     """
     reduces = base is not None and base.reduces
 
@@ -69,6 +72,8 @@ def _with_term(t: Inputs, value: Array, term: Term, scale: float, parts: Iterato
     value = value + scale * added
     if term not in (Term.DORA_ROWS, Term.DORA_COLUMNS):
         return value
+    if term is Term.DORA_COLUMNS and len(t.shape) != 2:
+        raise MethodError(f"DoRA by column takes a matrix, and not a tensor of shape {list(t.shape)}")
     magnitudes: Array = next(parts)
     sums = t.row_sum if term is Term.DORA_ROWS else t.column_sum
     return magnitudes / single(sqrt(sums(wide(value) * wide(value)))) * value

@@ -16,7 +16,7 @@ from mergeloom.methods.formats.scaled import FP8_BLOCKS
 from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows, GatheredRows
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.spec import InputSpec
+from mergeloom.methods.kernel.spec import InputSpec, MethodError
 from tests.support.methods import oracle
 from tests.support.methods.factors import LAYOUTS, Shape
 from tests.support.methods.kernels import run_fused, run_kernel
@@ -194,6 +194,15 @@ def test_equal_terms_share_a_kernel() -> None:
         return Compiled(kernel, ["BF16", "BF16", "BF16", "F32"], "BF16").assembly
 
     assert code((64, 96), 0.5, 4) == code((70, 130), 2.5, 33)
+
+
+def test_columns_of_a_stack_have_no_length() -> None:
+    """A sum by column would go over the matrices of the stack, and not over the rows of each."""
+    shape = (2, 6, 8)
+    factors = [(access, random(part, 1)) for access, part in LAYOUTS["experts"](shape, 3)]
+    parts = [(ALIGNED, random(shape, 1)), *factors, (BlockRows(6, 1), random((2, 8), 2))]
+    with pytest.raises(MethodError, match=r"takes a matrix, and not a tensor of shape \[2, 6, 8\]"):
+        adapted(None, 1, (Term.DORA_COLUMNS,)).kernel(spec_of(parts, shape), {"scale_0": 1.0})
 
 
 def test_replaced_rows_are_the_parts_bit_for_bit() -> None:
