@@ -20,7 +20,7 @@ class ChunkedRead(NamedTuple):
     Args:
         read: number of the read, or ``~node``.
         chunk_length: elements in a chunk (bytes, if nothing is computed); 0 if it is staged at once.
-        access: number of the access in the graph.
+        access: number of the access in the graph; 0 for all bytes of a value in their order.
     """
 
     read: Value
@@ -40,10 +40,14 @@ def chunked_sources(graph: MergeGraph, node: int, chunk: int, slot: int) -> tupl
     sources, accesses = graph.node_sources[node], graph.access_numbers(node)
     if not accesses:
         return tuple([ChunkedRead(value, chunk) for value in dict.fromkeys(sources)])
-    return tuple(
-        ChunkedRead(sources[place], 0 if staged_whole(graph, node, place, slot) else chunk, accesses[place])
-        for place in graph.places(node)
-    )
+    found: dict[ChunkedRead, None] = {}
+    for place in graph.places(node):
+        whole = staged_whole(graph, node, place, slot)
+        own = ChunkedRead(sources[place], 0 if whole else chunk, accesses[place])
+        complete = whole and staged_bytes(graph, node, place, length(graph, node)) == graph.value_nbytes(own.read)
+        shared = own._replace(access=0) if complete else own
+        found[own if shared in found else shared] = None
+    return tuple(found)
 
 
 def chunk_count(graph: MergeGraph, node: int, chunk: int) -> int:

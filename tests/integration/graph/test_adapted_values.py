@@ -14,17 +14,21 @@ from torch import Tensor
 import mergeloom
 from mergeloom.engine.model.formats import registry
 from mergeloom.engine.model.logical import Decode, LogicalTensor, Part
+from mergeloom.engine.run.plan import Options
+from mergeloom.engine.run.planning import plan
 from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from mergeloom.io.tensors.dtypes import F32
 from mergeloom.methods.formats.adapters import Term, adapted, scale_name
 from mergeloom.methods.kernel.access import ALIGNED, Access, BlockRows
-from tests.support.methods.factors import LAYOUTS
+from tests.support.methods.factors import LAYOUTS, experts
 from tests.support.models import write_checkpoint
 from tests.support.models.toy_format import CONFIG
 from tests.support.outputs import read_model
 
 ROWS, COLUMNS, RANK = 48, 40, 5
 SCALE = 0.75
+EXPERTS = 3
+"""Experts that are stored as matrices, while the adapter was trained on a model that has a stack of them."""
 TERMS: dict[str, tuple[str, Term]] = {
     "q_proj": ("plain", Term.LORA),
     "k_proj": ("transposed", Term.LORA),
@@ -54,6 +58,11 @@ def tensors(seed: int) -> dict[str, Tensor]:
         found[f"{name}.left"], found[f"{name}.right"] = random(key, *left), random(key + 1, *right)
         if term in LENGTHS:
             found[f"{name}.lengths"] = abs(random(key + 2, LENGTHS[term][1])) + 0.5
+    (_, left), (_, right) = experts((EXPERTS, ROWS, COLUMNS), RANK)
+    found["experts.left"], found["experts.right"] = random(seed + 500, *left), random(seed + 600, *right)
+    for expert in range(EXPERTS):
+        name = f"model.layers.0.mlp.experts.{expert}.weight"
+        found[name] = random(700 + expert, ROWS, COLUMNS).to(torch.bfloat16)
     return found
 
 
@@ -68,6 +77,13 @@ def find(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
         uses += [(".lengths", LENGTHS[term][0])] if term in LENGTHS else []
         parts = tuple(Part(name + end, checkpoint.tensors[name + end], access) for end, access in uses)
         decode = Decode(adapted(None, 1, (term,)), ((scale_name(0), SCALE),))
+        yield LogicalTensor(name, (ROWS, COLUMNS), F32, parts, decode)
+    decode = Decode(adapted(None, 1, (Term.LORA,)), ((scale_name(0), SCALE),))
+    for expert in range(EXPERTS):
+        name = f"model.layers.0.mlp.experts.{expert}.weight"
+        (left, _), (right, _) = experts((ROWS, COLUMNS), RANK, EXPERTS - 1, expert)
+        stored = ((name, ALIGNED), ("experts.left", left), ("experts.right", right))
+        parts = tuple(Part(part, checkpoint.tensors[part], access) for part, access in stored)
         yield LogicalTensor(name, (ROWS, COLUMNS), F32, parts, decode)
 
 
@@ -100,7 +116,25 @@ def test_values_are_those_of_float64(tmp_path: Path, models: list[Path]) -> None
             lengths = np.expand_dims(stored[f"{name}.lengths"].double().numpy(), axis)
             wanted *= lengths / np.linalg.norm(wanted, axis=axis, keepdims=True)
         assert np.max(abs(found[name].double().numpy() - wanted)) <= 1e-6 * np.max(abs(wanted))
+    delta = np.einsum(
+        "o r e, e r i -> e o i",
+        stored["experts.left"].double().numpy().reshape(ROWS, RANK, EXPERTS),
+        stored["experts.right"].double().numpy().reshape(EXPERTS, RANK, COLUMNS),
+    )
+    for expert in range(EXPERTS):
+        name = f"model.layers.0.mlp.experts.{expert}.weight"
+        wanted = stored[name].double().numpy() + SCALE * delta[expert]
+        assert np.max(abs(found[name].double().numpy() - wanted)) <= 1e-6 * np.max(abs(wanted))
     assert found.keys() == {name for name in stored if name.endswith("weight")}
+
+
+def test_each_byte_of_a_base_and_its_adapter_is_read_once(tmp_path: Path, models: list[Path]) -> None:
+    """The factors of all experts, which are stored between each other, are kept from one expert to the next."""
+    recipe = {"merge_method": "passthrough", "dtype": "float32", "models": [{"model": str(models[0])}]}
+    planned = plan(recipe, Options(max_ram=8 << 30, device="cpu"))
+    result = mergeloom.merge(recipe, tmp_path / "out", max_ram=8 << 30)
+    assert result.measured.bytes_read == planned.schedule.bytes_read
+    assert planned.schedule.bytes_read == sum(tensor.nbytes for tensor in tensors(1).values())
 
 
 @pytest.mark.parametrize("method", METHODS)
