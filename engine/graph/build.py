@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.tensors.dtypes import Kind as ElementKind
+from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.checks.shapes import shape_mismatch
@@ -210,6 +211,9 @@ class _GraphBuilder:
             for place in ((*stage.non_layer.place, name),)
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
+        for model in self.models:
+            if isinstance(model.checkpoint.tensors, TensorTable):
+                self.graph.reads.keep_rows(model.number, model.checkpoint.tensors)
         self.usage = TensorUsage(self.graph)
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
         owners = {reference: model.number for reference, model in by_reference.items()}

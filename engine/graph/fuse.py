@@ -7,14 +7,18 @@ cheaper. Whatever is chosen, the bytes of the output are the same.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from ...io.tensors.dtypes import F64, DType
 from ...methods.kernel.access import ALIGNED, Access
 from ...methods.kernel.composition import Composition, Part
 from ...methods.kernel.spec import InputSpec
+from .columns.repeats import Piece, Repeat
 from .graph import Kind, MergeGraph, Operation, Value
+from .pieces import Pieces, independent, not_repeated
 
 Leaf = tuple[Value, Access]
 
@@ -29,23 +33,40 @@ def fuse(graph: MergeGraph, *, inline: bool = False) -> MergeGraph:
         graph: graph to fuse; each node has a higher number than those that it uses.
         inline: whether every node without an output becomes a part of others: then no intermediate tensor takes RAM.
     """
-    if not graph.users():
+    if not graph.uses_nodes:
         return graph
-    return _Fusion(graph, set() if inline else _kept(graph)).fused()
+    repeats = independent(graph)
+    nodes = not_repeated(len(graph.node_operation), [each.nodes for each in repeats])
+    kept = set() if inline else _kept(graph, nodes, _output_nodes(graph, repeats))
+    if any(not kept.isdisjoint(piece.nodes) for each in repeats for piece in each.likes):
+        repeats, nodes = (), list(graph.nodes())
+        kept = _kept(graph, nodes, _output_nodes(graph, ()))
+    return _Fusion(graph, kept, repeats, graph.users_among(nodes)).fused()
+
+
+def _output_nodes(graph: MergeGraph, repeats: Sequence[Repeat]) -> set[int]:
+    """Return the nodes of the outputs, but for those of pieces that repeat others."""
+    numbers = not_repeated(len(graph.outputs), [each.outputs for each in repeats])
+    return {graph.outputs.nodes[number] for number in numbers}
 
 
 # ------------------------------------------------------------------------------------------------ what is kept
 
 
-def _kept(graph: MergeGraph) -> set[int]:
-    """Return the nodes whose output is computed once and kept for all nodes that use it."""
-    outputs = {output.node for output in graph.outputs}
-    users, wide = _users_of(graph, outputs), _wide(graph, outputs)
+def _kept(graph: MergeGraph, nodes: Sequence[int], outputs: Set[int]) -> set[int]:
+    """Return the nodes whose output is computed once and kept for all nodes that use it.
+
+    Args:
+        graph: the graph.
+        nodes: the nodes to decide about, in order; nothing else uses them.
+        outputs: those of them that are outputs.
+    """
+    users, wide = _users_of(graph, nodes, outputs), _wide(graph, nodes, outputs)
     kept: set[int] = set()
     kernel: dict[int, int] = {}  # the node whose kernel a node becomes a part of; -1 for several
     reduced: set[int] = set()  # nodes over which a kernel that they become a part of reduces
     below_wide: set[int] = set()  # nodes that a float64 kernel uses, directly or not
-    for node in reversed(graph.nodes()):
+    for node in reversed(nodes):
         mine = users.get(node, [])
         below_wide |= {node} if any(user in wide or user in below_wide for user in mine) else set()
         kernels = {kernel[user] for user in mine}
@@ -67,11 +88,11 @@ def _kept(graph: MergeGraph) -> set[int]:
     return kept
 
 
-def _users_of(graph: MergeGraph, outputs: Set[int]) -> dict[int, list[int]]:
+def _users_of(graph: MergeGraph, nodes: Sequence[int], outputs: Set[int]) -> dict[int, list[int]]:
     """Return for each node the nodes that use it and that an output is computed from."""
-    users = graph.users()
+    users = graph.users_among(nodes)
     live = {other for node in outputs for other in graph.results_with(node)}
-    for node in reversed(graph.nodes()):
+    for node in reversed(nodes):
         if not live.isdisjoint(users.get(node, ())):
             live.add(node)
     return {node: [user for user in mine if user in live] for node, mine in users.items() if node in live}
@@ -90,14 +111,14 @@ def _cheap(graph: MergeGraph, node: int) -> bool:
     return sum(map(graph.value_nbytes, dict.fromkeys(sources))) <= graph.nbytes(node)
 
 
-def _wide(graph: MergeGraph, outputs: Set[int]) -> set[int]:
+def _wide(graph: MergeGraph, nodes: Sequence[int], outputs: Set[int]) -> set[int]:
     """Return the nodes that are computed in float64: they load it, directly or through nodes that are not outputs.
 
     Outputs are loaded in the dtype in which they are stored.
     """
     wide: set[int] = set()
-    for node, sources in enumerate(graph.node_sources):
-        for value in sources:
+    for node in nodes:
+        for value in graph.node_sources[node]:
             loaded = value >= 0 or ~value in outputs
             if graph.value_dtype(value) == F64 if loaded else ~value in wide:
                 wide.add(node)
@@ -121,6 +142,80 @@ class _Parts:
     leaves: dict[Leaf, int]
 
 
+class _Order:
+    """The numbers of nodes and reads in the fused graph.
+
+    Args:
+        graph: unfused graph.
+        kept: nodes whose output is kept for others, besides the outputs.
+        repeats: pieces that are fused like those that they repeat.
+
+    Attributes:
+        spans: nodes that are fused one by one, and pieces that repeat them, in the order of the fused graph.
+        numbers: the new value of each value that kernels of these nodes load.
+        made: for each output, its new node.
+        used: for each read of the unfused graph, whether the fused one has it: 0 or 1.
+    """
+
+    def __init__(self, graph: MergeGraph, kept: Set[int], repeats: Sequence[Repeat]) -> None:
+        self.spans: list[Sequence[int] | Repeat] = []
+        self.numbers: dict[Value, Value] = {}
+        self.made, self.used = array("I"), bytearray(len(graph.reads))
+        self._graph = graph
+        self._nodes: dict[int, range] = {}  # see `nodes`
+        self._count = 0
+        begin = 0
+        for repeat in repeats:
+            self._number(range(begin, repeat.outputs.start))
+            self._repeat(repeat)
+            begin = repeat.outputs.stop
+        self._number(range(begin, len(graph.outputs)))
+        self._add(sorted(node for node in kept if ~node not in self.numbers))
+        self._ranks = array("I", accumulate(self.used, initial=0))
+        loaded = {value for node in self.numbers for value in (graph.reads_of(~node) if node < 0 else ())}
+        self.numbers |= {read: self._ranks[read] for read in loaded}
+
+    def _number(self, outputs: range) -> None:
+        """Number the nodes of outputs that are not repeated."""
+        graph = self._graph
+        nodes = dict.fromkeys(node for n in outputs for node in graph.results_with(graph.outputs.nodes[n]))
+        self._add([node for node in nodes if ~node not in self.numbers])
+        self.made.extend([~self.numbers[~graph.outputs.nodes[number]] for number in outputs])
+        for node in nodes:
+            if graph.operation(node).kind is not Kind.RESULT:
+                for read in graph.reads_of(node):
+                    self.used[read] = 1
+
+    def _add(self, nodes: Sequence[int]) -> None:
+        self.numbers |= {~node: ~number for number, node in enumerate(nodes, self._count)}
+        self._count += len(nodes)
+        self.spans.append(nodes)
+
+    def _repeat(self, repeat: Repeat) -> None:
+        """Number the nodes of pieces."""
+        for piece in repeat.likes:
+            own = self.nodes(piece)
+            shift = self._count - own.start
+            self.made.extend([node + shift for node in self.made[piece.outputs.start : piece.outputs.stop]])
+            self._count += len(own)
+        self.used[repeat.reads.start : repeat.reads.stop] = b"\1" * len(repeat.reads)
+        self.spans.append(repeat)
+
+    def nodes(self, piece: Piece) -> range:
+        """The new nodes of a piece that others repeat."""
+        found = self._nodes.get(piece.nodes.start)
+        if found is None:
+            outputs = self._graph.outputs.nodes[piece.outputs.start : piece.outputs.stop]
+            results = {~self.numbers[~node] for output in outputs for node in self._graph.results_with(output)}
+            found = self._nodes[piece.nodes.start] = range(min(results), max(results) + 1)
+        return found
+
+    def reads(self, piece: Piece | Repeat) -> range:
+        """The new reads of a piece."""
+        first = self._ranks[piece.reads.start]
+        return range(first, first + len(piece.reads))
+
+
 @dataclass(slots=True)
 class _Fusion:
     """Builds the fused graph.
@@ -128,43 +223,49 @@ class _Fusion:
     Args:
         graph: unfused graph.
         kept: nodes whose output is kept for others, besides the outputs.
+        repeats: pieces that are fused like those that they repeat.
+        users: for each node that no piece has added, the nodes that use it.
     """
 
     graph: MergeGraph
     kept: Set[int]
+    repeats: Sequence[Repeat]
+    users: Mapping[int, list[int]]
     _operations: dict[Hashable, Operation] = field(default_factory=dict)
     _kernels: dict[Hashable, Composition] = field(default_factory=dict)  # of expressions that fit all shapes
-    _users: Mapping[int, list[int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._users = self.graph.users()
 
     def fused(self) -> MergeGraph:
-        """Return the fused graph."""
-        graph, result = self.graph, MergeGraph(self.graph.models)
-        outputs = list(dict.fromkeys(other for output in graph.outputs for other in graph.results_with(output.node)))
-        nodes = [*outputs, *sorted(set(self.kept) - set(outputs))]
-        numbers: dict[Value, Value] = {~node: ~number for number, node in enumerate(nodes)}
-        results = {node for node in outputs if graph.operation(node).kind is Kind.RESULT}
-        for read in sorted({value for node in outputs if node not in results for value in graph.reads_of(node)}):
-            model, name, ref = graph.read_models[read], graph.read_names[read], graph.reads[read]
-            numbers[read] = result.add_read(model, name, ref)
+        """Return the fused graph. Its outputs have the same numbers."""
+        graph, order = self.graph, _Order(self.graph, self.kept, self.repeats)
+        result = MergeGraph(graph.models, graph.reads.chosen(order.used))
+        result.outputs = graph.outputs.moved(order.made)
+        pieces, fused = Pieces(result), dict[int, Piece]()
+        for span in order.spans:
+            if not isinstance(span, Repeat):
+                self._append(result, span, order.numbers)
+                continue
+            for piece in span.likes:
+                if piece.nodes.start not in fused:
+                    found = pieces.of(order.reads(piece), order.nodes(piece), piece.outputs)
+                    assert found is not None
+                    fused[piece.nodes.start] = found
+            pieces.repeat_nodes([fused[piece.nodes.start] for piece in span.likes], order.reads(span).start)
+        return result
+
+    def _append(self, result: MergeGraph, nodes: Sequence[int], numbers: Mapping[Value, Value]) -> None:
+        """Append nodes to the fused graph. `numbers` has the values that are loaded, with those that they become."""
+        graph = self.graph
         for node in nodes:
-            if node in results:
+            if graph.operation(node).kind is Kind.RESULT:
                 computing, place = numbers[graph.node_sources[node][0]], graph.node_key[node]
-                result.append_node(
-                    graph.operation(node), (computing,), graph.node_dtype[node], place, graph.shape(node)
-                )
+                operation, dtype, shape = graph.operation(node), graph.node_dtype[node], graph.shape(node)
+                result.append_node(operation, (computing,), dtype, place, shape)
                 continue
             operation, leaves, dtype, key = self._kernel_of(node, numbers)
-            sources = tuple(numbers[value] for value, _ in leaves)
-            result.append_node(operation, sources, dtype, key, graph.shape(node))
-        for node in outputs:
+            result.append_node(operation, tuple(numbers[value] for value, _ in leaves), dtype, key, graph.shape(node))
+        for node in nodes:
             if len(others := graph.results(node)) > 1:
                 result.set_results(~numbers[~node], [~numbers[~other] for other in others[1:]])
-        for output in graph.outputs:
-            result.add_output(output.name, ~numbers[~output.node], output.group, output.folder)
-        return result
 
     def _kernel_of(self, node: int, boundary: Mapping[Value, Value]) -> tuple[Operation, tuple[Leaf, ...], DType, int]:
         """Return the operation that computes a node with all its parts, its sources, its dtype and its random key."""
@@ -225,7 +326,7 @@ class _Fusion:
                 for place, value in enumerate(graph.node_sources[node])
             )
             rounding = graph.node_dtype[node].torch_name if self._converts(node) and node != root else None
-            if rounding is not None and sources[0] < 0 and self._users[~graph.node_sources[node][0]] == [node]:
+            if rounding is not None and sources[0] < 0 and self.users[~graph.node_sources[node][0]] == [node]:
                 parts[~sources[0]] = replace(parts[~sources[0]], round_to=rounding)
                 numbers[node] = ~sources[0]
                 continue

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from math import prod
 from typing import TypeVar
 
@@ -21,7 +22,8 @@ from ...io.tensors.refs import TensorRef
 from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access
 from .columns.outputs import Output, Outputs
-from .columns.reads import Reads, StoredTensors
+from .columns.reads import Reads
+from .columns.repeats import Repeat
 from .columns.rows import Rows, grouped
 from .footprint import Footprint
 from .operation import Kind, Operation, result_of
@@ -46,14 +48,17 @@ class MergeGraph:
         node_dtype: for each node, the dtype of its output.
         node_shape: for each node, the shape of its output.
         node_key: for each node, its random key; 0 if the operation isn't random.
+        first_users: for each node, the first node with it as its first source; -1 if there is none.
         shares_reads: whether any read is a source of several nodes.
+        uses_nodes: whether any node is a source of others, apart from those of kind `RESULT`.
         outputs: the output tensors, in the order of the model.
+        repeats: what was added at once, in the order of the graph (see `pieces`).
         footprints: for each measured class, the memory of a compute thread (see `cost.measure_memory`).
     """
 
-    def __init__(self, models: tuple[str, ...]) -> None:
+    def __init__(self, models: tuple[str, ...], reads: Reads | None = None) -> None:
         self.models = models
-        self.reads = Reads()
+        self.reads = reads or Reads()
         self.read_models, self.read_names = self.reads.models, self.reads.names
         self.operations: list[Operation] = []
         self.node_operation = array("I")
@@ -67,13 +72,14 @@ class MergeGraph:
         self.shares_reads = False
         self._class_places: list[tuple[int, ...]] = []
         self.outputs = Outputs()
+        self.repeats: list[Repeat] = []
         self.footprints: dict[int, Footprint] = {}
         self._operation_numbers: dict[Operation, int] = {}
         self._operations_by_id: dict[int, int] = {}  # of those in `operations`: hashing one takes longer than all else
-        self._first_users = array("i")  # for each node, the first node with it as its first source; or -1
+        self.first_users = array("i")
         self._node_numbers: dict[tuple[object, ...], int] = {}
         self._class_numbers: dict[tuple[object, ...], int] = {}
-        self._uses_nodes = False  # whether any source is a node
+        self.uses_nodes = False
         self._users: tuple[int, Mapping[int, list[int]]] = (0, {})  # after how many nodes they were found
         self._results: dict[int, tuple[int, ...]] = {}
         self._access_numbers: dict[Access, int] = {ALIGNED: 0}
@@ -107,7 +113,7 @@ class MergeGraph:
         number = self._number(operation)
         equal = (number, sources, dtype.name, key, shape)
         # most values are the first source of one node only, so few nodes are in `_node_numbers`
-        users, place = self._first_users if sources[0] < 0 else self.reads.first_users, max(sources[0], ~sources[0])
+        users, place = self.first_users if sources[0] < 0 else self.reads.first_users, max(sources[0], ~sources[0])
         first = users[place]
         if first < 0:
             first = users[place] = self.append_node(operation, sources, dtype, key, shape)
@@ -142,35 +148,28 @@ class MergeGraph:
         self.node_dtype.append(dtype)
         self.node_shape.append(shape)
         self.node_key.append(key)
-        self._first_users.append(-1)
+        self.first_users.append(-1)
         used = self.reads.used
         for value in set(sources):
             if value < 0:
-                self._uses_nodes = True
+                self.uses_nodes |= operation.kind is not Kind.RESULT
             elif used[value]:
                 self.shares_reads = True
             else:
                 used[value] = 1
         return len(self.node_operation) - 1
 
-    def repeat_nodes(self, like: array[int], tensors: Sequence[StoredTensors], keys: Iterable[int]) -> range:
-        """Add nodes with the operations of others, each on the next tensor of each model; returns the node numbers.
+    def counts(self) -> tuple[int, int, int]:
+        """The numbers of reads, nodes and outputs."""
+        return len(self.reads), len(self.node_operation), len(self.outputs)
 
-        Args:
-            like: nodes to repeat. The sources of each are consecutive reads: of one tensor of each model, in order.
-            tensors: for each model, tensors of the classes of these reads, of which no reads were added before.
-            keys: random key of each node.
-        """
-        begin, end, reads = len(self.node_operation), len(self.node_operation) + len(like), len(self.reads)
-        self.reads.repeat(self.node_sources.firsts(like), tensors, begin)
-        self.node_sources.extend(reads, len(tensors), len(like))
-        self.node_operation.extend(map(self.node_operation.__getitem__, like))
+    def repeat_nodes(self, like: array[int]) -> None:
+        """Add nodes that are like others, but for their sources and first users, which the caller adds."""
+        self._repeated[len(self.node_operation)] = like
+        self.node_operation.extend(array("I", map(self.node_operation.__getitem__, like)))
         self.node_dtype.extend(map(self.node_dtype.__getitem__, like))
         self.node_shape.extend(map(self.node_shape.__getitem__, like))
-        self.node_key.extend(keys)
-        self._first_users.extend([-1] * len(like))
-        self._repeated[begin] = like
-        return range(begin, end)
+        self.node_key.extend(array("Q", bytes(8 * len(like))))
 
     def _check_use(self, operation: Operation, sources: tuple[Value, ...]) -> None:
         """Raise ValueError unless an operation computes with the first tensors of nodes, element for element."""
@@ -189,8 +188,8 @@ class MergeGraph:
         found when they are asked for: a node can be added before those that it uses.
         """
         while (node := len(self._node_class)) < len(self.node_operation):
-            if (repeated := self._repeated.pop(node, None)) is not None:
-                self._node_class.extend(array("I", map(self._node_class.__getitem__, repeated)))
+            if (like := self._repeated.pop(node, None)) is not None:
+                self._node_class.extend(array("I", map(self._node_class.__getitem__, like)))
                 continue
             sources = self.node_sources[node]
             same = tuple(map(sources.index, sources)) if len(set(sources)) < len(sources) else ()
@@ -251,7 +250,6 @@ class MergeGraph:
         if len(self._node_class) > node:  # the classes are found again
             del self._node_class[:], self._class_nodes[:], self._class_places[:]
             self._class_numbers.clear()
-        self._repeated.clear()
         return self._results[node]
 
     def add_output(self, name: str, node: int, group: int, folder: str = "") -> None:
@@ -284,9 +282,10 @@ class MergeGraph:
 
     def tasks(self) -> Sequence[int]:
         """The nodes that are executed: all but those of kind `RESULT`."""
-        if all(operation.kind is not Kind.RESULT for operation in self.operations):
+        executed = [operation.kind is not Kind.RESULT for operation in self.operations]
+        if all(executed):
             return self.nodes()
-        return [node for node in self.nodes() if self.operation(node).kind is not Kind.RESULT]
+        return array("I", compress(self.nodes(), map(executed.__getitem__, self.node_operation)))
 
     def results(self, node: int) -> tuple[int, ...]:
         """The node, and the nodes of the other tensors that it computes."""
@@ -384,14 +383,18 @@ class MergeGraph:
     def users(self) -> Mapping[int, list[int]]:
         """For each node that is a source of others, the nodes that use it, apart from those of kind `RESULT`."""
         if self._users[0] != len(self.node_operation):
-            users: dict[int, list[int]] = {}
-            for node in self.nodes() if self._uses_nodes else ():
-                if self.operation(node).kind is not Kind.RESULT:
-                    for value in dict.fromkeys(self.node_sources[node]):
-                        if value < 0:
-                            users.setdefault(~value, []).append(node)
-            self._users = len(self.node_operation), users
+            self._users = len(self.node_operation), self.users_among(self.nodes() if self.uses_nodes else ())
         return self._users[1]
+
+    def users_among(self, nodes: Iterable[int]) -> dict[int, list[int]]:
+        """As `users`, but only those that are among some nodes."""
+        users: dict[int, list[int]] = {}
+        for node in nodes:
+            if self.operation(node).kind is not Kind.RESULT:
+                for value in dict.fromkeys(self.node_sources[node]):
+                    if value < 0:
+                        users.setdefault(~value, []).append(node)
+        return users
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.nodes())

@@ -6,16 +6,17 @@ same for all of them.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import accumulate, repeat
+from sys import intern
 from typing import NamedTuple
 
 from ...io.tensors.table import TensorTable
-from ..model.inputs import BoundSlice
-from ..model.roles import is_buffer
+from ..model.inputs import BoundSlice, Model
+from ..model.logical import LogicalTensors
 from .columns.reads import StoredTensors
 from .graph import MergeGraph
+from .pieces import Piece, Pieces
 from .rules import TensorRules
 from .tensor_sources import TensorSources
 
@@ -24,14 +25,34 @@ class _Layer(NamedTuple):
     """A layer whose nodes depend on the classes of its tensors, and otherwise only on its slice.
 
     Args:
-        keys: what each node depends on.
-        names: names of the output tensors.
-        tensors: tensors of each source of the slice, in the order of `names`.
+        keys: what the nodes of each tensor depend on.
+        beginning: beginning of the names of the output tensors, up to the layer's number.
+        names: names of the output tensors, but for those of their parts.
+        tensors: tensors of each source of the slice, with all parts.
+        firsts: for each source and each of `names`, the number of its first part in `tensors`.
     """
 
     keys: Sequence[Hashable]
+    beginning: str
     names: Sequence[str]
     tensors: Sequence[StoredTensors]
+    firsts: Sequence[Sequence[int]]
+
+
+class _Known(NamedTuple):
+    """A tensor that others are like.
+
+    Args:
+        piece: what it adds to the graph.
+        parts: for each read, the number of the source, and that of the tensor's part.
+        rests: for each output, the name without the layer's beginning.
+        random: numbers of the nodes in the piece that need a random key.
+    """
+
+    piece: Piece
+    parts: Sequence[tuple[int, int]]
+    rests: Sequence[str]
+    random: Sequence[int]
 
 
 class LayerRules:
@@ -47,8 +68,9 @@ class LayerRules:
         self._graph = graph
         self._rules = rules
         self._tensors_from = tensors_from
-        self._nodes: dict[Hashable, int] = {}  # by key, one such node
-        self._random = False  # whether any of them is random
+        self._known: dict[Hashable, _Known] = {}
+        self._random = False  # whether any of them needs a random key
+        self._pieces = Pieces(graph)
 
     def add(
         self,
@@ -70,67 +92,95 @@ class LayerRules:
         layer = None if self._tensors_from or part.is_copied else self._layer(part, tensors, sources)
         if layer is not None and self._repeat(layer, group):
             return
-        before = self._counts()
-        for name, *own_names in zip(tensors.values(), *sources, strict=True):
+        # other parameters than constant ones differ between tensors
+        alike = layer if part.parameters.constant is not None else None
+        for number, (name, *own_names) in enumerate(zip(tensors.values(), *sources, strict=True)):
+            before, remarks = self._graph.counts(), self._rules.remarks
             taken = self._tensors_from and self._tensors_from.add(self._rules, name, part.models, own_names, group)
             if not taken:
                 self._rules.add(part, name, own_names, t, group, copied=part.is_copied)
-        # other parameters than constant ones differ between tensors
-        if layer is not None and part.parameters.constant is not None:
-            self._learn(layer, before)
+            if alike is not None and alike.keys[number] not in self._known and remarks == self._rules.remarks:
+                self._learn(alike, number, before)
 
     def _repeat(self, layer: _Layer, group: int) -> bool:
         """Add a layer if all of its tensors are as in earlier ones, and none of them is in the graph."""
-        like, graph = list(map(self._nodes.get, layer.keys)), self._graph
-        if None in like or not all(map(graph.reads.are_new, layer.tensors)):
+        known = [each for each in map(self._known.get, layer.keys) if each is not None]
+        if len(known) < len(layer.keys) or not all(map(self._graph.reads.are_new, layer.tensors)):
             return False
-        if not self._rules.written.add_all(layer.names):
+        # the names of most tensors are in memory already
+        names = [intern(layer.beginning + rest) for each in known for rest in each.rests]
+        if not self._rules.written.add_all(names):
             return False
-        nodes, keys = array("I", [node for node in like if node is not None]), [0] * len(like)
-        for number, node in enumerate(nodes) if self._random else ():
-            if _is_random(graph, node):
-                keys[number] = self._rules.random_key(layer.names[number])
-        graph.outputs.extend(layer.names, graph.repeat_nodes(nodes, layer.tensors, keys), group)
+        before = [0, *accumulate(len(each.rows) for each in layer.tensors)]
+        starts = [[first + own for own in firsts] for first, firsts in zip(before, layer.firsts, strict=False)]
+        order = [starts[source][n] + part for n, each in enumerate(known) for source, part in each.parts]
+        keys, node = dict[int, int](), 0
+        for name, each in zip(layer.names, known, strict=True) if self._random else ():
+            for number in each.random:
+                keys[node + number] = self._rules.random_key(name)
+            node += len(each.piece.nodes)
+        self._pieces.repeat([each.piece for each in known], layer.tensors, order, names, keys, group)
         return True
 
-    def _learn(self, layer: _Layer, before: tuple[int, int, int]) -> None:
-        """Remember the nodes of a layer that was just added, if each tensor has its own node of its own reads.
+    def _learn(self, layer: _Layer, number: int, before: tuple[int, int, int]) -> None:
+        """Remember a tensor that was just added, if it has its own nodes of its own reads.
 
         Args:
             layer: the layer.
-            before: what `_counts` returned before the layer was added.
+            number: number of the tensor in the layer.
+            before: what `MergeGraph.counts` returned before the tensor was added.
         """
-        graph = self._graph
-        reads, nodes, outputs = map(range, before, self._counts())
-        if not len(nodes) == len(outputs) == len(layer.names) == len(reads) / len(layer.tensors):
+        graph, piece = self._graph, self._pieces.since(before)
+        names = [] if piece is None else graph.outputs.names[piece.outputs.start :]
+        if piece is None or not all(name.startswith(layer.beginning) for name in names):
             return
-        sources = chain.from_iterable(map(graph.node_sources.__getitem__, nodes))
-        in_order = list(sources) == list(reads) and list(graph.outputs.nodes[outputs.start :]) == list(nodes)
-        if not in_order or any(map(is_buffer, layer.names, map(graph.shape, nodes))):
-            return
-        self._nodes.update(zip(layer.keys, nodes, strict=True))
-        self._random = self._random or any(_is_random(graph, node) for node in nodes)
+        parts: dict[tuple[int, str], tuple[int, int]] = {}
+        for source, (each, firsts) in enumerate(zip(layer.tensors, layer.firsts, strict=True)):
+            own = each.names[firsts[number] : [*firsts, None][number + 1]]
+            parts |= {(each.model, name): (source, place) for place, name in enumerate(own)}
+        reads = [(graph.read_models[read], graph.read_names[read]) for read in piece.reads]
+        if parts.keys() >= set(reads):
+            random = [place for place, node in enumerate(piece.nodes) if _is_random(graph, node)]
+            rests = [name.removeprefix(layer.beginning) for name in names]
+            self._known[layer.keys[number]] = _Known(piece, list(map(parts.__getitem__, reads)), rests, random)
+            self._random = self._random or bool(random)
 
     def _layer(
         self, part: BoundSlice, tensors: Mapping[str, str], sources: Sequence[Sequence[str | None]]
     ) -> _Layer | None:
-        """A layer of stored tensors that all sources have; None if other facts about its tensors matter."""
-        stored: list[StoredTensors] = []
-        for model, own in zip(part.models, sources, strict=True):
-            if not isinstance(model.tensors, TensorTable) or model.quantized or None in own:
-                return None
-            names = [name for name in own if name is not None]
-            stored.append(StoredTensors(model.number, model.tensors, names, model.tensors.rows(names)))
-        if not tensors or len({each.model for each in stored}) < len(stored):
+        """A layer of tensors that all sources store in tables; None if other facts about its tensors matter."""
+        names, rests = list(tensors.values()), list(tensors)
+        beginning = names[0].removesuffix(rests[0]) if names else ""
+        if not names or any(name != beginning + rest for rest, name in tensors.items()):
             return None
-        numbers = (each.table.class_numbers(each.rows) for each in stored)
-        names = list(tensors.values())
-        keys = zip(repeat(part), tensors, map(self._rules.dtypes.key, names), *numbers)
-        return _Layer(list(keys), names, stored)
+        classes, stored, firsts = [], [], []
+        for model, own in zip(part.models, sources, strict=True):
+            known = [name for name in own if name is not None]
+            found = _stored(model, known) if len(known) == len(own) and not model.quantized else None
+            if found is None:
+                return None
+            for column, each in zip((classes, stored, firsts), found, strict=True):
+                column.append(each)
+        if len({each.model for each in stored}) < len(stored):
+            return None
+        keys = zip(repeat(part), rests, map(self._rules.dtypes.key, names), *classes, strict=False)
+        return _Layer(list(keys), beginning, names, stored, firsts)
 
-    def _counts(self) -> tuple[int, int, int]:
-        """The numbers of reads, nodes and outputs."""
-        return len(self._graph.reads), len(self._graph.node_operation), len(self._graph.outputs)
+
+def _stored(model: Model, names: Sequence[str]) -> tuple[Sequence[int], StoredTensors, Sequence[int]] | None:
+    """The classes of a model's tensors, the tensors with all parts, and the number of the first part of each.
+
+    None if some of them are not in a table.
+    """
+    tensors = model.tensors
+    if isinstance(tensors, TensorTable):
+        rows = tensors.rows(names)
+        return list(tensors.class_numbers(rows)), StoredTensors(model.number, tensors, names, rows), range(len(rows))
+    found = tensors.stored_rows(names) if isinstance(tensors, LogicalTensors) else None
+    if found is None or not isinstance(tensors, LogicalTensors) or tensors.table is None:
+        return None
+    own = list(map(tensors.table.names.__getitem__, found.rows))
+    return found.classes, StoredTensors(model.number, tensors.table, own, found.rows), found.firsts
 
 
 def _is_random(graph: MergeGraph, node: int) -> bool:

@@ -162,6 +162,11 @@ class TensorRules:
         self._graph.add_output(name, self._graph.add_node(found.operation, tuple(values), found.dtype, key), group)
         return True
 
+    @property
+    def remarks(self) -> tuple[int, ...]:
+        """How many facts were recorded about single tensors, apart from their nodes."""
+        return len(self.partial), len(self.buffers.checks), len(self.copies), self._usage.marked
+
     # --- kinds of tensors --------------------------------------------------------------------------------------
 
     def _add_floats(

@@ -52,7 +52,7 @@ def build_stages(
     """
     if len(recipe.stages) == 1:
         single = build_graph(recipe, recipe.output, methods, open_model, seed=seed)
-        if single.graph.users():
+        if single.graph.uses_nodes:
             single = replace(single, graph=fuse(single.graph), unfused=single.graph)
         config_of(recipe.output, single)
         return single

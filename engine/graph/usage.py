@@ -48,6 +48,11 @@ class TensorUsage:
         self._graph = graph
         self._reasons: dict[tuple[int, str], str] = {}
 
+    @property
+    def marked(self) -> int:
+        """The number of tensors for which a reason is recorded."""
+        return len(self._reasons)
+
     def mark_unused(self, model: Model, name: str, reason: str) -> None:
         """Record why an output tensor doesn't need the tensor; another one may still use it."""
         self._reasons[model.number, name] = reason

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 from ...io.tensors.dtypes import DType, Kind
 from ...io.tensors.refs import TensorClass, TensorRef
@@ -17,6 +18,7 @@ from ...io.tensors.table import TensorTable
 from ...methods.kernel.access import ALIGNED, Access, BlockRows, Shape, TransposedSlice
 from ...methods.kernel.decoder import Decoder
 from ..recipe.types import ModelReference
+from .values.columns import Another, Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,11 @@ class LogicalTensor:
         return "slice" if self.decode is None else self.decode.decoder.name
 
     @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """The parts and the companions."""
+        return self.parts + self.companions
+
+    @property
     def decoded(self) -> bool:
         """Whether a decoder computes the value."""
         return self.decode is not None
@@ -142,7 +149,7 @@ class LogicalTensor:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the parts that the value is computed from; those of a slice's other values are left out."""
-        return sum(part.bytes_of(self.shape) for part in self.parts + self.companions)
+        return sum(part.bytes_of(self.shape) for part in self.all_parts)
 
     @property
     def label(self) -> str:
@@ -150,66 +157,132 @@ class LogicalTensor:
         return self.dtype.name if self.decode is None else f"{self.dtype.name} ({self.format})"
 
 
+class StoredRows(NamedTuple):
+    """Where the parts of some tensors are in a table.
+
+    Args:
+        classes: the class of each tensor: a negative number for values, or else that of the stored tensor in the table.
+        rows: rows of all parts, one tensor after another.
+        firsts: for each tensor, the number of the row of its first part.
+    """
+
+    classes: list[int]
+    rows: list[int]
+    firsts: list[int]
+
+
 class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
     """The tensors of a model by name, in the order of their first parts in the files.
+
+    A value takes a few bytes next to its name. A `LogicalTensor` is made when one is asked for.
 
     Args:
         stored: the stored tensors by name.
         found: the values that are not just stored tensors. Their parts are none of the model's tensors.
 
     Attributes:
-        parts: names of the stored tensors that are parts of a value.
-        codes: names of those that are parts of a quantized value or belong to it, each with the name of its format.
+        table: the stored tensors, if they are in a table; else None.
     """
 
-    def __init__(self, stored: Mapping[str, TensorRef], found: Iterable[LogicalTensor]) -> None:
-        self._stored = stored
-        self._found = {tensor.name: tensor for tensor in found}
-        self.codes: dict[str, str] = {}
-        first: dict[str, list[str]] = {}  # by stored tensor, the values whose first part it is
-        for tensor in self._found.values():
-            for number, part in enumerate(tensor.parts + tensor.companions):
-                first.setdefault(part.name, []).extend([tensor.name] if number == 0 else [])
-                if tensor.quantized:
-                    self.codes[part.name] = tensor.format
-        self.parts: Collection[str] = first.keys()
-        self._names = dict.fromkeys(name for each in stored for name in first.get(each, [each]))
+    def __init__(self, stored: Mapping[str, TensorRef], found: Iterable[LogicalTensor | Another]) -> None:
+        self.table = stored if isinstance(stored, TensorTable) else None
+        values = Values(stored)
+        for each in found:
+            values.add(each)
+        last = {name: number for number, name in enumerate(values.names)}
+        if len(last) < len(values.names):  # of those with the same name, the last one counts
+            given, values = values, Values(stored)
+            for number in last.values():
+                values.add(given.value(number))
+        self._values = values
+        self._length = sum(1 for _ in self)
 
-    def elements_of_parts(self) -> dict[str, int]:
-        """Return for each part of a decoded value the elements that it stands for: those of the value, or 0.
+    @property
+    def parts(self) -> Collection[str]:
+        """The names of the stored tensors that are parts of a value, or belong to one."""
+        pairs = zip(self._values.stored_names, self._values.by_row, strict=True)
+        return {name for name, number in pairs if number >= 0}
 
-        Those of a value are counted for its first part.
+    @property
+    def codes(self) -> dict[str, str]:
+        """The stored tensors that are parts of a quantized value or belong to it, each with the name of its format."""
+        codes = {}
+        for row, name in enumerate(self._values.stored_names):
+            for number in self._values.having(row):
+                if (like := self._values.like(number)).quantized:
+                    codes[name] = like.format
+        return codes
+
+    def elements_of(self, part: str) -> int | None:
+        """Return the elements that a part of a decoded value stands for; None if it is no such part.
+
+        They are those of the values whose first part it is: 0 for scales.
         """
-        elements: dict[str, int] = {}
-        for tensor in self._found.values():
-            for number, part in enumerate(tensor.parts + tensor.companions if tensor.decode is not None else ()):
-                elements[part.name] = elements.get(part.name, 0) + (tensor.elements if number == 0 else 0)
+        row, elements = self._values.row(part), None
+        for number in self._values.having(row):
+            if (like := self._values.like(number)).decode is not None:
+                elements = (elements or 0) + (like.elements if self._values.first_row(number) == row else 0)
         return elements
 
-    def values_of_parts(self) -> dict[str, list[str]]:
-        """Return for each stored tensor that is a part the names of the values that are computed from it."""
-        values: dict[str, list[str]] = {}
-        for tensor in self._found.values():
-            for part in tensor.parts + tensor.companions:
-                values.setdefault(part.name, []).append(tensor.name)
-        return values
+    def values_of(self, part: str) -> list[str]:
+        """Return the names of the values that a stored tensor is a part of."""
+        return [self._values.names[number] for number in self._values.having(self._values.row(part))]
+
+    def class_of(self, name: str) -> TensorClass | TensorRef | LogicalTensor:
+        """Return what a tensor has in common with others: its dtype and shape, or any value of its class.
+
+        Raises KeyError.
+        """
+        number = self._values.number(name)
+        if number >= 0:
+            return self._values.like(number)
+        return self[name] if self.table is None else self.table.class_of(self._plain(name))
+
+    def stored_rows(self, names: Iterable[str]) -> StoredRows | None:
+        """Return where the parts of some tensors are in the table; None if some are not in it."""
+        values, found = self._values, StoredRows([], [], [])
+        if self.table is None:
+            return None
+        for name in names:
+            number = values.number(name)
+            if number in values.elsewhere:
+                return None
+            found.firsts.append(len(found.rows))
+            if number < 0:
+                found.rows.append(self.table.row(self._plain(name)))
+                found.classes.extend(self.table.class_numbers(found.rows[-1:]))
+            else:
+                found.rows.extend(values.rows(number))
+                found.classes.append(~values.class_number(number))
+        return found
+
+    def _plain(self, name: str) -> str:
+        """The name of a tensor that is stored as it is. Raises KeyError for other names."""
+        row = self._values.row(name)
+        if row < 0 or self._values.by_row[row] >= 0:
+            raise KeyError(name)
+        return name
 
     def __getitem__(self, name: str) -> TensorRef | LogicalTensor:
-        found = self._found.get(name)
-        if found is not None:
-            return found
-        if name not in self._names:
-            raise KeyError(name)
-        return self._stored[name]
+        number = self._values.number(name)
+        return self._values.value(number) if number >= 0 else self._values.stored[self._plain(name)]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        if not isinstance(name, str):
+            return False
+        row = self._values.row(name)
+        return self._values.number(name) >= 0 or (row >= 0 and self._values.by_row[row] < 0)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        values = self._values
+        for row, name in enumerate(values.stored_names):
+            if values.by_row[row] >= 0:
+                yield from [values.names[each] for each in values.having(row) if values.first_row(each) == row]
+            elif values.number(name) < 0:
+                yield name
 
     def __len__(self) -> int:
-        return len(self._names)
+        return self._length
 
 
 class ArrangedTensors(dict[str, TensorRef]):
@@ -228,7 +301,15 @@ Tensors = Mapping[str, TensorRef] | LogicalTensors
 
 def kind_of(tensors: Tensors, name: str) -> TensorClass | TensorRef | LogicalTensor:
     """Return the dtype and the shape of a tensor, without making a reference if it is in a table. Raises KeyError."""
-    return tensors.class_of(name) if isinstance(tensors, TensorTable) else tensors[name]
+    if isinstance(tensors, TensorTable):
+        return tensors.class_of(name)
+    found = tensors.class_of(name) if isinstance(tensors, LogicalTensors) else None
+    return tensors[name] if found is None or isinstance(found, LogicalTensor) else found
+
+
+def shape_of(tensors: Tensors, name: str) -> Shape:
+    """Return the shape of a tensor without making a value. Raises KeyError."""
+    return (tensors.class_of(name) if isinstance(tensors, LogicalTensors) else kind_of(tensors, name)).shape
 
 
 def label_of(tensor: TensorClass | TensorRef | LogicalTensor) -> str:

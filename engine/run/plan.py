@@ -248,15 +248,15 @@ class Plan:
 
     def _parameters(self, nodes: Sequence[int]) -> int:
         """Return the number of parameters of some outputs: of codes with scales, the elements of their value."""
-        graph, total = self.built.graph, self.built.graph.total(self.built.graph.elements, nodes)
-        values = [model.tensors for model in self.built.models]
-        elements = [each.elements_of_parts() if isinstance(each, LogicalTensors) else {} for each in values]
-        for node in nodes if any(elements) else ():
-            if graph.operation(node).made is not ALIGNED:  # scales of codes
-                total -= graph.elements(node)
-            elif graph.operation(node).copies_tensor:
+        graph, models = self.built.graph, [model.tensors for model in self.built.models]
+        scales = graph.by_class(lambda node: graph.operation(node).made is not ALIGNED)
+        copies = graph.by_class(lambda node: graph.operation(node).copies_tensor)
+        total = graph.total(lambda node: 0 if scales[node] else graph.elements(node), nodes)
+        for node in nodes if any(isinstance(each, LogicalTensors) for each in models) else ():
+            if copies[node]:
                 read = graph.node_sources[node][0]
-                found = elements[graph.read_models[read]].get(graph.read_names[read])
+                tensors = models[graph.read_models[read]]
+                found = tensors.elements_of(graph.read_names[read]) if isinstance(tensors, LogicalTensors) else None
                 total += 0 if found is None else found - graph.elements(node)
         return total
 

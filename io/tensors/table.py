@@ -30,7 +30,7 @@ class TensorTable(Mapping[str, TensorRef]):
         classes: the classes of the tensors, each once.
     """
 
-    __slots__ = ("_components", "_files", "_firsts", "_members", "_numbers", "_offsets", "_rows", "classes")
+    __slots__ = ("_components", "_files", "_firsts", "_members", "_names", "_numbers", "_offsets", "_rows", "classes")
 
     def __init__(self) -> None:
         self.classes: list[TensorClass] = []
@@ -41,6 +41,7 @@ class TensorTable(Mapping[str, TensorRef]):
         self._files: list[Path] = []
         self._firsts: list[int] = []  # the first row of each file
         self._components: set[str] = set()  # see `components`; empty until it is called
+        self._names: list[str] = []  # see `names`
 
     @classmethod
     def of(cls, tensors: Mapping[str, TensorRef]) -> TensorTable:
@@ -95,7 +96,7 @@ class TensorTable(Mapping[str, TensorRef]):
         The names themselves are interned, so they are in memory once in any case.
         """
         if len(self) == len(other) and all(map(is_, self._rows, other._rows)):
-            self._rows, self._components = other._rows, other._components
+            self._rows, self._components, self._names = other._rows, other._components, other._names
 
     def shares_names(self, other: TensorTable) -> bool:
         """Whether `share_names` found that two tables have the same names in the same order."""
@@ -125,6 +126,13 @@ class TensorTable(Mapping[str, TensorRef]):
                 found = self.classes[self._members[row]]
                 yield TensorRef(file, self._offsets[row], found.nbytes, found.dtype, found.shape)
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The name of each row; listed when it is asked for, once for tables that share names."""
+        if len(self._names) < len(self._rows):
+            self._names[:] = self._rows
+        return self._names
+
     def row(self, name: str) -> int:
         """The position of a tensor in the table; -1 if it has no tensor of this name."""
         return self._rows.get(name, -1)
@@ -142,7 +150,7 @@ class TensorTable(Mapping[str, TensorRef]):
         return map(self._members.__getitem__, rows)
 
     def places(self, rows: Sequence[int]) -> tuple[list[Path], list[int]]:
-        """For each position, the file of the tensor and its offset there in bytes."""
+        """For each position, at least one, the file of the tensor and its offset there in bytes."""
         offsets = list(map(self._offsets.__getitem__, rows))
         first, last = (bisect_right(self._firsts, row) - 1 for row in (min(rows), max(rows)))
         if first == last:
@@ -222,12 +230,15 @@ class NameSet:
         return new
 
     def add_all(self, names: Collection[str]) -> bool:
-        """Add names, which are different, if all of them are in the table and new; returns whether they are."""
+        """Add names, which are different, if all of them are new; returns whether they are."""
         rows = list(map(self._tensors.row, names))
-        if -1 in rows or any(map(self._added.__getitem__, rows)):
+        others = [name for name, row in zip(names, rows, strict=True) if row < 0] if -1 in rows else []
+        if any(self._added[row] for row in rows if row >= 0) or not self._others.isdisjoint(others):
             return False
         for row in rows:
-            self._added[row] = 1
+            if row >= 0:
+                self._added[row] = 1
+        self._others.update(others)
         return True
 
 

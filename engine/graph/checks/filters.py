@@ -46,18 +46,22 @@ def names_of_values(graph: MergeGraph, models: Sequence[Model]) -> Iterator[str]
 
     A value that is computed from parts has a name of its own, also where its parts are copied to the output.
     """
-    values = [model.tensors.values_of_parts() if isinstance(model.tensors, LogicalTensors) else {} for model in models]
-    if not any(values):
+    if not any(isinstance(model.tensors, LogicalTensors) for model in models):
         yield from chain(graph.read_names, graph.outputs.names)
         return
     for number, name in zip(graph.read_models, graph.read_names, strict=True):
-        yield from values[number].get(name, (name,))
+        yield from _values_of(models[number], name) or (name,)
     for output in graph.outputs:
         read = graph.node_sources[output.node][0]
         copied = graph.operation(output.node).copies_tensor and read >= 0
         part = graph.read_names[read] if copied else output.name
-        own = values[graph.read_models[read]].get(part, ()) if copied else ()
+        own = _values_of(models[graph.read_models[read]], part) if copied else []
         yield from [renamed(name, part, output.name) for name in own] or [output.name]
+
+
+def _values_of(model: Model, part: str) -> list[str]:
+    """The names of the values that a stored tensor is a part of; empty if it is one itself."""
+    return model.tensors.values_of(part) if isinstance(model.tensors, LogicalTensors) else []
 
 
 def _filters(stage: Stage, modules: Iterable[Module]) -> dict[str, list[Keys]]:

@@ -11,7 +11,7 @@ from ...model.checks.shapes import shape_mismatch
 from ...model.completeness import DAMAGED, incomplete_outside
 from ...model.inputs import BoundSlice, Model
 from ...model.layer_kinds import LayerKind, LayerKinds
-from ...model.logical import kind_of
+from ...model.logical import shape_of
 from ...model.modules import absent_part
 from ...model.roles import is_buffer
 from ...model.warnings import ModelWarning, ModelWarningKind
@@ -220,7 +220,7 @@ def _shapes(model: Model, stack: int, index: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's parameters, by the part of the name after the layer's number."""
     tensors = model.tensors
     layer = model.by_layer.get((stack, index), {})
-    shapes = {rest: kind_of(tensors, name).shape for rest, name in layer.items()}
+    shapes = {rest: shape_of(tensors, name) for rest, name in layer.items()}
     return {rest: shape for rest, shape in shapes.items() if not is_buffer(layer[rest], shape)}
 
 

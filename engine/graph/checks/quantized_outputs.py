@@ -133,13 +133,15 @@ def _kind(name: str) -> str:
 def _copied_codes(graph: MergeGraph, models: Sequence[Model]) -> dict[int, str]:
     """By model, a stored tensor in a known format that an output copies."""
     copied: dict[int, str] = {}
-    if any(codes_of(model.tensors) for model in models):
-        for node in graph.outputs.nodes:
-            if graph.operation(node).kind is Kind.COPY:
-                for read in graph.reads_of(node):
-                    number, name = graph.read_models[read], graph.read_names[read]
-                    if name in codes_of(models[number].tensors):
-                        copied.setdefault(number, name)
+    if not any(isinstance(model.tensors, LogicalTensors) for model in models):
+        return copied
+    codes = [codes_of(model.tensors) for model in models]
+    copies = [operation.kind is Kind.COPY for operation in graph.operations]
+    for node in graph.outputs.nodes if any(codes) else ():
+        for read in graph.reads_of(node) if copies[graph.node_operation[node]] else ():
+            number, name = graph.read_models[read], graph.read_names[read]
+            if name in codes[number]:
+                copied.setdefault(number, name)
     return copied
 
 

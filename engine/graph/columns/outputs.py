@@ -57,6 +57,12 @@ class Outputs(Sequence[Output]):
         self.nodes.append(node)
         self._groups.append(group)
 
+    def moved(self, nodes: array[int]) -> Outputs:
+        """The same outputs, of other nodes. The names are not stored again."""
+        outputs = Outputs()
+        outputs.names, outputs.nodes, outputs._groups, outputs._folders = self.names, nodes, self._groups, self._folders
+        return outputs
+
     def extend(self, names: Sequence[str], nodes: Sequence[int], group: int, folder: str = "") -> None:
         """Append the outputs of several nodes, at least one."""
         self.add(names[0], nodes[0], group, folder)

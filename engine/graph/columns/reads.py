@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -25,6 +26,13 @@ class StoredTensors(NamedTuple):
     table: TensorTable
     names: Sequence[str]
     rows: Sequence[int]
+
+
+class _Rows(NamedTuple):
+    """The reads of a model's tensors, for each row of their table; -1 if there is none."""
+
+    tensors: TensorTable
+    numbers: array[int]
 
 
 class Reads(Sequence[TensorRef]):
@@ -61,73 +69,100 @@ class Reads(Sequence[TensorRef]):
         self.first_users = array("i")
         self.used = bytearray()
         self._by_name: dict[tuple[int, str], int] = {}
-        self._by_row: dict[int, array[int]] = {}  # for each model and row of its table, the read; -1 if it has none
+        self._by_row: dict[int, _Rows] = {}  # of models whose tensors are in a table; the others are in `_by_name`
 
     def find(self, model: int, name: str, ref: TensorRef) -> int:
         """Find or append the read of tensor `name` of a model; returns its number."""
-        number = self._by_name.setdefault((model, name), len(self._files))
-        if number == len(self._files):
+        rows = self._by_row.get(model)
+        row = -1 if rows is None else rows.tensors.row(name)
+        number = self._by_name.get((model, name), -1) if rows is None or row < 0 else rows.numbers[row]
+        if number < 0:
+            number = self._add(model, name, row)
             self.append(ref)
-            self.models.append(model)
-            self.names.append(name)
         return number
 
     def find_stored(self, model: int, name: str, tensors: TensorTable) -> int:
-        """Find or append the read of tensor `name` of a model that has these tensors; returns its number.
-
-        Of one model, the reads of all tensors are found in this way, or none of them.
-        """
-        numbers = self._numbers_of(model, tensors)
+        """Find or append the read of tensor `name` of a model that has these tensors; returns its number."""
+        rows = self.keep_rows(model, tensors)
         row = tensors.row(name)
-        number = numbers[row]
+        number = rows.numbers[row]
         if number < 0:
-            number = numbers[row] = len(self._files)
+            number = self._add(model, name, row)
             self.append_stored(*tensors.place(row))
-            self.models.append(model)
-            self.names.append(name)
         return number
 
-    def _numbers_of(self, model: int, tensors: TensorTable) -> array[int]:
-        numbers = self._by_row.get(model)
-        if numbers is None:
-            numbers = self._by_row[model] = array("i", [-1]) * len(tensors)
-        return numbers
+    def _add(self, model: int, name: str, row: int) -> int:
+        """Add a read without its tensor; return its number."""
+        number = len(self._files)
+        if row < 0:
+            self._by_name[model, name] = number
+        else:
+            self._by_row[model].numbers[row] = number
+        self.models.append(model)
+        self.names.append(name)
+        return number
+
+    def keep_rows(self, model: int, tensors: TensorTable) -> _Rows:
+        """Find reads of a model by their rows in a table from now on, which takes less memory than by their names."""
+        rows = self._by_row.get(model)
+        if rows is None:
+            rows = self._by_row[model] = _Rows(tensors, array("i", [-1]) * len(tensors))
+        return rows
 
     def are_new(self, tensors: StoredTensors) -> bool:
-        """Whether there are no reads of these tensors."""
-        return max(map(self._numbers_of(tensors.model, tensors.table).__getitem__, tensors.rows)) < 0
+        """Whether there are no reads of these tensors, at least one, each of which is given once."""
+        numbers = self.keep_rows(tensors.model, tensors.table).numbers
+        return max(map(numbers.__getitem__, tensors.rows)) < 0 and len(set(tensors.rows)) == len(tensors.rows)
 
-    def repeat(self, like: Iterable[int], tensors: Sequence[StoredTensors], node: int) -> None:
-        """Append new reads, those of the first tensor of each model together; each node uses such a group.
+    def repeat(
+        self, like: Sequence[int], tensors: Sequence[StoredTensors], order: Sequence[int], users: Sequence[int]
+    ) -> None:
+        """Append new reads of the classes of others.
 
         Args:
-            like: reads of earlier tensors of the first model, each followed by the other models' reads. The new tensors
-                are of their classes.
-            tensors: for each model, its tensors.
-            node: number of the node that uses the first reads.
+            like: for each new read, the other one.
+            tensors: for each model, tensors of which there are no reads.
+            order: for each new read, the place of its tensor among all `tensors`.
+            users: for each new read, the first node with it as its first source; -1 if there is none.
         """
-        begin, width, count = len(self._files), len(tensors), len(tensors) * len(tensors[0].rows)
-        names, files, offsets, models, classes = [""] * count, [0] * count, [0] * count, [0] * count, [0] * count
-        alike = list(like)
-        for place, (model, table, own_names, rows) in enumerate(tensors):
-            found, offsets[place::width] = table.places(rows)
+        begin, files, names = len(self._files), list[int](), list[str]()
+        offsets, models, rows = list[int](), list[int](), list[int]()
+        for model, table, own_names, own in tensors:
+            found, places = table.places(own)
             distinct = dict(zip(map(id, found), found, strict=True))
             numbers = {address: self._file_number(file) for address, file in distinct.items()}
-            files[place::width] = map(numbers.__getitem__, map(id, found))
-            names[place::width] = own_names
-            models[place::width] = [model] * len(rows)
-            classes[place::width] = [self.class_numbers[read + place] for read in alike]
-            numbers_by_row = self._by_row[model]
-            for row, number in zip(rows, range(begin + place, begin + count, width), strict=True):
-                numbers_by_row[row] = number
-        self._files.extend(files)
-        self._offsets.extend(offsets)
-        self.names.extend(names)
-        self.models.extend(models)
-        self.class_numbers.extend(classes)
-        self.first_users.extend([-1] * count)
-        self.first_users[begin::width] = array("i", range(node, node + len(tensors[0].rows)))
-        self.used.extend(b"" * count)
+            files += map(numbers.__getitem__, map(id, found))
+            names += own_names
+            offsets += places
+            models += [model] * len(own)
+            rows += own
+        self._files.extend(map(files.__getitem__, order))
+        self._offsets.extend(map(offsets.__getitem__, order))
+        self.names.extend(map(names.__getitem__, order))
+        self.models.extend(map(models.__getitem__, order))
+        self.class_numbers.extend(array("I", map(self.class_numbers.__getitem__, like)))
+        self.first_users.extend(array("i", users))
+        self.used.extend(b"\1" * len(like))
+        for number, place in enumerate(order, begin):
+            self._by_row[models[place]].numbers[rows[place]] = number
+
+    def chosen(self, flags: bytearray) -> Reads:
+        """The reads whose flag is 1, without users. None can be found there."""
+        reads = Reads()
+        reads.classes, reads.files, reads._class_of = self.classes, self.files, self._class_of
+        reads._class_by_id, reads._file_of = self._class_by_id, self._file_of
+        reads.class_numbers = array("I", compress(self.class_numbers, flags))
+        reads._files, reads._offsets = (
+            array("I", compress(self._files, flags)),
+            array("Q", compress(self._offsets, flags)),
+        )
+        reads.models = array("H", compress(self.models, flags))
+        reads.names = list(compress(self.names, flags))
+        ranks = list(accumulate(flags, initial=0)) if self._others else []
+        reads._others = {ranks[number]: ref for number, ref in self._others.items() if flags[number]}
+        reads.first_users = array("i", [-1]) * len(reads.names)
+        reads.used = bytearray(len(reads.names))
+        return reads
 
     def append(self, ref: TensorRef) -> None:
         """Append a reference."""

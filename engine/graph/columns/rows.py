@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import overload
 
 
@@ -25,11 +25,10 @@ class Rows(Sequence[tuple[int, ...]]):
         self.values.extend(row)
         self._ends.append(len(self.values))
 
-    def extend(self, first: int, width: int, count: int) -> None:
-        """Append `count` tuples of `width` consecutive integers, which continue from tuple to tuple."""
-        end = len(self.values)
-        self.values.extend(range(first, first + width * count))
-        self._ends.extend(range(end + width, end + width * count + 1, width))
+    def extend(self, values: Sequence[int], lengths: Sequence[int]) -> None:
+        """Append tuples of the given lengths, with the values of one after those of the other."""
+        self._ends.extend(array("I", islice(accumulate(lengths, initial=len(self.values)), 1, None)))
+        self.values.extend(array("i", values))
 
     def firsts(self, indices: Iterable[int]) -> Iterator[int]:
         """The first integers of the tuples at some indices, which are not empty."""

@@ -15,12 +15,13 @@ from ....methods.formats.fp8_encoder import SCALE_DTYPES
 from ....methods.formats.scaled import FP8_BLOCKS, FP8_CHANNELS, FP8_TENSOR
 from ....methods.kernel.access import BlockRows, Shape
 from ..logical import Decode, Encoding, LogicalTensor, Part
+from ..values.columns import Another
 from .declared import Declared, Weights, declared_weights, nominal_dtype
 
 POWERS = DTYPES["F8_E8M0"]
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 """Dtypes of scales. Bytes are exponents: the numbers of F8_E8M0, which older libraries don't have."""
-_COMPANIONS = (
+COMPANIONS = (
     *("input_scale", "activation_scale", "input_scale_ub", "input_global_scale", "qscale_act", "scale_input"),
     "weight_shape",
 )
@@ -33,7 +34,7 @@ def is_fp8(dtype: DType) -> bool:
     return dtype.kind is ElementKind.FLOAT and dtype.bits == 8 and dtype != POWERS
 
 
-def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
+def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor | Another]:
     """Find the FP8 tensors with scales.
 
     Raises:
@@ -41,22 +42,24 @@ def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
     """
     tensors, nominal = checkpoint.tensors, nominal_dtype(checkpoint)
     names, declared = SiblingNames(tensors), Declared()
-    uses: dict[tuple[int, int], _Use] = {}  # by class of codes and scales, of which there are few
+    known: dict[tuple[int, ...], LogicalTensor] = {}  # by the classes of what is stored, of which there are few
     for number, (name, codes) in enumerate(described(tensors, lambda each: is_fp8(each.dtype))):
         if number == 0:
             declared = declared_weights(checkpoint)
         scale = names.scale(name)
         if scale is None or len(codes.shape) < 2:
             continue
-        kind = class_of(tensors, scale)
-        use = uses.get((id(codes), id(kind)))
-        if use is None:
-            use = uses[id(codes), id(kind)] = _use(checkpoint, name, codes.shape, scale, declared)
+        others = (scale, *names.companions(name))
+        classes = (id(codes), *(id(class_of(tensors, each)) for each in others))
+        if classes in known:
+            yield Another(known[classes], name, (name, *others))
+            continue
+        use = _use(checkpoint, name, codes.shape, scale, declared)
         scales = Part.seen_as(scale, tensors[scale], use.access, use.shape, use.dtype)
-        parts = (Part(name, tensors[name]), scales)
-        yield LogicalTensor(
-            name, codes.shape, nominal, parts, use.decode, names.companions(name), _encoding(use, codes.dtype, scales)
-        )
+        parts, companions = (Part(name, tensors[name]), scales), tuple(Part(each, tensors[each]) for each in others[1:])
+        encoding = _encoding(use, codes.dtype, scales)
+        known[classes] = LogicalTensor(name, codes.shape, nominal, parts, use.decode, companions, encoding)
+        yield known[classes]
 
 
 class SiblingNames:
@@ -69,7 +72,7 @@ class SiblingNames:
     def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
         self._tensors = tensors
         last = components(tensors)
-        self._companions = [each for each in _COMPANIONS if each in last]
+        self._companions = [each for each in COMPANIONS if each in last]
         self._in_module = [each for each in ("scale", "qscale_weight", "scale_weight") if each in last]
 
     def scale(self, name: str) -> str | None:
@@ -80,13 +83,13 @@ class SiblingNames:
         module = name.rpartition(".")[0]
         return next((scale for each in self._in_module if (scale := f"{module}.{each}") in self._tensors), None)
 
-    def companions(self, name: str) -> tuple[Part, ...]:
-        """What belongs to codes without being part of their values: activation scales, or a shape."""
+    def companions(self, name: str) -> list[str]:
+        """The names of what belongs to codes without being part of their values: activation scales, or a shape."""
         if not self._companions:
-            return ()
+            return []
         module = name.rpartition(".")[0]
         found = (f"{module}.{last}" for last in self._companions)
-        return tuple(Part(each, self._tensors[each]) for each in found if each in self._tensors)
+        return [each for each in found if each in self._tensors]
 
 
 class _Use(NamedTuple):

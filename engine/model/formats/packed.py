@@ -8,7 +8,7 @@ from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.tensors.dtypes import DTYPES, DType
 from ....io.tensors.refs import TensorRef
-from ....io.tensors.table import described
+from ....io.tensors.table import class_of, components, described
 from ....methods.formats.scaled import (
     INT4_PACKED,
     INT8,
@@ -20,18 +20,22 @@ from ....methods.formats.scaled import (
 from ....methods.kernel.access import ALIGNED, Access, BlockRows, Nibbles, Shape, Slice
 from ....methods.kernel.decoder import Decoder
 from ..logical import Decode, LogicalTensor, Part
+from ..values.columns import Another
 from .declared import Declared, declared_weights, nominal_dtype
-from .fp8 import POWERS, SiblingNames
+from .fp8 import COMPANIONS, POWERS, SiblingNames
 
 _BYTES = DTYPES["U8"]
 _CODES = ("I8", "U8", "I32")
 _SCALES = ("F32", "BF16", "F16")
 _POWERS = ("F8_E8M0", "U8")
 
+_SIBLINGS = ("weight_zero_point", "weight_g_idx", "weight_scale", "weight_global_scale", "weight_scale_2", "scale")
+"""Last components of the names that decide about codes in a module, besides its companions."""
+
 _Found = tuple[Decoder, Shape, tuple[Part, ...]]
 
 
-def find_packed(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
+def find_packed(checkpoint: Checkpoint) -> Iterator[LogicalTensor | Another]:
     """Find the weights whose codes are integers, or have four bits.
 
     Weights with more than codes and scales, such as zero points or a permutation, are left out: they are not decoded.
@@ -42,14 +46,22 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
     tensors = checkpoint.tensors
     finder: _Finder | None = None
     nominal = nominal_dtype(checkpoint)
+    known: dict[tuple[object, ...], LogicalTensor] = {}  # by the classes of what a module has, of which there are few
     for name, codes in described(tensors, lambda each: each.dtype.name in _CODES and len(each.shape) == 2):
         finder = finder or _Finder(checkpoint)
+        module, _, last = name.rpartition(".")
+        classes = (last, id(codes), *finder.classes(module))
+        if like := known.get(classes):
+            names = tuple([f"{module}.{part.name.rpartition('.')[2]}" for part in like.all_parts])
+            yield Another(like, f"{module}.weight" if last == "weight_packed" else name, names)
+            continue
         found = finder.find(name, codes.dtype)
         if found is not None:
             decoder, shape, parts = found
-            module = name.rpartition(".")[0]
-            logical = f"{module}.weight" if name.endswith(".weight_packed") else name
-            yield LogicalTensor(logical, shape, nominal, parts, finder.decode(decoder), finder.names.companions(name))
+            logical = f"{module}.weight" if last == "weight_packed" else name
+            companions = tuple(map(finder.part, finder.names.companions(name)))
+            known[classes] = LogicalTensor(logical, shape, nominal, parts, finder.decode(decoder), companions)
+            yield known[classes]
 
 
 class _Finder:
@@ -67,7 +79,15 @@ class _Finder:
         self._tensors: Mapping[str, TensorRef] = checkpoint.tensors
         self._declared: Declared = declared_weights(checkpoint)
         self.names = SiblingNames(checkpoint.tensors)
+        last = components(checkpoint.tensors)
+        self._siblings = [each for each in (*_SIBLINGS, *COMPANIONS) if each in last]
         self._decodes: dict[int, Decode] = {}
+
+    def classes(self, module: str) -> Iterator[int]:
+        """What distinguishes modules in which the same codes are other values: the classes of what else they have."""
+        for last in self._siblings:
+            name = f"{module}.{last}"
+            yield id(class_of(self._tensors, name)) if name in self._tensors else 0
 
     def decode(self, decoder: Decoder) -> Decode:
         """The use of a decoder, the same object for all tensors."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 
 from ....io.checkpoint.checkpoint import Checkpoint
 from ..logical import ArrangedTensors, LogicalTensor, LogicalTensors, Tensors
 from ..quantized import quantized_tensors
+from ..values.columns import Another
 from .fp8 import find_fp8
 from .mxfp4_blocks import find_mxfp4_blocks
 from .packed import find_packed
 from .strided import find_views
 
-Format = Callable[[Checkpoint], Iterable[LogicalTensor]]
+Format = Callable[[Checkpoint], Iterable[LogicalTensor | Another]]
 """A function that finds the values of a format in a checkpoint: first by its config.json, then by their names."""
 
 FORMATS: dict[str, Format] = {
@@ -30,12 +32,17 @@ def tensors_of(checkpoint: Checkpoint) -> Tensors:
     Raises:
         CheckpointError: a value is of a known format, but its parts don't fit together.
     """
-    found: list[LogicalTensor] = []
+    found = _found(checkpoint)
+    first = next(found, None)
+    return checkpoint.tensors if first is None else LogicalTensors(checkpoint.tensors, chain([first], found))
+
+
+def _found(checkpoint: Checkpoint) -> Iterator[LogicalTensor | Another]:
+    """Find the values of a checkpoint that are not just stored tensors."""
     if isinstance(checkpoint.tensors, ArrangedTensors):
-        found += checkpoint.tensors.found
-    if checkpoint.files:  # the output of a stage has none
-        found += [tensor for find in FORMATS.values() for tensor in find(checkpoint)]
-    return LogicalTensors(checkpoint.tensors, found) if found else checkpoint.tensors
+        yield from checkpoint.tensors.found
+    for find in FORMATS.values() if checkpoint.files else ():  # the output of a stage has no files
+        yield from find(checkpoint)
 
 
 def unknown_quantized(checkpoint: Checkpoint, tensors: Tensors) -> Mapping[str, str]:

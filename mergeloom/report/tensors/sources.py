@@ -90,7 +90,8 @@ def find_sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, .
 
 def _values_of(model: Model, part: str, access: Access, leaves: Container[object]) -> Iterator[LogicalTensor]:
     """Yield the values of a model that a part belongs to, and all of whose parts are loaded."""
-    for value in model.tensors.values() if isinstance(model.tensors, LogicalTensors) else ():
+    names = model.tensors.values_of(part) if isinstance(model.tensors, LogicalTensors) else []
+    for value in map(model.tensors.__getitem__, names):
         uses = [(each.name, each.access) for each in value.parts] if isinstance(value, LogicalTensor) else []
         if (part, access) in uses and all((model.number, *use) in leaves for use in uses):
             assert isinstance(value, LogicalTensor)

@@ -1,0 +1,145 @@
+"""Pieces of a graph: what one tensor adds to it, if that uses nothing else.
+
+Tensors of one class add pieces that differ only in names and places. One of them is made node by node, and the others
+repeat it: nearly all tensors of a mixture of experts are added, and fused, in this way.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain, groupby
+
+from .columns.reads import StoredTensors
+from .columns.repeats import Piece, Repeat, Structure
+from .graph import MergeGraph
+
+
+class Pieces:
+    """Finds pieces of a graph, and adds others that repeat them.
+
+    Args:
+        graph: the graph.
+    """
+
+    def __init__(self, graph: MergeGraph) -> None:
+        self._graph = graph
+        self._structures: dict[Structure, Structure] = {}
+
+    def since(self, before: tuple[int, int, int]) -> Piece | None:
+        """Return what was added since `MergeGraph.counts` returned `before`; None if that is not a piece."""
+        return self.of(*map(range, before, self._graph.counts()))
+
+    def of(self, reads: range, nodes: range, outputs: range) -> Piece | None:
+        """Return the piece with these reads, nodes and outputs; None if they use, or are of, any others."""
+        graph, made = self._graph, self._graph.outputs.nodes[outputs.start : outputs.stop]
+        sources = list(chain.from_iterable(graph.node_sources[nodes.start : nodes.stop]))
+        alone = all(value in reads if value >= 0 else ~value in nodes for value in sources)
+        if not (reads and outputs and alone and all(node in nodes for node in made)):
+            return None
+        first = nodes.start
+        users = graph.reads.first_users[reads.start : reads.stop], graph.first_users[nodes.start : nodes.stop]
+        read_users, node_users = (tuple([each - first if each in nodes else -1 for each in own]) for own in users)
+        results = [(node, graph.results(node)[1:]) for node in nodes]
+        structure = Structure(
+            len(reads),
+            tuple(map(graph.node_sources.length, nodes)),
+            tuple([value - reads.start if value >= 0 else value + first for value in sources]),
+            read_users,
+            node_users,
+            tuple([(node - first, tuple([each - first for each in own])) for node, own in results if own]),
+            tuple([node - first for node in made]),
+        )
+        return Piece(reads, nodes, outputs, self._structures.setdefault(structure, structure))
+
+    def repeat(
+        self,
+        likes: Sequence[Piece],
+        tensors: Sequence[StoredTensors],
+        order: Sequence[int],
+        names: Sequence[str],
+        keys: Mapping[int, int],
+        group: int,
+    ) -> None:
+        """Add pieces that differ from others in the names and places of their tensors.
+
+        Args:
+            likes: the others.
+            tensors: for each model, the stored tensors, of which no reads were added before.
+            order: for each read of the new pieces, the place of its tensor among all `tensors`.
+            names: names of the outputs.
+            keys: random keys, by the number of the node counted from the first new one.
+            group: group of the outputs.
+        """
+        graph, (read, node, output) = self._graph, self._graph.counts()
+        like = array("I", chain.from_iterable(piece.reads for piece in likes))
+        starts = accumulate((len(piece.nodes) for piece in likes), initial=node)
+        users, made = array("i"), array("I")
+        for piece, at in zip(likes, starts, strict=False):
+            users.extend([at + user if user >= 0 else -1 for user in piece.structure.read_users])
+            made.extend([at + each for each in piece.structure.outputs])
+        graph.reads.repeat(like, tensors, order, users)
+        self.repeat_nodes(likes, read)
+        for number, key in keys.items():
+            graph.node_key[node + number] = key
+        graph.outputs.extend(names, made, group)
+        graph.repeats.append(Repeat(likes, *map(range, (read, node, output), graph.counts())))
+
+    def repeat_nodes(self, likes: Sequence[Piece], read: int) -> None:
+        """Add nodes that repeat those of pieces, on other reads, which begin with `read`."""
+        graph = self._graph
+        node = len(graph.node_operation)
+        graph.repeat_nodes(array("I", chain.from_iterable(piece.nodes for piece in likes)))
+        for structure, pieces in groupby(likes, lambda piece: piece.structure):
+            count, size = len(list(pieces)), len(structure.lengths)
+            reads = range(read, read + count * structure.reads, structure.reads)
+            nodes = range(node, node + count * size, size)
+            places = zip(reads, nodes, strict=True)
+            sources, users = structure.sources, structure.node_users
+            graph.node_sources.extend(
+                [value + at if value >= 0 else value - own for at, own in places for value in sources],
+                structure.lengths * count,
+            )
+            graph.first_users.extend([own + user if user >= 0 else -1 for own in nodes for user in users])
+            for own in nodes if structure.results else ():
+                for computing, others in structure.results:
+                    graph.set_results(own + computing, [own + other for other in others])
+            read, node = reads.stop, nodes.stop
+
+
+def independent(graph: MergeGraph) -> Sequence[Repeat]:
+    """Return the pieces that repeat others, if each can be fused like the one that it repeats; else none.
+
+    That is so if nothing outside a piece uses its nodes, its outputs are computed from all of its reads, and it needs
+    no random key, which is a part of a kernel.
+    """
+    likes = {piece.nodes.start: piece for repeat in graph.repeats for piece in repeat.likes}
+    piece_of = {node: piece for piece in likes.values() for node in piece.nodes}
+    rest = not_repeated(len(graph.node_operation), [each.nodes for each in graph.repeats])
+    repeated = bytearray(b"\1") * len(graph.node_operation)
+    for node in rest:
+        repeated[node] = 0
+    for node in rest:
+        for used in [~value for value in graph.node_sources[node] if value < 0]:
+            if repeated[used] or piece_of.get(used) is not piece_of.get(node):
+                return ()
+    for number in not_repeated(len(graph.outputs), [each.outputs for each in graph.repeats]):
+        node = graph.outputs.nodes[number]
+        if repeated[node] or (node in piece_of and number not in piece_of[node].outputs):
+            return ()
+    for piece in likes.values():
+        made = {node for number in piece.outputs for node in graph.results_with(graph.outputs.nodes[number])[:1]}
+        if {read for node in made for read in graph.reads_of(node)} != set(piece.reads):
+            return ()
+    return (
+        () if any(any(graph.node_key[each.nodes.start : each.nodes.stop]) for each in graph.repeats) else graph.repeats
+    )
+
+
+def not_repeated(count: int, ranges: Iterable[range]) -> list[int]:
+    """Return the numbers below `count` that are in none of some ranges, which are in order."""
+    begins, ends = [0], list[int]()
+    for each in ranges:
+        ends.append(each.start)
+        begins.append(each.stop)
+    return list(chain.from_iterable(map(range, begins, [*ends, count])))
