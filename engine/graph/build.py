@@ -10,7 +10,6 @@ from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.tensors.dtypes import Kind as ElementKind
-from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.checks.shapes import shape_mismatch
@@ -211,9 +210,7 @@ class _GraphBuilder:
             for place in ((*stage.non_layer.place, name),)
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
-        for model in self.models:
-            if isinstance(model.checkpoint.tensors, TensorTable):
-                self.graph.reads.keep_rows(model.number, model.checkpoint.tensors)
+        self.graph.reads.keep_rows([model.checkpoint.tensors for model in self.models])
         self.usage = TensorUsage(self.graph)
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
         owners = {reference: model.number for reference, model in by_reference.items()}
@@ -223,8 +220,7 @@ class _GraphBuilder:
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
-        self._group = 0
-        self._has_head = False
+        self._group, self._has_head = 0, False
 
     def build(self) -> BuiltGraph:
         duplicates = list(find_duplicates(self.recipe, (part for parts in self.parts for part in parts)))

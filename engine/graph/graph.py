@@ -169,7 +169,7 @@ class MergeGraph:
         self.node_operation.extend(array("I", map(self.node_operation.__getitem__, like)))
         self.node_dtype.extend(map(self.node_dtype.__getitem__, like))
         self.node_shape.extend(map(self.node_shape.__getitem__, like))
-        self.node_key.extend(array("Q", bytes(8 * len(like))))
+        self.node_key.extend(array("Q", map(self.node_key.__getitem__, like)))
 
     def _check_use(self, operation: Operation, sources: tuple[Value, ...]) -> None:
         """Raise ValueError unless an operation computes with the first tensors of nodes, element for element."""

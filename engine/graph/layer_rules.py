@@ -15,10 +15,25 @@ from ...io.tensors.table import TensorTable
 from ..model.inputs import BoundSlice, Model
 from ..model.logical import LogicalTensors
 from .columns.reads import StoredTensors
+from .columns.repeats import Piece
 from .graph import MergeGraph
-from .pieces import Piece, Pieces
+from .pieces import Pieces
 from .rules import TensorRules
 from .tensor_sources import TensorSources
+
+
+class _Stored(NamedTuple):
+    """What the tensors of a layer are stored as in one model.
+
+    Args:
+        classes: the class of each tensor.
+        tensors: the stored tensors: all parts of one tensor after those of another.
+        firsts: for each tensor, the number of its first part in `tensors`.
+    """
+
+    classes: Sequence[int]
+    tensors: StoredTensors
+    firsts: Sequence[int]
 
 
 class _Layer(NamedTuple):
@@ -28,15 +43,13 @@ class _Layer(NamedTuple):
         keys: what the nodes of each tensor depend on.
         beginning: beginning of the names of the output tensors, up to the layer's number.
         names: names of the output tensors, but for those of their parts.
-        tensors: tensors of each source of the slice, with all parts.
-        firsts: for each source and each of `names`, the number of its first part in `tensors`.
+        sources: what the tensors are stored as in each source of the slice.
     """
 
     keys: Sequence[Hashable]
     beginning: str
     names: Sequence[str]
-    tensors: Sequence[StoredTensors]
-    firsts: Sequence[Sequence[int]]
+    sources: Sequence[_Stored]
 
 
 class _Known(NamedTuple):
@@ -92,34 +105,35 @@ class LayerRules:
         layer = None if self._tensors_from or part.is_copied else self._layer(part, tensors, sources)
         if layer is not None and self._repeat(layer, group):
             return
-        # other parameters than constant ones differ between tensors
-        alike = layer if part.parameters.constant is not None else None
         for number, (name, *own_names) in enumerate(zip(tensors.values(), *sources, strict=True)):
             before, remarks = self._graph.counts(), self._rules.remarks
             taken = self._tensors_from and self._tensors_from.add(self._rules, name, part.models, own_names, group)
             if not taken:
                 self._rules.add(part, name, own_names, t, group, copied=part.is_copied)
-            if alike is not None and alike.keys[number] not in self._known and remarks == self._rules.remarks:
-                self._learn(alike, number, before)
+            # other parameters than constant ones differ between tensors
+            alike = part.parameters.constant is not None and remarks == self._rules.remarks
+            if layer is not None and alike and layer.keys[number] not in self._known:
+                self._learn(layer, number, before)
 
     def _repeat(self, layer: _Layer, group: int) -> bool:
         """Add a layer if all of its tensors are as in earlier ones, and none of them is in the graph."""
         known = [each for each in map(self._known.get, layer.keys) if each is not None]
-        if len(known) < len(layer.keys) or not all(map(self._graph.reads.are_new, layer.tensors)):
+        tensors = [each.tensors for each in layer.sources]
+        if len(known) < len(layer.keys) or not all(map(self._graph.reads.are_new, tensors)):
             return False
         # the names of most tensors are in memory already
         names = [intern(layer.beginning + rest) for each in known for rest in each.rests]
         if not self._rules.written.add_all(names):
             return False
-        before = [0, *accumulate(len(each.rows) for each in layer.tensors)]
-        starts = [[first + own for own in firsts] for first, firsts in zip(before, layer.firsts, strict=False)]
+        before = accumulate((len(each.rows) for each in tensors), initial=0)
+        starts = [[first + own for own in each.firsts] for first, each in zip(before, layer.sources, strict=False)]
         order = [starts[source][n] + part for n, each in enumerate(known) for source, part in each.parts]
         keys, node = dict[int, int](), 0
         for name, each in zip(layer.names, known, strict=True) if self._random else ():
             for number in each.random:
                 keys[node + number] = self._rules.random_key(name)
             node += len(each.piece.nodes)
-        self._pieces.repeat([each.piece for each in known], layer.tensors, order, names, keys, group)
+        self._pieces.repeat([each.piece for each in known], tensors, order, names, keys, group)
         return True
 
     def _learn(self, layer: _Layer, number: int, before: tuple[int, int, int]) -> None:
@@ -135,9 +149,10 @@ class LayerRules:
         if piece is None or not all(name.startswith(layer.beginning) for name in names):
             return
         parts: dict[tuple[int, str], tuple[int, int]] = {}
-        for source, (each, firsts) in enumerate(zip(layer.tensors, layer.firsts, strict=True)):
-            own = each.names[firsts[number] : [*firsts, None][number + 1]]
-            parts |= {(each.model, name): (source, place) for place, name in enumerate(own)}
+        for source, (_, tensors, firsts) in enumerate(layer.sources):
+            end = firsts[number + 1] if number + 1 < len(firsts) else None
+            own = enumerate(tensors.names[firsts[number] : end])
+            parts |= {(tensors.model, name): (source, place) for place, name in own}
         reads = [(graph.read_models[read], graph.read_names[read]) for read in piece.reads]
         if parts.keys() >= set(reads):
             random = [place for place, node in enumerate(piece.nodes) if _is_random(graph, node)]
@@ -151,36 +166,31 @@ class LayerRules:
         """A layer of tensors that all sources store in tables; None if other facts about its tensors matter."""
         names, rests = list(tensors.values()), list(tensors)
         beginning = names[0].removesuffix(rests[0]) if names else ""
-        if not names or any(name != beginning + rest for rest, name in tensors.items()):
+        if not names or names != [beginning + rest for rest in rests]:
             return None
-        classes, stored, firsts = [], [], []
-        for model, own in zip(part.models, sources, strict=True):
-            known = [name for name in own if name is not None]
-            found = _stored(model, known) if len(known) == len(own) and not model.quantized else None
-            if found is None:
-                return None
-            for column, each in zip((classes, stored, firsts), found, strict=True):
-                column.append(each)
-        if len({each.model for each in stored}) < len(stored):
+        found = list(map(_stored, part.models, sources))
+        stored = [each for each in found if each is not None]
+        if len(stored) < len(found) or len({each.tensors.model for each in stored}) < len(stored):
             return None
+        classes = [each.classes for each in stored]
         keys = zip(repeat(part), rests, map(self._rules.dtypes.key, names), *classes, strict=False)
-        return _Layer(list(keys), beginning, names, stored, firsts)
+        return _Layer(list(keys), beginning, names, stored)
 
 
-def _stored(model: Model, names: Sequence[str]) -> tuple[Sequence[int], StoredTensors, Sequence[int]] | None:
-    """The classes of a model's tensors, the tensors with all parts, and the number of the first part of each.
-
-    None if some of them are not in a table.
-    """
-    tensors = model.tensors
+def _stored(model: Model, names: Sequence[str | None]) -> _Stored | None:
+    """What the tensors of a layer are stored as in a model; None if that is not in a table, or one is missing."""
+    tensors, known = model.tensors, [name for name in names if name is not None]
+    if len(known) < len(names) or model.quantized:
+        return None
     if isinstance(tensors, TensorTable):
-        rows = tensors.rows(names)
-        return list(tensors.class_numbers(rows)), StoredTensors(model.number, tensors, names, rows), range(len(rows))
-    found = tensors.stored_rows(names) if isinstance(tensors, LogicalTensors) else None
+        rows = tensors.rows(known)
+        own = StoredTensors(model.number, tensors, known, rows)
+        return _Stored(list(tensors.class_numbers(rows)), own, range(len(rows)))
+    found = tensors.stored_rows(known) if isinstance(tensors, LogicalTensors) else None
     if found is None or not isinstance(tensors, LogicalTensors) or tensors.table is None:
         return None
-    own = list(map(tensors.table.names.__getitem__, found.rows))
-    return found.classes, StoredTensors(model.number, tensors.table, own, found.rows), found.firsts
+    parts = list(map(tensors.table.names.__getitem__, found.rows))
+    return _Stored(found.classes, StoredTensors(model.number, tensors.table, parts, found.rows), found.firsts)
 
 
 def _is_random(graph: MergeGraph, node: int) -> bool:

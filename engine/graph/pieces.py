@@ -7,8 +7,9 @@ repeat it: nearly all tensors of a mixture of experts are added, and fused, in t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain, groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
+from operator import attrgetter
 
 from .columns.reads import StoredTensors
 from .columns.repeats import Piece, Repeat, Structure
@@ -71,40 +72,44 @@ class Pieces:
             keys: random keys, by the number of the node counted from the first new one.
             group: group of the outputs.
         """
-        graph, (read, node, output) = self._graph, self._graph.counts()
-        like = array("I", chain.from_iterable(piece.reads for piece in likes))
-        starts = accumulate((len(piece.nodes) for piece in likes), initial=node)
-        users, made = array("i"), array("I")
-        for piece, at in zip(likes, starts, strict=False):
-            users.extend([at + user if user >= 0 else -1 for user in piece.structure.read_users])
-            made.extend([at + each for each in piece.structure.outputs])
+        graph, before = self._graph, self._graph.counts()
+        like = list(chain.from_iterable([piece.reads for piece in likes]))
+        users, made = list[int](), list[int]()
+        for structure, _, nodes in _runs(likes, *before[:2]):
+            users += [first + user if user >= 0 else -1 for first in nodes for user in structure.read_users]
+            made += [first + node for first in nodes for node in structure.outputs]
         graph.reads.repeat(like, tensors, order, users)
-        self.repeat_nodes(likes, read)
+        self.repeat_nodes(likes, before[0])
         for number, key in keys.items():
-            graph.node_key[node + number] = key
+            graph.node_key[before[1] + number] = key
         graph.outputs.extend(names, made, group)
-        graph.repeats.append(Repeat(likes, *map(range, (read, node, output), graph.counts())))
+        graph.repeats.append(Repeat(likes, *map(range, before, graph.counts())))
 
     def repeat_nodes(self, likes: Sequence[Piece], read: int) -> None:
         """Add nodes that repeat those of pieces, on other reads, which begin with `read`."""
-        graph = self._graph
-        node = len(graph.node_operation)
-        graph.repeat_nodes(array("I", chain.from_iterable(piece.nodes for piece in likes)))
-        for structure, pieces in groupby(likes, lambda piece: piece.structure):
-            count, size = len(list(pieces)), len(structure.lengths)
-            reads = range(read, read + count * structure.reads, structure.reads)
-            nodes = range(node, node + count * size, size)
-            places = zip(reads, nodes, strict=True)
+        graph, first_node = self._graph, len(self._graph.node_operation)
+        graph.repeat_nodes(array("I", chain.from_iterable([piece.nodes for piece in likes])))
+        for structure, reads, nodes in _runs(likes, read, first_node):
+            firsts = list(zip(reads, nodes, strict=True))
             sources, users = structure.sources, structure.node_users
             graph.node_sources.extend(
-                [value + at if value >= 0 else value - own for at, own in places for value in sources],
-                structure.lengths * count,
+                [value + first if value >= 0 else value - own for first, own in firsts for value in sources],
+                structure.lengths * len(nodes),
             )
             graph.first_users.extend([own + user if user >= 0 else -1 for own in nodes for user in users])
             for own in nodes if structure.results else ():
                 for computing, others in structure.results:
                     graph.set_results(own + computing, [own + other for other in others])
-            read, node = reads.stop, nodes.stop
+
+
+def _runs(likes: Sequence[Piece], read: int, node: int) -> Iterator[tuple[Structure, range, range]]:
+    """Yield the runs of pieces with the same structure: the first read and the first node of each piece like these."""
+    for structure, pieces in groupby(likes, attrgetter("structure")):
+        count, size = len(list(pieces)), len(structure.lengths)
+        reads = range(read, read + count * structure.reads, structure.reads)
+        nodes = range(node, node + count * size, size)
+        yield structure, reads, nodes
+        read, node = reads.stop, nodes.stop
 
 
 def independent(graph: MergeGraph) -> Sequence[Repeat]:
@@ -131,9 +136,8 @@ def independent(graph: MergeGraph) -> Sequence[Repeat]:
         made = {node for number in piece.outputs for node in graph.results_with(graph.outputs.nodes[number])[:1]}
         if {read for node in made for read in graph.reads_of(node)} != set(piece.reads):
             return ()
-    return (
-        () if any(any(graph.node_key[each.nodes.start : each.nodes.stop]) for each in graph.repeats) else graph.repeats
-    )
+    kernels = (graph.operation(node).kernel for node in piece_of)
+    return () if any(kernel is not None and kernel.random for kernel in kernels) else graph.repeats
 
 
 def not_repeated(count: int, ranges: Iterable[range]) -> list[int]:

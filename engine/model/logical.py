@@ -7,6 +7,7 @@ a checkpoint. The parts are not tensors of the model, so nothing but the reads o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -206,11 +207,11 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
     @property
     def codes(self) -> dict[str, str]:
         """The stored tensors that are parts of a quantized value or belong to it, each with the name of its format."""
-        codes = {}
-        for row, name in enumerate(self._values.stored_names):
-            for number in self._values.having(row):
-                if (like := self._values.like(number)).quantized:
-                    codes[name] = like.format
+        codes, formats = {}, self._values.by_class(lambda like: like.format if like.quantized else None)
+        for row, (name, first) in enumerate(zip(self._values.stored_names, self._values.by_row, strict=True)):
+            for number in self._values.sharing.get(row, (first,)) if first >= 0 else ():
+                if (form := formats[self._values.class_number(number)]) is not None:
+                    codes[name] = form
         return codes
 
     def elements_of(self, part: str) -> int | None:
@@ -237,6 +238,21 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         if number >= 0:
             return self._values.like(number)
         return self[name] if self.table is None else self.table.class_of(self._plain(name))
+
+    def counts(self) -> Iterator[tuple[TensorClass | TensorRef | LogicalTensor, int]]:
+        """The classes as `class_of` returns them, each with a number of tensors; a class can be there several times."""
+        values = self._values
+        yield from ((values.like(number), count) for number, count in values.counts())
+        rows = [
+            row
+            for row, number in enumerate(values.by_row)
+            if number < 0 and values.number(values.stored_names[row]) < 0
+        ]
+        if self.table is None:
+            yield from ((self[values.stored_names[row]], 1) for row in rows)
+        else:
+            found = Counter(self.table.class_numbers(rows))
+            yield from ((self.table.classes[number], count) for number, count in found.items())
 
     def stored_rows(self, names: Iterable[str]) -> StoredRows | None:
         """Return where the parts of some tensors are in the table; None if some are not in it."""
@@ -275,11 +291,14 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
 
     def __iter__(self) -> Iterator[str]:
         values = self._values
-        for row, name in enumerate(values.stored_names):
-            if values.by_row[row] >= 0:
-                yield from [values.names[each] for each in values.having(row) if values.first_row(each) == row]
-            elif values.number(name) < 0:
-                yield name
+        for row, (name, number) in enumerate(zip(values.stored_names, values.by_row, strict=True)):
+            if number < 0:
+                if values.number(name) < 0:
+                    yield name
+            elif row in values.sharing:
+                yield from [values.names[each] for each in values.sharing[row] if values.first_row(each) == row]
+            elif values.first_row(number) == row:
+                yield values.names[number]
 
     def __len__(self) -> int:
         return self._length
@@ -310,6 +329,13 @@ def kind_of(tensors: Tensors, name: str) -> TensorClass | TensorRef | LogicalTen
 def shape_of(tensors: Tensors, name: str) -> Shape:
     """Return the shape of a tensor without making a value. Raises KeyError."""
     return (tensors.class_of(name) if isinstance(tensors, LogicalTensors) else kind_of(tensors, name)).shape
+
+
+def class_counts(tensors: Tensors) -> Iterable[tuple[TensorClass | TensorRef | LogicalTensor, int]]:
+    """Return what some tensors have in common, with their number: all tensors are counted, and none is made."""
+    if isinstance(tensors, TensorTable | LogicalTensors):
+        return tensors.counts()
+    return ((ref, 1) for ref in tensors.values())
 
 
 def label_of(tensor: TensorClass | TensorRef | LogicalTensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ...methods.kernel.access import ALIGNED
@@ -115,8 +115,14 @@ class Candidate:
         if len(self.left) == len(graph.node_operation) and not any(each.accesses for each in graph.operations):
             sizes = [each.nbytes for each in graph.reads.classes]
             return sum(map(sizes.__getitem__, graph.reads.class_numbers))  # every read has a node that uses it
+        if graph.shares_reads or graph.users():
+            return self._needed(graph, self.left)
+        return graph.total(lambda node: self._needed(graph, (node,)), self.left)
+
+    def _needed(self, graph: MergeGraph, nodes: Iterable[int]) -> int:
+        """Return the bytes that some nodes need of all their reads, each counted once."""
         needed: dict[int, dict[int, int]] = {}  # for each read, the bytes that each access to it needs
-        for node in self.left:
+        for node in nodes:
             accesses = graph.access_numbers(node)
             for place, value in enumerate(graph.node_sources[node]):
                 if value >= 0:
@@ -131,6 +137,8 @@ class Candidate:
 
     def bytes_written(self, graph: MergeGraph) -> int:
         """Return the bytes of all output tensors without those that an earlier run wrote."""
+        if not self.first and len(self.left) == len(graph.tasks()):
+            return graph.total(graph.nbytes, graph.outputs.nodes)
         sizes, total = graph.by_class(graph.nbytes), 0
         left = self.left if isinstance(self.left, range) else frozenset(self.left)
         for node in graph.outputs.nodes:

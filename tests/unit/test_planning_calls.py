@@ -17,7 +17,7 @@ from mergeloom.engine.graph.layer_rules import LayerRules
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from tests.support.counting import count_calls
-from tests.support.models import write_checkpoint
+from tests.support.models import Model, write_checkpoint
 
 EXPERTS = 8
 """Number of tensors in a layer."""
@@ -42,6 +42,26 @@ def weighted(*models: str) -> list[dict[str, Any]]:
 def no_sharing(directory: Path, layers: int) -> Any:
     """A linear merge of two models: no input is used twice."""
     return {"merge_method": "linear", "models": weighted(*(model(directory / name, layers) for name in "ab"))}
+
+
+def fp8(directory: Path, layers: int) -> Any:
+    """A linear merge of two models in FP8, whose weights have scales."""
+    section = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    config = {"model_type": "llama", "num_hidden_layers": layers, "quantization_config": section}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (64, 64)}
+    dtypes: dict[str, str] = {}
+    for layer in range(layers):
+        for expert in range(EXPERTS):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
+            shapes |= {name: (64, 64), f"{name}_scale_inv": (2, 2)}
+            dtypes |= {name: "F8_E4M3", f"{name}_scale_inv": "F32"}
+    pair = [write_checkpoint(directory / name, Model(shapes, config, dtypes), fill=None) for name in "ab"]
+    return {"merge_method": "linear", "models": weighted(*map(str, pair))}
+
+
+def fp8_to_bfloat16(directory: Path, layers: int) -> Any:
+    """A linear merge of two models in FP8, which are decoded."""
+    return {**fp8(directory, layers), "dtype": "bfloat16"}
 
 
 def shared_neighbours(directory: Path, layers: int) -> Any:
@@ -77,6 +97,8 @@ GPU = Options(machine=Machine(ram=1 << 33, vram=1 << 33, cores=2))
 
 CASES: dict[str, tuple[Write, Options, int, int]] = {
     "no sharing": (no_sharing, CPU, 32, 75),
+    "fp8": (fp8, CPU, 32, 200),
+    "fp8 to bfloat16": (fp8_to_bfloat16, CPU, 32, 200),
     "shared neighbours": (shared_neighbours, CPU, 16, 1_070),
     "shared neighbours on a GPU": (shared_neighbours, GPU, 16, 1_200),
     "five stages": (five_stages, CPU, 16, 1_600),
@@ -112,7 +134,7 @@ def test_calls_are_linear_in_the_tensors(name: str, tmp_path: Path) -> None:
     assert second / (2 * size * EXPERTS) <= most
 
 
-@pytest.mark.parametrize("name", ["no sharing", "five stages"])
+@pytest.mark.parametrize("name", ["no sharing", "fp8", "five stages"])
 def test_quadratic_work_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop over all outputs for each output is noticed even where other work prevails."""
     add_output, add_layer = MergeGraph.add_output, LayerRules.add

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ....io.tensors.dtypes import Kind as ElementKind
 from ...graph.build import BuiltGraph
 from ...model.inputs import Model
+from ...model.logical import class_counts
 from ...model.warnings import ModelWarning, ModelWarningKind
 
 _SHARE = 0.1
@@ -47,7 +48,7 @@ def mixed_dtypes(built: BuiltGraph) -> list[ModelWarning]:
 def _main_dtypes(model: Model) -> set[str]:
     """The names of the unquantized floating-point dtypes of large parts of a model."""
     sizes: dict[str, int] = {}
-    for tensor in model.tensors.values():
+    for tensor, count in class_counts(model.tensors):
         if tensor.dtype.kind is ElementKind.FLOAT and tensor.dtype.bits >= 16:
-            sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
+            sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes * count
     return {name for name, size in sizes.items() if size >= _SHARE * sum(sizes.values())}

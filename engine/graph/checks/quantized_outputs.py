@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from ....errors import CheckpointError
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import data_size, plural
+from ....methods.kernel.access import ALIGNED
 from ...model.checks.formats import format_name, quantization_config, unquantized
 from ...model.inputs import Model
 from ...model.logical import LogicalTensor, LogicalTensors, codes_of
@@ -52,7 +53,7 @@ def check_quantized_outputs(graph: MergeGraph, models: Sequence[Model], donor: M
                 copied.setdefault(number, name)
             elif name in donor.quantized:
                 values.setdefault(number, name)
-    label = _format_of(donor)
+    label = _format_of(donor) if copied else None
     for number, name in values.items() if copied else ():
         raise CheckpointError(
             f"tensor {name} of {models[number].name} is not quantized, but config.json comes from {donor.name}, where "
@@ -91,10 +92,16 @@ def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
     if not isinstance(donor.tensors, LogicalTensors):
         return
     kinds = {_kind(name) for name in donor.tensors if _is_coded(donor.tensors, name)}
-    for output in graph.outputs if kinds else ():
-        dtype = graph.node_dtype[output.node]
-        if dtype.kind is ElementKind.FLOAT and dtype.bits >= 16 and _kind(output.name) in kinds:
-            yield output
+    wide = graph.by_class(lambda node: _is_wide(graph, node))
+    for number, node in enumerate(graph.outputs.nodes if kinds else ()):
+        if wide[node] and _kind(graph.outputs.names[number]) in kinds:
+            yield graph.outputs[number]
+
+
+def _is_wide(graph: MergeGraph, node: int) -> bool:
+    """Whether a node makes floating-point numbers of 16 bits or more, apart from scales."""
+    dtype = graph.node_dtype[node]
+    return graph.operation(node).made is ALIGNED and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16
 
 
 def decoding_warnings(graph: MergeGraph, donor: Model) -> Iterator[ModelWarning]:
@@ -115,8 +122,8 @@ def decoding_warnings(graph: MergeGraph, donor: Model) -> Iterator[ModelWarning]
 
 
 def _is_coded(tensors: LogicalTensors, name: str) -> bool:
-    tensor = tensors[name]
-    return isinstance(tensor, LogicalTensor) and tensor.quantized
+    kind = tensors.class_of(name)
+    return isinstance(kind, LogicalTensor) and kind.quantized
 
 
 def _stored_bytes(donor: Model, name: str) -> int:
@@ -135,8 +142,8 @@ def _copied_codes(graph: MergeGraph, models: Sequence[Model]) -> dict[int, str]:
     copied: dict[int, str] = {}
     if not any(isinstance(model.tensors, LogicalTensors) for model in models):
         return copied
-    codes = [codes_of(model.tensors) for model in models]
     copies = [operation.kind is Kind.COPY for operation in graph.operations]
+    codes = [codes_of(model.tensors) if any(copies) else {} for model in models]
     for node in graph.outputs.nodes if any(codes) else ():
         for read in graph.reads_of(node) if copies[graph.node_operation[node]] else ():
             number, name = graph.read_models[read], graph.read_names[read]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, compress
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -83,7 +83,7 @@ class Reads(Sequence[TensorRef]):
 
     def find_stored(self, model: int, name: str, tensors: TensorTable) -> int:
         """Find or append the read of tensor `name` of a model that has these tensors; returns its number."""
-        rows = self.keep_rows(model, tensors)
+        rows = self._rows_of(model, tensors)
         row = tensors.row(name)
         number = rows.numbers[row]
         if number < 0:
@@ -102,8 +102,17 @@ class Reads(Sequence[TensorRef]):
         self.names.append(name)
         return number
 
-    def keep_rows(self, model: int, tensors: TensorTable) -> _Rows:
-        """Find reads of a model by their rows in a table from now on, which takes less memory than by their names."""
+    def keep_rows(self, stored: Iterable[Mapping[str, TensorRef]]) -> None:
+        """Find reads by their rows in a table from now on, if there is one, which takes less memory than by names.
+
+        Args:
+            stored: for each model, its stored tensors.
+        """
+        for model, tensors in enumerate(stored):
+            if isinstance(tensors, TensorTable):
+                self._rows_of(model, tensors)
+
+    def _rows_of(self, model: int, tensors: TensorTable) -> _Rows:
         rows = self._by_row.get(model)
         if rows is None:
             rows = self._by_row[model] = _Rows(tensors, array("i", [-1]) * len(tensors))
@@ -111,7 +120,7 @@ class Reads(Sequence[TensorRef]):
 
     def are_new(self, tensors: StoredTensors) -> bool:
         """Whether there are no reads of these tensors, at least one, each of which is given once."""
-        numbers = self.keep_rows(tensors.model, tensors.table).numbers
+        numbers = self._rows_of(tensors.model, tensors.table).numbers
         return max(map(numbers.__getitem__, tensors.rows)) < 0 and len(set(tensors.rows)) == len(tensors.rows)
 
     def repeat(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ....io.tensors.refs import TensorRef
 from ....io.tensors.table import TensorTable
 
 if TYPE_CHECKING:
     from ..logical import LogicalTensor, Part
+
+T = TypeVar("T")
 
 
 class Another(NamedTuple):
@@ -109,6 +112,15 @@ class Values:
     def like(self, number: int) -> LogicalTensor:
         """A value of the class of a value."""
         return self.elsewhere.get(number) or self._likes[self._members[number]]
+
+    def by_class(self, function: Callable[[LogicalTensor], T]) -> list[T]:
+        """For each class, the result of a function that depends only on the class of a value."""
+        return list(map(function, self._likes))
+
+    def counts(self) -> Iterable[tuple[int, int]]:
+        """A value of each class, and the number of values in it."""
+        first = dict(zip(reversed(self._members), reversed(range(len(self._members))), strict=True))
+        return ((first[number], count) for number, count in Counter(self._members).items())
 
     def class_number(self, number: int) -> int:
         """The number of the class of a value."""

@@ -89,19 +89,13 @@ def test_rows_are_a_sequence(expected: list[tuple[int, ...]]) -> None:
         found[len(expected)]
 
 
-@given(
-    st.lists(st.lists(st.integers(-3, 9), max_size=3).map(tuple), max_size=4),
-    st.integers(0, 5),
-    st.integers(1, 3),
-    st.integers(0, 4),
-    st.integers(-3, 9),
-)
+@given(*[st.lists(st.lists(st.integers(-3, 9), max_size=3).map(tuple), max_size=4)] * 2, st.integers(-3, 9))
 def test_rows_are_extended_and_searched(
-    expected: list[tuple[int, ...]], first: int, width: int, count: int, value: int
+    expected: list[tuple[int, ...]], more: list[tuple[int, ...]], value: int
 ) -> None:
     found = Rows(expected)
-    found.extend(first, width, count)
-    expected = expected + [tuple(range(first + width * n, first + width * (n + 1))) for n in range(count)]
+    found.extend([each for row in more for each in row], list(map(len, more)))
+    expected = expected + more
     assert list(found) == expected
     assert list(found.having(value)) == [n for n, row in enumerate(expected) for each in row if each == value]
     filled = [n for n, row in enumerate(expected) if row]
