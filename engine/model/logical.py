@@ -295,9 +295,9 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
             if number < 0:
                 if values.number(name) < 0:
                     yield name
-            elif row in values.sharing:
+            elif values.is_first[row] and row in values.sharing:
                 yield from [values.names[each] for each in values.sharing[row] if values.first_row(each) == row]
-            elif values.first_row(number) == row:
+            elif values.is_first[row]:
                 yield values.names[number]
 
     def __len__(self) -> int:

@@ -97,8 +97,8 @@ GPU = Options(machine=Machine(ram=1 << 33, vram=1 << 33, cores=2))
 
 CASES: dict[str, tuple[Write, Options, int, int]] = {
     "no sharing": (no_sharing, CPU, 32, 75),
-    "fp8": (fp8, CPU, 32, 200),
-    "fp8 to bfloat16": (fp8_to_bfloat16, CPU, 32, 200),
+    "fp8": (fp8, CPU, 32, 420),
+    "fp8 to bfloat16": (fp8_to_bfloat16, CPU, 32, 330),
     "shared neighbours": (shared_neighbours, CPU, 16, 1_070),
     "shared neighbours on a GPU": (shared_neighbours, GPU, 16, 1_200),
     "five stages": (five_stages, CPU, 16, 1_600),

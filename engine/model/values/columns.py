@@ -41,6 +41,7 @@ class Values:
         stored_names: name of each stored tensor, by row.
         names: name of each value, by number.
         by_row: for each stored tensor, the first value that it is a part of; -1 if there is none.
+        is_first: for each stored tensor, whether it is the first part of a value: 0 or 1.
         sharing: for each row of a stored tensor that is a part of several values, all of them.
         elsewhere: values with parts that are not stored tensors as they are, by number.
     """
@@ -52,6 +53,7 @@ class Values:
         self.row = stored.row if isinstance(stored, TensorTable) else lambda name: rows.get(name, -1)
         self.names: list[str] = []
         self.by_row = array("i", [-1]) * len(self.stored_names)
+        self.is_first = bytearray(len(self.stored_names))
         self.sharing: dict[int, list[int]] = {}
         self.elsewhere: dict[int, LogicalTensor] = {}
         self._numbers: dict[str, int] = {}  # of the values that `by_row` does not have for the tensor of their name
@@ -77,6 +79,8 @@ class Values:
                 self.by_row[row] = number
             else:
                 self.sharing.setdefault(row, [self.by_row[row]]).append(number)
+        if rows[0] >= 0:
+            self.is_first[rows[0]] = 1
         own = self.row(found.name)
         if own < 0 or self.by_row[own] != number:
             self._numbers[found.name] = number
