@@ -6,13 +6,11 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from ....io.tensors.refs import TensorRef
 from ....io.tensors.table import TensorTable
-
-if TYPE_CHECKING:
-    from ..logical import LogicalTensor, Part
+from .value import LogicalTensor, Part
 
 T = TypeVar("T")
 
