@@ -39,7 +39,8 @@ def timeline(graph: MergeGraph, schedule: Schedule, points: int) -> list[Moment]
 
     Chunks that are read ahead are not counted; `Schedule.peak_ram` includes them.
     """
-    weights = array("Q", (_bytes_processed(graph, step.node, step.places) for step in schedule.steps))
+    sizes = graph.by_class(lambda node: _bytes_processed(graph, node, graph.places(node)))
+    weights = array("Q", map(sizes.__getitem__, schedule.steps.bytes_read()[0]))
     total = sum(weights)
     if not total:
         return []

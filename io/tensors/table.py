@@ -279,11 +279,6 @@ def class_of(tensors: Mapping[str, TensorRef], name: str) -> TensorClass | Tenso
     return tensors.class_of(name) if isinstance(tensors, TensorTable) else tensors[name]
 
 
-def classes_of(tensors: Mapping[str, T]) -> Iterable[TensorClass | T]:
-    """The dtypes and shapes of tensors: each class of a table, or else all references."""
-    return tensors.classes if isinstance(tensors, TensorTable) else tensors.values()
-
-
 def total_bytes(tensors: Mapping[str, TensorRef]) -> int:
     """The size of all tensors in bytes."""
     if isinstance(tensors, TensorTable):

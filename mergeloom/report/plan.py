@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..engine.graph.graph import Kind
-from ..engine.model.logical import label_of
+from ..engine.graph.graph import Kind, MergeGraph
+from ..engine.model.logical import class_counts, label_of
 from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
-from ..io.tensors.table import classes_of, total_bytes
+from ..io.tensors.table import total_bytes
 from ..io.units import big_number, data_size, memory_size, plural, short_number
 from .parameters import methods_of, parameters_section
 from .sections import Grid, Section, plain
@@ -159,7 +159,7 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
                 data_size(total_bytes(stored)),
                 data_size(by_model[model.number][0]),
                 *([_times_read(*by_model[model.number])] if rereads else []),
-                ", ".join(sorted(set(map(label_of, classes_of(tensors))))),
+                ", ".join(sorted({label_of(each) for each, _ in class_counts(tensors)})),
             )
         )
     header = ("model", "layers", "tensors", "size", "used", *(["read"] if rereads else []), "dtypes")
@@ -194,11 +194,8 @@ def work_section(plan: Plan) -> Section:
         fields.append(
             ("uploads", f"{data_size(schedule.uploaded)} to the GPU, and {data_size(downloaded(graph, schedule))} back")
         )
-    counts: Counter[str] = Counter()
-    for output in graph.outputs:
-        computing = graph.results_with(output.node)[0]
-        merged = graph.operation(computing).kind is Kind.MERGE
-        counts[f"by {methods_of(graph, computing)}" if merged else "copied"] += 1
+    how = [_how(graph, node) for node in graph] if graph.uses_nodes else graph.by_class(lambda node: _how(graph, node))
+    counts = Counter(map(how.__getitem__, graph.outputs.nodes))
     if buffers := plan.built.buffers:
         fields.append(("data checks", f"{plural(len(buffers), 'buffer')}, before the merge starts"))
     tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
@@ -216,6 +213,12 @@ def work_section(plan: Plan) -> Section:
     return Section("Work", fields)
 
 
+def _how(graph: MergeGraph, node: int) -> str:
+    """Describe how a node's tensor is made."""
+    computing = graph.results_with(node)[0]
+    return f"by {methods_of(graph, computing)}" if graph.operation(computing).kind is Kind.MERGE else "copied"
+
+
 def _reflink_fields(plan: Plan) -> list[tuple[str, str]]:
     """Describe what is reflinked, or could be, and why the other copied tensors are not."""
     graph = plan.built.graph
@@ -223,7 +226,7 @@ def _reflink_fields(plan: Plan) -> list[tuple[str, str]]:
     if plan.bytes_shared:
         fields.append(("reflinked", f"{data_size(plan.bytes_shared)}, not read or written, no disk space"))
     elif plan.out is None:
-        copied = sum(graph.nbytes(output.node) for output in graph.outputs) - plan.bytes_computed
+        copied = graph.total(graph.nbytes, graph.outputs.nodes) - plan.bytes_computed
         if copied:
             fields.append(("reflinkable", f"up to {data_size(copied)} (pass OUT to check)"))
     return fields + [("not reflinked", f"{data_size(nbytes)}: {reason}") for reason, nbytes in plan.unshared]
