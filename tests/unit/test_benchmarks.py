@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from benchmarks import bars, budgets, compare, floor, gpu, passthrough, picture, process, scaling, tables
+from benchmarks import bars, budgets, compare, floor, giant, gpu, passthrough, picture, process, scaling, tables
 from tests.support import models
 
 MEASURE = """
@@ -272,3 +272,36 @@ def test_a_command_on_a_terminal(tmp_path: Path) -> None:
     assert said.split() == ["True", str(picture.COLUMNS), str(tmp_path)]
     with pytest.raises(SystemExit, match="ended with 3"):
         picture.on_terminal([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- 671B in FP8
+
+
+def test_one_layer_has_the_tensors_of_a_layer_of_experts() -> None:
+    layer, complete = giant.one_layer(), models.deepseek_v3()
+    tensors, place = layer.tensors, "model.layers.7."
+    assert tensors == {
+        name.replace(place, "model.layers.0."): shape
+        for name, shape in complete.tensors.items()
+        if name.startswith(place)
+    }
+    assert {name: layer.dtypes.get(name) for name in tensors} == {
+        name: complete.dtypes.get(name.replace("model.layers.0.", place)) for name in tensors
+    }
+
+
+def test_a_filled_model_has_random_codes_and_scales(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    model = models.deepseek_v3(layers=1, experts=1, hidden=448, mtp=False)
+    found = []
+    for seed in range(2):
+        path = models.write_checkpoint(tmp_path / str(seed), model, fill=None, shard_bytes=8 << 20)
+        giant.fill(path, seed)
+        found.append({name: each for shard in process.shards(path) for name, each in load_file(shard).items()})
+    for name, value in found[0].items():
+        assert torch.isfinite(value.float()).all()
+        assert value.float().abs().amin() < value.float().abs().amax()
+        assert not torch.equal(value.float(), found[1][name].float())
+        assert not name.endswith("scale_inv") or value.amin() > 0

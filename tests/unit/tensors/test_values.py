@@ -1,0 +1,153 @@
+"""The tensors of a model whose values are computed from several stored tensors, in a table or in a dict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mergeloom.engine.model.logical import (
+    Decode,
+    LogicalTensor,
+    LogicalTensors,
+    Part,
+    class_counts,
+    kind_of,
+    shape_of,
+)
+from mergeloom.engine.model.values.columns import Another
+from mergeloom.engine.recipe.types import ModelReference
+from mergeloom.io.tensors.dtypes import BF16, DTYPES, F32
+from mergeloom.io.tensors.refs import TensorRef
+from mergeloom.io.tensors.table import TensorTable
+from mergeloom.methods.formats.scaled import FP8_BLOCKS
+from mergeloom.methods.kernel.access import BlockRows, Slice
+
+F8 = DTYPES["F8_E4M3"]
+SHAPES = {
+    "norm": (BF16, (4,)),
+    "a.weight": (F8, (4, 6)),
+    "a.weight_scale": (F32, (2, 3)),
+    "experts": (BF16, (3, 4)),
+    "b.weight": (F8, (4, 6)),
+    "b.input_scale": (F32, (1,)),
+    "c.codes": (F8, (4, 6)),
+    "b.weight_scale": (F32, (2, 3)),
+    "c.scales": (F32, (6,)),
+}
+DECODE = Decode(FP8_BLOCKS)
+
+
+def stored() -> dict[str, TensorRef]:
+    refs, offset = {}, 0
+    for name, (dtype, shape) in SHAPES.items():
+        size = dtype.nbytes(shape[0] * (shape[1] if len(shape) > 1 else 1))
+        refs[name] = TensorRef(Path("m"), offset, size, dtype, shape)
+        offset += size
+    return refs
+
+
+REFS = stored()
+
+
+def blocks(name: str, codes: str, scales: str, *companions: str) -> LogicalTensor:
+    parts = (Part(codes, REFS[codes]), Part.seen_as(scales, REFS[scales], BlockRows(2, 2), (2, 3)))
+    return LogicalTensor(name, (4, 6), BF16, parts, DECODE, tuple(Part(each, REFS[each]) for each in companions))
+
+
+def row(name: str, number: int) -> LogicalTensor:
+    return LogicalTensor(name, (1, 4), BF16, (Part("experts", REFS["experts"], Slice(4 * number, 4)),))
+
+
+VALUES = [
+    blocks("a.weight", "a.weight", "a.weight_scale"),
+    row("experts.1", 1),
+    blocks("b.weight", "b.weight", "b.weight_scale", "b.input_scale"),
+    row("experts.0", 0),
+    blocks("c", "c.codes", "c.scales"),
+]
+NAMES = ["norm", "a.weight", "experts.1", "experts.0", "b.weight", "c"]
+
+
+@pytest.fixture(params=["table", "dict"])
+def tensors(request: pytest.FixtureRequest) -> LogicalTensors:
+    return LogicalTensors(TensorTable.of(REFS) if request.param == "table" else REFS, iter(VALUES))
+
+
+def test_they_are_a_mapping_in_the_order_of_first_parts(tensors: LogicalTensors) -> None:
+    assert list(tensors) == NAMES
+    assert len(tensors) == len(NAMES)
+    assert [tensors[name] for name in NAMES] == [REFS["norm"], *(VALUES[n] for n in (0, 1, 3, 2, 4))]
+    assert all(name in tensors for name in NAMES)
+    for name in ("experts", "a.weight_scale", "c.codes", "b.input_scale", "other", ""):
+        assert name not in tensors
+        with pytest.raises(KeyError):
+            tensors[name]
+        with pytest.raises(KeyError):
+            tensors.class_of(name)
+    assert 3 not in tensors
+
+
+def test_what_is_known_about_parts(tensors: LogicalTensors) -> None:
+    assert set(tensors.parts) == set(SHAPES) - {"norm"}
+    assert tensors.codes == dict.fromkeys(set(SHAPES) - {"norm", "experts"}, FP8_BLOCKS.name)
+    assert {part: tensors.values_of(part) for part in SHAPES} == {
+        "norm": [],
+        "experts": ["experts.1", "experts.0"],
+        **{key: ["a.weight"] for key in ["a.weight", "a.weight_scale"]},
+        **{key: ["b.weight"] for key in ["b.weight", "b.weight_scale", "b.input_scale"]},
+        **{key: ["c"] for key in ["c.codes", "c.scales"]},
+    }
+    scales = dict.fromkeys(["a.weight_scale", "b.weight_scale", "b.input_scale", "c.scales"], 0)
+    codes = dict.fromkeys(["a.weight", "b.weight", "c.codes"], 24)
+    assert {part: tensors.elements_of(part) for part in SHAPES} == {**scales, **codes, "norm": None, "experts": None}
+
+
+def test_classes_stand_for_their_tensors(tensors: LogicalTensors) -> None:
+    assert [shape_of(tensors, name) for name in NAMES] == [tensors[name].shape for name in NAMES]
+    assert [kind_of(tensors, name).dtype for name in NAMES] == [BF16] * len(NAMES)
+    assert all(kind_of(tensors, each.name) == each for each in VALUES)
+    counts: Counter[tuple[int, ...]] = Counter()
+    for kind, count in class_counts(tensors):
+        counts[kind.shape] += count
+    assert counts == Counter(tensors[name].shape for name in NAMES)
+
+
+def test_a_value_like_another_one_has_its_own_name_and_parts() -> None:
+    first = blocks("a.weight", "a.weight", "a.weight_scale")
+    another = Another(first, "b.weight", ("b.weight", "b.weight_scale"))
+    tensors = LogicalTensors(TensorTable.of(REFS), [first, another])
+    assert tensors["b.weight"] == blocks("b.weight", "b.weight", "b.weight_scale")
+    assert tensors.class_of("b.weight") is tensors.class_of("a.weight") is first
+    found = tensors.stored_rows(["b.weight", "norm", "a.weight"])
+    assert found is not None
+    assert found.rows == [list(SHAPES).index(each) for each in ("b.weight", "b.weight_scale", "norm", "a.weight")] + [2]
+    assert found.firsts == [0, 2, 3]
+    assert found.classes[0] == found.classes[2] < 0 <= found.classes[1]
+
+
+def test_other_ends_of_names_or_other_shapes_are_other_classes() -> None:
+    tensors = LogicalTensors(TensorTable.of(REFS), VALUES)
+    found = tensors.stored_rows(["a.weight", "b.weight", "c", "experts.0", "experts.1", "norm"])
+    assert found is not None
+    assert len(set(found.classes)) == 6
+
+
+def test_of_values_with_one_name_the_last_one_counts(tensors: LogicalTensors) -> None:
+    last = blocks("a.weight", "b.weight", "b.weight_scale")
+    found = LogicalTensors(REFS, [*VALUES[:2], VALUES[3], last])
+    assert found["a.weight"] == last
+    assert "a.weight_scale" in found
+    assert set(found.parts) == {"experts", "b.weight", "b.weight_scale"}
+
+
+def test_a_part_of_another_model_is_kept_as_it_is() -> None:
+    mine, theirs = Part("a.weight", REFS["a.weight"]), REFS["b.weight"]
+    other = Part("norm", theirs, owner=ModelReference("adapter"))
+    value = LogicalTensor("a.weight", (4, 6), BF16, (mine, other), DECODE)
+    tensors = LogicalTensors(TensorTable.of(REFS), [value])
+    assert tensors["a.weight"] is value
+    assert tensors["norm"] == REFS["norm"]
+    assert tensors.stored_rows(["a.weight"]) is None
+    assert list(tensors) == list(SHAPES)
