@@ -290,14 +290,22 @@ def test_one_layer_has_the_tensors_of_a_layer_of_experts() -> None:
     }
 
 
-def test_a_filled_model_has_random_codes_and_scales(tmp_path: Path) -> None:
+def test_a_filled_model_has_random_codes_and_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from safetensors.torch import load_file
 
-    model = models.deepseek_v3(layers=1, experts=1, hidden=448, mtp=False)
+    monkeypatch.setattr(giant, "_POOL", 1 << 18)
+    monkeypatch.setattr(giant, "_PIECE", 1 << 16)
+    shapes = {"weight": (384, 512), "weight_scale_inv": (3, 4), "norm": (512,)}
+    dtypes = {"weight": "F8_E4M3", "weight_scale_inv": "F32"}
+    model = models.Model(
+        {f"layers.{n}.{name}": shape for n in range(3) for name, shape in shapes.items()},
+        {},
+        {f"layers.{n}.{name}": dtype for n in range(3) for name, dtype in dtypes.items()},
+    )
     found = []
     for seed in range(2):
-        path = models.write_checkpoint(tmp_path / str(seed), model, fill=None, shard_bytes=8 << 20)
+        path = models.write_checkpoint(tmp_path / str(seed), model, fill=None, shard_bytes=300_000)
         giant.fill(path, seed)
         found.append({name: each for shard in process.shards(path) for name, each in load_file(shard).items()})
     for name, value in found[0].items():
