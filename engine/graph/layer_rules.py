@@ -7,7 +7,8 @@ same for all of them.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, groupby, repeat
+from operator import attrgetter
 from sys import intern
 from typing import NamedTuple
 
@@ -42,14 +43,19 @@ class _Layer(NamedTuple):
     Args:
         keys: what the nodes of each tensor depend on.
         beginning: beginning of the names of the output tensors, up to the layer's number.
-        names: names of the output tensors, but for those of their parts.
+        rests: the rests of these names.
+        names: the names, but for those of parts.
         sources: what the tensors are stored as in each source of the slice.
     """
 
     keys: Sequence[Hashable]
     beginning: str
+    rests: Sequence[str]
     names: Sequence[str]
     sources: Sequence[_Stored]
+
+
+_Parts = tuple[tuple[int, int], ...]
 
 
 class _Known(NamedTuple):
@@ -58,14 +64,14 @@ class _Known(NamedTuple):
     Args:
         piece: what it adds to the graph.
         parts: for each read, the number of the source, and that of the tensor's part.
-        rests: for each output, the name without the layer's beginning.
+        rests: for each output, the name without the layer's beginning; empty if it only has the tensor's own name.
         random: numbers of the nodes in the piece that need a random key.
     """
 
     piece: Piece
-    parts: Sequence[tuple[int, int]]
-    rests: Sequence[str]
-    random: Sequence[int]
+    parts: _Parts
+    rests: tuple[str, ...]
+    random: tuple[int, ...]
 
 
 class LayerRules:
@@ -82,6 +88,7 @@ class LayerRules:
         self._rules = rules
         self._tensors_from = tensors_from
         self._known: dict[Hashable, _Known] = {}
+        self._parts: dict[_Parts, _Parts] = {}  # those of known tensors, which are stored once if they are equal
         self._random = False  # whether any of them needs a random key
         self._pieces = Pieces(graph)
 
@@ -121,13 +128,19 @@ class LayerRules:
         tensors = [each.tensors for each in layer.sources]
         if len(known) < len(layer.keys) or not all(map(self._graph.reads.are_new, tensors)):
             return False
-        # the names of most tensors are in memory already
-        names = [intern(layer.beginning + rest) for each in known for rest in each.rests]
+        names = layer.names
+        if any(each.rests for each in known):  # the names of most tensors are in memory already
+            rests = [each.rests or (rest,) for each, rest in zip(known, layer.rests, strict=True)]
+            names = [intern(layer.beginning + rest) for own in rests for rest in own]
         if not self._rules.written.add_all(names):
             return False
         before = accumulate((len(each.rows) for each in tensors), initial=0)
         starts = [[first + own for own in each.firsts] for first, each in zip(before, layer.sources, strict=False)]
-        order = [starts[source][n] + part for n, each in enumerate(known) for source, part in each.parts]
+        order, end = list[int](), 0
+        for parts, alike in groupby(known, attrgetter("parts")):
+            begin, end = end, end + len(list(alike))
+            columns = [[start + part for start in starts[source][begin:end]] for source, part in parts]
+            order += chain.from_iterable(zip(*columns, strict=True))
         keys, node = dict[int, int](), 0
         for name, each in zip(layer.names, known, strict=True) if self._random else ():
             for number in each.random:
@@ -155,9 +168,12 @@ class LayerRules:
             parts |= {(tensors.model, name): (source, place) for place, name in own}
         reads = [(graph.read_models[read], graph.read_names[read]) for read in piece.reads]
         if parts.keys() >= set(reads):
-            random = [place for place, node in enumerate(piece.nodes) if _is_random(graph, node)]
-            rests = [name.removeprefix(layer.beginning) for name in names]
-            self._known[layer.keys[number]] = _Known(piece, list(map(parts.__getitem__, reads)), rests, random)
+            random = tuple([place for place, node in enumerate(piece.nodes) if _is_random(graph, node)])
+            rests = tuple([intern(name.removeprefix(layer.beginning)) for name in names])
+            rests = () if rests == (layer.rests[number],) else rests
+            own_parts = tuple(map(parts.__getitem__, reads))
+            own_parts = self._parts.setdefault(own_parts, own_parts)
+            self._known[layer.keys[number]] = _Known(piece, own_parts, rests, random)
             self._random = self._random or bool(random)
 
     def _layer(
@@ -174,7 +190,7 @@ class LayerRules:
             return None
         classes = [each.classes for each in stored]
         keys = zip(repeat(part), rests, map(self._rules.dtypes.key, names), *classes, strict=False)
-        return _Layer(list(keys), beginning, names, stored)
+        return _Layer(list(keys), beginning, rests, names, stored)
 
 
 def _stored(model: Model, names: Sequence[str | None]) -> _Stored | None:

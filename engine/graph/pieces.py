@@ -51,7 +51,7 @@ class Pieces:
             tuple([(node - first, tuple([each - first for each in own])) for node, own in results if own]),
             tuple([node - first for node in made]),
         )
-        return Piece(reads, nodes, outputs, self._structures.setdefault(structure, structure))
+        return Piece(reads.start, first, outputs.start, self._structures.setdefault(structure, structure))
 
     def repeat(
         self,
@@ -73,9 +73,10 @@ class Pieces:
             group: group of the outputs.
         """
         graph, before = self._graph, self._graph.counts()
-        like = list(chain.from_iterable([piece.reads for piece in likes]))
-        users, made = list[int](), list[int]()
-        for structure, _, nodes in _runs(likes, *before[:2]):
+        like, users, made = list[int](), list[int](), list[int]()
+        for structure, pieces, _, nodes in _runs(likes, *before[:2]):
+            places = range(structure.reads)
+            like += [piece.first_read + place for piece in pieces for place in places]
             users += [first + user if user >= 0 else -1 for first in nodes for user in structure.read_users]
             made += [first + node for first in nodes for node in structure.outputs]
         graph.reads.repeat(like, tensors, order, users)
@@ -83,13 +84,19 @@ class Pieces:
         for number, key in keys.items():
             graph.node_key[before[1] + number] = key
         graph.outputs.extend(names, made, group)
-        graph.repeats.append(Repeat(likes, *map(range, before, graph.counts())))
+        if graph.uses_nodes:  # otherwise there is nothing to fuse
+            graph.repeats.append(Repeat(likes, *map(range, before, graph.counts())))
 
     def repeat_nodes(self, likes: Sequence[Piece], read: int) -> None:
         """Add nodes that repeat those of pieces, on other reads, which begin with `read`."""
         graph, first_node = self._graph, len(self._graph.node_operation)
-        graph.repeat_nodes(array("I", chain.from_iterable([piece.nodes for piece in likes])))
-        for structure, reads, nodes in _runs(likes, read, first_node):
+        runs = list(_runs(likes, read, first_node))
+        like = array("I")
+        for structure, pieces, _, _ in runs:
+            places = range(len(structure.lengths))
+            like.extend(array("I", [piece.first_node + place for piece in pieces for place in places]))
+        graph.repeat_nodes(like)
+        for structure, _, reads, nodes in runs:
             firsts = list(zip(reads, nodes, strict=True))
             sources, users = structure.sources, structure.node_users
             graph.node_sources.extend(
@@ -102,13 +109,14 @@ class Pieces:
                     graph.set_results(own + computing, [own + other for other in others])
 
 
-def _runs(likes: Sequence[Piece], read: int, node: int) -> Iterator[tuple[Structure, range, range]]:
+def _runs(likes: Sequence[Piece], read: int, node: int) -> Iterator[tuple[Structure, list[Piece], range, range]]:
     """Yield the runs of pieces with the same structure: the first read and the first node of each piece like these."""
-    for structure, pieces in groupby(likes, attrgetter("structure")):
-        count, size = len(list(pieces)), len(structure.lengths)
+    for structure, found in groupby(likes, attrgetter("structure")):
+        pieces = list(found)
+        count, size = len(pieces), len(structure.lengths)
         reads = range(read, read + count * structure.reads, structure.reads)
         nodes = range(node, node + count * size, size)
-        yield structure, reads, nodes
+        yield structure, pieces, reads, nodes
         read, node = reads.stop, nodes.stop
 
 

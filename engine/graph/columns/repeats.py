@@ -32,16 +32,31 @@ class Piece(NamedTuple):
     """A piece of a graph.
 
     Args:
-        reads: its reads.
-        nodes: its nodes.
-        outputs: its outputs.
+        first_read: its first read.
+        first_node: its first node.
+        first_output: its first output.
         structure: how they are connected; equal ones are one object for most pieces.
     """
 
-    reads: range
-    nodes: range
-    outputs: range
+    first_read: int
+    first_node: int
+    first_output: int
     structure: Structure
+
+    @property
+    def reads(self) -> range:
+        """Its reads."""
+        return range(self.first_read, self.first_read + self.structure.reads)
+
+    @property
+    def nodes(self) -> range:
+        """Its nodes."""
+        return range(self.first_node, self.first_node + len(self.structure.lengths))
+
+    @property
+    def outputs(self) -> range:
+        """Its outputs."""
+        return range(self.first_output, self.first_output + len(self.structure.outputs))
 
 
 class Repeat(NamedTuple):

@@ -193,7 +193,7 @@ def test_the_graph_is_that_of_tensors_that_are_added_one_by_one(
         assert not expected.repeats
         for mine, theirs in zip(contents(found), contents(expected), strict=True):
             assert mine == theirs
-    assert graphs(at_once)[-1].repeats
+    assert bool(graphs(at_once)[-1].repeats) == (name != "bf16" and recipe != "copied")
     headers = [[shard.header for shard in each.layout.shards] for each in (at_once, one_by_one)]
     assert headers[0] == headers[1]
     assert at_once.to_dict() == one_by_one.to_dict()
