@@ -104,6 +104,7 @@ class Pieces:
                 structure.lengths * len(nodes),
             )
             graph.first_users.extend([own + user if user >= 0 else -1 for own in nodes for user in users])
+            graph.reads.used[reads.start : reads.stop] = b"\1" * (reads.stop - reads.start)
             for own in nodes if structure.results else ():
                 for computing, others in structure.results:
                     graph.set_results(own + computing, [own + other for other in others])

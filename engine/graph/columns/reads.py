@@ -126,7 +126,7 @@ class Reads(Sequence[TensorRef]):
     def repeat(
         self, like: Sequence[int], tensors: Sequence[StoredTensors], order: Sequence[int], users: Sequence[int]
     ) -> None:
-        """Append new reads of the classes of others.
+        """Append new reads of the classes of others, before the nodes that use them.
 
         Args:
             like: for each new read, the other one.
@@ -151,7 +151,7 @@ class Reads(Sequence[TensorRef]):
         self.models.extend(map(models.__getitem__, order))
         self.class_numbers.extend(array("I", map(self.class_numbers.__getitem__, like)))
         self.first_users.extend(array("i", users))
-        self.used.extend(b"\1" * len(like))
+        self.used.extend(bytes(len(like)))
         for number, place in enumerate(order, begin):
             self._by_row[models[place]].numbers[rows[place]] = number
 

@@ -178,7 +178,7 @@ def contents(graph: MergeGraph) -> Iterator[object]:
         yield graph.node_sources[node], graph.node_dtype[node], graph.shape(node), graph.node_key[node]
         yield graph.results(node), graph.node_class[node], graph.places(node)
     yield list(graph.outputs)
-    yield graph.users(), graph.shares_reads
+    yield graph.users(), graph.shares_reads, graph.reads.used
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
