@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import compress
 from typing import NamedTuple
 
 from ...io.tensors.refs import TensorClass, TensorRef
@@ -76,6 +77,11 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
                 if (form := formats[self._values.class_number(number)]) is not None:
                     codes[name] = form
         return codes
+
+    @property
+    def quantized(self) -> Iterator[str]:
+        """The names of the quantized values."""
+        return compress(self._values.names, self._values.of_classes(lambda like: like.quantized))
 
     def elements_of(self, part: str) -> int | None:
         """Return the elements that a part of a decoded value stands for; None if it is no such part.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -325,10 +326,11 @@ def _sizes_by_dtype(built: BuiltGraph) -> dict[str, int]:
     """The number of the output's parameters of each unquantized floating-point dtype, by torch's name."""
     graph = built.graph
     sizes: dict[str, int] = {}
-    for output in graph.outputs:
-        dtype = graph.node_dtype[output.node]
+    for number, count in Counter(map(graph.node_class.__getitem__, graph.outputs.nodes)).items():
+        node = graph.class_nodes[number]
+        dtype = graph.node_dtype[node]
         if dtype.kind is ElementKind.FLOAT and dtype.bits >= 16 and dtype.torch_name:
-            sizes[dtype.torch_name] = sizes.get(dtype.torch_name, 0) + graph.elements(output.node)
+            sizes[dtype.torch_name] = sizes.get(dtype.torch_name, 0) + count * graph.elements(node)
     return sizes
 
 

@@ -91,7 +91,7 @@ def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
     """
     if not isinstance(donor.tensors, LogicalTensors):
         return
-    kinds = {_kind(name) for name in donor.tensors if _is_coded(donor.tensors, name)}
+    kinds = set(map(_kind, donor.tensors.quantized))
     wide = graph.by_class(lambda node: _is_wide(graph, node))
     for number, node in enumerate(graph.outputs.nodes if kinds else ()):
         if wide[node] and _kind(graph.outputs.names[number]) in kinds:
@@ -119,11 +119,6 @@ def decoding_warnings(graph: MergeGraph, donor: Model) -> Iterator[ModelWarning]
         f"{'is' if len(decoded) == 1 else 'are'} written in {' and '.join(dtypes)}: {size}",
         f"set dtype: {dtypes[0]} in the recipe if you want that",
     )
-
-
-def _is_coded(tensors: LogicalTensors, name: str) -> bool:
-    kind = tensors.class_of(name)
-    return isinstance(kind, LogicalTensor) and kind.quantized
 
 
 def _stored_bytes(donor: Model, name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -118,6 +118,10 @@ class Values:
     def by_class(self, function: Callable[[LogicalTensor], T]) -> list[T]:
         """For each class, the result of a function that depends only on the class of a value."""
         return list(map(function, self._likes))
+
+    def of_classes(self, function: Callable[[LogicalTensor], T]) -> Iterator[T]:
+        """For each value, the result of a function that depends only on its class."""
+        return map(self.by_class(function).__getitem__, self._members)
 
     def counts(self) -> Iterable[tuple[int, int]]:
         """A value of each class, and the number of values in it."""

@@ -91,6 +91,7 @@ def test_they_are_a_mapping_in_the_order_of_first_parts(tensors: LogicalTensors)
 
 def test_what_is_known_about_parts(tensors: LogicalTensors) -> None:
     assert set(tensors.parts) == set(SHAPES) - {"norm"}
+    assert list(tensors.quantized) == ["a.weight", "b.weight", "c"]
     assert tensors.codes == dict.fromkeys(set(SHAPES) - {"norm", "experts"}, FP8_BLOCKS.name)
     assert {part: tensors.values_of(part) for part in SHAPES} == {
         "norm": [],
