@@ -97,7 +97,7 @@ def test_names_are_added_together_if_all_are_new(
     for name in before:
         found.add(name)
     names = data.draw(st.lists(st.sampled_from([*refs, "x", "y"]), unique=True))
-    new = all(name in refs and name not in before for name in names)
+    new = not set(names) & set(before)
     assert found.add_all(names) is new
     for name in names:
         assert found.add(name) is (not new and name not in before)
