@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .adapters import extract_lora
     from .api import diff, inspect, merge, plan, stack, verify
     from .engine.execute.measurements import Progress
     from .engine.model.inspect import Inspection
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .engine.recipe.types import Recipe
     from .engine.recipe.warnings import RecipeWarning
     from .engine.run.diff.result import Diff, NotCompared, Similarity, TensorDiff
+    from .engine.run.extract.result import ExtractedAdapter, MatrixResult
     from .engine.run.plan import Options
     from .engine.run.verify import Unverified, Verdict
     from .errors import (
@@ -49,8 +51,10 @@ __all__ = [
     "Diff",
     "DiskSpaceError",
     "EnvironmentFailure",
+    "ExtractedAdapter",
     "Inspection",
     "Interrupted",
+    "MatrixResult",
     "MergeloomError",
     "Method",
     "ModelWarning",
@@ -70,6 +74,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "diff",
+    "extract_lora",
     "inspect",
     "merge",
     "methods",
@@ -79,6 +84,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "adapters": ("extract_lora",),
     "api": ("diff", "inspect", "merge", "plan", "stack", "verify"),
     "engine.execute.measurements": ("Progress",),
     "engine.model.inspect": ("Inspection",),
@@ -86,6 +92,7 @@ _MODULES = {
     "engine.recipe.types": ("Recipe",),
     "engine.recipe.warnings": ("RecipeWarning",),
     "engine.run.diff.result": ("Diff", "NotCompared", "Similarity", "TensorDiff"),
+    "engine.run.extract.result": ("ExtractedAdapter", "MatrixResult"),
     "engine.run.plan": ("Options",),
     "engine.run.verify": ("Unverified", "Verdict"),
     "methods.kernel.method": ("Method",),

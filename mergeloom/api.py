@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from operator import index
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING
 
+from .arguments import (
+    Size,
+    checked_bytes,
+    checked_limit,
+    checked_number,
+    checked_numbers,
+    checked_overrides,
+    checked_path,
+    checked_text,
+    checked_threads,
+)
 from .engine.cost.machine import parse_machine
 from .engine.run import plan as engine_plan
 from .engine.run.plan import Options, RecipeLike
 from .engine.run.planning import plan as make_plan
 from .errors import UsageError
-from .io.sizes import Limit, parse_limit, parse_size
 from .methods import merge_methods, one_or_several
 from .planned import Plan, public_plan
 
@@ -24,9 +33,6 @@ if TYPE_CHECKING:
     from .engine.run.diff.result import Diff
     from .engine.run.verify import Verdict
     from .result import Result
-
-Size = int | str
-"""A number of bytes, or a string such as ``32GiB``."""
 
 
 def plan(
@@ -68,7 +74,7 @@ def plan(
     """
     options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides)
     if machine is not None:
-        options = replace(options, machine=parse_machine(_text("machine", machine)))
+        options = replace(options, machine=parse_machine(checked_text("machine", machine)))
     return public_plan(make_plan(recipe, options))
 
 
@@ -123,7 +129,7 @@ def merge(
         raise UsageError(f"invalid digests {digests!r}: use 'written' or 'full'")
     result = run_merge(
         recipe,
-        None if out is None else _path("out", out),
+        None if out is None else checked_path("out", out),
         replace(options, keep_paths=keep_paths),
         fresh=restart or fresh,
         digests=digests == "full",
@@ -147,7 +153,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     """
     from .engine.model.inspect import inspect_model
 
-    return inspect_model(_path("model", model))
+    return inspect_model(checked_path("model", model))
 
 
 def verify(
@@ -177,8 +183,8 @@ def verify(
     from .engine.run.verify import THREADS
     from .engine.run.verify import verify as run_verify
 
-    number = _checked_threads(threads) or THREADS
-    return run_verify(_path("out", out), sources=sources, threads=number, notify=notify)
+    number = checked_threads(threads) or THREADS
+    return run_verify(checked_path("out", out), sources=sources, threads=number, notify=notify)
 
 
 def stack(
@@ -215,11 +221,11 @@ def stack(
     from .engine.model.self_merge import stack_recipe
     from .engine.recipe.load import parse_recipe
 
-    windows = _numbers("window", window)
-    steps = None if step is None else _numbers("step", step)
-    passes = None if repeat is None else _number("repeat", repeat)
-    name = None if dtype is None else _text("dtype", dtype)
-    reference, checkpoint = open_named(_path("model", model))
+    windows = checked_numbers("window", window)
+    steps = None if step is None else checked_numbers("step", step)
+    passes = None if repeat is None else checked_number("repeat", repeat)
+    name = None if dtype is None else checked_text("dtype", dtype)
+    reference, checkpoint = open_named(checked_path("model", model))
     text, summary = stack_recipe(
         reference, checkpoint, window=windows, step=steps, repeat=passes, dtype=name, exact=exact
     )
@@ -260,7 +266,10 @@ def diff(
     from .engine.run.merge import fetch
 
     comparison = Comparison(
-        _path("a", a), _path("b", b), max_ram=_limit("max_ram", max_ram), threads=_checked_threads(threads)
+        checked_path("a", a),
+        checked_path("b", b),
+        max_ram=checked_limit("max_ram", max_ram),
+        threads=checked_threads(threads),
     )
     fetch(comparison.downloads, say or (lambda text: None))
     return comparison.run(notify)
@@ -279,74 +288,13 @@ def _options(
 ) -> Options:
     """Convert the keyword arguments that `plan` and `merge` share."""
     return Options(
-        max_ram=_limit("max_ram", max_ram),
-        max_vram=_limit("max_vram", max_vram),
-        device=_text("device", device),
-        seed=_number("seed", seed),
-        shard_size=_bytes("shard_size", shard_size),
-        threads=_checked_threads(threads),
+        max_ram=checked_limit("max_ram", max_ram),
+        max_vram=checked_limit("max_vram", max_vram),
+        device=checked_text("device", device),
+        seed=checked_number("seed", seed),
+        shard_size=checked_bytes("shard_size", shard_size),
+        threads=checked_threads(threads),
         strict=strict,
-        methods=tuple(_path("methods", file) for file in one_or_several(methods)),
-        overrides=_overrides(overrides),
+        methods=tuple(checked_path("methods", file) for file in one_or_several(methods)),
+        overrides=checked_overrides(overrides),
     )
-
-
-def _overrides(overrides: Mapping[str, object]) -> tuple[str, ...]:
-    """Convert overrides to those of ``--set``."""
-    if not isinstance(overrides, Mapping):
-        raise UsageError(f"invalid overrides {overrides!r}: use a dict of values by key")
-    from .engine.recipe.overrides import override_text
-
-    return tuple(override_text(key, value) for key, value in overrides.items())
-
-
-def _checked_threads(threads: int | None) -> int | None:
-    """Return a number of threads. Raises UsageError if it is less than 1."""
-    if threads is None or _number("threads", threads) > 0:
-        return threads
-    raise UsageError(f"invalid threads {threads}: use 1 or more")
-
-
-def _limit(name: str, size: Size | None) -> Limit | None:
-    """Convert a memory limit, which may also be a percentage."""
-    if size is None:
-        return None
-    return parse_limit(size) if isinstance(size, str) else _bytes(name, size)
-
-
-def _bytes(name: str, size: Size) -> int:
-    """Convert the size that was passed as `name` to bytes."""
-    if isinstance(size, str):
-        return parse_size(size)
-    if not isinstance(size, SupportsIndex) or (nbytes := index(size)) <= 0:
-        raise UsageError(f"invalid {name} {size!r}: use a positive number of bytes, or a string such as '32GiB'")
-    return nbytes
-
-
-def _number(name: str, value: int) -> int:
-    """Return the integer that was passed as `name`."""
-    if not isinstance(value, SupportsIndex):
-        raise UsageError(f"invalid {name} {value!r}: use a whole number")
-    return index(value)
-
-
-def _numbers(name: str, values: int | Sequence[int]) -> int | list[int]:
-    """Return the integer, or the integers, that were passed as `name`."""
-    if isinstance(values, Sequence) and not isinstance(values, str):
-        return [_number(name, value) for value in values]
-    return _number(name, values)
-
-
-def _text(name: str, value: str) -> str:
-    """Return the string that was passed as `name`."""
-    if not isinstance(value, str):
-        raise UsageError(f"invalid {name} {value!r}: use a string")
-    return value
-
-
-def _path(name: str, value: str | os.PathLike[str]) -> str:
-    """Return the path, or the id of a model, that was passed as `name`."""
-    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(path, str):
-        raise UsageError(f"invalid {name} {value!r}: use a string or a path")
-    return path

@@ -111,9 +111,9 @@ class OutputDirectory:
             staged = parent_directories([shard.name for shard in shards], self.stage)
             for directory in (*staged, self.work, self.path):
                 sync_directory(directory)
-            self._sync_parents()
+            self.sync_parents()
 
-    def _sync_parents(self) -> None:
+    def sync_parents(self) -> None:
         """Make the names of OUT and its parents durable: this merge or a killed one may have created them."""
         path = self.path.resolve()
         for directory in path.parents:

@@ -9,6 +9,7 @@ import click
 
 from ..version import __version__
 from .diff import diff
+from .extract_lora import extract_lora
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -98,5 +99,5 @@ def cli() -> None:
     """
 
 
-for _command in (diff, inspect, merge, methods, plan, stack, verify):
+for _command in (diff, extract_lora, inspect, merge, methods, plan, stack, verify):
     cli.add_command(_command)

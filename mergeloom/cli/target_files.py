@@ -15,6 +15,8 @@ from .output import print_message
 _OWN_BEGINNINGS = (
     # `merge --report`: the same keys in the same order since 0.1.0
     re.compile(rb'\{\s*"output": \{\s*"tensors": \d+,\s*"parameters": \d+,\s*"bytes": \d+,'),
+    # `extract-lora --report`
+    re.compile(rb'\{\s*"adapter": \{\s*"rank": \d+,\s*"bytes": \d+,'),
     # `plan --html`: the generator is named in the head since 0.1.0
     re.compile(
         rb'<!doctype html>\s*<html lang="en">\s*<head>\s*(?:<meta [^>]*>\s*)*<meta name="generator" content="mergeloom '

@@ -115,7 +115,7 @@ def _unexpected_prefix(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     if not isinstance(architectures, list) or not architectures or "auto_map" in config or _has_parts(config):
         return None
     architecture = str(architectures[0])
-    expected = _embeddings(architecture)
+    expected = expected_embeddings(architecture)
     names = checkpoint.tensors
     if not expected or any(name in names for name in expected):
         return None
@@ -137,7 +137,7 @@ def _has_parts(config: Mapping[str, object]) -> bool:
     )
 
 
-def _embeddings(architecture: str) -> tuple[str, ...]:
+def expected_embeddings(architecture: str) -> tuple[str, ...]:
     """The names that the embedding of an architecture can have; empty if they aren't known."""
     if match := _ENCODER.fullmatch(architecture):
         encoder = _NAMES_OF_ENCODERS.get(match[1], match[1].lower())

@@ -1,0 +1,1 @@
+"""Extracts a LoRA adapter from a model and its base, one matrix at a time."""

@@ -1,0 +1,173 @@
+"""Opens the two models of an extraction, pairs their tensors, and rejects models that are not of one architecture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ....errors import CheckpointError
+from ....io.checkpoint.identity import file_identity
+from ....io.hub.repository import HubFile
+from ....io.reading import FileStamps
+from ....io.tensors.refs import TensorRef
+from ....io.units import listed
+from ...model.experts.mapping import NamedCheckpoint, in_layout_of
+from ...model.layers import find_layers
+from ...model.open import is_remote, open_named
+from ...model.roles import is_head
+from ..diff.pairs import Opened, Pairing, pair_tensors
+from ..diff.parts import with_names_of
+from .adapter_files import BaseModel
+from .names import module_of, module_prefix
+from .options import ExtractOptions
+from .targets import LeftOut, Targets, find_targets
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModels:
+    """The models of an extraction.
+
+    Args:
+        base: the base model.
+        model: the model, with the names and the layout of the base model.
+        pairing: tensors of both, the base model first.
+        targets: what is to be done with the tensors.
+        described: what adapter_config.json says about the base model.
+    """
+
+    base: Opened
+    model: Opened
+    pairing: Pairing
+    targets: Targets
+    described: BaseModel
+
+    @property
+    def stamps(self) -> FileStamps:
+        """The stamps of all files before their headers were read."""
+        return {**self.base.checkpoint.stamps, **self.model.checkpoint.stamps}
+
+    @property
+    def refs(self) -> list[TensorRef]:
+        """The stored tensors that are read."""
+        pairs = [pair for job in self.targets.jobs for pair in job.pairs]
+        pairs += [each.pair for each in self.targets.left_out if each.pair is not None]
+        tensors = [tensor for pair in pairs for tensor in (pair.base, pair.model)]
+        return [ref for each in tensors for ref in ((each,) if isinstance(each, TensorRef) else each.refs)]
+
+    def downloads(self) -> tuple[HubFile, ...]:
+        """The files of Hub models that are needed and not in the cache."""
+        remote = [model.checkpoint for model in (self.base, self.model) if is_remote(model.checkpoint)]
+        if not remote:
+            return ()
+        from ....io.hub.checkpoint import needed_files
+
+        refs = self.refs
+        found = {file.path: file for checkpoint in remote for file in needed_files(checkpoint, refs)}
+        return tuple(file for file in found.values() if not file.present)
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Return the identity of each file of both models, by name. Reads samples of the files."""
+        return {
+            key: {file.name: file_identity(file) for file in model.checkpoint.files}
+            for key, model in (("model", self.model), ("base", self.base))
+        }
+
+    @property
+    def remarks(self) -> Iterator[str]:
+        """Warnings about the files of the models."""
+        for model in {each.name: each for each in (self.model, self.base)}.values():
+            yield from (f"{model.name}: {remark}" for remark in model.checkpoint.remarks)
+
+
+def open_models(model: str | os.PathLike[str], base: str | os.PathLike[str], options: ExtractOptions) -> OpenedModels:
+    """Open a model and its base, and find out what is to be extracted.
+
+    Raises:
+        CheckpointError: a model is missing or damaged, their tensors have different shapes, one of them has other
+            layers, or the options leave nothing to extract.
+        UsageError: a name is not valid.
+    """
+    named = [open_named(os.fspath(each)) for each in (base, model)]
+    reference = named[0][0]
+    named[1] = named[1][0], with_names_of(named[1][1], named[0][1])
+    ours, theirs = (Opened(each.text, checkpoint) for each, checkpoint in named)
+    mapped = in_layout_of(*(NamedCheckpoint(each.name, each.checkpoint) for each in (ours, theirs)))
+    theirs = Opened(theirs.name, mapped.checkpoint)
+    pairing = pair_tensors(ours, theirs)
+    _check_layers(ours, theirs)
+    config = ours.checkpoint.config
+    tied = _is_tied(ours)
+    targets = find_targets(pairing.pairs, options, config, tied=tied)
+    targets = _with_unpaired(targets, pairing, ours, theirs, options)
+    weights = frozenset(
+        module_of(pair.name)[0] for pair in pairing.pairs if pair.name.endswith(".weight") and len(pair.a.shape) > 1
+    )
+    described = BaseModel(reference.path, reference.revision, config, module_prefix(ours.checkpoint), tied, weights)
+    if not targets.jobs:
+        raise CheckpointError(
+            f"{ours.name} and {theirs.name} have no tensor that the options select: check --include and --exclude"
+        )
+    return OpenedModels(ours, theirs, pairing, targets, described)
+
+
+def _check_layers(base: Opened, model: Opened) -> None:
+    """Raise CheckpointError if the models have stacks of layers of different lengths."""
+    counts = [_layer_counts(each) for each in (base, model)]
+    for prefix in counts[0].keys() & counts[1].keys():
+        ours, theirs = counts[0][prefix], counts[1][prefix]
+        if ours != theirs:
+            raise CheckpointError(
+                f"{base.name} has {ours} layers in {prefix}, but {model.name} has {theirs}: an adapter can't add or "
+                "remove layers; BASE must be the model that MODEL was fine-tuned from"
+            )
+
+
+def _layer_counts(model: Opened) -> Mapping[str, int]:
+    try:
+        layers = find_layers(model.checkpoint.tensors, model.checkpoint.config)
+    except CheckpointError:  # the shapes and names are compared without
+        return {}
+    return {stack.prefix: stack.count for stack in layers.mains}
+
+
+def _is_tied(base: Opened) -> bool:
+    """Whether the base model ties its head to its embedding: it says so, or it stores no head."""
+    config: Mapping[str, Any] = base.checkpoint.config or {}
+    stated = config.get("tie_word_embeddings")
+    return stated if isinstance(stated, bool) else not any(is_head(name) for name in base.checkpoint.tensors)
+
+
+def _with_unpaired(targets: Targets, pairing: Pairing, base: Opened, model: Opened, options: ExtractOptions) -> Targets:
+    """Add the tensors that can't be compared, unless they are an error."""
+    shapes = [each for each in pairing.not_compared if each.reason.startswith("shape") and options.selects(each.name)]
+    if shapes:
+        shown = "; ".join(f"{each.name}: {_in_words(each.reason)}" for each in shapes[:_SHOWN])
+        more = f", and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+        raise CheckpointError(
+            f"{model.name} was not fine-tuned from {base.name}: tensors have other shapes ({shown}{more}); choose "
+            "another BASE, or leave these tensors out with --exclude"
+        )
+    left_out = list(targets.left_out)
+    left_out += [
+        LeftOut(None, each.name, _in_words(each.reason)) for each in pairing.not_compared if options.selects(each.name)
+    ]
+    left_out += [LeftOut(None, name, "only in MODEL") for name in pairing.only_in_b if options.selects(name)]
+    return Targets(targets.jobs, tuple(left_out), targets.excluded)
+
+
+def _in_words(reason: str) -> str:
+    """A reason of `diff`, which calls the base model A and the model B, in the words of this command."""
+    return reason.replace(" in A", " in BASE").replace(" in B,", " in MODEL,").removesuffix(" in B") + (
+        " in MODEL" if reason.endswith(" in B") else ""
+    )
+
+
+def missing_in_model(pairing: Pairing) -> str:
+    """The sentence about tensors that only the base model has; empty if there are none."""
+    if not pairing.only_in_a:
+        return ""
+    return f"only in BASE, so the adapter does not change them: {listed(pairing.only_in_a)}"
