@@ -78,4 +78,5 @@ def checked_path(name: str, value: str | os.PathLike[str]) -> str:
 
 def checked_texts(name: str, values: Iterable[str] | str) -> tuple[str, ...]:
     """Return the string, or the strings, that were passed as `name`."""
-    return tuple(checked_text(name, value) for value in one_or_several(values))
+    texts = [values] if isinstance(values, str) else list(values)
+    return tuple(checked_text(name, text) for text in texts)

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ....io.tensors.dtypes import DTYPES
-from .names import is_embedding_module, is_head_module, module_of
+from .names import architecture_of, in_loaded_model, is_embedding_module, module_of
 from .targets import FullJob, Job, Layer, MatrixJob
 
 WEIGHTS = "adapter_model.safetensors"
@@ -61,19 +61,20 @@ def tensors_of_job(job: Job, prefix: str) -> tuple[StoredFactor, ...]:
     """
     if isinstance(job, FullJob):
         return tuple(
-            StoredFactor(f"{PREFIX}{prefix}{pair.name}", pair.model.dtype.name, pair.shape) for pair in job.pairs
+            StoredFactor(PREFIX + in_loaded_model(pair.name, prefix), pair.model.dtype.name, pair.shape)
+            for pair in job.pairs
         )
-    start = f"{PREFIX}{prefix}{job.module}"
+    start = PREFIX + in_loaded_model(job.module, prefix)
     first, *rest = job.pair.shape
     a: tuple[str, tuple[int, ...]]
     b: tuple[str, tuple[int, ...]]
     if job.layer is Layer.EMBEDDING:
-        a, b = ("lora_embedding_A", (job.rank, first)), ("lora_embedding_B", (job.columns, job.rank))
+        a, b = ("lora_embedding_A", (job.stored_rank, first)), ("lora_embedding_B", (job.columns, job.stored_rank))
     elif job.layer is Layer.TRANSPOSED:
-        a, b = ("lora_A.weight", (job.rank, first)), ("lora_B.weight", (job.columns, job.rank))
+        a, b = ("lora_A.weight", (job.stored_rank, first)), ("lora_B.weight", (job.columns, job.stored_rank))
     else:
         ones = (1,) * (len(rest) - 1)
-        a, b = ("lora_A.weight", (job.rank, *rest)), ("lora_B.weight", (first, job.rank, *ones))
+        a, b = ("lora_A.weight", (job.stored_rank, *rest)), ("lora_B.weight", (first, job.stored_rank, *ones))
     return tuple(StoredFactor(f"{start}.{name}", "F32", shape) for name, shape in (a, b))
 
 
@@ -116,7 +117,7 @@ class BaseModel:
         revision: revision of a Hub model; None without one.
         config: content of config.json.
         prefix: prefix of the modules' names, see `names.module_prefix`.
-        tied: whether the base model ties its head to its embedding.
+        tied: whether the base model ties its head to its embedding, and the model does so, too.
         weights: names of all its modules with a weight of at least two dimensions.
     """
 
@@ -148,6 +149,15 @@ def final_names(jobs: Sequence[Job], stored: Sequence[Sequence[StoredFactor]]) -
     return found
 
 
+def missing_experts(jobs: Sequence[Job], changed: Sequence[bool]) -> list[int]:
+    """Return the numbers of the jobs of unchanged experts next to changed ones: PEFT needs factors of all or none."""
+    groups = {job.experts for job, each in zip(jobs, changed, strict=True) if each and isinstance(job, MatrixJob)} - {
+        ""
+    }
+    pairs = enumerate(zip(jobs, changed, strict=True))
+    return [n for n, (job, each) in pairs if not each and isinstance(job, MatrixJob) and job.experts in groups]
+
+
 def adapter_config(base: BaseModel, rank: int, jobs: Sequence[Job], changed: Sequence[bool]) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
@@ -159,11 +169,16 @@ def adapter_config(base: BaseModel, rank: int, jobs: Sequence[Job], changed: Seq
     """
     done = [job for job, each in zip(jobs, changed, strict=True) if each]
     matrices = [job for job in done if isinstance(job, MatrixJob)]
-    modules = sorted({base.prefix + name for job in done if isinstance(job, FullJob) for name in job.modules})
+    modules = sorted(
+        {in_loaded_model(name, base.prefix) for job in done if isinstance(job, FullJob) for name in job.modules}
+    )
     has_bias = any(isinstance(job, FullJob) and not job.modules for job in done)
-    ranks = {re.escape(base.prefix + job.module): job.rank for job in matrices if job.rank != rank}
+    ranks = {
+        re.escape(in_loaded_model(job.module, base.prefix)): job.stored_rank
+        for job in matrices
+        if job.stored_rank != rank
+    }
     embeds = any(job.layer is Layer.EMBEDDING for job in matrices) or any(_saves_embedding(job) for job in done)
-    saves_head = any(_saves_head(job) for job in done)
     return {
         "peft_type": "LORA",
         "task_type": _task_type(base.config),
@@ -178,7 +193,7 @@ def adapter_config(base: BaseModel, rank: int, jobs: Sequence[Job], changed: Seq
         "modules_to_save": modules or None,
         "bias": "all" if has_bias else "none",
         "fan_in_fan_out": any(job.layer is Layer.TRANSPOSED for job in matrices),
-        "ensure_weight_tying": base.tied and embeds and not saves_head,
+        "ensure_weight_tying": base.tied and embeds,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -199,7 +214,7 @@ def target_modules(base: BaseModel, modules: Sequence[str]) -> list[str]:
         chosen[module.rpartition(".")[2]].add(module)
     found = []
     for leaf, names in chosen.items():
-        found += [leaf] if names == by_leaf[leaf] else [base.prefix + name for name in names]
+        found += [leaf] if names == by_leaf[leaf] else [in_loaded_model(name, base.prefix) for name in names]
     return sorted(found)
 
 
@@ -207,13 +222,6 @@ def _saves_embedding(job: Job) -> bool:
     return isinstance(job, FullJob) and any(map(is_embedding_module, job.modules))
 
 
-def _saves_head(job: Job) -> bool:
-    return isinstance(job, FullJob) and any(map(is_head_module, job.modules))
-
-
 def _task_type(config: Mapping[str, Any] | None) -> str | None:
     """``CAUSAL_LM`` for a causal language model. For other tasks, PEFT would expect heads among the saved modules."""
-    architectures = (config or {}).get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return None
-    return "CAUSAL_LM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else None
+    return "CAUSAL_LM" if architecture_of(config or {}).endswith(("ForCausalLM", "LMHeadModel")) else None

@@ -74,7 +74,7 @@ def passes(rows: int, columns: int, rank: int) -> int:
 
 def memory_bytes(rows: int, columns: int, rank: int) -> int:
     """Return the RAM that decomposing takes besides the matrix and the tiles, in bytes."""
-    factors = 2 * (rows + columns) * rank * 4
+    factors = 3 * (rows + columns) * rank * 4
     if is_exact(rows, columns):
         side = min(rows, columns)
         return factors + _FLOAT * (5 * rows * columns + 3 * side * (rows + columns) + 6 * side * side)

@@ -73,8 +73,9 @@ class JobRunner:
             a, b = factors.right, factors.left
             if job.layer in (Layer.EMBEDDING, Layer.TRANSPOSED):
                 a, b = factors.left.T, factors.right.T
-            for factor in (a, b):
-                append(np.ascontiguousarray(factor).data.cast("B"))
+            padding = job.stored_rank - job.rank
+            for factor, zeros in ((a, ((0, padding), (0, 0))), (b, ((0, 0), (0, padding)))):
+                append(np.ascontiguousarray(np.pad(factor, zeros) if padding else factor).data.cast("B"))
         method = "exact" if is_exact(job.rows, job.columns) else "randomized"
         norm = math.sqrt(factors.squares)
         shape = job.pair.shape

@@ -25,7 +25,15 @@ from ...cost.machine import CACHED_SHARE, available_ram, make_budget, memory_rem
 from ...cost.process_size import size_key
 from ...execute.ledger import Ledger
 from ...execute.measurements import Progress
-from .adapter_files import StoredFactor, adapter_config, final_names, header_bytes, reserved_header, tensors_of_job
+from .adapter_files import (
+    StoredFactor,
+    adapter_config,
+    final_names,
+    header_bytes,
+    missing_experts,
+    reserved_header,
+    tensors_of_job,
+)
 from .execution import JobRunner, start_workers
 from .memory import divide_memory
 from .opening import OpenedModels, missing_in_model, open_models
@@ -222,14 +230,18 @@ class Extraction:
                 f"{self.models.model.name} and {self.models.base.name} are equal in everything that the options "
                 "select: there is nothing to extract"
             )
-        header = header_bytes(final_names(self.jobs, stored), self._start)
-        config = adapter_config(self.models.described, self.options.rank, self.jobs, list(map(bool, stored)))
-        parts = zip(self.jobs, stored, strict=True)
+        changed = list(map(bool, stored))
+        config = adapter_config(self.models.described, self.options.rank, self.jobs, changed)
+        prefix = self.models.described.prefix
+        zeros = [each for n in missing_experts(self.jobs, changed) for each in tensors_of_job(self.jobs[n], prefix)]
+        header = header_bytes([*final_names(self.jobs, stored), *zeros], self._start)
+        staging.append_zeros(sum(each.nbytes for each in zeros))
+        parts = zip(self.jobs, changed, strict=True)
         result = ExtractedAdapter(
             self.out,
             matrices_of(records),
             tuple(name for record in records for name in record.get("saved", ())),
-            sum(len(job.pairs) for job, tensors in parts if not tensors),
+            sum(len(job.pairs) for job, each in parts if not each),
             self.models.targets.excluded,
             left_out,
             staging.nbytes,
@@ -265,6 +277,11 @@ class Extraction:
             yield self._remark
         if missing := missing_in_model(self.models.pairing):
             yield missing
+        if self.models.tie is not None and self.models.tie.embedding in {job.pair.name for job in self.matrices}:
+            yield (
+                "BASE ties its head to the embedding: PEFT applies the factors to both, but its merge_and_unload adds "
+                "them twice; to merge with PEFT, extract without --embed"
+            )
         for reason in dict.fromkeys(reason for _, reason in left_out):
             names = [name for name, each in left_out if each == reason]
             yield f"changed, but not in the adapter ({reason}): {plural(len(names), 'tensor')}, {listed(names)}"

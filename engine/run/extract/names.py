@@ -55,19 +55,33 @@ def is_transposed(module: str, config: Mapping[str, Any] | None) -> bool:
     return kind in _TRANSPOSED_TYPES and _TRANSPOSED.fullmatch(module.rpartition(".")[2]) is not None
 
 
+def has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture in a config.json is a model with a head: not a bare ``BertModel`` or ``LlamaModel``."""
+    architecture = architecture_of(config)
+    return bool(architecture) and (not architecture.endswith("Model") or architecture.endswith("LMHeadModel"))
+
+
+def tied_head(config: Mapping[str, Any]) -> str:
+    """The module of a head that is tied to the embedding, and therefore not stored; empty if PEFT can't tie adapters.
+
+    In encoder-decoder models, and in the heads of masked language models, more than two modules share the matrix.
+    """
+    architecture = architecture_of(config)
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return ""
+    if config.get("is_encoder_decoder") is True:
+        return ""
+    return "embed_out" if str(config.get("model_type")).startswith("gpt_neox") else "lm_head"
+
+
 def module_prefix(checkpoint: Checkpoint) -> str:
     """The prefix that the modules of the loaded model have, and the checkpoint's names lack; empty as a rule.
 
     ``gpt2`` stores ``h.0.attn.c_attn.weight``. The class in its config.json, ``GPT2LMHeadModel``, loads that as
     ``transformer.h.0.attn.c_attn``, and an adapter for this class needs the latter name.
     """
-    architectures = (checkpoint.config or {}).get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return ""
-    architecture = str(architectures[0])
-    if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
-        return ""
-    expected = expected_embeddings(architecture)
+    config = checkpoint.config or {}
+    expected = expected_embeddings(architecture_of(config)) if has_head(config) else ()
     names = checkpoint.tensors
     if any(name in names for name in expected if not name.startswith(_BARE)):
         return ""
@@ -76,3 +90,14 @@ def module_prefix(checkpoint: Checkpoint) -> str:
         if not name.startswith(_BARE) and rest in names:
             return f"{prefix}."
     return ""
+
+
+def in_loaded_model(name: str, prefix: str) -> str:
+    """The name of a module or tensor in the loaded model; a head is outside of the base model with the prefix."""
+    return name if is_head(name) or is_head_module(name) else f"{prefix}{name}"
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first architecture of a config.json; empty without one."""
+    found = config.get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else ""

@@ -16,13 +16,13 @@ from ....io.units import listed
 from ...model.experts.mapping import NamedCheckpoint, in_layout_of
 from ...model.layers import find_layers
 from ...model.open import is_remote, open_named
-from ...model.roles import is_head
+from ...model.roles import is_buffer, is_head, tied_embedding
 from ..diff.pairs import Opened, Pairing, pair_tensors
 from ..diff.parts import with_names_of
 from .adapter_files import BaseModel
-from .names import module_of, module_prefix
+from .names import has_head, module_of, module_prefix, tied_head
 from .options import ExtractOptions
-from .targets import LeftOut, Targets, find_targets
+from .targets import LeftOut, Targets, Tie, find_targets
 
 _SHOWN = 3
 
@@ -37,6 +37,7 @@ class OpenedModels:
         pairing: tensors of both, the base model first.
         targets: what is to be done with the tensors.
         described: what adapter_config.json says about the base model.
+        tie: tied head of the base model; None if its head has a matrix of its own, or it has none.
     """
 
     base: Opened
@@ -44,6 +45,7 @@ class OpenedModels:
     pairing: Pairing
     targets: Targets
     described: BaseModel
+    tie: Tie | None
 
     @property
     def stamps(self) -> FileStamps:
@@ -100,18 +102,25 @@ def open_models(model: str | os.PathLike[str], base: str | os.PathLike[str], opt
     pairing = pair_tensors(ours, theirs)
     _check_layers(ours, theirs)
     config = ours.checkpoint.config
-    tied = _is_tied(ours)
-    targets = find_targets(pairing.pairs, options, config, tied=tied)
+    tie = _find_tie(ours, pairing)
+    targets = find_targets(pairing.pairs, options, config, tie)
     targets = _with_unpaired(targets, pairing, ours, theirs, options)
     weights = frozenset(
         module_of(pair.name)[0] for pair in pairing.pairs if pair.name.endswith(".weight") and len(pair.a.shape) > 1
     )
-    described = BaseModel(reference.path, reference.revision, config, module_prefix(ours.checkpoint), tied, weights)
+    described = BaseModel(
+        reference.path,
+        reference.revision,
+        config,
+        module_prefix(ours.checkpoint),
+        tie is not None and not tie.stored,
+        weights,
+    )
     if not targets.jobs:
         raise CheckpointError(
             f"{ours.name} and {theirs.name} have no tensor that the options select: check --include and --exclude"
         )
-    return OpenedModels(ours, theirs, pairing, targets, described)
+    return OpenedModels(ours, theirs, pairing, targets, described, tie)
 
 
 def _check_layers(base: Opened, model: Opened) -> None:
@@ -134,11 +143,23 @@ def _layer_counts(model: Opened) -> Mapping[str, int]:
     return {stack.prefix: stack.count for stack in layers.mains}
 
 
-def _is_tied(base: Opened) -> bool:
-    """Whether the base model ties its head to its embedding: it says so, or it stores no head."""
+def _find_tie(base: Opened, pairing: Pairing) -> Tie | None:
+    """Return the tied head of the base model; None if its head has a matrix of its own, or it has none.
+
+    It is tied if config.json says so, or if the architecture has a head and the checkpoint doesn't.
+    """
     config: Mapping[str, Any] = base.checkpoint.config or {}
     stated = config.get("tie_word_embeddings")
-    return stated if isinstance(stated, bool) else not any(is_head(name) for name in base.checkpoint.tensors)
+    heads = [name for name in base.checkpoint.tensors if is_head(name)]
+    if stated is False or (heads and stated is not True) or not has_head(config):
+        return None
+    names = [pair.name for pair in pairing.pairs]
+    stored = next((name for name in names if is_head(name)), "")
+    embedding = tied_embedding(stored or "lm_head.weight", names)
+    if embedding is None:
+        return None
+    head = tied_head(config)
+    return Tie(embedding, stored or (f"{head}.weight" if head else ""), bool(stored))
 
 
 def _with_unpaired(targets: Targets, pairing: Pairing, base: Opened, model: Opened, options: ExtractOptions) -> Targets:
@@ -168,6 +189,5 @@ def _in_words(reason: str) -> str:
 
 def missing_in_model(pairing: Pairing) -> str:
     """The sentence about tensors that only the base model has; empty if there are none."""
-    if not pairing.only_in_a:
-        return ""
-    return f"only in BASE, so the adapter does not change them: {listed(pairing.only_in_a)}"
+    missing = [name for name in pairing.only_in_a if not is_buffer(name)]
+    return f"only in BASE, so the adapter does not change them: {listed(missing)}" if missing else ""

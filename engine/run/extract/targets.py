@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from math import prod
 from typing import Any
@@ -64,12 +64,21 @@ class MatrixJob:
         module: name of the module in the base model's checkpoint.
         layer: kind of the module.
         rank: rank of the factors.
+        stored_rank: rank of the factors in the file. Those of experts are padded with zeros to one rank, since PEFT
+            joins them.
     """
 
     pair: Difference
     module: str
     layer: Layer
     rank: int
+    stored_rank: int
+
+    @property
+    def experts(self) -> str:
+        """The prefix of the experts that the matrix belongs to, such as ``model.layers.0.mlp.experts``; else empty."""
+        match = _EXPERTS.search(self.module)
+        return self.module[: match.end() - 1] if match else ""
 
     @property
     def rows(self) -> int:
@@ -135,8 +144,28 @@ class Targets:
     excluded: int
 
 
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """The head of a base model that shares the matrix of its embedding.
+
+    Args:
+        embedding: name of the embedding.
+        head: name of the head; empty if PEFT can't give an adapter to both, as in encoder-decoder models.
+        stored: whether one of the models stores the head. If not, the adapter keeps both tied.
+    """
+
+    embedding: str
+    head: str
+    stored: bool
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the embedding can have factors that PEFT applies to the head, too, which it does for this name."""
+        return not self.stored and module_of(self.embedding)[0].rpartition(".")[2] == "embed_tokens"
+
+
 def find_targets(
-    pairs: Sequence[Pair], options: ExtractOptions, config: Mapping[str, Any] | None, *, tied: bool
+    pairs: Sequence[Pair], options: ExtractOptions, config: Mapping[str, Any] | None, tie: Tie | None
 ) -> Targets:
     """Divide pairs of tensors into jobs.
 
@@ -144,63 +173,68 @@ def find_targets(
         pairs: tensors of the base model and of the model, in that order.
         options: options of the extraction.
         config: content of the base model's config.json.
-        tied: whether the base model ties its head to its embedding.
+        tie: tied head and embedding of the base model; None if the head has a matrix of its own.
     """
-    differences = _differences(pairs, tied=tied)
+    differences = [Difference(pair.name, pair.a, pair.b) for pair in pairs]
     selected = [each for each in differences if options.selects(each.name)]
-    left_out: list[LeftOut] = []
     jobs: list[Job] = []
+    left_out: list[LeftOut] = []
+    full: list[FullJob] = []
     rest: dict[str, list[Difference]] = defaultdict(list)
+    tied = {} if tie is None else {each.name: each for each in selected if each.name in (tie.embedding, tie.head)}
+    if tie is not None and tied:
+        if not tie.head:
+            reason = "PEFT can't keep the embeddings of this architecture tied"
+            left_out += [LeftOut(each, each.name, reason) for each in tied.values()]
+        elif options.embed and tie.embedding in tied and tie.has_factors:
+            jobs.append(_matrix_job(tied[tie.embedding], Layer.EMBEDDING, options.rank))
+        else:
+            full.append(_tied_job(tie, tied))
     for pair in selected:
-        if pair.elements == 0:
+        if pair.elements == 0 or pair.name in tied:
             continue
-        layer = _layer(pair, options, config, tied=tied)
+        layer = _layer(pair, options, config)
         if layer is None:
             rest[module_of(pair.name)[0]].append(pair)
         else:
-            module = module_of(pair.name)[0]
-            rank = min(options.rank, pair.shape[0], prod(pair.shape[1:]))
-            jobs.append(MatrixJob(pair, module, layer, rank))
-    found, without = _full_jobs(rest, {job.module for job in jobs if isinstance(job, MatrixJob)}, differences)
-    if options.low_rank_only:
-        without += [LeftOut(pair, pair.name, "--low-rank-only") for job in found for pair in job.pairs]
-    else:
-        jobs += found
+            jobs.append(_matrix_job(pair, layer, options.rank))
+    matrices = {job.module for job in jobs if isinstance(job, MatrixJob)}
+    found, without = _full_jobs(rest, matrices, differences)
+    full += found
     left_out += without
+    if options.low_rank_only:
+        stored = {each.name for each in differences}
+        saved = (pair for job in full for pair in job.pairs if pair.name in stored)
+        left_out += [LeftOut(pair, pair.name, "--low-rank-only") for pair in saved]
+    else:
+        jobs += full
     jobs.sort(key=lambda job: (job.pairs[0].base.file, job.pairs[0].base.offset))
     return Targets(tuple(jobs), tuple(left_out), len(differences) - len(selected))
 
 
-def _differences(pairs: Sequence[Pair], *, tied: bool) -> list[Difference]:
-    """The tensors to compare. A head of a tied base model is compared with the embedding of its own model."""
-    models = {pair.name: pair.b for pair in pairs}
-    found = []
-    for pair in pairs:
-        each = Difference(pair.name, pair.a, pair.b)
-        if tied and is_head_module(module_of(pair.name)[0]):
-            embedding = pair.tied_to or _embedding_like(pair, pairs)
-            each = replace(each, base=models.get(embedding, pair.a))
-        found.append(each)
-    return found
+def _matrix_job(pair: Difference, layer: Layer, rank: int) -> MatrixJob:
+    module = module_of(pair.name)[0]
+    possible = min(rank, pair.shape[0], prod(pair.shape[1:]))
+    return MatrixJob(pair, module, layer, possible, rank if _EXPERTS.search(module) else possible)
 
 
-def _embedding_like(head: Pair, pairs: Sequence[Pair]) -> str:
-    """The embedding with the shape of a head that the base model stores although it is tied; empty if none."""
-    for pair in pairs:
-        module = module_of(pair.name)[0]
-        if pair.a.shape == head.a.shape and is_embedding_module(module):
-            return pair.name
-    return ""
+def _tied_job(tie: Tie, tied: Mapping[str, Difference]) -> FullJob:
+    """The job that saves an embedding and the head that is tied to it. PEFT needs both in the file, even if equal."""
+    embedding = tied.get(tie.embedding)
+    pairs = [tied[name] for name in (tie.embedding, tie.head) if name in tied]
+    if embedding is not None and not tie.stored:
+        pairs.append(Difference(tie.head, embedding.base, embedding.model))
+    return FullJob(tuple(module_of(pair.name)[0] for pair in pairs), tuple(pairs))
 
 
-def _layer(pair: Difference, options: ExtractOptions, config: Mapping[str, Any] | None, *, tied: bool) -> Layer | None:
+def _layer(pair: Difference, options: ExtractOptions, config: Mapping[str, Any] | None) -> Layer | None:
     """The kind of module whose difference gets factors; None for a tensor that does not."""
     module, leaf = module_of(pair.name)
     dimensions = len(pair.shape)
     if leaf != "weight" or not module or dimensions < 2 or is_buffer(pair.name, pair.shape) or not _is_float(pair):
         return None
     if is_head_module(module):
-        return Layer.LINEAR if options.embed and not tied and dimensions == 2 else None
+        return Layer.LINEAR if options.embed and dimensions == 2 else None
     if is_embedding_module(module):
         return Layer.EMBEDDING if options.embed and dimensions == 2 else None
     if is_router(module):
