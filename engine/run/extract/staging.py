@@ -12,6 +12,7 @@ the finished one. A record says how much of it is durable:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -209,14 +210,16 @@ class AdapterStaging:
     def end(self) -> bool:
         """End a run that has failed, and release OUT. Return whether OUT keeps anything."""
         try:
-            self.commit()
-        except MergeloomError:  # the error that ended the run counts
-            self._pending.clear()
-        kept = bool(self.records) or self._journal is None
-        if not kept:
-            self.out.abandon()
-        self.close()
-        return kept
+            with contextlib.suppress(MergeloomError):  # the error that ended the run counts
+                self.commit()
+            kept = any(record["nbytes"] for record in self.records)
+            if self._journal is None:  # the run has changed nothing
+                kept = self.out.lock.journal is not None
+            if not kept:
+                self.out.abandon()
+            return kept
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close all files, and release OUT."""

@@ -40,16 +40,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_attention_heads=4,
         max_position_embeddings=32,
     ),
-    "vit": lambda: transformers.ViTConfig(
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=8,
-    ),
 }
-CLASSES: dict[str, Any] = {"bert": transformers.AutoModel, "vit": transformers.AutoModel}
+CLASSES: dict[str, Any] = {"bert": transformers.AutoModel}
 """The classes that load the families that are not causal language models."""
 
 
@@ -81,11 +73,8 @@ def save_pair(directory: Path, family: str, *, scale: float = 0.02, dtype: torch
     model.save_pretrained(directory / "tuned")
 
 
-def outputs(family: str, model: Model) -> torch.Tensor:
+def outputs(model: Model) -> torch.Tensor:
     """The logits or hidden states of a model for a fixed input."""
     with torch.no_grad():
-        if family == "vit":
-            pixels = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
-            return torch.as_tensor(model(pixel_values=pixels)[0])
         tokens = torch.arange(20).reshape(2, 10) * 7 % VOCABULARY
         return torch.as_tensor(model(input_ids=tokens)[0])

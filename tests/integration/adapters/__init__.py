@@ -1,0 +1,1 @@
+"""Adapters, from models to files that PEFT loads."""

@@ -1,0 +1,1 @@
+"""Tests of extracting adapters, part by part."""
