@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from tests.support.command_line import COMMAND, run
 from tests.support.extraction.matrices import noise, save_models
 from tests.support.faults import Fail, Kill, Stopped, watching
 from tests.support.outputs import digests
+from tests.support.waiting import wait_until
 
 Models = tuple[Path, Path]
 
@@ -95,6 +94,19 @@ def test_killed_again_and_again(models: Models, expected: dict[str, str], tmp_pa
     assert digests(out) == expected
 
 
+def kill_when(command: list[str], out: Path, nbytes: int) -> None:
+    """Run a command until its unfinished weights have a size in bytes, and kill it with SIGKILL."""
+    process = subprocess.Popen(command)
+    weights = out / WORK / "out" / "adapter_model.safetensors"
+
+    def reached() -> bool:
+        return process.poll() is not None or (weights.exists() and weights.stat().st_size >= nbytes)
+
+    wait_until(reached)
+    process.kill()
+    process.wait()
+
+
 def test_a_killed_process_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     base = {f"model.layers.{layer}.q_proj.weight": noise(layer, 600, 700) for layer in range(12)}
     pair = save_models(tmp_path, base, {name: noise(20, 600, 700, 0.1) for name in base})
@@ -103,13 +115,7 @@ def test_a_killed_process_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path / "expected"), *options], check=True)
     out = tmp_path / "out"
     for parts in (2, 5, 9):
-        process = subprocess.Popen([*command, str(out), *options])
-        size = parts * 8 * 1300 * 4
-        weights = out / WORK / "out" / "adapter_model.safetensors"
-        while process.poll() is None and not (weights.exists() and weights.stat().st_size >= size):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when([*command, str(out), *options], out, parts * 8 * 1300 * 4)
     subprocess.run([*command, str(out), *options], check=True)
     assert digests(out) == digests(tmp_path / "expected")
 

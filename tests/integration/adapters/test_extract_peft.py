@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import mergeloom
@@ -158,3 +159,26 @@ def test_bfloat16_models(tmp_path: Path) -> None:
     found: dict[str, Any] = merged(fresh("qwen2", tmp_path / "base", tmp_path / "out")).state_dict()
     for name, tensor in load("qwen2", tmp_path / "tuned").state_dict().items():
         assert (found[name] - tensor).abs().max() <= 1e-6, name
+
+
+def test_a_saved_module_whose_name_ends_another_name(tmp_path: Path) -> None:
+    """PEFT saves all modules whose name ends like an entry: ``norm`` is the end of ``input_layernorm``."""
+    save_pair(tmp_path, "llama")
+    for each in ("base", "tuned"):
+        file = tmp_path / each / "model.safetensors"
+        tensors = {n.removeprefix("model."): t for n, t in load_file(file).items() if n != "lm_head.weight"}
+        if each == "tuned":
+            same = load_file(tmp_path / "base" / "model.safetensors")
+            tensors |= {name: tensor for name, tensor in same.items() if "layernorm" in name}
+        save_file(tensors, file, {"format": "pt"})
+        config = json.loads((tmp_path / each / "config.json").read_text())
+        (tmp_path / each / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    result = mergeloom.extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=FULL_RANK)
+    assert {"norm.weight", "layers.0.input_layernorm.weight"} <= set(result.saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = transformers.AutoModel.from_pretrained(tmp_path / "base")
+        found = outputs(peft.PeftModel.from_pretrained(loaded, tmp_path / "out"))
+    assert result.left_out == ()
+    expected = outputs(transformers.AutoModel.from_pretrained(tmp_path / "tuned"))
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
