@@ -32,18 +32,15 @@ def extract_lora(
 ) -> ExtractedAdapter:
     """Extract a LoRA adapter from a fine-tuned model and its base, or resume an interrupted extraction.
 
-    PEFT loads the adapter. While matrices are decomposed, each call of numpy's BLAS uses one thread, in the complete
-    process.
+    While it runs, each call of numpy's BLAS uses one thread, in the complete process.
 
     Args:
-        model: fine-tuned model: a directory, a .safetensors or PyTorch file, an index, or a Hub id, whose missing files
-            are downloaded.
+        model: fine-tuned model: a directory, a file of weights, an index, or a Hub id, whose files are downloaded.
         base: model that it was fine-tuned from.
         out: directory of the adapter: new, empty, or with an unfinished extraction of the same models and options.
         rank: rank of the factors; less for matrices with a shorter side.
         embed: whether embeddings and the head get factors, too, rather than being saved in full.
-        low_rank_only: whether to leave out everything without factors: changed norms and biases, and embeddings
-            without `embed`.
+        low_rank_only: whether to leave out everything without factors, such as changed norms and biases.
         include: regular expressions; only tensors whose name one of them finds are extracted.
         exclude: regular expressions; tensors whose name one of them finds are left out.
         seed: seed of the randomized SVD of large matrices.
@@ -53,37 +50,19 @@ def extract_lora(
         notify: callback for progress, called with the bytes read so far, from any thread.
         say: callback for messages, such as how much is downloaded.
 
-    Returns:
-        The adapter, with the error of each matrix.
-
     Raises:
-        CheckpointError: a model is missing or damaged, has NaN or infinite values, is quantized in an unknown format,
-            or was not fine-tuned from `base`.
-        BudgetError: the extraction exceeds the budget.
-        DiskSpaceError: the disk is too small for the adapter.
-        EnvironmentFailure: reading, writing or downloading failed.
-        UsageError: an argument is invalid, or `out` has other files.
+        MergeloomError: the extraction failed; the same call resumes. See `Extraction`.
     """
     from .engine.run.extract.extraction import Extraction
     from .engine.run.extract.options import ExtractOptions
     from .engine.run.merge import fetch
 
-    options = ExtractOptions(
-        checked_number("rank", rank),
-        embed=embed,
-        low_rank_only=low_rank_only,
-        include=checked_texts("include", include),
-        exclude=checked_texts("exclude", exclude),
-        seed=checked_number("seed", seed),
-    )
-    extraction = Extraction(
-        checked_path("model", model),
-        checked_path("base", base),
-        checked_path("out", out),
-        options,
-        max_ram=checked_limit("max_ram", max_ram),
-        threads=checked_threads(threads),
-    )
+    texts = checked_texts("include", include), checked_texts("exclude", exclude)
+    numbers = checked_number("rank", rank), checked_number("seed", seed)
+    options = ExtractOptions(numbers[0], embed, low_rank_only, *texts, numbers[1])
+    paths = checked_path("model", model), checked_path("base", base), checked_path("out", out)
+    limits = checked_limit("max_ram", max_ram), checked_threads(threads)
+    extraction = Extraction(*paths, options, max_ram=limits[0], threads=limits[1])
     tell = say or (lambda text: None)
     fetch(() if extraction.complete else extraction.downloads, tell)
     return extraction.run(notify, tell, restart=restart)

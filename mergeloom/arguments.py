@@ -9,7 +9,6 @@ from typing import SupportsIndex
 
 from .errors import UsageError
 from .io.sizes import Limit, parse_limit, parse_size
-from .methods import one_or_several
 
 Size = int | str
 """A number of bytes, or a string such as ``32GiB``."""

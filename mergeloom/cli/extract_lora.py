@@ -79,7 +79,7 @@ def extract_lora(
     target = TargetFile("--report", report) if report is not None else None
     from ..engine.run.extract.extraction import Extraction
     from ..engine.run.extract.options import ExtractOptions
-    from ..report.extract import extraction_sections
+    from ..report.adapters.extract import extraction_sections
     from ..report.sections import load_rich, show
     from .signals import StopSignals
 
@@ -100,7 +100,7 @@ def extract_lora(
 def _run(extraction: Extraction, *, restart: bool, quiet: bool) -> ExtractedAdapter:
     """Download what is missing, and extract, with the progress on stderr."""
     from ..engine.run.merge import fetch
-    from ..report.extract import extraction_headline
+    from ..report.adapters.extract import extraction_headline
     from ..report.progress import Display
 
     if (files := extraction.downloads) and not extraction.complete:

@@ -94,7 +94,7 @@ def divide_memory(
 
 
 def _smallest(job: MatrixJob) -> int:
-    """The least memory that a matrix can be decomposed in, in bytes. An exact SVD needs all of it."""
+    """The least memory that a matrix can be decomposed in, in bytes. An exact SVD needs all of the matrix."""
     exact = passes(job.rows, job.columns, job.rank) == 1
     rows = job.rows if exact else min(TILE_ROWS, job.rows)
     return memory_bytes(job.rows, job.columns, job.rank) + rows * job.columns * _DELTA

@@ -11,6 +11,7 @@ from ....errors import CheckpointError
 from ....io.checkpoint.identity import file_identity
 from ....io.hub.repository import HubFile
 from ....io.reading import FileStamps
+from ....io.tensors.assembled import files_of
 from ....io.tensors.refs import TensorRef
 from ....io.units import listed
 from ...model.experts.mapping import NamedCheckpoint, in_layout_of
@@ -72,9 +73,10 @@ class OpenedModels:
         return tuple(file for file in found.values() if not file.present)
 
     def identities(self) -> dict[str, dict[str, str]]:
-        """Return the identity of each file of both models, by name. Reads samples of the files."""
+        """Return the identity of each file that is read, by model and name. Reads samples of the files."""
+        used = {file for ref in self.refs for file in files_of(ref)}
         return {
-            key: {file.name: file_identity(file) for file in model.checkpoint.files}
+            key: {file.name: file_identity(file) for file in model.checkpoint.files if file in used}
             for key, model in (("model", self.model), ("base", self.base))
         }
 

@@ -1,7 +1,7 @@
 """Stages an adapter's weights in OUT, job by job, with a journal; resumes after a kill; publishes the finished adapter.
 
 Jobs are executed one after another, and the tensors of each are appended to the file. So the file is always a prefix of
-the finished one. A record says how much of it is durable:
+the finished one. Each record says that the bytes of a job are durable:
 
     job       number of the job
     nbytes    number of bytes that it has appended; 0 if nothing has changed

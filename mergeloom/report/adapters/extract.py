@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..engine.run.extract.decompose import is_exact
-from ..engine.run.extract.extraction import Extraction
-from ..engine.run.extract.result import ExtractedAdapter, MatrixResult
-from ..io.units import data_size, listed, memory_size, plural
-from .sections import Grid, Section
+from ...engine.run.extract.decompose import is_exact
+from ...engine.run.extract.extraction import Extraction
+from ...engine.run.extract.result import ExtractedAdapter, MatrixResult
+from ...io.units import data_size, listed, memory_size, plural
+from ..sections import Grid, Section
 
 _SHOWN = 5
 """Number of matrices in the summary: those with the largest errors."""
