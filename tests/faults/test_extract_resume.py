@@ -259,9 +259,31 @@ def test_a_source_that_changes_during_the_run_is_an_error(
     decompose = execution.decompose
 
     def touched(*arguments: object) -> object:
+        factors = decompose(*arguments)  # type: ignore[arg-type]
         os.utime(file, (1, 1))
-        return decompose(*arguments)  # type: ignore[arg-type]
+        return factors
 
     monkeypatch.setattr(execution, "decompose", touched)
     with pytest.raises(CheckpointError, match="was changed during the"):
         extract((copied, models[1]), tmp_path / "out")
+    monkeypatch.undo()
+    said: list[str] = []
+    extract((copied, models[1]), tmp_path / "out", say=said.append)
+    assert said == ["source files were written to or replaced since the extraction began: it starts over"]
+
+
+def test_a_terminated_command_says_that_it_resumes(tmp_path: Path) -> None:
+    base = {f"model.layers.{layer}.q_proj.weight": noise(layer, 600, 700) for layer in range(40)}
+    pair = save_models(tmp_path, base, {name: noise(20, 600, 700, 0.1) for name in base})
+    out = tmp_path / "out"
+    command = [*COMMAND, "extract-lora", *map(str, pair), str(out), "--rank", "64", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    weights = out / WORK / "out" / "adapter_model.safetensors"
+    wait_until(lambda: weights.exists() and weights.stat().st_size > 3 * 64 * 1300 * 4)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 143, errors
+    assert f"stopped: finished work is kept in {out}; run the same command again to resume" in errors
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0
+    assert "parts already extracted and checked" in resumed.stderr

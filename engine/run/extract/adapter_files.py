@@ -23,7 +23,7 @@ _HEADER_LENGTH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class StoredFactor:
+class AdapterTensor:
     """A tensor of the adapter's file.
 
     Args:
@@ -46,13 +46,13 @@ class StoredFactor:
         return [self.name, self.dtype, list(self.shape)]
 
     @classmethod
-    def from_json(cls, entry: Sequence[Any]) -> StoredFactor:
+    def from_json(cls, entry: Sequence[Any]) -> AdapterTensor:
         """Return the tensor that the journal stores."""
         name, dtype, shape = entry
         return cls(name, dtype, tuple(shape))
 
 
-def tensors_of_job(job: Job, prefix: str) -> tuple[StoredFactor, ...]:
+def tensors_of_job(job: Job, prefix: str) -> tuple[AdapterTensor, ...]:
     """Return the tensors that a job writes if something has changed, in their order in the file.
 
     Args:
@@ -61,7 +61,7 @@ def tensors_of_job(job: Job, prefix: str) -> tuple[StoredFactor, ...]:
     """
     if isinstance(job, FullJob):
         return tuple(
-            StoredFactor(PREFIX + in_loaded_model(pair.name, prefix), pair.model.dtype.name, pair.shape)
+            AdapterTensor(PREFIX + in_loaded_model(pair.name, prefix), pair.model.dtype.name, pair.shape)
             for pair in job.pairs
         )
     start = PREFIX + in_loaded_model(job.module, prefix)
@@ -75,7 +75,7 @@ def tensors_of_job(job: Job, prefix: str) -> tuple[StoredFactor, ...]:
     else:
         ones = (1,) * (len(rest) - 1)
         a, b = ("lora_A.weight", (job.stored_rank, *rest)), ("lora_B.weight", (first, job.stored_rank, *ones))
-    return tuple(StoredFactor(f"{start}.{name}", "F32", shape) for name, shape in (a, b))
+    return tuple(AdapterTensor(f"{start}.{name}", "F32", shape) for name, shape in (a, b))
 
 
 def reserved_header(jobs: Iterable[Job], prefix: str) -> int:
@@ -91,7 +91,7 @@ def reserved_header(jobs: Iterable[Job], prefix: str) -> int:
     return _HEADER_LENGTH + -(-size // 64) * 64
 
 
-def header_bytes(tensors: Iterable[StoredFactor], reserved: int) -> bytes:
+def header_bytes(tensors: Iterable[AdapterTensor], reserved: int) -> bytes:
     """Return the first `reserved` bytes of the file, for tensors that follow one after another."""
     entries, offset = {}, 0
     for tensor in tensors:
@@ -104,7 +104,7 @@ def header_bytes(tensors: Iterable[StoredFactor], reserved: int) -> bytes:
 _METADATA = {"__metadata__": {"format": "pt"}}
 
 
-def _entry(tensor: StoredFactor, start: int, end: int) -> dict[str, Any]:
+def _entry(tensor: AdapterTensor, start: int, end: int) -> dict[str, Any]:
     return {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
 
 
@@ -129,7 +129,7 @@ class BaseModel:
     weights: frozenset[str]
 
 
-def final_names(jobs: Sequence[Job], stored: Sequence[Sequence[StoredFactor]]) -> list[StoredFactor]:
+def final_names(jobs: Sequence[Job], stored: Sequence[Sequence[AdapterTensor]]) -> list[AdapterTensor]:
     """Return the tensors of the file under the names that PEFT loads them by.
 
     PEFT replaces a module that has factors by one that contains it as ``base_layer``, also in the name of its bias.
@@ -139,12 +139,12 @@ def final_names(jobs: Sequence[Job], stored: Sequence[Sequence[StoredFactor]]) -
         stored: tensors that each job has written.
     """
     wrapped = {job.module for job, tensors in zip(jobs, stored, strict=True) if isinstance(job, MatrixJob) and tensors}
-    found: list[StoredFactor] = []
+    found: list[AdapterTensor] = []
     for job, tensors in zip(jobs, stored, strict=True):
         is_bias = isinstance(job, FullJob) and not job.modules
         if tensors and is_bias and module_of(job.pairs[0].name)[0] in wrapped:
             module, leaf = module_of(tensors[0].name)
-            tensors = (StoredFactor(f"{module}.base_layer.{leaf}", tensors[0].dtype, tensors[0].shape),)
+            tensors = (AdapterTensor(f"{module}.base_layer.{leaf}", tensors[0].dtype, tensors[0].shape),)
         found += tensors
     return found
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
 from ..diff.values import Floats
-from .deltas import Delta
+from .deltas import TILE_COLUMNS, TILE_ROWS, Delta
 
 EXACT_SIDE = 512
 """The longest shorter side of a matrix that is decomposed exactly."""
@@ -24,6 +24,8 @@ EXACT_ELEMENTS = 1 << 20
 EXTRA_COLUMNS = 16
 """Columns of a sketch beyond the rank, at least; half of the rank if that is more."""
 POWER_ITERATIONS = 3
+_ROWS = 1024
+"""Number of rows of signs that are made at a time."""
 _FLOAT = 8
 """Size of a float64 in bytes."""
 
@@ -84,7 +86,8 @@ def memory_bytes(rows: int, columns: int, rank: int) -> int:
 
 def product_bytes(rows: int, columns: int, rank: int) -> int:
     """Return the RAM of the product of one tile, in bytes."""
-    return 0 if is_exact(rows, columns) else sketch_columns(rows, columns, rank) * max(256, 2048) * _FLOAT
+    height = max(TILE_ROWS, TILE_COLUMNS)
+    return 0 if is_exact(rows, columns) else sketch_columns(rows, columns, rank) * height * _FLOAT
 
 
 def decompose(delta: Delta, rank: int, seed: int, name: str) -> Factors | None:
@@ -165,7 +168,3 @@ def _signs(seed: int, name: str, rows: int, columns: int) -> Floats:
         np.multiply(bits[:, :columns], 2.0, out=signs[first : first + count])
     signs -= 1.0
     return signs
-
-
-_ROWS = 1024
-"""Number of rows of signs that are made at a time."""

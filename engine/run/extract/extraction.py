@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from ....errors import CheckpointError, Interrupted, UsageError
+from ....io.counters import IoCounters
 from ....io.output.directory import OutputDirectory
 from ....io.output.lock import Content, classify, refuse_occupied
 from ....io.reading import Reader, stat_fingerprints
@@ -26,7 +28,7 @@ from ...cost.process_size import size_key
 from ...execute.ledger import Ledger
 from ...execute.measurements import Progress
 from .adapter_files import (
-    StoredFactor,
+    AdapterTensor,
     adapter_config,
     final_names,
     header_bytes,
@@ -111,7 +113,8 @@ class Extraction:
         self._job_bytes = [self.memory.bytes_read(job) for job in self.jobs]
         self.bytes_to_read = sum(self._job_bytes) + sum(map(self.memory.bytes_read, targets.left_out))
         self._start = reserved_header(self.jobs, self.models.described.prefix)
-        self._bytes_read = self._earlier = 0
+        self._earlier = 0
+        self._counters = IoCounters()
         self._notify: Notify = lambda progress: None
         self._ledger = Ledger()
 
@@ -166,7 +169,7 @@ class Extraction:
                 directory.close()
                 say(f"{self.out} is already complete, nothing to do")
                 return self._finished(facts)
-            staging = AdapterStaging(directory, facts, self._start)
+            staging = AdapterStaging(directory, facts, self.models.current_stamps(), self._start)
             try:
                 return self._run(staging, say, restart=restart)
             except BaseException as error:
@@ -176,7 +179,7 @@ class Extraction:
                 raise
 
     def _run(self, staging: AdapterStaging, say: Callable[[str], None], *, restart: bool) -> ExtractedAdapter:
-        done = staging.begin(self.max_nbytes, restart=restart)
+        done = staging.begin(self.max_nbytes, say, restart=restart)
         if done:
             self._earlier = sum(self._job_bytes[:done])
             say(f"resuming: {done} of {len(self.jobs)} parts already extracted and checked")
@@ -190,7 +193,7 @@ class Extraction:
             ):
                 runner = JobRunner(self.models, self.options, memory, workers, ledger)
                 for job in self.jobs[done:]:
-                    staging.append(lambda append, job=job: runner.run(job, append))  # type: ignore[misc]
+                    staging.append(partial(runner.run, job))
                 left_out = tuple(runner.left_out())
         finally:
             reader.close()
@@ -198,8 +201,8 @@ class Extraction:
         return self._publish(staging, left_out)
 
     def _count(self, nbytes: int) -> None:
-        self._bytes_read += nbytes
-        self._notify(Progress(self._earlier + self._bytes_read, bytes_earlier=self._earlier))
+        self._counters.add(read=nbytes)
+        self._notify(Progress(self._earlier + self._counters.bytes_read, bytes_earlier=self._earlier))
 
     def _check_unchanged(self) -> None:
         """Check that no source file has changed since its header was read."""
@@ -207,7 +210,7 @@ class Extraction:
         read = {file for ref in self.models.refs for file in files_of(ref)}
         for file, stamp in stat_fingerprints(read & stamps.keys()).items():
             if stamp != stamps[file]:
-                raise CheckpointError(f"{file} was changed during the extraction: start over with --restart")
+                raise CheckpointError(f"{file} was changed during the extraction: run the same command again")
 
     # --- the result --------------------------------------------------------------------------------------------
 
@@ -224,7 +227,7 @@ class Extraction:
     def _publish(self, staging: AdapterStaging, left_out: tuple[tuple[str, str], ...]) -> ExtractedAdapter:
         """Write the header and the other files, and publish the adapter."""
         records = staging.records
-        stored = [[StoredFactor.from_json(entry) for entry in record["tensors"]] for record in records]
+        stored = [[AdapterTensor.from_json(entry) for entry in record["tensors"]] for record in records]
         if not any(stored):
             raise CheckpointError(
                 f"{self.models.model.name} and {self.models.base.name} are equal in everything that the options "
@@ -264,7 +267,7 @@ class Extraction:
         """Add the measurements and the warnings of this run."""
         return replace(
             result,
-            bytes_read=self._bytes_read,
+            bytes_read=self._counters.bytes_read,
             max_ram=self.max_ram,
             peak_ram=self.memory.peak,
             peak_rss=process_memory().peak,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ....errors import CheckpointError
 from ....io.checkpoint.identity import file_identity
 from ....io.hub.repository import HubFile
-from ....io.reading import FileStamps
+from ....io.reading import FileStamps, stat_fingerprints
 from ....io.tensors.assembled import files_of
 from ....io.tensors.refs import TensorRef
 from ....io.units import listed
@@ -72,13 +73,24 @@ class OpenedModels:
         found = {file.path: file for checkpoint in remote for file in needed_files(checkpoint, refs)}
         return tuple(file for file in found.values() if not file.present)
 
-    def identities(self) -> dict[str, dict[str, str]]:
-        """Return the identity of each file that is read, by model and name. Reads samples of the files."""
+    @property
+    def files(self) -> dict[str, dict[str, Path]]:
+        """The files that are read, by model (``model``, ``base``) and name."""
         used = {file for ref in self.refs for file in files_of(ref)}
         return {
-            key: {file.name: file_identity(file) for file in model.checkpoint.files if file in used}
+            key: {file.name: file for file in model.checkpoint.files if file in used}
             for key, model in (("model", self.model), ("base", self.base))
         }
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Return the identity of each file that is read, like `files`. Reads samples of the files."""
+        return {key: {name: file_identity(file) for name, file in files.items()} for key, files in self.files.items()}
+
+    def current_stamps(self) -> dict[str, list[int]]:
+        """Return the stamp of each file that is read as it is now, by model and name."""
+        files = {f"{key}/{name}": file for key, files in self.files.items() for name, file in files.items()}
+        stamps = stat_fingerprints(files.values())
+        return {name: list(stamps[file]) for name, file in files.items()}
 
     @property
     def remarks(self) -> Iterator[str]:

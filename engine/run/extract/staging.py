@@ -46,13 +46,18 @@ class AdapterStaging:
     Args:
         out: the locked output directory.
         facts: everything that determines the bytes.
+        stamps: stamps of the source files, by name. If they have changed, an unfinished adapter is not resumed: parts
+            could come from two versions of a file.
         start: position of the first tensor in the file in bytes.
     """
 
-    def __init__(self, out: OutputDirectory, facts: Mapping[str, Any], start: int) -> None:
+    def __init__(
+        self, out: OutputDirectory, facts: Mapping[str, Any], stamps: Mapping[str, list[int]], start: int
+    ) -> None:
         self.out = out
         self.records: list[dict[str, Any]] = []
         self.facts = facts
+        self._stamps = stamps
         self._start = self._end = start
         self._path = out.stage / WEIGHTS
         self._descriptor = -1
@@ -65,11 +70,12 @@ class AdapterStaging:
         """Size of the file with the tensors of all finished jobs, in bytes."""
         return self._end
 
-    def begin(self, nbytes: int, *, restart: bool) -> int:
+    def begin(self, nbytes: int, say: Callable[[str], None], *, restart: bool) -> int:
         """Create the file, or recover the jobs of an earlier run. Return the number of finished jobs.
 
         Args:
             nbytes: size of the largest possible file in bytes.
+            say: function that is called with messages.
             restart: whether to discard the jobs of an earlier run.
 
         Raises:
@@ -83,6 +89,10 @@ class AdapterStaging:
             found = None
         if found is not None:
             self._refuse_other(found)
+            if found.facts.get("stamps") != self._stamps:
+                say("source files were written to or replaced since the extraction began: it starts over")
+                out.start_over()
+                found = None
         with translating_os_errors(out.path, "preparing the output"):
             if found is not None:
                 unpublish_files(out.lock)
@@ -100,7 +110,8 @@ class AdapterStaging:
             for directory in (out.stage, out.work, out.path):
                 sync_directory(directory)
             out.sync_parents()
-            self._journal = Journal(out.lock.journal_path, self.facts, self.records)
+            facts = {**self.facts, "stamps": self._stamps}
+            self._journal = Journal(out.lock.journal_path, facts, self.records)
         return len(self.records)
 
     def _refuse_other(self, found: JournalContent) -> None:
