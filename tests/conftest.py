@@ -122,6 +122,7 @@ LONG = (
     "tests/faults/test_extract_resume.py::test_a_killed_process",
     "tests/faults/test_extract_resume.py::test_a_terminated_command",
     "tests/faults/test_extract_resume.py::test_killed",
+    "tests/faults/test_extract_resume.py::test_the_power",
     "tests/faults/test_faults.py::test_killed",
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[dare_ties",
     "tests/faults/test_resume.py::test_everything_that_may_change_changes_nothing[linear",

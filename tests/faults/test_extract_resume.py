@@ -18,7 +18,7 @@ from mergeloom.errors import DiskSpaceError, Interrupted, UsageError
 from mergeloom.io.output.lock import WORK
 from tests.support.command_line import COMMAND, run
 from tests.support.extraction.matrices import noise, save_models
-from tests.support.faults import Fail, Kill, Stopped, watching
+from tests.support.faults import Disk, Fail, Kill, Stopped, watching
 from tests.support.outputs import digests
 from tests.support.waiting import wait_until
 
@@ -239,6 +239,7 @@ def test_a_merge_and_an_extraction_refuse_the_unfinished_work_of_each_other(mode
     recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {models[0]}}}]\n")
     ended = run("merge", recipe, out)
     assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert "holds an unfinished extraction of an adapter, not a merge" in ended.stderr
     with watching(Kill(25)), pytest.raises(Stopped):
         mergeloom.merge(recipe, tmp_path / "merge")
     assert (tmp_path / "merge" / WORK / "journal").exists()
@@ -270,6 +271,20 @@ def test_a_source_that_changes_during_the_run_is_an_error(
     said: list[str] = []
     extract((copied, models[1]), tmp_path / "out", say=said.append)
     assert said == ["source files were written to or replaced since the extraction began: it starts over"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_power_fails_after_any_call(models: Models, expected: dict[str, str], tmp_path: Path, share: float) -> None:
+    for after in range(4, 120, 7):
+        root = tmp_path / f"root{after}"
+        root.mkdir()
+        disk = Disk(root, after)
+        if not stopped(models, root / "out", disk):
+            assert after > 40
+            break
+        disk.lose(random.Random(after), share)
+        extract(models, root / "out")
+        assert digests(root / "out") == expected, after
 
 
 def test_a_terminated_command_says_that_it_resumes(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ _WITH_OTHERS = frozenset(("alpha", "scalar", "w_norm", "b_norm", "diff", "diff_b
 """Components that the other tensors of an adapter have."""
 _WITH_WEIGHTS = frozenset(("base_layer", "parametrizations"))
 """Components of the names of models that contain the weights that their adapters change."""
+_PEFT = "base_model.model."
+"""Beginning of all names of PEFT's adapters, also of tensors that they save in full."""
 _IP_ADAPTER = ("image_proj.", "ip_adapter.")
 _RANKS = re.compile(
     r"\.(?:lora_down|lora_A|lora_a|lora_embedding_A|hada_w1_b|lokr_w2_b|lokr_w1_b|lora\.down|\w+_lora\.down"
@@ -109,7 +111,9 @@ def find_adapter(tensors: Mapping[str, TensorRef]) -> Adapter | None:
     present = components(tensors)
     if all(_KOHYA.match(name) for name in tensors):
         return _describe(tensors, {name: name.partition(".")[0] for name in tensors}, present, "LyCORIS")
-    if (ADAPTER_PARTS.isdisjoint(present) and "lora" not in present) or not _WITH_WEIGHTS.isdisjoint(present):
+    if ADAPTER_PARTS.isdisjoint(present) and "lora" not in present:
+        return None
+    if not _WITH_WEIGHTS.isdisjoint(present) and any(map(_holds_weight, tensors)):
         return None
     own: dict[str, str] = {}  # module by tensor
     others = 0
@@ -118,7 +122,7 @@ def find_adapter(tensors: Mapping[str, TensorRef]) -> Adapter | None:
         place = next((at for at, part in enumerate(split) if _is_adapter_part(split, at, part)), None)
         if place is not None:
             own[name] = ".".join(split[: place + (split[place].endswith("_lora"))])
-        elif not _WITH_OTHERS.isdisjoint(split):
+        elif not _WITH_OTHERS.isdisjoint(split) or name.startswith(_PEFT):
             others += 1
     if not own or 2 * (len(own) + others) <= len(tensors):
         return None
@@ -128,6 +132,11 @@ def find_adapter(tensors: Mapping[str, TensorRef]) -> Adapter | None:
 def is_textual_inversion(names: Iterable[str]) -> bool:
     """Whether tensors are the embeddings of a textual inversion."""
     return all(name in _EMBEDDING_NAMES or (name[:1] == "<" and name[-1:] == ">") for name in names)
+
+
+def _holds_weight(name: str) -> bool:
+    """Whether a tensor is a weight that an adapter changes; an adapter can have the bias next to it."""
+    return not _WITH_WEIGHTS.isdisjoint(name.split(".")) and not name.endswith(".base_layer.bias")
 
 
 def _is_adapter_part(split: list[str], at: int, part: str) -> bool:

@@ -1,1 +1,1 @@
-"""Adapters, from models to files that PEFT loads."""
+"""Models with adapters, end to end."""

@@ -195,3 +195,12 @@ def test_the_report_has_the_error_of_each_matrix(tmp_path: Path) -> None:
     assert "retained energy" in ended.stdout
     again = run("extract-lora", model, origin, tmp_path / "again", "--rank", 3, "--report", tmp_path / "report.json")
     assert again.returncode == 0, again.stderr  # its own report is replaced
+
+
+def test_inspect_recognizes_the_adapter(tmp_path: Path) -> None:
+    """It has factors, biases next to them, and modules that are saved in full."""
+    mergeloom.extract_lora(fine_tuned_encoder_dir(), encoder_dir(), tmp_path / "out", rank=4, exclude=["embeddings"])
+    ended = run("inspect", tmp_path / "out", "--json")
+    assert ended.returncode == 0, ended.stderr
+    content = json.loads(ended.stdout)["content"]
+    assert (content["kind"], content["adapter"]["kind"], content["adapter"]["ranks"]) == ("adapter", "LoRA", [4])

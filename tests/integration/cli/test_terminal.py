@@ -106,7 +106,7 @@ def test_options_of_mergekit(stack: Path, tmp_path: Path) -> None:
         (("config.yml", "out", "--cuda"), "to merge, use `mergeloom merge config.yml out --cuda`"),
         (("mrege", "config.yml"), "did you mean `merge`?"),
         (("version",), "use `mergeloom --version`"),
-        (("frobnicate",), "the commands are diff, inspect, merge, methods, plan, stack, verify"),
+        (("frobnicate",), "the commands are diff, extract-lora, inspect, merge, methods, plan, stack, verify"),
     ],
 )
 def test_an_unknown_command_names_the_right_one(arguments: tuple[str, ...], advice: str) -> None:
