@@ -56,6 +56,11 @@ def look(model: os.PathLike[str], out: str) -> None:
     others: tuple[mergeloom.NotCompared, ...] = diff.not_compared
     total: mergeloom.Similarity = diff.total
     print(inspection, verdict, unverified, diff, len(tensors), others, total.cosine)
+    adapter: mergeloom.ExtractedAdapter = mergeloom.extract_lora(
+        model, out, f"{out}-adapter", rank=8, include=["proj"], max_ram="4GiB", notify=show, say=print
+    )
+    matrices: tuple[mergeloom.MatrixResult, ...] = adapter.matrices
+    print(adapter.error, matrices)
     stack: mergeloom.Recipe = mergeloom.stack(
         model, window=[2, 3], step=1, repeat=2, dtype="float32", exact=True, warn=print
     )
