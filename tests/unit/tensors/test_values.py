@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from mergeloom.engine.model.formats.registry import tensors_of
 from mergeloom.engine.model.logical import (
     Decode,
     LogicalTensor,
@@ -18,12 +20,15 @@ from mergeloom.engine.model.logical import (
 )
 from mergeloom.engine.model.values.columns import Another
 from mergeloom.engine.recipe.types import ModelReference
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
 from mergeloom.io.tensors.dtypes import BF16, DTYPES, F32
 from mergeloom.io.tensors.refs import TensorRef
 from mergeloom.io.tensors.table import TensorTable
 from mergeloom.methods.formats.scaled import FP8_BLOCKS
 from mergeloom.methods.kernel.access import BlockRows, Slice
 
+BYTES_OF_A_VALUE = 50
+"""The most memory that a value may take besides its name and its stored tensors, in bytes."""
 F8 = DTYPES["F8_E4M3"]
 SHAPES = {
     "norm": (BF16, (4,)),
@@ -152,3 +157,24 @@ def test_a_part_of_another_model_is_kept_as_it_is() -> None:
     assert tensors["norm"] == REFS["norm"]
     assert tensors.stored_rows(["a.weight"]) is None
     assert list(tensors) == list(SHAPES)
+
+
+def test_a_value_takes_a_few_bytes() -> None:
+    shapes = {"weight": (F8, (4, 6)), "weight_scale_inv": (F32, (2, 3))}
+    modules = [f"model.layers.{layer}.mlp.experts.{e}.up_proj" for layer in range(20) for e in range(100)]
+    refs = {
+        f"{module}.{end}": TensorRef(Path("m"), 8 * number, 24, *shapes[end])
+        for number, module in enumerate(modules)
+        for end in shapes
+    }
+    files = (Path("m"),)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
+    made = Checkpoint(Path("m"), TensorTable.of(refs), config, {}, files, ())
+    tensors_of(made)  # what is found once for a checkpoint's names
+    tracemalloc.start()
+    tensors = tensors_of(made)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(tensors, LogicalTensors)
+    assert list(tensors) == [f"{module}.weight" for module in modules]
+    assert used <= BYTES_OF_A_VALUE * len(modules)
