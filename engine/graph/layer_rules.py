@@ -1,4 +1,4 @@
-"""Adds the tensors of a layer to the graph: at once, if earlier layers have tensors of the same names and classes.
+"""Adds the tensors of a layer to the graph: those at once of which earlier layers have the same names and classes.
 
 Nearly all tensors of a mixture of experts are in such layers. What depends on the classes of the tensors alone is the
 same for all of them.
@@ -27,21 +27,29 @@ class _Stored(NamedTuple):
     """What the tensors of a layer are stored as in one model.
 
     Args:
-        classes: the class of each tensor.
+        classes: the class of each tensor; None if its parts are not in a table.
         tensors: the stored tensors: all parts of one tensor after those of another.
         firsts: for each tensor, the number of its first part in `tensors`.
     """
 
-    classes: Sequence[int]
+    classes: Sequence[int | None]
     tensors: StoredTensors
     firsts: Sequence[int]
+
+    def some(self, numbers: range) -> _Stored:
+        """The same of consecutive tensors of the layer."""
+        first, classes = self.firsts[numbers.start], self.classes[numbers.start : numbers.stop]
+        end = self.firsts[numbers.stop] if numbers.stop < len(self.firsts) else len(self.tensors.rows)
+        own = slice(first, end)
+        tensors = self.tensors._replace(names=self.tensors.names[own], rows=self.tensors.rows[own])
+        return _Stored(classes, tensors, [each - first for each in self.firsts[numbers.start : numbers.stop]])
 
 
 class _Layer(NamedTuple):
     """A layer whose nodes depend on the classes of its tensors, and otherwise only on its slice.
 
     Args:
-        keys: what the nodes of each tensor depend on.
+        keys: what the nodes of each tensor depend on; None if it depends on more than that.
         beginning: beginning of the names of the output tensors, up to the layer's number.
         rests: the rests of these names.
         names: the names, but for those of parts.
@@ -110,39 +118,61 @@ class LayerRules:
             group: group of the outputs (see `graph.Output`).
         """
         layer = None if self._tensors_from or part.is_copied else self._layer(part, tensors, sources)
-        if layer is not None and self._repeat(layer, group):
-            return
-        for number, (name, *own_names) in enumerate(zip(tensors.values(), *sources, strict=True)):
-            before, remarks = self._graph.counts(), self._rules.remarks
-            taken = self._tensors_from and self._tensors_from.add(self._rules, name, part.models, own_names, group)
-            if not taken:
-                self._rules.add(part, name, own_names, t, group, copied=part.is_copied)
-            # other parameters than constant ones differ between tensors
-            alike = part.parameters.constant is not None and remarks == self._rules.remarks
-            if layer is not None and alike and layer.keys[number] not in self._known:
-                self._learn(layer, number, before)
+        keys = repeat(None, len(tensors)) if layer is None else layer.keys
+        are_known = [key is not None and key in self._known for key in keys]
+        added = list(zip(tensors.values(), *sources, strict=True))
+        begin = 0
+        for is_known, run in groupby(are_known):
+            numbers = range(begin, begin := begin + len(list(run)))
+            if layer is not None and is_known and self._repeat(layer, numbers, group):
+                continue
+            for number in numbers:
+                self._add(part, added[number], t, group, layer, number)
 
-    def _repeat(self, layer: _Layer, group: int) -> bool:
-        """Add a layer if all of its tensors are as in earlier ones, and none of them is in the graph."""
-        known = [each for each in map(self._known.get, layer.keys) if each is not None]
-        tensors = [each.tensors for each in layer.sources]
-        if len(known) < len(layer.keys) or not all(map(self._graph.reads.are_new, tensors)):
+    def _add(
+        self,
+        part: BoundSlice,
+        names: tuple[str | None, ...],
+        t: float,
+        group: int,
+        layer: _Layer | None,
+        number: int,
+    ) -> None:
+        """Add the tensor with a number in its layer. `names` has its name in the output, and in each source."""
+        before, remarks = self._graph.counts(), self._rules.remarks
+        name, own_names = names[0] or "", names[1:]
+        taken = self._tensors_from and self._tensors_from.add(self._rules, name, part.models, own_names, group)
+        if not taken:
+            self._rules.add(part, name, own_names, t, group, copied=part.is_copied)
+        key = None if layer is None else layer.keys[number]
+        # other parameters than constant ones differ between tensors
+        alike = part.parameters.constant is not None and remarks == self._rules.remarks
+        if layer is not None and alike and key is not None and key not in self._known:
+            self._learn(layer, number, before)
+
+    def _repeat(self, layer: _Layer, numbers: range, group: int) -> bool:
+        """Add known tensors of a layer if none of them is in the graph; return whether they were added."""
+        known = [self._known[layer.keys[number]] for number in numbers]
+        sources = [each.some(numbers) for each in layer.sources]
+        tensors = [each.tensors for each in sources]
+        if not all(map(self._graph.reads.are_new, tensors)):
             return False
-        names = layer.names
+        names, rests_of = layer.names[numbers.start : numbers.stop], layer.rests[numbers.start : numbers.stop]
+        own_names = names
         if any(each.rests for each in known):  # the names of most tensors are in memory already
-            rests = [each.rests or (rest,) for each, rest in zip(known, layer.rests, strict=True)]
+            rests = [each.rests or (rest,) for each, rest in zip(known, rests_of, strict=True)]
             names = [intern(layer.beginning + rest) for own in rests for rest in own]
         if not self._rules.written.add_all(names):
             return False
         before = accumulate((len(each.rows) for each in tensors), initial=0)
-        starts = [[first + own for own in each.firsts] for first, each in zip(before, layer.sources, strict=False)]
+        starts = [[first + own for own in each.firsts] for first, each in zip(before, sources, strict=False)]
         order, end = list[int](), 0
         for parts, alike in groupby(known, attrgetter("parts")):
             begin, end = end, end + len(list(alike))
             columns = [[start + part for start in starts[source][begin:end]] for source, part in parts]
             order += chain.from_iterable(zip(*columns, strict=True))
         keys, node = dict[int, int](), 0
-        for name, each in zip(layer.names, known, strict=True) if self._random else ():
+        for name, each in zip(own_names, known, strict=True) if self._random else ():
             for number in each.random:
                 keys[node + number] = self._rules.random_key(name)
             node += len(each.piece.nodes)
@@ -188,9 +218,10 @@ class LayerRules:
         stored = [each for each in found if each is not None]
         if len(stored) < len(found) or len({each.tensors.model for each in stored}) < len(stored):
             return None
-        classes = [each.classes for each in stored]
-        keys = zip(repeat(part), rests, map(self._rules.dtypes.key, names), *classes, strict=False)
-        return _Layer(list(keys), beginning, rests, names, stored)
+        classes = zip(*[each.classes for each in stored], strict=True)
+        dtypes = map(self._rules.dtypes.key, names)
+        keys = zip(repeat(part), rests, dtypes, classes, strict=False)
+        return _Layer([None if None in key[-1] else key for key in keys], beginning, rests, names, stored)
 
 
 def _stored(model: Model, names: Sequence[str | None]) -> _Stored | None:

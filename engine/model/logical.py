@@ -26,12 +26,13 @@ class StoredRows(NamedTuple):
     """Where the parts of some tensors are in a table.
 
     Args:
-        classes: the class of each tensor: a negative number for values, or else that of the stored tensor in the table.
-        rows: rows of all parts, one tensor after another.
+        classes: the class of each tensor: a negative number for values, or else that of the stored tensor in the table;
+            None for values with parts elsewhere.
+        rows: rows of all parts, one tensor after another, but for those of such values.
         firsts: for each tensor, the number of the row of its first part.
     """
 
-    classes: list[int]
+    classes: list[int | None]
     rows: list[int]
     firsts: list[int]
 
@@ -124,16 +125,16 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
             yield from ((self.table.classes[number], count) for number, count in found.items())
 
     def stored_rows(self, names: Iterable[str]) -> StoredRows | None:
-        """Return where the parts of some tensors are in the table; None if some are not in it."""
+        """Return where the parts of some tensors are in the table; None if there is no table."""
         values, found = self._values, StoredRows([], [], [])
         if self.table is None:
             return None
         for name in names:
             number = values.number(name)
-            if number in values.elsewhere:
-                return None
             found.firsts.append(len(found.rows))
-            if number < 0:
+            if number in values.elsewhere:
+                found.classes.append(None)
+            elif number < 0:
                 found.rows.append(self.table.row(self._plain(name)))
                 found.classes.extend(self.table.class_numbers(found.rows[-1:]))
             else:

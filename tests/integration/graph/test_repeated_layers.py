@@ -119,9 +119,9 @@ def columns(graph: MergeGraph) -> dict[str, Any]:
     }
 
 
-REPEATED = {pair: 5, other_shards: 5, random_masks: 5, other_layers: 2, stages: 10, stack: 2}
-"""The number of layers that are added at once; none in other recipes."""
-RECIPES: list[Callable[[Path], Any]] = [*REPEATED, unused_model, buffers, neighbours, gradient]
+REPEATED = {pair: 5, other_shards: 5, random_masks: 5, other_layers: 10, buffers: 10, stages: 10, stack: 2}
+"""How often consecutive tensors of a layer are added at once; never in other recipes."""
+RECIPES: list[Callable[[Path], Any]] = [*REPEATED, unused_model, neighbours, gradient]
 
 
 @pytest.mark.parametrize("write", RECIPES, ids=lambda write: write.__name__)

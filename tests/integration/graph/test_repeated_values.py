@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import pytest
 
 from mergeloom.engine.graph.graph import MergeGraph
 from mergeloom.engine.graph.layer_rules import LayerRules
+from mergeloom.engine.model.formats import registry
+from mergeloom.engine.model.logical import LogicalTensor, Part
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
+from mergeloom.io.checkpoint.checkpoint import Checkpoint
+from mergeloom.methods.kernel.access import Slice
 from tests.support.models import Model, Shape, deepseek_v3, write_checkpoint
 
 CPU = Options(device="cpu", threads=2, max_ram=1 << 33)
@@ -185,15 +190,32 @@ def contents(graph: MergeGraph) -> Iterator[object]:
 def test_the_graph_is_that_of_tensors_that_are_added_one_by_one(
     name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = RECIPES[recipe](write(tmp_path, name))
-    at_once = plan(chosen, CPU)
-    monkeypatch.setattr(LayerRules, "_repeat", lambda *_: False)
-    one_by_one = plan(chosen, CPU)
+    compare(RECIPES[recipe](write(tmp_path, name)), monkeypatch, repeats=name != "bf16" and recipe != "copied")
+
+
+def test_tensors_next_to_values_whose_parts_are_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
+        for name, ref in checkpoint.tensors.items():
+            if name.endswith("q_a_layernorm.weight"):
+                part = Part(name, replace(ref, shape=(1, *ref.shape)), Slice(0, *ref.shape))
+                yield LogicalTensor(name, ref.shape, ref.dtype, (part,))
+
+    monkeypatch.setitem(registry.FORMATS, "test", find)
+    for recipe in (linear, ties):
+        compare(recipe(write(tmp_path / recipe.__name__, "fp8")), monkeypatch, repeats=True)
+
+
+def compare(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, repeats: bool) -> None:
+    """Compare the plan of a recipe with that of adding its tensors one by one."""
+    at_once = plan(recipe, CPU)
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerRules, "_repeat", lambda *_: False)
+        one_by_one = plan(recipe, CPU)
     for found, expected in zip(graphs(at_once), graphs(one_by_one), strict=True):
         assert not expected.repeats
         for mine, theirs in zip(contents(found), contents(expected), strict=True):
             assert mine == theirs
-    assert bool(graphs(at_once)[-1].repeats) == (name != "bf16" and recipe != "copied")
+    assert bool(graphs(at_once)[-1].repeats) == repeats
     headers = [[shard.header for shard in each.layout.shards] for each in (at_once, one_by_one)]
     assert headers[0] == headers[1]
     assert at_once.to_dict() == one_by_one.to_dict()
