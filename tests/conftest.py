@@ -112,6 +112,8 @@ LONG = (
     "tests/unit/torch_files/test_files.py::test_a_file_of_more_than_4_gib_has_64_bit_offsets",
     "tests/integration/adapters/test_extract_memory.py::test_the_",
     "tests/integration/adapters/test_extract_memory.py::test_planned_bytes_are_read_and_reserved_memory_is_within_the_plan[True-stored",
+    "tests/integration/adapters/test_extract_memory.py::test_planned_bytes_are_read_and_reserved_memory_is_within_the_plan[False-stored",
+    "tests/integration/adapters/test_extract_values.py::test_inspect_recognizes_the_adapter",
     "tests/integration/adapters/test_extract_memory.py::test_an_extraction_loads_no_torch",
     "tests/integration/adapters/test_extract_peft.py::test_a_complete_adapter_makes_the_fine_tune[bert",
     "tests/integration/adapters/test_extract_peft.py::test_a_complete_adapter_makes_the_fine_tune[llama tied",
