@@ -25,7 +25,9 @@ from mergeloom.methods.kernel.decoder import Decoder
 from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.fused.passes import FusedPass
 from mergeloom.methods.kernel.fused.run import Chunk
+from mergeloom.methods.kernel.kernel import Traceable
 from mergeloom.methods.kernel.spec import InputSpec
+from mergeloom.methods.kernel.survival import Compared
 
 ROWS, COLUMNS, CHUNKS = 128, 8192, 24
 BARS = {"FP8 blocks": 3.0, "FP8 blocks, to FP8 blocks": 6.0, "INT4": 4.0}
@@ -80,6 +82,7 @@ def loop(
     parameters: Mapping[str, float] | None = None,
     *,
     encoded: bool = False,
+    compared: bool = False,
 ) -> Callable[[], float]:
     """A function that merges all chunks of two models, and returns the seconds of CPU time.
 
@@ -88,6 +91,7 @@ def loop(
         parts: parts of one model.
         parameters: parameters of the decoder.
         encoded: whether the output is stored as FP8 blocks of 128 x 128 with scales in F32, and not as bfloat16.
+        compared: whether what rounding does to the difference from the first model is summed; see `survival`.
     """
     shape = (ROWS, COLUMNS)
     accesses, dtypes, shapes = zip(*parts, strict=True)
@@ -102,12 +106,16 @@ def loop(
                 Part(decoder.kernel(InputSpec(len(parts), None, shape, accesses, shapes), parameters or {}), places)
             )
             sources.append(~(len(stages) - 1))
-    linear = merge_methods()["linear"].kernel(InputSpec(2, None, shape), {"weight": (0.4, 0.6)})
+    method: Traceable = merge_methods()["linear"]
+    if compared and not encoded:
+        method = Compared(method, 0, "bfloat16")
+    linear = method.kernel(InputSpec(2, None, shape), {"weight": (0.4, 0.6)})
     stages.append(Part(linear, tuple(sources)))
     dtypes_out = ["BF16"]
     if encoded:
         given = {"rows": 128, "columns": 128, "scale_dtype": "F32", "power_of_two": False}
-        stages.append(Part(FP8_BLOCKS.kernel(InputSpec(1, None, shape), given), (~(len(stages) - 1),)))
+        merged = (~(len(stages) - 1), sources[0])[: 1 + compared]
+        stages.append(Part(FP8_BLOCKS.kernel(InputSpec(len(merged), None, shape), given), merged))
         dtypes_out = ["F8_E4M3", "F32"]
     kernel = Composition(InputSpec(2 * len(parts), None, shape, accesses * 2, shapes * 2), stages)
     compiled = Compiled(kernel, dtypes * 2, *dtypes_out)

@@ -51,5 +51,10 @@ def _encoded(value: Array, *, rows: int, columns: int, scale_dtype: str, power_o
     return clamp(single(value / scale), -LARGEST, LARGEST), scale
 
 
-FP8_BLOCKS = Encoder("FP8 encoding", _encoded, 2)
+def _decoded(codes: Array, scale: Array) -> Array:
+    """The value that a reader computes from codes and scales."""
+    return rounded(codes, "float8_e4m3fn") * scale
+
+
+FP8_BLOCKS = Encoder("FP8 encoding", _encoded, 2, _decoded)
 """Parameters: see `_encoded`."""

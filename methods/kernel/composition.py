@@ -10,8 +10,8 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .expression import Node, Trace, Type
-from .kernel import Kernel
+from .expression import Node, Trace, Type, inputs_of, reachable
+from .kernel import Kernel, depend_on
 from .spec import InputSpec
 
 
@@ -40,12 +40,16 @@ class Composition(Kernel):
     Args:
         inputs: leaves, which are read from files.
         parts: kernels in topological order.
+        byproducts: whether the by-products of the last part are computed, if they need no leaf that no output needs.
     """
 
-    def __init__(self, inputs: InputSpec, parts: Sequence[Part]) -> None:
+    def __init__(self, inputs: InputSpec, parts: Sequence[Part], *, byproducts: bool = True) -> None:
         self.parts = tuple(parts)
         uses_shape = bool(inputs.accesses) or not all(part.kernel.any_shape for part in parts)
-        super().__init__(inputs, _composed(self.parts), parts[-1].kernel.bound, uses_shape=uses_shape)
+        outputs, found = _composed(self.parts)
+        used = {index for node in reachable(*outputs) for index in inputs_of(node)}
+        known = found if byproducts and depend_on(found, used) else ()
+        super().__init__(inputs, outputs, parts[-1].kernel.bound, uses_shape=uses_shape, byproducts=known)
 
     def resized(self, shape: tuple[int, ...]) -> Composition:
         """The same parts for tensors of another shape."""
@@ -70,16 +74,16 @@ class Composition(Kernel):
         parts = [
             replace(part, sources=tuple(moved.get(source, source) for source in part.sources)) for part in self.parts
         ]
-        kernel = Composition(self.inputs.selected(used), parts)
+        kernel = Composition(self.inputs.selected(used), parts, byproducts=bool(self.byproducts))
         kernel.traced, kernel.kept = self.traced, used
         return kernel
 
 
-def _composed(parts: Sequence[Part]) -> list[Node]:
-    """The outputs of the last part as expressions of the leaves."""
+def _composed(parts: Sequence[Part]) -> tuple[list[Node], list[Node]]:
+    """The outputs and the by-products of the last part as expressions of the leaves."""
     trace = Trace()
     results: list[Node] = []
-    outputs: list[Node] = []
+    rebuilt: list[Node] = []
     for part in parts:
         sources = [results[~source] if source < 0 else trace.load(source) for source in part.sources]
 
@@ -97,8 +101,11 @@ def _composed(parts: Sequence[Part]) -> list[Node]:
                 return trace.hash(index, stream or (part.key, part.positions[index]))
             return None
 
-        outputs = trace.rebuilt(part.kernel.outputs, leaf)
+        kernel = part.kernel
+        wanted = (*kernel.outputs, *kernel.byproducts) if part is parts[-1] else kernel.outputs[:1]
+        rebuilt = trace.rebuilt(wanted, leaf)
         if part.round_to is not None:
-            outputs = [trace.node("round", (each,), Type.NUMBER, value=part.round_to) for each in outputs]
-        results.append(outputs[0])
-    return outputs
+            rebuilt[0] = trace.node("round", (rebuilt[0],), Type.NUMBER, value=part.round_to)
+        results.append(rebuilt[0])
+    count = len(parts[-1].kernel.outputs)
+    return rebuilt[:count], rebuilt[count:]

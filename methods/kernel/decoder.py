@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .array import Array
+from .expression import Node
 from .kernel import Kernel
-from .language import Inputs, block_max, low_rank, next_power_of_two, rounded
+from .language import Inputs, block_max, low_rank, next_power_of_two, rounded, single
 from .method import traced
 from .spec import InputSpec
+from .survival import survival_sums
 
 __all__ = ["Decoder", "Encoder", "block_max", "low_rank", "next_power_of_two", "rounded"]
 
@@ -63,16 +66,29 @@ class Encoder:
             The first tensor has the value's shape. One that is computed from maxima of blocks alone, see `block_max`,
             has one element for each block.
         count: number of tensors.
+        decode: function from the arrays of all tensors to the value that a reader computes from them; None if the
+            encoder is never compared with a base.
     """
 
     name: str
     function: Callable[..., Any]
     count: int
+    decode: Callable[..., Array] | None = None
 
     def kernel(self, inputs: InputSpec, parameters: Mapping[str, Any]) -> Kernel:
-        """Trace the encoder for one value, which is the only input; see `Decoder.kernel`."""
+        """Trace the encoder; see `Decoder.kernel`.
+
+        Args:
+            inputs: the value, and the base's if it is to be compared with what is stored; see `survival`.
+            parameters: numbers that the format gives.
+        """
         inputs = replace(inputs, base=None)
         symbolic = Inputs(inputs)
-        name, count = f"encoder {self.name}", self.count
-        outputs = traced(name, self.function, symbolic.inputs, parameters, symbolic.trace, count)
-        return Kernel(inputs, outputs, (self, dict(parameters)))
+        value, *bases = symbolic.inputs
+        name, count, trace = f"encoder {self.name}", self.count, symbolic.trace
+        outputs = traced(name, self.function, [value], parameters, trace, count)
+        sums: tuple[Node, ...] = ()
+        if bases and self.decode is not None:
+            stored = self.decode(*(Array(node, trace) for node in outputs))
+            sums = survival_sums(trace, single(value).node, stored.node, bases[0].node)
+        return Kernel(inputs, outputs, (self, dict(parameters)), byproducts=sums)

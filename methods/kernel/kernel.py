@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Protocol
@@ -65,12 +65,14 @@ class Kernel:
         outputs: node of each tensor that is computed, with one number of the work dtype per element, or per block.
         bound: method and parameters that the kernel was traced from.
         uses_shape: whether the expressions are others for other shapes of the output.
+        byproducts: sums that no output depends on, over elements that are computed with the outputs; see `survival`.
 
     Attributes:
         output: node of the first tensor, which has one number per element.
         blocks: for each tensor, the blocks that it has one element for; None if it has one for each element.
         traced: inputs of the method, of which `inputs` may be a part.
         kept: index among the traced inputs of each input.
+        reduced: nodes of the reductions that the outputs depend on.
         unit: unit that tiles do not split.
         height: number of rows that tile boundaries are a multiple of, if the unit is not the element.
         alignment: number of elements that tile boundaries are a multiple of.
@@ -90,11 +92,13 @@ class Kernel:
         bound: tuple[Traceable, Mapping[str, Any]],
         *,
         uses_shape: bool = True,
+        byproducts: Sequence[Node] = (),
     ) -> None:
         self.inputs = self.traced = inputs
         self.kept = tuple(range(inputs.count))
         self.outputs = tuple(outputs)
         self.output = self.outputs[0]
+        self.byproducts = tuple(byproducts)
         self.blocks = tuple(blocks_of(node) if node.extent is Extent.BLOCK else None for node in self.outputs)
         self.bound = bound
         nodes = reachable(*self.outputs)
@@ -131,12 +135,12 @@ class Kernel:
             block = row_block(columns)
         elif self.unit is Unit.BLOCK_ROW:
             block = block_in_rows(self.height, columns)
-        for node in self.reduced:
+        for node in (*self.reduced, *self.byproducts):
             reduction: Reduction = node.value
             if hasattr(reduction, "sampled"):
                 reduction.sampled = _by_element(node.args[0])
             reduction.bind(block)
-        blocks = {node.value.block for node in self.reduced}
+        blocks = {node.value.block for node in (*self.reduced, *self.byproducts)}
         return math.lcm(*blocks or (BLOCK,)) if self.unit is Unit.ELEMENT else math.lcm(*blocks, self.height * columns)
 
     def written(self, number: int, first: int, count: int) -> tuple[int, int]:
@@ -183,12 +187,22 @@ class Kernel:
                 return trace.low_rank(used.index(left), used.index(right))
             return trace.hash(used.index(node.value[0])) if node.op == "hash" else None
 
-        outputs = trace.rebuilt(self.outputs, leaf)
-        kernel = Kernel(self.inputs.selected(used), outputs, self.bound, uses_shape=not self.any_shape)
+        known = self.byproducts if depend_on(self.byproducts, used) else ()
+        rebuilt = trace.rebuilt([*self.outputs, *known], leaf)
+        outputs, byproducts = rebuilt[: len(self.outputs)], rebuilt[len(self.outputs) :]
+        uses_shape = not self.any_shape
+        kernel = Kernel(
+            self.inputs.selected(used), outputs, self.bound, uses_shape=uses_shape, byproducts=byproducts
+        )
         kernel.traced, kernel.kept = self.traced, used
         return kernel
 
     # --- passes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def reduce_nodes(self) -> tuple[Node, ...]:
+        """The nodes of all reductions by their numbers: first those of `reduced`, then the by-products."""
+        return (*self.reduced, *self.byproducts)
 
     def active(self, index: int, state: State | None) -> tuple[int, ...]:
         """The numbers of the reductions that pass `index` continues."""
@@ -209,10 +223,11 @@ class Kernel:
         return self._passes[index][1]
 
     def program(self, active: tuple[int, ...] | None) -> Program:
-        """The program that computes the operands of some reductions, or the outputs if None."""
+        """The program that computes the operands of some reductions, or the outputs and the by-products if None."""
         program = self._programs.get(active)
         if program is None:
-            targets = list(self.outputs) if active is None else [self.reduced[number] for number in active]
+            outputs = [*self.outputs, *self.byproducts]
+            targets = outputs if active is None else [self.reduced[number] for number in active]
             program = self._programs[active] = Program(targets)
         return program
 
@@ -291,6 +306,11 @@ def _is_plain(value: Any, within: frozenset[int] = frozenset()) -> bool:
     if isinstance(value, BuiltinFunctionType):
         return isinstance(value.__self__, ModuleType)
     return value is None or isinstance(value, (bool, int, float, str, type))
+
+
+def depend_on(nodes: Sequence[Node], inputs: Collection[int]) -> bool:
+    """Whether nodes depend on no other inputs than these."""
+    return all(index in inputs for node in reachable(*nodes) for index in inputs_of(node))
 
 
 def _by_element(node: Node) -> bool:

@@ -100,7 +100,7 @@ def next_power_of_two(x: Array) -> Array:
 
 
 def rounded(x: Array, dtype: str) -> Array:
-    """Numbers rounded once to a dtype by its name in torch: bfloat16, float16, float32 or float64."""
+    """Numbers rounded once to a dtype by its name in torch: bfloat16, float16, float32, float64 or float8_e4m3fn."""
     node = x.trace.number(x.node)
     if node.extent is not Extent.BLOCK:
         node = _filled(node, x.trace)

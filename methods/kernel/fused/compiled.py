@@ -73,7 +73,8 @@ class Group:
             self.segment, self.width = columns, max(line, columns) if line else 0  # a vector is a row, and one column
         else:
             self.width = line * max(1, SEGMENT // line) if line else 0
-            self.segment = self.width or (SEGMENT if targets[0].reduction or self.fills else 0)
+            reduces = any(target.reduction for target in targets)
+            self.segment = self.width or (SEGMENT if reduces or self.fills else 0)
         sums = [target.reduction.block for target in targets if isinstance(target.reduction, Sum)]
         self.direct = self.segment == COLUMNS and not self.width and not any(block % COLUMNS for block in sums)
 
@@ -136,7 +137,9 @@ class Compiled:
         for number, node in enumerate(kernel.reduced):
             name = f"{'select' if isinstance(node.value, Selection) else 'reduce'}_{node.level}"
             targets.setdefault(name, []).append(Target(node.args[0], node.value, number))
+        byproducts = enumerate(kernel.byproducts, len(kernel.reduced))
         targets["output"] = [Target(node, number=~number) for number, node in enumerate(kernel.outputs)]
+        targets["output"] += [Target(node.args[0], node.value, number) for number, node in byproducts]
         return {name: Group(name, found, kernel, self.dtypes, self.outs) for name, found in targets.items()}
 
     # --- native code -------------------------------------------------------------------------------------------------

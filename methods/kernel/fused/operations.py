@@ -17,7 +17,9 @@ from .formats import decoded, encoded
 _PREDICATES = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 _ARITHMETIC = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
 _INTEGER = {"iadd": "add", "iand": "and", "ior": "or", "ishl": "shl", "ishr": "ashr"}
-_FORMAT_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_FORMAT_OF = {
+    "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3"
+}  # fmt: skip
 
 DECLARATIONS = "".join(
     f"declare {type} @llvm.{name}.{suffix}({type})\n"

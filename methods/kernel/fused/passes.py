@@ -28,6 +28,9 @@ class FusedPass:
         index: number of the pass; None for the pass that computes the output.
         state: state after the passes before it.
         scratch: scratch memory of the thread, at least `compiled.scratch` bytes, aligned to 64 bytes.
+
+    Attributes:
+        byproducts: partial result of each by-product for the chunk that was combined last.
     """
 
     def __init__(self, compiled: Compiled, index: int | None, state: State | None, scratch: Any) -> None:
@@ -37,6 +40,7 @@ class FusedPass:
         self._scratch = scratch
         self._active: tuple[int, ...] = () if index is None else self._kernel.active(index, state)
         self._first = index is not None and self._kernel.step(index) == 0
+        self.byproducts: list[list[float]] = []
 
     def combine(self, chunk: Chunk, *outs: Any) -> bool:
         """Write the elements of a chunk of each output to a buffer, rounded once; NaNs are the dtype's canonical NaN.
@@ -47,7 +51,10 @@ class FusedPass:
         run = self._run("output", chunk)
         for number, out in enumerate(outs):
             run.addresses["output", ~number] = address(out)
-        return run.compute()
+        beyond = run.compute()
+        first = len(self._kernel.reduced)
+        self.byproducts = [run.result(first + number) for number in range(len(self._kernel.byproducts))]
+        return beyond
 
     def reduce(self, chunk: Chunk) -> list[Any]:
         """The partial result of each reduction for a chunk; None for those that the pass does not continue."""

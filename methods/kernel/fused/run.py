@@ -149,7 +149,7 @@ class Run:
 
     def result(self, number: int) -> Any:
         """The partial result of a reduction."""
-        reduction, found = self._compiled.kernel.reduced[number].value, self._results[number]
+        reduction, found = self._compiled.kernel.reduce_nodes[number].value, self._results[number]
         if isinstance(reduction, Count):
             return int(found[0])
         if isinstance(reduction, (Sum, ColumnSum)):

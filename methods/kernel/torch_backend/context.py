@@ -32,7 +32,7 @@ class PassContext:
         self.kernel = kernel
         self.workspace = workspace
         self.sampling = sampling
-        self.partials: list[list[Any]] = [[] for _ in kernel.reduced]
+        self.partials: list[list[Any]] = [[] for _ in kernel.reduce_nodes]
         self._state = state
         self._constants: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 

@@ -28,6 +28,7 @@ class Pass:
 
     def __init__(self, kernel: Kernel, index: int | None, state: State | None, workspace: Workspace) -> None:
         self._reductions = [node.value for node in kernel.reduced]
+        self._byproducts = range(len(kernel.reduced), len(kernel.reduce_nodes))
         self._active = () if index is None else kernel.active(index, state)
         first = index is not None and kernel.step(index) == 0
         self._sampling = tuple(n for n in self._active if first and getattr(self._reductions[n], "sampled", False))
@@ -58,6 +59,10 @@ class Pass:
             self._collected(number, reduction) if number in self._active else None
             for number, reduction in enumerate(self._reductions)
         ]
+
+    def byproducts(self) -> list[list[float]]:
+        """The partial result of each by-product for all tiles that were combined. This waits for the device."""
+        return [torch.cat(self._context.partials[number]).tolist() for number in self._byproducts]
 
     # --- programs ----------------------------------------------------------------------------------------------------
 

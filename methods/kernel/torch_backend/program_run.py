@@ -48,14 +48,15 @@ class ProgramRun:
             for number in range(count)
         }
         self._rows: dict[int, list[Any]] = {}
-        reduced = owner.kernel.reduced
-        self._numbers = {id(reduced[number]): number for number in active or ()}
+        reduced = owner.kernel.reduce_nodes
+        numbers = range(len(owner.kernel.reduced), len(reduced)) if active is None else active
+        self._numbers = {id(reduced[number]): number for number in numbers}
         self._sums: dict[int, tuple[BlockSums, list[int]]] = {}
-        summed = [number for number in active or () if isinstance(reduced[number].value, Sum)]
+        summed = [number for number in numbers if isinstance(reduced[number].value, Sum)]
         for block in dict.fromkeys(reduced[number].value.block for number in summed):
-            numbers = [number for number in summed if reduced[number].value.block == block]
-            sums = BlockSums(len(numbers), tile.elements, block, owner.workspace, self._device)
-            self._sums[block] = sums, numbers
+            equal = [number for number in summed if reduced[number].value.block == block]
+            sums = BlockSums(len(equal), tile.elements, block, owner.workspace, self._device)
+            self._sums[block] = sums, equal
 
     def perform(self, instruction: Instruction) -> None:
         """Execute an instruction."""
