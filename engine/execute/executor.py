@@ -42,6 +42,7 @@ from .ledger import Ledger
 from .measurements import Measured
 from .memory import open_memory
 from .slot_allocator import SlotAllocator
+from .survival import SurvivalSums
 from .task_flow import TaskFlow
 from .task_lanes import LaneWork, TaskLanes
 from .tasks import ChunkTask, OutputChunk, ReadTask, Sink, Source
@@ -66,6 +67,7 @@ class Executor:
         allow_nonfinite: whether a NaN or an infinity is accepted in an input of a computed tensor.
         serial: whether to take no slot ahead of time; for tests.
         resident: see `SlotAllocator`.
+        survival: receives the by-products of kernels; None to drop them.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Executor:
         allow_nonfinite: bool = False,
         serial: bool = False,
         resident: Callable[[], int] | None = None,
+        survival: SurvivalSums | None = None,
     ) -> None:
         self.graph = graph
         self.schedule = schedule
@@ -93,6 +96,7 @@ class Executor:
         self._counters = self.measured.io
         self._source = source
         self._sink = sink
+        self._survival = survival
         self._serial = serial
         self._started = False
         self._changed = threading.Condition(threading.Lock())
@@ -271,7 +275,11 @@ class Executor:
             views = [self._arena.view(cached.slot, cached.nbytes) for cached in task.inputs]
             self._runner.compare(task, views, self._output(task.outputs[0]))
         else:
-            overflowed = self._runner.combine(thread, task, self._flow.nodes[task.node].reducer.state)
+            outcome = self._runner.combine(thread, task, self._flow.nodes[task.node].reducer.state)
+            overflowed = outcome.overflowed
+            if self._survival is not None and outcome.byproducts:
+                first, size = self.schedule.span(self.graph, task.node, task.chunk)
+                self._survival.add(task.node, first, size, outcome.byproducts)
             for output in task.outputs if device.separate else ():
                 task.marker = device.download(thread, output.on_device, self._output(output))
         with self._changed:

@@ -12,6 +12,7 @@ from .devices.base import Device, OutOfDeviceMemory
 from .executor import Executor
 from .ledger import Ledger
 from .measurements import Measured
+from .survival import SurvivalSums
 from .tasks import Sink, Source
 
 SPARE = 0.9
@@ -31,6 +32,7 @@ def run_graph(
     counters: IoCounters | None = None,
     ledger: Ledger | None = None,
     resident: Callable[[], int] | None = None,
+    survival: SurvivalSums | None = None,
 ) -> Measured:
     """Execute a schedule.
 
@@ -46,6 +48,7 @@ def run_graph(
         counters: counters of the bytes read and written; new ones if None.
         ledger: ledger in which the buffers are reserved; one of its own if None.
         resident: function that measures the process's resident memory in bytes, see `SlotAllocator`.
+        survival: receives the by-products of kernels; None to drop them.
 
     Raises:
         MergeloomError: the first error of any lane.
@@ -63,6 +66,7 @@ def run_graph(
             ledger=ledger,
             allow_nonfinite=allow_nonfinite,
             resident=resident,
+            survival=survival,
         )
         try:
             measured = executor.run(notify)

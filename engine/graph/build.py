@@ -143,6 +143,7 @@ def build_graph(
     *,
     seed: int = 0,
     intermediate: bool = False,
+    compares: bool = False,
 ) -> BuiltGraph:
     """Build the graph of one stage of a recipe.
 
@@ -154,12 +155,13 @@ def build_graph(
         seed: seed for methods that sample.
         intermediate: whether the output is an input of other stages, which is not rounded to the stage's `dtype`, only
             to an explicit `out_dtype`.
+        compares: whether outputs of 16 bits are compared with the base; see `TensorRules`.
 
     Raises:
         RecipeError: if the recipe refers to layers or parts that the models don't have.
         CheckpointError: if the models are incompatible.
     """
-    builder = _GraphBuilder(recipe, stage, methods, open_model, seed, intermediate=intermediate)
+    builder = _GraphBuilder(recipe, stage, methods, open_model, seed, intermediate=intermediate, compares=compares)
     try:
         return builder.build()
     except TensorMismatch as error:
@@ -183,14 +185,14 @@ class _GraphBuilder:
         seed: int,
         *,
         intermediate: bool,
+        compares: bool,
     ) -> None:
         self.recipe = recipe
         decodes = intermediate and stage.dtype is not None
         self.stage = stage = replace(stage, dtype=None) if intermediate else stage
         self.warnings: list[ModelWarning] = []
         sources = dict.fromkeys(stage_inputs(stage))
-        base = stage.base_model
-        named = (each.model for each in stage.tensors_from)
+        base, named = stage.base_model, (each.model for each in stage.tensors_from)
         references = dict.fromkeys((*sources, *(() if base is None else (base,)), *named))
         self.models = open_models(references, open_model, stage)
         self.sources = self.models[: len(sources)]
@@ -215,7 +217,7 @@ class _GraphBuilder:
         self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
         owners = {reference: model.number for reference, model in by_reference.items()}
         given = stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors, owners
-        self.rules = TensorRules(*given, intermediate=intermediate, decodes=decodes)
+        self.rules = TensorRules(*given, intermediate=intermediate, decodes=decodes, compares=compares)
         self.layer_rules = LayerRules(self.graph, self.rules, self.tensors_from if stage.tensors_from else None)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
@@ -324,9 +326,8 @@ class _GraphBuilder:
         chosen = self.non_layer.get(key)
         part = chosen or part
         names = [self.modules.name_in(module, model, name) for model in part.models]
-        if self.tensors_from.add(self.rules, name, part.models, names, self._group, copied=chosen is not None):
-            return
-        if self.usage.drop_ema_copy(name, part.models, names):
+        taken = self.tensors_from.add(self.rules, name, part.models, names, self._group, copied=chosen is not None)
+        if taken or self.usage.drop_ema_copy(name, part.models, names):
             return
         if is_head(name):
             names = [

@@ -90,12 +90,34 @@ def _kept(graph: MergeGraph, nodes: Sequence[int], outputs: Set[int]) -> set[int
 
 def _users_of(graph: MergeGraph, nodes: Sequence[int], outputs: Set[int]) -> dict[int, list[int]]:
     """Return for each node the nodes that use it and that an output is computed from."""
-    users = graph.users_among(nodes)
+    users = _needing(graph, nodes)
     live = {other for node in outputs for other in graph.results_with(node)}
     for node in reversed(nodes):
         if not live.isdisjoint(users.get(node, ())):
             live.add(node)
     return {node: [user for user in mine if user in live] for node, mine in users.items() if node in live}
+
+
+def _needing(graph: MergeGraph, nodes: Sequence[int]) -> Mapping[int, list[int]]:
+    """Return the users of nodes among these, without those that only compare their output with a node."""
+    comparing = {number for number, operation in enumerate(graph.operations) if _only_compared(operation)}
+    if not comparing:
+        return graph.users_among(nodes)
+    found: dict[int, list[int]] = {}
+    for node, users in graph.users_among(nodes).items():
+        for user in users:
+            operation = graph.operation(user)
+            ignored = _only_compared(operation) if graph.node_operation[user] in comparing else frozenset()
+            sources = graph.node_sources[user]
+            if any(value == ~node and place not in ignored for place, value in enumerate(sources)):
+                found.setdefault(node, []).append(user)
+    return found
+
+
+def _only_compared(operation: Operation) -> Set[int]:
+    """Return the places of the sources that no output of an operation depends on."""
+    kernel = operation.kernel
+    return frozenset() if kernel is None else set(range(kernel.inputs.count)) - set(kernel.used)
 
 
 def _reductions(graph: MergeGraph, node: int) -> int:

@@ -8,9 +8,10 @@ from enum import Enum
 from typing import Any
 
 from ...methods.kernel.access import ALIGNED, Access, Shape
-from ...methods.kernel.kernel import Kernel
+from ...methods.kernel.kernel import Kernel, Traceable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Base, InputSpec
+from ...methods.kernel.survival import Compared
 
 
 class Kind(Enum):
@@ -95,6 +96,7 @@ class Operations:
         base: int | None,
         shape: tuple[int, ...],
         positions: tuple[int, ...],
+        compared: tuple[int, str] | None = None,
     ) -> Operation:
         """Bind a method.
 
@@ -104,6 +106,8 @@ class Operations:
             base: index of the base model among the inputs, or None.
             shape: shape of the output.
             positions: for each input, the index of its model in the recipe.
+            compared: index of the input that the output is compared with, and torch's name of the dtype that it is
+                rounded to; None for no comparison.
 
         Raises:
             MethodError: a value or the number of inputs is invalid.
@@ -111,11 +115,11 @@ class Operations:
         if method.base is Base.NONE:
             base = None
         parameters = tuple(values.items())
-        key = (method.name, parameters, base, shape, positions)
+        key = (method.name, parameters, base, shape, positions, compared)
         known = self._known.get(key)
         if known is not None:
             return known
-        kernel = self._kernel(method, parameters, InputSpec(len(positions), base, shape))
+        kernel = self._kernel(method, parameters, InputSpec(len(positions), base, shape), compared)
         shown = tuple(
             (name, tuple(value[index] for index in kernel.kept) if isinstance(value, tuple) else value)
             for name, value in parameters
@@ -123,17 +127,24 @@ class Operations:
         drawn = tuple(positions[index] for index in kernel.kept) if kernel.random else ()
         operation = Operation(Kind.MERGE, method.name, shown, kernel.inputs.base, drawn, kernel)
         if not kernel.random:  # only the number of models matters, not which
-            equal = (method.name, parameters, base, shape, len(positions))
+            equal = (method.name, parameters, base, shape, len(positions), compared)
             operation = self._known.setdefault(equal, operation)
         self._known[key] = operation
         return operation
 
-    def _kernel(self, method: Method, parameters: tuple[tuple[str, Any], ...], inputs: InputSpec) -> Kernel:
+    def _kernel(
+        self,
+        method: Method,
+        parameters: tuple[tuple[str, Any], ...],
+        inputs: InputSpec,
+        compared: tuple[int, str] | None,
+    ) -> Kernel:
         """The kernel of a method without inputs that it doesn't use; traced once if it is the same for all shapes."""
-        key = (method.name, parameters, inputs.base, inputs.count)
+        key = (method.name, parameters, inputs.base, inputs.count, compared)
         if key in self._kernels:
             return self._kernels[key].resized(inputs.shape)
-        kernel = method.kernel(inputs, dict(parameters)).with_used_inputs()
+        traced: Traceable = method if compared is None else Compared(method, *compared)
+        kernel = traced.kernel(inputs, dict(parameters)).with_used_inputs()
         if kernel.any_shape:
             self._kernels[key] = kernel
         return kernel

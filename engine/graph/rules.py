@@ -65,6 +65,7 @@ class TensorRules:
         intermediate: whether other stages use the output. If not, values that the donor stores quantized are stored in
             its format, unless the recipe sets a dtype.
         decodes: whether a value that is only copied is decoded, even if nothing rounds it.
+        compares: whether outputs of 16 bits are compared with the base as well, and not only codes; see `survival`.
 
     Attributes:
         buffers: the buffers among the tensors, which are compared between the models.
@@ -85,6 +86,7 @@ class TensorRules:
         *,
         intermediate: bool,
         decodes: bool,
+        compares: bool = False,
     ) -> None:
         self.partial: list[PartialTensor] = []
         self.dtypes = OutputDtypes(stage)
@@ -98,6 +100,7 @@ class TensorRules:
         self.copies: dict[str, CopiedValue] = {}
         self._intermediate = intermediate
         self._decodes = decodes
+        self._compares = compares and not intermediate
         self.written = NameSet(donor)
         self._tensors = TensorValues(graph, methods["passthrough"], owners)
         self._encoders = EncodedOutputs(graph, self._tensors)
@@ -199,7 +202,9 @@ class TensorRules:
             return
         values_of = tuple([self._tensors.value(each.model, each.name) for each in inputs])
         node = self._graph.add_node(found.operation, values_of, F32, random_key)
-        for written, stored in self._encoders.add(node, found.encoding, donor, name):
+        bases = [value for value, each in zip(values_of, inputs, strict=True) if each.source == part.base_any_method]
+        base = bases[0] if bases else None
+        for written, stored in self._encoders.add(node, found.encoding, donor, name, base):
             self._check_unwritten(written)
             self._graph.add_output(written, stored, group)
 
@@ -244,6 +249,10 @@ class TensorRules:
             refuse_format(donor, encodes=not self._intermediate)
             refuse_quantized([donor], ", and out_dtype `same` needs its dtype")
         encoding = None if self._intermediate or isinstance(wanted, DType) else donor.encoding
+        if self._compares and values is not None and kernel.copies is None and encoding is None and target.bits == 16:
+            base = next((index for index, each in enumerate(inputs) if each.source == part.base_any_method), None)
+            compared = None if base is None else (base, target.torch_name or "")
+            operation = self._bind(part, name, inputs, values, compared)
         return _Resolved(operation, kept, reason, target, kernel.random, encoding)
 
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
@@ -340,12 +349,19 @@ class TensorRules:
         """The parameters of the stage's method for these inputs."""
         return part.parameters.values(name, [(each.source, each.name) for each in inputs], t)
 
-    def _bind(self, part: BoundSlice, name: str, inputs: Sequence[Input], values: Mapping[str, Any]) -> Operation:
-        """The operation of the stage's method on these inputs."""
+    def _bind(
+        self,
+        part: BoundSlice,
+        name: str,
+        inputs: Sequence[Input],
+        values: Mapping[str, Any],
+        compared: tuple[int, str] | None = None,
+    ) -> Operation:
+        """The operation of the stage's method on these inputs; `compared` is as for `Operations.of`."""
         base = next((index for index, each in enumerate(inputs) if each.source == part.base), None)
         positions = tuple(each.model.number for each in inputs)
         try:
-            return self._operations.of(self._method, values, base, inputs[0].kind.shape, positions)
+            return self._operations.of(self._method, values, base, inputs[0].kind.shape, positions, compared)
         except MethodError as error:
             named = [(each.source, each.name) for each in inputs]
             raise part.parameters.error(name, named, error) from error

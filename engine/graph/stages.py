@@ -36,6 +36,7 @@ def build_stages(
     config_of: Callable[[Stage, BuiltGraph], Mapping[str, Any] | None],
     *,
     seed: int = 0,
+    compares: bool = False,
 ) -> BuiltGraph:
     """Build the graph of a recipe with one or more stages.
 
@@ -45,13 +46,14 @@ def build_stages(
         open_model: function that opens the Checkpoint of a ModelReference; not called for stages.
         config_of: function that returns the config.json of a stage's output; called once for each stage, in order.
         seed: seed for methods that sample.
+        compares: whether outputs of 16 bits are compared with the base; see `TensorRules`.
 
     Raises:
         RecipeError: if the recipe refers to layers or parts that the models don't have.
         CheckpointError: if the models are incompatible.
     """
     if len(recipe.stages) == 1:
-        single = build_graph(recipe, recipe.output, methods, open_model, seed=seed)
+        single = build_graph(recipe, recipe.output, methods, open_model, seed=seed, compares=compares)
         if single.graph.uses_nodes:
             single = replace(single, graph=fuse(single.graph), unfused=single.graph)
         config_of(recipe.output, single)
@@ -65,7 +67,9 @@ def build_stages(
 
     for number, stage in enumerate(recipe.stages):
         last = number == len(recipe.stages) - 1
-        graph = build_graph(recipe, stage, methods, open_any, seed=seed, intermediate=not last)
+        graph = build_graph(
+            recipe, stage, methods, open_any, seed=seed, intermediate=not last, compares=compares and last
+        )
         built.append(graph)
         config = config_of(stage, graph)
         if not last:

@@ -19,6 +19,7 @@ from ..cost.estimate import Estimate, assumed_rates, estimate
 from ..cost.machine import process_memory
 from ..execute.check_buffers import check_buffers
 from ..execute.measurements import Measured, Progress
+from ..execute.survival import SurvivalSums
 from ..model.open import is_remote
 from ..model.warnings import strict_error
 from .destination import refuse_input
@@ -29,6 +30,8 @@ from .planning import plan
 from .recovery.source_files import SourceFiles
 from .run_lanes import run_lanes
 from .session import Earlier, MergeSession
+from .survival.findings import checked_shares
+from .survival.shares import TensorShare, shares_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Result:
         peak_rss: peak resident memory of the process (VmHWM) in bytes.
         earlier: part of the plan that earlier, interrupted runs have done.
         peak_before: VmHWM before the merge in bytes.
+        shares: what rounding keeps of the change of each tensor that was compared with the base; empty if `out` was
+            complete before.
     """
 
     plan: Plan
@@ -50,6 +55,7 @@ class Result:
     peak_rss: int
     earlier: Earlier = field(default_factory=Earlier)
     peak_before: int = 0
+    shares: tuple[TensorShare, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         """One line with what was written where, the time and the peak RAM."""
@@ -104,6 +110,7 @@ class Result:
                 "overflowed": measured.overflowed,
                 "squeezed": measured.reduced_vram,
                 "earlier": asdict(self.earlier),
+                "survival": shares_dict(self.shares),
             },
         }
 
@@ -191,7 +198,7 @@ def merge(
     report = warn or (lambda text: tell(f"warning: {text}"))
     inputs = _Inputs(planned, fetch_files, report, IoCounters())
     if path is None:
-        return _rehearse(inputs, notify, before)
+        return _rehearse(inputs, notify, before, report)
     refuse_input(planned, path)
     directory = OutputDirectory.open(path, MANIFEST)
     if directory.lock.complete:
@@ -208,24 +215,30 @@ def merge(
         group_bytes=group_bytes,
     )
     measured = session.run(fresh=fresh, digests=digests)
-    return Result(session.plan, path, measured, process_memory().peak, session.earlier, before)
+    return Result(session.plan, path, measured, process_memory().peak, session.earlier, before, session.shares)
 
 
-def _rehearse(inputs: _Inputs, notify: Callable[[Progress], None] | None, before: int) -> Result:
+def _rehearse(
+    inputs: _Inputs, notify: Callable[[Progress], None] | None, before: int, warn: Callable[[str], None]
+) -> Result:
     """Do everything except writing."""
     inputs.prepare()
     planned = inputs.plan.in_lanes or inputs.plan
     sources, counters = SourceFiles(planned), inputs.counters
+    survival = SurvivalSums(planned.built.graph)
 
     def watch() -> None:
         if notify is not None:
             notify(Progress(counters.bytes_read, counters.bytes_written))
 
     with sources.blamed_for_errors():
-        measured = run_lanes(planned, planned.schedule, _NullSink(), counters, watch, stamps=sources.stamps)
+        measured = run_lanes(
+            planned, planned.schedule, _NullSink(), counters, watch, stamps=sources.stamps, survival=survival
+        )
     watch()
     sources.check()
-    return Result(planned, None, measured, process_memory().peak, peak_before=before)
+    shares = checked_shares(planned, survival, warn)
+    return Result(planned, None, measured, process_memory().peak, peak_before=before, shares=shares)
 
 
 def _check_complete(planned: Plan, directory: OutputDirectory) -> str:

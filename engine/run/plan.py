@@ -22,6 +22,7 @@ from ...methods.kernel.access import ALIGNED
 from ...version import __version__
 from ..cost.machine import Machine
 from ..cost.workload import Workload
+from ..execute.survival import compared_nodes
 from ..files.sources import FileSources, OutputModel
 from ..files.write import OutputContent
 from ..graph.build import BuiltGraph
@@ -58,6 +59,7 @@ class Options:
         methods: paths of Python files with user-defined merge methods.
         keep_paths: whether local paths stay in the model card, in mergekit_config.yml and in the manifest.
         overrides: changes of the recipe, such as ``parameters.weight=0.3`` (see `recipe.overrides`).
+        survival: whether the merge also measures what rounding to bfloat16 and float16 keeps of the changes.
     """
 
     max_ram: Limit | None = None
@@ -71,6 +73,7 @@ class Options:
     methods: tuple[str, ...] = ()
     keep_paths: bool = False
     overrides: tuple[str, ...] = ()
+    survival: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,12 @@ class Plan:
         return self.layout.nbytes - self.bytes_shared
 
     @property
+    def compared(self) -> int:
+        """Number of output tensors of which the merge measures what rounding keeps of the change from the base."""
+        compared = set(compared_nodes(self.built.graph))
+        return sum(node in compared for node in self.built.graph.outputs.nodes) if compared else 0
+
+    @property
     def computes(self) -> bool:
         """Whether anything is computed; otherwise bytes are only copied."""
         return any(operation.kind is Kind.MERGE for operation in self.built.graph.operations)
@@ -296,6 +305,7 @@ class Plan:
             "not_shared": [{"reason": reason, "bytes": nbytes} for reason, nbytes in self.unshared],
             "bytes_uploaded": schedule.uploaded,
             "buffers_checked": len(self.built.buffers),
+            "outputs_compared": self.compared,
             "disk": self.disk,
             "peak_ram": schedule.peak_ram,
             "peak_vram": schedule.peak_vram,

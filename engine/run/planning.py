@@ -78,7 +78,7 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
 
     files = FileResolver(loaded, open_once)
     try:
-        built = build_stages(loaded, methods, open_once, files.add, seed=options.seed)
+        built = build_stages(loaded, methods, open_once, files.add, seed=options.seed, compares=options.survival)
     except MergeloomError as error:
         error.add_warnings(files.warnings)
         raise

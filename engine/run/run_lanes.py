@@ -14,6 +14,7 @@ from ..execute.devices import open_devices
 from ..execute.ledger import Ledger
 from ..execute.measurements import Measured
 from ..execute.replan import run_graph
+from ..execute.survival import SurvivalSums
 from ..execute.tasks import Sink
 from ..schedule.schedule import Schedule
 from .plan import Plan
@@ -32,6 +33,7 @@ def run_lanes(
     done: Mapping[int, int] | None = None,
     observe: Observe | None = None,
     ledger: Ledger | None = None,
+    survival: SurvivalSums | None = None,
 ) -> Measured:
     """Run a schedule of a plan.
 
@@ -45,6 +47,7 @@ def run_lanes(
         done: number of bytes of each node that need not be written, as the schedule was made with.
         observe: function that is called with every range of a source file that is read.
         ledger: ledger in which the buffers are reserved; one of its own if None.
+        survival: receives the by-products of kernels; None to drop them.
 
     Raises:
         MergeloomError: an error in any lane.
@@ -66,6 +69,7 @@ def run_lanes(
                 ledger=ledger,
                 # inside another program, its memory would be measured too, which the budget does not limit
                 resident=resident_memory if platform.OWN_PROCESS else None,
+                survival=survival,
             )
     finally:
         reader.close()

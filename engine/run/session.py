@@ -20,9 +20,10 @@ from ...io.output.group_commit import GROUP_BYTES, Aborted
 from ...io.output.journal import Journal, JournalContent
 from ...io.output.shards import preload_validator
 from ...io.task_group import TaskGroup
-from ...io.units import data_size, listed, plural
+from ...io.units import data_size, listed
 from ..execute.ledger import Ledger
 from ..execute.measurements import Measured, Progress
+from ..execute.survival import SurvivalSums
 from ..files.write import write_model_files
 from ..schedule.schedule import Schedule, make_schedule
 from .buffers import ThreadBuffers, buffers_within
@@ -32,12 +33,16 @@ from .manifest import MANIFEST, facts_of, manifest_pieces, tensor_entries
 from .placement import copy_buffer_bytes, copy_threads, with_reflinks
 from .plan import Plan
 from .recovery.checks import CHECKS
+from .recovery.losses import losses
 from .recovery.records import Publishing
 from .recovery.recover import RecoveredState, recover
+from .recovery.recovered_sums import is_finished, reopen_outputs
 from .recovery.source_digests import SourceDigests, check_sources, used_bytes
 from .recovery.source_files import SourceFiles
 from .run_lanes import run_lanes
 from .shard_writer import ShardWriter, records_of
+from .survival.findings import checked_shares
+from .survival.shares import TensorShare, manifest_shares
 from .transfers import Transfer, plan_transfers
 
 
@@ -61,7 +66,8 @@ class _Prepared:
         recovered: intact data of earlier sessions.
         schedule: steps that are left.
         transfers: transfers that are left.
-        done: number of bytes of each node that the lanes need not write.
+        done: number of bytes of each node that the lanes need not compute.
+        survival: sums over outputs, with those of earlier sessions.
     """
 
     facts: dict[str, Any]
@@ -71,6 +77,7 @@ class _Prepared:
     schedule: Schedule
     transfers: list[Transfer]
     done: dict[int, int]
+    survival: SurvivalSums
 
 
 class MergeSession:
@@ -89,6 +96,7 @@ class MergeSession:
     Attributes:
         plan: plan of the merge; after `prepare`, with the transfers that OUT's file system allows.
         earlier: part of the plan that earlier sessions have done.
+        shares: after `run`, what rounding keeps of the change of each tensor that was compared with the base.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class MergeSession:
         self.plan = plan
         self.out = out
         self.earlier = Earlier()
+        self.shares: tuple[TensorShare, ...] = ()
         self._counters = counters or IoCounters()
         self._fetch = fetch
         self._notify = notify
@@ -131,6 +140,7 @@ class MergeSession:
             prepared = self.prepare(fresh, digests)
             with prepared.sources.blamed_for_errors():
                 measured, block_digests = self.execute(prepared)
+            self.shares = checked_shares(self.plan, prepared.survival, self._warn)
             self.publish(prepared, block_digests)
         except BaseException as error:
             kept = self._abandon()
@@ -196,7 +206,8 @@ class MergeSession:
         records = (record.to_json() for record in records_of(recovered))
         self._journal = Journal(self.out.lock.journal_path, facts | {"stamps": sources.to_json()}, records)
         schedule, transfers, done = self._remaining(recovered)
-        return _Prepared(facts, sources, self._journal, recovered, schedule, transfers, done)
+        survival = SurvivalSums(self.plan.built.graph, recovered.survival, journaled=True)
+        return _Prepared(facts, sources, self._journal, recovered, schedule, transfers, done, survival)
 
     def _recover(self, sources: SourceFiles) -> RecoveredState:
         """Check the data of earlier sessions against the journal, and against source files that have changed.
@@ -234,10 +245,11 @@ class MergeSession:
         return recovered
 
     def _remaining(self, recovered: RecoveredState) -> tuple[Schedule, list[Transfer], dict[int, int]]:
-        """The schedule and the transfers that are left, and the bytes of each node that the lanes need not write."""
+        """The schedule and the transfers that are left, and the bytes of each node that the lanes need not compute."""
         plan, graph = self.plan, self.plan.built.graph
         done = recovered.done(graph, plan.layout)
-        finished = {node for node, nbytes in done.items() if nbytes >= graph.nbytes(node)}
+        reopen_outputs(recovered, graph, done)
+        finished = {node for node in done if is_finished(graph, node, done)}
         copied = set(plan.moved) - finished
         for node in copied | finished:
             recovered.partial.pop(node, None)  # the lanes do not continue it
@@ -264,17 +276,8 @@ class MergeSession:
             f"resuming: {data_size(total - left)} of {data_size(total)} already written and checked, "
             f"{data_size(left)} left"
         )
-        if recovered.damaged:
-            differ, are = ("differs", "it is") if recovered.damaged == 1 else ("differ", "they are")
-            self._warn(
-                f"{plural(recovered.damaged, 'block')} of the unfinished merge {differ} from the journal: the "
-                f"disk has lost data, or the files were changed; {are} made again"
-            )
-        if recovered.differing:
-            self._warn(
-                f"{data_size(recovered.differing)} of copied tensors differ from their sources: the disk has "
-                "lost data, or a file was changed; they are copied again"
-            )
+        for text in losses(recovered):
+            self._warn(text)
 
     # --- execute -----------------------------------------------------------------------------------------------
 
@@ -295,6 +298,7 @@ class MergeSession:
             group,
             self._group_bytes,
             sources,
+            prepared.survival,
         )
         buffers = ThreadBuffers("copy buffers", copy_threads(self.plan), ledger=self.ledger)
         with self.ledger.allow(copy_buffer_bytes(self.plan)):  # before the copier's threads start, which reserve them
@@ -344,8 +348,8 @@ class MergeSession:
             done=prepared.done,
             observe=sources.add,
             ledger=self.ledger,
+            survival=prepared.survival,
         )
-
         copier.wait(watch)
         watch()
         if group.cancelled:
@@ -387,7 +391,8 @@ class MergeSession:
         """Write the other files of the model and the manifest, and give all files their final names."""
         prepared.sources.check()
         last = write_model_files(self.plan.made, self.plan.content, self.out)
+        facts = prepared.facts | manifest_shares(self.shares)
         tensors = tensor_entries(self.plan, digests)
-        self.out.write_file(MANIFEST, manifest_pieces(self.plan, prepared.facts, tensors, self.out.small_files()))
+        self.out.write_file(MANIFEST, manifest_pieces(self.plan, facts, tensors, self.out.small_files()))
         last.append(MANIFEST)
         self.out.publish(last, lambda names: prepared.journal.append([Publishing(tuple(names)).to_json()]))

@@ -11,12 +11,13 @@ from ...io.output.digests import BLOCK_BYTES, BlockDigests
 from ...io.output.group_commit import GROUP_BYTES, Aborted, GroupCommit
 from ...io.output.journal import Journal
 from ...io.task_group import TaskGroup
-from .recovery.records import BlocksWritten, JournalRecord, RangeCopied, Tail
+from .recovery.records import BlocksWritten, JournalRecord, RangeCopied, SumsWritten, Tail
 from .recovery.recover import RecoveredState
 from .recovery.source_digests import SourceDigests, source_records
 
 if TYPE_CHECKING:
     from ...io.output.directory import OutputDirectory
+    from ..execute.survival import SurvivalSums
     from .plan import Plan
 
 _MIN_CHUNK_BYTES = 64 << 10
@@ -49,6 +50,7 @@ class ShardWriter:
         group: task group that gets the errors of writes and commits.
         group_bytes: maximum number of bytes that are written and not yet durable.
         sources: digests of the source bytes read so far; the journal takes them before the records of the output.
+        survival: sums over outputs, which the journal takes after the records of their bytes.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class ShardWriter:
         group: TaskGroup,
         group_bytes: int = GROUP_BYTES,
         sources: SourceDigests | None = None,
+        survival: SurvivalSums | None = None,
     ) -> None:
+        self._survival = survival
         self._sources = sources
         self._graph = plan.built.graph
         self._layout = plan.layout
@@ -120,7 +124,14 @@ class ShardWriter:
                     self._out.write(shard, first + offset + start, chunk)
             with tensor.digested:
                 record = progress_record(node, tensor, offset + start, len(chunk))
-            self.commits.add(shards, nbytes, [record] if record else [], nbytes)
+                sums = self._sums(node, tensor) if record else None
+            self.commits.add(shards, nbytes, [each for each in (record, sums) if each], nbytes)
+
+    def _sums(self, node: int, tensor: _Tensor) -> SumsWritten | None:
+        """Return the record of the sums over what is written of a node, if there are new ones."""
+        elements = tensor.position * 8 // self._graph.node_dtype[node].bits
+        prefix = self._survival.durable(node, elements) if self._survival is not None else None
+        return None if prefix is None else SumsWritten(node, prefix)
 
     def _tensor(self, node: int) -> _Tensor:
         with self._lock:
@@ -195,10 +206,14 @@ def progress_record(node: int, tensor: _Tensor, start: int, nbytes: int) -> Bloc
 
 
 def coalesce_records(records: Iterable[JournalRecord]) -> list[JournalRecord]:
-    """Merge records of consecutive blocks of a node, which keeps the journal short."""
+    """Merge records of consecutive blocks of a node, and keep its last sums, which keeps the journal short."""
     newest: dict[int, int] = {}  # node -> index of its newest record
     merged: list[JournalRecord] = []
+    sums: dict[int, SumsWritten] = {}  # after the records of the bytes
     for record in records:
+        if isinstance(record, SumsWritten):
+            sums[record.node] = record
+            continue
         if isinstance(record, BlocksWritten):
             index = newest.get(record.node)
             before = merged[index] if index is not None else None
@@ -207,7 +222,7 @@ def coalesce_records(records: Iterable[JournalRecord]) -> list[JournalRecord]:
                 continue
             newest[record.node] = len(merged)
         merged.append(record)
-    return merged
+    return [*merged, *sums.values()]
 
 
 def records_of(recovered: RecoveredState) -> Iterator[JournalRecord]:
@@ -219,6 +234,8 @@ def records_of(recovered: RecoveredState) -> Iterator[JournalRecord]:
         tail = digests.tail()
         last = Tail(digests.position % BLOCK_BYTES, tail) if tail else None
         yield BlocksWritten(node, 0, tuple(digests.blocks), last)
+    for node, prefix in recovered.survival.items():
+        yield SumsWritten(node, prefix)
     for shard, ranges in sorted(recovered.copied.items()):
         for start, end in ranges:
             yield RangeCopied(shard, start, end)

@@ -105,6 +105,11 @@ def planning_options(command: F) -> F:
             click.option("--threads", type=click.IntRange(1), help="CPU compute threads.  [default: all cores]"),
             click.option("--set", "overrides", type=override, multiple=True, metavar="KEY=VALUE", help=SET_HELP),
             click.option("--strict", is_flag=True, help="Treat every warning as an error."),
+            click.option(
+                "--survival",
+                is_flag=True,
+                help="Also measure what rounding to bfloat16 and float16 keeps of the changes; for FP8, it always is.",
+            ),
             click.option("--methods", multiple=True, type=click.Path(), metavar="FILE", help=METHODS_HELP),
         )
     ):

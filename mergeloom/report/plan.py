@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..engine.graph.graph import Kind, MergeGraph
@@ -196,8 +196,8 @@ def work_section(plan: Plan) -> Section:
         )
     how = [_how(graph, node) for node in graph] if graph.uses_nodes else graph.by_class(lambda node: _how(graph, node))
     counts = Counter(map(how.__getitem__, graph.outputs.nodes))
-    if buffers := plan.built.buffers:
-        fields.append(("data checks", f"{plural(len(buffers), 'buffer')}, before the merge starts"))
+    if checks := list(_data_checks(plan)):
+        fields.append(("data checks", "; ".join(checks)))
     tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
     fields.append(("tensors", f"{tensors}, in {plural(len(schedule.steps), 'step')}"))
     if not plan.computes:
@@ -217,6 +217,14 @@ def _how(graph: MergeGraph, node: int) -> str:
     """Describe how a node's tensor is made."""
     computing = graph.results_with(node)[0]
     return f"by {methods_of(graph, computing)}" if graph.operation(computing).kind is Kind.MERGE else "copied"
+
+
+def _data_checks(plan: Plan) -> Iterator[str]:
+    """Describe the checks that need the data of the models."""
+    if buffers := plan.built.buffers:
+        yield f"{plural(len(buffers), 'buffer')}, before the merge starts"
+    if plan.compared:
+        yield f"what rounding keeps of the change of {plural(plan.compared, 'tensor')}, before the merge publishes"
 
 
 def _reflink_fields(plan: Plan) -> list[tuple[str, str]]:

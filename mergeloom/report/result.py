@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..engine.run.survival.findings import text_of
+from ..engine.run.survival.shares import by_group
 from ..io.units import data_size, duration, memory_size, plural, rate
 from .plan import layers_text
 from .sections import Grid, Section, plain
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from ..engine.execute.measurements import Measured
     from ..engine.run.merge import Result
     from ..engine.run.plan import Plan
+    from ..engine.run.survival.shares import TensorShare
 
 _BUSY = 0.6
 """The share of a lane's time above which it is called the bottleneck."""
@@ -62,6 +65,8 @@ def result_sections(result: Result) -> list[Section]:
     sections = [Section(title, fields, Grid(header, lanes, frozenset(header[1:])) if lanes else None)]
     if measured.overflowed:
         sections.append(overflow_section(result))
+    if result.shares:
+        sections.append(survival_section(result.shares))
     if unused := unused_section(plan):
         sections.append(unused)
     return sections
@@ -150,3 +155,14 @@ def overflow_section(result: Result) -> Section:
         lines.append(f"and {plural(count, 'value')} in {plural(len(rest), 'other tensor')}")
     lines.append("They are infinite or NaN in the output. Use a wider out_dtype or smaller weights.")
     return Section("Overflow", lines=lines, warns=True)
+
+
+def survival_section(shares: Sequence[TensorShare]) -> Section:
+    """Show what rounding keeps of the change from the base model, for each group of tensors."""
+    rows = [
+        (group, f"{count:,}", text_of(share), text_of(min(each.share for each in shares if each.group == group)))
+        for group, (share, count) in by_group(shares).items()
+    ]
+    header = ("group", "tensors", "kept", "least of a tensor")
+    title = f"Change from the base model that rounding to {' and '.join(dict.fromkeys(s.stored for s in shares))} keeps"
+    return Section(title, grid=Grid(header, tuple(rows), frozenset(header[1:])))

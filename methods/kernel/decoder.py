@@ -19,6 +19,7 @@ from .expression import Node
 from .kernel import Kernel
 from .language import Inputs, block_max, low_rank, next_power_of_two, rounded, single
 from .method import traced
+from .reduction.reductions import StripSum
 from .spec import InputSpec
 from .survival import survival_sums
 
@@ -90,5 +91,5 @@ class Encoder:
         sums: tuple[Node, ...] = ()
         if bases and self.decode is not None:
             stored = self.decode(*(Array(node, trace) for node in outputs))
-            sums = survival_sums(trace, single(value).node, stored.node, bases[0].node)
+            sums = survival_sums(trace, single(value).node, stored.node, bases[0].node, StripSum)
         return Kernel(inputs, outputs, (self, dict(parameters)), byproducts=sums)

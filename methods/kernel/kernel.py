@@ -191,9 +191,7 @@ class Kernel:
         rebuilt = trace.rebuilt([*self.outputs, *known], leaf)
         outputs, byproducts = rebuilt[: len(self.outputs)], rebuilt[len(self.outputs) :]
         uses_shape = not self.any_shape
-        kernel = Kernel(
-            self.inputs.selected(used), outputs, self.bound, uses_shape=uses_shape, byproducts=byproducts
-        )
+        kernel = Kernel(self.inputs.selected(used), outputs, self.bound, uses_shape=uses_shape, byproducts=byproducts)
         kernel.traced, kernel.kept = self.traced, used
         return kernel
 

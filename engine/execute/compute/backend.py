@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,15 +18,17 @@ Failed = Callable[[BaseException], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Infinities and NaNs that were found while a chunk was computed.
+    """What was found while a chunk was computed.
 
     Args:
         nonfinite_inputs: numbers of the sources with a NaN or an infinity in the chunk.
         overflowed: number of output elements that are not finite although all inputs are.
+        byproducts: for each by-product of the kernel, its sum over each block of elements.
     """
 
     nonfinite_inputs: tuple[int, ...] = ()
     overflowed: int = 0
+    byproducts: Sequence[Sequence[float]] = ()
 
 
 class Computer(Protocol):

@@ -60,13 +60,17 @@ class FusedComputer:
         """Compute the chunk of each output into its slot."""
         chunk = self._chunk(task)
         outs = [self._view(output.slot, output.nbytes) for output in task.outputs]
-        if not self._pass(thread, task, state).combine(chunk, *outs):
-            return Outcome()
+        computing = self._pass(thread, task, state)
+        beyond = computing.combine(chunk, *outs)
+        sums = computing.byproducts
+        if not beyond:
+            return Outcome(byproducts=sums)
         nonfinite = self._nonfinite(chunk, task)
         if nonfinite:
-            return Outcome(nonfinite)
+            return Outcome(nonfinite, byproducts=sums)
         dtypes = self._graph.result_dtypes(task.node)
-        return Outcome((), sum(count_nonfinite(out, dtype.name) for out, dtype in zip(outs, dtypes, strict=True)))
+        count = sum(count_nonfinite(out, dtype.name) for out, dtype in zip(outs, dtypes, strict=True))
+        return Outcome((), count, sums)
 
     def close(self) -> None:
         """End the compilation, and release the arena."""

@@ -14,7 +14,7 @@ from ...graph.graph import MergeGraph
 from ...schedule.schedule import Schedule
 from ..devices.base import Device
 from ..tasks import ChunkTask
-from .backend import Computer, Failed
+from .backend import Computer, Failed, Outcome
 
 
 class KernelRunner:
@@ -60,12 +60,12 @@ class KernelRunner:
         assert kernel is not None
         return computer.reduce(thread, task, state) if kernel.needed(task.index, state) else None
 
-    def combine(self, thread: int, task: ChunkTask, state: Any) -> int:
-        """Compute a chunk of the output into the task's slot; return its number of new infinities and NaNs."""
+    def combine(self, thread: int, task: ChunkTask, state: Any) -> Outcome:
+        """Compute a chunk of the output into the task's slot; return what was found."""
         outcome = self._begin(thread, task).combine(thread, task, state)
         if not self._allow_nonfinite:
             self._refuse_nonfinite(task, outcome.nonfinite_inputs)
-        return outcome.overflowed
+        return outcome
 
     def compare(self, task: ChunkTask, views: Sequence[memoryview], target: memoryview) -> None:
         """Copy a chunk of integers that must be equal in all inputs.

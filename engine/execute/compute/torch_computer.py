@@ -163,12 +163,14 @@ def combine_chunk(piece: Piece, state: Any, workspace: Workspace, outs: Sequence
             first, count = piece.kernel.written(number, tile.element, tile.elements)
             found.append(round_into(out[first - begin : first - begin + count], result.view(-1)))
     suspicious = [out for out, found in zip(outs, extremes, strict=True) if _beyond(found, largest(out.dtype))]
+    sums = run.byproducts()
     if not suspicious:
-        return Outcome()
+        return Outcome(byproducts=sums)
     for out in suspicious:
         canonical_nans(out)
     nonfinite = find_nonfinite(piece)
-    return Outcome(nonfinite, 0 if nonfinite else sum(count_nonfinite(out, piece.tile) for out in suspicious))
+    overflowed = 0 if nonfinite else sum(count_nonfinite(out, piece.tile) for out in suspicious)
+    return Outcome(nonfinite, overflowed, sums)
 
 
 def check_inputs(piece: Piece, workspace: Workspace) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from ....io.tensors.dtypes import DTYPES, DType
 from ....methods.formats.fp8_encoder import FP8_BLOCKS
 from ....methods.kernel.access import BlockRows
 from ....methods.kernel.spec import InputSpec
-from ..graph import Kind, MergeGraph, Operation
+from ..graph import Kind, MergeGraph, Operation, Value
 
 
 class BlockEncoders:
@@ -20,7 +20,15 @@ class BlockEncoders:
         self._graph = graph
         self._operations: dict[tuple[object, ...], Operation] = {}
 
-    def fp8(self, node: int, blocks: BlockRows, scales: DType, *, power_of_two: bool = False) -> tuple[int, int]:
+    def fp8(
+        self,
+        node: int,
+        blocks: BlockRows,
+        scales: DType,
+        *,
+        power_of_two: bool = False,
+        base: Value | None = None,
+    ) -> tuple[int, int]:
         """Add the nodes that store a node's output; fusing computes both in one kernel with it.
 
         Args:
@@ -28,6 +36,7 @@ class BlockEncoders:
             blocks: rows and columns of a block.
             scales: dtype of the scales: F32, BF16 or F8_E8M0.
             power_of_two: whether scales of other dtypes than F8_E8M0 are powers of 2, too.
+            base: value of the base, a source of the node, that what is stored is compared with; see `survival`.
 
         Returns:
             The node of the codes, with the shape of the node's output, and that of the scales, whose last two
@@ -41,11 +50,13 @@ class BlockEncoders:
             "power_of_two": power_of_two,
         }
         given = tuple(parameters.items())
-        operation = self._operations.get((shape, given))
+        sources = (~node,) if base is None else (~node, base)
+        operation = self._operations.get((shape, given, len(sources)))
         if operation is None:
-            kernel = FP8_BLOCKS.kernel(InputSpec(1, None, shape), parameters)
-            operation = self._operations[shape, given] = Operation(Kind.MERGE, FP8_BLOCKS.name, given, kernel=kernel)
-        codes = self._graph.add_node(operation, (~node,), DTYPES["F8_E4M3"], shape=shape)
+            kernel = FP8_BLOCKS.kernel(InputSpec(len(sources), None, shape), parameters)
+            operation = Operation(Kind.MERGE, FP8_BLOCKS.name, given, kernel=kernel)
+            self._operations[shape, given, len(sources)] = operation
+        codes = self._graph.add_node(operation, sources, DTYPES["F8_E4M3"], shape=shape)
         others = self._graph.results(codes)[1:]
         if not others:
             others = self._graph.add_results(codes, [(scales, _counts(shape, blocks))])

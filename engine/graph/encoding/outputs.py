@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...model.logical import Encoding, LogicalTensor
-from ..graph import Kind, MergeGraph, Operation
+from ..graph import Kind, MergeGraph, Operation, Value
 from ..values import Input, TensorValues, renamed
 from .blocks import BlockEncoders
 
@@ -23,7 +23,9 @@ class EncodedOutputs:
         self._values = values
         self._encoders = BlockEncoders(graph)
 
-    def add(self, node: int, encoding: Encoding, donor: Input, name: str) -> Iterator[tuple[str, int]]:
+    def add(
+        self, node: int, encoding: Encoding, donor: Input, name: str, base: Value | None = None
+    ) -> Iterator[tuple[str, int]]:
         """Add nodes that store a node's output like a tensor of the donor.
 
         Args:
@@ -31,6 +33,7 @@ class EncodedOutputs:
             encoding: how it is stored.
             donor: tensor that is stored in this way.
             name: name of the output tensor.
+            base: value of the base, a source of the node, that what is stored is compared with; None for no comparison.
 
         Yields:
             The name and the node of each tensor of the output: codes, scales, and copies of what belongs to those of
@@ -38,7 +41,9 @@ class EncodedOutputs:
         """
         tensor = donor.kind
         assert isinstance(tensor, LogicalTensor)
-        nodes = self._encoders.fp8(node, encoding.blocks, encoding.scales, power_of_two=encoding.power_of_two)
+        nodes = self._encoders.fp8(
+            node, encoding.blocks, encoding.scales, power_of_two=encoding.power_of_two, base=base
+        )
         for part, made in zip(tensor.parts, nodes, strict=True):
             yield renamed(part.name, donor.name, name), made
         for part in tensor.companions:

@@ -21,6 +21,9 @@ What the reader may assume after each record:
 `BlocksWritten`
     These blocks of an output are durable in every shard that holds the output, and have these digests. Records of
     one output may overlap and come in any order of blocks; a block counts once all blocks before it are recorded.
+`SumsWritten`
+    These are the sums over the first elements of an output, see `engine.execute.survival`. `BlocksWritten` records
+    before it name the bytes of these elements; if one of them is damaged, the sums are not used either.
 `RangeCopied`
     This range of a shard is durable and equals its source range.
 `Publishing`
@@ -40,10 +43,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite, nan
 from typing import Any, TypeGuard
 
 from ....io.output.digests import BLOCK_BYTES
 from ....io.output.publishing import Publishing
+from ....methods.kernel.survival import SUMS
+from ...execute.survival import Prefix, block_elements, has_sums
 from ...graph.graph import MergeGraph
 from ...graph.layout import Layout
 
@@ -54,6 +60,7 @@ __all__ = [
     "RangeCopied",
     "SourceRange",
     "SourceRead",
+    "SumsWritten",
     "Tail",
     "block_count",
     "parse_records",
@@ -169,6 +176,35 @@ class BlocksWritten:
 
 
 @dataclass(frozen=True, slots=True)
+class SumsWritten:
+    """Sums over the first elements of an output, all of which are durable.
+
+    Args:
+        node: number of the node that makes the output.
+        prefix: number of elements, and the sums. The journal has null instead of a sum that is not finite.
+    """
+
+    node: int
+    prefix: Prefix
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as the journal stores it."""
+        sums = [[part if isfinite(part) else None for part in parts] for parts in self.prefix.sums]
+        return {"sums": self.node, "elements": self.prefix.elements, "values": sums}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> SumsWritten | None:
+        """Parse a record. Return None if it is of another type or malformed."""
+        node, elements, values = (record.get(key) for key in ("sums", "elements", "values"))
+        if not (_is_number(node) and _is_number(elements) and isinstance(values, list) and len(values) == SUMS):
+            return None
+        if not all(isinstance(parts, list) and all(map(_is_sum, parts)) for parts in values):
+            return None
+        sums = tuple(tuple(nan if part is None else float(part) for part in parts) for parts in values)
+        return cls(node, Prefix(elements, sums))
+
+
+@dataclass(frozen=True, slots=True)
 class RangeCopied:
     """A durable range of a shard that was cloned or copied from a source.
 
@@ -195,11 +231,12 @@ class RangeCopied:
         return cls(*numbers)
 
 
-JournalRecord = SourceRead | BlocksWritten | RangeCopied | Publishing
+JournalRecord = SourceRead | BlocksWritten | SumsWritten | RangeCopied | Publishing
 
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any]], JournalRecord | None]] = {
     "source": SourceRead.from_json,
     "node": BlocksWritten.from_json,
+    "sums": SumsWritten.from_json,
     "copied": RangeCopied.from_json,
     "publish": Publishing.from_json,
 }
@@ -234,6 +271,12 @@ def _fit(record: JournalRecord, graph: MergeGraph, layout: Layout) -> JournalRec
                 return None
             left = graph.nbytes(node) - record.end * BLOCK_BYTES
             return record if tail is None or 0 < tail.nbytes < min(BLOCK_BYTES, left) else None
+        case SumsWritten(node, prefix):
+            if not (0 <= node < len(graph.node_sources) and has_sums(graph, node)):
+                return None
+            block, total = block_elements(graph, node), graph.elements(node)
+            ends = 0 < prefix.elements <= total and (prefix.elements == total or prefix.elements % block == 0)
+            return record if ends else None
         case RangeCopied(shard, start, end):
             exists = 0 <= shard < len(layout.shards) and 0 <= start <= end <= layout.shards[shard].nbytes
             return record if exists else None
@@ -248,6 +291,10 @@ def block_count(graph: MergeGraph, node: int) -> int:
 
 def _is_number(value: Any) -> TypeGuard[int]:
     return type(value) is int  # a bool is an int, but not in JSON
+
+
+def _is_sum(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and isfinite(value))
 
 
 def _digest(text: Any) -> bytes | None:

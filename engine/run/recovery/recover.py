@@ -14,6 +14,7 @@ from ....errors import MergeloomError
 from ....io.counters import IoCounters
 from ....io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest
 from ....io.output.journal import JournalContent
+from ...execute.survival import Prefix
 from ...graph.graph import MergeGraph
 from ...graph.layout import Layout
 from ..buffers import ThreadBuffers
@@ -25,9 +26,11 @@ from .records import (
     RangeCopied,
     SourceRange,
     SourceRead,
+    SumsWritten,
     block_count,
     parse_records,
 )
+from .recovered_sums import covered_sums
 from .source_digests import add_ranges, ranges_in_use, used_bytes
 
 _BLOCKS_PER_CHECK = 8
@@ -46,6 +49,7 @@ class RecoveredState:
         partial: digests of the first bytes of each node of which only these are written.
         copied: ranges of each shard that were bulk-copied, in ascending order and disjoint.
         sources: source ranges that the data was made from, with their digests, by read number.
+        survival: sums over the first elements of nodes, all of which are intact.
         damaged: number of blocks that differ from their digests.
         differing: number of copied bytes that differ from their sources.
     """
@@ -54,6 +58,7 @@ class RecoveredState:
     partial: dict[int, BlockDigests] = field(default_factory=dict)
     copied: dict[int, list[Range]] = field(default_factory=dict)
     sources: dict[int, list[SourceRange]] = field(default_factory=dict)
+    survival: dict[int, Prefix] = field(default_factory=dict)
     damaged: int = 0
     differing: int = 0
 
@@ -130,11 +135,13 @@ class _Journaled:
         blocks: blocks of each node.
         copied: copied ranges of each shard.
         sources: digested ranges of each read.
+        sums: sums over the first elements of each node.
     """
 
     blocks: dict[int, _JournaledBlocks] = field(default_factory=dict)
     copied: dict[int, list[Range]] = field(default_factory=dict)
     sources: dict[int, list[SourceRange]] = field(default_factory=dict)
+    sums: dict[int, list[Prefix]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, records: Iterable[JournalRecord]) -> _Journaled:
@@ -144,6 +151,8 @@ class _Journaled:
             match record:
                 case BlocksWritten(node):
                     found.blocks.setdefault(node, _JournaledBlocks()).add(record)
+                case SumsWritten(node, prefix):
+                    found.sums.setdefault(node, []).append(prefix)
                 case RangeCopied(shard, start, end):
                     found.copied.setdefault(shard, []).append((start, end))
                 case SourceRead():
@@ -203,7 +212,9 @@ def recover(
         ranges.setdefault(copy.shard, []).extend(copy.equal)
         state.differing += copy.length - sum(end - start for start, end in copy.equal)
     state.copied = {shard: merged for shard, equal in ranges.items() if (merged := _merge_ranges(equal))}
-    state.sources = ranges_in_use(graph, journaled.sources, used_bytes(graph, state.written(graph)))
+    written = state.written(graph)
+    state.sources = ranges_in_use(graph, journaled.sources, used_bytes(graph, written))
+    state.survival = covered_sums(journaled.sums, graph, written)
     return state
 
 

@@ -10,7 +10,7 @@ from ..access import matrices
 from ..expression import Node, Type, blocks_of
 from ..kernel import Kernel
 from ..random_streams import PERIOD
-from ..reduction.reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.reductions import ColumnSum, Count, Selection, StripSum, Sum
 from ..spec import BLOCK, Unit, rows_of_blocks
 from . import helpers
 from .compiler import Library, library
@@ -41,11 +41,12 @@ class Group:
 
     Attributes:
         stages: what the group computes in which loop.
+        columns: elements of a row, if segments are rows or strips of rows; 0 if they are not.
         segment: elements of a segment; 0 for the complete range.
         rows: rows that it computes at a time, at most, if something is computed between the stages; 0 for all.
         lines: nodes with one value per block that have lines, by their ids.
         width: columns of the values with one number per column, repeated to at least a segment; 0 for none.
-        direct: whether segments are the rows of the blocks of sums.
+        direct: whether segments are the rows, or the strips, of the blocks of sums: the loop adds to their columns.
         fills: what is filled before the loop over a segment.
     """
 
@@ -69,14 +70,23 @@ class Group:
         if self.lines:
             height = rows_of_blocks(kernel.inputs.shape, {blocks_of(node).rows for node in self.lines.values()})
             self.rows = height * max(1, BLOCK // (height * columns))
-        if kernel.unit is not Unit.ELEMENT and (by_row or line):
-            self.segment, self.width = columns, max(line, columns) if line else 0  # a vector is a row, and one column
+        self.columns = columns if kernel.unit is not Unit.ELEMENT and (by_row or line) else 0
+        if self.columns:
+            strips = self.lines and not line and not any(stage.of_rows for stage in self.stages)
+            self.segment = min(COLUMNS, columns) if strips else columns
+            self.width = max(line, columns) if line else 0  # a vector is a row, and one column
         else:
             self.width = line * max(1, SEGMENT // line) if line else 0
             reduces = any(target.reduction for target in targets)
             self.segment = self.width or (SEGMENT if reduces or self.fills else 0)
-        sums = [target.reduction.block for target in targets if isinstance(target.reduction, Sum)]
-        self.direct = self.segment == COLUMNS and not self.width and not any(block % COLUMNS for block in sums)
+        sums = [target.reduction for target in targets if isinstance(target.reduction, Sum)]
+        self.direct = not self.width and all(map(self._fits, sums))
+
+    def _fits(self, reduction: Sum) -> bool:
+        """Whether each segment is a row, or a strip, of a block of a sum."""
+        if isinstance(reduction, StripSum):
+            return self.segment == min(COLUMNS, self.columns)
+        return self.segment == COLUMNS and reduction.block % COLUMNS == 0 and self.columns % COLUMNS == 0
 
     def ranges(self, element: int, elements: int) -> Iterator[tuple[int, int]]:
         """The first element and the number of elements of each range that is computed at a time.

@@ -7,6 +7,7 @@ two equally near numbers to the even one. Every NaN is stored as one canonical N
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -160,19 +161,49 @@ def encoded(f: Function, value: str, type: str, name: str) -> str:
         wide = value if type == "double" else f.value(f"fpext float {value} to double")
         bits = f.value(f"bitcast double {wide} to i64")
         return f.value(f"select i1 {nan}, i64 {form.nan}, i64 {bits}")
-    if type == "double":
-        single = f.value(f"fptrunc double {value} to float")
-        bits = f.value(f"bitcast float {single} to i32")
-        if name != "F32":
-            bits = _to_odd(f, value, single, bits)
-    else:
-        bits = f.value(f"bitcast float {value} to i32")
+    bits = _single_bits(f, value, type, to_odd=name != "F32")
     if form is POWERS:
         bits = _nearest_power(f, bits)
     elif name != "F32":
         bits = _narrowed(f, bits, form)
     bits = f.value(f"select i1 {nan}, i32 {form.nan}, i32 {bits}")
     return bits if form.bits == 32 else f.value(f"trunc i32 {bits} to {form.stored}")
+
+
+def nearest(f: Function, value: str, type: str, name: str) -> tuple[str, str]:
+    """A number rounded once to a format, as a value to compute with: what `decoded` makes of its `encoded` bits.
+
+    The significand is rounded in place, which shares its instructions with `encoded`, and needs no others to decode.
+
+    Returns:
+        The value and its type, as `decoded`.
+    """
+    form = FORMATS[name]
+    if form.bits > 16 or form is POWERS or not form.negative_zero:
+        return decoded(f, encoded(f, value, type, name), name)
+    nan = f.value(f"fcmp uno {type} {value}, {value}")
+    bits = _single_bits(f, value, type, to_odd=True)
+    magnitude, rounded = _rounded_magnitude(f, bits, form)
+    rounded = f.value(f"and i32 {rounded}, {-(1 << (23 - form.mantissa))}")
+    if form.bias != 127:
+        added, unit = _tiny_sum(f, magnitude, form)
+        tiny = f.value(f"bitcast float {f.value(f'fsub float {added}, {unit}')} to i32")
+        rounded = f.value(f"select i1 {_is_tiny(f, magnitude, form)}, i32 {tiny}, i32 {rounded}")
+    largest = struct.unpack("<i", struct.pack("<f", form.maximum))[0]
+    beyond = 0x7FC0_0000 if form.infinity is None else 0x7F80_0000
+    rounded = f.value(f"select i1 {f.value(f'icmp sgt i32 {rounded}, {largest}')}, i32 {beyond}, i32 {rounded}")
+    rounded = f.value(f"or i32 {rounded}, {f.value(f'and i32 {bits}, {-(1 << 31)}')}")
+    rounded = f.value(f"select i1 {nan}, i32 {0x7FC0_0000}, i32 {rounded}")
+    return f.value(f"bitcast i32 {rounded} to float"), "float"
+
+
+def _single_bits(f: Function, value: str, type: str, *, to_odd: bool) -> str:
+    """The bits of a number as float; a double is rounded to the nearest one, or "to odd"."""
+    if type != "double":
+        return f.value(f"bitcast float {value} to i32")
+    single = f.value(f"fptrunc double {value} to float")
+    bits = f.value(f"bitcast float {single} to i32")
+    return _to_odd(f, value, single, bits) if to_odd else bits
 
 
 def _nearest_power(f: Function, bits: str) -> str:
@@ -207,22 +238,15 @@ def _magnitude(f: Function, value: str, type: str) -> str:
 
 def _narrowed(f: Function, bits: str, form: Format) -> str:
     """The bits of a float rounded to a format of at most 16 bits, in an i32; NaNs are left to the caller."""
-    drop = 23 - form.mantissa
     sign = f.value(f"lshr i32 {f.value(f'and i32 {bits}, {-(1 << 31)}')}, {32 - form.bits}")
-    magnitude = f.value(f"and i32 {bits}, {(1 << 31) - 1}")
-    odd = f.value(f"and i32 {f.value(f'lshr i32 {magnitude}, {drop}')}, 1")
-    nearest = f.value(f"add i32 {f.value(f'add i32 {magnitude}, {(1 << (drop - 1)) - 1}')}, {odd}")
-    code = f.value(f"lshr i32 {nearest}, {drop}")
+    magnitude, rounded = _rounded_magnitude(f, bits, form)
+    code = f.value(f"lshr i32 {rounded}, {23 - form.mantissa}")
     if form.bias != 127:
         code = f.value(f"sub i32 {code}, {(127 - form.bias) << form.mantissa}")
-        # adding the power of 2 whose last bit weighs as much as the format's smallest number rounds to such multiples
-        unit = (1 - form.bias - form.mantissa + 23 + 127) << 23
-        added = f.value(
-            f"fadd float {f.value(f'bitcast i32 {magnitude} to float')}, {f.value(f'bitcast i32 {unit} to float')}"
-        )
-        tiny = f.value(f"sub i32 {f.value(f'bitcast float {added} to i32')}, {unit}")
-        small = f.value(f"icmp ult i32 {magnitude}, {(128 - form.bias) << 23}")
-        code = f.value(f"select i1 {small}, i32 {tiny}, i32 {code}")
+        added, unit = _tiny_sum(f, magnitude, form)
+        tiny = f.value(f"bitcast float {added} to i32")
+        tiny = f.value(f"sub i32 {tiny}, {f.value(f'bitcast float {unit} to i32')}")
+        code = f.value(f"select i1 {_is_tiny(f, magnitude, form)}, i32 {tiny}, i32 {code}")
         beyond = form.nan if form.infinity is None else form.infinity
         over = f.value(f"icmp sgt i32 {code}, {form.largest}")
         if not form.negative_zero:
@@ -232,3 +256,23 @@ def _narrowed(f: Function, bits: str, form: Format) -> str:
         if form.infinity is None and form.negative_zero:
             sign = f.value(f"select i1 {over}, i32 0, i32 {sign}")
     return f.value(f"or i32 {code}, {sign}")
+
+
+def _rounded_magnitude(f: Function, bits: str, form: Format) -> tuple[str, str]:
+    """The bits of a float without its sign, and with the significand rounded to the format's, in its upper bits."""
+    drop = 23 - form.mantissa
+    magnitude = f.value(f"and i32 {bits}, {(1 << 31) - 1}")
+    odd = f.value(f"and i32 {f.value(f'lshr i32 {magnitude}, {drop}')}, 1")
+    return magnitude, f.value(f"add i32 {f.value(f'add i32 {magnitude}, {(1 << (drop - 1)) - 1}')}, {odd}")
+
+
+def _tiny_sum(f: Function, magnitude: str, form: Format) -> tuple[str, str]:
+    """The sum of a magnitude and a power of 2, and that power, whose last bit weighs as much as the format's smallest
+    number: the sum is rounded to a multiple of it."""
+    unit = f.value(f"bitcast i32 {(1 - form.bias - form.mantissa + 23 + 127) << 23} to float")
+    return f.value(f"fadd float {f.value(f'bitcast i32 {magnitude} to float')}, {unit}"), unit
+
+
+def _is_tiny(f: Function, magnitude: str, form: Format) -> str:
+    """Whether a magnitude is below the format's normal numbers."""
+    return f.value(f"icmp ult i32 {magnitude}, {(128 - form.bias) << 23}")

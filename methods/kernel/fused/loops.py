@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..expression import Extent, Node, blocks_of
-from ..reduction.reductions import ColumnSum, Count, Sum
+from ..reduction.reductions import ColumnSum, Count, StripSum, Sum
 from .assembly import Function
+from .helpers import COLUMNS, SumField
 from .operations import Types
 from .segment import Segment
 from .stages import Stage
@@ -94,24 +95,30 @@ class Generator:
     def _range(self, segments: Sequence[Segment], lines: Sequence[Lines]) -> str:
         """Compute all segments of a range, and reduce what each one has stored; returns whether a value is beyond."""
         f = Function(self.name, "i32", [("ptr", "table")], exported=True)
-        count, segment = (f.load("%table", self.table.place(name), "i64") for name in ("elements", "segment"))
+        count, segment, columns = (
+            f.load("%table", self.table.place(name), "i64") for name in ("elements", "segment", "columns")
+        )
         numbers, rows = (f.load("%table", self.table.place(name), "ptr") for name in ("numbers", "rows"))
         keys = dict.fromkeys(key for each in segments for key in each.pointers)
         passed = {key: f.load("%table", self.table.places[key], "ptr") for key in keys}
         for line in lines:
             given = ", ".join(f"ptr {f.load('%table', self.table.place(*key), 'ptr')}" for key in line.pointers)
-            cells = self._cells(f, line.pointers[0][1], count, segment)
+            cells = self._cells(f, line.pointers[0][1], count, columns)
             f.do(f"call void @{line.name}(ptr {numbers}, i64 {cells}, {given})")
         first = "0"
         for target in self.picked:
-            first = f.value(f"or i32 {first}, {self._pick(f, target, count, segment)}")
-        with f.loop(count, segment, [("i32", first)]) as (offset, (beyond,), following):
+            first = f.value(f"or i32 {first}, {self._pick(f, target, count, columns)}")
+        step: list[str] = []
+        with f.loop(count, step, [("i32", first)]) as (offset, (beyond,), following):
             size = f.smaller(f.value(f"sub i64 {count}, {offset}"), segment)
-            row = f.value(f"udiv i64 {offset}, {segment}")
+            row = f.value(f"udiv i64 {offset}, {columns}")
+            column = f.value(f"urem i64 {offset}, {columns}")
+            size = f.smaller(size, f.value(f"sub i64 {columns}, {column}"))
+            step.append(size)
             for key in keys:
                 if key[0] == "filled":
                     self._fill(f, key[1], passed[key], offset, size)
-            fixed = f"ptr %table, ptr {numbers}, ptr {rows}, i64 {offset}, i64 {size}, i64 {row}"
+            fixed = f"ptr %table, ptr {numbers}, ptr {rows}, i64 {offset}, i64 {size}, i64 {row}, i64 {column}"
             for each in segments:
                 pointers = ", ".join([fixed, *(f"ptr {passed[key]}" for key in each.pointers)])
                 result = f.value(f"call i32 @{each.name}({pointers})")
@@ -124,8 +131,8 @@ class Generator:
         for node in self.stage.blocked:
             expand = expand_name(self._types.of(node.type))
             self.helpers.add(expand)
-            cells, width = self._cells(f, id(node), count, segment), self._block_columns(f, node)
-            f.do(f"call void @{expand}(ptr {passed['lines', id(node)]}, i64 {cells}, i64 {segment}, i64 {width})")
+            cells, width = self._cells(f, id(node), count, columns), self._block_columns(f, node)
+            f.do(f"call void @{expand}(ptr {passed['lines', id(node)]}, i64 {cells}, i64 {columns}, i64 {width})")
         sums = [(target, name) for target in self.targets if (name := self._sum_name(target)) is not None]
         if sums:  # a block can continue in the next range of rows
             with f.when(f.value(f"icmp ne i64 {f.load('%table', self.table.place('last'), 'i64')}, 0")):
@@ -133,16 +140,16 @@ class Generator:
                     f.do(f"call void @{name.replace('feed', 'end')}(ptr {self._state(f, target)})")
         return f.text(f"i32 {following[0]}")
 
-    def _cells(self, f: Function, node: int, count: str, segment: str) -> str:
+    def _cells(self, f: Function, node: int, count: str, columns: str) -> str:
         """The number of columns of all lines of a node: a line for each row of blocks that the range has rows of."""
         height = f.load("%table", self.table.place("block rows", node), "i64")
-        below = f.value(f"add i64 {f.value(f'udiv i64 {count}, {segment}')}, {f.value(f'sub i64 {height}, 1')}")
-        return f.value(f"mul i64 {f.value(f'udiv i64 {below}, {height}')}, {segment}")
+        below = f.value(f"add i64 {f.value(f'udiv i64 {count}, {columns}')}, {f.value(f'sub i64 {height}, 1')}")
+        return f.value(f"mul i64 {f.value(f'udiv i64 {below}, {height}')}, {columns}")
 
     def _block_columns(self, f: Function, node: Node) -> str:
         return f.load("%table", self.table.place("block columns", id(node)), "i64")
 
-    def _pick(self, f: Function, target: Target, count: str, segment: str) -> str:
+    def _pick(self, f: Function, target: Target, count: str, columns: str) -> str:
         """Store an output with one element per block; returns whether one is beyond the format's largest number."""
         name = pick_name(self._types.work, self._variant.outs[~target.number])
         self.helpers.add(name)
@@ -150,8 +157,8 @@ class Generator:
             f.load("%table", self.table.place(*key), "ptr")
             for key in (("lines", id(target.node)), ("output", target.number))
         )
-        cells, width = self._cells(f, id(target.node), count, segment), self._block_columns(f, target.node)
-        return f.value(f"call i32 @{name}(ptr {lines}, ptr {out}, i64 {cells}, i64 {segment}, i64 {width})")
+        cells, width = self._cells(f, id(target.node), count, columns), self._block_columns(f, target.node)
+        return f.value(f"call i32 @{name}(ptr {lines}, ptr {out}, i64 {cells}, i64 {columns}, i64 {width})")
 
     def _fill(self, f: Function, fill: Fill, buffer: str, offset: str, size: str) -> None:
         """Fill a buffer with the values for the elements of a segment."""
@@ -179,6 +186,9 @@ class Generator:
             f.do(f"call void @{advance}(ptr {self._state(f, target)}, i64 {size})")
             return
         operand = passed["operand", target.number]
+        if isinstance(target.reduction, StripSum):
+            self._feed_strips(f, target, operand, size)
+            return
         if (name := self._sum_name(target)) is not None:
             self.helpers.add(name)
             f.do(f"call void @{name}(ptr {self._state(f, target)}, ptr {operand}, i64 {size})")
@@ -189,6 +199,17 @@ class Generator:
         states = self._state(f, target)
         with f.loop(searches) as (i, _, _):
             f.do(f"call void @select_feed(ptr {f.load(states, i, 'ptr')}, ptr {operand}, i64 {size})")
+
+    def _feed_strips(self, f: Function, target: Target, operand: str, size: str) -> None:
+        """Add the strips of a row to the totals."""
+        type = self._types.of(target.node.type)
+        add, advance = f"add_into_{type}", f"sum_advance_{type}"
+        self.helpers.update((f"sum_feed_{type}", advance))
+        totals = f.load(self._state(f, target), SumField.TOTALS, "ptr")
+        with f.loop(size, COLUMNS) as (start, _, _):
+            strip = f.smaller(f.value(f"sub i64 {size}, {start}"), str(COLUMNS))
+            f.do(f"call void @{add}(ptr {totals}, ptr {f.at(operand, start, type)}, i64 {strip})")
+            f.do(f"call void @{advance}(ptr {self._state(f, target)}, i64 {strip})")
 
     def _reduce_row(
         self, f: Function, node: Node, passed: dict[tuple[Any, ...], str], rows: str, row: str, size: str

@@ -12,7 +12,7 @@ from ..arithmetic import COMPARISONS
 from ..expression import Node, Type
 from ..random_streams import FIRST, SECOND, STEP
 from .assembly import Function, literal
-from .formats import decoded, encoded
+from .formats import nearest
 
 _PREDICATES = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 _ARITHMETIC = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
@@ -121,8 +121,7 @@ def _single(f: Function, node: Node, args: Sequence[str], types: Types) -> str:
 
 def _round(f: Function, node: Node, args: Sequence[str], types: Types) -> str:
     name = _FORMAT_OF[node.value]
-    raw = encoded(f, args[0], types.of(node.args[0].type), name)
-    value, type = decoded(f, raw, name)
+    value, type = nearest(f, args[0], types.of(node.args[0].type), name)
     return converted(f, value, type, types.work)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..expression import Node, blocks_of
 from ..kernel import State
 from ..random_streams import STEP, streams
-from ..reduction.reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.reductions import ColumnSum, Count, Selection, StripSum, Sum
 from ..reduction.selection import Counts, Search, start
 from .compiled import Buffers, Compiled, Group, aligned
 from .formats import FORMATS, STORED
@@ -109,7 +109,9 @@ class Run:
             counted = self._results[number] = np.zeros(1, np.int64)
             self.addresses["count", number] = counted.ctypes.data
         elif isinstance(reduction, (Sum, ColumnSum)):
-            width = COLUMNS if isinstance(reduction, Sum) else reduction.width
+            width = reduction.width if isinstance(reduction, ColumnSum) else COLUMNS
+            if isinstance(reduction, StripSum):
+                width = min(width, max(1, self._compiled.kernel.inputs.columns))
             blocks = self._chunk.elements // reduction.block + 1
             results = np.empty(blocks * (1 if isinstance(reduction, Sum) else width), np.float64)
             state = np.zeros(len(SumField), np.int64)
@@ -232,6 +234,7 @@ class Run:
             "elements": size,
             "last": first + size == self._chunk.elements,
             "segment": max(1, size if keep else self.group.segment or size),
+            "columns": max(1, self.group.columns or size),
             "numbers": numbers.ctypes.data,
             "rows": self._buffers.rows + 8 * row,
             "width": max(1, self.group.width),

@@ -64,14 +64,15 @@ class Segment:
         f = Function(
             self.name,
             "i32",
-            [*fixed, ("i64", "offset"), ("i64", "count"), ("i64", "row"), *arguments],
+            [*fixed, *(("i64", name) for name in ("offset", "count", "row", "column")), *arguments],
         )
         self._first = f.value(f"add i64 {f.load('%table', self.table.place('element'), 'i64')}, %offset")
         for node in nodes:
             self._hoist(f, node)
         for node in (*self.stage.blocked, *(each for each in nodes if each.extent is Extent.BLOCK)):
             line = f.value(f"udiv i64 %row, {f.load('%table', self.table.place('block rows', id(node)), 'i64')}")
-            self._hoisted["first of line", id(node)] = f.value(f"mul i64 {line}, %count")
+            first = f.value(f"mul i64 {line}, {f.load('%table', self.table.place('columns'), 'i64')}")
+            self._hoisted["first of line", id(node)] = f.value(f"add i64 {first}, %column")
         for node in nodes:
             if node.extent is Extent.ROW:
                 self._values[id(node)] = self._row_value(f, node)

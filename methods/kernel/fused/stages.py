@@ -42,7 +42,12 @@ class Stage:
     @property
     def by_row(self) -> bool:
         """Whether the stage computes or uses what is computed for a range of rows between two stages."""
-        return bool(self.reduced or self.ranked or self.exported or self.called or self.blocked or self.lined)
+        return self.of_rows or bool(self.blocked or self.lined)
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether the stage computes or uses values of which there is one for each row: segments are complete rows."""
+        return bool(self.reduced or self.ranked or self.exported or self.called)
 
     @property
     def wanted(self) -> list[Node]:

@@ -69,6 +69,14 @@ class Sum(Reduction):
         return total(merged or [])
 
 
+class StripSum(Sum):
+    """A sum whose blocks are complete rows, for kernels that work by rows of blocks.
+
+    Each row is divided into strips of 2^11 elements from its first one on, and the strips of a block are added in
+    order: a loop over a strip adds to the same totals for any number of columns.
+    """
+
+
 class Count(Reduction):
     """The number of elements for which a flag is set. The partial result is a number."""
 

@@ -72,18 +72,22 @@ class BlockSums:
         workspace: memory for the partial sums of complete blocks: up to 2^11 float64 numbers per block and sum, and as
             many for each block.
         device: device of the tensors.
+        line: elements of a row, whose strips are added, see `StripSum`; 0 if blocks are split regardless of rows.
     """
 
-    def __init__(self, sums: int, elements: int, block: int, workspace: Workspace, device: torch.device) -> None:
+    def __init__(
+        self, sums: int, elements: int, block: int, workspace: Workspace, device: torch.device, line: int = 0
+    ) -> None:
+        self._line = line
         complete, rest = divmod(elements, block)
         self._split = complete * block
         self._parts: list[tuple[Tensor, Tensor]] = []
         if complete:
-            width = min(block, _COLUMNS)
+            width = min(line or block, _COLUMNS)
             columns = workspace.take(sums * complete * width, torch.float64).view(sums, complete, width)
             self._parts.append((columns, workspace.take(complete * width, torch.float64)))
         if rest:
-            columns = torch.empty((sums, 1, min(rest, _COLUMNS)), dtype=torch.float64, device=device)
+            columns = torch.empty((sums, 1, min(line or rest, _COLUMNS)), dtype=torch.float64, device=device)
             self._parts.append((columns, torch.empty(columns.shape[2], dtype=torch.float64, device=device)))
         self._at_once = device.type == "cpu" and block == BLOCK
 
@@ -94,8 +98,19 @@ class BlockSums:
         for part, (columns, memory) in zip(parts, self._parts, strict=True):
             blocks, width = columns.shape[1:]
             rows = memory.view(values.dtype)[: blocks * width].view(blocks, width)
-            self._add_rows(part.view(blocks, -1), rows)
+            if self._line:
+                self._add_strips(part.view(blocks, -1, self._line), rows)
+            else:
+                self._add_rows(part.view(blocks, -1), rows)
             columns[number].copy_(rows)
+
+    @staticmethod
+    def _add_strips(blocks: Tensor, rows: Tensor) -> None:
+        """Add the strips of each row of each block in order."""
+        rows.fill_(-0.0)
+        for row in blocks.unbind(1):
+            for strip in torch.split(row, _COLUMNS, 1):
+                rows[:, : strip.shape[1]].add_(strip)
 
     def _add_rows(self, blocks: Tensor, rows: Tensor) -> None:
         """Add the rows of each block in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..expression import Extent, Node, Type
 from ..program import Instruction, Slot
-from ..reduction.reductions import ColumnSum, Count, Selection, Sum
+from ..reduction.reductions import ColumnSum, Count, Selection, StripSum, Sum
 from . import counting
 from .block_sums import BlockSums, column_sums
 from .blocks import block_maxima, one_per_block
@@ -51,12 +51,14 @@ class ProgramRun:
         reduced = owner.kernel.reduce_nodes
         numbers = range(len(owner.kernel.reduced), len(reduced)) if active is None else active
         self._numbers = {id(reduced[number]): number for number in numbers}
-        self._sums: dict[int, tuple[BlockSums, list[int]]] = {}
+        self._sums: dict[Hashable, tuple[BlockSums, list[int]]] = {}
         summed = [number for number in numbers if isinstance(reduced[number].value, Sum)]
-        for block in dict.fromkeys(reduced[number].value.block for number in summed):
-            equal = [number for number in summed if reduced[number].value.block == block]
-            sums = BlockSums(len(equal), tile.elements, block, owner.workspace, self._device)
-            self._sums[block] = sums, equal
+        for key in dict.fromkeys(reduced[number].value.key for number in summed):
+            equal = [number for number in summed if reduced[number].value.key == key]
+            reduction = reduced[equal[0]].value
+            line = owner.kernel.inputs.columns if isinstance(reduction, StripSum) else 0
+            sums = BlockSums(len(equal), tile.elements, reduction.block, owner.workspace, self._device, line)
+            self._sums[key] = sums, equal
 
     def perform(self, instruction: Instruction) -> None:
         """Execute an instruction."""
@@ -215,7 +217,7 @@ class ProgramRun:
         values = self._buffer(source, self._dtype(node.args[0].type))
         partials = self.owner.partials[number]
         if isinstance(reduction, Sum):
-            sums, numbers = self._sums[reduction.block]
+            sums, numbers = self._sums[reduction.key]
             sums.add(numbers.index(number), values)
         elif isinstance(reduction, Count):
             partials.append(torch.count_nonzero(values))

@@ -54,12 +54,14 @@ class Run:
         passes: number of passes over the tiles.
         declared: declared workspace of the largest tile in bytes.
         used: peak use of the workspace in bytes.
+        byproducts: sums of blocks of each by-product, in their order.
     """
 
     outputs: list[Tensor]
     passes: int
     declared: int
     used: int
+    byproducts: list[list[float]]
 
     @property
     def output(self) -> Tensor:
@@ -75,11 +77,13 @@ class FusedRun:
         outputs: bytes of each merged tensor.
         passes: number of passes over the chunks.
         beyond: whether a value is NaN or beyond the largest number of the dtype.
+        byproducts: sums of blocks of each by-product, in their order.
     """
 
     outputs: list[bytes]
     passes: int
     beyond: bool
+    byproducts: list[list[float]]
 
     @property
     def output(self) -> bytes:
@@ -143,7 +147,7 @@ def run_kernel(
     shaped = [
         output.view(shape) if blocks is None else output for output, blocks in zip(outputs, kernel.blocks, strict=True)
     ]
-    return Run(shaped, passes, declared, workspace.peak)
+    return Run(shaped, passes, declared, workspace.peak, final.byproducts())
 
 
 def staged_elements(spec: InputSpec, number: int, part: Tensor, first: int, count: int) -> Tensor:
@@ -220,19 +224,21 @@ def run_fused(
             merged = kernel.merge(index, merged, partial)
         return merged
 
-    def combine(chunk: Chunk) -> bool:
+    def combine(chunk: Chunk) -> tuple[bool, list[list[float]]]:
         ranges = [kernel.written(number, chunk.element, chunk.elements) for number in range(len(outs))]
         found = zip(outputs, widths, ranges, strict=True)
         parts = [memoryview(output[first * w : (first + count) * w].numpy()) for output, w, (first, count) in found]
-        return FusedPass(compiled, None, state, scratch()).combine(chunk, *parts)
+        last = FusedPass(compiled, None, state, scratch())
+        return last.combine(chunk, *parts), last.byproducts
 
     with ThreadPoolExecutor(threads) as pool:
         passes, state = reduced(kernel, reduce)
         widths = [each.itemsize for each in outs]
         sizes = [kernel.written(number, 0, size)[1] * width for number, width in enumerate(widths)]
         outputs = [torch.full((each,), 77, dtype=torch.uint8) for each in sizes]
-        beyond = any(list(pool.map(combine, chunks())))
-    return FusedRun([output.numpy().tobytes() for output in outputs], passes, beyond)
+        found = list(pool.map(combine, chunks()))
+    sums = [[each for _, partial in found for each in partial[number]] for number in range(len(kernel.byproducts))]
+    return FusedRun([x.numpy().tobytes() for x in outputs], passes, any(beyond for beyond, _ in found), sums)
 
 
 def chunk_of(

@@ -25,7 +25,7 @@ import torch
 from mergeloom.methods.kernel.access import BlockRows
 from mergeloom.methods.kernel.expression import Extent, HostCall, Node, Type
 from mergeloom.methods.kernel.kernel import Kernel
-from mergeloom.methods.kernel.reduction.reductions import ColumnSum, Count, Selection, Sum
+from mergeloom.methods.kernel.reduction.reductions import ColumnSum, Count, Selection, StripSum, Sum
 from mergeloom.methods.kernel.reduction.target import Target
 from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods.oracle_accesses import expanded, factor, low_rank_product
@@ -42,6 +42,15 @@ def evaluate(
 ) -> Numbers:
     """The first output of a kernel in the work dtype; see `evaluate_all`."""
     return evaluate_all(kernel, inputs, key=key, positions=positions)[0]
+
+
+def evaluate_byproducts(
+    kernel: Kernel, inputs: Sequence[torch.Tensor], *, key: int = 0, positions: Sequence[int] | None = None
+) -> list[float]:
+    """The by-products of a kernel; see `evaluate_all`."""
+    with np.errstate(all="ignore"):
+        evaluation = Evaluation(kernel.inputs, inputs, key, positions or range(len(inputs)))
+        return [evaluation.scalar(node) for node in kernel.byproducts]
 
 
 def evaluate_all(
@@ -80,11 +89,18 @@ class Evaluation:
         self.row_shape, self.column_shape = (*self.shape[:-1], 1), (1, *self.shape[1:])
         self.known: dict[int, Any] = {}
 
-    def output(self, node: Node, blocks: BlockRows | None = None) -> Numbers:
-        """The value of a node with one value per element, or flat with one for each block."""
+    def scalar(self, node: Node) -> float:
+        """The value of a node with one value per tensor."""
+        return float(self._evaluated(node))
+
+    def _evaluated(self, node: Node) -> Any:
         for each in _in_order(node):
             self.known[id(each)] = self._value(each)
-        result: Numbers = self.known[id(node)]
+        return self.known[id(node)]
+
+    def output(self, node: Node, blocks: BlockRows | None = None) -> Numbers:
+        """The value of a node with one value per element, or flat with one for each block."""
+        result: Numbers = self._evaluated(node)
         assert result.shape == self.shape
         assert result.dtype == self.work
         if blocks is None:
@@ -186,6 +202,10 @@ class Evaluation:
         assert values.shape == self.shape
         if isinstance(reduction, Count):
             return float(np.count_nonzero(values))
+        if isinstance(reduction, StripSum):
+            rows = values.reshape(-1, self.shape[-1])
+            height = reduction.block // self.shape[-1]
+            return _total([_strip_sum(rows[start : start + height]) for start in range(0, len(rows), height)])
         if isinstance(reduction, Sum):
             flat, block = values.reshape(-1), reduction.block
             return _total([_block_sum(flat[start : start + block]) for start in range(0, len(flat), block)])
@@ -241,7 +261,11 @@ class Evaluation:
         return self._whole(node).astype(self._dtype(node.type))
 
     def round(self, node: Node) -> Numbers:
-        return rounded(self._whole(node), getattr(torch, node.value)).astype(self.work)
+        dtype = getattr(torch, node.value)
+        if dtype.itemsize == 1:
+            nearest = torch.frombuffer(bytearray(stored(self._whole(node), dtype)), dtype=torch.uint8).view(dtype)
+            return nearest.to(torch.float64).numpy().reshape(self.shape).astype(self.work)
+        return rounded(self._whole(node), dtype).astype(self.work)
 
 
 def _in_order(output: Node) -> Iterator[Node]:
@@ -295,6 +319,16 @@ def _block_sum(values: Numbers) -> float:
     for start in range(COLUMNS, len(values), COLUMNS):
         row = values[start : start + COLUMNS]
         columns[: len(row)] += row
+    return float(_folded(columns.astype(np.float64))[0])
+
+
+def _strip_sum(rows: Numbers) -> float:
+    """The sum of complete rows: strips of each row are added in order, then the columns in float64."""
+    columns = np.zeros(min(COLUMNS, rows.shape[1]), rows.dtype)
+    for row in rows:
+        for start in range(0, len(row), COLUMNS):
+            strip = row[start : start + COLUMNS]
+            columns[: len(strip)] += strip
     return float(_folded(columns.astype(np.float64))[0])
 
 

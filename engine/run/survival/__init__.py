@@ -1,0 +1,1 @@
+"""Reports how much of the changes of a merge survives when its output is rounded."""
