@@ -48,6 +48,7 @@ def plan(
     machine: str | None = None,
     methods: Iterable[str | os.PathLike[str]] = (),
     overrides: Mapping[str, object] = {},
+    survival: bool = False,
 ) -> Plan:
     """Plan a merge: what it reads, writes and holds in memory. Reads only the recipe and the models' headers.
 
@@ -65,6 +66,8 @@ def plan(
         methods: paths of Python files with additional merge methods.
         overrides: values of the recipe to change, by key, such as ``{"models.0.parameters.weight": 0.3}``; messages
             about them name ``--set``, the option of the command line.
+        survival: whether the merge also measures what rounding to bfloat16 and float16 keeps of the change from the
+            base model; for FP8, it always does.
 
     Raises:
         RecipeError: the recipe is invalid.
@@ -72,7 +75,7 @@ def plan(
         BudgetError: the merge exceeds the budget.
         UsageError: an argument is invalid.
     """
-    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides)
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides, survival)
     if machine is not None:
         options = replace(options, machine=parse_machine(checked_text("machine", machine)))
     return public_plan(make_plan(recipe, options))
@@ -91,6 +94,7 @@ def merge(
     strict: bool = False,
     methods: Iterable[str | os.PathLike[str]] = (),
     overrides: Mapping[str, object] = {},
+    survival: bool = False,
     digests: str = "written",
     restart: bool = False,
     notify: Callable[[Progress], None] | None = None,
@@ -105,7 +109,8 @@ def merge(
         recipe: recipe as for `plan`, or a Plan, which is executed with the options that were passed to `plan`.
         out: output directory: new, empty, or with an unfinished merge of the same recipe; None for a rehearsal that
             runs the complete merge without writing.
-        max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides: options as for `plan`.
+        max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides, survival: options as for
+            `plan`.
         digests: ``written``, or ``full`` to also read and digest tensors that are only reflinked or copied.
         restart: whether to discard an unfinished merge in `out` and start over.
         notify: callback for progress, called regularly on this thread.
@@ -120,7 +125,7 @@ def merge(
     from .engine.run.merge import merge as run_merge
     from .result import public_result
 
-    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides)
+    options = _options(max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides, survival)
     if isinstance(recipe, engine_plan.Plan):
         if options not in (Options(), recipe.options):
             raise UsageError("a Plan is executed with the options of `plan`: pass these to `plan` instead")
@@ -285,6 +290,7 @@ def _options(
     strict: bool,
     methods: Iterable[str | os.PathLike[str]],
     overrides: Mapping[str, object],
+    survival: bool,
 ) -> Options:
     """Convert the keyword arguments that `plan` and `merge` share."""
     return Options(
@@ -297,4 +303,5 @@ def _options(
         strict=strict,
         methods=tuple(checked_path("methods", file) for file in one_or_several(methods)),
         overrides=checked_overrides(overrides),
+        survival=survival,
     )

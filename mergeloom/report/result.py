@@ -163,6 +163,6 @@ def survival_section(shares: Sequence[TensorShare]) -> Section:
         (group, f"{count:,}", text_of(share), text_of(min(each.share for each in shares if each.group == group)))
         for group, (share, count) in by_group(shares).items()
     ]
-    header = ("group", "tensors", "kept", "least of a tensor")
+    header = ("group", "tensors", "kept", "lowest tensor")
     title = f"Change from the base model that rounding to {' and '.join(dict.fromkeys(s.stored for s in shares))} keeps"
     return Section(title, grid=Grid(header, tuple(rows), frozenset(header[1:])))
