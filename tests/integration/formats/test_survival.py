@@ -12,22 +12,30 @@ import numpy as np
 import pytest
 import torch
 
+from mergeloom.engine.execute.devices.base import Device
+from mergeloom.engine.execute.devices.cpu import CpuDevice
+from mergeloom.engine.execute.executor import Executor
+from mergeloom.engine.execute.survival import SurvivalSums, compared_nodes
 from mergeloom.engine.run.merge import Result
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError
 from mergeloom.io.output.journal import read_journal
 from mergeloom.io.output.lock import WORK
+from mergeloom.io.reading import Reader
 from mergeloom.report.plan import plan_sections
 from mergeloom.report.result import result_text
 from mergeloom.report.sections import plain
+from tests.support.devices import CountingDevice
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.resumable import OPTIONS, run
 from tests.support.merges.small import make_blocks_small
 from tests.support.models import quantized
 from tests.support.outputs import digests, read_model
-from tests.support.survival import bounded_share, decoded
+from tests.support.survival.shares import bounded_share, decoded
 
 FORMS = ("fp8 blocks", "fp8 blocks, bf16 scales", "fp8 blocks, e8m0 scales", "fp8 rows")
 
@@ -232,6 +240,37 @@ def test_shares_do_not_depend_on_the_budget(
         varied = replace(options, threads=1 + number, max_ram=4 << 30 if number else minimum + (64 << 20))
         assert run(what, tmp_path / str(number), varied).shares == whole.shares
     assert run(what, None, options).shares == whole.shares
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_device_with_its_own_memory_has_the_same_sums(case: str, large: list[Path]) -> None:
+    """torch computes tiles of other sizes, on two simulated devices."""
+    what, options = of_case(case, large)
+    graph = plan(what, options).built.graph
+    nodes = list(compared_nodes(graph))
+    totals = []
+    for vram, slot in ((None, 1 << 20), (64 << 20, 768 << 10), (64 << 20, 2 << 20)):
+        budgets = tuple(DeviceBudget(f"test:{number}", vram, 1) for number in range(1 if vram is None else 2))
+        devices: list[Device] = [CountingDevice(each.name, vram) if vram else CpuDevice(1) for each in budgets]
+        schedule = make_schedule(graph, Budget(1 << 30, 0, budgets), slot_bytes=slot)
+        sums = SurvivalSums(graph)
+        reader = Reader()
+        Executor(graph, schedule, devices, reader, NullSink(), survival=sums).run()
+        reader.close()
+        totals.append([sums.total(node) for node in nodes])
+    assert len(nodes) == 6 + 4 * options.survival
+    assert None not in totals[0]
+    assert totals[1] == totals[2] == totals[0]
+
+
+class NullSink:
+    """A sink that drops everything."""
+
+    def write(self, node: int, offset: int, data: memoryview) -> None:
+        """Drop the data."""
+
+    def finished(self, node: int) -> None:
+        """Do nothing."""
 
 
 @pytest.mark.usefixtures("_small_blocks")

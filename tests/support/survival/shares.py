@@ -36,7 +36,7 @@ def bounded_share(stored: Tensor, base: Tensor, other: Tensor, weight: float) ->
 
     The step is computed with the weight in float32. In float32, a value differs from that of float64 by a rounding of
     its difference, its product and its sum; each difference and product of the share's sums is rounded, too, and each
-    of their totals is a sum of at most the tensor's rows (at most 2^4 of complete rows of 2^11 elements).
+    of their totals is a sum of at most the rows of a block of 128 rows or 2^15 elements.
 
     Args:
         stored: values that a reader has.
@@ -50,7 +50,7 @@ def bounded_share(stored: Tensor, base: Tensor, other: Tensor, weight: float) ->
     error = _UNIT * (2 * step.abs() + (b + step).abs()) * 1.01  # of v
     read = _UNIT * q.abs()  # of the product of code and scale
     change, kept = step, q - b
-    terms = max(16, b.shape[0] if b.dim() > 1 else 1) + 4
+    terms = min(b.shape[0], max(128, 2**15 // b.shape[-1] + 1)) + 4
 
     def sum_error(first: Tensor, second: Tensor, off_first: Tensor, off_second: Tensor) -> float:
         exact = (first.abs() * off_second + second.abs() * off_first + off_first * off_second).sum()
