@@ -109,8 +109,7 @@ def merge(
         recipe: recipe as for `plan`, or a Plan, which is executed with the options that were passed to `plan`.
         out: output directory: new, empty, or with an unfinished merge of the same recipe; None for a rehearsal that
             runs the complete merge without writing.
-        max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides, survival: options as for
-            `plan`.
+        max_ram, max_vram, device, seed, shard_size, threads, strict, methods, overrides, survival: as for `plan`.
         digests: ``written``, or ``full`` to also read and digest tensors that are only reflinked or copied.
         restart: whether to discard an unfinished merge in `out` and start over.
         notify: callback for progress, called regularly on this thread.
@@ -130,14 +129,12 @@ def merge(
         if options not in (Options(), recipe.options):
             raise UsageError("a Plan is executed with the options of `plan`: pass these to `plan` instead")
         recipe = replace(recipe, options=replace(recipe.options, keep_paths=keep_paths))
-    if digests not in ("written", "full"):
-        raise UsageError(f"invalid digests {digests!r}: use 'written' or 'full'")
     result = run_merge(
         recipe,
         None if out is None else checked_path("out", out),
         replace(options, keep_paths=keep_paths),
         fresh=restart or fresh,
-        digests=digests == "full",
+        digests=_is_full(digests),
         notify=notify,
         say=say,
         warn=warn,
@@ -305,3 +302,10 @@ def _options(
         overrides=checked_overrides(overrides),
         survival=survival,
     )
+
+
+def _is_full(digests: str) -> bool:
+    """Return whether every tensor gets a digest."""
+    if digests not in ("written", "full"):
+        raise UsageError(f"invalid digests {digests!r}: use 'written' or 'full'")
+    return digests == "full"

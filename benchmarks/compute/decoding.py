@@ -26,8 +26,8 @@ from mergeloom.methods.kernel.fused.compiled import Compiled
 from mergeloom.methods.kernel.fused.passes import FusedPass
 from mergeloom.methods.kernel.fused.run import Chunk
 from mergeloom.methods.kernel.kernel import Traceable
+from mergeloom.methods.kernel.reduction.survival import Compared
 from mergeloom.methods.kernel.spec import InputSpec
-from mergeloom.methods.kernel.survival import Compared
 
 ROWS, COLUMNS, CHUNKS = 128, 8192, 24
 BARS = {"FP8 blocks": 3.0, "FP8 blocks, to FP8 blocks": 6.0, "INT4": 4.0}
@@ -156,6 +156,8 @@ def main() -> None:
     arguments = parser.parse_args()
     loops = {name: loop(*found) for name, found in FORMATS.items()}
     loops["FP8 blocks, to FP8 blocks"] = loop(*FORMATS["FP8 blocks"], encoded=True)
+    loops["FP8 blocks, to FP8 blocks, compared"] = loop(*FORMATS["FP8 blocks"], encoded=True, compared=True)
+    loops["bfloat16, compared"] = loop(*FORMATS["bfloat16"], compared=True)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(arguments.runs):
         for name, run in loops.items():

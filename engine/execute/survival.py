@@ -1,4 +1,4 @@
-"""Collects the sums that tell how much of a change survives rounding, see `methods.kernel.survival`.
+"""Collects the sums that tell how much of a change survives rounding, see `methods.kernel.reduction.survival`.
 
 Chunks bring a sum for each block of elements, in any order. The sums over a tensor's first elements are kept exactly,
 as expansions: a few numbers that do not overlap. They do not depend on the chunks, so an interrupted merge continues
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...methods.kernel.survival import SUMS
+from ...methods.kernel.reduction.survival import SUMS
 from ..graph.graph import MergeGraph
 
 Expansion = tuple[float, ...]

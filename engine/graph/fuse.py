@@ -376,7 +376,11 @@ class _Fusion:
         """Return the kernel of several parts: a known one, if only the shape is another."""
         if inputs.accesses or not all(part.kernel.any_shape for part in parts):
             return Composition(inputs, parts)
-        key = inputs.count, tuple((tuple(map(id, part.kernel.outputs)), *_identity(part)[1:]) for part in parts)
+        nodes = ((*part.kernel.outputs, *part.kernel.byproducts) for part in parts)
+        key = (
+            inputs.count,
+            tuple((tuple(map(id, each)), *_identity(p)[1:]) for each, p in zip(nodes, parts, strict=True)),
+        )
         known = self._kernels.get(key)
         if known is None:
             known = self._kernels[key] = Composition(inputs, parts)

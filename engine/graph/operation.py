@@ -10,8 +10,8 @@ from typing import Any
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.kernel import Kernel, Traceable
 from ...methods.kernel.method import Method
+from ...methods.kernel.reduction.survival import Compared
 from ...methods.kernel.spec import Base, InputSpec
-from ...methods.kernel.survival import Compared
 
 
 class Kind(Enum):

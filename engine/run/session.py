@@ -36,7 +36,7 @@ from .recovery.checks import CHECKS
 from .recovery.losses import losses
 from .recovery.records import Publishing
 from .recovery.recover import RecoveredState, recover
-from .recovery.recovered_sums import is_finished, reopen_outputs
+from .recovery.reopen import is_finished, reopen_outputs
 from .recovery.source_digests import SourceDigests, check_sources, used_bytes
 from .recovery.source_files import SourceFiles
 from .run_lanes import run_lanes

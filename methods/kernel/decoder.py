@@ -20,8 +20,8 @@ from .kernel import Kernel
 from .language import Inputs, block_max, low_rank, next_power_of_two, rounded, single
 from .method import traced
 from .reduction.reductions import StripSum
+from .reduction.survival import survival_sums
 from .spec import InputSpec
-from .survival import survival_sums
 
 __all__ = ["Decoder", "Encoder", "block_max", "low_rank", "next_power_of_two", "rounded"]
 

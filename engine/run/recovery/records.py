@@ -48,7 +48,7 @@ from typing import Any, TypeGuard
 
 from ....io.output.digests import BLOCK_BYTES
 from ....io.output.publishing import Publishing
-from ....methods.kernel.survival import SUMS
+from ....methods.kernel.reduction.survival import SUMS
 from ...execute.survival import Prefix, block_elements, has_sums
 from ...graph.graph import MergeGraph
 from ...graph.layout import Layout

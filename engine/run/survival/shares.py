@@ -1,7 +1,7 @@
 """The share of each tensor's change that survives rounding: by tensor, and by group of tensors.
 
 With b the base's values, v those that the merge computed and q the stored ones, it is the sum of (q - b)(v - b) divided
-by the sum of (v - b)^2; see `methods.kernel.survival`.
+by the sum of (v - b)^2; see `methods.kernel.reduction.survival`.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def _rounded_magnitude(f: Function, bits: str, form: Format) -> tuple[str, str]:
 
 def _tiny_sum(f: Function, magnitude: str, form: Format) -> tuple[str, str]:
     """The sum of a magnitude and a power of 2, and that power, whose last bit weighs as much as the format's smallest
-    number: the sum is rounded to a multiple of it."""
+    number: the sum is rounded to multiples of the latter."""
     unit = f.value(f"bitcast i32 {(1 - form.bias - form.mantissa + 23 + 127) << 23} to float")
     return f.value(f"fadd float {f.value(f'bitcast i32 {magnitude} to float')}, {unit}"), unit
 

@@ -234,8 +234,9 @@ def run_fused(
     with ThreadPoolExecutor(threads) as pool:
         passes, state = reduced(kernel, reduce)
         widths = [each.itemsize for each in outs]
-        sizes = [kernel.written(number, 0, size)[1] * width for number, width in enumerate(widths)]
-        outputs = [torch.full((each,), 77, dtype=torch.uint8) for each in sizes]
+        outputs = [
+            torch.full((kernel.written(n, 0, size)[1] * w,), 77, dtype=torch.uint8) for n, w in enumerate(widths)
+        ]
         found = list(pool.map(combine, chunks()))
     sums = [[each for _, partial in found for each in partial[number]] for number in range(len(kernel.byproducts))]
     return FusedRun([x.numpy().tobytes() for x in outputs], passes, any(beyond for beyond, _ in found), sums)

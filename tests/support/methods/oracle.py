@@ -30,11 +30,9 @@ from mergeloom.methods.kernel.reduction.target import Target
 from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods.oracle_accesses import expanded, factor, low_rank_product
 from tests.support.methods.oracle_numbers import Numbers, hashes, loaded, rounded, stored
+from tests.support.methods.oracle_sums import block_sum, folded, strip_sum, total
 
 __all__ = ["evaluate", "hashes", "rounded", "stored"]
-
-COLUMNS = 1 << 11
-"""Columns of a block that remain to be added in float64."""
 
 
 def evaluate(
@@ -205,15 +203,15 @@ class Evaluation:
         if isinstance(reduction, StripSum):
             rows = values.reshape(-1, self.shape[-1])
             height = reduction.block // self.shape[-1]
-            return _total([_strip_sum(rows[start : start + height]) for start in range(0, len(rows), height)])
+            return total([strip_sum(rows[start : start + height]) for start in range(0, len(rows), height)])
         if isinstance(reduction, Sum):
             flat, block = values.reshape(-1), reduction.block
-            return _total([_block_sum(flat[start : start + block]) for start in range(0, len(flat), block)])
+            return total([block_sum(flat[start : start + block]) for start in range(0, len(flat), block)])
         if isinstance(reduction, ColumnSum):
             slices, height = values.reshape(self.shape[0], -1).astype(np.float64), reduction.height
             starts = range(0, self.shape[0], height)
             sums = [functools.reduce(np.add, slices[start : start + height]) for start in starts]
-            return np.array([_total(column) for column in zip(*sums, strict=True)]).reshape(self.column_shape)
+            return np.array([total(column) for column in zip(*sums, strict=True)]).reshape(self.column_shape)
         assert isinstance(reduction, Selection)
         return Ranking(values.reshape(-1).astype(np.float32), reduction.targets)
 
@@ -229,7 +227,7 @@ class Evaluation:
         return chosen.reshape(self.shape)
 
     def row_sum(self, node: Node) -> Numbers:
-        return _folded(self._whole(node).astype(np.float64))
+        return folded(self._whole(node).astype(np.float64))
 
     def row_max(self, node: Node) -> Numbers:
         largest: Numbers = self._whole(node).max(axis=-1, keepdims=True)
@@ -299,45 +297,6 @@ def _called(call: HostCall, values: Sequence[Any]) -> Any:
 
 def _one_of(results: Any, number: int) -> Any:
     return results[number] if isinstance(results, (list, tuple)) else results
-
-
-# --- sums ------------------------------------------------------------------------------------------------------------
-
-
-def _folded(values: Numbers) -> Numbers:
-    """Add the second half of the last dimension to the first, until one column remains."""
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        first, middle, second = np.split(values, [half, values.shape[-1] - half], axis=-1)
-        values = np.concatenate([first + second, middle], axis=-1)
-    return values
-
-
-def _block_sum(values: Numbers) -> float:
-    """The sum of a block: rows are added in order, then the columns in float64. The last row can be incomplete."""
-    columns = values[:COLUMNS].copy()
-    for start in range(COLUMNS, len(values), COLUMNS):
-        row = values[start : start + COLUMNS]
-        columns[: len(row)] += row
-    return float(_folded(columns.astype(np.float64))[0])
-
-
-def _strip_sum(rows: Numbers) -> float:
-    """The sum of complete rows: strips of each row are added in order, then the columns in float64."""
-    columns = np.zeros(min(COLUMNS, rows.shape[1]), rows.dtype)
-    for row in rows:
-        for start in range(0, len(row), COLUMNS):
-            strip = row[start : start + COLUMNS]
-            columns[: len(strip)] += strip
-    return float(_folded(columns.astype(np.float64))[0])
-
-
-def _total(sums: Sequence[float]) -> float:
-    """The exact sum, rounded once; NaN if a summand is NaN or if infinities cancel."""
-    try:
-        return math.fsum(sums)
-    except (OverflowError, ValueError):
-        return math.nan
 
 
 # --- magnitudes ------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from mergeloom.engine.graph.graph import Kind, MergeGraph, Operation
 from mergeloom.io.tensors.dtypes import DTYPES
 from mergeloom.io.tensors.refs import TensorRef
 from mergeloom.methods import merge_methods
+from mergeloom.methods.kernel.reduction.survival import Compared
 from mergeloom.methods.kernel.spec import BLOCK, InputSpec
-from mergeloom.methods.kernel.survival import Compared
 
 BLOCKS = 11
 ELEMENTS = (BLOCKS - 1) * BLOCK + 100

@@ -15,8 +15,8 @@ from mergeloom.methods import merge_methods
 from mergeloom.methods.formats.fp8_encoder import FP8_BLOCKS
 from mergeloom.methods.kernel.composition import Composition, Part
 from mergeloom.methods.kernel.kernel import Kernel
+from mergeloom.methods.kernel.reduction.survival import Compared
 from mergeloom.methods.kernel.spec import BLOCK, InputSpec
-from mergeloom.methods.kernel.survival import Compared
 from tests.support.methods import oracle
 from tests.support.methods.fp8_reference import DTYPES
 from tests.support.methods.kernels import run_fused, run_kernel

@@ -16,7 +16,8 @@ from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.recovery.records import BlocksWritten, JournalRecord, SumsWritten, parse_records
 from mergeloom.engine.run.recovery.recover import RecoveredState
-from mergeloom.engine.run.recovery.recovered_sums import covered_sums, is_finished, reopen_outputs
+from mergeloom.engine.run.recovery.recovered_sums import covered_sums
+from mergeloom.engine.run.recovery.reopen import is_finished, reopen_outputs
 from mergeloom.engine.run.shard_writer import coalesce_records, records_of
 from mergeloom.io.output.digests import BLOCK_BYTES
 from mergeloom.methods.kernel.spec import BLOCK

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .expression import Extent, Node, Trace, Type, reachable
-from .kernel import Kernel, Traceable
-from .reduction.reductions import Sum
-from .spec import InputSpec
+from ..expression import Extent, Node, Trace, Type, reachable
+from ..kernel import Kernel, Traceable
+from ..spec import InputSpec
+from .reductions import Sum
 
 SUMS = 2
 """Number of sums."""
