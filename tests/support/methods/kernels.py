@@ -234,12 +234,17 @@ def run_fused(
     with ThreadPoolExecutor(threads) as pool:
         passes, state = reduced(kernel, reduce)
         widths = [each.itemsize for each in outs]
-        outputs = [
-            torch.full((kernel.written(n, 0, size)[1] * w,), 77, dtype=torch.uint8) for n, w in enumerate(widths)
-        ]
+        outputs = _buffers(kernel, widths)
         found = list(pool.map(combine, chunks()))
     sums = [[each for _, partial in found for each in partial[number]] for number in range(len(kernel.byproducts))]
     return FusedRun([x.numpy().tobytes() for x in outputs], passes, any(beyond for beyond, _ in found), sums)
+
+
+def _buffers(kernel: Kernel, widths: Sequence[int]) -> list[Tensor]:
+    """A buffer for each output, of elements of these widths in bytes, which are not 0 before they are computed."""
+    size = math.prod(kernel.inputs.shape)
+    sizes = [kernel.written(number, 0, size)[1] * width for number, width in enumerate(widths)]
+    return [torch.full((each,), 77, dtype=torch.uint8) for each in sizes]
 
 
 def chunk_of(
