@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mergeloom.engine.execute.devices.base import Device
 from mergeloom.engine.execute.devices.cpu import CpuDevice
@@ -29,6 +30,7 @@ from mergeloom.io.reading import Reader
 from mergeloom.report.plan import plan_sections
 from mergeloom.report.result import result_text
 from mergeloom.report.sections import plain
+from tests.support import command_line
 from tests.support.devices import CountingDevice
 from tests.support.faults import Kill, Stopped, watching
 from tests.support.merges.resumable import OPTIONS, run
@@ -166,6 +168,26 @@ def test_bytes_read_and_written_are_those_without_a_comparison(
     assert {name: first[name] for name in first if name != "mergeloom.json"} == {
         name: second[name] for name in second if name != "mergeloom.json"
     }
+
+
+def test_the_command_line(pairs: dict[str, list[tuple[Path, Path]]], tmp_path: Path) -> None:
+    models, out, report = [model for model, _ in pairs["fp8 blocks"]], tmp_path / "out", tmp_path / "report.json"
+    file = tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe(models, 0.001)))
+    assert "what rounding keeps of the change of 6 tensors" in command_line.run("plan", file, "--device", "cpu").stdout
+    stopped = command_line.run("merge", file, out, "--device", "cpu", "--strict")
+    assert stopped.returncode == 4
+    assert "rounding to FP8 leaves less than half of the change" in stopped.stderr
+    assert not (out / "config.json").exists()
+    done = command_line.run("merge", file, out, "--device", "cpu", "--report", report)
+    assert done.returncode == 0
+    assert "warning: rounding to FP8 leaves less than half of the change" in done.stderr
+    assert "Change from the base model that rounding to FP8 keeps" in done.stdout
+    assert len(json.loads(report.read_text())["measured"]["survival"]["tensors"]) == 6
+    wide = ("--set", "dtype=bfloat16", "--device", "cpu", "--no-output")
+    assert "rounding to" not in command_line.run("merge", file, *wide).stdout
+    found = command_line.run("merge", file, "--survival", *wide)
+    assert "Change from the base model that rounding to bfloat16 keeps" in found.stdout
 
 
 # --- interruptions and budgets ---------------------------------------------------------------------------------------
