@@ -80,7 +80,7 @@ def test_every_command_and_option_has_help(command: str) -> None:
 def test_merge_and_plan_share_their_options() -> None:
     shared = {
         *("max_ram", "max_vram", "device", "seed", "shard_size", "threads", "overrides", "strict", "methods"),
-        *("recipe", "out"),
+        *("recipe", "out", "survival"),
     }
     names = {command: {p.name for p in cli.commands[command].params} for command in ("merge", "plan")}
     assert names["merge"] - names["plan"] == {
