@@ -152,8 +152,10 @@ class SurvivalSums:
 
 def compared_nodes(graph: MergeGraph) -> Iterator[int]:
     """Yield the nodes whose output is compared with the base and has elements."""
-    if any(operation.kernel is not None and operation.kernel.byproducts for operation in graph.operations):
-        yield from (node for node in graph.nodes() if has_sums(graph, node) and graph.elements(node))
+    operations = [operation.kernel is not None and bool(operation.kernel.byproducts) for operation in graph.operations]
+    for node, operation in enumerate(graph.node_operation) if any(operations) else ():
+        if operations[operation] and graph.elements(node):
+            yield node
 
 
 def has_sums(graph: MergeGraph, node: int) -> bool:

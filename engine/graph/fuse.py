@@ -100,16 +100,15 @@ def _users_of(graph: MergeGraph, nodes: Sequence[int], outputs: Set[int]) -> dic
 
 def _needing(graph: MergeGraph, nodes: Sequence[int]) -> Mapping[int, list[int]]:
     """Return the users of nodes among these, without those that only compare their output with a node."""
-    comparing = {number for number, operation in enumerate(graph.operations) if _only_compared(operation)}
-    if not comparing:
+    compared = {n: places for n, operation in enumerate(graph.operations) if (places := _only_compared(operation))}
+    if not compared:
         return graph.users_among(nodes)
     found: dict[int, list[int]] = {}
     for node, users in graph.users_among(nodes).items():
         for user in users:
-            operation = graph.operation(user)
-            ignored = _only_compared(operation) if graph.node_operation[user] in comparing else frozenset()
-            sources = graph.node_sources[user]
-            if any(value == ~node and place not in ignored for place, value in enumerate(sources)):
+            ignored = compared.get(graph.node_operation[user])
+            uses = (place for place, value in enumerate(graph.node_sources[user]) if value == ~node)
+            if ignored is None or any(place not in ignored for place in uses):
                 found.setdefault(node, []).append(user)
     return found
 
