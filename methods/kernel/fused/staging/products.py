@@ -14,6 +14,8 @@ from .pieces import copy_function, fill_function, pieces, read_number
 from .state import PRODUCT_COLUMNS, PRODUCT_ROWS, Field, LowRankField
 
 _VECTOR_BYTES = 64
+_IN_VECTORS = ("BF16", "F32")
+"""Dtypes of right factors that are converted vector by vector, if columns follow each other; others one by one."""
 
 
 def products(name: str, dtypes: Sequence[str], work: str, called: dict[str, str]) -> str:
@@ -80,7 +82,10 @@ def _multiply(name: str, left: str, right: str, work: str) -> dict[str, str]:
         full = f.value(f"icmp eq i64 {count}, {PRODUCT_COLUMNS}")
         ranks = f.value(f"select i1 {f.value(f'and i1 {full}, {adjacent}')}, i64 {rank}, i64 0")
         at = f.at(source, f.value(f"mul i64 {done}, {line}"), STORED[right].stored)
-        f.do(f"call void @{pack_lines}(ptr {packed_right}, ptr {at}, i64 {ranks}, i64 {apart})")
+        if right in _IN_VECTORS:
+            f.do(f"call void @{pack_lines}(ptr {packed_right}, ptr {at}, i64 {ranks}, i64 {apart})")
+        else:
+            ranks = "0"
         others = f.value(f"select i1 {f.value(f'icmp eq i64 {ranks}, 0')}, i64 {count}, i64 0")
         given = ", ".join(f"i64 {each}" for each in (others, rank, line, apart))
         f.do(f"call void @{pack_columns}(ptr {packed_right}, ptr {at}, {given})")
@@ -93,7 +98,7 @@ def _multiply(name: str, left: str, right: str, work: str) -> dict[str, str]:
                 f.do(f"call void @{step}(ptr {place}, ptr {factors}, ptr {lines}, i64 {rank}, i64 {pitch})")
     return {
         pack_rows: _pack(pack_rows, left, work, PRODUCT_ROWS),
-        pack_lines: _pack_lines(pack_lines, right, work),
+        **({pack_lines: _pack_lines(pack_lines, right, work)} if right in _IN_VECTORS else {}),
         pack_columns: _pack(pack_columns, right, work, _lanes(work)),
         step: _add_ranks(step, work),
         name: f.text(),
@@ -125,7 +130,10 @@ def _pack(name: str, dtype: str, work: str, group: int) -> str:
 
 
 def _pack_lines(name: str, dtype: str, work: str) -> str:
-    """``pack_lines(out, source, rank, apart)``: `_pack` for all columns of a step, which follow each other."""
+    """``pack_lines(out, source, rank, apart)``: `_pack` for all columns of a step, which follow each other.
+
+    It is written with vectors: LLVM unrolls loops over so few elements before it could vectorize them.
+    """
     numbers = [("i64", "rank"), ("i64", "apart")]
     f = Function(name, "void", [("ptr noalias", "out"), ("ptr noalias", "source"), *numbers])
     lanes = _lanes(work)
@@ -133,11 +141,21 @@ def _pack_lines(name: str, dtype: str, work: str) -> str:
         source = f.at("%source", f.value(f"mul i64 {k}, %apart"), STORED[dtype].stored)
         for vector in range(0, PRODUCT_COLUMNS, lanes):
             place = f.value(f"add i64 {f.value(f'mul i64 %rank, {vector}')}, {f.value(f'mul i64 {k}, {lanes}')}")
-            out = f.at("%out", place, work)
-            with f.loop(str(lanes)) as (i, _, _):
-                value = read_number(f, f.at(source, vector, STORED[dtype].stored), i, dtype, work)
-                f.store(value, out, i, work)
+            value = _vector(f, f.at(source, vector, STORED[dtype].stored), dtype, lanes)
+            if work == "double":
+                value = f.value(f"fpext <{lanes} x float> {value} to <{lanes} x double>")
+            f.store(value, f.at("%out", place, work), 0, f"<{lanes} x {work}>")
     return f.text()
+
+
+def _vector(f: Function, source: str, dtype: str, lanes: int) -> str:
+    """Consecutive stored numbers as float32."""
+    if dtype == "F32":
+        return f.load(source, 0, f"<{lanes} x float>")
+    wide = f.value(f"zext <{lanes} x i16> {f.load(source, 0, f'<{lanes} x i16>')} to <{lanes} x i32>")
+    shifts = ", ".join(["i32 16"] * lanes)
+    bits = f.value(f"shl <{lanes} x i32> {wide}, <{shifts}>")
+    return f.value(f"bitcast <{lanes} x i32> {bits} to <{lanes} x float>")
 
 
 def _add_ranks(name: str, work: str) -> str:
