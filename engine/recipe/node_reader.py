@@ -10,8 +10,9 @@ from ...errors import RecipeError
 from ...io.tensors.dtypes import BF16, F16, F32, F64, DType
 from ...methods.kernel.method import Method
 from ...methods.kernel.signature import Parameter
+from .entries.reference_reader import read_reference
 from .entries.rename_reader import Renames
-from .local import is_local, range_problem
+from .local import range_problem
 from .misplaced import (
     MISSING,
     dtype_advice,
@@ -23,7 +24,7 @@ from .misplaced import (
 )
 from .nodes import Keys, Node, Origins
 from .parameters import ParameterError, accept, coerce, describe
-from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelNameError, ModelReference, Scalar, Setting
+from .types import UNKNOWN_METHOD, Conditional, Gradient, ModelReference, Scalar, Setting
 from .warnings import RecipeWarning, WarningKind
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ IGNORED = frozenset(("int8_mask", "residual_weight"))
 """Keys and parameters of mergekit without effect on the result; skipped without a warning."""
 
 
-_NO_ADAPTERS = "LoRA adapters are not supported yet: merge the adapter into its base model and use the result"
+_ADAPTER_FORM = "unknown key; for a model with a LoRA adapter, write `model: {}+adapter`"
 
 
 def describe_node(node: Node) -> str:
@@ -190,33 +191,8 @@ class NodeReader:
         return DTYPES[name]
 
     def reference(self, node: Node, path: Keys) -> ModelReference:
-        """A model: ``path``, ``id@revision``, ``{path, revision}``, or mergekit's ``{model: {path, revision}}``."""
-        if not isinstance(node.value, Mapping):
-            text = self.text(node, path, "a model: a directory or a Hub id")
-            if ("@" in text or "+" in text) and is_local(text):
-                return ModelReference(text)
-            try:
-                return ModelReference.parse(text)
-            except ModelNameError as error:
-                raise self.error(error.problem, path, advice=error.advice, unsupported="+" in text) from error
-        keys = node.value
-        if "lora" in keys and keys["lora"].value is not None:
-            raise self.error(_NO_ADAPTERS, (*path, "lora"), unsupported=True)
-        if "model" in keys:
-            self.check_keys(keys, path, ("model", "lora", "rename", "override_architecture"))
-            model = self.reference(keys["model"], (*path, "model"))
-            self.renames.read(model, keys, path)
-            return model
-        if "path" not in keys:
-            raise self.error("expected a model, got a mapping without `path`", path)
-        self.check_keys(keys, path, ("path", "revision", "lora", "rename"))
-        name = self.text(keys["path"], (*path, "path"), "a directory or a Hub id")
-        revision = self.optional(keys, path, "revision", lambda n, p: self.text(n, p, "a branch, tag or commit"))
-        if not name.strip() or (revision is not None and not revision.strip()):
-            raise self.error("`path` and `revision` can't be empty", path)
-        model = ModelReference(name, revision)
-        self.renames.read(model, keys, path)
-        return model
+        """A model, with or without adapters: see `entries.reference_reader`."""
+        return read_reference(self, node, path)
 
     def layer_range(self, node: Node, path: Keys, model: str | None = None) -> tuple[int, int]:
         """The first layer of a model, and the one after the last, of the model with this path."""
@@ -262,7 +238,8 @@ class NodeReader:
             if key in known or key in aliases or key in IGNORED or here in self._named or here in self.repeated:
                 continue
             if ("model" in known or "merge_method" in known) and names_adapter(key, keys[key]):
-                self.fail(_NO_ADAPTERS, here, unsupported=True)
+                base = keys["model"].value if "model" in keys else None
+                self.fail(_ADAPTER_FORM.format(base if isinstance(base, str) else "base"), here)
                 continue
             close = nearest(key, known)
             advice = key_advice(key, keys, known, path) or (

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from ....errors import RecipeError
 from ..nodes import Keys, Node
-from ..types import ModelReference, Stage
+from ..types import Stage
+from .model_reference import ModelReference
 from .rename import Rename
 
 _FORM = "pairs of prefix and replacement, such as `[[language_model.model., model.]]`"
@@ -43,6 +44,7 @@ class Renames:
             return
         place = (*path, "rename")
         rename = Rename(self._pairs(node, place), place)
+        model = model.base  # an adapter changes values, not names
         known = self.found.setdefault(model, rename)
         if known != rename:
             message = f"{model.text} has another `rename` elsewhere: one entry is enough, since it holds for all others"

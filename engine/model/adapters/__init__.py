@@ -1,0 +1,1 @@
+"""Adapters: what they change in a model, and the values of a model with adapters."""

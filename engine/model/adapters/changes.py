@@ -1,0 +1,94 @@
+"""Sorts the tensors of an adapter by the modules that they change.
+
+Names as PEFT saves them, after ``base_model.model.``: the module's path in the model at the time of training, and then
+
+    .lora_A.weight [rank, in]           .lora_B.weight [out, rank]          .lora_B.bias [out]
+    .lora_embedding_A [rank, rows]      .lora_embedding_B [columns, rank]   .lora_magnitude_vector [out]
+    .token_adapter.trainable_tokens_delta [tokens, columns]
+
+All other names are those of tensors that the adapter has its own copy of: modules_to_save, biases, and embeddings that
+were saved with it. A wrapped module has its own tensors in ``.base_layer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ....errors import CheckpointError
+from ....io.tensors.dtypes import Kind
+from ....io.tensors.refs import TensorRef
+
+PREFIX = "base_model.model."
+"""Beginning of the names of tensors in a PEFT adapter."""
+A, B = "lora_A.weight", "lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+BIAS = "lora_B.bias"
+MAGNITUDE = "lora_magnitude_vector"
+TOKENS = "token_adapter.trainable_tokens_delta"
+_BASE_LAYER = ".base_layer"
+_ROLES = (A, B, BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of an adapter: its name in the file, and where it is."""
+
+    name: str
+    ref: TensorRef
+
+
+@dataclass(slots=True)
+class AdapterTensors:
+    """The tensors of an adapter.
+
+    Args:
+        modules: for each changed module, its tensors by role, such as `A`. The path of a module with several adapted
+            parameters has ``.base_layer`` at its end, once for each parameter but the last.
+        replaced: copies of tensors of the model, by their names at the time of training.
+    """
+
+    modules: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    replaced: dict[str, Stored] = field(default_factory=dict)
+
+
+def sort_tensors(adapter: str, tensors: Mapping[str, TensorRef]) -> AdapterTensors:
+    """Sort the tensors of an adapter by what they change.
+
+    Args:
+        adapter: name of the adapter, for errors.
+        tensors: its tensors by name.
+
+    Raises:
+        CheckpointError: a tensor is quantized or of an unknown kind, or there are two of the same.
+    """
+    found = AdapterTensors()
+    for stored, ref in tensors.items():
+        if ref.dtype.kind is not Kind.FLOAT or ref.dtype.bits < 16:
+            raise CheckpointError(
+                f"{adapter}: tensor {stored} is {ref.dtype.name}: quantized adapters can't be applied; use the adapter "
+                "as it was before it was quantized"
+            )
+        name = stored.removeprefix(PREFIX)
+        module, role = _role(name)
+        if role:
+            known = found.modules.setdefault(module, {}).setdefault(role, Stored(stored, ref))
+        elif unknown := next((part for part in name.split(".") if part.startswith("lora_")), None):
+            raise CheckpointError(
+                f"{adapter}: tensor {stored} is not one of a LoRA adapter of PEFT ({unknown}): its meaning is unknown"
+            )
+        else:
+            name = name.replace(f"{_BASE_LAYER}.", ".")
+            known = found.replaced.setdefault(name, Stored(stored, ref))
+        if known.name != stored:
+            raise CheckpointError(f"{adapter}: tensors {known.name} and {stored} are the same one of a module")
+    return found
+
+
+def _role(name: str) -> tuple[str, str]:
+    """The module and the role of a tensor; ("", "") for a copy of one of the model's."""
+    name = name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
+    for role in _ROLES:
+        if name.endswith(f".{role}"):
+            return name[: -len(role) - 1], role
+    return "", ""

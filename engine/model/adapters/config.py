@@ -1,0 +1,155 @@
+"""The adapter_config.json of a LoRA adapter: scales and ranks of its modules, and what can't be merged.
+
+Sources: peft 0.21.2, ``tuners/lora/config.py`` (fields), ``tuners/lora/layer.py`` (scaling), ``utils/other.py``
+(`get_pattern_key`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ....errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that subtract the adapter's first values from the base, so the adapter only fits a changed base."""
+
+_UNSUPPORTED = {
+    "alora_invocation_tokens": "is an activated LoRA (aLoRA), which changes the model only after its invocation tokens",
+    "use_qalora": "is a QALoRA adapter, whose A belongs to groups of quantized columns",
+    "kasa_config": "is a KaSA adapter, whose base is truncated by a singular value decomposition",
+    "monteclora_config": "is a MonteCLoRA adapter, whose factors are sampled",
+    "arrow_config": "is an Arrow router, which chooses adapters for each token",
+    "use_bdlora": "is a BD-LoRA adapter, whose factors are block-diagonal",
+    "megatron_config": "is an adapter for Megatron's parallel layers",
+    "velora_config": "is a VeLoRA adapter",
+    "layer_replication": "was trained on a stack of repeated layers (layer_replication): write that stack as a stage, "
+    "and apply an adapter for its layers there",
+}
+"""Fields that change what an adapter is, each with what it is then."""
+
+_NAMES = {"IA3": "(IA)³", "LOHA": "LoHa", "LOKR": "LoKr", "ADALORA": "AdaLoRA", "VERA": "VeRA", "XLORA": "X-LoRA"}
+
+
+class AdapterConfig:
+    """The content of adapter_config.json.
+
+    Args:
+        name: name of the adapter, for errors.
+        content: the content.
+
+    Attributes:
+        base: name of the model that the adapter was trained on; empty if it is unknown.
+        fan_in_fan_out: whether weights of adapted modules are stored as [in, out].
+        dora: whether the adapter has a magnitude for each row.
+        target_parameters: names of adapted parameters, such as those of fused experts.
+
+    Raises:
+        CheckpointError: the adapter is not a LoRA adapter, or of a kind that can't be merged.
+    """
+
+    def __init__(self, name: str, content: Mapping[str, Any]) -> None:
+        self._name = name
+        self._content = content
+        self._check_kind()
+        self.base = str(content.get("base_model_name_or_path") or "")
+        self.fan_in_fan_out = bool(content.get("fan_in_fan_out"))
+        self.dora = bool(content.get("use_dora"))
+        self.target_parameters = tuple(content.get("target_parameters") or ())
+        self._ranks = self._patterns("rank_pattern")
+        self._alphas = self._patterns("alpha_pattern")
+
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """Major and minor version of PEFT that wrote the adapter; None if it is unknown: before 0.18."""
+        match = re.match(r"(\d+)\.(\d+)", str(self._content.get("peft_version") or ""))
+        return None if match is None else (int(match[1]), int(match[2]))
+
+    def rank(self, module: str) -> int:
+        """Return the rank of a module. Raises CheckpointError if the config has none."""
+        return int(self._number(self._matching(self._ranks, module), "r"))
+
+    def scale(self, module: str) -> float:
+        """Return what the product of a module's factors is multiplied by. Raises CheckpointError."""
+        rank, alpha = self.rank(module), self._number(self._matching(self._alphas, module), "lora_alpha")
+        if rank <= 0:
+            raise CheckpointError(f"{self._name}: {CONFIG} has the rank {rank} for {module}: it must be positive")
+        return alpha / (math.sqrt(rank) if self._content.get("use_rslora") else rank)
+
+    def token_indices(self, module: str) -> tuple[int, ...]:
+        """Return the rows of an embedding that the adapter replaces, in the order of their values."""
+        found = self._content.get("trainable_token_indices")
+        if isinstance(found, dict):
+            found = next((rows for key, rows in found.items() if module == key or module.endswith("." + key)), None)
+        if not isinstance(found, list) or not all(type(row) is int for row in found):
+            raise CheckpointError(
+                f"{self._name}: has rows for tokens of {module}, but trainable_token_indices of {CONFIG} doesn't list "
+                "the tokens: download the adapter again"
+            )
+        return tuple(found)
+
+    def _check_kind(self) -> None:
+        kind = self._content.get("peft_type")
+        if kind != "LORA":
+            shown = _NAMES.get(str(kind), str(kind))
+            raise CheckpointError(
+                f"{self._name} is an adapter of the kind {shown}, and only LoRA adapters can be applied: merge it into "
+                "its base with PEFT (merge_and_unload), if PEFT can do that, and use the result"
+            )
+        for key, what in _UNSUPPORTED.items():
+            if self._content.get(key):
+                raise CheckpointError(f"{self._name} {what} ({key} in {CONFIG}); it can't be applied to a base")
+        init = self._content.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+            raise CheckpointError(
+                f"{self._name} was initialized with {init} (init_lora_weights in {CONFIG}), which also changes the "
+                "base: save it as a plain LoRA adapter with PEFT "
+                "(save_pretrained with path_initial_model_for_weight_conversion), and use that"
+            )
+
+    def _patterns(self, key: str) -> Mapping[str, Any]:
+        found = self._content.get(key) or {}
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self._name}: {key} in {CONFIG} is {found!r}, not an object: download it again")
+        return found
+
+    def _matching(self, patterns: Mapping[str, Any], module: str) -> Any:
+        """The value of the first pattern that matches a module; None if none does."""
+        for pattern, value in patterns.items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            except re.error as error:
+                raise CheckpointError(
+                    f"{self._name}: {pattern!r} in {CONFIG} is not a valid pattern of module names ({error})"
+                ) from error
+        return None
+
+    def _number(self, found: Any, key: str) -> float:
+        value = self._content.get(key) if found is None else found
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CheckpointError(
+                f"{self._name}: {key} in {CONFIG} is {value!r}, not a number: use the {CONFIG} that was saved with it"
+            )
+        return value
+
+    def other_base(self, base: str, known: Iterable[str]) -> str:
+        """Return a remark if the adapter names another base than the one it is applied to; empty otherwise.
+
+        Args:
+            base: the base in the recipe.
+            known: names that the base has elsewhere, such as in its config.json.
+        """
+        names = {_last(name) for name in (base, *known) if name}
+        if not self.base or _last(self.base) in names:
+            return ""
+        return f"{self._name} was trained on {self.base} ({CONFIG}), and is applied to {base}"
+
+
+def _last(name: str) -> str:
+    """The last component of a path or an id, in lower case."""
+    return name.rstrip("/").rpartition("/")[2].lower()
