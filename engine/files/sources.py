@@ -154,6 +154,7 @@ class FileResolver:
 
     def of(self, reference: ModelReference) -> FileSources:
         """The file sources of a model or of a stage that has been added. Raises CheckpointError."""
+        reference = reference.base  # an adapter brings no other files
         stage = self._recipe.stage(reference)
         if stage is not None:
             return self._stages[stage.name]
@@ -220,7 +221,7 @@ class FileResolver:
         sources = built.stacks[number].sources
         while True:
             yield built.stacks[number].donor.count, sources
-            donor = self._recipe.stage(built.models[built.donor].reference)
+            donor = self._recipe.stage(built.models[built.donor].reference.base)
             if donor is None:
                 return
             built = self._built[donor.name]
@@ -232,7 +233,7 @@ class FileResolver:
     def _check_vocabularies(self, stage: Stage, built: BuiltGraph, tokenizer: FileSources) -> None:
         """Check that the models whose embeddings are merged have the vocabulary of the output's tokenizer."""
         union = stage.tokenizer is not None and stage.tokenizer.union
-        models = built.models if union else models_with_used_embeddings(built)
+        models = built.named if union else models_with_used_embeddings(built)
         rule = VocabularyRule(required=stage.tokenizer is not None, allowed=stage.allow_vocabulary_mismatch)
         if union:
             rule = VocabularyRule(
@@ -255,7 +256,7 @@ class FileResolver:
     def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""
         donor = built.models[built.donor]
-        models = [donor, *(model for model in built.models if model is not donor)]
+        models = [donor, *(model for model in built.named if model is not donor)]
         tokens = _special_tokens(files)
         if stage.tokenizer is None or stage.tokenizer.union:  # otherwise the recipe chooses
             inputs = {model.name: _special_tokens(self.of(model.reference)) for model in models}
@@ -285,7 +286,7 @@ class FileResolver:
 
     def _token_model(self, reference: ModelReference, merged: Iterable[Model]) -> TokenModel:
         files = self.of(reference)
-        model = next((model for model in merged if model.reference == reference), None)
+        model = next((model for model in merged if model.reference == reference.base), None)
         return TokenModel(reference.text, stated_vocabulary(files.config), merged=model is not None)
 
     # --- the chat template -------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ class FileResolver:
 
     def _most_common(self, built: BuiltGraph, tokenizer: FileSources) -> str | None:
         """The most common template of a stage's models; that of the first model if several are equally common."""
-        templates = [template for model in built.models if (template := _own_template(self.of(model.reference)))]
+        templates = [template for model in built.named if (template := _own_template(self.of(model.reference)))]
         if not templates:
             self._warn(ModelWarningKind.TEMPLATE, "chat_template auto: none of the models has a chat template")
             return tokenizer.template

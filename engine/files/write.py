@@ -184,7 +184,12 @@ def _card(content: OutputContent, output: OutputModel) -> str:
         if not output.folder or model.number in used
     }
     base = next(
-        (cards[m.number] for m in content.inputs if m.reference == output.stage.base_model and m.number in cards), None
+        (
+            cards[m.number]
+            for m in content.inputs
+            if output.stage.base_model and m.reference == output.stage.base_model.base and m.number in cards
+        ),
+        None,
     )
     dtypes = sorted({graph.node_dtype[node].torch_name or "packed" for node in nodes})
     methods = [output.stage.merge_method] if output.folder else [stage.merge_method for stage in content.recipe.stages]

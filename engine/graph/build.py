@@ -96,6 +96,7 @@ class _GraphBuilder:
         base, named = stage.base_model, (each.model for each in stage.tensors_from)
         references = dict.fromkeys((*sources, *(() if base is None else (base,)), *named))
         self.models = open_models(references, open_model, stage)
+        self.warnings += dict.fromkeys(remark for model in self.models for remark in model.remarks)
         self.sources = self.models[: len(sources)]
         by_reference = {model.reference: model for model in self.models}
         self.donor = by_reference[base] if base is not None else self.models[0]

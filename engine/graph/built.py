@@ -96,7 +96,17 @@ class BuiltGraph:
 
     def __repr__(self) -> str:
         """One line with the number of models and tensors."""
-        return f"<BuiltGraph: {len(self.graph.outputs):,} tensors from {len(self.models):,} models>"
+        return f"<BuiltGraph: {len(self.graph.outputs):,} tensors from {len(self.named):,} models>"
+
+    @property
+    def named(self) -> tuple[Model, ...]:
+        """The models that the recipe names; the others only have parts of their values."""
+        return tuple(model for model in self.models if model.named)
+
+    @property
+    def files(self) -> tuple[Model, ...]:
+        """The models whose files are read: all but those with adapters, which have no files of their own."""
+        return tuple(model for model in self.models if model.has_files)
 
     @functools.cached_property
     def inlined(self) -> MergeGraph:

@@ -61,7 +61,7 @@ class TensorRules:
         usage: record of the used input tensors.
         seed: seed for methods that sample.
         donor: tensors of the donor, which most output tensors have the names of.
-        owners: numbers of the models that have parts of other models' values.
+        owners: numbers of the models by reference.
         intermediate: whether other stages use the output. If not, values that the donor stores quantized are stored in
             its format, unless the recipe sets a dtype.
         decodes: whether a value that is only copied is decoded, even if nothing rounds it.
@@ -177,7 +177,10 @@ class TensorRules:
     ) -> None:
         values = None if passed else self._values(part, name, inputs, t)
         quantized = [each.name in each.model.quantized for each in inputs]
-        classes = [(each.source, each.kind.dtype.name, each.kind.shape, each.decoded, each.encoding) for each in inputs]
+        classes = [
+            (each.source, each.kind.dtype.name, each.kind.shape, each.decoded, each.adapted, each.encoding)
+            for each in inputs
+        ]
         given = None if values is None else tuple(values.items())
         donor = _donor(part, inputs)
         alike = [each.stored_like(donor) for each in inputs if each.encoding is not None]
@@ -239,7 +242,7 @@ class TensorRules:
             dtype, as_stored = chosen.kind.dtype, wanted is None or (wanted is Stored.SAME and alike)
             keep = chosen.name in chosen.model.quantized
             if chosen.decoded:  # in another form than the donor's, the values are encoded again if they can be
-                keep = not self._decodes and (alike or donor.encoding is None)
+                keep = not self._decodes and not chosen.adapted and (alike or donor.encoding is None)
             if (dtype == target and not chosen.decoded) or (as_stored and keep):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)
@@ -260,7 +263,7 @@ class TensorRules:
         chosen = next((each for each in inputs if each.source == part.base_any_method), inputs[0])
         self._mark_unused(inputs, chosen, f"not a parameter: copied from {chosen.model.name}")
         if not any(isinstance(each.kind, LogicalTensor) for each in inputs):
-            stored = [StoredBuffer(each.model.number, each.name, each.ref) for each in inputs]
+            stored = [StoredBuffer(self._tensors.number(each.model), each.name, each.ref) for each in inputs]
             self.buffers.add(name, stored[inputs.index(chosen)], stored)
         self._copy(name, chosen, group)
 

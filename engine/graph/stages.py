@@ -19,14 +19,14 @@ from ...io.tensors.table import TensorTable
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
-from ..model.logical import ArrangedTensors, part_names
+from ..model.logical import ArrangedTensors
 from ..recipe.entries.dtype_lookup import nominal_dtype, rounds
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
 from .checks.buffers import BufferCheck, StoredBuffer
 from .fuse import fuse
 from .graph import Kind, MergeGraph, Operation, Value
-from .usage import Unused
+from .usage import REPLACED, UnreadTensors, Unused
 
 
 def build_stages(
@@ -139,9 +139,12 @@ class _Linker:
         self._models: list[Model] = []
         for found in built:
             for model in found.models:
-                if recipe.stage(model.reference) is None and model.reference not in references:
+                if recipe.stage(model.reference) is not None:
+                    continue
+                if model.reference not in references:
                     references[model.reference] = len(self._models)
                     self._models.append(replace(model, number=len(self._models)))
+                self._models[references[model.reference]].named |= model.named
         self._numbers = references
         names = {stage.name: number for number, stage in enumerate(recipe.stages)}
         # for each stage and each of its models, the number of the stage whose output the model is
@@ -172,7 +175,7 @@ class _Linker:
                 node = self._stored(values[number, output.node], _stored_dtype(saving, found, output.name, output.node))
                 graph.add_output(output.name, node, output.group, saving.name or "")
         donor = final
-        while self._recipe.stage(reference := donor.models[donor.donor].reference) is not None:
+        while self._recipe.stage(reference := donor.models[donor.donor].reference.base) is not None:
             stage = self._recipe.stage(reference)
             donor = self._built[next(n for n, found in enumerate(self._recipe.stages) if found is stage)]
         return replace(
@@ -183,7 +186,7 @@ class _Linker:
             donor=self._numbers[reference],
             donor_config=final.models[final.donor].checkpoint.config,
             unused=tuple(dict.fromkeys(self._unused())),
-            warnings=tuple(warning for found in self._built for warning in found.warnings),
+            warnings=tuple(dict.fromkeys(warning for found in self._built for warning in found.warnings)),
             parameters=tuple(use for found in self._built for use in found.parameters),
             saved=tuple(Saved(self._recipe.stages[number], self._built[number].layers) for number in saved),
             intermediates=sum(len(found.graph.outputs) for found in self._built[:-1]),
@@ -344,14 +347,13 @@ class _Linker:
                     causes |= {(number, name): (unused.cause, unused.layer) for name in unused.tensors}
                 else:
                     yield unused
-        read = set(zip(self._graph.read_models, self._graph.read_names, strict=True))
-        for model in self._models:
+        unread = UnreadTensors(self._graph, self._models)
+        for model in sorted(self._models, key=lambda each: not each.named):
             names: dict[tuple[str, int | None], list[str]] = {}
-            for name in model.tensors:
-                if any((model.number, part) not in read for part in part_names(model.tensors, name)):
-                    cause = causes.get((model.number, name), ("no tensor of the output needs it", None))
-                    names.setdefault(cause, []).append(name)
-            yield from (Unused(model.name, why, tuple(unread), layer) for (why, layer), unread in names.items())
+            other = "no tensor of the output needs it" if model.named else REPLACED
+            for name in unread.of(model):
+                names.setdefault(causes.get((model.number, name), (other, None)), []).append(name)
+            yield from (Unused(model.name, why, tuple(found), layer) for (why, layer), found in names.items())
 
     def _stored_sources(self, stage: str, names: Collection[str]) -> Iterator[tuple[int, str]]:
         """The tensors in files, by model and name, that some tensors of a stage are computed from."""

@@ -10,8 +10,9 @@ from pathlib import Path
 from ...io.units import plural
 from ..model.contents.diffusion import EMA
 from ..model.inputs import Model
-from ..model.logical import part_names
+from ..model.logical import LogicalTensor, LogicalTensors
 from ..model.roles import is_head
+from ..recipe.types import ModelReference
 from .graph import MergeGraph
 
 
@@ -85,12 +86,15 @@ class TensorUsage:
             covered: whether a tensor of a model belongs to a module of the recipe.
         """
         counts = Counter(self._graph.read_models)
-        for model in models:
+        unread = UnreadTensors(self._graph, models)
+        for model in sorted(models, key=lambda each: not each.named):  # a base after the models that have its tensors
             causes: dict[tuple[str, int | None], list[str]] = {}
-            complete = counts[model.number] == len(model.checkpoint.tensors)
-            for name in () if complete else self._unread(model):
-                if model not in sources:
-                    cause: tuple[str, int | None] = "the base model is not an input of this recipe", None
+            complete = model.has_files and counts[model.number] == len(model.checkpoint.tensors)
+            for name in () if complete else unread.of(model):
+                if not model.named:
+                    cause: tuple[str, int | None] = REPLACED, None
+                elif model not in sources:
+                    cause = "the base model is not an input of this recipe", None
                 elif not covered(model, name):
                     cause = "no module of the recipe includes this part of the model", None
                 elif reason := self._reasons.get((model.number, name)):
@@ -100,14 +104,54 @@ class TensorUsage:
                 causes.setdefault(cause, []).append(name)
             for (why, layer), names in causes.items():
                 yield Unused(model.name, why, tuple(names), layer)
-            for file in model.checkpoint.ignored:
+            for file in model.checkpoint.ignored if model.has_files else ():
                 yield Unused(model.name, _stray(model, file), ())
 
-    def _unread(self, model: Model) -> Iterator[str]:
-        """The names of a model's tensors that no node reads."""
-        pairs = zip(self._graph.read_models, self._graph.read_names, strict=True)
-        read = {name for number, name in pairs if number == model.number}
-        return (name for name in model.tensors if not read.issuperset(part_names(model.tensors, name)))
+
+REPLACED = "an adapter has its own tensor in place of it"
+"""Why a tensor of a base is unused that is only named with adapters, although the value of its name is used."""
+
+
+class UnreadTensors:
+    """Finds the tensors of models that a graph does not read, each once: a base is shared by models with adapters.
+
+    Args:
+        graph: the graph.
+        models: its models.
+    """
+
+    def __init__(self, graph: MergeGraph, models: Sequence[Model]) -> None:
+        self._numbers = {model.reference: model.number for model in models}
+        self._read: dict[int, set[str]] = {}
+        for number, name in zip(graph.read_models, graph.read_names, strict=True):
+            self._read.setdefault(number, set()).add(name)
+
+    def of(self, model: Model) -> Iterator[str]:
+        """Yield the names of a model's tensors of which a part is not read, unless it was reported for another."""
+        if model.has_files and not isinstance(model.tensors, LogicalTensors):
+            read = self._read.setdefault(model.number, set())
+            unread_names = [name for name in model.tensors if name not in read]
+            read.update(unread_names)
+            yield from unread_names
+            return
+        for name in model.tensors:
+            unread = [
+                (self._read.setdefault(number, set()), part)
+                for owner, part in stored_parts(model, name)
+                if (number := self._numbers.get(owner)) is not None and part not in self._read.get(number, ())
+            ]
+            for known, part in unread:
+                known.add(part)
+            if unread:
+                yield name
+
+
+def stored_parts(model: Model, name: str) -> list[tuple[ModelReference, str]]:
+    """Return the stored tensors that a model's tensor is computed from, each with the model whose files have it."""
+    tensor = model.tensors[name] if isinstance(model.tensors, LogicalTensors) else None
+    if not isinstance(tensor, LogicalTensor):
+        return [(model.reference.base, name)]
+    return [(part.owner or model.reference.base, part.name) for part in tensor.parts]
 
 
 def _stray(model: Model, file: Path) -> str:

@@ -60,6 +60,11 @@ class Input(NamedTuple):
         return isinstance(self.kind, LogicalTensor) and self.kind.decoded
 
     @property
+    def adapted(self) -> bool:
+        """Whether parts are another model's, so the value is stored nowhere."""
+        return isinstance(self.kind, LogicalTensor) and self.kind.adapted
+
+    @property
     def encoding(self) -> Encoding | None:
         """How other values are stored in the tensor's format; None if they can't be, or it has none."""
         return self.kind.encoding if isinstance(self.kind, LogicalTensor) else None
@@ -70,8 +75,8 @@ class Input(NamedTuple):
             return False
         assert isinstance(self.kind, LogicalTensor)
         assert isinstance(other.kind, LogicalTensor)
-        names = tuple(renamed(part.name, self.name, other.name) for part in self.kind.parts)
-        return names == tuple(part.name for part in other.kind.parts)
+        names = tuple(renamed(part.name, self.name, other.name) for part in self.kind.own_parts)
+        return names == tuple(part.name for part in other.kind.own_parts)
 
     @property
     def ref(self) -> TensorRef:
@@ -87,7 +92,7 @@ class TensorValues:
     Args:
         graph: the graph that receives them.
         passthrough: the method that returns its input.
-        owners: numbers of the models that have parts of other models' values.
+        owners: numbers of the models by reference; those without adapters have the stored tensors.
     """
 
     def __init__(self, graph: MergeGraph, passthrough: Method, owners: Mapping[ModelReference, int]) -> None:
@@ -98,16 +103,20 @@ class TensorValues:
 
     def value(self, model: Model, name: str) -> Value:
         """Add the value of a model's tensor."""
-        tensors = model.tensors
+        tensors, number = model.tensors, self.number(model)
         if isinstance(tensors, TensorTable):
-            return self._graph.add_stored(model.number, name, tensors)
+            return self._graph.add_stored(number, name, tensors)
         tensor = tensors[name]
         if not isinstance(tensor, LogicalTensor):
-            return self._graph.add_read(model.number, name, tensor)
-        return ~self.computed(model.number, tensor)
+            return self._graph.add_read(number, name, tensor)
+        return ~self.computed(number, tensor)
+
+    def number(self, model: Model) -> int:
+        """Return the number of the model whose files have a model's stored tensors: itself, or its base."""
+        return model.number if model.has_files else self._owners[model.reference.base]
 
     def read(self, model: int, part: Part) -> int:
-        """Add the read of a part of a value of the model with this number."""
+        """Add the read of a part of a value whose own parts the model with this number has."""
         owner = model if part.owner is None else self._owners[part.owner]
         return self._graph.add_read(owner, part.name, part.ref)
 
@@ -115,7 +124,7 @@ class TensorValues:
         """Add the node that computes a value from its parts, in the work dtype.
 
         Args:
-            model: number of the model.
+            model: number of the model that has the value's own parts.
             tensor: the value.
         """
         reads = tuple(self.read(model, part) for part in tensor.parts)
@@ -143,10 +152,10 @@ class TensorValues:
             yield output, self._graph.add_node(Operation(Kind.COPY, "passthrough"), (read,), tensor.dtype)
             return
         if tensor.picked:
-            yield output, self.picked(model.number, tensor)
+            yield output, self.picked(self.number(model), tensor)
             return
         for part in tensor.parts + tensor.companions:
-            read = self.read(model.number, part)
+            read = self.read(self.number(model), part)
             if tensor.decode is not None:
                 copy, stored = Operation(Kind.COPY, "passthrough"), part.as_stored
                 node = self._graph.add_node(copy, (read,), stored.dtype, shape=stored.shape)

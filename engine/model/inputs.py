@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...errors import CheckpointError
 from ...io.checkpoint.checkpoint import Checkpoint
@@ -22,12 +22,15 @@ from ..recipe.types import (
     base_index,
     modules_of,
 )
+from .adapters.loaded import Adapter, open_adapter
+from .adapters.values import with_adapters
 from .checks.identify import check_is_model
 from .contents.diffusion import layers_of
 from .experts.mapping import Mapped, NamedCheckpoint, in_layout_of
 from .formats.registry import tensors_of, unknown_quantized
 from .layers import AmbiguousLayers, LayerMap, Stack
 from .logical import LogicalTensors, Tensors
+from .warnings import ModelWarning, ModelWarningKind
 
 OpenModel = Callable[[ModelReference], Checkpoint]
 
@@ -47,6 +50,10 @@ class Model:
         quantized: names of the quantized tensors and their scales, each with the reason.
         identified: whether the layers were identified; if not, all tensors are matched by name.
         note: how the model's tensors are rearranged, for display; empty if they are merged as they are stored.
+        named: whether the recipe names the model itself; others have parts of the values of named models: a base
+            that is only named with adapters, and the adapters.
+        remarks: warnings about the model's adapters.
+        is_adapter: whether it is an adapter, which has no values of its own.
     """
 
     number: int
@@ -59,6 +66,14 @@ class Model:
     quantized: Mapping[str, str] = field(default_factory=dict)
     identified: bool = True
     note: str = ""
+    named: bool = True
+    remarks: tuple[ModelWarning, ...] = ()
+    is_adapter: bool = False
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the tensors are read from the model's own files; those of a model with adapters have owners."""
+        return not self.reference.adapters
 
     @property
     def name(self) -> str:
@@ -74,36 +89,96 @@ class Model:
 
 
 def open_models(references: Collection[ModelReference], open_model: OpenModel, stage: Stage) -> tuple[Model, ...]:
-    """Open the models of a stage and number them in this order.
+    """Open the models of a stage, and number them in this order; then those that only have parts of their values.
 
     If the layers of one model can't be identified, the tensors of all models are matched by their complete names.
 
     Raises:
-        CheckpointError: if a model can't be opened, or the stage needs layers that can't be identified.
+        CheckpointError: if a model or an adapter can't be opened, an adapter does not fit its base, or the stage needs
+            layers that can't be identified.
     """
-    models: list[Model] = []
+    bases: dict[ModelReference, Model] = {}
     identified = True
-    for number, (reference, (checkpoint, note)) in enumerate(_in_donors_layout(references, open_model, stage)):
+    plain = dict.fromkeys(reference.base for reference in references)
+    for reference, (checkpoint, note) in _in_donors_layout(plain, open_model, stage):
         tensors = tensors_of(checkpoint)
         try:
-            layers = _layers_of(checkpoint, tensors, models)
+            layers = _layers_of(checkpoint, tensors, bases.values())
         except CheckpointError as error:
             reason = needs_layers(stage)
             if not isinstance(error, AmbiguousLayers) or reason is not None:
                 needed = f" They are needed for {reason}." if reason and isinstance(error, AmbiguousLayers) else ""
                 raise CheckpointError(f"{reference.text}: {error}{needed}") from error
             layers, identified = LayerMap((), ()), False
-        models.append(Model(number, reference, checkpoint, tensors, layers, note=note))
-    for number, model in enumerate(models):
+        named = reference in references
+        bases[reference] = Model(0, reference, checkpoint, tensors, layers, note=note, named=named)
+    for number, model in enumerate(bases.values()):
         if not identified:
             model.layers, model.identified = LayerMap((), ()), False
-        alike = next((other for other in models[:number] if _are_alike(other, model)), None)
+        alike = next((other for other in list(bases.values())[:number] if _are_alike(other, model)), None)
         if alike is None:
             sort_tensors(model)
         else:  # no copies: most merges are of models of one architecture
             model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
         model.quantized = unknown_quantized(model.checkpoint, model.tensors)
+    adapters = AdapterModels(open_model)
+    models = [bases[each.base] if each is each.base else adapters.apply(each, bases[each.base]) for each in references]
+    models += [model for model in bases.values() if not model.named]
+    models += adapters.opened
+    for number, model in enumerate(models):
+        model.number = number
     return tuple(models)
+
+
+class AdapterModels:
+    """Opens adapters, each once, and applies them to models.
+
+    Args:
+        open_model: function that opens a checkpoint.
+    """
+
+    def __init__(self, open_model: OpenModel) -> None:
+        self._open = open_model
+        self._adapters: dict[ModelReference, Adapter] = {}
+
+    def apply(self, reference: ModelReference, base: Model) -> Model:
+        """Return a model with adapters. Raises CheckpointError as `open_adapter` and `with_adapters`."""
+        adapters = [self._adapter(each) for each in reference.adapters]
+        tensors = with_adapters(reference.text, base.checkpoint, base.tensors, adapters)
+        added = [name for name in tensors if name not in base.tensors]
+        own_name = str((base.checkpoint.config or {}).get("_name_or_path") or "")
+        remarks = [adapter.config.other_base(base.name, (own_name,)) for adapter in adapters]
+        advice = "make sure that the base has the weights that the adapter was trained on"
+        return replace(
+            base,
+            reference=reference,
+            tensors=tensors,
+            non_layer=base.non_layer + added,
+            note=base.note,
+            named=True,
+            remarks=tuple(ModelWarning(ModelWarningKind.ADAPTER, remark, advice) for remark in remarks if remark),
+        )
+
+    @property
+    def opened(self) -> list[Model]:
+        """The adapters as models, which only have parts of the values of others."""
+        return [
+            Model(
+                0,
+                each.reference,
+                each.checkpoint,
+                each.checkpoint.tensors,
+                LayerMap((), ()),
+                named=False,
+                is_adapter=True,
+            )
+            for each in self._adapters.values()
+        ]
+
+    def _adapter(self, reference: ModelReference) -> Adapter:
+        if reference not in self._adapters:
+            self._adapters[reference] = open_adapter(reference, self._open)
+        return self._adapters[reference]
 
 
 def _in_donors_layout(
@@ -123,7 +198,7 @@ def _in_donors_layout(
             check_is_model(reference.text, checkpoint)
         opened.append(NamedCheckpoint(reference.text, checkpoint))
     found = list(references)
-    donor = opened[0 if stage.base_model is None else found.index(stage.base_model)]
+    donor = opened[0 if stage.base_model is None else found.index(stage.base_model.base)]
     return list(zip(found, (in_layout_of(donor, each) for each in opened), strict=True))
 
 

@@ -44,7 +44,9 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
 
     Args:
         stored: the stored tensors by name.
-        found: the values that are not just stored tensors. Their parts are none of the model's tensors.
+        found: the values that are not just stored tensors. Their parts are none of the model's tensors, unless they
+            have the value's name. Values without parts of the model itself replace the tensor of their name, or come
+            last.
 
     Attributes:
         table: the stored tensors, if they are in a table; else None.
@@ -163,15 +165,27 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         values = self._values
         for row, (name, number) in enumerate(zip(values.stored_names, values.by_row, strict=True)):
             if number < 0:
-                if values.number(name) < 0:
+                own = values.number(name)
+                if own < 0 or values.first_row(own) < 0:  # stored as it is, or another model's tensor
                     yield name
             elif values.is_first[row] and row in values.sharing:
                 yield from [values.names[each] for each in values.sharing[row] if values.first_row(each) == row]
             elif values.is_first[row]:
                 yield values.names[number]
+        yield from (values.names[each] for each in values.elsewhere if self._is_added(each))
 
     def __len__(self) -> int:
         return self._length
+
+    def _is_added(self, number: int) -> bool:
+        """Whether a value has no part of the model itself, and no stored tensor has its name."""
+        return self._values.first_row(number) < 0 and self._values.row(self._values.names[number]) < 0
+
+    def with_values(self, found: Iterable[LogicalTensor]) -> LogicalTensors:
+        """Return the tensors with other values in the place of some."""
+        values = self._values
+        known = {name: values.value(number) for number, name in enumerate(values.names)}
+        return LogicalTensors(values.stored, (known | {tensor.name: tensor for tensor in found}).values())
 
 
 class ArrangedTensors(dict[str, TensorRef]):

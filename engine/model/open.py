@@ -23,10 +23,8 @@ def reference_of(text: str) -> ModelReference:
     Raises:
         UsageError: for an invalid name.
     """
-    if is_local(text):
-        return ModelReference(text)
     try:
-        return ModelReference.parse(text)
+        return ModelReference(text) if is_local(text) else ModelReference.parse(text)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -49,7 +49,7 @@ def check_paths(recipe: Recipe) -> None:
     mistakes = [
         recipe.error(place, problem)
         for reference, place in places_of(recipe).items()
-        if (problem := path_problem(reference)) is not None
+        if not reference.adapters and (problem := path_problem(reference)) is not None
     ]
     if mistakes:
         raise RecipeError.together(mistakes)
@@ -81,12 +81,14 @@ def siblings_note(path: str) -> str:
 
 
 def places_of(recipe: Recipe) -> dict[ModelReference, Keys]:
-    """The first place of each model in the recipe that isn't a stage."""
+    """The first place of each model in the recipe that isn't a stage, and of the parts of models with adapters."""
     places: dict[ModelReference, Keys] = {}
     for stage in recipe.stages:
         for reference, place in stage.references():
-            if recipe.stage(reference) is None:
-                candidates = (*place, "model"), (*place[:-1], "tokenizer_source"), place
-                known = candidates if place not in recipe.origins else candidates[::2]
-                places.setdefault(reference, next((each for each in known if each in recipe.origins), place))
+            candidates = (*place, "model"), (*place[:-1], "tokenizer_source"), place
+            known = candidates if place not in recipe.origins else candidates[::2]
+            located = next((each for each in known if each in recipe.origins), place)
+            for each in (reference, *reference.parts):
+                if recipe.stage(each) is None:
+                    places.setdefault(each, located)
     return places

@@ -13,6 +13,7 @@ from ...io.units import plural
 class ModelWarningKind(Enum):
     """The kinds of warnings about models."""
 
+    ADAPTER = "adapter"
     BUFFER = "buffer"
     CONFIG_DIFFERS = "config differs"
     CONFIG_CHANGED = "config changed"

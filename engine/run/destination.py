@@ -102,7 +102,7 @@ def refuse_input(planned: Plan, out: Path) -> None:
 
 def _inputs(planned: Plan) -> Iterator[tuple[str, Path]]:
     """Yield the name and path of every model that the merge reads."""
-    for model in planned.built.models:
+    for model in planned.built.files:
         yield model.name, model.checkpoint.path
     for made in planned.made:
         yield made.files.config_from, made.files.others.path

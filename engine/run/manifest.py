@@ -100,7 +100,7 @@ def model_numbers(plan: Plan) -> tuple[int, ...]:
     """
     numbers: dict[tuple[Path, object], int] = {}
     renames = plan.recipe.renames
-    keys = ((model.checkpoint.path.resolve(), renames.get(model.reference)) for model in plan.built.models)
+    keys = ((model.checkpoint.path.resolve(), renames.get(model.reference.base)) for model in plan.built.models)
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
@@ -108,7 +108,7 @@ def _renames(plan: Plan) -> dict[str, list[list[str]]]:
     """Return the pairs of prefix and replacement of each renamed model, by its number in the facts."""
     found: dict[str, list[list[str]]] = {}
     for number, model in zip(model_numbers(plan), plan.built.models, strict=True):
-        if (rename := plan.recipe.renames.get(model.reference)) is not None:
+        if (rename := plan.recipe.renames.get(model.reference.base)) is not None:
             found[str(number)] = [list(pair) for pair in rename.pairs]
     return found
 
@@ -117,7 +117,7 @@ def model_references(plan: Plan) -> list[ModelReference]:
     """Return how the recipe first names each model, in the order of `model_numbers`."""
     named: dict[int, ModelReference] = {}
     for number, model in zip(model_numbers(plan), plan.built.models, strict=True):
-        named.setdefault(number, model.reference)
+        named.setdefault(number, model.reference.base)
     return list(named.values())
 
 

@@ -254,7 +254,7 @@ def missing_files(planned: Plan) -> list[HubFile]:
     needed = list(planned.downloads)
     sources = [made.files for made in planned.made]
     donors = [donor for files in sources for donor in (files.others, files.generation, files.tokenizer)]
-    remote = [model.checkpoint for model in planned.built.models if is_remote(model.checkpoint)]
+    remote = [model.checkpoint for model in planned.built.files if is_remote(model.checkpoint)]
     if remote or any(map(is_remote, donors)):
         from ...io.hub.checkpoint import card_of, companions
 

@@ -216,7 +216,7 @@ class Plan:
             self.recipe,
             built.graph,
             self.layout,
-            built.models,
+            built.files,
             built.dtype,
             papers,
             _command(options),
@@ -276,13 +276,13 @@ class Plan:
             "output": self.output_dict(),
             "saved": [{"folder": made.folder, **self.output_dict(made)} for made in self.saved],
             "inputs": {
-                "models": [model.name for model in self.built.models],
-                "tensors": sum(len(model.tensors) for model in self.built.models),
-                "bytes": sum(total_bytes(model.checkpoint.tensors) for model in self.built.models),
+                "models": [model.name for model in self.built.named],
+                "tensors": sum(len(model.tensors) for model in self.built.files),
+                "bytes": sum(total_bytes(model.checkpoint.tensors) for model in self.built.files),
                 "layers_identified": not self.built.matched_by_name,
                 "renamed": [
                     {"model": model.name, "pairs": [list(pair) for pair in rename.pairs]}
-                    for model in self.built.models
+                    for model in self.built.files
                     if (rename := self.recipe.renames.get(model.reference)) is not None
                 ],
                 "unused": [
@@ -333,8 +333,9 @@ class Plan:
             "peak_vram_at": peaks[1] and asdict(peaks[1]),
             "minimum_ram_at": None if node is None else graph.label(node),
             "bytes_by_model": [
-                {"model": name, "used": used, "read": total}
-                for name, (used, total) in zip(graph.models, self.bytes_read_by_model(read), strict=True)
+                {"model": model.name, "used": used, "read": total}
+                for model, (used, total) in zip(self.built.models, self.bytes_read_by_model(read), strict=True)
+                if model.has_files
             ],
             "read_again": [asdict(group) for group in read_again(graph, schedule, read)],
         }

@@ -93,7 +93,7 @@ def _plan(loaded: Recipe, options: Options, methods: Mapping[str, Method]) -> Pl
         check_address_space(schedule, sum(device.threads for device in budget.devices) + OTHER_THREADS)
     remarks = [
         ModelWarning(ModelWarningKind.FILES, f"{model.name}: {remark}")
-        for model in built.models
+        for model in built.files
         for remark in model.checkpoint.remarks
     ]
     found = [*ignored_revisions(loaded), *remarks, *built.warnings, *dict.fromkeys(files.warnings)]

@@ -35,7 +35,7 @@ def headline(plan: Plan) -> str:
     output = plan.output_dict()
     layers = f"{plural(output['layers'], 'layer')}, " if output["layers"] else ""
     size = f"{short_number(output['parameters'])} parameters, {data_size(output['bytes'])}"
-    return f"{plan.stage.merge_method} of {plural(len(plan.built.models), 'model')}: {layers}{size}"
+    return f"{plan.stage.merge_method} of {plural(len(plan.built.named), 'model')}: {layers}{size}"
 
 
 def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
@@ -65,7 +65,7 @@ def warnings_section(plan: Plan) -> Section | None:
 def renamed_section(plan: Plan) -> Section | None:
     """List the prefixes that the recipe replaces in each model; None if there are none."""
     lines = []
-    for model in plan.built.models:
+    for model in plan.built.files:
         rename = plan.recipe.renames.get(model.reference)
         if rename is not None:
             pairs = ", ".join(f"{old!r} {f'becomes {new!r}' if new else 'is removed'}" for old, new in rename.pairs)
@@ -142,19 +142,20 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
         plan: plan of the merge.
         read: bytes read of each input tensor, by its number in the graph.
     """
-    base = plan.stage.base_model
+    base = None if plan.stage.base_model is None else plan.stage.base_model.base
     by_model = plan.bytes_read_by_model(read)
     rereads = plan.schedule.bytes_reread > 0
     rows = []
-    for model in plan.built.models:
+    for model in plan.built.files:
         tensors, stored = model.tensors, model.checkpoint.tensors
+        role = " (base)" if model.reference == base else " (adapter)" if model.is_adapter else ""
         layers = " + ".join(str(stack.count) for stack in model.layers.mains) or (
             "0" if model.identified else "unknown"
         )
         rows.append(
             (
-                model.name + (" (base)" if model.reference == base else ""),
-                layers,
+                model.name + role,
+                "" if model.is_adapter else layers,
                 f"{len(tensors):,}",
                 data_size(total_bytes(stored)),
                 data_size(by_model[model.number][0]),
@@ -163,7 +164,7 @@ def inputs_section(plan: Plan, read: Sequence[int]) -> Section:
             )
         )
     header = ("model", "layers", "tensors", "size", "used", *(["read"] if rereads else []), "dtypes")
-    notes = tuple(f"{model.name}: {model.note}" for model in plan.built.models if model.note)
+    notes = tuple(f"{model.name}: {model.note}" for model in plan.built.named if model.note)
     return Section("Inputs", grid=Grid(header, tuple(rows), frozenset(header[1:-1])), lines=notes)
 
 

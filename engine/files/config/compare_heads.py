@@ -28,7 +28,9 @@ def compare_heads(built: BuiltGraph) -> Iterator[ModelWarning]:
     Raises:
         CheckpointError: a pooling config is not valid JSON.
     """
-    models = [built.models[number] for number in sorted(set(built.graph.read_models))]
+    models = [
+        model for number in sorted(set(built.graph.read_models)) if not (model := built.models[number]).is_adapter
+    ]
     if len(models) > 1:
         yield from _labels(built)
         yield from _pooling([model for model in models if model.checkpoint.files])

@@ -26,6 +26,8 @@ def mixed_dtypes(built: BuiltGraph) -> list[ModelWarning]:
     mains = []
     for number in sorted(set(graph.read_models)):
         model = built.models[number]
+        if model.is_adapter:
+            continue
         found = _main_dtypes(model) & written
         if model.checkpoint.files:  # the output of a stage has none
             mains.append(found)

@@ -44,9 +44,9 @@ class EncodedOutputs:
         nodes = self._encoders.fp8(
             node, encoding.blocks, encoding.scales, power_of_two=encoding.power_of_two, base=base
         )
-        for part, made in zip(tensor.parts, nodes, strict=True):
+        for part, made in zip(tensor.own_parts, nodes, strict=True):
             yield renamed(part.name, donor.name, name), made
         for part in tensor.companions:
-            read = self._values.read(donor.model.number, part)
+            read = self._values.read(self._values.number(donor.model), part)
             copy = Operation(Kind.COPY, "passthrough")
             yield renamed(part.name, donor.name, name), self._graph.add_node(copy, (read,), part.ref.dtype)
