@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ....errors import CheckpointError
@@ -11,12 +11,18 @@ from ....io.tensors.dtypes import DType
 from ....io.tensors.refs import TensorRef
 from ....io.units import listed, plural
 from ....methods.formats.deltas import REPLACED, REPLACED_ROWS, SCALE, Delta, with_deltas
-from ....methods.kernel.access import ALIGNED, GatheredRows, SameRows, Shape, Whole
+from ....methods.kernel.access import ALIGNED, ColumnFactor, GatheredRows, RowFactor, SameRows, Shape, Whole
 from ..logical import Decode, LogicalTensor, LogicalTensors, Part, Tensors, kind_of
 from ..roles import is_head, tied_embedding
 from .changes import BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS, A, B, Stored
+from .config import CONFIG
 from .loaded import Adapter
 from .matching import TensorNames
+from .stacks import StackMatcher
+
+_CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
+_CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
+"""Modules of these models that transformers makes of `Conv1D`, whose weight is [in, out]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +90,32 @@ class _Builder:
 
     def add(self, adapter: Adapter) -> None:
         """Add the changes of an adapter."""
-        targets = self._targets(adapter)
-        for module, stored in adapter.changes.modules.items():
-            self._add_module(adapter, module, stored, targets)
+        stacks = StackMatcher(adapter, self._base, self._tensors, self._names)
+        modules = adapter.changes.modules
+        wrapped = {module: stored for module, stored in modules.items() if stacks.is_stack(module)}
+        targets = self._targets(adapter, wrapped)
+        for module, stored in modules.items():
+            if module not in wrapped:
+                self._add_module(adapter, module, stored, targets)
+        for found in stacks.factors(wrapped):
+            self._check_stated_rank(adapter, found.parameter, found.rank, " and ".join(p.name for p in found.parts))
+            scale = adapter.config.scale(found.parameter)
+            self._change(found.name).added.append(_Added(adapter, Delta.PRODUCT, found.parts, scale))
         for name, copy in adapter.changes.replaced.items():
             self._replace(adapter, targets[name], copy)
 
     # --- names -------------------------------------------------------------------------------------------------
 
-    def _targets(self, adapter: Adapter) -> dict[str, str]:
-        """The tensor that each name in an adapter stands for. Raises CheckpointError for those that are unclear."""
+    def _targets(self, adapter: Adapter, wrapped: Collection[str]) -> dict[str, str]:
+        """The tensor that each name in an adapter stands for, except for modules that are `wrapped` parameters.
+
+        Raises:
+            CheckpointError: a name stands for no tensor, or it is unclear for which.
+        """
         changes = adapter.changes
-        wanted = [f"{module}.weight" for module, stored in changes.modules.items() if set(stored) != {BIAS}]
-        wanted += [f"{module}.bias" for module, stored in changes.modules.items() if BIAS in stored]
+        modules = {module: stored for module, stored in changes.modules.items() if module not in wrapped}
+        wanted = [f"{module}.weight" for module, stored in modules.items() if set(stored) != {BIAS}]
+        wanted += [f"{module}.bias" for module, stored in modules.items() if BIAS in stored]
         wanted += changes.replaced
         found: dict[str, str] = {}
         unknown, unclear = [], []
@@ -162,7 +181,8 @@ class _Builder:
                 )
             name = targets[f"{module}.weight"]
             self._check_rank(adapter, module, stored[first], stored[second])
-            parts = self._factors(adapter, name, stored[first], stored[second])
+            embedding = first == EMBEDDING_A
+            parts = self._factors(adapter, module, name, stored[first], stored[second], embedding=embedding)
             self._change(name).added.append(_Added(adapter, Delta.PRODUCT, parts, scale))
         if BIAS in stored:
             self._add_bias(adapter, targets[f"{module}.bias"], stored[BIAS], scale)
@@ -177,20 +197,40 @@ class _Builder:
                 f"{adapter.name}: {shapes}: the rank is the first dimension of one and the second of the other, so the "
                 "files don't belong together; download the adapter again"
             )
-        rank = adapter.config.rank(module)
-        if rank != a.ref.shape[0]:
+        self._check_stated_rank(adapter, module, a.ref.shape[0], shapes)
+
+    @staticmethod
+    def _check_stated_rank(adapter: Adapter, module: str, rank: int, shapes: str) -> None:
+        """Check that the config gives a module the rank of its factors."""
+        stated = adapter.config.rank(module)
+        if stated != rank:
             raise CheckpointError(
-                f"{adapter.name}: adapter_config.json gives {module} the rank {rank}, but {shapes}: config and weights "
-                "don't belong together; download the adapter again"
+                f"{adapter.name}: {CONFIG} gives {module} the rank {stated}, but it is {rank} ({shapes}): config and "
+                "weights don't belong together; download the adapter again"
             )
 
-    def _factors(self, adapter: Adapter, name: str, a: Stored, b: Stored) -> tuple[Part, ...]:
-        """The factors of what is added to a weight."""
-        shape = self._shape(name)
-        if shape != (b.ref.shape[0], a.ref.shape[1]):
-            raise self._wrong_shape(adapter, name, f"{b.name} @ {a.name}", (b.ref.shape[0], a.ref.shape[1]))
-        owner = adapter.reference
+    def _factors(
+        self, adapter: Adapter, module: str, name: str, a: Stored, b: Stored, *, embedding: bool
+    ) -> tuple[Part, ...]:
+        """The factors of what is added to a weight [out, in], or to one that is stored as [in, out]."""
+        (rank, into), out, owner = a.ref.shape, b.ref.shape[0], adapter.reference
+        transposed = embedding or self._is_transposed(adapter, module)
+        shape = (into, out) if transposed else (out, into)
+        if self._shape(name) != shape:
+            raise self._wrong_shape(adapter, name, f"the product of {b.name} and {a.name}", shape)
+        if transposed:
+            left, right = RowFactor(rank, 1, into), ColumnFactor(rank, rank, 1)
+            return Part(a.name, a.ref, left, owner=owner), Part(b.name, b.ref, right, owner=owner)
         return Part(b.name, b.ref, SameRows(), owner=owner), Part(a.name, a.ref, Whole(), owner=owner)
+
+    def _is_transposed(self, adapter: Adapter, module: str) -> bool:
+        """Whether the weight of a module is stored as [in, out].
+
+        In the models of GPT-2's kind, names decide. PEFT's `fan_in_fan_out` is that of the last module there.
+        """
+        if (self._base.config or {}).get("model_type") in _CONV1D_MODELS:
+            return module.rpartition(".")[2] in _CONV1D
+        return adapter.config.fan_in_fan_out
 
     def _add_bias(self, adapter: Adapter, name: str, bias: Stored, scale: float) -> None:
         if self._shape(name) != bias.ref.shape:
