@@ -146,8 +146,7 @@ class AdapterModels:
         adapters = [self._adapter(each) for each in reference.adapters]
         tensors = with_adapters(reference.text, base.checkpoint, base.tensors, adapters)
         added = [name for name in tensors if name not in base.tensors]
-        own_name = str((base.checkpoint.config or {}).get("_name_or_path") or "")
-        remarks = [adapter.config.other_base(base.name, (own_name,)) for adapter in adapters]
+        remarks = [adapter.remark(base.name, base.checkpoint) for adapter in adapters]
         advice = "make sure that the base has the weights that the adapter was trained on"
         return replace(
             base,

@@ -13,15 +13,17 @@ from ...errors import CheckpointError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.tensors.refs import TensorRef
 from ...io.units import data_size, plural, short_number
+from .adapters.loaded import Adapter
+from .adapters.values import with_adapters
 from .checks.formats import format_name
-from .checks.identify import not_a_model
+from .checks.identify import check_is_model, not_a_model
 from .contents.describe import Description, describe_checkpoint
 from .contents.diffusion import layers_of
 from .experts.storage import ExpertStorage, storage_of
 from .formats.registry import tensors_of, unknown_quantized
 from .layers import LayerMap, Stack
 from .logical import LogicalTensor, LogicalTensors, Tensors, label_of
-from .open import open_named
+from .open import open_adapters, open_named
 
 _FILES_SHOWN = 8
 _OUTSIDE_SHOWN = 12
@@ -38,6 +40,7 @@ class Inspection:
         values: what the model consists of: its stored tensors, or values that are computed from several of them.
         description: what the checkpoint is.
         experts: how experts are stored.
+        adapters: adapters that are applied to the checkpoint.
     """
 
     checkpoint: Checkpoint
@@ -46,6 +49,7 @@ class Inspection:
     values: Tensors
     description: Description
     experts: ExpertStorage = field(default_factory=ExpertStorage)
+    adapters: tuple[Adapter, ...] = ()
 
     def __repr__(self) -> str:
         """One line with the path, layers and size."""
@@ -59,8 +63,9 @@ class Inspection:
 
     @property
     def tensors(self) -> Sequence[TensorRef]:
-        """All stored tensors, in file order."""
-        return tuple(self.checkpoint.tensors.values())
+        """All stored tensors, in file order, those of adapters last."""
+        own = tuple(self.checkpoint.tensors.values())
+        return own + tuple(ref for adapter in self.adapters for ref in adapter.checkpoint.tensors.values())
 
     def in_stack(self, stack: Stack) -> list[tuple[str, TensorRef | LogicalTensor]]:
         """The tensors in the layers of a stack, extra layers included."""
@@ -87,6 +92,7 @@ class Inspection:
         config = checkpoint.config or {}
         data: dict[str, Any] = {
             "path": os.fspath(checkpoint.path),
+            "adapters": [adapter.to_dict() for adapter in self.adapters],
             "content": self.description.to_dict(),
             "format": checkpoint.kind,
             "architectures": config.get("architectures"),
@@ -150,7 +156,8 @@ class Inspection:
 
     def by_file(self) -> dict[Path, list[TensorRef]]:
         """The stored tensors in each file, in the order of the file names."""
-        files: dict[Path, list[TensorRef]] = {file: [] for file in self.checkpoint.files}
+        sources = (self.checkpoint, *(adapter.checkpoint for adapter in self.adapters))
+        files: dict[Path, list[TensorRef]] = {file: [] for source in sources for file in source.files}
         for ref in self.tensors:
             files[ref.file].append(ref)
         return files
@@ -160,15 +167,20 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     """Inspect a checkpoint.
 
     Args:
-        model: a directory, a file of weights, an index, or a Hub repository.
+        model: a directory, a file of weights, an index, or a Hub repository, or one of these with ``+adapter``.
 
     Raises:
         UsageError: if the name is not valid.
-        CheckpointError: if the checkpoint is missing or damaged.
+        CheckpointError: if the checkpoint is missing or damaged, or an adapter doesn't fit it.
     """
-    _, checkpoint = open_named(os.fspath(model))
+    reference, checkpoint = open_named(os.fspath(model))
+    adapters = open_adapters(reference)
     remarks = list(checkpoint.remarks)
     values = tensors_of(checkpoint)
+    if adapters:
+        check_is_model(reference.base.text, checkpoint)
+        values = with_adapters(reference.text, checkpoint, values, adapters)
+        remarks += filter(None, (each.remark(reference.base.text, checkpoint) for each in adapters))
     description = describe_checkpoint(checkpoint)
     layers: LayerMap | None = None
     try:
@@ -184,7 +196,8 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         remarks.append(f"{count} quantized or a scale of a quantized one: {label} ({name}: {reason})")
     if description.kind == "state dict" and not checkpoint.standalone:
         remarks.append("there is no config.json next to the weights")
-    return Inspection(checkpoint, layers, tuple(remarks), values, description, storage_of(checkpoint.tensors))
+    experts = storage_of(checkpoint.tensors)
+    return Inspection(checkpoint, layers, tuple(remarks), values, description, experts, adapters)
 
 
 def _listed(name: str, tensor: TensorRef | LogicalTensor) -> dict[str, Any]:

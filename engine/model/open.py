@@ -13,6 +13,7 @@ from ...io.output.lock import TO_FINISH, WORK, Content, classify
 from ..recipe.local import is_local, similar_path
 from ..recipe.misplaced import nearest
 from ..recipe.types import ModelReference, Recipe
+from .adapters.loaded import Adapter, open_adapter
 from .naming.renaming import renamed
 from .paths import path_problem, places_of, siblings_note
 
@@ -30,17 +31,28 @@ def reference_of(text: str) -> ModelReference:
 
 
 def open_named(text: str) -> tuple[ModelReference, Checkpoint]:
-    """Open a model that a command line names.
+    """Open a model that a command line names; of a model with adapters, the base.
 
     Raises:
         UsageError: the name is invalid or misspelt.
         MergeloomError: as `open_model`; if the model is missing, the message names similar or neighbouring directories.
     """
     reference = reference_of(text)
-    if (problem := path_problem(reference)) is not None:
-        raise UsageError(problem)
+    for part in reference.parts:
+        if (problem := path_problem(part)) is not None:
+            raise UsageError(problem)
+    return reference, _open_named(reference.base, text)
+
+
+def open_adapters(reference: ModelReference) -> tuple[Adapter, ...]:
+    """Open the adapters of a model that a command line names. Raises as `open_adapter` and `open_named`."""
+    return tuple(open_adapter(each, lambda found: _open_named(found, found.text)) for each in reference.adapters)
+
+
+def _open_named(reference: ModelReference, text: str) -> Checkpoint:
+    """Open a part of a model that a command line names by a text."""
     try:
-        return reference, open_model(reference)
+        return open_model(reference)
     except (ModelNotFound, HubUnreachable) as error:
         near = _similar(reference)
         if near is not None:

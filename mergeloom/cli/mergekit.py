@@ -36,7 +36,11 @@ _NOTES = {
 }
 """Options that change nothing, because mergeloom always or never does it."""
 
-_VALUE_NOTES = {"--write-threads": "the number of threads that write is chosen automatically"}
+_VALUE_NOTES = {
+    "--write-threads": "the number of threads that write is chosen automatically",
+    "--lora-merge-cache": "adapters are applied while merging, without a merged copy",
+    "--lora-merge-dtype": "adapters are applied in float32, without a merged copy",
+}
 """Options with a value that change nothing."""
 
 _SAME = {
@@ -56,8 +60,6 @@ _INSTEAD = {
     "--no-write-model-card": "the model card is always written; delete README.md from OUT if it is not wanted",
     "--no-safe-serialization": "outputs are always safetensors files; remove this option",
     "--transformers-cache": "set the environment variable HF_HUB_CACHE to the directory instead",
-    "--lora-merge-cache": "adapters are not merged into their base on disk; remove this option",
-    "--lora-merge-dtype": "adapters are not merged into their base on disk; remove this option",
     "--allow-overwrite": "nothing in OUT is overwritten; choose a new OUT, or --restart for an unfinished merge",
     "--force": "nothing in OUT is overwritten; choose a new OUT, or --restart for an unfinished merge",
     "--dtype": "set `dtype` in the recipe, or use --set dtype=bfloat16",

@@ -27,7 +27,8 @@ def inspection_sections(inspection: Inspection, *, tensors: bool = False) -> lis
         tensors: whether to list every tensor.
     """
     checkpoint = inspection.checkpoint
-    sections = [Section(os.fspath(checkpoint.path), _facts(inspection))]
+    title = "+".join((os.fspath(checkpoint.path), *(adapter.name for adapter in inspection.adapters)))
+    sections = [Section(title, _facts(inspection))]
     diffusion = inspection.description.diffusion
     sections += [_layers(inspection) if diffusion is None else _parts(diffusion), _dtypes(inspection)]
     if diffusion is None and (outside := inspection.outside()):
@@ -55,6 +56,7 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{big_number(total_elements(values.values()))} in {plural(len(values), 'tensor')}"),
         ("size", data_size(total_bytes(tensors))),
     ]
+    fields += [("adapter", f"{adapter.name}: {adapter.title}") for adapter in inspection.adapters]
     if inspection.checkpoint.kind != SAFETENSORS:
         fields.insert(2, ("format", inspection.checkpoint.kind))
     for name, found in inspection.formats().items():

@@ -14,6 +14,7 @@ from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.checkpoint.file_sets import ADAPTER
 from ....io.open_source import quoted
 from ....io.small_files import read_json
+from ....io.units import plural
 from ...recipe.local import is_local
 from ...recipe.types import ModelReference
 from ..checks.names import directory_of
@@ -43,6 +44,34 @@ class Adapter:
     def name(self) -> str:
         """Its name in the recipe."""
         return self.reference.text
+
+    @property
+    def title(self) -> str:
+        """What it is, such as ``LoRA of rank 8, 224 modules``."""
+        found = find_adapter(self.checkpoint.tensors)
+        kind = "adapter" if found is None else found.title
+        return f"{kind}, {plural(len(self.changes.modules), 'module')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The adapter as plain data, for ``inspect --json``."""
+        found = find_adapter(self.checkpoint.tensors)
+        return {
+            "name": self.name,
+            "kind": None if found is None else found.kind,
+            "ranks": [] if found is None else list(found.ranks),
+            "modules": len(self.changes.modules),
+            "replaced": len(self.changes.replaced),
+            "base": self.config.base or None,
+        }
+
+    def remark(self, base: str, checkpoint: Checkpoint) -> str:
+        """Say that it was trained on another model than the one it is applied to; empty if it wasn't.
+
+        Args:
+            base: name of the model that it is applied to.
+            checkpoint: that model.
+        """
+        return self.config.other_base(base, (str((checkpoint.config or {}).get("_name_or_path") or ""),))
 
     @cached_property
     def changes(self) -> AdapterTensors:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.checkpoint.file_sets import ADAPTER, shard_number
 from ....io.open_source import quoted
-from ....io.small_files import read_json
 from ....io.tensors.dtypes import Kind
 from ....io.tensors.table import components, described
 from ....io.units import listed, plural
+from ..adapters.loaded import adapter_config
 from ..contents.adapters import ADAPTER_PARTS, find_adapter, is_textual_inversion
 from ..roles import is_buffer
 from .names import directory_of
@@ -87,7 +86,7 @@ def _adapter_evidence(checkpoint: Checkpoint, parts: Collection[str]) -> str | N
 
 def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
     adapter = find_adapter(checkpoint.tensors)
-    config = _adapter_config(checkpoint)
+    config = _config_of(checkpoint)
     base = config.get("base_model_name_or_path")
     kind = str(config["peft_type"]) if "peft_type" in config else (adapter.kind if adapter is not None else None)
     what = {"LORA": "a LoRA adapter", None: "an adapter"}.get(kind, f"an adapter ({kind})")
@@ -98,16 +97,18 @@ def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
     start = f"is {what}{of_base}, not a model ({evidence}): "
     if adapter is not None and adapter.kind == "IP-Adapter":
         return f"{start}it adds inputs to a diffusion model. Load it next to a merged model, and leave it out of merges"
+    source = directory_of(checkpoint)
+    if config.get("peft_type") == "LORA":
+        return f"{start}for the model with the adapter, write `{base if named else 'BASE'}+{source}`"
     start += (
-        "the mean of two adapters' matrices is not the mean of their changes. Adapters are not supported yet: merge it "
-        "into its base model first, and use the "
+        "only LoRA adapters in PEFT's format can be applied while merging; merge it into its base model first, and use "
+        "the "
     )
     if adapter is not None and adapter.diffusion:
         return (
             f"{start}new file: ComfyUI does that for all kinds (Load LoRA, then Save Checkpoint), and for LoRA, "
             "kohya's sd-scripts do, too (networks/merge_lora.py, sdxl_merge_lora.py and flux_merge_lora.py)"
         )
-    source = directory_of(checkpoint)
     target = source + "-merged" if not hasattr(checkpoint, "repository") else source.rpartition("/")[2] + "-merged"
     return (
         f"{start}new directory:\n\n"
@@ -121,21 +122,11 @@ def _describe_adapter(checkpoint: Checkpoint, evidence: str) -> str:
     )
 
 
-def _adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _config_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The content of adapter_config.json; empty without one, and for a file that nothing next to it belongs to."""
     if checkpoint.standalone and not checkpoint.path.name.startswith(ADAPTER):
         return {}
-    if hasattr(checkpoint, "repository"):
-        from ....io.hub.checkpoint import HubCheckpoint
-        from ....io.hub.download import download
-
-        assert isinstance(checkpoint, HubCheckpoint)
-        download(file for file in checkpoint.repository.files.values() if file.name == "adapter_config.json")
-        directory = checkpoint.path
-    else:
-        directory = Path(directory_of(checkpoint))
-    config = read_json(directory / "adapter_config.json")
-    return config if isinstance(config, dict) else {}
+    return adapter_config(checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------ parts of models

@@ -26,7 +26,7 @@ from ...execute.arena import take_memory
 from ...execute.ledger import Ledger, Reservation
 from ...execute.measurements import Progress
 from ...model.experts.mapping import NamedCheckpoint, in_layout_of
-from ...model.open import is_remote, open_named
+from ...model.open import is_remote, open_adapters, open_named
 from .pairs import Opened, Pair, pair_tensors
 from .parts import with_names_of
 from .result import Diff, Similarity, TensorDiff
@@ -98,14 +98,16 @@ class Comparison:
     ) -> None:
         named = [open_named(os.fspath(model)) for model in (a, b)]
         named[1] = named[1][0], with_names_of(named[1][1], named[0][1])
-        self._a, self._b = (Opened(reference.text, checkpoint) for reference, checkpoint in named)
+        self._a, self._b = (
+            Opened(reference.text, checkpoint, open_adapters(reference)) for reference, checkpoint in named
+        )
         self._layout_remark = ""
         try:
             mapped = in_layout_of(*(NamedCheckpoint(each.name, each.checkpoint) for each in (self._a, self._b)))
         except CheckpointError as error:  # all other tensors can be compared
             self._layout_remark = f"experts are not compared: {error}"
         else:
-            self._b = Opened(self._b.name, mapped.checkpoint)
+            self._b = replace(self._b, checkpoint=mapped.checkpoint)
         self._pairing = pair_tensors(self._a, self._b)
         pairs = self._pairing.pairs
         self._units = make_units(pairs)
@@ -225,7 +227,7 @@ class Comparison:
 
     def _needed_files(self) -> list[HubFile]:
         """The files of Hub models that hold the tensors to read."""
-        remote = [model.checkpoint for model in (self._a, self._b) if is_remote(model.checkpoint)]
+        remote = [source for model in (self._a, self._b) for source in model.sources if is_remote(source)]
         if not remote:
             return []
         from ....io.hub.checkpoint import needed_files
@@ -237,7 +239,8 @@ class Comparison:
     def _check_unchanged(self) -> None:
         """Check that no source file has changed since its header was read."""
         read = {file for unit in self._units for ref in unit.refs for file in files_of(ref)}
-        stamps = {**self._a.checkpoint.stamps, **self._b.checkpoint.stamps}
+        sources = (*self._a.sources, *self._b.sources)
+        stamps = {file: stamp for source in sources for file, stamp in source.stamps.items()}
         for file, stamp in stat_fingerprints(read & stamps.keys()).items():
             if stamp != stamps[file]:
                 raise CheckpointError(f"{file} was changed during the comparison: run the same command again")
@@ -262,6 +265,7 @@ class Comparison:
     def _warnings(self) -> Iterator[str]:
         for model in {opened.name: opened for opened in (self._a, self._b)}.values():
             yield from (f"{model.name}: {remark}" for remark in model.checkpoint.remarks)
+            yield from filter(None, (each.remark(model.base, model.checkpoint) for each in model.adapters))
         yield from (remark for remark in (self._layout_remark, self._remark) if remark)
         found = [
             (pair.name, result.nonfinite)

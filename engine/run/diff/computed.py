@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ...graph.extents import bytes_of_chunks, extent, source_width, staged_bytes
 from ...graph.graph import Kind, MergeGraph
 from ...graph.values import TensorValues
 from ...model.logical import LogicalTensor
+from ...recipe.types import ModelReference
 
 Read = Callable[[Path, int, memoryview], None]
 """``read(file, offset, buffer)`` fills `buffer` with the bytes of `file` that start at `offset`."""
@@ -100,10 +101,12 @@ class ComputedTensors:
 
     Args:
         models: names of the two models.
+        adapters: adapters that values of the models are computed with.
     """
 
-    def __init__(self, models: tuple[str, str]) -> None:
-        self._graph = MergeGraph(models)
+    def __init__(self, models: tuple[str, str], adapters: Sequence[ModelReference] = ()) -> None:
+        self._graph = MergeGraph((*models, *(adapter.text for adapter in adapters)))
+        self._owners = {adapter: number for number, adapter in enumerate(adapters, len(models))}
         self._values: TensorValues | None = None
         self._known: dict[LogicalTensor, ComputedTensor] = {}
         self._loops: dict[tuple[int, tuple[str, ...], str], Compiled] = {}
@@ -116,7 +119,7 @@ class ComputedTensors:
         known = self._known.get(tensor)
         if known is None:
             if self._values is None:
-                self._values = TensorValues(self._graph, merge_methods()["passthrough"], {})
+                self._values = TensorValues(self._graph, merge_methods()["passthrough"], self._owners)
             add = self._values.picked if tensor.picked else self._values.computed
             known = self._known[tensor] = ComputedTensor(self._graph, add(model, tensor), tensor)
         return known

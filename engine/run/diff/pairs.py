@@ -13,6 +13,8 @@ from ....io.open_source import quoted
 from ....io.tensors.refs import TensorRef
 from ....io.units import plural
 from ....methods.kernel.fused.formats import STORED
+from ...model.adapters.loaded import Adapter
+from ...model.adapters.values import with_adapters
 from ...model.checks.identify import check_is_model
 from ...model.formats.registry import tensors_of, unknown_quantized
 from ...model.layers import LayerMap, find_layers
@@ -32,10 +34,23 @@ class Opened:
     Args:
         name: name as the user gave it.
         checkpoint: the model's checkpoint.
+        adapters: adapters that are applied to it.
     """
 
     name: str
     checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """The name without the adapters."""
+        added = "".join(f"+{adapter.name}" for adapter in self.adapters)
+        return self.name.removesuffix(added)
+
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that its values are computed from."""
+        return self.checkpoint, *(adapter.checkpoint for adapter in self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +112,8 @@ def pair_tensors(a: Opened, b: Opened) -> Pairing:
     for head, embedding in _tied_heads(theirs, ours, a.checkpoint):
         found.append((head, ours[embedding], theirs[head], embedding))
     locate = _Layers(a, ours)
-    computed = ComputedTensors((a.name, b.name))
+    owners = dict.fromkeys(adapter.reference for model in (a, b) for adapter in model.adapters)
+    computed = ComputedTensors((a.name, b.name), tuple(owners))
     pairs, not_compared = [], []
     for name, one, other, tied_to in found:
         views = [side for side, model in (("A", a), ("B", b)) if name in model.checkpoint.views]
@@ -126,7 +142,7 @@ def _tensors(model: Opened) -> Tensors:
             f"{model.name} is quantized: {plural(len(quantized), 'tensor')} ({quoted(name)}: {reason}); comparing "
             "quantized models is not supported yet: use a bfloat16 version of the model"
         )
-    return tensors
+    return with_adapters(model.name, model.checkpoint, tensors, model.adapters) if model.adapters else tensors
 
 
 def _obstacle(a: TensorRef | LogicalTensor, b: TensorRef | LogicalTensor) -> str:

@@ -93,7 +93,7 @@ WRONG = {
     ),
     "an adapter next to model": Wrong(
         "merge_method: linear\nmodels:\n- {model: models/a, lora: models/lora, parameters: {weight: 1}}\n",
-        ("r.yml:3: models[0].lora: LoRA adapters are not supported yet: merge the adapter into its base model",),
+        ("r.yml:3: models[0].lora: unknown key; for a model with a LoRA adapter, write `model: models/a+adapter`",),
     ),
     "a weight outside parameters": Wrong(
         f"merge_method: linear\nmodels:\n- model: models/a\n  weight: 1\n{B}",

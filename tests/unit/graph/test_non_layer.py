@@ -144,7 +144,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, three: dict[str, Pat
         ("non_layer: x", "non_layer: expected a mapping of embeddings, norm and head to models, got 'x'"),
         ("non_layer: {norms: x}", "non_layer.norms: unknown key; did you mean `norm`?"),
         ("non_layer: {head: [x]}", "non_layer.head: expected a model"),
-        ("non_layer: {head: a+b}", "LoRA"),
+        ("non_layer: {head: a+}", "has no adapter after the +"),
         ("outside: {norms: x}", "outside.norms: unknown key; did you mean `norm`?"),
         ("non_layer: {}\noutside: {}", "outside: `non_layer` and its former name `outside` are mutually exclusive"),
     ],

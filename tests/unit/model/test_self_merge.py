@@ -291,5 +291,5 @@ def test_the_command_takes_a_window_and_a_step_for_each_pass(make_model: MakeMod
 
 
 def test_a_model_that_is_none() -> None:
-    with pytest.raises(UsageError, match="LoRA"):
-        run("base+lora", "--window", 2)
+    with pytest.raises(UsageError, match="has no adapter after the"):
+        run("base+", "--window", 2)

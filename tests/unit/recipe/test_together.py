@@ -33,14 +33,14 @@ class TestTogether:
 
     def test_every_source_of_every_slice(self) -> None:
         text = "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
-        text += "- sources:\n  - {model: a, layer_range: [1, 0]}\n  - {model: a+b, layer_range: [x, 1]}\n"
+        text += "- sources:\n  - {model: a, layer_range: [1, 0]}\n  - {model: a+, layer_range: [x, 1]}\n"
         text += "- source: []\n- sources: []\n"
         assert [line.split(" ")[1] for line in lines_of(text)] == [
             "slices[0].sources[0].layer_range:",
+            "slices[0].sources[1].model:",
             "slices[0].sources[1].layer_range[0]:",
             "slices[1].source:",
             "slices[2].sources:",
-            "slices[0].sources[1].model:",
         ]
 
     def test_a_mistake_causes_no_others(self) -> None:
@@ -66,10 +66,11 @@ class TestTogether:
         assert f"models[0].{problem}{advice}" in first
         assert second.endswith(f"models[1].{problem}")
 
-    def test_adapters_are_explained_once(self) -> None:
-        first, second = lines_of(LINEAR + "models: [{model: a+b}, {model: a+c}]\n")
-        assert "'a+b' is a model with a LoRA adapter, which is not supported yet: merge the adapter into" in first
-        assert second.endswith("'a+c' is a model with a LoRA adapter, which is not supported yet")
+    def test_advice_on_names_is_given_once(self) -> None:
+        first, second = lines_of(LINEAR + "models: [{model: a@b@c}, {model: d@e@f}]\n")
+        assert "'a@b@c' has more than one @: write `id@revision` (for a directory with @ in its name, write" in first
+        assert second.endswith("'d@e@f' has more than one @: write `id@revision` (for a directory with @ in its name, "
+        "write `{path: ...}`)")
 
     def test_values_for_models_cause_no_other_warnings(self) -> None:
         values = "[{model: a, value: 1}, {model: b, value: 2}]"
