@@ -62,6 +62,8 @@ def scale_name(number: int) -> str:
     return f"scale_{number}"
 
 
+REPLACED = Decoder("replaced", lambda value: value)
+"""A value that an adapter has its own copy of, in another dtype than the model's."""
 REPLACED_ROWS = Decoder("replaced rows", lambda base, rows: -(-base - rows))
 """Rows of a second part instead of the base's, such as trained tokens. Each row is accessed by `GatheredRows` in one of
 the two parts, and is -1 in the other. Negated, because ``-0.0 + 0.0`` would lose the sign of a zero."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.tensors.dtypes import DType
 from ....io.tensors.refs import TensorRef
 from ....io.units import listed, plural
-from ....methods.formats.deltas import REPLACED, REPLACED_ROWS, SCALE, Delta, with_deltas
-from ....methods.kernel.access import ALIGNED, ColumnFactor, GatheredRows, RowFactor, SameRows, Shape, Whole
+from ....methods.formats.adapters import REPLACED, REPLACED_ROWS, Term, adapted, scale_name
+from ....methods.kernel.access import ALIGNED, BlockRows, ColumnFactor, GatheredRows, RowFactor, SameRows, Shape, Whole
 from ..logical import Decode, LogicalTensor, LogicalTensors, Part, Tensors, kind_of
 from ..roles import is_head, tied_embedding
 from .changes import BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS, A, B, Stored
@@ -31,15 +31,20 @@ class _Added:
 
     Args:
         adapter: the adapter.
-        delta: what it is.
+        term: what it is.
         parts: the parts that it is computed from.
         scale: what it is multiplied by.
     """
 
     adapter: Adapter
-    delta: Delta
+    term: Term
     parts: tuple[Part, ...]
     scale: float
+
+    @property
+    def scales_lengths(self) -> bool:
+        """Whether it sets the lengths of rows or columns."""
+        return self.term in (Term.DORA_ROWS, Term.DORA_COLUMNS)
 
 
 @dataclass(slots=True)
@@ -100,7 +105,7 @@ class _Builder:
         for found in stacks.factors(wrapped):
             self._check_stated_rank(adapter, found.parameter, found.rank, " and ".join(p.name for p in found.parts))
             scale = adapter.config.scale(found.parameter)
-            self._change(found.name).added.append(_Added(adapter, Delta.PRODUCT, found.parts, scale))
+            self._change(found.name).added.append(_Added(adapter, Term.LORA, found.parts, scale))
         for name, copy in adapter.changes.replaced.items():
             self._replace(adapter, targets[name], copy)
 
@@ -168,8 +173,11 @@ class _Builder:
         if TOKENS in stored:
             name = targets[f"{module}.weight"]
             self._replace_rows(adapter, module, name, stored[TOKENS])
-        if MAGNITUDE in stored:
-            raise CheckpointError(f"{adapter.name}: {module} is a DoRA module, which is not supported yet")
+        if MAGNITUDE in stored and A not in stored and EMBEDDING_A not in stored:
+            raise CheckpointError(
+                f"{adapter.name}: has {stored[MAGNITUDE].name}, but {module} lacks {A}: the file is incomplete; "
+                "download the adapter again"
+            )
         for first, second in ((A, B), (EMBEDDING_A, EMBEDDING_B)):
             if first not in stored and second not in stored:
                 continue
@@ -183,7 +191,8 @@ class _Builder:
             self._check_rank(adapter, module, stored[first], stored[second])
             embedding = first == EMBEDDING_A
             parts = self._factors(adapter, module, name, stored[first], stored[second], embedding=embedding)
-            self._change(name).added.append(_Added(adapter, Delta.PRODUCT, parts, scale))
+            added = _Added(adapter, Term.LORA, parts, scale)
+            self._change(name).added.append(self._with_magnitude(added, module, name, stored))
         if BIAS in stored:
             self._add_bias(adapter, targets[f"{module}.bias"], stored[BIAS], scale)
 
@@ -223,6 +232,25 @@ class _Builder:
             return Part(a.name, a.ref, left, owner=owner), Part(b.name, b.ref, right, owner=owner)
         return Part(b.name, b.ref, SameRows(), owner=owner), Part(a.name, a.ref, Whole(), owner=owner)
 
+    def _with_magnitude(self, added: _Added, module: str, name: str, stored: Mapping[str, Stored]) -> _Added:
+        """What is added to a weight, with the lengths of its rows or columns if the adapter has trained them (DoRA)."""
+        adapter, magnitude = added.adapter, stored.get(MAGNITUDE)
+        if magnitude is None:
+            if adapter.config.dora:
+                raise CheckpointError(
+                    f"{adapter.name}: {CONFIG} has use_dora, but {module} has no {MAGNITUDE}: the file is incomplete; "
+                    "download the adapter again"
+                )
+            return added
+        rows, columns = self._shape(name)
+        # PEFT's outputs: the columns of an embedding, and of a weight that is stored as [in, out]
+        by_column = EMBEDDING_A in stored or self._is_transposed(adapter, module)
+        if magnitude.ref.shape != ((columns if by_column else rows),):
+            raise self._wrong_shape(adapter, name, magnitude.name, magnitude.ref.shape)
+        access = BlockRows(rows, 1) if by_column else BlockRows(1, columns)
+        part = Part(magnitude.name, magnitude.ref, access, owner=adapter.reference)
+        return replace(added, term=Term.DORA_COLUMNS if by_column else Term.DORA_ROWS, parts=(*added.parts, part))
+
     def _is_transposed(self, adapter: Adapter, module: str) -> bool:
         """Whether the weight of a module is stored as [in, out].
 
@@ -236,7 +264,7 @@ class _Builder:
         if self._shape(name) != bias.ref.shape:
             raise self._wrong_shape(adapter, name, bias.name, bias.ref.shape)
         parts = (Part(bias.name, bias.ref, owner=adapter.reference),)
-        self._change(name).added.append(_Added(adapter, Delta.SUM, parts, scale))
+        self._change(name).added.append(_Added(adapter, Term.BIAS, parts, scale))
 
     def _replace(self, adapter: Adapter, name: str, copy: Stored) -> None:
         like = name
@@ -296,15 +324,23 @@ class _Builder:
                 f"{self._name}: {whole[0].name} has values of its own for {name}, and {other.name} changes it, too: "
                 "these can't be added up; apply only one of them"
             )
+        scaled = [added.adapter.name for added in change.added if added.scales_lengths]
+        if len(scaled) > 1:
+            raise CheckpointError(
+                f"{self._name}: {' and '.join(scaled)} are DoRA adapters, and both set the lengths of {name}: these "
+                "can't be added up; apply only one of them"
+            )
 
     def _value(self, name: str, change: _Change) -> LogicalTensor:
         value = self._origin(name, change)
         if not change.added:
             return value
-        decode, deltas = value.decode, tuple(added.delta for added in change.added)
-        decoder = with_deltas(decode.decoder if decode else None, len(value.parts), deltas)
-        scales = tuple((SCALE.format(number), added.scale) for number, added in enumerate(change.added))
-        parts = value.parts + tuple(part for added in change.added for part in added.parts)
+        # the lengths that DoRA sets are those of the base with this adapter alone
+        terms = sorted(change.added, key=lambda added: not added.scales_lengths)
+        decode = value.decode
+        decoder = adapted(decode.decoder if decode else None, len(value.parts), tuple(added.term for added in terms))
+        scales = tuple((scale_name(number), added.scale) for number, added in enumerate(terms))
+        parts = value.parts + tuple(part for added in terms for part in added.parts)
         given = decode.parameters if decode else ()
         return _with(value, parts, Decode(decoder, given + scales))
 
@@ -336,8 +372,8 @@ class _Builder:
         for number, row in enumerate(indices):
             kept[row], own[row] = -1, number
         parts = (
-            Part(part.name, part.ref, GatheredRows(tuple(kept))),
-            Part(rows.name, rows.ref, GatheredRows(tuple(own)), owner=adapter.reference),
+            Part(part.name, part.ref, GatheredRows.of(kept)),
+            Part(rows.name, rows.ref, GatheredRows.of(own), owner=adapter.reference),
         )
         return _with(value, parts, Decode(REPLACED_ROWS))
 
