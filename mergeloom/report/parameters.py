@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def stage_parameters(plan: Plan, node: int) -> tuple[StageParameters, ...]:
     results = [name or label for (label, _), name in zip(operation.parameters, names, strict=True)]
     for number, part in enumerate(parts):
         if _loads_value(part):
-            results[number] = models[part.sources[0]]
+            results[number] = _with_adapters(plan, [models[source] for source in part.sources])
     stages = [number for number, part in enumerate(parts) if not _loads_value(part)]
     merging = [methods[number] for number in stages]
     return tuple(
@@ -70,6 +71,14 @@ def stage_parameters(plan: Plan, node: int) -> tuple[StageParameters, ...]:
         )
         for number in stages
     )
+
+
+def _with_adapters(plan: Plan, names: Sequence[str]) -> str:
+    """Return the name of the model whose value has parts in these models: a model, or the only one with adapters."""
+    owners = set(names)
+    found = [each.name for each in plan.built.models if owners <= {part.text for part in each.reference.parts}]
+    adapted = [name for name in found if name not in owners]
+    return names[0] if len(owners) == 1 or len(adapted) != 1 else adapted[0]
 
 
 def _loads_value(part: Part) -> bool:

@@ -40,7 +40,8 @@ def find_duplicates(recipe: Recipe, parts: Iterable[BoundSlice]) -> Iterator[Dup
                 continue
             if model.number not in files:
                 files[model.number] = tuple(sorted({os.path.realpath(file) for file in model.checkpoint.files}))
-            other = first.setdefault((files[model.number], source.layer_range), index)
+            adapters = tuple(os.path.realpath(os.path.expanduser(each.text)) for each in model.reference.adapters)  # noqa: PTH111
+            other = first.setdefault((files[model.number], adapters, source.layer_range), index)
             names = tuple(dict.fromkeys((part.models[other].name, model.name)))
             if len(names) > 1 and names not in known:
                 known.add(names)

@@ -46,6 +46,8 @@ def refuse_format(donor: Input, *, encodes: bool) -> None:
     tensor = donor.kind
     if not isinstance(tensor, LogicalTensor) or not tensor.decoded or (encodes and tensor.encoding is not None):
         return
+    if tensor.adapted and not tensor.quantized:
+        return  # stored like the base
     where = "which mergeloom reads but does not write" if encodes else "which an intermediate stage does not write"
     raise CheckpointError(
         f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.format}, {where}, and out_dtype "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...engine.model.logical import LogicalTensor, LogicalTensors
 from ...io.tensors.assembled import stored_parts
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from ...engine.model.inputs import Model
     from ...engine.run.plan import Plan
     from ...methods.kernel.access import Access
+
+
+_Leaf = tuple[int, str, "Access"]
+"""A loaded tensor: the number of its model, its name, and which of its elements are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ def find_sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, .
 
     graph = plan.built.inlined
     read = bytes_of_reads(plan.built.graph, plan.schedule)
-    leaves: dict[tuple[int, str, Access], Source] = {}
+    leaves: dict[_Leaf, Source] = {}
     for place, number in enumerate(graph.node_sources[node]):
         name = graph.read_names[number]
         stored = Source(
@@ -76,33 +81,69 @@ def find_sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, .
             assembled=sum(1 for _ in stored_parts(graph.reads[number])),
         )
         leaves[graph.read_models[number], stored.name, graph.access(node, place)] = stored
-    bases = _base_reads(plan, node)
+    bases, values = _base_reads(plan, node), _values(plan.built.models, leaves)
     sources: dict[tuple[int, str], Source] = {}
-    for (model, name, access), stored in leaves.items():
-        value = next(_values_of(plan.built.models[model], name, access, leaves), None)
-        if value is None:
-            sources.setdefault((model, name), replace(stored, base=stored.base or (model, name) in bases))
-        else:
-            parts = tuple(leaves[model, part.name, part.access] for part in value.parts)
-            sources.setdefault((model, value.name), _computed(value, parts, base=(model, name) in bases))
+    for leaf, stored in leaves.items():
+        model, name, _ = leaf
+        based, found = (model, name) in bases, values.get(leaf, [])
+        if not found or (found[0].is_adapted and plan.built.models[model].named):
+            sources.setdefault((model, name), replace(stored, base=stored.base or based))
+        for value in found:
+            parts = tuple(leaves[use] for use in value.uses)
+            key = value.model.number, value.tensor.name
+            sources.setdefault(key, _computed(value, parts, base=based and not value.is_adapted))
     return tuple(sources.values())
 
 
-def _values_of(model: Model, part: str, access: Access, leaves: Container[object]) -> Iterator[LogicalTensor]:
-    """Yield the values of a model that a part belongs to, and all of whose parts are loaded."""
-    names = model.tensors.values_of(part) if isinstance(model.tensors, LogicalTensors) else []
-    for value in map(model.tensors.__getitem__, names):
-        uses = [(each.name, each.access) for each in value.parts] if isinstance(value, LogicalTensor) else []
-        if (part, access) in uses and all((model.number, *use) in leaves for use in uses):
-            assert isinstance(value, LogicalTensor)
-            yield value
+class _Value(NamedTuple):
+    """A value of a model that is computed from parts.
+
+    Args:
+        model: the model.
+        tensor: the value.
+        uses: for each part, the number of the model that has it, its name and its access.
+    """
+
+    model: Model
+    tensor: LogicalTensor
+    uses: tuple[_Leaf, ...]
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters change the value."""
+        return self.tensor.adapted
 
 
-def _computed(value: LogicalTensor, parts: tuple[Source, ...], *, base: bool) -> Source:
+def _values(models: Sequence[Model], leaves: Collection[_Leaf]) -> dict[_Leaf, list[_Value]]:
+    """Return for each part the values that it belongs to and all of whose parts are loaded.
+
+    A value of a base is left out if one with adapters has its parts, too.
+    """
+    numbers = {model.reference: model.number for model in models}
+    found: dict[_Leaf, list[_Value]] = {}
+    for model in sorted(models, key=lambda each: not each.reference.adapters):
+        if not isinstance(model.tensors, LogicalTensors):
+            continue
+        parts = dict.fromkeys(part for _, part, _ in leaves)
+        names = model.tensors if model.reference.adapters else chain.from_iterable(map(model.tensors.values_of, parts))
+        for tensor in map(model.tensors.__getitem__, dict.fromkeys(names)):
+            if not isinstance(tensor, LogicalTensor):
+                continue
+            owners = [numbers.get(part.owner or model.reference.base, -1) for part in tensor.parts]
+            uses = tuple((owner, part.name, part.access) for owner, part in zip(owners, tensor.parts, strict=True))
+            if not all(use in leaves for use in uses) or (not model.named and any(use in found for use in uses)):
+                continue
+            for use in uses:
+                found.setdefault(use, []).append(_Value(model, tensor, uses))
+    return found
+
+
+def _computed(value: _Value, parts: tuple[Source, ...], *, base: bool) -> Source:
     """Return the source of a value that is computed from parts."""
-    first, read = parts[0], sum(part.bytes_read for part in parts)
-    kind = value.dtype.name, value.shape, base, read, value.format, parts
-    return Source(first.model, value.name, value.name, first.file, first.offset, value.stored_bytes, *kind)
+    first, tensor = parts[0], value.tensor
+    read = sum(part.bytes_read for part in parts)
+    kind = tensor.dtype.name, tensor.shape, base, read, tensor.format, parts
+    return Source(value.model.name, tensor.name, tensor.name, first.file, first.offset, tensor.stored_bytes, *kind)
 
 
 def _base_reads(plan: Plan, node: int) -> set[tuple[int, str]]:
@@ -128,7 +169,9 @@ def sources_section(sources: Sequence[Source]) -> Section:
             rows.append(_stored_row(model, source.name + _renamed(source), source))
             continue
         rows.append((model, source.name, f"{source.dtype} ({source.format})", str(list(source.shape)), *[""] * 4))
-        rows += [_stored_row("", f"  from {part.name}{_renamed(part)}", part) for part in source.parts]
+        for part in source.parts:
+            owner = "" if source.model.startswith(part.model) else part.model
+            rows.append(_stored_row(owner, f"  from {part.name}{_renamed(part)}", part))
     header = ("model", "tensor", "dtype", "shape", "size", "offset", "file", "read")
     return Section("Sources", grid=Grid(header, tuple(rows), frozenset(("size", "offset", "read"))))
 
