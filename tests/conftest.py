@@ -29,6 +29,8 @@ MakeModel = Callable[..., Path]
 LONG = (
     "tests/scale/",
     "tests/integration/test_mergekit.py",
+    "tests/integration/adapters/test_peft.py",
+    "tests/integration/adapters/test_methods.py",
     "tests/unit/adapters/test_products.py::test_any_factors_in_any_chunks",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[della",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[karcher",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mergeloom.engine.model.inspect import inspect_model
-from mergeloom.errors import CheckpointError, ModelNotFound, UsageError
+from mergeloom.errors import CheckpointError, ModelNotFound
 from mergeloom.report.inspect import inspection_sections
 from mergeloom.report.sections import plain
 from tests.conftest import MakeModel

@@ -43,7 +43,10 @@ class TestMistakes:
                 LINEAR + "models: [{model: {model: a, lora: b+c}}]",
                 "models[0].model.lora: b+c is a model with an adapter; expected an adapter alone",
             ),
-            (LINEAR + "models: [{model: {model: a, lora: {rank: 3}}}]", "lora: expected a model, got a mapping without"),
+            (
+                LINEAR + "models: [{model: {model: a, lora: {rank: 3}}}]",
+                "lora: expected a model, got a mapping without",
+            ),
             (LINEAR + "models: [{model: a@b@c}]", "'a@b@c' has more than one @"),
             (LINEAR + "models: [{model: '@b'}]", "'@b' does not name a model"),
             (LINEAR + "models: [{model: 'a@'}]", "'a@' has no revision"),

@@ -69,8 +69,9 @@ class TestTogether:
     def test_advice_on_names_is_given_once(self) -> None:
         first, second = lines_of(LINEAR + "models: [{model: a@b@c}, {model: d@e@f}]\n")
         assert "'a@b@c' has more than one @: write `id@revision` (for a directory with @ in its name, write" in first
-        assert second.endswith("'d@e@f' has more than one @: write `id@revision` (for a directory with @ in its name, "
-        "write `{path: ...}`)")
+        assert second.endswith(
+            "'d@e@f' has more than one @: write `id@revision` (for a directory with @ in its name, write `{path: ...}`)"
+        )
 
     def test_values_for_models_cause_no_other_warnings(self) -> None:
         values = "[{model: a, value: 1}, {model: b, value: 2}]"
