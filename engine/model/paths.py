@@ -51,6 +51,12 @@ def check_paths(recipe: Recipe) -> None:
         for reference, place in places_of(recipe).items()
         if not reference.adapters and (problem := path_problem(reference)) is not None
     ]
+    for reference, place in places_of(recipe).items():
+        mistakes += [
+            recipe.error(place, f"{each.text} is a stage, whose output is a model and not an adapter")
+            for each in reference.adapters
+            if recipe.stage(each) is not None
+        ]
     if mistakes:
         raise RecipeError.together(mistakes)
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
+from ....io.units import plural
 from ....methods.kernel.access import ColumnFactor, RowFactor, Shape
 from ..experts.layouts import LAYOUTS, ExpertLayout, text_config_of
 from ..logical import Part, Tensors, kind_of
@@ -94,8 +95,8 @@ class StackMatcher:
             parameters = self._parameters(root)
             if len(parameters) != len(wrappers):
                 raise self._error(
-                    f"has {len(wrappers)} adapted parameters of {root}, but target_parameters names {len(parameters)} "
-                    f"({', '.join(parameters)})"
+                    f"has {plural(len(wrappers), 'adapted parameter')} of {root}, but target_parameters names "
+                    f"{len(parameters)} ({', '.join(parameters)})"
                 )
             innermost = sorted(wrappers, key=lambda each: -each.count(WRAPPED))
             for parameter, wrapper in zip(parameters, innermost, strict=True):
