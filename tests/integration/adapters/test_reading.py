@@ -97,7 +97,7 @@ def test_an_adapter_that_changes_after_planning_is_refused(tmp_path: Path, resum
 def test_the_manifest_verifies_base_and_adapters(tmp_path: Path, resumable: dict[str, Any]) -> None:
     run(resumable, tmp_path / "out")
     verdict = mergeloom.verify(tmp_path / "out", sources=True)
-    assert not (verdict.damaged or verdict.changed_sources or verdict.missing_sources)
+    assert (verdict.damaged, verdict.changed_sources, verdict.missing_sources) == ((), (), ())
     write_lora(tmp_path / "a", SHAPES, targets=("w",), seed=9)
     (changed,) = mergeloom.verify(tmp_path / "out", sources=True).changed_sources
     assert changed.endswith("a/adapter_model.safetensors")
