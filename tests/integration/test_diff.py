@@ -125,7 +125,7 @@ def test_warnings_go_to_stderr(make_model: MakeModel) -> None:
     [
         (("{a}", "{a}-missing"), 4, "there is no such directory or file"),
         (("{a}", "{quantized}d"), 2, "quantizedd here; did you mean `{quantized}`?"),
-        (("{a}", "{a}+adapter"), 2, "LoRA adapter"),
+        (("{a}", "{a}+adapter"), 4, "adapter: there is no such directory"),
         (("{a}", "{quantized}"), 4, "is quantized"),
         (("{a}",), 2, "Missing argument 'B'"),
         (("{a}", "{a}", "--threads", "0"), 2, "--threads"),

@@ -17,7 +17,7 @@ from mergeloom.errors import MergeloomError
 from tests.support.outputs import read_model
 from tests.support.published.compare import compare
 from tests.support.published.evaluate import evaluate
-from tests.support.published.library import Library, stored
+from tests.support.published.library import Library, values
 from tests.support.published.other_families import FAMILIES
 from tests.support.published.table import CASES, LONG, RECIPES, Case
 
@@ -62,7 +62,7 @@ def check(case: Case, library: Library, recipe: Path) -> None:
     paths = library.link(case, Path())
     out = recipe.parent / "out"
     result = merge(recipe, out, OPTIONS)
-    compare(read_model(out), evaluate(case.text, lambda name: stored(paths[name]), FAMILIES[case.family].stack))
+    compare(read_model(out), evaluate(case.text, lambda name: values(paths, name), FAMILIES[case.family].stack))
     assert unexpected(result.plan.warnings, case.warnings) == []
 
 
@@ -72,8 +72,8 @@ def test_a_single_wrong_value_is_found(library: Library, recipe: Path) -> None:
     recipe.write_text(case.text)
     merge(recipe, recipe.parent / "out", OPTIONS)
     found = read_model(recipe.parent / "out")
-    wanted = evaluate(case.text, lambda name: stored(paths[name]), FAMILIES[case.family].stack)
-    other_seed = evaluate(case.text, lambda name: stored(paths[name]), FAMILIES[case.family].stack, seed=1)
+    wanted = evaluate(case.text, lambda name: values(paths, name), FAMILIES[case.family].stack)
+    other_seed = evaluate(case.text, lambda name: values(paths, name), FAMILIES[case.family].stack, seed=1)
     assert compare(found, wanted).ulp < 1
     with pytest.raises(AssertionError, match="values differ"):
         compare(found, other_seed)

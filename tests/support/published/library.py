@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import count
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from tests.support.adapters.files import PREFIX, product, read_adapter, write_lora
 from tests.support.outputs import read_model
 from tests.support.published.other_families import FAMILIES
 from tests.support.published.table import Case
@@ -47,7 +49,22 @@ class Library:
         found |= {alias: found[name] for alias, name in case.same.items()}
         for name, path in found.items():
             (directory / name.removesuffix(FILE)).symlink_to(path)
+        for number, name in enumerate(case.adapters()):
+            base, _, adapter = name.partition("+")
+            shapes = {each: tuple(tensor.shape) for each, tensor in stored(found[base]).items()}
+            found[name] = write_lora(directory / adapter, shapes, seed=number, dtype=torch.bfloat16)
         return found
+
+
+def values(paths: Mapping[str, Path], name: str) -> Mapping[str, Tensor]:
+    """The tensors of a model that a recipe names; with an adapter, those that it changes are rounded to float32."""
+    base, plus, _ = name.partition("+")
+    found = dict(stored(paths[base]))
+    changed = [each.removeprefix(PREFIX) for each in read_adapter(paths[name])] if plus else []
+    for module in {each.removesuffix(".lora_A.weight") for each in changed if each.endswith(".lora_A.weight")}:
+        weight = found[f"{module}.weight"]
+        found[f"{module}.weight"] = (weight.double() + product(paths[name], module)).float()
+    return found
 
 
 @cache

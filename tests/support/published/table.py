@@ -1,8 +1,4 @@
-"""What is expected of every published recipe: its models' family, and its warnings or its rejection.
-
-A recipe that needs what is not supported yet (adapters) has a second case, in which it is edited: the adapters are
-applied already.
-"""
+"""What is expected of every published recipe: its models' family, and its warnings or its rejection."""
 
 from __future__ import annotations
 
@@ -68,7 +64,14 @@ class Case:
         return not output.keys().isdisjoint(("dtype", "out_dtype"))
 
     def models(self) -> list[str]:
-        """The models that the recipe names and that no stage makes: the base model first."""
+        """The models that the recipe names, without adapters, and that no stage makes: the base model first."""
+        return list(dict.fromkeys(name.partition("+")[0] for name in self._names()))
+
+    def adapters(self) -> list[str]:
+        """The models with an adapter that the recipe names."""
+        return [name for name in self._names() if "+" in name]
+
+    def _names(self) -> list[str]:
         documents = list(yaml.safe_load_all(self.text))
         stages = {document.get("name") for document in documents}
         bases = [document["base_model"] for document in documents if "base_model" in document]
@@ -87,9 +90,6 @@ def _models(node: Any) -> Iterator[str]:
             yield from _models(child)
 
 
-ADAPTER = ("LoRA adapter", "not supported yet")
-
-APPLIED = (r"(?<=\w)\+(?=\w)", "-with-")
 NO_WEIGHT = "has no such parameter"
 NO_END = ("eos_token_id differs", "tokenizer_source")
 """The base's files lack the end tokens of chats that a fine-tune has."""
@@ -106,8 +106,7 @@ CASES = [
         warnings=(("nemo-12b-a", "weight"),),
     ),
     Case("005", "Mistral-Nemo"),
-    Case("007", rejected=ADAPTER),
-    Case("007", "Mistral-Nemo", edits=(APPLIED,), variant="with adapters applied", warnings=(("normalize", "sce"),)),
+    Case("007", "Mistral-Nemo", warnings=(("normalize", "sce"),)),
     Case("008", "Llama-3.1-70B", warnings=(("select_topk", "parameters"), ("dype", "dtype"))),
     Case(
         "010",
@@ -131,8 +130,7 @@ CASES = [
     Case("026", "Mistral-7B"),
     Case("028", "Mistral-Nemo", warnings=tuple((f"models[{i}]", "weight", NO_WEIGHT) for i in range(5))),
     Case("029", "Llama-3.1-8B"),
-    Case("031", rejected=ADAPTER),
-    Case("031", "Llama-3-8B", edits=(APPLIED,), variant="with adapters applied", warnings=(NO_END,)),
+    Case("031", "Llama-3-8B", warnings=(NO_END,)),
     Case("032", "Mistral-7B", warnings=(("revision", "@"),)),
     Case("034", "Llama-2-13B"),
     Case("035", "Llama-2-7B"),
@@ -186,18 +184,15 @@ CASES = [
         rejected=("llama-3.2-3b-a", "bitsandbytes"),
         others={"llama-3.2-3b-a": "Llama-3.2-3B-bnb-4bit"},
     ),
-    Case("095", rejected=ADAPTER),
-    Case("095", "StableLM-3B", edits=(APPLIED,), variant="with adapters applied"),
-    Case("097", rejected=ADAPTER),
-    Case("097", "Mistral-Nemo", edits=(APPLIED,), variant="with adapters applied"),
+    Case("095", "StableLM-3B"),
+    Case("097", "Mistral-Nemo"),
     Case("098", rejected=("models[0].model-a", "did you mean `model`?")),
     Case("098", "Mistral-7B", edits=((r"- model-a:", "- model:"),), variant="with its key"),
     Case("100", "BERT-base"),
     Case("101", "BERT-base", rejected=("vocabular", "model-a", "model-b"), others={"model-b": "BERT-base-chinese"}),
     Case("103", "Sheared-Llama-2.7B"),
     Case("104", "Mistral-Nemo"),
-    Case("106", rejected=ADAPTER),
-    Case("106", "Mistral-7B", edits=(APPLIED,), variant="with adapters applied"),
+    Case("106", "Mistral-7B"),
     Case("107", "Yi-34B", warnings=(("model-34b-a", "weight"), ("<|im_start|>",), ("<|im_end|>", "not an end token"))),
     Case("109", "Llama-2-7B", warnings=(("model-7b-a", "weight"),)),
     Case("110", "Mistral-7B"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergeloom.engine.run.diff.compare import Comparison
 from mergeloom.engine.run.diff.result import NotCompared
-from mergeloom.errors import CheckpointError, UsageError
+from mergeloom.errors import CheckpointError
 from tests.support.models import write_checkpoint
 from tests.unit.diff.references import compare, is_close, reference
 
@@ -187,7 +187,7 @@ def test_adapters_are_rejected(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="is an? .*adapter.*, not a model"):
         Comparison(write_checkpoint(tmp_path / "a", {"w": rows(0)}), adapter)
-    with pytest.raises(UsageError, match="LoRA adapter, which is not supported yet"):
+    with pytest.raises(CheckpointError, match="is an adapter of the kind"):
         Comparison(tmp_path / "a", f"{tmp_path / 'a'}+{adapter}")
 
 

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 import mergeloom
+from mergeloom.engine.model.adapters.loaded import open_adapter
 from mergeloom.engine.model.checks.identify import check_is_model
 from mergeloom.engine.model.inspect import inspect_model
 from mergeloom.engine.model.open import open_input
@@ -110,14 +111,25 @@ def test_the_rules_are_those_of_a_directory(hub: HubServer, tmp_path: Path, file
 
 
 def test_an_adapter_is_named_with_its_base(hub: HubServer) -> None:
-    config = b'{"peft_type": "LORA", "base_model_name_or_path": "acme/base"}'
+    config = b'{"peft_type": "IA3", "base_model_name_or_path": "acme/base"}'
     hub.add(ID, {"adapter_model.safetensors": single("q.lora_A.weight"), "adapter_config.json": config})
     with pytest.raises(CheckpointError) as caught:
         check_is_model(ID, open_hub_model(ID))
     error = str(caught.value)
-    assert error.startswith(f"{ID} is a LoRA adapter of acme/base, not a model")
+    assert error.startswith(f"{ID} is an adapter (IA3) of acme/base, not a model")
     assert f"base, adapter = 'acme/base', '{ID}'" in error
     assert f"save_pretrained('{ID.rpartition('/')[2]}-merged')" in error
+
+
+def test_an_adapter_is_opened_with_its_config(hub: HubServer) -> None:
+    config = b'{"peft_type": "LORA", "base_model_name_or_path": "acme/base", "r": 4, "lora_alpha": 6}'
+    hub.add(ID, {"adapter_model.safetensors": single("q.lora_A.weight"), "adapter_config.json": config})
+    with pytest.raises(CheckpointError, match=f"write `acme/base\\+{ID}`"):
+        check_is_model(ID, open_hub_model(ID))
+    adapter = open_adapter(ModelReference(ID), lambda reference: open_hub_model(reference.path, reference.revision))
+    assert adapter.config.base == "acme/base"
+    assert adapter.config.scale("q") == 1.5
+    assert list(adapter.changes.modules) == ["q"]
 
 
 def test_a_wrapped_model_is_downloaded_before_a_script_renames_it(hub: HubServer) -> None:

@@ -68,6 +68,12 @@ def test_an_adapter_is_rejected_with_its_base_and_the_way_to_apply_it(method: st
     a = adapter(tmp_path / "a", peft_type="LORA", base_model_name_or_path="acme/base-8B")
     error = refused(a, method=method)
     assert error.startswith(f"{a} is a LoRA adapter of acme/base-8B, not a model (its weights are in adapter_model.saf")
+    assert error.endswith(f"for the model with the adapter, write `acme/base-8B+{a}`")
+
+
+def test_an_adapter_that_cannot_be_applied_is_rejected_with_a_script_that_merges_it(tmp_path: Path) -> None:
+    a = adapter(tmp_path / "a", peft_type="IA3", base_model_name_or_path="acme/base-8B")
+    error = refused(a)
     assert f"base, adapter = 'acme/base-8B', '{a}'" in error
     assert "PeftModel.from_pretrained(model, adapter).merge_and_unload()" in error
     compile(error.partition("\n\n")[2].replace("    ", ""), "advice", "exec")
