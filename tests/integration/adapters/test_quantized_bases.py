@@ -1,0 +1,72 @@
+"""Adapters of quantized bases: the values are those of the decoded base, and FP8 stays FP8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mergeloom
+from mergeloom.errors import CheckpointError
+from tests.support.adapters.files import PREFIX, product, write_lora
+from tests.support.models.quantized import FORMATS, write_pair
+from tests.support.outputs import config_of, read_model, same_tensors
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def write(tmp_path: Path, form: str, **more: Any) -> tuple[Path, Path, Path]:
+    """A quantized base, its decoded twin, and an adapter of its MLP."""
+    quantized, twin = write_pair(tmp_path, form, 1)
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_model(twin).items()}
+    return quantized, twin, write_lora(tmp_path / "a", shapes, targets=("up_proj", "down_proj"), **more)
+
+
+def merged(out: Path, reference: str, **more: Any) -> dict[str, Tensor]:
+    mergeloom.merge({"merge_method": "passthrough", "models": [{"model": reference}]} | more, out)
+    return read_model(out)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_bytes_are_those_of_the_decoded_base(tmp_path: Path, form: str) -> None:
+    quantized, twin, adapter = write(tmp_path, form)
+    found = merged(tmp_path / "out", f"{quantized}+{adapter}", out_dtype="float32")
+    expected = merged(tmp_path / "plain", f"{twin}+{adapter}", out_dtype="float32")
+    assert same_tensors(found, expected)
+    reference = read_model(twin)[f"{UP}.weight"].double() + product(adapter, UP)
+    assert (found[f"{UP}.weight"].double() - reference).abs().max() <= 1e-6 * reference.abs().max()
+
+
+def test_fp8_blocks_that_an_adapter_changes_are_encoded_and_others_copied(tmp_path: Path) -> None:
+    quantized, twin, adapter = write(tmp_path, "fp8 blocks")
+    found, own = merged(tmp_path / "out", f"{quantized}+{adapter}"), read_model(quantized)
+    assert found.keys() == own.keys()
+    kept = "model.layers.0.self_attn.o_proj.weight"
+    for name in (kept, f"{kept}_scale_inv"):
+        assert torch.equal(found[name].view(torch.uint8), own[name].view(torch.uint8))
+    codes, scales = found[f"{UP}.weight"].double(), found[f"{UP}.weight_scale_inv"].double()
+    rows, columns = codes.shape
+    expanded = scales.repeat_interleave(32, 0)[:rows].repeat_interleave(48, 1)[:, :columns]
+    exact = read_model(twin)[f"{UP}.weight"].double() + product(adapter, UP)
+    # half a step of E4M3 is 1/16 of a number's power of 2, or of the smallest normal one's
+    assert ((codes * expanded - exact).abs() <= expanded * torch.maximum(codes.abs(), torch.tensor(2.0**-6)) / 15).all()
+    assert "quantization_config" in config_of(tmp_path / "out")
+
+
+def test_a_format_that_is_not_written_becomes_bfloat16(tmp_path: Path) -> None:
+    quantized, twin, adapter = write(tmp_path, "int4")
+    found = merged(tmp_path / "out", f"{quantized}+{adapter}", out_dtype="bfloat16")
+    exact = merged(tmp_path / "exact", f"{twin}+{adapter}", out_dtype="float32")
+    assert torch.equal(found[f"{UP}.weight"], exact[f"{UP}.weight"].bfloat16())
+
+
+def test_rows_of_a_quantized_embedding_cannot_be_replaced(tmp_path: Path) -> None:
+    quantized, twin, _ = write(tmp_path, "int4")
+    rows = torch.zeros(1, read_model(twin)[f"{UP}.weight"].shape[1])
+    more = {f"{PREFIX}{UP}.token_adapter.trainable_tokens_delta": rows}
+    adapter = write_lora(tmp_path / "b", {}, more=more, trainable_token_indices=[0])
+    with pytest.raises(CheckpointError, match="replaces rows of .*, which is stored as INT4: this is not supported"):
+        merged(tmp_path / "out", f"{quantized}+{adapter}")
