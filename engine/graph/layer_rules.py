@@ -225,9 +225,9 @@ class LayerRules:
 
 
 def _stored(model: Model, names: Sequence[str | None]) -> _Stored | None:
-    """What the tensors of a layer are stored as in a model; None if that is not in a table, or one is missing."""
+    """What the tensors of a layer are stored as in a model; None if it has adapters, no table, or lacks one of them."""
     tensors, known = model.tensors, [name for name in names if name is not None]
-    if len(known) < len(names) or model.quantized:
+    if len(known) < len(names) or model.quantized or not model.has_files:
         return None
     if isinstance(tensors, TensorTable):
         rows = tensors.rows(known)

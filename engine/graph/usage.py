@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ...io.units import plural
@@ -122,9 +123,15 @@ class UnreadTensors:
 
     def __init__(self, graph: MergeGraph, models: Sequence[Model]) -> None:
         self._numbers = {model.reference: model.number for model in models}
-        self._read: dict[int, set[str]] = {}
-        for number, name in zip(graph.read_models, graph.read_names, strict=True):
-            self._read.setdefault(number, set()).add(name)
+        self._graph = graph
+
+    @cached_property
+    def _read(self) -> dict[int, set[str]]:
+        """The names that are read of each model, and those that were reported."""
+        read: dict[int, set[str]] = {}
+        for number, name in zip(self._graph.read_models, self._graph.read_names, strict=True):
+            read.setdefault(number, set()).add(name)
+        return read
 
     def of(self, model: Model) -> Iterator[str]:
         """Yield the names of a model's tensors of which a part is not read, unless it was reported for another."""
