@@ -95,17 +95,7 @@ def loop(
     """
     shape = (ROWS, COLUMNS)
     accesses, dtypes, shapes = zip(*parts, strict=True)
-    stages = []
-    sources: list[int] = []
-    for model in range(2):
-        places = tuple(range(model * len(parts), (model + 1) * len(parts)))
-        if decoder is None:
-            sources += places
-        else:
-            stages.append(
-                Part(decoder.kernel(InputSpec(len(parts), None, shape, accesses, shapes), parameters or {}), places)
-            )
-            sources.append(~(len(stages) - 1))
+    stages, sources = _values(decoder, InputSpec(len(parts), None, shape, accesses, shapes), parameters or {})
     method: Traceable = merge_methods()["linear"]
     if compared and not encoded:
         method = Compared(method, 0, "bfloat16")
@@ -137,6 +127,18 @@ def loop(
 
     run()  # compiles
     return run
+
+
+def _values(
+    decoder: Decoder | None, inputs: InputSpec, parameters: Mapping[str, float]
+) -> tuple[list[Part], list[int]]:
+    """The stages that decode two models, and where the method finds their values."""
+    count = len(inputs.accesses or ())
+    places = [tuple(range(model * count, (model + 1) * count)) for model in range(2)]
+    if decoder is None:
+        return [], [place for own in places for place in own]
+    kernel = decoder.kernel(inputs, parameters)
+    return [Part(kernel, own) for own in places], [~0, ~1]
 
 
 def _numbers(random: np.random.Generator, dtype: str, shape: tuple[int, int]) -> np.ndarray:
