@@ -101,22 +101,20 @@ class _GraphBuilder:
         by_reference = {model.reference: model for model in self.models}
         self.donor = by_reference[base] if base is not None else self.models[0]
         self.modules = StageModules(recipe, stage, self.donor)
-        method = methods[stage.merge_method]
+        method, first = methods[stage.merge_method], self.modules.all[0]
         self.parts = [
             [BoundSlice(recipe, stage, module, part, method, by_reference) for part in module.slices or ()]
             for module in self.modules.all
         ]
         self.non_layer = {
-            name: BoundSlice(
-                recipe, stage, self.modules.all[0], Slice((Source(model, None),), place=place), method, by_reference
-            )
+            name: BoundSlice(recipe, stage, first, Slice((Source(model, None),), place=place), method, by_reference)
             for name, model in stage.non_layer.items()
             for place in ((*stage.non_layer.place, name),)
         }
         self.graph = MergeGraph(tuple(model.name for model in self.models))
         self.graph.reads.keep_rows([model.checkpoint.tensors for model in self.models])
         self.usage = TensorUsage(self.graph)
-        self.tensors_from = TensorSources(recipe, stage, self.modules.all[0], method, by_reference, self.usage)
+        self.tensors_from = TensorSources(recipe, stage, first, method, by_reference, self.usage)
         owners = {reference: model.number for reference, model in by_reference.items()}
         given = stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors, owners
         self.rules = TensorRules(*given, intermediate=intermediate, decodes=decodes, compares=compares)
