@@ -6,12 +6,14 @@ Sources: peft 0.21.2, ``tuners/lora/config.py`` (fields), ``tuners/lora/layer.py
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ....errors import CheckpointError
+from ....io.output.digests import bytes_digest
 
 CONFIG = "adapter_config.json"
 
@@ -62,6 +64,11 @@ class AdapterConfig:
         self.target_parameters = tuple(content.get("target_parameters") or ())
         self._ranks = self._patterns("rank_pattern")
         self._alphas = self._patterns("alpha_pattern")
+
+    @property
+    def digest(self) -> str:
+        """The digest of the content, in hexadecimal."""
+        return bytes_digest(json.dumps(self._content, sort_keys=True).encode())
 
     @property
     def version(self) -> tuple[int, int] | None:

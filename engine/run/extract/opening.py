@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ....errors import CheckpointError
+from ....errors import CheckpointError, UsageError
+from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.checkpoint.identity import file_identity
 from ....io.hub.repository import HubFile
 from ....io.reading import FileStamps, stat_fingerprints
@@ -17,11 +18,11 @@ from ....io.tensors.refs import TensorRef
 from ....io.units import listed
 from ...model.experts.mapping import NamedCheckpoint, in_layout_of
 from ...model.layers import find_layers
-from ...model.open import is_remote, open_named
+from ...model.open import is_remote, open_adapters, open_named
 from ...model.roles import is_buffer, is_head, tied_embedding
 from ..diff.pairs import Opened, Pairing, pair_tensors
 from ..diff.parts import with_names_of
-from .adapter_files import BaseModel
+from .adapter_files import CONFIG, BaseModel
 from .names import has_head, module_of, module_prefix, tied_head
 from .options import ExtractOptions
 from .targets import LeftOut, Targets, Tie, find_targets
@@ -52,7 +53,12 @@ class OpenedModels:
     @property
     def stamps(self) -> FileStamps:
         """The stamps of all files before their headers were read."""
-        return {**self.base.checkpoint.stamps, **self.model.checkpoint.stamps}
+        return {file: stamp for source in self._sources for file, stamp in source.stamps.items()}
+
+    @property
+    def _sources(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that values are computed from."""
+        return (*self.base.sources, *self.model.sources)
 
     @property
     def refs(self) -> list[TensorRef]:
@@ -64,7 +70,7 @@ class OpenedModels:
 
     def downloads(self) -> tuple[HubFile, ...]:
         """The files of Hub models that are needed and not in the cache."""
-        remote = [model.checkpoint for model in (self.base, self.model) if is_remote(model.checkpoint)]
+        remote = [source for source in self._sources if is_remote(source)]
         if not remote:
             return ()
         from ....io.hub.checkpoint import needed_files
@@ -75,16 +81,24 @@ class OpenedModels:
 
     @property
     def files(self) -> dict[str, dict[str, Path]]:
-        """The files that are read, by model (``model``, ``base``) and name."""
+        """The files that are read, by model (``model``, ``base``), number of the checkpoint or adapter, and name."""
         used = {file for ref in self.refs for file in files_of(ref)}
         return {
-            key: {file.name: file for file in model.checkpoint.files if file in used}
+            key: {
+                f"{number}/{file.name}": file
+                for number, source in enumerate(model.sources)
+                for file in source.files
+                if file in used
+            }
             for key, model in (("model", self.model), ("base", self.base))
         }
 
     def identities(self) -> dict[str, dict[str, str]]:
-        """Return the identity of each file that is read, like `files`. Reads samples of the files."""
-        return {key: {name: file_identity(file) for name, file in files.items()} for key, files in self.files.items()}
+        """Return the identity of each file that is read, like `files`, and of adapter configs. Reads samples."""
+        found = {key: {name: file_identity(file) for name, file in files.items()} for key, files in self.files.items()}
+        for number, adapter in enumerate(self.model.adapters, 1):
+            found["model"][f"{number}/{CONFIG}"] = adapter.config.digest
+        return found
 
     def current_stamps(self) -> dict[str, list[int]]:
         """Return the stamp of each file that is read as it is now, by model and name."""
@@ -97,6 +111,7 @@ class OpenedModels:
         """Warnings about the files of the models."""
         for model in {each.name: each for each in (self.model, self.base)}.values():
             yield from (f"{model.name}: {remark}" for remark in model.checkpoint.remarks)
+            yield from filter(None, (each.remark(model.base, model.checkpoint) for each in model.adapters))
 
 
 def open_models(model: str | os.PathLike[str], base: str | os.PathLike[str], options: ExtractOptions) -> OpenedModels:
@@ -109,10 +124,15 @@ def open_models(model: str | os.PathLike[str], base: str | os.PathLike[str], opt
     """
     named = [open_named(os.fspath(each)) for each in (base, model)]
     reference = named[0][0]
+    if reference.adapters:
+        raise UsageError(
+            f"BASE {reference.text} has an adapter, and PEFT can't load another one on it: merge the adapter into its "
+            "base first"
+        )
     named[1] = named[1][0], with_names_of(named[1][1], named[0][1])
-    ours, theirs = (Opened(each.text, checkpoint) for each, checkpoint in named)
+    ours, theirs = (Opened(each.text, checkpoint, open_adapters(each)) for each, checkpoint in named)
     mapped = in_layout_of(*(NamedCheckpoint(each.name, each.checkpoint) for each in (ours, theirs)))
-    theirs = Opened(theirs.name, mapped.checkpoint)
+    theirs = replace(theirs, checkpoint=mapped.checkpoint)
     pairing = pair_tensors(ours, theirs)
     _check_layers(ours, theirs)
     config = ours.checkpoint.config
