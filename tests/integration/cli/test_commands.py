@@ -55,8 +55,8 @@ def test_help_and_version_import_nothing_heavy() -> None:
     assert not {"torch", "numpy", "rich", "networkx", "yaml", "safetensors", "psutil"} & set(modules)
     ours = {name.removeprefix("mergeloom.") for name in modules if name.startswith("mergeloom.")}
     commands = (
-        *("app", "diff", "inspect", "merge", "mergekit", "methods", "options", "output", "plan", "stack", "streams"),
-        "verify",
+        *("app", "diff", "extract_lora", "inspect", "merge", "mergekit", "methods", "options", "output", "plan"),
+        *("stack", "streams", "verify"),
     )
     assert ours == {"__main__", "cli", "errors", "version", *(f"cli.{name}" for name in commands)}
 
