@@ -109,7 +109,7 @@ class TensorUsage:
                 yield Unused(model.name, _stray(model, file), ())
 
 
-REPLACED = "an adapter has its own tensor in place of it"
+REPLACED = "an adapter has its own tensor instead"
 """Why a tensor of a base is unused that is only named with adapters, although the value of its name is used."""
 
 

@@ -1,4 +1,4 @@
-"""A merge with an adapter writes what PEFT's merge_and_unload makes of it, for every kind of adapter."""
+"""A merge with an adapter writes what PEFT's merge_and_unload computes, for every kind of adapter."""
 
 from __future__ import annotations
 
