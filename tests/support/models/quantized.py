@@ -156,7 +156,7 @@ MXFP4 = compressed("mxfp4-pack-quantized", FLOAT4 | {"group_size": 16})
 NVFP4 = compressed("nvfp4-pack-quantized", FLOAT4 | {"group_size": 16, "strategy": "tensor_group"})
 
 
-def _compressed_config(form: str, scheme: Mapping[str, Any]) -> dict[str, Any]:
+def compressed_config(form: str, scheme: Mapping[str, Any]) -> dict[str, Any]:
     groups = {"group_0": {"targets": ["Linear"], "weights": dict(scheme)}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
 
@@ -173,14 +173,14 @@ FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
     "fp8 blocks, byte scales": (fp8_bytes, _blocks_config(scale_fmt="ue8m0")),
     "fp8 rows": (fp8_rows, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "fp8 tensor": (fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
-    "int4": (compressed("pack-quantized", INT4), _compressed_config("pack-quantized", INT4)),
+    "int4": (compressed("pack-quantized", INT4), compressed_config("pack-quantized", INT4)),
     "int8 packed": (
         compressed("pack-quantized", INT8_CHANNELS),
-        _compressed_config("pack-quantized", INT8_CHANNELS),
+        compressed_config("pack-quantized", INT8_CHANNELS),
     ),
-    "int8": (compressed("int-quantized", INT8_CHANNELS), _compressed_config("int-quantized", INT8_CHANNELS)),
-    "mxfp4": (MXFP4, _compressed_config("mxfp4-pack-quantized", FLOAT4 | {"group_size": 16})),
-    "nvfp4": (NVFP4, _compressed_config("nvfp4-pack-quantized", FLOAT4 | {"group_size": 16})),
+    "int8": (compressed("int-quantized", INT8_CHANNELS), compressed_config("int-quantized", INT8_CHANNELS)),
+    "mxfp4": (MXFP4, compressed_config("mxfp4-pack-quantized", FLOAT4 | {"group_size": 16})),
+    "nvfp4": (NVFP4, compressed_config("nvfp4-pack-quantized", FLOAT4 | {"group_size": 16})),
     "nvfp4 of modelopt": (nvfp4_of_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
 }
 
