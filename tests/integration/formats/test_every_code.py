@@ -91,7 +91,9 @@ def packed_integers(bits: int, scale: torch.dtype) -> Made:
     words = pack_to_int32(codes.to(torch.int8).reshape(shape), bits)
     stored = {"weight_packed": words, "weight_scale": scales.view(rows, 16), "weight_shape": torch.tensor(shape)}
     scheme = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    value = unpack_from_int32(words, bits, torch.Size(shape)).float() * numbers(scales).view(rows, 16).repeat_interleave(group, 1)
+    value = unpack_from_int32(words, bits, torch.Size(shape)).float() * numbers(scales).view(
+        rows, 16
+    ).repeat_interleave(group, 1)
     return stored, quantized.compressed_config("pack-quantized", scheme), value
 
 

@@ -16,7 +16,7 @@ from mergeloom.methods.kernel.expression import MethodDefinitionError
 from mergeloom.methods.kernel.kernel import Kernel
 from mergeloom.methods.kernel.spec import InputSpec
 from tests.support.methods import oracle
-from tests.support.methods.fp8_reference import DTYPES, hard_values, reference
+from tests.support.methods.fp8_reference import DTYPES, hard_values, in_blocks, reference
 from tests.support.methods.kernels import run_fused, run_kernel
 
 KINDS = ("F32", "BF16", "F8_E8M0", "F32 power", "BF16 power")
@@ -41,6 +41,22 @@ def test_codes_and_scales_are_those_of_torch(size: str, kind: str) -> None:
         assert run.outputs[1] == wanted[1]
         assert run.outputs[0] == wanted[0]
         assert not run.beyond
+
+
+def test_the_values_are_hard_to_encode() -> None:
+    """They contain halves between codes, subnormal codes, values beyond the largest code, and blocks of zeros."""
+    values = hard_values(SIZES["many"][0], 0)
+    codes, stored = reference(values, "BF16")
+    blocks = in_blocks(values, 128, 128)
+    scales = torch.frombuffer(bytearray(stored), dtype=torch.bfloat16).to(torch.float32)
+    scaled = (blocks / scales.view(blocks.shape[1], 1, blocks.shape[3], 1)).abs()
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    assert int(torch.isin(scaled, (numbers[1:] + numbers[:-1]) / 2).sum()) > 10_000
+    found = torch.frombuffer(bytearray(codes), dtype=torch.uint8)
+    assert set(found.unique().tolist()) == set(range(256)) - {0x7F, 0xFF}
+    assert int(((found & 0x7F > 0) & (found & 0x7F < 8)).sum()) > 10_000
+    assert int((scaled > 448.5).sum()) > 1_000
+    assert int((blocks.abs().amax((2, 4)) == 0).sum()) > 100
 
 
 @pytest.mark.parametrize("kind", KINDS)
