@@ -17,7 +17,7 @@ from ...io.tensors.dtypes import DType
 from ...io.tensors.dtypes import Kind as ElementKind
 from ...io.tensors.refs import TensorRef
 from ...io.tensors.table import described
-from .checks.formats import declared_format
+from .checks.formats import declared_format, unknown_description
 from .roles import is_buffer
 
 _SCALES = ("_scale_inv", "_scale", "_scales", ".absmax", ".SCB")
@@ -59,12 +59,14 @@ def quantized_tensors(checkpoint: Checkpoint, known: Collection[str] = ()) -> Ma
     declared = declared_format(checkpoint.config, checkpoint.metadata)
     if declared is None:
         declared = next((f"the tensor {name} marks scaled FP8" for name in _MARKERS if name in tensors), None)
+    is_unknown = unknown_description(checkpoint.config) is not None
     codes: dict[str, list[str]] = {}
     for name, ref in described(tensors, lambda each: _may_be_codes(each.dtype)):
         if is_buffer(name, ref.shape):
             continue
         if declared is not None and name not in known:
-            reasons.setdefault(name, f"{declared}, and it is {ref.dtype.name}")
+            reason = f"{declared}, and it is {ref.dtype.name}"
+            reasons[name] = f"{reason} of shape {list(ref.shape)}" if is_unknown else reasons.get(name, reason)
         if len(ref.shape) >= 2:
             codes.setdefault(name.rpartition(".")[0], []).append(name)
     modules = _modules_of_codes(codes)

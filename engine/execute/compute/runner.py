@@ -116,8 +116,9 @@ class KernelRunner:
         if reads:
             read = reads[0]
             raise CheckpointError(
-                f"tensor {self._graph.read_names[read]} of {self._model(read)} holds NaN or infinite values: the model "
-                "is damaged, or overflowed in training; to merge it anyway, put `allow_nonfinite: true` in the recipe"
+                f"tensor {self._graph.read_names[read]} of {self._model(read)} holds NaN or infinite values (in "
+                f"{self._graph.reads[read].file.name}): the model is damaged, or overflowed in training; to merge it "
+                "anyway, put `allow_nonfinite: true` in the recipe"
             )
 
     def _model(self, read: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.small_files import read_small
+from .descriptions import NOT_DECODED, unknown_setting
 
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json that describe a quantization. The last is MLX's."""
@@ -73,8 +74,20 @@ def declared_format(config: Mapping[str, Any] | None, metadata: Mapping[str, str
     if described is not None:
         key, section = described
         method = section.get("quant_method")
+        unknown = unknown_description(config)
+        if unknown is not None:
+            return f"config.json has {unknown}, which is not known"
         return f"config.json has {key}" + (f" with quant_method {method}" if isinstance(method, str) else "")
     return f"the files have {_METADATA}" if _METADATA in metadata else None
+
+
+def unknown_description(config: Mapping[str, Any] | None) -> str | None:
+    """The setting in config.json that describes a quantization nobody has heard of, with its key; None without one."""
+    described = quantization_config(config)
+    if described is None or str(described[1].get("quant_method")).lower() in NOT_DECODED:
+        return None
+    unknown = unknown_setting(described[1])
+    return None if unknown is None else f"{described[0]}.{unknown}"
 
 
 def format_name(checkpoint: Checkpoint, quantized: Iterable[str]) -> str:

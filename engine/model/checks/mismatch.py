@@ -9,6 +9,7 @@ from ....errors import CheckpointError
 from ....io.units import listed, plural
 from ..contents.diffusion import architecture_of, family_of
 from ..inputs import Model
+from ..logical import codes_of
 from ..roles import is_vision
 from .formats import format_name, unquantized
 from .names import Renaming, find_leftovers, find_renaming, rename_entry, rename_script, shortest_prefixes
@@ -153,7 +154,9 @@ def _describe_formats(models: Sequence[Model], formats: Sequence[str | None]) ->
     advice = []
     for model, label in zip(models, formats, strict=True):
         if label is None:
-            parts.append(f"{model.name} is not quantized")
+            codes = codes_of(model.tensors)
+            stored = f"stored in the format {next(iter(codes.values()))}" if codes else "not quantized"
+            parts.append(f"{model.name} is {stored}")
             continue
         name = next(iter(model.quantized))
         parts.append(f"{model.name} is quantized ({label}; tensor {name}: {model.quantized[name]})")

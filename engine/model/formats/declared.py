@@ -39,6 +39,11 @@ class Weights:
     group: int = 0
     symmetric: bool = True
 
+    @property
+    def shared(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale: those of a block or a group; None if neither is stated."""
+        return self.block or ((1, self.group) if self.group else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Declared:
@@ -76,9 +81,9 @@ def declared_weights(checkpoint: Checkpoint) -> Declared:
     if found is None:
         return Declared()
     key, section = found
-    method = str(section.get("quant_method") or "").lower()
+    method, stated = str(section.get("quant_method") or "").lower(), f"{key}.quant_method"
     if method == "modelopt":
-        method = str(section.get("quant_algo") or method).lower()
+        method, stated = str(section.get("quant_algo") or method).lower(), f"{key}.quant_algo"
     experts = section.get("expert_dtype", (checkpoint.config or {}).get("expert_dtype"))
     weights: tuple[Weights, ...] = ()
     if isinstance(groups := section.get("config_groups"), Mapping):
@@ -87,12 +92,13 @@ def declared_weights(checkpoint: Checkpoint) -> Declared:
             for name, group in groups.items()
             if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
         )
-    elif method == "fp8":
+    elif method in ("fp8", "mxfp8"):
         size = section.get("weight_block_size")
         block = None if size is None else _block(checkpoint, f"{key}.weight_block_size", size)
-        weights = (Weights(f"{key}.weight_block_size", strategy="block" if block else "", block=block),)
+        stated = f"{key}.weight_block_size" if block else stated
+        weights = (Weights(stated, strategy="block" if block else "", block=block),)
     elif method == "fbgemm_fp8":
-        weights = (Weights(f"{key}.quant_method", strategy="channel"),)
+        weights = (Weights(stated, strategy="channel"),)
     form, powers = str(section.get("format") or "").lower(), section.get("scale_fmt") == "ue8m0"
     return Declared(key, method, form, weights, str(experts or "").lower(), powers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from ....errors import CheckpointError
@@ -17,6 +17,7 @@ from ....methods.kernel.access import BlockRows, Shape
 from ..logical import Decode, Encoding, LogicalTensor, Part
 from ..values.columns import Another
 from .declared import Declared, Weights, declared_weights, nominal_dtype
+from .missing import refuse_missing_scales
 
 POWERS = DTYPES["F8_E8M0"]
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -38,7 +39,7 @@ def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor | Another]:
     """Find the FP8 tensors with scales.
 
     Raises:
-        CheckpointError: a scale has a shape or dtype that does not fit its codes.
+        CheckpointError: a scale has a shape or dtype that does not fit its codes, or is missing.
     """
     tensors, nominal = checkpoint.tensors, nominal_dtype(checkpoint)
     names, declared = SiblingNames(tensors), Declared()
@@ -47,7 +48,13 @@ def find_fp8(checkpoint: Checkpoint) -> Iterator[LogicalTensor | Another]:
         if number == 0:
             declared = declared_weights(checkpoint)
         scale = names.scale(name)
-        if scale is None or len(codes.shape) < 2:
+        if len(codes.shape) < 2:
+            continue
+        if scale is None:
+            weights = declared.of(8, is_float=True)
+            if weights is not None:
+                ending = "_scale_inv" if weights.block else "_scale"
+                refuse_missing_scales(checkpoint, names.siblings(name), name, name + ending, weights.key)
             continue
         others = (scale, *names.companions(name))
         classes = (id(codes), *(id(class_of(tensors, each)) for each in others))
@@ -74,6 +81,7 @@ class SiblingNames:
         last = components(tensors)
         self._companions = [each for each in COMPANIONS if each in last]
         self._in_module = [each for each in ("scale", "qscale_weight", "scale_weight") if each in last]
+        self._modules: dict[str, set[str]] = {}  # only made for codes without known scales
 
     def scale(self, name: str) -> str | None:
         """The name of the scales of some codes; None if there are none that are known."""
@@ -82,6 +90,14 @@ class SiblingNames:
                 return scale
         module = name.rpartition(".")[0]
         return next((scale for each in self._in_module if (scale := f"{module}.{each}") in self._tensors), None)
+
+    def siblings(self, name: str) -> Collection[str]:
+        """Return the last components of the names in the module of some codes."""
+        if not self._modules:
+            for each in self._tensors:
+                module, _, last = each.rpartition(".")
+                self._modules.setdefault(module, set()).add(last)
+        return self._modules[name.rpartition(".")[0]]
 
     def companions(self, name: str) -> list[str]:
         """The names of what belongs to codes without being part of their values: activation scales, or a shape."""
@@ -130,8 +146,8 @@ def _use(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: 
     weights = declared.of(8, is_float=True)
     if ref.elements == 1 and not stack:
         return _Use(complete, (1, 1), dtype, _TENSOR, declared.power_of_two)
-    if weights is not None and weights.block is not None:
-        access = BlockRows(*weights.block)
+    if weights is not None and weights.shared is not None:
+        access = BlockRows(*weights.shared)
         if not access.part_shape_fits(shape, ref.shape) or len(ref.shape) != len(shape):
             raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
         return _Use(access, ref.shape, dtype, _BLOCKS, declared.power_of_two)
@@ -146,10 +162,10 @@ def _misfit(
     checkpoint: Checkpoint, name: str, shape: Shape, scale: str, found: Shape, weights: Weights | None
 ) -> CheckpointError:
     """The error for scales whose shape does not fit."""
-    if weights is None or weights.block is None:
+    if weights is None or weights.shared is None:
         stated = "config.json does not say which elements share a scale (weight_block_size)"
     else:
-        rows, columns = weights.block
+        rows, columns = weights.shared
         expected = [*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns)]
         stated = f"config.json has blocks of {rows} x {columns} ({weights.key}), which need {expected}"
     return CheckpointError(

@@ -16,6 +16,7 @@ from ....methods.kernel.access import TransposedSlice
 from ..logical import Decode, LogicalTensor, Part
 from .declared import declared_weights, nominal_dtype
 from .fp8 import POWERS
+from .missing import missing
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BYTES = 16
@@ -26,18 +27,20 @@ def find_mxfp4_blocks(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
     """Find the tensors in blocks, if config.json has ``quant_method: mxfp4``.
 
     Raises:
-        CheckpointError: the shapes of blocks and scales do not fit together.
+        CheckpointError: the shapes of blocks and scales do not fit together, or scales are missing.
     """
     tensors, decode, nominal = checkpoint.tensors, Decode(MXFP4), nominal_dtype(checkpoint)
     is_declared: bool | None = None
     for name, _ in described(tensors, lambda each: each.dtype.name == "U8" and len(each.shape) == 4):
         value = name.removesuffix(_BLOCKS)
-        if value == name or f"{value}{_SCALES}" not in tensors:
+        if value == name:
             continue
         if is_declared is None:
             is_declared = declared_weights(checkpoint).method == "mxfp4"
         if not is_declared:
             return
+        if f"{value}{_SCALES}" not in tensors:
+            raise missing(checkpoint, name, f"{value}{_SCALES}", "quantization_config.quant_method")
         blocks, scales = tensors[name], tensors[f"{value}{_SCALES}"]
         experts, outputs, groups, size = blocks.shape
         if size != _BYTES or scales.shape != (experts, outputs, groups) or scales.dtype.name != "U8":

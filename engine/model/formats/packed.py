@@ -23,6 +23,7 @@ from ..logical import Decode, LogicalTensor, Part
 from ..values.columns import Another
 from .declared import Declared, declared_weights, nominal_dtype
 from .fp8 import COMPANIONS, POWERS, SiblingNames
+from .missing import missing, refuse_missing_scales
 
 _BYTES = DTYPES["U8"]
 _CODES = ("I8", "U8", "I32")
@@ -41,7 +42,7 @@ def find_packed(checkpoint: Checkpoint) -> Iterator[LogicalTensor | Another]:
     Weights with more than codes and scales, such as zero points or a permutation, are left out: they are not decoded.
 
     Raises:
-        CheckpointError: the shapes of codes and scales do not fit together.
+        CheckpointError: the shapes of codes and scales do not fit together, or scales are missing.
     """
     tensors = checkpoint.tensors
     finder: _Finder | None = None
@@ -115,7 +116,9 @@ class _Finder:
         """compressed-tensors' ``pack-quantized``: 4 or 8 bits, the first in the lowest bits of 32."""
         scale = f"{module}.weight_scale"
         weights = self._declared.of(4, is_float=False) or self._declared.of(8, is_float=False)
-        if weights is None or scale not in self._tensors or not weights.symmetric:
+        if weights is None or not weights.symmetric:
+            return None
+        if not self._has_scales(name, scale, weights.key):
             return None
         codes, scales = self._tensors[name], self._tensors[scale]
         rows, words = codes.shape
@@ -134,16 +137,19 @@ class _Finder:
     def _packed_floats(self, name: str, module: str) -> _Found | None:
         """compressed-tensors' ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``."""
         scale, total = f"{module}.weight_scale", f"{module}.weight_global_scale"
-        if scale not in self._tensors or self._declared.of(4, is_float=True) is None:
+        weights = self._declared.of(4, is_float=True)
+        if weights is None:
+            return None
+        if not self._has_scales(name, scale, weights.key):
             return None
         codes, scales = self._tensors[name], self._tensors[scale]
         shape = (codes.shape[0], 2 * codes.shape[1])
-        weights = self._declared.of(4, is_float=True)
-        assert weights is not None
         part = Part(name, codes, Nibbles("F4"))
         if total in self._tensors:
             group = self._scales(name, shape, scale, weights.group or 16, weights.key, ("F8_E4M3",))
             return NVFP4_DIVIDED, shape, (part, group, self._total(name, shape, total))
+        if scales.dtype.name == "F8_E4M3":
+            raise missing(self._checkpoint, name, total, weights.key)
         if scales.dtype.name not in _POWERS:
             return None
         return MXFP4, shape, (part, self._scales(name, shape, scale, weights.group or 32, weights.key, _POWERS))
@@ -151,7 +157,10 @@ class _Finder:
     def _modelopt(self, name: str, module: str) -> _Found | None:
         """ModelOpt's NVFP4."""
         scale, total = f"{module}.weight_scale", f"{module}.weight_scale_2"
-        if scale not in self._tensors or total not in self._tensors:
+        absent = next((each for each in (scale, total) if each not in self._tensors), None)
+        if absent is not None:
+            if "nvfp4" in self._declared.method:
+                raise missing(self._checkpoint, name, absent, f"{self._declared.key}.quant_algo")
             return None
         codes = self._tensors[name]
         shape = (codes.shape[0], 2 * codes.shape[1])
@@ -162,14 +171,25 @@ class _Finder:
         """compressed-tensors' ``int-quantized``, and DeepSeek-V4's experts: two numbers of E2M1 in each byte."""
         codes, scale, power = self._tensors[name], f"{module}.weight_scale", f"{module}.scale"
         weights = self._declared.of(8, is_float=False)
-        if weights is not None and weights.symmetric and scale in self._tensors:
+        if weights is not None and weights.symmetric:
+            if not self._has_scales(name, scale, weights.key):
+                return None
             group = self._scales(name, codes.shape, scale, weights.group or codes.shape[1], weights.key, _SCALES)
             return INT8, codes.shape, (Part(name, codes), group)
         if power in self._tensors and self._tensors[power].dtype == POWERS and self._declared.expert_dtype != "fp8":
             shape = (codes.shape[0], 2 * codes.shape[1])
             part = Part.seen_as(name, codes, Nibbles("F4"), codes.shape, _BYTES)
             return MXFP4, shape, (part, self._scales(name, shape, power, 32, "expert_dtype", _POWERS))
+        if self._declared.expert_dtype == "fp4":
+            self._has_scales(name, power, "expert_dtype")
         return None
+
+    def _has_scales(self, name: str, scale: str, key: str) -> bool:
+        """Whether codes have scales of this name. Raises CheckpointError if they have none of any name."""
+        if scale in self._tensors:
+            return True
+        refuse_missing_scales(self._checkpoint, self.names.siblings(name), name, scale, key)
+        return False
 
     def _scales(self, name: str, shape: Shape, scale: str, group: int, key: str, dtypes: tuple[str, ...]) -> Part:
         """Scales of groups of columns, or one for each row or for the tensor."""
@@ -179,6 +199,12 @@ class _Finder:
             raise CheckpointError(
                 f"{self._checkpoint.path}: {scale} is {ref.dtype.name}, which is not a dtype of the scales of {name}: "
                 f"expected {' or '.join(dtypes)}. Download the model again"
+            )
+        if columns % group:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {name} of shape {list(self._tensors[name].shape)} holds {columns} values in "
+                f"each row, which can't be divided into groups of {group} that share a scale (config.json: {key}); "
+                f"{scale} has the shape {list(ref.shape)}. Download the model and its config.json again"
             )
         dtype = POWERS if ref.dtype.name == "U8" else ref.dtype
         if ref.elements == 1 and group == columns:

@@ -24,8 +24,11 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPES = {"fp8 blocks": (261, 517), "int4": (130, 528), "mxfp4": (130, 528)}
 """By format, the shape of the weight; FP8 has partial blocks at both edges."""
 LARGEST_SHARES = {"fp8 blocks": 0.001, "int4": 0.002, "mxfp4": 0.001}
-"""Shares of elements that may fit another election or threshold than the one that float64 chooses. On the grid of INT4,
-weighted sums of task vectors with weights such as 0.5, 0.3 and 0.4 are often exactly 0, where rounding elects a sign."""
+"""Shares of elements that may fit another election or threshold than the one that float64 chooses.
+
+On the grid of INT4, sums of task vectors with weights such as 0.5, 0.3 and 0.4 are often 0, where rounding elects a
+sign.
+"""
 OTHER_FORMATS = [
     (form, case) for form in ("int4", "mxfp4") for case in CASES if case.method in ("linear", "slerp", "ties", "della")
 ]

@@ -248,9 +248,10 @@ def test_fp8_without_scales_is_refused_if_the_config_says_so(method: str, tmp_pa
         "linear": {"models": [{"model": model, "parameters": {"weight": 0.5}} for model in (a, b)]},
         "passthrough": {"models": [{"model": a}], "dtype": "float32"},
     }
-    with pytest.raises(
-        CheckpointError, match=r"p\.weight of .* is quantized \(FP8; config\.json has quantization_config"
-    ):
+    message = (
+        r"p\.weight \(F8_E4M3 of shape .*\) is quantized by config\.json \(quantization_config\.weight_block_size\)"
+    )
+    with pytest.raises(CheckpointError, match=f"{message}, but its scales are missing: expected p.weight_scale_inv"):
         plan({"merge_method": method} | recipes[method], CPU)
 
 
