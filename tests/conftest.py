@@ -53,6 +53,8 @@ LONG = (
     "tests/integration/test_diff.py::test_decoding_stays_within_the_smallest_budget",
     "tests/integration/formats/test_every_code.py::test_every_code_has_the_value_of_the_formats_library[FP8 in rows",
     "tests/integration/formats/test_every_method.py::test_a_method",
+    "tests/integration/formats/test_giants.py",
+    "tests/integration/formats/test_skip_lists.py",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[configuration",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[published",
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",

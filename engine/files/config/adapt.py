@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ....io.tensors.dtypes import DType
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import plural
 from ...graph.build import BuiltGraph
@@ -22,8 +23,6 @@ _T5 = frozenset({"longt5", "mt5", "switch_transformers", "t5", "umt5"})
 _DESCRIBES_INPUTS = ("quantization_config", "compression_config", "quantization")
 """Keys that describe quantized tensors. The last is MLX's."""
 _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
-_SCALES = ("_scale", "_scale_inv", "_scales", ".scales", "_zero_point", ".qzeros", ".g_idx", ".absmax", ".SCB")
-"""Ends of names of tensors that belong to quantized ones."""
 
 _PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 _PREDICTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:mtp|nextn)(?:_\w+)?(?:\.|$)")
@@ -48,7 +47,7 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
         for key in _DESCRIBES_INPUTS
         if isinstance(section.get(key), Mapping) and section[key].get("quantization_mode") != "online"
     ]
-    quantized = next(_quantized(built, by_name=bool(found)), None)
+    quantized = next(_quantized(built), None)
     if not found and quantized is not None and not any(config.get(key) for key in _DESCRIBES_INPUTS):
         problem = (
             f"the output has quantized tensors ({quantized}), and config.json of {used} has no quantization_config"
@@ -59,6 +58,7 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
         return []
     for section, key in found:
         del section[key]
+        section.pop("expert_dtype", None)  # the format of DeepSeek-V4's experts
     keys = tuple(dict.fromkeys(key for _, key in found))
     return [
         ModelWarning(
@@ -77,36 +77,28 @@ def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _sections(value)
 
 
-def _quantized(built: BuiltGraph, *, by_name: bool) -> Iterator[str]:
+def _quantized(built: BuiltGraph) -> Iterator[str]:
     """Names of output tensors that are quantized or belong to quantized ones.
 
-    Args:
-        built: graph of the stage.
-        by_name: whether a name like a scale's is enough. Without a description of quantized tensors it is not:
-            DeepSeek-V4 has parameters named ``hc_attn_scale``.
+    A name like a scale's is not enough: DeepSeek-V4 has parameters named ``hc_attn_scale``.
     """
     graph = built.graph
     has_quantized = any(model.quantized for model in built.models)
     dtypes = {dtype.name: dtype for dtype in graph.node_dtype}
-    plain = not any(
-        name in _PACKED or (dtype.kind is ElementKind.FLOAT and dtype.bits < 16) for name, dtype in dtypes.items()
-    )
-    if plain and not has_quantized:
-        yield from (name for name in graph.outputs.names if by_name and name.endswith(_SCALES))
+    if not has_quantized and not any(map(_may_be_codes, dtypes.values())):
         return
     for output in graph.outputs:
         dtype = graph.node_dtype[output.node]
-        is_narrow = dtype.kind is ElementKind.FLOAT and dtype.bits < 16
-        if (
-            is_narrow
-            or (dtype.name in _PACKED and not is_buffer(output.name))
-            or (by_name and output.name.endswith(_SCALES))
-        ):
+        if _may_be_codes(dtype) and (dtype.kind is ElementKind.FLOAT or not is_buffer(output.name)):
             yield output.name
         elif has_quantized:
             for read in graph.reads_of(output.node):
                 if graph.read_names[read] in built.models[graph.read_models[read]].quantized:
                     yield output.name
+
+
+def _may_be_codes(dtype: DType) -> bool:
+    return dtype.name in _PACKED or (dtype.kind is ElementKind.FLOAT and dtype.bits < 16)
 
 
 def adapt_config(config: dict[str, Any], built: BuiltGraph, *, is_mixed: bool) -> list[ModelWarning]:

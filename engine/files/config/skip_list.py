@@ -2,21 +2,29 @@
 
 Loaders create a quantized module for each linear layer that the list does not name, so every weight that the merge
 decoded has to be in it. Its name depends on the format: transformers' ``modules_to_not_convert``, vLLM's
-``ignored_layers``, compressed-tensors' ``ignore``, ModelOpt's ``exclude_modules``.
+``ignored_layers``, compressed-tensors' and ModelOpt's ``ignore``. The rules by which entries match modules are those of
+transformers (`engine.model.formats.skip_lists`) and of vLLM (``is_layer_skipped`` in
+model_executor/layers/quantization/utils/quant_utils.py, ``should_ignore_layer`` in compressed_tensors/utils.py). Both
+have one module for the experts of a layer, so experts are listed together where none of them is quantized.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import plural
 from ...graph.build import BuiltGraph
 from ...graph.checks.quantized_outputs import decoded_outputs
 from ...model.checks.formats import quantization_config
+from ...model.formats.skip_lists import KEYS
 from ...model.warnings import ModelWarning, ModelWarningKind
 
-_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-_OF_METHODS = {"compressed-tensors": "ignore", "modelopt": "exclude_modules"}
+_IGNORE = ("compressed-tensors", "modelopt")
+"""Values of ``quant_method`` of formats whose list is ``ignore``."""
+_EXPERT = re.compile(r"(.*\.experts)\.")
 
 
 def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWarning]:
@@ -31,15 +39,51 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
         return []
     key, section = found
     method = str(section.get("quant_method") or "").lower()
-    default = _OF_METHODS.get(method, _KEYS[0])
-    name = next((each for each in _KEYS if isinstance(section.get(each), list)), default)
+    name = next((each for each in KEYS if isinstance(section.get(each), list)), "")
+    name = name or ("ignore" if method in _IGNORE else KEYS[0])
     listed = list(section.get(name) or ())
     outputs = decoded_outputs(built.graph, built.models[built.donor])
-    modules = (output.name.removesuffix(".weight") for output in outputs)
-    added = [module for module in modules if module not in listed]
+    modules = [output.name.removesuffix(".weight") for output in outputs]
+    added = [entry for entry in _entries(modules, _lists_of_codes(built), method) if entry not in listed]
     if not added:
         return []
     assert isinstance(section, dict)
     section[name] = listed + added
-    problem = f"{plural(len(added), 'module')} added to {key}.{name} of config.json: the output has them unquantized"
+    problem = f"{plural(len(modules), 'module')} added to {key}.{name} of config.json: the output has them unquantized"
     return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=(f"{key}.{name}",))]
+
+
+def _entries(modules: Iterable[str], quantized: Collection[str], method: str) -> Iterator[str]:
+    """Yield the entries for modules.
+
+    Args:
+        modules: names of the modules.
+        quantized: names of the lists of experts of which the output has quantized ones.
+        method: ``quant_method``, which decides how entries are matched.
+    """
+    experts: set[str] = set()
+    for module in modules:
+        match = _EXPERT.match(module)
+        if match is None or match[1] in quantized:
+            yield module
+        elif match[1] not in experts:
+            experts.add(match[1])
+            yield _entry_of_experts(match[1], method)
+
+
+def _entry_of_experts(experts: str, method: str) -> str:
+    """The entry for a list of experts and for every module in it."""
+    if method == "compressed-tensors":
+        return rf"re:{re.escape(experts)}(\..*)?$"
+    return f"{experts}*" if method == "modelopt" else experts
+
+
+def _lists_of_codes(built: BuiltGraph) -> set[str]:
+    """The lists of experts of which the output has quantized ones."""
+    found = set()
+    for output in built.graph.outputs:
+        dtype = built.graph.node_dtype[output.node]
+        if dtype.kind is not ElementKind.FLOAT or dtype.bits < 16:
+            match = _EXPERT.match(output.name)
+            found.update([match[1]] if match else [])
+    return found

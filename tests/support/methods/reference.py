@@ -273,7 +273,7 @@ def _top(values: Tensor, number: int, *, ties: bool = False) -> list[Tensor]:
     Args:
         values: nonnegative values.
         number: number of values to select.
-        ties: whether equal values count as near, because rounding can make them equal.
+        ties: whether equal values count as near even if no others are, because rounding can make them unequal.
     """
     flat = values.reshape(-1)
     order = torch.argsort(flat, descending=True, stable=True)
@@ -282,8 +282,8 @@ def _top(values: Tensor, number: int, *, ties: bool = False) -> list[Tensor]:
     masks = [mask]
     if 0 < number < len(flat):
         edge = float(flat[order[number - 1]])
-        near = ((flat - edge).abs() <= CLOSE * edge) & (ties | (flat != edge))
-        if near.any():
+        near = (flat - edge).abs() <= CLOSE * edge
+        if ties or (near & (flat != edge)).any():  # rounding can make them equal, and then the first ones are kept
             masks += [torch.where(near, 1.0, mask), torch.where(near, 0.0, mask)]
     return [m.view(values.shape) for m in masks]
 
