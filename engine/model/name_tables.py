@@ -35,6 +35,7 @@ HEADS = (
 TOP_LEVEL_HEADS = (
     NamePattern(r"decoder", "decoder.weight"),  # ModernBERT
     NamePattern(r"proj_out", "proj_out.weight"),  # Whisper
+    NamePattern(r"head", "head.weight"),  # DeepSeek-V4
 )
 """Modules whose ``weight`` is the output matrix at the top level only."""
 
@@ -97,6 +98,7 @@ AFTER_LAYERS = (
     NamePattern(r"embed_out", "embed_out.weight"),  # GPT-NeoX
     NamePattern(r"out_proj", "out_proj.weight"),
     NamePattern(r"proj_out", "proj_out.weight"),  # Whisper
+    NamePattern(r"head", "head.weight"),  # DeepSeek-V4
     NamePattern(r"project_out", "model.decoder.project_out.weight"),  # OPT
     NamePattern(r"text_projection", "text_projection.weight"),  # CLIP
     NamePattern(r"(?:\w*_)?predictions?", "generator_predictions.dense.weight"),  # ELECTRA

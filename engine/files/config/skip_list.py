@@ -20,6 +20,7 @@ from ...graph.build import BuiltGraph
 from ...graph.checks.quantized_outputs import decoded_outputs
 from ...model.checks.formats import quantization_config
 from ...model.formats.skip_lists import KEYS
+from ...model.roles import is_head
 from ...model.warnings import ModelWarning, ModelWarningKind
 
 _IGNORE = ("compressed-tensors", "modelopt")
@@ -47,10 +48,20 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
     added = [entry for entry in _entries(modules, _lists_of_codes(built), method) if entry not in listed]
     if not added:
         return []
+    if not listed:  # without a list, transformers leaves the head as it is
+        added = [*_heads(built), *added]
     assert isinstance(section, dict)
     section[name] = listed + added
     problem = f"{plural(len(modules), 'module')} added to {key}.{name} of config.json: the output has them unquantized"
     return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=(f"{key}.{name}",))]
+
+
+def _heads(built: BuiltGraph) -> Iterator[str]:
+    """Yield the modules of the output's heads that are not quantized."""
+    for output in built.graph.outputs:
+        dtype = built.graph.node_dtype[output.node]
+        if is_head(output.name) and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16:
+            yield output.name.removesuffix(".weight")
 
 
 def _entries(modules: Iterable[str], quantized: Collection[str], method: str) -> Iterator[str]:

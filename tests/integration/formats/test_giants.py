@@ -101,11 +101,16 @@ def assert_merged(found: Mapping[str, Tensor], models: list[Written], method: st
     return decoded
 
 
+def prediction_of(giant: Giant) -> str:
+    """The beginning of the names in a giant's prediction layer."""
+    return giant.prediction.replace("N", str(LAYERS)) + "."
+
+
 def load(giant: Giant, path: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
     """Load a model, and what transformers says of its keys. The number of the layer that it ignores is the giant's."""
     kind = model_class(giant)
-    layer = re.escape(giant.prediction.replace("N", str(LAYERS)))
-    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [rf"{layer}\."] if layer else None)
+    ignored = [re.escape(prediction_of(giant))] if giant.prediction else None
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", ignored)
     model, info = kind.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items() if value}
 
@@ -178,6 +183,35 @@ def assert_loaded(giant: Giant, model: Any, twin: Any) -> None:
     for each in compared:
         if not re.search(giant.misread, each):
             assert torch.equal(own[each], wanted[each].to(own[each].dtype)), each
+
+
+MIXED = {"experts": "experts.", "attention": "attn"}
+"""What is decoded of models in FP8, and the filter."""
+
+
+@pytest.mark.parametrize("part", MIXED)
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "DeepSeek-V4", "GLM-5", "MiniMax-M2"])
+def test_a_part_in_bfloat16(
+    name: str, part: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers makes quantized modules exactly for the codes, as on a GPU, where it does not decode them."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    giant = GIANTS[name]
+    models = [write(giant, seed) for seed in (1, 2)]
+    filters = [MIXED[part], *(["ffn.experts"] if name == "DeepSeek-V4" else [])]  # FP4 is not written
+    out_dtype = [*({"filter": each, "value": "bfloat16"} for each in filters), {"value": "same"}]
+    found, _ = merge(tmp_path, "linear", models, out_dtype)
+    assert_merged(found, models, "linear")
+    stored = [each for each in found if found[each].dtype == torch.float8_e4m3fn]
+    assert stored
+    assert not any(MIXED[part] in each for each in stored)
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **more: None)
+    model, remarks = load(giant, tmp_path / "out", monkeypatch)
+    assert not remarks
+    codes = [each for each in model.state_dict().values() if each.dtype == torch.float8_e4m3fn]
+    layers = [each for each in stored if not giant.prediction or not each.startswith(prediction_of(giant))]
+    assert sum(each.numel() for each in codes) == sum(found[each].numel() for each in layers)
 
 
 @pytest.mark.parametrize("name", GIANTS)
