@@ -60,6 +60,8 @@ LONG = (
     "tests/integration/test_golden.py::test_a_merge_writes_the_golden_bytes[encoder",
     "tests/integration/cli/test_commands.py::test_interrupting_a_merge_leaves_nothing[engine.execute.executor.Executor._wait"
     "-stopped before anything was finished; nothing is left behind-SIGTERM",
+    "tests/integration/graph/test_prediction_layers.py::test_they",
+    "tests/integration/graph/test_prediction_layers.py::test_a_stack",
     "tests/integration/graph/test_many_stages.py::test_the_bytes_are_those_of_23_merges",
     "tests/integration/graph/test_many_stages.py::test_a_merge_goes_on_without_the_intermediates",
     "tests/integration/output/test_save.py::test_killed_and_gone_on_with",

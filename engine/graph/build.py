@@ -29,6 +29,7 @@ from .checks.partial import partial_warnings
 from .checks.quantized_outputs import check_quantized_outputs, decoding_warnings
 from .graph import MergeGraph
 from .layer_rules import LayerRules
+from .prediction_layers import PredictionLayers
 from .rules import TensorRules
 from .tensor_sources import TensorSources
 from .usage import TensorUsage, Unused
@@ -118,6 +119,7 @@ class _GraphBuilder:
         owners = {reference: model.number for reference, model in by_reference.items()}
         given = stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors, owners
         self.rules = TensorRules(*given, intermediate=intermediate, decodes=decodes, compares=compares)
+        self.prediction = PredictionLayers(self.donor, self.rules, self.usage)
         self.layer_rules = LayerRules(self.graph, self.rules, self.tensors_from if stage.tensors_from else None)
         self.layer_sources: dict[int, list[int]] = {}
         self.checks = LayerChecks(self.donor)
@@ -133,7 +135,7 @@ class _GraphBuilder:
         except RecipeError as error:
             self._warn_of_filters(name for model in self.sources for name in model.tensors)
             raise explained(error, duplicates) from error
-        self.warnings += (*self.checks.warnings(), *self.rules.buffers.warnings())
+        self.warnings += (*self.checks.warnings(), *self.prediction.warnings(), *self.rules.buffers.warnings())
         self.tensors_from.check_used()
         check_chosen_head(self.recipe, self.stage, self.graph, self.models)
         if not self.graph.outputs:
@@ -227,7 +229,8 @@ class _GraphBuilder:
         part = chosen or part
         names = [self.modules.name_in(module, model, name) for model in part.models]
         taken = self.tensors_from.add(self.rules, name, part.models, names, self._group, copied=chosen is not None)
-        if taken or self.usage.drop_ema_copy(name, part.models, names):
+        taken = taken or self.usage.drop_ema_copy(name, part.models, names)
+        if taken or self.prediction.add(name, part, names, self._group):
             return
         if is_head(name):
             names = [
@@ -286,16 +289,6 @@ class _GraphBuilder:
 
     def _add_extras(self, part: BoundSlice, stack: int, count: int) -> None:
         """Add layers beyond config.json's count, such as prediction heads, after the stack, as in the model."""
-        old = self.donor.layers.mains[stack].count
-        for extra in self.donor.layers.mains[stack].extras:
-            # a model whose count includes it, or that has no config.json, has no extra layer there
-            if not any(extra in main.extras for model in part.models for main in model.layers.mains[stack : stack + 1]):
-                continue
-            target = count + extra - old
-            self._warn(
-                ModelWarningKind.PREDICTION_LAYERS,
-                f"{self.donor.name}: layer {extra} is beyond the {old} layers that config.json counts (probably a "
-                f"prediction head): it is kept as layer {target}",
-            )
+        for source, indices, target in self.prediction.extras(part, stack, count):
             self._group += 1
-            self._add_layer(part, stack, [extra] * len(part.models), target, 0.0)
+            self._add_layer(source, stack, indices, target, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 from ...errors import CheckpointError
@@ -300,6 +301,14 @@ class BoundSlice:
         self.base_any_method = next((i for i, source in enumerate(part.sources) if source.model == reference), None)
         self.parameters = SliceParameters(recipe, stage, module, part, method, self.base)
         self._recipe = recipe
+
+    def copied_from(self, model: Model) -> BoundSlice:
+        """The slice with one of its models as the only source, whose tensors are copied."""
+        copied = copy(self)
+        source = self.slice.sources[self.models.index(model)]
+        copied.slice, copied.models, copied.is_copied = replace(self.slice, sources=(source,)), [model], True
+        copied.base = copied.base_any_method = None
+        return copied
 
     def ranges(self, stack: int) -> list[tuple[int, int]]:
         """The layers [first, end) of a main stack for each source.

@@ -19,6 +19,7 @@ _AFTER_BY_DEFAULT = re.compile(tables.component(tables.AFTER_LAYERS_BY_DEFAULT))
 _SIDE_INPUT = re.compile(tables.word(tables.VISION, tables.OTHER_INPUTS))
 _SIDE_OUTPUT = re.compile(tables.word(tables.SIDE_OUTPUTS))
 _VISION = re.compile(tables.word(tables.VISION))
+_PREDICTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:mtp|nextn)(?:_\w+)?(?:\.|$)")
 _LANGUAGE = re.compile(tables.word(tables.LANGUAGE))
 
 
@@ -31,6 +32,11 @@ def is_head(name: str) -> bool:
 def is_embedding(name: str) -> bool:
     """Whether a tensor is the matrix of token embeddings, which a tied head shares."""
     return not _NUMBER.search(name) and bool(_EMBEDDING.search(name)) and not is_side_module(name)
+
+
+def is_prediction(name: str) -> bool:
+    """Whether a tensor belongs to a module of prediction layers, such as ``mtp.0.enorm.weight``."""
+    return ("mtp" in name or "nextn" in name) and bool(_PREDICTION.search(name))
 
 
 def tied_embedding(head: str, names: Iterable[str]) -> str | None:

@@ -11,7 +11,7 @@ from ....io.tensors.dtypes import DType
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import plural
 from ...graph.build import BuiltGraph
-from ...model.roles import is_after_layers, is_buffer, is_embedding, is_head, tied_embedding
+from ...model.roles import is_after_layers, is_buffer, is_embedding, is_head, is_prediction, tied_embedding
 from ...model.warnings import ModelWarning, ModelWarningKind
 from .architectures import ATTENTION_BIAS, MLP_BIAS, TIED_BY_DEFAULT
 from .rearrange import set_dtype
@@ -25,7 +25,6 @@ _DESCRIBES_INPUTS = ("quantization_config", "compression_config", "quantization"
 _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 
 _PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
-_PREDICTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:mtp|nextn)(?:_\w+)?(?:\.|$)")
 
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|feed_?forward|ffn|experts")
@@ -268,19 +267,15 @@ def _set_prediction_layers(
     sections: Sequence[dict[str, Any]], built: BuiltGraph, nodes: Mapping[str, int]
 ) -> Iterator[ModelWarning]:
     """Set the number of prediction layers to those that are written, and report those that are not."""
-    donor = built.models[built.donor]
-    written = 0
-    for stack in built.stacks[:1]:
-        own = donor.layers.main
-        for extra in own.extras:
-            rest = next(iter(donor.by_layer.get((0, extra), {})), "")
-            written += f"{own.prefix}.{len(stack.sources) + extra - own.count}.{rest}" in nodes
-    separate = any(("mtp" in name or "nextn" in name) and _PREDICTION.search(name) for name in nodes)
+    donor = built.models[built.donor].layers.main
     for section in sections:
         for key in _PREDICTION_KEYS:
             count = section.get(key)
-            if not isinstance(count, int) or isinstance(count, bool) or count <= written or separate:
+            if not isinstance(count, int) or isinstance(count, bool):
                 continue
+            written = _prediction_layers(key, built, nodes)
+            if written is None or written == count or (count < written and donor.extras):
+                continue  # a number that was too small before the merge stays as it is
             section[key] = written
             yield ModelWarning(
                 ModelWarningKind.PREDICTION_LAYERS,
@@ -290,19 +285,41 @@ def _set_prediction_layers(
             )
     last = {number for stack in built.stacks[:1] for number, _ in stack.inputs[-1]}
     for number in sorted({built.donor, *last}):
-        model = built.models[number]
-        layers = [
-            each.layer
-            for each in built.unused
-            if each.model == model.name and each.layer is not None and each.layer in model.layers.main.extras
-        ]
-        for layer in dict.fromkeys(layers):
+        model, main = built.models[number], built.models[number].layers.main
+        unused = (each.layer for each in built.unused if each.model == model.name and each.layer in main.extras)
+        for layer in dict.fromkeys(unused):
             yield ModelWarning(
                 ModelWarningKind.PREDICTION_LAYERS,
-                f"{model.name}: layer {layer} is beyond the {model.layers.main.count} layers that config.json counts "
-                "(probably a prediction head), and is not part of the output: not all models of the last slice have it",
-                names=(f"{model.layers.main.prefix}.{layer}",),
+                f"{model.name}: layer {layer} is beyond the {main.count} layers that config.json counts (probably a "
+                "prediction head), and is not part of the output: a stack has those of its last slice",
+                names=(f"{main.prefix}.{layer}",),
             )
+
+
+def _prediction_layers(key: str, built: BuiltGraph, nodes: Mapping[str, int]) -> int | None:
+    """The number of prediction layers in the output; None if it is not known.
+
+    Modules of prediction layers are not counted: their number is what the model that has them states under `key`.
+    """
+    if not any(map(is_prediction, nodes)):
+        return len(set(_written_extras(built, nodes)))
+    for model in (built.models[built.donor], *built.models):
+        if any(map(is_prediction, model.non_layer)):
+            stated = (section.get(key) for section in _sections(dict(model.checkpoint.config or {})))
+            return next((number for number in stated if type(number) is int), None)
+    return None
+
+
+def _written_extras(built: BuiltGraph, nodes: Mapping[str, int]) -> Iterator[int]:
+    """Yield the numbers in the output of the layers beyond its count."""
+    for stack in built.stacks[:1]:
+        for model in built.models:
+            main = model.layers.main
+            for extra in main.extras:
+                number = len(stack.sources) + extra - main.count
+                rest = next(iter(model.by_layer.get((0, extra), {})), "")
+                if f"{stack.donor.prefix}.{number}.{rest}" in nodes:
+                    yield number
 
 
 # --- dtype -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The layouts: which class of transformers, which weights are quantized how, and what config.json says of it."""
+"""The layouts: class of transformers, format of each weight, and description in config.json."""
 
 from __future__ import annotations
 
