@@ -28,8 +28,8 @@ from .checks.layers import LayerChecks, OutputLayer, missing_tensor
 from .checks.partial import partial_warnings
 from .checks.quantized_outputs import check_quantized_outputs, decoding_warnings
 from .graph import MergeGraph
-from .layer_rules import LayerRules
-from .prediction_layers import PredictionLayers
+from .layers.layer_rules import LayerRules
+from .layers.prediction_layers import PredictionLayers
 from .rules import TensorRules
 from .tensor_sources import TensorSources
 from .usage import TensorUsage, Unused

@@ -13,7 +13,7 @@ import pytest
 
 from mergeloom.engine.cost.machine import Machine
 from mergeloom.engine.graph.graph import MergeGraph
-from mergeloom.engine.graph.layer_rules import LayerRules
+from mergeloom.engine.graph.layers.layer_rules import LayerRules
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from tests.support.counting import count_calls

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from mergeloom.engine.graph.graph import MergeGraph
-from mergeloom.engine.graph.layer_rules import LayerRules
+from mergeloom.engine.graph.layers.layer_rules import LayerRules
 from mergeloom.engine.run.plan import Options, Plan
 from mergeloom.engine.run.planning import plan
 from tests.support.models import write_checkpoint

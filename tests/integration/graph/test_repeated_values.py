@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mergeloom.engine.graph.graph import MergeGraph
-from mergeloom.engine.graph.layer_rules import LayerRules
+from mergeloom.engine.graph.layers.layer_rules import LayerRules
 from mergeloom.engine.model.formats import registry
 from mergeloom.engine.model.logical import LogicalTensor, Part
 from mergeloom.engine.run.plan import Options, Plan

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ...io.units import listed
-from ..model.inputs import BoundSlice, Model
-from ..model.layers import Stack
-from ..model.roles import is_prediction
-from ..model.warnings import ModelWarning, ModelWarningKind
-from .rules import TensorRules
-from .usage import TensorUsage
+from ....io.units import listed
+from ...model.inputs import BoundSlice, Model
+from ...model.layers import Stack
+from ...model.roles import is_prediction
+from ...model.warnings import ModelWarning, ModelWarningKind
+from ..rules import TensorRules
+from ..usage import TensorUsage
 
 
 class PredictionLayers:

@@ -12,15 +12,15 @@ from operator import attrgetter
 from sys import intern
 from typing import NamedTuple
 
-from ...io.tensors.table import TensorTable
-from ..model.inputs import BoundSlice, Model
-from ..model.logical import LogicalTensors
-from .columns.reads import StoredTensors
-from .columns.repeats import Piece
-from .graph import MergeGraph
-from .pieces import Pieces
-from .rules import TensorRules
-from .tensor_sources import TensorSources
+from ....io.tensors.table import TensorTable
+from ...model.inputs import BoundSlice, Model
+from ...model.logical import LogicalTensors
+from ..columns.reads import StoredTensors
+from ..columns.repeats import Piece
+from ..graph import MergeGraph
+from ..pieces import Pieces
+from ..rules import TensorRules
+from ..tensor_sources import TensorSources
 
 
 class _Stored(NamedTuple):
