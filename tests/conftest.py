@@ -29,6 +29,10 @@ MakeModel = Callable[..., Path]
 LONG = (
     "tests/scale/",
     "tests/integration/test_mergekit.py",
+    "tests/integration/formats/test_requested_blocks.py::test_codes_and_scales_equal_those_of_the_reference[llama",
+    "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[llama",
+    "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[qwen3_moe-bfloat16",
+    "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[qwen3_moe-ue8m0",
     "tests/unit/adapters/test_products.py::test_any_factors_in_any_chunks",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[della",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[karcher",
@@ -79,6 +83,7 @@ LONG = (
     "tests/unit/methods/test_oracle.py::test_another_random_expression",
     "tests/unit/methods/test_oracle.py::test_a_composition_of_any_inputs",
     "tests/unit/test_benchmarks.py::test_budgets_of_small_models",
+    "tests/unit/test_benchmarks.py::test_rounding_of_a_small_matrix",
     "tests/unit/report/test_page.py::test_many_",
     "tests/unit/report/test_page.py::test_a_browser_shows_it_without_an_error_or_a_request[dark-full",
     "tests/unit/report/test_page.py::test_a_browser_shows_it_without_an_error_or_a_request[light-evil",
