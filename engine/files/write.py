@@ -11,7 +11,9 @@ from ...io.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint
 from ...io.companions import FileKind, companion_files
 from ...io.output.directory import OutputDirectory
 from ...io.output.shards import index_bytes
+from ...io.tensors.dtypes import DTYPES
 from ...version import __version__
+from ..graph.encoding.output_values import labels, number_of_parameters
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 from ..model.contents.diffusion import is_diffusion
@@ -191,7 +193,6 @@ def _card(content: OutputContent, output: OutputModel) -> str:
         ),
         None,
     )
-    dtypes = sorted({graph.node_dtype[node].torch_name or "packed" for node in nodes})
     methods = [output.stage.merge_method] if output.folder else [stage.merge_method for stage in content.recipe.stages]
     return model_card(
         name=output.stage.name or "Merged model",
@@ -201,11 +202,19 @@ def _card(content: OutputContent, output: OutputModel) -> str:
         command=content.command,
         versions=content.versions,
         layers=output.layers,
-        parameters=sum(map(graph.elements, nodes)),
-        dtype=(None if output.folder else content.dtype) or ", ".join(dtypes),
+        parameters=number_of_parameters(graph, content.inputs, output.folder),
+        dtype=", ".join(_dtypes(content, output.folder)),
         base_model=base,
         library_name=_library(output.files, [graph.outputs[number].name for number in graph.outputs_in(output.folder)]),
     )
+
+
+def _dtypes(content: OutputContent, folder: str) -> list[str]:
+    """The formats of a model that is written and torch's names of its dtypes, or the one that config.json states."""
+    found = labels(content.graph, content.inputs, folder)
+    if content.dtype is not None and not folder and all(name in DTYPES for name in found):
+        return [content.dtype]
+    return sorted({(DTYPES[name].torch_name or "packed") if name in DTYPES else name for name in found})
 
 
 def _library(files: FileSources, names: Sequence[str]) -> str | None:

@@ -25,8 +25,8 @@ from .checks.duplicates import explained, find_duplicates
 from .checks.filters import names_of_values, unmatched_filters
 from .checks.heads import check_chosen_head
 from .checks.layers import LayerChecks, OutputLayer, missing_tensor
+from .checks.output_formats import check_output_formats
 from .checks.partial import partial_warnings
-from .checks.quantized_outputs import check_quantized_outputs, decoding_warnings
 from .graph import MergeGraph
 from .layers.layer_rules import LayerRules
 from .layers.prediction_layers import PredictionLayers
@@ -117,7 +117,7 @@ class _GraphBuilder:
         self.usage = TensorUsage(self.graph)
         self.tensors_from = TensorSources(recipe, stage, first, method, by_reference, self.usage)
         owners = {reference: model.number for reference, model in by_reference.items()}
-        given = stage, methods, self.graph, self.usage, seed, self.donor.checkpoint.tensors, owners
+        given = stage, methods, self.graph, self.usage, seed, self.donor, owners
         self.rules = TensorRules(*given, intermediate=intermediate, decodes=decodes, compares=compares)
         self.prediction = PredictionLayers(self.donor, self.rules, self.usage)
         self.layer_rules = LayerRules(self.graph, self.rules, self.tensors_from if stage.tensors_from else None)
@@ -143,10 +143,8 @@ class _GraphBuilder:
                 "the output has no tensors: no tensor of the models belongs to a module of the recipe"
             )
         self._warn_of_filters(names_of_values(self.graph, self.models))
-        if self.stage.files_from is None:
-            self.warnings += check_quantized_outputs(self.graph, self.models, self.donor)
-        if self.stage.out_dtype is None and self.stage.dtype is None:
-            self.warnings += decoding_warnings(self.graph, self.donor)
+        given = self.recipe, self.stage, self.graph, self.models, self.donor, self.rules.dtypes
+        self.warnings += check_output_formats(*given)
         names = {dtype.torch_name for dtype in self.graph.node_dtype if dtype.kind is ElementKind.FLOAT}
         wanted = nominal_dtype(self.stage)
         dtype = wanted.torch_name if wanted is not None else (names.pop() if len(names) == 1 else None)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
+from ...io.tensors.dtypes import DType
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.kernel import Kernel, Traceable
 from ...methods.kernel.method import Method
 from ...methods.kernel.reduction.survival import Compared
 from ...methods.kernel.spec import Base, InputSpec
+from ..model.logical import Encoding
 
 
 class Kind(Enum):
@@ -80,6 +82,28 @@ def result_of(operation: Operation, shape: Shape, place: int, own: Shape) -> Ope
     if not made.part_shape_fits(shape, own) or (0 in shape and 0 not in own):
         raise ValueError(f"a tensor of shape {list(own)} cannot be computed with one of {list(shape)} by {made}")
     return Operation(Kind.RESULT, operation.method, made=made)
+
+
+class Resolved(NamedTuple):
+    """The node of output tensors whose inputs are of the same classes, with the same parameters.
+
+    Args:
+        operation: the operation.
+        kept: indices of the inputs that the output depends on.
+        reason: why the others are not used.
+        dtype: dtype of the output.
+        random: whether the node needs a random key.
+        encoding: how the output is stored as codes and scales; None if it is stored in `dtype`.
+        like_donor: whether codes and scales have the names that they have in the donor.
+    """
+
+    operation: Operation
+    kept: tuple[int, ...]
+    reason: str
+    dtype: DType
+    random: bool
+    encoding: Encoding | None = None
+    like_donor: bool = True
 
 
 class Operations:

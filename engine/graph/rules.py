@@ -4,51 +4,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...errors import CheckpointError
 from ...io.tensors.dtypes import F32, DType
 from ...io.tensors.dtypes import Kind as ElementKind
-from ...io.tensors.refs import TensorClass, TensorRef
+from ...io.tensors.refs import TensorClass
 from ...io.tensors.table import NameSet
 from ...methods.kernel.method import Method
 from ...methods.kernel.spec import Absent, MethodError
 from ..model.checks.mismatch import TensorMismatch
 from ..model.checks.shapes import check_shapes
-from ..model.inputs import BoundSlice
+from ..model.inputs import BoundSlice, Model
 from ..model.logical import Encoding, LogicalTensor, kind_of
 from ..model.modules import absent_part, lone_projector
 from ..model.roles import is_buffer, is_optional
-from ..recipe.entries.dtype_lookup import OutputDtypes, Stored, promote
+from ..recipe.entries.block_format import BlockFormat
+from ..recipe.entries.dtype_lookup import OutputDtypes, promote
+from ..recipe.entries.output_dtype import Stored, Wanted
 from ..recipe.types import ModelReference, Stage
 from .checks.buffers import BufferChecks, StoredBuffer
 from .checks.partial import PartialTensor
 from .checks.quantized_inputs import refuse_format, refuse_quantized
+from .encoding.linear import LinearWeights
 from .encoding.outputs import EncodedOutputs
 from .graph import Kind, MergeGraph, Operation
-from .operation import Operations
+from .operation import Operations, Resolved
 from .usage import TensorUsage
 from .values import CopiedValue, Input, TensorValues
-
-
-class _Resolved(NamedTuple):
-    """The node of output tensors whose inputs are of the same classes, with the same parameters.
-
-    Args:
-        operation: the operation.
-        kept: indices of the inputs that the output depends on.
-        reason: why the others are not used.
-        dtype: dtype of the output.
-        random: whether the node needs a random key.
-        encoding: how the output is stored as codes and scales; None if it is stored in `dtype`.
-    """
-
-    operation: Operation
-    kept: tuple[int, ...]
-    reason: str
-    dtype: DType
-    random: bool
-    encoding: Encoding | None = None
 
 
 class TensorRules:
@@ -60,7 +43,7 @@ class TensorRules:
         graph: the graph that receives the tensors.
         usage: record of the used input tensors.
         seed: seed for methods that sample.
-        donor: tensors of the donor, which most output tensors have the names of.
+        donor: the model whose names most output tensors have.
         owners: numbers of the models by reference.
         intermediate: whether other stages use the output. If not, values that the donor stores quantized are stored in
             its format, unless the recipe sets a dtype.
@@ -81,7 +64,7 @@ class TensorRules:
         graph: MergeGraph,
         usage: TensorUsage,
         seed: int,
-        donor: Mapping[str, TensorRef],
+        donor: Model,
         owners: Mapping[ModelReference, int],
         *,
         intermediate: bool,
@@ -89,7 +72,8 @@ class TensorRules:
         compares: bool = False,
     ) -> None:
         self.partial: list[PartialTensor] = []
-        self.dtypes = OutputDtypes(stage)
+        self.dtypes = OutputDtypes(stage, LinearWeights(donor).refuse)
+        self._blocks = None if self.dtypes.blocks is None else Encoding.of(self.dtypes.blocks)
         self._advise_modules = stage.modules is None
         self._methods = methods
         self._method = methods[stage.merge_method]
@@ -101,13 +85,13 @@ class TensorRules:
         self._intermediate = intermediate
         self._decodes = decodes
         self._compares = compares and not intermediate
-        self.written = NameSet(donor)
+        self.written = NameSet(donor.checkpoint.tensors)
         self._tensors = TensorValues(graph, methods["passthrough"], owners)
         self._encoders = EncodedOutputs(graph, self._tensors)
         self._operations = Operations()
-        self._resolved: dict[Hashable, _Resolved] = {}
+        self._resolved: dict[Hashable, Resolved] = {}
         # by slice, rule for the dtype, and the addresses of the inputs' classes
-        self._known: dict[tuple[object, ...], _Resolved] = {}
+        self._known: dict[tuple[object, ...], Resolved] = {}
 
     def add(
         self, part: BoundSlice, name: str, names: Sequence[str | None], t: float, group: int, *, copied: bool = False
@@ -153,7 +137,7 @@ class TensorRules:
         if part.parameters.constant is None or None in names:
             return False
         kinds = [kind_of(model.tensors, own or "") for model, own in zip(part.models, names, strict=True)]
-        found = self._known.get((part, self.dtypes.key(name), *map(id, kinds)))
+        found = self._known.get((part, self.dtypes.key(name, kinds[0].shape), *map(id, kinds)))
         if found is None or is_buffer(name, kinds[0].shape):
             return False
         for index, own in enumerate(names) if len(found.kept) < len(names) else ():
@@ -183,14 +167,15 @@ class TensorRules:
         ]
         given = None if values is None else tuple(values.items())
         donor = _donor(part, inputs)
-        alike = [each.stored_like(donor) for each in inputs if each.encoding is not None]
-        key = (part, self.dtypes.key(name), given, *quantized, *classes, *alike)
+        alike = [(each.stored_like(donor), self._fits_requested(each)) for each in inputs if each.encoding is not None]
+        wanted = self.dtypes.key(name, inputs[0].kind.shape)
+        key = (part, wanted, given, *quantized, *classes, *alike)
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = self._resolve(part, name, inputs, values)
         in_tables = all(isinstance(each.kind, TensorClass) and not each.model.quantized for each in inputs)
-        if in_tables and values is not None and values is part.parameters.constant:
-            self._known[part, self.dtypes.key(name), *(id(each.kind) for each in inputs)] = found
+        if in_tables and values is not None and values is part.parameters.constant and found.encoding is None:
+            self._known[part, wanted, *(id(each.kind) for each in inputs)] = found
         if len(found.kept) < len(inputs):
             for index, each in enumerate(inputs):
                 if index not in found.kept:
@@ -206,14 +191,14 @@ class TensorRules:
         values_of = tuple([self._tensors.value(each.model, each.name) for each in inputs])
         node = self._graph.add_node(found.operation, values_of, F32, random_key)
         bases = [value for value, each in zip(values_of, inputs, strict=True) if each.source == part.base_any_method]
-        base = bases[0] if bases else None
-        for written, stored in self._encoders.add(node, found.encoding, donor, name, base):
+        base, like = bases[0] if bases else None, donor if found.like_donor else None
+        for written, stored in self._encoders.add(node, found.encoding, like, name, base):
             self._check_unwritten(written)
             self._graph.add_output(written, stored, group)
 
     def _resolve(
         self, part: BoundSlice, name: str, inputs: Sequence[Input], values: Mapping[str, Any] | None
-    ) -> _Resolved:
+    ) -> Resolved:
         """Find the node for floating-point inputs of these classes.
 
         Args:
@@ -222,11 +207,10 @@ class TensorRules:
             inputs: the inputs.
             values: the method's parameters; None if the only input is passed through.
         """
-        wanted = self.dtypes.of(name)
+        wanted = self.dtypes.of(name, inputs[0].kind.shape)
         donor = _donor(part, inputs)
-        target = wanted if isinstance(wanted, DType) else promote(each.kind.dtype for each in inputs)
-        if wanted is Stored.SAME:
-            target = donor.kind.dtype
+        stored = [donor] if wanted is Stored.SAME else inputs
+        target = wanted if isinstance(wanted, DType) else promote(each.kind.dtype for each in stored)
         operation = self._pass(inputs[0]) if values is None else self._bind(part, name, inputs, values)
         kernel = operation.kernel
         assert kernel is not None
@@ -238,25 +222,40 @@ class TensorRules:
         used = [inputs[index] for index in kept]
         if kernel.copies is not None:
             (chosen,) = used
-            alike = chosen is donor or chosen.stored_like(donor)
-            dtype, as_stored = chosen.kind.dtype, wanted is None or (wanted is Stored.SAME and alike)
-            keep = chosen.name in chosen.model.quantized
-            if chosen.decoded:  # in another form than the donor's, the values are encoded again if they can be
-                keep = not self._decodes and not chosen.adapted and (alike or donor.encoding is None)
-            if (dtype == target and not chosen.decoded) or (as_stored and keep):
+            if self._is_copied(chosen, donor, wanted, target):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
-                return _Resolved(copy, kept, reason, dtype, random=False)
+                return Resolved(copy, kept, reason, chosen.kind.dtype, random=False)
             operation = self._pass(chosen)
         refuse_quantized(used)
         if wanted is Stored.SAME:
-            refuse_format(donor, encodes=not self._intermediate)
+            refuse_format(donor, self.dtypes.refuse, self.dtypes.blocks, encodes=not self._intermediate)
             refuse_quantized([donor], ", and out_dtype `same` needs its dtype")
-        encoding = None if self._intermediate or isinstance(wanted, DType) else donor.encoding
+        if isinstance(wanted, BlockFormat):
+            return Resolved(operation, kept, reason, target, kernel.random, self._blocks, like_donor=False)
+        plain = self._intermediate or isinstance(wanted, DType) or not self._fits_requested(donor)
+        encoding = None if plain else donor.encoding
         if self._compares and values is not None and kernel.copies is None and encoding is None and target.bits == 16:
             base = next((index for index, each in enumerate(inputs) if each.source == part.base_any_method), None)
             compared = None if base is None else (base, target.torch_name or "")
             operation = self._bind(part, name, inputs, values, compared)
-        return _Resolved(operation, kept, reason, target, kernel.random, encoding)
+        return Resolved(operation, kept, reason, target, kernel.random, encoding)
+
+    def _is_copied(self, chosen: Input, donor: Input, wanted: Wanted | None, target: DType) -> bool:
+        """Whether a tensor that the method returns unchanged is copied as it is stored."""
+        if chosen.adapted:
+            return False
+        if isinstance(wanted, BlockFormat):
+            return chosen.stored_as(self._blocks)
+        if not chosen.decoded:
+            return chosen.kind.dtype == target or (wanted is None and chosen.name in chosen.model.quantized)
+        # in another form than the donor's, the values are encoded again if they can be
+        alike = chosen is donor or chosen.stored_like(donor)
+        as_stored = wanted is None or (wanted is Stored.SAME and alike)
+        return as_stored and not self._decodes and (alike or donor.encoding is None) and self._fits_requested(chosen)
+
+    def _fits_requested(self, tensor: Input) -> bool:
+        """Whether config.json can describe the form that a tensor has in its file, next to what the recipe asks for."""
+        return self._blocks is None or tensor.stored_as(self._blocks)
 
     def _add_buffer(self, part: BoundSlice, name: str, inputs: Sequence[Input], group: int) -> None:
         """Add a buffer, copied from the base model or else from the first model that has it."""

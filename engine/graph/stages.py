@@ -24,6 +24,7 @@ from ..recipe.entries.dtype_lookup import nominal_dtype, rounds
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
 from .checks.buffers import BufferCheck, StoredBuffer
+from .checks.output_formats import refuse_blocks_between_stages
 from .fuse import fuse
 from .graph import Kind, MergeGraph, Operation, Value
 from .usage import REPLACED, UnreadTensors, Unused
@@ -67,6 +68,8 @@ def build_stages(
 
     for number, stage in enumerate(recipe.stages):
         last = number == len(recipe.stages) - 1
+        if not last:
+            refuse_blocks_between_stages(recipe, stage)
         graph = build_graph(
             recipe, stage, methods, open_any, seed=seed, intermediate=not last, compares=compares and last
         )

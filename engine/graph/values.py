@@ -78,6 +78,15 @@ class Input(NamedTuple):
         names = tuple(renamed(part.name, self.name, other.name) for part in self.kind.own_parts)
         return names == tuple(part.name for part in other.kind.own_parts)
 
+    def stored_as(self, encoding: Encoding | None) -> bool:
+        """Whether the tensor is stored in an encoding, under the names of the encoding's tensors and without others."""
+        if encoding is None or self.encoding != encoding:
+            return False
+        assert isinstance(self.kind, LogicalTensor)
+        return (
+            tuple(part.name for part in self.kind.own_parts) == Encoding.names(self.name) and not self.kind.companions
+        )
+
     @property
     def ref(self) -> TensorRef:
         """The reference of the tensor, which is stored as it is."""

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from .entries.block_format import BLOCKS
 from .nodes import Keys, Node
 
 STAGE_KEYS = (
@@ -38,6 +39,7 @@ _ADAPTER = re.compile(r"(lora|adapter|peft)(?![a-z])|loras$|adapters$")
 _TOP = "write it at the top level of the recipe"
 _HINTS = {"pattern": "did you mean `filter`?", "out_path": "give the stage a `name` that other stages can refer to"}
 _QUANTIZED = re.compile(r"i?q\d\w*|u?int\d+|w\da\d+|nf4|(mx)?fp[48]|(float|f)8\w*|gguf|gptq|awq|exl\d|bnb.*")
+_FP8 = re.compile(r"fp8\w*|(float|f)8_?e4m3\w*")
 _DTYPE_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _OTHER_FILES = {
     "weight_map": "the index of a model's shards",
@@ -72,8 +74,10 @@ def dtype_advice(name: str, known: Collection[str]) -> str:
     if (close := _DTYPE_NICKNAMES.get(name.lower()) or nearest(name, known)) is not None:
         return f"did you mean `{close}`?"
     listed = f"use one of {', '.join(known)}"
+    if _FP8.fullmatch(name.lower()):
+        return f"{listed}; for FP8, set `out_dtype: {BLOCKS}`"
     quantized = _QUANTIZED.fullmatch(name.lower())
-    return f"{listed}; for a quantized model, quantize the merged one with another tool" if quantized else listed
+    return f"{listed}; for other quantized models, quantize the merged one with another tool" if quantized else listed
 
 
 def list_advice(value: object, what: str) -> str:

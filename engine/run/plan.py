@@ -18,7 +18,6 @@ from ...io.tensors.refs import TensorRef
 from ...io.tensors.table import total_bytes
 from ...io.units import data_size, memory_size, plural
 from ...methods import merge_methods
-from ...methods.kernel.access import ALIGNED
 from ...version import __version__
 from ..cost.machine import Machine
 from ..cost.workload import Workload
@@ -26,9 +25,10 @@ from ..execute.survival import compared_nodes
 from ..files.sources import FileSources, OutputModel
 from ..files.write import OutputContent
 from ..graph.build import BuiltGraph
+from ..graph.encoding.output_sizes import OutputSizes, output_sizes
+from ..graph.encoding.output_values import labels, number_of_parameters
 from ..graph.graph import Kind
 from ..graph.layout import Layout
-from ..model.logical import LogicalTensors
 from ..model.open import is_remote
 from ..model.warnings import ModelWarning
 from ..recipe.types import Recipe, Stage
@@ -131,6 +131,16 @@ class Plan:
     def made(self) -> tuple[OutputModel, ...]:
         """All models that the merge writes, the output first."""
         return (OutputModel("", self.stage, self.files, self.built.layers), *self.saved)
+
+    @property
+    def output_sizes(self) -> OutputSizes | None:
+        """The size of the output in other formats; None if neither the output nor its donor is quantized."""
+        built = self.built
+        return output_sizes(built.graph, built.models, built.models[built.donor])
+
+    def output_formats(self, made: OutputModel | None = None) -> list[str]:
+        """Return the formats and dtypes of one of the models that are written, by default the output, for display."""
+        return labels(self.built.graph, self.built.models, (made or self.made[0]).folder)
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
@@ -248,32 +258,19 @@ class Plan:
         nodes = array("I", map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
         return {
             "tensors": len(nodes),
-            "parameters": self._parameters(nodes),
+            "parameters": number_of_parameters(graph, self.built.models, made.folder),
             "bytes": graph.total(graph.nbytes, nodes),
             "layers": made.layers,
             "shards": len(self.layout.shards_in(made.folder)),
             "dtypes": sorted({graph.node_dtype[node].name for node in nodes}),
         }
 
-    def _parameters(self, nodes: Sequence[int]) -> int:
-        """Return the number of parameters of some outputs: of codes with scales, the elements of their value."""
-        graph, models = self.built.graph, [model.tensors for model in self.built.models]
-        scales = graph.by_class(lambda node: graph.operation(node).made is not ALIGNED)
-        copies = graph.by_class(lambda node: graph.operation(node).copies_tensor)
-        total = graph.total(lambda node: 0 if scales[node] else graph.elements(node), nodes)
-        for node in nodes if any(isinstance(each, LogicalTensors) for each in models) else ():
-            if copies[node]:
-                read = graph.node_sources[node][0]
-                tensors = models[graph.read_models[read]]
-                found = tensors.elements_of(graph.read_names[read]) if isinstance(tensors, LogicalTensors) else None
-                total += 0 if found is None else found - graph.elements(node)
-        return total
-
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, as ``plan --json`` prints it. Sizes are in bytes."""
         schedule = self.schedule
         return {
             "output": self.output_dict(),
+            "quantized": None if (sizes := self.output_sizes) is None else sizes.to_dict(),
             "saved": [{"folder": made.folder, **self.output_dict(made)} for made in self.saved],
             "inputs": {
                 "models": [model.name for model in self.built.named],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ..engine.graph.graph import Kind, MergeGraph
 from ..engine.model.logical import class_counts, label_of
@@ -12,11 +12,13 @@ from ..engine.schedule.timeline import sparkline, timeline
 from ..engine.schedule.traffic import ReadAgain, bytes_of_reads, downloaded, fixed_ram, peak_of, read_again
 from ..io.tensors.table import total_bytes
 from ..io.units import big_number, data_size, memory_size, plural, short_number
+from .alternatives import formats_section
 from .parameters import methods_of, parameters_section
 from .sections import Grid, Section, plain
 from .unused import unused_section
 
 if TYPE_CHECKING:
+    from ..engine.files.sources import OutputModel
     from ..engine.run.plan import Plan
 
 _COLUMNS = 40
@@ -44,6 +46,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
     sections = [
         Section(headline(plan)),
         output_section(plan),
+        formats_section(plan),
         inputs_section(plan, read),
         renamed_section(plan),
         work_section(plan),
@@ -113,10 +116,10 @@ def output_section(plan: Plan) -> Section:
             ("layers", layers_text(plan)),
             ("size", f"{data_size(output['bytes'])} in {plural(len(shards), 'file')}{largest}"),
             ("disk", f"{data_size(plan.disk)}; no temporary files"),
-            ("dtype", ", ".join(output["dtypes"])),
+            ("dtype", ", ".join(plan.output_formats())),
             ("metadata from" if plan.files.config is None else "config from", plan.files.config_from),
             *([] if one_donor else [("tokenizer from", plan.files.tokenizer_from)]),
-            *(("also saved", _saved_stage(stage.folder, plan.output_dict(stage))) for stage in plan.saved),
+            *(("also saved", _saved_stage(plan, stage)) for stage in plan.saved),
         ),
     )
 
@@ -128,11 +131,12 @@ def layers_text(plan: Plan) -> str:
     return f"{plan.built.layers:,}"
 
 
-def _saved_stage(folder: str, output: Mapping[str, Any]) -> str:
+def _saved_stage(plan: Plan, stage: OutputModel) -> str:
     """Describe a saved stage: ``middle/: 12 layers, 1,235,814,400 (1.24B) parameters, 2.47GB in 1 file, BF16``."""
+    output, dtypes = plan.output_dict(stage), ", ".join(plan.output_formats(stage))
     layers = f"{plural(output['layers'], 'layer')}, " if output["layers"] else ""
     size = f"{data_size(output['bytes'])} in {plural(output['shards'], 'file')}"
-    return f"{folder}/: {layers}{big_number(output['parameters'])} parameters, {size}, {', '.join(output['dtypes'])}"
+    return f"{stage.folder}/: {layers}{big_number(output['parameters'])} parameters, {size}, {dtypes}"
 
 
 def inputs_section(plan: Plan, read: Sequence[int]) -> Section:

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import bars, budgets, compare, floor, giant, gpu, passthrough, picture, process, scaling, tables
+from benchmarks.compute import rounding
 from tests.support import models
 
 MEASURE = """
@@ -291,7 +293,6 @@ def test_one_layer_has_the_tensors_of_a_layer_of_experts() -> None:
 
 
 def test_a_filled_model_has_random_codes_and_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
     from safetensors.torch import load_file
 
     monkeypatch.setattr(giant, "_POOL", 1 << 18)
@@ -313,3 +314,29 @@ def test_a_filled_model_has_random_codes_and_scales(tmp_path: Path, monkeypatch:
         assert value.float().abs().amin() < value.float().abs().amax()
         assert not torch.equal(value.float(), found[1][name].float())
         assert not name.endswith("scale_inv") or value.amin() > 0
+
+
+# ---------------------------------------------------------------------------------------------- rounding
+
+
+def test_the_share_of_an_update_that_survives() -> None:
+    """Half of the update, and a change of the same length across it."""
+    before, update = torch.zeros(4), torch.tensor([3.0, 0.0, 0.0, 4.0])
+    across = torch.tensor([0.0, 5.0, 0.0, 0.0])
+    found = rounding.survival({"w": before}, {"w": update}, {"w": update / 2 + across})
+    assert found == pytest.approx((0.5, 1.0))
+    assert rounding.survival({"w": before}, {"w": update}, {"w": update}) == (1.0, 0.0)
+
+
+def test_rounding_of_a_small_matrix() -> None:
+    """What merges store is compared with torch's casts on the way; small updates disappear first."""
+    weights = {"model.layers.0.mlp.up_proj.weight": torch.randn(256, 256, generator=torch.Generator().manual_seed(1))}
+    config = {"model_type": "llama", "num_hidden_layers": 1}
+    for form, smallest in (("bfloat16", 0.4), ("fp8_blocks", 0.0)):
+        small, large = rounding.measure(weights, rounding.by_merges(form, config), (0.001, 0.1), seed=0)
+        assert smallest < small.share < 0.7
+        assert 0.95 < large.share < 1.05
+        assert large.noise < small.noise < 1
+    for form in ("INT4", "MXFP4"):
+        small, large = rounding.measure(weights, rounding.by_library(form), (0.001, 0.1), seed=0)
+        assert small.share < 0.1 < 0.5 < large.share < 0.9

@@ -40,12 +40,7 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
         built: graph of the stage.
         used: name of the model that `config` comes from.
     """
-    found = [
-        (section, key)
-        for section in _sections(config)
-        for key in _DESCRIBES_INPUTS
-        if isinstance(section.get(key), Mapping) and section[key].get("quantization_mode") != "online"
-    ]
+    found = list(_descriptions(config))
     quantized = next(_quantized(built), None)
     if not found and quantized is not None and not any(config.get(key) for key in _DESCRIBES_INPUTS):
         problem = (
@@ -55,10 +50,7 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
         return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, advice, ("quantization_config",))]
     if not found or quantized is not None:
         return []
-    for section, key in found:
-        del section[key]
-        section.pop("expert_dtype", None)  # the format of DeepSeek-V4's experts
-    keys = tuple(dict.fromkeys(key for _, key in found))
+    keys = remove_quantization(config)
     return [
         ModelWarning(
             ModelWarningKind.QUANTIZATION,
@@ -66,6 +58,23 @@ def drop_quantization(config: dict[str, Any], built: BuiltGraph, used: str) -> l
             names=keys,
         )
     ]
+
+
+def remove_quantization(config: dict[str, Any]) -> tuple[str, ...]:
+    """Remove the descriptions of quantized tensors from a config, and return their keys, each once."""
+    found = list(_descriptions(config))
+    for section, key in found:
+        del section[key]
+        section.pop("expert_dtype", None)  # the format of DeepSeek-V4's experts
+    return tuple(dict.fromkeys(key for _, key in found))
+
+
+def _descriptions(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The descriptions of tensors that are stored quantized, each with the section that has it and its key."""
+    for section in _sections(config):
+        for key in _DESCRIBES_INPUTS:
+            if isinstance(section.get(key), Mapping) and section[key].get("quantization_mode") != "online":
+                yield section, key
 
 
 def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

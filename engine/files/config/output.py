@@ -9,11 +9,12 @@ from typing import Any
 from ...graph.build import BuiltGraph, OutputStack
 from ...model.layers import Stack
 from ...model.warnings import ModelWarning
-from ...recipe.entries.dtype_lookup import nominal_dtype
+from ...recipe.entries.dtype_lookup import nominal_dtype, requested_blocks
 from ...recipe.types import Stage
 from .adapt import adapt_config, drop_quantization, main_dtype
 from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
 from .compare_heads import compare_heads
+from .fp8_section import describe_blocks, replace_description
 from .mixed_dtypes import mixed_dtypes
 from .rearrange import MergedConfig, merged_config, stated_layers
 from .skip_list import extend_skip_list
@@ -44,12 +45,9 @@ def output_config(
     chosen = stage.files_from is not None
     warnings = _compare(config, built, used, chosen=chosen, has_base=stage.base_model is not None)
     result: dict[str, Any] = copy.deepcopy(dict(config))
-    warnings += drop_quantization(result, built, used)
-    warnings += extend_skip_list(result, built)
-    wanted = nominal_dtype(stage)
-    dtype = wanted.torch_name if wanted is not None else built.dtype
-    if dtype is None and stage.out_dtype is not None and not stage.out_dtype.is_constant:
-        dtype = main_dtype(built)
+    blocks = requested_blocks(stage)
+    warnings += _describe_formats(result, built, used) if blocks is None else replace_description(result, blocks)
+    dtype = _dtype(stage, built)
     if not stacks:  # config.json describes the layers already, but perhaps not the dtype and the head
         count = stated_layers(config, None) or 0
         stacks = (OutputStack(Stack("", count), tuple(range(count)), ()),)
@@ -70,11 +68,27 @@ def output_config(
         )
         result = merged.config
         warnings += merged.warnings
-    is_mixed = wanted is None and built.dtype is None
+    if blocks is not None:
+        describe_blocks(result, built, blocks)
+    is_mixed = nominal_dtype(stage) is None and built.dtype is None
     warnings += adapt_config(result, built, is_mixed=is_mixed)
     if is_mixed and is_written and stage.out_dtype is None:
         warnings += mixed_dtypes(built)
     return MergedConfig(result, tuple(warnings))
+
+
+def _describe_formats(config: dict[str, Any], built: BuiltGraph, used: str) -> list[ModelWarning]:
+    """Make the description of quantized tensors agree with those of the output."""
+    return [*drop_quantization(config, built, used), *extend_skip_list(config, built)]
+
+
+def _dtype(stage: Stage, built: BuiltGraph) -> str | None:
+    """torch's name of the dtype that config.json states; None to leave it as it is."""
+    wanted = nominal_dtype(stage)
+    dtype = wanted.torch_name if wanted is not None else built.dtype
+    if dtype is None and stage.out_dtype is not None and not stage.out_dtype.is_constant:
+        return main_dtype(built)
+    return dtype
 
 
 def _compare(

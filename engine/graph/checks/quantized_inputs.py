@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 from ....errors import CheckpointError
 from ....io.tensors.dtypes import Kind as ElementKind
-from ....io.units import data_size
+from ....io.units import data_size, plural
 from ...model.checks.formats import format_name, unquantized
-from ...model.logical import LogicalTensor
+from ...model.logical import Encoding, LogicalTensor
+from ...recipe.entries.block_format import BlockFormat
+from ...recipe.entries.dtype_lookup import Refuse
+from ..encoding.sizes import unwritable_sizes
 from ..values import Input
 
 
@@ -36,21 +39,32 @@ def refuse_quantized(inputs: Iterable[Input], why: str = "") -> None:
         )
 
 
-def refuse_format(donor: Input, *, encodes: bool) -> None:
+def refuse_format(donor: Input, refuse: Refuse, blocks: BlockFormat | None, *, encodes: bool) -> None:
     """Raise CheckpointError if a computed tensor can't be stored in the format of the tensor that `same` refers to.
 
     Args:
         donor: that tensor.
+        refuse: says which tensors can't be stored as FP8 blocks instead.
+        blocks: the format that the recipe asks for, for other tensors; None if it asks for none.
         encodes: whether the stage's output is stored in formats at all.
     """
     tensor = donor.kind
-    if not isinstance(tensor, LogicalTensor) or not tensor.decoded or (encodes and tensor.encoding is not None):
+    if not isinstance(tensor, LogicalTensor) or not tensor.decoded:
         return
     if tensor.adapted and not tensor.quantized:
         return  # stored like the base
+    label = f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.format}"
+    if encodes and tensor.encoding is not None:
+        if blocks is None or donor.stored_as(Encoding.of(blocks)):
+            return
+        raise CheckpointError(
+            f"{label}, which is not that of `fp8_blocks` ({blocks.label}), and config.json can only describe one: "
+            "use out_dtype `same` or `fp8_blocks` for all quantized tensors, or bfloat16 for those of one of the two"
+        )
     where = "which mergeloom reads but does not write" if encodes else "which an intermediate stage does not write"
+    sizes = unwritable_sizes(donor.model, refuse)
     raise CheckpointError(
-        f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.format}, {where}, and out_dtype "
-        f"`same` needs it: set a dtype for such tensors, as in `out_dtype: [{{filter: {donor.name}, value: bfloat16}}, "
-        f"{{value: same}}]` ({data_size(tensor.stored_bytes)} become {data_size(2 * tensor.elements)})"
+        f"{label}, {where}, and out_dtype `same` needs it. Set {sizes.alternatives} for the "
+        f"{plural(sizes.tensors, 'tensor')} in such formats ({data_size(sizes.stored)} as stored), for some of them "
+        "with `filter`"
     )

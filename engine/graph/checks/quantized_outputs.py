@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from ....errors import CheckpointError
@@ -13,10 +12,11 @@ from ...model.checks.formats import format_name, quantization_config, unquantize
 from ...model.inputs import Model
 from ...model.logical import LogicalTensor, LogicalTensors, codes_of
 from ...model.warnings import ModelWarning, ModelWarningKind
+from ...recipe.entries.dtype_lookup import Refuse
 from ..columns.outputs import Output
+from ..encoding.linear import without_numbers
+from ..encoding.sizes import sizes_of
 from ..graph import Kind, MergeGraph
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 _UNRELATED = (
     "modules_to_not_convert",
@@ -91,10 +91,10 @@ def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
     """
     if not isinstance(donor.tensors, LogicalTensors):
         return
-    kinds = set(map(_kind, donor.tensors.quantized))
+    kinds = set(map(without_numbers, donor.tensors.quantized))
     wide = graph.by_class(lambda node: _is_wide(graph, node))
     for number, node in enumerate(graph.outputs.nodes if kinds else ()):
-        if wide[node] and _kind(graph.outputs.names[number]) in kinds:
+        if wide[node] and without_numbers(graph.outputs.names[number]) in kinds:
             yield graph.outputs[number]
 
 
@@ -104,20 +104,29 @@ def _is_wide(graph: MergeGraph, node: int) -> bool:
     return graph.operation(node).made is ALIGNED and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16
 
 
-def decoding_warnings(graph: MergeGraph, donor: Model) -> Iterator[ModelWarning]:
-    """Warn about quantized tensors that are decoded although the recipe does not ask for a dtype."""
+def decoding_warnings(graph: MergeGraph, donor: Model, refuse: Refuse) -> Iterator[ModelWarning]:
+    """Warn about quantized tensors that are decoded although the recipe does not ask for a dtype.
+
+    Args:
+        graph: complete graph of a stage.
+        donor: the model that config.json comes from.
+        refuse: says which tensors can't be stored as FP8 blocks instead.
+    """
     decoded = list(decoded_outputs(graph, donor))
     if not decoded:
         return
     nbytes = sum(graph.nbytes(output.node) for output in decoded)
-    stored = sum(_stored_bytes(donor, output.name) for output in decoded)
+    found = ((output.name, graph.shape(output.node), _stored_bytes(donor, output.name)) for output in decoded)
+    sizes = sizes_of(found, refuse)
+    stored = sizes.stored
     dtypes = sorted({graph.node_dtype[output.node].torch_name or "" for output in decoded})
     size = f"{data_size(nbytes)} instead of {data_size(stored)}" if stored else data_size(nbytes)
     yield ModelWarning(
         ModelWarningKind.QUANTIZATION,
         f"{plural(len(decoded), 'tensor')} of a kind that {donor.name} stores quantized ({_format_of(donor)}) "
         f"{'is' if len(decoded) == 1 else 'are'} written in {' and '.join(dtypes)}: {size}",
-        f"set dtype: {dtypes[0]} in the recipe if you want that",
+        f"set dtype: {dtypes[0]} in the recipe if you want that"
+        + (f", or out_dtype: fp8_blocks ({data_size(sizes.blocks)})" if sizes.encoded else ""),
     )
 
 
@@ -125,11 +134,6 @@ def _stored_bytes(donor: Model, name: str) -> int:
     """The bytes that the donor stores of a tensor; 0 if it has none of this name."""
     tensor = donor.tensors.get(name)
     return tensor.stored_bytes if isinstance(tensor, LogicalTensor) else 0
-
-
-def _kind(name: str) -> str:
-    """A name without the numbers of layers and experts."""
-    return _NUMBER.sub("*", name)
 
 
 def _copied_codes(graph: MergeGraph, models: Sequence[Model]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Adds the outputs of a tensor that is stored as codes and scales, with the names that its donor has for them."""
+"""Adds the outputs of a tensor that is stored as codes and scales, with the names of its donor or of the format."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class EncodedOutputs:
         self._encoders = BlockEncoders(graph)
 
     def add(
-        self, node: int, encoding: Encoding, donor: Input, name: str, base: Value | None = None
+        self, node: int, encoding: Encoding, donor: Input | None, name: str, base: Value | None = None
     ) -> Iterator[tuple[str, int]]:
-        """Add nodes that store a node's output like a tensor of the donor.
+        """Add nodes that store a node's output in blocks.
 
         Args:
             node: number of the node.
             encoding: how it is stored.
-            donor: tensor that is stored in this way.
+            donor: tensor that is stored in this way; None if only the recipe asks for it.
             name: name of the output tensor.
             base: value of the base, a source of the node, that what is stored is compared with; None for no comparison.
 
@@ -39,11 +39,14 @@ class EncodedOutputs:
             The name and the node of each tensor of the output: codes, scales, and copies of what belongs to those of
             the donor, such as the scales of activations.
         """
-        tensor = donor.kind
-        assert isinstance(tensor, LogicalTensor)
         nodes = self._encoders.fp8(
             node, encoding.blocks, encoding.scales, power_of_two=encoding.power_of_two, base=base
         )
+        if donor is None:
+            yield from zip(Encoding.names(name), nodes, strict=True)
+            return
+        tensor = donor.kind
+        assert isinstance(tensor, LogicalTensor)
         for part, made in zip(tensor.own_parts, nodes, strict=True):
             yield renamed(part.name, donor.name, name), made
         for part in tensor.companions:

@@ -212,14 +212,14 @@ class LayerRules:
         """A layer of tensors that all sources store in tables; None if other facts about its tensors matter."""
         names, rests = list(tensors.values()), list(tensors)
         beginning = names[0].removesuffix(rests[0]) if names else ""
-        if not names or names != [beginning + rest for rest in rests]:
+        if not names or names != [beginning + rest for rest in rests] or self._rules.dtypes.blocks is not None:
             return None
         found = list(map(_stored, part.models, sources))
         stored = [each for each in found if each is not None]
         if len(stored) < len(found) or len({each.tensors.model for each in stored}) < len(stored):
             return None
         classes = zip(*[each.classes for each in stored], strict=True)
-        dtypes = map(self._rules.dtypes.key, names)
+        dtypes = [self._rules.dtypes.key(name, ()) for name in names]  # without blocks, shapes don't matter
         keys = zip(repeat(part), rests, dtypes, classes, strict=False)
         return _Layer([None if None in key[-1] else key for key in keys], beginning, rests, names, stored)
 

@@ -129,7 +129,9 @@ class _Use(NamedTuple):
 def _encoding(use: _Use, codes: DType, scales: Part) -> Encoding | None:
     """How other values are stored like these; None for scales in bytes, one for all of a tensor, or another FP8."""
     plain = codes.name == "F8_E4M3" and use.dtype.name in SCALE_DTYPES and scales.stored is None
-    return Encoding(use.access, use.dtype, use.power_of_two) if plain and use.decode is not _TENSOR else None
+    if not plain or use.decode is _TENSOR:
+        return None
+    return Encoding(use.access, use.dtype, use.power_of_two and use.dtype != POWERS)
 
 
 def _use(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: Declared) -> _Use:

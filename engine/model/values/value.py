@@ -9,6 +9,7 @@ from ....io.tensors.dtypes import DType, Kind
 from ....io.tensors.refs import TensorRef
 from ....methods.kernel.access import ALIGNED, Access, BlockRows, Shape, TransposedSlice
 from ....methods.kernel.decoder import Decoder
+from ...recipe.entries.block_format import BlockFormat
 from ...recipe.types import ModelReference
 
 
@@ -76,6 +77,16 @@ class Encoding:
     blocks: BlockRows
     scales: DType
     power_of_two: bool = False
+
+    @classmethod
+    def of(cls, form: BlockFormat) -> Encoding:
+        """The encoding of a format that a recipe asks for."""
+        return cls(BlockRows(form.rows, form.columns), form.scales)
+
+    @staticmethod
+    def names(name: str) -> tuple[str, str]:
+        """The names that codes and scales of a tensor have in this format: those of DeepSeek-V3."""
+        return name, f"{name}_scale_inv"
 
 
 @dataclass(frozen=True, slots=True)

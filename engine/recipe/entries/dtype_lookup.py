@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Callable, Iterable
 
 from ....io.tensors.dtypes import F32, F64, DType
 from ..types import Stage
+from .block_format import BlockFormat
+from .output_dtype import DtypeRule, Wanted
 
-
-class Stored(Enum):
-    """Stands for the dtype in which the base model, or else the first input, stores a tensor."""
-
-    SAME = "same"
+Refuse = Callable[[str, tuple[int, ...], BlockFormat], str]
+"""Function of a tensor's name and shape and of a format: why the tensor can't be stored in it; empty if it can."""
 
 
 class OutputDtypes:
@@ -20,28 +18,52 @@ class OutputDtypes:
 
     Args:
         stage: the stage.
+        refuse: says which tensors can't be stored as blocks.
+
+    Attributes:
+        refuse: the argument.
+        blocks: the format that the recipe asks for, for some of the tensors at least; None if it asks for none.
+        encoded: the rules that ask for it and apply to at least one tensor.
+        refused: for each rule that asks for it, why tensors can't be stored so, with the first such tensor.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, refuse: Refuse) -> None:
         self._rules = stage.out_dtype
         self._otherwise = stage.dtype
         self._constant = stage.out_dtype is None or stage.out_dtype.is_constant
+        self.refuse = refuse
+        self.blocks = requested_blocks(stage)
+        self.encoded: set[DtypeRule] = set()
+        self.refused: dict[DtypeRule, dict[str, str]] = {}
 
-    def key(self, name: str) -> object:
+    def key(self, name: str, shape: tuple[int, ...]) -> object:
         """What distinguishes output tensors for which `of` differs."""
-        return None if self._constant else self.of(name)
+        return None if self._constant else self.of(name, shape)
 
-    def of(self, name: str) -> DType | Stored | None:
-        """The dtype of an output tensor; None if the recipe doesn't set it."""
-        rule = None if self._rules is None else self._rules.rule(name)
-        if rule is None:
-            return self._otherwise
-        return rule.dtype or Stored.SAME
+    def of(self, name: str, shape: tuple[int, ...]) -> Wanted | None:
+        """The dtype or format of an output tensor; None if the recipe doesn't set it."""
+        for rule in () if self._rules is None else self._rules.rules:
+            if not rule.matches(name):
+                continue
+            if not isinstance(rule.value, BlockFormat):
+                return rule.value
+            reason = self.refuse(name, shape, rule.value)
+            if not reason:
+                self.encoded.add(rule)
+                return rule.value
+            self.refused.setdefault(rule, {}).setdefault(reason, name)
+        return self._otherwise
 
 
 def nominal_dtype(stage: Stage) -> DType | None:
     """The dtype that a stage sets for all of its tensors; None if it sets none, or several."""
     return stage.dtype if stage.out_dtype is None else stage.out_dtype.constant
+
+
+def requested_blocks(stage: Stage) -> BlockFormat | None:
+    """The format of blocks that a stage asks for, for some of its tensors at least; None if it asks for none."""
+    rule = None if stage.out_dtype is None else stage.out_dtype.blocks
+    return rule.value if rule is not None and isinstance(rule.value, BlockFormat) else None
 
 
 def rounds(stage: Stage, name: str) -> bool:

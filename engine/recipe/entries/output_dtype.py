@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from ....io.tensors.dtypes import DType
 from ..nodes import Keys
+from .block_format import BlockFormat
+
+
+class Stored(Enum):
+    """Stands for the dtype in which the base model, or else the first input, stores a tensor."""
+
+    SAME = "same"
+
+
+Wanted = DType | Stored | BlockFormat
+"""What a recipe can ask for: a dtype, that of the donor, or blocks of 8-bit codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,17 +26,23 @@ class DtypeRule:
 
     Args:
         filter: substring of tensor names, or None.
-        dtype: the dtype; None for the stored one (``same``).
+        value: the dtype or format. Blocks are only for weights that can be stored so; all others have the dtype of the
+            next rule that matches.
         place: key path of the filter in the recipe.
     """
 
     filter: str | None
-    dtype: DType | None
+    value: Wanted
     place: Keys = field(default=(), compare=False)
 
     def matches(self, name: str) -> bool:
         """Whether the rule is for the output tensor `name`."""
         return self.filter in (None, "", "*") or str(self.filter) in name
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the rule applies to all tensors, so none after it is reached."""
+        return self.matches("") and not isinstance(self.value, BlockFormat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +57,9 @@ class OutputDtype:
     rules: tuple[DtypeRule, ...]
 
     @classmethod
-    def of(cls, dtype: DType | None) -> OutputDtype:
-        """The same dtype for all tensors; None for ``same``."""
-        return cls((DtypeRule(None, dtype),))
+    def of(cls, value: Wanted) -> OutputDtype:
+        """The same dtype or format for all tensors."""
+        return cls((DtypeRule(None, value),))
 
     def rule(self, name: str) -> DtypeRule | None:
         """The rule for an output tensor, or None."""
@@ -50,9 +68,15 @@ class OutputDtype:
     @property
     def is_constant(self) -> bool:
         """Whether one rule applies to all tensors."""
-        return self.rules[0].matches("")
+        return self.rules[0].is_final
 
     @property
     def constant(self) -> DType | None:
         """The dtype of all tensors; None if it depends on the tensor."""
-        return self.rules[0].dtype if self.is_constant else None
+        value = self.rules[0].value
+        return value if self.is_constant and isinstance(value, DType) else None
+
+    @property
+    def blocks(self) -> DtypeRule | None:
+        """The first rule that asks for blocks; None without one."""
+        return next((rule for rule in self.rules if isinstance(rule.value, BlockFormat)), None)

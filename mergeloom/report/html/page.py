@@ -18,7 +18,7 @@ from ...engine.schedule.timeline import timeline
 from ...engine.schedule.traffic import bytes_of_reads, fixed_ram, pattern_of
 from ...io.units import data_size, duration, listed, memory_size, plural
 from ...version import __version__
-from ..alternatives import alternatives_section
+from ..alternatives import alternatives_section, formats_section
 from ..parameters import parameters_section
 from ..plan import (
     headline,
@@ -109,6 +109,7 @@ def page_parts(
     yield _optional(renamed_section(plan))
     yield section_html(_largest(plan))
     yield section_html(output_section(plan))
+    yield _optional(formats_section(plan))
     yield section_html(work_section(plan))
     yield _optional(unused_section(plan))
     yield _recipe(plan)
@@ -182,7 +183,7 @@ def header_html(title: str, lead: str, rows: Sequence[tuple[str, str]]) -> str:
 
 def _tiles(plan: Plan, destination: Destination | None, time: Estimate | None) -> str:
     schedule, output = plan.schedule, plan.output_dict()
-    budget, dtypes = schedule.budget, ", ".join(output["dtypes"])
+    budget, dtypes = schedule.budget, ", ".join(plan.output_formats())
     tiles = [
         tile(
             "output",

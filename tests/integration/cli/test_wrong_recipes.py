@@ -150,8 +150,13 @@ WRONG = {
     ),
     "a dtype of a quantized model": Wrong(
         f"merge_method: linear\nmodels:\n{A}dtype: q4_k_m\n",
-        ("r.yml:4: dtype: unknown dtype 'q4_k_m'; use one of bfloat16, float16, float32, float64; for a quantized "
-         "model, quantize the merged one with another tool",),
+        ("r.yml:4: dtype: unknown dtype 'q4_k_m'; use one of bfloat16, float16, float32, float64; for other "
+         "quantized models, quantize the merged one with another tool",),
+    ),
+    "FP8 as a dtype": Wrong(
+        f"merge_method: linear\nmodels:\n{A}dtype: float8_e4m3fn\n",
+        ("r.yml:4: dtype: unknown dtype 'float8_e4m3fn'; use one of bfloat16, float16, float32, float64; for FP8, "
+         "set `out_dtype: fp8_blocks`",),
     ),
     "no method": Wrong(
         f"models:\n{A}", ("r.yml:1: `merge_method` is missing: write, for example, `merge_method: linear`;",)

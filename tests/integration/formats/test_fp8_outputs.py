@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 import mergeloom
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
+from mergeloom.io.units import data_size
 from mergeloom.report.plan import plan_sections
 from mergeloom.report.sections import plain
 from tests.support.models import quantized
@@ -100,8 +103,25 @@ def test_same_is_refused_for_formats_that_are_not_written(tmp_path: Path, form: 
         CheckpointError, match=r"which mergeloom reads but does not write, and out_dtype `same` needs"
     ) as caught:
         mergeloom.plan(linear(models, out_dtype="same"))
-    assert "value: bfloat16}, {value: same}]`" in str(caught.value)
-    assert "become 10.2KB)" in str(caught.value)
+    # 8 KB, 10 KB and 10 KB in each of two layers; no matrix consists of blocks of 128 x 128
+    assert re.search(r"Set out_dtype: bfloat16 \(57\.?\d*KB\) for the 6 tensors", str(caught.value))
+
+
+def test_the_alternatives_to_a_4_bit_format_have_their_sizes(tmp_path: Path) -> None:
+    """An error names them where `same` asks for the format, and the default warns with the same sizes."""
+    models = [quantized.write_wide(tmp_path, "int4", seed) for seed in (1, 2)]
+    elements = 2 * 512 * 256
+    plain, blocks = data_size(2 * elements), data_size(elements + 4 * elements // 128**2)
+    assert plain != blocks
+    with pytest.raises(CheckpointError, match="does not write, and out_dtype `same` needs it") as caught:
+        mergeloom.plan(linear(models, out_dtype="same"))
+    assert f"out_dtype: bfloat16 ({plain}) or out_dtype: fp8_blocks ({blocks}) for the 2 tensors" in str(caught.value)
+    (warning,) = [each for each in plan(linear(models)).warnings if "are written in bfloat16" in each]
+    assert f"are written in bfloat16: {plain} instead of " in warning
+    assert f"or out_dtype: fp8_blocks ({blocks})" in warning
+    mergeloom.merge(linear(models, out_dtype="fp8_blocks"), tmp_path / "out")
+    written = sum(tensor.numel() * tensor.element_size() for tensor in read_model(tmp_path / "out").values())
+    assert written == elements + 4 * elements // 128**2 + 2 * 512
 
 
 def test_an_intermediate_stage_keeps_values(tmp_path: Path) -> None:

@@ -230,3 +230,20 @@ def write_pair(directory: Path, form: str, seed: int) -> tuple[Path, Path]:
         directory / f"{label}-{seed}", stored, config=config | {"quantization_config": section}
     )
     return quantized, write_checkpoint(directory / f"{label}-{seed}-values", twin, config=config)
+
+
+WIDE = (512, 256)
+"""Shape of the weights of `write_wide`: complete blocks of 128 x 128."""
+
+
+def write_wide(directory: Path, form: str, seed: int) -> Path:
+    """Write a model of two layers in a format, with one projection in each that is large enough for FP8 blocks."""
+    quantize, section = FORMATS[form]
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"model.norm.weight": torch.randn(WIDE[0], generator=generator).to(torch.bfloat16)}
+    for layer in range(LAYERS):
+        stored = quantize(torch.randn(*WIDE, generator=generator)).stored
+        tensors |= {f"model.layers.{layer}.mlp.down_proj.{ending}": tensor for ending, tensor in stored.items()}
+    config = {"model_type": "llama", "num_hidden_layers": LAYERS, "torch_dtype": "bfloat16"}
+    label = form.replace(" ", "-").replace(",", "")
+    return write_checkpoint(directory / f"{label}-{seed}", tensors, config=config | {"quantization_config": section})
