@@ -9,7 +9,7 @@ from ...errors import CheckpointError, MergeloomError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
 from ..model.logical import part_names
-from ..model.roles import is_embedding, is_head
+from ..model.vocabularies.tensors import embedding_names
 from ..model.vocabularies.tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
 from ..model.vocabularies.vocabulary import Difference, Vocabulary, difference, read_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
@@ -53,20 +53,6 @@ class VocabularyRule:
     allowed: bool = False
     error: Callable[[str], MergeloomError] = CheckpointError
     advice: str = "Take the tokenizer from a model that has one"
-
-
-def embedding_names(model: Model) -> list[str]:
-    """The names of a model's token embeddings and heads."""
-    return [
-        name
-        for name in model.non_layer
-        if len(model.tensors[name].shape) == 2 and (is_embedding(name) or is_head(name))
-    ]
-
-
-def embedding_rows(model: Model) -> int | None:
-    """The number of rows of a model's token embeddings, the largest if there are several; None without embeddings."""
-    return max((model.tensors[name].shape[0] for name in embedding_names(model)), default=None)
 
 
 def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:

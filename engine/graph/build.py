@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 from ...errors import CheckpointError, MergeloomError, RecipeError
 from ...io.tensors.dtypes import Kind as ElementKind
@@ -14,125 +12,31 @@ from ...methods.kernel.method import Method
 from ..model.checks.mismatch import TensorMismatch, explain_mismatch
 from ..model.checks.shapes import shape_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
-from ..model.layers import Stack
 from ..model.logical import kind_of
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_head, tied_embedding
+from ..model.vocabularies.gather import gather_embeddings
+from ..model.vocabularies.known import Vocabularies
+from ..model.vocabularies.stage import StageVocabulary, stage_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.entries.dtype_lookup import nominal_dtype
-from ..recipe.parameter_uses import ParameterUse, summarize_uses
+from ..recipe.parameter_uses import summarize_uses
 from ..recipe.parameters import layer_position
 from ..recipe.types import Module, Recipe, Slice, Source, Stage, stage_inputs
-from .checks.buffers import BufferCheck
+from .built import BuiltGraph, OutputStack, Saved
 from .checks.duplicates import explained, find_duplicates
 from .checks.filters import names_of_values, unmatched_filters
 from .checks.heads import check_chosen_head
 from .checks.layers import LayerChecks, OutputLayer, missing_tensor
-from .checks.partial import PartialTensor, partial_warnings
+from .checks.partial import partial_warnings
 from .checks.quantized_outputs import check_quantized_outputs, decoding_warnings
-from .fuse import fuse
 from .graph import MergeGraph
 from .layer_rules import LayerRules
 from .rules import TensorRules
 from .tensor_sources import TensorSources
 from .usage import TensorUsage, Unused
-from .values import CopiedValue
 
-__all__ = ["BuiltGraph", "Model", "OutputStack", "Unused", "build_graph"]
-
-
-@dataclass(frozen=True, slots=True)
-class OutputStack:
-    """A stack of layers of the output.
-
-    Args:
-        donor: the donor's stack that it corresponds to.
-        sources: for each of its layers, the layer whose entry in config.json's per-layer lists applies.
-        inputs: for each of its layers, the number of each model that it is merged from, and the layer there. The first
-            one is the layer in `sources`: the donor's, or else that of the slice's first model.
-    """
-
-    donor: Stack
-    sources: tuple[int, ...]
-    inputs: tuple[tuple[tuple[int, int], ...], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A stage whose output is written in addition to that of the last stage.
-
-    Args:
-        stage: the stage, whose name is also the name of the folder.
-        layers: number of layers of the output's main stack.
-    """
-
-    stage: Stage
-    layers: int
-
-    @property
-    def folder(self) -> str:
-        """The folder in OUT."""
-        return self.stage.name or ""
-
-
-@dataclass(frozen=True)
-class BuiltGraph:
-    """The graph of a recipe, and the facts that determine the output's other files.
-
-    Args:
-        graph: the graph of reads, nodes and outputs.
-        models: the input models in the order of the recipe.
-        donor: index of the model that config and tokenizer come from.
-        donor_config: the config.json that the output's is based on, or None: the donor's, as updated by earlier stages.
-        stacks: the output's stacks of layers, the main one first.
-        dtype: torch's name of the output's dtype; None if it is mixed and the recipe doesn't set it for all tensors.
-        head: whether a head (``lm_head``) is written.
-        unused: input tensors that no output needs, with the reasons.
-        warnings: warnings about the models and the recipe's filters.
-        partial: tensors that only some of the models have that they are merged from.
-        saved: the other stages whose output is written, each to a folder of OUT with the stage's name.
-        intermediates: number of tensors that the stages before the last compute.
-        buffers: the buffers that are compared between the models before the merge.
-        parameters: parameters with filters or gradients, and how many tensors use each value.
-        unfused: the graph before nodes became parts of others; None if there are no such nodes.
-        copies: values of an intermediate output of which only the parts are copied, by their names.
-    """
-
-    graph: MergeGraph
-    models: tuple[Model, ...]
-    donor: int
-    donor_config: Mapping[str, Any] | None
-    stacks: tuple[OutputStack, ...]
-    dtype: str | None
-    head: bool
-    unused: tuple[Unused, ...]
-    warnings: tuple[ModelWarning, ...]
-    partial: tuple[PartialTensor, ...] = ()
-    saved: tuple[Saved, ...] = ()
-    intermediates: int = 0
-    buffers: tuple[BufferCheck, ...] = ()
-    parameters: tuple[ParameterUse, ...] = ()
-    unfused: MergeGraph | None = None
-    copies: Mapping[str, CopiedValue] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        """One line with the number of models and tensors."""
-        return f"<BuiltGraph: {len(self.graph.outputs):,} tensors from {len(self.models):,} models>"
-
-    @functools.cached_property
-    def inlined(self) -> MergeGraph:
-        """The graph in which every output is one expression of what files hold: what it is, however it is computed."""
-        return self.graph if self.unfused is None else fuse(self.unfused, inline=True)
-
-    @property
-    def layers(self) -> int:
-        """Number of layers of the output's main stack; 0 if it has none."""
-        return len(self.stacks[0].sources) if self.stacks else 0
-
-    @property
-    def matched_by_name(self) -> bool:
-        """Whether the layers of a model were not identified, so tensors are matched by their complete names."""
-        return not all(model.identified for model in self.models)
+__all__ = ["BuiltGraph", "Model", "OutputStack", "Saved", "Unused", "build_graph"]
 
 
 def build_graph(
@@ -144,6 +48,7 @@ def build_graph(
     seed: int = 0,
     intermediate: bool = False,
     compares: bool = False,
+    known: Vocabularies | None = None,
 ) -> BuiltGraph:
     """Build the graph of one stage of a recipe.
 
@@ -156,6 +61,7 @@ def build_graph(
         intermediate: whether the output is an input of other stages, which is not rounded to the stage's `dtype`, only
             to an explicit `out_dtype`.
         compares: whether outputs of 16 bits are compared with the base; see `TensorRules`.
+        known: the tokens of models and of earlier stages.
 
     Raises:
         RecipeError: if the recipe refers to layers or parts that the models don't have.
@@ -163,6 +69,7 @@ def build_graph(
     """
     builder = _GraphBuilder(recipe, stage, methods, open_model, seed, intermediate=intermediate, compares=compares)
     try:
+        builder.arrange_embeddings(known or Vocabularies(recipe, open_model))
         return builder.build()
     except TensorMismatch as error:
         cause = explain_mismatch(error, None if stage.modules is None else builder.modules.donor_names)
@@ -223,6 +130,17 @@ class _GraphBuilder:
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
         self._group, self._has_head = 0, False
+        self.vocabulary: StageVocabulary | None = None
+
+    def arrange_embeddings(self, known: Vocabularies) -> None:
+        """Rearrange the rows of the models' embeddings for the output's vocabulary, where models have others."""
+        ends = {model for parts in self.parts for part in (parts[0], parts[-1]) for model in part.models}
+        chosen = {model for part in self.non_layer.values() for model in part.models}
+        used = chosen if {"embeddings", "head"} <= self.non_layer.keys() else ends | chosen
+        self.vocabulary = stage_vocabulary(self.recipe, self.stage, self.models, self.donor, used, known)
+        if self.vocabulary is not None:
+            gather_embeddings(self.models, self.vocabulary.models)
+            self.warnings += self.vocabulary.warnings
 
     def build(self) -> BuiltGraph:
         duplicates = list(find_duplicates(self.recipe, (part for parts in self.parts for part in parts)))
@@ -266,6 +184,7 @@ class _GraphBuilder:
             partial=tuple(self.rules.partial),
             buffers=tuple(self.rules.buffers.checks),
             copies=self.rules.copies,
+            vocabulary=self.vocabulary,
             parameters=summarize_uses(use for parts in self.parts for part in parts for use in part.parameters.uses()),
         )
 

@@ -177,7 +177,10 @@ class TensorRules:
     ) -> None:
         values = None if passed else self._values(part, name, inputs, t)
         quantized = [each.name in each.model.quantized for each in inputs]
-        classes = [(each.source, each.kind.dtype.name, each.kind.shape, each.decoded, each.encoding) for each in inputs]
+        classes = [
+            (each.source, each.kind.dtype.name, each.kind.shape, each.decoded, each.adapted, each.encoding)
+            for each in inputs
+        ]
         given = None if values is None else tuple(values.items())
         donor = _donor(part, inputs)
         alike = [each.stored_like(donor) for each in inputs if each.encoding is not None]
@@ -239,7 +242,7 @@ class TensorRules:
             dtype, as_stored = chosen.kind.dtype, wanted is None or (wanted is Stored.SAME and alike)
             keep = chosen.name in chosen.model.quantized
             if chosen.decoded:  # in another form than the donor's, the values are encoded again if they can be
-                keep = not self._decodes and (alike or donor.encoding is None)
+                keep = not self._decodes and not chosen.adapted and (alike or donor.encoding is None)
             if (dtype == target and not chosen.decoded) or (as_stored and keep):
                 copy = Operation(Kind.COPY, operation.method, operation.parameters)
                 return _Resolved(copy, kept, reason, dtype, random=False)

@@ -60,6 +60,11 @@ class Input(NamedTuple):
         return isinstance(self.kind, LogicalTensor) and self.kind.decoded
 
     @property
+    def adapted(self) -> bool:
+        """Whether parts are another model's, so the value is stored nowhere."""
+        return isinstance(self.kind, LogicalTensor) and self.kind.adapted
+
+    @property
     def encoding(self) -> Encoding | None:
         """How other values are stored in the tensor's format; None if they can't be, or it has none."""
         return self.kind.encoding if isinstance(self.kind, LogicalTensor) else None

@@ -123,6 +123,16 @@ class LogicalTensor:
         return self.decode is not None and (dtype.kind is not Kind.FLOAT or dtype.bits < 16)
 
     @property
+    def adapted(self) -> bool:
+        """Whether parts are other models' tensors, so no stored tensors of the model itself are the value."""
+        return any(part.owner is not None for part in self.parts)
+
+    @property
+    def own_parts(self) -> tuple[Part, ...]:
+        """The stored tensors that the model itself has."""
+        return tuple([part for part in self.parts if part.owner is None])
+
+    @property
     def picked(self) -> bool:
         """Whether its elements are elements of the only part, in their order: nothing has to be computed."""
         return self.decode is None and self.parts[0].access.aligned
