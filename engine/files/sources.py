@@ -271,7 +271,9 @@ class FileResolver:
                 required=True,
                 equal=True,
                 error=lambda text: self._recipe.error(stage.tokenizer.place if stage.tokenizer else (), text),
-                advice="Add its tokenizer files, or use a model with them",
+                advice="Remove `allow_vocabulary_mismatch`: a union merges embeddings token by token"
+                if stage.allow_vocabulary_mismatch
+                else "Add its tokenizer files, or use a model with them",
             )
         merged = models_with_merged_embeddings(built)
         self.warnings += check_vocabularies(

@@ -17,6 +17,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 ALLOW = "allow_vocabulary_mismatch"
 """The recipe key that merges embeddings row by row although vocabularies differ."""
 _PROCEED = f"if the rows match anyway, set `{ALLOW}: true`"
+_BY_TOKEN = "set `tokenizer_source: union` (or base, or a model) to merge them token by token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def check_vocabularies(
             effect = "Embeddings are merged row by row, which would mix different tokens"
             raise CheckpointError(
                 f"{pair} are unrelated: {found.rows:,} of {found.compared:,} rows differ; {found.text}. "
-                f"{effect if together else f'The output {combined}'}: use models with the same vocabulary; {_PROCEED}"
+                f"{effect if together else f'The output {combined}'}: {_BY_TOKEN}; {_PROCEED}"
             )
         yield _differing(pair, found, "" if together else combined)
 
@@ -160,8 +161,7 @@ def _differing(pair: str, found: Difference, combined: str) -> ModelWarning:
         problem = f"{pair} differ in {count}{effect}: {found.text}"
     else:
         problem = f"{pair} may differ: {found.text}"
-    advice = f"use models with the same vocabulary; {_PROCEED}"
-    return ModelWarning(ModelWarningKind.VOCABULARY, problem, advice, found.tokens)
+    return ModelWarning(ModelWarningKind.VOCABULARY, problem, f"{_BY_TOKEN}; {_PROCEED}", found.tokens)
 
 
 def _missing(tokenizer: TokenizerModel, unknown: Sequence[str]) -> ModelWarning:

@@ -26,14 +26,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """The block by a name of its own."""
 
 
-def recipe_of(option: str, weights: Sequence[float], **more: Any) -> dict[str, Any]:
-    """A linear merge of the models with an option, in float32."""
-    models = [{"model": name, "parameters": {"weight": weight}} for name, weight in zip("ab", weights, strict=True)]
+def recipe_of(option: str, weights: Sequence[float], *, within: str = "", **more: Any) -> dict[str, Any]:
+    """A linear merge of the models with an option, in float32.
+
+    Args:
+        option: name of the option.
+        weights: weights of `a` and `b`.
+        within: directory of the models, with a slash.
+        more: other entries of the recipe.
+    """
+    models = [
+        {"model": within + name, "parameters": {"weight": weight}} for name, weight in zip("ab", weights, strict=True)
+    ]
     return {
         "merge_method": "linear",
-        "base_model": "a",
+        "base_model": f"{within}a",
         "models": models,
-        "tokenizer": OPTIONS[option],
+        "tokenizer": _within(OPTIONS[option], within),
         "dtype": "float32",
         **more,
     }
+
+
+def _within(node: Any, within: str) -> Any:
+    """A block with the models in a directory."""
+    if isinstance(node, dict):
+        return {key: _within(value, within) if key != "token" else value for key, value in node.items()}
+    return within + node if node in ("a", "b") else node
