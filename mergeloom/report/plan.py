@@ -14,6 +14,7 @@ from ..io.tensors.table import total_bytes
 from ..io.units import big_number, data_size, memory_size, plural, short_number
 from .parameters import methods_of, parameters_section
 from .sections import Grid, Section, plain
+from .tensors.vocabulary import vocabulary_section
 from .unused import unused_section
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         output_section(plan),
         inputs_section(plan, read),
         renamed_section(plan),
+        vocabulary_section(plan),
         work_section(plan),
         parameters_section(plan),
         reread_section(plan, read),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ....errors import CheckpointError, MergeloomError
 from ....io.units import listed
@@ -42,6 +43,23 @@ class StageVocabulary:
     models: Mapping[int, ModelRows]
     names: tuple[str, ...] = ()
     warnings: tuple[ModelWarning, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the vocabulary as plain data: where the rows of each model's embeddings come from."""
+        models = [
+            {
+                "model": self.names[number],
+                "own": rows.counts.own,
+                "others": {self.names[other]: count for other, count in rows.counts.others.items()},
+                "mean": rows.counts.mean,
+                "zero": rows.counts.zero,
+                "padding": rows.counts.padding,
+            }
+            for number, rows in self.models.items()
+        ]
+        added = [token.text for token in self.new]
+        facts = {"tokenizer": self.source.text, "rows": self.rows, "tokens": self.tokens, "added": added}
+        return {**facts, "models": models}
 
 
 def stage_vocabulary(
