@@ -76,7 +76,8 @@ def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) ->
 def _stored(model: Model, name: str) -> TensorRef:
     """A tensor that is stored as it is. Raises CheckpointError for another one."""
     tensor = model.tensors[name]
-    if isinstance(tensor, TensorRef) and tensor.dtype.kind is Kind.FLOAT and name not in model.quantized:
+    wide = tensor.dtype.kind is Kind.FLOAT and tensor.dtype.bits >= 16
+    if isinstance(tensor, TensorRef) and wide and name not in model.quantized:
         return tensor
     form = tensor.format if isinstance(tensor, LogicalTensor) else tensor.dtype.name
     raise CheckpointError(

@@ -16,6 +16,7 @@ from .added_tokens import AddedToken
 from .known import Vocabularies
 from .row_maps import Chosen, ModelRows, RowMaps
 from .tensors import embedding_rows
+from .tokenizer_files import main_file
 from .union import ModelTokens, united
 
 _RELATED = 0.5
@@ -176,7 +177,24 @@ class _Planner:
             if each.token not in tokens:
                 new.append(AddedToken(each.token, max(tokens.values(), default=-1) + 1))
                 tokens[each.token] = new[-1].row
+        if any(token.row >= first for token in new):
+            self._check_appendable(source)
         return tokens, tuple(new)
+
+    def _check_appendable(self, source: ModelTokens) -> None:
+        """Raise CheckpointError if new tokens can't be added to the tokenizer, or would get other ids than rows."""
+        file = main_file(self._known.checkpoint(self._source)[0]) or ""
+        last = max(source.rows.values(), default=-1)
+        if file == "tokenizer.json" and len(set(source.rows.values())) <= last:
+            raise CheckpointError(
+                f"{source.name}: tokenizer.json numbers {len(source.rows):,} tokens up to {last:,}, so libraries would "
+                "give new tokens other ids than their rows. Use `tokenizer_source: base` or another model, or number "
+                "its tokens without gaps"
+            )
+        if not file.endswith((".json", ".txt", ".model")) or file == "tekken.json":
+            raise CheckpointError(
+                f"{source.name}: tokens can't be added to {file}, whose tokens are bytes: add tokenizer.json"
+            )
 
     # --- embeddings that the recipe chooses --------------------------------------------------------------------
 
