@@ -10,10 +10,11 @@ from ....io.tensors.refs import TensorRef
 from ....methods.formats.gathered import GATHERED
 from ....methods.kernel.access import GatheredRows
 from ...recipe.entries.dtype_lookup import promote
+from ..checks.mismatch import TensorMismatch, require_one_architecture
 from ..inputs import Model
 from ..logical import Decode, LogicalTensor, LogicalTensors, Part
 from .row_maps import ModelRows
-from .tensors import heads_of_others, table_of, vocabulary_names
+from .tensors import embedding_names, heads_of_others, table_of, vocabulary_names
 
 
 def gather_embeddings(models: Sequence[Model], rows: Mapping[int, ModelRows]) -> None:
@@ -26,8 +27,13 @@ def gather_embeddings(models: Sequence[Model], rows: Mapping[int, ModelRows]) ->
         rows: for each model with embeddings, by number, where its rows come from.
 
     Raises:
-        CheckpointError: a tensor is quantized or has integers, or it is not known how to rearrange it.
+        CheckpointError: the models are of different architectures, a tensor is quantized or has integers, has other
+            columns in another model, or it is not known how to rearrange it.
     """
+    first = models[min(rows)]
+    for number in rows:  # a model and the text model that it contains have other names
+        if embedding_names(models[number]) == embedding_names(first):
+            require_one_architecture(first, models[number])
     found = {
         number: [_value(models, models[number], name, each) for name in _names(models, models[number], each)]
         for number, each in rows.items()
@@ -59,10 +65,11 @@ def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) ->
             continue  # rows of zeros: no tensor has them
         stored = _stored(owner, stored_name)
         if stored.shape[1:] != own.shape[1:]:
-            raise CheckpointError(
-                f"tensor {name} has {list(own.shape)} in {model.name}, and {stored_name} of {owner.name}, which has "
-                f"rows for it, has {list(stored.shape)}: only models of the same width can be merged"
+            message = (
+                f"tensor {name} has shape {list(own.shape)} in {model.name}, and {stored_name} of {owner.name}, which "
+                f"has rows for it, has {list(stored.shape)}: only models of the same width can be merged"
             )
+            raise TensorMismatch(message, model, owner)
         if table.count > 1:
             counts.append((f"count{len(parts)}", float(table.count)))
         reference = None if owner is model else owner.reference
