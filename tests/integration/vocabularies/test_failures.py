@@ -118,7 +118,7 @@ def test_the_rows_of_the_embedding_used_for_the_head(tmp_path: Path) -> None:
 
 
 def test_a_dummy_model_with_weight_0_to_have_another_tokenizer(tmp_path: Path) -> None:
-    """One model is enough, and the rows that a tokenizer's model lends are all that is read of it."""
+    """One model is enough. Of a model that is the base only, the rows are read that the others lack."""
     a = write_model(tmp_path / "a", byte_level(), 1)
     b = write_model(tmp_path / "b", with_tokens(byte_level(), "<y>"), 2)
     single = {"merge_method": "passthrough", "models": [{"model": str(a)}]}
