@@ -34,7 +34,8 @@ class RowCounts:
         others: rows of each other model, by its index.
         mean: means of several models' rows.
         zero: rows of zeros for tokens that no model has.
-        padding: rows without a token, wherever they come from.
+        padding: rows without a token.
+        lenders: indices of the other models that some padding rows come from.
     """
 
     own: int = 0
@@ -42,6 +43,7 @@ class RowCounts:
     mean: int = 0
     zero: int = 0
     padding: int = 0
+    lenders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ class RowMaps:
         own = list(self._has[model])
         tables: dict[tuple[int, int], list[int]] = {}
         others: Counter[int] = Counter()
+        lenders: set[int] = set()
         mean = zero = 0
         for row, sources in self._defaults.items():
             chosen = self._chosen.get(row)
@@ -178,8 +181,11 @@ class RowMaps:
             if self._is_token[row]:
                 mean, zero = mean + (len(sources) > 1), zero + (not sources)
                 others.update(other for other, _ in sources if len(sources) == 1)
+            else:
+                lenders.update(other for other, _ in sources)
         padding = self._rows - sum(self._is_token)
-        counts = RowCounts(self._rows - padding - mean - zero - others.total(), dict(others), mean, zero, padding)
+        used = self._rows - padding - mean - zero - others.total()
+        counts = RowCounts(used, dict(others), mean, zero, padding, tuple(sorted(lenders)))
         found = [RowTable(model, RowIndex(own))]
         found += [RowTable(other, RowIndex(rows), count) for (count, other), rows in sorted(tables.items())]
         return ModelRows(tuple(found), counts, self._models[model].embeddings, RowIndex(self._has[model]))

@@ -55,6 +55,7 @@ class StageVocabulary:
                 "mean": rows.counts.mean,
                 "zero": rows.counts.zero,
                 "padding": rows.counts.padding,
+                "padding_from": [self.names[other] for other in rows.counts.lenders],
             }
             for number, rows in self.models.items()
         ]
@@ -225,7 +226,8 @@ class _Planner:
         numbers = [model.number for model, _ in self._models]
         tables = tuple(replace(table, model=numbers[table.model]) for table in rows.tables)
         others = {numbers[other]: count for other, count in rows.counts.others.items()}
-        return replace(rows, tables=tables, counts=replace(rows.counts, others=others))
+        lenders = tuple(numbers[other] for other in rows.counts.lenders)
+        return replace(rows, tables=tables, counts=replace(rows.counts, others=others, lenders=lenders))
 
     def _check_stages(self, found: Mapping[int, ModelRows]) -> None:
         """Raise RecipeError if the rows of a stage's output would have to be rearranged before they are computed."""

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from ...engine.model.vocabularies.row_maps import ModelRows
-from ...engine.model.vocabularies.stage import StageVocabulary
-from ...engine.run.plan import Plan
-from ...io.units import plural
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...io.units import listed, plural
 from ..sections import Section
+
+if TYPE_CHECKING:
+    from ...engine.run.plan import Plan
 
 
 def vocabulary_section(plan: Plan) -> Section | None:
     """Describe the output's vocabulary; None if all embeddings are used as they are."""
     vocabulary = plan.built.vocabulary
-    if vocabulary is None:
-        return None
-    padding = vocabulary.rows - vocabulary.tokens
-    rows = f"{vocabulary.rows:,}: {plural(vocabulary.tokens, 'token')}"
+    return None if vocabulary is None else section_of(vocabulary.to_dict())
+
+
+def section_of(facts: Mapping[str, Any]) -> Section:
+    """Describe a vocabulary.
+
+    Args:
+        facts: the result of `StageVocabulary.to_dict`.
+    """
+    padding = facts["rows"] - facts["tokens"]
+    rows = f"{facts['rows']:,}: {plural(facts['tokens'], 'token')}"
     rows += f", {plural(padding, 'padding row')}" if padding > 0 else ""
-    new = f" and {plural(len(vocabulary.new), 'added token')}" if vocabulary.new else ""
-    pairs = [("rows", rows), ("tokenizer", f"that of {vocabulary.source.text}{new}")]
-    pairs += [(vocabulary.names[number], _origins(vocabulary, rows)) for number, rows in vocabulary.models.items()]
-    return Section("Vocabulary", tuple(pairs))
+    new = f" and {plural(len(facts['added']), 'added token')}" if facts["added"] else ""
+    pairs = [("rows", rows), ("tokenizer", f"that of {facts['tokenizer']}{new}")]
+    return Section("Vocabulary", tuple(pairs + [(each["model"], _origins(each)) for each in facts["models"]]))
 
 
-def _origins(vocabulary: StageVocabulary, rows: ModelRows) -> str:
-    if rows.unchanged:
-        return "unchanged"
-    counts = rows.counts
-    texts = [f"{counts.own:,} own"]
-    texts += [f"{count:,} from {vocabulary.names[other]}" for other, count in counts.others.items()]
-    texts += [f"{count:,} {name}" for name, count in (("mean", counts.mean), ("zero", counts.zero)) if count]
-    if counts.padding:
-        tables = (table for table in rows.tables[1:] if table.rows.highest >= 0)
-        others = dict.fromkeys(vocabulary.names[table.model] for table in tables if table.count == 1)
-        source = f" (from {', '.join(others)} where it has none)" if others and not counts.others else ""
-        texts.append(f"{counts.padding:,} padding{source}")
+def _origins(model: Mapping[str, Any]) -> str:
+    """Where the rows of one model's embeddings come from: ``81 own, 11 from b, 4 padding``."""
+    texts = [f"{model['own']:,} own"]
+    texts += [f"{count:,} from {other}" for other, count in model["others"].items()]
+    texts += [f"{model[key]:,} {key}" for key in ("mean", "zero") if model[key]]
+    if model["padding"]:
+        lent = f" (some from {listed(model['padding_from'])})" if model["padding_from"] else ""
+        texts.append(f"{model['padding']:,} padding{lent}")
     return ", ".join(texts)
