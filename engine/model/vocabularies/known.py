@@ -80,16 +80,23 @@ class Vocabularies:
                 f"{reference.text}: {vocabulary.file.name} does not say which rows its tokens have: add tokenizer.json"
             )
         added = dict(tokens.added) | {token.text: token for token in new}
-        return ModelTokens(reference.text, rows | {token.text: token.row for token in new}, added)
+        rows |= {token.text: token.row for token in new}
+        return ModelTokens(reference.text, rows, added, opaque=vocabulary.digest is not None)
 
     def differ(self, first: ModelReference, second: ModelReference, rows: int) -> str | None:
-        """How the vocabularies of two models with tokenizers differ in rows below `rows`; None if they don't."""
+        """How the vocabularies of two models with tokenizers differ in rows below `rows`; None if they don't.
+
+        Raises:
+            CheckpointError: they can't be compared, since only one of them stores text, for example.
+        """
         (one, new), (other, others) = self.checkpoint(first), self.checkpoint(second)
         if new == others and same_vocabulary_files(one, other):
             return None
         if not new and not others:
             pair = self._parsed(one)[0], self._parsed(other)[0]
             found = difference(*pair, (first.text, second.text), rows)
+            if found is not None and not found.rows:
+                raise CheckpointError(f"{found.text}; if the rows match anyway, set `allow_vocabulary_mismatch: true`")
             return None if found is None else found.text
         ours, theirs = (
             {text: row for text, row in self.tokens(each).rows.items() if row < rows} for each in (first, second)

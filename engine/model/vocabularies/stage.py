@@ -117,7 +117,7 @@ class _Planner:
             return None  # the checks of vocabularies, or those of shapes, say so
         if self._all_equal(unknown):
             unset = not self._wanted.tokens and self._wanted.multiple is None
-            return None if len(counts) == 1 and unset else self._arranged((), equal=True)
+            return None if len(counts) == 1 and unset else self._arranged(unknown, equal=True)
         if not self._explicit:
             return None
         return self._arranged(unknown, equal=False)
@@ -158,6 +158,8 @@ class _Planner:
                 f"{model.name} has no tokenizer files, so its vocabulary is unknown, and its embeddings have {rows:,} "
                 f"rows, not {others:,}, as {self._source.text}: add its tokenizer files"
             )
+        problem = f"{model.name} has no tokenizer files: its vocabulary is assumed to be that of {self._source.text}"
+        self._warn(problem, "add the tokenizer files")
         return replace(source, name=model.name, added={}).within(rows)
 
     def _vocabulary(
@@ -192,7 +194,7 @@ class _Planner:
                 "give new tokens other ids than their rows. Use `tokenizer_source: base` or another model, or number "
                 "its tokens without gaps"
             )
-        if not file.endswith((".json", ".txt", ".model")) or file == "tekken.json":
+        if source.opaque:
             raise CheckpointError(
                 f"{source.name}: tokens can't be added to {file}, whose tokens are bytes: add tokenizer.json"
             )

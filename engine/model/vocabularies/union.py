@@ -17,12 +17,14 @@ class ModelTokens:
         rows: row of each token; those beyond the model's embeddings are left out.
         added: its added tokens by text.
         embeddings: number of rows of the model's embeddings; 0 if it has none.
+        opaque: whether its tokenizer's file stores bytes, to which no tokens can be added.
     """
 
     name: str
     rows: Mapping[str, int]
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     embeddings: int = 0
+    opaque: bool = False
 
     def within(self, embeddings: int) -> ModelTokens:
         """Return the tokens that have a row in embeddings with this number of rows."""

@@ -183,3 +183,38 @@ def test_ids_with_gaps_cannot_be_appended_to(pair: tuple[Path, Path]) -> None:
     (pair[0] / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"numbers 301 tokens up to 310, .* new tokens"):
         plan(linear(*pair, **UNION), CPU)
+
+
+def test_a_model_without_a_tokenizer_has_that_of_the_tokenizers_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = pair
+    c = write_model(tmp_path / "c", byte_level(), 3)
+    (c / "tokenizer.json").unlink()
+    tokenizer = {"source": "base", "pad_to_multiple_of": 64}
+    (warning,) = plan(linear(a, b, c, tokenizer=tokenizer), CPU).warnings
+    assert (
+        warning == f"{c} has no tokenizer files: its vocabulary is assumed to be that of {a}; add the tokenizer files"
+    )
+    (b / "tokenizer.json").unlink()
+    with pytest.raises(
+        CheckpointError, match="b has no tokenizer files, so its vocabulary is unknown, and .* have 302"
+    ):
+        plan(linear(a, c, b, tokenizer=tokenizer), CPU)
+
+
+def test_tokens_stored_as_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """They are compared among themselves. They can't be compared with text, and no tokens can be added to them."""
+    a, b = pair
+    for path, lines in ((a, "YQ== 0\nYg== 1\n"), (b, "Yg== 0\nYQ== 1\nYw== 2\n")):
+        (path / "tokenizer.json").rename(path / "kept.json")
+        (path / "qwen.tiktoken").write_text(lines)
+    planned = plan(linear(a, b, tokenizer_source="base"), CPU)
+    assert planned.built.vocabulary is not None
+    assert list(planned.built.vocabulary.models[1].same)[:2] == [1, 0]
+    with pytest.raises(CheckpointError, match="a: tokens can't be added to qwen.tiktoken, whose tokens are bytes"):
+        plan(linear(a, b, **UNION), CPU)
+    (b / "qwen.tiktoken").unlink()
+    (b / "kept.json").rename(b / "tokenizer.json")
+    with pytest.raises(
+        CheckpointError, match=r"a has qwen.tiktoken and .*b has tokenizer.json, which cannot be compared"
+    ):
+        plan(linear(a, b, tokenizer_source="base"), CPU)
