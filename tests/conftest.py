@@ -32,6 +32,7 @@ LONG = (
     "tests/unit/adapters/test_products.py::test_any_factors_in_any_chunks",
     "tests/integration/vocabularies/test_compat.py",
     "tests/integration/vocabularies/test_pairs.py::test_rows_and_files",
+    "tests/integration/vocabularies/test_pairs.py::test_a_union_of_real_encoders",
     "tests/integration/vocabularies/test_published.py",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[della",
     "tests/integration/graph/test_logical_tensors.py::test_a_merge_of_parts_equals_the_merge_of_their_values[karcher",

@@ -21,6 +21,7 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from tests.support.mergekit.environment import MERGEKIT, RUN
 from tests.support.outputs import read_model
+from tests.support.vocabularies.encoders import EMBEDDING, write_encoders
 from tests.support.vocabularies.options import OPTIONS, recipe_of
 from tests.support.vocabularies.pairs import PAIRS, TEXTS, write_pair
 
@@ -45,12 +46,22 @@ class Theirs:
     outputs: dict[str, Path]
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
-    """Run mergekit, once for all recipes."""
+def mergekit(jobs: list[dict[str, str]], directory: Path) -> dict[str, str | None]:
+    """Run mergekit on some recipes in a directory; returns what became of each: None, or the error."""
     python = MERGEKIT / "bin" / "python"
     if not python.exists():
         pytest.skip(f"mergekit 0.1.5 is not in {MERGEKIT.name}: `make compat` installs it, or set MERGEKIT_ENV")
+    command = [str(python), "-I", str(RUN)]
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, cwd=directory, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
+    assert said.pop("mergekit") == "0.1.5"
+    return said
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
+    """Run mergekit, once for all recipes."""
     directory = tmp_path_factory.mktemp("mergekit")
     jobs, outputs = [], {}
     for number, (name, pair) in enumerate(PAIRS.items()):
@@ -60,17 +71,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
             outputs[key] = out
             text = yaml.safe_dump(recipe_of(option, (0.25, 0.75), within=f"{name}/"))
             jobs.append({"name": key, "text": text, "out": str(out)})
-    done = subprocess.run(
-        [str(python), "-I", str(RUN)],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        cwd=directory / "pairs",
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said.pop("mergekit") == "0.1.5"
+    said = mergekit(jobs, directory / "pairs")
     return Theirs(directory / "pairs", said, outputs)
 
 
@@ -106,3 +107,21 @@ def test_rows_and_tokenization_are_mergekits(
             mine = mine[torch.tensor([ours[text] for text in tokens])]
             other_rows = other_rows[torch.tensor([rows[text] for text in tokens])]
         assert torch.allclose(mine, other_rows, rtol=0, atol=ROUNDING * float(other_rows.abs().max())), tensor
+
+
+def test_a_union_of_real_encoders_is_mergekits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_encoders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of("union", (0.25, 0.75))
+    (failed,) = mergekit([{"name": "union", "text": yaml.safe_dump(recipe), "out": "theirs"}], tmp_path).values()
+    assert failed is None
+    merge(recipe, tmp_path / "ours", CPU)
+    tokenizers = [Tokenizer.from_file(f"{out}/tokenizer.json") for out in ("ours", "theirs")]
+    ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    assert ours.keys() == theirs.keys()
+    for text in (*TEXTS, "A tool: <tool>mergeloom</tool>"):
+        one, two = (tokenizer.encode(text, add_special_tokens=False).tokens for tokenizer in tokenizers)
+        assert one == two
+    rows = [torch.tensor([known[text] for text in ours]) for known in (ours, theirs)]
+    made, found = (read_model(Path(out))[EMBEDDING][order] for out, order in zip(("ours", "theirs"), rows, strict=True))
+    assert torch.allclose(made, found, rtol=0, atol=ROUNDING * float(found.abs().max()))

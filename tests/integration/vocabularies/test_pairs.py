@@ -15,6 +15,8 @@ from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from tests.support.outputs import config_of, read_model
+from tests.support.vocabularies import encoders
+from tests.support.vocabularies.encoders import NEW, write_encoders
 from tests.support.vocabularies.expected import EMBEDDING, HEAD, Loaded, merged_rows
 from tests.support.vocabularies.options import OPTIONS, recipe_of
 from tests.support.vocabularies.pairs import PAIRS, TEXTS, write_pair
@@ -127,3 +129,18 @@ def test_equal_vocabularies_cost_nothing(pairs: Path, monkeypatch: pytest.Monkey
     for one, other in zip(plain.built.graph.operations, union.built.graph.operations, strict=True):
         assert (one.method, one.parameters, one.accesses) == (other.method, other.parameters, other.accesses)
     assert (plain.bytes_read, plain.bytes_written) == (union.bytes_read, union.bytes_written)
+
+
+def test_a_union_of_real_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_encoders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = merge(recipe_of("union", WEIGHTS), tmp_path / "out", CPU)
+    assert not any("tokens of" in warning for warning in result.plan.warnings)
+    vocabulary = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    assert set(tokens[-len(NEW) :]) == set(NEW)
+    made = read_model(tmp_path / "out")[encoders.EMBEDDING]
+    wanted = encoders.expected_rows(tmp_path, WEIGHTS, tokens)
+    assert torch.allclose(made.double(), wanted, rtol=1e-6, atol=1e-8)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.get_vocab() == vocabulary
