@@ -277,14 +277,14 @@ class FileResolver:
             )
         merged = models_with_merged_embeddings(built)
         self.warnings += check_vocabularies(
-            TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer),
+            TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer, new=tokenizer.new_tokens),
             [self._tokenizer_model(model, merged=model.number in merged) for model in models],
             rule,
         )
 
     def _tokenizer_model(self, model: Model, *, merged: bool) -> TokenizerModel:
         files = self.of(model.reference)
-        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model), merged)
+        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model), merged, files.new_tokens)
 
     def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""

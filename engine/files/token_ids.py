@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from ..model.vocabularies.row_maps import ModelRows
@@ -16,7 +18,6 @@ TOKEN_KEY = re.compile(r"\w+_token_ids?")
 """Keys whose values are ids of tokens."""
 
 
-@dataclass(frozen=True, slots=True)
 class Renumbering:
     """The rows of a model's tokens in the output.
 
@@ -24,22 +25,29 @@ class Renumbering:
         rows: where the rows of the model's embeddings in the output come from; None if they are the same.
     """
 
-    rows: ModelRows | None = None
+    def __init__(self, rows: ModelRows | None = None) -> None:
+        self._same = None if rows is None else rows.same
 
     def __call__(self, row: int) -> int | None:
         """Return the row of the output that has a row of the model; None if there is none."""
-        if self.rows is None:
+        if self._same is None:
             return row
-        for first, source, length in self.rows.same.runs():
-            if 0 <= source <= row < source + length:
-                return first + row - source
-        return None
+        place = bisect_right(self._runs, row, key=itemgetter(0)) - 1
+        if place < 0:
+            return None
+        source, first, length = self._runs[place]
+        return first + row - source if row < source + length else None
 
     @property
     def changes(self) -> bool:
         """Whether any row has another number."""
-        runs = () if self.rows is None else self.rows.same.runs()
-        return any(source >= 0 and source != first for first, source, _ in runs)
+        return any(source != first for source, first, _ in self._runs)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """For each run of the model's rows, in their order, its first row, the output's first row, and its length."""
+        runs = () if self._same is None else self._same.runs()
+        return sorted((source, first, length) for first, source, length in runs if source >= 0)
 
     def apply(self, content: Mapping[str, Any], sections: tuple[str, ...] = ("text_config",)) -> dict[str, Any]:
         """Return the content of a file with the output's ids; those of tokens that the output lacks stay.

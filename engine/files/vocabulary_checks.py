@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import CheckpointError, MergeloomError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
 from ..model.logical import part_names
+from ..model.vocabularies.added_tokens import AddedToken
 from ..model.vocabularies.tensors import embedding_names
 from ..model.vocabularies.tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
 from ..model.vocabularies.vocabulary import Difference, Vocabulary, difference, read_vocabulary
@@ -29,12 +30,14 @@ class TokenizerModel:
         checkpoint: checkpoint that contains the tokenizer files.
         rows: number of rows of the model's embeddings; None if unknown.
         merged: whether the model's embeddings or heads are merged with those of another, and not only copied.
+        new: tokens that earlier stages add to the tokenizer.
     """
 
     name: str
     checkpoint: Checkpoint
     rows: int | None = None
     merged: bool = False
+    new: tuple[AddedToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ def check_vocabularies(
     """
     if rule.allowed:
         return
-    compared = list({each.checkpoint.path: each for each in (tokenizer, *models)}.values())
+    compared = list({(each.checkpoint.path, each.new): each for each in (tokenizer, *models)}.values())
     known = [each for each in compared if main_file(each.checkpoint) is not None]
     unknown = [each.name for each in compared if each not in known]
     lacking = rule.equal or (rule.required and tokenizer.name in unknown)
@@ -138,7 +141,7 @@ def check_vocabularies(
 
 def _difference(first: TokenizerModel, second: TokenizerModel, parsed: dict[str, Vocabulary]) -> Difference | None:
     """How the vocabularies of two models differ in the rows that their embeddings have; None if they are equal."""
-    if same_vocabulary_files(first.checkpoint, second.checkpoint):
+    if first.new == second.new and same_vocabulary_files(first.checkpoint, second.checkpoint):
         return None
     if first.name not in parsed:
         parsed[first.name] = _vocabulary(first)
@@ -149,7 +152,7 @@ def _difference(first: TokenizerModel, second: TokenizerModel, parsed: dict[str,
 def _vocabulary(model: TokenizerModel) -> Vocabulary:
     found = read_vocabulary(tokenizer_directory(model.checkpoint))
     assert found is not None
-    return found
+    return replace(found, rows={**found.rows, **{token.text: token.row for token in model.new}})
 
 
 def _differing(pair: str, found: Difference, combined: str) -> ModelWarning:

@@ -155,6 +155,11 @@ def test_a_stage_whose_rows_would_have_to_move(pair: tuple[Path, Path], tmp_path
         plan([first, linear("first", b, **UNION)], CPU)
     stages = [{"name": "first", **linear(a, a2, b, tokenizer={"source": str(b)})}, linear("first", b)]
     assert plan(stages, CPU).built.vocabulary is None
+    union = {"name": "first", **linear(a, b, **UNION)}  # its tokens are those of b
+    merge([union, linear("first", b)], tmp_path / "out", CPU)
+    assert plan([union, linear("first", b)], CPU).warnings == ()
+    loaded = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert loaded.get_vocab() == Tokenizer.from_file(str(b / "tokenizer.json")).get_vocab()
 
 
 def test_equal_tokens_with_different_padding_need_no_key(tmp_path: Path) -> None:
