@@ -92,7 +92,7 @@ MERGEKIT_ENV ?= .venv-mergekit
 	touch $@
 
 compat: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/ready)
-	MERGEKIT_ENV=$(MERGEKIT_ENV) $(BIN)/python -m pytest tests/integration/test_mergekit.py
+	MERGEKIT_ENV=$(MERGEKIT_ENV) $(BIN)/python -m pytest tests/integration/test_mergekit.py tests/integration/vocabularies/test_compat.py
 
 bench: $(READY) $(if $(filter .venv-mergekit,$(MERGEKIT_ENV)),.venv-mergekit/ready)
 	$(BIN)/python -m benchmarks.make_models $(BENCH_MODELS)

@@ -6,7 +6,6 @@ A chat template is a Jinja template that transformers renders to a prompt, with 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,19 +111,6 @@ def _default(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("default")
     return value if isinstance(value, str) and value.strip() else None
-
-
-def with_template(directory: Path, template: str) -> dict[str, bytes]:
-    """The changed tokenizer files by name: chat_template.jinja and tokenizer_config.json.
-
-    The template is written to both, because transformers versions read one or the other.
-    """
-    files = {FILE: template.encode()}
-    config = read_json(directory / CONFIG)
-    if isinstance(config, dict):
-        changed = {**config, "chat_template": template}
-        files[CONFIG] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogatepass")
-    return files
 
 
 def syntax_error(template: str) -> str | None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, companion_files
-from ...io.small_files import read_json
 from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.contents.diffusion import is_diffusion
+from ..model.vocabularies.added_tokens import AddedToken
+from ..model.vocabularies.known import open_directory
+from ..model.vocabularies.tensors import embedding_rows
 from ..model.vocabularies.tokenizer_files import (
     GENERATION,
     check_companions,
@@ -40,11 +41,11 @@ from .token_checks import (
     check_tokenizer_rows,
     stated_vocabulary,
 )
+from .token_ids import Renumbering
 from .vocabulary_checks import (
     TokenizerModel,
     VocabularyRule,
     check_vocabularies,
-    embedding_rows,
     models_with_merged_embeddings,
     models_with_used_embeddings,
 )
@@ -62,6 +63,8 @@ class FileSources:
         template: chat template that replaces the tokenizer's, or None.
         config_from: name in the recipe of the model that config.json is derived from.
         tokenizer_from: name in the recipe of the tokenizer's model.
+        new_tokens: tokens that are added to the tokenizer.
+        generation_ids: ids of tokens that generation_config.json states otherwise than its model's file.
     """
 
     config: Mapping[str, Any] | None = field(repr=False)
@@ -71,6 +74,26 @@ class FileSources:
     template: str | None = field(repr=False)
     config_from: str
     tokenizer_from: str
+    new_tokens: tuple[AddedToken, ...] = ()
+    generation_ids: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The content of generation_config.json; empty if there is none. Raises CheckpointError."""
+        return {**generation_config(self.generation), **self.generation_ids}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there are tokenizer files, a chat template aside."""
+        directory = tokenizer_directory(self.tokenizer)
+        return any(not REPLACED.fullmatch(file.path) for file in companion_files(directory, (FileKind.TOKENIZER,)))
+
+    def special_tokens(self, renumbering: Renumbering | None = None) -> SpecialTokens:
+        """The special tokens that the files state, with the numbers that they have in another vocabulary."""
+        new = {token.text: token.row for token in self.new_tokens}
+        return SpecialTokens(
+            self.config, self.generation_config, self.tokenizer, self.template, new=new, renumbering=renumbering
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +152,23 @@ class FileResolver:
         files = self.of(stage.files_from or donor)
         config = self._config(stage, built, files)
         tokenizer = files
+        renumbering = _renumbering(built, stage.files_from or donor)
+        if config is not None and renumbering.changes:
+            self.warnings += renumbering.lost(config, CONFIG, files.config_from)
+            config = renumbering.apply(config)
         if stage.tokenizer is not None:
             tokenizer = self.of(stage.tokenizer.model or donor)
             if config is not None and not stage.tokenizer.union and tokenizer is not files:
                 config = follow_tokenizer(config, tokenizer.config)
         self._check_vocabularies(stage, built, tokenizer)
+        if built.vocabulary is not None:
+            tokenizer = replace(tokenizer, new_tokens=(*tokenizer.new_tokens, *built.vocabulary.new))
         template = self._template(stage, built, tokenizer)
         generation = tokenizer if has_file(tokenizer.generation, GENERATION) else files
+        ids = generation.generation_ids
+        if generation is files and renumbering.changes:
+            self.warnings += renumbering.lost(generation.generation_config, GENERATION, files.config_from)
+            ids = renumbering.apply(generation.generation_config, ())
         sources = FileSources(
             config,
             files.others,
@@ -144,6 +177,8 @@ class FileResolver:
             template,
             files.config_from,
             tokenizer.tokenizer_from,
+            tokenizer.new_tokens,
+            ids,
         )
         if stage.save or stage is self._recipe.output:
             check_companions(files.others, generation.generation, tokenizer.tokenizer)
@@ -159,12 +194,7 @@ class FileResolver:
         if stage is not None:
             return self._stages[stage.name]
         if reference not in self._models:
-            path = Path(reference.path).expanduser()
-            if path.is_dir():  # works for directories without weights
-                config = read_json(path / "config.json")
-                checkpoint = Checkpoint(path, {}, config if isinstance(config, dict) else None, {}, (), ())
-            else:
-                checkpoint = self._open(reference)
+            checkpoint = open_directory(reference) or self._open(reference)
             name = reference.text
             self._models[reference] = FileSources(
                 checkpoint.config, checkpoint, checkpoint, checkpoint, None, name, name
@@ -232,6 +262,8 @@ class FileResolver:
 
     def _check_vocabularies(self, stage: Stage, built: BuiltGraph, tokenizer: FileSources) -> None:
         """Check that the models whose embeddings are merged have the vocabulary of the output's tokenizer."""
+        if built.vocabulary is not None:
+            return  # their rows are those of its tokens
         union = stage.tokenizer is not None and stage.tokenizer.union
         models = built.named if union else models_with_used_embeddings(built)
         rule = VocabularyRule(required=stage.tokenizer is not None, allowed=stage.allow_vocabulary_mismatch)
@@ -240,26 +272,31 @@ class FileResolver:
                 required=True,
                 equal=True,
                 error=lambda text: self._recipe.error(stage.tokenizer.place if stage.tokenizer else (), text),
-                advice="A union of different vocabularies is not supported yet: use models with the same vocabulary",
+                advice="Remove `allow_vocabulary_mismatch`: a union merges embeddings token by token"
+                if stage.allow_vocabulary_mismatch
+                else "Add its tokenizer files, or use a model with them",
             )
         merged = models_with_merged_embeddings(built)
         self.warnings += check_vocabularies(
-            TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer),
+            TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer, new=tokenizer.new_tokens),
             [self._tokenizer_model(model, merged=model.number in merged) for model in models],
             rule,
         )
 
     def _tokenizer_model(self, model: Model, *, merged: bool) -> TokenizerModel:
         files = self.of(model.reference)
-        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model), merged)
+        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model), merged, files.new_tokens)
 
     def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""
         donor = built.models[built.donor]
         models = [donor, *(model for model in built.named if model is not donor)]
-        tokens = _special_tokens(files)
+        tokens = files.special_tokens()
         if stage.tokenizer is None or stage.tokenizer.union:  # otherwise the recipe chooses
-            inputs = {model.name: _special_tokens(self.of(model.reference)) for model in models}
+            inputs = {
+                model.name: self.of(model.reference).special_tokens(_renumbering(built, model.reference))
+                for model in models
+            }
             self.warnings += check_input_tokens(tokens, inputs)
         if stage is not self._recipe.output and not stage.save:
             return
@@ -280,7 +317,7 @@ class FileResolver:
         self.warnings += check_tokenizer_rows(files.tokenizer, tokenizer, rows, allowed=allowed)
         for content, file, model in (
             (files.config or {}, CONFIG, config),
-            (generation_config(files.generation), GENERATION, tokenizer),
+            (files.generation_config, GENERATION, tokenizer),
         ):
             self.warnings += check_stated_ids(content, file, model, rows, allowed=allowed)
 
@@ -296,7 +333,7 @@ class FileResolver:
         wanted = stage.chat_template
         if wanted is None:
             return tokenizer.template
-        if not _has_tokenizer(tokenizer):
+        if not tokenizer.has_tokenizer:
             self._warn(
                 ModelWarningKind.TEMPLATE,
                 f"{tokenizer.tokenizer_from} has no tokenizer files: no chat template is written",
@@ -311,7 +348,8 @@ class FileResolver:
             return wanted.value
         text, tokens = BUILT_IN[wanted.value]
         vocabulary = read_vocabulary(tokenizer_directory(tokenizer.tokenizer)) if tokens else None
-        missing = [token for token in tokens if vocabulary is not None and token not in vocabulary.rows]
+        known = set() if vocabulary is None else {*vocabulary.rows, *(token.text for token in tokenizer.new_tokens)}
+        missing = [token for token in tokens if vocabulary is not None and token not in known]
         if missing:
             self._warn(
                 ModelWarningKind.TEMPLATE,
@@ -335,10 +373,8 @@ def _own_template(files: FileSources) -> str | None:
     return files.template or find_template(tokenizer_directory(files.tokenizer))
 
 
-def _has_tokenizer(files: FileSources) -> bool:
-    directory = tokenizer_directory(files.tokenizer)
-    return any(not REPLACED.fullmatch(file.path) for file in companion_files(directory, (FileKind.TOKENIZER,)))
-
-
-def _special_tokens(files: FileSources) -> SpecialTokens:
-    return SpecialTokens(files.config, files.generation, files.tokenizer, files.template)
+def _renumbering(built: BuiltGraph, reference: ModelReference) -> Renumbering:
+    """The rows of a model's tokens in a stage's output."""
+    vocabulary = built.vocabulary
+    model = next((model for model in built.models if model.reference == reference), None)
+    return Renumbering(None if vocabulary is None or model is None else vocabulary.models.get(model.number))

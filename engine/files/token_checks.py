@@ -14,16 +14,16 @@ from ...errors import CheckpointError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.small_files import read_json
 from ..model.open import is_remote
-from ..model.vocabularies.tokenizer_files import GENERATION, generation_config, main_file, small_files_directory
+from ..model.vocabularies.tokenizer_files import GENERATION, main_file, small_files_directory
 from ..model.vocabularies.vocabulary import added_tokens, last_row, read_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
 from .chat_templates import find_template
+from .token_ids import TOKEN_KEY, Renumbering
 
 CONFIG = "config.json"
 _ROLES = ("eos", "bos", "pad")
 _OTHER_INPUT = re.compile(r"image|video|vision|audio|speech|patch|frame", re.IGNORECASE)
 """Tokens of other inputs than text may lie beyond the rows, since encoders replace them."""
-_TOKEN_KEY = re.compile(r"\w+_token_ids?")
 _MARKUP = re.compile(r"<[|｜]?/?[\w▁ ]+[|｜]?>|\[\|\w+\|\]")
 _ENDS = frozenset(
     (
@@ -61,22 +61,29 @@ class SpecialTokens:
 
     Args:
         config: content of config.json, or None.
-        generation: checkpoint with generation_config.json.
+        generation: content of generation_config.json.
         tokenizer: checkpoint with the tokenizer files.
         template: chat template that replaces the tokenizer's, or None.
+        new: rows of tokens that are added to the tokenizer.
+        renumbering: the rows in another vocabulary, which all ids are given in; None for the model's own.
     """
 
     def __init__(
         self,
         config: Mapping[str, Any] | None,
-        generation: Checkpoint,
+        generation: Mapping[str, Any],
         tokenizer: Checkpoint,
         template: str | None = None,
+        *,
+        new: Mapping[str, int] | None = None,
+        renumbering: Renumbering | None = None,
     ) -> None:
         self._config = config
         self._generation = generation
         self._tokenizer = tokenizer
         self._template = template
+        self._new = new or {}
+        self._renumbering = renumbering or Renumbering()
 
     def stated(self, role: str) -> dict[str, Ids]:
         """The ids of a token by the file that states them.
@@ -108,7 +115,7 @@ class SpecialTokens:
 
     def end_documents(self, ids: Ids) -> bool:
         """Whether all of these tokens are known to end texts that models are trained on, and not answers."""
-        return ids <= {row for text, row in self._added.items() if _plain(text) in _DOCUMENT_ENDS}
+        return ids <= {self.row(text) for text in self._added if _plain(text) in _DOCUMENT_ENDS}
 
     def text(self, role: str) -> str | None:
         """The text of a token according to the tokenizer's files; None if they do not state it."""
@@ -121,20 +128,19 @@ class SpecialTokens:
 
     def row(self, text: str) -> int | None:
         """The row of a token; None if the tokenizer has no such token, or if it is not downloaded."""
-        return self._added[text] if text in self._added else self._rows.get(text)
+        row = self._added[text] if text in self._added else self._rows.get(text)
+        return None if row is None else self._renumbering(row)
 
     def _settings(self, role: str) -> dict[str, Ids]:
         """The ids that generation_config.json and config.json state."""
         key = f"{role}_token_id"
         values = {
-            GENERATION: self._generation_config.get(key),
+            GENERATION: self._generation.get(key),
             CONFIG: next((s[key] for s in _sections(self._config) if s.get(key) is not None), None),
         }
-        return {file: ids for file, value in values.items() if (ids := _ids(value))}
-
-    @cached_property
-    def _generation_config(self) -> Mapping[str, Any]:
-        return generation_config(self._generation)
+        found = {file: map(self._renumbering, _ids(value)) for file, value in values.items()}
+        known = {file: frozenset(row for row in rows if row is not None) for file, rows in found.items()}
+        return {file: ids for file, ids in known.items() if ids}
 
     @cached_property
     def _tokenizer_settings(self) -> list[dict[str, Any]]:
@@ -144,7 +150,7 @@ class SpecialTokens:
 
     @cached_property
     def _added(self) -> Mapping[str, int]:
-        return added_tokens(small_files_directory(self._tokenizer))
+        return {**added_tokens(small_files_directory(self._tokenizer)), **self._new}
 
     @cached_property
     def _rows(self) -> Mapping[str, int]:
@@ -347,7 +353,7 @@ def check_stated_ids(
         key: ids
         for section in _sections(content)
         for key, value in section.items()
-        if _TOKEN_KEY.fullmatch(key)
+        if TOKEN_KEY.fullmatch(key)
         and not _OTHER_INPUT.search(key)
         and (ids := frozenset(each for each in _ids(value) if each >= rows))
     }

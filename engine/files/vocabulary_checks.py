@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import CheckpointError, MergeloomError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
 from ..model.logical import part_names
-from ..model.roles import is_embedding, is_head
+from ..model.vocabularies.added_tokens import AddedToken
+from ..model.vocabularies.tensors import embedding_names
 from ..model.vocabularies.tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
 from ..model.vocabularies.vocabulary import Difference, Vocabulary, difference, read_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
@@ -17,6 +18,7 @@ from ..model.warnings import ModelWarning, ModelWarningKind
 ALLOW = "allow_vocabulary_mismatch"
 """The recipe key that merges embeddings row by row although vocabularies differ."""
 _PROCEED = f"if the rows match anyway, set `{ALLOW}: true`"
+_BY_TOKEN = "set `tokenizer_source: union` (or base, or a model) to merge them token by token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,14 @@ class TokenizerModel:
         checkpoint: checkpoint that contains the tokenizer files.
         rows: number of rows of the model's embeddings; None if unknown.
         merged: whether the model's embeddings or heads are merged with those of another, and not only copied.
+        new: tokens that earlier stages add to the tokenizer.
     """
 
     name: str
     checkpoint: Checkpoint
     rows: int | None = None
     merged: bool = False
+    new: tuple[AddedToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +57,6 @@ class VocabularyRule:
     allowed: bool = False
     error: Callable[[str], MergeloomError] = CheckpointError
     advice: str = "Take the tokenizer from a model that has one"
-
-
-def embedding_names(model: Model) -> list[str]:
-    """The names of a model's token embeddings and heads."""
-    return [
-        name
-        for name in model.non_layer
-        if len(model.tensors[name].shape) == 2 and (is_embedding(name) or is_head(name))
-    ]
-
-
-def embedding_rows(model: Model) -> int | None:
-    """The number of rows of a model's token embeddings, the largest if there are several; None without embeddings."""
-    return max((model.tensors[name].shape[0] for name in embedding_names(model)), default=None)
 
 
 def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:
@@ -119,7 +109,7 @@ def check_vocabularies(
     """
     if rule.allowed:
         return
-    compared = list({each.checkpoint.path: each for each in (tokenizer, *models)}.values())
+    compared = list({(each.checkpoint.path, each.new): each for each in (tokenizer, *models)}.values())
     known = [each for each in compared if main_file(each.checkpoint) is not None]
     unknown = [each.name for each in compared if each not in known]
     lacking = rule.equal or (rule.required and tokenizer.name in unknown)
@@ -144,14 +134,14 @@ def check_vocabularies(
             effect = "Embeddings are merged row by row, which would mix different tokens"
             raise CheckpointError(
                 f"{pair} are unrelated: {found.rows:,} of {found.compared:,} rows differ; {found.text}. "
-                f"{effect if together else f'The output {combined}'}: use models with the same vocabulary; {_PROCEED}"
+                f"{effect if together else f'The output {combined}'}: {_BY_TOKEN}; {_PROCEED}"
             )
         yield _differing(pair, found, "" if together else combined)
 
 
 def _difference(first: TokenizerModel, second: TokenizerModel, parsed: dict[str, Vocabulary]) -> Difference | None:
     """How the vocabularies of two models differ in the rows that their embeddings have; None if they are equal."""
-    if same_vocabulary_files(first.checkpoint, second.checkpoint):
+    if first.new == second.new and same_vocabulary_files(first.checkpoint, second.checkpoint):
         return None
     if first.name not in parsed:
         parsed[first.name] = _vocabulary(first)
@@ -162,7 +152,7 @@ def _difference(first: TokenizerModel, second: TokenizerModel, parsed: dict[str,
 def _vocabulary(model: TokenizerModel) -> Vocabulary:
     found = read_vocabulary(tokenizer_directory(model.checkpoint))
     assert found is not None
-    return found
+    return replace(found, rows={**found.rows, **{token.text: token.row for token in model.new}})
 
 
 def _differing(pair: str, found: Difference, combined: str) -> ModelWarning:
@@ -174,8 +164,7 @@ def _differing(pair: str, found: Difference, combined: str) -> ModelWarning:
         problem = f"{pair} differ in {count}{effect}: {found.text}"
     else:
         problem = f"{pair} may differ: {found.text}"
-    advice = f"use models with the same vocabulary; {_PROCEED}"
-    return ModelWarning(ModelWarningKind.VOCABULARY, problem, advice, found.tokens)
+    return ModelWarning(ModelWarningKind.VOCABULARY, problem, f"{_BY_TOKEN}; {_PROCEED}", found.tokens)
 
 
 def _missing(tokenizer: TokenizerModel, unknown: Sequence[str]) -> ModelWarning:

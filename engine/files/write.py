@@ -18,14 +18,16 @@ from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 from ..model.contents.diffusion import is_diffusion
 from ..model.inputs import Model
-from ..model.vocabularies.tokenizer_files import directory_of, tokenizer_directory
+from ..model.vocabularies.tokenizer_files import GENERATION, directory_of, tokenizer_directory
 from ..recipe.local import is_local
 from ..recipe.types import Recipe
 from .card import CardMethod, CardModel, model_card
-from .chat_templates import REPLACED, with_template
+from .chat_templates import REPLACED
 from .licenses import license_of
 from .published import published_names, published_recipe
 from .sources import FileSources, OutputModel
+from .token_ids import changed_ids
+from .tokenizer_output import changed_tokenizer_files
 
 CARD = "README.md"
 RECIPE = "mergekit_config.yml"
@@ -161,11 +163,15 @@ def _index(content: OutputContent, output: OutputModel) -> bytes:
 
 def _companions(files: FileSources, listed: CompanionLister) -> Iterator[tuple[str, bytes | Path]]:
     """The tokenizer files with the chat template inserted, and the other companion files."""
-    yield from listed(files.generation, FileKind.GENERATION)
+    for name, source in listed(files.generation, FileKind.GENERATION):
+        renumbered = name == GENERATION and files.generation_ids
+        yield name, changed_ids(files.generation_config, files.generation_ids) if renumbered else source
     yield from listed(files.others, FileKind.OTHER)
-    changed = {} if files.template is None else with_template(tokenizer_directory(files.tokenizer), files.template)
+    changed: dict[str, bytes] = {}
+    if files.template is not None or files.new_tokens:
+        changed = changed_tokenizer_files(tokenizer_directory(files.tokenizer), files.new_tokens, files.template)
     for name, source in listed(files.tokenizer, FileKind.TOKENIZER):
-        if name not in changed and not (changed and REPLACED.fullmatch(name)):
+        if name not in changed and not (files.template is not None and REPLACED.fullmatch(name)):
             yield name, source
     yield from changed.items()
 

@@ -15,6 +15,9 @@ from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.logical import kind_of
 from ..model.modules import StageModules
 from ..model.roles import is_buffer, is_head, tied_embedding
+from ..model.vocabularies.gather import gather_embeddings
+from ..model.vocabularies.known import Vocabularies
+from ..model.vocabularies.stage import StageVocabulary, stage_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
 from ..recipe.entries.dtype_lookup import nominal_dtype
 from ..recipe.parameter_uses import summarize_uses
@@ -46,6 +49,7 @@ def build_graph(
     seed: int = 0,
     intermediate: bool = False,
     compares: bool = False,
+    known: Vocabularies | None = None,
 ) -> BuiltGraph:
     """Build the graph of one stage of a recipe.
 
@@ -58,6 +62,7 @@ def build_graph(
         intermediate: whether the output is an input of other stages, which is not rounded to the stage's `dtype`, only
             to an explicit `out_dtype`.
         compares: whether outputs of 16 bits are compared with the base; see `TensorRules`.
+        known: the tokens of models and of earlier stages.
 
     Raises:
         RecipeError: if the recipe refers to layers or parts that the models don't have.
@@ -65,6 +70,7 @@ def build_graph(
     """
     builder = _GraphBuilder(recipe, stage, methods, open_model, seed, intermediate=intermediate, compares=compares)
     try:
+        builder.arrange_embeddings(known or Vocabularies(recipe, open_model))
         return builder.build()
     except TensorMismatch as error:
         cause = explain_mismatch(error, None if stage.modules is None else builder.modules.donor_names)
@@ -125,6 +131,18 @@ class _GraphBuilder:
         self.checks = LayerChecks(self.donor)
         self.layer_inputs: dict[int, list[tuple[tuple[int, int], ...]]] = {}
         self._group, self._has_head = 0, False
+        self.vocabulary: StageVocabulary | None = None
+
+    def arrange_embeddings(self, known: Vocabularies) -> None:
+        """Rearrange the rows of the models' embeddings for the output's vocabulary, where models have others."""
+        ends = {model for parts in self.parts for part in (parts[0], parts[-1]) for model in part.models}
+        chosen = {model for part in self.non_layer.values() for model in part.models}
+        used = chosen if {"embeddings", "head"} <= self.non_layer.keys() else ends | chosen
+        named = [model for model in self.models if model.named]  # which have the first numbers
+        self.vocabulary = stage_vocabulary(self.recipe, self.stage, named, self.donor, used, known)
+        if self.vocabulary is not None:
+            gather_embeddings(named, self.vocabulary.models)
+            self.warnings += self.vocabulary.warnings
 
     def build(self) -> BuiltGraph:
         duplicates = list(find_duplicates(self.recipe, (part for parts in self.parts for part in parts)))
@@ -166,6 +184,7 @@ class _GraphBuilder:
             partial=tuple(self.rules.partial),
             buffers=tuple(self.rules.buffers.checks),
             copies=self.rules.copies,
+            vocabulary=self.vocabulary,
             parameters=summarize_uses(use for parts in self.parts for part in parts for use in part.parameters.uses()),
         )
 

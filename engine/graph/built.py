@@ -9,6 +9,7 @@ from typing import Any
 
 from ..model.inputs import Model
 from ..model.layers import Stack
+from ..model.vocabularies.stage import StageVocabulary
 from ..model.warnings import ModelWarning
 from ..recipe.parameter_uses import ParameterUse
 from ..recipe.types import Stage
@@ -75,6 +76,7 @@ class BuiltGraph:
         parameters: parameters with filters or gradients, and how many tensors use each value.
         unfused: the graph before nodes became parts of others; None if there are no such nodes.
         copies: values of an intermediate output of which only the parts are copied, by their names.
+        vocabulary: the output's vocabulary, if embeddings are rearranged for it.
     """
 
     graph: MergeGraph
@@ -93,6 +95,7 @@ class BuiltGraph:
     parameters: tuple[ParameterUse, ...] = ()
     unfused: MergeGraph | None = None
     copies: Mapping[str, CopiedValue] = field(default_factory=dict)
+    vocabulary: StageVocabulary | None = None
 
     def __repr__(self) -> str:
         """One line with the number of models and tensors."""

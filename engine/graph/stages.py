@@ -20,6 +20,7 @@ from ...methods.kernel.method import Method
 from ...methods.kernel.spec import InputSpec
 from ..model.inputs import Model, OpenModel
 from ..model.logical import ArrangedTensors
+from ..model.vocabularies.known import Vocabularies, tokenizer_source
 from ..recipe.entries.dtype_lookup import nominal_dtype, rounds
 from ..recipe.types import ModelReference, Recipe, Stage
 from .build import BuiltGraph, Saved, build_graph
@@ -66,14 +67,24 @@ def build_stages(
         stage = recipe.stage(reference)
         return open_model(reference) if stage is None else checkpoints[stage.name or ""]
 
+    known = Vocabularies(recipe, open_model)
     for number, stage in enumerate(recipe.stages):
         last = number == len(recipe.stages) - 1
         if not last:
             refuse_blocks_between_stages(recipe, stage)
         graph = build_graph(
-            recipe, stage, methods, open_any, seed=seed, intermediate=not last, compares=compares and last
+            recipe,
+            stage,
+            methods,
+            open_any,
+            seed=seed,
+            intermediate=not last,
+            compares=compares and last,
+            known=known,
         )
         built.append(graph)
+        new = () if graph.vocabulary is None else graph.vocabulary.new
+        known.add_stage(stage, tokenizer_source(stage, graph.models[graph.donor].reference), new)
         config = config_of(stage, graph)
         if not last:
             checkpoints[stage.name or ""] = _as_checkpoint(stage, graph, config)

@@ -101,6 +101,11 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         """Return the names of the values that a stored tensor is a part of."""
         return [self._values.names[number] for number in self._values.having(self._values.row(part))]
 
+    def with_values(self, found: Iterable[LogicalTensor]) -> LogicalTensors:
+        """Return the tensors with other values in the place of some."""
+        known = map(self._values.value, range(len(self._values.names)))
+        return LogicalTensors(self._values.stored, [*known, *found])
+
     def class_of(self, name: str) -> TensorClass | TensorRef | LogicalTensor:
         """Return what a tensor has in common with others: its dtype and shape, or any value of its class.
 
@@ -181,12 +186,6 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         """Whether a value has no part of the model itself, and no stored tensor has its name."""
         return self._values.first_row(number) < 0 and self._values.row(self._values.names[number]) < 0
 
-    def with_values(self, found: Iterable[LogicalTensor]) -> LogicalTensors:
-        """Return the tensors with other values in the place of some."""
-        values = self._values
-        known = {name: values.value(number) for number, name in enumerate(values.names)}
-        return LogicalTensors(values.stored, (known | {tensor.name: tensor for tensor in found}).values())
-
 
 class ArrangedTensors(dict[str, TensorRef]):
     """The tensors of a stage's output, or of a checkpoint that is seen in another layout than it is stored in.
@@ -228,9 +227,9 @@ def label_of(tensor: TensorClass | TensorRef | LogicalTensor) -> str:
 
 
 def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:
-    """Return the names of the stored tensors that a tensor is computed from."""
+    """Return the names of the model's own stored tensors that a tensor is computed from."""
     tensor = tensors[name] if isinstance(tensors, LogicalTensors) else None
-    return tuple([part.name for part in tensor.parts]) if isinstance(tensor, LogicalTensor) else (name,)
+    return tuple([part.name for part in tensor.own_parts]) if isinstance(tensor, LogicalTensor) else (name,)
 
 
 def codes_of(tensors: Tensors) -> Mapping[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ...methods.kernel.spec import Base
 from .entries.chat_template import read_chat_template
 from .entries.dtype_reader import read_output_dtype
 from .entries.tensor_sources import read_tensor_sources
+from .entries.tokenizer import read_tokenizer
 from .input_advice import (
     STACK,
     base_advice,
@@ -39,7 +39,6 @@ from .types import (
     Slice,
     Source,
     Stage,
-    TokenizerSource,
     base_index,
     slices_of,
 )
@@ -119,7 +118,7 @@ def _stage(reader: NodeReader, node: Node, place: Keys) -> Stage:
         parameters=reader.settings(keys, place, method),
         dtype=reader.optional(keys, place, "dtype", reader.dtype),
         out_dtype=reader.optional(keys, place, "out_dtype", partial(read_output_dtype, reader)),
-        tokenizer=reader.attempt(lambda: _tokenizer(reader, keys, place), (*place, "tokenizer")),
+        tokenizer=reader.attempt(lambda: read_tokenizer(reader, keys, place), (*place, "tokenizer")),
         chat_template=reader.optional(keys, place, "chat_template", partial(read_chat_template, reader)),
         files_from=reader.optional(keys, place, "files_from", reader.reference),
         non_layer=reader.attempt(lambda: _non_layer(reader, keys, place), (*place, "non_layer")) or NonLayer(),
@@ -190,38 +189,6 @@ def _name(reader: NodeReader, node: Node, path: Keys) -> str:
     if not re.fullmatch(r"[\w. /-]+", name) or any(not part.strip(" .") for part in name.split("/")):
         raise reader.error(f"invalid stage name {describe(name)}: use letters, digits, and . _ - between them", path)
     return name
-
-
-def _tokenizer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> TokenizerSource | None:
-    sources = [
-        reader.optional(keys, path, "tokenizer_source", lambda n, p: _tokenizer_source(reader, n, p)),
-        reader.optional(keys, path, "tokenizer", lambda n, p: _tokenizer_mapping(reader, n, p)),
-    ]
-    if None not in sources:
-        message = "`tokenizer` and `tokenizer_source` are mutually exclusive: keep one of them"
-        raise reader.error(message, (*path, "tokenizer_source"))
-    return sources[0] or sources[1]
-
-
-def _tokenizer_source(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
-    if node.value == "base":
-        return TokenizerSource(None, place=path)
-    if node.value == "union":
-        return TokenizerSource(None, union=True, place=path)
-    if isinstance(node.value, str):
-        node = replace(node, value=node.value.removeprefix("model:"))  # older mergekit versions' model cards
-    return TokenizerSource(reader.reference(node, path), place=path)
-
-
-def _tokenizer_mapping(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
-    keys = reader.mapping(node, path, "a mapping with `source` (or use `tokenizer_source`)")
-    reader.check_keys(keys, path, ("source", "tokens", "pad_to_multiple_of"))
-    for key, what in (("tokens", "choosing embeddings by token"), ("pad_to_multiple_of", "padding the vocabulary")):
-        if key in keys and keys[key].value not in (None, {}):
-            reader.fail(f"{what} is not supported yet; remove `{key}`", (*path, key), unsupported=True)
-    if "source" not in keys or keys["source"].value is None:
-        return TokenizerSource(None, union=True, place=path)
-    return _tokenizer_source(reader, keys["source"], (*path, "source"))
 
 
 def _non_layer(reader: NodeReader, keys: Mapping[str, Node], path: Keys) -> NonLayer:

@@ -21,6 +21,7 @@ from .entries.model_reference import ModelNameError as ModelNameError
 from .entries.model_reference import ModelReference as ModelReference
 from .entries.output_dtype import OutputDtype
 from .entries.rename import Rename
+from .entries.tokenizer_source import TokenizerSource as TokenizerSource
 from .nodes import Keys, Origins
 from .warnings import RecipeWarning
 
@@ -99,21 +100,6 @@ class Module:
     slices: tuple[Slice, ...] | None
     models: tuple[Source, ...] | None = None
     parameters: Settings = field(default_factory=dict)
-    place: Keys = field(default=(), compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerSource:
-    """The source of the output's tokenizer.
-
-    Args:
-        model: the model that it comes from; None for the base model, or without one the first model.
-        union: whether the output's vocabulary is the union of all models' vocabularies, which must be equal for now.
-        place: key path of the source in the recipe.
-    """
-
-    model: ModelReference | None
-    union: bool = False
     place: Keys = field(default=(), compare=False)
 
 

@@ -287,6 +287,7 @@ class Plan:
                     for unused in self.built.unused
                 ],
             },
+            "vocabulary": None if self.built.vocabulary is None else self.built.vocabulary.to_dict(),
             "method": self.stage.merge_method,
             "bytes_read": self.bytes_read,
             "bytes_reread": schedule.bytes_reread,

@@ -9,15 +9,17 @@ from difflib import SequenceMatcher, get_close_matches
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from ..engine.graph.graph import Kind
+from ..engine.graph.graph import Kind, Operation
 from ..engine.recipe.parameters import layer_position
 from ..engine.recipe.types import modules_of
 from ..engine.schedule.tiling import tile_length
 from ..errors import UsageError
 from ..io.units import data_size, listed, memory_size, plural
+from ..methods.kernel.access import GatheredRows
 from .parameters import StageParameters, stage_parameters, values_section
 from .sections import Grid, Section
 from .tensors.sources import Source, find_sources, sources_section
+from .tensors.vocabulary import section_of
 
 if TYPE_CHECKING:
     from ..engine.recipe.types import Slice
@@ -89,6 +91,7 @@ class Explanation:
         device: name of the device that computes.
         steps: numbers of the tensor's steps in the schedule, from 1.
         destinations: locations of the tensor, then of identical tensors that are made with it.
+        vocabulary: where the rows of the models' embeddings come from, if the tensor is gathered from them; else None.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Explanation:
     device: str
     steps: tuple[int, ...]
     destinations: tuple[Destination, ...]
+    vocabulary: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``plan --explain --json``."""
@@ -154,7 +158,14 @@ def explain(plan: Plan, name: str) -> Explanation:
             Destination(graph.outputs[n].label, layout.shards[layout.shard_of[n]].name, layout.offset_of[n])
             for n in same
         ),
+        vocabulary=_vocabulary(plan, operation),
     )
+
+
+def _vocabulary(plan: Plan, operation: Operation) -> dict[str, Any] | None:
+    """Return where the rows of the models' embeddings come from, if an operation gathers them; else None."""
+    gathers = any(isinstance(access, GatheredRows) for access in operation.accesses)
+    return plan.built.vocabulary.to_dict() if gathers and plan.built.vocabulary is not None else None
 
 
 def slice_of(plan: Plan, name: str) -> SliceOf | None:
@@ -253,6 +264,8 @@ def explanation_sections(explanation: Explanation) -> list[Section]:
     if explanation.slice is not None:
         sections.append(_slice(explanation.slice))
     sections.append(sources_section(explanation.sources))
+    if explanation.vocabulary is not None:
+        sections.append(section_of(explanation.vocabulary))
     several = len(explanation.stages) > 1
     sections += [values_section(values, several=several) for values in explanation.stages if values.parameters]
     sections += [_work(explanation), _destinations(explanation)]

@@ -15,6 +15,7 @@ from ..io.units import big_number, data_size, memory_size, plural, short_number
 from .alternatives import formats_section
 from .parameters import methods_of, parameters_section
 from .sections import Grid, Section, plain
+from .tensors.vocabulary import vocabulary_section
 from .unused import unused_section
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def plan_sections(plan: Plan, more: Sequence[Section] = ()) -> list[Section]:
         formats_section(plan),
         inputs_section(plan, read),
         renamed_section(plan),
+        vocabulary_section(plan),
         work_section(plan),
         parameters_section(plan),
         reread_section(plan, read),

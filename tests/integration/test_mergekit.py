@@ -7,7 +7,6 @@ names one. Both programs then compute with ``dtype: float32`` on models that are
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
@@ -24,13 +23,11 @@ from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import MergeloomError
 from tests.support.mergekit.configurations import CONFIGURATIONS, REFUSED_HERE, REFUSED_THERE, WARNED
+from tests.support.mergekit.environment import MERGEKIT, RUN
 from tests.support.models.zoo import WORDS, write_zoo
 from tests.support.outputs import config_of, digests, read_model
 from tests.support.paths import ROOT
 
-RUN = ROOT / "tests" / "support" / "mergekit" / "run.py"
-"""The script that runs mergekit, in its own environment."""
-MERGEKIT = Path(os.environ.get("MERGEKIT_ENV", ROOT / ".venv-mergekit")).absolute()
 OPTIONS = Options(device="cpu", threads=1, max_ram=4 << 30)
 
 

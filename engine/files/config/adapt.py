@@ -162,6 +162,8 @@ def _set_vocabulary(
     for each in sections:
         if each.get("vocab_size") == stated:
             each["vocab_size"] = rows
+    if built.vocabulary is not None:
+        return  # the recipe asks for it
     yield ModelWarning(
         ModelWarningKind.CONFIG_CHANGED,
         f"vocab_size is set to {rows}, the number of rows of {embedding}: config.json of the input states {stated}",

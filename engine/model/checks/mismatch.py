@@ -69,6 +69,13 @@ def explain_mismatch(
     )
 
 
+def require_one_architecture(first: Model, second: Model) -> None:
+    """Raise CheckpointError if two models are of different architectures by config.json or by their names."""
+    error = _different_types(TensorMismatch("the embeddings differ", first, second))
+    if error is not None:
+        raise error
+
+
 def _advise_pairs(error: TensorMismatch, donor_names: Callable[[Model], Mapping[str, str]]) -> CheckpointError:
     """The error with the pairs that give a model the missing names, if there are any, where its parts are matched."""
     for model, other in (error.models, error.models[::-1]):

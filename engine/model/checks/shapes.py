@@ -26,8 +26,8 @@ def shape_mismatch(
     if len(shape) == len(first_shape) == 2 and shape[1] == first_shape[1] and (is_embedding(name) or is_head(name)):
         return (
             f"tensor {name}: {first.name} has a vocabulary of {first_shape[0]} rows and {second.name} one of "
-            f"{shape[0]}: different vocabularies are not supported yet; if one only adds tokens to the other, give "
-            "both the same number of rows with transformers' resize_token_embeddings"
+            f"{shape[0]}: set `tokenizer_source: union` (or base, or a model) to merge embeddings token by token, "
+            "which needs the tokenizer files of both"
             + (f"; or take it from {first.name} with `non_layer: {{{key}: {first.name}}}`" if key else "")
         )
     advice = ""

@@ -141,7 +141,7 @@ class LogicalTensor:
     @property
     def own_parts(self) -> tuple[Part, ...]:
         """The stored tensors that the model itself has."""
-        return tuple(part for part in self.parts if part.owner is None)
+        return tuple([part for part in self.parts if part.owner is None])
 
     @property
     def picked(self) -> bool:

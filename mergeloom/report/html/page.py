@@ -32,6 +32,7 @@ from ..plan import (
     work_section,
 )
 from ..sections import Grid, Section
+from ..tensors.vocabulary import vocabulary_section
 from ..time import time_section
 from ..unused import unused_section
 from .charts import MemoryCurve, curve_chart, lanes_chart, memory_chart
@@ -110,6 +111,7 @@ def page_parts(
     yield section_html(_largest(plan))
     yield section_html(output_section(plan))
     yield _optional(formats_section(plan))
+    yield _optional(vocabulary_section(plan))
     yield section_html(work_section(plan))
     yield _optional(unused_section(plan))
     yield _recipe(plan)

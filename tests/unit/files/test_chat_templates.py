@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mergeloom.engine.files.chat_templates import BUILT_IN, find_template, syntax_error, with_template
+from mergeloom.engine.files.chat_templates import BUILT_IN, find_template, syntax_error
+from mergeloom.engine.files.tokenizer_output import changed_tokenizer_files
 from mergeloom.engine.recipe.entries.chat_template import CHAT_TEMPLATES
 from mergeloom.errors import CheckpointError
 
@@ -103,10 +104,10 @@ def test_templates_are_found_where_they_stand(tmp_path: Path) -> None:
 
 
 def test_a_template_goes_wherever_it_is_looked_for(tmp_path: Path) -> None:
-    assert with_template(tmp_path, "text") == {"chat_template.jinja": b"text"}
+    assert changed_tokenizer_files(tmp_path, (), "text") == {"chat_template.jinja": b"text"}
     config = {"unk_token": "très", "chat_template": [{"name": "default", "template": "old"}], "bos_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    files = with_template(tmp_path, "text")
+    files = changed_tokenizer_files(tmp_path, (), "text")
     assert list(json.loads(files["tokenizer_config.json"]).items()) == list(
         (config | {"chat_template": "text"}).items()
     )

@@ -64,10 +64,22 @@ class TestMistakes:
             ),
             (LINEAR + MODELS + "allow_vocabulary_mismatch: 1", "allow_vocabulary_mismatch: expected true or false"),
             (LINEAR + MODELS + "tokenizer: base", "tokenizer: expected a mapping with `source`"),
-            (LINEAR + MODELS + "tokenizer: {source: base, tokens: {x: {}}}", "tokenizer.tokens: choosing embeddings"),
             (
-                LINEAR + MODELS + "tokenizer: {source: base, pad_to_multiple_of: 8}",
-                "padding the vocabulary is not supported yet; remove `pad_to_multiple_of`",
+                LINEAR + MODELS + "tokenizer: {tokens: {x: {source: {kind: zeros}}}}",
+                "tokenizer.tokens.x.source.kind: expected a model, `{kind: zero}`, or `{kind: model_token",
+            ),
+            (
+                LINEAR + MODELS + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
+                "tokenizer.tokens.x.source: a model_token needs one of `token` and `token_id`",
+            ),
+            (
+                LINEAR + MODELS + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token_id: -1}}}}",
+                "token_id: expected a whole number of at least 0, got -1",
+            ),
+            (LINEAR + MODELS + "tokenizer: {tokens: {x: {force: 3}}}", "tokens.x.force: expected true or false"),
+            (
+                LINEAR + MODELS + "tokenizer: {source: base, pad_to_multiple_of: 0}",
+                "tokenizer.pad_to_multiple_of: expected a whole number of at least 1, got 0",
             ),
             (LINEAR + MODELS + "tokenizer: {source: base}\ntokenizer_source: base", "are mutually exclusive"),
             (LINEAR + MODELS + "chat_template: chatlm", "unknown chat template 'chatlm'; did you mean `chatml`?"),

@@ -1,0 +1,98 @@
+"""Gives models their embeddings in the output's vocabulary: values that are gathered from tables of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ....errors import CheckpointError
+from ....io.tensors.dtypes import Kind
+from ....io.tensors.refs import TensorRef
+from ....methods.formats.gathered import GATHERED
+from ....methods.kernel.access import GatheredRows
+from ...recipe.entries.dtype_lookup import promote
+from ..checks.mismatch import TensorMismatch, require_one_architecture
+from ..inputs import Model
+from ..logical import Decode, LogicalTensor, LogicalTensors, Part
+from .row_maps import ModelRows
+from .tensors import embedding_names, heads_of_others, table_of, vocabulary_names
+
+
+def gather_embeddings(models: Sequence[Model], rows: Mapping[int, ModelRows]) -> None:
+    """Replace the tensors of models that have a row for each token by values in the output's vocabulary.
+
+    A model whose head is tied to its embedding gets a head if others have one, since its missing rows are theirs.
+
+    Args:
+        models: the models of a stage, by number.
+        rows: for each model with embeddings, by number, where its rows come from.
+
+    Raises:
+        CheckpointError: the models are of different architectures, a tensor is quantized or has integers, has other
+            columns in another model, or it is not known how to rearrange it.
+    """
+    first = models[min(rows)]
+    for number in rows:  # a model and the text model that it contains have other names
+        if embedding_names(models[number]) == embedding_names(first):
+            require_one_architecture(first, models[number])
+    found = {
+        number: [_value(models, models[number], name, each) for name in _names(models, models[number], each)]
+        for number, each in rows.items()
+        if not each.unchanged
+    }
+    for number, values in found.items():  # afterwards: the values have parts of other models' stored tensors
+        model = models[number]
+        if not isinstance(model.tensors, LogicalTensors):
+            model.tensors = LogicalTensors(model.tensors, ())
+        added = [value.name for value in values if value.name not in model.tensors]
+        model.tensors = model.tensors.with_values(values)
+        model.non_layer = model.non_layer + added
+
+
+def _names(models: Sequence[Model], model: Model, rows: ModelRows) -> Iterator[str]:
+    yield from vocabulary_names(model, rows.rows)
+    yield from heads_of_others(models, model)
+
+
+def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) -> LogicalTensor:
+    """The value of one tensor of a model."""
+    own = _stored(model, table_of(model, name) or name)
+    parts: list[Part] = []
+    counts: list[tuple[str, float]] = []
+    for table in rows.tables:
+        owner = models[table.model]
+        stored_name = table_of(owner, name)
+        if stored_name is None or (table.rows.highest < 0 and owner is not model):
+            continue  # rows of zeros: no tensor has them
+        stored = _stored(owner, stored_name)
+        if stored.shape[1:] != own.shape[1:]:
+            message = (
+                f"tensor {name} has shape {list(own.shape)} in {model.name}, and {stored_name} of {owner.name}, which "
+                f"has rows for it, has {list(stored.shape)}: only models of the same width can be merged"
+            )
+            raise TensorMismatch(message, model, owner)
+        if table.count > 1:
+            counts.append((f"count{len(parts)}", float(table.count)))
+        reference = None if owner is model else owner.reference.base  # which has the stored tensors
+        parts.append(Part(stored_name, stored, GatheredRows(table.rows), owner=reference))
+    shape = (len(rows.tables[0].rows), *own.shape[1:])
+    dtype = promote(part.ref.dtype for part in parts)
+    decode = None if len(parts) == 1 else Decode(GATHERED, tuple(counts))
+    return LogicalTensor(name, shape, dtype, tuple(parts), decode)
+
+
+def _stored(model: Model, name: str) -> TensorRef:
+    """A tensor that is stored as it is. Raises CheckpointError for another one."""
+    tensor = model.tensors[name]
+    wide = tensor.dtype.kind is Kind.FLOAT and tensor.dtype.bits >= 16
+    if isinstance(tensor, TensorRef) and wide and name not in model.quantized:
+        return tensor
+    form = tensor.format if isinstance(tensor, LogicalTensor) else tensor.dtype.name
+    if isinstance(tensor, LogicalTensor) and tensor.adapted:
+        raise CheckpointError(
+            f"tensor {name} of {model.name} is changed by an adapter ({form}): its rows can't be rearranged for "
+            "another vocabulary yet. Write the model with its adapter first, with passthrough, and use the result"
+        )
+    raise CheckpointError(
+        f"tensor {name} of {model.name} is stored as {form}: rows of quantized embeddings can't be rearranged for "
+        "another vocabulary yet. Use models with the same vocabulary, or a model with this tensor in bfloat16"
+    )

@@ -1,0 +1,1 @@
+"""Merges of models with different vocabularies."""

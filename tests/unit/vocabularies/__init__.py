@@ -1,0 +1,1 @@
+"""The vocabulary of an output, and where the rows of its embeddings come from."""
