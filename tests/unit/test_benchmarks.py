@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import bars, budgets, compare, floor, giant, gpu, passthrough, picture, process, scaling, tables
+from benchmarks import bars, budgets, compare, floor, gpu, passthrough, picture, process, scaling, tables
 from benchmarks.compute import rounding
+from benchmarks.giants import adapters, fp8
 from tests.support import models
 
 MEASURE = """
@@ -280,7 +281,7 @@ def test_a_command_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_one_layer_has_the_tensors_of_a_layer_of_experts() -> None:
-    layer, complete = giant.one_layer(), models.deepseek_v3()
+    layer, complete = fp8.one_layer(), models.deepseek_v3()
     tensors, place = layer.tensors, "model.layers.7."
     assert tensors == {
         name.replace(place, "model.layers.0."): shape
@@ -295,8 +296,8 @@ def test_one_layer_has_the_tensors_of_a_layer_of_experts() -> None:
 def test_a_filled_model_has_random_codes_and_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(giant, "_POOL", 1 << 18)
-    monkeypatch.setattr(giant, "_PIECE", 1 << 16)
+    monkeypatch.setattr(fp8, "_POOL", 1 << 18)
+    monkeypatch.setattr(fp8, "_PIECE", 1 << 16)
     shapes = {"weight": (384, 512), "weight_scale_inv": (3, 4), "norm": (512,)}
     dtypes = {"weight": "F8_E4M3", "weight_scale_inv": "F32"}
     model = models.Model(
@@ -307,13 +308,25 @@ def test_a_filled_model_has_random_codes_and_scales(tmp_path: Path, monkeypatch:
     found = []
     for seed in range(2):
         path = models.write_checkpoint(tmp_path / str(seed), model, fill=None, shard_bytes=300_000)
-        giant.fill(path, seed)
+        fp8.fill(path, seed)
         found.append({name: each for shard in process.shards(path) for name, each in load_file(shard).items()})
     for name, value in found[0].items():
         assert torch.isfinite(value.float()).all()
         assert value.float().abs().amin() < value.float().abs().amax()
         assert not torch.equal(value.float(), found[1][name].float())
         assert not name.endswith("scale_inv") or value.amin() > 0
+
+
+def test_a_filled_base_has_random_values_up_to_its_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(adapters, "_PIECE", 1 << 10)
+    model = models.llama(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=128)
+    path = models.write_checkpoint(tmp_path / "base", model, fill=None)
+    adapters.fill(process.shards(path))
+    found = [tensor.float() for shard in process.shards(path) for tensor in load_file(shard).values()]
+    assert len(found) == len(model.tensors)
+    assert all(tensor.abs().max() > 0 and torch.isfinite(tensor).all() for tensor in found)
 
 
 # ---------------------------------------------------------------------------------------------- rounding

@@ -1,6 +1,6 @@
 """Measure the merge of two 671B models in FP8 blocks of 128 x 128, at DeepSeek-V3's true shapes.
 
-    python -m benchmarks.giant [--work DIRECTORY] [--parts planning layer layers] [--runs 1]
+    python -m benchmarks.giants.fp8 [--work DIRECTORY] [--parts planning layer layers] [--runs 1]
 
 `planning` plans the complete merge, of files without data. `layer` merges one layer of experts with random data, 11.5
 GB of each model, to FP8 in 4 GiB, and estimates the complete merge on 16 cores and disks of 5 GB/s. `layers` merges 6
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,12 +25,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import DOCUMENT
+from benchmarks.giants.merges import BUDGET, MERGELOOM, merge, plan_of
 from benchmarks.process import cool, machine, run, shards, tensor_bytes, wait_for_quiet
 from benchmarks.tables import put_between_markers
 
 SHARD_BYTES = 4 << 30
-BUDGET = "4GiB"
-MERGELOOM = str(Path(sys.executable).with_name("mergeloom"))
 _POOL, _PIECE = 1 << 24, 8 << 20
 """Number of random codes, and of those that are written at a time."""
 _LAYER = "model.layers.0."
@@ -186,28 +184,6 @@ def layers(work: Path, runs: int) -> list[str]:
         f"- 6 of the 61 layers, files without data: {executed[0]:,} bytes read and {executed[1]:,} written, as "
         "planned, and as the headers say"
     ]
-
-
-def merge(recipe: Path, out: Path) -> dict[str, Any]:
-    """Run a merge; return its report."""
-    report = out.with_name("report.json")
-    run([MERGELOOM, "merge", str(recipe), str(out), "--max-ram", BUDGET, "--quiet", "--report", str(report)])
-    found: dict[str, Any] = json.loads(report.read_text())
-    report.unlink()
-    return found
-
-
-def plan_of(recipe: Path, *options: str) -> dict[str, Any]:
-    """The plan of a merge as `plan --json` prints it."""
-    with tempfile.TemporaryFile() as output:
-        actions = [(os.POSIX_SPAWN_DUP2, output.fileno(), 1)]
-        command = [MERGELOOM, "plan", str(recipe), "--json", *options]
-        child = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
-        if os.waitpid(child, 0)[1]:
-            raise SystemExit(f"{' '.join(command)} failed")
-        output.seek(0)
-        found: dict[str, Any] = json.loads(output.read())
-    return found
 
 
 PARTS = {"planning": Part(planning, 1 << 30), "layer": Part(layer, 35 << 30), "layers": Part(layers, 45 << 30)}
