@@ -15,6 +15,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,25 @@ _PIECE = 1 << 24
 
 
 def pair(work: Path, layers: int, *, embeddings: bool) -> Path:
-    """Write a base without data and an adapter; return the recipe that merges the adapter.
+    """Write a base without data and an adapter, in a process of their own; return the recipe that merges the adapter.
+
+    An adapter of this size is 2.5 GB, which would count in the peak RSS of the processes that this one starts.
 
     Args:
         work: directory to write to.
         layers: number of layers.
         embeddings: whether the vocabulary is complete; otherwise it has 1,024 tokens.
     """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_write_pair, work, layers, 128_256 if embeddings else 1024).result()
+
+
+def _write_pair(work: Path, layers: int, vocabulary: int) -> Path:
     import torch
 
     from tests.support.adapters.files import write_lora
     from tests.support.models import llama, write_checkpoint
 
-    vocabulary = 128_256 if embeddings else 1024
     model = llama(layers=layers, hidden=16384, intermediate=53248, heads=128, kv_heads=8, vocabulary=vocabulary)
     write_checkpoint(work / "base", model, fill=None, shard_bytes=SHARD_BYTES)
     write_lora(work / "adapter", model.tensors, rank=RANK, dtype=torch.bfloat16)
