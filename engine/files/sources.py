@@ -15,6 +15,7 @@ from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, companion_files
 from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.contents.diffusion import is_diffusion
+from ..model.vocabularies.adapter_tokenizers import adapter_with_tokenizer
 from ..model.vocabularies.added_tokens import AddedToken
 from ..model.vocabularies.known import open_directory
 from ..model.vocabularies.tensors import embedding_rows
@@ -189,7 +190,11 @@ class FileResolver:
 
     def of(self, reference: ModelReference) -> FileSources:
         """The file sources of a model or of a stage that has been added. Raises CheckpointError."""
-        reference = reference.base  # an adapter brings no other files
+        adapter = adapter_with_tokenizer(reference, self._open)
+        if adapter is not None:
+            files = replace(self.of(reference.base), tokenizer=adapter, tokenizer_from=reference.text)
+            return replace(files, template=None, new_tokens=())
+        reference = reference.base  # an adapter has no other files
         stage = self._recipe.stage(reference)
         if stage is not None:
             return self._stages[stage.name]
@@ -323,8 +328,8 @@ class FileResolver:
 
     def _token_model(self, reference: ModelReference, merged: Iterable[Model]) -> TokenModel:
         files = self.of(reference)
-        model = next((model for model in merged if model.reference == reference.base), None)
-        return TokenModel(reference.text, stated_vocabulary(files.config), merged=model is not None)
+        is_merged = any(model.reference == reference for model in merged)
+        return TokenModel(reference.text, stated_vocabulary(files.config), merged=is_merged)
 
     # --- the chat template -------------------------------------------------------------------------------------
 

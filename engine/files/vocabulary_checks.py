@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from ...errors import CheckpointError, MergeloomError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
-from ..model.logical import part_names
+from ..graph.usage import stored_parts
 from ..model.vocabularies.added_tokens import AddedToken
 from ..model.vocabularies.tensors import embedding_names
 from ..model.vocabularies.tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
 from ..model.vocabularies.vocabulary import Difference, Vocabulary, difference, read_vocabulary
 from ..model.warnings import ModelWarning, ModelWarningKind
+from ..recipe.types import ModelReference
 
 ALLOW = "allow_vocabulary_mismatch"
 """The recipe key that merges embeddings row by row although vocabularies differ."""
@@ -61,32 +62,37 @@ class VocabularyRule:
 
 def models_with_used_embeddings(built: BuiltGraph) -> list[Model]:
     """The models of a stage whose embeddings or heads its output is computed from."""
-    used = set(_reads_of_embeddings(built).values())
-    return [model for model in built.models if model.number in used]
+    used = {number for number, _ in _tables(built)}
+    return [model for model in built.named if model.number in used]
 
 
 def models_with_merged_embeddings(built: BuiltGraph) -> set[int]:
     """The numbers of the models of a stage whose embeddings or heads are merged with those of another model."""
-    graph, reads = built.graph, _reads_of_embeddings(built)
+    graph, tables = built.graph, _tables(built)
+    reads = {read for _, parts in tables for part in parts for read in part}
     using = (node for read in reads for node in graph.node_sources.having(read))
     merged: set[int] = set()
     for node in dict.fromkeys(graph.outputs.nodes if graph.users() else using):
-        if len(sources := graph.reads_of(node)) > 1:
-            models = {reads[read] for read in sources if read in reads}
+        sources = reads.intersection(graph.reads_of(node))
+        if len(sources) > 1:
+            models = {number for number, parts in tables if not any(map(sources.isdisjoint, parts))}
             merged |= models if len(models) > 1 else set()
     return merged
 
 
-def _reads_of_embeddings(built: BuiltGraph) -> dict[int, int]:
-    """The reads of a stage that are embeddings or heads, or parts of them, with the number of their model."""
+def _tables(built: BuiltGraph) -> list[tuple[int, list[set[int]]]]:
+    """The embeddings and heads that a stage reads: the number of the model, and for each stored part its reads.
+
+    The parts of a model with an adapter are tensors of the base, of the adapter, or of both.
+    """
     graph = built.graph
-    names = {
-        model.number: {part for name in embedding_names(model) for part in part_names(model.tensors, name)}
-        for model in built.models
-    }
-    every = set().union(*names.values())
-    found = [read for read, name in enumerate(graph.read_names) if name in every]
-    return {read: model for read in found if graph.read_names[read] in names.get(model := graph.read_models[read], ())}
+    tables = [(model.number, stored_parts(model, name)) for model in built.named for name in embedding_names(model)]
+    names = {name for _, parts in tables for _, name in parts}
+    reads: dict[tuple[ModelReference, str], set[int]] = {}
+    for read, name in enumerate(graph.read_names):
+        if name in names:
+            reads.setdefault((built.models[graph.read_models[read]].reference, name), set()).add(read)
+    return [(number, [reads[part] for part in parts]) for number, parts in tables if reads.keys() >= set(parts)]
 
 
 def check_vocabularies(

@@ -24,6 +24,7 @@ from ..recipe.types import (
     modules_of,
 )
 from .adapters.loaded import Adapter, open_adapter
+from .adapters.resized import rows_without_tokens
 from .adapters.values import with_adapters
 from .checks.identify import check_is_model
 from .contents.diffusion import layers_of
@@ -149,6 +150,7 @@ class AdapterModels:
         added = [name for name in tensors if name not in base.tensors]
         remarks = [adapter.remark(base.name, base.checkpoint) for adapter in adapters]
         advice = "make sure that the base has the weights that the adapter was trained on"
+        warnings = [ModelWarning(ModelWarningKind.ADAPTER, remark, advice) for remark in remarks if remark]
         return replace(
             base,
             reference=reference,
@@ -156,7 +158,7 @@ class AdapterModels:
             non_layer=base.non_layer + added,
             note=base.note,
             named=True,
-            remarks=tuple(ModelWarning(ModelWarningKind.ADAPTER, remark, advice) for remark in remarks if remark),
+            remarks=(*warnings, *rows_without_tokens(reference.text, base.tensors, tensors, adapters)),
         )
 
     @property

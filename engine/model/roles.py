@@ -20,6 +20,7 @@ _SIDE_INPUT = re.compile(tables.word(tables.VISION, tables.OTHER_INPUTS))
 _SIDE_OUTPUT = re.compile(tables.word(tables.SIDE_OUTPUTS))
 _VISION = re.compile(tables.word(tables.VISION))
 _PREDICTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:mtp|nextn)(?:_\w+)?(?:\.|$)")
+_PREDICTION_TABLE = re.compile(r"\.(?:embed_tokens|shared_head\.head)\.weight$")
 _LANGUAGE = re.compile(tables.word(tables.LANGUAGE))
 
 
@@ -37,6 +38,14 @@ def is_embedding(name: str) -> bool:
 def is_prediction(name: str) -> bool:
     """Whether a tensor belongs to a module of prediction layers, such as ``mtp.0.enorm.weight``."""
     return ("mtp" in name or "nextn" in name) and bool(_PREDICTION.search(name))
+
+
+def is_prediction_table(name: str) -> bool:
+    """Whether a tensor is a copy of the embedding or the head in a layer that predicts further tokens.
+
+    DeepSeek-V3 and GLM have them.
+    """
+    return _PREDICTION_TABLE.search(name) is not None
 
 
 def tied_embedding(head: str, names: Iterable[str]) -> str | None:

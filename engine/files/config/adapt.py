@@ -11,6 +11,7 @@ from ....io.tensors.dtypes import DType
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import plural
 from ...graph.build import BuiltGraph
+from ...model.logical import LogicalTensor
 from ...model.roles import is_after_layers, is_buffer, is_embedding, is_head, is_prediction, tied_embedding
 from ...model.warnings import ModelWarning, ModelWarningKind
 from .architectures import ATTENTION_BIAS, MLP_BIAS, TIED_BY_DEFAULT
@@ -162,8 +163,9 @@ def _set_vocabulary(
     for each in sections:
         if each.get("vocab_size") == stated:
             each["vocab_size"] = rows
-    if built.vocabulary is not None:
-        return  # the recipe asks for it
+    table = donor.tensors.get(embedding)
+    if built.vocabulary is not None or (isinstance(table, LogicalTensor) and table.adapted and table.shape[0] == rows):
+        return  # the recipe asks for it, or the donor's adapter has an embedding of other rows
     yield ModelWarning(
         ModelWarningKind.CONFIG_CHANGED,
         f"vocab_size is set to {rows}, the number of rows of {embedding}: config.json of the input states {stated}",

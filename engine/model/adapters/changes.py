@@ -7,7 +7,9 @@ Names as PEFT saves them, after ``base_model.model.``: the module's path in the 
     .token_adapter.trainable_tokens_delta [tokens, columns]
 
 All other names are those of tensors that the adapter has its own copy of: modules_to_save, biases, and embeddings that
-were saved with it. A wrapped module has its own tensors in ``.base_layer``.
+were saved with it. A wrapped module has its own tensors in ``.base_layer``, and in ``.token_adapter.base_layer`` if rows
+are trained. Where embeddings were resized, PEFT saves a trained copy twice, once with ``.modules_to_save``, and next to
+it the values before the training, as ``.original_module``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 BIAS = "lora_B.bias"
 MAGNITUDE = "lora_magnitude_vector"
 TOKENS = "token_adapter.trainable_tokens_delta"
-_BASE_LAYER = ".base_layer"
+_BASE_LAYERS = (".token_adapter.base_layer.", ".base_layer.")
+_COPY, _ORIGINAL = ".modules_to_save.", ".original_module."
 _ROLES = (A, B, BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS)
 
 
@@ -69,6 +72,8 @@ def sort_tensors(adapter: str, tensors: Mapping[str, TensorRef]) -> AdapterTenso
                 f"{adapter}: tensor {stored} is {ref.dtype.name}: quantized adapters can't be applied; use the adapter "
                 "as it was before it was quantized"
             )
+        if _ORIGINAL in stored or (_COPY in stored and stored.replace(_COPY, ".") in tensors):
+            continue
         name = stored.removeprefix(PREFIX)
         module, role = _role(name)
         if role:
@@ -78,7 +83,8 @@ def sort_tensors(adapter: str, tensors: Mapping[str, TensorRef]) -> AdapterTenso
                 f"{adapter}: tensor {stored} is not one of a LoRA adapter of PEFT ({unknown}): its meaning is unknown"
             )
         else:
-            name = name.replace(f"{_BASE_LAYER}.", ".")
+            for wrapped in (*_BASE_LAYERS, _COPY):
+                name = name.replace(wrapped, ".")
             known = found.replaced.setdefault(name, Stored(stored, ref))
         if known.name != stored:
             raise CheckpointError(f"{adapter}: tensors {known.name} and {stored} are the same one of a module")

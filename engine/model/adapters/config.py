@@ -14,6 +14,7 @@ from typing import Any
 
 from ....errors import CheckpointError
 from ....io.output.digests import bytes_digest
+from ..roles import is_head
 
 CONFIG = "adapter_config.json"
 
@@ -91,7 +92,9 @@ class AdapterConfig:
         """Return the rows of an embedding that the adapter replaces, in the order of their values."""
         found = self._content.get("trainable_token_indices")
         if isinstance(found, dict):
-            found = next((rows for key, rows in found.items() if module == key or module.endswith("." + key)), None)
+            own = next((rows for key, rows in found.items() if module == key or module.endswith("." + key)), None)
+            tied = next(iter(found.values())) if len(found) == 1 and is_head(f"{module}.weight") else None
+            found = tied if own is None else own
         if not isinstance(found, list) or not all(type(row) is int for row in found):
             raise CheckpointError(
                 f"{self._name}: has rows for tokens of {module}, but trainable_token_indices of {CONFIG} doesn't list "

@@ -86,7 +86,7 @@ def open_adapter(reference: ModelReference, open_model: Callable[[ModelReference
         CheckpointError: it is missing or damaged, not a LoRA adapter in PEFT's format, or of a kind that can't be
             applied.
     """
-    reference = _in_directory(reference)
+    reference = adapter_location(reference)
     checkpoint = open_model(reference)
     content = adapter_config(checkpoint)
     if "peft_type" not in content:
@@ -100,8 +100,8 @@ def open_adapter(reference: ModelReference, open_model: Callable[[ModelReference
     return Adapter(reference, checkpoint, config)
 
 
-def _in_directory(reference: ModelReference) -> ModelReference:
-    """The file of an adapter, if its directory alone does not say which files are the adapter's."""
+def adapter_location(reference: ModelReference) -> ModelReference:
+    """Return the file of an adapter, if its directory alone does not say which files are the adapter's."""
     if not is_local(reference.path):
         return reference
     directory = Path(os.path.expanduser(reference.path))  # noqa: PTH111  expanduser of Path fails for "~nobody"

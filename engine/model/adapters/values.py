@@ -12,12 +12,13 @@ from ....io.tensors.refs import TensorRef
 from ....io.units import listed, plural
 from ....methods.formats.adapters import REPLACED, REPLACED_ROWS, Term, adapted, scale_name
 from ....methods.kernel.access import ALIGNED, BlockRows, ColumnFactor, GatheredRows, RowFactor, SameRows, Shape, Whole
-from ..logical import Decode, LogicalTensor, LogicalTensors, Part, Tensors, kind_of
+from ..logical import Decode, LogicalTensor, LogicalTensors, Part, Tensors, kind_of, shape_of
 from ..roles import is_head, tied_embedding
 from .changes import BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS, A, B, Stored
 from .config import CONFIG
 from .loaded import Adapter
 from .matching import TensorNames
+from .resized import base_shape, check_tables, is_resized
 from .stacks import StackMatcher
 
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
@@ -99,6 +100,8 @@ class _Builder:
         modules = adapter.changes.modules
         wrapped = {module: stored for module, stored in modules.items() if stacks.is_stack(module)}
         targets = self._targets(adapter, wrapped)
+        for name, copy in adapter.changes.replaced.items():  # first: factors have the shapes of these
+            self._replace(adapter, targets[name], copy)
         for module, stored in modules.items():
             if module not in wrapped:
                 self._add_module(adapter, module, stored, targets)
@@ -106,8 +109,6 @@ class _Builder:
             self._check_stated_rank(adapter, found.parameter, found.rank, " and ".join(p.name for p in found.parts))
             scale = adapter.config.scale(found.parameter)
             self._change(found.name).added.append(_Added(adapter, Term.LORA, found.parts, scale))
-        for name, copy in adapter.changes.replaced.items():
-            self._replace(adapter, targets[name], copy)
 
     # --- names -------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class _Builder:
         (rank, into), out, owner = a.ref.shape, b.ref.shape[0], adapter.reference
         transposed = embedding or self._is_transposed(adapter, module)
         shape = (into, out) if transposed else (out, into)
-        if self._shape(name) != shape:
+        if self._shape(adapter, name) != shape:
             raise self._wrong_shape(adapter, name, f"the product of {b.name} and {a.name}", shape)
         if transposed:
             left, right = RowFactor(rank, 1, into), ColumnFactor(rank, rank, 1)
@@ -242,7 +243,7 @@ class _Builder:
                     "download the adapter again"
                 )
             return added
-        rows, columns = self._shape(name)
+        rows, columns = self._shape(added.adapter, name)
         # PEFT's outputs: the columns of an embedding, and of a weight that is stored as [in, out]
         by_column = EMBEDDING_A in stored or self._is_transposed(adapter, module)
         if magnitude.ref.shape != ((columns if by_column else rows),):
@@ -261,16 +262,15 @@ class _Builder:
         return adapter.config.fan_in_fan_out
 
     def _add_bias(self, adapter: Adapter, name: str, bias: Stored, scale: float) -> None:
-        if self._shape(name) != bias.ref.shape:
+        if self._shape(adapter, name) != bias.ref.shape:
             raise self._wrong_shape(adapter, name, bias.name, bias.ref.shape)
         parts = (Part(bias.name, bias.ref, owner=adapter.reference),)
         self._change(name).added.append(_Added(adapter, Term.BIAS, parts, scale))
 
     def _replace(self, adapter: Adapter, name: str, copy: Stored) -> None:
-        like = name
-        if name not in self._tensors:
-            like = tied_embedding(name, list(self._tensors)) or name
-        if self._shape(like) != copy.ref.shape:
+        shape = base_shape(self._tensors, name)
+        if shape != copy.ref.shape and not is_resized(name, copy.ref.shape, shape):
+            like = name if name in self._tensors else tied_embedding(name, list(self._tensors)) or name
             raise self._wrong_shape(adapter, like, copy.name, copy.ref.shape)
         change = self._change(name)
         if change.replaced is not None:
@@ -281,7 +281,7 @@ class _Builder:
         change.replaced = adapter, copy
 
     def _replace_rows(self, adapter: Adapter, module: str, name: str, rows: Stored) -> None:
-        indices, shape = adapter.config.token_indices(module), self._shape(name)
+        indices, shape = adapter.config.token_indices(module), self._shape(adapter, name)
         if rows.ref.shape != (len(indices), *shape[1:]):
             raise self._wrong_shape(adapter, name, rows.name, rows.ref.shape)
         if any(not 0 <= row < shape[0] for row in indices) or len(set(indices)) < len(indices):
@@ -293,16 +293,20 @@ class _Builder:
     def _change(self, name: str) -> _Change:
         return self._changes.setdefault(name, _Change())
 
-    def _shape(self, name: str) -> Shape:
-        return kind_of(self._tensors, name).shape
+    def _shape(self, adapter: Adapter, name: str) -> Shape:
+        """The shape of a tensor that an adapter changes: that of its own copy, if it has one."""
+        change = self._changes.get(name)
+        if change is not None and change.replaced is not None and change.replaced[0] is adapter:
+            return change.replaced[1].ref.shape
+        return shape_of(self._tensors, name)
 
     def _wrong_shape(self, adapter: Adapter, name: str, what: str, shape: Shape) -> CheckpointError:
-        own = self._shape(name)
+        own = self._shape(adapter, name)
         message = f"{adapter.name}: {what} has shape {list(shape)}, but {name} of {self._base.path} has {list(own)}"
-        if len(shape) == len(own) == 2 and shape[1] == own[1] and ("embed" in name or is_head(name)):
+        if len(shape) == 2 and is_resized(name, shape, own):
             return CheckpointError(
-                f"{message}: the vocabulary of the adapter's model was resized, which is not supported yet; resize the "
-                "embeddings of the base to that size with transformers (resize_token_embeddings), and use that as base"
+                f"{message}: the vocabulary of the adapter's model was resized, and the adapter lacks the resized "
+                "matrix; save it again with all embeddings (save_pretrained with save_embedding_layers=True)"
             )
         return CheckpointError(f"{message}; {self._trained_on(adapter)}: choose that model as base")
 
@@ -310,6 +314,12 @@ class _Builder:
 
     def values(self) -> Iterator[LogicalTensor]:
         """Yield the values of all changed tensors. Raises CheckpointError if changes exclude each other."""
+        replaced = {
+            name: (change.replaced[0].name, change.replaced[1].ref.shape)
+            for name, change in self._changes.items()
+            if change.replaced is not None
+        }
+        check_tables(str(self._base.path), self._tensors, replaced)
         for name, change in self._changes.items():
             self._check_compatible(name, change)
             yield self._value(name, change)
@@ -352,8 +362,9 @@ class _Builder:
             dtype: DType = kind_of(self._tensors, like).dtype
             decode = None if copy.ref.dtype == dtype else Decode(REPLACED)
             part = Part(copy.name, copy.ref, ALIGNED, owner=adapter.reference)
-            return LogicalTensor(name, copy.ref.shape, dtype, (part,), decode)
-        tensor = self._tensors[name]
+            tensor: TensorRef | LogicalTensor = LogicalTensor(name, copy.ref.shape, dtype, (part,), decode)
+        else:
+            tensor = self._tensors[name]
         if isinstance(tensor, TensorRef):
             tensor = LogicalTensor(name, tensor.shape, tensor.dtype, (Part(name, tensor),))
         return tensor if change.rows is None else self._with_rows(tensor, *change.rows)
@@ -363,7 +374,7 @@ class _Builder:
     ) -> LogicalTensor:
         """The value with other rows. Each part has zeros where the other one has values."""
         part = value.parts[0]
-        if value.decode is not None or part.access != ALIGNED:
+        if (value.decode is not None and value.decode.decoder is not REPLACED) or part.access != ALIGNED:
             raise CheckpointError(
                 f"{adapter.name} replaces rows of {value.name}, which is stored as {value.format}: this is not "
                 "supported; use the base in bfloat16"
@@ -372,7 +383,7 @@ class _Builder:
         for number, row in enumerate(indices):
             kept[row], own[row] = -1, number
         parts = (
-            Part(part.name, part.ref, GatheredRows.of(kept)),
+            replace(part, access=GatheredRows.of(kept)),
             Part(rows.name, rows.ref, GatheredRows.of(own), owner=adapter.reference),
         )
         return _with(value, parts, Decode(REPLACED_ROWS))

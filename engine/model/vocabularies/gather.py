@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ....errors import CheckpointError
 from ....io.tensors.dtypes import Kind
 from ....io.tensors.refs import TensorRef
+from ....methods.formats.adapters import REPLACED
 from ....methods.formats.gathered import GATHERED
 from ....methods.kernel.access import GatheredRows
 from ...recipe.entries.dtype_lookup import promote
@@ -55,7 +57,7 @@ def _names(models: Sequence[Model], model: Model, rows: ModelRows) -> Iterator[s
 
 def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) -> LogicalTensor:
     """The value of one tensor of a model."""
-    own = _stored(model, table_of(model, name) or name)
+    own, dtypes = _table(model, table_of(model, name) or name), []
     parts: list[Part] = []
     counts: list[tuple[str, float]] = []
     for table in rows.tables:
@@ -63,29 +65,35 @@ def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) ->
         stored_name = table_of(owner, name)
         if stored_name is None or (table.rows.highest < 0 and owner is not model):
             continue  # rows of zeros: no tensor has them
-        stored = _stored(owner, stored_name)
-        if stored.shape[1:] != own.shape[1:]:
+        stored = _table(owner, stored_name)
+        if stored.ref.shape[1:] != own.ref.shape[1:]:
             message = (
-                f"tensor {name} has shape {list(own.shape)} in {model.name}, and {stored_name} of {owner.name}, which "
-                f"has rows for it, has {list(stored.shape)}: only models of the same width can be merged"
+                f"tensor {name} has shape {list(own.ref.shape)} in {model.name}, and {stored_name} of {owner.name}, "
+                f"which has rows for it, has {list(stored.ref.shape)}: only models of the same width can be merged"
             )
             raise TensorMismatch(message, model, owner)
         if table.count > 1:
             counts.append((f"count{len(parts)}", float(table.count)))
-        reference = None if owner is model else owner.reference.base  # which has the stored tensors
-        parts.append(Part(stored_name, stored, GatheredRows(table.rows), owner=reference))
-    shape = (len(rows.tables[0].rows), *own.shape[1:])
-    dtype = promote(part.ref.dtype for part in parts)
-    decode = None if len(parts) == 1 else Decode(GATHERED, tuple(counts))
+        base = None if owner is model else owner.reference.base  # which has the stored tensors
+        parts.append(replace(stored, access=GatheredRows(table.rows), owner=stored.owner or base))
+        dtypes.append(owner.tensors[stored_name].dtype)
+    shape = (len(rows.tables[0].rows), *own.ref.shape[1:])
+    dtype = promote(dtypes)
+    decode = None if len(parts) == 1 and parts[0].ref.dtype == dtype else Decode(GATHERED, tuple(counts))
     return LogicalTensor(name, shape, dtype, tuple(parts), decode)
 
 
-def _stored(model: Model, name: str) -> TensorRef:
-    """A tensor that is stored as it is. Raises CheckpointError for another one."""
+def _table(model: Model, name: str) -> Part:
+    """The stored tensor whose rows are those of a tensor: the model's, or the one that its adapter replaces it by.
+
+    Raises CheckpointError for a tensor that is computed, or quantized.
+    """
     tensor = model.tensors[name]
     wide = tensor.dtype.kind is Kind.FLOAT and tensor.dtype.bits >= 16
     if isinstance(tensor, TensorRef) and wide and name not in model.quantized:
-        return tensor
+        return Part(name, tensor)
+    if isinstance(tensor, LogicalTensor) and tensor.adapted and (tensor.picked or tensor.format == REPLACED.name):
+        return tensor.parts[0]
     form = tensor.format if isinstance(tensor, LogicalTensor) else tensor.dtype.name
     if isinstance(tensor, LogicalTensor) and tensor.adapted:
         raise CheckpointError(

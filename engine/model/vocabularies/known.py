@@ -10,6 +10,7 @@ from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.small_files import read_json
 from ...recipe.types import ModelReference, Recipe, Stage
+from .adapter_tokenizers import adapter_with_tokenizer
 from .added_tokens import AddedToken, read_added_tokens
 from .tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
 from .union import ModelTokens
@@ -57,7 +58,10 @@ class Vocabularies:
 
     def checkpoint(self, reference: ModelReference) -> tuple[Checkpoint, tuple[AddedToken, ...]]:
         """The checkpoint with a model's tokenizer files, and the tokens that stages add to it."""
-        reference = reference.base  # adapters have no tokens of their own
+        adapter = adapter_with_tokenizer(reference, self._open)
+        if adapter is not None:
+            return adapter, ()
+        reference = reference.base
         stage = self._recipe.stage(reference)
         if stage is not None:
             source, new = self._stages[stage.name]

@@ -9,14 +9,12 @@ from ....errors import CheckpointError
 from ....io.tensors.dtypes import Kind
 from ..inputs import Model
 from ..logical import kind_of
-from ..roles import is_embedding, is_head, tied_embedding
+from ..roles import is_embedding, is_head, is_prediction_table, tied_embedding
 
 _BIAS = re.compile(
     r"(?:^|\.)(?:predictions(?:\.decoder)?|lm_head(?:\.decoder)?|decoder|embed_out|vocab_projector)\.bias$"
 )
 """Vectors with an element for each token: BERT, RoBERTa, ModernBERT, GPT-J, DistilBERT."""
-_PREDICTION = re.compile(r"\.(?:embed_tokens|shared_head\.head)\.weight$")
-"""Copies of the embedding and the head in a layer that predicts further tokens: DeepSeek-V3, GLM."""
 
 
 def embedding_names(model: Model) -> list[str]:
@@ -54,7 +52,7 @@ def _has_tokens(model: Model, name: str, rows: int) -> bool:
     outside = model.layers.split(name) is None
     if len(shape) == 1:
         return outside and _BIAS.search(name) is not None
-    if len(shape) == 2 and ((outside and (is_embedding(name) or is_head(name))) or _PREDICTION.search(name)):
+    if len(shape) == 2 and ((outside and (is_embedding(name) or is_head(name))) or is_prediction_table(name)):
         return True
     if shape[0] == shape[-1] or not (outside or kind.dtype.kind is not Kind.FLOAT):
         return False

@@ -71,9 +71,46 @@ TENSORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"more": {f"{PREFIX}score.weight": torch.zeros(2, 32)}},
         ("changes 1 tensor that", "lacks: score.weight"),
     ),
-    "a resized embedding": (
+    "a resized head without the embedding": (
         {"more": {f"{PREFIX}lm_head.weight": torch.zeros(HEAD[0] + 2, HEAD[1])}},
-        ("has shape [66, 32], but lm_head.weight of", "has [64, 32]: the vocabulary", "resize_token_embeddings"),
+        (
+            "lm_head.weight was resized from 64 to 66 rows, but model.embed_tokens.weight of",
+            "has 64: a token has a row in every embedding and head",
+            "save_embedding_layers=True",
+        ),
+    ),
+    "embedding and head of different sizes": (
+        {
+            "more": {
+                f"{PREFIX}lm_head.weight": torch.zeros(HEAD[0] + 2, HEAD[1]),
+                f"{PREFIX}model.embed_tokens.weight": torch.zeros(HEAD[0] + 3, HEAD[1]),
+            }
+        },
+        ("was resized from 64 to 66 rows, but model.embed_tokens.weight of", "has 67: a token has a row"),
+    ),
+    "factors of a resized head": (
+        {
+            "more": {
+                f"{PREFIX}lm_head.lora_A.weight": torch.zeros(4, HEAD[1]),
+                f"{PREFIX}lm_head.lora_B.weight": torch.zeros(HEAD[0] + 2, 4),
+            }
+        },
+        ("has shape [66, 32], but lm_head.weight of", "has [64, 32]: the vocabulary", "lacks the resized matrix"),
+    ),
+    "a resized table of another width": (
+        {"more": {f"{PREFIX}lm_head.weight": torch.zeros(HEAD[0] + 2, HEAD[1] + 1)}},
+        ("has shape [66, 33], but lm_head.weight of", "has [64, 32]; its config doesn't name the model"),
+    ),
+    "tokens beyond the resized vocabulary": (
+        {
+            "more": {
+                f"{PREFIX}lm_head.weight": torch.zeros(HEAD[0] + 2, HEAD[1]),
+                f"{PREFIX}model.embed_tokens.token_adapter.base_layer.weight": torch.zeros(HEAD[0] + 2, HEAD[1]),
+                f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.zeros(2, 32),
+            },
+            "trainable_token_indices": [65, 66],
+        },
+        ("trainable_token_indices are [65, 66], but model.embed_tokens.weight has 66 rows",),
     ),
     "rows without tokens": (
         {"more": {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.zeros(2, 32)}},
