@@ -31,6 +31,8 @@ LONG = (
     "tests/integration/test_mergekit.py",
     "tests/integration/adapters/test_peft.py",
     "tests/integration/adapters/test_methods.py",
+    "tests/integration/adapters/test_resized.py::test_passthrough_writes",
+    "tests/integration/adapters/test_resized.py::test_what_peft_saves",
     "tests/integration/formats/test_requested_blocks.py::test_codes_and_scales_equal_those_of_the_reference[llama",
     "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[llama",
     "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[qwen3_moe-bfloat16",

@@ -7,9 +7,9 @@ Names as PEFT saves them, after ``base_model.model.``: the module's path in the 
     .token_adapter.trainable_tokens_delta [tokens, columns]
 
 All other names are those of tensors that the adapter has its own copy of: modules_to_save, biases, and embeddings that
-were saved with it. A wrapped module has its own tensors in ``.base_layer``, and in ``.token_adapter.base_layer`` if rows
-are trained. Where embeddings were resized, PEFT saves a trained copy twice, once with ``.modules_to_save``, and next to
-it the values before the training, as ``.original_module``.
+were saved with it. A wrapped module has its own tensors in ``.base_layer``, and in ``.token_adapter.base_layer`` if
+rows are trained. Where embeddings were resized, PEFT saves a trained copy twice, once with ``.modules_to_save``, and
+next to it the values before the training, as ``.original_module``.
 """
 
 from __future__ import annotations

@@ -153,6 +153,15 @@ def test_embeddings_of_the_same_size_merge_without_a_tokenizer_key(tmp_path: Pat
     assert not any("vocabular" in warning for warning in done.plan.warnings)
 
 
+def test_tokens_of_the_adapters_tokenizer_without_a_row_are_reported(tmp_path: Path) -> None:
+    """The embedding was resized, and not saved."""
+    base = write_base(tmp_path)
+    adapter = write_resized(tmp_path / "a", {})
+    (warning,) = plan(passthrough(base, adapter), CPU).warnings
+    beyond = f"has tokens beyond the {TOKENS} rows of the output's embeddings: '<|think|>' ({TOKENS})"
+    assert f"the tokenizer of {base}+{adapter} {beyond}" in warning
+
+
 def test_adapters_with_different_tokens_in_the_same_rows_are_reported(tmp_path: Path) -> None:
     base = write_base(tmp_path)
     a = write_resized(tmp_path / "a", tables(EMBEDDING, HEAD))
@@ -201,6 +210,20 @@ def test_of_several_adapters_the_one_with_embeddings_has_the_tokenizer(tmp_path:
         assert found.warnings == ()
 
 
+def test_the_tokenizer_is_that_of_a_stages_output_and_of_a_stage_with_an_adapter(tmp_path: Path) -> None:
+    base = write_base(tmp_path)
+    adapter = write_resized(tmp_path / "a", tables(EMBEDDING, HEAD))
+    for first, last in ((f"{base}+{adapter}", "first"), (str(base), f"first+{adapter}")):
+        recipe = tmp_path / "r.yml"
+        stages = (f"merge_method: passthrough\nmodels: [{{model: {each}}}]\n" for each in (first, last))
+        recipe.write_text("---\n".join(("name: first\n" + next(stages), *stages)))
+        out = tmp_path / f"out-{last[:6]}"
+        merge(recipe, out, CPU)
+        assert torch.equal(read_model(out)[EMBEDDING], read_adapter(adapter)[f"{PREFIX}{EMBEDDING}"])
+        assert (out / "tokenizer.json").read_bytes() == (adapter / "tokenizer.json").read_bytes()
+        assert config_of(out)["vocab_size"] == TOKENS + len(NEW)
+
+
 def test_smaller_tables_are_applied(tmp_path: Path) -> None:
     """Resizing to the number of tokens removes padding."""
     base = write_model(tmp_path / "base", BASE_TOKENIZER, 1, rows=TOKENS + 20)
@@ -226,7 +249,7 @@ def trained_by_peft(base: Path, adapter: Path, config: dict[str, Any]) -> Any:
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model.resize_token_embeddings(TOKENS + len(NEW), mean_resizing=False)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, **config))
         generator = torch.Generator().manual_seed(9)
@@ -243,7 +266,7 @@ def test_what_peft_saves_after_resizing_is_what_peft_merges(tmp_path: Path, case
     base = write_base(tmp_path, tied=tied)
     adapted = trained_by_peft(base, tmp_path / "a", PEFT_CASES[case])
     merge(passthrough(base, tmp_path / "a"), tmp_path / "out", CPU)
-    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.tensor([[1, 5, TOKENS, TOKENS + 1, TOKENS + 2]])
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
