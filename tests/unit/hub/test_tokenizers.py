@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 import mergeloom
 from tests.support import models
+from tests.support.adapters.files import PREFIX, write_lora
 from tests.support.hub.server import HubServer
 
 A, B = "acme/a", "acme/b"
@@ -80,3 +82,23 @@ def test_checks_of_tokens_need_no_network(
     hub.log.clear()
     assert mergeloom.plan(linear(A, B)).warnings == ()
     assert hub.log == []
+
+
+def test_the_tokenizer_of_an_adapter_on_the_hub_is_downloaded(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A merge with an adapter whose embeddings have two rows more than the base's."""
+    tables = {f"{PREFIX}{name}.weight": torch.ones(66, 32) for name in ("model.embed_tokens", "lm_head")}
+    shapes = models.tiny_llama(layers=2).tensors
+    adapter = write_lora(tmp_path / "adapter", shapes, targets=("q_proj",), more=tables)
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["model"]["vocab"] |= {"word64": 64, "word65": 65}
+    own = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    hub.add(A, files)
+    hub.add(B, {**own, "tokenizer.json": json.dumps(tokenizer).encode()})
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{A}+{B}"}]}
+    planned = mergeloom.plan(recipe)
+    assert planned.warnings == ()
+    mergeloom.merge(recipe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == tokenizer
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()  # that of the base belongs to another tokenizer
