@@ -19,6 +19,12 @@ _TIED_HEAD = "lm_head"
 """Module of a head that is tied to the embedding, so no tensor names it; transformers would quantize it."""
 
 
+def stores_blocks(built: BuiltGraph) -> bool:
+    """Whether any tensor of the output is stored as blocks. None is if the filters that ask for them match no name."""
+    names = set(built.graph.outputs.names)
+    return any(Encoding.names(name)[1] in names for name in names)
+
+
 def replace_description(config: dict[str, Any], form: BlockFormat) -> list[ModelWarning]:
     """Remove any other description of quantized tensors from a config, and return a warning if there is one."""
     replaced = remove_quantization(config)

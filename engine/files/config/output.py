@@ -14,7 +14,7 @@ from ...recipe.types import Stage
 from .adapt import adapt_config, drop_quantization, main_dtype
 from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
 from .compare_heads import compare_heads
-from .fp8_section import describe_blocks, replace_description
+from .fp8_section import describe_blocks, replace_description, stores_blocks
 from .mixed_dtypes import mixed_dtypes
 from .rearrange import MergedConfig, merged_config, stated_layers
 from .skip_list import extend_skip_list
@@ -46,6 +46,8 @@ def output_config(
     warnings = _compare(config, built, used, chosen=chosen, has_base=stage.base_model is not None)
     result: dict[str, Any] = copy.deepcopy(dict(config))
     blocks = requested_blocks(stage)
+    if blocks is not None and not stores_blocks(built):
+        blocks = None
     warnings += _describe_formats(result, built, used) if blocks is None else replace_description(result, blocks)
     dtype = _dtype(stage, built)
     if not stacks:  # config.json describes the layers already, but perhaps not the dtype and the head

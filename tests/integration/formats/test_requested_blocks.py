@@ -273,6 +273,16 @@ def test_a_quantized_donor_can_have_another_format(tmp_path: Path, form: str) ->
     assert "compression_config" not in config_of(tmp_path / "out")
 
 
+def test_a_filter_that_matches_no_name_leaves_an_output_without_blocks(tmp_path: Path) -> None:
+    models = [quantized.write_pair(tmp_path, "int4", seed)[0] for seed in (1, 2)]
+    rules = [{"filter": "misspelt", "value": "fp8_blocks"}, {"value": "bfloat16"}]
+    planned = plan(linear(models, out_dtype=rules))
+    assert any("filter 'misspelt' matches no tensor name" in str(each) for each in planned.warnings)
+    assert not any("is replaced" in str(each) for each in planned.findings)
+    mergeloom.merge(planned, tmp_path / "out")
+    assert "quantization_config" not in config_of(tmp_path / "out")
+
+
 @pytest.mark.parametrize("form", ["int4", "fp8 blocks, e8m0 scales"])
 def test_two_formats_in_one_output_are_an_error(tmp_path: Path, form: str) -> None:
     """`same` asks for a format that differs from that of the blocks, and config.json describes one."""
