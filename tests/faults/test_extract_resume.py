@@ -229,7 +229,8 @@ def test_a_finished_adapter_is_not_made_again(models: Models, expected: dict[str
     assert (again.matrices, again.saved, again.nbytes) == (first.matrices, first.saved, first.nbytes)
     assert again.bytes_read == 0
     with pytest.raises(UsageError, match="finished extraction with --rank 4 instead of 2"):
-        mergeloom.extract_lora(*models, out, rank=2)
+        mergeloom.extract_lora(*models, out, rank=2, say=said.append)
+    assert len(said) == 1  # nothing is said to be complete that is then refused
 
 
 def test_a_merge_and_an_extraction_refuse_the_unfinished_work_of_each_other(models: Models, tmp_path: Path) -> None:

@@ -167,8 +167,9 @@ class Extraction:
             directory = OutputDirectory.open(self.out, MARKER)
             if directory.lock.complete:
                 directory.close()
+                finished = self._finished(facts)
                 say(f"{self.out} is already complete, nothing to do")
-                return self._finished(facts)
+                return finished
             staging = AdapterStaging(directory, facts, self.models.current_stamps(), self._start)
             try:
                 return self._run(staging, say, restart=restart)

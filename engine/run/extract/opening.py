@@ -15,7 +15,7 @@ from ....io.hub.repository import HubFile
 from ....io.reading import FileStamps, stat_fingerprints
 from ....io.tensors.assembled import files_of
 from ....io.tensors.refs import TensorRef
-from ....io.units import listed
+from ....io.units import listed, plural
 from ...model.experts.mapping import NamedCheckpoint, in_layout_of
 from ...model.layers import find_layers
 from ...model.open import is_remote, open_adapters, open_named
@@ -164,8 +164,8 @@ def _check_layers(base: Opened, model: Opened) -> None:
         ours, theirs = counts[0][prefix], counts[1][prefix]
         if ours != theirs:
             raise CheckpointError(
-                f"{base.name} has {ours} layers in {prefix}, but {model.name} has {theirs}: an adapter can't add or "
-                "remove layers; BASE must be the model that MODEL was fine-tuned from"
+                f"{base.name} has {plural(ours, 'layer')} in {prefix}, but {model.name} has {theirs}: an adapter "
+                "can't add or remove layers; BASE must be the model that MODEL was fine-tuned from"
             )
 
 
