@@ -143,12 +143,13 @@ class _Builder:
     def _unmatched(self, adapter: Adapter, unknown: Sequence[str], unclear: Sequence[str]) -> CheckpointError:
         problems = []
         if unknown:
-            problems.append(f"{plural(len(unknown), 'tensor')} that {self._name} lacks: {listed(unknown)}")
+            problems.append(f"{plural(len(unknown), 'tensor')} that {self._base.path} lacks: {listed(unknown)}")
         if unclear:
             problems.append(f"{plural(len(unclear), 'tensor')} that could be several ones: {listed(unclear)}")
+        advice = "use a base that has them: " if unknown else ""
         return CheckpointError(
-            f"{adapter.name} changes {' and '.join(problems)}; {self._trained_on(adapter)}, and a tensor of "
-            f"{self._base.path} is {next(iter(self._tensors))}"
+            f"{adapter.name} changes {' and '.join(problems)}; {advice}{self._trained_on(adapter)} "
+            f"({self._base.path} has tensors such as {next(iter(self._tensors))})"
         )
 
     def _check_distinct(self, adapter: Adapter, wanted: Iterable[str], found: dict[str, str]) -> None:
