@@ -44,6 +44,7 @@ class ReadAgain:
         nbytes: total size of the tensors in bytes.
         read: bytes that are read, re-reads included.
         reason: reason for the re-reads, in words.
+        limited_by_budget: whether more memory can save re-reads.
     """
 
     pattern: str
@@ -51,6 +52,7 @@ class ReadAgain:
     nbytes: int
     read: int
     reason: str
+    limited_by_budget: bool
 
     @property
     def times(self) -> float:
@@ -139,17 +141,19 @@ def read_again(graph: MergeGraph, schedule: Schedule, read: Sequence[int]) -> li
     room = memory_size(schedule.ram_slots * schedule.slot_bytes)
     if any(schedule.vram_slots):
         room += f" of RAM and {memory_size(max(schedule.vram_slots) * schedule.slot_bytes)} of VRAM"
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str, bool], list[int]] = {}
     for number, nbytes in enumerate(read):
         if nbytes <= graph.reads[number].nbytes:
             continue
+        limited = passes[number] > 1 or users[number] > 1
         if passes[number] > 1:
             times = "twice" if passes[number] == 2 else f"{passes[number]} times"
-            reason = f"{method[number]} goes through them {times}"
-        else:
-            reason = f"each is needed by {plural(users[number], 'output tensor')}"
-        pattern = pattern_of(graph.read_names[number])
-        groups.setdefault((pattern, f"{reason}, and the buffers hold {room}"), []).append(number)
+            reason = f"{method[number]} goes through them {times}, and the buffers hold {room}"
+        elif limited:
+            reason = f"each is needed by {plural(users[number], 'output tensor')}, and the buffers hold {room}"
+        else:  # the rows of an embedding, for several models of one merge
+            reason = "parts of each are used in several places of one output tensor"
+        groups.setdefault((pattern_of(graph.read_names[number]), reason, limited), []).append(number)
     result = [
         ReadAgain(
             pattern,
@@ -157,8 +161,9 @@ def read_again(graph: MergeGraph, schedule: Schedule, read: Sequence[int]) -> li
             nbytes=sum(graph.reads[number].nbytes for number in numbers),
             read=sum(read[number] for number in numbers),
             reason=reason,
+            limited_by_budget=limited,
         )
-        for (pattern, reason), numbers in groups.items()
+        for (pattern, reason, limited), numbers in groups.items()
     ]
     return sorted(result, key=lambda group: group.nbytes - group.read)
 

@@ -85,17 +85,19 @@ def reread_section(plan: Plan, read: Sequence[int]) -> Section | None:
         plan: plan of the merge.
         read: bytes read of each input tensor, by its number in the graph.
     """
-    lines = reread_lines(read_again(plan.built.graph, plan.schedule, read))
-    if not lines:
+    groups = read_again(plan.built.graph, plan.schedule, read)
+    if not groups:
         return None
-    hint = "`mergeloom plan --what-if` shows what more memory would save."
-    return Section("Read more than once", lines=[*lines, hint])
+    lines = reread_lines(groups)
+    if any(group.limited_by_budget for group in groups):
+        lines.append("`mergeloom plan --what-if` shows what more memory would save.")
+    return Section("Read more than once", lines=lines)
 
 
 def reread_lines(groups: Sequence[ReadAgain]) -> list[str]:
     """Describe groups of re-read tensors: the first few one by one, the others in one line."""
     lines = [
-        f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): read {group.times:.1f} "
+        f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): read {group.times:.3g} "
         f"times: {group.reason}"
         for group in groups[:_REREAD_GROUPS]
     ]
@@ -182,7 +184,7 @@ def _times_read(used: int, read: int) -> str:
 def reads_text(plan: Plan) -> str:
     """Format how much of the input is read more than once."""
     nbytes = plan.schedule.bytes_reread
-    return f"including {data_size(nbytes)} of re-reads (limited by the budget)" if nbytes else "no re-reads"
+    return f"including {data_size(nbytes)} of re-reads" if nbytes else "no re-reads"
 
 
 def work_section(plan: Plan) -> Section:

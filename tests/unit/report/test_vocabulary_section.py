@@ -64,3 +64,12 @@ def test_plain_data(planned: Plan) -> None:
         "padding": 17,
         "padding_from": ["a"],
     }
+
+
+def test_rows_that_several_models_use_are_read_again_with_any_budget(planned: Plan) -> None:
+    groups = planned.to_dict()["read_again"]
+    assert {group["pattern"] for group in groups} == {"lm_head.weight", "model.embed_tokens.weight"}
+    assert not any(group["limited_by_budget"] for group in groups)
+    (section,) = (each for each in plan_sections(planned) if each.title == "Read more than once")
+    assert "parts of each are used in several places of one output tensor" in plain([section])
+    assert "--what-if" not in plain([section])

@@ -110,6 +110,8 @@ def test_what_is_read_again_and_why(make_model: MakeModel) -> None:
     assert group["nbytes"] == 6 * 2048 * 2048 * 4
     assert group["read"] - group["nbytes"] == found["bytes_reread"] > 0
     assert "goes through them twice" in group["reason"]
+    assert group["limited_by_budget"]
+    assert "`mergeloom plan --what-if` shows" in plan_text(plan)
     assert sum(model["read"] for model in found["bytes_by_model"]) == found["bytes_read"]
     assert sum(model["used"] for model in found["bytes_by_model"]) == found["bytes_read"] - found["bytes_reread"]
     assert "model.layers.*.w.weight (6 tensors, 101MB): " in plan_text(plan)
@@ -127,10 +129,10 @@ def test_nothing_is_read_again_where_there_is_room(llamas: dict[str, Path]) -> N
 def test_many_kinds_are_summed_up() -> None:
     from mergeloom.engine.schedule.traffic import ReadAgain
 
-    groups = [ReadAgain(f"w{i}", 2, 100, 300, "it has to be") for i in range(7)]
+    groups = [ReadAgain(f"w{i}", 2, 100, 300, "it has to be", True) for i in range(7)]
     lines = reread_lines(groups)
     assert len(lines) == 5
-    assert lines[0] == "w0 (2 tensors, 100B): read 3.0 times: it has to be"
+    assert lines[0] == "w0 (2 tensors, 100B): read 3 times: it has to be"
     assert lines[-1] == "and 6 other tensors, with 600B of re-reads"
 
 
