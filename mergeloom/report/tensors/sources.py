@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...engine.model.logical import LogicalTensor, LogicalTensors
 from ...io.tensors.assembled import stored_parts
+from ...io.tensors.refs import TensorRef
 from ...io.units import data_size
 from ..sections import Grid, Section
 
@@ -86,12 +87,13 @@ def find_sources(plan: Plan, node: int, operation: Operation) -> tuple[Source, .
     for leaf, stored in leaves.items():
         model, name, _ = leaf
         based, found = (model, name) in bases, values.get(leaf, [])
-        if not found or (found[0].is_adapted and plan.built.models[model].named):
+        if not found or _is_source(plan.built.models[model], name):
             sources.setdefault((model, name), replace(stored, base=stored.base or based))
-        for value in found:
+        for value in (each for each in found if each.uses[0] == leaf):  # in the order of their first parts
             parts = tuple(leaves[use] for use in value.uses)
             key = value.model.number, value.tensor.name
-            sources.setdefault(key, _computed(value, parts, base=based and not value.is_adapted))
+            is_base = based and (not value.is_shared or value.model.reference == plan.recipe.stages[-1].base_model)
+            sources.setdefault(key, _computed(value, parts, base=is_base))
     return tuple(sources.values())
 
 
@@ -109,9 +111,14 @@ class _Value(NamedTuple):
     uses: tuple[_Leaf, ...]
 
     @property
-    def is_adapted(self) -> bool:
-        """Whether adapters change the value."""
+    def is_shared(self) -> bool:
+        """Whether parts are other models' tensors: it has adapters, or rows of other models."""
         return self.tensor.adapted
+
+
+def _is_source(model: Model, name: str) -> bool:
+    """Whether the recipe names a model that has the tensor as it is stored, not only as a part of others' values."""
+    return model.named and name in model.tensors and isinstance(model.tensors[name], TensorRef)
 
 
 def _values(models: Sequence[Model], leaves: Collection[_Leaf]) -> dict[_Leaf, list[_Value]]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import mergeloom
+from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
+from mergeloom.report.explain import explain
 from tests.support.adapters.files import PREFIX, product, write_lora
 from tests.support.models.quantized import FORMATS, write_pair
 from tests.support.outputs import config_of, read_model, same_tensors
@@ -70,3 +72,13 @@ def test_rows_of_a_quantized_embedding_cannot_be_replaced(tmp_path: Path) -> Non
     adapter = write_lora(tmp_path / "b", {}, more=more, trainable_token_indices=[0])
     with pytest.raises(CheckpointError, match="replaces rows of .*, which is stored as INT4: this is not supported"):
         merged(tmp_path / "out", f"{quantized}+{adapter}")
+
+
+def test_an_explanation_has_the_values_of_the_base_with_and_without_its_adapter(tmp_path: Path) -> None:
+    """Not the codes and the scales of the base, which are parts of both values."""
+    quantized, _, adapter = write(tmp_path, "int4")
+    entries = [{"model": f"{quantized}+{adapter}", "parameters": {"weight": 0.5}}]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(quantized), "models": entries}
+    sources = explain(plan(recipe), f"{UP}.weight").sources
+    assert {source.name for source in sources} == {f"{UP}.weight"}
+    assert {source.format: source.base for source in sources} == {"INT4": True, "INT4 + LoRA": False}

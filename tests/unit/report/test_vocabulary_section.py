@@ -73,3 +73,11 @@ def test_rows_that_several_models_use_are_read_again_with_any_budget(planned: Pl
     (section,) = (each for each in plan_sections(planned) if each.title == "Read more than once")
     assert "parts of each are used in several places of one output tensor" in plain([section])
     assert "--what-if" not in plain([section])
+
+
+def test_an_explanation_has_each_model_once_with_the_tables_of_its_rows(planned: Plan) -> None:
+    sources = explain(planned, "model.embed_tokens.weight").sources
+    assert [source.model for source in sources] == ["a", "b", "c"]
+    assert [source.format for source in sources] == ["gathered rows"] * 3
+    tables = [{part.model for part in source.parts} for source in sources]
+    assert tables == [{"a", "b", "c"}, {"a", "b"}, {"a", "b", "c"}]
