@@ -287,9 +287,15 @@ def test_the_published_recipes_of_the_readme_are_counted() -> None:
     merged = {case.recipe for case in as_published if not case.rejected}
     warned = {case.recipe for case in as_published if case.recipe in merged and case.warnings}
     rejected = recipes - merged
+    named = {
+        case.recipe for case in as_published if case.recipe in merged and re.search("^ *tokenizer", case.text, re.M)
+    }
+    adapted = {case.recipe for case in as_published if case.recipe in merged and case.adapters()}
     assert (
         f"{len(recipes)} of these recipes are tests today: {len(merged)} have the values of float64 arithmetic, "
-        f"{len(warned)} of them with a warning; {len(rejected)} are rejected with the reason."
+        f"{len(warned)} of them with a warning; {len(rejected)} are rejected with the reason. "
+        f"{len(named)} of the {len(merged)} name a tokenizer, and merge different vocabularies; "
+        f"{len(adapted)} have LoRA adapters."
     ) in " ".join(README.split())
 
 
