@@ -141,16 +141,18 @@ class UnreadTensors:
             read.update(unread_names)
             yield from unread_names
             return
+        found: list[tuple[set[str], str]] = []
         for name in model.tensors:
             unread = [
                 (self._read.setdefault(number, set()), part)
                 for owner, part in stored_parts(model, name)
                 if (number := self._numbers.get(owner)) is not None and part not in self._read.get(number, ())
             ]
-            for known, part in unread:
-                known.add(part)
             if unread:
+                found += unread
                 yield name
+        for known, part in found:  # afterwards: a stored tensor can be a part of several values, such as experts
+            known.add(part)
 
 
 def stored_parts(model: Model, name: str) -> list[tuple[ModelReference, str]]:

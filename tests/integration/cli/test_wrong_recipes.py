@@ -301,7 +301,7 @@ WRONG = {
     ),
     # several at once
     "five mistakes": Wrong(
-        "merge_method: slerp\nbase_model: orig/base\ntokenizer: {pad_to_multiple_of: 8}\ndtype: bf16\nslices:\n"
+        "merge_method: slerp\nbase_model: orig/base\ntokenizer: {pad_to_multiple_of: 0}\ndtype: bf16\nslices:\n"
         "- sources:\n"
         "  - {model: models/a, layer_range: [2, 0]}\n  - {modle: models/base, layer_range: [0, 2]}\n- sources:\n"
         "  - {model: models/a, layer_range: [0, 2]}\n  - {model: models/base, layer_range: [0, 2]}\n",
@@ -310,7 +310,7 @@ WRONG = {
             "r.yml:7: slices[0].sources[0].layer_range: [2, 0] is reversed",
             "r.yml:8: slices[0].sources[1].modle: unknown key; did you mean `model`?",
             "r.yml:9: slices[1]: slerp needs the base model, orig/base, among the slice's sources: if models/base is",
-            "r.yml:3: tokenizer.pad_to_multiple_of: padding the vocabulary is not supported yet",
+            "r.yml:3: tokenizer.pad_to_multiple_of: expected a whole number of at least 1, got 0",
         ),
     ),
 }  # fmt: skip
