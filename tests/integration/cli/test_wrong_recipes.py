@@ -306,11 +306,11 @@ WRONG = {
         "  - {model: models/a, layer_range: [2, 0]}\n  - {modle: models/base, layer_range: [0, 2]}\n- sources:\n"
         "  - {model: models/a, layer_range: [0, 2]}\n  - {model: models/base, layer_range: [0, 2]}\n",
         (
+            "r.yml:3: tokenizer.pad_to_multiple_of: expected a whole number of at least 1, got 0",
             "r.yml:4: dtype: unknown dtype 'bf16'; did you mean `bfloat16`?",
             "r.yml:7: slices[0].sources[0].layer_range: [2, 0] is reversed",
             "r.yml:8: slices[0].sources[1].modle: unknown key; did you mean `model`?",
             "r.yml:9: slices[1]: slerp needs the base model, orig/base, among the slice's sources: if models/base is",
-            "r.yml:3: tokenizer.pad_to_multiple_of: expected a whole number of at least 1, got 0",
         ),
     ),
 }  # fmt: skip
