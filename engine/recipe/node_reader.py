@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -191,8 +192,13 @@ class NodeReader:
         return DTYPES[name]
 
     def reference(self, node: Node, path: Keys) -> ModelReference:
-        """A model, with or without adapters: see `entries.reference_reader`."""
-        return read_reference(self, node, path)
+        """A model, with or without adapters, see `entries.reference_reader`. Warns of one that is there twice."""
+        model = read_reference(self, node, path)
+        for adapter, count in Counter(model.adapters).items():
+            if count > 1:
+                message = f"{adapter.text} is listed {count} times: what it changes is added as often"
+                self.warn(WarningKind.DUPLICATE_MODEL, message, path)
+        return model
 
     def layer_range(self, node: Node, path: Keys, model: str | None = None) -> tuple[int, int]:
         """The first layer of a model, and the one after the last, of the model with this path."""

@@ -281,6 +281,15 @@ models:
             "one, line 4: {'weight': 1}"
         ]
 
+    def test_an_adapter_that_is_listed_twice_is_added_twice(self) -> None:
+        recipe = parse("merge_method: linear\nmodels:\n- {model: base+a+b+a, parameters: {weight: 1}}\n")
+        assert recipe.output.models is not None
+        (source,) = recipe.output.models
+        assert [adapter.text for adapter in source.model.adapters] == ["a", "b", "a"]
+        assert [str(warning) for warning in recipe.warnings] == [
+            "r.yml:3: models[0].model: a is listed 2 times: what it changes is added as often"
+        ]
+
     def test_a_model_twice_with_other_layers_counts_twice(self) -> None:
         text = LINEAR + "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: a, layer_range: [2, 4]}]}]"
         recipe = parse(text)
