@@ -37,7 +37,7 @@ LONG = (
     "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[llama",
     "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[qwen3_moe-bfloat16",
     "tests/integration/formats/test_requested_blocks.py::test_transformers_loads_it[qwen3_moe-ue8m0",
-    "tests/unit/adapters/test_products.py::test_any_factors_in_any_chunks",
+    "tests/unit/methods/adapters/test_products.py::test_any_factors_in_any_chunks",
     "tests/integration/vocabularies/test_compat.py",
     "tests/integration/vocabularies/test_pairs.py::test_rows_and_files",
     "tests/integration/vocabularies/test_pairs.py::test_a_union_of_real_encoders",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ....methods.kernel.gather.row_index import RowIndex
+from ....methods.kernel.access.row_index import RowIndex
 from .union import ModelTokens
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from ..gather.row_index import RowIndex
 from .base import Access, Shape, Span, coalesced, matrices, most_rows, row_pieces, row_range
+from .row_index import RowIndex
 
 
 @dataclass(frozen=True, slots=True)

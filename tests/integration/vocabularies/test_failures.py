@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
-from mergeloom.methods.kernel.gather.row_index import RowIndex
+from mergeloom.methods.kernel.access.row_index import RowIndex
 from tests.support.outputs import config_of, read_model
 from tests.support.vocabularies.expected import EMBEDDING, HEAD
 from tests.support.vocabularies.pairs import byte_level, reordered, with_tokens, write_model

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeloom.methods.kernel.gather.row_index import RowIndex
+from mergeloom.methods.kernel.access.row_index import RowIndex
 
 ROWS = st.lists(st.integers(-1, 6), max_size=40)
 
