@@ -19,7 +19,7 @@ from .values.columns import Another, Values
 from .values.value import Decode, Encoding, LogicalTensor, Part
 
 __all__ = ["ArrangedTensors", "Decode", "Encoding", "LogicalTensor", "LogicalTensors", "Part", "StoredRows", "Tensors"]
-__all__ += ["class_counts", "codes_of", "kind_of", "label_of", "part_names", "shape_of"]
+__all__ += ["class_counts", "codes_of", "format_of", "kind_of", "label_of", "part_names", "shape_of"]
 
 
 class StoredRows(NamedTuple):
@@ -80,6 +80,11 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
                 if (form := formats[self._values.class_number(number)]) is not None:
                     codes[name] = form
         return codes
+
+    def format_of(self, part: str) -> str:
+        """Return the format of the quantized value that a stored tensor is a part of; empty if there is none."""
+        likes = map(self._values.like, self._values.having(self._values.row(part)))
+        return next((like.format for like in likes if like.quantized), "")
 
     @property
     def quantized(self) -> Iterator[str]:
@@ -230,6 +235,11 @@ def part_names(tensors: Tensors, name: str) -> tuple[str, ...]:
     """Return the names of the model's own stored tensors that a tensor is computed from."""
     tensor = tensors[name] if isinstance(tensors, LogicalTensors) else None
     return tuple([part.name for part in tensor.own_parts]) if isinstance(tensor, LogicalTensor) else (name,)
+
+
+def format_of(tensors: Tensors, part: str) -> str:
+    """Return the format of the quantized value that a stored tensor is a part of; empty if there is none."""
+    return tensors.format_of(part) if isinstance(tensors, LogicalTensors) else ""
 
 
 def codes_of(tensors: Tensors) -> Mapping[str, str]:

@@ -45,6 +45,8 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
     listed = list(section.get(name) or ())
     outputs = decoded_outputs(built.graph, built.models[built.donor])
     modules = [output.name.removesuffix(".weight") for output in outputs]
+    if not modules:
+        return []
     added = [entry for entry in _entries(modules, _lists_of_codes(built), method) if entry not in listed]
     if not added:
         return []

@@ -116,7 +116,7 @@ def decoding_warnings(graph: MergeGraph, donor: Model, refuse: Refuse) -> Iterat
     if not decoded:
         return
     nbytes = sum(graph.nbytes(output.node) for output in decoded)
-    found = ((output.name, graph.shape(output.node), _stored_bytes(donor, output.name)) for output in decoded)
+    found = ((output.name, graph.shape(output.node), _stored_bytes(donor, output.name), 1) for output in decoded)
     sizes = sizes_of(found, refuse)
     stored = sizes.stored
     dtypes = sorted({graph.node_dtype[output.node].torch_name or "" for output in decoded})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -59,17 +60,30 @@ def output_sizes(graph: MergeGraph, models: Sequence[Model], donor: Model) -> Ou
     if not has_formats(graph, models):
         return None
     stored = _quantized(donor)
-    values, rest = [], 0
+    own = {kind: like.stored_bytes for kind, like in stored.items()}
+    groups: Counter[tuple[str, tuple[int, ...], int]] = Counter()
+    names: dict[tuple[str, tuple[int, ...], int], str] = {}
+    rest = 0
     for value in output_values(graph, models):
-        like = stored.get(without_numbers(value.name))
-        found = value.copied or (like if like is not None and like.shape == value.shape else None)
+        kind = without_numbers(value.name)
+        like = stored.get(kind)
+        matches = like is not None and like.shape == value.shape
         dtype = graph.node_dtype[value.node]
-        if value.format or (found is not None and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16):
-            own = _unquantized_bytes(donor, value) if found is None else found.stored_bytes
-            values.append((value.name, value.shape, own))
+        if value.copied is not None:
+            nbytes = value.copied.stored_bytes
+        elif matches and dtype.kind is ElementKind.FLOAT and (dtype.bits >= 16 or value.format):
+            nbytes = own[kind]
+        elif value.format:
+            nbytes = _unquantized_bytes(donor, value)
         else:
             rest += graph.nbytes(value.node)
-    sizes = sizes_of(values, LinearWeights(donor).refuse)
+            continue
+        group = kind, value.shape, nbytes
+        groups[group] += 1
+        names.setdefault(group, value.name)
+    sizes = sizes_of(
+        ((names[group], group[1], group[2], count) for group, count in groups.items()), LinearWeights(donor).refuse
+    )
     if not sizes.tensors:
         return None
     return OutputSizes(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ....methods.formats.scaled import FP8_BLOCKS, FP8_CHANNELS
 from ....methods.kernel.access import ALIGNED, BlockRows
 from ...model.inputs import Model
-from ...model.logical import LogicalTensor, LogicalTensors, codes_of
+from ...model.logical import LogicalTensor, LogicalTensors, format_of
 from ..graph import Kind, MergeGraph
 from ..values import renamed
 
@@ -42,13 +42,13 @@ def output_values(graph: MergeGraph, models: Sequence[Model], folder: str = "") 
     """
     formats = graph.by_class(lambda node: _format_of(graph, node))
     kinds = graph.by_class(lambda node: graph.operation(node).kind)
-    codes = [codes_of(model.tensors) for model in models]
+    tensors = [model.tensors for model in models]
     for number in graph.outputs_in(folder):
         name, node = graph.outputs.names[number], graph.outputs.nodes[number]
         read = graph.node_sources[node][0]
         if kinds[node] is Kind.RESULT:
             continue
-        if kinds[node] is Kind.COPY and graph.read_names[read] in codes[graph.read_models[read]]:
+        if kinds[node] is Kind.COPY and format_of(tensors[graph.read_models[read]], graph.read_names[read]):
             yield from _copied(models[graph.read_models[read]], graph.read_names[read], name, node)
         else:
             yield OutputValue(name, node, graph.shape(node), formats[node])
@@ -74,13 +74,13 @@ def labels(graph: MergeGraph, models: Sequence[Model], folder: str = "") -> list
     copies = graph.by_class(lambda node: graph.operation(node).copies_tensor)
     formats = graph.by_class(lambda node: _format_of(graph, node) or graph.node_dtype[node].name)
     scales = graph.by_class(lambda node: graph.operation(node).kind is Kind.RESULT)
-    codes = [codes_of(model.tensors) for model in models]
+    tensors = [model.tensors for model in models]
     found = set()
     for number in graph.outputs_in(folder):
         node = graph.outputs.nodes[number]
         if not scales[node]:
-            read = graph.node_sources[node][0] if copies[node] and any(codes) else -1
-            own = codes[graph.read_models[read]].get(graph.read_names[read]) if read >= 0 else None
+            read = graph.node_sources[node][0] if copies[node] else -1
+            own = format_of(tensors[graph.read_models[read]], graph.read_names[read]) if read >= 0 else ""
             found.add(own or formats[node])
     return sorted(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from ....io.tensors.dtypes import BF16
 from ....io.units import data_size
@@ -39,25 +40,22 @@ class FormatSizes:
 
 
 def sizes_of(
-    tensors: Iterable[tuple[str, tuple[int, ...], int]], refuse: Refuse, form: BlockFormat | None = None
+    tensors: Iterable[tuple[str, tuple[int, ...], int, int]], refuse: Refuse, form: BlockFormat | None = None
 ) -> FormatSizes:
     """Return the sizes of tensors.
 
     Args:
-        tensors: name, shape and stored bytes of each.
+        tensors: name, shape and stored bytes of each, and the number of tensors like it.
         refuse: says which tensors can't be stored as blocks.
         form: the format of blocks; that of DeepSeek-V3 if None.
     """
     form = form or BlockFormat()
     count = stored = plain = blocks = encoded = 0
-    for name, shape, nbytes in tensors:
-        elements = 1
-        for size in shape:
-            elements *= size
-        unquantized, fits = BF16.nbytes(elements), not refuse(name, shape, form)
-        count, encoded = count + 1, encoded + fits
-        stored, plain = stored + nbytes, plain + unquantized
-        blocks += form.nbytes(shape) if fits else unquantized
+    for name, shape, nbytes, number in tensors:
+        unquantized, fits = BF16.nbytes(prod(shape)), not refuse(name, shape, form)
+        count, encoded = count + number, encoded + number * fits
+        stored, plain = stored + number * nbytes, plain + number * unquantized
+        blocks += number * (form.nbytes(shape) if fits else unquantized)
     return FormatSizes(count, stored, plain, blocks, encoded)
 
 
@@ -67,5 +65,5 @@ def unwritable_sizes(model: Model, refuse: Refuse) -> FormatSizes:
     for name in tensors.quantized if isinstance(tensors, LogicalTensors) else ():
         like = kind_of(tensors, name)
         if isinstance(like, LogicalTensor) and like.encoding is None:
-            found.append((name, like.shape, like.stored_bytes))
+            found.append((name, like.shape, like.stored_bytes, 1))
     return sizes_of(found, refuse)
