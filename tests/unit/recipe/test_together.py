@@ -18,13 +18,13 @@ def lines_of(text: str, *, strict: bool = False) -> list[str]:
 
 class TestTogether:
     def test_in_line_order_with_what_is_not_supported_last(self) -> None:
-        text = "files_from: a+b\nmerge_method: ties\nbase_model: x\nslices:\n- sources:\n"
+        text = "experts: []\n---\nmerge_method: ties\nbase_model: x\nslices:\n- sources:\n"
         text += "  - {model: a, layer_range: [0, 1]}\n  - {model: b, layer_range: [0, 1]}\ndtype: bf16\nsave: 1\n"
         assert [line.partition(": ")[2].partition(": ")[0] for line in lines_of(text)] == [
-            "slices[0]",
-            "dtype",
-            "save",
-            "files_from",
+            "[1].slices[0]",
+            "[1].dtype",
+            "[1].save",
+            "[0].experts",
         ]
 
     def test_a_wrong_method_does_not_hide_other_mistakes(self) -> None:
