@@ -169,7 +169,10 @@ def test_a_model_in_fp8_is_compared_by_its_values(tmp_path: Path) -> None:
 def test_codes_with_unknown_names_are_rejected_by_the_config(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {"w.codes": torch.ones(4, 4).to(dtype), "w.meta": torch.ones(4)}
     error = refused(tmp_path, tensors, config={"quantization_config": {"quant_method": "new"}})
-    assert "2 tensors ('w.codes': config.json has quantization_config with quant_method new, and it is " in error
+    assert (
+        "2 tensors ('w.codes': config.json has quantization_config.quant_method new, which is not known, and it is "
+        in error
+    )
 
 
 def test_a_leftover_quantization_config_is_no_obstacle(tmp_path: Path) -> None:
