@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,8 +72,8 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
 
 def product(adapter: Path, module: str) -> Tensor:
     """What an adapter adds to the weight of a module, in float64."""
-    found = {name: tensor.double() for name, tensor in read_adapter(adapter).items()}
     config = json.loads((adapter / "adapter_config.json").read_text())
-    a, b = found[f"{PREFIX}{module}.lora_A.weight"], found[f"{PREFIX}{module}.lora_B.weight"]
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+        a, b = (stored.get_tensor(f"{PREFIX}{module}.lora_{factor}.weight").double() for factor in "AB")
     rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     return config["lora_alpha"] / rank * (b @ a)

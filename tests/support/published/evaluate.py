@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def evaluate(text: str, load: Callable[[str], Tensors], stack: str, *, seed: int
         seed: seed of methods that sample.
     """
     stages: dict[str | None, Evaluated] = {}
+    load = cache(load)  # which may compute the values of a model with adapters
 
     def tensors_of(name: str) -> Mapping[str, Expected | Tensor]:
         return stages[name].tensors if name in stages else load(name)
