@@ -130,7 +130,7 @@ CASES = [
     Case("026", "Mistral-7B"),
     Case("028", "Mistral-Nemo", warnings=tuple((f"models[{i}]", "weight", NO_WEIGHT) for i in range(5))),
     Case("029", "Llama-3.1-8B"),
-    Case("031", "Llama-3-8B", warnings=(NO_END,)),
+    Case("031", "Llama-3-8B"),
     Case("032", "Mistral-7B", warnings=(("revision", "@"),)),
     Case("034", "Llama-2-13B"),
     Case("035", "Llama-2-7B"),
