@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.giants.merges import MERGELOOM, merge, plan_of
-from benchmarks.process import cool, machine, run, shards, tensor_bytes, wait_for_quiet
+from benchmarks.giants.merges import fastest_plan, merge, plan_of
+from benchmarks.process import cool, machine, shards, tensor_bytes, wait_for_quiet
 
 RANK = 32
 SHARD_BYTES = 4_500_000_000
@@ -74,15 +74,8 @@ def fill(files: Iterable[Path]) -> None:
 
 def planning(work: Path, runs: int) -> list[str]:
     """Plan the complete model."""
-    recipe, found = pair(work, 126, embeddings=True), []
-    for _ in range(runs):
-        wait_for_quiet(10)
-        found.append(run([MERGELOOM, "plan", str(recipe)]))
-    best = min(found, key=lambda each: each.seconds)
-    return [
-        f"- `plan` of all 126 layers with an adapter of rank {RANK}: {best.seconds:.2f} s ({best.cpu_seconds:.2f} s of "
-        f"CPU), peak RSS {best.peak_rss / 1e6:.0f} MB"
-    ]
+    recipe = pair(work, 126, embeddings=True)
+    return [f"- `plan` of all 126 layers with an adapter of rank {RANK}: {fastest_plan(recipe, runs)}"]
 
 
 def layers(work: Path, runs: int) -> list[str]:

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import DOCUMENT
-from benchmarks.giants.merges import BUDGET, MERGELOOM, merge, plan_of
-from benchmarks.process import cool, machine, run, shards, tensor_bytes, wait_for_quiet
+from benchmarks.giants.merges import BUDGET, fastest_plan, merge, plan_of
+from benchmarks.process import cool, machine, shards, tensor_bytes, wait_for_quiet
 from benchmarks.tables import put_between_markers
 
 SHARD_BYTES = 4 << 30
@@ -116,15 +116,8 @@ def planning(work: Path, runs: int) -> list[str]:
     """Plan the complete merge."""
     from tests.support.models import deepseek_v3
 
-    recipe, found = pair(work, deepseek_v3(), random=False), []
-    for _ in range(runs):
-        wait_for_quiet(10)
-        found.append(run([MERGELOOM, "plan", str(recipe)]))
-    best = min(found, key=lambda each: each.seconds)
-    return [
-        f"- `plan` of both models, 91,991 tensors each: {best.seconds:.2f} s ({best.cpu_seconds:.2f} s of CPU), peak "
-        f"RSS {best.peak_rss / 1e6:.0f} MB",
-    ]
+    recipe = pair(work, deepseek_v3(), random=False)
+    return [f"- `plan` of both models, 91,991 tensors each: {fastest_plan(recipe, runs)}"]
 
 
 def layer(work: Path, runs: int) -> list[str]:

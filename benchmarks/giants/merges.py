@@ -9,10 +9,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process import run
+from benchmarks.process import run, wait_for_quiet
 
 BUDGET = "4GiB"
 MERGELOOM = str(Path(sys.executable).with_name("mergeloom"))
+
+
+def fastest_plan(recipe: Path, runs: int) -> str:
+    """Plan a merge several times; return the time of the fastest run, and its peak RSS."""
+    found = []
+    for _ in range(runs):
+        wait_for_quiet(10)
+        found.append(run([MERGELOOM, "plan", str(recipe)]))
+    best = min(found, key=lambda each: each.seconds)
+    return f"{best.seconds:.2f} s ({best.cpu_seconds:.2f} s of CPU), peak RSS {best.peak_rss / 1e6:.0f} MB"
 
 
 def merge(recipe: Path, out: Path, *options: str) -> dict[str, Any]:

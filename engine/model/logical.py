@@ -92,7 +92,7 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         return compress(self._values.names, self._values.of_classes(lambda like: like.quantized))
 
     def elements_of(self, part: str) -> int | None:
-        """Return the elements that a part of a decoded value stands for; None if it is no such part.
+        """Return the elements that a part of a decoded value stands for; None for another tensor.
 
         They are those of the values whose first part it is: 0 for scales.
         """

@@ -8,11 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.support.causal.checks import Outcome, Pair, check_linear, check_stack
 from tests.support.causal.models import causal_models
-
-transformers = pytest.importorskip("transformers")
 
 OK = Outcome("ok")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from mergeloom.engine.run.merge import merge
@@ -21,8 +22,6 @@ from tests.support.outputs import beyond_one_ulp, config_of, digests, read_model
 from tests.support.plans import ROOMY, sliced, weighted_mean, weighted_slices
 
 SENTENCES = ["A man is playing a guitar on stage.", "The stock market fell sharply today."]
-
-transformers = pytest.importorskip("transformers")
 
 
 def loaded(directory: Path, kind: str = "AutoModel") -> Any:

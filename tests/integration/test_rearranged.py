@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from tests.support.models import llama, write_checkpoint, write_tokenizer
 from tests.support.paths import ROOT
-
-transformers = pytest.importorskip("transformers")
 
 RECIPES = ROOT / "recipes"
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"

@@ -7,6 +7,7 @@ l * stride + k * rank_stride``, where the lines are rows or columns of the value
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class Strides(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class FactorAccess(Access):
+class FactorAccess(Access, ABC):
     """The base of all accesses to factors."""
 
     @property
@@ -34,17 +35,17 @@ class FactorAccess(Access):
         return False
 
     @property
+    @abstractmethod
     def by_row(self) -> bool:
         """Whether it is the left factor, whose lines are the value's rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def size(self, shape: Shape, part: Shape) -> tuple[int, int]:
         """Return the number of the lines of a matrix, and the rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def strides(self, shape: Shape, part: Shape, first: int, count: int) -> Strides:
         """Return where the elements are that are staged for elements [first, first + count) of the value."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,7 +212,7 @@ REFERENCES: dict[str, tuple[Callable[[Path, Path], str], type[Exception], str]] 
     "the adapter first": (lambda base, a: f"{a}+{base}", CheckpointError, "{a} is a LoRA adapter of acme/base"),
     "two models": (lambda base, a: f"{base}+{base}", CheckpointError, "to merge two models, list both under `models`"),
     "no config": (_no_config, CheckpointError, "there is no adapter_config.json with a `peft_type` next to it"),
-    "no such adapter": (_nothing, CheckpointError, "{a}-missing: there is no such directory or file"),
+    "a missing adapter": (_nothing, CheckpointError, "{a}-missing: there is no such directory or file"),
 }
 
 

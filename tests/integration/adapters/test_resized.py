@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -20,8 +22,6 @@ from tests.support.adapters.files import PREFIX, product, read_adapter, write_lo
 from tests.support.outputs import config_of, read_model
 from tests.support.vocabularies.expected import EMBEDDING, HEAD
 from tests.support.vocabularies.pairs import HIDDEN, byte_level, with_tokens, write_model
-
-transformers = pytest.importorskip("transformers")
 
 CPU = Options(device="cpu", threads=1)
 NEW = ("<|think|>", "<|call|>", "<|end|>")
@@ -246,7 +246,6 @@ PEFT_CASES: dict[str, dict[str, Any]] = {
 
 def trained_by_peft(base: Path, adapter: Path, config: dict[str, Any]) -> Any:
     """Resize a model, give the parameters that PEFT trains random values, save the adapter, and return the model."""
-    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

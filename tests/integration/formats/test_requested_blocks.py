@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import mergeloom
@@ -20,8 +21,6 @@ from tests.support.methods.fp8_reference import reference
 from tests.support.models import llama, quantized, qwen3_moe, write_checkpoint
 from tests.support.models.shapes import Model
 from tests.support.outputs import config_of, read_model
-
-transformers = pytest.importorskip("transformers")
 
 LLAMA = llama(layers=2, hidden=256, intermediate=384, heads=4, kv_heads=2, vocabulary=64)
 QWEN = qwen3_moe(layers=2, experts=8, hidden=256, intermediate=128, vocabulary=64)
@@ -100,7 +99,6 @@ def test_codes_and_scales_equal_those_of_the_reference(
 @pytest.mark.parametrize("architecture", MODELS)
 def test_transformers_loads_it(architecture: str, form: str, made: Callable[[str, str], Path]) -> None:
     """The values are those that the codes and scales stand for; experts are fused by transformers."""
-    pytest.importorskip("accelerate")  # transformers needs it for FP8
     out, block = made(architecture, form), FORMS[form][1]
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values()), info

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import mergeloom
@@ -25,8 +26,6 @@ from tests.support.models import write_checkpoint
 from tests.support.models.experts import ARCHITECTURES, Sizes, read_all, rewrite, set_config, write_both
 from tests.support.outputs import digests
 from tests.support.plans import ROOMY, linear, slerp, sliced, task_vectors
-
-transformers = pytest.importorskip("transformers")
 
 SIZES = {
     "plain": Sizes(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
@@ -16,8 +17,6 @@ from mergeloom.errors import CheckpointError
 from tests.support import models
 from tests.support.published.other_families import FAMILIES
 from tests.support.published.variants import write_model
-
-transformers = pytest.importorskip("transformers")
 
 STRICT = Options(device="cpu", threads=1, max_ram=4 << 30, strict=True)
 

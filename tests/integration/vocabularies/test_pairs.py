@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from tokenizers import Tokenizer
 
@@ -20,8 +21,6 @@ from tests.support.vocabularies.encoders import NEW, write_encoders
 from tests.support.vocabularies.expected import EMBEDDING, HEAD, Loaded, merged_rows
 from tests.support.vocabularies.options import OPTIONS, recipe_of
 from tests.support.vocabularies.pairs import PAIRS, TEXTS, write_pair
-
-transformers = pytest.importorskip("transformers")
 
 CPU = Options(device="cpu", threads=1, max_ram=4 << 30)
 WEIGHTS = (0.25, 0.75)

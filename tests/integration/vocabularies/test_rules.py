@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -19,8 +20,6 @@ from mergeloom.errors import CheckpointError, RecipeError
 from tests.support.outputs import config_of, read_model
 from tests.support.vocabularies.expected import EMBEDDING, HEAD
 from tests.support.vocabularies.pairs import SPECIAL, byte_level, reordered, with_tokens, word_piece, write_model
-
-transformers = pytest.importorskip("transformers")
 
 CPU = Options(device="cpu", threads=1)
 
