@@ -68,6 +68,7 @@ def test_a_tile_takes_what_was_planned() -> None:
     assert found.workspace.at(ELEMENTS) <= KERNEL.workspace(ELEMENTS, 4)
     piece = Piece(KERNEL, STAGED, 0, 5, POSITIONS, ELEMENTS, ELEMENTS)
     space = Workspace(torch.empty(KERNEL.workspace(ELEMENTS, 4), dtype=torch.uint8), torch.float32)
+    out = torch.empty(ELEMENTS, dtype=torch.bfloat16)  # which is planned elsewhere
     peaks = []
 
     def measured(work: Callable[[], Any]) -> Any:
@@ -81,7 +82,7 @@ def test_a_tile_takes_what_was_planned() -> None:
     try:
         measured(lambda: check_inputs(piece, space))
         state = run(lambda index, state: reduce_chunk(piece, index, state, space), measured)
-        measured(lambda: combine_chunk(piece, state, space, [torch.empty(ELEMENTS, dtype=torch.bfloat16)]))
+        measured(lambda: combine_chunk(piece, state, space, [out]))
     finally:
         torch.set_num_threads(threads)
     assert max(peaks) <= found.allocated.at(ELEMENTS) + MIB
