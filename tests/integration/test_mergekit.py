@@ -1,7 +1,8 @@
 """mergekit's configurations: all of them are read and planned, and what they make is what mergekit 0.1.5 makes of them.
 
 The comparison needs mergekit in an environment of its own: `make compat` makes it and runs this file, or MERGEKIT_ENV
-names one. Both programs then compute with ``dtype: float32`` on models that are stored as float32.
+names one. Both programs then compute with ``dtype: float32`` on models that are stored as float32. Unions of
+vocabularies are compared in tests/integration/vocabularies/test_compat.py by token: mergekit orders new ones at random.
 """
 
 from __future__ import annotations

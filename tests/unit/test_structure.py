@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,16 @@ def test_no_folder_has_more_files_than_a_reader_can_take_in() -> None:
     for path in FILES:
         folders[path.parent] = folders.get(path.parent, 0) + 1
     assert {str(folder.relative_to(ROOT)): count for folder, count in folders.items() if count > MOST_FILES} == {}
+
+
+def test_the_list_of_long_tests_names_tests_that_exist() -> None:
+    """Else a test that was renamed runs in `make test` again, and nobody knows why that takes so long."""
+    for line in (ROOT / "tests" / "long.txt").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        file, _, test = line.partition("::")
+        assert (ROOT / file).exists(), line
+        if test:
+            name, parameters, _ = test.partition("[")
+            end = r"\(" if parameters else r"\w*\("
+            assert re.search(rf"^def {re.escape(name)}{end}", (ROOT / file).read_text(), re.M), line

@@ -213,6 +213,13 @@ modules:
     "tokenizer_source a model": f"merge_method: linear\n{WEIGHTED}tokenizer_source: b\n",
     "tokenizer base": f"merge_method: ties\n{TASKS}tokenizer: {{source: base}}\n",
     "tokenizer a model": f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: b}}\n",
+    "the vocabulary of one of the models": (
+        f"merge_method: linear\n{WEIGHTED.replace('model: b', 'model: words')}tokenizer_source: a\n"
+    ),
+    "embeddings of a token": (
+        f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: a, tokens: {{word3: {{source: b}}}}}}\n"
+    ),
+    "a padded vocabulary": f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: a, pad_to_multiple_of: 8}}\n",
     "chat_template auto": f"merge_method: ties\n{TASKS}tokenizer_source: a\nchat_template: auto\n",
     "chat_template alpaca": f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: alpaca\n",
     "chat_template chatml": f"merge_method: linear\n{WEIGHTED}tokenizer_source: a\nchat_template: chatml\n",
@@ -295,21 +302,9 @@ WARNED = {
 """Those that mergeloom warns about, and what it says."""
 
 REFUSED_HERE: dict[str, tuple[str, str]] = {
-    "a union of different vocabularies": (
-        f"merge_method: linear\n{WEIGHTED.replace('model: b', 'model: words')}tokenizer_source: union\n",
-        "A union of different vocabularies is not supported yet",
-    ),
-    "embeddings of a token": (
-        f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: a, tokens: {{word3: {{source: b}}}}}}\n",
-        "choosing embeddings by token",
-    ),
-    "padding": (
-        f"merge_method: linear\n{WEIGHTED}tokenizer: {{source: a, pad_to_multiple_of: 8}}\n",
-        "padding the vocabulary",
-    ),
-    "other vocabularies": (
-        f"merge_method: linear\n{WEIGHTED.replace('model: b', 'model: words')}tokenizer_source: a\n",
-        "are unrelated: 12 of 44 rows differ; token 'word32' has no row in a and row 32 in words",
+    "unrelated vocabularies": (
+        f"merge_method: linear\n{WEIGHTED.replace('model: b', 'model: words')}",
+        "the vocabularies of a and words are unrelated: 12 of 44 rows differ",
     ),
     "an empty layer_range": (
         """\
