@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from operator import attrgetter
 
 from .columns.reads import StoredTensors
 from .columns.repeats import Piece, Repeat, Structure
+from .columns.rows import woven
 from .graph import MergeGraph
 
 
@@ -73,12 +74,12 @@ class Pieces:
             group: group of the outputs.
         """
         graph, before = self._graph, self._graph.counts()
-        like, users, made = list[int](), list[int](), list[int]()
+        like, users, made = list[int](), array("i"), list[int]()
         for structure, pieces, _, nodes in _runs(likes, *before[:2]):
             places = range(structure.reads)
             like += [piece.first_read + place for piece in pieces for place in places]
-            users += [first + user if user >= 0 else -1 for first in nodes for user in structure.read_users]
-            made += [first + node for first in nodes for node in structure.outputs]
+            users.extend(_numbers(nodes, structure.read_users))
+            made += _numbers(nodes, structure.outputs)
         graph.reads.repeat(like, tensors, order, users)
         self.repeat_nodes(likes, before[0])
         for number, key in keys.items():
@@ -97,17 +98,24 @@ class Pieces:
             like.extend(array("I", [piece.first_node + place for piece in pieces for place in places]))
         graph.repeat_nodes(like)
         for structure, _, reads, nodes in runs:
-            firsts = list(zip(reads, nodes, strict=True))
-            sources, users = structure.sources, structure.node_users
-            graph.node_sources.extend(
-                [value + first if value >= 0 else value - own for first, own in firsts for value in sources],
-                structure.lengths * len(nodes),
+            sources = woven(
+                range(value + reads.start, value + reads.stop, reads.step)
+                if value >= 0
+                else range(value - nodes.start, value - nodes.stop, -nodes.step)
+                for value in structure.sources
             )
-            graph.first_users.extend([own + user if user >= 0 else -1 for own in nodes for user in users])
+            graph.node_sources.extend(sources, structure.lengths * len(nodes))
+            graph.first_users.extend(_numbers(nodes, structure.node_users))
             graph.reads.used[reads.start : reads.stop] = b"\1" * (reads.stop - reads.start)
             for own in nodes if structure.results else ():
                 for computing, others in structure.results:
                     graph.set_results(own + computing, [own + other for other in others])
+
+
+def _numbers(firsts: range, within: Iterable[int]) -> array[int]:
+    """Number what some pieces have, by the first number of each piece and the numbers within one; -1 stays as it is."""
+    found = [range(firsts.start + own, firsts.stop + own, firsts.step) if own >= 0 else None for own in within]
+    return woven(repeat(-1, len(firsts)) if each is None else each for each in found)
 
 
 def _runs(likes: Sequence[Piece], read: int, node: int) -> Iterator[tuple[Structure, list[Piece], range, range]]:

@@ -103,7 +103,7 @@ def open_models(references: Collection[ModelReference], open_model: OpenModel, s
     identified = True
     plain = dict.fromkeys(reference.base for reference in references)
     for reference, (checkpoint, note) in _in_donors_layout(plain, open_model, stage):
-        tensors = tensors_of(checkpoint)
+        tensors = _tensors_of(checkpoint, _twin(checkpoint, bases.values()))
         try:
             layers = _layers_of(checkpoint, tensors, bases.values())
         except CheckpointError as error:
@@ -117,12 +117,14 @@ def open_models(references: Collection[ModelReference], open_model: OpenModel, s
     for number, model in enumerate(bases.values()):
         if not identified:
             model.layers, model.identified = LayerMap((), ()), False
-        alike = next((other for other in list(bases.values())[:number] if _are_alike(other, model)), None)
+        before = list(bases.values())[:number]
+        alike = next((other for other in before if _have_same_layers(other, model)), None)
         if alike is None:
             sort_tensors(model)
         else:  # no copies: most merges are of models of one architecture
             model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
-        model.quantized = unknown_quantized(model.checkpoint, model.tensors)
+        twin = _twin(model.checkpoint, before)
+        model.quantized = unknown_quantized(model.checkpoint, model.tensors) if twin is None else twin.quantized
     adapters = AdapterModels(open_model)
     models = [bases[each.base] if each is each.base else adapters.apply(each, bases[each.base]) for each in references]
     models += [model for model in bases.values() if not model.named]
@@ -211,27 +213,48 @@ def _share_names(checkpoint: Checkpoint, other: Checkpoint) -> None:
         ours.share_names(theirs)
 
 
-def _have_same_names(checkpoint: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints are known to have the same names in the same order."""
-    ours, theirs = checkpoint.tensors, other.tensors
-    return isinstance(ours, TensorTable) and isinstance(theirs, TensorTable) and ours.shares_names(theirs)
+def _have_same_names(ours: Tensors, theirs: Tensors) -> bool:
+    """Whether the tensors of two models are known to have the same names in the same order."""
+    if isinstance(ours, TensorTable) and isinstance(theirs, TensorTable):
+        return ours.shares_names(theirs)
+    return isinstance(ours, LogicalTensors) and isinstance(theirs, LogicalTensors) and ours.shares_names(theirs)
+
+
+def _twin(checkpoint: Checkpoint, known: Iterable[Model]) -> Model | None:
+    """A model with the same names, dtypes, shapes and config.json as a checkpoint: only the numbers may differ."""
+    ours = checkpoint.tensors
+    for model in known:
+        theirs = model.checkpoint.tensors
+        same = isinstance(ours, TensorTable) and isinstance(theirs, TensorTable) and ours.is_like(theirs)
+        described = [(each.config, each.metadata) for each in (checkpoint, model.checkpoint)]
+        if same and described[0] == described[1]:
+            return model
+    return None
+
+
+def _tensors_of(checkpoint: Checkpoint, twin: Model | None) -> Tensors:
+    """The tensors of a checkpoint; their values are stored as in its twin. Raises as `tensors_of`."""
+    if twin is None:
+        return tensors_of(checkpoint)
+    if not isinstance(twin.tensors, LogicalTensors):
+        return checkpoint.tensors
+    return twin.tensors.seen_in(checkpoint.tensors) or tensors_of(checkpoint)
 
 
 def _layers_of(checkpoint: Checkpoint, tensors: Tensors, known: Iterable[Model]) -> LayerMap:
     """The layers of a checkpoint, or those of a model with the same names and the same config.json. Raises as
     `layers_of`."""
     for model in known:
-        same = model.checkpoint.config == checkpoint.config and _have_same_names(checkpoint, model.checkpoint)
-        if same and model.layers.stacks and not isinstance(tensors, LogicalTensors):
+        same = model.checkpoint.config == checkpoint.config and _have_same_names(tensors, model.tensors)
+        if same and model.layers.stacks:
             return model.layers
     return layers_of(tensors, checkpoint.config)
 
 
-def _are_alike(model: Model, other: Model) -> bool:
+def _have_same_layers(model: Model, other: Model) -> bool:
     """Whether two models have the same names in the same layers."""
     prefixes = [[stack.prefix for stack in each.layers.mains] for each in (model, other)]
-    stored = not any(isinstance(each.tensors, LogicalTensors) for each in (model, other))
-    return stored and prefixes[0] == prefixes[1] and _have_same_names(model.checkpoint, other.checkpoint)
+    return prefixes[0] == prefixes[1] and _have_same_names(model.tensors, other.tensors)
 
 
 def sort_tensors(model: Model) -> None:

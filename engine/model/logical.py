@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import copy
 from itertools import compress
 from typing import NamedTuple
 
@@ -64,6 +65,23 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
                 values.add(given.value(number))
         self._values = values
         self._length = sum(1 for _ in self)
+
+    def shares_names(self, other: LogicalTensors) -> bool:
+        """Whether `seen_in` made one of them from the other, so they have the same names in the same order."""
+        return self._values.names is other._values.names
+
+    def seen_in(self, stored: Mapping[str, TensorRef]) -> LogicalTensors | None:
+        """Return the same values of another checkpoint's tensors, with which they share all but the places in files.
+
+        None if the stored tensors are not in tables of the same names, dtypes and shapes, or a value has other parts.
+        """
+        if self.table is None or not isinstance(stored, TensorTable) or self._values.elsewhere:
+            return None
+        if not stored.is_like(self.table):
+            return None
+        seen = copy(self)
+        seen.table, seen._values = stored, self._values.seen_in(stored)
+        return seen
 
     @property
     def parts(self) -> Collection[str]:

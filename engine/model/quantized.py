@@ -43,7 +43,7 @@ _SCALE_WORDS = re.compile(
 )
 """The part of a scale's name that isn't in the name of its codes: ``q_proj_scale``, ``scales.q_proj``."""
 _LONGEST_NAME = 8
-_PROJECTION = re.compile(r"(?:_proj|_weight)$")
+_PROJECTIONS = ("_proj", "_weight")
 
 
 def quantized_tensors(checkpoint: Checkpoint, known: Collection[str] = ()) -> Mapping[str, str]:
@@ -160,8 +160,10 @@ def _modules_of_codes(codes: Mapping[str, list[str]]) -> dict[str, str]:
     for module, names in codes.items():
         for name in names:
             short = module if name == f"{module}.weight" else name
-            for key in (name, short, _PROJECTION.sub("", short)):
-                modules.setdefault(key, name)
+            modules.setdefault(name, name)
+            modules.setdefault(short, name)
+            if short.endswith(_PROJECTIONS):
+                modules.setdefault(short.rpartition("_")[0], name)
     return modules
 
 

@@ -102,6 +102,10 @@ class TensorTable(Mapping[str, TensorRef]):
         """Whether `share_names` found that two tables have the same names in the same order."""
         return self._rows is other._rows
 
+    def is_like(self, other: TensorTable) -> bool:
+        """Whether two tables share names, and tensors of the same name have the same dtype and shape."""
+        return self.shares_names(other) and self.classes == other.classes and self._members == other._members
+
     def class_of(self, name: str) -> TensorClass:
         """The class of a tensor. Raises KeyError."""
         return self.classes[self._members[self._rows[name]]]

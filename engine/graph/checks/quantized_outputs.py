@@ -14,7 +14,7 @@ from ...model.logical import LogicalTensor, LogicalTensors, codes_of
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ...recipe.entries.dtype_lookup import Refuse
 from ..columns.outputs import Output
-from ..encoding.linear import without_numbers
+from ..encoding.linear import kinds_of, without_numbers
 from ..encoding.sizes import sizes_of
 from ..graph import Kind, MergeGraph
 
@@ -91,7 +91,7 @@ def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
     """
     if not isinstance(donor.tensors, LogicalTensors):
         return
-    kinds = set(map(without_numbers, donor.tensors.quantized))
+    kinds = kinds_of(donor.tensors.quantized)
     wide = graph.by_class(lambda node: _is_wide(graph, node))
     for number, node in enumerate(graph.outputs.nodes if kinds else ()):
         if wide[node] and without_numbers(graph.outputs.names[number]) in kinds:

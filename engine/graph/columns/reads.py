@@ -124,7 +124,7 @@ class Reads(Sequence[TensorRef]):
         return max(map(numbers.__getitem__, tensors.rows)) < 0 and len(set(tensors.rows)) == len(tensors.rows)
 
     def repeat(
-        self, like: Sequence[int], tensors: Sequence[StoredTensors], order: Sequence[int], users: Sequence[int]
+        self, like: Sequence[int], tensors: Sequence[StoredTensors], order: Sequence[int], users: array[int]
     ) -> None:
         """Append new reads of the classes of others, before the nodes that use them.
 
@@ -136,6 +136,7 @@ class Reads(Sequence[TensorRef]):
         """
         begin, files, names = len(self._files), list[int](), list[str]()
         offsets, models, rows = list[int](), list[int](), list[int]()
+        targets: list[array[int]] = []  # for each tensor, the numbers of its model's reads by row
         for model, table, own_names, own in tensors:
             found, places = table.places(own)
             distinct = dict(zip(map(id, found), found, strict=True))
@@ -144,16 +145,17 @@ class Reads(Sequence[TensorRef]):
             names += own_names
             offsets += places
             models += [model] * len(own)
+            targets += [self._by_row[model].numbers] * len(own)
             rows += own
         self._files.extend(map(files.__getitem__, order))
         self._offsets.extend(map(offsets.__getitem__, order))
         self.names.extend(map(names.__getitem__, order))
         self.models.extend(map(models.__getitem__, order))
         self.class_numbers.extend(array("I", map(self.class_numbers.__getitem__, like)))
-        self.first_users.extend(array("i", users))
+        self.first_users.extend(users)
         self.used.extend(bytes(len(like)))
         for number, place in enumerate(order, begin):
-            self._by_row[models[place]].numbers[rows[place]] = number
+            targets[place][rows[place]] = number
 
     def chosen(self, flags: bytearray) -> Reads:
         """The reads whose flag is 1, without users. None can be found there."""

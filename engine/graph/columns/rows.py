@@ -25,10 +25,10 @@ class Rows(Sequence[tuple[int, ...]]):
         self.values.extend(row)
         self._ends.append(len(self.values))
 
-    def extend(self, values: Sequence[int], lengths: Sequence[int]) -> None:
+    def extend(self, values: array[int], lengths: Sequence[int]) -> None:
         """Append tuples of the given lengths, with the values of one after those of the other."""
         self._ends.extend(array("I", islice(accumulate(lengths, initial=len(self.values)), 1, None)))
-        self.values.extend(array("i", values))
+        self.values.extend(values)
 
     def firsts(self, indices: Iterable[int]) -> Iterator[int]:
         """The first integers of the tuples at some indices, which are not empty."""
@@ -70,6 +70,15 @@ class Rows(Sequence[tuple[int, ...]]):
 
     def _row(self, index: int) -> tuple[int, ...]:
         return tuple(self.values[self._ends[index] : self._ends[index + 1]])
+
+
+def woven(columns: Iterable[Iterable[int]]) -> array[int]:
+    """The rows of columns of equal lengths, one after another, as integers of 32 bits."""
+    own = [array("i", column) for column in columns]
+    found = array("i", bytes(4 * sum(map(len, own))))
+    for place, column in enumerate(own):
+        found[place :: len(own)] = column
+    return found
 
 
 def grouped(keys: Sequence[int], members: Sequence[int], count: int) -> Groups:

@@ -7,7 +7,7 @@ projections decide. A name that is not known stays unquantized, and config.json 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ...model.inputs import Model
 from ...model.logical import shape_of
@@ -23,7 +23,7 @@ _OTHER = re.compile(r"(?:weights|eh|dt|patch|pos|embed\w*|position\w*)_proj")
 _ROUTER = re.compile(r"gate|router|shared_expert_gate|wg")
 """Modules that choose experts."""
 _FUSED_EXPERTS = re.compile(r"(?:gate_up|gate|up|down)_proj")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|\n|$)")
 _TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -116,3 +116,8 @@ def split_groups(names: set[str], stored: set[str]) -> Iterator[tuple[str, str]]
 def without_numbers(name: str) -> str:
     """Return a name without the numbers of layers and experts."""
     return _NUMBER.sub("*", name)
+
+
+def kinds_of(names: Iterable[str]) -> set[str]:
+    """Return the different names without numbers. All names are searched at once, which is faster than one by one."""
+    return set(without_numbers("\n".join(names)).split("\n"))

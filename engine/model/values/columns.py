@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -59,6 +60,12 @@ class Values:
         self._class_numbers: dict[Hashable, int] = {}
         self._members = array("I")  # the number of each value's class
         self._rows, self._ends = array("i"), array("I", [0])  # rows of the parts and companions; -1 if elsewhere
+
+    def seen_in(self, stored: TensorTable) -> Values:
+        """Return the values that have the same parts in another table, which `is_like` this one."""
+        other = copy(self)
+        other.stored, other.stored_names, other.row = stored, stored.names, stored.row
+        return other
 
     def add(self, found: LogicalTensor | Another) -> None:
         """Add a value, with a name that no other one has."""

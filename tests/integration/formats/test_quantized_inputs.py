@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mergeloom
-from tests.support.models import quantized
+from tests.support.models import quantized, write_checkpoint
 from tests.support.outputs import read_model
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -66,6 +66,21 @@ def test_models_in_different_formats_merge(tmp_path: Path, method: str) -> None:
     mergeloom.merge(recipe(method, mixed, "bfloat16"), tmp_path / "quantized")
     mergeloom.merge(recipe(method, [values for _, values in pairs], "bfloat16"), tmp_path / "values")
     assert weights(tmp_path / "quantized") == weights(tmp_path / "values")
+
+
+def test_models_that_differ_only_in_config_are_decoded_by_their_own(tmp_path: Path) -> None:
+    """Names, dtypes and shapes are the same, so what is known about one model could be taken for the other."""
+    name, models, expected = "model.layers.0.mlp.up_proj.weight", [], torch.zeros(64, 64, dtype=torch.float64)
+    for seed, block in enumerate(([32, 48], [48, 32])):
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+        codes, scales, value = quantized.blocks(weight, *block, lambda each: each)
+        assert scales.shape == (2, 2)
+        expected += value.double() / 2
+        config = {"num_hidden_layers": 1, "quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
+        tensors = {name: codes, f"{name}_scale_inv": scales}
+        models.append(write_checkpoint(tmp_path / str(seed), tensors, config=config))
+    mergeloom.merge(recipe("linear", models, "float32"), tmp_path / "out")
+    assert torch.allclose(read_model(tmp_path / "out")[name].double(), expected, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("form", quantized.FORMATS)

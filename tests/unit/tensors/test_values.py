@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,53 @@ def test_a_part_of_another_model_is_kept_as_it_is() -> None:
     assert tensors["norm"] == REFS["norm"]
     assert tensors.stored_rows(["a.weight", "norm"]) == ([None, 0], [0], [0, 0])
     assert list(tensors) == list(SHAPES)
+
+
+def twin(refs: dict[str, TensorRef], other: TensorTable) -> TensorTable:
+    """A table of the same names in another file, which shares them with a table."""
+    places = {name: replace(ref, file=Path("twin"), offset=ref.offset + 8) for name, ref in refs.items()}
+    table = TensorTable.of(places)
+    table.share_names(other)
+    return table
+
+
+def test_the_values_of_a_twin_are_in_its_own_files() -> None:
+    tensors = LogicalTensors(TensorTable.of(REFS), VALUES)
+    assert tensors.table is not None
+    table = twin(REFS, tensors.table)
+    seen = tensors.seen_in(table)
+    assert seen is not None
+    assert seen.shares_names(tensors)
+    assert list(seen) == list(tensors)
+    assert seen["b.weight"] == replace(
+        tensors["b.weight"],
+        parts=tuple(replace(part, ref=table[part.name]) for part in VALUES[2].parts),
+        companions=(Part("b.input_scale", table["b.input_scale"]),),
+    )
+    assert seen["norm"] == table["norm"] != tensors["norm"]
+    assert {ref.file for name in seen for ref in files_of(seen[name])} == {Path("twin")}
+    assert {ref.file for name in tensors for ref in files_of(tensors[name])} == {Path("m")}
+
+
+def files_of(tensor: TensorRef | LogicalTensor) -> list[TensorRef]:
+    if isinstance(tensor, TensorRef):
+        return [tensor]
+    return [part.as_stored for part in tensor.all_parts]
+
+
+def test_other_dtypes_names_or_a_part_elsewhere_are_no_twin() -> None:
+    plain = [value for value in VALUES if value.decode is not None]
+    tensors = LogicalTensors(TensorTable.of(REFS), plain)
+    assert tensors.table is not None
+    narrow = REFS | {"norm": replace(REFS["norm"], dtype=F32)}
+    renamed = {name.replace("norm", "ln"): ref for name, ref in REFS.items()}
+    assert tensors.seen_in(twin(REFS, tensors.table)) is not None
+    assert tensors.seen_in(twin(narrow, tensors.table)) is None
+    assert tensors.seen_in(twin(renamed, tensors.table)) is None
+    assert tensors.seen_in(REFS) is None
+    other = Part("norm", REFS["b.weight"], owner=ModelReference("adapter"))
+    adapted = LogicalTensor("a.weight", (4, 6), BF16, (Part("a.weight", REFS["a.weight"]), other), DECODE)
+    assert LogicalTensors(tensors.table, [adapted]).seen_in(twin(REFS, tensors.table)) is None
 
 
 def test_a_value_takes_a_few_bytes() -> None:
