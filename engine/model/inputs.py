@@ -221,15 +221,21 @@ def _have_same_names(ours: Tensors, theirs: Tensors) -> bool:
 
 
 def _twin(checkpoint: Checkpoint, known: Iterable[Model]) -> Model | None:
-    """A model with the same names, dtypes, shapes and config.json as a checkpoint: only the numbers may differ."""
+    """A model with the same names, dtypes, shapes and description as a checkpoint: only the numbers may differ."""
     ours = checkpoint.tensors
     for model in known:
         theirs = model.checkpoint.tensors
         same = isinstance(ours, TensorTable) and isinstance(theirs, TensorTable) and ours.is_like(theirs)
-        described = [(each.config, each.metadata) for each in (checkpoint, model.checkpoint)]
-        if same and described[0] == described[1]:
+        if same and _description(checkpoint) == _description(model.checkpoint):
             return model
     return None
+
+
+def _description(checkpoint: Checkpoint) -> tuple[Mapping[str, object], Mapping[str, str]]:
+    """What a checkpoint says about its tensors, without what differs between fine-tunes: their names and versions."""
+    config = checkpoint.config or {}
+    kept = {key: value for key, value in config.items() if key[:1] != "_" and key != "transformers_version"}
+    return kept, checkpoint.metadata
 
 
 def _tensors_of(checkpoint: Checkpoint, twin: Model | None) -> Tensors:
@@ -242,11 +248,11 @@ def _tensors_of(checkpoint: Checkpoint, twin: Model | None) -> Tensors:
 
 
 def _layers_of(checkpoint: Checkpoint, tensors: Tensors, known: Iterable[Model]) -> LayerMap:
-    """The layers of a checkpoint, or those of a model with the same names and the same config.json. Raises as
+    """The layers of a checkpoint, or those of a model with the same names and the same description. Raises as
     `layers_of`."""
     for model in known:
-        same = model.checkpoint.config == checkpoint.config and _have_same_names(tensors, model.tensors)
-        if same and model.layers.stacks:
+        same = model.layers.stacks and _have_same_names(tensors, model.tensors)
+        if same and _description(checkpoint) == _description(model.checkpoint):
             return model.layers
     return layers_of(tensors, checkpoint.config)
 
