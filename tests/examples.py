@@ -1,8 +1,8 @@
-"""The number of examples that a property test draws: all of them in `make test-all`, a third in `make test`."""
+"""The number of examples that a property test draws: all of them in `make test-all`, a fifth in `make test`."""
 
 from __future__ import annotations
 
-SHARE = 3
+SHARE = 5
 """`make test` draws one of this many."""
 _few = False
 
