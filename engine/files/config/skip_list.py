@@ -40,22 +40,27 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
         return []
     key, section = found
     method = str(section.get("quant_method") or "").lower()
-    name = next((each for each in KEYS if isinstance(section.get(each), list)), "")
-    name = name or ("ignore" if method in _IGNORE else KEYS[0])
-    listed = list(section.get(name) or ())
+    names = [each for each in KEYS if isinstance(section.get(each), list)]
     outputs = decoded_outputs(built.graph, built.models[built.donor])
     modules = [output.name.removesuffix(".weight") for output in outputs]
     if not modules:
         return []
-    added = [entry for entry in _entries(modules, _lists_of_codes(built), method) if entry not in listed]
-    if not added:
-        return []
-    if not listed:  # without a list, transformers leaves the head as it is
-        added = [*_heads(built), *added]
+    entries = list(entries_of(modules, lists_of_codes(built), method))
     assert isinstance(section, dict)
-    section[name] = listed + added
-    problem = f"{plural(len(modules), 'module')} added to {key}.{name} of config.json: the output has them unquantized"
-    return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=(f"{key}.{name}",))]
+    extended = []
+    for name in names or ["ignore" if method in _IGNORE else KEYS[0]]:  # loaders differ in the list that they read
+        listed = list(section.get(name) or ())
+        added = [entry for entry in entries if entry not in listed]
+        if added and not listed:  # without a list, transformers leaves the head as it is
+            added = [*_heads(built), *added]
+        if added:
+            section[name] = listed + added
+            extended.append(f"{key}.{name}")
+    if not extended:
+        return []
+    where = " and ".join(extended)
+    problem = f"{plural(len(modules), 'module')} added to {where} of config.json: the output has them unquantized"
+    return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=tuple(extended))]
 
 
 def _heads(built: BuiltGraph) -> Iterator[str]:
@@ -66,7 +71,7 @@ def _heads(built: BuiltGraph) -> Iterator[str]:
             yield output.name.removesuffix(".weight")
 
 
-def _entries(modules: Iterable[str], quantized: Collection[str], method: str) -> Iterator[str]:
+def entries_of(modules: Iterable[str], quantized: Collection[str], method: str) -> Iterator[str]:
     """Yield the entries for modules.
 
     Args:
@@ -91,7 +96,7 @@ def _entry_of_experts(experts: str, method: str) -> str:
     return f"{experts}*" if method == "modelopt" else experts
 
 
-def _lists_of_codes(built: BuiltGraph) -> set[str]:
+def lists_of_codes(built: BuiltGraph) -> set[str]:
     """The lists of experts of which the output has quantized ones."""
     found = set()
     for output in built.graph.outputs:
