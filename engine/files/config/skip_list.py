@@ -19,7 +19,7 @@ from ....io.units import plural
 from ...graph.build import BuiltGraph
 from ...graph.checks.quantized_outputs import decoded_outputs
 from ...model.checks.formats import quantization_config
-from ...model.formats.skip_lists import KEYS
+from ...model.formats.skip_lists import KEYS, SkipList
 from ...model.roles import is_head
 from ...model.warnings import ModelWarning, ModelWarningKind
 
@@ -45,12 +45,14 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
     modules = [output.name.removesuffix(".weight") for output in outputs]
     if not modules:
         return []
-    entries = list(entries_of(modules, lists_of_codes(built), method))
+    quantized, count = lists_of_codes(built), 0
     assert isinstance(section, dict)
     extended = []
     for name in names or ["ignore" if method in _IGNORE else KEYS[0]]:  # loaders differ in the list that they read
         listed = list(section.get(name) or ())
-        added = [entry for entry in entries if entry not in listed]
+        known = SkipList(name, (each for each in listed if isinstance(each, str)), method)
+        missing = [module for module in modules if known.entry_of(module) is None]
+        count, added = max(count, len(missing)), list(entries_of(missing, quantized, method))
         if added and not listed:  # without a list, transformers leaves the head as it is
             added = [*_heads(built), *added]
         if added:
@@ -59,7 +61,7 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
     if not extended:
         return []
     where = " and ".join(extended)
-    problem = f"{plural(len(modules), 'module')} added to {where} of config.json: the output has them unquantized"
+    problem = f"{plural(count, 'module')} added to {where} of config.json: the output has them unquantized"
     return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=tuple(extended))]
 
 

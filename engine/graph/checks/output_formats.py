@@ -39,7 +39,7 @@ def check_output_formats(
     elif stage.files_from is None:
         yield from check_quantized_outputs(graph, models, donor)
     if stage.out_dtype is None and stage.dtype is None:
-        yield from decoding_warnings(graph, donor, dtypes.refuse)
+        yield from decoding_warnings(graph, models, donor, dtypes.refuse)
 
 
 def refuse_blocks_between_stages(recipe: Recipe, stage: Stage) -> None:

@@ -10,7 +10,7 @@ from ....io.units import data_size, plural
 from ....methods.kernel.access import ALIGNED
 from ...model.checks.formats import format_name, quantization_config, unquantized
 from ...model.inputs import Model
-from ...model.logical import LogicalTensor, LogicalTensors, codes_of
+from ...model.logical import LogicalTensor, LogicalTensors, codes_of, format_of
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ...recipe.entries.dtype_lookup import Refuse
 from ..columns.outputs import Output
@@ -104,15 +104,25 @@ def _is_wide(graph: MergeGraph, node: int) -> bool:
     return graph.operation(node).made is ALIGNED and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16
 
 
-def decoding_warnings(graph: MergeGraph, donor: Model, refuse: Refuse) -> Iterator[ModelWarning]:
+def decoding_warnings(
+    graph: MergeGraph, models: Sequence[Model], donor: Model, refuse: Refuse
+) -> Iterator[ModelWarning]:
     """Warn about quantized tensors that are decoded although the recipe does not ask for a dtype.
 
     Args:
         graph: complete graph of a stage.
+        models: the stage's models.
         donor: the model that config.json comes from.
         refuse: says which tensors can't be stored as FP8 blocks instead.
     """
-    decoded = list(decoded_outputs(graph, donor))
+    tensors = [model.tensors for model in models]
+    decoded = [
+        output
+        for output in decoded_outputs(graph, donor)
+        if any(
+            format_of(tensors[graph.read_models[read]], graph.read_names[read]) for read in graph.reads_of(output.node)
+        )
+    ]
     if not decoded:
         return
     nbytes = sum(graph.nbytes(output.node) for output in decoded)

@@ -144,3 +144,24 @@ def test_entries_that_cannot_follow_are_named(tmp_path: Path) -> None:
     assert planned.files.config is not None
     assert "vision.layers.3.none" in planned.files.config["quantization_config"]["ignore"]
     assert not any("may have moved" in str(each) for each in plan(linear(model, model)).warnings)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_layers_that_the_models_have_unquantized_are_no_news(tmp_path: Path, name: str) -> None:
+    """Nothing is decoded and nothing is added, whether or not entries are expressions; a decoded layer is both."""
+    models = [write(tmp_path / each, name, 0) for each in "ab"]
+    for more in ({}, {"out_dtype": "same"}):
+        planned = plan(linear(*models, **more))
+        assert not planned.warnings
+        mergeloom.merge(planned, tmp_path / f"out{len(more)}")
+        check(tmp_path / f"out{len(more)}", name)
+        section = json.loads((models[0] / "config.json").read_text())["quantization_config"]
+        assert planned.files.config is not None
+        assert planned.files.config["quantization_config"] == section
+    rules = [{"filter": "layers.5.", "value": "bfloat16"}, {"value": "same"}]
+    planned = plan(linear(*models, out_dtype=rules))
+    count = sum(is_quantized(0, 5, module) for module in MODULES)
+    assert any(f"{count} modules added to quantization_config." in str(each) for each in planned.warnings)
+    mergeloom.merge(planned, tmp_path / "mixed")
+    stored = check(tmp_path / "mixed", name)
+    assert not any(stored[f"model.layers.5.{module}"] for module in MODULES)
