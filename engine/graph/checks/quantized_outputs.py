@@ -98,6 +98,18 @@ def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
             yield graph.outputs[number]
 
 
+def newly_decoded(graph: MergeGraph, models: Sequence[Model], donor: Model) -> list[Output]:
+    """Those of the `decoded_outputs` that are computed from quantized tensors, and not just like in their models."""
+    tensors = [model.tensors for model in models]
+    return [
+        output
+        for output in decoded_outputs(graph, donor)
+        if any(
+            format_of(tensors[graph.read_models[read]], graph.read_names[read]) for read in graph.reads_of(output.node)
+        )
+    ]
+
+
 def _is_wide(graph: MergeGraph, node: int) -> bool:
     """Whether a node makes floating-point numbers of 16 bits or more, apart from scales."""
     dtype = graph.node_dtype[node]
@@ -115,14 +127,7 @@ def decoding_warnings(
         donor: the model that config.json comes from.
         refuse: says which tensors can't be stored as FP8 blocks instead.
     """
-    tensors = [model.tensors for model in models]
-    decoded = [
-        output
-        for output in decoded_outputs(graph, donor)
-        if any(
-            format_of(tensors[graph.read_models[read]], graph.read_names[read]) for read in graph.reads_of(output.node)
-        )
-    ]
+    decoded = newly_decoded(graph, models, donor)
     if not decoded:
         return
     nbytes = sum(graph.nbytes(output.node) for output in decoded)

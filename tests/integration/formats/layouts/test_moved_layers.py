@@ -16,7 +16,7 @@ import mergeloom
 from mergeloom.engine.run.planning import plan
 from tests.support.models import quantized, write_checkpoint
 from tests.support.outputs import read_model
-from tests.support.plans import linear, sliced
+from tests.support.plans import linear, sliced, weighted_mean
 
 MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate", "mlp.up_proj")
 LAYERS = 12
@@ -165,3 +165,35 @@ def test_layers_that_the_models_have_unquantized_are_no_news(tmp_path: Path, nam
     mergeloom.merge(planned, tmp_path / "mixed")
     stored = check(tmp_path / "mixed", name)
     assert not any(stored[f"model.layers.5.{module}"] for module in MODULES)
+
+
+@pytest.mark.parametrize("form", ["fp8 blocks, byte scales", "fp8 rows", "int4"])
+def test_a_list_that_decodes_one_of_fused_projections_is_warned_about(tmp_path: Path, form: str) -> None:
+    """Not if it decodes all of them, and not if the models have them so."""
+    quantize, section = quantized.FORMATS[form]
+    models = []
+    for number in range(2):
+        stored = {
+            f"model.layers.{layer}.self_attn.{module}_proj.{ending}": tensor
+            for layer in range(2)
+            for module in "qkvo"
+            for ending, tensor in quantize(torch.randn(32, 48)).stored.items()
+            if (layer, module) != (1, "v")
+        }
+        stored["model.layers.1.self_attn.v_proj.weight"] = torch.ones(32, 48)
+        config = {"model_type": "llama", "num_hidden_layers": 2, "quantization_config": section}
+        models.append(write_checkpoint(tmp_path / f"{number}", stored, config=config))
+
+    def warnings(*filters: str) -> list[str]:
+        rules = [{"filter": each, "value": "bfloat16"} for each in filters]
+        recipe = weighted_mean(dict(zip(models, (1.0, 0.0), strict=True)), out_dtype=[*rules, {"value": "same"}])
+        for place, entry in enumerate(recipe["models"]):  # what isn't decoded is copied, in any format
+            values = [{"filter": each, "value": 0.5} for each in filters]
+            entry["parameters"]["weight"] = [*values, {"value": 1.0 - place}]
+        return [str(each) for each in plan(recipe).warnings if "load them as one tensor" in str(each)]
+
+    (warning,) = warnings("0.self_attn.k_proj")
+    assert "model.layers.0.self_attn.q_proj is stored quantized and model.layers.0.self_attn.k_proj is not" in warning
+    assert "(2 such pairs)" in warning
+    assert warnings("0.self_attn.q", "0.self_attn.k", "0.self_attn.v") == []
+    assert warnings("o_proj") == []
