@@ -18,10 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import mergeloom
+from mergeloom.engine.execute.devices.base import Device
+from mergeloom.engine.execute.devices.cpu import CpuDevice
+from mergeloom.engine.execute.executor import Executor
 from mergeloom.engine.run.planning import plan
 from mergeloom.engine.run.verify import verify
+from mergeloom.engine.schedule.budget import Budget, DeviceBudget
+from mergeloom.engine.schedule.schedule import make_schedule
+from mergeloom.io.reading import Reader
 from mergeloom.report.explain import explain
 from mergeloom.report.plan import plan_text
+from tests.support.devices import CountingDevice
 from tests.support.merges.resumable import OPTIONS, interrupt, run
 from tests.support.merges.small import make_blocks_small
 from tests.support.merges.verified import flip, position_of
@@ -221,6 +228,41 @@ def test_resumed_and_verified(tmp_path: Path, form: str, monkeypatch: pytest.Mon
     flip(*position_of(tmp_path / "out", scales))
     (damage,) = verify(tmp_path / "out").damaged
     assert f"tensor {scales} in " in damage
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_device_with_its_own_memory_writes_the_same_bytes(tmp_path: Path, form: str) -> None:
+    donor, values = write(tmp_path, form, 7)
+    graph = plan(hard(donor, values), OPTIONS).built.graph
+    written = []
+    for vram in (None, 64 << 20):
+        budget = DeviceBudget("test", vram, 1)
+        schedule = make_schedule(graph, Budget(1 << 30, 0, (budget,)), slot_bytes=1 << 20)
+        reader, sink = Reader(), Sink()
+        device: Device = CpuDevice(1) if vram is None else CountingDevice("test", vram)
+        Executor(graph, schedule, [device], reader, sink).run()
+        reader.close()
+        written.append(sink.written)
+    codes = [node for node in graph.tasks() if len(graph.results(node)) == 2]
+    assert len(codes) == LAYERS * len(SHAPES)
+    assert {graph.node_dtype[graph.results(node)[1]].name for node in codes} == {"U8"}
+    assert written[0] == written[1]
+    assert written[0].keys() >= {result for node in codes for result in graph.results(node)}
+
+
+class Sink:
+    """A sink that keeps what is written, by node."""
+
+    def __init__(self) -> None:
+        self.written: dict[int, bytes] = {}
+
+    def write(self, node: int, offset: int, data: memoryview) -> None:
+        """Keep the data, which follow those before."""
+        assert offset == len(self.written.get(node, b""))
+        self.written[node] = self.written.get(node, b"") + bytes(data)
+
+    def finished(self, node: int) -> None:
+        """Do nothing."""
 
 
 @pytest.mark.parametrize("form", FORMS)
