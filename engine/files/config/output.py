@@ -49,12 +49,10 @@ def output_config(
     blocks = requested_blocks(stage)
     if blocks is not None and not stores_blocks(built):
         blocks = None
-    if blocks is None:
-        warnings += drop_quantization(result, built, used)
-        warnings += move_entries(result, stacks, built, chosen=chosen)
-        warnings += extend_skip_list(result, built)
-    else:
+    if blocks is not None:
         warnings += replace_description(result, blocks)
+    else:
+        warnings += _describe_formats(result, stacks, built, used, chosen=chosen)
     dtype = _dtype(stage, built)
     if not stacks:  # config.json describes the layers already, but perhaps not the dtype and the head
         count = stated_layers(config, None) or 0
@@ -83,6 +81,17 @@ def output_config(
     if is_mixed and is_written and stage.out_dtype is None:
         warnings += mixed_dtypes(built)
     return MergedConfig(result, tuple(warnings))
+
+
+def _describe_formats(
+    config: dict[str, Any], stacks: Sequence[OutputStack], built: BuiltGraph, used: str, *, chosen: bool
+) -> list[ModelWarning]:
+    """Make the description of quantized tensors agree with those of the output."""
+    return [
+        *drop_quantization(config, built, used),
+        *move_entries(config, stacks, built, chosen=chosen),
+        *extend_skip_list(config, built),
+    ]
 
 
 def _dtype(stage: Stage, built: BuiltGraph) -> str | None:
