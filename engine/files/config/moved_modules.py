@@ -39,7 +39,7 @@ def move_entries(
     key, section = found
     assert isinstance(section, dict)
     names = [name for name in KEYS if isinstance(section.get(name), list)]
-    others = [] if chosen else list(_listed_elsewhere(built))
+    others = list(_listed_elsewhere(built)) if names and not chosen else []
     for name in names:
         entries = [each for entry in section[name] for each in _renumbered(entry, moved)]
         listed = SkipList("", (each for each in entries if isinstance(each, str)), _method(section))

@@ -42,7 +42,7 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
     method = str(section.get("quant_method") or "").lower()
     names = [each for each in KEYS if isinstance(section.get(each), list)]
     outputs = decoded_outputs(built.graph, built.models[built.donor])
-    modules = [output.name.removesuffix(".weight") for output in outputs]
+    modules = [name.removesuffix(".weight") for name, _ in outputs]
     if not modules:
         return []
     quantized, count = lists_of_codes(built), 0
@@ -67,10 +67,11 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
 
 def _heads(built: BuiltGraph) -> Iterator[str]:
     """Yield the modules of the output's heads that are not quantized."""
-    for output in built.graph.outputs:
-        dtype = built.graph.node_dtype[output.node]
-        if is_head(output.name) and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16:
-            yield output.name.removesuffix(".weight")
+    graph = built.graph
+    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
+        dtype = graph.node_dtype[node]
+        if is_head(name) and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16:
+            yield name.removesuffix(".weight")
 
 
 def entries_of(modules: Iterable[str], quantized: Collection[str], method: str) -> Iterator[str]:
@@ -100,10 +101,10 @@ def _entry_of_experts(experts: str, method: str) -> str:
 
 def lists_of_codes(built: BuiltGraph) -> set[str]:
     """The lists of experts of which the output has quantized ones."""
-    found = set()
-    for output in built.graph.outputs:
-        dtype = built.graph.node_dtype[output.node]
+    graph, found = built.graph, set()
+    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
+        dtype = graph.node_dtype[node]
         if dtype.kind is not ElementKind.FLOAT or dtype.bits < 16:
-            match = _EXPERT.match(output.name)
+            match = _EXPERT.match(name)
             found.update([match[1]] if match else [])
     return found

@@ -48,7 +48,7 @@ def check_output_formats(
 
 def _split_projections(graph: MergeGraph, models: Sequence[Model], donor: Model) -> Iterator[ModelWarning]:
     """Warn about projections that loaders fuse of which the recipe decodes only some."""
-    decoded = [output.name.removesuffix(".weight") for output in newly_decoded(graph, models, donor)]
+    decoded = [name.removesuffix(".weight") for name, _ in newly_decoded(graph, models, donor)]
     if decoded:
         dtypes = graph.outputs.of_nodes(graph.node_dtype)
         stored = {
