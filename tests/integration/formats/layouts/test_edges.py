@@ -18,7 +18,7 @@ from tests.support.merges.resumable import OPTIONS, interrupt, run
 from tests.support.merges.small import make_blocks_small
 from tests.support.models import quantized, write_checkpoint
 from tests.support.outputs import digests, read_model
-from tests.support.plans import linear
+from tests.support.plans import linear, weighted_mean
 
 FP8 = torch.float8_e4m3fn
 SHAPES = {
@@ -178,6 +178,28 @@ def test_experts_alone_are_stored_like_the_donors(tmp_path: Path, name: str, mon
     plain = {f"model.layers.{layer}.{rest}" for layer in range(LAYERS) for rest in SHAPES if "experts" not in rest}
     assert set(section.pop(key)) == {each.removesuffix(".weight") for each in plain} | set(layout.section.get(key, ()))
     assert section == {name: value for name, value in layout.section.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("rows, a list of scales", "rows, scales in F32"),
+        ("rows, scales in F32", "rows, a list of scales"),
+        ("blocks, exponents in U8", "blocks, exponents in F8_E8M0"),
+        ("blocks, exponents in F8_E8M0", "blocks, exponents in U8"),
+        ("blocks, powers of two in F32", "blocks, exponents in U8"),
+    ],
+)
+def test_what_another_layout_contributes_is_stored_like_the_donors(tmp_path: Path, first: str, second: str) -> None:
+    """Bytes that mean the same under another dtype, or in another shape, are not copied as they are."""
+    layout, other = (
+        LAYOUTS.get(name) or replace(LAYOUTS["rows, a list of scales"], listed=False) for name in (first, second)
+    )
+    (donor, _), (model, twin) = (write(tmp_path / each.ending, each, seed) for seed, each in enumerate((layout, other)))
+    mergeloom.merge(weighted_mean({donor: 0.0, model: 1.0}, out_dtype="same"), tmp_path / "out")
+    found = read_model(tmp_path / "out")
+    found["model.norm.weight"] = found["model.norm.weight"].bfloat16()
+    check(found, layout, read_model(twin))
 
 
 def test_a_single_scale_for_several_blocks_is_an_error(tmp_path: Path) -> None:
