@@ -26,7 +26,7 @@ from .columns.reads import Reads
 from .columns.repeats import Repeat
 from .columns.rows import Rows, grouped
 from .footprint import Footprint
-from .operation import Kind, Operation, result_of
+from .operation import Kind, Operation, dtype_of_numbers, result_of
 
 __all__ = ["Kind", "MergeGraph", "Operation", "Output", "Value"]
 
@@ -292,8 +292,8 @@ class MergeGraph:
         return (node, *self._results.get(node, ()))
 
     def result_dtypes(self, node: int) -> tuple[DType, ...]:
-        """The dtype of each tensor that a node computes."""
-        return tuple([self.node_dtype[result] for result in self.results(node)])
+        """The dtype of the numbers of each tensor that a node computes; see `operation.dtype_of_numbers`."""
+        return (self.node_dtype[node], *(dtype_of_numbers(self.node_dtype[each]) for each in self.results(node)[1:]))
 
     def results_with(self, node: int) -> tuple[int, ...]:
         """All tensors that are computed together with a node's output, that of the computing node first."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
-from ...io.tensors.dtypes import DType
+from ...io.tensors.dtypes import DTYPES, DType
 from ...methods.kernel.access import ALIGNED, Access, Shape
 from ...methods.kernel.kernel import Kernel, Traceable
 from ...methods.kernel.method import Method
@@ -82,6 +82,14 @@ def result_of(operation: Operation, shape: Shape, place: int, own: Shape) -> Ope
     if not made.part_shape_fits(shape, own) or (0 in shape and 0 not in own):
         raise ValueError(f"a tensor of shape {list(own)} cannot be computed with one of {list(shape)} by {made}")
     return Operation(Kind.RESULT, operation.method, made=made)
+
+
+def dtype_of_numbers(dtype: DType) -> DType:
+    """The dtype in which the numbers of a `RESULT` are computed, by the dtype in a file's header.
+
+    Bytes are the exponents of scales: what F8_E8M0 stores, under the name that libraries without this dtype read.
+    """
+    return DTYPES["F8_E8M0"] if dtype.name == "U8" else dtype
 
 
 class Resolved(NamedTuple):

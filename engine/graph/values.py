@@ -70,13 +70,13 @@ class Input(NamedTuple):
         return self.kind.encoding if isinstance(self.kind, LogicalTensor) else None
 
     def stored_like(self, other: Input) -> bool:
-        """Whether the tensor is stored like another one, in a format that can be written, under similar names."""
+        """Whether the tensor is stored like another one in a format that is written, with similar names and shapes."""
         if self.encoding is None or self.encoding != other.encoding:
             return False
         assert isinstance(self.kind, LogicalTensor)
         assert isinstance(other.kind, LogicalTensor)
-        names = tuple(renamed(part.name, self.name, other.name) for part in self.kind.own_parts)
-        return names == tuple(part.name for part in other.kind.own_parts)
+        parts = [(renamed(part.name, self.name, other.name), part.as_stored.shape) for part in self.kind.own_parts]
+        return parts == [(part.name, part.as_stored.shape) for part in other.kind.own_parts]
 
     def stored_as(self, encoding: Encoding | None) -> bool:
         """Whether the tensor is stored in an encoding, under the names of the encoding's tensors and without others."""

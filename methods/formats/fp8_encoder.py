@@ -18,8 +18,10 @@ LARGEST = 448.0
 SMALLEST_MAXIMUM = 1e-12
 """The largest magnitude that is assumed for a block with smaller ones; no scale is subnormal."""
 
-SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
-"""The dtypes of scales by their names in a safetensors header; those of F8_E8M0 are powers of 2."""
+EXPONENTS = ("F8_E8M0", "U8")
+"""The dtypes of scales that are powers of 2, one byte each: both have the same bytes, exponents plus 127."""
+SCALE_DTYPES = ("F32", "BF16", *EXPONENTS)
+"""The dtypes of scales by their names in a safetensors header."""
 
 
 def _encoded(value: Array, *, rows: int, columns: int, scale_dtype: str, power_of_two: bool = False) -> Any:
@@ -44,7 +46,7 @@ def _encoded(value: Array, *, rows: int, columns: int, scale_dtype: str, power_o
     # 448 added to a block of zeros makes the scale 1; to others, nothing is added
     largest = single(maximum(found, SMALLEST_MAXIMUM) + LARGEST * (found == 0.0))
     scale = single(largest / LARGEST)
-    if power_of_two or scale_dtype == "F8_E8M0":
+    if power_of_two or scale_dtype in EXPONENTS:
         scale = next_power_of_two(scale)
     elif scale_dtype == "BF16":
         scale = rounded(scale, "bfloat16")

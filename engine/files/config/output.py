@@ -16,6 +16,7 @@ from .compare import NamedConfig, check_layouts, compare_configs, compare_layers
 from .compare_heads import compare_heads
 from .fp8_section import describe_blocks, replace_description, stores_blocks
 from .mixed_dtypes import mixed_dtypes
+from .moved_modules import move_entries
 from .rearrange import MergedConfig, merged_config, stated_layers
 from .skip_list import extend_skip_list
 
@@ -48,7 +49,10 @@ def output_config(
     blocks = requested_blocks(stage)
     if blocks is not None and not stores_blocks(built):
         blocks = None
-    warnings += _describe_formats(result, built, used) if blocks is None else replace_description(result, blocks)
+    if blocks is not None:
+        warnings += replace_description(result, blocks)
+    else:
+        warnings += _describe_formats(result, stacks, built, used, chosen=chosen)
     dtype = _dtype(stage, built)
     if not stacks:  # config.json describes the layers already, but perhaps not the dtype and the head
         count = stated_layers(config, None) or 0
@@ -79,9 +83,15 @@ def output_config(
     return MergedConfig(result, tuple(warnings))
 
 
-def _describe_formats(config: dict[str, Any], built: BuiltGraph, used: str) -> list[ModelWarning]:
+def _describe_formats(
+    config: dict[str, Any], stacks: Sequence[OutputStack], built: BuiltGraph, used: str, *, chosen: bool
+) -> list[ModelWarning]:
     """Make the description of quantized tensors agree with those of the output."""
-    return [*drop_quantization(config, built, used), *extend_skip_list(config, built)]
+    return [
+        *drop_quantization(config, built, used),
+        *move_entries(config, stacks, built, chosen=chosen),
+        *extend_skip_list(config, built),
+    ]
 
 
 def _dtype(stage: Stage, built: BuiltGraph) -> str | None:

@@ -108,10 +108,6 @@ def _rearrange(
         if stated_layers(section, None) == before and any(name in section for name in COUNT_KEYS):
             rearranged.update(section, None)
     rearranged.update(sections[-1], key)
-    if "quantization_config" in sections[0] and list(source_layers) != list(range(before)):
-        rearranged.warn(
-            ModelWarningKind.QUANTIZATION, "quantization_config is not updated: it may name layers that have moved"
-        )
 
 
 def stated_layers(section: Mapping[str, Any], key: str | None) -> int | None:

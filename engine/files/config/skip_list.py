@@ -19,7 +19,7 @@ from ....io.units import plural
 from ...graph.build import BuiltGraph
 from ...graph.checks.quantized_outputs import decoded_outputs
 from ...model.checks.formats import quantization_config
-from ...model.formats.skip_lists import KEYS
+from ...model.formats.skip_lists import KEYS, SkipList
 from ...model.roles import is_head
 from ...model.warnings import ModelWarning, ModelWarningKind
 
@@ -40,33 +40,41 @@ def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWar
         return []
     key, section = found
     method = str(section.get("quant_method") or "").lower()
-    name = next((each for each in KEYS if isinstance(section.get(each), list)), "")
-    name = name or ("ignore" if method in _IGNORE else KEYS[0])
-    listed = list(section.get(name) or ())
+    names = [each for each in KEYS if isinstance(section.get(each), list)]
     outputs = decoded_outputs(built.graph, built.models[built.donor])
-    modules = [output.name.removesuffix(".weight") for output in outputs]
+    modules = [name.removesuffix(".weight") for name, _ in outputs]
     if not modules:
         return []
-    added = [entry for entry in _entries(modules, _lists_of_codes(built), method) if entry not in listed]
-    if not added:
-        return []
-    if not listed:  # without a list, transformers leaves the head as it is
-        added = [*_heads(built), *added]
+    quantized, count = lists_of_codes(built), 0
     assert isinstance(section, dict)
-    section[name] = listed + added
-    problem = f"{plural(len(modules), 'module')} added to {key}.{name} of config.json: the output has them unquantized"
-    return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=(f"{key}.{name}",))]
+    extended = []
+    for name in names or ["ignore" if method in _IGNORE else KEYS[0]]:  # loaders differ in the list that they read
+        listed = list(section.get(name) or ())
+        known = SkipList(name, (each for each in listed if isinstance(each, str)), method)
+        missing = [module for module in modules if known.entry_of(module) is None]
+        count, added = max(count, len(missing)), list(entries_of(missing, quantized, method))
+        if added and not listed:  # without a list, transformers leaves the head as it is
+            added = [*_heads(built), *added]
+        if added:
+            section[name] = listed + added
+            extended.append(f"{key}.{name}")
+    if not extended:
+        return []
+    where = " and ".join(extended)
+    problem = f"{plural(count, 'module')} added to {where} of config.json: the output has them unquantized"
+    return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=tuple(extended))]
 
 
 def _heads(built: BuiltGraph) -> Iterator[str]:
     """Yield the modules of the output's heads that are not quantized."""
-    for output in built.graph.outputs:
-        dtype = built.graph.node_dtype[output.node]
-        if is_head(output.name) and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16:
-            yield output.name.removesuffix(".weight")
+    graph = built.graph
+    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
+        dtype = graph.node_dtype[node]
+        if is_head(name) and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16:
+            yield name.removesuffix(".weight")
 
 
-def _entries(modules: Iterable[str], quantized: Collection[str], method: str) -> Iterator[str]:
+def entries_of(modules: Iterable[str], quantized: Collection[str], method: str) -> Iterator[str]:
     """Yield the entries for modules.
 
     Args:
@@ -91,12 +99,12 @@ def _entry_of_experts(experts: str, method: str) -> str:
     return f"{experts}*" if method == "modelopt" else experts
 
 
-def _lists_of_codes(built: BuiltGraph) -> set[str]:
+def lists_of_codes(built: BuiltGraph) -> set[str]:
     """The lists of experts of which the output has quantized ones."""
-    found = set()
-    for output in built.graph.outputs:
-        dtype = built.graph.node_dtype[output.node]
+    graph, found = built.graph, set()
+    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
+        dtype = graph.node_dtype[node]
         if dtype.kind is not ElementKind.FLOAT or dtype.bits < 16:
-            match = _EXPERT.match(output.name)
+            match = _EXPERT.match(name)
             found.update([match[1]] if match else [])
     return found

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from ....errors import CheckpointError
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import data_size, plural
+from ....methods.formats.scaled import FP8_BLOCKS, FP8_CHANNELS
 from ...model.checks.formats import format_name, unquantized
+from ...model.formats.declared import key_of
 from ...model.logical import Encoding, LogicalTensor
 from ...recipe.entries.block_format import BlockFormat
 from ...recipe.entries.dtype_lookup import Refuse
-from ..encoding.sizes import unwritable_sizes
+from ..encoding.sizes import quantized_sizes
 from ..values import Input
 
 
@@ -53,18 +55,37 @@ def refuse_format(donor: Input, refuse: Refuse, blocks: BlockFormat | None, *, e
         return
     if tensor.adapted and not tensor.quantized:
         return  # stored like the base
-    label = f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.format}"
     if encodes and tensor.encoding is not None:
         if blocks is None or donor.stored_as(Encoding.of(blocks)):
             return
         raise CheckpointError(
-            f"{label}, which is not that of `fp8_blocks` ({blocks.label}), and config.json can only describe one: "
-            "use out_dtype `same` or `fp8_blocks` for all quantized tensors, or bfloat16 for those of one of the two"
+            f"{_described(donor, tensor)}, which is not that of `fp8_blocks` ({blocks.label}), and config.json can "
+            "only describe one: use out_dtype `same` or `fp8_blocks` for all quantized tensors, or bfloat16 for those "
+            "of one of the two"
         )
-    where = "which mergeloom reads but does not write" if encodes else "which an intermediate stage does not write"
-    sizes = unwritable_sizes(donor.model, refuse)
+    if encodes:
+        where = f"which mergeloom reads but does not write{_difference(tensor)}"
+        sizes = quantized_sizes(donor.model, refuse, writable=False)
+    else:  # nor does it write FP8 blocks
+        where = "which an intermediate stage does not write"
+        sizes = quantized_sizes(donor.model, lambda *_: where, writable=True)
     raise CheckpointError(
-        f"{label}, {where}, and out_dtype `same` needs it. Set {sizes.alternatives} for the "
+        f"{_described(donor, tensor)}, {where}, and out_dtype `same` needs it. Set {sizes.alternatives} for the "
         f"{plural(sizes.tensors, 'tensor')} in such formats ({data_size(sizes.stored)} as stored), for some of them "
         "with `filter`"
     )
+
+
+def _described(donor: Input, tensor: LogicalTensor) -> str:
+    """The tensor with its format, and the key in config.json that says so."""
+    key = key_of(donor.model.checkpoint, tensor)
+    stated = f" (config.json: {key})" if key else ""
+    return f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.format}{stated}"
+
+
+def _difference(tensor: LogicalTensor) -> str:
+    """What differs from a written format of the same name, in parentheses; empty if no format of this name is."""
+    if tensor.decode is None or tensor.decode.decoder not in (FP8_BLOCKS, FP8_CHANNELS):
+        return ""
+    codes, *scales = (part.as_stored.dtype.name for part in tensor.own_parts)
+    return f" with codes in {codes} and scales in {' and '.join(scales)}"

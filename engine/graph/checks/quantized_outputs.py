@@ -10,10 +10,9 @@ from ....io.units import data_size, plural
 from ....methods.kernel.access import ALIGNED
 from ...model.checks.formats import format_name, quantization_config, unquantized
 from ...model.inputs import Model
-from ...model.logical import LogicalTensor, LogicalTensors, codes_of
+from ...model.logical import LogicalTensor, LogicalTensors, codes_of, format_of
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ...recipe.entries.dtype_lookup import Refuse
-from ..columns.outputs import Output
 from ..encoding.linear import kinds_of, without_numbers
 from ..encoding.sizes import sizes_of
 from ..graph import Kind, MergeGraph
@@ -84,8 +83,8 @@ def check_quantized_outputs(graph: MergeGraph, models: Sequence[Model], donor: M
             )
 
 
-def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
-    """The outputs that are not quantized, although tensors of their kind are quantized in the donor.
+def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[tuple[str, int]]:
+    """The outputs that are not quantized, although tensors of their kind are quantized in the donor: names and nodes.
 
     Tensors of a kind differ only in the numbers of layers and experts.
     """
@@ -93,9 +92,23 @@ def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[Output]:
         return
     kinds = kinds_of(donor.tensors.quantized)
     wide = graph.by_class(lambda node: _is_wide(graph, node))
-    for number, node in enumerate(graph.outputs.nodes if kinds else ()):
-        if wide[node] and without_numbers(graph.outputs.names[number]) in kinds:
-            yield graph.outputs[number]
+    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True) if kinds else ():
+        if wide[node] and without_numbers(name) in kinds:
+            yield name, node
+
+
+def newly_decoded(graph: MergeGraph, models: Sequence[Model], donor: Model) -> list[tuple[str, int]]:
+    """Those of the `decoded_outputs` that are computed from quantized tensors, and not just like in their models."""
+    tensors = [model.tensors for model in models]
+
+    def decodes(node: int) -> bool:
+        return any(
+            decodes(~value) if value < 0 else format_of(tensors[graph.read_models[value]], graph.read_names[value])
+            for value in graph.node_sources[node]
+        )
+
+    known = graph.by_class(decodes)  # nodes of a class have sources that are decoded in the same way
+    return [(name, node) for name, node in decoded_outputs(graph, donor) if known[node]]
 
 
 def _is_wide(graph: MergeGraph, node: int) -> bool:
@@ -104,22 +117,25 @@ def _is_wide(graph: MergeGraph, node: int) -> bool:
     return graph.operation(node).made is ALIGNED and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16
 
 
-def decoding_warnings(graph: MergeGraph, donor: Model, refuse: Refuse) -> Iterator[ModelWarning]:
+def decoding_warnings(
+    graph: MergeGraph, models: Sequence[Model], donor: Model, refuse: Refuse
+) -> Iterator[ModelWarning]:
     """Warn about quantized tensors that are decoded although the recipe does not ask for a dtype.
 
     Args:
         graph: complete graph of a stage.
+        models: the stage's models.
         donor: the model that config.json comes from.
         refuse: says which tensors can't be stored as FP8 blocks instead.
     """
-    decoded = list(decoded_outputs(graph, donor))
+    decoded = newly_decoded(graph, models, donor)
     if not decoded:
         return
-    nbytes = sum(graph.nbytes(output.node) for output in decoded)
-    found = ((output.name, graph.shape(output.node), _stored_bytes(donor, output.name), 1) for output in decoded)
+    nbytes = sum(graph.nbytes(node) for _, node in decoded)
+    found = ((name, graph.shape(node), _stored_bytes(donor, name), 1) for name, node in decoded)
     sizes = sizes_of(found, refuse)
     stored = sizes.stored
-    dtypes = sorted({graph.node_dtype[output.node].torch_name or "" for output in decoded})
+    dtypes = sorted({graph.node_dtype[node].torch_name or "" for _, node in decoded})
     size = f"{data_size(nbytes)} instead of {data_size(stored)}" if stored else data_size(nbytes)
     yield ModelWarning(
         ModelWarningKind.QUANTIZATION,

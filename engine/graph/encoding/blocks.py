@@ -27,6 +27,7 @@ class BlockEncoders:
         scales: DType,
         *,
         power_of_two: bool = False,
+        counts: tuple[int, ...] | None = None,
         base: Value | None = None,
     ) -> tuple[int, int]:
         """Add the nodes that store a node's output; fusing computes both in one kernel with it.
@@ -34,13 +35,13 @@ class BlockEncoders:
         Args:
             node: number of the node. Its output is not rounded to the node's dtype before.
             blocks: rows and columns of a block.
-            scales: dtype of the scales: F32, BF16 or F8_E8M0.
-            power_of_two: whether scales of other dtypes than F8_E8M0 are powers of 2, too.
+            scales: dtype of the scales: F32, BF16, F8_E8M0, or U8 for the exponents of powers of 2.
+            power_of_two: whether scales of other dtypes are powers of 2, too.
+            counts: shape of the scales, if it is another one than the numbers of blocks in rows and columns.
             base: value of the base, a source of the node, that what is stored is compared with; see `survival`.
 
         Returns:
-            The node of the codes, with the shape of the node's output, and that of the scales, whose last two
-            dimensions count blocks.
+            The node of the codes, with the shape of the node's output, and that of the scales.
         """
         shape = self._graph.shape(node)
         parameters = {
@@ -59,7 +60,7 @@ class BlockEncoders:
         codes = self._graph.add_node(operation, sources, DTYPES["F8_E4M3"], shape=shape)
         others = self._graph.results(codes)[1:]
         if not others:
-            others = self._graph.add_results(codes, [(scales, _counts(shape, blocks))])
+            others = self._graph.add_results(codes, [(scales, counts or _counts(shape, blocks))])
         return codes, others[0]
 
 

@@ -105,5 +105,6 @@ def _format_of(graph: MergeGraph, node: int) -> str:
     scales = graph.results(node)[1:]
     if not scales:
         return ""
-    made = graph.operation(scales[0]).made
-    return (FP8_CHANNELS if isinstance(made, BlockRows) and made.rows == 1 else FP8_BLOCKS).name
+    made, shape = graph.operation(scales[0]).made, graph.shape(node)
+    by_row = isinstance(made, BlockRows) and made.rows == 1 and made.columns >= (shape or (1,))[-1]
+    return (FP8_CHANNELS if by_row else FP8_BLOCKS).name

@@ -39,13 +39,14 @@ class EncodedOutputs:
             The name and the node of each tensor of the output: codes, scales, and copies of what belongs to those of
             the donor, such as the scales of activations.
         """
+        tensor = donor.kind if donor is not None else None
+        counts = tensor.own_parts[1].as_stored.shape if isinstance(tensor, LogicalTensor) else None
         nodes = self._encoders.fp8(
-            node, encoding.blocks, encoding.scales, power_of_two=encoding.power_of_two, base=base
+            node, encoding.blocks, encoding.scales, power_of_two=encoding.power_of_two, counts=counts, base=base
         )
         if donor is None:
             yield from zip(Encoding.names(name), nodes, strict=True)
             return
-        tensor = donor.kind
         assert isinstance(tensor, LogicalTensor)
         for part, made in zip(tensor.own_parts, nodes, strict=True):
             yield renamed(part.name, donor.name, name), made

@@ -59,11 +59,17 @@ def sizes_of(
     return FormatSizes(count, stored, plain, blocks, encoded)
 
 
-def unwritable_sizes(model: Model, refuse: Refuse) -> FormatSizes:
-    """Return the sizes of the tensors that a model stores in formats that mergeloom reads and does not write."""
+def quantized_sizes(model: Model, refuse: Refuse, *, writable: bool) -> FormatSizes:
+    """Return the sizes of a model's quantized tensors.
+
+    Args:
+        model: the model.
+        refuse: says which tensors can't be stored as FP8 blocks.
+        writable: whether those in formats that mergeloom writes count, too.
+    """
     tensors, found = model.tensors, []
     for name in tensors.quantized if isinstance(tensors, LogicalTensors) else ():
         like = kind_of(tensors, name)
-        if isinstance(like, LogicalTensor) and like.encoding is None:
+        if isinstance(like, LogicalTensor) and (writable or like.encoding is None):
             found.append((name, like.shape, like.stored_bytes, 1))
     return sizes_of(found, refuse)

@@ -11,9 +11,19 @@ from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.open_source import quoted
 from ....io.tensors.dtypes import BF16, DTYPES, DType
+from ....methods.formats import scaled
+from ....methods.kernel.decoder import Decoder
 from ..checks.formats import quantization_config
+from ..logical import LogicalTensor
 
 _BLOCKS = re.compile(r"(\d{1,6})x(\d{1,6})")
+_CODES: dict[Decoder, tuple[int, bool]] = {
+    **dict.fromkeys((scaled.FP8_BLOCKS, scaled.FP8_CHANNELS, scaled.FP8_TENSOR), (8, True)),
+    **dict.fromkeys((scaled.INT8, scaled.INT8_PACKED), (8, False)),
+    scaled.INT4_PACKED: (4, False),
+    **dict.fromkeys((scaled.MXFP4, scaled.NVFP4_MULTIPLIED, scaled.NVFP4_DIVIDED), (4, True)),
+}
+"""Bits of the codes of each format, and whether they are floating-point numbers."""
 _NOMINAL = {"bfloat16": BF16, "float16": DTYPES["F16"], "float32": DTYPES["F32"]}
 
 
@@ -51,6 +61,7 @@ class Declared:
 
     Args:
         key: its key; empty without a description.
+        stated: the key in it that names the format.
         method: value of ``quant_method``, or of ``quant_algo`` for ModelOpt, in lowercase.
         form: value of ``format``, in lowercase.
         weights: the ways in which weights are quantized.
@@ -59,6 +70,7 @@ class Declared:
     """
 
     key: str = ""
+    stated: str = ""
     method: str = ""
     form: str = ""
     weights: tuple[Weights, ...] = ()
@@ -95,12 +107,24 @@ def declared_weights(checkpoint: Checkpoint) -> Declared:
     elif method in ("fp8", "mxfp8"):
         size = section.get("weight_block_size")
         block = None if size is None else _block(checkpoint, f"{key}.weight_block_size", size)
-        stated = f"{key}.weight_block_size" if block else stated
-        weights = (Weights(stated, strategy="block" if block else "", block=block),)
+        sized = f"{key}.weight_block_size" if block else stated
+        weights = (Weights(sized, strategy="block" if block else "", block=block),)
     elif method == "fbgemm_fp8":
         weights = (Weights(stated, strategy="channel"),)
     form, powers = str(section.get("format") or "").lower(), section.get("scale_fmt") == "ue8m0"
-    return Declared(key, method, form, weights, str(experts or "").lower(), powers)
+    return Declared(key, stated, method, form, weights, str(experts or "").lower(), powers)
+
+
+def key_of(checkpoint: Checkpoint, tensor: LogicalTensor) -> str:
+    """Return the key in config.json that describes the format of a quantized value; empty if none does."""
+    declared = declared_weights(checkpoint)
+    if not declared.key or tensor.decode is None or tensor.decode.decoder not in _CODES:
+        return declared.key
+    bits, is_float = _CODES[tensor.decode.decoder]
+    weights = declared.of(bits, is_float=is_float)
+    if weights is not None:
+        return weights.key
+    return "expert_dtype" if bits == 4 and declared.method == "fp8" else declared.stated
 
 
 def _of_group(checkpoint: Checkpoint, key: str, weights: Mapping[str, Any]) -> Weights:

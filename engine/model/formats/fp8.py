@@ -11,7 +11,7 @@ from ....io.tensors.dtypes import DTYPES, DType
 from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.tensors.refs import TensorRef
 from ....io.tensors.table import class_of, components, described
-from ....methods.formats.fp8_encoder import SCALE_DTYPES
+from ....methods.formats.fp8_encoder import EXPONENTS, SCALE_DTYPES
 from ....methods.formats.scaled import FP8_BLOCKS, FP8_CHANNELS, FP8_TENSOR
 from ....methods.kernel.access import BlockRows, Shape
 from ..logical import Decode, Encoding, LogicalTensor, Part
@@ -127,11 +127,11 @@ class _Use(NamedTuple):
 
 
 def _encoding(use: _Use, codes: DType, scales: Part) -> Encoding | None:
-    """How other values are stored like these; None for scales in bytes, one for all of a tensor, or another FP8."""
-    plain = codes.name == "F8_E4M3" and use.dtype.name in SCALE_DTYPES and scales.stored is None
-    if not plain or use.decode is _TENSOR:
+    """How other values are stored like these; None for scales in F16, one for all of a tensor, or another FP8."""
+    stored = scales.as_stored.dtype
+    if codes.name != "F8_E4M3" or stored.name not in SCALE_DTYPES or use.decode is _TENSOR:
         return None
-    return Encoding(use.access, use.dtype, use.power_of_two and use.dtype != POWERS)
+    return Encoding(use.access, stored, use.power_of_two and stored.name not in EXPONENTS)
 
 
 def _use(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: Declared) -> _Use:
@@ -146,13 +146,15 @@ def _use(checkpoint: Checkpoint, name: str, shape: Shape, scale: str, declared: 
     *stack, rows, columns = shape
     complete = BlockRows(max(1, rows), max(1, columns))
     weights = declared.of(8, is_float=True)
-    if ref.elements == 1 and not stack:
-        return _Use(complete, (1, 1), dtype, _TENSOR, declared.power_of_two)
     if weights is not None and weights.shared is not None:
         access = BlockRows(*weights.shared)
-        if not access.part_shape_fits(shape, ref.shape) or len(ref.shape) != len(shape):
+        if access.part_shape_fits(shape, ref.shape) and len(ref.shape) == len(shape):
+            return _Use(access, ref.shape, dtype, _BLOCKS, declared.power_of_two)
+        if ref.elements != 1 or len(ref.shape) == len(shape):
             raise _misfit(checkpoint, name, shape, scale, ref.shape, weights)
-        return _Use(access, ref.shape, dtype, _BLOCKS, declared.power_of_two)
+    by_row = rows == 1 and ref.shape != () and weights is not None and weights.strategy == "channel"
+    if ref.elements == 1 and not stack and not by_row:
+        return _Use(complete, (1, 1), dtype, _TENSOR, declared.power_of_two)
     if ref.shape in ((*stack, rows, 1), (*stack, rows)):
         return _Use(BlockRows(1, max(1, columns)), (*stack, rows, 1), dtype, _CHANNELS, declared.power_of_two)
     if stack and ref.shape in (tuple(stack), (*stack, 1), (*stack, 1, 1)):

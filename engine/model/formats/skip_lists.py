@@ -22,7 +22,8 @@ from ..values.columns import Another
 
 KEYS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
 """Names of the list: transformers', vLLM's, compressed-tensors' and ModelOpt's."""
-_SPECIAL = re.compile(r"[\\^$*+?{}\[\]|()]")
+SPECIAL = re.compile(r"[\\^$*+?{}\[\]|()]")
+"""Characters that make an entry a pattern."""
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 
@@ -48,7 +49,7 @@ class SkipList:
                 self._add(entry.removeprefix("re:") if entry.startswith("re:") else None, entry)
             else:
                 self._ends.setdefault(entry.rpartition(".")[2], []).append(entry)
-                self._add(f"(?:{entry}){_BOUNDARY}" if _SPECIAL.search(entry) else None, entry)
+                self._add(f"(?:{entry}){_BOUNDARY}" if SPECIAL.search(entry) else None, entry)
 
     def _add(self, pattern: str | None, entry: str) -> None:
         """Index an entry as a pattern, or as a name; one that is not a valid pattern matches nothing."""
@@ -76,18 +77,22 @@ class SkipList:
         return next((entry for pattern, entry in self._patterns if pattern.match(module)), None)
 
 
-def skip_list(config: Mapping[str, Any] | None) -> SkipList | None:
-    """Return the list in config.json of the modules that are not quantized; None without one."""
+def skip_lists(config: Mapping[str, Any] | None) -> list[SkipList]:
+    """Return the lists in config.json of the modules that are not quantized.
+
+    A description can have several: transformers reads `modules_to_not_convert` first, and vLLM `ignored_layers`.
+    """
     described = quantization_config(config)
     if described is None:
-        return None
+        return []
     key, section = described
-    for name in KEYS:
-        entries = section.get(name)
-        if isinstance(entries, list) and entries:
-            method = str(section.get("quant_method") or "").lower()
-            return SkipList(f"{key}.{name}", (each for each in entries if isinstance(each, str)), method)
-    return None
+    method = str(section.get("quant_method") or "").lower()
+    found = ((name, section.get(name)) for name in KEYS)
+    return [
+        SkipList(f"{key}.{name}", (each for each in entries if isinstance(each, str)), method)
+        for name, entries in found
+        if isinstance(entries, list) and entries
+    ]
 
 
 def unlisted(checkpoint: Checkpoint, values: Iterable[LogicalTensor | Another]) -> Iterator[LogicalTensor | Another]:
@@ -98,10 +103,10 @@ def unlisted(checkpoint: Checkpoint, values: Iterable[LogicalTensor | Another]) 
     Raises:
         CheckpointError: one is.
     """
-    listed = skip_list(checkpoint.config)
+    lists = skip_lists(checkpoint.config)
     for value in values:
         like = value.like if isinstance(value, Another) else value
-        if listed is not None and like.quantized:
+        for listed in lists if like.quantized else ():
             entry = listed.entry_of(value.name.removesuffix(".weight"))
             if entry is not None:
                 raise _contradiction(checkpoint, value, f"{listed.key}: {entry!r}")

@@ -70,8 +70,8 @@ class Encoding:
 
     Args:
         blocks: rows and columns of a block.
-        scales: dtype of the scales: F32, BF16 or F8_E8M0.
-        power_of_two: whether scales of other dtypes than F8_E8M0 are powers of 2, too.
+        scales: dtype of the scales in a header: F32, BF16, F8_E8M0, or U8 for the exponents of powers of 2.
+        power_of_two: whether scales of other dtypes are powers of 2, too.
     """
 
     blocks: BlockRows

@@ -30,10 +30,14 @@ class BlockRows(Access):
         return False
 
     def part_shape_fits(self, shape: Shape, part: Shape) -> bool:
-        """Return whether the part has one element for each block of each matrix; of an empty value, none are used."""
+        """Return whether the part has one element for each block of each matrix; of an empty value, none are used.
+
+        A part with a single block in each row may have no dimension for it.
+        """
         stack, rows, columns = matrices(shape)
         width = -(-columns // self.columns)
-        complete = part[-1:] in ((), (width,)) or (width == 1 and len(part) == 1)
+        is_flat = len(part) == 1 or (len(part) < len(shape) and part[-1:] == (self.block_rows(rows),))
+        complete = part[-1:] in ((), (width,)) or (width == 1 and is_flat)
         return 0 in shape or (prod(part) == stack * self.block_rows(rows) * width and complete)
 
     def resized(self, part: Shape, shape: Shape) -> tuple[Access, Shape]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,15 @@ WRITTEN: dict[str, tuple[str, int | None, Callable[[Tensor], Tensor]]] = {
     "fp8 blocks": ("weight_scale_inv", 32, lambda each: each),
     "fp8 blocks, bf16 scales": ("weight_scale_inv", 32, lambda each: each.to(torch.bfloat16)),
     "fp8 blocks, e8m0 scales": ("scale", 32, quantized.powers_of_two),
+    "fp8 blocks, byte scales": ("weight_scale_inv", 32, quantized.powers_of_two),
     "fp8 rows": ("weight_scale", None, lambda each: each),
+    "fp8 rows, a list of scales": ("weight_scale", None, lambda each: each),
 }
 """By format: the name of the scales, the rows of a block (None for a row each), and how scales are rounded."""
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def linear(models: list[Path], **more: Any) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def test_codes_and_scales_equal_those_of_the_reference(
     for module in quantized.weights(1):
         value = values[f"{module}.weight"]
         codes, scales, _ = quantized.blocks(value, rows or 1, 48 if rows else value.shape[1], rounded)
-        assert torch.equal(found[f"{module}.{ending}"].float(), scales.float()), module
+        assert as_bytes(found[f"{module}.{ending}"]) == as_bytes(scales), module
         assert torch.equal(found[f"{module}.weight"].view(torch.uint8), codes.view(torch.uint8)), module
     configs = [json.loads((each / "config.json").read_text()) for each in (tmp_path / "out", pairs[0][0])]
     assert configs[0] == configs[1]
@@ -96,15 +101,46 @@ def test_a_dtype_decodes_and_a_filter_list_chooses(tmp_path: Path) -> None:
         assert found[f"model.layers.{layer}.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
 
 
-@pytest.mark.parametrize("form", ["int4", "mxfp4", "fp8 tensor", "fp8 blocks, byte scales"])
+UNWRITTEN = {
+    "int4": ("INT4", "config_groups.group_0.weights", ""),
+    "int8": ("INT8", "config_groups.group_0.weights", ""),
+    "mxfp4": ("MXFP4", "config_groups.group_0.weights", ""),
+    "nvfp4 of modelopt": ("NVFP4", "quant_algo", ""),
+    "fp8 tensor": ("FP8 tensor", "quant_algo", ""),
+    "fp8 blocks, f16 scales": ("FP8 blocks", "weight_block_size", " with codes in F8_E4M3 and scales in F16"),
+}
+"""By format, what an error calls it, the key of quantization_config that describes it, and why it isn't written."""
+
+
+@pytest.mark.parametrize("form", UNWRITTEN)
 def test_same_is_refused_for_formats_that_are_not_written(tmp_path: Path, form: str) -> None:
-    models = [quantized.write_pair(tmp_path, form, seed)[0] for seed in (1, 2)]
-    with pytest.raises(
-        CheckpointError, match=r"which mergeloom reads but does not write, and out_dtype `same` needs"
-    ) as caught:
+    models = [quantized.write_wide(tmp_path, form, seed) for seed in (1, 2)]
+    label, key, why = UNWRITTEN[form]
+    with pytest.raises(CheckpointError) as caught:
         mergeloom.plan(linear(models, out_dtype="same"))
-    # 8 KB, 10 KB and 10 KB in each of two layers; no matrix consists of blocks of 128 x 128
-    assert re.search(r"Set out_dtype: bfloat16 \(57\.?\d*KB\) for the 6 tensors", str(caught.value))
+    elements = 2 * 512 * 256
+    stored = sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in read_model(models[0]).items()
+        if name != "model.norm.weight"
+    )
+    plain, blocks = data_size(2 * elements), data_size(elements + 4 * elements // 128**2)
+    assert str(caught.value) == (
+        f"tensor model.layers.0.mlp.down_proj.weight of {models[0]} is stored in the format {label} (config.json: "
+        f"quantization_config.{key}), which mergeloom reads but does not write{why}, and out_dtype `same` needs it. "
+        f"Set out_dtype: bfloat16 ({plain}) or out_dtype: fp8_blocks ({blocks}) for the 2 tensors in such formats "
+        f"({data_size(stored)} as stored), for some of them with `filter`"
+    )
+
+
+def test_an_intermediate_stage_that_asks_for_same_is_refused(tmp_path: Path) -> None:
+    """It stores no format, so the alternative is neither, and all quantized tensors count."""
+    models = [quantized.write_wide(tmp_path, "fp8 blocks", seed) for seed in (1, 2)]
+    first = linear(models, out_dtype="same") | {"name": "first"}
+    with pytest.raises(CheckpointError) as caught:
+        mergeloom.plan([first, linear([Path("first"), models[1]])])
+    assert "an intermediate stage does not write" in str(caught.value)
+    assert f"Set out_dtype: bfloat16 ({data_size(4 * 512 * 256)}) for the 2 tensors" in str(caught.value)
 
 
 def test_the_alternatives_to_a_4_bit_format_have_their_sizes(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from tests.support.models import quantized, tiny_llama, write_checkpoint
 from tests.support.models.shapes import llama
 from tests.support.plans import linear
 
-WRITABLE = ("fp8 blocks", "fp8 blocks, bf16 scales", "fp8 blocks, e8m0 scales", "fp8 rows")
+WRITABLE = (
+    *("fp8 blocks", "fp8 blocks, bf16 scales", "fp8 blocks, e8m0 scales", "fp8 blocks, byte scales"),
+    *("fp8 rows", "fp8 rows, a list of scales"),
+)
 
 
 def size(recipe: dict[str, Any]) -> int:

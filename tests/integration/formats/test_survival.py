@@ -39,7 +39,10 @@ from tests.support.models import quantized
 from tests.support.outputs import digests, read_model
 from tests.support.survival.shares import bounded_share, decoded
 
-FORMS = ("fp8 blocks", "fp8 blocks, bf16 scales", "fp8 blocks, e8m0 scales", "fp8 rows")
+FORMS = (
+    *("fp8 blocks", "fp8 blocks, bf16 scales", "fp8 blocks, e8m0 scales", "fp8 blocks, byte scales"),
+    *("fp8 rows", "fp8 rows, a list of scales"),
+)
 
 
 def recipe(models: list[Path], weight: float = 0.02, **more: Any) -> dict[str, Any]:

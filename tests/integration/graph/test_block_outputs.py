@@ -59,7 +59,7 @@ def models(tmp_path: Path) -> list[Path]:
     ]
 
 
-@pytest.fixture(params=["F32", "BF16", "F8_E8M0"])
+@pytest.fixture(params=["F32", "BF16", "F8_E8M0", "U8"])
 def scales(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Merges whose matrices are stored as FP8 blocks with scales of a dtype."""
     unpatched = build.build_graph

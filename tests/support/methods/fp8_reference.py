@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E8M0": torch.float8_e8m0fnu}
-"""The dtypes of scales."""
+POWERS = torch.float8_e8m0fnu
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E8M0": POWERS, "U8": POWERS}
+"""The dtypes of the numbers of scales, by their dtypes in a header."""
 
 
 def in_blocks(values: Tensor, rows: int, columns: int) -> Tensor:
@@ -23,7 +24,7 @@ def reference(values: Tensor, kind: str, rows: int = 128, columns: int = 128) ->
     largest = blocks.abs().amax((2, 4), keepdim=True)
     scales = torch.where(largest == 0, 1.0, largest.clamp(min=1e-12) / 448)
     name, _, power = kind.partition(" ")
-    if power or name == "F8_E8M0":
+    if power or DTYPES[name] is POWERS:
         fractions, exponents = torch.frexp(scales)
         scales = torch.ldexp(torch.ones_like(scales), exponents - (fractions == 0.5).int())
     stored = scales.to(DTYPES[name])

@@ -91,6 +91,12 @@ def fp8_rows(weight: Tensor) -> Quantized:
     return Quantized({"weight": codes, "weight_scale": scale, "input_scale_ub": torch.tensor([1200.0])}, value)
 
 
+def fp8_listed_rows(weight: Tensor) -> Quantized:
+    """A scale for each row, in a tensor of one dimension."""
+    codes, scale, value = blocks(weight, 1, weight.shape[1])
+    return Quantized({"weight": codes, "weight_scale": scale.view(-1)}, value)
+
+
 def fp8_tensor(weight: Tensor) -> Quantized:
     """One scale for the tensor, and a static one for the activations: ModelOpt's FP8."""
     codes, scale, value = blocks(weight, *weight.shape)
@@ -149,6 +155,7 @@ def fp4_of_deepseek(weight: Tensor) -> Quantized:
 
 
 _GROUPS = {"symmetric": True, "strategy": "group"}
+FP8_ROWS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
 INT4 = {"num_bits": 4, "type": "int", "group_size": 16, **_GROUPS}
 INT8_CHANNELS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 FLOAT4 = {"num_bits": 4, "type": "float", **_GROUPS}
@@ -169,9 +176,11 @@ def _blocks_config(**more: Any) -> dict[str, Any]:
 FORMATS: dict[str, tuple[Quantize, dict[str, Any]]] = {
     "fp8 blocks": (fp8_blocks(lambda each: each), _blocks_config()),
     "fp8 blocks, bf16 scales": (fp8_blocks(lambda each: each.to(torch.bfloat16)), _blocks_config()),
+    "fp8 blocks, f16 scales": (fp8_blocks(lambda each: each.to(torch.float16)), _blocks_config()),
     "fp8 blocks, e8m0 scales": (fp8_blocks(powers_of_two, "scale"), _blocks_config(scale_fmt="ue8m0")),
     "fp8 blocks, byte scales": (fp8_bytes, _blocks_config(scale_fmt="ue8m0")),
     "fp8 rows": (fp8_rows, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "fp8 rows, a list of scales": (fp8_listed_rows, compressed_config("float-quantized", FP8_ROWS)),
     "fp8 tensor": (fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "int4": (compressed("pack-quantized", INT4), compressed_config("pack-quantized", INT4)),
     "int8 packed": (

@@ -25,8 +25,10 @@ def decoded(tensors: Mapping[str, Tensor], block: tuple[int, int] | None) -> dic
         module = name.removesuffix(".weight")
         endings = ("weight_scale_inv", "weight_scale", "scale")
         scales = next(tensors[f"{module}.{each}"] for each in endings if f"{module}.{each}" in tensors).double()
+        if any(tensors.get(f"{module}.{each}", scales).dtype == torch.uint8 for each in endings):
+            scales = torch.exp2(scales - 127)
         rows, columns = block or (1, tensor.shape[1])
-        wide = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        wide = scales.view(-1, -(-tensor.shape[1] // columns)).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         found[name] = tensor.double() * wide[: tensor.shape[0], : tensor.shape[1]]
     return found
 

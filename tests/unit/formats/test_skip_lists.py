@@ -10,7 +10,7 @@ import pytest
 from compressed_tensors.utils.match import match_name
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mergeloom.engine.model.formats.skip_lists import skip_list
+from mergeloom.engine.model.formats.skip_lists import skip_lists
 
 MODULES = [
     *("lm_head", "model.embed_tokens", "model.lm_head", "visual.merger", "model.visual.merger.0"),
@@ -37,8 +37,7 @@ EXCLUDED = [["lm_head", "model.layers.1*", "*router*"], ["model.layers.61.*", "g
 
 
 def matched(section: dict[str, Any]) -> list[str]:
-    found = skip_list({"quantization_config": section})
-    assert found is not None
+    (found,) = skip_lists({"quantization_config": section})
     return [module for module in MODULES if found.entry_of(module) is not None]
 
 
@@ -66,14 +65,17 @@ def test_modules_are_matched_like_by_the_loader(
 
 @pytest.mark.parametrize("section", [{}, {"modules_to_not_convert": None}, {"ignore": []}, {"ignore": [3]}])
 def test_without_entries_no_module_is_matched(section: dict[str, Any]) -> None:
-    found = skip_list({"quantization_config": {"quant_method": "fp8"} | section})
-    assert found is None or found.entry_of("lm_head") is None
-    assert skip_list(None) is None
+    found = skip_lists({"quantization_config": {"quant_method": "fp8"} | section})
+    assert all(each.entry_of("lm_head") is None for each in found)
+    assert skip_lists(None) == []
 
 
 def test_the_entry_and_its_key_are_named() -> None:
-    found = skip_list(
-        {"text_config": {"quantization_config": {"quant_method": "fp8", "ignored_layers": ["x", "gate"]}}}
-    )
-    assert found is not None
-    assert (found.key, found.entry_of("a.gate")) == ("text_config.quantization_config.ignored_layers", "gate")
+    """Each list counts: loaders differ in the one that they read."""
+    section = {"quant_method": "fp8", "ignored_layers": ["x", "gate"], "modules_to_not_convert": ["lm_head"]}
+    found = skip_lists({"text_config": {"quantization_config": section}})
+    key = "text_config.quantization_config"
+    assert [(each.key, each.entry_of("a.gate")) for each in found] == [
+        (f"{key}.modules_to_not_convert", None),
+        (f"{key}.ignored_layers", "gate"),
+    ]

@@ -19,7 +19,7 @@ from tests.support.methods import oracle
 from tests.support.methods.fp8_reference import DTYPES, hard_values, in_blocks, reference
 from tests.support.methods.kernels import run_fused, run_kernel
 
-KINDS = ("F32", "BF16", "F8_E8M0", "F32 power", "BF16 power")
+KINDS = ("F32", "BF16", "F8_E8M0", "U8", "F32 power", "BF16 power")
 SIZES = {"some": [(300, 260), (3, 200, 130), (128, 256), (1, 5), (7,)], "many": [(3584, 2900)]}
 
 
@@ -122,5 +122,5 @@ def test_a_merge_is_encoded_in_one_kernel() -> None:
 
 def test_scales_of_other_dtypes_are_refused() -> None:
     parameters: dict[str, Any] = {"rows": 2, "columns": 2, "scale_dtype": "F16"}
-    with pytest.raises(MethodDefinitionError, match="scales can be stored as F32, BF16, F8_E8M0, and not as F16"):
+    with pytest.raises(MethodDefinitionError, match="scales can be stored as F32, BF16, F8_E8M0, U8, and not as F16"):
         FP8_BLOCKS.kernel(InputSpec(1, None, (4, 4)), parameters)

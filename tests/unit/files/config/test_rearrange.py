@@ -295,10 +295,6 @@ def test_dtype_under_either_key(key: str) -> None:
     assert parts.config == {key: {"": "float16", "vision_config": "float16"}}
 
 
-def test_quantized_models_are_warned_about() -> None:
-    assert "quantization_config" in section(quantization_config={"ignore": ["model.layers.3"]})[1][0]
-
-
 def test_embeddings_of_all_layers_in_one_matrix() -> None:
     assert "hidden_size_per_layer_input" in section(hidden_size_per_layer_input=256)[1][0]
     assert section(list(range(6)), hidden_size_per_layer_input=256)[1] == ()

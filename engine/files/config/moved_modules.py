@@ -1,0 +1,141 @@
+"""Updates the lists of modules that are not quantized where layers have moved, or come from several models.
+
+An entry that names a layer by its number, such as ``model.layers.3.mlp.gate``, becomes one entry for each layer of the
+output that is the donor's layer 3. Modules in layers of other models are listed if their own config.json lists them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ....io.tensors.dtypes import Kind as ElementKind
+from ...graph.build import BuiltGraph, OutputStack
+from ...model.checks.formats import quantization_config
+from ...model.formats.skip_lists import KEYS, SPECIAL, SkipList, skip_lists
+from ...model.warnings import ModelWarning, ModelWarningKind
+from .skip_list import entries_of, lists_of_codes
+
+
+def move_entries(
+    config: dict[str, Any], stacks: Sequence[OutputStack], built: BuiltGraph, *, chosen: bool
+) -> list[ModelWarning]:
+    """Update the lists of modules that are not quantized for the output's layers.
+
+    Args:
+        config: config.json, which is modified.
+        stacks: the output's stacks, with layer indices of the model that `config` belongs to.
+        built: graph of the stage.
+        chosen: whether the recipe says which model `config` belongs to, so it applies to the layers of all models.
+
+    Returns:
+        A warning about what names layers in another way.
+    """
+    found = quantization_config(config)
+    moved = [_Moves(stack, None if chosen or not stack.inputs else built.donor) for stack in stacks]
+    if found is None or all(each.is_identity for each in moved):
+        return []
+    key, section = found
+    assert isinstance(section, dict)
+    names = [name for name in KEYS if isinstance(section.get(name), list)]
+    others = list(_listed_elsewhere(built)) if names and not chosen else []
+    for name in names:
+        entries = [each for entry in section[name] for each in _renumbered(entry, moved)]
+        listed = SkipList("", (each for each in entries if isinstance(each, str)), _method(section))
+        added = [module for module in others if listed.entry_of(module) is None]
+        entries += entries_of(added, lists_of_codes(built), _method(section))
+        section[name] = list(dict.fromkeys(entries)) if all(isinstance(each, str) for each in entries) else entries
+    rest = {name: value for name, value in section.items() if name not in names}
+    unknown = [entry for name in names for entry in section[name] if any(each.is_pattern(entry) for each in moved)]
+    unknown += [text for text in _texts(rest) if any(each.names_layer(text) for each in moved)]
+    if not unknown:
+        return []
+    problem = f"{key} is not updated where it names layers as in {unknown[0]!r}: they may have moved"
+    return [ModelWarning(ModelWarningKind.QUANTIZATION, problem, names=(key,))]
+
+
+class _Moves:
+    """The new numbers of the layers in a stack.
+
+    Args:
+        stack: the stack.
+        donor: number of the model whose layers are meant; None if all layers have a source there.
+    """
+
+    def __init__(self, stack: OutputStack, donor: int | None) -> None:
+        count, layers = stack.donor.count, len(stack.sources)
+        owners = [inputs[0][0] for inputs in stack.inputs] if donor is not None else [donor] * layers
+        self._new: dict[int, list[int]] = {}
+        for new, (old, owner) in enumerate(zip(stack.sources, owners, strict=True)):
+            if owner == donor:
+                self._new.setdefault(old, []).append(new)
+        if layers and owners[-1] == donor:
+            self._new |= {extra: [layers + extra - count] for extra in stack.donor.extras}
+        self.is_identity = stack.sources == tuple(range(count)) and set(owners) <= {donor}
+        parts = stack.donor.prefix.split(".")
+        names = (re.escape(".".join(parts[first:])).replace(r"\.", r"\\?\.") for first in range(len(parts)))
+        self._number = re.compile(rf"((?:re:)?\^?(?:{'|'.join(names)})\\?\.)(\d+)(?=\\?\.|\$?$)")
+        self._pattern = re.compile(rf"(?:^|\W){re.escape(parts[-1])}\\?\.[\d\[(\\]")
+
+    def renumber(self, entry: str) -> list[str] | None:
+        """The entries in place of one that names a layer; None if it names none."""
+        match = self._number.match(entry)
+        if match is None:
+            return None
+        return [f"{match[1]}{new}{entry[match.end() :]}" for new in self._new.get(int(match[2]), ())]
+
+    def names_layer(self, text: str) -> bool:
+        """Whether a text names a layer that may have moved."""
+        return not self.is_identity and (self._number.match(text) is not None or self.is_pattern(text))
+
+    def is_pattern(self, entry: object) -> bool:
+        """Whether an entry names layers in another way than by one number; names of other stacks don't."""
+        if self.is_identity or not isinstance(entry, str) or self._number.match(entry):
+            return False
+        return SPECIAL.search(entry) is not None and self._pattern.search(entry) is not None
+
+
+def _renumbered(entry: Any, moved: Iterable[_Moves]) -> list[Any]:
+    """The entries in place of one of a list."""
+    found = (each.renumber(entry) for each in moved) if isinstance(entry, str) else ()
+    return next((entries for entries in found if entries is not None), [entry])
+
+
+def _method(section: Mapping[str, Any]) -> str:
+    return str(section.get("quant_method") or "").lower()
+
+
+def _listed_elsewhere(built: BuiltGraph) -> Iterator[str]:
+    """Yield the unquantized modules in layers of other models than the donor whose own config.json lists them."""
+    graph, donor = built.graph, built.models[built.donor]
+    mains = [main.prefix for main in donor.layers.mains]
+    lists = {number: skip_lists(built.models[number].checkpoint.config) for number in sorted(set(graph.read_models))}
+    stacks = dict(zip(mains, enumerate(built.stacks), strict=False))
+    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
+        layer = donor.layers.split(name) if len(graph.shape(node)) >= 2 and name.endswith(".weight") else None
+        dtype = graph.node_dtype[node]
+        if layer is None or layer.stack not in stacks or dtype.kind is not ElementKind.FLOAT or dtype.bits < 16:
+            continue
+        position, stack = stacks[layer.stack]
+        beyond = layer.index - len(stack.inputs)
+        if not stack.inputs:
+            continue
+        number, index = stack.inputs[min(layer.index, len(stack.inputs) - 1)][0]
+        own = built.models[number].stack(position)
+        index = index if beyond < 0 else own.count + beyond
+        module = f"{own.prefix}.{index}.{layer.rest}".removesuffix(".weight")
+        if number != built.donor and any(each.entry_of(module) is not None for each in lists.get(number, ())):
+            yield name.removesuffix(".weight")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a section, among them its keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from (str(key), *_texts(each))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)

@@ -1,0 +1,1 @@
+"""Quantized models with unusual shapes, lists and layers."""
