@@ -130,7 +130,10 @@ TENSORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "magnitudes of DoRA are missing": ({"use_dora": True}, ("has no lora_magnitude_vector: the file is incomplete",)),
     "a trained head is missing": (
         {"modules_to_save": ["lm_head"]},
-        ("has lm_head in modules_to_save, but the adapter has none of its tensors, such as lm_head.weight", "incomplete"),
+        (
+            "has lm_head in modules_to_save, but the adapter has none of its tensors, such as lm_head.weight",
+            "incomplete",
+        ),
     ),
     "trained tokens are missing": (
         {"trainable_token_indices": [1, 2]},
