@@ -9,7 +9,7 @@ from ...model.warnings import ModelWarning
 from ...recipe.entries.dtype_lookup import OutputDtypes
 from ...recipe.types import Recipe, Stage
 from ..graph import MergeGraph
-from .quantized_outputs import check_quantized_outputs, decoding_warnings
+from .quantized_outputs import check_quantized_outputs, decoding_warnings, split_warnings
 from .requested_blocks import check_requested_blocks
 
 
@@ -36,8 +36,10 @@ def check_output_formats(
             advice = "name a model that has one with base_model or files_from, or set another dtype"
             raise recipe.error(stage.out_dtype.blocks.place, f"{message}: {advice}")
         yield from check_requested_blocks(recipe, stage, dtypes, graph, models)
-    elif stage.files_from is None:
-        yield from check_quantized_outputs(graph, models, donor)
+    else:
+        if stage.files_from is None:
+            yield from check_quantized_outputs(graph, models, donor)
+        yield from split_warnings(graph, donor)
     if stage.out_dtype is None and stage.dtype is None:
         yield from decoding_warnings(graph, donor, dtypes.refuse)
 
