@@ -41,6 +41,9 @@ _KNOWN_INITIALIZATIONS = ("true", "false", "gaussian", "eva", "orthogonal", *_CH
 _KNOWN_KINDS = ("use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 """Fields named like a kind of adapter that don't change what it is."""
 
+_SNAPSHOT = re.compile(r"models--(?:[^/]+--)?([^/]+)/snapshots/[^/]+/?$")
+"""The directory of a model in the cache of huggingface_hub."""
+
 _NAMES = {"IA3": "(IA)³", "LOHA": "LoHa", "LOKR": "LoKr", "ADALORA": "AdaLoRA", "VERA": "VeRA", "XLORA": "X-LoRA"}
 
 
@@ -192,6 +195,7 @@ class AdapterConfig:
 
 
 def _last(name: str) -> str:
-    """The last component of a path or an id, in lower case and without a revision."""
-    last = name.rstrip("/").rpartition("/")[2].lower()
+    """The last component of a path or an id, in lower case and without a revision, also that of a snapshot's id."""
+    snapshot = _SNAPSHOT.search(name)
+    last = (snapshot[1] if snapshot else name.rstrip("/").rpartition("/")[2]).lower()
     return last.partition("@")[0] or last

@@ -71,7 +71,8 @@ class Adapter:
             base: name of the model that it is applied to.
             checkpoint: that model.
         """
-        return self.config.other_base(base, (str((checkpoint.config or {}).get("_name_or_path") or ""),))
+        known = (str((checkpoint.config or {}).get("_name_or_path") or ""), str(directory_of(checkpoint)))
+        return self.config.other_base(base, known)
 
     @cached_property
     def changes(self) -> AdapterTensors:
