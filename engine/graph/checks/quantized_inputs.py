@@ -53,7 +53,7 @@ def refuse_format(donor: Input, refuse: Refuse, blocks: BlockFormat | None, *, e
         return
     if tensor.adapted and not tensor.quantized:
         return  # stored like the base
-    label = f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.format}"
+    label = f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.stored_format}"
     if encodes and tensor.encoding is not None:
         if blocks is None or donor.stored_as(Encoding.of(blocks)):
             return

@@ -171,7 +171,7 @@ def split_warnings(graph: MergeGraph, donor: Model) -> Iterator[ModelWarning]:
 def _stored_bytes(donor: Model, name: str) -> int:
     """The bytes that the donor stores of a tensor; 0 if it has none of this name."""
     tensor = donor.tensors.get(name)
-    return tensor.stored_bytes if isinstance(tensor, LogicalTensor) else 0
+    return tensor.own_bytes if isinstance(tensor, LogicalTensor) else 0
 
 
 def _copied_codes(graph: MergeGraph, models: Sequence[Model]) -> dict[int, str]:

@@ -65,5 +65,5 @@ def unwritable_sizes(model: Model, refuse: Refuse) -> FormatSizes:
     for name in tensors.quantized if isinstance(tensors, LogicalTensors) else ():
         like = kind_of(tensors, name)
         if isinstance(like, LogicalTensor) and like.encoding is None:
-            found.append((name, like.shape, like.stored_bytes, 1))
+            found.append((name, like.shape, like.own_bytes, 1))
     return sizes_of(found, refuse)
