@@ -92,7 +92,7 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
     @property
     def codes(self) -> dict[str, str]:
         """The stored tensors that are parts of a quantized value or belong to it, each with the name of its format."""
-        codes, formats = {}, self._values.by_class(lambda like: like.format if like.quantized else None)
+        codes, formats = {}, self._values.by_class(lambda like: like.stored_format if like.quantized else None)
         for row, (name, first) in enumerate(zip(self._values.stored_names, self._values.by_row, strict=True)):
             for number in self._values.sharing.get(row, (first,)) if first >= 0 else ():
                 if (form := formats[self._values.class_number(number)]) is not None:
@@ -102,7 +102,7 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
     def format_of(self, part: str) -> str:
         """Return the format of the quantized value that a stored tensor is a part of; empty if there is none."""
         likes = map(self._values.like, self._values.having(self._values.row(part)))
-        return next((like.format for like in likes if like.quantized), "")
+        return next((like.stored_format for like in likes if like.quantized), "")
 
     @property
     def quantized(self) -> Iterator[str]:

@@ -63,7 +63,11 @@ def check_paths(recipe: Recipe) -> None:
 
 def ignored_revisions(recipe: Recipe) -> list[ModelWarning]:
     """Warn about revisions of local directories, which have none. ``main`` is taken for what was downloaded."""
-    named = ((each, place) for each, place in places_of(recipe).items() if each.revision not in (None, "main"))
+    named = (
+        (each, place)
+        for each, place in places_of(recipe).items()
+        if each.revision not in (None, "main") and not each.adapters  # base and adapters are listed, too
+    )
     return [
         ModelWarning(
             ModelWarningKind.FILES,

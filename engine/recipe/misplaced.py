@@ -30,8 +30,8 @@ MISSING = {
 """What to write for a missing entry."""
 
 _TOKENIZER_KEYS = {
-    "pad_to_multiple_of": "`tokenizer: {source: base, pad_to_multiple_of: ...}`",
-    "tokens": "`tokenizer: {source: base, tokens: ...}`",
+    "pad_to_multiple_of": "`tokenizer: {source: ..., pad_to_multiple_of: ...}`",
+    "tokens": "`tokenizer: {source: ..., tokens: ...}`",
 }
 _WINDOWS = frozenset(("layers", "layer_range"))
 _CONTENTS = frozenset(("model", "models", "slices"))

@@ -21,7 +21,7 @@ _TOKEN_SECTIONS: tuple[tuple[str, ...], ...] = ((), ("text_config",))
 
 
 def override_config(
-    config: Mapping[str, Any], merged: Mapping[str, Any] | None, *, main: tuple[str, ...], head: bool
+    config: Mapping[str, Any], merged: Mapping[str, Any] | None, *, main: tuple[str, ...], head: bool, rows: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Adapt a model's config.json to tensors that are merged from other models.
 
@@ -32,6 +32,7 @@ def override_config(
         merged: config.json of the merged models' donor, or None.
         main: path of the section that describes the main stack.
         head: whether a head is written.
+        rows: number of rows of the output's embeddings, if the recipe asks for others than `merged` states, or None.
 
     Returns:
         The adapted config and remarks for the user.
@@ -54,9 +55,10 @@ def override_config(
         for key in _WIDTHS:
             if key in own and key in other and own[key] != other[key] and not isinstance(own[key], list):
                 raise ValueError(f"has {key} {own[key]} in its config.json, but the merged models have {other[key]}")
-        if "vocab_size" in other and own.get("vocab_size") != other["vocab_size"]:
-            remarks.append(f"vocab_size is {other['vocab_size']} as in the merged models, not {own.get('vocab_size')}")
-            own["vocab_size"] = other["vocab_size"]
+        if "vocab_size" in other and own.get("vocab_size") != (size := rows or other["vocab_size"]):
+            if rows is None:
+                remarks.append(f"vocab_size is {size} as in the merged models, not {own.get('vocab_size')}")
+            own["vocab_size"] = size
         if not head:
             own.pop("tie_word_embeddings", None)
             own |= {key: other[key] for key in ("tie_word_embeddings",) if key in other}

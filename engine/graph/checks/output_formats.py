@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ....io.tensors.dtypes import Kind as ElementKind
 from ...model.inputs import Model
 from ...model.warnings import ModelWarning
 from ...recipe.entries.dtype_lookup import OutputDtypes
 from ...recipe.types import Recipe, Stage
 from ..graph import MergeGraph
-from .quantized_outputs import check_quantized_outputs, decoding_warnings, newly_decoded
-from .requested_blocks import check_requested_blocks, split_warnings
+from .quantized_outputs import check_quantized_outputs, decoding_warnings, split_warnings
+from .requested_blocks import check_requested_blocks
 
 
 def check_output_formats(
@@ -40,23 +39,9 @@ def check_output_formats(
     else:
         if stage.files_from is None:
             yield from check_quantized_outputs(graph, models, donor)
-        if stage.out_dtype is not None and not stage.out_dtype.is_constant:
-            yield from _split_projections(graph, models, donor)
+        yield from split_warnings(graph, models, donor)
     if stage.out_dtype is None and stage.dtype is None:
         yield from decoding_warnings(graph, models, donor, dtypes.refuse)
-
-
-def _split_projections(graph: MergeGraph, models: Sequence[Model], donor: Model) -> Iterator[ModelWarning]:
-    """Warn about projections that loaders fuse of which the recipe decodes only some."""
-    decoded = [name.removesuffix(".weight") for name, _ in newly_decoded(graph, models, donor)]
-    if decoded:
-        dtypes = graph.outputs.of_nodes(graph.node_dtype)
-        stored = {
-            name.rpartition(".")[0]
-            for name, dtype in zip(graph.outputs.names, dtypes, strict=True)
-            if name.endswith((".weight", ".weight_packed")) and (dtype.kind is not ElementKind.FLOAT or dtype.bits <= 8)
-        }
-        yield from split_warnings([*decoded, *stored], stored)
 
 
 def refuse_blocks_between_stages(recipe: Recipe, stage: Stage) -> None:

@@ -80,7 +80,7 @@ def _described(donor: Input, tensor: LogicalTensor) -> str:
     """The tensor with its format, and the key in config.json that says so."""
     key = key_of(donor.model.checkpoint, tensor)
     stated = f" (config.json: {key})" if key else ""
-    return f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.format}{stated}"
+    return f"tensor {donor.name} of {donor.model.name} is stored in the format {tensor.stored_format}{stated}"
 
 
 def _difference(tensor: LogicalTensor) -> str:

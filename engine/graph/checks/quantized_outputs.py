@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from ....errors import CheckpointError
@@ -13,10 +14,13 @@ from ...model.inputs import Model
 from ...model.logical import LogicalTensor, LogicalTensors, codes_of, format_of
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ...recipe.entries.dtype_lookup import Refuse
-from ..encoding.linear import kinds_of, without_numbers
+from ..encoding.linear import kinds_of, split_groups, without_numbers
 from ..encoding.sizes import sizes_of
 from ..graph import Kind, MergeGraph
 
+_WIDE = 16
+"""Bits of a floating-point number that is not a code."""
+_EXPERT = re.compile(r"(.*\.experts)\.")
 _UNRELATED = (
     "modules_to_not_convert",
     "ignored_layers",
@@ -114,7 +118,7 @@ def newly_decoded(graph: MergeGraph, models: Sequence[Model], donor: Model) -> l
 def _is_wide(graph: MergeGraph, node: int) -> bool:
     """Whether a node makes floating-point numbers of 16 bits or more, apart from scales."""
     dtype = graph.node_dtype[node]
-    return graph.operation(node).made is ALIGNED and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16
+    return graph.operation(node).made is ALIGNED and dtype.kind is ElementKind.FLOAT and dtype.bits >= _WIDE
 
 
 def decoding_warnings(
@@ -146,10 +150,45 @@ def decoding_warnings(
     )
 
 
+def split_warnings(graph: MergeGraph, models: Sequence[Model], donor: Model) -> Iterator[ModelWarning]:
+    """Warn about decoded weights that loaders fuse with weights that are still quantized.
+
+    Args:
+        graph: complete graph of a stage.
+        models: the stage's models.
+        donor: the model that config.json comes from.
+    """
+    decoded = {name.removesuffix(".weight"): node for name, node in newly_decoded(graph, models, donor)}
+    if not decoded:
+        return
+    stored: dict[str, None] = {}
+    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
+        dtype = graph.node_dtype[node]
+        if dtype.kind is not ElementKind.FLOAT or dtype.bits < _WIDE:
+            stored[name.rpartition(".")[0]] = None
+    found = sorted(split_groups({*decoded, *stored}, set(stored)))
+    parts = sorted({module.rpartition(".")[2] for module, _ in found}) or ["experts"]
+    if not found:
+        lists = {match[1]: module for module in stored if (match := _EXPERT.match(module))}
+        owners = ((match[1], module) for module in decoded if (match := _EXPERT.match(module)))
+        found = [(lists[owner], module) for owner, module in owners if owner in lists]
+    if found:
+        quantized, other = found[0]
+        target = graph.node_dtype[decoded[other]].torch_name
+        rules = ", ".join(f"{{filter: {part}, value: {target}}}" for part in parts)
+        yield ModelWarning(
+            ModelWarningKind.QUANTIZATION,
+            f"{other} is written in {target} and {quantized} stays quantized ({len(found)} such pairs): vLLM "
+            "and SGLang load them as one tensor, and reject a model in which their formats differ",
+            f"decode these, too, with {rules} first in out_dtype",
+            (other, quantized),
+        )
+
+
 def _stored_bytes(donor: Model, name: str) -> int:
     """The bytes that the donor stores of a tensor; 0 if it has none of this name."""
     tensor = donor.tensors.get(name)
-    return tensor.stored_bytes if isinstance(tensor, LogicalTensor) else 0
+    return tensor.own_bytes if isinstance(tensor, LogicalTensor) else 0
 
 
 def _copied_codes(graph: MergeGraph, models: Sequence[Model]) -> dict[int, str]:

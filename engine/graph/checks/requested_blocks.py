@@ -49,11 +49,7 @@ def check_requested_blocks(
                 rule.place, f"{which} can be stored as FP8 blocks ({message}). Set another dtype for them"
             )
     _check_copies(graph, models, dtypes.blocks)
-    names = graph.outputs.names
-    yield from split_warnings(
-        [name.removesuffix(".weight") for name in names if name.endswith(".weight")],
-        [name.removesuffix(".weight_scale_inv") for name in names if name.endswith(".weight_scale_inv")],
-    )
+    yield from _split_warnings(graph.outputs.names)
     yield from _expert_warnings(stage, graph)
 
 
@@ -99,19 +95,16 @@ def _is_part_of(model: Model, part: str, encoding: Encoding) -> bool:
     return any(isinstance(value, LogicalTensor) and value.encoding == encoding for value in values)
 
 
-def split_warnings(weights: Collection[str], stored: Collection[str]) -> Iterator[ModelWarning]:
-    """Warn about projections that are loaded together and are not all stored in the same format.
-
-    Args:
-        weights: modules with a weight.
-        stored: those among them whose weight is quantized.
-    """
-    found = sorted(split_groups(set(weights), set(stored)))
+def _split_warnings(names: Collection[str]) -> Iterator[ModelWarning]:
+    """Warn about projections that are loaded together and are not all stored as blocks."""
+    weights = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    stored = {name.removesuffix(".weight_scale_inv") for name in names if name.endswith(".weight_scale_inv")}
+    found = sorted(split_groups(weights, stored))
     if found:
         encoded, other = found[0]
         yield ModelWarning(
             ModelWarningKind.QUANTIZATION,
-            f"{encoded} is stored quantized and {other} is not ({len(found)} such pairs): vLLM and SGLang load "
+            f"{encoded} is stored as FP8 blocks and {other} is not ({len(found)} such pairs): vLLM and SGLang load "
             "them as one tensor, and reject a model in which their formats differ",
             "use a filter for `out_dtype` that matches both or none",
             (encoded, other),

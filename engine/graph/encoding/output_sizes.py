@@ -60,7 +60,7 @@ def output_sizes(graph: MergeGraph, models: Sequence[Model], donor: Model) -> Ou
     if not has_formats(graph, models):
         return None
     stored = _quantized(donor)
-    own = {kind: like.stored_bytes for kind, like in stored.items()}
+    own = {kind: like.own_bytes for kind, like in stored.items()}
     groups: Counter[tuple[str, tuple[int, ...], int]] = Counter()
     names: dict[tuple[str, tuple[int, ...], int], str] = {}
     rest = 0
@@ -91,7 +91,7 @@ def output_sizes(graph: MergeGraph, models: Sequence[Model], donor: Model) -> Ou
         rest + sizes.stored,
         rest + sizes.plain,
         rest + sizes.blocks if sizes.encoded else 0,
-        " and ".join(dict.fromkeys(each.format for each in stored.values())),
+        " and ".join(dict.fromkeys(each.stored_format for each in stored.values())),
         all(each.encoding is not None for each in stored.values()),
     )
 

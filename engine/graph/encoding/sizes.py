@@ -71,5 +71,5 @@ def quantized_sizes(model: Model, refuse: Refuse, *, writable: bool) -> FormatSi
     for name in tensors.quantized if isinstance(tensors, LogicalTensors) else ():
         like = kind_of(tensors, name)
         if isinstance(like, LogicalTensor) and (writable or like.encoding is None):
-            found.append((name, like.shape, like.stored_bytes, 1))
+            found.append((name, like.shape, like.own_bytes, 1))
     return sizes_of(found, refuse)

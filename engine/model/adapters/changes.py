@@ -27,6 +27,8 @@ A, B = "lora_A.weight", "lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 BIAS = "lora_B.bias"
 MAGNITUDE = "lora_magnitude_vector"
+WRAPPED = ".base_layer"
+"""End of the path of a module that is wrapped: that of the inner one of two adapted parameters, for example."""
 TOKENS = "token_adapter.trainable_tokens_delta"
 _BASE_LAYERS = (".token_adapter.base_layer.", ".base_layer.")
 _COPY, _ORIGINAL = ".modules_to_save.", ".original_module."

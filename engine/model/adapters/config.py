@@ -35,6 +35,15 @@ _UNSUPPORTED = {
 }
 """Fields that change what an adapter is, each with what it is then."""
 
+_KNOWN_INITIALIZATIONS = ("true", "false", "gaussian", "eva", "orthogonal", *_CHANGED_BASE)
+"""Values of ``init_lora_weights``, in lower case, or their beginnings."""
+
+_KNOWN_KINDS = ("use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+"""Fields named like a kind of adapter that don't change what it is."""
+
+_SNAPSHOT = re.compile(r"models--(?:[^/]+--)?([^/]+)/snapshots/[^/]+/?$")
+"""The directory of a model in the cache of huggingface_hub."""
+
 _NAMES = {"IA3": "(IA)³", "LOHA": "LoHa", "LOKR": "LoKr", "ADALORA": "AdaLoRA", "VERA": "VeRA", "XLORA": "X-LoRA"}
 
 
@@ -50,6 +59,10 @@ class AdapterConfig:
         fan_in_fan_out: whether weights of adapted modules are stored as [in, out].
         dora: whether the adapter has a magnitude for each row.
         target_parameters: names of adapted parameters, such as those of fused experts.
+        modules_to_save: ends of the names of modules that were trained in full.
+        trains_tokens: whether rows of embeddings were trained.
+        lora_bias: whether the factors have biases.
+        bias: which biases of the model were trained: ``none``, ``all`` or ``lora_only``.
 
     Raises:
         CheckpointError: the adapter is not a LoRA adapter, or of a kind that can't be merged.
@@ -62,7 +75,11 @@ class AdapterConfig:
         self.base = str(content.get("base_model_name_or_path") or "")
         self.fan_in_fan_out = bool(content.get("fan_in_fan_out"))
         self.dora = bool(content.get("use_dora"))
-        self.target_parameters = tuple(content.get("target_parameters") or ())
+        self.target_parameters = self._names("target_parameters")
+        self.modules_to_save = self._names("modules_to_save")
+        self.trains_tokens = bool(content.get("trainable_token_indices"))
+        self.lora_bias = bool(content.get("lora_bias"))
+        self.bias = str(content.get("bias") or "none")
         self._ranks = self._patterns("rank_pattern")
         self._alphas = self._patterns("alpha_pattern")
 
@@ -113,13 +130,28 @@ class AdapterConfig:
         for key, what in _UNSUPPORTED.items():
             if self._content.get(key):
                 raise CheckpointError(f"{self._name} {what} ({key} in {CONFIG}); it can't be applied to a base")
+        unknown = (key for key in self._content if key.startswith("use_") or key.endswith("_config"))
         init = self._content.get("init_lora_weights")
+        found = [key for key in unknown if self._content[key] and key not in (*_KNOWN_KINDS, *_UNSUPPORTED)]
+        if init is not None and not str(init).lower().startswith(_KNOWN_INITIALIZATIONS):
+            found.append("init_lora_weights")
+        if found:
+            raise CheckpointError(
+                f"{self._name} has {found[0]}: {self._content[found[0]]!r} in {CONFIG}, whose meaning is unknown to "
+                "this version of mergeloom: merge the adapter into its base with PEFT (merge_and_unload)"
+            )
         if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
             raise CheckpointError(
                 f"{self._name} was initialized with {init} (init_lora_weights in {CONFIG}), which also changes the "
                 "base: save it as a plain LoRA adapter with PEFT "
                 "(save_pretrained with path_initial_model_for_weight_conversion), and use that"
             )
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        found = self._content.get(key) or ()
+        if not isinstance(found, (list, tuple)) or not all(isinstance(each, str) for each in found):
+            raise CheckpointError(f"{self._name}: {key} in {CONFIG} is {found!r}, not a list: download it again")
+        return tuple(found)
 
     def _patterns(self, key: str) -> Mapping[str, Any]:
         found = self._content.get(key) or {}
@@ -131,11 +163,13 @@ class AdapterConfig:
         """The value of the first pattern that matches a module; None if none does."""
         for pattern, value in patterns.items():
             try:
+                re.compile(pattern)  # for positions in an error
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     return value
             except re.error as error:
                 raise CheckpointError(
-                    f"{self._name}: {pattern!r} in {CONFIG} is not a valid pattern of module names ({error})"
+                    f"{self._name}: {pattern!r} in {CONFIG} is not a valid pattern of module names ({error}): use the "
+                    f"{CONFIG} that was saved with it"
                 ) from error
         return None
 
@@ -161,5 +195,7 @@ class AdapterConfig:
 
 
 def _last(name: str) -> str:
-    """The last component of a path or an id, in lower case."""
-    return name.rstrip("/").rpartition("/")[2].lower()
+    """The last component of a path or an id, in lower case and without a revision, also that of a snapshot's id."""
+    snapshot = _SNAPSHOT.search(name)
+    last = (snapshot[1] if snapshot else name.rstrip("/").rpartition("/")[2]).lower()
+    return last.partition("@")[0] or last

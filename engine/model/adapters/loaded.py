@@ -19,7 +19,7 @@ from ...recipe.local import is_local
 from ...recipe.types import ModelReference
 from ..checks.names import directory_of
 from ..contents.adapters import find_adapter
-from .changes import AdapterTensors, sort_tensors
+from .changes import EMBEDDING_A, WRAPPED, A, AdapterTensors, sort_tensors
 from .config import CONFIG, AdapterConfig
 
 _FILES = (f"{ADAPTER}.safetensors.index.json", f"{ADAPTER}.safetensors", f"{ADAPTER}.bin")
@@ -48,17 +48,27 @@ class Adapter:
     @property
     def title(self) -> str:
         """What it is, such as ``LoRA of rank 8, 224 modules``."""
-        found = find_adapter(self.checkpoint.tensors)
-        kind = "adapter" if found is None else found.title
-        return f"{kind}, {plural(len(self.changes.modules), 'module')}"
+        ranks = [str(rank) for rank in self.ranks]
+        rank = f" of rank{'s' * (len(ranks) > 1)} {' to '.join(dict.fromkeys((ranks[0], ranks[-1])))}" if ranks else ""
+        return f"{self.kind}{rank}, {plural(len(self.changes.modules), 'module')}"
+
+    @property
+    def kind(self) -> str:
+        """LoRA or DoRA."""
+        return "DoRA" if self.config.dora else "LoRA"
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of its factors, from the lowest one on. Raises CheckpointError if the config has none."""
+        with_factors = (module for module, stored in self.changes.modules.items() if {A, EMBEDDING_A} & stored.keys())
+        return sorted({self.config.rank(module.replace(WRAPPED, "")) for module in with_factors})
 
     def to_dict(self) -> dict[str, Any]:
         """The adapter as plain data, for ``inspect --json``."""
-        found = find_adapter(self.checkpoint.tensors)
         return {
             "name": self.name,
-            "kind": None if found is None else found.kind,
-            "ranks": [] if found is None else list(found.ranks),
+            "kind": self.kind,
+            "ranks": self.ranks,
             "modules": len(self.changes.modules),
             "replaced": len(self.changes.replaced),
             "base": self.config.base or None,
@@ -71,7 +81,8 @@ class Adapter:
             base: name of the model that it is applied to.
             checkpoint: that model.
         """
-        return self.config.other_base(base, (str((checkpoint.config or {}).get("_name_or_path") or ""),))
+        known = (str((checkpoint.config or {}).get("_name_or_path") or ""), str(directory_of(checkpoint)))
+        return self.config.other_base(base, known)
 
     @cached_property
     def changes(self) -> AdapterTensors:

@@ -21,11 +21,10 @@ from ....io.units import plural
 from ....methods.kernel.access import ColumnFactor, RowFactor, Shape
 from ..experts.layouts import LAYOUTS, ExpertLayout, text_config_of
 from ..logical import Part, Tensors, kind_of
-from .changes import A, B, Stored
+from .changes import WRAPPED, A, B, Stored
 from .loaded import Adapter
 from .matching import TensorNames
 
-WRAPPED = ".base_layer"
 _ORDER = ("gate_up_proj", "down_proj")
 """The parameters of fused experts, in the order in which transformers' modules define them."""
 _MARKED_TRANSPOSED = frozenset(("gpt_oss",))

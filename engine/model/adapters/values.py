@@ -15,15 +15,13 @@ from ....methods.kernel.access import ALIGNED, BlockRows, ColumnFactor, Gathered
 from ..logical import Decode, LogicalTensor, LogicalTensors, Part, Tensors, kind_of, shape_of
 from ..roles import is_head, tied_embedding
 from .changes import BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS, A, B, Stored
+from .complete import check_complete
 from .config import CONFIG
 from .loaded import Adapter
 from .matching import TensorNames
+from .orientation import transposed_modules
 from .resized import base_shape, check_tables, is_resized
 from .stacks import StackMatcher
-
-_CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
-_CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
-"""Modules of these models that transformers makes of `Conv1D`, whose weight is [in, out]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +91,7 @@ class _Builder:
         self._tensors = tensors
         self._names = TensorNames(tensors)
         self._changes: dict[str, _Change] = {}
+        self._transposed: frozenset[str] = frozenset()
 
     def add(self, adapter: Adapter) -> None:
         """Add the changes of an adapter."""
@@ -100,8 +99,14 @@ class _Builder:
         modules = adapter.changes.modules
         wrapped = {module: stored for module, stored in modules.items() if stacks.is_stack(module)}
         targets = self._targets(adapter, wrapped)
+        check_complete(adapter, self._tensors, self._base.config, wrapped)
         for name, copy in adapter.changes.replaced.items():  # first: factors have the shapes of these
             self._replace(adapter, targets[name], copy)
+        self._transposed = transposed_modules(
+            adapter,
+            self._base.config,
+            lambda module: () if module in wrapped else self._shape(adapter, targets[f"{module}.weight"]),
+        )
         for module, stored in modules.items():
             if module not in wrapped:
                 self._add_module(adapter, module, stored, targets)
@@ -225,7 +230,7 @@ class _Builder:
     ) -> tuple[Part, ...]:
         """The factors of what is added to a weight [out, in], or to one that is stored as [in, out]."""
         (rank, into), out, owner = a.ref.shape, b.ref.shape[0], adapter.reference
-        transposed = embedding or self._is_transposed(adapter, module)
+        transposed = embedding or module in self._transposed
         shape = (into, out) if transposed else (out, into)
         if self._shape(adapter, name) != shape:
             raise self._wrong_shape(adapter, name, f"the product of {b.name} and {a.name}", shape)
@@ -246,21 +251,12 @@ class _Builder:
             return added
         rows, columns = self._shape(added.adapter, name)
         # PEFT's outputs: the columns of an embedding, and of a weight that is stored as [in, out]
-        by_column = EMBEDDING_A in stored or self._is_transposed(adapter, module)
+        by_column = EMBEDDING_A in stored or module in self._transposed
         if magnitude.ref.shape != ((columns if by_column else rows),):
             raise self._wrong_shape(adapter, name, magnitude.name, magnitude.ref.shape)
         access = BlockRows(rows, 1) if by_column else BlockRows(1, columns)
         part = Part(magnitude.name, magnitude.ref, access, owner=adapter.reference)
         return replace(added, term=Term.DORA_COLUMNS if by_column else Term.DORA_ROWS, parts=(*added.parts, part))
-
-    def _is_transposed(self, adapter: Adapter, module: str) -> bool:
-        """Whether the weight of a module is stored as [in, out].
-
-        In the models of GPT-2's kind, names decide. PEFT's `fan_in_fan_out` is that of the last module there.
-        """
-        if (self._base.config or {}).get("model_type") in _CONV1D_MODELS:
-            return module.rpartition(".")[2] in _CONV1D
-        return adapter.config.fan_in_fan_out
 
     def _add_bias(self, adapter: Adapter, name: str, bias: Stored, scale: float) -> None:
         if self._shape(adapter, name) != bias.ref.shape:

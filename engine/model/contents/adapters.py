@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ....io.tensors.refs import TensorRef
 from ....io.tensors.table import components
+from ..roles import is_embedding, is_head
 
 _KINDS = (
     ("LoKr (LyCORIS)", ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
@@ -135,8 +136,15 @@ def is_textual_inversion(names: Iterable[str]) -> bool:
 
 
 def _holds_weight(name: str) -> bool:
-    """Whether a tensor is a weight that an adapter changes; an adapter can have the bias next to it."""
-    return not _WITH_WEIGHTS.isdisjoint(name.split(".")) and not name.endswith(".base_layer.bias")
+    """Whether a tensor is a weight that an adapter changes.
+
+    An adapter can have the bias next to it, the embedding that it changes, and factors of several parameters.
+    """
+    split = name.split(".")
+    if _WITH_WEIGHTS.isdisjoint(split) or name.endswith(".base_layer.bias") or not ADAPTER_PARTS.isdisjoint(split):
+        return False
+    weight = name.replace(".token_adapter", "").replace(".base_layer", "")
+    return not (name.startswith(_PEFT) and (is_embedding(weight) or is_head(weight)))
 
 
 def _is_adapter_part(split: list[str], at: int, part: str) -> bool:

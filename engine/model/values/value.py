@@ -7,7 +7,7 @@ from math import prod
 
 from ....io.tensors.dtypes import DType, Kind
 from ....io.tensors.refs import TensorRef
-from ....methods.kernel.access import ALIGNED, Access, BlockRows, Shape, TransposedSlice
+from ....methods.kernel.access import ALIGNED, Access, BlockRows, FactorAccess, Shape, TransposedSlice
 from ....methods.kernel.decoder import Decoder
 from ...recipe.entries.block_format import BlockFormat
 from ...recipe.types import ModelReference
@@ -46,7 +46,9 @@ class Part:
     def bytes_of(self, shape: Shape) -> int:
         """Return the bytes of the part that a value of this shape is computed from, at most."""
         count = prod(shape)
-        if count and not isinstance(self.access, TransposedSlice):  # stages what lies between its elements, too
+        if isinstance(self.access, FactorAccess):  # may stage those of other values, too
+            count = prod(shape[:-2]) * prod(self.access.size(shape, self.ref.shape))
+        elif count and not isinstance(self.access, TransposedSlice):  # stages what lies between its elements, too
             count = self.access.most(shape, self.ref.shape, count)
         return self.ref.dtype.nbytes(min(count, self.ref.elements))
 
@@ -118,6 +120,11 @@ class LogicalTensor:
         return "slice" if self.decode is None else self.decode.decoder.name
 
     @property
+    def stored_format(self) -> str:
+        """Name of the format of the model's own parts, without what adapters add."""
+        return self.format.partition(" + ")[0]
+
+    @property
     def all_parts(self) -> tuple[Part, ...]:
         """The parts and the companions."""
         return self.parts + self.companions
@@ -162,6 +169,11 @@ class LogicalTensor:
     def stored_bytes(self) -> int:
         """Bytes of the parts that the value is computed from; those of a slice's other values are left out."""
         return sum(part.bytes_of(self.shape) for part in self.all_parts)
+
+    @property
+    def own_bytes(self) -> int:
+        """Those that the model itself has, without the parts of adapters."""
+        return sum(part.bytes_of(self.shape) for part in self.all_parts if part.owner is None)
 
     @property
     def label(self) -> str:

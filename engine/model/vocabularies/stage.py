@@ -81,9 +81,11 @@ def stage_vocabulary(
         RecipeError: the recipe chooses an embedding that no model has, or needs a stage's rows rearranged.
         CheckpointError: vocabularies are unknown or can't be compared.
     """
+    planner = _Planner(recipe, stage, models, donor, used, known)
     if stage.allow_vocabulary_mismatch:
+        planner.check_row_by_row()
         return None
-    return _Planner(recipe, stage, models, donor, used, known).plan()
+    return planner.plan()
 
 
 class _Planner:
@@ -121,6 +123,16 @@ class _Planner:
         if not self._explicit:
             return None
         return self._arranged(unknown, equal=False)
+
+    def check_row_by_row(self) -> None:
+        """Raise RecipeError if a tokenizer is set, and embeddings can't be merged row by row."""
+        if self._explicit and len(self._counts) > 1:
+            counts = " and ".join(f"{rows:,}" for rows in sorted(self._counts))
+            raise self._recipe.error(
+                self._place,
+                f"`allow_vocabulary_mismatch` merges embeddings row by row, and these have {counts} rows: remove it to "
+                "merge them token by token",
+            )
 
     def _all_equal(self, unknown: Sequence[Model]) -> bool:
         """Whether the known vocabularies are that of the tokenizer's model, but for tokens without a row."""
@@ -234,14 +246,21 @@ class _Planner:
     def _check_stages(self, found: Mapping[int, ModelRows]) -> None:
         """Raise RecipeError if the rows of a stage's output would have to be rearranged before they are computed."""
         stages = {model.number: model for model, _ in self._models if self._known.is_stage(model.reference)}
-        for rows in found.values():
+        for number, rows in found.items():
             used = {table.model for table in rows.tables if table.rows.highest >= 0}
-            for number in used & stages.keys() if not rows.unchanged else ():
-                name = stages[number].name
+            for other in used & stages.keys() if not rows.unchanged else ():
+                name = stages[other].reference.base.text
+                problem, advice = f"embeddings of stage `{name}` would be rearranged for another vocabulary", ""
+                if other != number:
+                    problem = f"{self._names[number]} lacks rows that it would take from the output of stage `{name}`"
+                elif stages[other].reference.adapters:
+                    problem = f"embeddings of {stages[other].name} would be rearranged for another vocabulary"
+                else:
+                    advice = f"write the same tokenizer in stage `{name}`, with as many rows as here, or "
                 raise self._recipe.error(
                     self._place,
-                    f"the embeddings of stage `{name}` would be rearranged for another vocabulary, which is only "
-                    f"possible where they are read from files: write the same tokenizer in stage `{name}`",
+                    f"{problem}, which is only possible where they are read from files: {advice}merge stage `{name}` "
+                    "on its own first, and write the directory of its output here",
                 )
 
     def _warn_of_tokens(self, tokens: Mapping[str, int], maps: RowMaps, models: Sequence[ModelTokens]) -> None:

@@ -10,6 +10,8 @@ from ..node_reader import NodeReader, describe_node
 from ..nodes import Keys, Node
 from .tokenizer_source import TokenEmbedding, TokenizerSource
 
+_MOST_PADDING = 2**20
+"""Largest number of rows that a vocabulary is padded to a multiple of; each row takes memory while planning."""
 _SOURCES = "a model, `{kind: zero}`, or `{kind: model_token, model: MODEL, token: TOKEN}`"
 
 
@@ -52,7 +54,7 @@ def _block(reader: NodeReader, node: Node, path: Keys) -> TokenizerSource:
     else:
         source = _source(reader, keys["source"], (*path, "source"))
     tokens = reader.optional(keys, path, "tokens", lambda n, p: _tokens(reader, n, p))
-    multiple = reader.optional(keys, path, "pad_to_multiple_of", lambda n, p: _count(reader, n, p, 1))
+    multiple = reader.optional(keys, path, "pad_to_multiple_of", lambda n, p: _multiple(reader, n, p))
     return replace(source, tokens=tokens or (), multiple=multiple)
 
 
@@ -88,9 +90,16 @@ def _embedding(reader: NodeReader, node: Node, path: Keys) -> TokenEmbedding:
     model = reader.reference(reader.required(keys, path, "model", known), (*path, "model"))
     other = reader.optional(keys, path, "token", lambda n, p: reader.text(n, p, "the text of a token"))
     row = reader.optional(keys, path, "token_id", lambda n, p: _count(reader, n, p, 0))
-    if (other is None) == (row is None):
+    if sum(keys[key].value is not None for key in known[2:] if key in keys) != 1:
         raise reader.error("a model_token needs one of `token` and `token_id`", path)
     return TokenEmbedding("", model, other, row)
+
+
+def _multiple(reader: NodeReader, node: Node, path: Keys) -> int:
+    value = _count(reader, node, path, 1)
+    if value > _MOST_PADDING:
+        raise reader.error(f"expected a whole number of at most {_MOST_PADDING:,}, got {value:,}", path)
+    return value
 
 
 def _count(reader: NodeReader, node: Node, path: Keys, least: int) -> int:

@@ -169,7 +169,11 @@ def test_the_base_that_an_adapter_was_trained_on_is_reported(tmp_path: Path, bas
     with pytest.raises(CheckpointError, match="which strict mode treats as errors"):
         mergeloom.plan(recipe, strict=True)
     same = write_lora(tmp_path / "same", LLAMA.tensors, base_model_name_or_path="acme/Base/")
-    assert not mergeloom.plan(recipe | {"models": [{"model": f"{base}+{same}"}]}).warnings
+    snapshot = tmp_path / "models--acme--Base" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(base)
+    for reference in (str(base), f"{base}@main", str(base / "model.safetensors"), str(snapshot)):
+        assert not mergeloom.plan(recipe | {"models": [{"model": f"{reference}+{same}"}]}).warnings
 
 
 def test_base_and_change_are_rounded_together_and_once(tmp_path: Path, base: Path) -> None:

@@ -128,6 +128,25 @@ TENSORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("lacks: model.layers.0.self_attn.q_proj.bias",),
     ),
     "magnitudes of DoRA are missing": ({"use_dora": True}, ("has no lora_magnitude_vector: the file is incomplete",)),
+    "a trained head is missing": (
+        {"modules_to_save": ["lm_head"]},
+        (
+            "has lm_head in modules_to_save, but the adapter has none of its tensors, such as lm_head.weight",
+            "incomplete",
+        ),
+    ),
+    "trained tokens are missing": (
+        {"trainable_token_indices": [1, 2]},
+        ("has trainable_token_indices, but the adapter has no token_adapter.trainable_tokens_delta", "incomplete"),
+    ),
+    "biases of factors are missing": (
+        {"lora_bias": True},
+        ("has lora_bias, but model.layers.0.mlp.down_proj has no lora_B.bias", "incomplete"),
+    ),
+    "a text for a list of modules": (
+        {"modules_to_save": "lm_head"},
+        ("modules_to_save in adapter_config.json is 'lm_head', not a list",),
+    ),
     "two copies of a tensor": (
         {"more": {f"{PREFIX}norm.weight": torch.zeros(32), f"{PREFIX}model.norm.weight": torch.zeros(32)}},
         ("would both be the tensor model.norm.weight",),
@@ -158,6 +177,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "Arrow": ({"arrow_config": {"top_k": 1}}, "is an Arrow router"),
     "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "is a BD-LoRA adapter"),
     "Megatron": ({"megatron_config": {"a": 1}}, "is an adapter for Megatron's parallel layers"),
+    "an unknown kind": ({"use_zlora": True}, "has use_zlora: True in adapter_config.json, whose meaning is unknown"),
+    "an unknown initialization": (
+        {"init_lora_weights": "zora"},
+        "has init_lora_weights: 'zora' in adapter_config.json",
+    ),
     "repeated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "was trained on a stack of repeated layers"),
 }
 
@@ -166,6 +190,23 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_adapters_that_cannot_be_applied_are_refused_by_name(tmp_path: Path, base: Path, kind: str) -> None:
     config, message = CONFIGS[kind]
     assert message in refused(f"{base}+{lora(tmp_path, **config)}")
+
+
+@pytest.mark.parametrize("trained", ["all", "lora_only"])
+def test_trained_biases_that_are_missing(tmp_path: Path, trained: str) -> None:
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    tensors = {name: torch.zeros(shape) for name, shape in LLAMA.tensors.items()} | {bias: torch.zeros(32)}
+    base = models.write_checkpoint(tmp_path / "base", tensors, config=LLAMA.config)
+    error = refused(f"{base}+{lora(tmp_path, bias=trained)}")
+    assert f"has bias: {trained}, but the adapter has no biases, such as {bias}: the file is incomplete" in error
+    only_v = write_lora(tmp_path / "v", LLAMA.tensors, targets=["v_proj"], bias="lora_only")  # whose layer has no bias
+    assert not mergeloom.plan({"merge_method": "passthrough", "models": [{"model": f"{base}+{only_v}"}]}).warnings
+
+
+def test_modules_to_save_that_the_base_lacks_are_not_missing(tmp_path: Path, base: Path) -> None:
+    """PEFT adds both names for every classifier, of which a model has one at most."""
+    adapter = lora(tmp_path, modules_to_save=["classifier", "score"])
+    assert not mergeloom.plan({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}).warnings
 
 
 def test_a_base_of_other_sizes_is_refused_with_both_shapes(tmp_path: Path) -> None:

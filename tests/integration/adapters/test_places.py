@@ -11,8 +11,10 @@ from torch import Tensor
 
 import mergeloom
 from mergeloom.engine.model.inspect import inspect_model
+from mergeloom.errors import CheckpointError
 from tests.support import models
 from tests.support.adapters.files import PREFIX, product, write_lora
+from tests.support.adapters.kinds import KINDS, write_kind
 from tests.support.command_line import run
 from tests.support.outputs import read_model, same_tensors
 
@@ -149,6 +151,31 @@ def test_inspect_shows_the_values_and_the_adapter(root: Path) -> None:
     done = run("inspect", f"{root}/base+{root}/a")
     assert f"{root}/a: LoRA of rank 4, 21 modules" in done.stdout
     assert "BF16 (LoRA)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("fused experts of Qwen", "LoRA of rank 4, 8 modules"),
+        ("tied embedding", "LoRA of rank 4, 1 module"),
+        ("trained tokens", "LoRA of rank 4, 5 modules"),
+        ("DoRA", "DoRA of rank 4, 6 modules"),
+        ("ranks and alphas by pattern", "LoRA of ranks 2 to 4, 6 modules"),
+    ],
+)
+def test_the_kind_and_the_rank_of_an_adapter(tmp_path: Path, name: str, title: str) -> None:
+    base, adapter = write_kind(KINDS[name], tmp_path)
+    (found,) = inspect_model(f"{base}+{adapter}").adapters
+    assert found.title == title
+    with pytest.raises(CheckpointError, match=f"{adapter} is a .*LoRA.* adapter.*, not a model"):
+        mergeloom.plan({"merge_method": "passthrough", "models": [{"model": str(adapter)}]})
+    assert "content     adapter: " in run("inspect", adapter).stdout
+
+
+def test_a_packed_factor_is_counted_once_for_all_experts(tmp_path: Path) -> None:
+    base, adapter = write_kind(KINDS["one parameter of the experts"], tmp_path)
+    found = inspect_model(f"{base}+{adapter}").to_dict()
+    assert sum(group["bytes"] for group in found["dtypes"].values()) == found["bytes"]
 
 
 def test_diff_computes_the_values(root: Path, values: dict[str, Tensor]) -> None:

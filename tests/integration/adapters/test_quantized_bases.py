@@ -14,6 +14,7 @@ from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
 from mergeloom.report.explain import explain
 from tests.support.adapters.files import PREFIX, product, write_lora
+from tests.support.models import write_checkpoint
 from tests.support.models.quantized import FORMATS, write_pair
 from tests.support.outputs import config_of, read_model, same_tensors
 
@@ -63,6 +64,38 @@ def test_a_format_that_is_not_written_becomes_bfloat16(tmp_path: Path) -> None:
     found = merged(tmp_path / "out", f"{quantized}+{adapter}", out_dtype="bfloat16")
     exact = merged(tmp_path / "exact", f"{twin}+{adapter}", out_dtype="float32")
     assert torch.equal(found[f"{UP}.weight"], exact[f"{UP}.weight"].bfloat16())
+
+
+def write_int4(directory: Path, *modules: str) -> Path:
+    """Write a base of these modules in INT4."""
+    quantize, section = FORMATS["int4"]
+    generator = torch.Generator().manual_seed(1)
+    parts = {module: quantize(torch.randn(32, 32, generator=generator)).stored for module in modules}
+    tensors = {f"{module}.{end}": part for module, stored in parts.items() for end, part in stored.items()}
+    config = {"model_type": "llama", "num_hidden_layers": 1, "torch_dtype": "bfloat16", "quantization_config": section}
+    return write_checkpoint(directory, tensors, config=config)
+
+
+SPLIT: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "queries and values": (("self_attn.q_proj", "self_attn.v_proj"), "self_attn.k_proj", "k_proj"),
+    "one of two matrices": (("mlp.up_proj",), "mlp.gate_proj", "gate_proj"),
+    "one of two experts": (("mlp.experts.0.up_proj",), "mlp.experts.1.up_proj", "experts"),
+}
+"""Modules that an adapter changes, one that loaders have in the same tensor, and the filter that matches it."""
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_weights_that_loaders_fuse_with_decoded_ones_are_reported(tmp_path: Path, case: str) -> None:
+    changed, other, part = SPLIT[case]
+    names = [f"model.layers.0.{module}" for module in (*changed, other)]
+    base = write_int4(tmp_path / "base", *names)
+    adapter = write_lora(tmp_path / "a", dict.fromkeys((f"{name}.weight" for name in names[:-1]), (32, 32)))
+    recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}
+    (warning,) = (each for each in plan(recipe).warnings if "stays quantized" in each)
+    assert warning.startswith(f"{names[0]} is written in bfloat16 and {names[-1]} stays quantized ({len(changed)} such")
+    rule = {"filter": part, "value": "bfloat16"}
+    assert f"with {{filter: {part}, value: bfloat16}} first in out_dtype" in warning
+    assert not [each for each in plan(recipe | {"out_dtype": [rule]}).warnings if "stays quantized" in each]
 
 
 def test_rows_of_a_quantized_embedding_cannot_be_replaced(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ WRONG = {
     ),
     "padding at the top": Wrong(
         f"merge_method: linear\nmodels:\n{A}pad_to_multiple_of: 8\n",
-        ("r.yml:4: pad_to_multiple_of: unknown key, ignored; write it under `tokenizer`: `tokenizer: {source: base,",),
+        ("r.yml:4: pad_to_multiple_of: unknown key, ignored; write it under `tokenizer`: `tokenizer: {source: ...,",),
         0,
     ),
     "dtype under parameters": Wrong(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from mergeloom.engine.run.planning import plan
 from mergeloom.io.units import data_size
 from mergeloom.report.plan import plan_text
+from tests.support.adapters.files import write_lora
 from tests.support.models import quantized, tiny_llama, write_checkpoint
 from tests.support.models.shapes import llama
 from tests.support.plans import linear
@@ -57,6 +59,28 @@ def test_the_table_marks_what_the_plan_writes(tmp_path: Path, out_dtype: str | N
     for name, nbytes in (("same", sizes.as_stored), ("fp8_blocks", sizes.fp8_blocks), ("bfloat16", sizes.bfloat16)):
         assert f"{data_size(nbytes)} " in f"{rows[name]} "
         assert ("this plan" in rows[name]) == (name == marked)
+
+
+@pytest.mark.parametrize("form", ["fp8 blocks", "fp8 rows", "int4"])
+def test_sizes_are_those_of_the_base_without_an_adapter(tmp_path: Path, form: str) -> None:
+    base = quantized.write_wide(tmp_path, form, 1)
+    shapes = {f"model.layers.{layer}.mlp.down_proj.weight": quantized.WIDE for layer in range(quantized.LAYERS)}
+    adapter = write_lora(tmp_path / "a", shapes)
+    alone, adapted = (
+        {"merge_method": "passthrough", "models": [{"model": reference}]}
+        for reference in (f"{base}", f"{base}+{adapter}")
+    )
+    planned = plan(adapted)
+    facts = planned.to_dict()["quantized"]
+    assert facts == plan(alone).to_dict()["quantized"]
+    assert facts["as_stored"] == size(alone)
+    if form in WRITABLE:
+        assert size(adapted) == size(alone)
+        assert re.search(r"^  same .*  this plan$", plan_text(planned), re.MULTILINE)
+    else:
+        warning = next(each for each in planned.warnings if "are written in bfloat16" in each)
+        norm = 2 * quantized.WIDE[0]  # one vector that is not quantized
+        assert f"{data_size(size(adapted) - norm)} instead of {data_size(size(alone) - norm)}" in warning
 
 
 def test_an_unquantized_merge_has_no_table(tmp_path: Path) -> None:

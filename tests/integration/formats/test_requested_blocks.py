@@ -225,7 +225,7 @@ def test_projections_that_loaders_fuse_are_stored_alike(tmp_path: Path) -> None:
 def test_a_filter_that_separates_them_is_a_warning(tmp_path: Path) -> None:
     rules = [{"filter": "q_proj", "value": "fp8_blocks"}, {"value": "bfloat16"}]
     (warning,) = plan(linear(written(tmp_path, LLAMA), out_dtype=rules)).findings
-    assert "self_attn.q_proj is stored quantized and model.layers.0.self_attn.k_proj is not" in str(warning)
+    assert "self_attn.q_proj is stored as FP8 blocks and model.layers.0.self_attn.k_proj is not" in str(warning)
 
 
 def test_fused_experts_stay_unquantized_with_a_warning(tmp_path: Path) -> None:

@@ -152,6 +152,9 @@ def test_a_stage_whose_rows_would_have_to_move(pair: tuple[Path, Path], tmp_path
     first = {"name": "first", **linear(a, a2)}
     with pytest.raises(RecipeError, match="embeddings of stage `first` would be rearranged.* write the same tokenizer"):
         plan([first, linear("first", b, **UNION)], CPU)
+    rows = rf"{a} lacks rows that it would take from the output of stage `first`.*: merge stage `first` on its own"
+    with pytest.raises(RecipeError, match=rows):  # the same tokenizer in `first` would not help
+        plan([{"name": "first", **linear(b, b)}, linear("first", a, **UNION)], CPU)
     stages = [{"name": "first", **linear(a, a2, b, tokenizer={"source": str(b)})}, linear("first", b)]
     assert plan(stages, CPU).built.vocabulary is None
     union = {"name": "first", **linear(a, b, **UNION)}  # its tokens are those of b
@@ -159,6 +162,20 @@ def test_a_stage_whose_rows_would_have_to_move(pair: tuple[Path, Path], tmp_path
     assert plan([union, linear("first", b)], CPU).warnings == ()
     loaded = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert loaded.get_vocab() == Tokenizer.from_file(str(b / "tokenizer.json")).get_vocab()
+
+
+def test_a_tokenizer_and_allow_vocabulary_mismatch_contradict_each_other(pair: tuple[Path, Path]) -> None:
+    message = "merges embeddings row by row, and these have 300 and 302 rows: remove it to merge them token by token"
+    with pytest.raises(RecipeError, match=message):
+        plan(linear(*pair, **UNION, allow_vocabulary_mismatch=True), CPU)
+
+
+def test_files_from_a_model_with_the_output_s_rows_or_others(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = pair
+    for source in (a, b):
+        result = merge(linear(a, b, **UNION, files_from=str(source)), tmp_path / f"of-{source.name}", CPU)
+        assert not [warning for warning in result.plan.warnings if "vocab_size" in warning]
+        assert config_of(tmp_path / f"of-{source.name}")["vocab_size"] == 302
 
 
 def test_equal_tokens_with_different_padding_need_no_key(tmp_path: Path) -> None:

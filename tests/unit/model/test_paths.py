@@ -87,6 +87,12 @@ class TestMisspelt:
             "recipe: models[0]: models/base is a directory here and has no revisions: @v2 is ignored; remove @v2"
         )
 
+    def test_revisions_of_a_model_and_of_its_adapter_are_reported_once(self) -> None:
+        models = [{"model": {"model": {"path": "models/base", "revision": "v2"}, "lora": {"path": "models/merged"}}}]
+        recipe = load_recipe({"merge_method": "passthrough", "models": models}, methods=merge_methods())
+        (warning,) = ignored_revisions(recipe)
+        assert "models/base is a directory here" in str(warning)
+
     def test_on_the_command_line(self) -> None:
         with pytest.raises(UsageError, match="did you mean `models/base`"):
             open_named("modles/base")

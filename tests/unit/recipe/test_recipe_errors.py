@@ -81,6 +81,10 @@ class TestMistakes:
                 LINEAR + MODELS + "tokenizer: {source: base, pad_to_multiple_of: 0}",
                 "tokenizer.pad_to_multiple_of: expected a whole number of at least 1, got 0",
             ),
+            (
+                LINEAR + MODELS + "tokenizer: {source: base, pad_to_multiple_of: 1000000000}",
+                "tokenizer.pad_to_multiple_of: expected a whole number of at most 1,048,576, got 1,000,000,000",
+            ),
             (LINEAR + MODELS + "tokenizer: {source: base}\ntokenizer_source: base", "are mutually exclusive"),
             (LINEAR + MODELS + "chat_template: chatlm", "unknown chat template 'chatlm'; did you mean `chatml`?"),
             (LINEAR + MODELS + "chat_template: {a: b}", "chat_template: expected auto, one of alpaca"),
@@ -94,6 +98,11 @@ class TestMistakes:
     )
     def test_of_form(self, text: str, message: str) -> None:
         assert message in refused(text)
+
+    def test_a_wrong_row_is_one_error(self) -> None:
+        source = "{kind: model_token, model: a, token_id: -1}"
+        message = refused(LINEAR + MODELS + f"tokenizer: {{tokens: {{x: {{source: {source}}}}}}}")
+        assert "needs one of `token` and `token_id`" not in message
 
     @pytest.mark.parametrize(
         ("value", "message"),

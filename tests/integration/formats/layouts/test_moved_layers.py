@@ -193,7 +193,7 @@ def test_a_list_that_decodes_one_of_fused_projections_is_warned_about(tmp_path: 
         return [str(each) for each in plan(recipe).warnings if "load them as one tensor" in str(each)]
 
     (warning,) = warnings("0.self_attn.k_proj")
-    assert "model.layers.0.self_attn.q_proj is stored quantized and model.layers.0.self_attn.k_proj is not" in warning
+    assert "layers.0.self_attn.k_proj is written in bfloat16 and model.layers.0.self_attn.q_proj stays" in warning
     assert "(2 such pairs)" in warning
     assert warnings("0.self_attn.q", "0.self_attn.k", "0.self_attn.v") == []
     assert warnings("o_proj") == []
