@@ -300,7 +300,7 @@ class Extraction:
             max_ram=self.max_ram,
             peak_ram=self.memory.peak,
             peak_rss=process_memory().peak,
-            warnings=tuple(self._warnings(result.left_out)),
+            warnings=tuple(filter(None, (result.energy_warning, *self._warnings(result.left_out)))),
         )
 
     def _warnings(self, left_out: Sequence[tuple[str, str]]) -> Iterator[str]:
